@@ -1,0 +1,108 @@
+"""From scores to advantages: KL estimators, shaped rewards, GAE, whitening, KL controllers. Floor 0."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def kl_k1(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """The unbiased estimator log p - log p_ref of KL(p, p_ref) at tokens drawn from p, in nats (Schulman 2020, k1)."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """exp(d) - 1 - d with d = log p_ref - log p: unbiased, never negative, lower variance (Schulman 2020, k3)."""
+    d = ref_logprobs - logprobs
+    return jnp.exp(d) - 1 - d
+
+
+def shaped_rewards(
+    scores: Float[Array, " B"], kl: Float[Array, "B T"], slots: Int[Array, " B"], kl_coef: Float[Array, ""] | float
+) -> Float[Array, "B T"]:
+    """Per-token rewards -kl_coef * kl, plus the score at `slots[b]` (Ziegler et al. 2019, eq. 2). `kl` is 0 off the mask."""
+    at_slot = jnp.arange(kl.shape[1])[None, :] == slots[:, None]
+    return -kl_coef * kl + jnp.where(at_slot, scores[:, None], 0.0)
+
+
+def missing_eos_penalty(
+    scores: Float[Array, " B"], finished: Bool[Array, " B"], *, missing_eos: str, missing_eos_value: float
+) -> Float[Array, " B"]:
+    """Scores of rows that never stopped: kept (off), replaced by the constant, or lowered by it (subtract)."""
+    if missing_eos == "off":
+        return scores
+    penalised = jnp.full_like(scores, missing_eos_value) if missing_eos == "replace" else scores - missing_eos_value
+    return jnp.where(finished, scores, penalised)
+
+
+def gae(
+    rewards: Float[Array, "B T"], values: Float[Array, "B T"], *, discount: float, gae_lambda: float
+) -> Float[Array, "B T"]:
+    """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Schulman et al. 2015 (arXiv 1506.02438), eq. 16. `values[:, t]` is of the state before token t; rewards and values
+    are zero after the last valid slot, so the value that follows it is 0. Returns are advantages + values.
+    """
+
+    def of_one(rewards: Array, values: Array) -> Array:
+        deltas = rewards + discount * jnp.append(values[1:], 0.0) - values
+
+        def backward(advantage: Array, delta: Array) -> tuple[Array, Array]:
+            advantage = delta + discount * gae_lambda * advantage
+            return advantage, advantage
+
+        return jax.lax.scan(backward, jnp.zeros((), deltas.dtype), deltas, reverse=True)[1]
+
+    return jax.vmap(of_one)(rewards, values)
+
+
+def whiten(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, shift_mean: bool, variance: str
+) -> Float[Array, "B T"]:
+    """(x - mean) * rsqrt(var + 1e-8) over the valid entries, 0 elsewhere; shift_mean=False adds the mean back.
+
+    variance is "biased" (divide by n) or "bessel" (n - 1, as TRL does).
+    """
+    count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
+    mean = jnp.sum(x, where=mask) / count
+    var = jnp.sum((x - mean) ** 2, where=mask) / count
+    if variance == "bessel":
+        var = var * count / jnp.maximum(count - 1.0, 1.0)
+    white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
+    return jnp.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+def adaptive_kl_coef(
+    kl_coef: Float[Array, ""] | float,
+    kl: Float[Array, ""] | float,
+    num_rows: int,
+    *,
+    kl_target: float,
+    kl_horizon: float,
+) -> Float[Array, ""]:
+    """coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), kl the mean summed k1 of n rows, in nats.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    """
+    error = jnp.clip(kl / kl_target - 1.0, -0.2, 0.2)
+    return kl_coef * (1.0 + error * num_rows / kl_horizon)
+
+
+def explained_variance(
+    values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """1 - var(returns - values) / var(returns) over the valid entries; 0 where returns do not vary."""
+    count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
+
+    def var(x: Array) -> Array:
+        return jnp.sum((x - jnp.sum(x, where=mask) / count) ** 2, where=mask) / count
+
+    total = var(returns)
+    return jnp.where(total > 1e-12, 1 - var(returns - values) / jnp.maximum(total, 1e-12), 0.0)
+
+
+def best_of_n_kl(n: Float[Array, "*N"] | int) -> Float[Array, "*N"]:
+    """KL of the best-of-n policy to the one it samples from, ln n - (n - 1) / n nats (Stiennon et al. 2020, app. G.3)."""
+    n = jnp.asarray(n, jnp.float32)
+    return jnp.log(n) - (n - 1) / n

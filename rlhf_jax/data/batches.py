@@ -1,0 +1,204 @@
+"""Examples to numpy batches: B examples in, arrays of one shape out, the same for a step whenever it is asked for.
+
+Shapes: B rows, S = `length` tokens, P = prompt bucket. Sequences are right-padded, prompts left-padded. What is real
+is said by segment_ids (0 = padding), mask and last, never by token ids: pad_id may be a stop id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.examples import Example
+from rlhf_jax.errors import UserError
+
+Batch = dict[str, Any]
+Collate = Callable[[Sequence[Example]], Batch]
+
+
+class Batches:
+    """`batches[step]`: the batch of a step, a pure function of (examples, seed, step); `len` is steps per epoch.
+
+    Every epoch has a fresh order and drops the N % B rows at the end of it. Resuming is indexing at a later step.
+    With several processes, each gets rows [process_index::process_count] of the same global batch. The whole global
+    batch is collated first, so that weights sum to one over all processes and all pad to the same shape.
+    """
+
+    __iter__ = None  # steps never end: iterating by [0], [1], ... would not stop
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        seed: int,
+        collate: Collate,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Check the sizes and build the grain pipeline.
+
+        Raises:
+            UserError: fewer examples than `batch_size`, a `batch_size` that the processes do not share evenly, or a
+                seed that grain cannot use.
+        """
+        import grain
+
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(
+                f"batch_size {batch_size} is not a positive multiple of the {process_count} processes; "
+                f"set data.batch_size to a multiple of {process_count}"
+            )
+        if len(examples) < batch_size:
+            raise UserError(
+                f"{len(examples)} examples do not fill one batch of {batch_size}; "
+                f"set data.batch_size to at most {len(examples)}, or give more rows"
+            )
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed {seed} is outside 0 .. 2**32 - 1; set run.seed within it")
+        self._steps = len(examples) // batch_size
+        self._mine = slice(process_index, None, process_count)
+        order = grain.MapDataset.source(examples).seed(seed).shuffle()[: self._steps * batch_size]
+        self._global = order.repeat(reseed_each_epoch=True).batch(batch_size, batch_fn=collate)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return _rows(self._global[int(step)], self._mine)
+
+
+def eval_batches(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    collate: Collate,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """All examples in order, as batches of one shape; `limit` caps their number, 0 takes all.
+
+    The last one is filled with copies of the last example. Their weights are zero, and "weights" sum to one over all
+    the batches together, so that metrics add up. Batches without weights get "valid" bool[B] instead.
+
+    Raises:
+        UserError: no examples, or a `batch_size` that the processes do not share evenly.
+    """
+    if not examples:
+        raise UserError("no examples to evaluate on; raise data.eval_fraction or set data.eval_path")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
+    count = -(-len(examples) // batch_size)
+    count = min(count, limit) if limit else count
+    used = list(examples[: count * batch_size])
+    valid = np.arange(count * batch_size) < len(used)
+    # Collating everything at once weighs the rows against each other as one big batch would.
+    batch = collate(used + [used[-1]] * (count * batch_size - len(used)))
+    if "weights" in batch:
+        weights = batch["weights"].astype(np.float64)
+        weights[~valid] = 0
+        batch["weights"] = (weights / (weights.sum() or 1)).astype(np.float32)
+    else:
+        batch["valid"] = valid
+    starts = range(process_index, count * batch_size, batch_size)
+    return [_rows(batch, slice(start, start - process_index + batch_size, process_count)) for start in starts]
+
+
+def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad_id: int = 0) -> Batch:
+    """tokens, segment_ids, positions i32[B, S] and weights f32[B, S]; packed and plain examples alike.
+
+    weights[b, t] is the weight of predicting token t (from the tokens before it), zero off the loss mask, and they sum
+    to one over the batch. reduction = token: 1 / (loss tokens of the batch). sequence: 1 / (documents * loss tokens
+    of this document), a mean of means; packing does not change it.
+
+    Raises:
+        UserError: unknown reduction, or an example longer than `length`.
+    """
+    batch = _padded([example["tokens"] for example in examples], length, pad_id)
+    for name in ("segment_ids", "positions"):
+        if name in examples[0]:
+            batch[name] = _right_pad([example[name] for example in examples], length, 0, np.int32)
+    is_target = _right_pad([example["loss_mask"] for example in examples], length, False, bool)
+    if reduction == "token":
+        weights = is_target / max(is_target.sum(), 1)
+    elif reduction == "sequence":
+        segments = batch["segment_ids"]
+        document = np.arange(len(segments))[:, None] * (segments.max() + 1) + segments
+        targets = np.bincount(document[is_target], minlength=document.max() + 1)
+        weights = is_target / np.maximum(targets[document] * np.count_nonzero(targets), 1)
+    else:
+        raise UserError(f"loss reduction {reduction!r} is unknown; set sft.loss_reduction to token or sequence")
+    return {**batch, "weights": weights.astype(np.float32)}
+
+
+def collate_preference(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
+    """tokens, segment_ids, positions i32[B, 2, S]; last i32[B, 2]; weights, labels, margins f32[B].
+
+    The axis of two is (chosen, rejected); `last` indexes the last real token of each sequence; weights are 1 / B.
+
+    Raises:
+        UserError: an example longer than `length`.
+    """
+    sequences = [example[name] for example in examples for name in ("chosen", "rejected")]
+    flat = _padded(sequences, length, pad_id)
+    batch = {name: array.reshape(len(examples), 2, length) for name, array in flat.items()}
+    return {
+        **batch,
+        "last": np.array([len(tokens) - 1 for tokens in sequences], np.int32).reshape(-1, 2),
+        "weights": np.full(len(examples), 1 / len(examples), np.float32),
+        "labels": np.array([example["label"] for example in examples], np.float32),
+        "margins": np.array([example["margin"] for example in examples], np.float32),
+    }
+
+
+def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_id: int = 0) -> Batch:
+    """tokens i32[B, P] and mask bool[B, P] (True on real tokens), prompts list[str], columns {name: list}.
+
+    Left-padded to P, the smallest bucket that holds the longest prompt. A column is there if every row has it.
+
+    Raises:
+        UserError: a prompt longer than the largest bucket.
+    """
+    longest = max(len(example["tokens"]) for example in examples)
+    width = min((bucket for bucket in buckets if bucket >= longest), default=None)
+    if width is None:
+        raise UserError(
+            f"a prompt of {longest} tokens fits no bucket of {sorted(buckets)}; raise the largest of "
+            "sampling.prompt_buckets to data.max_prompt_length"
+        )
+    tokens = np.full((len(examples), width), pad_id, np.int32)
+    mask = np.zeros((len(examples), width), bool)
+    for row, example in enumerate(examples):
+        start = width - len(example["tokens"])
+        tokens[row, start:] = example["tokens"]
+        mask[row, start:] = True
+    shared = [name for name in examples[0]["columns"] if all(name in example["columns"] for example in examples)]
+    columns = {name: [example["columns"][name] for example in examples] for name in shared}
+    return {"tokens": tokens, "mask": mask, "prompts": [example["prompt"] for example in examples], "columns": columns}
+
+
+def _padded(sequences: Sequence[np.ndarray], length: int, pad_id: int) -> Batch:
+    """tokens, segment_ids (1 on real tokens) and positions, each i32[len(sequences), length]."""
+    return {
+        "tokens": _right_pad(sequences, length, pad_id, np.int32),
+        "segment_ids": _right_pad([np.ones(len(tokens)) for tokens in sequences], length, 0, np.int32),
+        "positions": _right_pad([np.arange(len(tokens)) for tokens in sequences], length, 0, np.int32),
+    }
+
+
+def _right_pad(sequences: Sequence[np.ndarray], length: int, fill: Any, dtype: Any) -> np.ndarray:
+    """[len(sequences), length] with each sequence at the start of its row."""
+    padded = np.full((len(sequences), length), fill, dtype)
+    for row, sequence in enumerate(sequences):
+        if len(sequence) > length:
+            raise UserError(f"a row of {len(sequence)} tokens does not fit into {length}; raise data.max_length")
+        padded[row, : len(sequence)] = sequence
+    return padded
+
+
+def _rows(batch: Batch, chosen: slice) -> Batch:
+    """Some rows of every array and list of a batch."""
+    return {name: _rows(value, chosen) if isinstance(value, dict) else value[chosen] for name, value in batch.items()}

@@ -1,0 +1,248 @@
+"""Rows to token examples, once, when data is loaded: what is dropped or cut is counted and said.
+
+An example is a dict of small numpy arrays. Lengths are in tokens; the stop id counts. `too_long` is drop (counted),
+truncate (a prompt loses its start, a response its end and with it the stop id), or error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data import schemas
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.schemas import DroppedRow, Row
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+
+Example = dict[str, Any]
+OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every row looks at all of them
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows: how many were kept, dropped for which reason, and cut."""
+
+    kept: int
+    dropped: dict[str, int]
+    truncated: int
+
+    def __str__(self) -> str:
+        """For instance: kept 812 of 855 rows; dropped 40 longer than 512 tokens, 3 with an empty turn; truncated 0."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
+        total = self.kept + sum(self.dropped.values())
+        return f"kept {self.kept} of {total} rows; dropped {reasons}; truncated {self.truncated}"
+
+
+def sft_examples(
+    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, max_length: int, too_long: str, loss_on: str
+) -> tuple[list[Example], Report]:
+    """[{tokens int32[n], loss_mask bool[n]}] of sft or text rows; loss_mask[i]: token i is a target.
+
+    `loss_on` is response or all. The first token of an example is never a target, nothing stands before it to predict
+    it from. A {text} row is a document: all of its tokens and the stop id are targets, and one longer than
+    `max_length` becomes consecutive windows of `max_length` (a last window of one token has no target and is left).
+
+    Raises:
+        UserError: a bad row, a row too long under too_long = error, or no row left.
+    """
+    limits = Limits(max_prompt_length, max_length, too_long)
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        if "text" in row and not {"prompt", "messages"} & set(row):
+            document = _encode(tokenizer.encode_prompt, schemas.text_row(row), "text")
+            return _windows([*document, tokenizer.eos_ids[0]], max_length), False
+        row = schemas.sft_row(row)
+        prompt, cut_prompt = limits.prompt(row, _encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        response = _encode(tokenizer.encode_response, row, "response")
+        response, cut_response = limits.response(row, len(prompt), response)
+        is_target = np.arange(len(prompt) + len(response)) >= (len(prompt) if loss_on == "response" else 0)
+        return [_sft_example(prompt + response, is_target)], cut_prompt or cut_response
+
+    return _collect(rows, build)
+
+
+def preference_examples(
+    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, max_length: int, too_long: str
+) -> tuple[list[Example], Report]:
+    """[{chosen int32[n], rejected int32[m], label, margin, prompt_key}], prompt and response in one array.
+
+    `label` is the share of raters that prefer `chosen`; `prompt_key` is equal for rows of one prompt.
+
+    Raises:
+        UserError: a bad row, a row too long under too_long = error, or no row left.
+    """
+    limits = Limits(max_prompt_length, max_length, too_long)
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        row = schemas.preference_row(row)
+        prompt, cut = limits.prompt(row, _encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        example: Example = {"label": row["label"], "margin": row["margin"], "prompt_key": prompt_key(row)}
+        for name in ("chosen", "rejected"):
+            response, cut_response = limits.response(row, len(prompt), _encode(tokenizer.encode_response, row, name))
+            example[name] = np.asarray(prompt + response, np.int32)
+            cut |= cut_response
+        if np.array_equal(example["chosen"], example["rejected"]):  # cutting can take the difference away
+            raise DroppedRow(f"{row['_where']}: chosen and rejected are the same", "with chosen equal to rejected")
+        return [example], cut
+
+    return _collect(rows, build)
+
+
+def prompt_examples(
+    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, too_long: str
+) -> tuple[list[Example], Report]:
+    """[{tokens int32[n], prompt: str, columns: dict}]; `prompt` is the whole prompt as text, even if cut.
+
+    Raises:
+        UserError: a bad row, a prompt too long under too_long = error, or no row left.
+    """
+    limits = Limits(max_prompt_length, 0, too_long)
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        row = schemas.prompt_row(row)
+        tokens, cut = limits.prompt(row, _encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        if not tokens:
+            raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
+        text = tokenizer.prompt_text(row["prompt"])
+        return [{"tokens": np.asarray(tokens, np.int32), "prompt": text, "columns": columns}], cut
+
+    return _collect(rows, build)
+
+
+def prompt_key(row: Row) -> str:
+    """A text that is equal for rows with the same prompt, whatever the kind of row; never raises."""
+    try:
+        if "prompt" in row:
+            prompt = row["prompt"]
+        elif "messages" in row:
+            prompt = schemas.sft_row(row)["prompt"]
+        else:
+            prompt = row["text"] if "text" in row else schemas.preference_row(row)["prompt"]
+    except (UserError, KeyError):  # a bad row: the loader that wants it reports it
+        prompt = {name: value for name, value in row.items() if name != "_where"}
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr)
+
+
+def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, eval) rows; all rows of one prompt land on the same side, which only the prompt and `seed` decide.
+
+    So a row stays on its side when others are added. A single text document is cut in two at a line break instead,
+    its end held out.
+
+    Raises:
+        UserError: eval_fraction is outside [0, 1), or it is positive and a side ends empty.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise UserError(f"eval_fraction {eval_fraction} must be at least 0 and below 1; set data.eval_fraction")
+    if eval_fraction == 0:
+        return list(rows), []
+    if len(rows) == 1 and isinstance(rows[0].get("text"), str):
+        return _cut_document(rows[0], eval_fraction)
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for row in rows:
+        digest = hashlib.blake2b(f"{seed} {prompt_key(row)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        side = held_out if int.from_bytes(digest, "big") < eval_fraction * 2**64 else train
+        side.append(row)
+    if not train or not held_out:
+        name, cure = ("training", "lower") if not train else ("held-out", "raise")
+        raise UserError(
+            f"eval_fraction {eval_fraction} of {len(rows)} rows leaves no {name} rows; "
+            f"{cure} data.eval_fraction, or set data.eval_path to a file of held-out rows"
+        )
+    return train, held_out
+
+
+def pack(examples: list[Example], length: int) -> list[Example]:
+    """Whole examples side by side: [{tokens, loss_mask, segment_ids int32 from 1, positions int32}], at most `length`.
+
+    Each goes into the first open sequence with room (first fit), so rows stay roughly in order. Positions restart at
+    0 in every segment; attention must stay within equal segment_ids.
+
+    Raises:
+        UserError: an example is longer than `length`.
+    """
+    done: list[list[Example]] = []
+    packs: list[list[Example]] = []
+    room: list[int] = []
+    for example in examples:
+        size = len(example["tokens"])
+        if size > length:
+            raise UserError(f"an example of {size} tokens does not fit into {length}; raise data.max_length")
+        fits = next((i for i, free in enumerate(room) if size <= free), None)
+        if fits is None:
+            if len(packs) == OPEN_PACKS:
+                fullest = room.index(min(room))
+                done.append(packs.pop(fullest))
+                room.pop(fullest)
+            packs.append([])
+            room.append(length)
+            fits = -1
+        packs[fits].append(example)
+        room[fits] -= size
+    return [_join(members) for members in done + packs]
+
+
+def _join(members: list[Example]) -> Example:
+    sizes = [len(example["tokens"]) for example in members]
+    return {
+        "tokens": np.concatenate([example["tokens"] for example in members]),
+        "loss_mask": np.concatenate([example["loss_mask"] for example in members]),
+        "segment_ids": np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
+        "positions": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+    }
+
+
+def _cut_document(row: Row, eval_fraction: float) -> tuple[list[Row], list[Row]]:
+    text = row["text"]
+    middle = int(len(text) * (1 - eval_fraction))
+    cut = text.rfind("\n", 0, middle) + 1 or middle
+    if not text[:cut].strip() or not text[cut:].strip():
+        raise UserError(
+            f"{row.get('_where', 'a row')}: eval_fraction {eval_fraction} of one document of {len(text)} characters "
+            "leaves one side empty; set data.eval_path to a file of held-out text"
+        )
+    return [{**row, "text": text[:cut]}], [{**row, "text": text[cut:]}]
+
+
+def _collect(rows: list[Row], build: Callable[[Row], tuple[list[Example], bool]]) -> tuple[list[Example], Report]:
+    """Examples of all rows and their report; build(row) -> (examples, whether something was cut)."""
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    for row in rows:
+        try:
+            built, cut = build(row)
+        except DroppedRow as drop:
+            dropped[drop.reason] += 1
+            continue
+        examples += built
+        truncated += cut
+    report = Report(len(rows) - sum(dropped.values()), dict(dropped), truncated)
+    if not examples:
+        raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
+    return examples, report
+
+
+def _encode(encode: Callable[[Any], list[int]], row: Row, name: str) -> list[int]:
+    try:
+        return encode(row[name])
+    except UserError as error:
+        raise UserError(f"{row['_where']}: {error}") from error
+
+
+def _sft_example(tokens: list[int], is_target: np.ndarray) -> Example:
+    return {"tokens": np.asarray(tokens, np.int32), "loss_mask": is_target & (np.arange(len(tokens)) > 0)}
+
+
+def _windows(tokens: list[int], max_length: int) -> list[Example]:
+    parts = [tokens[i : i + max_length] for i in range(0, len(tokens), max_length)]
+    return [_sft_example(part, np.ones(len(part), bool)) for part in parts if len(part) > 1]

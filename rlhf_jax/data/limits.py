@@ -1,0 +1,62 @@
+"""The length limits of one load, applied to one row at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_jax.data.schemas import DroppedRow, Row
+from rlhf_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """data.max_prompt_length and data.max_length in tokens, and data.too_long: drop, truncate or error."""
+
+    max_prompt_length: int
+    max_length: int
+    too_long: str
+
+    def __post_init__(self) -> None:
+        if self.too_long not in ("drop", "truncate", "error"):
+            raise UserError(f"too_long {self.too_long!r} is unknown; set data.too_long to drop, truncate or error")
+
+    def prompt(self, row: Row, ids: list[int], bos_id: int | None) -> tuple[list[int], bool]:
+        """(prompt ids within the limit, whether they were cut); the start is cut, but a leading bos survives.
+
+        Raises:
+            DroppedRow, UserError: too long, under drop and error; a limit below one.
+        """
+        limit = self.max_prompt_length
+        if limit < 1:
+            raise UserError(f"max_prompt_length {limit} leaves no prompt; set data.max_prompt_length to at least 1")
+        if len(ids) <= limit:
+            return ids, False
+        self._refuse(row, f"a prompt of {len(ids)}", "max_prompt_length", limit, f"with a prompt over {limit} tokens")
+        head = ids[:1] if ids[0] == bos_id and limit > 1 else []
+        return head + ids[len(ids) - limit + len(head) :], True
+
+    def response(self, row: Row, prompt_length: int, ids: list[int]) -> tuple[list[int], bool]:
+        """(response ids that fit after the prompt, whether they were cut); the end is cut, with it the stop id.
+
+        Raises:
+            DroppedRow, UserError: too long, under drop and error; limits that leave a response no room.
+        """
+        if self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length {self.max_prompt_length} must be below max_length {self.max_length}, or a "
+                "response has no room; set data.max_prompt_length or data.max_length"
+            )
+        total = prompt_length + len(ids)
+        if total <= self.max_length:
+            return ids, False
+        self._refuse(row, f"{total}", "max_length", self.max_length, f"longer than {self.max_length} tokens")
+        return ids[: self.max_length - prompt_length], True
+
+    def _refuse(self, row: Row, what: str, name: str, limit: int, reason: str) -> None:
+        """Raise unless rows are to be cut."""
+        cure = "raise it or set data.too_long=truncate"
+        message = f"{row['_where']}: {what} tokens is over data.{name} = {limit}; {cure}"
+        if self.too_long == "drop":
+            raise DroppedRow(message, reason)
+        if self.too_long == "error":
+            raise UserError(message)

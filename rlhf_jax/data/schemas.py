@@ -1,0 +1,244 @@
+"""One row in, one normalised row out; a bad one is an error that says where it is, what is wrong and the cure.
+
+A prompt is a str or a message list [{role, content}]; the response that belongs to it has the same form: a str, or
+[{role: "assistant", content}]. Every function takes a dict with an optional "_where" and returns a new one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from rlhf_jax.errors import UserError
+
+Row = dict[str, Any]
+Messages = list[dict[str, str]]
+
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
+TURN = re.compile(r"\n\n(System|Human|Assistant):")
+
+
+class DroppedRow(UserError):
+    """A row that is well-formed but holds nothing to learn from; loaders count it under `reason` and go on.
+
+    Args:
+        message: the full sentence, with file:line.
+        reason: what follows a count, such as "with an empty turn".
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def sft_row(row: Row) -> Row:
+    """{prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn -> {prompt, response}.
+
+    Raises:
+        DroppedRow: null response, or an empty turn.
+        UserError: a missing field or a wrong type.
+    """
+    if "messages" in row and "prompt" not in row:
+        turns = _messages(row, "messages", row["messages"])
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise _error(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
+        prompt, response = _prompt(row, turns[:-1]), turns[-1:]
+    else:
+        name = "completion" if "completion" in row and "response" not in row else "response"
+        _require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
+        prompt = _prompt(row, row["prompt"])
+        response = _response(row, name, row[name], prompt)
+    return {"prompt": prompt, "response": response, "_where": _where(row)}
+
+
+def preference_row(row: Row) -> Row:
+    """{prompt, chosen, rejected, votes?, margin?} -> {prompt, chosen, rejected, label, margin}.
+
+    `votes` = [for chosen, for rejected, ties] gives label = (chosen + ties / 2) / total, the share of raters that
+    prefer `chosen`; without votes it is 1. Without a prompt, `chosen` and `rejected` are whole conversations
+    (transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." as in Anthropic's HH files, or message lists) that differ in
+    their last turn only.
+
+    Raises:
+        DroppedRow: null response, empty turn, the two prompts differ, or chosen equals rejected.
+        UserError: a missing field or a wrong type.
+    """
+    expected = "a preference row is {prompt, chosen, rejected, votes?} or two transcripts {chosen, rejected}"
+    _require(row, ("chosen", "rejected"), expected)
+    if "prompt" in row:
+        prompt = _prompt(row, row["prompt"])
+        chosen, rejected = (_response(row, name, row[name], prompt) for name in ("chosen", "rejected"))
+    else:
+        prompt, chosen = _conversation(row, "chosen")
+        other, rejected = _conversation(row, "rejected")
+        if prompt != other:
+            raise _drop(row, "chosen and rejected answer different prompts", "whose two prompts differ")
+    if _text_of(chosen).strip() == _text_of(rejected).strip():
+        raise _drop(row, "chosen and rejected are the same text", "with chosen equal to rejected")
+    normalised = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {**normalised, "label": _label(row), "margin": _margin(row), "_where": _where(row)}
+
+
+def prompt_row(row: Row) -> Row:
+    """{prompt, ...}: the prompt validated, every other column kept as it is.
+
+    Raises:
+        DroppedRow: an empty prompt or turn.
+        UserError: a missing field or a wrong type.
+    """
+    _require(row, ("prompt",), "a prompts row is {prompt, ...}")
+    return {**row, "prompt": _prompt(row, row["prompt"]), "_where": _where(row)}
+
+
+def text_row(row: Row) -> Row:
+    """{text}: one document.
+
+    Raises:
+        DroppedRow: an empty document.
+        UserError: a missing field or a wrong type.
+    """
+    _require(row, ("text",), "a text row is {text}")
+    if not isinstance(row["text"], str):
+        raise _error(row, f'"text" is {_kind(row["text"])}; give a string')
+    if not row["text"].strip():
+        raise _drop(row, '"text" is empty', "with an empty text")
+    return {"text": row["text"], "_where": _where(row)}
+
+
+def transcript(messages: Messages) -> str:
+    """Messages as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH form), without an open last turn."""
+    return "".join(f"\n\n{SPEAKERS[turn['role']]}: {turn['content']}" for turn in messages)
+
+
+def split_transcript(text: str) -> Messages:
+    """The messages of a transcript, stripped of white space; [] if `text` does not start as one.
+
+    "\\n\\nHuman: hi\\n\\nAssistant: yes" -> [{user, "hi"}, {assistant, "yes"}].
+    """
+    before, *rest = TURN.split("\n\n" + text.lstrip("\n"))
+    if before.strip():
+        return []
+    return [{"role": ROLES[name], "content": said.strip()} for name, said in zip(rest[::2], rest[1::2], strict=True)]
+
+
+def _prompt(row: Row, value: Any) -> str | Messages:
+    """A prompt: a non-empty str as it is, or messages that leave the next turn to the assistant."""
+    if isinstance(value, str):
+        if not value:
+            raise _drop(row, '"prompt" is empty', "with an empty prompt")
+        return value
+    messages = _messages(row, "prompt", value)
+    if messages[-1]["role"] == "assistant":
+        raise _error(row, '"prompt" ends in an assistant turn; move that turn to the response')
+    return messages
+
+
+def _response(row: Row, name: str, value: Any, prompt: str | Messages) -> str | Messages:
+    """A response in the form of its prompt: a str after a str, one assistant message after messages."""
+    if value is None:
+        raise _drop(row, f'"{name}" is null', "with a null response")
+    if isinstance(value, str):
+        content = value
+    else:
+        turns = _messages(row, name, value)
+        if len(turns) > 1 or turns[0]["role"] != "assistant":
+            message = f'"{name}" must be one assistant message; put earlier turns into "prompt"'
+            raise _error(row, message)
+        # After a transcript's "Assistant:" the answer starts with a space, as in the transcript itself.
+        gap = isinstance(prompt, str) and prompt.endswith("Assistant:")
+        content = " " * gap + turns[0]["content"]
+    if not content.strip():
+        raise _drop(row, f'"{name}" is empty', "with an empty turn")
+    return content if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
+
+
+def _conversation(row: Row, name: str) -> tuple[Messages, Messages]:
+    """(prompt, [last turn]) of a whole conversation: a transcript or a message list."""
+    value = row[name]
+    if value is None:
+        raise _drop(row, f'"{name}" is null', "with a null response")
+    turns = split_transcript(value) if isinstance(value, str) else value
+    if isinstance(value, str) and not turns:
+        raise _error(row, f'no "prompt", and "{name}" is not a "\\n\\nHuman: ..." transcript; add the field "prompt"')
+    turns = _messages(row, name, turns)
+    if turns[-1]["role"] != "assistant":
+        raise _drop(row, f'"{name}" does not end in an assistant turn', "that end in no assistant turn")
+    if len(turns) < 2:
+        raise _error(row, f'no "prompt", and "{name}" holds the answer only; add the field "prompt"')
+    if turns[-2]["role"] == "assistant":
+        raise _drop(row, f'"{name}" ends in two assistant turns', "that end in two assistant turns")
+    return turns[:-1], turns[-1:]
+
+
+def _messages(row: Row, name: str, value: Any) -> Messages:
+    """A validated copy of a message list, reduced to role and content."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise _error(row, f'"{name}" is {_kind(value)}; give a string or a list of {{role, content}} messages')
+    if not value:
+        raise _drop(row, f'"{name}" has no messages', f"with an empty {'prompt' if name == 'prompt' else 'turn'}")
+    for number, turn in enumerate(value):
+        if turn.get("role") not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            raise _error(row, f'"{name}" message {number} has role {turn.get("role")!r}; use one of {known}')
+        content = turn.get("content")
+        if content is None and turn["role"] == "assistant":
+            raise _drop(row, f'"{name}" message {number} is null', "with a null response")
+        if not isinstance(content, str):
+            raise _error(row, f'"{name}" message {number} has content {_kind(content)}; give a string')
+        if not content.strip():
+            raise _drop(row, f'"{name}" message {number} is empty', "with an empty turn")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def _label(row: Row) -> float:
+    """The share of raters that prefer `chosen`, ties counted half."""
+    votes = row.get("votes")
+    if votes is None:
+        return 1.0
+    if not isinstance(votes, list) or len(votes) != 3 or not all(_is_number(v) and v >= 0 for v in votes):
+        raise _error(row, f'"votes" is {votes!r}; give three counts [chosen, rejected, ties]')
+    if not sum(votes):
+        raise _error(row, '"votes" are all zero; leave the field out if nobody voted')
+    return float((votes[0] + votes[2] / 2) / sum(votes))
+
+
+def _margin(row: Row) -> float:
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if not _is_number(margin):
+        raise _error(row, f'"margin" is {margin!r}; give a finite number')
+    return float(margin)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text_of(response: str | Messages) -> str:
+    return response if isinstance(response, str) else response[-1]["content"]
+
+
+def _require(row: Row, names: tuple[str, ...], expected: str) -> None:
+    missing = [name for name in names if name not in row]
+    if missing:
+        found = ", ".join(name for name in row if name != "_where") or "nothing"
+        raise _error(row, f'no field "{missing[0]}" (found: {found}); {expected}')
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _where(row: Row) -> str:
+    return row.get("_where", "a row")
+
+
+def _error(row: Row, message: str) -> UserError:
+    return UserError(f"{_where(row)}: {message}")
+
+
+def _drop(row: Row, message: str, reason: str) -> DroppedRow:
+    return DroppedRow(f"{_where(row)}: {message}; fix or remove the row", reason)

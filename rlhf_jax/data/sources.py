@@ -1,0 +1,133 @@
+"""Rows as plain dicts, each knowing where it came from, so that a bad row is reported as file:line."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError
+
+Row = dict[str, Any]
+
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+DOCUMENT_END = "<|endoftext|>"
+
+
+def rows_from(source: Any) -> list[Row]:
+    """Rows of a path (see `read_rows`) or of a list of dicts, as new dicts; the caller's are never changed.
+
+    Anything with `len` and integer indexing that yields dicts counts as a list (a Hugging Face dataset does). Rows of
+    a list get "_where" = "row i" with i the list index, from 0.
+
+    Raises:
+        UserError: nothing to read, or an element is not a dict.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_rows(os.fspath(source))
+    if isinstance(source, dict) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise UserError(f"rows come from a path or a list of dicts, not from a {type(source).__name__}")
+    if not len(source):
+        raise UserError("the list of rows is empty; give at least one row")
+    rows = []
+    for index in range(len(source)):
+        row = source[index]
+        if not isinstance(row, dict):
+            raise UserError(f"row {index}: a {type(row).__name__}, not a dict; give rows such as {{'prompt': ...}}")
+        rows.append({"_where": f"row {index}", **row})
+    return rows
+
+
+def read_rows(path: str) -> list[Row]:
+    """The rows of a file, each with an extra key "_where" = "file:line" (lines count from 1).
+
+    .jsonl and .jsonl.gz give one dict per line, blank lines skipped. .txt and .txt.gz give {"text": document} rows:
+    documents end at lines that hold exactly <|endoftext|>, and lose the line breaks at their two ends.
+
+    Raises:
+        UserError: missing, empty, unreadable, truncated, not UTF-8, of unknown extension, or not one object per line.
+    """
+    file = _existing(path)
+    name = file.name.lower()
+    if not name.endswith(EXTENSIONS):
+        raise UserError(f"{path}: unknown extension; known are {', '.join(EXTENSIONS)}")
+    rows = list(_documents(file) if name.endswith((".txt", ".txt.gz")) else _objects(file))
+    if not rows:
+        raise UserError(f"{path}: the file is empty; give one with at least one row")
+    return rows
+
+
+def _existing(path: str) -> Path:
+    """`path` as a Path to an existing file; the error names the closest file beside it."""
+    if not path:
+        raise UserError(f"no path of a data file is given; set data.path to a {' or '.join(EXTENSIONS)} file")
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"{path}: a directory, not a file; name one {', '.join(EXTENSIONS)} file in it")
+    if file.is_file():
+        return file
+    if not file.parent.is_dir():
+        raise UserError(f"{path}: no such file, and no directory {file.parent}; check the path")
+    close = difflib.get_close_matches(file.name, os.listdir(file.parent), n=1)
+    hint = f"did you mean {file.parent / close[0]}?" if close else f"{file.parent} has no file of a similar name"
+    raise UserError(f"{path}: no such file; {hint}")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its line break) of a plain or gzipped file."""
+    opener = gzip.open if file.name.lower().endswith(".gz") else open
+    number = 0
+    try:
+        with opener(file, "rb") as stream:
+            # Bytes are split before decoding, so that an invalid byte has a line number, and so that U+2028 inside a
+            # JSON string does not end the line.
+            for number, raw in enumerate(stream, 1):
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                yield number, raw.decode(encoding).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        message = f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); save it as UTF-8"
+        raise UserError(message) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        message = f"{file}: broken gzip after line {number} ({error}); download or compress it again"
+        raise UserError(message) from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _objects(file: Path) -> Iterator[Row]:
+    """The JSON objects of a .jsonl file."""
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            message = f"{where}: not JSON ({error.msg} at column {error.colno}); write one object per line"
+            raise UserError(message) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object; write one object per line")
+        yield {**row, "_where": where}
+
+
+def _documents(file: Path) -> Iterator[Row]:
+    """The documents of a text file; those of white space only are skipped."""
+    start, lines = 1, []
+    for number, line in _lines(file):
+        if line == DOCUMENT_END:
+            yield from _document(file, start, lines)
+            start, lines = number + 1, []
+        else:
+            lines.append(line)
+    yield from _document(file, start, lines)
+
+
+def _document(file: Path, start: int, lines: list[str]) -> Iterator[Row]:
+    text = "\n".join(lines).strip("\n")
+    if text.strip():
+        yield {"text": text, "_where": f"{file}:{start}"}

@@ -1,0 +1,87 @@
+"""Text in, text out: prompts to responses through the sampler. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import SamplingConfig
+from rlhf_jax.data.batches import collate_prompts, eval_batches
+from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.models import Model
+from rlhf_jax.sampling import SamplingLaw, sample
+from rlhf_jax.sharding import put_batch
+from rlhf_jax.stage import check_length
+from rlhf_jax.types import Params, Rollout
+
+
+def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]) -> Any:
+    """The sampler of this config: (params, prompt, prompt_mask, key, law) -> Rollout, not yet compiled."""
+    filtered = config.top_k > 0 or config.top_p < 1
+    return partial(
+        sample,
+        model,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=stop_ids,
+        chunk=config.chunk,
+        candidates=2 * config.top_k if filtered else 0,
+        filtered=filtered,
+        microbatch=config.microbatch,
+    )
+
+
+class Generator:
+    """A compiled sampler with its tokenizer.
+
+    Attributes:
+        law: what is drawn from, for `rollout`.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, config: SamplingConfig, mesh: Mesh, *, max_prompt_length: int
+    ):
+        """Prompts are padded to config.prompt_buckets, or to max_prompt_length.
+
+        Raises:
+            UserError: prompt and response are longer than the model's positions.
+        """
+        self.tokenizer, self.mesh = tokenizer, mesh
+        self.buckets = tuple(config.prompt_buckets or [max_prompt_length])
+        check_length(model.arch, self.buckets[-1] + config.max_new_tokens, "prompt length + sampling.max_new_tokens =")
+        self.law = SamplingLaw.from_config(config)
+        self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
+
+    def texts(
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+    ) -> tuple[list[str], list[str]]:
+        """Prompts as text and one response to each; `batch_size` rows at once (0: all)."""
+        examples, _ = prompt_examples(
+            list(rows), self.tokenizer, max_prompt_length=self.buckets[-1], too_long="truncate"
+        )
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        size = -(-(batch_size or len(examples)) // ways) * ways
+        collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
+        responses: list[str] = []
+        for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
+            placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
+            rollout = self.rollout(params, placed["tokens"], placed["mask"], jax.random.fold_in(key, i), self.law)
+            texts = decode(self.tokenizer, rollout)
+            responses += [text for text, valid in zip(texts, batch["valid"], strict=True) if valid]
+        return [example["prompt"] for example in examples], responses
+
+    def table(self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array) -> list[dict[str, str]]:
+        """Rows {prompt, response} for samples.jsonl."""
+        prompts, responses = self.texts(params, rows, key)
+        return [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
+
+
+def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
+    """The responses of a rollout as text, special tokens left out."""
+    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+    return tokenizer.decode_batch(np.asarray(tokens), np.asarray(mask))

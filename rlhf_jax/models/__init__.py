@@ -1,0 +1,5 @@
+"""One decoder for every family, its heads and cache, and Hugging Face directories."""
+
+from rlhf_jax.models.model import Model
+
+__all__ = ["Model"]

@@ -1,0 +1,353 @@
+"""The PPO stage: prompts, networks and rewards wired to the programs of `core`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import PPORun, resolve
+from rlhf_jax.data.batches import Batches, collate_prompts, collate_sft, eval_batches
+from rlhf_jax.data.examples import pack, prompt_examples, sft_examples
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.generate import decode, make_sampler
+from rlhf_jax.ppo import core
+from rlhf_jax.rewards import call_reward, combine
+from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.sampling import SamplingLaw
+from rlhf_jax.sharding import batch_sharding, check_rows, make_mesh, put_batch, replicated, tree_shardings
+from rlhf_jax.stage import (
+    Loaded,
+    Rows,
+    check_length,
+    check_vocabulary,
+    describe,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    make_examples,
+    replace,
+    save_model,
+)
+from rlhf_jax.state import TrainState, create_state, learning_rates
+from rlhf_jax.types import Params, PolicyLoss, Rollout
+
+
+def check(config: PPORun) -> None:
+    """Raise a UserError for settings that contradict each other."""
+    ppo, sampling, size = config.ppo, config.sampling, config.data.batch_size
+    if sampling.temperature <= 0:
+        raise UserError(f"sampling.temperature {sampling.temperature}: PPO learns from random samples; set it above 0")
+    filtered = sampling.top_k > 0 or sampling.top_p < 1
+    if filtered and ppo.old_logprobs == "sampler":
+        raise UserError(
+            "ppo.old_logprobs sampler with top_k or top_p would compare a filtered law with an unfiltered one; "
+            "set ppo.old_logprobs to recompute, or sampling.top_k 0 and sampling.top_p 1"
+        )
+    if size % (ppo.minibatches * ppo.accumulate):
+        raise UserError(
+            f"data.batch_size {size} is not divisible by ppo.minibatches * ppo.accumulate = "
+            f"{ppo.minibatches * ppo.accumulate}; change one of them"
+        )
+    for name, rows in (("sampling.microbatch", sampling.microbatch), ("ppo.score_microbatch", ppo.score_microbatch)):
+        if rows and size % rows:
+            raise UserError(f"data.batch_size {size} is not a multiple of {name} {rows}; choose a divisor, or 0 for all")
+    if ppo.kl_controller == "adaptive" and ppo.kl_target <= 0:
+        raise UserError(f"ppo.kl_target {ppo.kl_target} must be positive; or set ppo.kl_controller fixed")
+    if ppo.missing_eos == "subtract" and ppo.missing_eos_value < 0:
+        raise UserError(f"ppo.missing_eos_value {ppo.missing_eos_value} would be a reward when subtracted; make it positive")
+    if ppo.ptx_coef and not ppo.ptx_path:
+        raise UserError(f"ppo.ptx_coef {ppo.ptx_coef} needs text; set ppo.ptx_path")
+    if ppo.value_init == "reward_model" and (not config.reward.model or ppo.shared_trunk):
+        raise UserError("ppo.value_init reward_model needs reward.model and a critic of its own (ppo.shared_trunk false)")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All that PPO computes with; reference and reward parameters are frozen, params start the training state."""
+
+    models: core.Models
+    policy: Loaded
+    params: Params
+    ref: Params
+    reward: Params | None
+    value: Loaded
+
+
+def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array) -> Networks:
+    """Policy, frozen copy of it, reward model if any, and critic."""
+    policy = load_model(config.model, mesh, key)
+    check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
+    reward = None
+    if config.reward.model:
+        reward_config = replace(config.model, path=config.reward.model, arch=None)
+        reward = load_model(reward_config, mesh, key, head="trained")
+        check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
+        check_same_tokenizer(tokenizer, config.reward.model)
+    copy = partial(jax.tree.map, jnp.copy)
+    ppo = config.ppo
+    if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
+        value, value_params = reward, copy(reward.params)
+    else:
+        score = jax.jit(partial(policy.model.init_score, zeros=True))(key)
+        score = jax.device_put(score, replicated(mesh))
+        on_policy = policy.model.with_score(policy.params, score)
+        value_model = replace(policy.model, score_head=True)
+        value = Loaded(value_model, on_policy, policy.base_config)
+        value_params = {"score": score} if ppo.shared_trunk else copy(on_policy)
+    models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk)
+    params = {"policy": copy(policy.params), "value": value_params}
+    return Networks(models, policy, params, policy.params, reward.params if reward else None, value)
+
+
+def check_same_tokenizer(tokenizer: Tokenizer, path: str) -> None:
+    """Raise a UserError if the directory holds a tokenizer that maps text to other ids."""
+    if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    if Tokenizer.load(path).hf.get_vocab() != tokenizer.hf.get_vocab():
+        raise UserError(f"reward model {path} has another tokenizer than the policy; train it with the policy's tokenizer")
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled programs of an iteration."""
+
+    rollout: Callable[..., Rollout]
+    score: Callable[..., Any]
+    update: Callable[..., Any]
+    state: TrainState
+    schedule: Callable[[Any], Any]
+
+
+def make_programs(
+    config: PPORun, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
+) -> Programs:
+    """rollout(policy, tokens, mask, key, law), score and update of `core`, and the first state; nets.params is donated."""
+    update, tx, schedule = core.make_ppo_step(nets.models, config, policy_loss)
+    state = create_state(nets.params, tx, mesh)
+    sampler = make_sampler(nets.models.policy, config.sampling, () if config.ppo.stop == "truncate" else stop_ids)
+
+    def rollout(*args: Any) -> Rollout:
+        drawn = sampler(*args)
+        return drawn if config.ppo.stop == "eos" else core.truncated(drawn, stop_ids, config.ppo.truncate_after)
+
+    exact = nets.models.policy.compute_dtype == jnp.float32 and config.sampling.top_k == 0 and config.sampling.top_p == 1
+    recompute = config.ppo.old_logprobs == "recompute" or (config.ppo.old_logprobs == "auto" and not exact)
+    score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    return Programs(
+        rollout=jax.jit(rollout, out_shardings=rows),
+        score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(tree_shardings(mesh, state), whole)),
+        state=state,
+        schedule=schedule,
+    )
+
+
+def key_at(key: jax.Array, *indices: int) -> jax.Array:
+    """fold_in(fold_in(key, i), j)...; the integers go to the device explicitly, so that a transfer guard lets them pass."""
+    for index in indices:
+        key = jax.random.fold_in(key, jax.device_put(np.uint32(index), key.sharding))
+    return key
+
+
+class PPO:
+    """The loop's parts. One iteration is `iteration(i)`; nothing here is traced."""
+
+    def __init__(
+        self,
+        config: PPORun,
+        *,
+        rows: Rows | None = None,
+        eval_rows: Rows | None = None,
+        reward_functions: Sequence[Callable[..., Any]] | None = None,
+        gold: Callable[..., Any] | None = None,
+        policy_loss: PolicyLoss | None = None,
+    ):
+        """Read the data, load the networks, build the programs; writes nothing."""
+        check(config)
+        self.config = config
+        self.mesh = make_mesh(config.mesh)
+        check_rows(self.mesh, config.data.batch_size, "data.batch_size")
+        self.python_reward = combine(config.reward, reward_functions)
+        self.gold = gold or (resolve(config.reward.gold) if config.reward.gold else None)
+        if self.python_reward is None and not config.reward.model:
+            raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
+        self.tokenizer = load_tokenizer(config.model)
+        self.batches, self.held_out, self.ptx = self._data(rows, eval_rows)
+        self.key = jax.device_put(jax.random.key(config.run.seed), replicated(self.mesh))
+        with jax.set_mesh(self.mesh):
+            self.nets = load_networks(config, self.mesh, self.tokenizer, self.key)
+            self._check_length()
+            self.programs = make_programs(config, self.nets, self.mesh, self.tokenizer.eos_ids, policy_loss)
+        self.state = self.programs.state
+        self.average = jax.tree.map(jnp.copy, self.state.params["policy"]) if config.ppo.ema_decay else None
+        self._ema = jax.jit(partial(core.ema, decay=config.ppo.ema_decay), donate_argnums=0)
+        self.law = jax.device_put(SamplingLaw.from_config(config.sampling), replicated(self.mesh))
+        self.kl_coef = jax.device_put(np.float32(config.ppo.kl_coef), replicated(self.mesh))
+
+    def _data(self, rows: Rows | None, eval_rows: Rows | None) -> tuple[Batches, list[Any], Batches | None]:
+        data, ppo, seed = self.config.data, self.config.ppo, self.config.run.seed
+        build = partial(
+            prompt_examples, tokenizer=self.tokenizer, max_prompt_length=data.max_prompt_length, too_long=data.too_long
+        )
+        train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
+        self.buckets = tuple(self.config.sampling.prompt_buckets or [data.max_prompt_length])
+        collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
+        batches = Batches(train, batch_size=data.batch_size, seed=seed, collate=collate)
+        held_out = eval_batches(held_out, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
+        if not ppo.ptx_coef:
+            return batches, held_out, None
+        lengths = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
+        text, report = sft_examples(
+            rows_from(ppo.ptx_path), self.tokenizer, too_long=data.too_long, loss_on="all", **lengths
+        )
+        print(f"ptx rows: {report}")
+        ptx_collate = partial(collate_sft, length=data.max_length, reduction="token", pad_id=self.tokenizer.pad_id)
+        text = pack(text, data.max_length)
+        return batches, held_out, Batches(text, batch_size=ppo.ptx_batch_size, seed=seed, collate=ptx_collate)
+
+    def _check_length(self) -> None:
+        longest = self.buckets[-1] + self.config.sampling.max_new_tokens
+        for model in (self.nets.models.policy, self.nets.models.reward):
+            if model is not None:
+                check_length(model.arch, longest, "prompt length + sampling.max_new_tokens =")
+
+    def policy(self) -> Params:
+        """The policy that is evaluated and saved: the average if there is one."""
+        return self.state.params["policy"] if self.average is None else self.average
+
+    def rewards_from_python(self, batch: Any, rollout: Rollout) -> tuple[jax.Array, float | None]:
+        """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device only if needed."""
+        host, gold = np.zeros(len(batch["prompts"]), np.float32), None
+        if self.python_reward is not None or self.gold is not None:
+            responses = decode(self.tokenizer, rollout)
+            if self.python_reward is not None:
+                host = self.python_reward(batch["prompts"], responses, batch["columns"])
+            if self.gold is not None:
+                golds = call_reward(self.gold, batch["prompts"], responses, batch["columns"])
+                gold = float(golds[np.asarray(batch.get("valid", np.ones(len(golds), bool)))].mean())
+        return jax.device_put(host, batch_sharding(self.mesh)), gold
+
+    def roll_out(self, params: Params, batch: Any, key: jax.Array) -> tuple[Rollout, Any, float | None]:
+        """A rollout of a batch of prompts, its score, and its mean gold reward."""
+        placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
+        rollout = self.programs.rollout(params, placed["tokens"], placed["mask"], key, self.law)
+        host, gold = self.rewards_from_python(batch, rollout)
+        nets = self.nets
+        all_params = {**self.state.params, "policy": params}
+        scored = self.programs.score(
+            all_params, nets.ref, nets.reward, rollout, host, self.kl_coef, self.law.temperature
+        )
+        return rollout, scored, gold
+
+    def iteration(self, i: int) -> tuple[dict[str, jax.Array], dict[str, float], Any]:
+        """Rollout, score, update. Returns device metrics, host metrics and the arrays of a sample table."""
+        key = key_at(self.key, 1, i)
+        rollout_key, update_key = jax.random.split(key)
+        rollout, scored, gold = self.roll_out(self.state.params["policy"], self.batches[i], rollout_key)
+        experience, self.kl_coef, metrics, per_row = scored
+        num = self.config.ppo.epochs * self.config.ppo.minibatches
+        ptx = None
+        if self.ptx is not None:
+            stacked = jax.tree.map(lambda *xs: np.stack(xs), *[self.ptx[i * num + j] for j in range(num)])
+            ptx = jax.device_put(stacked, replicated(self.mesh))
+        self.state, updates = self.programs.update(self.state, experience, update_key, self.law.temperature, ptx)
+        if self.average is not None:
+            self.average = self._ema(self.average, self.state.params["policy"])
+        host = {} if gold is None else {"rollout/gold": gold}
+        return {**metrics, **updates}, host, {"rollout": rollout, **per_row}
+
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """eval/reward, eval/kl and eval/gold over the held-out prompts, with the same noise every time; and samples."""
+        rewards, kls, golds, weights, samples = [], [], [], [], []
+        for i, batch in enumerate(self.held_out):
+            rollout, (_, _, _, per_row), gold = self.roll_out(self.policy(), batch, key_at(self.key, 2, i))
+            reward, kl = jax.device_get((per_row["reward"], per_row["kl"]))
+            rewards.append(reward[batch["valid"]])
+            kls.append(kl[batch["valid"]])
+            golds.append(gold)
+            weights.append(batch["valid"].sum())
+            if len(samples) < self.config.ppo.num_samples:
+                table = jax.device_get({"rollout": rollout, **per_row})
+                samples += self.table(table, batch["prompts"])[: self.config.ppo.num_samples]
+        reward = np.concatenate(rewards)
+        metrics = {
+            "eval/reward": float(reward.mean()),
+            "eval/reward_se": float(reward.std() / max(len(reward) - 1, 1) ** 0.5),
+            "eval/kl": float(np.concatenate(kls).mean()),
+        }
+        if self.gold is not None:
+            metrics["eval/gold"] = float(np.average(golds, weights=weights))
+        return metrics, samples
+
+    def table(self, host: Any, prompts: list[str]) -> list[dict[str, Any]]:
+        """Rows {prompt, response, reward, kl, finished} of a fetched rollout."""
+        rollout, num = host["rollout"], self.config.ppo.num_samples
+        texts = self.tokenizer.decode_batch(rollout.tokens[:num], rollout.mask[:num])
+        columns = zip(prompts, texts, host["reward"], host["kl"], rollout.finished, strict=False)
+        return [
+            {"prompt": p, "response": t, "reward": float(r), "kl": float(k), "finished": bool(f)} for p, t, r, k, f in columns
+        ]
+
+    def save(self, directory: Path, params: Params) -> None:
+        """The policy, and the critic if asked."""
+        save_model(directory / "model", self.nets.policy, params, self.tokenizer)
+        if self.config.ppo.save_value_model:
+            value = self.state.params["value"]
+            if self.config.ppo.shared_trunk:
+                value = self.nets.policy.model.with_score(self.state.params["policy"], value["score"])
+            save_model(directory / "value_model", self.nets.value, value, self.tokenizer)
+
+
+def run(config: PPORun, **overrides: Any) -> dict[str, Any]:
+    """Train as configured and write the run directory; returns its summary.
+
+    Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
+    (Python functions) and `policy_loss`.
+    """
+    check_output_dir(config.run)
+    ppo = PPO(config, **overrides)
+    total, size = config.ppo.iterations, config.data.batch_size
+    tokens = size * config.sampling.max_new_tokens
+    with jax.set_mesh(ppo.mesh):
+        params = ppo.state.params["policy"]
+        describe("ppo", ppo.mesh, ppo.nets.models.policy, params, iterations=total, new_tokens_per_iteration=tokens)
+        rates = learning_rates(ppo.programs.schedule, total)
+        out = Run("ppo", config, total=total, shown=("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s"))
+        before = kept = _evaluate(out, ppo, 0)
+        out.restart_clock()
+        for i in range(total):
+            metrics, host, table = ppo.iteration(i)
+            out.advance()
+            if (i + 1) % config.run.log_every == 0:
+                show = config.ppo.num_samples and (i + 1) % config.ppo.sample_every == 0
+                prompts = ppo.batches[i]["prompts"] if show else []
+                write = lambda fetched, i=i, prompts=prompts: out.samples(i + 1, ppo.table(fetched, prompts))  # noqa: E731
+                host["optim/lr"] = rates[i]
+                out.log(
+                    i + 1, metrics, host, tokens=tokens * config.run.log_every, table=table if show else None, on_table=write
+                )
+            if i + 1 == total or (config.run.eval_every and (i + 1) % config.run.eval_every == 0):
+                kept = _evaluate(out, ppo, i + 1) or kept
+                out.restart_clock()
+        ppo.save(out.dir, out.best_params(ppo.policy()))
+    return out.finish({"iterations": total, "before": before, "after": kept, "kl_coef": float(ppo.kl_coef)})
+
+
+def _evaluate(out: Run, ppo: PPO, step: int) -> dict[str, float]:
+    """Log an evaluation and its samples; returns it if its policy is the one to keep, else nothing."""
+    out.flush()
+    results, samples = ppo.evaluate()
+    out.write(step, results)
+    out.samples(step, samples)
+    return results if out.keep_if_best(step, results["eval/reward"], ppo.policy()) else {}

@@ -1,0 +1,171 @@
+"""Reward models from pairwise comparisons. Floor 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.config import RewardRun, bind
+from rlhf_jax.data.batches import Batches, collate_preference, eval_batches
+from rlhf_jax.data.examples import preference_examples
+from rlhf_jax.loop import fit, make_evaluate
+from rlhf_jax.models import Model
+from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.sharding import check_rows, make_mesh, put_batch
+from rlhf_jax.stage import (
+    Rows,
+    check_length,
+    check_vocabulary,
+    describe,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    make_examples,
+    save_model,
+)
+from rlhf_jax.state import create_state, make_optimizer, make_schedule
+from rlhf_jax.step import make_train_step
+from rlhf_jax.types import LossFn, Params
+
+
+def score_sequences(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    last: Int[Array, " B"],
+) -> Float[Array, " B"]:
+    """The reward of each sequence: the scalar head at index `last`, its last real token (the stop token if it has one)."""
+    hidden = model.apply(params, tokens, positions, segment_ids)
+    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    return model.scores(params["score"], at_last)[:, 0]
+
+
+def pair_scores(model: Model, params: Params, batch: Any) -> Float[Array, "B 2"]:
+    """Scores of (chosen, rejected), in one forward pass of 2B rows."""
+    flat = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "positions", "segment_ids", "last")}
+    return score_sequences(model, params, **flat).reshape(-1, 2)
+
+
+def objective(model: Model, loss: Callable[..., Any]) -> LossFn:
+    """loss(chosen, rejected, weights, margins, labels), each [B], over a batch of `collate_preference`."""
+
+    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        scores = pair_scores(model, params, batch)
+        return loss(scores[:, 0], scores[:, 1], batch["weights"], batch["margins"], batch["labels"])
+
+    return loss_fn
+
+
+def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Any]) -> np.ndarray:
+    """Scores [N, 2] of all pairs of `eval_batches`, fillers left out."""
+    forward = jax.jit(partial(pair_scores, model))
+    scores = [jax.device_get(forward(params, put_batch(mesh, batch)))[batch["weights"] > 0] for batch in batches]
+    return np.concatenate(scores)
+
+
+def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
+    """The head shifted (mean) and scaled (mean_std) so that `scores` would have mean 0 and standard deviation 1.
+
+    Ziegler et al. 2019, section 2.2: a gain and a bias, here folded into the linear head, so they are saved with it.
+    """
+    if how == "off":
+        return params
+    gain = 1.0 / max(float(scores.std()), 1e-6) if how == "mean_std" else 1.0
+    score = params["score"]
+    head = {"kernel": score["kernel"] * gain, "bias": (score["bias"] - float(scores.mean())) * gain}
+    return {**params, "score": head}
+
+
+def pair_accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Share of pairs [N, 2] whose higher score is the response that most raters chose; equal scores count half."""
+    agrees = np.sign(scores[:, 0] - scores[:, 1]) * np.where(labels >= 0.5, 1, -1)
+    return float(np.mean((agrees + 1) / 2))
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of a share of n independent trials (Wilson 1927)."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def run(
+    config: RewardRun, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: Callable[..., Any] | None = None
+) -> Any:
+    """Train as configured and write the run directory; returns its summary.
+
+    `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss.
+    """
+    check_output_dir(config.run)
+    key = jax.random.key(config.run.seed)
+    mesh = make_mesh(config.mesh)
+    check_rows(mesh, config.data.batch_size // config.reward.accumulate, "data.batch_size / reward.accumulate")
+    tokenizer = load_tokenizer(config.model)
+    build = partial(
+        preference_examples,
+        tokenizer=tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+    )
+    train, held_out = make_examples(build, *load_rows(config.data, rows, eval_rows, config.run.seed))
+    collate = partial(collate_preference, length=config.data.max_length, pad_id=tokenizer.pad_id)
+    size = config.data.batch_size
+    batches = Batches(train, batch_size=size, seed=config.run.seed, collate=collate)
+    in_order = partial(eval_batches, batch_size=size, collate=collate)
+    held_out_batches = in_order(held_out, limit=config.data.eval_batches)
+
+    with jax.set_mesh(mesh):
+        loaded = load_model(config.model, mesh, jax.random.fold_in(key, 0), head=config.reward.head_init)
+        model = loaded.model
+        check_vocabulary(model.arch, tokenizer, config.model.path or "model.arch")
+        check_length(model.arch, config.data.max_length, "data.max_length")
+        steps = config.reward.steps or config.reward.epochs * len(batches)
+        schedule = make_schedule(config.optim, steps)
+        tx = make_optimizer(config.optim, schedule)
+        tokens = 2 * size * config.data.max_length
+        describe("reward", mesh, model, loaded.params, steps=steps, tokens_per_step=tokens, pairs=len(train))
+        out = Run("reward", config, total=steps, shown=("loss/pairwise", "reward_model/accuracy", "eval/accuracy"))
+        loss_fn = objective(model, loss or bind(config.reward.loss, config.reward))
+        evaluate = make_evaluate(loss_fn, mesh, held_out_batches, key)
+        state = create_state(loaded.params, tx, mesh)
+        state = fit(
+            out,
+            make_train_step(loss_fn, tx, config.reward.accumulate, mesh=mesh, state=state),
+            state,
+            batches,
+            steps=steps,
+            mesh=mesh,
+            key=key,
+            schedule=schedule,
+            tokens_per_step=tokens,
+            evaluate=lambda step, params: evaluate(params),
+            better=lambda results: -results["eval/total"],
+        )
+        params = out.best_params(state.params)
+        scores = score_all(model, params, mesh, in_order(train, limit=-(-1024 // size)))
+        params = normalised(params, scores, config.reward.normalize)
+        save_model(out.dir / "model", loaded, params, tokenizer)
+        results = evaluate(params)
+        held_out_scores = score_all(model, params, mesh, held_out_batches)
+    labels = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in held_out_batches])
+    accuracy, pairs = pair_accuracy(held_out_scores, labels), len(labels)
+    return out.finish(
+        {
+            "steps": steps,
+            "accuracy": accuracy,
+            "accuracy_interval": wilson_interval(accuracy, pairs),
+            "n": pairs,
+            **results,
+        }
+    )

@@ -1,0 +1,123 @@
+"""The device mesh and one ordered table that says where every parameter lies. Floor 0."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.config import MeshConfig
+from rlhf_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+"""Batches: rows over both data axes."""
+
+RULES: tuple[tuple[str, P], ...] = (
+    # Stacked layers lead with L; the letters are those of models/decoder.py.
+    (r"layers/attn/qkv$", P(None, "fsdp", "tensor", None, None)),  # L D K G+2 N
+    (r"layers/attn/qkv_bias$", P(None, "tensor", None, None)),  # L K G+2 N
+    (r"layers/attn/out$", P(None, "tensor", None, None, "fsdp")),  # L K G N D
+    (r"layers/mlp/up$", P(None, "fsdp", None, "tensor")),  # L D M F
+    (r"layers/mlp/up_bias$", P(None, None, "tensor")),  # L M F
+    (r"layers/mlp/down$", P(None, "tensor", "fsdp")),  # L F D
+    (r"layers/(attn/out_bias|mlp/down_bias)$", P(None, None)),
+    (r"layers/(attn|mlp)_norm/(scale|bias)$", P(None, None)),
+    (r"embed/tokens$", P("tensor", "fsdp")),  # V D
+    (r"embed/positions$", P(None, "fsdp")),  # Pmax D
+    (r"head/kernel$", P("fsdp", "tensor")),  # D V
+    (r"final_norm/(scale|bias)$", P(None)),
+    (r"score/kernel$", P(None)),
+    (r"score/bias$", P()),
+)
+"""(path pattern, spec), first match wins; a parameter without a match is an error, never replicated by accident."""
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 for the rest.
+
+    Raises:
+        UserError: more than one -1, or the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    count = len(devices) if devices is not None else jax.device_count()
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one at most may be -1")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(count // known, 1)
+    if math.prod(sizes) != count:
+        raise UserError(
+            f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices; "
+            "change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(path: str, shape: tuple[int, ...]) -> P:
+    """The table's entry for a parameter. Scalars (counters, coefficients) are replicated."""
+    if not shape:
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return spec
+    raise UserError(f"parameter {path} with shape {shape} matches no sharding rule; add one to rlhf_jax.sharding.RULES")
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs: parameters, gradients, optimiser states.
+
+    Raises:
+        UserError: a leaf matches no rule, or a sharded dimension does not divide by its mesh axes.
+    """
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name, spec = _path_name(path), spec_of(_path_name(path), leaf.shape)
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+            if size % ways:
+                raise UserError(
+                    f"parameter {name} with shape {tuple(leaf.shape)}: dimension {size} does not divide by "
+                    f"{axes} = {ways}; choose another mesh"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, ROWS)
+
+
+def check_rows(mesh: Mesh, rows: int, what: str) -> None:
+    """Raise a UserError unless `rows`, called `what` in the config, divides over the data and fsdp axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise UserError(f"{what} {rows} is not divisible by data*fsdp = {ways}; set it to a multiple of {ways}")
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Host arrays onto the mesh, rows sharded; explicit, so a transfer guard lets it pass."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Pin the layout of an activation; nothing happens outside a `with jax.set_mesh(mesh)` block."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes))

@@ -1,0 +1,157 @@
+"""What every stage sets up: mesh, tokenizer, model, rows. Floor 2."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig
+from rlhf_jax.data.examples import Report, split_by_prompt
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model, hf
+from rlhf_jax.sharding import replicated, tree_shardings
+from rlhf_jax.types import Params
+
+Rows = str | Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its parameters on the mesh, and the config.json it came from."""
+
+    model: Model
+    params: Params
+    base_config: dict[str, Any] | None = None
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer that the config names, or the model directory's own."""
+    path = config.tokenizer or config.path
+    if not path:
+        raise UserError("model.tokenizer and model.path are both empty; give one of them")
+    return Tokenizer.load(path, eos_ids=tuple(config.eos_ids))
+
+
+def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
+    """Raise a UserError unless every id of the tokenizer has a row in the embedding."""
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise UserError(
+            f"{what}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {arch.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def check_length(arch: ArchConfig, length: int, what: str) -> None:
+    """Raise a UserError if sequences of `length` tokens, named by `what`, exceed the model's positions."""
+    if length > arch.max_positions:
+        raise UserError(f"{what} {length} is more than the model's {arch.max_positions} positions; lower it")
+
+
+def load_model(
+    config: ModelConfig,
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
+) -> Loaded:
+    """The model of a directory, or one with random weights in the shape config.arch, placed on the mesh.
+
+    `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
+
+    Raises:
+        UserError: neither path nor arch, or both; or whatever is wrong with the directory.
+    """
+    if bool(config.path) == (config.arch is not None):
+        raise UserError("give either model.path (a Hugging Face directory) or model.arch (a shape), not both or none")
+    if head == "trained" and not config.path:
+        raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
+    base = None
+    if config.path:
+        arch, base = hf.read_config(config.path)
+        params = hf.load_params(config.path, arch, score_head=head == "trained")
+    else:
+        arch = config.arch
+    model = Model.from_config(config, arch, score_head=head != "vocabulary")
+    if config.path and head in ("normal", "zeros"):
+        score = jax.jit(partial(model.init_score, zeros=head == "zeros"))(key)
+        params = model.with_score(params, score)
+    if config.path:
+        params = jax.device_put(params, tree_shardings(mesh, params))
+    else:
+        shapes = jax.eval_shape(model.init, key)
+        params = jax.jit(model.init, out_shardings=tree_shardings(mesh, shapes))(key)
+        if head == "zeros":
+            params = {**params, "score": jax.tree.map(lambda x: x * 0, params["score"])}
+    return Loaded(model, params, base)
+
+
+def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer) -> None:
+    """A Hugging Face directory with the tokenizer, written by process 0."""
+    host = jax.device_get(jax.device_put(params, replicated(jax.tree.leaves(params)[0].sharding.mesh)))
+    if jax.process_index() == 0:
+        hf.save_model(
+            path,
+            loaded.model.arch,
+            host,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            score_head=loaded.model.score_head,
+            base_config=loaded.base_config,
+        )
+        tokenizer.save(path)
+
+
+def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:
+    """Training and held-out rows, from the arguments where given, else from the paths of the config."""
+    if rows is None and not data.path:
+        raise UserError("data.path is empty; give a .jsonl, .jsonl.gz, .txt or .txt.gz file")
+    train = rows_from(data.path if rows is None else rows)
+    if eval_rows is None and not data.eval_path:
+        return split_by_prompt(train, data.eval_fraction, seed)
+    return train, rows_from(data.eval_path if eval_rows is None else eval_rows)
+
+
+def make_examples(
+    build: Callable[..., tuple[list[Any], Report]], train: list[Any], held_out: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Token examples of both splits; what was kept, dropped and cut is printed."""
+    examples, report = build(train)
+    print(f"training rows: {report}")
+    if not held_out:
+        return examples, []
+    eval_examples, report = build(held_out)
+    print(f"held-out rows: {report}")
+    return examples, eval_examples
+
+
+def count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def describe(stage: str, mesh: Mesh, model: Model, params: Params, **facts: Any) -> None:
+    """Print what is about to happen."""
+    if jax.process_index() != 0:
+        return
+    kind = jax.devices()[0].device_kind
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"{stage}: {mesh.size} device(s) ({kind}), mesh {axes}")
+    print(f"model: {count(params):,} parameters, {model.arch.num_layers} layers, computing in {model.compute_dtype.name}")
+    print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """A copy of a (nested, frozen) config; keys are dotted paths with __ for the dot: replace(cfg, run__seed=1)."""
+    for path, value in changes.items():
+        first, _, rest = path.partition("__")
+        config = dataclasses.replace(config, **{first: replace(getattr(config, first), **{rest: value}) if rest else value})
+    return config

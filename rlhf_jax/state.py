@@ -1,0 +1,118 @@
+"""What training carries from step to step, and the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax.config import OptimConfig
+from rlhf_jax.sharding import tree_shardings
+from rlhf_jax.types import Params
+
+Schedule = Callable[[Any], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Step, parameters and optimiser state; the optimiser, the model and the config are closed over.
+
+    Attributes:
+        step: int32[], optimiser steps taken, skipped ones included.
+        params: nested dict of float32 arrays.
+        opt_state: what the optax transformation keeps.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Params, tx: optax.GradientTransformation) -> TrainState:
+        """A state at step 0."""
+        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def create_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A sharded state at step 0; `params` are donated."""
+    create = partial(TrainState.create, tx=tx)
+    shardings = tree_shardings(mesh, jax.eval_shape(create, params))
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def make_schedule(config: OptimConfig, total: int) -> Schedule:
+    """Learning rate at a count in [0, total): linear warm-up from 0, then constant, linear or cosine decay."""
+    peak, end = config.learning_rate, config.learning_rate * config.end_fraction
+    decay_steps = max(total - config.warmup_steps, 1)
+    if config.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(peak, end, decay_steps)
+    else:
+        main = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.end_fraction)
+    if not config.warmup_steps:
+        return main
+    # The first step of the warm-up already moves: counts 0, 1, 2 of 4 give 1/4, 2/4, 3/4.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def learning_rates(schedule: Schedule, total: int) -> list[float]:
+    """The schedule at counts 0 .. total - 1 on the host, for logging without a transfer per step."""
+    return jax.device_get(jax.jit(jax.vmap(schedule))(jnp.arange(total))).tolist()
+
+
+def decay_mask(params: Params) -> Params:
+    """True for matrices; norms, biases and scalar heads are not decayed."""
+
+    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return not name.endswith("bias") and "_norm" not in name and "score" not in name
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with epsilon added to the uncorrected root, m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), as TensorFlow 1.
+
+    Kingma and Ba 2015, end of section 2 ("epsilon hat").
+    """
+    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = inner.update(updates, state, params)
+        count = state.count.astype(jnp.float32)
+        scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        return jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def scale_by_learning_rate_of_step(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiply by -schedule(step) with the `step` that the train step hands over.
+
+    A schedule that counts its own calls would lag after skipped updates and early-stopped epochs.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
+        rate = schedule(step)
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, Adam, decoupled weight decay of matrices, learning rate by step."""
+    adam = scale_by_adam_tf if config.eps_form == "tensorflow" else optax.scale_by_adam
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    return optax.chain(*parts, scale_by_learning_rate_of_step(schedule))

@@ -1,0 +1,87 @@
+"""One visible pure function per optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax.sharding import batch_sharding, replicated, tree_shardings
+from rlhf_jax.state import TrainState
+from rlhf_jax.tokens import to_microbatches
+from rlhf_jax.types import LossFn, Metrics
+
+Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+
+
+def add_metrics(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two microbatches of one batch: sums, and maxima for names that end in _max."""
+    return {name: (jnp.maximum if name.endswith("_max") else jnp.add)(a[name], b[name]) for name in a}
+
+
+def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num: int) -> tuple[Any, Metrics]:
+    """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights."""
+
+    def of(batch: Any, key: jax.Array) -> tuple[Any, Metrics]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        return grads, {"loss/total": loss, **metrics}
+
+    if num == 1:
+        return of(batch, key)
+
+    def add(total: Any, xs: Any) -> tuple[Any, None]:
+        grads, metrics = of(*xs)
+        return (jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], metrics)), None
+
+    inputs = (to_microbatches(batch, num), jax.random.split(key, num))
+    shapes = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, inputs)[0]
+
+
+def make_update(loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1) -> Step:
+    """The pure step (state, batch, key) -> (state, metrics), not yet compiled; scan it or jit it.
+
+    A step whose loss or gradient is not finite changes neither parameters nor optimiser state; it is counted in
+    `optim/skipped`.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+        grads, metrics = accumulated_grads(loss_fn, state.params, batch, key, accumulate)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        return state, {**metrics, "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
+
+    return update
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1, *, mesh: Mesh, state: TrainState
+) -> Step:
+    """The compiled step over `mesh`: state sharded by the rule table and donated, rows of the batch over data and fsdp.
+
+    `state` may hold arrays or ShapeDtypeStructs; only its shapes are read. Usage:
+
+        step = make_train_step(loss_fn, tx, mesh=mesh, state=state)
+        state, metrics = step(state, batch, jax.random.fold_in(key, i))
+    """
+    shardings = tree_shardings(mesh, state)
+    return jax.jit(
+        make_update(loss_fn, tx, accumulate),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )

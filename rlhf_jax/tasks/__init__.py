@@ -1,0 +1,55 @@
+"""Toys whose true ("gold") reward is known, for learning tests, notebooks and over-optimisation studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf_jax.errors import UserError
+
+
+def label_pairs(
+    prompts: Sequence[str],
+    responses_a: Sequence[str],
+    responses_b: Sequence[str],
+    scores_a: Sequence[float],
+    scores_b: Sequence[float],
+    seed: int,
+    noise: float,
+) -> list[dict[str, str]]:
+    """Preference rows from gold scores, as a rater gives them who errs on a share `noise` of the comparisons.
+
+    Ties in score and identical responses are skipped. Whether pair i is flipped depends on `seed` and i alone, so
+    that dropping other pairs does not change it.
+
+    Args:
+        prompts: N texts.
+        responses_a: N responses to them.
+        responses_b: N other responses to them.
+        scores_a: N gold scores of `responses_a`, larger is better.
+        scores_b: N gold scores of `responses_b`.
+        seed: of the rater's errors.
+        noise: probability in [0, 1] that a label is flipped.
+
+    Returns:
+        At most N rows {"prompt", "chosen", "rejected"}, in order.
+
+    Raises:
+        UserError: the five lists differ in length, or `noise` is no probability.
+    """
+    lengths = [len(column) for column in (prompts, responses_a, responses_b, scores_a, scores_b)]
+    if len(set(lengths)) > 1:
+        raise UserError(f"prompts, responses and scores have lengths {lengths}; give one of each per comparison")
+    if not 0 <= noise <= 1:
+        raise UserError(f"noise {noise} is not a probability; set it between 0 and 1")
+    flips = np.random.default_rng(seed).random(len(prompts)) < noise
+    rows = []
+    for prompt, a, b, score_a, score_b, flip in zip(
+        prompts, responses_a, responses_b, scores_a, scores_b, flips, strict=True
+    ):
+        if a == b or score_a == score_b:
+            continue
+        a_wins = (score_a > score_b) != flip
+        rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
+    return rows

@@ -1,0 +1,62 @@
+"""The signatures that the parts of the library agree on; documentation and type checking only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+Params = Any
+"""A nested dict of arrays."""
+
+Metrics = dict[str, Array]
+"""Scalars named group/name. Weighted means, so microbatches add them; names that end in _max take the maximum."""
+
+Batch = Any
+"""A pytree of arrays with rows on the leading axis."""
+
+LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
+"""(params, batch, key) -> (scalar, metrics), what `step.make_train_step` takes."""
+
+
+class PolicyLoss(Protocol):
+    """(logprobs, old_logprobs, advantages, weights), each float32[B, T], -> (scalar, metrics)."""
+
+    def __call__(
+        self,
+        logprobs: Float[Array, "B T"],
+        old_logprobs: Float[Array, "B T"],
+        advantages: Float[Array, "B T"],
+        weights: Float[Array, "B T"],
+    ) -> tuple[Float[Array, ""], Metrics]: ...
+
+
+class RewardFn(Protocol):
+    """A plain Python reward: one number per response; columns are the other fields of the prompts' rows."""
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses; everything stays on the devices.
+
+    Attributes:
+        prompt: int32[B, P], left-padded prompts.
+        prompt_mask: bool[B, P], true on prompt tokens.
+        tokens: int32[B, T], response tokens, the stop token included; off the mask they mean nothing.
+        mask: bool[B, T], true up to and including the stop token.
+        logprobs: float32[B, T], nats, of the law that the tokens were drawn from; 0 off the mask.
+        finished: bool[B], the row ended at a stop token (false: it was cut off by the length).
+    """
+
+    prompt: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    finished: Bool[Array, " B"]

@@ -1,0 +1,627 @@
+"""Laws of rlhf_jax.data that need no file from outside: rows, tokenising, examples, packing and batches."""
+
+import gzip
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import schemas, sources
+from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft, eval_batches
+from rlhf_jax.data.examples import (
+    pack,
+    preference_examples,
+    prompt_examples,
+    prompt_key,
+    sft_examples,
+    split_by_prompt,
+)
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+
+WORDS = [*"abcdefgh:", "Human", "Assistant", "System", "yes", "no"]
+CHATML = (
+    "{%- for m in messages %}{{ '<start> ' + m['role'] + ' ' + m['content'] + '<end>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start> assistant ' }}{%- endif %}"
+)
+USER = [{"role": "user", "content": "a b"}]
+LIMITS = {"max_prompt_length": 8, "max_length": 16, "too_long": "drop"}
+
+
+def tiny(template=None, add_bos=False, **special):
+    """A word-level Hugging Face tokenizer; eos is id 0, and pad is eos as in GPT-2."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<eos>", "<bos>", "<start>", "<end>", "<unk>"]
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(specials + WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if add_bos:
+        ids = [("<bos>", 1), ("<eos>", 0)]
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
+    names = {"eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>", "pad_token": "<eos>", **special}
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=["<start>", "<end>"], **names)
+    hf.chat_template = template
+    return hf
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(tiny())
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Tokenizer(tiny(CHATML))
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def numbered(count):
+    """Examples whose first token is their index, so that a batch shows which rows it holds."""
+    return [
+        {"tokens": np.arange(i, i + 2 + i % 3, dtype=np.int32), "loss_mask": np.arange(2 + i % 3) > 0}
+        for i in range(count)
+    ]
+
+
+SFT_COLLATE = partial(collate_sft, length=6, reduction="token")
+
+
+# --- sources
+
+
+def test_rows_know_their_line_in_every_format(tmp_path):
+    lines = '{"a": 1}\n\n{"a": "x\u2028y"}\n'.encode()
+    (tmp_path / "r.jsonl").write_bytes(lines)
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "r.txt").write_text("one\ntwo\n<|endoftext|>\n\n<|endoftext|>\nthree <|endoftext|>\n")
+    for name in ("r.jsonl", "r.jsonl.gz"):
+        path = str(tmp_path / name)
+        assert sources.read_rows(path) == [
+            {"a": 1, "_where": f"{path}:1"},
+            {"a": "x\u2028y", "_where": f"{path}:3"},
+        ]
+    path = str(tmp_path / "r.txt")
+    assert sources.read_rows(path) == [
+        {"text": "one\ntwo", "_where": f"{path}:1"},
+        {"text": "three <|endoftext|>", "_where": f"{path}:6"},
+    ]
+
+
+def test_rows_from_copies_the_callers_dicts():
+    mine = [{"prompt": "a"}, {"prompt": "b"}]
+    rows = sources.rows_from(mine)
+    rows[0]["prompt"] = "changed"
+    assert mine == [{"prompt": "a"}, {"prompt": "b"}]
+    assert rows[1] == {"prompt": "b", "_where": "row 1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("empty.jsonl", b"", "the file is empty"),
+        ("blank.txt", b" \n\n", "the file is empty"),
+        ("rows.json", b"{}", "unknown extension; known are .jsonl, .jsonl.gz, .txt, .txt.gz"),
+        ("bad.jsonl", b'{"a": 1}\n{"a": \n', "bad.jsonl:2: not JSON"),
+        ("array.jsonl", b"[1]\n", "array.jsonl:1: a JSON list, not an object"),
+        ("latin.txt", "ok\ncafé".encode("latin-1"), "latin.txt:2: not UTF-8"),
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-12], "broken gzip after line"),
+        ("plain.txt.gz", b"not gzip", "broken gzip after line 0"),
+    ],
+)
+def test_unreadable_files_say_what_and_where(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+        sources.read_rows(str(tmp_path / name))
+    assert expected in str(caught.value)
+
+
+def test_missing_files_name_the_nearest(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    for path, expected in [
+        (tmp_path / "trian.jsonl", "did you mean .*/train.jsonl"),
+        (tmp_path / "zzz.txt", "no file of a similar name"),
+        (tmp_path / "no" / "x.txt", "no directory"),
+        (tmp_path, "a directory, not a file"),
+        ("", "set data.path"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            sources.read_rows(str(path))
+    wrong = [([], "empty"), (["a"], "row 0: a str"), ({"prompt": "a"}, "not from a dict"), (7, "not from a int")]
+    for source, expected in wrong:
+        with pytest.raises(UserError, match=expected):
+            sources.rows_from(source)
+
+
+# --- schemas
+
+
+def test_every_form_of_an_sft_row_becomes_the_same():
+    answer = [{"role": "assistant", "content": "yes"}]
+    wanted = {"prompt": USER, "response": answer, "_where": "f:1"}
+    for row in [
+        {"prompt": USER, "response": "yes"},
+        {"prompt": USER, "response": answer},
+        {"prompt": USER, "completion": answer},
+        {"messages": USER + answer},
+    ]:
+        assert schemas.sft_row({**row, "_where": "f:1"}) == wanted
+    transcript = {"prompt": "\n\nHuman: a\n\nAssistant:", "response": answer}
+    assert schemas.sft_row(transcript)["response"] == " yes"
+    assert schemas.sft_row({"prompt": "a", "response": answer})["response"] == "yes"
+
+
+def test_votes_become_a_soft_label():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert schemas.preference_row(row)["label"] == 1.0
+    assert schemas.preference_row({**row, "votes": [2, 1, 0]})["label"] == pytest.approx(2 / 3)
+    assert schemas.preference_row({**row, "votes": [1, 1, 1]})["label"] == pytest.approx(0.5)
+    assert schemas.preference_row({**row, "margin": 2})["margin"] == 2.0
+
+
+def test_raw_hh_transcripts_and_message_lists_split_at_the_last_turn():
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = schemas.preference_row({"chosen": start + " yes", "rejected": start + " no"})
+    assert schemas.transcript(row["prompt"]) + "\n\nAssistant:" == start
+    assert (row["chosen"], row["rejected"]) == ([turn("assistant", "yes")], [turn("assistant", "no")])
+    lists = {"chosen": USER + row["chosen"], "rejected": USER + row["rejected"]}
+    assert schemas.preference_row(lists)["prompt"] == USER
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("sft", {"prompt": "a", "response": None}, "with a null response"),
+        ("sft", {"prompt": "a", "response": " \n"}, "with an empty turn"),
+        ("sft", {"prompt": "", "response": "b"}, "with an empty prompt"),
+        ("sft", {"messages": [turn("user", "a"), turn("assistant", None)]}, "with a null response"),
+        ("sft", {"prompt": [turn("user", "")], "response": "b"}, "with an empty turn"),
+        ("preference", {"prompt": "a", "chosen": None, "rejected": "b"}, "with a null response"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": ""}, "with an empty turn"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b "}, "with chosen equal to rejected"),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "whose two prompts differ",
+        ),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: d"},
+            "with an empty turn",
+        ),
+        (
+            "preference",
+            {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: d"},
+            "that end in no assistant turn",
+        ),
+        ("prompt", {"prompt": []}, "with an empty prompt"),
+        ("text", {"text": "\n"}, "with an empty text"),
+    ],
+)
+def test_rows_with_nothing_to_learn_are_drops_with_a_reason(kind, row, reason):
+    with pytest.raises(schemas.DroppedRow, match="^f:7: ") as caught:
+        getattr(schemas, f"{kind}_row")({**row, "_where": "f:7"})
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("sft", {"prompt": "a", "answer": "b"}, r'no field "response" \(found: prompt, answer\); an sft row is'),
+        ("sft", {"prompt": 3, "response": "b"}, '"prompt" is a int; give a string or a list'),
+        ("sft", {"prompt": None, "response": "b"}, '"prompt" is null; give a string'),
+        ("sft", {"prompt": [turn("bot", "a")], "response": "b"}, "message 0 has role 'bot'; use one of system, user"),
+        ("sft", {"prompt": [turn("user", 1)], "response": "b"}, "message 0 has content a int; give a string"),
+        ("sft", {"prompt": [turn("assistant", "a")], "response": "b"}, "ends in an assistant turn; move"),
+        ("sft", {"prompt": "a", "response": [turn("user", "b")]}, "must be one assistant message; put"),
+        ("sft", {"messages": USER}, "end in an assistant turn; add"),
+        ("preference", {"prompt": "a", "chosen": "b"}, 'no field "rejected"'),
+        ("preference", {"chosen": "b", "rejected": "c"}, 'no "prompt", and "chosen" is not .* add the field'),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1, 2]}, "give three counts"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [0, 0, 0]}, "all zero; leave"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "'x'; give a finite number"),
+        ("prompt", {"question": "a"}, 'no field "prompt"'),
+        ("text", {"text": 1}, '"text" is a int; give a string'),
+    ],
+)
+def test_wrong_rows_say_where_what_and_the_cure(kind, row, expected):
+    with pytest.raises(UserError, match=f"^f:7: .*{expected}") as caught:
+        getattr(schemas, f"{kind}_row")({**row, "_where": "f:7"})
+    assert not isinstance(caught.value, schemas.DroppedRow)
+
+
+# --- tokenizer
+
+
+def test_response_ends_in_the_stop_id_and_prompt_does_not():
+    with_bos = Tokenizer(tiny(add_bos=True))
+    a, b = with_bos.encode_prompt("a b")[1:]
+    assert with_bos.encode_prompt("a b") == [1, a, b]
+    assert with_bos.encode_prompt("<bos> a b") == [1, a, b]  # not twice
+    assert with_bos.encode_response("a b") == [a, b, 0]
+    assert with_bos.decode([1, a, b, 0]) == "a b"
+
+
+def test_chat_template_decides_the_closing_id(chat, tokenizer):
+    assert chat.eos_ids == (0, 3)
+    assert chat.end_id == 3
+    answer = [turn("assistant", "yes")]
+    rendered = chat.hf.apply_chat_template(USER + answer, tokenize=False)
+    assert chat.encode_prompt(USER) + chat.encode_response(answer) == chat.hf(rendered)["input_ids"]
+    assert chat.encode_response("yes")[-1] == 0
+    assert chat.prompt_text(USER) == "<start> user a b<end><start> assistant "
+    assert tokenizer.prompt_text(USER) == "\n\nHuman: a b\n\nAssistant:"
+    assert tokenizer.end_id == 0
+    assert Tokenizer(tiny(CHATML), eos_ids=[2]).end_id == 2  # explicit ids win
+
+
+def test_stop_ids_come_from_the_directory_in_order(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    assert Tokenizer.load(str(tmp_path)).eos_ids == (0,)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert Tokenizer.load(str(tmp_path)).eos_ids == (3,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
+    assert Tokenizer.load(str(tmp_path)).eos_ids == (2, 3)
+    assert Tokenizer.load(str(tmp_path), eos_ids=[1]).eos_ids == (1,)
+
+
+def test_a_saved_tokenizer_loads_the_same(tmp_path, chat):
+    chat.save(str(tmp_path))
+    again = Tokenizer.load(str(tmp_path))
+    assert (again.vocab_size, again.eos_ids, again.pad_id) == (chat.vocab_size, chat.eos_ids, chat.pad_id)
+    assert again.encode_prompt(USER) == chat.encode_prompt(USER)
+
+
+def test_decode_batch_keeps_what_the_mask_keeps(tokenizer):
+    ids = np.array([[*tokenizer.encode_response("a b"), 5], [6, 7, 8, 9]])
+    mask = np.array([[True, True, True, False], [False, True, True, True]])
+    assert tokenizer.decode_batch(ids, mask) == ["a b", "c d e"]
+
+
+def test_tokenizer_errors(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="no such directory"):
+        Tokenizer.load(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="unusable tokenizer"):
+        Tokenizer.load(str(tmp_path))
+    with pytest.raises(UserError, match="outside the vocabulary of 19"):
+        Tokenizer(tiny(), eos_ids=[19])
+    with pytest.raises(UserError, match="set model.eos_ids"):
+        Tokenizer(tiny(eos_token=None, pad_token=None))
+    with pytest.raises(UserError, match="lone surrogates"):
+        tokenizer.encode_prompt("a\ud83d")
+    strict = Tokenizer(tiny("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(UserError, match=r"row 0: the chat template refuses .*roles must alternate"):
+        sft_examples(sources.rows_from([{"prompt": USER, "response": "a"}]), strict, **LIMITS, loss_on="response")
+
+
+# --- examples
+
+
+def test_loss_is_on_the_response_and_its_stop_id_only(tokenizer):
+    rows = sources.rows_from([{"prompt": "a b", "response": "c"}, {"prompt": "a", "response": "c d"}])
+    for row, example in zip(rows, sft_examples(rows, tokenizer, **LIMITS, loss_on="response")[0], strict=True):
+        batch = collate_sft([example], length=16, reduction="token", pad_id=tokenizer.pad_id)
+        targets = batch["tokens"][batch["weights"] > 0].tolist()
+        assert targets == tokenizer.encode_response(row["response"])
+        assert targets[-1] == tokenizer.eos_ids[0] == tokenizer.pad_id
+    first = sft_examples(rows, tokenizer, **LIMITS, loss_on="all")[0][0]
+    assert first["loss_mask"].tolist() == [False, True, True, True]
+
+
+def test_long_documents_become_consecutive_windows(tokenizer):
+    text = "a b c d e f g"
+    limits = {"max_prompt_length": 8, "max_length": 3, "too_long": "drop"}
+    examples, report = sft_examples(sources.rows_from([{"text": text}]), tokenizer, **limits, loss_on="all")
+    joined = np.concatenate([example["tokens"] for example in examples])
+    assert joined.tolist() == [*tokenizer.encode_prompt(text), tokenizer.eos_ids[0]]
+    assert [len(example["tokens"]) for example in examples] == [3, 3, 2]
+    assert not any(example["loss_mask"][0] for example in examples)
+    assert report.kept == 1
+
+
+def test_too_long_rows_are_dropped_cut_or_refused(tokenizer):
+    rows = sources.rows_from([{"prompt": "a b c d", "response": "e f g"}, {"prompt": "a", "response": "b"}])
+    make = partial(sft_examples, rows, tokenizer, loss_on="response")
+    _, report = make(max_prompt_length=3, max_length=9, too_long="drop")
+    assert str(report) == "kept 1 of 2 rows; dropped 1 with a prompt over 3 tokens; truncated 0"
+    _, report = make(max_prompt_length=4, max_length=7, too_long="drop")
+    assert report.dropped == {"longer than 7 tokens": 1}
+    examples, report = make(max_prompt_length=2, max_length=4, too_long="truncate")
+    assert tokenizer.decode(examples[0]["tokens"]) == "c d e f"  # the prompt's end, the response's start, no stop id
+    assert examples[0]["tokens"][-1] != tokenizer.eos_ids[0]
+    assert (report.kept, report.truncated) == (2, 1)
+    with pytest.raises(UserError, match=r"row 0: a prompt of 4 tokens is over data.max_prompt_length = 3; raise it"):
+        make(max_prompt_length=3, max_length=9, too_long="error")
+    with pytest.raises(UserError, match=r"row 0: 8 tokens is over data.max_length = 7"):
+        make(max_prompt_length=4, max_length=7, too_long="error")
+    with pytest.raises(UserError, match="max_prompt_length 7 must be below max_length 7"):
+        make(max_prompt_length=7, max_length=7, too_long="drop")
+    with pytest.raises(UserError, match="no row is left: kept 0 of 2 rows; dropped 2 longer than 2 tokens"):
+        sft_examples(rows[1:] * 2, tokenizer, max_prompt_length=1, max_length=2, too_long="drop", loss_on="all")
+    with pytest.raises(UserError, match="too_long 'cut' is unknown"):
+        make(max_prompt_length=3, max_length=9, too_long="cut")
+
+
+def test_a_cut_prompt_keeps_its_bos():
+    with_bos = Tokenizer(tiny(add_bos=True))
+    rows = sources.rows_from([{"prompt": "a b c d"}])
+    [example], _ = prompt_examples(rows, with_bos, max_prompt_length=3, too_long="truncate")
+    assert example["tokens"].tolist() == [1, *with_bos.encode_prompt("c d")[1:]]
+
+
+def test_preferences_count_drops_and_stop_at_wrong_rows(tokenizer):
+    rows = sources.rows_from(
+        [
+            {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1, 2, 0], "margin": 0.5},
+            {"prompt": "a", "chosen": "b", "rejected": None},
+            {"prompt": "a", "chosen": "b", "rejected": ""},
+            {"prompt": "a", "chosen": "b c d e", "rejected": "b c d f"},
+        ]
+    )
+    make = partial(preference_examples, tokenizer=tokenizer, max_prompt_length=2, max_length=4, too_long="truncate")
+    [example], report = make(rows)
+    assert example["chosen"].tolist() == tokenizer.encode_prompt("a") + tokenizer.encode_response("b")
+    assert (example["label"], example["margin"], example["prompt_key"]) == (pytest.approx(1 / 3), 0.5, "a")
+    assert report.dropped == {
+        "with a null response": 1,
+        "with an empty turn": 1,
+        "with chosen equal to rejected": 1,  # once cut to four tokens
+    }
+    with pytest.raises(UserError, match='row 1: no field "chosen"'):
+        make(sources.rows_from([{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a"}]))
+
+
+def test_prompts_keep_their_columns(chat):
+    rows = sources.rows_from([{"prompt": USER, "answer": "7", "id": 1}])
+    [example], _ = prompt_examples(rows, chat, max_prompt_length=8, too_long="drop")
+    assert example["columns"] == {"answer": "7", "id": 1}
+    assert example["prompt"] == chat.prompt_text(USER)
+    assert example["tokens"].tolist() == chat.encode_prompt(USER)
+
+
+def test_split_by_prompt_leaks_no_prompt_and_is_stable():
+    rows = sources.rows_from([{"prompt": f"p{i % 40}", "response": str(i)} for i in range(200)])
+    train, held_out = split_by_prompt(rows, 0.25, seed=3)
+    assert {prompt_key(r) for r in train}.isdisjoint(prompt_key(r) for r in held_out)
+    assert len(train) + len(held_out) == 200
+    assert 0 < len(held_out) < 100
+    assert split_by_prompt(rows, 0.25, seed=3) == (train, held_out)
+    assert split_by_prompt(rows, 0.25, seed=4) != (train, held_out)
+    fewer = split_by_prompt(rows[:100], 0.25, seed=3)[1]
+    assert fewer == [row for row in held_out if row in rows[:100]]
+    assert split_by_prompt(rows, 0, seed=3) == (rows, [])
+
+
+def test_split_gives_one_prompt_one_key_in_every_kind_of_row():
+    hh = {"chosen": "\n\nHuman: a b\n\nAssistant: yes", "rejected": "\n\nHuman: a b\n\nAssistant: no"}
+    messages = {"messages": [*USER, turn("assistant", "yes")]}
+    assert prompt_key(hh) == prompt_key(messages) == prompt_key({"prompt": USER})
+    assert isinstance(prompt_key({"nonsense": object()}), str)
+
+
+def test_split_cuts_a_single_document_at_a_line_break():
+    [row] = sources.rows_from([{"text": "".join(f"line {i}\n" for i in range(100))}])
+    [train], [held_out] = split_by_prompt([row], 0.1, seed=0)
+    assert train["text"] + held_out["text"] == row["text"]
+    assert held_out["text"].startswith("line ")
+    assert 0.05 < len(held_out["text"]) / len(row["text"]) < 0.15
+
+
+def test_split_errors_name_the_empty_side():
+    rows = sources.rows_from([{"prompt": "same"}] * 4)
+    for fraction, side in [(1e-9, "held-out"), (1 - 1e-9, "training")]:
+        with pytest.raises(UserError, match=f"of 4 rows leaves no {side} rows"):
+            split_by_prompt(rows, fraction, seed=0)
+    with pytest.raises(UserError, match="below 1"):
+        split_by_prompt(rows, 1.0, seed=0)
+
+
+# --- packing
+
+
+def test_packing_keeps_every_token_and_restarts_positions():
+    examples = numbered(500)
+    packed = pack(examples, 7)
+    restored = []
+    for row in packed:
+        assert len(row["tokens"]) <= 7
+        for segment in range(1, row["segment_ids"].max() + 1):
+            inside = row["segment_ids"] == segment
+            assert row["positions"][inside].tolist() == list(range(inside.sum()))
+            restored.append((row["tokens"][inside].tolist(), row["loss_mask"][inside].tolist()))
+    wanted = [(example["tokens"].tolist(), example["loss_mask"].tolist()) for example in examples]
+    assert sorted(restored) == sorted(wanted)
+    assert sum(len(row["tokens"]) for row in packed) / (7 * len(packed)) > 0.95
+    with pytest.raises(UserError, match="4 tokens does not fit into 3"):
+        pack(examples, 3)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_packing_changes_no_weight(reduction):
+    examples = numbered(9)
+    plain = collate_sft(examples, length=6, reduction=reduction)
+    packed = collate_sft(pack(examples, 6), length=6, reduction=reduction)
+    for example in examples:
+        starts = (packed["positions"] == 0) & (packed["segment_ids"] > 0)
+        row, start = np.argwhere(starts & (packed["tokens"] == example["tokens"][0]))[0]
+        segment = packed["segment_ids"][row] == packed["segment_ids"][row, start]
+        got = packed["weights"][row][segment]
+        wanted = plain["weights"][int(example["tokens"][0])][: len(got)]
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+# --- collates
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_sft_weights_sum_to_one_by_the_reduction(reduction):
+    examples = numbered(5)
+    batch = collate_sft(examples, length=8, reduction=reduction)
+    assert batch["weights"].dtype == np.float32
+    assert batch["weights"].sum() == pytest.approx(1)
+    targets = [example["loss_mask"].sum() for example in examples]
+    each = [1 / sum(targets)] * 5 if reduction == "token" else [1 / (5 * n) for n in targets]
+    for row, (example, weight) in enumerate(zip(examples, each, strict=True)):
+        n = len(example["tokens"])
+        np.testing.assert_allclose(batch["weights"][row, :n], weight * example["loss_mask"], rtol=1e-6)
+        assert not batch["weights"][row, n:].any()
+
+
+def test_masks_are_never_inferred_from_ids():
+    """With every token equal to the pad id, masks still tell real tokens from padding."""
+    tokens = np.zeros(3, np.int32)
+    sft = collate_sft([{"tokens": tokens, "loss_mask": np.array([False, True, True])}], length=5, reduction="token")
+    assert sft["segment_ids"].tolist() == [[1, 1, 1, 0, 0]]
+    assert sft["positions"].tolist() == [[0, 1, 2, 0, 0]]
+    assert (sft["weights"] > 0).tolist() == [[False, True, True, False, False]]
+    pair = {"chosen": tokens, "rejected": tokens[:2], "label": 1.0, "margin": 0.0}
+    preference = collate_preference([pair], length=4)
+    assert preference["segment_ids"].tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0]]]
+    assert preference["last"].tolist() == [[2, 1]]
+    prompts = collate_prompts([{"tokens": tokens[:2], "prompt": "", "columns": {}}], buckets=[4])
+    assert prompts["mask"].tolist() == [[False, False, True, True]]
+
+
+def test_padding_takes_the_pad_id():
+    pair = {"chosen": np.array([1, 2]), "rejected": np.array([3]), "label": 0.5, "margin": 2.0}
+    batch = collate_preference([pair, pair], length=3, pad_id=9)
+    assert batch["tokens"][0].tolist() == [[1, 2, 9], [3, 9, 9]]
+    assert {name: array.shape for name, array in batch.items()} == {
+        "tokens": (2, 2, 3), "segment_ids": (2, 2, 3), "positions": (2, 2, 3), "last": (2, 2),
+        "weights": (2,), "labels": (2,), "margins": (2,),
+    }  # fmt: skip
+    assert batch["weights"].sum() == 1
+    assert (batch["labels"][0], batch["margins"][0]) == (0.5, 2.0)
+    with pytest.raises(UserError, match="2 tokens does not fit into 1"):
+        collate_preference([pair], length=1)
+    with pytest.raises(UserError, match="reduction 'mean' is unknown"):
+        collate_sft(numbered(2), length=4, reduction="mean")
+
+
+def prompt_example(size, **columns):
+    return {"tokens": np.arange(1, size + 1, dtype=np.int32), "prompt": "p" * size, "columns": columns}
+
+
+def test_prompts_pad_left_to_the_smallest_bucket():
+    batch = collate_prompts([prompt_example(2, a=1, b=2), prompt_example(3, a=3)], buckets=[2, 4, 8], pad_id=7)
+    assert batch["tokens"].tolist() == [[7, 7, 1, 2], [7, 1, 2, 3]]
+    assert batch["prompts"] == ["pp", "ppp"]
+    assert batch["columns"] == {"a": [1, 3]}
+    with pytest.raises(UserError, match=r"a prompt of 9 tokens fits no bucket of \[2, 4, 8\]"):
+        collate_prompts([prompt_example(9)], buckets=[2, 4, 8])
+
+
+# --- batches
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    make = partial(Batches, numbered(11), batch_size=4, collate=SFT_COLLATE)
+    batches, again = make(seed=1), make(seed=1)
+    assert len(batches) == 2
+    for step in (5, 0, 3, 1000):  # asked for in any order, from a fresh object
+        for name, array in batches[step].items():
+            np.testing.assert_array_equal(array, again[step][name])
+    assert any((make(seed=2)[step]["tokens"] != batches[step]["tokens"]).any() for step in range(2))
+
+
+def order_of(batches, epoch):
+    steps = range(epoch * len(batches), (epoch + 1) * len(batches))
+    return [int(i) for step in steps for i in batches[step]["tokens"][:, 0]]
+
+
+def test_every_epoch_sees_each_row_once_in_a_fresh_order():
+    batches = Batches(numbered(12), batch_size=4, seed=0, collate=SFT_COLLATE)
+    orders = [order_of(batches, epoch) for epoch in range(4)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    ragged = Batches(numbered(14), batch_size=4, seed=0, collate=SFT_COLLATE)
+    left = [set(range(14)) - set(order_of(ragged, epoch)) for epoch in range(4)]
+    assert all(len(rows) == 2 for rows in left)
+    assert len({frozenset(rows) for rows in left}) > 1  # not always the same rows are left out
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_hosts_together_hold_the_global_batch(count):
+    make = partial(Batches, numbered(19), batch_size=8, seed=5, collate=SFT_COLLATE)
+    for step in range(5):
+        whole = make()[step]
+        parts = [make(process_index=p, process_count=count)[step] for p in range(count)]
+        for p, part in enumerate(parts):
+            for name in whole:
+                np.testing.assert_array_equal(part[name], whole[name][p::count])
+        assert sum(part["weights"].sum() for part in parts) == pytest.approx(1)
+
+
+def test_hosts_share_a_bucket_and_split_the_columns():
+    examples = [prompt_example(size, row=size) for size in range(1, 9)]
+    collate = partial(collate_prompts, buckets=[2, 4, 8])
+    for step in range(6):
+        parts = [
+            Batches(examples, batch_size=4, seed=0, collate=collate, process_index=p, process_count=4)[step]
+            for p in range(4)
+        ]
+        assert len({part["tokens"].shape for part in parts}) == 1
+        for part in parts:
+            assert part["columns"]["row"] == [len(part["prompts"][0])] == [part["mask"].sum()]
+
+
+def test_batches_say_which_sizes_do_not_fit():
+    make = partial(Batches, numbered(5), seed=0, collate=SFT_COLLATE)
+    with pytest.raises(UserError, match="5 examples do not fill one batch of 8; set data.batch_size to at most 5"):
+        make(batch_size=8)
+    with pytest.raises(UserError, match="batch_size 3 is not a positive multiple of the 2 processes"):
+        make(batch_size=3, process_count=2)
+    with pytest.raises(UserError, match="seed -1 is outside"):
+        Batches(numbered(5), seed=-1, collate=SFT_COLLATE, batch_size=1)
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(make(batch_size=1))
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_eval_weights_sum_to_one_over_all_batches(reduction):
+    examples = numbered(10)
+    collate = partial(collate_sft, length=6, reduction=reduction)
+    batches = eval_batches(examples, batch_size=4, collate=collate)
+    assert [len(batch["tokens"]) for batch in batches] == [4, 4, 4]
+    got = np.concatenate([batch["weights"] for batch in batches])
+    np.testing.assert_allclose(got[:10], collate(examples)["weights"], rtol=1e-6)
+    assert not got[10:].any()
+    assert np.concatenate([batch["tokens"] for batch in batches])[:10, 0].tolist() == list(range(10))
+    limited = eval_batches(examples, batch_size=4, collate=collate, limit=2)
+    assert len(limited) == 2
+    assert sum(batch["weights"].sum() for batch in limited) == pytest.approx(1)
+    assert len(eval_batches(examples, batch_size=4, collate=collate, limit=9)) == 3
+
+
+def test_eval_prompts_say_which_rows_are_real():
+    examples = [prompt_example(size, row=size) for size in (1, 2, 3)]
+    batches = eval_batches(examples, batch_size=2, collate=partial(collate_prompts, buckets=[4]))
+    assert [batch["valid"].tolist() for batch in batches] == [[True, True], [True, False]]
+    assert batches[1]["columns"] == {"row": [3, 3]}
+
+
+def test_eval_hosts_together_hold_every_batch():
+    make = partial(eval_batches, numbered(10), batch_size=4, collate=SFT_COLLATE)
+    parts = [make(process_index=p, process_count=2) for p in range(2)]
+    for whole, first, second in zip(make(), *parts, strict=True):
+        np.testing.assert_array_equal(whole["tokens"][0::2], first["tokens"])
+        np.testing.assert_array_equal(whole["tokens"][1::2], second["tokens"])
+    with pytest.raises(UserError, match="no examples to evaluate on"):
+        eval_batches([], batch_size=4, collate=SFT_COLLATE)
+
+
+def test_importing_the_data_package_imports_no_heavy_library():
+    import subprocess
+    import sys
+
+    code = "import sys, rlhf_jax.data.batches; print({'jax', 'grain', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,194 @@
+"""Laws of rlhf_jax.data on real rows and real tokenizers; skipped where ../shared/data is absent."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import schemas, sources
+from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft
+from rlhf_jax.data.examples import (
+    pack,
+    preference_examples,
+    prompt_examples,
+    prompt_key,
+    sft_examples,
+    split_by_prompt,
+)
+from rlhf_jax.data.tokenizer import Tokenizer
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
+
+NAMES = {"gpt2": "tokenizers/gpt2", "bpe4k": "tokenizers/rlhf-tiny-bpe4k", "stories": "models/stories260K-hf"}
+LOOSE = {"max_prompt_length": 4096, "max_length": 8192, "too_long": "error"}
+
+
+def rows(name):
+    return sources.read_rows(str(DATA / "rows" / f"{name}.jsonl.gz"))
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {name: Tokenizer.load(str(DATA / path)) for name, path in NAMES.items()}
+
+
+def test_ids_that_the_real_tokenizers_declare(tokenizers):
+    found = {name: (t.vocab_size, t.eos_ids, t.end_id, t.pad_id) for name, t in tokenizers.items()}
+    assert found == {
+        "gpt2": (50257, (50256,), 50256, 50256),  # pad is eos
+        "bpe4k": (4096, (4,), 4, 0),
+        "stories": (512, (2,), 2, 0),
+    }
+
+
+def test_prompt_and_response_join_to_what_the_chat_template_renders(tokenizers):
+    bpe = tokenizers["bpe4k"]
+    for row in map(schemas.sft_row, rows("gsm8k_test.sft")[:50]):
+        joined = bpe.encode_prompt(row["prompt"]) + bpe.encode_response(row["response"])
+        rendered = bpe.hf.apply_chat_template(row["prompt"] + row["response"], tokenize=False)
+        assert joined == bpe.hf(rendered.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_messages_come_back_as_text(tokenizers, name):
+    tokenizer = tokenizers[name]
+    row = schemas.sft_row(rows("gsm8k_test.sft")[0])
+    ids = tokenizer.encode_prompt(row["prompt"])
+    assert ids.count(1) == (1 if name == "stories" else 0)  # bos where the tokenizer adds one, once
+    text = tokenizer.decode(ids + tokenizer.encode_response(row["response"]))
+    assert row["prompt"][0]["content"] in text
+    assert row["response"][0]["content"] in text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "stories"])
+def test_an_answer_joins_its_prompt_as_in_the_whole_transcript(tokenizers, name):
+    """GPT-2 needs the space after "Assistant:" in the answer; Llama's vocabulary puts it there by itself."""
+    tokenizer = tokenizers[name]
+    row = schemas.sft_row(rows("self_instruct_human.sft")[0])
+    joined = tokenizer.encode_prompt(row["prompt"]) + tokenizer.encode_response(row["response"])
+    whole = schemas.transcript(row["prompt"] + row["response"])
+    assert tokenizer.hf(whole)["input_ids"] == joined[:-1]
+
+
+def test_a_space_that_the_template_puts_before_an_answer_belongs_to_it():
+    hf = Tokenizer.load(str(DATA / NAMES["bpe4k"])).hf
+    hf.chat_template = (
+        "{%- for m in messages %}{%- if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{%- else %}{{ ' ' + m['content'] + ' <|eos|>' }}{%- endif %}{%- endfor %}"
+    )
+    tokenizer = Tokenizer(hf)
+    assert tokenizer.eos_ids == (4, 2)  # the tokenizer's own and the template's
+    assert tokenizer.encode_response([{"role": "assistant", "content": "yes"}]) == [*hf(" yes")["input_ids"], 2]
+
+
+def test_eos_has_weight_where_pad_is_eos(tokenizers):
+    gpt2 = tokenizers["gpt2"]
+    examples, report = sft_examples(rows("self_instruct_human.sft"), gpt2, **LOOSE, loss_on="response")
+    short = [example for example in examples if len(example["tokens"]) <= 128][:32]
+    batch = collate_sft(short, length=128, reduction="token", pad_id=gpt2.pad_id)
+    eos = (batch["tokens"] == gpt2.eos_ids[0]) & (batch["segment_ids"] > 0)
+    assert (eos.sum(axis=1) == 1).all()
+    assert (batch["weights"][eos] > 0).all()
+    assert not batch["weights"][batch["segment_ids"] == 0].any()
+    assert batch["weights"].sum() == pytest.approx(1)
+    assert report.kept == 427 - sum(report.dropped.values())
+
+
+def test_every_shared_file_loads_and_says_what_it_drops(tokenizers):
+    bpe = tokenizers["bpe4k"]
+    reports = {}
+    for name in ("gsm8k_test.sft", "self_instruct_human.sft", "qa_feedback_dev.sft"):
+        reports[name] = sft_examples(rows(name), bpe, **LOOSE, loss_on="response")[1]
+    for name in ("hh_harmless_test.pref", "pandalm_human.pref"):
+        reports[name] = preference_examples(rows(name), bpe, **LOOSE)[1]
+    reports["mixed.prompts"] = prompt_examples(rows("mixed.prompts"), bpe, max_prompt_length=4096, too_long="error")[1]
+    totals = {name: report.kept + sum(report.dropped.values()) for name, report in reports.items()}
+    assert totals == {
+        "gsm8k_test.sft": 1319, "self_instruct_human.sft": 427, "qa_feedback_dev.sft": 500,
+        "hh_harmless_test.pref": 2303, "pandalm_human.pref": 855, "mixed.prompts": 2246,
+    }  # fmt: skip
+    assert all(report.kept > 0.95 * totals[name] for name, report in reports.items()), reports
+
+
+def raw_hh(row):
+    """A prepared HH row as Anthropic publishes it: two transcripts and no prompt."""
+    return {name: schemas.transcript(row["prompt"] + row[name]) for name in ("chosen", "rejected")} | {
+        "_where": row["_where"]
+    }
+
+
+def test_raw_hh_transcripts_split_as_the_prepared_rows_do(tokenizers):
+    prepared = rows("hh_harmless_test.pref")[:300]
+    raw = [raw_hh(row) for row in prepared]
+    limits = {"max_prompt_length": 1024, "max_length": 2048, "too_long": "truncate"}
+    wanted, wanted_report = preference_examples(prepared, tokenizers["bpe4k"], **limits)
+    got, report = preference_examples(raw, tokenizers["bpe4k"], **limits)
+    assert report == wanted_report
+    different = sum(not np.array_equal(a["chosen"], b["chosen"]) for a, b in zip(got, wanted, strict=True))
+    assert different <= 3  # white space around a turn is stripped from a transcript
+
+
+def test_hh_traps_are_counted_drops(tokenizers):
+    raw = [raw_hh(row) for row in rows("hh_harmless_test.pref")[:6]]
+    raw[1]["chosen"] = raw[2]["chosen"]
+    raw[3]["rejected"] = raw[3]["rejected"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:"
+    raw[4]["rejected"] = raw[4]["chosen"]
+    examples, report = preference_examples(raw, tokenizers["bpe4k"], **LOOSE)
+    assert report.dropped == {
+        "whose two prompts differ": 1,
+        "with an empty turn": 1,
+        "with chosen equal to rejected": 1,
+    }
+    assert len(examples) == report.kept == 3
+
+
+def test_pandalm_votes_nulls_and_repeated_prompts(tokenizers):
+    data = rows("pandalm_human.pref")
+    data[5]["rejected"] = None
+    data[6]["chosen"] = [{"role": "assistant", "content": None}]
+    examples, report = preference_examples(data, tokenizers["bpe4k"], **LOOSE)
+    assert report.dropped["with a null response"] == 2
+    labels = [example["label"] for example in examples]
+    assert min(labels) < 1 == max(labels)
+    keys = [prompt_key(row) for row in data]
+    assert len(set(keys)) < len(keys)
+    train, held_out = split_by_prompt(data, 0.2, seed=0)
+    assert {prompt_key(row) for row in train}.isdisjoint(prompt_key(row) for row in held_out)
+    assert 0.1 < len(held_out) / len(data) < 0.3
+
+
+def test_preference_batches_agree_with_their_rows(tokenizers):
+    gpt2 = tokenizers["gpt2"]
+    limits = {"max_prompt_length": 192, "max_length": 256, "too_long": "drop"}
+    examples, _ = preference_examples(rows("pandalm_human.pref"), gpt2, **limits)
+    collate = partial(collate_preference, length=256, pad_id=gpt2.pad_id)
+    batch = Batches(examples, batch_size=16, seed=0, collate=collate)[3]
+    ends = np.take_along_axis(batch["tokens"], batch["last"][..., None], axis=-1)[..., 0]
+    assert (ends == gpt2.eos_ids[0]).all()
+    assert (batch["segment_ids"].sum(-1) == batch["last"] + 1).all()
+    assert batch["weights"].sum() == pytest.approx(1)
+
+
+def test_prompt_batches_decode_to_their_prompts(tokenizers):
+    gpt2 = tokenizers["gpt2"]
+    examples, _ = prompt_examples(rows("mixed.prompts"), gpt2, max_prompt_length=256, too_long="drop")
+    collate = partial(collate_prompts, buckets=[64, 128, 256], pad_id=gpt2.pad_id)
+    batch = Batches(examples, batch_size=8, seed=0, collate=collate)[0]
+    assert gpt2.decode_batch(batch["tokens"], batch["mask"]) == batch["prompts"]
+    assert batch["mask"][:, -1].all()
+    assert "id" in batch["columns"]
+
+
+def test_plain_text_packs_full(tokenizers):
+    bpe = tokenizers["bpe4k"]
+    document = sources.read_rows(str(DATA / "text" / "tinyshakespeare.txt.gz"))
+    train, held_out = split_by_prompt(document, 0.05, seed=0)
+    limits = {"max_prompt_length": 256, "max_length": 256, "too_long": "drop"}
+    examples, report = sft_examples(train, bpe, **limits, loss_on="all")
+    assert str(report) == "kept 1 of 1 rows; dropped 0; truncated 0"
+    packed = pack(examples, 256)
+    text = bpe.decode(np.concatenate([row["tokens"] for row in packed]))
+    assert text == train[0]["text"]
+    assert train[0]["text"] + held_out[0]["text"] == document[0]["text"]
