@@ -429,6 +429,85 @@ class PPORun:
     run: RunConfig = RunConfig(eval_every=20)
 
 
+@dataclass(frozen=True)
+class SampleRun:
+    """All of `rlhf-jax sample`: responses of a model to prompts.
+
+    Args:
+        model: which model.
+        prompts: prompts as text.
+        data_path: a file of prompt rows, instead of or besides `prompts`.
+        num_samples: responses to each prompt.
+        sampling: how responses are drawn.
+        max_prompt_length: longest prompt, in tokens; longer ones lose their start.
+        batch_size: prompts decoded at once.
+        seed: of the noise.
+        output: a .jsonl file to write {prompt, response} rows to; empty prints them.
+        overwrite: replace `output`.
+        mesh: the devices.
+    """
+
+    model: ModelConfig = ModelConfig()
+    prompts: list[str] = field(default_factory=list)
+    data_path: str = ""
+    num_samples: int = 1
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_length: int = 256
+    batch_size: int = 64
+    seed: int = 0
+    output: str = ""
+    overwrite: bool = False
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows.
+
+    Args:
+        model: a reward model's directory.
+        data_path: rows {prompt, response}, as `rlhf-jax sample --output` writes them.
+        max_prompt_length: longest prompt, in tokens.
+        max_length: longest prompt and response together, in tokens; longer rows are cut.
+        batch_size: rows scored at once.
+        output: a .jsonl file to write the rows with "score" added to; empty prints them.
+        overwrite: replace `output`.
+        mesh: the devices.
+    """
+
+    model: ModelConfig = ModelConfig()
+    data_path: str = ""
+    max_prompt_length: int = 256
+    max_length: int = 512
+    batch_size: int = 64
+    output: str = ""
+    overwrite: bool = False
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """`rlhf-jax quickstart`: SFT, reward model and PPO on random walks, made on the fly.
+
+    Args:
+        output_dir: where the stages and the report go.
+        seed: of the graph, the data and the training.
+        overwrite: replace an earlier quickstart in `output_dir`.
+        progress: show progress bars.
+        comparisons: pairs of sampled walks that the simulated rater labels.
+        rater_noise: probability that the rater errs.
+        iterations: PPO iterations.
+    """
+
+    output_dir: str = "runs/quickstart"
+    seed: int = 0
+    overwrite: bool = False
+    progress: bool = True
+    comparisons: int = 4000
+    rater_noise: float = 0.1
+    iterations: int = 120
+
+
 def resolve(name: str) -> Callable[..., Any]:
     """The function that "package.module:name" points to; the working directory is searched too.
 

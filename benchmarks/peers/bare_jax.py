@@ -36,7 +36,7 @@ def init(key, *, width, layers, heads, ffn, vocab):
 
     def layer(key):
         keys = jax.random.split(key, len(shapes))
-        weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes.items())}
+        weights = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
         return weights | {"norm_attn": jnp.ones(width), "norm_ffn": jnp.ones(width)}
 
     embed_key, *layer_keys = jax.random.split(key, layers + 1)

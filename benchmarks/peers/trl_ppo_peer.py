@@ -11,6 +11,7 @@ Gradient checkpointing and bfloat16, on by default, are off.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -108,7 +109,7 @@ def iteration_seconds(size, iterations):
         trainer.train()
     if set(shapes) != {(BATCH, PROMPT + NEW)} or len(shapes) != iterations or len(clock.times) != iterations + 1:
         raise RuntimeError(f"rollouts {shapes} and {len(clock.times) - 1} iterations, not {iterations} full batches")
-    return [after - before for before, after in zip(clock.times, clock.times[1:])]
+    return [after - before for before, after in itertools.pairwise(clock.times)]
 
 
 def main():

@@ -10,6 +10,7 @@ own, because `create_critic_model` replaces an `lm_head` that tied embeddings do
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -22,7 +23,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1", WANDB_DISABLED="true", WANDB_MODE="disabled", JAX_PLATFORMS="cpu",
     TOKENIZERS_PARALLELISM="false",
 )  # fmt: skip
-warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +258,7 @@ def main():
         print(json.dumps(head | {"unsupported": "Tunix has no reward-model trainer"}))
         return
 
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     size, calls, compiles = SIZES[args.size], WARMUP + args.repeats, CompileCounter()
     with contextlib.redirect_stdout(sys.stderr):  # standard output carries the JSON line alone
         if args.task == "sft":
@@ -270,7 +271,7 @@ def main():
     if len(marks) != calls + 1:
         raise RuntimeError(f"{len(marks)} marks for {calls} steps")
 
-    seconds = [after - before for (before, _), (after, _) in zip(marks, marks[1:])]
+    seconds = [after - before for (before, _), (after, _) in itertools.pairwise(marks)]
     median = statistics.median(seconds[WARMUP:])
     print(
         json.dumps(
