@@ -15,13 +15,16 @@ def kl_k1(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Flo
 def kl_k3(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """exp(d) - 1 - d with d = log p_ref - log p: unbiased, never negative, lower variance (Schulman 2020, k3)."""
     d = ref_logprobs - logprobs
-    return jnp.exp(d) - 1 - d
+    return jnp.expm1(d) - d  # exp(d) - 1 - d would round below zero for small d
 
 
 def shaped_rewards(
     scores: Float[Array, " B"], kl: Float[Array, "B T"], slots: Int[Array, " B"], kl_coef: Float[Array, ""] | float
 ) -> Float[Array, "B T"]:
-    """Per-token rewards -kl_coef * kl, plus the score at `slots[b]` (Ziegler et al. 2019, eq. 2). `kl` is 0 off the mask."""
+    """Per-token rewards -kl_coef * kl, plus the score at `slots[b]` (Ziegler et al. 2019, eq. 2). `kl` is 0 off mask.
+
+    Scores are floats: created with the dtype of token ids, 0.7 would be 0.
+    """
     at_slot = jnp.arange(kl.shape[1])[None, :] == slots[:, None]
     return -kl_coef * kl + jnp.where(at_slot, scores[:, None], 0.0)
 
@@ -103,6 +106,6 @@ def explained_variance(
 
 
 def best_of_n_kl(n: Float[Array, "*N"] | int) -> Float[Array, "*N"]:
-    """KL of the best-of-n policy to the one it samples from, ln n - (n - 1) / n nats (Stiennon et al. 2020, app. G.3)."""
+    """KL in nats of the best-of-n policy to the one it samples from, ln n - (n - 1) / n (Stiennon et al. 2020)."""
     n = jnp.asarray(n, jnp.float32)
     return jnp.log(n) - (n - 1) / n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -51,7 +52,7 @@ class Generator:
         Raises:
             UserError: prompt and response are longer than the model's positions.
         """
-        self.tokenizer, self.mesh = tokenizer, mesh
+        self.tokenizer, self.mesh, self.microbatch = tokenizer, mesh, config.microbatch
         self.buckets = tuple(config.prompt_buckets or [max_prompt_length])
         check_length(model.arch, self.buckets[-1] + config.max_new_tokens, "prompt length + sampling.max_new_tokens =")
         self.law = SamplingLaw.from_config(config)
@@ -64,8 +65,8 @@ class Generator:
         examples, _ = prompt_examples(
             list(rows), self.tokenizer, max_prompt_length=self.buckets[-1], too_long="truncate"
         )
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        size = -(-(batch_size or len(examples)) // ways) * ways
+        multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
+        size = -(-(batch_size or len(examples)) // multiple) * multiple
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
         responses: list[str] = []
         for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,20 +14,29 @@ import numpy as np
 
 from rlhf_jax.config import SampleRun, ScoreRun
 from rlhf_jax.data.batches import collate_sft, eval_batches
-from rlhf_jax.data.examples import sft_examples
-from rlhf_jax.data.schemas import prompt_row
+from rlhf_jax.data.examples import Report, prompt_examples
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.schemas import prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator
 from rlhf_jax.reward import score_sequences
+from rlhf_jax.run import check_writable
 from rlhf_jax.sharding import make_mesh, put_batch
 from rlhf_jax.stage import check_length, check_vocabulary, load_model, load_tokenizer
 
 
 def check_output(path: str, overwrite: bool) -> None:
-    """Raise a UserError if `path` exists and may not be replaced."""
-    if path and Path(path).exists() and not overwrite:
+    """Raise a UserError if `path` cannot be written, or exists and may not be replaced."""
+    if not path:
+        return
+    if Path(path).is_dir():
+        raise UserError(f"output {path} is a directory; name a .jsonl file")
+    if Path(path).exists() and not overwrite:
         raise UserError(f"output {path} exists; choose another name or pass --overwrite true")
+    check_writable(Path(path).parent, f"output {path}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_rows(rows: list[dict[str, Any]], path: str) -> None:
@@ -38,30 +48,56 @@ def write_rows(rows: list[dict[str, Any]], path: str) -> None:
         sys.stdout.write(lines)
 
 
+def report_cut(report: Report) -> None:
+    """Say on standard error, which keeps rows on standard output clean, how many rows were cut to their limits."""
+    if report.truncated:
+        print(f"rows: {report}", file=sys.stderr)
+
+
 def run_sample(config: SampleRun) -> list[dict[str, Any]]:
     """num_samples responses to every prompt, as rows {prompt, response}; written or printed, and returned."""
     check_output(config.output, config.overwrite)
     rows: list[dict[str, Any]] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
-    if config.data_path:
-        rows += [prompt_row(row) for row in rows_from(config.data_path)]
+    rows += rows_from(config.data_path) if config.data_path else []
     if not rows:
-        raise UserError('there are no prompts; give --prompts \'["Once upon a time"]\' or --data_path FILE.jsonl')
-    if config.num_samples < 1 or config.batch_size < 1:
-        raise UserError(f"num_samples {config.num_samples} and batch_size {config.batch_size} must be at least 1")
+        raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
+    rows = [prompt_row(row) for row in rows]
     tokenizer = load_tokenizer(config.model)
+    limit = max([config.max_prompt_length, *config.sampling.prompt_buckets])
+    examples, report = prompt_examples(rows, tokenizer, max_prompt_length=limit, too_long="truncate")
+    if len(examples) != len(rows):
+        raise UserError(f"prompts: {report}; remove the empty ones")
+    report_cut(report)
+    longest = max(len(example["tokens"]) for example in examples)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         loaded = load_model(config.model, mesh, jax.random.key(config.seed))
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
-        generator = Generator(
-            loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=config.max_prompt_length
-        )
+        generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
         repeated = [row for row in rows for _ in range(config.num_samples)]
-        size = min(config.batch_size, len(repeated))
+        unit = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], config.sampling.microbatch or 1)
+        size = -(-min(config.batch_size, len(repeated)) // unit) * unit
         _, responses = generator.texts(loaded.params, repeated, jax.random.key(config.seed), batch_size=size)
     out = [{"prompt": row["prompt"], "response": r} for row, r in zip(repeated, responses, strict=True)]
     write_rows(out, config.output)
     return out
+
+
+def score_example(row: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> dict[str, Any]:
+    """{tokens int32[n], loss_mask, cut} of a {prompt, response} row; an empty response is the stop id alone.
+
+    Raises:
+        UserError: a missing field or a wrong type.
+    """
+    if isinstance(row.get("response"), str) and not row["response"].strip():
+        row, response = prompt_row(row), [tokenizer.eos_ids[0]]
+    else:
+        row = sft_row(row)
+        response = tokenizer.encode_response(row["response"])
+    prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
+    response, cut = limits.response(row, len(prompt), response)
+    tokens = np.asarray(prompt + response, np.int32)
+    return {"tokens": tokens, "loss_mask": np.ones(len(tokens), bool), "cut": cut or cut_prompt}
 
 
 def run_score(config: ScoreRun) -> list[dict[str, Any]]:
@@ -71,18 +107,18 @@ def run_score(config: ScoreRun) -> list[dict[str, Any]]:
         raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows")
     tokenizer = load_tokenizer(config.model)
     rows = rows_from(config.data_path)
-    limits = {"max_prompt_length": config.max_prompt_length, "max_length": config.max_length}
-    examples, report = sft_examples(rows, tokenizer, too_long="truncate", loss_on="response", **limits)
-    if len(examples) != len(rows):
-        raise UserError(f"{config.data_path}: {report}; remove the rows that cannot be scored")
+    limits = Limits(config.max_prompt_length, config.max_length, "truncate")
+    examples = [score_example(row, tokenizer, limits) for row in rows]
+    report_cut(Report(len(rows), {}, sum(example["cut"] for example in examples)))
+    longest = max(len(example["tokens"]) for example in examples)
     mesh = make_mesh(config.mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(config.batch_size, len(examples)) // ways) * ways
-    collate = partial(collate_sft, length=config.max_length, reduction="token", pad_id=tokenizer.pad_id)
+    collate = partial(collate_sft, length=longest, reduction="token", pad_id=tokenizer.pad_id)
     with jax.set_mesh(mesh):
         loaded = load_model(config.model, mesh, jax.random.key(0), head="trained")
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
-        check_length(loaded.model.arch, config.max_length, "max_length")
+        check_length(loaded.model.arch, longest, "length of the longest row (after max_length)")
         forward = jax.jit(partial(score_sequences, loaded.model))
         scores: list[float] = []
         for batch in eval_batches(examples, batch_size=size, collate=collate):
@@ -91,7 +127,7 @@ def run_score(config: ScoreRun) -> list[dict[str, Any]]:
             scores += jax.device_get(forward(loaded.params, **put_batch(mesh, arrays))).tolist()
     out = [
         {**{name: value for name, value in row.items() if name != "_where"}, "score": score}
-        for row, score in zip(rows, scores, strict=False)
+        for row, score in zip(rows, scores[: len(rows)], strict=True)
     ]
     write_rows(out, config.output)
     return out

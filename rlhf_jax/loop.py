@@ -10,14 +10,15 @@ from jax.sharding import Mesh
 
 from rlhf_jax.run import Run, fetch_scalars
 from rlhf_jax.sharding import put_batch
-from rlhf_jax.state import Schedule, TrainState, learning_rates
-from rlhf_jax.step import Step, add_metrics
+from rlhf_jax.stage import Loaded, describe
+from rlhf_jax.state import Schedule, TrainState, create_state, learning_rates, make_optimizer, make_schedule
+from rlhf_jax.step import Step, add_metrics, make_train_step
 from rlhf_jax.types import LossFn, Params
 
+Evaluate = Callable[[Params], dict[str, float]]
 
-def make_evaluate(
-    loss_fn: LossFn, mesh: Mesh, batches: list[Any], key: jax.Array
-) -> Callable[[Params], dict[str, float]]:
+
+def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Any], key: jax.Array) -> Evaluate:
     """params -> metrics over all the batches, whose weights sum to one together, as eval/name."""
 
     @jax.jit
@@ -30,9 +31,58 @@ def make_evaluate(
         for batch in batches:
             metrics = forward(params, put_batch(mesh, batch), key)
             total = metrics if total is None else add_metrics(total, metrics)
-        return {f"eval/{name.split('/')[-1]}": value for name, value in fetch_scalars(total).items()}
+        return {f"eval/{name.split('/')[-1]}": value for name, value in fetch_scalars(total or {}).items()}
 
     return evaluate
+
+
+def train(
+    stage: str,
+    config: Any,
+    settings: Any,
+    loaded: Loaded,
+    loss_fn: LossFn,
+    batches: Any,
+    held_out: list[Any],
+    *,
+    mesh: Mesh,
+    key: jax.Array,
+    shown: tuple[str, ...],
+    on_eval: Callable[[Run, int, Params], None] | None = None,
+) -> tuple[Run, Params, Evaluate]:
+    """Train `loaded` (its parameters are donated) on batches[0], batches[1], ... for settings.steps or .epochs.
+
+    The held-out loss decides which parameters are kept. `on_eval(run, step, params)` follows every evaluation.
+    Returns the open run, the kept parameters and the evaluation.
+    """
+    steps = settings.steps or settings.epochs * len(batches)
+    schedule = make_schedule(config.optim, steps)
+    tx = make_optimizer(config.optim, schedule)
+    tokens = batches[0]["tokens"].size
+    describe(stage, mesh, loaded.model, loaded.params, steps=steps, tokens_per_step=tokens, epoch_steps=len(batches))
+    out = Run(stage, config, total=steps, shown=shown)
+    evaluate = make_evaluate(loss_fn, mesh, held_out, key)
+
+    def evaluate_and_report(step: int, params: Params) -> dict[str, float]:
+        if on_eval is not None:
+            on_eval(out, step, params)
+        return evaluate(params)
+
+    state = create_state(loaded.params, tx, mesh)
+    step = make_train_step(loss_fn, tx, settings.accumulate, mesh=mesh, state=state)
+    state = fit(
+        out,
+        step,
+        state,
+        batches,
+        steps=steps,
+        mesh=mesh,
+        key=key,
+        schedule=schedule,
+        tokens_per_step=tokens,
+        evaluate=evaluate_and_report,
+    )
+    return out, out.best_params(state.params), evaluate
 
 
 def fit(
@@ -47,12 +97,11 @@ def fit(
     schedule: Schedule,
     tokens_per_step: int,
     evaluate: Callable[[int, Params], dict[str, float]],
-    better: Callable[[dict[str, float]], float],
 ) -> TrainState:
     """Run `steps` steps; batch i is batches[i] and its key fold_in(key, i).
 
-    Every run.eval_every steps, and at the end, `evaluate(step, params)` is logged, and `better` of it decides which
-    parameters are kept.
+    Every run.eval_every steps, and at the end, `evaluate(step, params)` is logged, and the parameters with the lowest
+    eval/total are kept.
     """
     rates = learning_rates(schedule, steps)
     logged = 0
@@ -67,7 +116,6 @@ def fit(
             run.flush()
             results = evaluate(i + 1, state.params)
             run.write(i + 1, results)
-            if results:
-                run.keep_if_best(i + 1, better(results), state.params)
+            run.keep_if_best(i + 1, -results["eval/total"], state.params)
             run.restart_clock()
     return state

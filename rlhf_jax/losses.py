@@ -14,10 +14,8 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax.types import Metrics
 
 
-def next_token_loss(
-    logprobs: Float[Array, "B T"], weights: Float[Array, "B T"]
-) -> tuple[Float[Array, ""], Metrics]:
-    """Cross-entropy of the next token, -sum w log p; `logprobs[b, t]` is that of the token that `weights[b, t]` weighs."""
+def next_token_loss(logprobs: Float[Array, "B T"], weights: Float[Array, "B T"]) -> tuple[Float[Array, ""], Metrics]:
+    """Cross-entropy of the next token, -sum w log p; `weights[b, t]` weighs the token of `logprobs[b, t]`."""
     loss = -jnp.sum(weights * logprobs)
     return loss, {"loss/nll": loss}
 
@@ -102,7 +100,7 @@ def clipped_policy_loss(
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
     valid = weights > 0
     return jnp.sum(weights * loss), {
-        "policy/approx_kl": jnp.sum(weights * (ratio - 1 - log_ratio)),  # the k3 estimator
+        "policy/approx_kl": jnp.sum(weights * (jnp.expm1(log_ratio) - log_ratio)),  # the k3 estimator
         "policy/clip_fraction": jnp.sum(weights, where=ratio != clipped),
         "policy/ratio": jnp.sum(weights * ratio),
         "policy/ratio_max": jnp.max(ratio, where=valid, initial=0.0),

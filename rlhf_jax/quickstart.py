@@ -34,6 +34,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator
+from rlhf_jax.run import check_writable
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import load_model, load_tokenizer
 from rlhf_jax.tasks import random_walks as walks
@@ -48,16 +49,20 @@ OURS = ("tokenizer", "sft", "reward_model", "ppo", "config.yaml", "summary.json"
 
 
 def prepare_directory(config: QuickstartConfig) -> Path:
-    """The output directory, emptied of an earlier quickstart if that is allowed."""
+    """The output directory, emptied of an earlier quickstart if that is allowed.
+
+    Raises:
+        UserError: it holds another run, or cannot be written to.
+    """
     path = Path(config.output_dir)
     found = [name for name in OURS if (path / name).exists()]
     if found and not config.overwrite:
         raise UserError(f"output_dir {path} holds another run ({found[0]}); choose another or pass --overwrite true")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir {path} is a file; choose a directory")
+    check_writable(path, f"output_dir {path}")
     for name in found:
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     return path
 
 
@@ -68,87 +73,112 @@ def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0)
     tokenizer = load_tokenizer(settings)
     with jax.set_mesh(mesh):
         loaded = load_model(settings, mesh, jax.random.key(seed))
-        sampling = SamplingConfig(max_new_tokens=SAMPLING.max_new_tokens, chunk=SAMPLING.chunk, temperature=temperature)
+        sampling = SamplingConfig(
+            max_new_tokens=SAMPLING.max_new_tokens, chunk=SAMPLING.chunk, temperature=temperature
+        )
         generator = Generator(loaded.model, tokenizer, sampling, mesh, max_prompt_length=DATA.max_prompt_length)
         return generator.texts(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))
 
 
+def collect(graph: walks.Graph, policy: str, config: QuickstartConfig, round_: int) -> list[dict[str, str]]:
+    """Comparisons for one round: walks of the latest policy against others of its own, as likely and hotter ones.
+
+    The hotter walks hold errors that a policy would otherwise exploit, because no rater ever saw them.
+    """
+    num_each = -(-config.comparisons // (2 * len(walks.start_prompts())))
+    seed = config.seed + 100 * (round_ + 1)
+    prompts, first = sample_walks(policy, num_each, seed)
+    pairs = []
+    for i, temperature in enumerate((1.0, 2.0)):
+        _, second = sample_walks(policy, num_each, seed + 1 + i, temperature)
+        pairs += walks.comparisons(graph, prompts, first, second, seed + i, config.rater_noise)
+    return pairs
+
+
 def run(config: QuickstartConfig) -> dict[str, Any]:
-    """SFT on random walks, comparisons by a noisy rater, reward model, PPO; prints a table and returns the summary."""
+    """SFT on random walks, then rounds of comparisons by a noisy rater, reward model and PPO; prints a table.
+
+    Returns the summary, which summary.json holds too. A later round labels walks of the policy of the one before
+    (Ouyang et al. 2022, section 3.1), adds them to the comparisons, and starts from SFT again.
+    """
     started = time.time()
     path = prepare_directory(config)
-    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     graph = walks.make_graph(config.seed)
-    gold = partial(walks.optimality, graph)
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    run_in = partial(RunConfig, seed=config.seed, progress=config.progress)
-
     demos = walks.demonstrations(graph, 1100, config.seed)
-    sft.run(
-        SFTRun(
-            model=ModelConfig(arch=ARCH, tokenizer=str(path / "tokenizer")),
-            data=DATA,
-            sft=SFTConfig(steps=300),
-            optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
-            sampling=SAMPLING,
-            run=run_in(output_dir=str(path / "sft"), eval_every=100),
-        ),
-        rows=demos[:1000],
-        eval_rows=demos[1000:],
-    )
-    policy = ModelConfig(path=str(path / "sft" / "model"))
+    sft.run(sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
+    base = policy = str(path / "sft" / "model")
+    prompts, first = sample_walks(base, 20, config.seed + 3)
+    _, second = sample_walks(base, 20, config.seed + 4)
+    held_out = walks.comparisons(graph, prompts, first, second, config.seed, 0.0)
+    pairs: list[dict[str, str]] = []
+    for round_ in range(config.rounds):
+        pairs += collect(graph, policy, config, round_)
+        reward_summary = reward.run(reward_stage(config, path), rows=pairs, eval_rows=held_out)
+        ppo_summary = ppo.run(
+            ppo_stage(config, path),
+            rows=walks.start_prompts() * 32,
+            eval_rows=walks.start_prompts() * 6,
+            gold=partial(walks.optimality, graph),
+        )
+        policy = str(path / "ppo" / "model")
+    return report(config, path, graph, demos, reward_summary, ppo_summary, started)
 
-    num_each = -(-config.comparisons // len(walks.start_prompts()))
-    prompts, first = sample_walks(policy.path, num_each, config.seed + 1)
-    _, second = sample_walks(policy.path, num_each, config.seed + 2, temperature=1.5)
-    pairs = walks.comparisons(graph, prompts, first, second, config.seed, config.rater_noise)
-    fresh = [sample_walks(policy.path, 20, config.seed + 3 + i)[1] for i in range(2)]
-    held_out = walks.comparisons(graph, walks_prompts(20), *fresh, config.seed + 1, 0.0)
-    reward_summary = reward.run(
-        RewardRun(
-            model=policy,
-            data=DATA,
-            reward=RewardConfig(epochs=6),
-            optim=OptimConfig(learning_rate=1e-3, warmup_steps=20),
-            run=run_in(output_dir=str(path / "reward_model"), eval_every=50),
-        ),
-        rows=pairs,
-        eval_rows=held_out,
+
+def run_in(config: QuickstartConfig, path: Path, eval_every: int) -> RunConfig:
+    """The run settings of a stage; a later round replaces the stages of the one before."""
+    return RunConfig(str(path), True, config.seed, eval_every=eval_every, progress=config.progress)
+
+
+def sft_stage(config: QuickstartConfig, path: Path) -> SFTRun:
+    """SFT from random weights."""
+    return SFTRun(
+        model=ModelConfig(arch=ARCH, tokenizer=str(path / "tokenizer")),
+        data=DATA,
+        sft=SFTConfig(steps=300),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
+        sampling=SAMPLING,
+        run=run_in(config, path / "sft", 100),
     )
+
+
+def reward_stage(config: QuickstartConfig, path: Path) -> RewardRun:
+    """A reward model on the SFT model's trunk."""
+    return RewardRun(
+        model=ModelConfig(path=str(path / "sft" / "model")),
+        data=DATA,
+        reward=RewardConfig(epochs=4),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=20),
+        run=run_in(config, path / "reward_model", 50),
+    )
+
+
+def ppo_stage(config: QuickstartConfig, path: Path) -> PPORun:
+    """PPO from the SFT model."""
     rate = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
-    ppo_summary = ppo.run(
-        PPORun(
-            model=policy,
-            data=DataConfig(batch_size=128, max_prompt_length=2),
-            reward=RewardSourceConfig(model=str(path / "reward_model" / "model")),
-            sampling=SAMPLING,
-            ppo=PPOConfig(iterations=config.iterations, kl_controller="fixed", kl_coef=0.05),
-            optim=rate,
-            value_optim=rate,
-            run=run_in(output_dir=str(path / "ppo"), eval_every=20),
-        ),
-        rows=walks.start_prompts() * 32,
-        eval_rows=walks.start_prompts() * 6,
-        gold=gold,
+    return PPORun(
+        model=ModelConfig(path=str(path / "sft" / "model")),
+        data=DataConfig(batch_size=128, max_prompt_length=DATA.max_prompt_length),
+        reward=RewardSourceConfig(model=str(path / "reward_model" / "model")),
+        sampling=SAMPLING,
+        ppo=PPOConfig(iterations=config.iterations, kl_controller="fixed", kl_coef=0.1),
+        optim=rate,
+        value_optim=rate,
+        run=run_in(config, path / "ppo", 25),
     )
-    return report(config, path, gold, demos, reward_summary, ppo_summary, started)
-
-
-def walks_prompts(num_each: int) -> list[str]:
-    """Every start node `num_each` times, as text."""
-    return [row["prompt"] for row in walks.start_prompts() * num_each]
 
 
 def report(
     config: QuickstartConfig,
     path: Path,
-    gold: Any,
+    graph: walks.Graph,
     demos: list[dict[str, str]],
     reward_summary: dict[str, Any],
     ppo_summary: dict[str, Any],
     started: float,
 ) -> dict[str, Any]:
     """Print the table and a few walks, draw the curves, write summary.json."""
+    gold = partial(walks.optimality, graph)
     prompts, before = sample_walks(str(path / "sft" / "model"), 50, config.seed + 9)
     _, after = sample_walks(str(path / "ppo" / "model"), 50, config.seed + 9)
     means = {
@@ -164,9 +194,7 @@ def report(
     }
     (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     history = [json.loads(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    learning_curves(
-        path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks"
-    )
+    learning_curves(path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks")
     rows = [[f"mean optimality, {name}", f"{means[name]:.3f}"] for name in means]
     rows += [
         ["reward model accuracy", f"{reward_summary['accuracy']:.3f} (n = {reward_summary['n']})"],

@@ -16,24 +16,24 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.config import RewardRun, bind
 from rlhf_jax.data.batches import Batches, collate_preference, eval_batches
 from rlhf_jax.data.examples import preference_examples
-from rlhf_jax.loop import fit, make_evaluate
+from rlhf_jax.loop import train
 from rlhf_jax.models import Model
-from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.run import check_output_dir
 from rlhf_jax.sharding import check_rows, make_mesh, put_batch
 from rlhf_jax.stage import (
     Rows,
     check_length,
     check_vocabulary,
-    describe,
     load_model,
     load_rows,
     load_tokenizer,
     make_examples,
     save_model,
 )
-from rlhf_jax.state import create_state, make_optimizer, make_schedule
-from rlhf_jax.step import make_train_step
 from rlhf_jax.types import LossFn, Params
+
+NORMALIZE_PAIRS = 1024
+"""Training comparisons whose scores set the head's gain and bias."""
 
 
 def score_sequences(
@@ -44,7 +44,7 @@ def score_sequences(
     segment_ids: Int[Array, "B S"],
     last: Int[Array, " B"],
 ) -> Float[Array, " B"]:
-    """The reward of each sequence: the scalar head at index `last`, its last real token (the stop token if it has one)."""
+    """The reward of each sequence: the scalar head at index `last`, its last real token, the stop token if any."""
     hidden = model.apply(params, tokens, positions, segment_ids)
     at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return model.scores(params["score"], at_last)[:, 0]
@@ -52,7 +52,10 @@ def score_sequences(
 
 def pair_scores(model: Model, params: Params, batch: Any) -> Float[Array, "B 2"]:
     """Scores of (chosen, rejected), in one forward pass of 2B rows."""
-    flat = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "positions", "segment_ids", "last")}
+    flat = {
+        name: batch[name].reshape(-1, *batch[name].shape[2:])
+        for name in ("tokens", "positions", "segment_ids", "last")
+    }
     return score_sequences(model, params, **flat).reshape(-1, 2)
 
 
@@ -86,10 +89,11 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     return {**params, "score": head}
 
 
-def pair_accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Share of pairs [N, 2] whose higher score is the response that most raters chose; equal scores count half."""
+def pair_accuracy(scores: np.ndarray, batches: list[Any]) -> tuple[float, int]:
+    """Share of pairs [N, 2] whose higher score is what most raters chose (equal scores count half), and N."""
+    labels = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in batches])
     agrees = np.sign(scores[:, 0] - scores[:, 1]) * np.where(labels >= 0.5, 1, -1)
-    return float(np.mean((agrees + 1) / 2))
+    return float(np.mean((agrees + 1) / 2)), len(labels)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -100,16 +104,22 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 
 
 def run(
-    config: RewardRun, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: Callable[..., Any] | None = None
+    config: RewardRun,
+    *,
+    rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    loss: Callable[..., Any] | None = None,
 ) -> Any:
     """Train as configured and write the run directory; returns its summary.
 
-    `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss.
+    `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss. eval/* in the summary are of
+    the kept parameters before their head is normalised.
     """
     check_output_dir(config.run)
-    key = jax.random.key(config.run.seed)
+    init_key, step_key = jax.random.split(jax.random.key(config.run.seed))
     mesh = make_mesh(config.mesh)
-    check_rows(mesh, config.data.batch_size // config.reward.accumulate, "data.batch_size / reward.accumulate")
+    size = config.data.batch_size
+    check_rows(mesh, size // config.reward.accumulate, "data.batch_size / reward.accumulate =")
     tokenizer = load_tokenizer(config.model)
     build = partial(
         preference_examples,
@@ -118,54 +128,26 @@ def run(
         max_length=config.data.max_length,
         too_long=config.data.too_long,
     )
-    train, held_out = make_examples(build, *load_rows(config.data, rows, eval_rows, config.run.seed))
+    train_set, held_out_set = make_examples(build, *load_rows(config.data, rows, eval_rows, config.run.seed))
     collate = partial(collate_preference, length=config.data.max_length, pad_id=tokenizer.pad_id)
-    size = config.data.batch_size
-    batches = Batches(train, batch_size=size, seed=config.run.seed, collate=collate)
+    batches = Batches(train_set, batch_size=size, seed=config.run.seed, collate=collate)
     in_order = partial(eval_batches, batch_size=size, collate=collate)
-    held_out_batches = in_order(held_out, limit=config.data.eval_batches)
-
+    held_out = in_order(held_out_set, limit=config.data.eval_batches)
     with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, jax.random.fold_in(key, 0), head=config.reward.head_init)
+        loaded = load_model(config.model, mesh, init_key, head=config.reward.head_init)
         model = loaded.model
         check_vocabulary(model.arch, tokenizer, config.model.path or "model.arch")
         check_length(model.arch, config.data.max_length, "data.max_length")
-        steps = config.reward.steps or config.reward.epochs * len(batches)
-        schedule = make_schedule(config.optim, steps)
-        tx = make_optimizer(config.optim, schedule)
-        tokens = 2 * size * config.data.max_length
-        describe("reward", mesh, model, loaded.params, steps=steps, tokens_per_step=tokens, pairs=len(train))
-        out = Run("reward", config, total=steps, shown=("loss/pairwise", "reward_model/accuracy", "eval/accuracy"))
-        loss_fn = objective(model, loss or bind(config.reward.loss, config.reward))
-        evaluate = make_evaluate(loss_fn, mesh, held_out_batches, key)
-        state = create_state(loaded.params, tx, mesh)
-        state = fit(
-            out,
-            make_train_step(loss_fn, tx, config.reward.accumulate, mesh=mesh, state=state),
-            state,
-            batches,
-            steps=steps,
-            mesh=mesh,
-            key=key,
-            schedule=schedule,
-            tokens_per_step=tokens,
-            evaluate=lambda step, params: evaluate(params),
-            better=lambda results: -results["eval/total"],
+        shown = ("loss/pairwise", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s")
+        loss_fn = objective(model, bind(loss or config.reward.loss, config.reward))
+        out, params, evaluate = train(
+            "reward", config, config.reward, loaded, loss_fn, batches, held_out, mesh=mesh, key=step_key, shown=shown
         )
-        params = out.best_params(state.params)
-        scores = score_all(model, params, mesh, in_order(train, limit=-(-1024 // size)))
-        params = normalised(params, scores, config.reward.normalize)
-        save_model(out.dir / "model", loaded, params, tokenizer)
         results = evaluate(params)
-        held_out_scores = score_all(model, params, mesh, held_out_batches)
-    labels = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in held_out_batches])
-    accuracy, pairs = pair_accuracy(held_out_scores, labels), len(labels)
+        accuracy, pairs = pair_accuracy(score_all(model, params, mesh, held_out), held_out)
+        reference = score_all(model, params, mesh, in_order(train_set, limit=-(-NORMALIZE_PAIRS // size)))
+        params = normalised(params, reference, config.reward.normalize)
+        save_model(out.dir / "model", loaded, params, tokenizer)
     return out.finish(
-        {
-            "steps": steps,
-            "accuracy": accuracy,
-            "accuracy_interval": wilson_interval(accuracy, pairs),
-            "n": pairs,
-            **results,
-        }
+        {"accuracy": accuracy, "accuracy_interval": wilson_interval(accuracy, pairs), "n": pairs, **results}
     )

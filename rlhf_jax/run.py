@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,15 @@ from rlhf_jax.types import Metrics
 OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model", "value_model", "best", "tensorboard")
 
 
+BARS: weakref.WeakSet[tqdm] = weakref.WeakSet()
+
+
+def close_bars() -> None:
+    """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
+    for bar in BARS:
+        bar.close()
+
+
 def check_output_dir(config: RunConfig) -> None:
     """Raise a UserError unless a run may write to output_dir; touches nothing."""
     if not config.output_dir:
@@ -29,11 +41,43 @@ def check_output_dir(config: RunConfig) -> None:
     path = Path(config.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"run.output_dir {path} is a file; choose a directory")
-    found = [name for name in OURS if (path / name).exists()]
+    found = [name for name in OURS if os.path.lexists(path / name)]
     if found and not config.overwrite:
         raise UserError(
-            f"run.output_dir {path} holds another run ({found[0]}); choose another directory or pass --run.overwrite true"
+            f"run.output_dir {path} holds another run ({found[0]}); choose another directory or pass "
+            "--run.overwrite true"
         )
+    check_writable(path, f"run.output_dir {path}")
+    if config.tensorboard and find_spec("tensorboardX") is None:
+        raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX")
+
+
+def check_writable(directory: Path, what: str) -> None:
+    """Raise a UserError, about `what`, if the directory or what is there of its parents cannot be written to."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{what}: {there} is a file, not a directory; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: {there} cannot be written to; choose another place or its permissions")
+
+
+def check_inputs(config: Any) -> None:
+    """Raise a UserError if the config reads something that starting its run would delete."""
+    replaced = [(Path(config.run.output_dir) / name).resolve() for name in OURS]
+    for option, value in texts(to_dict(config)):
+        if value and any(Path(value).resolve().is_relative_to(path) for path in replaced):
+            raise UserError(
+                f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
+            )
+
+
+def texts(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of every text in nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from texts(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield prefix + name, value
 
 
 class Run:
@@ -41,7 +85,6 @@ class Run:
 
     def __init__(self, stage: str, config: Any, *, total: int, shown: tuple[str, ...] = ()):
         """Claim config.run.output_dir and write config.yaml; `shown` are the metrics on the progress bar."""
-        check_output_dir(config.run)
         self.config, self.stage, self.shown = config.run, stage, shown
         self.dir = Path(config.run.output_dir)
         self.is_writer = jax.process_index() == 0
@@ -51,20 +94,29 @@ class Run:
         self._pending: tuple[Any, ...] | None = None
         self._writer: Any = None
         if self.is_writer:
+            check_output_dir(config.run)
+            check_inputs(config)
             self._prepare(config)
-        self.bar = tqdm(total=total, desc=stage, disable=not (config.run.progress and self.is_writer), dynamic_ncols=True)
+        shows = config.run.progress and self.is_writer
+        self.bar = tqdm(total=total, desc=stage, disable=not shows, dynamic_ncols=True)
+        BARS.add(self.bar)
 
     def _prepare(self, config: Any) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        for name in OURS:
-            path = self.dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            for name in OURS:
+                path = self.dir / name
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"run.output_dir {self.dir}: {error.strerror}; choose another place") from error
         header = f"# rlhf-jax {self.stage} --config {self.dir / 'config.yaml'} --run.output_dir ANOTHER\n"
         (self.dir / "config.yaml").write_text(header + yaml.safe_dump(to_dict(config), sort_keys=False))
         for name in ("metrics.jsonl", "samples.jsonl"):
             (self.dir / name).touch()
         if self.config.tensorboard:
-            self._writer = make_tensorboard(self.dir / "tensorboard")
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.dir / "tensorboard"))
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -123,7 +175,8 @@ class Run:
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
-        self.bar.set_postfix({n.split("/")[-1]: f"{self.last_metrics[n]:.3g}" for n in self.shown if n in self.last_metrics})
+        last = self.last_metrics
+        self.bar.set_postfix({n.split("/")[-1]: f"{last[n]:.3g}" for n in self.shown if n in last})
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append rows, each a dict of text and numbers, to samples.jsonl."""
@@ -133,7 +186,7 @@ class Run:
                     file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
 
     def keep_if_best(self, step: int, value: float, params: Any) -> bool:
-        """Whether these parameters are to be kept: those with the highest `value` so far, which go to disk, or the last."""
+        """Whether to keep these parameters: those of the highest `value` so far, which go to disk, or the last."""
         if not self.config.keep_best:
             return True
         if self.best is not None and value <= self.best[1]:
@@ -160,6 +213,7 @@ class Run:
             summary["best_step"] = self.best[0]
         if self.is_writer:
             (self.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            print(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
         if self._writer is not None:
             self._writer.close()
         return summary
@@ -174,12 +228,3 @@ def pack(values: tuple[jax.Array, ...]) -> jax.Array:
 def fetch_scalars(metrics: Metrics) -> dict[str, float]:
     """Metrics on the host, in one transfer."""
     return dict(zip(metrics, map(float, jax.device_get(pack(tuple(metrics.values())))), strict=True))
-
-
-def make_tensorboard(path: Path) -> Any:
-    """A TensorBoard writer. Raises UserError where tensorboardX is not installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX") from error
-    return SummaryWriter(str(path))

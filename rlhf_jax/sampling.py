@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
@@ -36,24 +37,22 @@ class SamplingLaw:
     @classmethod
     def from_config(cls, config: SamplingConfig) -> SamplingLaw:
         """Host scalars, put on the device explicitly so that a transfer guard lets them pass."""
-        return jax.device_put(
-            cls(
-                jnp.float32(config.temperature),
-                jnp.int32(config.top_k),
-                jnp.float32(config.top_p),
-                jnp.int32(config.min_new_tokens),
-            )
+        return cls(
+            jax.device_put(np.float32(config.temperature)),
+            jax.device_put(np.int32(config.top_k)),
+            jax.device_put(np.float32(config.top_p)),
+            jax.device_put(np.int32(config.min_new_tokens)),
         )
 
 
 def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
     """Integers in the order of the floats, so that thresholds can be found bit by bit."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 ties with 0.0
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _largest_threshold(keys: Int[Array, "B V"], enough: Any) -> Int[Array, "B 1"]:
-    """The largest int32 t with enough(keys >= t), by bisection: 32 passes, no sort, exact. `enough` falls as t rises."""
+    """The largest int32 t with enough(keys >= t), by bisection: 32 passes, no sort, exact. `enough` falls with t."""
     low = jnp.full((keys.shape[0], 1), jnp.iinfo(jnp.int32).min, jnp.int32)
     high = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
 
@@ -74,11 +73,15 @@ def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Bool[Array, "B
 
 
 def keep_top_p(probs: Float[Array, "B V"], p: Float[Array, ""]) -> Bool[Array, "B V"]:
-    """The most likely entries up to the one whose mass crosses p, which is kept; p = 1 keeps all. (Holtzman et al. 2020)"""
+    """The most likely entries up to the one whose mass crosses p, which is kept; p = 1 keeps all.
+
+    Holtzman et al. 2020, arXiv 1904.09751. The most likely entry is kept even at p = 0.
+    """
     keys = _ordered(probs)
 
     def enough(above: Array) -> Array:
-        return jnp.where(above, probs, 0.0).sum(-1, keepdims=True) >= p * probs.sum(-1, keepdims=True)
+        mass = jnp.where(above, probs, 0.0).sum(-1, keepdims=True)
+        return (mass > 0) & (mass >= p * probs.sum(-1, keepdims=True))
 
     return jnp.where(p < 1, keys >= _largest_threshold(keys, enough), True)
 
@@ -207,7 +210,7 @@ def _sample_rows(
         if stop_ids:
             done = done | (token[:, None] == stops[None, :]).any(-1)
         index = prompt_len + step
-        mask = prompt_columns | ((columns >= prompt_len) & (columns <= index))
+        mask = prompt_columns | ((columns >= prompt_len) & (columns <= index))[None]
         logits, cache = model.decode(params, out[0], lengths + step, mask, cache, index)
         return (logits, cache, done), out
 

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.config import SFTRun, bind
+from rlhf_jax.config import PretrainRun, SFTRun, bind
 from rlhf_jax.data.batches import Batches, collate_sft, eval_batches
 from rlhf_jax.data.examples import pack, sft_examples
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.generate import Generator
-from rlhf_jax.loop import fit, make_evaluate
+from rlhf_jax.loop import train
 from rlhf_jax.models import Model
 from rlhf_jax.run import Run, check_output_dir
 from rlhf_jax.sharding import check_rows, make_mesh
@@ -21,15 +22,13 @@ from rlhf_jax.stage import (
     Rows,
     check_length,
     check_vocabulary,
-    describe,
+    count,
     load_model,
     load_rows,
     load_tokenizer,
     make_examples,
     save_model,
 )
-from rlhf_jax.state import create_state, make_optimizer, make_schedule
-from rlhf_jax.step import make_train_step
 from rlhf_jax.types import LossFn
 
 TokenLoss = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -50,75 +49,75 @@ def objective(model: Model, loss: TokenLoss) -> LossFn:
     return loss_fn
 
 
-def run(config: SFTRun, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: TokenLoss | None = None) -> Any:
+def run(
+    config: SFTRun, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: TokenLoss | None = None
+) -> Any:
     """Train as configured and write the run directory; returns its summary.
 
     `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss.
     """
     check_output_dir(config.run)
-    key = jax.random.key(config.run.seed)
+    stage = "pretrain" if isinstance(config, PretrainRun) else "sft"
+    init_key, step_key, sample_key = jax.random.split(jax.random.key(config.run.seed), 3)
     mesh = make_mesh(config.mesh)
-    check_rows(mesh, config.data.batch_size, "data.batch_size")
-    check_rows(mesh, config.data.batch_size // config.sft.accumulate, "data.batch_size / sft.accumulate")
+    check_rows(mesh, config.data.batch_size // config.sft.accumulate, "data.batch_size / sft.accumulate =")
     tokenizer = load_tokenizer(config.model)
+    batches, held_out, held_out_rows = load_batches(config, tokenizer, rows, eval_rows)
+    with jax.set_mesh(mesh):
+        loaded = load_model(config.model, mesh, init_key)
+        check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
+        check_length(loaded.model.arch, config.data.max_length, "data.max_length")
+        sampled = held_out_rows[: config.sft.num_samples] if config.sft.loss_on == "response" else []
+        length = config.data.max_prompt_length
+        generator = (
+            Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=length) if sampled else None
+        )
+
+        def on_eval(out: Run, step: int, params: Any) -> None:
+            if generator is not None:
+                out.samples(step, generator.table(params, sampled, jax.random.fold_in(sample_key, step)))
+
+        loss_fn = objective(loaded.model, bind(loss or config.sft.loss, config.sft))
+        out, params, evaluate = train(
+            stage,
+            config,
+            config.sft,
+            loaded,
+            loss_fn,
+            batches,
+            held_out,
+            mesh=mesh,
+            key=step_key,
+            shown=("loss/nll", "eval/nll", "time/tokens_per_s"),
+            on_eval=on_eval,
+        )
+        save_model(out.dir / "model", loaded, params, tokenizer)
+        results = evaluate(params)
+    return out.finish(
+        {"parameters": count(params), **results, "eval/perplexity": float(np.exp(results["eval/total"]))}
+    )
+
+
+def load_batches(
+    config: SFTRun, tokenizer: Tokenizer, rows: Rows | None, eval_rows: Rows | None
+) -> tuple[Batches, list[Any], list[Any]]:
+    """Training batches, held-out batches and the held-out rows."""
+    data, seed = config.data, config.run.seed
+    train_rows, held_out_rows = load_rows(data, rows, eval_rows, seed)
     build = partial(
         sft_examples,
         tokenizer=tokenizer,
-        max_prompt_length=config.data.max_prompt_length,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+        too_long=data.too_long,
         loss_on=config.sft.loss_on,
     )
-    train_rows, held_out = load_rows(config.data, rows, eval_rows, config.run.seed)
-    train, held_out_examples = make_examples(build, train_rows, held_out)
+    train_set, held_out = make_examples(build, train_rows, held_out_rows)
     if config.sft.pack:
-        train, held_out_examples = (pack(x, config.data.max_length) for x in (train, held_out_examples))
+        train_set, held_out = (pack(examples, data.max_length) for examples in (train_set, held_out))
     collate = partial(
-        collate_sft, length=config.data.max_length, reduction=config.sft.loss_reduction, pad_id=tokenizer.pad_id
+        collate_sft, length=data.max_length, reduction=config.sft.loss_reduction, pad_id=tokenizer.pad_id
     )
-    batches = Batches(train, batch_size=config.data.batch_size, seed=config.run.seed, collate=collate)
-    held_out_batches = eval_batches(
-        held_out_examples, batch_size=config.data.batch_size, collate=collate, limit=config.data.eval_batches
-    )
-
-    with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, jax.random.fold_in(key, 0))
-        model = loaded.model
-        check_vocabulary(model.arch, tokenizer, config.model.path or "model.arch")
-        check_length(model.arch, config.data.max_length, "data.max_length")
-        steps = config.sft.steps or config.sft.epochs * len(batches)
-        schedule = make_schedule(config.optim, steps)
-        tx = make_optimizer(config.optim, schedule)
-        tokens = config.data.batch_size * config.data.max_length
-        describe("sft", mesh, model, loaded.params, steps=steps, tokens_per_step=tokens, rows=len(train))
-        out = Run("sft", config, total=steps, shown=("loss/nll", "eval/nll", "time/tokens_per_s"))
-        loss_fn = objective(model, loss or bind(config.sft.loss, config.sft))
-        score = make_evaluate(loss_fn, mesh, held_out_batches, key)
-        generator = Generator(model, tokenizer, config.sampling, mesh, max_prompt_length=config.data.max_prompt_length)
-
-        def evaluate(step: int, params: Any) -> dict[str, float]:
-            sampled = held_out[: config.sft.num_samples] if config.sft.loss_on == "response" else []
-            if sampled:
-                out.samples(step, generator.table(params, sampled, jax.random.fold_in(key, step)))
-            return score(params) if held_out_batches else {}
-
-        state = create_state(loaded.params, tx, mesh)
-        state = fit(
-            out,
-            make_train_step(loss_fn, tx, config.sft.accumulate, mesh=mesh, state=state),
-            state,
-            batches,
-            steps=steps,
-            mesh=mesh,
-            key=key,
-            schedule=schedule,
-            tokens_per_step=tokens,
-            evaluate=evaluate,
-            better=lambda results: -results["eval/total"],
-        )
-        params = out.best_params(state.params)
-        save_model(out.dir / "model", loaded, params, tokenizer)
-        results = score(params) if held_out_batches else {}
-    if results:
-        results["eval/perplexity"] = float(np.exp(results["eval/total"]))
-    return out.finish({"steps": steps, "parameters": sum(x.size for x in jax.tree.leaves(params)), **results})
+    batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate)
+    held_out = eval_batches(held_out, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
+    return batches, held_out, held_out_rows

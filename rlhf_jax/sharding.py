@@ -52,8 +52,8 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(count // known, 1)
     if math.prod(sizes) != count:
         raise UserError(
-            f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices; "
-            "change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
+            f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices"
+            "; change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -69,11 +69,11 @@ def spec_of(path: str, shape: tuple[int, ...]) -> P:
     for pattern, spec in RULES:
         if re.search(pattern, path):
             return spec
-    raise UserError(f"parameter {path} with shape {shape} matches no sharding rule; add one to rlhf_jax.sharding.RULES")
+    raise UserError(f"parameter {path} with shape {shape} matches no rule; add one to rlhf_jax.sharding.RULES")
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs: parameters, gradients, optimiser states.
+    """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs: parameters, gradients, optimisers.
 
     Raises:
         UserError: a leaf matches no rule, or a sharded dimension does not divide by its mesh axes.

@@ -68,18 +68,22 @@ def load_model(
     `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
 
     Raises:
-        UserError: neither path nor arch, or both; or whatever is wrong with the directory.
+        UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
+            Face family can hold.
     """
-    if bool(config.path) == (config.arch is not None):
-        raise UserError("give either model.path (a Hugging Face directory) or model.arch (a shape), not both or none")
+    if config.path and config.arch is not None:
+        raise UserError("model.path and model.arch are both given; leave one out (--model.arch null undoes a file's)")
+    if not config.path and config.arch is None:
+        raise UserError("model.path and model.arch are both empty; give a Hugging Face directory or a shape")
     if head == "trained" and not config.path:
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
-    base = None
-    if config.path:
+    base, arch = None, config.arch
+    if arch is None:
         arch, base = hf.read_config(config.path)
+        if head == "vocabulary" and hf.has_score_head(config.path):
+            raise UserError(f"{config.path} is a reward or value model; give a language model")
         params = hf.load_params(config.path, arch, score_head=head == "trained")
-    else:
-        arch = config.arch
+    hf.find_family(arch, base)  # what could not be saved is refused before it is trained
     model = Model.from_config(config, arch, score_head=head != "vocabulary")
     if config.path and head in ("normal", "zeros"):
         score = jax.jit(partial(model.init_score, zeros=head == "zeros"))(key)
@@ -107,7 +111,7 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
             score_head=loaded.model.score_head,
             base_config=loaded.base_config,
         )
-        tokenizer.save(path)
+        tokenizer.save(str(path))
 
 
 def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:
@@ -145,7 +149,8 @@ def describe(stage: str, mesh: Mesh, model: Model, params: Params, **facts: Any)
     kind = jax.devices()[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"{stage}: {mesh.size} device(s) ({kind}), mesh {axes}")
-    print(f"model: {count(params):,} parameters, {model.arch.num_layers} layers, computing in {model.compute_dtype.name}")
+    layers, dtype = model.arch.num_layers, model.compute_dtype.name
+    print(f"model: {count(params):,} parameters, {layers} layers, computing in {dtype}")
     print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
 
 
@@ -153,5 +158,6 @@ def replace(config: Any, **changes: Any) -> Any:
     """A copy of a (nested, frozen) config; keys are dotted paths with __ for the dot: replace(cfg, run__seed=1)."""
     for path, value in changes.items():
         first, _, rest = path.partition("__")
-        config = dataclasses.replace(config, **{first: replace(getattr(config, first), **{rest: value}) if rest else value})
+        value = replace(getattr(config, first), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: value})
     return config

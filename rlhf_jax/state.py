@@ -41,10 +41,11 @@ class TrainState:
 
 
 def create_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A sharded state at step 0; `params` are donated."""
+    """A sharded state at step 0; `params` may lie anywhere and are donated."""
     create = partial(TrainState.create, tx=tx)
     shardings = tree_shardings(mesh, jax.eval_shape(create, params))
-    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+    placed = jax.device_put(params, shardings.params)  # where they lie there already, this copies nothing
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(placed)
 
 
 def make_schedule(config: OptimConfig, total: int) -> Schedule:
@@ -80,9 +81,9 @@ def decay_mask(params: Params) -> Params:
 
 
 def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam with epsilon added to the uncorrected root, m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), as TensorFlow 1.
+    """Adam with epsilon added to the uncorrected root: m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps).
 
-    Kingma and Ba 2015, end of section 2 ("epsilon hat").
+    As TensorFlow 1 has it; Kingma and Ba 2015, end of section 2 ("epsilon hat").
     """
     inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import batch_sharding, replicated, tree_shardings
 from rlhf_jax.state import TrainState
 from rlhf_jax.tokens import to_microbatches
@@ -24,7 +25,11 @@ def add_metrics(a: Metrics, b: Metrics) -> Metrics:
 
 
 def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num: int) -> tuple[Any, Metrics]:
-    """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights."""
+    """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights.
+
+    Raises:
+        UserError: the rows do not divide into `num` microbatches.
+    """
 
     def of(batch: Any, key: jax.Array) -> tuple[Any, Metrics]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
@@ -32,15 +37,20 @@ def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, 
 
     if num == 1:
         return of(batch, key)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % num:
+        raise UserError(f"a batch of {rows} rows does not divide by accumulate = {num}; change one of them")
 
     def add(total: Any, xs: Any) -> tuple[Any, None]:
         grads, metrics = of(*xs)
         return (jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], metrics)), None
 
     inputs = (to_microbatches(batch, num), jax.random.split(key, num))
-    shapes = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, inputs)[0]
+    grads, metrics = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads)
+    lowest = {name: -jnp.inf if name.endswith("_max") else 0 for name in metrics}
+    nothing = {name: jnp.full(s.shape, lowest[name], s.dtype) for name, s in metrics.items()}
+    return jax.lax.scan(add, (zeros, nothing), inputs)[0]
 
 
 def make_update(loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1) -> Step:
@@ -71,7 +81,7 @@ def make_update(loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: i
 def make_train_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1, *, mesh: Mesh, state: TrainState
 ) -> Step:
-    """The compiled step over `mesh`: state sharded by the rule table and donated, rows of the batch over data and fsdp.
+    """The compiled step over `mesh`: state sharded by the rule table and donated, rows over data and fsdp.
 
     `state` may hold arrays or ShapeDtypeStructs; only its shapes are read. Usage:
 

@@ -116,7 +116,7 @@ def test_rows_from_copies_the_callers_dicts():
 )
 def test_unreadable_files_say_what_and_where(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         sources.read_rows(str(tmp_path / name))
     assert expected in str(caught.value)
 
@@ -204,7 +204,7 @@ def test_raw_hh_transcripts_and_message_lists_split_at_the_last_turn():
     ],
 )
 def test_rows_with_nothing_to_learn_are_drops_with_a_reason(kind, row, reason):
-    with pytest.raises(schemas.DroppedRow, match="^f:7: ") as caught:
+    with pytest.raises(schemas.DroppedRow, match=r"^f:7: ") as caught:
         getattr(schemas, f"{kind}_row")({**row, "_where": "f:7"})
     assert caught.value.reason == reason
 
@@ -293,7 +293,7 @@ def test_tokenizer_errors(tmp_path, tokenizer):
         Tokenizer.load(str(tmp_path))
     with pytest.raises(UserError, match="outside the vocabulary of 19"):
         Tokenizer(tiny(), eos_ids=[19])
-    with pytest.raises(UserError, match="set model.eos_ids"):
+    with pytest.raises(UserError, match=r"set model.eos_ids"):
         Tokenizer(tiny(eos_token=None, pad_token=None))
     with pytest.raises(UserError, match="lone surrogates"):
         tokenizer.encode_prompt("a\ud83d")
@@ -575,7 +575,7 @@ def test_hosts_share_a_bucket_and_split_the_columns():
 
 def test_batches_say_which_sizes_do_not_fit():
     make = partial(Batches, numbered(5), seed=0, collate=SFT_COLLATE)
-    with pytest.raises(UserError, match="5 examples do not fill one batch of 8; set data.batch_size to at most 5"):
+    with pytest.raises(UserError, match=r"5 examples do not fill one batch of 8; set data.batch_size to at most 5"):
         make(batch_size=8)
     with pytest.raises(UserError, match="batch_size 3 is not a positive multiple of the 2 processes"):
         make(batch_size=3, process_count=2)

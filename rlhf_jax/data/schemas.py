@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 from rlhf_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def sft_row(row: Row) -> Row:
         turns = _messages(row, "messages", row["messages"])
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise _error(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
-        prompt, response = _prompt(row, turns[:-1]), turns[-1:]
+        prompt, response = _prompt(row, turns[:-1]), cast(str | list[dict[str, str]], turns[-1:])
     else:
         name = "completion" if "completion" in row and "response" not in row else "response"
         _require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")

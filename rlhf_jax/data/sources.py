@@ -117,7 +117,8 @@ def _objects(file: Path) -> Iterator[Row]:
 
 def _documents(file: Path) -> Iterator[Row]:
     """The documents of a text file; those of white space only are skipped."""
-    start, lines = 1, []
+    start = 1
+    lines: list[str] = []
     for number, line in _lines(file):
         if line == DOCUMENT_END:
             yield from _document(file, start, lines)

@@ -36,26 +36,33 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines of positions * theta^(-2i/N) (Su et al. 2021, arXiv 2104.09864), float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T K G N"], tables: tuple[Array, Array]) -> Float[Array, "B T K G N"]:
+def rotate(x: Float[Array, "B K G T N"], tables: tuple[Array, Array]) -> Float[Array, "B K G T N"]:
     """Rotary embedding in the half-split layout: dimension i turns with dimension i + N/2."""
-    cos, sin = (t[:, :, None, None, :] for t in tables)
+    cos, sin = (t[:, None, None] for t in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attention(
-    q: Float[Array, "B T K G N"], k: Float[Array, "B K S N"], v: Float[Array, "B K S N"], mask: Bool[Array, "B T S"]
-) -> Float[Array, "B T K G N"]:
-    """Softmax attention, scores in float32; every query may see at least one key."""
+    q: Float[Array, "B K G T N"], k: Float[Array, "B K S N"], v: Float[Array, "B K S N"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B K G T N"]:
+    """Softmax attention, scores in float32; every query may see at least one key.
+
+    The division by the sum of exponentials comes after the product with the values, on [T, N] instead of [T, S]: with
+    its backward pass that is a third faster on CPU than softmax then product.
+    """
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("btkgn,bksn->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bksn->btkgn", probs, v, precision=precision)
+    scores = jnp.einsum(
+        "bkgtn,bksn->bkgts", q * q.shape[-1] ** -0.5, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bkgts,bksn->bkgtn", weights.astype(q.dtype), v, precision=precision)
+    return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
 
 
 class Norm(nnx.Module):
@@ -72,9 +79,9 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.centered:
             y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * self.scale[None, None]
         if self.centered:
-            y = y + self.bias[...]
+            y = y + self.bias[None, None]
         return y.astype(x.dtype)
 
 
@@ -100,20 +107,21 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Without a cache T = S. With one, T new columns are written at `index` and the mask covers the whole cache."""
+        """Without a cache T = S. With one, T new columns are written at `index`; the mask covers all of it."""
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
-            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        qk, v = qkv[..., : self.groups + 1, :], qkv[..., self.groups + 1, :]
+            qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
+        qkv = jnp.moveaxis(qkv, 1, 3)  # B K G+2 T N
+        qk, v = qkv[:, :, : self.groups + 1], qkv[:, :, self.groups + 1]
         if tables is not None:
             qk = rotate(qk, tables)
-        q, k, v = qk[..., : self.groups, :], qk[..., self.groups, :].swapaxes(1, 2), v.swapaxes(1, 2)
-        if cache is not None:
+        q, k = qk[:, :, : self.groups], qk[:, :, self.groups]
+        if cache is not None and index is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
-        y = einsum("btkgn,kgnd->btd", attention(q, k, v, mask), self.out[...])
+        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attention(q, k, v, mask), 3, 1), self.out[...])
         if hasattr(self, "out_bias"):
-            y = y + self.out_bias[...].astype(x.dtype)
+            y = y + self.out_bias[None, None].astype(x.dtype)
         return y, (k, v)
 
 
@@ -133,11 +141,11 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         up = einsum("btd,dmf->btmf", x, self.up[...])
         if hasattr(self, "up_bias"):
-            up = up + self.up_bias[...].astype(x.dtype)
+            up = up + self.up_bias[None, None].astype(x.dtype)
         act = ACTIVATIONS[self.activation](up[..., 0, :])
         y = einsum("btf,fd->btd", act * up[..., 1, :] if up.shape[-2] == 2 else act, self.down[...])
         if hasattr(self, "down_bias"):
-            y = y + self.down_bias[...].astype(x.dtype)
+            y = y + self.down_bias[None, None].astype(x.dtype)
         return y
 
 
@@ -172,9 +180,9 @@ class Embedding(nnx.Module):
             )
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype) -> Array:
-        x = self.tokens[...].at[tokens].get(mode="clip").astype(dtype)
+        x = jnp.take(self.tokens[...], tokens, axis=0, mode="clip").astype(dtype)
         if hasattr(self, "positions"):
-            x = x + self.positions[...].at[positions].get(mode="clip").astype(dtype)
+            x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(dtype)
         return x
 
 

@@ -185,7 +185,7 @@ def _config_value(field: str, key: str, family: Family, raw: Mapping[str, Any], 
         raise UserError(f"{where}: {key} is {value!r}, which is no {kind.__name__}; correct it")
     if field == "activation" and value not in _ACTIVATION_NAMES:
         raise UserError(f"{where}: no support for {key} {value!r}; use one of: {', '.join(_ACTIVATION_NAMES)}")
-    return _ACTIVATION_NAMES[value] if field == "activation" else value
+    return _ACTIVATION_NAMES[str(value)] if field == "activation" else value
 
 
 def leaf_shapes(arch: ArchConfig, *, score_head: bool) -> dict[str, tuple[int, ...]]:
@@ -256,7 +256,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].is_file() and index.is_file():
         files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    found = {}
+    found: dict[str, _Stored] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing; download or save the model again")
@@ -333,7 +333,7 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, node in tree.items():
         flat |= _flatten(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {f"{prefix}{key}": node}
     return flat
@@ -347,8 +347,8 @@ def find_family(arch: ArchConfig, base_config: Mapping[str, Any] | None = None) 
     """
     preferred, reasons = (base_config or {}).get("model_type"), []
     for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != preferred):
-        first = {key: field for field, key in reversed(family.config.items())}
-        wanted = family.fixed | {field: getattr(arch, first[key]) for field, key in family.config.items()}
+        first = {key: field for field, key in reversed(list(family.config.items()))}
+        wanted = dict(family.fixed) | {field: getattr(arch, first[key]) for field, key in family.config.items()}
         misfits = [f"{f} {v!r} (not {getattr(arch, f)!r})" for f, v in wanted.items() if getattr(arch, f) != v]
         if arch.width % arch.num_heads:  # transformers refuses this whatever head_dim is
             misfits.append(f"width {arch.width} to be a multiple of num_heads {arch.num_heads}")

@@ -57,7 +57,7 @@ class Model:
 
     arch: ArchConfig
     score_head: bool = False
-    compute_dtype: jnp.dtype = jnp.dtype("float32")
+    compute_dtype: jnp.dtype = jnp.dtype("float32")  # noqa: RUF009
     remat: str = "none"
     logprob_chunk: int = 256
 
@@ -100,7 +100,12 @@ class Model:
 
     def with_score(self, params: Params, score: Params) -> Params:
         """The parameters of a scalar model on the trunk of `params`."""
-        return {"embed": params["embed"], "layers": params["layers"], "final_norm": params["final_norm"], "score": score}
+        return {
+            "embed": params["embed"],
+            "layers": params["layers"],
+            "final_norm": params["final_norm"],
+            "score": score,
+        }
 
     def _tables(self, positions: Int[Array, "B T"]) -> tuple[Array, Array] | None:
         if self.arch.positions == "learned":
@@ -115,7 +120,7 @@ class Model:
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Final hidden states; a token sees itself and what is before it in its own segment. 0 marks padding."""
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        causal = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
         tables = self._tables(positions)
         x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
@@ -132,9 +137,10 @@ class Model:
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32, sharded over the vocabulary."""
         precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        letters, kernel = (
-            ("btd,vd->btv", params["embed"]["tokens"]) if self.arch.tied_head else ("btd,dv->btv", params["head"]["kernel"])
-        )
+        if "head" in params:
+            letters, kernel = "btd,dv->btv", params["head"]["kernel"]
+        else:
+            letters, kernel = "btd,vd->btv", params["embed"]["tokens"]
         logits = jnp.einsum(
             letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
         )
@@ -149,7 +155,7 @@ class Model:
         *,
         with_entropy: bool = False,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        """Log-probs in nats of targets[:, t] given hidden[:, t], at this temperature, and the entropy if asked (else 0)."""
+        """Log-probs in nats of targets[:, t] given hidden[:, t] at a temperature; the entropy if asked, else 0."""
         return token_logprobs(
             lambda h: self.project(params, h),
             hidden,
@@ -164,8 +170,13 @@ class Model:
         return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=True, rngs=rngs))[1](score, hidden)
 
     def decoding_params(self, params: Params) -> Params:
-        """A copy for decoding: compute dtype, one dict per layer. Make it once per rollout, not per token."""
+        """A copy for decoding: compute dtype, one dict per layer. Make it once per rollout, not per token.
+
+        A tied head is laid out as [D, V], which a product with few rows reads a third faster than [V, D].
+        """
         cast = jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+        if self.arch.tied_head:
+            cast["head"] = {"kernel": jax.lax.optimization_barrier(cast["embed"]["tokens"].T)}
         layers = [jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(self.arch.num_layers)]
         return {**cast, "layers": layers}
 
@@ -173,7 +184,7 @@ class Model:
         self, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], positions: Int[Array, "B P"]
     ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
         """Logits after the last prompt token of left-padded prompts, and a cache of P columns."""
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        causal = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
         allowed = (mask[:, :, None] == mask[:, None, :]) & causal
         return self._decode(params, tokens, positions, allowed, None, None)
 
@@ -186,7 +197,7 @@ class Model:
         cache: list[decoder.Cache],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
-        """One token per row: written to column `index` of the cache, logits of the next. `mask` includes that column."""
+        """One token per row, written to column `index` of the cache: logits of the next. `mask` includes it."""
         return self._decode(params, token[:, None], position[:, None], mask[:, None, :], cache, index)
 
     def _decode(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages as adv
 from rlhf_jax.config import PPOConfig, PPORun, bind
+from rlhf_jax.errors import UserError
 from rlhf_jax.losses import clipped_value_loss
 from rlhf_jax.models import Model
 from rlhf_jax.sft import objective as sft_objective
@@ -41,7 +42,7 @@ class Experience:
         positions: int32[B, S].
         segment_ids: int32[B, S], 1 on real tokens, 0 on padding.
         mask: bool[B, T], response tokens, the stop token included.
-        value_mask: bool[B, T], slots whose value is trained; the slot after the response too if the score is paid there.
+        value_mask: bool[B, T], slots whose value is trained; the slot after the response too if the score is there.
         old_logprobs: float32[B, T].
         old_values: float32[B, T], the value before each token.
         advantages: float32[B, T].
@@ -61,7 +62,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of PPO. Parameters are {"policy": ..., "value": ...}; with a shared trunk "value" is a head only."""
+    """The networks of PPO. Parameters are {"policy": ..., "value": ...}; "value" is only a head on a shared trunk."""
 
     policy: Model
     value: Model
@@ -106,9 +107,9 @@ def values_of(
 def objective(models: Models, config: PPOConfig, policy_loss: PolicyLoss | None = None) -> LossFn:
     """The loss of one minibatch {"experience", "temperature", "ptx"?}: policy + value - entropy (+ gamma * LM).
 
-    Give `policy_loss` to replace the clipped surrogate. "temperature" is float32[B] (constant) to travel with the rows.
+    Give `policy_loss` to replace the clipped surrogate. "temperature" is float32[B], constant, to travel with rows.
     """
-    policy_loss = policy_loss or bind(config.policy_loss, config)
+    policy_loss = bind(policy_loss or config.policy_loss, config)
     value_loss = bind(clipped_value_loss, config)
     lm_loss = sft_objective(models.policy, lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
 
@@ -135,7 +136,7 @@ def objective(models: Models, config: PPOConfig, policy_loss: PolicyLoss | None 
 
 def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) -> Rollout:
     """A full-length rollout cut after the first stop id at index >= truncate_after (Ziegler et al. 2019, appendix)."""
-    index = jnp.arange(rollout.tokens.shape[1])
+    index = jnp.arange(rollout.tokens.shape[1])[None, :]
     stop = jnp.isin(rollout.tokens, jnp.asarray(stop_ids, jnp.int32)) & (index >= truncate_after)
     before = jnp.cumsum(stop, axis=1) - stop == 0  # true up to and including the first stop
     return Rollout(
@@ -158,34 +159,58 @@ def full_sequence(rollout: Rollout) -> dict[str, Array]:
     }
 
 
-def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weight: float = 1.0) -> Callable[..., Any]:
-    """The scoring program, not yet compiled:
+def run_networks(
+    models: Models,
+    params: Params,
+    ref: Params,
+    reward: Params,
+    temperature: Array,
+    rollout: Rollout,
+    *,
+    recompute: bool,
+) -> dict[str, Array]:
+    """ref_logprobs, old_logprobs and values, each [B, T], and with a reward model score [B], of a rollout."""
+    sequence, num = full_sequence(rollout), rollout.tokens.shape[1]
+    ref_hidden = before_tokens(models.policy.apply(ref, **sequence), num)
+    ref_logprobs, _ = models.policy.logprobs(ref, ref_hidden, rollout.tokens, temperature)
+    if recompute:
+        logprobs, _, values = forward(models, params, sequence, temperature, num)
+    else:
+        logprobs, values = rollout.logprobs, values_of(models, params, sequence, num)
+    out = {"ref_logprobs": ref_logprobs, "old_logprobs": logprobs, "values": values}
+    if models.reward is not None:
+        # The last real token of [prompt; response]: prompts are left-padded, so it is at P + length - 1.
+        last = rollout.prompt.shape[1] + rollout.mask.sum(axis=1, dtype=jnp.int32) - 1
+        hidden = models.reward.apply(reward, **sequence)
+        at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        out["score"] = models.reward.scores(reward["score"], at_last)[:, 0]
+    return out
 
-        score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
-            -> (Experience, kl_coef of the next iteration, metrics, {"reward", "kl"} per row)
+
+def score_slots(mask: Bool[Array, "B T"], score_at: str) -> tuple[Int[Array, " B"], Bool[Array, "B T"]]:
+    """Where each row's score is paid, and the slots whose value is trained.
+
+    Response [a, b], T = 4: last pays at 1 (b) and trains 0, 1; after_eos pays at 2 and trains 0, 1, 2. A response that
+    fills all of T is paid at its last token either way.
     """
+    last = mask.sum(axis=1, dtype=jnp.int32) - 1
+    if score_at == "last":
+        return last, mask
+    slots = jnp.minimum(last + 1, mask.shape[1] - 1)
+    return slots, jnp.arange(mask.shape[1])[None, :] <= slots[:, None]
 
-    def networks(params: Params, ref: Params, reward: Params, temperature: Array, rollout: Rollout) -> dict[str, Array]:
-        sequence, num = full_sequence(rollout), rollout.tokens.shape[1]
-        ref_hidden = before_tokens(models.policy.apply(ref, **sequence), num)
-        ref_logprobs, _ = models.policy.logprobs(ref, ref_hidden, rollout.tokens, temperature)
-        if recompute:
-            logprobs, _, values = forward(models, params, sequence, temperature, num)
-        else:
-            logprobs, values = rollout.logprobs, values_of(models, params, sequence, num)
-        out = {"ref_logprobs": ref_logprobs, "old_logprobs": logprobs, "values": values}
-        if models.reward is not None:
-            # The last real token of [prompt; response]: prompts are left-padded, so it is at P + length - 1.
-            last = rollout.prompt.shape[1] + rollout.mask.sum(axis=1, dtype=jnp.int32) - 1
-            hidden = models.reward.apply(reward, **sequence)
-            at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-            out["score"] = models.reward.scores(reward["score"], at_last)[:, 0]
-        return out
+
+def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weight: float = 1.0) -> Callable[..., Any]:
+    """The scoring program, not yet compiled.
+
+    score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
+        -> (Experience, kl_coef of the next iteration, metrics, {"reward", "kl"} per row)
+    """
 
     def score(
         params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
     ) -> tuple[Experience, Array, Metrics, dict[str, Array]]:
-        per_row = partial(networks, params, ref, reward, temperature)
+        per_row = partial(run_networks, models, params, ref, reward, temperature, recompute=recompute)
         nets = map_microbatches(per_row, rollout, config.score_microbatch)
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         mask = rollout.mask
@@ -194,11 +219,7 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
         scores = adv.missing_eos_penalty(
             raw, rollout.finished, missing_eos=config.missing_eos, missing_eos_value=config.missing_eos_value
         )
-        length = mask.sum(axis=1, dtype=jnp.int32)
-        slots, value_mask = length - 1, mask
-        if config.score_at == "after_eos":  # one slot later, unless the response fills the last one
-            slots = jnp.minimum(length, mask.shape[1] - 1)
-            value_mask = jnp.arange(mask.shape[1]) <= slots[:, None]
+        slots, value_mask = score_slots(mask, config.score_at)
         rewards = adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
         if config.whiten_rewards:
             rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
@@ -223,13 +244,8 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
             "rollout/kl": kl.mean(),
             "rollout/kl_k3": k3.sum(axis=1).mean(),
             "rollout/objective": (scores - kl_coef * kl).mean(),
-            "rollout/eos_fraction": rollout.finished.mean(),
-            "rollout/truncated_fraction": 1.0 - rollout.finished.mean(),
-            "rollout/response_length": length.mean(dtype=jnp.float32),
-            "rollout/logprob_gap_max": jnp.abs(old_logprobs - rollout.logprobs).max(where=mask, initial=0.0),
-            "value/mean": jnp.sum(values * token_weights(value_mask, "token")),
-            "value/explained_variance": adv.explained_variance(values, experience.returns, value_mask),
             "ppo/kl_coef": kl_coef,
+            **experience_metrics(experience, rollout),
         }
         if config.kl_controller == "adaptive":
             kl_coef = adv.adaptive_kl_coef(
@@ -240,14 +256,26 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
     return score
 
 
+def experience_metrics(x: Experience, rollout: Rollout) -> Metrics:
+    """How the rows ended, how far the sampler's log-probs are from the ones used, and how good the critic is."""
+    finished = rollout.finished.mean()
+    gap = jnp.abs(x.old_logprobs - rollout.logprobs)
+    return {
+        "rollout/eos_fraction": finished,
+        "rollout/truncated_fraction": 1.0 - finished,
+        "rollout/response_length": x.mask.sum(axis=1).mean(dtype=jnp.float32),
+        "rollout/logprob_gap_max": gap.max(where=x.mask, initial=0.0),
+        "value/mean": jnp.sum(x.old_values * token_weights(x.value_mask, "token")),
+        "value/explained_variance": adv.explained_variance(x.old_values, x.returns, x.value_mask),
+    }
+
+
 def make_ppo_update(step: Step, config: PPOConfig) -> Callable[..., Any]:
-    """The update program, not yet compiled:
+    """The update program, not yet compiled: update(state, experience, key, temperature, ptx) -> (state, metrics).
 
-        update(state, experience, key, temperature, ptx) -> (state, metrics)
-
-    `step` is `step.make_update` of the objective. Every epoch goes over the rows in a fresh order; the metrics are means
-    over the optimiser steps, and policy/first_* are those of the first step, whose ratio should be 1. `ptx` is None or
-    a batch of `collate_sft` with a leading axis of epochs * minibatches.
+    `step` is `step.make_update` of the objective. Every epoch goes over the rows in a fresh order; the metrics are
+    means over the optimiser steps, and policy/first_* are those of the first step, whose ratio should be 1. `ptx` is
+    None or a batch of `collate_sft` with a leading axis of epochs * minibatches.
     """
     num = config.epochs * config.minibatches
 
@@ -273,43 +301,47 @@ def make_ppo_update(step: Step, config: PPOConfig) -> Callable[..., Any]:
             batch = minibatch(experience, rows, temperature, ptx)
             return step(state, batch, jax.random.fold_in(key, config.epochs + number))
 
-        def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, Metrics]:
+        def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, tuple[Metrics, Array]]:
             state, stopped = carry
             shapes = jax.eval_shape(take, state, xs)[1]
+            if "policy/approx_kl" not in shapes:
+                raise UserError("ppo.target_kl needs the metric policy/approx_kl; let the policy loss return it")
 
             def skip(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
                 return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
             new, metrics = jax.lax.cond(stopped, skip, take, state, xs)
-            taken = ~stopped
+            measured = ~stopped
+            # approx KL is that of the policy before this step: where it is too large the step is not taken.
             stopped = stopped | (metrics["policy/approx_kl"] > config.target_kl)
             state = jax.tree.map(lambda n, o: jnp.where(stopped, o, n), new, state)
-            return (state, stopped), {**metrics, "policy/epochs_taken": taken / config.minibatches}
+            return (state, stopped), ({**metrics, "policy/epochs_taken": ~stopped / config.minibatches}, measured)
 
         xs = (orders, jnp.arange(num), ptx)
         start = state.step
         if config.target_kl:
-            (state, _), metrics = jax.lax.scan(maybe_take, (state, jnp.zeros((), bool)), xs)
+            (state, _), (metrics, measured) = jax.lax.scan(maybe_take, (state, jnp.zeros((), bool)), xs)
         else:
-            state, metrics = jax.lax.scan(take, state, xs)
+            (state, metrics), measured = jax.lax.scan(take, state, xs), jnp.ones(num, bool)
         state = TrainState(start + num, state.params, state.opt_state)  # skipped steps count: the schedule goes on
-        return state, summarise(metrics)
+        return state, summarise(metrics, measured)
 
     return update
 
 
-def summarise(metrics: Metrics) -> Metrics:
-    """Metrics [num_steps] of an update: means, maxima of *_max, sums of counts, and the first step's invariants."""
-    taken = metrics.get("policy/epochs_taken")
-    weights = jnp.ones_like(metrics["optim/grad_norm"]) if taken is None else (taken > 0).astype(jnp.float32)
+def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
+    """Metrics [N] of an update's steps: means, maxima of *_max, sums of counts, and the first step's invariants.
+
+    Steps off `measured` did not happen.
+    """
     out = {}
     for name, values in metrics.items():
         if name.endswith("_max"):
-            out[name] = values.max()
+            out[name] = values.max(where=measured, initial=-jnp.inf)
         elif name in ("optim/skipped", "policy/epochs_taken"):
             out[name] = values.sum()
         else:
-            out[name] = jnp.sum(weights * values) / weights.sum()
+            out[name] = values.mean(where=measured)
     for name in ("ratio_max", "approx_kl", "clip_fraction"):
         if f"policy/{name}" in metrics:
             out[f"policy/first_{name}"] = metrics[f"policy/{name}"][0]
@@ -332,11 +364,16 @@ def make_ppo_optimizer(run: PPORun) -> tuple[optax.GradientTransformationExtraAr
         "policy": make_optimizer(run.optim, lambda step: policy_schedule(step // per_iteration)),
         "value": make_optimizer(run.value_optim, lambda step: value_rate(step // per_iteration)),
     }
-    labels = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: E731
+
+    def labels(params: Params) -> Any:
+        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
     return optax.partition(parts, labels), policy_schedule
 
 
-def make_ppo_step(models: Models, run: PPORun, policy_loss: PolicyLoss | None = None) -> tuple[Callable[..., Any], Any, Schedule]:
+def make_ppo_step(
+    models: Models, run: PPORun, policy_loss: PolicyLoss | None = None
+) -> tuple[Callable[..., Any], Any, Schedule]:
     """(update program, optimiser, policy learning rate by iteration) of a config."""
     tx, schedule = make_ppo_optimizer(run)
     step = make_update(objective(models, run.ppo, policy_loss), tx, run.ppo.accumulate)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import PPORun, resolve
+from rlhf_jax.config import PPORun, SamplingConfig, resolve
 from rlhf_jax.data.batches import Batches, collate_prompts, collate_sft, eval_batches
 from rlhf_jax.data.examples import pack, prompt_examples, sft_examples
 from rlhf_jax.data.sources import rows_from
@@ -42,17 +42,25 @@ from rlhf_jax.state import TrainState, create_state, learning_rates
 from rlhf_jax.types import Params, PolicyLoss, Rollout
 
 
+def filters(sampling: SamplingConfig) -> bool:
+    """Whether tokens are drawn from another law than softmax(logits / temperature)."""
+    return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_new_tokens > 0
+
+
 def check(config: PPORun) -> None:
     """Raise a UserError for settings that contradict each other."""
     ppo, sampling, size = config.ppo, config.sampling, config.data.batch_size
     if sampling.temperature <= 0:
         raise UserError(f"sampling.temperature {sampling.temperature}: PPO learns from random samples; set it above 0")
-    filtered = sampling.top_k > 0 or sampling.top_p < 1
-    if filtered and ppo.old_logprobs == "sampler":
+    if filters(sampling) and ppo.old_logprobs == "sampler":
         raise UserError(
-            "ppo.old_logprobs sampler with top_k or top_p would compare a filtered law with an unfiltered one; "
-            "set ppo.old_logprobs to recompute, or sampling.top_k 0 and sampling.top_p 1"
+            "ppo.old_logprobs sampler with top_k, top_p or min_new_tokens would compare a filtered law with an "
+            "unfiltered one; set ppo.old_logprobs to recompute, or sampling.top_k 0, top_p 1 and min_new_tokens 0"
         )
+    if sampling.min_new_tokens and ppo.stop == "truncate":
+        raise UserError("sampling.min_new_tokens does nothing with ppo.stop truncate; set ppo.truncate_after instead")
+    if ppo.truncate_after and ppo.stop == "eos":
+        raise UserError("ppo.truncate_after does nothing with ppo.stop eos; set ppo.stop truncate, or it to 0")
     if size % (ppo.minibatches * ppo.accumulate):
         raise UserError(
             f"data.batch_size {size} is not divisible by ppo.minibatches * ppo.accumulate = "
@@ -60,15 +68,32 @@ def check(config: PPORun) -> None:
         )
     for name, rows in (("sampling.microbatch", sampling.microbatch), ("ppo.score_microbatch", ppo.score_microbatch)):
         if rows and size % rows:
-            raise UserError(f"data.batch_size {size} is not a multiple of {name} {rows}; choose a divisor, or 0 for all")
+            raise UserError(f"data.batch_size {size} is not a multiple of {name} {rows}; choose a divisor, or 0")
     if ppo.kl_controller == "adaptive" and ppo.kl_target <= 0:
         raise UserError(f"ppo.kl_target {ppo.kl_target} must be positive; or set ppo.kl_controller fixed")
     if ppo.missing_eos == "subtract" and ppo.missing_eos_value < 0:
-        raise UserError(f"ppo.missing_eos_value {ppo.missing_eos_value} would be a reward when subtracted; make it positive")
+        raise UserError(f"ppo.missing_eos_value {ppo.missing_eos_value}, subtracted, is a reward; make it positive")
     if ppo.ptx_coef and not ppo.ptx_path:
         raise UserError(f"ppo.ptx_coef {ppo.ptx_coef} needs text; set ppo.ptx_path")
     if ppo.value_init == "reward_model" and (not config.reward.model or ppo.shared_trunk):
-        raise UserError("ppo.value_init reward_model needs reward.model and a critic of its own (ppo.shared_trunk false)")
+        raise UserError("ppo.value_init reward_model needs reward.model, and ppo.shared_trunk false")
+
+
+def check_batches(config: PPORun, mesh: Mesh) -> None:
+    """Raise a UserError unless every batch and microbatch divides over the mesh."""
+    ppo, size = config.ppo, config.data.batch_size
+    if ppo.ptx_coef and ppo.ptx_batch_size % ppo.accumulate:
+        raise UserError(
+            f"ppo.ptx_batch_size {ppo.ptx_batch_size} is not divisible by ppo.accumulate {ppo.accumulate}; "
+            "change one of them"
+        )
+    steps = ppo.minibatches * ppo.accumulate
+    check_rows(mesh, size, "data.batch_size")
+    check_rows(mesh, size // steps, "data.batch_size / (ppo.minibatches * ppo.accumulate) =")
+    check_rows(mesh, config.sampling.microbatch, "sampling.microbatch")
+    check_rows(mesh, ppo.score_microbatch, "ppo.score_microbatch")
+    if ppo.ptx_coef:
+        check_rows(mesh, ppo.ptx_batch_size // ppo.accumulate, "ppo.ptx_batch_size / ppo.accumulate =")
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ def check_same_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
     if Tokenizer.load(path).hf.get_vocab() != tokenizer.hf.get_vocab():
-        raise UserError(f"reward model {path} has another tokenizer than the policy; train it with the policy's tokenizer")
+        raise UserError(f"reward model {path} has another tokenizer than the policy; train it with the policy's")
 
 
 @dataclass(frozen=True)
@@ -131,7 +156,7 @@ class Programs:
 def make_programs(
     config: PPORun, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
 ) -> Programs:
-    """rollout(policy, tokens, mask, key, law), score and update of `core`, and the first state; nets.params is donated."""
+    """rollout(policy, tokens, mask, key, law), score and update of `core`, the first state; nets.params is donated."""
     update, tx, schedule = core.make_ppo_step(nets.models, config, policy_loss)
     state = create_state(nets.params, tx, mesh)
     sampler = make_sampler(nets.models.policy, config.sampling, () if config.ppo.stop == "truncate" else stop_ids)
@@ -140,7 +165,7 @@ def make_programs(
         drawn = sampler(*args)
         return drawn if config.ppo.stop == "eos" else core.truncated(drawn, stop_ids, config.ppo.truncate_after)
 
-    exact = nets.models.policy.compute_dtype == jnp.float32 and config.sampling.top_k == 0 and config.sampling.top_p == 1
+    exact = nets.models.policy.compute_dtype == jnp.float32 and not filters(config.sampling)
     recompute = config.ppo.old_logprobs == "recompute" or (config.ppo.old_logprobs == "auto" and not exact)
     score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
     rows, whole = batch_sharding(mesh), replicated(mesh)
@@ -154,7 +179,7 @@ def make_programs(
 
 
 def key_at(key: jax.Array, *indices: int) -> jax.Array:
-    """fold_in(fold_in(key, i), j)...; the integers go to the device explicitly, so that a transfer guard lets them pass."""
+    """fold_in(fold_in(key, i), j)...; the integers go to the device explicitly, as a transfer guard demands."""
     for index in indices:
         key = jax.random.fold_in(key, jax.device_put(np.uint32(index), key.sharding))
     return key
@@ -177,7 +202,7 @@ class PPO:
         check(config)
         self.config = config
         self.mesh = make_mesh(config.mesh)
-        check_rows(self.mesh, config.data.batch_size, "data.batch_size")
+        check_batches(config, self.mesh)
         self.python_reward = combine(config.reward, reward_functions)
         self.gold = gold or (resolve(config.reward.gold) if config.reward.gold else None)
         if self.python_reward is None and not config.reward.model:
@@ -191,7 +216,8 @@ class PPO:
             self.programs = make_programs(config, self.nets, self.mesh, self.tokenizer.eos_ids, policy_loss)
         self.state = self.programs.state
         self.average = jax.tree.map(jnp.copy, self.state.params["policy"]) if config.ppo.ema_decay else None
-        self._ema = jax.jit(partial(core.ema, decay=config.ppo.ema_decay), donate_argnums=0)
+        places = tree_shardings(self.mesh, self.state.params["policy"])  # else the average could lie elsewhere
+        self._ema = jax.jit(partial(core.ema, decay=config.ppo.ema_decay), donate_argnums=0, out_shardings=places)
         self.law = jax.device_put(SamplingLaw.from_config(config.sampling), replicated(self.mesh))
         self.kl_coef = jax.device_put(np.float32(config.ppo.kl_coef), replicated(self.mesh))
 
@@ -227,7 +253,7 @@ class PPO:
         return self.state.params["policy"] if self.average is None else self.average
 
     def rewards_from_python(self, batch: Any, rollout: Rollout) -> tuple[jax.Array, float | None]:
-        """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device only if needed."""
+        """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device if needed."""
         host, gold = np.zeros(len(batch["prompts"]), np.float32), None
         if self.python_reward is not None or self.gold is not None:
             responses = decode(self.tokenizer, rollout)
@@ -268,23 +294,26 @@ class PPO:
         return {**metrics, **updates}, host, {"rollout": rollout, **per_row}
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """eval/reward, eval/kl and eval/gold over the held-out prompts, with the same noise every time; and samples."""
-        rewards, kls, golds, weights, samples = [], [], [], [], []
+        """eval/reward, kl, objective and gold over the held-out prompts, the same noise every time; and samples."""
+        rewards, kls, golds, weights = [], [], [], []
+        samples: list[dict[str, Any]] = []
         for i, batch in enumerate(self.held_out):
-            rollout, (_, _, _, per_row), gold = self.roll_out(self.policy(), batch, key_at(self.key, 2, i))
+            key, _ = jax.random.split(key_at(self.key, 2, i))  # made as in `iteration`, so that nothing compiles anew
+            rollout, (_, _, _, per_row), gold = self.roll_out(self.policy(), batch, key)
             reward, kl = jax.device_get((per_row["reward"], per_row["kl"]))
             rewards.append(reward[batch["valid"]])
             kls.append(kl[batch["valid"]])
-            golds.append(gold)
+            golds.append(gold or 0.0)
             weights.append(batch["valid"].sum())
             if len(samples) < self.config.ppo.num_samples:
                 table = jax.device_get({"rollout": rollout, **per_row})
                 samples += self.table(table, batch["prompts"])[: self.config.ppo.num_samples]
-        reward = np.concatenate(rewards)
+        reward, kl = np.concatenate(rewards), np.concatenate(kls)
         metrics = {
             "eval/reward": float(reward.mean()),
             "eval/reward_se": float(reward.std() / max(len(reward) - 1, 1) ** 0.5),
-            "eval/kl": float(np.concatenate(kls).mean()),
+            "eval/kl": float(kl.mean()),
+            "eval/objective": float((reward - self.config.ppo.kl_coef * kl).mean()),
         }
         if self.gold is not None:
             metrics["eval/gold"] = float(np.average(golds, weights=weights))
@@ -296,17 +325,26 @@ class PPO:
         texts = self.tokenizer.decode_batch(rollout.tokens[:num], rollout.mask[:num])
         columns = zip(prompts, texts, host["reward"], host["kl"], rollout.finished, strict=False)
         return [
-            {"prompt": p, "response": t, "reward": float(r), "kl": float(k), "finished": bool(f)} for p, t, r, k, f in columns
+            {"prompt": p, "response": t, "reward": float(r), "kl": float(k), "finished": bool(f)}
+            for p, t, r, k, f in columns
         ]
 
-    def save(self, directory: Path, params: Params) -> None:
-        """The policy, and the critic if asked."""
-        save_model(directory / "model", self.nets.policy, params, self.tokenizer)
+    def to_save(self) -> dict[str, Params]:
+        """The policy that is evaluated, and the critic of the same iteration if it is asked for."""
+        params = {"policy": self.policy()}
         if self.config.ppo.save_value_model:
-            value = self.state.params["value"]
+            params["value"] = self.state.params["value"]
             if self.config.ppo.shared_trunk:
-                value = self.nets.policy.model.with_score(self.state.params["policy"], value["score"])
-            save_model(directory / "value_model", self.nets.value, value, self.tokenizer)
+                params["value"] = self.nets.policy.model.with_score(
+                    self.state.params["policy"], params["value"]["score"]
+                )
+        return params
+
+    def save(self, directory: Path, params: dict[str, Params]) -> None:
+        """Write what `to_save` returned."""
+        save_model(directory / "model", self.nets.policy, params["policy"], self.tokenizer)
+        if "value" in params:
+            save_model(directory / "value_model", self.nets.value, params["value"], self.tokenizer)
 
 
 def run(config: PPORun, **overrides: Any) -> dict[str, Any]:
@@ -323,31 +361,38 @@ def run(config: PPORun, **overrides: Any) -> dict[str, Any]:
         params = ppo.state.params["policy"]
         describe("ppo", ppo.mesh, ppo.nets.models.policy, params, iterations=total, new_tokens_per_iteration=tokens)
         rates = learning_rates(ppo.programs.schedule, total)
-        out = Run("ppo", config, total=total, shown=("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s"))
+        out = Run(
+            "ppo", config, total=total, shown=("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
+        )
         before = kept = _evaluate(out, ppo, 0)
         out.restart_clock()
+        logged = 0
         for i in range(total):
             metrics, host, table = ppo.iteration(i)
             out.advance()
-            if (i + 1) % config.run.log_every == 0:
-                show = config.ppo.num_samples and (i + 1) % config.ppo.sample_every == 0
+            show = config.ppo.num_samples and (i + 1) % config.ppo.sample_every == 0
+            if show or (i + 1) % config.run.log_every == 0 or i + 1 == total:
                 prompts = ppo.batches[i]["prompts"] if show else []
                 write = lambda fetched, i=i, prompts=prompts: out.samples(i + 1, ppo.table(fetched, prompts))  # noqa: E731
                 host["optim/lr"] = rates[i]
-                out.log(
-                    i + 1, metrics, host, tokens=tokens * config.run.log_every, table=table if show else None, on_table=write
-                )
+                new = tokens * (i + 1 - logged)
+                out.log(i + 1, metrics, host, tokens=new, table=table if show else None, on_table=write)
+                logged = i + 1
             if i + 1 == total or (config.run.eval_every and (i + 1) % config.run.eval_every == 0):
                 kept = _evaluate(out, ppo, i + 1) or kept
                 out.restart_clock()
-        ppo.save(out.dir, out.best_params(ppo.policy()))
+        ppo.save(out.dir, out.best_params(ppo.to_save()))
     return out.finish({"iterations": total, "before": before, "after": kept, "kl_coef": float(ppo.kl_coef)})
 
 
 def _evaluate(out: Run, ppo: PPO, step: int) -> dict[str, float]:
-    """Log an evaluation and its samples; returns it if its policy is the one to keep, else nothing."""
+    """Log an evaluation and its samples; returns it if its policy is the one to keep, else nothing.
+
+    The best one has the highest reward less KL at the configured kl_coef: reward alone would pick the most
+    over-optimised policy.
+    """
     out.flush()
     results, samples = ppo.evaluate()
     out.write(step, results)
     out.samples(step, samples)
-    return results if out.keep_if_best(step, results["eval/reward"], ppo.policy()) else {}
+    return results if out.keep_if_best(step, results["eval/objective"], ppo.to_save()) else {}

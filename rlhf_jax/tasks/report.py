@@ -57,7 +57,7 @@ def _is_number(value: Any) -> bool:
 def learning_curves(path_png: str | Path, history: Sequence[dict[str, Any]], title: str) -> None:
     """Draws gold and proxy (reward-model) reward over a PPO run as a PNG of two panels.
 
-    Left, both rewards against the iteration, each with its own scale because their units differ: pale as measured, dark
+    Left, both rewards against the iteration, each with its own scale as their units differ: pale as measured, dark
     smoothed. Right, gold against proxy reward, one dot per iteration coloured by KL, so that over-optimisation shows
     as a bend downwards. Without gold, the left panel has the proxy alone and the right one draws it against KL.
 
@@ -71,14 +71,14 @@ def learning_curves(path_png: str | Path, history: Sequence[dict[str, Any]], tit
         UserError: no line of `history` has a rollout's reward.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = [line for line in history if "rollout/reward" in line]
     if not lines:
         raise UserError(f'none of {len(history)} history items has "rollout/reward"; pass the metrics of a PPO run')
     gold = [line for line in lines if "rollout/gold" in line]
-    figure = Figure(figsize=(10.5, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10.5, 4.2), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
     figure.suptitle(title, fontsize=13)
-    figure.get_layout_engine().set(wspace=0.06)
     left, right = figure.subplots(1, 2)
     _draw_rewards(left, lines, gold)
     _draw_trade(figure, right, gold or lines, "rollout/gold" if gold else None)

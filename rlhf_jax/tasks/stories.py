@@ -1,6 +1,6 @@
-"""Happy stories: openings for a model of children's stories and a gold reward of a few lines that can be read and hacked.
+"""Happy stories: openings for a model of children's stories, and a short gold reward that can be read and hacked.
 
-The gold reward counts kind words. It has the two weaknesses that real rewards have: it pays for length, and it does not
+The gold reward counts kind words. It has the two weaknesses that real rewards have: it pays for length, and does not
 see negation or nonsense ("happy happy happy." earns the most of one sentence), so over-optimisation can be read in the
 samples.
 """
@@ -83,7 +83,7 @@ def prompts(num: int, seed: int) -> list[dict[str, str]]:
     total = sum(len(deck) for deck in decks)
     if not 0 <= num <= total:
         raise UserError(f"num {num} is not between 0 and the {total} openings there are; ask for fewer")
-    rows = []
+    rows: list[dict[str, str]] = []
     while len(rows) < num:
         decks = [deck for deck in decks if deck]
         rows.append({"prompt": str(decks[rng.integers(len(decks))].pop())})

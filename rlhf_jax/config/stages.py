@@ -1,195 +1,21 @@
-"""Every setting, as frozen dataclasses; YAML files and dotted overrides fill them (`rlhf_jax.cli`).
+"""The settings of each algorithm, and all of each command."""
 
-Imports nothing of jax, so that `rlhf-jax --help` answers at once. Notebooks build the same classes by hand and pass
-them to `sft.run`, `reward.run` and `ppo.run`. Counts are in the unit that the name says; lengths are in tokens.
-"""
-
+# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib
-import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.parts import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+)
 from rlhf_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class ArchConfig:
-    """The shape of a decoder, for a model that starts from random weights; a Hugging Face directory brings its own.
-
-    Args:
-        vocab_size: V, rows of the embedding.
-        width: D, width of the residual stream.
-        num_layers: L.
-        num_heads: H, query heads.
-        num_kv_heads: K, key-value heads; H must be a multiple.
-        head_dim: N, width of a head.
-        ffn_width: hidden width of the MLP.
-        max_positions: longest sequence the positions allow.
-        norm: rms (RMSNorm) or layer (LayerNorm with bias).
-        norm_eps: added to the variance.
-        positions: rotary or learned.
-        rope_theta: base of the rotary frequencies.
-        activation: the MLP's nonlinearity.
-        gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
-        qkv_bias: biases on the query, key and value projections.
-        out_bias: bias on the attention's output projection.
-        mlp_bias: biases on the MLP's projections.
-        tied_head: use the embedding as the vocabulary projection.
-        init_std: standard deviation of fresh weights.
-    """
-
-    vocab_size: int = 512
-    width: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 32
-    ffn_width: int = 352
-    max_positions: int = 512
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    positions: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = 10000.0
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    gated_mlp: bool = True
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    tied_head: bool = True
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change one of them"
-            )
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd, which rotary positions cannot split; make it even")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model, and how it computes.
-
-    Args:
-        path: a Hugging Face directory (config.json, model.safetensors, tokenizer files); empty starts from `arch`.
-        arch: shape of a model with random weights, used when `path` is empty.
-        tokenizer: a tokenizer directory; empty means the one in `path`.
-        eos_ids: ids that end a response; empty means the ids that the model directory or the tokenizer names.
-        compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Weights stay float32.
-        remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
-        logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
-    """
-
-    path: str = ""
-    arch: ArchConfig | None = None
-    tokenizer: str = ""
-    eos_ids: list[int] = field(default_factory=list)
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    logprob_chunk: int = 256
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices as a (data, fsdp, tensor) mesh; one axis may be -1 for "the rest".
-
-    Args:
-        data: replicas of the model.
-        fsdp: shards of every weight, gathered layer by layer.
-        tensor: shards of heads and MLP columns.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, a clip and a schedule.
-
-    Args:
-        learning_rate: peak value.
-        schedule: constant, linear to `end_fraction`, or cosine to `end_fraction`.
-        warmup_steps: optimiser steps (PPO: iterations) of linear warm-up from zero.
-        end_fraction: learning rate at the end, as a fraction of the peak.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: Adam's epsilon.
-        eps_form: standard adds eps to the bias-corrected root; tensorflow to the uncorrected one, so early updates
-            are smaller (Huang et al. 2024, arXiv 2403.17031).
-        weight_decay: decoupled decay of matrices; norms, biases and scalar heads are never decayed.
-        clip_norm: largest global gradient norm; 0 is off.
-    """
-
-    learning_rate: float = 3e-4
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    end_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    eps_form: Literal["standard", "tensorflow"] = "standard"
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Rows to train on, and how they become batches.
-
-    Args:
-        path: a .jsonl, .jsonl.gz, .txt or .txt.gz file.
-        eval_path: held-out rows; empty holds out `eval_fraction` of `path`, split by prompt.
-        eval_fraction: share of the prompts held out when `eval_path` is empty.
-        batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
-        max_prompt_length: longest prompt, in tokens.
-        max_length: longest prompt and response together, in tokens; also the length of a packed sequence.
-        too_long: what happens to longer rows: drop (counted and said), truncate (prompts lose their start, responses
-            their end), or error.
-        eval_batches: batches of one evaluation; 0 takes all held-out rows.
-    """
-
-    path: str = ""
-    eval_path: str = ""
-    eval_fraction: float = 0.05
-    batch_size: int = 32
-    max_prompt_length: int = 256
-    max_length: int = 512
-    too_long: Literal["drop", "truncate", "error"] = "drop"
-    eval_batches: int = 8
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The run directory and what is written to it.
-
-    Args:
-        output_dir: holds config.yaml, metrics.jsonl, samples.jsonl, summary.json and model/.
-        overwrite: replace an earlier run in `output_dir`.
-        seed: every random number of the run comes from it.
-        log_every: steps between lines of metrics.jsonl.
-        eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.
-        keep_best: end with the weights of the best evaluation instead of the last ones.
-        tensorboard: write TensorBoard events to output_dir/tensorboard.
-        progress: show a progress bar.
-    """
-
-    output_dir: str = ""
-    overwrite: bool = False
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int = 100
-    keep_best: bool = True
-    tensorboard: bool = False
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -216,6 +42,9 @@ class SFTConfig:
     loss: str = "rlhf_jax.losses:next_token_loss"
     num_samples: int = 4
 
+    def __post_init__(self) -> None:
+        check(self, "sft.", {"at least 0": "steps num_samples", "at least 1": "epochs accumulate"})
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -241,6 +70,9 @@ class RewardConfig:
     normalize: Literal["off", "mean", "mean_std"] = "mean_std"
     loss: str = "rlhf_jax.losses:pairwise_reward_loss"
 
+    def __post_init__(self) -> None:
+        check(self, "reward.", {"at least 0": "steps center_coef", "at least 1": "epochs accumulate"})
+
 
 @dataclass(frozen=True)
 class RewardSourceConfig:
@@ -260,31 +92,8 @@ class RewardSourceConfig:
     function_weights: list[float] = field(default_factory=list)
     gold: str = ""
 
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How responses are drawn.
-
-    Args:
-        max_new_tokens: T, longest response.
-        min_new_tokens: stop ids cannot be drawn before this many tokens.
-        temperature: logits are divided by it; 0 is greedy.
-        top_k: keep the k most likely tokens (ties kept); 0 keeps all.
-        top_p: keep the smallest set of likely tokens whose mass reaches p; 1 keeps all.
-        chunk: decoding looks whether all rows are done after every so many tokens.
-        prompt_buckets: lengths that prompts are padded to, ascending; each is one compilation. Empty means one
-            bucket, data.max_prompt_length.
-        microbatch: rows decoded at once; 0 means all.
-    """
-
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    chunk: int = 32
-    prompt_buckets: list[int] = field(default_factory=list)
-    microbatch: int = 0
+    def __post_init__(self) -> None:
+        check(self, "reward.", {"finite": "model_weight"})
 
 
 @dataclass(frozen=True)
@@ -323,8 +132,8 @@ class PPOConfig:
         old_logprobs: from the sampler, recomputed by a forward pass, or auto: the sampler's in float32 without top-k
             and top-p, else recomputed.
         shared_trunk: the value head sits on the policy's trunk instead of a model of its own.
-        value_init: the critic starts as the reward model or as the policy with a zero head; auto takes the reward model
-            if there is one.
+        value_init: the critic starts as the reward model or as the policy with a zero head; auto takes the reward
+            model if there is one.
         critic_warmup: iterations in which only the critic learns.
         ptx_coef: weight of the pretraining loss on `ptx_path` (InstructGPT's PPO-ptx); 0 is off.
         ptx_path: text or demonstrations for `ptx_coef`.
@@ -378,8 +187,33 @@ class PPOConfig:
     sample_every: int = 10
     save_value_model: bool = False
 
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "iterations epochs minibatches accumulate ptx_batch_size sample_every",
+            "at least 0": "score_microbatch truncate_after kl_coef kl_target value_clip value_coef entropy_coef "
+            "critic_warmup ptx_coef target_kl num_samples",
+            "above 0": "kl_horizon clip_ratio max_log_ratio",
+            "between 0 and 1": "discount gae_lambda",
+            "at least 0 and below 1": "ema_decay",
+            "0 or above 1": "dual_clip",
+            "finite": "missing_eos_value",
+        }
+        check(self, "ppo.", rules)
 
-PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule="linear", eps=1e-5)
+
+def check_divides(batch_size: int, name: str, parts: int) -> None:
+    """Raise a UserError unless data.batch_size makes equal microbatches."""
+    if batch_size % parts:
+        raise UserError(f"data.batch_size {batch_size} is not divisible by {name} {parts}; change one of them")
+
+
+def check_buckets(sampling: SamplingConfig, name: str, longest: int) -> None:
+    """Raise a UserError unless the last prompt bucket holds prompts of the longest length, the option `name`."""
+    if sampling.prompt_buckets and sampling.prompt_buckets[-1] < longest:
+        raise UserError(
+            f"sampling.prompt_buckets {sampling.prompt_buckets} ends below {name} {longest}; "
+            f"append {longest} to it or lower {name}"
+        )
 
 
 @dataclass(frozen=True)
@@ -393,6 +227,11 @@ class SFTRun:
     sampling: SamplingConfig = SamplingConfig()
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        self.optim.check("optim.")
+        check_divides(self.data.batch_size, "sft.accumulate", self.sft.accumulate)
+        check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
 
 
 @dataclass(frozen=True)
@@ -413,6 +252,13 @@ class RewardRun:
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
+    def __post_init__(self) -> None:
+        self.optim.check("optim.")
+        check_divides(self.data.batch_size, "reward.accumulate", self.reward.accumulate)
+
+
+PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule="linear", eps=1e-5)
+
 
 @dataclass(frozen=True)
 class PPORun:
@@ -427,6 +273,16 @@ class PPORun:
     value_optim: OptimConfig = PPO_OPTIM
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig(eval_every=20)
+
+    def __post_init__(self) -> None:
+        self.optim.check("optim.")
+        self.value_optim.check("value_optim.")
+        check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
+        if self.ppo.stop == "truncate" and self.ppo.truncate_after >= self.sampling.max_new_tokens:
+            raise UserError(
+                f"ppo.truncate_after {self.ppo.truncate_after} is not below sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens}, so no row would ever stop; lower it"
+            )
 
 
 @dataclass(frozen=True)
@@ -459,6 +315,10 @@ class SampleRun:
     overwrite: bool = False
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
+        check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+
 
 @dataclass(frozen=True)
 class ScoreRun:
@@ -484,6 +344,14 @@ class ScoreRun:
     overwrite: bool = False
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "max_prompt_length max_length batch_size"})
+        if self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length {self.max_prompt_length} is not below max_length {self.max_length}, so a response "
+                "has no room; lower it or raise max_length"
+            )
+
 
 @dataclass(frozen=True)
 class QuickstartConfig:
@@ -494,63 +362,20 @@ class QuickstartConfig:
         seed: of the graph, the data and the training.
         overwrite: replace an earlier quickstart in `output_dir`.
         progress: show progress bars.
-        comparisons: pairs of sampled walks that the simulated rater labels.
+        rounds: rounds of comparisons, reward model and PPO.
+        comparisons: pairs of sampled walks that the simulated rater sees in a round; ties are left out.
         rater_noise: probability that the rater errs.
-        iterations: PPO iterations.
+        iterations: PPO iterations of a round.
     """
 
     output_dir: str = "runs/quickstart"
     seed: int = 0
     overwrite: bool = False
     progress: bool = True
-    comparisons: int = 4000
+    rounds: int = 2
+    comparisons: int = 6000
     rater_noise: float = 0.1
-    iterations: int = 120
+    iterations: int = 70
 
-
-def resolve(name: str) -> Callable[..., Any]:
-    """The function that "package.module:name" points to; the working directory is searched too.
-
-    Raises:
-        UserError: the text has no colon, the module does not import, or it has no such callable.
-    """
-    module_name, colon, attribute = name.partition(":")
-    if not (colon and module_name and attribute):
-        raise UserError(f'{name!r} names no function; write it as "package.module:function"')
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{name!r}: {error}; check the spelling or run where the module lies") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise UserError(f"{name!r}: module {module_name} has no function {attribute!r}; check the spelling")
-    return found
-
-
-def bind(function: str | Callable[..., Any], config: Any) -> Callable[..., Any]:
-    """A loss by name or as it is, its keyword-only arguments filled from the config fields of the same name.
-
-    Raises:
-        UserError: a keyword-only argument without default that the config has no field for.
-    """
-    function = resolve(function) if isinstance(function, str) else function
-    known = {f.name for f in dataclasses.fields(config)}
-    filled = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            continue
-        if name in known:
-            filled[name] = getattr(config, name)
-        elif parameter.default is parameter.empty:
-            raise UserError(
-                f"{getattr(function, '__name__', function)} asks for {name!r}, which {type(config).__name__} does not have; "
-                "give it a default or a field"
-            )
-    return functools.partial(function, **filled)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain dicts, every field present; `config.yaml` of a run is this."""
-    return dataclasses.asdict(config)
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "comparisons iterations", "between 0 and 1": "rater_noise", SEEDS: "seed"})

@@ -1,0 +1,97 @@
+"""The chain on a real pretrained model: gold comparisons, reward model, PPO; stories before and after.
+
+    python -m benchmarks.stories --model STORIES_MODEL --output_dir runs/stories
+
+The reward model and PPO are those of configs/stories_reward.yaml and configs/stories_ppo.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rlhf_jax import ppo, reward
+from rlhf_jax.cli import parse
+from rlhf_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.generate import Generator
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import load_model, load_tokenizer
+from rlhf_jax.tasks import report, stories
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def sampled(model: str, rows: list[dict[str, str]], seeds: list[int]) -> list[list[str]]:
+    """One response per row and seed."""
+    settings, mesh = ModelConfig(path=model, eos_ids=[1]), make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        loaded = load_model(settings, mesh, jax.random.key(0))
+        sampling = SamplingConfig(max_new_tokens=64)
+        generator = Generator(loaded.model, load_tokenizer(settings), sampling, mesh, max_prompt_length=32)
+        return [generator.texts(loaded.params, rows, jax.random.key(seed), batch_size=256)[1] for seed in seeds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Hugging Face directory of a stories model")
+    parser.add_argument("--output_dir", default="runs/stories")
+    parser.add_argument("--prompts", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=8, help="per prompt; compared two by two")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    path = Path(args.output_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    rows = stories.prompts(args.prompts + 256, args.seed)
+    train, held_out = rows[:-256], rows[-256:]
+    texts = [row["prompt"] for row in train]
+    drawn = sampled(args.model, train, [args.seed + i for i in range(args.samples)])
+    pairs = []
+    for a, b in zip(drawn[::2], drawn[1::2], strict=True):
+        pairs += stories.comparisons_from_samples(texts, a, b, args.seed, 0.1)
+    for name, data in (("comparisons", pairs), ("prompts", train)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    common = ["--model.path", args.model, "--run.seed", str(args.seed), "--run.overwrite", "true"]
+
+    def stage(name: str, *options: str) -> list[str]:
+        return ["--config", str(CONFIGS / f"stories_{name}.yaml"), *common, *options]
+
+    directory = ("--run.output_dir", str(path / "reward_model"), "--data.path", str(path / "comparisons.jsonl"))
+    rm = reward.run(parse("reward", stage("reward", *directory)))
+    directory = ("--run.output_dir", str(path / "ppo"), "--data.path", str(path / "prompts.jsonl"))
+    tuned = ppo.run(parse("ppo", stage("ppo", *directory, "--reward.model", str(path / "reward_model" / "model"))))
+
+    texts = [row["prompt"] for row in held_out]
+    before, after = (sampled(m, held_out, [99])[0] for m in (args.model, str(path / "ppo" / "model")))
+    gold = [np.asarray(stories.sentiment(texts, responses)) for responses in (before, after)]
+    standard_errors = [scores.std(ddof=1) / len(scores) ** 0.5 for scores in gold]
+    table = [
+        ["gold reward before", f"{gold[0].mean():.3f} +- {standard_errors[0]:.3f}"],
+        ["gold reward after", f"{gold[1].mean():.3f} +- {standard_errors[1]:.3f}"],
+        ["reward model accuracy", f"{rm['accuracy']:.3f} (n = {rm['n']})"],
+        ["KL, nats per story", f"{tuned['after']['eval/kl']:.2f}"],
+    ]
+    print("\n" + report.text_table(["256 held-out openings", "value"], table))
+    for i in range(2):
+        print(f"\n--- {texts[i]}\nbefore: {before[i].strip()}\nafter:  {after[i].strip()}")
+    curves = [json.loads(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    report.learning_curves(path / "learning_curves.png", [c for c in curves if "rollout/gold" in c], "PPO on stories")
+    print(
+        json.dumps(
+            {
+                "gold_before": round(float(gold[0].mean()), 4),
+                "gold_after": round(float(gold[1].mean()), 4),
+                "standard_errors": [round(float(se), 4) for se in standard_errors],
+                "reward_model_accuracy": round(rm["accuracy"], 4),
+                "kl": round(tuned["after"]["eval/kl"], 3),
+                "kl_target": 6.0,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

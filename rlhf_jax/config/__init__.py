@@ -1,0 +1,56 @@
+"""Every setting, as frozen dataclasses; YAML files and dotted overrides fill them (`rlhf_jax.cli`).
+
+Imports nothing of jax, so that `rlhf-jax --help` answers at once. Notebooks build the same classes by hand and pass
+them to `sft.run`, `reward.run` and `ppo.run`. Counts are in the unit that the name says; lengths are in tokens. A
+value out of range is a UserError where the class is made.
+"""
+
+from rlhf_jax.config.functions import bind, resolve, to_dict
+from rlhf_jax.config.parts import (
+    ArchConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+)
+from rlhf_jax.config.stages import (
+    PPO_OPTIM,
+    PPOConfig,
+    PPORun,
+    PretrainRun,
+    QuickstartConfig,
+    RewardConfig,
+    RewardRun,
+    RewardSourceConfig,
+    SampleRun,
+    ScoreRun,
+    SFTConfig,
+    SFTRun,
+)
+
+__all__ = [
+    "PPO_OPTIM",
+    "ArchConfig",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PPOConfig",
+    "PPORun",
+    "PretrainRun",
+    "QuickstartConfig",
+    "RewardConfig",
+    "RewardRun",
+    "RewardSourceConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SFTRun",
+    "SampleRun",
+    "SamplingConfig",
+    "ScoreRun",
+    "bind",
+    "resolve",
+    "to_dict",
+]

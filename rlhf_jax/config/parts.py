@@ -1,0 +1,258 @@
+"""What several commands share: the model, the mesh, the optimiser, the data, the run directory, sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ArchConfig:
+    """The shape of a decoder, for a model that starts from random weights; a Hugging Face directory brings its own.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        width: D, width of the residual stream.
+        num_layers: L.
+        num_heads: H, query heads.
+        num_kv_heads: K, key-value heads; H must be a multiple.
+        head_dim: N, width of a head.
+        ffn_width: hidden width of the MLP.
+        max_positions: longest sequence the positions allow.
+        norm: rms (RMSNorm) or layer (LayerNorm with bias).
+        norm_eps: added to the variance.
+        positions: rotary or learned.
+        rope_theta: base of the rotary frequencies.
+        activation: the MLP's nonlinearity.
+        gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+        qkv_bias: biases on the query, key and value projections.
+        out_bias: bias on the attention's output projection.
+        mlp_bias: biases on the MLP's projections.
+        tied_head: use the embedding as the vocabulary projection.
+        init_std: standard deviation of fresh weights.
+    """
+
+    vocab_size: int = 512
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    ffn_width: int = 352
+    max_positions: int = 512
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10000.0
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied_head: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions",
+            "above 0": "norm_eps rope_theta",
+            "at least 0": "init_std",
+        }
+        check(self, "model.arch.", rules)
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.num_kv_heads "
+                f"{self.num_kv_heads}; change one of them"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(
+                f"model.arch.head_dim {self.head_dim} is odd, which rotary positions cannot split; make it even"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it computes.
+
+    Args:
+        path: a Hugging Face directory (config.json, model.safetensors, tokenizer files); empty starts from `arch`.
+        arch: shape of a model with random weights, used when `path` is empty.
+        tokenizer: a tokenizer directory; empty means the one in `path`.
+        eos_ids: ids that end a response; empty means the ids that the model directory or the tokenizer names.
+        compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Weights stay float32.
+        remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
+        logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
+    """
+
+    path: str = ""
+    arch: ArchConfig | None = None
+    tokenizer: str = ""
+    eos_ids: list[int] = field(default_factory=list)
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    logprob_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        check(self, "model.", {"at least 1": "logprob_chunk"})
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a (data, fsdp, tensor) mesh; one axis may be -1 for "the rest".
+
+    Args:
+        data: replicas of the model.
+        fsdp: shards of every weight, gathered layer by layer.
+        tensor: shards of heads and MLP columns.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, a clip and a schedule.
+
+    Args:
+        learning_rate: peak value.
+        schedule: constant, linear to `end_fraction`, or cosine to `end_fraction`.
+        warmup_steps: optimiser steps (PPO: iterations) of linear warm-up from zero.
+        end_fraction: learning rate at the end, as a fraction of the peak.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: Adam's epsilon.
+        eps_form: standard adds eps to the bias-corrected root; tensorflow to the uncorrected one, so early updates
+            are smaller (Huang et al. 2024, arXiv 2403.17031).
+        weight_decay: decoupled decay of matrices; norms, biases and scalar heads are never decayed.
+        clip_norm: largest global gradient norm; 0 is off.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    end_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    eps_form: Literal["standard", "tensorflow"] = "standard"
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def check(self, group: str) -> None:
+        """Raise a UserError unless all is in range; PPO has two of these, so the owner says which `group` it is."""
+        rules = {
+            "at least 0": "learning_rate warmup_steps weight_decay clip_norm",
+            "between 0 and 1": "end_fraction",
+            "at least 0 and below 1": "b1 b2",
+            "above 0": "eps",
+        }
+        check(self, group, rules)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows to train on, and how they become batches.
+
+    Args:
+        path: a .jsonl, .jsonl.gz, .txt or .txt.gz file.
+        eval_path: held-out rows; empty holds out `eval_fraction` of `path`, split by prompt.
+        eval_fraction: share of the prompts held out when `eval_path` is empty.
+        batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
+        max_prompt_length: longest prompt, in tokens.
+        max_length: longest prompt and response together, in tokens; also the length of a packed sequence.
+        too_long: what happens to longer rows: drop (counted and said), truncate (prompts lose their start, responses
+            their end), or error.
+        eval_batches: batches of one evaluation; 0 takes all held-out rows.
+    """
+
+    path: str = ""
+    eval_path: str = ""
+    eval_fraction: float = 0.05
+    batch_size: int = 32
+    max_prompt_length: int = 256
+    max_length: int = 512
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    eval_batches: int = 8
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "batch_size max_prompt_length max_length",
+            "above 0 and below 1": "eval_fraction",
+            "at least 0": "eval_batches",
+        }
+        check(self, "data.", rules)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run directory and what is written to it.
+
+    Args:
+        output_dir: holds config.yaml, metrics.jsonl, samples.jsonl, summary.json and model/.
+        overwrite: replace an earlier run in `output_dir`.
+        seed: every random number of the run comes from it.
+        log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.
+        keep_best: end with the weights of the best evaluation instead of the last ones.
+        tensorboard: write TensorBoard events to output_dir/tensorboard.
+        progress: show a progress bar.
+    """
+
+    output_dir: str = ""
+    overwrite: bool = False
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 100
+    keep_best: bool = True
+    tensorboard: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check(self, "run.", {"at least 1": "log_every", "at least 0": "eval_every", SEEDS: "seed"})
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn.
+
+    Args:
+        max_new_tokens: T, longest response.
+        min_new_tokens: stop ids cannot be drawn before this many tokens.
+        temperature: logits are divided by it; 0 is greedy.
+        top_k: keep the k most likely tokens (ties kept); 0 keeps all.
+        top_p: keep the smallest set of likely tokens whose mass reaches p; 1 keeps all.
+        chunk: decoding looks whether all rows are done after every so many tokens.
+        prompt_buckets: lengths that prompts are padded to, ascending; each is one compilation. Empty means one
+            bucket, data.max_prompt_length.
+        microbatch: rows decoded at once; 0 means all.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    chunk: int = 32
+    prompt_buckets: list[int] = field(default_factory=list)
+    microbatch: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "max_new_tokens chunk",
+            "at least 0": "min_new_tokens temperature top_k microbatch",
+            "above 0 and at most 1": "top_p",
+        }
+        check(self, "sampling.", rules)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"sampling.min_new_tokens {self.min_new_tokens} is more than sampling.max_new_tokens "
+                f"{self.max_new_tokens}; lower it"
+            )
+        buckets = self.prompt_buckets
+        if buckets and (buckets[0] < 1 or buckets != sorted(set(buckets))):
+            raise UserError(f"sampling.prompt_buckets {buckets} must be lengths of at least 1 that ascend; sort them")

@@ -1,0 +1,720 @@
+"""The command line as a newcomer meets it: every mistake is one line with a cure, and no run is lost to one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import typing
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+from tiny import ARCH, model_params
+
+from rlhf_jax import cli, config
+from rlhf_jax.config.checks import HOLDS
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model, hf
+from rlhf_jax.tasks import random_walks as walks
+
+HEAVY = ("jax", "transformers", "jsonargparse", "numpy", "flax")
+SFT = """
+model:
+  tokenizer: tok
+  arch: {vocab_size: 24, width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2, head_dim: 8, ffn_width: 32,
+    max_positions: 40}
+data: {path: sft.jsonl, batch_size: 8, max_prompt_length: 4, max_length: 16, eval_fraction: 0.2}
+sft: {steps: 2, num_samples: 2}
+sampling: {max_new_tokens: 4, chunk: 2}
+optim: {learning_rate: 1e-3}
+run: {output_dir: out}
+"""
+PPO = """
+model: {path: lm}
+data: {path: prompts.jsonl, batch_size: 8, max_prompt_length: 2, eval_fraction: 0.2}
+reward: {functions: ["cli_rewards:length"]}
+sampling: {max_new_tokens: 4, chunk: 2}
+ppo: {iterations: 2, epochs: 1, sample_every: 1}
+run: {output_dir: out}
+"""
+REWARDS = """
+import numpy as np
+def length(prompts, responses, **columns): return [float(len(r)) for r in responses]
+def short(prompts, responses, **columns): return [1.0]
+def nan(prompts, responses, **columns): return [float("nan")] * len(responses)
+def text(prompts, responses, **columns): return ["good"] * len(responses)
+def none(prompts, responses, **columns): return None
+def nones(prompts, responses, **columns): return [None] * len(responses)
+"""
+
+
+def save_tiny(path: Path, *, score_head: bool, nodes: int = walks.NUM_NODES) -> None:
+    """A directory with a tiny model and a random-walk tokenizer, made without compiling anything."""
+    model = Model(ARCH, score_head=score_head)
+    hf.save_model(path, ARCH, model_params(model, 0), eos_ids=[1], pad_id=0, score_head=score_head)
+    walks.make_tokenizer(nodes).save_pretrained(path)
+
+
+def write_rows(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Tokenizer, language model, reward model, data and configs, as a user would have them side by side."""
+    home = tmp_path_factory.mktemp("home")
+    walks.make_tokenizer().save_pretrained(home / "tok")
+    save_tiny(home / "lm", score_head=False)
+    save_tiny(home / "rm", score_head=True)
+    save_tiny(home / "rm_other_tokenizer", score_head=True, nodes=15)
+    demos = walks.demonstrations(walks.make_graph(0), 60, 0)
+    write_rows(home / "sft.jsonl", demos)
+    write_rows(home / "prompts.jsonl", walks.start_prompts() * 3)
+    write_rows(home / "one_long.jsonl", [*demos, {"prompt": "b c d e f g", "response": "a"}])
+    write_rows(home / "no_field.jsonl", [*demos, {"prompt": "b"}])
+    (home / "empty.jsonl").write_text("")
+    (home / "sft.yaml").write_text(SFT)
+    (home / "ppo.yaml").write_text(PPO)
+    (home / "cli_rewards.py").write_text(REWARDS)
+    return home
+
+
+@pytest.fixture
+def here(home, tmp_path, monkeypatch):
+    """A fresh working directory with links to all of `home`."""
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(home))
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*arguments) -> (exit code, stdout, stderr) of the command line, in this process."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in arguments])
+        return (stop.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """refused(*arguments) -> the error's line, after checking that there is nothing else and the exit code is 2."""
+
+    def refused(*arguments: str) -> str:
+        code, _, err = call(*arguments)
+        assert code == 2
+        lines = [line for line in re.split(r"[\r\n]", err) if line]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("rlhf-jax: error: ") and "Traceback" not in err
+        return lines[0].removeprefix("rlhf-jax: error: ")
+
+    return refused
+
+
+def tree_bytes(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def leave_run(path: Path) -> None:
+    """What an earlier run and its user left in a directory."""
+    (path / "model").mkdir(parents=True)
+    (path / "model" / "weights").write_text("precious")
+    (path / "metrics.jsonl").write_text("{}\n")
+    (path / "notes.txt").write_text("foreign")
+    (path / "figures").mkdir()
+    (path / "figures" / "a.png").write_bytes(b"png")
+
+
+def options(cls, prefix=""):
+    """Every dotted option of a config class that takes a value, found by other means than cli's."""
+    for f in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[f.name]
+        group = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if group:
+            yield from options(group, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.name, cls
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], [], ["--version"], ["ppo", "--help"], ["ppo", "--ppo.clip_ration", "0.1"], ["pppo"]],
+    ids=" ".join,
+)
+def test_help_and_typos_import_nothing_heavy(arguments):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['rlhf-jax', *{arguments!r}]\n"
+        "try: runpy.run_module('rlhf_jax', run_name='__main__')\n"
+        f"finally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+    assert done.returncode == (2 if done.stderr else 0)
+
+
+def test_python_m_is_the_same_program():
+    (script,) = entry_points(group="console_scripts", name="rlhf-jax")
+    assert script.load() is cli.main
+    done = subprocess.run([sys.executable, "-m", "rlhf_jax", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, cli.help_text() + "\n", "")
+
+
+def test_the_help_names_every_command(call):
+    code, out, err = call("--help")
+    assert code == 0 and not err
+    for name, (_, _, about) in cli.COMMANDS.items():
+        assert f"{name} " in out and about in out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_lists_every_option_with_its_description(call, command):
+    code, out, err = call(command, "--help")
+    assert code == 0 and not err and max(map(len, out.splitlines())) <= 119
+    flat = " ".join(out.split())
+    for option, name, cls in options(cli.COMMANDS[command][0]):
+        about = re.search(rf"\n        {name}: (.*(?:\n            .*)*)", cls.__doc__).group(1)
+        assert f"--{option} {' '.join(about.split())} [" in flat
+    assert {"ppo": "one of eos, truncate; default eos]"}.get(command, "") in flat
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "pp": "unknown command 'pp'; did you mean ppo?",
+    "zzzz": "unknown command 'zzzz'; `rlhf-jax --help` lists all",
+    "ppo --ppo.clip_ration 0.1": "unknown option 'ppo.clip_ration'; did you mean ppo.clip_ratio?",
+    "ppo --pppo.clip_ratio 0.1": "unknown option 'pppo.clip_ratio'; did you mean ppo.clip_ratio?",
+    "ppo --clip_ratio=0.1": "unknown option 'clip_ratio'; did you mean ppo.clip_ratio?",
+    "sft --modl {}": "unknown option 'modl'; did you mean model?",
+    "sft --model.arch.widht 8": "unknown option 'model.arch.widht'; did you mean model.arch.width?",
+    "sft --model.arch {widht: 8}": "unknown option 'model.arch.widht'; did you mean model.arch.width?",
+    "sft --xyzzy 1": "unknown option 'xyzzy'; `rlhf-jax sft --help` lists all",
+    "sft runs/first": "unexpected argument 'runs/first'; options are written --name VALUE",
+    "sft --data.path": "--data.path has no value; write --data.path VALUE",
+    "sft --run.overwrite --run.seed 1": "--run.overwrite has no value; write --run.overwrite VALUE",
+    "sft --data.batch_size many": "data.batch_size is 'many'; give a whole number",
+    "sft --data.batch_size 8.0": "data.batch_size is '8.0'; give a whole number",
+    "sft --optim.learning_rate high": "optim.learning_rate is 'high'; give a number",
+    "sft --run.overwrite yes": "run.overwrite is 'yes'; give true or false",
+    "sft --data.path null": "data.path is 'null'; give text",
+    "sft --data 3": "data is '3'; it is a group of options, such as data.path",
+    "sft --model.arch tiny": "model.arch is 'tiny'; it is a group of options, such as model.arch.vocab_size",
+    "sft --model.arch.width wide": "model.arch.width is 'wide'; give a whole number",
+    "sft --model.arch.norm batch": "model.arch.norm is 'batch'; give one of rms, layer",
+    "ppo --ppo.stop never": "ppo.stop is 'never'; give one of eos, truncate",
+    "ppo --reward.functions a:b": "reward.functions is 'a:b'; give a list such as '[one, two]'",
+    "ppo --sampling.prompt_buckets [4,x]": "sampling.prompt_buckets[1] is 'x'; give a whole number",
+    "sft --config nope.yaml": "--config nope.yaml: No such file or directory; check the path",
+    "sft --config .": "--config .: Is a directory; check the path",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_line(refused, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    assert refused(*re.findall(r"\{.*?\}|\S+", line)) == MISTAKES[line]
+
+
+FILES = {
+    "modl: {path: x}": ": unknown option 'modl'; did you mean model?",
+    "model: {pth: x}": ": unknown option 'model.pth'; did you mean model.path?",
+    "model: {arch: {widht: 8}}": ": unknown option 'model.arch.widht'; did you mean model.arch.width?",
+    "batch_size: 8": ": unknown option 'batch_size'; did you mean data.batch_size?",
+    "1: x": ": unknown option '1'; did you mean optim.b1?",
+    "model: {arch: {width: wide}}": ": model.arch.width is 'wide'; give a whole number",
+    "model: {arch: {norm: batch}}": ": model.arch.norm is 'batch'; give one of rms, layer",
+    "sft: {loss_on: everything}": ": sft.loss_on is 'everything'; give one of response, all",
+    "data: {batch_size: null}": ": data.batch_size is 'null'; give a whole number",
+    "data: {batch_size: true}": ": data.batch_size is 'true'; give a whole number",
+    "data: {batch_size: [8]}": ": data.batch_size is ['8']; give a whole number",
+    "data: 3": ": data is '3'; it is a group of options, such as data.path",
+    "data: [path]": ": data is ['path']; it is a group of options, such as data.path",
+    "model: {eos_ids: 3}": ": model.eos_ids is '3'; give a list such as [4, 8]",
+    "data: {seed: 1}\ndata: {path: x}": ":2: 'data' comes twice; keep one of them",
+    "data: [1, 2": ":1: invalid YAML (",
+    "data:\n\tpath: x": ":2: invalid YAML (",
+    "data: *nowhere": ":1: invalid YAML (",
+    "- data": ": the file is a list; write options such as `data: {batch_size: 8}`",
+    "data": ": the file is plain text; write options such as `data: {batch_size: 8}`",
+    "": ": the file is empty; write options such as `data: {batch_size: 8}`",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_mistake_in_a_file_is_one_line_that_names_the_file(refused, tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    line = refused("sft", "--config", path).removeprefix(str(path))
+    assert line.startswith(FILES[text]) if "invalid YAML" in line else line == FILES[text]
+
+
+def test_a_file_that_is_no_text_is_one_line(refused, tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8 text" in refused("sft", "--config", tmp_path / "a.yaml")
+
+
+def test_debug_shows_the_traceback_and_its_absence_hides_it():
+    run = [sys.executable, "-m", "rlhf_jax", "sft", "--data.batch_size", "many"]
+    plain = subprocess.run(run, capture_output=True, text=True)
+    assert (plain.returncode, plain.stderr.count("\n"), "Traceback" in plain.stderr) == (2, 1, False)
+    debug = subprocess.run([*run, "--debug"], capture_output=True, text=True)
+    assert debug.returncode == 1 and "Traceback" in debug.stderr
+    assert debug.stderr.splitlines()[-1] == "rlhf_jax.errors.UserError: data.batch_size is 'many'; give a whole number"
+
+
+def test_values_reach_the_config_and_later_ones_win(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "optim: {learning_rate: 1e-3}\nppo: {missing_eos: off, kl_coef: 0.1}\ndata.batch_size: 4\n"
+        "model: {path: 123, arch: {num_heads: 8, norm: rms}}\nrun: {keep_best: False}\nreward: {functions: ['a:b']}"
+    )
+    got = cli.parse("ppo", ["--ppo.kl_coef", "9", "--config", str(path), "--sampling.prompt_buckets=[4, 256]"])
+    assert got.optim == dataclasses.replace(config.PPO_OPTIM, learning_rate=1e-3), "the others stay PPO's"
+    assert (got.ppo.missing_eos, got.ppo.kl_coef) == ("off", 0.1)
+    assert (got.model.path, got.data.batch_size, got.run.keep_best) == ("123", 4, False)
+    assert (got.model.arch.num_heads, got.model.arch.width) == (8, config.ArchConfig().width)
+    assert (got.reward.functions, got.sampling.prompt_buckets) == (["a:b"], [4, 256])
+    got = cli.parse(
+        "ppo", ["--config", str(path), "--model.arch", "null", "--optim", "{b1: 0.5}", "--ppo.kl_coef", "2"]
+    )
+    assert (got.model.arch, got.optim.learning_rate, got.optim.b1, got.ppo.kl_coef) == (None, 1e-3, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command, tmp_path):
+    cls = cli.COMMANDS[command][0]
+    assert cli.parse(command, []) == cls()
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(cls())))
+    assert cli.parse(command, ["--config", str(path)]) == cls()
+
+
+# --- ranges ---------------------------------------------------------------------------------------------------------
+
+RANGES = {
+    "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length 0, data.eval_fraction 1,
+        data.eval_fraction -0.1, data.eval_fraction nan, data.eval_batches -1, model.logprob_chunk 0,
+        model.arch.width 0, model.arch.num_layers 0, model.arch.vocab_size 0, model.arch.norm_eps 0,
+        sft.epochs 0, sft.steps -1, sft.accumulate 0, sft.num_samples -1, run.log_every 0, run.eval_every -1,
+        run.seed -1, run.seed 4294967296, optim.learning_rate -1, optim.learning_rate inf, optim.b1 1, optim.b2 -0.1,
+        optim.eps 0, optim.end_fraction 2, optim.warmup_steps -1, optim.clip_norm -1, optim.weight_decay -1""",
+    "reward": "reward.epochs 0, reward.accumulate 0, reward.steps -1, reward.center_coef -1, optim.b1 nan",
+    "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.max_new_tokens 0,
+        sampling.min_new_tokens -1, sampling.top_k -1, sampling.chunk 0, sampling.microbatch -1, ppo.epochs 0,
+        ppo.iterations 0, ppo.minibatches 0, ppo.accumulate 0, ppo.clip_ratio 0, ppo.clip_ratio -0.2,
+        ppo.sample_every 0, ppo.discount 1.1, ppo.gae_lambda -1, ppo.kl_coef -1, ppo.kl_horizon 0, ppo.value_clip -1,
+        ppo.dual_clip 0.5, ppo.max_log_ratio 0, ppo.ema_decay 1, ppo.target_kl -1, ppo.critic_warmup -1,
+        ppo.ptx_batch_size 0, ppo.truncate_after -1, ppo.score_microbatch -1, ppo.missing_eos_value nan,
+        reward.model_weight nan, value_optim.eps 0""",
+    "sample": "num_samples 0, batch_size 0, max_prompt_length 0, seed -1",
+    "score": "batch_size 0, max_length 0, max_prompt_length -3",
+    "quickstart": "comparisons 0, iterations 0, rater_noise 1.5, seed -1",
+}
+BAD = [(command, *pair.split()) for command, text in RANGES.items() for pair in text.split(",")]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), BAD)
+def test_a_value_out_of_range_is_one_line_with_option_value_and_cure(refused, command, option, value):
+    line = refused(command, f"--{option}", value)
+    shown, cure = re.fullmatch(rf"{re.escape(option)} is (\S+); make it (.*)", line).groups()
+    assert float(shown) == float(value) or shown == value
+    assert cure in HOLDS
+
+
+def test_the_edges_of_the_ranges_are_allowed():
+    cli.parse("sft", ["--data.eval_fraction", "0", "--sft.steps", "0", "--optim.end_fraction", "1"])
+    cli.parse("ppo", ["--sampling.top_p", "1", "--sampling.temperature", "0", "--ppo.dual_clip", "3"])
+
+
+TOGETHER = {
+    "sft --model.arch.num_heads 3 --model.arch.num_kv_heads 2": "model.arch.num_heads 3 is not a multiple of "
+    "model.arch.num_kv_heads 2; change one of them",
+    "sft --model.arch.head_dim 7": "model.arch.head_dim 7 is odd, which rotary positions cannot split; make it even",
+    "sft --data.batch_size 8 --sft.accumulate 3": "data.batch_size 8 is not divisible by sft.accumulate 3; "
+    "change one of them",
+    "reward --data.batch_size 8 --reward.accumulate 3": "data.batch_size 8 is not divisible by reward.accumulate 3; "
+    "change one of them",
+    "ppo --sampling.min_new_tokens 65": "sampling.min_new_tokens 65 is more than sampling.max_new_tokens 64; lower it",
+    "ppo --sampling.prompt_buckets [8,4]": "sampling.prompt_buckets [8, 4] must be lengths of at least 1 that ascend; "
+    "sort them",
+    "ppo --sampling.prompt_buckets [0,256]": "sampling.prompt_buckets [0, 256] must be lengths of at least 1 that "
+    "ascend; sort them",
+    "ppo --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below data.max_prompt_length 256; append "
+    "256 to it or lower data.max_prompt_length",
+    "sample --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below max_prompt_length 256; append 256 "
+    "to it or lower max_prompt_length",
+    "score --max_length 256": "max_prompt_length 256 is not below max_length 256, so a response has no room; lower it "
+    "or raise max_length",
+    "ppo --ppo.stop truncate --ppo.truncate_after 64": "ppo.truncate_after 64 is not below sampling.max_new_tokens "
+    "64, so no row would ever stop; lower it",
+}
+
+
+@pytest.mark.parametrize("line", TOGETHER)
+def test_settings_that_do_not_go_together_are_one_line(refused, line):
+    assert refused(*line.split()) == TOGETHER[line]
+
+
+def test_notebooks_get_the_same_errors_from_the_classes():
+    with pytest.raises(UserError, match=r"^sampling.top_p is 0; make it above 0 and at most 1$"):
+        config.SamplingConfig(top_p=0)
+    with pytest.raises(UserError, match=r"^value_optim.b1 is 2; make it at least 0 and below 1$"):
+        config.PPORun(value_optim=config.OptimConfig(b1=2))
+
+
+# --- data, models, meshes -------------------------------------------------------------------------------------------
+
+SFT_MISTAKES = {
+    "--data.path sft.json": r"sft\.json: no such file; did you mean sft\.jsonl\?",
+    "--data.path=": r"data\.path is empty; give a .*",
+    "--data.path empty.jsonl": r"empty\.jsonl: the file is empty; give one with at least one row",
+    "--data.path no_field.jsonl": r'no_field\.jsonl:61: no field "response" \(found: prompt\); .*',
+    "--data.path sft.yaml": r"sft\.yaml: unknown extension; known are .*",
+    "--data.path one_long.jsonl --data.too_long error": r"one_long\.jsonl:61: a prompt of 6 tokens is over "
+    r"data\.max_prompt_length = 4; .*",
+    "--data.batch_size 800": r"\d+ examples do not fill one batch of 800; set data\.batch_size to at most \d+, .*",
+    "--data.max_length 4": r"max_prompt_length 4 must be below max_length 4, .*",
+    "--data.batch_size 12": r"data\.batch_size.* 12 is not divisible by data\*fsdp = 8; set it to a multiple of 8",
+    "--data.batch_size 24 --sft.accumulate 2": r"data\.batch_size / sft\.accumulate.* 12 is not divisible by .* = 8.*",
+    "--mesh.data 3": r"mesh data\*fsdp\*tensor = 3\*1\*1 = 3, but there are 8 devices; .*",
+    "--mesh.data 0": r"mesh .*: sizes are positive, .*",
+    "--mesh.tensor 4": r"parameter .* dimension 2 does not divide by tensor = 4; choose another mesh",
+    "--model.tokenizer=": r"model\.tokenizer and model\.path are both empty; give one of them",
+    "--model.tokenizer out": r"out: no such directory; set model\.tokenizer to a local directory",
+    "--model.tokenizer .": r"\.: holds no tokenizer; it needs tokenizer\.json, .*",
+    "--model.arch null": r"model\.path and model\.arch are both empty; give a Hugging Face directory or a shape",
+    "--model.path lm": r"model\.path and model\.arch are both given; leave one out .*",
+    "--model.arch null --model.path nope": r"no directory nope; .*",
+    "--model.arch null --model.path tok": r"tok has no config\.json; .*",
+    "--model.arch null --model.path rm": r"rm is a reward or value model; give a language model",
+    "--model.arch.norm layer --model.arch.positions learned": r"no Hugging Face family has this shape: .*; change "
+    r"model\.arch",
+    "--run.output_dir=": r"run\.output_dir is empty; say where to write, as --run\.output_dir runs/first",
+    "--run.output_dir sft.jsonl": r"run\.output_dir sft\.jsonl is a file; choose a directory",
+    "--run.output_dir sft.jsonl/x": r"run\.output_dir sft\.jsonl/x: \S+ is a file, not a directory; .*",
+}
+
+
+@pytest.mark.parametrize("arguments", SFT_MISTAKES)
+def test_a_run_that_cannot_be_is_refused_before_it_writes(here, refused, arguments):
+    line = refused("sft", "--config", "sft.yaml", *arguments.split())
+    assert re.fullmatch(SFT_MISTAKES[arguments], line)
+    assert not (here / "out").exists()
+
+
+PPO_MISTAKES = {
+    "--reward.functions []": r"there is no reward; set reward\.model, or reward\.functions to .*",
+    "--reward.functions [cli_rewards]": r"'cli_rewards' names no function; write it as .*",
+    "--reward.functions [./cli_rewards.py:length]": r"'\./cli_rewards\.py:length' names no function; write it as .*",
+    "--reward.functions [cli_rewards:lenght]": r"'cli_rewards:lenght': module cli_rewards has no function 'lenght'.*",
+    "--reward.functions [nowhere:f]": r"'nowhere:f': No module named 'nowhere'; check the spelling or .*",
+    "--reward.function_weights [1,2]": r"reward\.function_weights has 2 entries for 1 functions; .*",
+    "--reward.model lm": r"lm holds no trained score head \(score\.weight\); train one with `rlhf-jax reward`",
+    "--reward.model nope": r"no directory nope; .*",
+    "--reward.model rm_other_tokenizer": r"reward model rm_other_tokenizer has another tokenizer than the policy; .*",
+    "--model.path rm": r"rm is a reward or value model; give a language model",
+    "--ppo.minibatches 3": r"data\.batch_size 8 is not divisible by ppo\.minibatches \* ppo\.accumulate = 3; .*",
+    "--ppo.accumulate 16": r"data\.batch_size 8 is not divisible by ppo\.minibatches \* ppo\.accumulate = 16; .*",
+    "--sampling.microbatch 3": r"data\.batch_size 8 is not a multiple of sampling\.microbatch 3; .*",
+    "--ppo.score_microbatch 3": r"data\.batch_size 8 is not a multiple of ppo\.score_microbatch 3; .*",
+    "--data.batch_size 12": r"data\.batch_size 12 is not divisible by data\*fsdp = 8; .*",
+    "--sampling.temperature 0": r"sampling\.temperature 0\.0: PPO learns from random samples; set it above 0",
+    "--model.path= --model.tokenizer tok --model.arch {norm: layer, positions: learned}": r"no Hugging Face family .*",
+}
+
+
+@pytest.mark.parametrize("arguments", PPO_MISTAKES)
+def test_a_ppo_run_that_cannot_be_is_refused_before_it_writes(here, refused, arguments):
+    line = refused("ppo", "--config", "ppo.yaml", *re.findall(r"\{.*?\}|\S+", arguments))
+    assert re.fullmatch(PPO_MISTAKES[arguments], line)
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "ppo"])
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(here, refused, command):
+    walks.make_tokenizer(25).save_pretrained(here / "large")
+    arguments = ["--model.arch", "null", "--model.path", "lm", "--model.tokenizer", "large"]
+    line = refused(command, "--config", f"{command}.yaml", *arguments)
+    assert line.startswith("lm: the tokenizer has 28 ids, the model's vocabulary 24; ")
+    assert not (here / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(here, refused, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    line = refused("sft", "--config", "sft.yaml")
+    assert line == f"run.output_dir out: {here} cannot be written to; choose another place or its permissions"
+
+
+def test_a_directory_that_fails_to_be_made_is_one_line_too(tmp_path, monkeypatch):
+    from rlhf_jax.run import Run
+
+    def mkdir(self, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    settings = cli.parse("sft", ["--run.output_dir", str(tmp_path / "new")])
+    with pytest.raises(UserError, match=r"new: No space left on device; choose another place$"):
+        Run("sft", settings, total=1)
+
+
+def test_tensorboard_without_tensorboardx_is_refused_at_once(here, refused, monkeypatch):
+    monkeypatch.setattr("rlhf_jax.run.find_spec", lambda name: None)
+    line = refused("sft", "--config", "sft.yaml", "--run.tensorboard", "true")
+    assert line == "run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX"
+
+
+@pytest.mark.parametrize("command", ["sft", "ppo"])
+def test_a_run_directory_in_use_is_refused_and_stays_as_it_is(here, refused, command):
+    leave_run(here / "out")
+    before = tree_bytes(here / "out")
+    line = refused(command, "--config", f"{command}.yaml")
+    assert line == (
+        "run.output_dir out holds another run (metrics.jsonl); choose another directory or pass --run.overwrite true"
+    )
+    assert tree_bytes(here / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("model.path", "out/model"), ("data.path", "out/samples.jsonl"), ("model.tokenizer", "out/best")],
+)
+def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, option, value):
+    from rlhf_jax.run import Run
+
+    monkeypatch.chdir(tmp_path)
+    leave_run(tmp_path / "out")
+    before = tree_bytes(tmp_path / "out")
+    arguments = [f"--{option}", value, "--run.output_dir", "../" + tmp_path.name + "/out", "--run.overwrite", "true"]
+    with pytest.raises(
+        UserError, match=rf"^{option} {value} is part of the run that would be replaced; choose another"
+    ):
+        Run("sft", cli.parse("sft", arguments), total=1)
+    assert tree_bytes(tmp_path / "out") == before
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def without_times(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call):
+    from transformers import AutoConfig, AutoTokenizer
+
+    leave_run(here / "out")
+    arguments = ["--data.path", "prompts_and_long.jsonl", "--run.overwrite", "true"]
+    rows = [*walks.start_prompts() * 3, {"prompt": "b c d e f g"}]
+    write_rows(here / "prompts_and_long.jsonl", rows)
+    code, out, err = call("ppo", "--config", "ppo.yaml", *arguments)
+    assert code == 0, err
+
+    # The screen: standard output says what runs, standard error has the progress bar and nothing else.
+    assert re.search(r"kept \d+ of \d+ rows; dropped 1 with a prompt over 2 tokens; truncated 0", out)
+    assert "ppo: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
+    assert "model: 2,992 parameters, 1 layers, computing in float32" in out
+    assert "iterations 2, new tokens per iteration 32" in out
+    assert re.fullmatch(r"ppo: done in \S+ s, written to out", out.splitlines()[-1])
+    assert "ppo: 100%" in err and "2/2" in err and "ppo: 100%" not in out
+    assert all(line.startswith("ppo: ") for line in re.split(r"[\r\n]+", err) if line.strip())
+
+    # The directory: our files are new, foreign ones as they were, TensorBoard was not asked for.
+    made = here / "out"
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model", "notes.txt", "figures"}
+    assert {path.name for path in made.iterdir()} == names
+    assert (made / "notes.txt").read_text() == "foreign" and (made / "figures" / "a.png").read_bytes() == b"png"
+    assert not (made / "model" / "weights").exists()
+    assert AutoTokenizer.from_pretrained(made / "model").eos_token == "<eos>"
+    assert AutoConfig.from_pretrained(made / "model").model_type == "llama"
+    assert json.loads((made / "summary.json").read_text())["iterations"] == 2
+    metrics = without_times(made / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "rollout/reward" in row] == [1, 2]
+    samples = [json.loads(line) for line in (made / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "prompt", "response", "reward"} <= set(samples[0])
+
+    # The config names every setting, and gives the same run again.
+    saved = yaml.safe_load((made / "config.yaml").read_text())
+    flat = {option for option, _, _ in options(config.PPORun) if not option.startswith("model.arch.")}
+    assert {name for name in flat if not known(saved, name)} == set()
+    code, _, err = call("ppo", "--config", "out/config.yaml", "--run.output_dir", "again")
+    assert code == 0, err
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert without_times(here / "again" / name) == without_times(made / name)
+    weights = "model/model.safetensors"
+    assert (here / "again" / weights).read_bytes() == (made / weights).read_bytes()
+
+
+def known(tree: dict, dotted: str) -> bool:
+    """Whether nested dicts have a dotted name."""
+    first, _, rest = dotted.partition(".")
+    return first in tree and (not rest or known(tree[first], rest))
+
+
+@pytest.mark.slow
+def test_an_sft_run_with_tensorboard_and_without_a_bar(here, call):
+    given = ["--config", "sft.yaml", "--run.tensorboard", "true", "--run.progress", "false", "--sft.num_samples", "0"]
+    code, out, err = call("sft", *given)
+    assert (code, err) == (0, "")
+    assert "sft: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
+    assert "steps 2, tokens per step 128, " in out
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model", "tensorboard"}
+    assert {path.name for path in (here / "out").iterdir()} == names
+    assert [p.name[:18] for p in (here / "out" / "tensorboard").iterdir()] == ["events.out.tfevent"]
+    saved = cli.parse("sft", ["--config", "out/config.yaml"])
+    assert saved == cli.parse("sft", given)
+    assert saved.model.arch == ARCH
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("short", r"returned 1 rewards for 8 responses; .*"),
+        ("nan", r"returned nan for response 0; .*"),
+        ("text", r"returned 'good' for response 0; .*"),
+        ("none", r"returned None; return a list.*"),
+        ("nones", r"returned None for response 0; .*"),
+    ],
+)
+def test_a_reward_function_that_returns_something_else_is_one_line(here, refused, monkeypatch, name, says):
+    # Sampling has nothing to do with it, and compiling it for each case would take a minute.
+    from rlhf_jax.ppo import train
+
+    def roll_out(self, params, batch, key):
+        return self.python_reward(batch["prompts"], ["b"] * len(batch["prompts"]), batch["columns"])
+
+    monkeypatch.setattr(train.PPO, "roll_out", roll_out)
+    arguments = ["--reward.functions", f"[cli_rewards:{name}]", "--run.progress", "false"]
+    line = refused("ppo", "--config", "ppo.yaml", *arguments)
+    assert re.fullmatch(rf"reward function {name} {says}", line)
+
+
+def test_an_error_in_the_middle_of_a_run_stands_on_its_own_line(here, call):
+    code, _, err = call("ppo", "--config", "ppo.yaml", "--reward.functions", "[cli_rewards:nan]")
+    assert code == 2
+    last = err.rstrip("\n").split("\n")[-1]
+    assert last == "rlhf-jax: error: reward function nan returned nan for response 0; return a finite number"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_with_one_line_and_leaves_valid_metrics(here):
+    run = ["sft", "--config", "sft.yaml", "--sft.steps", "1000000", "--sft.num_samples", "0"]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    metrics = here / "out" / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-m", "rlhf_jax", *run], **pipes) as process:
+        deadline = time.time() + 120
+        while not (metrics.exists() and metrics.stat().st_size > 1000):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.split("\n")[-2:] == ["rlhf-jax: interrupted", ""] and "Traceback" not in out + err
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+# --- sample and score -----------------------------------------------------------------------------------------------
+
+
+def rows_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_sample_and_score_on_saved_models(here, call):
+    ask = ["--prompts", "[b, c d]", "--num_samples", "2", "--sampling.max_new_tokens", "4"]
+    code, out, err = call("sample", "--model.path", "lm", *ask, "--output", "made/rows.jsonl")
+    assert (code, out, err) == (0, "", "")
+    rows = rows_of((here / "made" / "rows.jsonl").read_text())
+    assert [row["prompt"] for row in rows] == ["b", "b", "c d", "c d"]
+    assert all(set(row) == {"prompt", "response"} for row in rows)
+    assert len({row["response"] for row in rows}) > 1
+
+    # An empty response is a stop token and nothing else: it has a score.
+    write_rows(
+        here / "rows.jsonl", [{**row, "id": i} for i, row in enumerate(rows)] + [{"prompt": "b", "response": ""}]
+    )
+    code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--output", "scored.jsonl")
+    assert (code, out, err) == (0, "", "")
+    scored = rows_of((here / "scored.jsonl").read_text())
+    assert [{k: v for k, v in row.items() if k != "score"} for row in scored] == rows_of(
+        (here / "rows.jsonl").read_text()
+    )
+    model = Model(ARCH, score_head=True)
+    params = hf.load_params("rm", ARCH, score_head=True)
+    tokenizer = walks.make_tokenizer()
+    for row in scored:
+        ids = [*tokenizer.encode(f"{row['prompt']} {row['response']}"), 1]
+        tokens = jax.numpy.asarray([ids])
+        hidden = model.apply(params, tokens, jax.numpy.arange(len(ids))[None], jax.numpy.ones_like(tokens))
+        expected = model.scores(params["score"], hidden)[0, -1]
+        assert row["score"] == pytest.approx(float(expected), abs=1e-4)
+
+    # Standard output is rows and nothing else, so that it can be piped.
+    code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--max_prompt_length", "1")
+    assert code == 0 and [row["id"] for row in rows_of(out)[:4]] == [0, 1, 2, 3]
+    assert err == "rows: kept 5 of 5 rows; dropped 0; truncated 2\n"
+
+    before = tree_bytes(here / "made"), (here / "scored.jsonl").read_bytes()
+    for command, model_path, where in (("sample", "lm", "made/rows.jsonl"), ("score", "rm", "scored.jsonl")):
+        arguments = ask if command == "sample" else ["--data_path", "rows.jsonl"]
+        code, out, err = call(command, "--model.path", model_path, *arguments, "--output", where)
+        assert code == 2
+        assert err == f"rlhf-jax: error: output {where} exists; choose another name or pass --overwrite true\n"
+    assert before == (tree_bytes(here / "made"), (here / "scored.jsonl").read_bytes())
+
+
+def test_sample_decodes_in_microbatches_and_says_what_it_cut(here, call):
+    arguments = ["--prompts", "[b c d e, c]", "--sampling.microbatch", "3", "--sampling.max_new_tokens", "2"]
+    code, out, err = call("sample", "--model.path", "lm", *arguments, "--max_prompt_length", "2", "--batch_size", "1")
+    assert code == 0 and [row["prompt"] for row in rows_of(out)] == ["b c d e", "c"]
+    assert err == "rows: kept 2 of 2 rows; dropped 0; truncated 1\n"
+
+
+INFERENCE_MISTAKES = {
+    "sample --model.path lm": r"there are no prompts; give --prompts .*",
+    "sample --model.path lm --prompts b": r"prompts is 'b'; give a list such as '\[one, two\]'",
+    "sample --model.path lm --prompts ['']": r'prompt 0: "prompt" is empty; fix or remove the row',
+    "sample --model.path lm --prompts [b,'_']": r"prompts: kept 1 of 2 rows; .*; remove the empty ones",
+    "sample --prompts [b]": r"model\.tokenizer and model\.path are both empty; give one of them",
+    "sample --model.path rm --prompts [b]": r"rm is a reward or value model; give a language model",
+    "sample --model.path lm --prompts [b] --output tok": r"output tok is a directory; name a \.jsonl file",
+    "sample --model.path lm --prompts [b] --output sft.yaml/x": r"output sft\.yaml/x: \S+ is a file, .*",
+    "sample --model.path lm --prompts [b] --sampling.max_new_tokens 40": r"prompt length \+ sampling\.max_new_tokens "
+    r"= 41 is more than the model's 40 positions; lower it",
+    "score --model.path rm": r"data_path is empty; give a \.jsonl file of .*",
+    "score --model.path rm --data_path nope.jsonl": r"nope\.jsonl: no such file; .*",
+    "score --model.path rm --data_path no_field.jsonl": r'no_field\.jsonl:61: no field "response" .*',
+    "score --model.path lm --data_path sft.jsonl": r"lm holds no trained score head .*",
+}
+
+
+@pytest.mark.parametrize("line", INFERENCE_MISTAKES)
+def test_mistakes_of_sample_and_score_are_one_line(here, refused, line):
+    arguments = [part.replace("_'", " '") if part == "[b,'_']" else part for part in line.split()]
+    assert re.fullmatch(INFERENCE_MISTAKES[line], refused(*arguments))
+
+
+def test_quickstart_refuses_a_directory_in_use(here, refused):
+    (here / "q" / "sft").mkdir(parents=True)
+    assert refused("quickstart", "--output_dir", "q").startswith("output_dir q holds another run (sft); ")

@@ -1,0 +1,168 @@
+"""A fork swaps the policy loss in four ways; each shows that its function ran and changed the update."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_ppo import KEY, PARAMS, assert_close, batch_of, grad_of, ppo_run, same_bits, updater
+from tiny import BIGRAMS, make_experience
+
+from rlhf_jax import losses, ppo, sft
+from rlhf_jax.config import MeshConfig, PPOConfig, bind
+from rlhf_jax.errors import UserError
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import replace
+from rlhf_jax.state import create_state
+from rlhf_jax.step import make_train_step
+
+X = make_experience(3, PARAMS)
+
+
+def minus_logprob(logprobs, old_logprobs, advantages, weights):
+    """A fork's loss: behaviour cloning of the rollout, whatever the advantages."""
+    loss = -jnp.sum(weights * logprobs)
+    return loss, {"policy/fork": loss}
+
+
+def expected_gradient() -> dict:
+    """Of `minus_logprob` through the model, without PPO."""
+    forward = lambda params: ppo.core.forward(  # noqa: E731
+        BIGRAMS, params, {"tokens": X.tokens, "positions": X.positions, "segment_ids": X.segment_ids}, 1.0, 6
+    )[0]
+    return jax.grad(lambda params: -jnp.sum(batch_of(X)["weights"] * forward(params)))(PARAMS)["policy"]
+
+
+def update_with(run, policy_loss=None):
+    state, update = updater(run, policy_loss=policy_loss)
+    state, metrics = update(state, X)
+    return jax.device_get((state.params["policy"], metrics))
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The policy and the metrics after an update with the library's loss."""
+    return update_with(ppo_run(epochs=1))
+
+
+def test_a_replaced_function_in_losses_is_what_trains(monkeypatch, ours):
+    """Stands for an edit of losses.py: the default config names rlhf_jax.losses:clipped_policy_loss."""
+    monkeypatch.setattr(losses, "clipped_policy_loss", minus_logprob)
+    policy, metrics = update_with(ppo_run(epochs=1))
+    assert "policy/fork" in metrics and "policy/fork" not in ours[1]
+    assert not same_bits(policy, ours[0])
+    assert_close(grad_of(PPOConfig(), batch_of(X))["policy"], expected_gradient())
+
+
+def test_a_function_given_to_the_objective_is_what_trains(ours):
+    loss_fn = ppo.objective(BIGRAMS, PPOConfig(), policy_loss=minus_logprob)
+    loss, metrics = loss_fn(PARAMS, batch_of(X), KEY)
+    assert "policy/fork" in metrics
+    assert_close(jax.grad(loss_fn, has_aux=True)(PARAMS, batch_of(X), KEY)[0]["policy"], expected_gradient())
+    np.testing.assert_allclose(loss, metrics["policy/fork"] + 0.1 * metrics["value/loss"], rtol=1e-6)
+    policy, metrics = update_with(ppo_run(epochs=1), policy_loss=minus_logprob)
+    assert "policy/fork" in metrics and not same_bits(policy, ours[0])
+
+
+def test_off_the_mask_a_loss_sees_a_ratio_of_one_and_no_weight():
+    """Whatever id fills the unused places, a fork's loss need not guard against it."""
+    seen = []
+
+    def watching(logprobs, old_logprobs, advantages, weights):
+        seen.append((logprobs, old_logprobs, advantages, weights))
+        return jnp.zeros(()), {}
+
+    ppo.objective(BIGRAMS, PPOConfig(), policy_loss=watching)(PARAMS, batch_of(X), KEY)
+    off = ~np.asarray(X.mask)
+    logprobs, old_logprobs, advantages, weights = (np.asarray(x)[off] for x in seen[0])
+    assert off.any() and (logprobs == old_logprobs).all() and not advantages.any() and not weights.any()
+
+
+FORK = """
+import jax.numpy as jnp
+
+def cispo(logprobs, old_logprobs, advantages, weights, *, clip_ratio, boost=3.0):
+    ratio = jnp.exp(logprobs - old_logprobs)
+    scale = jnp.clip(ratio, 0.0, 1 + clip_ratio)
+    return -boost * jnp.sum(weights * scale * advantages * logprobs), {"policy/clip_seen": jnp.float32(clip_ratio)}
+
+def greedy(logprobs, old_logprobs, advantages, weights, *, sharpness):
+    return jnp.zeros(()), {}
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A module my_fork on the path."""
+    (tmp_path / "my_fork.py").write_text(FORK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_fork"
+    sys.modules.pop("my_fork", None)
+
+
+def test_a_function_named_in_the_config_is_what_trains_with_arguments_from_the_config(fork, ours):
+    run = replace(ppo_run(epochs=1, clip_ratio=0.125), ppo__policy_loss=f"{fork}:cispo")
+    policy, metrics = update_with(run)
+    assert metrics["policy/clip_seen"] == 0.125 and not same_bits(policy, ours[0])
+    weights, advantages = batch_of(X)["weights"], X.advantages
+    loss = bind(f"{fork}:cispo", run.ppo)(X.old_logprobs, X.old_logprobs, advantages, weights)[0]
+    np.testing.assert_allclose(loss, -3.0 * jnp.sum(weights * advantages * X.old_logprobs), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my_fork:greedy", ["greedy", "'sharpness'", "PPOConfig", "default"]),
+        ("my_fork:missing", ["my_fork", "'missing'"]),
+        ("my_fork:not_a_function", ["my_fork", "'not_a_function'"]),
+        ("my_folk:cispo", ["my_folk"]),
+        ("my_fork.cispo", ["my_fork.cispo", "module:function"]),
+    ],
+)
+def test_a_name_that_cannot_be_used_is_one_line_that_says_why(fork, name, words):
+    with pytest.raises(UserError) as error:
+        ppo.objective(BIGRAMS, PPOConfig(policy_loss=name))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_loss_of_ones_own_trains_without_any_of_ppo():
+    """make_train_step(my_loss_fn, tx) bypasses everything; here on the 8 devices, against plain gradient descent."""
+    calls = []
+
+    def my_loss(params, batch, key):
+        calls.append(batch["tokens"].shape)
+        hidden = BIGRAMS.policy.apply(params, batch["tokens"], None, None)[:, :-1]
+        logprobs, _ = BIGRAMS.policy.logprobs(params, hidden, batch["tokens"][:, 1:])
+        loss = -batch["weights"][:, None] * logprobs
+        return loss.sum(), {"mine/loss": loss.sum()}
+
+    mesh, policy, tx = make_mesh(MeshConfig()), PARAMS["policy"], optax.sgd(0.1)
+    batch = {"tokens": X.tokens, "weights": jnp.linspace(0.0, 1.0, 8)}
+    gradient = jax.grad(lambda params: my_loss(params, batch, KEY)[0])(policy)
+    state = create_state(jax.tree.map(jnp.copy, policy), tx, mesh)
+    with jax.set_mesh(mesh):
+        state, metrics = make_train_step(my_loss, tx, mesh=mesh, state=state)(state, batch, KEY)
+    assert calls and np.isfinite(metrics["mine/loss"]) and metrics["optim/skipped"] == 0
+    assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, policy, gradient), atol=2e-6)
+    assert not same_bits(state.params, policy)
+
+
+def test_supervised_training_takes_a_loss_of_ones_own_too():
+    twice = lambda logprobs, weights: (-2 * jnp.sum(weights * logprobs), {})  # noqa: E731
+    batch = {
+        "tokens": X.tokens,
+        "positions": X.positions,
+        "segment_ids": X.segment_ids,
+        "weights": jnp.full(X.tokens.shape, 0.1),
+    }
+    named, own = (
+        sft.objective(BIGRAMS.policy, loss)(PARAMS["policy"], batch, KEY)[0]
+        for loss in (losses.next_token_loss, twice)
+    )
+    np.testing.assert_allclose(own, 2 * named, rtol=1e-6)

@@ -1,0 +1,416 @@
+"""Losses: known answers, plain Python references in float64, and gradients against finite differences of those."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import losses
+from rlhf_jax.tokens import token_weights
+
+
+def softplus(x):
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def next_token_reference(logprobs, weights):
+    return -sum(w * p for w, p in zip(weights.flat, logprobs.flat, strict=True))
+
+
+def pairwise_reference(chosen, rejected, weights, margins, labels, *, center_coef):
+    total = 0.0
+    for a, b, w, m, y in zip(chosen, rejected, weights, margins, labels, strict=True):
+        total += w * (y * softplus(-(a - b - m)) + (1 - y) * softplus(-(b - a - m)) + center_coef * (a + b) ** 2)
+    return total
+
+
+def kwise_reference(scores, ranks, mask, weights):
+    total = 0.0
+    for row, rank, valid, w in zip(scores, ranks, mask, weights, strict=True):
+        order = [(i, j) for i in range(len(row)) for j in range(len(row)) if rank[i] < rank[j]]
+        pairs = [(i, j) for i, j in order if valid[i] and valid[j]]
+        total += w * sum(softplus(row[j] - row[i]) for i, j in pairs) / max(len(pairs), 1)
+    return total
+
+
+def rrhf_reference(logprobs, rewards, mask, weights):
+    total = 0.0
+    for p, r, valid, w in zip(logprobs, rewards, mask, weights, strict=True):
+        for i in range(len(p)):
+            for j in range(len(p)):
+                if valid[i] and valid[j] and r[i] < r[j]:
+                    total += w * max(0.0, p[i] - p[j])
+    return total
+
+
+def policy_reference(logprobs, old_logprobs, advantages, weights, *, clip_ratio, dual_clip, max_log_ratio):
+    total = 0.0
+    for p, old, a, w in zip(logprobs.flat, old_logprobs.flat, advantages.flat, weights.flat, strict=True):
+        ratio = math.exp(min(max(p - old, -max_log_ratio), max_log_ratio))
+        objective = min(ratio * a, min(max(ratio, 1 - clip_ratio), 1 + clip_ratio) * a)
+        if dual_clip and a < 0:
+            objective = max(objective, dual_clip * a)
+        total -= w * objective
+    return total
+
+
+def value_reference(values, old_values, returns, weights, *, value_clip):
+    total = 0.0
+    for v, old, target, w in zip(values.flat, old_values.flat, returns.flat, weights.flat, strict=True):
+        error = (v - target) ** 2
+        if value_clip:
+            error = max(error, (min(max(v, old - value_clip), old + value_clip) - target) ** 2)
+        total += 0.5 * w * error
+    return total
+
+
+def normal(*shape, seed, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def ragged_weights(rows=6, length=5):
+    """Weights with zeros off responses of lengths 5, 3, 0, 4, 1, 5, summing to one."""
+    mask = np.arange(length) < np.array([5, 3, 0, 4, 1, 5])[:rows, None]
+    return (mask / mask.sum()).astype(np.float32)
+
+
+ROW_WEIGHTS = np.array([0.1, 0.3, 0.2, 0.05, 0.25, 0.1], np.float32)
+LABELS = np.array([1, 1, 0, 0.5, 0.75, 0.25], np.float32)
+RANKS = np.array([[1, 2, 3, 4], [1, 1, 2, 2], [2, 2, 2, 2], [4, 1, 3, 2], [1, 2, 3, 3], [2, 1, 1, 1]], np.float32)
+PRESENT = np.array([[1] * 4, [1] * 4, [1] * 4, [1, 0, 1, 1], [1, 0, 0, 0], [1, 1, 0, 1]], bool)
+POLICY = {
+    "logprobs": normal(6, 5, seed=0),
+    "old_logprobs": normal(6, 5, seed=1),
+    "advantages": normal(6, 5, seed=2),
+    "weights": ragged_weights(),
+}
+PPO = {"clip_ratio": 0.2, "dual_clip": 0.0, "max_log_ratio": 1.5}
+VALUE = {
+    "values": normal(6, 5, seed=3),
+    "old_values": normal(6, 5, seed=4),
+    "returns": normal(6, 5, seed=5),
+    "weights": ragged_weights(),
+}
+PAIRS = {
+    "chosen": normal(6, seed=6),
+    "rejected": normal(6, seed=7),
+    "weights": ROW_WEIGHTS,
+    "margins": np.abs(normal(6, seed=8)),
+    "labels": LABELS,
+}
+KWISE = {"scores": normal(6, 4, seed=9), "ranks": RANKS, "mask": PRESENT, "weights": ROW_WEIGHTS}
+RRHF = {"logprobs": normal(6, 4, seed=10), "rewards": -RANKS, "mask": PRESENT, "weights": ROW_WEIGHTS}
+# name: loss, its hyperparameters, reference, arrays, the arrays it is differentiated by
+CASES = {
+    "next_token": (losses.next_token_loss, {}, next_token_reference, POLICY, ["logprobs"]),
+    "pairwise": (losses.pairwise_reward_loss, {"center_coef": 0.1}, pairwise_reference, PAIRS, ["chosen", "rejected"]),
+    "kwise": (losses.kwise_reward_loss, {}, kwise_reference, KWISE, ["scores"]),
+    "rrhf": (losses.rrhf_ranking_loss, {}, rrhf_reference, RRHF, ["logprobs"]),
+    "policy": (losses.clipped_policy_loss, PPO, policy_reference, POLICY, ["logprobs"]),
+    "policy_dual": (losses.clipped_policy_loss, PPO | {"dual_clip": 1.5}, policy_reference, POLICY, ["logprobs"]),
+    "value": (losses.clipped_value_loss, {"value_clip": 0.3}, value_reference, VALUE, ["values"]),
+    "value_unclipped": (losses.clipped_value_loss, {"value_clip": 0.0}, value_reference, VALUE, ["values"]),
+}
+
+
+def case(name):
+    loss, options, reference, arrays, by = CASES[name]
+    if name == "next_token":
+        arrays = {key: arrays[key] for key in ("logprobs", "weights")}
+    return partial(run, loss, tuple(options.items()), tuple(by)), partial(reference, **options), arrays, by
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def run(loss, options, by, arrays):
+    """(loss, metrics, gradients by name)."""
+
+    def of(chosen):
+        return loss(**{**arrays, **chosen}, **dict(options))
+
+    (value, metrics), grads = jax.value_and_grad(of, has_aux=True)({name: arrays[name] for name in by})
+    return value, metrics, grads
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_equals_its_reference(name):
+    loss, reference, arrays, _ = case(name)
+    np.testing.assert_allclose(loss(arrays)[0], reference(**arrays), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_equals_finite_differences_of_the_reference(name):
+    loss, reference, arrays, by = case(name)
+    exact = {key: array.astype(np.float64) if array.dtype == np.float32 else array for key, array in arrays.items()}
+    grads = loss(arrays)[2]
+    for wanted in by:
+        expected = np.zeros(arrays[wanted].shape)
+        for index in np.ndindex(expected.shape):
+            step = np.zeros(expected.shape)
+            step[index] = 1e-5
+            ends = [reference(**{**exact, wanted: exact[wanted] + sign * step}) for sign in (1, -1)]
+            expected[index] = (ends[0] - ends[1]) / 2e-5
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(grads[wanted], expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_promote_no_dtype(name):
+    loss, _, arrays, _ = case(name)
+    with jax.numpy_dtype_promotion("strict"):
+        shapes = jax.eval_shape(loss, arrays)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_metrics_of_microbatches_add_up(name):
+    loss, _, arrays, _ = case(name)
+    whole = loss(arrays)
+    parts = [loss({key: array[rows] for key, array in arrays.items()}) for rows in (slice(0, 3), slice(3, 6))]
+    np.testing.assert_allclose(parts[0][0] + parts[1][0], whole[0], rtol=1e-5)
+    for metric, value in whole[1].items():
+        a, b = (part[1][metric] for part in parts)
+        np.testing.assert_allclose(max(a, b) if metric.endswith("_max") else a + b, value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_weighs_nothing_changes_nothing(name):
+    loss, _, arrays, by = case(name)
+    off = arrays["weights"] == 0 if (arrays["weights"] == 0).any() else np.arange(6) == 5
+    arrays = {**arrays, "weights": np.where(off, 0, arrays["weights"])}
+    junk = {key: arrays[key] + 3.0 * off.reshape(off.shape + (1,) * (arrays[key].ndim - off.ndim)) for key in by}
+    before, metrics, _ = loss(arrays)
+    after, junk_metrics, grads = loss({**arrays, **junk})
+    assert (before, metrics) == (after, junk_metrics)
+    for grad in grads.values():
+        assert not np.any(grad[off])
+
+
+def test_token_weights_mean_over_tokens():
+    mask = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    values = jnp.arange(12.0).reshape(3, 4)
+    assert jnp.sum(token_weights(mask, "token") * values) == (0 + 1 + 2 + 3 + 4) / 5
+
+
+def test_sequence_weights_mean_over_rows_of_means_over_tokens():
+    mask = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    values = jnp.arange(12.0).reshape(3, 4)
+    assert jnp.sum(token_weights(mask, "sequence") * values) == (1.5 + 4) / 2
+
+
+def test_fixed_weights_do_not_depend_on_the_lengths():
+    mask = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    np.testing.assert_allclose(token_weights(mask, "fixed"), np.asarray(mask) / 12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "fixed"])
+def test_weights_of_an_empty_mask_are_zero(reduction):
+    with jax.numpy_dtype_promotion("strict"):
+        weights = token_weights(jnp.zeros((2, 3), bool), reduction)
+    assert weights.dtype == jnp.float32
+    assert not weights.any()
+
+
+def test_unknown_reduction_is_an_error():
+    with pytest.raises(ValueError, match="unknown reduction 'mean'; use token, sequence or fixed"):
+        token_weights(jnp.ones((2, 3), bool), "mean")
+
+
+def pairwise(chosen, rejected, *, margin=0.0, label=1.0, center_coef=0.0):
+    """Loss, metrics and gradients by (chosen, rejected) of one pair."""
+    arrays = {"chosen": [chosen], "rejected": [rejected], "weights": [1.0], "margins": [margin], "labels": [label]}
+    arrays = {key: np.array(value, np.float32) for key, value in arrays.items()}
+    options = (("center_coef", center_coef),)
+    value, metrics, grads = run(losses.pairwise_reward_loss, options, ("chosen", "rejected"), arrays)
+    return float(value), metrics, (float(grads["chosen"][0]), float(grads["rejected"][0]))
+
+
+def test_pairwise_makes_the_winners_score_rise():
+    _, _, (by_chosen, by_rejected) = pairwise(0.3, 0.1)
+    assert by_chosen < 0 < by_rejected
+
+
+def test_pairwise_known_answers():
+    assert pairwise(0.7, 0.7)[0] == pytest.approx(math.log(2))
+    assert pairwise(2.0, 1.0)[0] == pytest.approx(math.log(1 + math.exp(-1)))
+    assert pairwise(2.0, 1.0, margin=1.0)[0] == pytest.approx(math.log(2))
+    assert pairwise(2.0, 1.0, label=0.0)[0] == pytest.approx(math.log(1 + math.e))
+    assert pairwise(2.0, 1.0, center_coef=0.01)[0] - pairwise(2.0, 1.0)[0] == pytest.approx(0.09, abs=1e-6)
+
+
+def test_soft_label_of_one_half_has_no_gradient_at_equal_scores():
+    assert pairwise(0.4, 0.4, label=0.5)[2] == (0.0, 0.0)
+    assert pairwise(0.5, 0.4, label=0.5)[2][0] > 0
+
+
+def test_swapping_a_pair_and_its_label_changes_nothing():
+    assert pairwise(0.9, -0.2, margin=0.3, label=0.8)[0] == pytest.approx(
+        pairwise(-0.2, 0.9, margin=0.3, label=0.2)[0], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("difference", [-1e4, 1e4])
+def test_pairwise_is_finite_at_extreme_scores(difference):
+    value, _, (by_chosen, by_rejected) = pairwise(difference, 0.0)
+    assert value == (1e4 if difference < 0 else 0.0)
+    assert (by_chosen, by_rejected) == ((-1.0, 1.0) if difference < 0 else (0.0, 0.0))
+
+
+def test_pairwise_accuracy_counts_ties_as_half_and_follows_the_label():
+    accuracy = [
+        float(pairwise(*scores, label=label)[1]["reward_model/accuracy"])
+        for scores, label in [((2, 1), 1.0), ((1, 2), 1.0), ((1, 1), 1.0), ((2, 1), 0.2), ((1, 2), 0.2)]
+    ]
+    assert accuracy == [1.0, 0.0, 0.5, 0.0, 1.0]
+
+
+def kwise(scores, ranks, mask=None):
+    scores, ranks = np.array([scores], np.float32), np.array([ranks], np.float32)
+    mask = np.ones(scores.shape, bool) if mask is None else np.array([mask], bool)
+    arrays = {"scores": scores, "ranks": ranks, "mask": mask, "weights": np.ones(1, np.float32)}
+    value, metrics, grads = run(losses.kwise_reward_loss, (), ("scores",), arrays)
+    return float(value), metrics, np.asarray(grads["scores"][0])
+
+
+def test_two_responses_kwise_equal_pairwise():
+    for winner, loser in [(0.3, -1.2), (-1.2, 0.3)]:
+        value, metrics, grad = kwise([loser, winner], [2, 1])
+        expected, pair_metrics, pair_grad = pairwise(winner, loser)
+        assert value == pytest.approx(expected, rel=1e-6)
+        np.testing.assert_allclose(grad[::-1], pair_grad, rtol=1e-6)
+        assert metrics["reward_model/accuracy"] == pair_metrics["reward_model/accuracy"]
+
+
+def test_kwise_is_the_mean_over_all_pairs():
+    scores = [2.0, 1.0, 0.5, -1.0]
+    pairs = [math.log1p(math.exp(scores[j] - scores[i])) for i in range(4) for j in range(i + 1, 4)]
+    assert len(pairs) == 6
+    assert kwise(scores, [1, 2, 3, 4])[0] == pytest.approx(sum(pairs) / 6, rel=1e-6)
+
+
+def test_all_tied_prompt_gives_zero_and_no_gradient():
+    value, metrics, grad = kwise([1.0, 2.0, 3.0], [1, 1, 1])
+    assert (value, float(metrics["reward_model/accuracy"])) == (0.0, 0.0)
+    np.testing.assert_array_equal(grad, 0.0)
+
+
+def test_prompt_of_one_response_gives_zero_and_no_gradient():
+    value, _, grad = kwise([1.0, 2.0, 3.0], [1, 2, 3], [0, 1, 0])
+    assert value == 0.0
+    np.testing.assert_array_equal(grad, 0.0)
+
+
+def test_missing_response_makes_no_pair():
+    value, metrics, grad = kwise([2.0, 9.0, 1.0], [1, 3, 2], [1, 0, 1])
+    expected, expected_metrics, expected_grad = kwise([2.0, 1.0], [1, 2])
+    assert value == pytest.approx(expected)
+    assert metrics["reward_model/accuracy"] == expected_metrics["reward_model/accuracy"] == 1.0
+    np.testing.assert_allclose(grad[[0, 2]], expected_grad, rtol=1e-6)
+    assert grad[1] == 0.0
+
+
+def rrhf(logprobs, rewards, mask=(1, 1, 1)):
+    arrays = {"logprobs": np.array([logprobs], np.float32), "rewards": np.array([rewards], np.float32)}
+    arrays |= {"mask": np.array([mask], bool), "weights": np.ones(1, np.float32)}
+    return float(run(losses.rrhf_ranking_loss, (), ("logprobs",), arrays)[0])
+
+
+def test_rrhf_known_answers():
+    assert rrhf([-1, -2, -3], [0, 1, 2]) == 4.0
+    assert rrhf([-1, -2, -3], [2, 1, 0]) == 0.0
+    assert rrhf([-1, -2, -3], [1, 1, 1]) == 0.0
+    assert rrhf([-1, -2, -3], [0, 1, 2], (1, 0, 1)) == 2.0
+
+
+def policy(log_ratio, advantage, **options):
+    """Loss, metrics and gradient by the log-prob of one token with old log-prob -1."""
+    arrays = {"logprobs": log_ratio - 1, "old_logprobs": -1.0, "advantages": advantage, "weights": 1.0}
+    arrays = {key: np.full((1, 1), value, np.float32) for key, value in arrays.items()}
+    options = tuple((PPO | options).items())
+    value, metrics, grads = run(losses.clipped_policy_loss, options, ("logprobs",), arrays)
+    return float(value), {key: float(metric) for key, metric in metrics.items()}, float(grads["logprobs"][0, 0])
+
+
+def test_on_policy_gradient_is_reinforce():
+    arrays = {**POLICY, "old_logprobs": POLICY["logprobs"]}
+    value, metrics, grads = case("policy")[0](arrays)
+    np.testing.assert_allclose(value, -np.sum(arrays["weights"] * arrays["advantages"]), rtol=1e-5)
+    np.testing.assert_allclose(grads["logprobs"], -arrays["weights"] * arrays["advantages"], rtol=1e-6)
+    assert metrics["policy/approx_kl"] == 0
+    assert metrics["policy/clip_fraction"] == 0
+    assert metrics["policy/ratio_max"] == 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "grad"),
+    [
+        (1.1, 2.0, -2.2, -2.2),  # inside the clip
+        (1.5, 2.0, -2.4, 0.0),  # too far up already: no gradient
+        (0.5, 2.0, -1.0, -1.0),  # too far down: pulled back
+        (1.5, -2.0, 3.0, 3.0),
+        (0.5, -2.0, 1.6, 0.0),
+    ],
+)
+def test_clip_known_answers(ratio, advantage, loss, grad):
+    value, metrics, by_logprob = policy(math.log(ratio), advantage)
+    assert (value, by_logprob) == (pytest.approx(loss, rel=1e-5), pytest.approx(grad, rel=1e-5))
+    assert metrics["policy/clip_fraction"] == float(abs(ratio - 1) > 0.2)
+    assert metrics["policy/ratio"] == pytest.approx(ratio, rel=1e-5)
+    assert metrics["policy/approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-4)
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages():
+    assert policy(1.4, -2.0, dual_clip=3.0)[::2] == (6.0, 0.0)
+    assert policy(0.5, -2.0, dual_clip=3.0)[::2] == policy(0.5, -2.0)[::2]
+
+
+def test_dual_clip_leaves_positive_advantages_alone():
+    assert policy(1.4, 2.0, dual_clip=3.0) == policy(1.4, 2.0)
+    assert policy(-1.4, 2.0, dual_clip=3.0) == policy(-1.4, 2.0)
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("log_ratio", [-1e4, 1e4, -math.inf, math.inf])
+def test_stale_log_probs_stay_finite(log_ratio, advantage):
+    value, metrics, grad = policy(log_ratio, advantage, max_log_ratio=20.0)
+    assert np.isfinite([value, grad, *metrics.values()]).all()
+    assert grad == 0.0
+
+
+def test_approx_kl_is_never_negative():
+    """exp(d) - 1 - d in float32 would round to -6e-8 here."""
+    differences = np.linspace(-1e-2, 1e-2, 2001, dtype=np.float32)[:, None, None]
+    kl = jax.vmap(lambda d: losses.clipped_policy_loss(d, 0 * d, d, d * 0 + 1, **PPO)[1]["policy/approx_kl"])
+    assert jax.jit(kl)(differences).min() >= 0
+
+
+def test_ratio_max_is_of_weighted_tokens_only():
+    arrays = {**POLICY, "weights": ragged_weights() * (np.arange(6)[:, None] == 3)}
+    ratio = np.exp((arrays["logprobs"] - arrays["old_logprobs"]).clip(-1.5, 1.5))
+    metrics = case("policy")[0](arrays)[1]
+    np.testing.assert_allclose(metrics["policy/ratio_max"], ratio[3, :4].max(), rtol=1e-6)
+    assert ratio.max() > metrics["policy/ratio_max"]
+
+
+def value(v, old, target, clip):
+    arrays = {"values": v, "old_values": old, "returns": target, "weights": 1.0}
+    arrays = {key: np.full((1, 1), x, np.float32) for key, x in arrays.items()}
+    loss, metrics, _ = run(losses.clipped_value_loss, (("value_clip", clip),), ("values",), arrays)
+    return float(loss), float(metrics["value/clip_fraction"])
+
+
+def test_value_loss_known_answers():
+    assert value(1.0, 0.0, 2.0, 0.2) == (pytest.approx(0.5 * 1.8**2), 1.0)  # moved up by .2 only, as the loss sees it
+    assert value(1.0, 0.0, -1.0, 0.2) == (pytest.approx(0.5 * 2**2), 0.0)  # wrong way: the clip does not hide it
+    assert value(0.1, 0.0, 2.0, 0.2) == (pytest.approx(0.5 * 1.9**2), 0.0)
+
+
+def test_value_clip_zero_is_off():
+    assert value(1.0, 0.0, 2.0, 0.0) == (0.5, 0.0)
+
+
+def test_next_token_loss_is_the_weighted_nll():
+    loss, metrics = losses.next_token_loss(jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[0.5, 0.5, 0.0]]))
+    assert loss == metrics["loss/nll"] == 1.5

@@ -1,0 +1,533 @@
+"""Laws of the PPO stage: its networks, checks, keys, what it saves; and that no setting of PPOConfig is idle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_ppo import PARAMS, batch_of, ppo_run, same_bits, score, updater
+from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, make_experience, make_rollout, toy_directory, toy_run
+
+from rlhf_jax.config import MeshConfig, PPOConfig, PPORun
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import hf
+from rlhf_jax.ppo import Models, core, objective, train
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import replace
+from rlhf_jax.types import Rollout
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The stage on one device, where compiling is cheapest."""
+    monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+
+
+def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> train.Programs:
+    """Programs of an iteration that compute nothing: the update adds 1 to every parameter and notes its arguments."""
+    seen = [] if seen is None else seen
+    rows, num = config.data.batch_size, config.sampling.max_new_tokens
+    drawn = make_rollout(0, PARAMS["policy"], rows=rows, prompt_len=2, num=num)
+    real = train_make_programs(config, nets, mesh, stop_ids, policy_loss)
+
+    def rollout(params, tokens, mask, key, law):
+        seen.append(("rollout", params, key))
+        return drawn
+
+    def scores(params, ref, reward, rollout, host, kl_coef, temperature):
+        per_row = {"reward": host - len(seen), "kl": jnp.zeros(rows)}  # every evaluation is worse than the one before
+        return make_experience(0, PARAMS, rows=rows), kl_coef, {"rollout/reward": host.mean()}, per_row
+
+    def update(state, experience, key, temperature, ptx):
+        seen.append(("update", ptx, key))
+        params = jax.tree.map(lambda p: p + 1.0, state.params)
+        return dataclasses.replace(state, params=params), {"policy/loss": jnp.zeros(())}
+
+    return dataclasses.replace(real, rollout=rollout, score=scores, update=update)
+
+
+train_make_programs = train.make_programs
+
+
+@pytest.fixture
+def fakes(monkeypatch, one_device):
+    """A list of what the fake programs have been called with."""
+    seen: list = []
+    monkeypatch.setattr(train, "make_programs", functools.partial(fake_programs, seen=seen))
+    return seen
+
+
+# --- networks
+
+
+def networks(**ppo) -> tuple[train.PPO, dict]:
+    reward_model = ppo.pop("reward_model", True)
+    functions = None if reward_model else [lambda prompts, responses, **columns: [0.5] * len(prompts)]
+    stage_ = train.PPO(toy_run(reward_model=reward_model, **ppo), reward_functions=functions, **TOY_ROWS)
+    return stage_, stage_.state.params["value"]
+
+
+@pytest.mark.parametrize("value_init", ["auto", "reward_model"])
+def test_the_critic_starts_as_the_reward_model(one_device, value_init):
+    ppo, value = networks(value_init=value_init)
+    assert same_bits(value, ppo.nets.reward)
+    pairs = zip(jax.tree.leaves(value), jax.tree.leaves(ppo.nets.reward), strict=True)
+    assert not any(
+        a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in pairs
+    )  # training donates its own
+
+
+@pytest.mark.parametrize("changes", [{"value_init": "zeros"}, {"reward_model": False}])
+def test_the_critic_starts_as_the_policy_with_a_zero_head(one_device, changes):
+    ppo, value = networks(**changes)
+    trunk = {name: tree for name, tree in value.items() if name != "score"}
+    assert same_bits(trunk, {name: ppo.state.params["policy"][name] for name in trunk})
+    assert trunk.keys() == {"embed", "layers", "final_norm"}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(value["score"]))
+
+
+def test_on_a_shared_trunk_the_critic_is_a_head_alone(one_device):
+    ppo, value = networks(shared_trunk=True)
+    assert value.keys() == {"score"} and not value["score"]["kernel"].any()
+    assert ppo.nets.models.shared_trunk
+
+
+def test_the_reference_is_the_first_policy_and_no_alias_of_the_trained_one(one_device):
+    ppo, _ = networks()
+    assert same_bits(ppo.nets.ref, ppo.state.params["policy"])
+    donated = jax.tree.map(lambda x: x + 0, ppo.state.params)
+    for leaf in jax.tree.leaves(ppo.state.params):
+        leaf.delete()
+    assert same_bits(ppo.nets.ref, donated["policy"])
+
+
+# --- the law that is sampled from and the law that is trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "recomputed"),
+    [
+        ({}, False),
+        ({"sampling__temperature": 0.5}, False),
+        ({"sampling__top_k": 3}, True),
+        ({"sampling__top_p": 0.9}, True),
+        ({"sampling__min_new_tokens": 1}, True),
+        ({"ppo__old_logprobs": "recompute"}, True),
+    ],
+)
+def test_old_logprobs_are_recomputed_where_the_samplers_are_of_another_law(changes, recomputed):
+    assert told_to_score(replace(toy_run(), **changes))["recompute"] == recomputed
+
+
+def test_old_logprobs_are_recomputed_where_the_sampler_computes_in_bfloat16():
+    assert told_to_score(toy_run(), dtype="bfloat16")["recompute"]
+
+
+def test_the_reward_model_is_weighed_as_the_config_says():
+    assert told_to_score(replace(toy_run(), reward__model_weight=0.25))["model_weight"] == 0.25
+
+
+@pytest.mark.slow
+def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_device):
+    """The sampler's law gives stop ids no mass there; paid as a KL to the reference, it would be one at step 0."""
+    ppo = train.PPO(replace(toy_run(), sampling__min_new_tokens=4), **TOY_ROWS)
+    with jax.set_mesh(ppo.mesh):
+        rollout, scored, _ = ppo.roll_out(ppo.state.params["policy"], ppo.batches[0], ppo.key)
+    assert scored[2]["rollout/logprob_gap_max"] > 1e-3
+    assert scored[2]["rollout/kl"] == scored[2]["rollout/kl_k3"] == 0.0
+    assert np.asarray(rollout.mask).sum(1).min() >= 5
+
+
+# --- contradictions
+
+
+@pytest.mark.parametrize(
+    ("ppo", "other", "words"),
+    [
+        ({}, {"sampling__temperature": 0.0}, ["sampling.temperature 0.0", "above 0"]),
+        ({"old_logprobs": "sampler"}, {"sampling__top_k": 3}, ["ppo.old_logprobs", "top_k"]),
+        ({"old_logprobs": "sampler"}, {"sampling__top_p": 0.9}, ["ppo.old_logprobs", "top_p"]),
+        ({"old_logprobs": "sampler"}, {"sampling__min_new_tokens": 1}, ["ppo.old_logprobs", "min_new_tokens"]),
+        ({"stop": "truncate"}, {"sampling__min_new_tokens": 1}, ["min_new_tokens", "ppo.truncate_after"]),
+        ({"truncate_after": 2}, {}, ["ppo.truncate_after", "ppo.stop"]),
+        ({"minibatches": 3, "accumulate": 2}, {}, ["data.batch_size 16", "6"]),
+        ({"score_microbatch": 5}, {}, ["data.batch_size 16", "ppo.score_microbatch 5"]),
+        ({}, {"sampling__microbatch": 5}, ["data.batch_size 16", "sampling.microbatch 5"]),
+        ({"kl_target": 0.0}, {}, ["ppo.kl_target 0.0", "positive"]),
+        ({"missing_eos": "subtract"}, {}, ["ppo.missing_eos_value -1.0", "positive"]),
+        ({"ptx_coef": 1.0}, {}, ["ppo.ptx_coef 1.0", "ppo.ptx_path"]),
+        ({"ptx_coef": 1.0, "ptx_path": "x", "ptx_batch_size": 3, "accumulate": 2}, {}, ["ppo.ptx_batch_size 3", "2"]),
+        ({"value_init": "reward_model"}, {"reward__model": ""}, ["ppo.value_init", "reward.model"]),
+        ({"value_init": "reward_model", "shared_trunk": True}, {}, ["ppo.value_init", "ppo.shared_trunk"]),
+        ({}, {"reward__model": ""}, ["no reward", "reward.model", "reward.functions"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_line_with_the_values_and_the_cure(one_device, ppo, other, words):
+    with pytest.raises(UserError) as error:
+        train.PPO(replace(toy_run(**ppo), **other), **TOY_ROWS)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ppo", "other", "words"),
+    [
+        ({}, {"data__batch_size": 12}, ["data.batch_size 12", "8"]),
+        ({"minibatches": 4}, {}, ["ppo.minibatches", "4", "8"]),
+        ({"score_microbatch": 4}, {}, ["ppo.score_microbatch 4", "8"]),
+        ({}, {"sampling__microbatch": 4}, ["sampling.microbatch 4", "8"]),
+        ({"ptx_coef": 1.0, "ptx_path": "x", "ptx_batch_size": 4}, {}, ["ppo.ptx_batch_size", "4", "8"]),
+    ],
+)
+def test_batches_that_do_not_divide_over_the_mesh_are_refused_before_anything_is_loaded(ppo, other, words):
+    """On 8 devices along data."""
+    with pytest.raises(UserError) as error:
+        train.PPO(replace(toy_run(**ppo), model__path="nowhere", **other), **TOY_ROWS)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(one_device, tmp_path):
+    from rlhf_jax.data.tokenizer import Tokenizer
+    from rlhf_jax.tasks.random_walks import make_tokenizer
+
+    make_tokenizer(9).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.check_same_tokenizer(Tokenizer.load(str(tmp_path)), str(toy_directory() / "reward"))
+
+
+# --- one iteration after the other
+
+
+def test_no_two_rollouts_updates_or_evaluations_share_noise_except_evaluations_of_the_same_prompts(fakes):
+    ppo = train.PPO(toy_run(), **TOY_ROWS)
+    for i in range(5):
+        ppo.iteration(i)
+    trained = [jax.random.key_data(key).tolist() for _, _, key in fakes]
+    assert len(trained) == 10 and len({tuple(key) for key in trained}) == 10
+    del fakes[:]
+    ppo.evaluate()
+    ppo.evaluate()
+    first, second = ([tuple(jax.random.key_data(k).tolist()) for _, _, k in part] for part in (fakes[:1], fakes[1:]))
+    assert first == second and not set(first) & {tuple(key) for key in trained}
+
+
+def test_python_rewards_get_prompts_responses_and_columns_row_by_row_and_gold_is_only_logged(fakes):
+    rows = [{**row, "answer": row["prompt"].upper()} for row in TOY_ROWS["rows"]]
+    calls = []
+
+    def my_reward(prompts, responses, *, answer):
+        calls.append((prompts, responses, answer))
+        return [ord(letter) / 7 for letter in answer]
+
+    gold = lambda prompts, responses, **columns: [100.0] * len(prompts)  # noqa: E731
+    config = replace(toy_run(reward_model=False), reward__function_weights=[0.5])
+    ppo = train.PPO(config, rows=rows, eval_rows=rows[:5], reward_functions=[my_reward], gold=gold)
+    metrics, host, _ = ppo.iteration(0)
+    ((prompts, responses, answers),) = calls
+    assert answers == [prompt.upper() for prompt in prompts] and len(responses) == len(prompts) == 16
+    assert prompts == ppo.batches[0]["prompts"]
+    np.testing.assert_allclose(metrics["rollout/reward"], np.mean([ord(a) / 14 for a in answers]), rtol=1e-6)
+    assert host == {"rollout/gold": 100.0}
+
+
+def test_an_iteration_samples_from_the_newest_policy_and_evaluates_the_averaged_one(fakes):
+    ppo = train.PPO(toy_run(ema_decay=0.75), **TOY_ROWS)
+    leaf = lambda tree: float(tree["final_norm"]["scale"][0])  # noqa: E731
+    start = leaf(ppo.state.params["policy"])
+    for i in range(2):
+        ppo.iteration(i)
+    sampled_from = [leaf(params) - start for what, params, _ in fakes if what == "rollout"]
+    np.testing.assert_allclose(sampled_from, [0.0, 1.0], atol=1e-6)
+    average = 0.75 * (0.75 * 0.0 + 0.25 * 1.0) + 0.25 * 2.0
+    np.testing.assert_allclose(leaf(ppo.policy()) - start, average, atol=1e-6)
+    del fakes[:]
+    ppo.evaluate()
+    np.testing.assert_allclose(leaf(fakes[0][1]) - start, average, atol=1e-6)
+
+
+def write_text(path) -> str:
+    """Sixty rows of pretraining text that depend on the file's name."""
+    rows = [{"text": " ".join("abcdefghijk"[(i + len(path.name)) % 7 :])} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_every_optimiser_step_gets_pretraining_text_of_its_own(fakes, tmp_path):
+    text = write_text(tmp_path / "text.jsonl")
+    ppo = train.PPO(toy_run(ptx_coef=1.0, ptx_path=text, ptx_batch_size=4, minibatches=2), **TOY_ROWS)
+    for i in range(2):
+        ppo.iteration(i)
+    batches = [jax.device_get(ptx) for what, ptx, _ in fakes if what == "update"]
+    assert [batch["tokens"].shape for batch in batches] == [(4, 4, 8)] * 2  # epochs * minibatches, rows, length
+    np.testing.assert_allclose(batches[0]["weights"].sum((1, 2)), 1.0, rtol=1e-6)
+    for i in range(2):
+        for j in range(4):
+            np.testing.assert_array_equal(batches[i]["tokens"][j], ppo.ptx[i * 4 + j]["tokens"])
+
+
+# --- what is written
+
+
+def test_actor_and_critic_are_saved_from_the_same_iteration_the_best_one(fakes, tmp_path):
+    """The fakes' rewards fall with every call, so the evaluation before the first iteration is the best."""
+    config = toy_run(tmp_path / "run", save_value_model=True, value_init="zeros")
+    summary = train.run(config, **TOY_ROWS)
+    assert summary["best_step"] == 0
+    policy, value = (load(tmp_path / "run" / name, head) for name, head in (("model", False), ("value_model", True)))
+    first = load(toy_directory() / "policy", False)
+    assert same_bits(policy, first)
+    assert same_bits(value["layers"], first["layers"]) and not value["score"]["kernel"].any()
+
+
+def test_without_keep_best_both_are_the_last_ones(fakes, tmp_path):
+    config = replace(toy_run(tmp_path / "run", save_value_model=True), run__keep_best=False)
+    train.run(config, **TOY_ROWS)
+    first, last = load(toy_directory() / "reward", True), load(tmp_path / "run" / "value_model", True)
+    np.testing.assert_allclose(last["score"]["kernel"], first["score"]["kernel"] + 4.0, rtol=1e-6)
+    before, after = load(toy_directory() / "policy", False), load(tmp_path / "run" / "model", False)
+    np.testing.assert_allclose(after["final_norm"]["scale"] - before["final_norm"]["scale"], 4.0, rtol=1e-6)
+
+
+def load(path, head: bool):
+    arch, _ = hf.read_config(path)
+    return hf.load_params(path, arch, score_head=head)
+
+
+@pytest.mark.slow
+def test_a_run_with_every_option_at_once_trains_and_reports_its_invariants(one_device, tmp_path):
+    options = {
+        "iterations": 2, "minibatches": 2, "accumulate": 2, "score_microbatch": 8, "stop": "truncate",
+        "truncate_after": 1, "missing_eos": "replace", "score_at": "after_eos", "kl_estimator": "k3",
+        "whiten_rewards": True, "dual_clip": 3.0, "entropy_coef": 0.01, "loss_reduction": "sequence",
+        "old_logprobs": "recompute", "shared_trunk": True,
+        "ptx_coef": 1.0, "ptx_path": write_text(tmp_path / "text.jsonl"), "ptx_batch_size": 4, "target_kl": 10.0,
+        "ema_decay": 0.5, "sample_every": 1, "save_value_model": True,
+    }  # fmt: skip
+    seen = []
+
+    def counts(prompts, responses, **columns):
+        seen.append((prompts, responses))
+        return [0.1 * len(response) for response in responses]
+
+    config = replace(toy_run(tmp_path / "run", **options), run__keep_best=False)
+    summary = train.run(config, reward_functions=[counts], gold=counts, **TOY_ROWS)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "rollout/reward" in line]
+    assert [line["step"] for line in trained] == [1, 2] and summary["iterations"] == 2
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert trained[0]["rollout/kl"] == trained[0]["rollout/kl_k3"] == 0.0
+    for line in trained:
+        assert abs(line["policy/first_ratio_max"] - 1) < 2e-6 and line["policy/first_clip_fraction"] == 0.0
+        assert line["optim/skipped"] == 0.0 and line["policy/epochs_taken"] == 2.0 and line["ptx/nll"] > 0
+    assert trained[0]["optim/lr"] > trained[1]["optim/lr"] > 0
+    assert {len(prompts) for prompts, _ in seen} == {16}
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 1, 2}
+    policy, value = (load(tmp_path / "run" / name, head) for name, head in (("model", False), ("value_model", True)))
+    first = load(toy_directory() / "policy", False)
+    assert differs(policy, first) and value["score"]["kernel"].any()
+    assert differs(value["layers"], policy["layers"])  # the trunk that the head was trained on, not the average
+
+
+# --- no setting is idle
+
+ON_POLICY = make_experience(3, PARAMS)
+UP_AND_DOWN = jnp.where(jnp.arange(6) % 2, 0.9, -0.9)[None, :] * ON_POLICY.mask
+OFF_POLICY = dataclasses.replace(ON_POLICY, old_logprobs=ON_POLICY.old_logprobs + UP_AND_DOWN)
+
+
+def scored(config: PPOConfig):
+    """All that scoring returns, for a rollout far above the reference."""
+    rollout = make_rollout(4, PARAMS["policy"])
+    rollout = Rollout(**{**vars(rollout), "logprobs": jnp.where(rollout.mask, -0.1, 0.0)})
+    return score(config, rollout, recompute=False)
+
+
+def loss(config: PPOConfig):
+    """The loss and metrics of an off-policy minibatch, with pretraining text if its coefficient is on."""
+    ptx = {
+        "tokens": jnp.full((2, 4), 3),
+        "positions": jnp.broadcast_to(jnp.arange(4), (2, 4)),
+        "segment_ids": jnp.ones((2, 4), jnp.int32),
+        "weights": jnp.full((2, 4), 0.1),
+    }
+    old_values = OFF_POLICY.old_values + 0.8
+    x = dataclasses.replace(OFF_POLICY, old_values=old_values)
+    return objective(BIGRAMS, config)(PARAMS, batch_of(x, **({"ptx": ptx} if config.ptx_coef else {})), None)
+
+
+def updated(config: PPOConfig):
+    """Parameters and metrics after an update."""
+    state, update = updater(replace(ppo_run(rate=0.05), ppo=config))
+    state, metrics = update(state, OFF_POLICY)
+    return state.params, state.step, metrics
+
+
+def rates(config: PPOConfig):
+    """The policy's learning rates of the first three iterations."""
+    run = replace(ppo_run(), ppo=config, optim__schedule="linear")
+    return [core.make_ppo_optimizer(run)[1](i) for i in range(3)]
+
+
+def shapes(config: PPOConfig):
+    """Rows that the loss and the networks see at once, while they are traced."""
+    seen = []
+
+    class Watching(Bigram):
+        def apply(self, params, tokens, positions, segment_ids):
+            seen.append(tokens.shape)
+            return super().apply(params, tokens, positions, segment_ids)
+
+    models = Models(Watching(), Watching())
+    score(config, make_rollout(4, PARAMS["policy"]), models=models)
+    state, update = updater(replace(ppo_run(), ppo=config), models)
+    jax.eval_shape(update, state, OFF_POLICY)
+    return sorted(set(seen))
+
+
+def sampled(config: PPOConfig):
+    """The rollout program around a sampler that draws full rows, and the stop ids that it got."""
+    full = make_rollout(4, PARAMS["policy"])
+    tokens = full.tokens.at[:, 1].set(STOP).at[:, 3].set(STOP)
+    full = Rollout(**{**vars(full), "tokens": tokens, "mask": jnp.ones_like(full.mask)})
+    stops = []
+    mesh = make_mesh(MeshConfig(), devices=ONE)
+    nets = train.Networks(BIGRAMS_ON_TOY, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train, "make_sampler", lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda: full)
+        )
+        programs = train.make_programs(replace(toy_run(), ppo=config), nets, mesh, (STOP,))
+    return stops, programs.rollout()
+
+
+@dataclasses.dataclass(frozen=True)
+class BigramWithDtype(Bigram):
+    compute_dtype: jnp.dtype = np.dtype("float32")  # noqa: RUF009
+
+
+BIGRAMS_ON_TOY = Models(BigramWithDtype(), BigramWithDtype())
+
+
+def recomputes(config: PPOConfig) -> bool:
+    """Whether scoring is told to recompute the old log-probs."""
+    return told_to_score(replace(toy_run(), ppo=config))["recompute"]
+
+
+def told_to_score(run: PPORun, dtype: str = "float32") -> dict:
+    """The keyword arguments with which the stage makes its scoring program."""
+    models = Models(BigramWithDtype(compute_dtype=jnp.dtype(dtype)), BigramWithDtype())
+    nets = train.Networks(models, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "make_score", lambda *args, **kwargs: asked.update(kwargs) or (lambda: None))
+        train.make_programs(run, nets, make_mesh(MeshConfig(), devices=ONE), (STOP,))
+    return asked
+
+
+def staged(config: PPOConfig):
+    """The stage's first parameters, average, KL coefficient and pretraining batch."""
+    if config.ptx_path:
+        config = replace(config, ptx_path=write_text(toy_directory() / config.ptx_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+        ppo = train.PPO(replace(toy_run(), ppo=config), **TOY_ROWS)
+    return ppo.state.params, ppo.average, ppo.kl_coef, ppo.ptx and ppo.ptx[0]
+
+
+def written(config: PPOConfig):
+    """The files of a run with fake programs, and its sample rows."""
+    out = toy_directory() / f"run_{abs(hash(config))}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+        patch.setattr(train, "make_programs", fake_programs)
+        train.run(replace(toy_run(out), ppo=config, run__overwrite=True), **TOY_ROWS)
+    return sorted(p.name for p in out.iterdir()), (out / "samples.jsonl").read_text().count("\n")
+
+
+def double_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio):
+    return -2 * clip_ratio * jnp.sum(weights * logprobs * advantages), {}
+
+
+PTX = {"ptx_coef": 1.0, "ptx_path": "one.jsonl", "ptx_batch_size": 4}
+ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100.0}
+
+# field: (what to look at, one setting, another setting)
+EFFECTS = {
+    "iterations": (rates, {"iterations": 4}, {"iterations": 5}),
+    "epochs": (updated, {"epochs": 1}, {"epochs": 2}),
+    "minibatches": (updated, {"epochs": 1}, {"epochs": 1, "minibatches": 2}),
+    "accumulate": (shapes, {}, {"accumulate": 2}),
+    "score_microbatch": (shapes, {}, {"score_microbatch": 2}),
+    "stop": (sampled, {}, {"stop": "truncate"}),
+    "truncate_after": (sampled, {"stop": "truncate"}, {"stop": "truncate", "truncate_after": 2}),
+    "missing_eos": (scored, {}, {"missing_eos": "replace"}),
+    "missing_eos_value": (scored, {"missing_eos": "replace"}, {"missing_eos": "replace", "missing_eos_value": -2.0}),
+    "score_at": (scored, {}, {"score_at": "after_eos"}),
+    "kl_estimator": (scored, {}, {"kl_estimator": "k3"}),
+    "kl_controller": (scored, ADAPTIVE, {**ADAPTIVE, "kl_controller": "fixed"}),
+    "kl_coef": (staged, {}, {"kl_coef": 0.1}),
+    "kl_target": (scored, ADAPTIVE, {**ADAPTIVE, "kl_target": 1e3}),
+    "kl_horizon": (scored, ADAPTIVE, {**ADAPTIVE, "kl_horizon": 50.0}),
+    "whiten_rewards": (scored, {}, {"whiten_rewards": True}),
+    "whiten_advantages": (scored, {}, {"whiten_advantages": False}),
+    "whiten_variance": (scored, {}, {"whiten_variance": "bessel"}),
+    "discount": (scored, {}, {"discount": 0.9}),
+    "gae_lambda": (scored, {}, {"gae_lambda": 0.5}),
+    "clip_ratio": (loss, {}, {"clip_ratio": 0.1}),
+    "dual_clip": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "dual_clip": 1.01}),
+    "max_log_ratio": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "max_log_ratio": 0.1}),
+    "value_clip": (loss, {}, {"value_clip": 0.0}),
+    "value_coef": (loss, {}, {"value_coef": 0.2}),
+    "entropy_coef": (loss, {}, {"entropy_coef": 0.1}),
+    "loss_reduction": (updated, {"epochs": 1}, {"epochs": 1, "loss_reduction": "sequence"}),
+    "old_logprobs": (recomputes, {}, {"old_logprobs": "recompute"}),
+    "shared_trunk": (staged, {}, {"shared_trunk": True}),
+    "value_init": (staged, {}, {"value_init": "zeros"}),
+    "critic_warmup": (rates, {}, {"critic_warmup": 1}),
+    "ptx_coef": (loss, {}, {"ptx_coef": 1.0}),
+    "ptx_path": (staged, PTX, {**PTX, "ptx_path": "another.jsonl"}),
+    "ptx_batch_size": (staged, PTX, {**PTX, "ptx_batch_size": 2}),
+    "target_kl": (updated, {"epochs": 2}, {"epochs": 2, "target_kl": 1e-6}),
+    "ema_decay": (staged, {}, {"ema_decay": 0.9}),
+    "policy_loss": (loss, {}, {"policy_loss": "test_ppo_stage:double_loss"}),
+    "num_samples": (written, {"iterations": 2}, {"iterations": 2, "num_samples": 2}),
+    "sample_every": (written, {"iterations": 2}, {"iterations": 2, "sample_every": 1}),
+    "save_value_model": (written, {"iterations": 2}, {"iterations": 2, "save_value_model": True}),
+}
+
+
+def test_the_table_has_every_field_of_ppo_config():
+    assert EFFECTS.keys() == {f.name for f in dataclasses.fields(PPOConfig)}
+
+
+@functools.cache
+def seen_by(look, config: PPOConfig):
+    return look(config)
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_no_setting_is_idle(name):
+    look, one, other = EFFECTS[name]
+    one, other = PPOConfig(**one), PPOConfig(**other)
+    changed = {f.name for f in dataclasses.fields(PPOConfig) if getattr(one, f.name) != getattr(other, f.name)}
+    assert changed == {name}
+    a, b = seen_by(look, one), seen_by(look, other)
+    assert jax.tree.structure(a) != jax.tree.structure(b) or differs(a, b)
+
+
+def differs(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return any(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("look", sorted({look for look, _, _ in EFFECTS.values()}, key=lambda f: f.__name__))
+def test_looking_twice_sees_the_same(look):
+    """Otherwise the table would be satisfied by noise."""
+    config = PPOConfig(iterations=2, epochs=1)
+    a, b = look(config), look(config)
+    assert jax.tree.structure(a) == jax.tree.structure(b) and not differs(a, b)

@@ -1,0 +1,198 @@
+"""Small things that several test files share: a model that numpy can follow, a rollout, a toy run directory."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.config import (
+    ArchConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    PPORun,
+    RewardSourceConfig,
+    RunConfig,
+    SamplingConfig,
+)
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.models import Model
+from rlhf_jax.ppo import Experience, Models
+from rlhf_jax.sharding import make_mesh, tree_shardings
+from rlhf_jax.stage import Loaded, save_model
+from rlhf_jax.tasks import random_walks as walks
+from rlhf_jax.tokens import token_logprobs
+from rlhf_jax.types import Rollout
+
+V, D = 24, 16
+STOP = 1
+ONE = jax.devices()[:1]
+
+ARCH = ArchConfig(
+    vocab_size=V, width=D, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_width=32, max_positions=40
+)
+
+
+@dataclass(frozen=True)
+class Bigram:
+    """Stands in for models.Model where compiling must be cheap: the state is the embedding of the current token."""
+
+    logprob_chunk: int = 64
+
+    def apply(self, params, tokens, positions, segment_ids):
+        return params["embed"]["tokens"][tokens]
+
+    def logprobs(self, params, hidden, targets, temperature=1.0, *, with_entropy=False):
+        project = lambda h: h @ params["head"]["kernel"]  # noqa: E731
+        chunk = self.logprob_chunk
+        return token_logprobs(project, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy)
+
+    def scores(self, score, hidden):
+        return hidden @ score["kernel"] + score["bias"]
+
+
+BIGRAMS = Models(Bigram(), Bigram(), Bigram())
+
+
+def bigram_params(seed: int) -> dict:
+    """{"policy", "value"} of two bigrams; the names are those of the sharding rules."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(0.7 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    policy = {"embed": {"tokens": draw(V, D)}, "head": {"kernel": draw(D, V)}}
+    value = {"embed": {"tokens": draw(V, D)}, "score": {"kernel": draw(D) * 0.3, "bias": draw()}}
+    return {"policy": policy, "value": value}
+
+
+def f64(tree):
+    """Any tree of arrays as numpy, floats in float64."""
+    to = lambda x: np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)  # noqa: E731
+    return jax.tree.map(to, tree)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, numpy."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def states_before(rollout: Rollout) -> np.ndarray:
+    """int[B, T], the token that stands before each response token: all that a bigram sees."""
+    sequence = np.concatenate([np.asarray(rollout.prompt), np.asarray(rollout.tokens)], axis=1)
+    return sequence[:, rollout.prompt.shape[1] - 1 : -1]
+
+
+def bigram_law(policy: dict, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
+    """float64[B, T, V], log-probs of every token at every response position, numpy."""
+    policy = f64(policy)
+    return log_softmax(policy["embed"]["tokens"][states_before(rollout)] @ policy["head"]["kernel"] / temperature)
+
+
+def bigram_logprobs(policy: dict, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
+    """float64[B, T], log-probs of the response tokens, 0 off the mask, numpy."""
+    chosen = np.take_along_axis(bigram_law(policy, rollout, temperature), np.asarray(rollout.tokens)[..., None], -1)
+    return np.where(rollout.mask, chosen[..., 0], 0.0)
+
+
+def bigram_values(value: dict, rollout: Rollout) -> np.ndarray:
+    """float64[B, T], the value before each response token, numpy."""
+    value = f64(value)
+    return value["embed"]["tokens"][states_before(rollout)] @ value["score"]["kernel"] + value["score"]["bias"]
+
+
+def make_rollout(seed: int, policy: dict, *, rows=8, prompt_len=3, num=6, temperature=1.0) -> Rollout:
+    """Ragged responses; finished rows end in STOP, the others fill all of T. Log-probs are the bigram's."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, V, (rows, num))
+    lengths = rng.integers(1, num + 1, rows)
+    lengths[0], lengths[1] = num, 1  # one full row and the shortest one are always there
+    finished = (lengths < num) | (rng.random(rows) < 0.3)
+    finished[0] = False
+    tokens[finished, lengths[finished] - 1] = STOP
+    mask = np.arange(num) < lengths[:, None]
+    prompt_mask = np.arange(prompt_len) >= rng.integers(0, prompt_len, rows)[:, None]
+    rollout = Rollout(
+        prompt=jnp.asarray(rng.integers(2, V, (rows, prompt_len)), jnp.int32),
+        prompt_mask=jnp.asarray(prompt_mask),
+        tokens=jnp.asarray(tokens, jnp.int32),
+        mask=jnp.asarray(mask),
+        logprobs=jnp.zeros((rows, num)),
+        finished=jnp.asarray(finished),
+    )
+    logprobs = jnp.asarray(bigram_logprobs(policy, rollout, temperature), jnp.float32)
+    return Rollout(**{**vars(rollout), "logprobs": logprobs})
+
+
+def make_experience(seed: int, params: dict, **kwargs) -> Experience:
+    """An experience with random advantages and returns, whose old log-probs and values are those of `params`."""
+    rng = np.random.default_rng(seed)
+    rollout = make_rollout(seed, params["policy"], **kwargs)
+    mask = np.asarray(rollout.mask)
+    masked = lambda x: jnp.asarray(np.where(mask, x, 0.0), jnp.float32)  # noqa: E731
+    values = bigram_values(params["value"], rollout)
+    whole = np.concatenate([np.asarray(rollout.prompt_mask), mask], axis=1)
+    return Experience(
+        tokens=jnp.concatenate([rollout.prompt, rollout.tokens], axis=1),
+        positions=jnp.asarray(np.where(whole, whole.cumsum(1) - 1, 0), jnp.int32),
+        segment_ids=jnp.asarray(whole, jnp.int32),
+        mask=rollout.mask,
+        value_mask=rollout.mask,
+        old_logprobs=rollout.logprobs,
+        old_values=masked(values),
+        advantages=masked(rng.normal(size=mask.shape)),
+        returns=masked(values + rng.normal(size=mask.shape)),
+    )
+
+
+def model_params(model: Model, seed: int, std: float = 0.3) -> dict:
+    """Random parameters of a decoder, without compiling its initialiser."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+
+    def draw(path, leaf):
+        normal = rng.normal(size=leaf.shape)
+        return jnp.asarray(1 + 0.1 * normal if "norm" in jax.tree_util.keystr(path) else std * normal, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def toy_directory() -> Path:
+    """policy/ and reward/, a random decoder and a random scalar model for random walks; removed when Python ends."""
+    path = Path(tempfile.mkdtemp(prefix="rlhf_jax_toy"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    walks.make_tokenizer().save_pretrained(path / "tokenizer")
+    tokenizer, mesh = Tokenizer.load(str(path / "tokenizer")), make_mesh(MeshConfig(), devices=ONE)
+    for seed, name in enumerate(("policy", "reward")):
+        model = Model(ARCH, score_head=name == "reward")
+        params = model_params(model, seed)
+        params = jax.device_put(params, tree_shardings(mesh, params))
+        save_model(path / name, Loaded(model, params), params, tokenizer)
+    return path
+
+
+TOY_ROWS = {"rows": walks.start_prompts() * 2, "eval_rows": walks.start_prompts()[:5]}
+
+
+def toy_run(output_dir: Path | str = "", *, reward_model: bool = True, **ppo) -> PPORun:
+    """A PPO run on `toy_directory`: 16 prompts of 2 columns, 6 new tokens."""
+    path, optim = toy_directory(), OptimConfig(learning_rate=1e-2, schedule="linear", eps=1e-5)
+    return PPORun(
+        model=ModelConfig(path=str(path / "policy")),
+        data=DataConfig(batch_size=16, max_prompt_length=2, max_length=8),
+        reward=RewardSourceConfig(model=str(path / "reward") if reward_model else ""),
+        sampling=SamplingConfig(max_new_tokens=6, chunk=3),
+        ppo=PPOConfig(**{"iterations": 4, "epochs": 2, **ppo}),
+        optim=optim,
+        value_optim=optim,
+        run=RunConfig(output_dir=str(output_dir), progress=False, eval_every=2),
+    )
