@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/stories")
     parser.add_argument("--prompts", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=8, help="per prompt; compared two by two")
+    parser.add_argument("--progress", default="true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     path = Path(args.output_dir)
@@ -54,7 +55,16 @@ def main() -> None:
         pairs += stories.comparisons_from_samples(texts, a, b, args.seed, 0.1)
     for name, data in (("comparisons", pairs), ("prompts", train)):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    common = ["--model.path", args.model, "--run.seed", str(args.seed), "--run.overwrite", "true"]
+    common = [
+        "--model.path",
+        args.model,
+        "--run.progress",
+        args.progress,
+        "--run.seed",
+        str(args.seed),
+        "--run.overwrite",
+        "true",
+    ]
 
     def stage(name: str, *options: str) -> list[str]:
         return ["--config", str(CONFIGS / f"stories_{name}.yaml"), *common, *options]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
-import inspect
 import os
-import re
 import sys
-import textwrap
 import typing
+from argparse import ArgumentError
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
 
 from rlhf_jax import __version__, config
 from rlhf_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "quickstart": (config.QuickstartConfig, "rlhf_jax.quickstart:run", "the whole chain on a toy, in minutes"),
@@ -41,15 +46,29 @@ options:
   --debug      show the traceback of an error
 """
 
-COMMAND_HELP = """usage: rlhf-jax {command} [--config FILE.yaml] [--dotted.option VALUE ...]
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "a list such as [4, 8]",
+    list[float]: "a list such as [0.5, 2]",
+    list[str]: "a list such as '[one, two]'",
+}
 
-{about}
 
-  --config FILE.yaml
-        options from a file; what comes later on the command line wins
-"""
+class Texts(yaml.BaseLoader):
+    """YAML whose values stay text, so that the option's type decides what `off`, `1e-3` and `123` mean."""
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in names[:i]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep=True)
+
+
+texts = functools.partial(yaml.load, Loader=Texts)
 
 
 def help_text() -> str:
@@ -57,63 +76,17 @@ def help_text() -> str:
     return HELP.format(commands="\n".join(f"  {name:<12} {about}" for name, (_, _, about) in COMMANDS.items()))
 
 
-def kind(hint: Any) -> str:
-    """A type in words: "a whole number", "one of rms, layer"."""
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(typing.get_args(hint))}"
-    if typing.get_origin(hint) is list:
-        example = {int: "[4, 8]", float: "[0.5, 2]", str: "'[one, two]'"}[typing.get_args(hint)[0]]
-        return f"a list such as {example}"
-    return WORDS[hint]
+def fields(hint: Any) -> dict[str, Any]:
+    """Field -> type of the config class that a type is, or is if it is not null; empty for all other types."""
+    group = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+    return typing.get_type_hints(group) if group else {}
 
 
-def group_of(hint: Any) -> type | None:
-    """The config class that a type is, or is if it is not null."""
-    parts = (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))
-    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
-
-
-@functools.cache
-def hints_of(cls: type) -> dict[str, Any]:
-    """Field -> type."""
-    return typing.get_type_hints(cls)
-
-
-def dotted(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(option, type) of every setting, nested ones dotted; of a group, the group first."""
-    for name, hint in hints_of(cls).items():
-        yield prefix + name, hint
-        group = group_of(hint)
-        if group is not None:
-            yield from dotted(group, f"{prefix}{name}.")
-
-
-def described(cls: type) -> dict[str, str]:
-    """Field -> description, from the "Args:" of the docstring."""
-    text = inspect.getdoc(cls) or ""
-    return {name: " ".join(about.split()) for name, about in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", text, re.M)}
-
-
-def group_help(cls: type, defaults: Any, prefix: str = "") -> Iterator[str]:
-    """Lines about every option of a group and of the groups in it."""
-    about = described(cls)
-    for name, hint in hints_of(cls).items():
-        default, group = getattr(defaults, name), group_of(hint)
-        if group is not None:
-            summary = about.get(name) or (inspect.getdoc(group) or "").partition("\n")[0]
-            yield f"\n{prefix}{name}: {summary}{'' if default else ' Off unless one of these is given.'}"
-            yield from group_help(group, group() if default is None else default, f"{prefix}{name}.")
-            continue
-        shown = str(default).lower() if isinstance(default, bool) else default if default != "" else "''"
-        line = f"{about[name]} [{kind(hint)}; default {shown}]"
-        yield f"  --{prefix}{name}"
-        yield textwrap.fill(line, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
-
-
-def command_help(command: str) -> str:
-    """What `rlhf-jax COMMAND --help` prints."""
-    cls, _, about = COMMANDS[command]
-    return COMMAND_HELP.format(command=command, about=about) + "\n".join(group_help(cls, cls()))
+def flat(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested dicts, or (dotted name, type) of `fields`; of a group, the group first."""
+    for name, value in level.items():
+        yield prefix + name, value
+        yield from flat(value if isinstance(value, dict) else fields(value), f"{prefix}{name}.")
 
 
 def nearest(word: str, known: list[str], command: str) -> str:
@@ -124,104 +97,26 @@ def nearest(word: str, known: list[str], command: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; `rlhf-jax {command}--help` lists all"
 
 
-def converted(text: Any, hint: Any, name: str) -> Any:
-    """A value from its text, or a list of values from texts, in the type of option `name`.
-
-    Raises:
-        UserError: it does not fit.
-    """
-    wrong = UserError(f"{name} is {text!r}; give {kind(hint)}")
-    if typing.get_origin(hint) is list:
-        if not isinstance(text, list):
-            raise wrong
-        return [converted(item, typing.get_args(hint)[0], f"{name}[{i}]") for i, item in enumerate(text)]
-    if not isinstance(text, str):
-        raise wrong
-    if hint is str and text != "null":
-        return text
-    if hint is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if typing.get_origin(hint) is Literal and text in typing.get_args(hint):
-        return text
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            pass
-    raise wrong
-
-
-def fill(settings: dict[str, Any], given: dict[str, Any], cls: type, command: str, prefix: str = "") -> None:
-    """Put what is given for a group, nested dicts of texts, into `settings`, nested dicts of values.
-
-    Raises:
-        UserError: an option that `cls` does not have, or a value of another type.
-    """
-    for key, value in given.items():
-        name, _, rest = key.partition(".")
-        value = {rest: value} if rest else value
-        if name not in hints_of(cls):
-            known = [option for option, _ in dotted(COMMANDS[command][0])]
-            raise UserError(f"unknown option {prefix + key!r}{nearest(prefix + key, known, command + ' ')}")
-        hint = hints_of(cls)[name]
-        group = group_of(hint)
-        if group is None:
-            settings[name] = converted(value, hint, prefix + name)
-        elif isinstance(value, dict):
-            settings[name] = settings.get(name) or {}
-            fill(settings[name], value, group, command, f"{prefix}{name}.")
-        elif value in ("null", "") and NoneType in typing.get_args(hint):
-            settings[name] = None
-        else:
-            example = f"{prefix}{name}.{next(iter(hints_of(group)))}"
-            raise UserError(f"{prefix}{name} is {value!r}; it is a group of options, such as {example}")
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file as nested dicts and lists of texts; types come from the options, so that `off` and 1e-3 stay text.
-
-    Raises:
-        UserError: no such file, invalid YAML, a name that comes twice, or something else than options.
-    """
-    import yaml
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, yaml.SequenceNode):
-            return [plain(item) for item in node.value]
-        if not isinstance(node, yaml.MappingNode):
-            return node.value
-        options: dict[str, Any] = {}
-        for key, value in node.value:
-            name = str(key.value)
-            if name in options:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {name!r} comes twice; keep one of them")
-            options[name] = plain(value)
-        return options
-
+def read(path: str) -> tuple[str, dict[str, Any]]:
+    """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
     try:
-        with open(path, encoding="utf-8") as file:
-            found = yaml.compose(file, Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 text; give a YAML file") from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: invalid YAML ({error.problem}); correct it") from error
+        text = Path(path).read_text(encoding="utf-8")
+        found = texts(text)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", "not UTF-8 text")
+        raise UserError(f"--config {path}: {problem}; check the path") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: invalid YAML ({' '.join(str(error).split())}); correct it") from error
-    if not isinstance(found, yaml.MappingNode):
-        what = "empty" if found is None else "a list" if isinstance(found, yaml.SequenceNode) else "plain text"
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: invalid YAML ({' '.join(problem.split())}); correct it") from error
+    if not isinstance(found, dict):
+        what = "empty" if found is None else "a list" if isinstance(found, list) else "plain text"
         raise UserError(f"{path}: the file is {what}; write options such as `data: {{batch_size: 8}}`")
-    return plain(found)
+    return text, found
 
 
 def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """(option, text) of `--option text` and `--option=text`.
-
-    Raises:
-        UserError: something that is no option, or an option without a value.
-    """
+    """(option, text) of `--option text` and `--option=text`; UserError if that is not what they are."""
     left = iter(arguments)
     for argument in left:
         if not argument.startswith("--"):
@@ -233,25 +128,39 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def text_or_list(text: str, hint: Any) -> Any:
-    """An argument as `fill` wants it: lists and groups are written as in YAML, all else is text."""
-    if typing.get_origin(hint) is not list and group_of(hint) is None:
-        return text
-    import yaml
-
-    try:
-        return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        return text
+def misfit(name: str, value: Any, hint: Any) -> str:
+    """Says that a value does not fit its option."""
+    if fields(hint):
+        return f"{name} is {value!r}; it is a group of options, such as {name}.{next(iter(fields(hint)))}"
+    return f"{name} is {value!r}; give {KINDS.get(hint) or 'one of ' + ', '.join(typing.get_args(hint))}"
 
 
-def build(cls: type, settings: dict[str, Any], default: Any = None) -> Any:
-    """The config of nested settings; what they leave out comes from `default`, else from the class."""
-    changes = {}
-    for name, value in settings.items():
-        group = group_of(hints_of(cls)[name])
-        changes[name] = value if group is None or value is None else build(group, value, getattr(default, name))
-    return cls(**changes) if default is None else dataclasses.replace(default, **changes)
+def refusal(name: str, value: Any, hints: dict[str, Any], command: str) -> str:
+    """Says that there is no such option, or that it is or is not a group, or cannot be null; else empty."""
+    if name not in hints:
+        return f"unknown option {name!r}{nearest(name, list(hints), command + ' ')}"
+    hint = hints[name]
+    fits = NoneType in typing.get_args(hint) if value == "null" else isinstance(value, dict) == bool(fields(hint))
+    return "" if fits else misfit(name, value, hint)
+
+
+def parser_of(command: str) -> ArgumentParser:
+    """The parser of a command's options; what its help says comes from the docstrings of the config classes."""
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
+
+    cls, _, about = COMMANDS[command]
+    set_loader("texts", texts, (yaml.YAMLError,))
+    prog, usage = f"rlhf-jax {command}", "%(prog)s [--config FILE.yaml] [--dotted.option VALUE ...]"
+    parser = ArgumentParser(
+        prog=prog, usage=usage, description=about, parser_mode="texts", exit_on_error=False, print_config=None
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; what comes later wins")
+    parser.add_class_arguments(cls, None, as_group=False)
+    hints = dict(flat(fields(cls)))
+    for action in parser._actions:  # its own text offers a file for each group, which `refusal` does not know
+        if fields(hints.get(action.dest)) and action.metavar:
+            action.metavar, action.help = "{NAME: VALUE, ...}", "several of the following at once"
+    return parser
 
 
 def parse(command: str, arguments: list[str]) -> Any:
@@ -261,18 +170,37 @@ def parse(command: str, arguments: list[str]) -> Any:
         UserError: anything in the arguments or the file that does not fit.
     """
     cls = COMMANDS[command][0]
-    hints = dict(dotted(cls))
-    settings: dict[str, Any] = {}
+    hints, given, plain = dict(flat(fields(cls))), [], []
+    hints |= {f"{name}+": hint for name, hint in hints.items() if typing.get_origin(hint) is list}  # appends
     for name, text in pairs(arguments):
-        if name != "config":
-            fill(settings, {name: text_or_list(text, hints.get(name))}, cls, command)
-            continue
-        given = read_yaml(text)
-        try:
-            fill(settings, given, cls, command)
-        except UserError as error:
-            raise UserError(f"{text}: {error}") from error
-    return build(cls, settings, cls())
+        where, tree = "", {name: text}
+        if name == "config":
+            where = f"{text}: "
+            text, tree = read(text)
+        elif fields(hints.get(name)):
+            with contextlib.suppress(yaml.YAMLError):
+                tree = {name: texts(text)}
+        given += [(where, option, value) for option, value in flat(tree)]
+        plain.append(f"--{name}={text}")
+    for where, option, value in given:
+        if line := refusal(option, value, hints, command):
+            raise UserError(where + line)
+    parser = parser_of(command)
+    try:
+        found = parser.instantiate(parser.parse_args(plain))
+    except ArgumentError as error:
+        for where, option, value in given:
+            try:
+                parser.parse_object({option: value})
+            except ArgumentError:
+                if not isinstance(value, dict):
+                    raise UserError(where + misfit(option, value, hints[option])) from error
+        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:  # jsonargparse wraps what an optional group raises
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    return cls(**{name: found[name] for name in fields(cls)})
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -290,9 +218,9 @@ def dispatch(arguments: list[str]) -> None:
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS), '')}")
-    if {"-h", "--help"} & set(rest):
-        print(command_help(command))
-        return
+    optional = (name for name, hint in flat(fields(COMMANDS[command][0])) if NoneType in typing.get_args(hint))
+    if asked := {"-h", "--help", *(f"--{name}.help" for name in optional)} & set(rest):
+        parser_of(command).parse_args([min(asked)])  # prints and exits
     settings = parse(command, rest)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
     config.resolve(COMMANDS[command][1])(settings)

@@ -72,28 +72,39 @@ def golden_model(tmp_path, case):
 LANGUAGE_MODELS = pytest.mark.parametrize("case", ["gqa_tied", "bias_untied", "mqa_wide"])
 
 
-@LANGUAGE_MODELS
-def test_logits_of_transformers(tmp_path, case):
-    model, params, golden = golden_model(tmp_path, case)
-    mask = golden["attention_mask"].astype(bool)
-    logits = logits_of(model, params, golden["input_ids"], mask) * mask[..., None]
-    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
+@pytest.fixture(scope="module")
+def forward_and_backward():
+    """case -> (mean log-prob, logits), gradients; compiled once for the tests below."""
+    results = {}
+
+    def of(tmp_path, case):
+        model, params, golden = golden_model(tmp_path, case)
+        tokens, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
+        pairs = mask[:, :-1] & mask[:, 1:]
+
+        def mean_logprob(params):
+            hidden = model.apply(params, tokens, positions_from_mask(mask), mask.astype(np.int32))
+            logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
+            return jnp.sum(logprobs, where=pairs) / pairs.sum(), model.project(params, hidden)
+
+        if case not in results:
+            results[case] = jax.jit(jax.value_and_grad(mean_logprob, has_aux=True))(params)
+        return model.arch, golden, results[case]
+
+    return of
 
 
 @LANGUAGE_MODELS
-def test_gradients_of_transformers(tmp_path, case):
-    model, params, golden = golden_model(tmp_path, case)
-    tokens, mask = golden["input_ids"], golden["attention_mask"].astype(bool)
-    pairs = mask[:, :-1] & mask[:, 1:]
+def test_logits_of_transformers(tmp_path, case, forward_and_backward):
+    _, golden, ((_, logits), _) = forward_and_backward(tmp_path, case)
+    np.testing.assert_allclose(logits * golden["attention_mask"][..., None], golden["logits"], atol=1e-4)
 
-    def mean_logprob(params):
-        hidden = model.apply(params, tokens, positions_from_mask(mask), mask.astype(np.int32))
-        logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
-        return jnp.sum(logprobs, where=pairs) / pairs.sum()
 
-    value, grads = jax.jit(jax.value_and_grad(mean_logprob))(params)
+@LANGUAGE_MODELS
+def test_gradients_of_transformers(tmp_path, case, forward_and_backward):
+    arch, golden, ((value, _), grads) = forward_and_backward(tmp_path, case)
     np.testing.assert_allclose(value, golden["logprob"], rtol=1e-5)
-    hf.save_model(tmp_path / "grads", model.arch, grads, eos_ids=[])  # gradients in the layout of the weights
+    hf.save_model(tmp_path / "grads", arch, grads, eos_ids=[])  # gradients in the layout of the weights
     grads = load_file(tmp_path / "grads" / "model.safetensors")
     names = [name for name in golden if name.startswith("grad/")]
     assert len(names) == 3

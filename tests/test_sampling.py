@@ -381,15 +381,20 @@ def test_prompts_padded_with_the_stop_id_work():
         np.testing.assert_array_equal(getattr(rollout, name), getattr(rollout_of({}), name))
 
 
+# The filters are on above and off below: they do not matter where they keep everything.
+unfiltered = partial(sample, MODEL, **OPTIONS, filtered=False)
+
+
 def test_left_padding_changes_no_sampled_token():
     more = ((0, 0), (3, 0))
-    padded = sampler(PARAMS, np.pad(PROMPT, more, constant_values=7), np.pad(PROMPT_MASK, more), KEY, law())
-    np.testing.assert_array_equal(padded.tokens, rollout_of({}).tokens)
-    np.testing.assert_allclose(padded.logprobs, rollout_of({}).logprobs, atol=1e-5)
+    prompt, mask = np.pad(PROMPT, more, constant_values=7), np.pad(PROMPT_MASK, more)
+    rollout = jax.jit(unfiltered)(PARAMS, prompt, mask, KEY, law())
+    np.testing.assert_array_equal(rollout.tokens, rollout_of({}).tokens)
+    np.testing.assert_allclose(rollout.logprobs, rollout_of({}).logprobs, atol=1e-5)
 
 
 def test_microbatches_change_nothing():
-    rollout = jax.jit(partial(sample, MODEL, **OPTIONS, microbatch=2))(PARAMS, PROMPT, PROMPT_MASK, KEY, law())
+    rollout = jax.jit(partial(unfiltered, microbatch=2))(PARAMS, PROMPT, PROMPT_MASK, KEY, law())
     for name in ("prompt", "prompt_mask", "tokens", "mask", "finished"):
         np.testing.assert_array_equal(getattr(rollout, name), getattr(rollout_of({}), name))
 
@@ -399,7 +404,7 @@ def test_a_mesh_changes_nothing():
     params = jax.device_put(PARAMS, tree_shardings(mesh, PARAMS))
     batch = put_batch(mesh, {"prompt": PROMPT, "mask": PROMPT_MASK})
     with jax.set_mesh(mesh):
-        rollout = jax.jit(partial(sample, MODEL, **OPTIONS))(params, batch["prompt"], batch["mask"], KEY, law())
+        rollout = jax.jit(unfiltered)(params, batch["prompt"], batch["mask"], KEY, law())
     assert len(rollout.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(rollout.tokens, rollout_of({}).tokens)
     np.testing.assert_allclose(rollout.logprobs, rollout_of({}).logprobs, atol=1e-5)

@@ -127,7 +127,10 @@ def assert_split(state: TrainState, mesh) -> None:
 
 @functools.cache
 def ppo_iteration(mesh_name: str) -> dict:
-    """One iteration through the stage's programs: a greedy and a drawn rollout, the scoring and the update."""
+    """One iteration through the stage's programs: a greedy and a drawn rollout, the scoring and the update.
+
+    Critic and reward are bigrams, to compile less; the scalar decoder is in the supervised reward step.
+    """
     config = PPORun(
         data=DataConfig(batch_size=ROWS),
         reward=RewardSourceConfig(model="given"),
@@ -138,11 +141,9 @@ def ppo_iteration(mesh_name: str) -> dict:
     )
     mesh = mesh_of(mesh_name)
     place = lambda params: jax.device_put(params, tree_shardings(mesh, params))  # noqa: E731
-    policy, scalar, ref = model_params(POLICY, 0), model_params(SCALAR, 1), model_params(POLICY, 2)
-    params = {"policy": place(policy), "value": place(scalar)}
-    nets = train.Networks(
-        Models(POLICY, SCALAR, SCALAR), None, params, place(ref), place(model_params(SCALAR, 3)), None
-    )
+    params = {"policy": place(model_params(POLICY, 0)), "value": place(bigram_params(1)["value"])}
+    ref, scorer = place(model_params(POLICY, 2)), place(bigram_params(3)["value"])
+    nets = train.Networks(Models(POLICY, BIGRAMS.value, BIGRAMS.reward), None, params, ref, scorer, None)
     rng = np.random.default_rng(1)
     prompt = {"tokens": rng.integers(2, V, (ROWS, PROMPT)).astype(np.int32), "mask": np.ones((ROWS, PROMPT), bool)}
     prompt["mask"][::3, 0] = False

@@ -125,7 +125,9 @@ def objective(models: Models, config: PPOConfig, policy_loss: PolicyLoss | None 
         v_loss, v_metrics = value_loss(values, x.old_values, x.returns, batch["value_weights"])
         entropy = jnp.sum(batch["weights"] * entropy)
         metrics = {"policy/loss": loss, **metrics, **v_metrics, "policy/entropy": entropy}
-        loss = loss + config.value_coef * v_loss - config.entropy_coef * entropy
+        loss = loss + config.value_coef * v_loss
+        if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
+            loss = loss - config.entropy_coef * entropy
         if "ptx" in batch:
             lm, _ = lm_loss(params["policy"], batch["ptx"], key)
             loss, metrics["ptx/nll"] = loss + config.ptx_coef * lm, lm
