@@ -323,8 +323,9 @@ def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command
 # --- ranges ---------------------------------------------------------------------------------------------------------
 
 RANGES = {
-    "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length 0, data.eval_fraction 1, data.eval_fraction 0,
-        data.eval_fraction -0.1, data.eval_fraction .nan, data.eval_batches -1, model.logprob_chunk 0,
+    "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length 0, data.eval_fraction 1,
+        data.eval_fraction 0, data.eval_fraction -0.1, data.eval_fraction .nan, data.eval_batches -1,
+        model.logprob_chunk 0,
         model.arch.width 0, model.arch.num_layers 0, model.arch.vocab_size 0, model.arch.norm_eps 0,
         sft.epochs 0, sft.steps -1, sft.accumulate 0, sft.num_samples -1, run.log_every 0, run.eval_every -1,
         run.seed -1, run.seed 4294967296, optim.learning_rate -1, optim.learning_rate .inf, optim.b1 1, optim.b2 -0.1,
