@@ -134,7 +134,7 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     from rlhf_jax.sharding import batch_sharding, put_batch, replicated
     from rlhf_jax.stage import Loaded
 
-    sampling = SamplingConfig(max_new_tokens=64, min_new_tokens=64, chunk=64)
+    sampling = SamplingConfig(max_new_tokens=64, chunk=64)
     config = PPORun(sampling=sampling, data=DataConfig(batch_size=16), ppo=PPOConfig(epochs=4, minibatches=1))
     scalar = dataclasses.replace(model, score_head=True)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -143,7 +143,7 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     nets = Networks(
         core.Models(model, scalar, scalar), Loaded(model, policy), params, policy, reward, Loaded(scalar, reward)
     )
-    programs = make_programs(config, nets, mesh, (2,))
+    programs = make_programs(config, nets, mesh, ())  # no stop ids: exactly 64 tokens
     law = jax.device_put(SamplingLaw.from_config(sampling), replicated(mesh))
     prompt = put_batch(mesh, token_batch(16, 64, model.arch.vocab_size)["tokens"])
     mask = put_batch(mesh, np.ones((16, 64), bool))

@@ -189,7 +189,7 @@ class Run:
         """Whether to keep these parameters: those of the highest `value` so far, which go to disk, or the last."""
         if not self.config.keep_best:
             return True
-        if self.best is not None and value <= self.best[1]:
+        if self.best is not None and not value > self.best[1]:  # a NaN is never better
             return False
         self.best = (step, value)
         checkpoint.save(self.dir / "best", params)

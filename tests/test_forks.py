@@ -52,7 +52,7 @@ def ours():
 def test_a_replaced_function_in_losses_is_what_trains(monkeypatch, ours):
     """Stands for an edit of losses.py: the default config names rlhf_jax.losses:clipped_policy_loss."""
     monkeypatch.setattr(losses, "clipped_policy_loss", minus_logprob)
-    policy, metrics = update_with(ppo_run(epochs=1))
+    policy, metrics = update_with(ppo_run(epochs=1, num_samples=5))  # no other test's program, which would be reused
     assert "policy/fork" in metrics and "policy/fork" not in ours[1]
     assert not same_bits(policy, ours[0])
     assert_close(grad_of(PPOConfig(), batch_of(X))["policy"], expected_gradient())

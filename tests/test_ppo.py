@@ -44,7 +44,7 @@ PARAMS, REF, REWARD = bigram_params(0), bigram_params(1)["policy"], bigram_param
 NO_REWARD = Models(BIGRAMS.policy, BIGRAMS.value)
 
 
-def ppo_run(rate: float = 0.01, **ppo) -> PPORun:
+def ppo_run(rate: float = 0.05, **ppo) -> PPORun:
     optim = OptimConfig(learning_rate=rate, schedule="constant", eps=1e-5)
     return PPORun(ppo=PPOConfig(**ppo), optim=optim, value_optim=optim)
 
@@ -57,10 +57,17 @@ def score(config, rollout, *, params=PARAMS, ref=REF, host=None, kl_coef=0.1, te
     return program(params, ref, REWARD, rollout, host, jnp.float32(kl_coef), jnp.float32(temperature))
 
 
+@functools.cache
+def compiled_update(ppo: PPOConfig, optim: OptimConfig, models: Models, policy_loss):
+    """(the compiled update, its optimiser): compiling is most of the time here, so equal settings share it."""
+    run = PPORun(ppo=ppo, optim=optim, value_optim=optim)
+    program, tx, _ = make_ppo_step(models, run, policy_loss)
+    return jax.jit(program), tx
+
+
 def updater(run: PPORun, models=BIGRAMS, params=PARAMS, policy_loss=None):
     """(a first state, the compiled update with the temperature filled in)."""
-    program, tx, _ = make_ppo_step(models, run, policy_loss)
-    program = jax.jit(program)
+    program, tx = compiled_update(run.ppo, run.optim, models, policy_loss)
     state = TrainState.create(params, tx)
     return state, lambda state, experience, key=KEY, ptx=None: program(state, experience, key, jnp.float32(1.0), ptx)
 
@@ -607,7 +614,7 @@ def test_orders_and_noise_differ_between_iterations_and_follow_the_key():
 def test_four_epochs_move_the_ratio_until_clipping_acts_and_one_does_not():
     x, found = make_experience(3, PARAMS), {}
     for epochs in (1, 4):
-        state, update = updater(ppo_run(rate=0.1, epochs=epochs))
+        state, update = updater(ppo_run(epochs=epochs))
         found[epochs] = update(state, x)
     (one, first), (four, later) = found[1], found[4]
     assert abs(first["policy/ratio_max"] - 1.0) < 1e-6 and first["policy/clip_fraction"] == 0.0
@@ -665,12 +672,12 @@ def test_loss_reduction_builds_the_weights_of_each_minibatch(reduction):
 def test_target_kl_stops_the_epochs_but_not_the_schedule():
     x, ends = make_experience(3, PARAMS), {}
     for epochs in (2, 3):
-        state, update = updater(ppo_run(rate=0.05, epochs=epochs))
+        state, update = updater(ppo_run(epochs=epochs))
         ends[epochs] = update(state, x)
     kl_before_third = float(3 * ends[3][1]["policy/approx_kl"] - 2 * ends[2][1]["policy/approx_kl"])
     kl_before_second = float(2 * ends[2][1]["policy/approx_kl"])
     assert 0 < kl_before_second < kl_before_third
-    state, update = updater(ppo_run(rate=0.05, epochs=3, target_kl=(kl_before_second + kl_before_third) / 2))
+    state, update = updater(ppo_run(epochs=3, target_kl=(kl_before_second + kl_before_third) / 2))
     end, metrics = update(state, x)
     assert metrics["policy/epochs_taken"] == 2
     assert_close(end.params, ends[2][0].params, atol=1e-6)
@@ -754,7 +761,7 @@ def test_the_average_follows_the_policy_by_its_decay():
 def test_a_better_action_becomes_likelier_and_the_value_nears_the_return():
     """The signs are right: one update lifts log-probs where advantages are positive and lowers the value's error."""
     x, rollout = make_experience(3, PARAMS), make_rollout(3, PARAMS["policy"])
-    state, update = updater(ppo_run(rate=0.01, epochs=1))
+    state, update = updater(ppo_run(epochs=1))
     end, _ = update(state, x)
     gain = bigram_logprobs(f64(end.params["policy"]), rollout) - bigram_logprobs(PARAMS["policy"], rollout)
     assert (gain * f64(x.advantages)).sum() > 0

@@ -362,7 +362,7 @@ def loss(config: PPOConfig):
 
 def updated(config: PPOConfig):
     """Parameters and metrics after an update."""
-    state, update = updater(replace(ppo_run(rate=0.05), ppo=config))
+    state, update = updater(replace(ppo_run(), ppo=config))
     state, metrics = update(state, OFF_POLICY)
     return state.params, state.step, metrics
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
-from tiny import TOY_ROWS, make_experience, make_rollout, model_params, toy_run
+from tiny import TOY_ROWS, Bigram, make_experience, make_rollout, model_params, toy_run
 from tiny import bigram_params as some_params
 
 from rlhf_jax.config import ArchConfig, SamplingConfig
@@ -134,9 +134,9 @@ def largest_logits(text: str) -> int:
 
 def compiled(kind: str, chunk: int) -> str:
     """The update or the scoring program of a decoder whose logits come in chunks of so many positions, as text."""
-    policy, value = Model(LONG, logprob_chunk=chunk), Model(LONG, score_head=True)
-    models = Models(policy, value)
-    params = {"policy": model_params(policy, 0), "value": model_params(value, 1)}
+    policy = Model(LONG, logprob_chunk=chunk)
+    models = Models(policy, Bigram())
+    params = {"policy": model_params(policy, 0), "value": some_params(0)["value"]}
     run = toy_run(epochs=2, entropy_coef=0.1)
     one = jnp.float32(1.0)
     if kind == "score":
