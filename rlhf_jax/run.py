@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -97,6 +99,7 @@ class Run:
             check_output_dir(config.run)
             check_inputs(config)
             self._prepare(config)
+        self._catch_interrupts()
         shows = config.run.progress and self.is_writer
         self.bar = tqdm(total=total, desc=stage, disable=not shows, dynamic_ncols=True)
         BARS.add(self.bar)
@@ -123,8 +126,21 @@ class Run:
         if self.is_writer:
             tqdm.write(text)
 
+    def _catch_interrupts(self) -> None:
+        """Remember a Ctrl-C: the KeyboardInterrupt of one that falls into a callback of a library is swallowed there."""
+        self._interrupted = False
+
+        def remember(*_: Any) -> None:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, remember)
+
     def advance(self) -> None:
-        """One step of the progress bar."""
+        """One step of the progress bar; raises a KeyboardInterrupt that was swallowed before."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         self.bar.update(1)
 
     def log(
@@ -208,6 +224,8 @@ class Run:
         """Write summary.json and close; the summary gains the wall time and the step that was kept."""
         self.flush()
         self.bar.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         summary = {"stage": self.stage, **summary, "wall_s": round(time.time() - self.started, 2)}
         if self.best is not None:
             summary["best_step"] = self.best[0]

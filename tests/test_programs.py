@@ -52,7 +52,7 @@ def test_every_program_compiles_once_while_temperature_kl_coefficient_and_learni
     assert len(set(rates)) == 20
     sizes = {name: getattr(programs, name)._cache_size() for name in ("rollout", "score", "update")}
     assert {**sizes, "ema": ppo._ema._cache_size()} == {"rollout": 1, "score": 1, "update": 1, "ema": 1}
-    assert pack._cache_size() - packed == 1
+    assert pack._cache_size() - packed <= 1  # 0 where an earlier test packed as many scalars
 
 
 class Fetches:

@@ -372,10 +372,10 @@ class QuickstartConfig:
     seed: int = 0
     overwrite: bool = False
     progress: bool = True
-    rounds: int = 3
+    rounds: int = 2
     comparisons: int = 6000
     rater_noise: float = 0.1
-    iterations: int = 60
+    iterations: int = 70
 
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "comparisons iterations", "between 0 and 1": "rater_noise", SEEDS: "seed"})

@@ -41,7 +41,9 @@ class Graph:
     shortest: np.ndarray
 
 
-def make_graph(seed: int, num_nodes: int = NUM_NODES, max_length: int = 10, edge_probability: float = 0.1) -> Graph:
+def make_graph(
+    seed: int, num_nodes: int = NUM_NODES, max_length: int = 10, edge_probability: float = 0.1, slack: int = 3
+) -> Graph:
     """A random graph, drawn anew until every node has an outgoing edge and a way to the goal.
 
     Args:
@@ -49,6 +51,8 @@ def make_graph(seed: int, num_nodes: int = NUM_NODES, max_length: int = 10, edge
         num_nodes: n, from 2 to 26.
         max_length: nodes of the longest walk; the goal is within reach of every node.
         edge_probability: of each of the n (n - 1) edges, independently.
+        slack: nodes that the longest walk has to spare from every start. Without any, a start whose shortest walk is
+            nearly the longest allowed has no graded reward, and random walks from it show no success to learn from.
 
     Raises:
         UserError: no letters for so many nodes, or no such graph among many draws.
@@ -62,13 +66,13 @@ def make_graph(seed: int, num_nodes: int = NUM_NODES, max_length: int = 10, edge
         if not adjacency.any(axis=1).all():
             continue
         shortest = _shortest(adjacency)
-        if shortest.min() > 0 and shortest.max() <= max_length:
+        if shortest.min() > 0 and shortest.max() <= max_length - slack:
             adjacency.setflags(write=False)
             shortest.setflags(write=False)
             return Graph(adjacency, max_length, shortest)
     raise UserError(
         f"none of {MAX_TRIES} graphs with edge_probability {edge_probability} leads from all {num_nodes} nodes to the "
-        f"goal within {max_length} nodes; raise edge_probability or max_length"
+        f"goal within {max_length - slack} nodes; raise edge_probability or max_length, or lower slack"
     )
 
 
