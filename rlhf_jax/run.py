@@ -127,7 +127,7 @@ class Run:
             tqdm.write(text)
 
     def _catch_interrupts(self) -> None:
-        """Remember a Ctrl-C: the KeyboardInterrupt of one that falls into a callback of a library is swallowed there."""
+        """Remember a Ctrl-C: inside a callback of a library its KeyboardInterrupt would be swallowed for good."""
         self._interrupted = False
 
         def remember(*_: Any) -> None:
