@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -29,6 +30,12 @@ SIZES = {
     "5m": dict(width=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64, ffn_width=704, vocab_size=4096),
 }
 WARMUP = 2
+HUGE_PAGES = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+}
+"""A step's temporaries are gigabytes that are given back and faulted in again; this keeps them, in 2 MiB pages."""
 
 
 def token_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict[str, Any]:
@@ -208,9 +215,9 @@ def measure(task: str, size: str, repeats: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def child(command: list[str]) -> None:
+def child(command: list[str], environment: dict[str, str]) -> None:
     """Run one measurement in a process of its own and pass its last line on."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         print(json.dumps({"failed": command[1:], "error": done.stderr.strip().splitlines()[-1:]}), flush=True)
     else:
@@ -224,22 +231,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--huge-pages", action="store_true", help="glibc's huge pages, for all systems")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     peers = dict(peer.split("=", 1) for peer in args.peer)
     unknown = set(peers) - set(PEERS)
     if unknown:
         parser.error(f"unknown peer {sorted(unknown)}; choose from {sorted(PEERS)}")
+    pages = HUGE_PAGES if args.huge_pages else {}
     for size in args.size or SIZES:
         for task in args.task or TASKS:
             common = ["--task", task, "--size", size, "--repeats", str(args.repeats)]
             if args.in_process:
                 print(json.dumps(measure(task, size, args.repeats, args.dtype)), flush=True)
                 continue
-            child([sys.executable, "-m", "benchmarks.speed", "--in-process", "--dtype", args.dtype, *common])
+            child([sys.executable, "-m", "benchmarks.speed", "--in-process", "--dtype", args.dtype, *common], pages)
             for name, python in peers.items():
                 if task in PEER_TASKS[name]:
-                    child([python, str(Path(__file__).parent / "peers" / PEERS[name]), *common])
+                    child([python, str(Path(__file__).parent / "peers" / PEERS[name]), *common], pages)
 
 
 if __name__ == "__main__":
