@@ -1,8 +1,8 @@
 """Makes llama_tiny.npz: what transformers computes for tiny random Llamas, for tests that have no torch.
 
-    python -m venv /opt/peer
-    /opt/peer/bin/pip install torch==2.13.0 && /opt/peer/bin/pip install transformers==5.23.0 safetensors
-    /opt/peer/bin/python tests/golden/make_llama.py
+    python -m venv peer
+    peer/bin/pip install torch==2.13.0 && peer/bin/pip install transformers==5.23.0 safetensors
+    peer/bin/python tests/golden/make_llama.py
 
 Keys, for each case of CASES (float32, int64 ids; B=3 rows, S=12 left-padded tokens, T=8 new ones):
     CASE/config            config.json as bytes (uint8)
