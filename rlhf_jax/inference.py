@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -75,8 +74,7 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
         generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
         repeated = [row for row in rows for _ in range(config.num_samples)]
-        unit = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], config.sampling.microbatch or 1)
-        size = -(-min(config.batch_size, len(repeated)) // unit) * unit
+        size = min(config.batch_size, len(repeated))
         _, responses = generator.texts(loaded.params, repeated, jax.random.key(config.seed), batch_size=size)
     out = [{"prompt": row["prompt"], "response": r} for row, r in zip(repeated, responses, strict=True)]
     write_rows(out, config.output)
