@@ -92,7 +92,7 @@ class ModelConfig:
     tokenizer: str = ""
     eos_ids: list[int] = field(default_factory=list)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"
     logprob_chunk: int = 256
 
     def __post_init__(self) -> None:

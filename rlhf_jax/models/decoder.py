@@ -112,10 +112,11 @@ class Attention(nnx.Module):
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
         qkv = jnp.moveaxis(qkv, 1, 3)  # B K G+2 T N
-        qk, v = qkv[:, :, : self.groups + 1], qkv[:, :, self.groups + 1]
+        qk, v = jnp.split(qkv, [self.groups + 1], axis=2)  # the gradient of a split is one concatenation
         if tables is not None:
             qk = rotate(qk, tables)
-        q, k = qk[:, :, : self.groups], qk[:, :, self.groups]
+        q, k = jnp.split(qk, [self.groups], axis=2)
+        k, v = k[:, :, 0], v[:, :, 0]
         if cache is not None and index is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
@@ -142,8 +143,9 @@ class MLP(nnx.Module):
         up = einsum("btd,dmf->btmf", x, self.up[...])
         if hasattr(self, "up_bias"):
             up = up + self.up_bias[None, None].astype(x.dtype)
-        act = ACTIVATIONS[self.activation](up[..., 0, :])
-        y = einsum("btf,fd->btd", act * up[..., 1, :] if up.shape[-2] == 2 else act, self.down[...])
+        gate, *rest = (part[..., 0, :] for part in jnp.split(up, up.shape[-2], axis=-2))
+        act = ACTIVATIONS[self.activation](gate)
+        y = einsum("btf,fd->btd", act * rest[0] if rest else act, self.down[...])
         if hasattr(self, "down_bias"):
             y = y + self.down_bias[None, None].astype(x.dtype)
         return y
