@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from rlhf_jax import __version__, config
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -31,6 +31,15 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "ppo": (config.PPORun, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
     "sample": (config.SampleRun, "rlhf_jax.inference:run_sample", "responses of a model to prompts"),
     "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
+    "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
+    "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
+}
+POSITIONAL = {"inspect": "model", "convert": "model"}
+"""Commands whose first argument may stand without its --name."""
+
+DIRECTORY_COMMANDS: dict[str, tuple[str, str]] = {
+    "resume": ("rlhf_jax.runs:resume", "continue a run that was stopped or killed: resume RUN_DIR [options]"),
+    "runs": ("rlhf_jax.runs:show", "the runs below a directory and how they stand: runs [DIR]"),
 }
 
 HELP = """usage: rlhf-jax COMMAND [--config FILE.yaml] [--dotted.option VALUE ...]
@@ -54,6 +63,8 @@ KINDS: dict[Any, str] = {
     list[int]: "a list such as [4, 8]",
     list[float]: "a list such as [0.5, 2]",
     list[str]: "a list such as '[one, two]'",
+    tuple[int, ...]: "a list such as [4, 8]",
+    tuple[float, ...]: "a list such as [0.5, 2]",
 }
 
 
@@ -73,7 +84,8 @@ texts = functools.partial(yaml.load, Loader=Texts)
 
 def help_text() -> str:
     """What `rlhf-jax --help` prints."""
-    return HELP.format(commands="\n".join(f"  {name:<12} {about}" for name, (_, _, about) in COMMANDS.items()))
+    about = {name: command[-1] for name, command in [*COMMANDS.items(), *DIRECTORY_COMMANDS.items()]}
+    return HELP.format(commands="\n".join(f"  {name:<12} {what}" for name, what in about.items()))
 
 
 def fields(hint: Any) -> dict[str, Any]:
@@ -216,12 +228,39 @@ def dispatch(arguments: list[str]) -> None:
         print(__version__)
         return
     command, *rest = arguments
+    if command in DIRECTORY_COMMANDS:
+        return directory_command(command, rest)
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS), '')}")
+        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *DIRECTORY_COMMANDS], '')}")
+    if command in POSITIONAL and rest and not rest[0].startswith("-"):
+        rest = [f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
     optional = (name for name, hint in flat(fields(COMMANDS[command][0])) if NoneType in typing.get_args(hint))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in optional)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
-    settings = parse(command, rest)
+    run_command(command, rest)
+
+
+def directory_command(command: str, rest: list[str]) -> None:
+    """`resume RUN_DIR [options]` or `runs [DIR]`."""
+    where, about = DIRECTORY_COMMANDS[command]
+    if {"-h", "--help"} & set(rest):
+        print(about)
+        return
+    if command == "runs":
+        config.resolve(where)(*rest[:1])
+        return
+    if not rest or rest[0].startswith("--"):
+        raise UserError("resume needs a run directory; write rlhf-jax resume RUN_DIR")
+    run_command(*config.resolve(where)(rest[0], rest[1:]))
+
+
+def run_command(command: str, arguments: list[str]) -> None:
+    """Run a command that has a config.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    settings = parse(command, arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
     config.resolve(COMMANDS[command][1])(settings)
 
@@ -235,7 +274,9 @@ def fail(line: str, code: int) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point: exit code 0, 2 with one line for what the user can mend, 130 when interrupted."""
+    """Entry point: exit code 0, also where a signal stopped a run and it saved; 2 with one line for what the user can
+    mend; 130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -246,4 +287,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Stopped as stopped:
+        print(stopped)
     sys.exit(0)

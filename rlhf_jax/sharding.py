@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/up_bias$", P(None, None, "tensor")),  # L M F
     (r"layers/mlp/down$", P(None, "tensor", "fsdp")),  # L F D
     (r"layers/(attn/out_bias|mlp/down_bias)$", P(None, None)),
-    (r"layers/(attn|mlp)_norm/(scale|bias)$", P(None, None)),
+    (r"layers/.*_norm/(scale|bias)$", P()),  # any rank: norms of queries and keys have L N or L K G N
     (r"embed/tokens$", P("tensor", "fsdp")),  # V D
     (r"embed/positions$", P(None, "fsdp")),  # Pmax D
     (r"head/kernel$", P("fsdp", "tensor")),  # D V
@@ -37,25 +38,52 @@ RULES: tuple[tuple[str, P], ...] = (
 """(path pattern, spec), first match wins; a parameter without a match is an error, never replicated by accident."""
 
 
+def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
+    """Size of every axis over `count` devices, which the one that is -1 fills; without a count, -1 is 1.
+
+    Raises:
+        UserError: more than one -1, or the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one at most may be -1")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max((count or known) // known, 1)
+    if count is not None and math.prod(sizes) != count:
+        raise UserError(
+            f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices"
+            "; change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
+        )
+    return dict(zip(AXES, sizes, strict=True))
+
+
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 for the rest.
 
     Raises:
         UserError: more than one -1, or the sizes do not multiply to the number of devices.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
-    count = len(devices) if devices is not None else jax.device_count()
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one at most may be -1")
-    if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(count // known, 1)
-    if math.prod(sizes) != count:
-        raise UserError(
-            f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices"
-            "; change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shard_shape(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of a device's part of a parameter.
+
+    Raises:
+        UserError: a sharded dimension does not divide by its mesh axes.
+    """
+    out = list(shape)
+    for i, axes in enumerate(spec):
+        ways = math.prod(sizes[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        if shape[i] % ways:
+            raise UserError(
+                f"parameter {name} with shape {shape}: dimension {shape[i]} does not divide by {axes} = {ways}; "
+                "choose another mesh"
+            )
+        out[i] //= ways
+    return tuple(out)
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
@@ -81,13 +109,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name, spec = _path_name(path), spec_of(_path_name(path), leaf.shape)
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-            if size % ways:
-                raise UserError(
-                    f"parameter {name} with shape {tuple(leaf.shape)}: dimension {size} does not divide by "
-                    f"{axes} = {ways}; choose another mesh"
-                )
+        shard_shape(name, tuple(leaf.shape), spec, mesh.shape)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)

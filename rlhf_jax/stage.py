@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig
@@ -17,7 +18,7 @@ from rlhf_jax.data.examples import Report, split_by_prompt
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Model, hf
+from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.sharding import replicated, tree_shardings
 from rlhf_jax.types import Params
 
@@ -38,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     path = config.tokenizer or config.path
     if not path:
         raise UserError("model.tokenizer and model.path are both empty; give one of them")
-    return Tokenizer.load(path, eos_ids=tuple(config.eos_ids))
+    return Tokenizer.load(hub.local_directory(path), eos_ids=tuple(config.eos_ids))
 
 
 def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
@@ -77,40 +78,52 @@ def load_model(
         raise UserError("model.path and model.arch are both empty; give a Hugging Face directory or a shape")
     if head == "trained" and not config.path:
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
-    base, arch = None, config.arch
-    if arch is None:
-        arch, base = hf.read_config(config.path)
-        if head == "vocabulary" and hf.has_score_head(config.path):
-            raise UserError(f"{config.path} is a reward or value model; give a language model")
-        params = hf.load_params(config.path, arch, score_head=head == "trained")
-    hf.find_family(arch, base)  # what could not be saved is refused before it is trained
-    model = Model.from_config(config, arch, score_head=head != "vocabulary")
-    if config.path and head in ("normal", "zeros"):
-        score = jax.jit(partial(model.init_score, zeros=head == "zeros"))(key)
-        params = model.with_score(params, score)
-    if config.path:
-        params = jax.device_put(params, tree_shardings(mesh, params))
-    else:
-        shapes = jax.eval_shape(model.init, key)
-        params = jax.jit(model.init, out_shardings=tree_shardings(mesh, shapes))(key)
+    if config.arch is None:
+        return _load_directory(config, mesh, key, head)
+    hf.find_family(config.arch)  # what could not be saved is refused before it is trained
+    model = Model.from_config(config, config.arch, score_head=head != "vocabulary")
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key)
         if head == "zeros":
-            params = {**params, "score": jax.tree.map(lambda x: x * 0, params["score"])}
+            params = {**params, "score": jax.tree.map(jnp.zeros_like, params["score"])}
+        return {name: tree if name == "score" else _cast(tree, config.param_dtype) for name, tree in params.items()}
+
+    shardings = tree_shardings(mesh, jax.eval_shape(init, key))
+    return Loaded(model, jax.jit(init, out_shardings=shardings)(key))
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
+    path = hub.local_directory(config.path)
+    arch, base = hf.read_config(path)
+    if head == "vocabulary" and hf.has_score_head(path):
+        raise UserError(f"{config.path} is a reward or value model; give a language model")
+    hf.find_family(arch, base)
+    score_head = {"vocabulary": False, "trained": True}.get(head)
+    params = hf.load_params(path, arch, score_head=score_head, mesh=mesh, dtype=config.param_dtype)
+    model = Model.from_config(config, arch, score_head=head != "vocabulary")
+    if score_head is None:
+        score = jax.jit(partial(model.init_score, zeros=head == "zeros"), out_shardings=replicated(mesh))(key)
+        params = model.with_score(params, score)
     return Loaded(model, params, base)
 
 
 def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer) -> None:
-    """A Hugging Face directory with the tokenizer, written by process 0."""
-    host = jax.device_get(jax.device_put(params, replicated(jax.tree.leaves(params)[0].sharding.mesh)))
+    """A Hugging Face directory with the tokenizer, written by process 0; all processes call it."""
+    hf.save_model(
+        path,
+        loaded.model.arch,
+        params,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        score_head=loaded.model.score_head,
+        base_config=loaded.base_config,
+    )
     if jax.process_index() == 0:
-        hf.save_model(
-            path,
-            loaded.model.arch,
-            host,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-            score_head=loaded.model.score_head,
-            base_config=loaded.base_config,
-        )
         tokenizer.save(str(path))
 
 

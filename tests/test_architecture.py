@@ -20,10 +20,10 @@ FLOORS = {
     **dict.fromkeys(
         ["errors", "config", "types", "tokens", "losses", "advantages", "rankings", "sharding", "__init__"], 0
     ),
-    **dict.fromkeys(["state", "step", "checkpoint", "models", "sampling", "data", "tasks"], 1),
-    **dict.fromkeys(["run", "stage", "loop", "generate", "rewards"], 2),
+    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "models", "sampling", "data", "tasks"], 1),
+    **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards"], 2),
     **dict.fromkeys(["sft", "reward", "ppo"], 3),
-    **dict.fromkeys(["cli", "quickstart", "inference", "__main__"], 4),
+    **dict.fromkeys(["cli", "quickstart", "inference", "inspection", "__main__"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 

@@ -198,7 +198,7 @@ def test_the_help_of_a_command_lists_every_option_with_its_description(call, com
     for option, name, cls in options(cli.COMMANDS[command][0]):
         about = re.search(rf"\n        {name}: (.*(?:\n            .*)*)", cls.__doc__).group(1)
         about = re.escape("".join(about.split()))
-        choice = r"([A-Z0-9_]+|\{[^}]+\}|\[ITEM,\.\.\.\],--\S+?\+\[ITEM,\.\.\.\])"
+        choice = r"([A-Z0-9_]+|\{[^}]+\}|\[ITEM,\.\.\.\](,--\S+?\+\[ITEM,\.\.\.\])?)"
         assert re.search(rf"--{re.escape(option)}{choice}{about}\(type:[^()]+,default:", flat), option
     assert {"ppo": "(type:Literal['eos','truncate'],default:eos)"}.get(command, "") in flat
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.models import Model, decoder, hf
+from rlhf_jax.models import Model, decoder, hf, rotary
 from rlhf_jax.sampling import SamplingLaw, sample
 from rlhf_jax.tokens import positions_from_mask
 
@@ -294,7 +294,7 @@ def test_distance_matters_to_rotary_and_learned_positions():
 
 def test_rotation_by_position_zero_is_the_identity_and_keeps_lengths():
     x = np.random.default_rng(0).standard_normal((1, 2, 2, 3, 6)).astype(np.float32)
-    turned = decoder.rotate(x, decoder.rotary_tables(np.array([[0, 1, 500]]), 6, 100.0))
+    turned = rotary.rotate(x, rotary.rotary_tables(np.array([[0, 1, 500]]), ArchConfig(head_dim=6, rope_theta=100.0)))
     np.testing.assert_array_equal(turned[..., 0, :], x[..., 0, :])
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
     assert np.abs(turned - x)[..., 1:, :].max() > 0.1
@@ -361,13 +361,18 @@ def test_decoding_params_are_the_layers_one_by_one_in_the_compute_dtype():
     params = random_params(LEARNED)
     model = Model(LEARNED, compute_dtype=jnp.dtype("bfloat16"))
     found = jax.jit(model.decoding_params)(params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+
+    def expected(path, x):
+        return x if "_norm" in jax.tree_util.keystr(path) else x.astype(jnp.bfloat16)
+
     assert len(found["layers"]) == LEARNED.num_layers
+    whole = jax.tree_util.tree_map_with_path(expected, params)
     for i, layer in enumerate(found.pop("layers")):
-        expected = jax.tree.map(lambda x, i=i: x[i].astype(jnp.bfloat16), params["layers"])
-        jax.tree.map(np.testing.assert_array_equal, layer, expected)
-    rest = {name: tree for name, tree in params.items() if name != "layers"}
-    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), rest))
+        jax.tree.map(np.testing.assert_array_equal, layer, jax.tree.map(lambda x, i=i: x[i], whole["layers"]))
+        assert layer["attn_norm"]["scale"].dtype == jnp.float32 and layer["attn"]["qkv"].dtype == jnp.bfloat16
+    del whole["layers"]
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.dtype, y.dtype), found, whole)
 
 
 # ---- dtypes

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig
+from rlhf_jax.models.rotary import Tables, rotate
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -31,57 +32,59 @@ def einsum(letters: str, x: Array, kernel: Array) -> Array:
     return jnp.einsum(letters, x, kernel.astype(x.dtype), precision=precision)
 
 
-def rotary_tables(
-    positions: Int[Array, "B T"], head_dim: int, theta: float
-) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosines and sines of positions * theta^(-2i/N) (Su et al. 2021, arXiv 2104.09864), float32."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B K G T N"], tables: tuple[Array, Array]) -> Float[Array, "B K G T N"]:
-    """Rotary embedding in the half-split layout: dimension i turns with dimension i + N/2."""
-    cos, sin = (t[:, None, None] for t in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def attention(
-    q: Float[Array, "B K G T N"], k: Float[Array, "B K S N"], v: Float[Array, "B K S N"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B K G T N"],
+    k: Float[Array, "B K S N"],
+    v: Float[Array, "B K S N"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Float[Array, "B K G T N"]:
     """Softmax attention, scores in float32; every query may see at least one key.
+
+    `softcap` bends scores to cap * tanh(score / cap) (Gemma 2); 0 leaves them.
 
     The division by the sum of exponentials comes after the product with the values, on [T, N] instead of [T, S]: with
     its backward pass that is a third faster on CPU than softmax then product.
     """
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "bkgtn,bksn->bkgts", q * q.shape[-1] ** -0.5, k, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("bkgtn,bksn->bkgts", q * scale, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = softcapped(scores, softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     mixed = jnp.einsum("bkgts,bksn->bkgtn", weights.astype(q.dtype), v, precision=precision)
     return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
 
 
+def softcapped(scores: Array, cap: float) -> Array:
+    """cap * tanh(scores / cap); the scores themselves if the cap is 0."""
+    return cap * jnp.tanh(scores / cap) if cap else scores
+
+
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm with bias (Ba et al. 2016), computed in float32."""
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm with bias (Ba et al. 2016), computed in float32.
 
-    def __init__(self, arch: ArchConfig):
-        self.eps = arch.norm_eps
-        self.centered = arch.norm == "layer"
-        self.scale = nnx.Param(jnp.ones(arch.width))
-        if self.centered:
-            self.bias = nnx.Param(jnp.zeros(arch.width))
+    Args:
+        shape: the trailing axes that are normalised as one vector; scale and bias have this shape.
+    """
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y = x.astype(jnp.float32)
+    def __init__(self, arch: ArchConfig, shape: tuple[int, ...], *, centered: bool):
+        self.eps, self.offset, self.centered = arch.norm_eps, float(arch.norm_offset), centered
+        self.scale = nnx.Param(jnp.full(shape, 1 - self.offset))
+        if centered:
+            self.bias = nnx.Param(jnp.zeros(shape))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        scale = self.scale[...].astype(jnp.float32)
+        axes, y = tuple(range(x.ndim - scale.ndim, x.ndim)), x.astype(jnp.float32)
+        wide = (1,) * (x.ndim - scale.ndim) + scale.shape
         if self.centered:
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * self.scale[None, None]
+            y = y - y.mean(axis=axes, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.eps)
+        y = y * (scale + self.offset).reshape(wide)
         if self.centered:
-            y = y + self.bias[None, None]
+            y = y + self.bias[...].astype(jnp.float32).reshape(wide)
         return y.astype(x.dtype)
 
 
@@ -91,6 +94,7 @@ class Attention(nnx.Module):
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
         d, k, n = arch.width, arch.num_kv_heads, arch.head_dim
         self.groups = g = arch.num_heads // k
+        self.scale, self.softcap = (arch.query_pre_attn_scalar or n) ** -0.5, arch.attn_softcap
         self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, g + 2, n)))
         out_std = arch.init_std / (2 * arch.num_layers) ** 0.5  # GPT-2's scaling of what adds to the residual stream
         self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
@@ -98,11 +102,14 @@ class Attention(nnx.Module):
             self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, n)))
         if arch.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(d))
+        if arch.qk_norm != "none":
+            self.q_norm = Norm(arch, (n,) if arch.qk_norm == "head" else (k, g, n), centered=False)
+            self.k_norm = Norm(arch, (n,) if arch.qk_norm == "head" else (k, 1, n), centered=False)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array] | None,
+        tables: Tables | None,
         mask: Bool[Array, "B T S"],
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
@@ -111,16 +118,18 @@ class Attention(nnx.Module):
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
-        qkv = jnp.moveaxis(qkv, 1, 3)  # B K G+2 T N
-        qk, v = jnp.split(qkv, [self.groups + 1], axis=2)  # the gradient of a split is one concatenation
+        q, k, v = jnp.split(qkv, [self.groups, self.groups + 1], axis=3)  # its gradient is one concatenation
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (jnp.moveaxis(a, 1, 3) for a in (q, k, v))  # B K . T N
         if tables is not None:
-            qk = rotate(qk, tables)
-        q, k = jnp.split(qk, [self.groups], axis=2)
+            q, k = rotate(q, tables), rotate(k, tables)
         k, v = k[:, :, 0], v[:, :, 0]
         if cache is not None and index is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
-        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attention(q, k, v, mask), 3, 1), self.out[...])
+        mixed = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
+        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(mixed, 3, 1), self.out[...])
         if hasattr(self, "out_bias"):
             y = y + self.out_bias[None, None].astype(x.dtype)
         return y, (k, v)
@@ -152,23 +161,34 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual layer."""
+    """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side."""
 
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
-        self.attn_norm, self.attn = Norm(arch), Attention(arch, rngs=rngs)
-        self.mlp_norm, self.mlp = Norm(arch), MLP(arch, rngs=rngs)
+        def norm() -> Norm:
+            return Norm(arch, (arch.width,), centered=arch.norm == "layer")
+
+        self.parallel = arch.parallel_residual
+        self.attn, self.mlp = Attention(arch, rngs=rngs), MLP(arch, rngs=rngs)
+        if arch.norm_position in ("pre", "both"):
+            self.attn_norm, self.mlp_norm = norm(), norm()
+        if arch.norm_position in ("post", "both"):
+            self.attn_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array] | None,
+        tables: Tables | None,
         mask: Bool[Array, "B T S"],
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        y, cache = self.attn(self.attn_norm(x), tables, mask, cache, index)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        y, cache = self.attn(self._norm("attn_norm", x), tables, mask, cache, index)
+        mixed = x + self._norm("attn_post_norm", y)
+        y = self.mlp(self._norm("mlp_norm", x if self.parallel else mixed))
+        return mixed + self._norm("mlp_post_norm", y), cache
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return getattr(self, name)(x) if hasattr(self, name) else x
 
 
 class Embedding(nnx.Module):
@@ -180,9 +200,12 @@ class Embedding(nnx.Module):
             self.positions = nnx.Param(
                 arch.init_std * jax.random.normal(rngs.params(), (arch.max_positions, arch.width))
             )
+        self.scale = arch.width**0.5 if arch.scale_embedding else 1.0
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype) -> Array:
         x = jnp.take(self.tokens[...], tokens, axis=0, mode="clip").astype(dtype)
+        if self.scale != 1:
+            x = x * jnp.asarray(self.scale, dtype)  # rounded to the compute dtype, as Gemma was trained
         if hasattr(self, "positions"):
             x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(dtype)
         return x

@@ -1,232 +1,43 @@
-"""Hugging Face directories: config.json and safetensors in and out, driven by one table per model family.
-
-Axis letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head
-width, S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width.
-"""
+"""Weights of a Hugging Face directory in and out, shard by shard, driven by `families.py`."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.config_json import family_of, find_family, read_config, read_json, to_json
+from rlhf_jax.models.families import FAMILIES, Family, Tensor
+from rlhf_jax.models.layout import Layout, leaf_shapes
+from rlhf_jax.sharding import tree_shardings
 
-AXES = {
-    "embed/tokens": "VD", "embed/positions": "PD", "layers/attn_norm/scale": "LD", "layers/attn_norm/bias": "LD",
-    "layers/attn/qkv": "LDKSN", "layers/attn/qkv_bias": "LKSN", "layers/attn/out": "LKGND",
-    "layers/attn/out_bias": "LD", "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
-    "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
-    "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "score/kernel": "D", "score/bias": "",
-}  # fmt: skip
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
-_ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
+__all__ = ["FAMILIES", "find_family", "has_score_head", "load_params", "read_config", "save_model"]
+
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file written, as in transformers."""
 
-
-class Tensor(NamedTuple):
-    """Which leaf, or part of it, a stored tensor is, and its axes: "KGN D" is torch's Linear, "D KGN" Conv1D."""
-
-    leaf: str
-    axes: str
-    part: str = "all"
-
-
-class Family(NamedTuple):
-    """A model family of transformers, as tables."""
-
-    model_type: str
-    causal: str  # architecture of a language model
-    classifier: str  # architecture of a reward or value model
-    config: Mapping[str, str]  # ArchConfig field -> key of config.json; fields that share a key are always equal
-    defaults: Mapping[str, Any]  # for absent or null keys: a value, or a function of config.json; others are required
-    fixed: Mapping[str, Any]  # ArchConfig fields that are the same in all the family
-    tensors: Mapping[str, Tensor]  # by stored name, {} being the layer
-    ignored: str  # pattern of stored tensors that are not weights
-
-
-LLAMA = Family(
-    model_type="llama",
-    causal="LlamaForCausalLM",
-    classifier="LlamaForSequenceClassification",
-    config={
-        "vocab_size": "vocab_size", "width": "hidden_size", "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-        "ffn_width": "intermediate_size", "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_theta", "activation": "hidden_act", "qkv_bias": "attention_bias",
-        "out_bias": "attention_bias", "mlp_bias": "mlp_bias", "tied_head": "tie_word_embeddings",
-        "init_std": "initializer_range",
-    },
-    defaults={
-        "num_key_value_heads": lambda raw: raw["num_attention_heads"],
-        "head_dim": lambda raw: raw["hidden_size"] // raw["num_attention_heads"],
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "initializer_range": 0.02,
-    },
-    fixed={"norm": "rms", "positions": "rotary", "gated_mlp": True},
-    tensors={
-        "model.embed_tokens.weight": Tensor("embed/tokens", "V D"),
-        "model.layers.{}.input_layernorm.weight": Tensor("layers/attn_norm/scale", "D"),
-        "model.layers.{}.self_attn.q_proj.weight": Tensor("layers/attn/qkv", "KGN D", "query"),
-        "model.layers.{}.self_attn.k_proj.weight": Tensor("layers/attn/qkv", "KN D", "key"),
-        "model.layers.{}.self_attn.v_proj.weight": Tensor("layers/attn/qkv", "KN D", "value"),
-        "model.layers.{}.self_attn.q_proj.bias": Tensor("layers/attn/qkv_bias", "KGN", "query"),
-        "model.layers.{}.self_attn.k_proj.bias": Tensor("layers/attn/qkv_bias", "KN", "key"),
-        "model.layers.{}.self_attn.v_proj.bias": Tensor("layers/attn/qkv_bias", "KN", "value"),
-        "model.layers.{}.self_attn.o_proj.weight": Tensor("layers/attn/out", "D KGN"),
-        "model.layers.{}.self_attn.o_proj.bias": Tensor("layers/attn/out_bias", "D"),
-        "model.layers.{}.post_attention_layernorm.weight": Tensor("layers/mlp_norm/scale", "D"),
-        "model.layers.{}.mlp.gate_proj.weight": Tensor("layers/mlp/up", "F D", "gate"),
-        "model.layers.{}.mlp.up_proj.weight": Tensor("layers/mlp/up", "F D", "up"),
-        "model.layers.{}.mlp.gate_proj.bias": Tensor("layers/mlp/up_bias", "F", "gate"),
-        "model.layers.{}.mlp.up_proj.bias": Tensor("layers/mlp/up_bias", "F", "up"),
-        "model.layers.{}.mlp.down_proj.weight": Tensor("layers/mlp/down", "D F"),
-        "model.layers.{}.mlp.down_proj.bias": Tensor("layers/mlp/down_bias", "D"),
-        "model.norm.weight": Tensor("final_norm/scale", "D"),
-        "lm_head.weight": Tensor("head/kernel", "V D"),
-        "score.weight": Tensor("score/kernel", "1 D"),
-        "score.bias": Tensor("score/bias", "1"),
-    },
-    ignored=r"rotary_emb\.inv_freq$",
-)  # fmt: skip
-FAMILIES = {family.model_type: family for family in (LLAMA,)}
-_Sizes = dict[str, int]  # axis letter -> size
 _Wanted = dict[str, tuple[Tensor, int]]  # stored name -> tensor, layer
-
-
-def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any]]:
-    """The shape of the model in a Hugging Face directory, and its config.json.
-
-    Raises:
-        UserError: no such directory or config, an unknown family, a feature that the decoder lacks, or .bin weights.
-    """
-    folder = Path(path)
-    where = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"no directory {folder}; for a model of the Hub, first run `hf download`")
-    if not where.is_file():
-        raise UserError(f"{folder} has no config.json; give a directory that `save_pretrained` or rlhf-jax wrote")
-    raw = _read_json(where)
-    family = _family_of(raw, where)
-    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        convert = f"import transformers as t; t.{family.causal}.from_pretrained('{path}').save_pretrained('{path}')"
-        raise UserError(f'{folder} has .bin weights only; where torch is installed, run python -c "{convert}"')
-    _refuse_unsupported(raw, where)
-    fields = {field: _config_value(field, key, family, raw, where) for field, key in family.config.items()}
-    return ArchConfig(**family.fixed, **fields), raw
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{file} holds no JSON object ({error}); download or save it again") from error
-
-
-def _family_of(raw: Mapping[str, Any], where: Path) -> Family:
-    family = FAMILIES.get(raw.get("model_type") or "")
-    if family is None:
-        name, supported = raw.get("model_type"), ", ".join(FAMILIES)
-        raise UserError(f"{where}: no support for model_type {name!r}; use one of: {supported}")
-    found = raw.get("architectures") or [family.causal]
-    if not {family.causal, family.classifier} & set(found):
-        supported = f"{family.causal}, {family.classifier}"
-        raise UserError(f"{where}: no support for architecture {found[0]!r}; use one of: {supported}")
-    return family
-
-
-def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of rotary positions: transformers 5 has rope_parameters, 4 rope_scaling and rope_theta."""
-    top = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
-    return top | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], where: Path) -> None:
-    rope, window = _rope(raw), raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
-    scaling, rotated = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor")
-    reasons = {
-        f"rope scaling {scaling!r}": scaling != "default",
-        "rope scaling by layer type": any(isinstance(value, dict) for value in rope.values()),
-        f"partial_rotary_factor {rotated}": rotated not in (None, 1),
-        f"sliding_window {window}": window is not None,
-        "a mix of layer_types": bool(set(raw.get("layer_types") or []) - {"full_attention"}),
-        "quantization_config": raw.get("quantization_config") is not None,
-    }
-    for reason in (reason for reason, holds in reasons.items() if holds):
-        raise UserError(f"{where}: no support for {reason}; choose a checkpoint without it")
-
-
-def _config_value(field: str, key: str, family: Family, raw: Mapping[str, Any], where: Path) -> Any:
-    value = _rope(raw).get(key) if field == "rope_theta" else raw.get(key)
-    if value is None and key not in family.defaults:
-        raise UserError(f"{where} lacks {key!r}; download or save it again")
-    if value is None:
-        value = family.defaults[key]
-        value = value(raw) if callable(value) else value
-    kind = type(getattr(ArchConfig(), field))
-    value = float(value) if kind is float and type(value) is int else value
-    if type(value) is not kind:
-        raise UserError(f"{where}: {key} is {value!r}, which is no {kind.__name__}; correct it")
-    if field == "activation" and value not in _ACTIVATION_NAMES:
-        raise UserError(f"{where}: no support for {key} {value!r}; use one of: {', '.join(_ACTIVATION_NAMES)}")
-    return _ACTIVATION_NAMES[str(value)] if field == "activation" else value
-
-
-def leaf_shapes(arch: ArchConfig, *, score_head: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of the parameter tree by its path; a model with a score head has no vocabulary head."""
-    sizes, biased = _sizes(arch), arch.norm == "layer"
-    optional = {
-        "embed/positions": arch.positions == "learned",
-        "layers/attn_norm/bias": biased, "layers/mlp_norm/bias": biased, "final_norm/bias": biased,
-        "layers/attn/qkv_bias": arch.qkv_bias, "layers/attn/out_bias": arch.out_bias,
-        "layers/mlp/up_bias": arch.mlp_bias, "layers/mlp/down_bias": arch.mlp_bias,
-        "head/kernel": not (arch.tied_head or score_head), "score/kernel": score_head, "score/bias": score_head,
-    }  # fmt: skip
-    return {leaf: tuple(sizes[a] for a in axes) for leaf, axes in AXES.items() if optional.get(leaf, True)}
-
-
-def _sizes(arch: ArchConfig) -> _Sizes:
-    group = arch.num_heads // arch.num_kv_heads
-    return {
-        "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.max_positions, "K": arch.num_kv_heads,
-        "G": group, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1, "F": arch.ffn_width, "1": 1,
-    }  # fmt: skip
-
-
-def _view(leaf: np.ndarray, tensor: Tensor, layer: int, sizes: _Sizes) -> np.ndarray:
-    """The part of a leaf that a stored tensor is, axes in its order: a view, which loading fills and saving reads."""
-    axes = AXES[tensor.leaf]
-    if axes.startswith("L"):
-        leaf, axes = leaf[layer], axes[1:]
-    parts: dict[str, tuple[str, int | slice, str]] = {  # the axis to cut, where, and the axis that is left of it
-        "query": ("S", slice(sizes["G"]), "G"), "key": ("S", sizes["G"], ""), "value": ("S", sizes["G"] + 1, ""),
-        "gate": ("M", 0, ""), "up": ("M", 1, ""),
-    }  # fmt: skip
-    if tensor.part != "all":
-        axis, index, rest = parts[tensor.part]
-        leaf = leaf[(slice(None),) * axes.index(axis) + (index,)]
-        axes = axes.replace(axis, rest)
-    return leaf[...].transpose([axes.index(a) for a in tensor.axes if a in axes])
-
-
-def _stored_shape(tensor: Tensor, sizes: _Sizes) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[a] for a in dimension) for dimension in tensor.axes.split())
 
 
 def _names(family: Family, arch: ArchConfig, leaves: Iterable[str]) -> _Wanted:
@@ -238,31 +49,36 @@ def _names(family: Family, arch: ArchConfig, leaves: Iterable[str]) -> _Wanted:
 
 class _Stored(NamedTuple):
     file: Path
+    offset: int
     shape: tuple[int, ...]
     dtype: str
 
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no complete safetensors file ({error}); download or save it again") from error
+    def map(self) -> np.ndarray:
+        """The tensor as it lies in the file; only pages that are read come into memory, until the view is dropped."""
+        return np.memmap(self.file, _STORED[self.dtype], "r", self.offset, self.shape)
 
 
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     """What the safetensors files of a directory hold, from their headers."""
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].is_file() and index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     found: dict[str, _Stored] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing; download or save the model again")
-        with _opened(file) as handle:
-            headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            found |= {name: _Stored(file, tuple(h.get_shape()), h.get_dtype()) for name, h in headers.items()}
+        try:
+            with safe_open(file, framework="numpy"):  # checks the header against the file's length
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is no complete safetensors file ({error}); download or save it again") from error
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start = 8 + length + entry["data_offsets"][0]
+            found[name] = _Stored(file, start, tuple(entry["shape"]), entry["dtype"])
     return found
 
 
@@ -271,35 +87,104 @@ def has_score_head(path: str | os.PathLike[str]) -> bool:
     return "score.weight" in _stored_tensors(Path(path))
 
 
-def load_params(path: str | os.PathLike[str], arch: ArchConfig, *, score_head: bool) -> dict[str, Any]:
-    """The weights of a Hugging Face directory, whose shape `read_config` gives, as our tree of float32 numpy arrays.
+def load_params(
+    path: str | os.PathLike[str],
+    arch: ArchConfig,
+    *,
+    score_head: bool | None,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The weights of a Hugging Face directory, whose shape `read_config` gives, as our tree of jax arrays.
 
-    With `score_head` they have the scalar head of a reward or value model and no vocabulary head, else the reverse.
+    With `score_head` they have the scalar head of a reward or value model and no vocabulary head, else the reverse;
+    None loads the trunk alone. Every device's shard of a leaf is read from the file straight into place, so the host
+    never holds more than a leaf beside what its devices keep.
+
+    Args:
+        mesh: where the arrays lie, by the rule table; None for the first device.
+        dtype: float32 or bfloat16; the scalar head is float32 all the same.
 
     Raises:
         UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
     """
-    folder, sizes = Path(path), _sizes(arch)
-    family = _family_of(_read_json(folder / "config.json"), folder / "config.json")
+    folder, layout = Path(path), Layout(arch)
+    family = family_of(read_json(folder / "config.json"), folder / "config.json")
     stored = _stored_tensors(folder)
-    head = next(name for name, tensor in family.tensors.items() if tensor.leaf == "head/kernel")
-    full = dataclasses.replace(arch, tied_head=arch.tied_head and head not in stored)
-    shapes = leaf_shapes(full, score_head=score_head)
+    if stored and not any(name.startswith(family.prefix) for name in stored):
+        trunk = {name for name in family.tensors if name.startswith(family.prefix)}
+        bare = {name.removeprefix(family.prefix): tensor for name, tensor in family.tensors.items() if name in trunk}
+        family = family._replace(tensors=bare | {n: t for n, t in family.tensors.items() if n not in trunk})
+    shapes = leaf_shapes(arch, score_head=score_head)
     wanted = _names(family, arch, shapes)
-    _check_stored(folder, family, stored, wanted, sizes)
-    leaves = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
-    for file in {entry.file for entry in stored.values()}:
-        with _opened(file) as handle:
-            for name in (name for name in wanted if name in stored and stored[name].file == file):
-                view = _view(leaves[wanted[name][0].leaf], *wanted[name], sizes)
-                view[...] = handle.get_tensor(name).reshape(view.shape)
-    stored_too = arch.tied_head and "head/kernel" in leaves
-    if stored_too and not np.array_equal(leaves.pop("head/kernel").T, leaves["embed/tokens"]):
-        raise UserError(f"{folder}: {head} is not the tied embedding; set tie_word_embeddings to false in config.json")
+    _check_stored(folder, family, stored, wanted, layout)
+    _check_tied(folder, family, stored, arch)
+    specs = {
+        leaf: jax.ShapeDtypeStruct(shape, np.float32 if leaf.startswith("score/") else _DTYPES[dtype])
+        for leaf, shape in shapes.items()
+    }
+    shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
+    if mesh is not None:
+        shardings = _flatten(tree_shardings(mesh, _nest(specs)))
+    leaves = {}
+    for leaf, spec in specs.items():
+        parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
+        read = functools.partial(_read_shard, parts, stored, layout, spec)
+        leaves[leaf] = jax.make_array_from_callback(
+            spec.shape, shardings[leaf], _remembered(read, spec, shardings[leaf])
+        )
     return _nest(leaves)
 
 
-def _check_stored(folder: Path, family: Family, stored: dict[str, _Stored], wanted: _Wanted, sizes: _Sizes) -> None:
+def _remembered(read: Callable[..., np.ndarray], spec: Any, sharding: Any) -> Callable[..., np.ndarray]:
+    """`read`, once for every shard that several devices hold."""
+    indices = [str(index) for index in sharding.addressable_devices_indices_map(spec.shape).values()]
+    if len(set(indices)) == len(indices):
+        return read
+    known: dict[str, np.ndarray] = {}
+
+    def remembered(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in known:
+            known[str(index)] = read(index)
+        return known[str(index)]
+
+    return remembered
+
+
+def _read_shard(
+    parts: _Wanted, stored: Mapping[str, _Stored], layout: Layout, spec: Any, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part of a leaf at `index`, read from the files."""
+    bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
+    out = np.zeros([len(bound) for bound in bounds], spec.dtype)
+    for name, (tensor, layer) in parts.items():
+        target, inner = out, bounds
+        if layout.axes[tensor.leaf].startswith("L"):
+            if layer not in bounds[0]:
+                continue
+            target, inner = out[layer - bounds[0].start], bounds[1:]
+        for piece, cut, start in layout.views(tensor, stored[name].map()):
+            sources, targets = [], []
+            for axis, bound in enumerate(inner):
+                shift = start if axis == cut else 0
+                first, last = max(bound.start, shift), min(bound.stop, shift + piece.shape[axis])
+                sources.append(slice(first - shift, max(last - shift, first - shift)))
+                targets.append(slice(first - bound.start, max(last, first) - bound.start))
+            target[tuple(targets)] = piece[tuple(sources)]
+    return out
+
+
+def _check_tied(folder: Path, family: Family, stored: Mapping[str, _Stored], arch: ArchConfig) -> None:
+    names = {tensor.leaf: name for name, tensor in family.tensors.items()}
+    head, embedding = stored.get(names["head/kernel"]), stored[names["embed/tokens"]]
+    if arch.tied_head and head and not np.array_equal(head.map(), embedding.map()):
+        cure = "set tie_word_embeddings to false in config.json"
+        raise UserError(f"{folder}: {names['head/kernel']} is not the tied embedding; {cure}")
+
+
+def _check_stored(
+    folder: Path, family: Family, stored: Mapping[str, _Stored], wanted: _Wanted, layout: Layout
+) -> None:
     missing = {name: tensor.leaf for name, (tensor, _) in wanted.items() if name not in stored}
     missing = {name: leaf for name, leaf in missing.items() if leaf != "score/bias"}
     if "score/kernel" in missing.values():
@@ -309,9 +194,9 @@ def _check_stored(folder: Path, family: Family, stored: dict[str, _Stored], want
         raise UserError(f"{folder} holds no vocabulary head ({', '.join(missing)}); {cure}")
     heads = {name for name, tensor in family.tensors.items() if tensor.leaf.startswith(("head/", "score/"))}
     extra = [n for n in stored if n not in wanted and n not in heads and not re.search(family.ignored, n)]
-    shapes = {name: _stored_shape(wanted[name][0], sizes) for name in wanted if name in stored}
+    shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
     shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
-    typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in ("F64", "F32", "F16", "BF16")]
+    typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in _STORED]
     again = "make config.json agree with the weights, or download the directory again"
     for items, what, cure in (
         (list(missing), "lacks tensors that config.json asks for", again),
@@ -339,25 +224,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_family(arch: ArchConfig, base_config: Mapping[str, Any] | None = None) -> Family:
-    """The family that can hold this shape, preferably that of `base_config`; call it before training, too.
-
-    Raises:
-        UserError: none can; it says what does not fit.
-    """
-    preferred, reasons = (base_config or {}).get("model_type"), []
-    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != preferred):
-        first = {key: field for field, key in reversed(list(family.config.items()))}
-        wanted = dict(family.fixed) | {field: getattr(arch, first[key]) for field, key in family.config.items()}
-        misfits = [f"{f} {v!r} (not {getattr(arch, f)!r})" for f, v in wanted.items() if getattr(arch, f) != v]
-        if arch.width % arch.num_heads:  # transformers refuses this whatever head_dim is
-            misfits.append(f"width {arch.width} to be a multiple of num_heads {arch.num_heads}")
-        if not misfits:
-            return family
-        reasons.append(f"{family.model_type} needs {', '.join(misfits)}")
-    raise UserError(f"no Hugging Face family has this shape: {'; '.join(reasons)}; change model.arch")
-
-
 def save_model(
     path: str | os.PathLike[str],
     arch: ArchConfig,
@@ -368,16 +234,21 @@ def save_model(
     score_head: bool = False,
     dtype: str = "float32",
     base_config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config.json, generation_config.json and model.safetensors; other files in `path` (a tokenizer) stay.
+    """Writes config.json, generation_config.json and safetensors; other files in `path` (a tokenizer) stay.
 
-    The directory is written beside `path` and renamed, so that an interruption leaves the old one as it was.
+    The directory is written beside `path` and renamed, so that an interruption leaves the old one as it was. The host
+    holds one layer of a leaf and the file being written. In a run of several hosts all of them call this, and the
+    first writes.
 
     Args:
         params: our tree, jax or numpy arrays.
-        score_head: a reward or value model; its bias is stored as score.bias, which transformers ignores.
+        score_head: a reward or value model. transformers' head has no bias, so ours goes into the final norm's where
+            there is one; else it is stored as score.bias, which transformers ignores.
         dtype: float32 or bfloat16.
         base_config: config.json of the model that training began with; gives the family, bos and (default) pad.
+        shard_bytes: the largest weight file; more of them come with an index.
 
     Raises:
         UserError: no family has this shape, or params do not have it.
@@ -389,15 +260,32 @@ def save_model(
     if wrong:
         names = ", ".join(sorted({leaf for leaf, _ in wrong})[:3])
         raise UserError(f"arch and params disagree about {names}; save params with the arch that they have")
+    if score_head:
+        leaves = _fold_score_bias(leaves)
     tokens = _token_ids(eos_ids, pad_id, base_config or {})
-    config = _hf_config(family, arch, score_head) | tokens | {"dtype": dtype}
+    config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
     generation = {key: ids for key, ids in tokens.items() if ids is not None}
+    tensors = _hf_tensors(family, arch, leaves, _DTYPES[dtype])
+    if jax.process_index() != 0:
+        for _ in tensors:  # fetching shards takes all hosts
+            pass
+        return
     with _replacing(Path(path)) as folder:
         for name, content in {"config.json": config, "generation_config.json": generation}.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tensors = dict(_hf_tensors(family, arch, leaves, _DTYPES[dtype]))
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file makes it private
+        _write_weights(folder, tensors, _plan_files(family, arch, leaves, _DTYPES[dtype], shard_bytes))
+
+
+def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
+    """A bias along the kernel, added to the final norm's, raises every score alike: b k / |k|^2."""
+    kernel, bias = (to_host(leaves[name]).astype(np.float64) for name in ("score/kernel", "score/bias"))
+    if bias == 0 or ("final_norm/bias" in leaves and kernel.any()):
+        leaves = dict(leaves)
+        del leaves["score/bias"]
+        if bias != 0:
+            shift = kernel * bias / (kernel @ kernel)
+            leaves["final_norm/bias"] = (to_host(leaves["final_norm/bias"]) + shift).astype(np.float32)
+    return leaves
 
 
 def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,25 +294,66 @@ def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, An
     return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
 
 
-def _hf_config(family: Family, arch: ArchConfig, score_head: bool) -> dict[str, Any]:
-    values = {key: getattr(arch, field) for field, key in family.config.items()}
-    values[family.config["activation"]] = ACTIVATIONS[arch.activation]
-    if arch.positions == "rotary":  # transformers 5 reads this, 4 the plain key
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": arch.rope_theta}
-    if score_head:
-        values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    architecture = family.classifier if score_head else family.causal
-    return {"architectures": [architecture], "model_type": family.model_type} | values
+def to_host(x: Any) -> np.ndarray:
+    """An array on this host; where its shards lie on several, all of them must call this."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def _hf_tensors(family: Family, arch: ArchConfig, leaves: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
-    """Stored names and arrays, leaf by leaf; a sharded save would write them as they come."""
-    sizes = _sizes(arch)
+    """Stored names and arrays, one layer of a leaf at a time; scalar heads stay float32."""
+    layout = Layout(arch)
     for path, leaf in leaves.items():
-        array = np.asarray(leaf)
+        by_layer: dict[int, list[tuple[str, Tensor]]] = {}
         for name, (tensor, layer) in _names(family, arch, [path]).items():
-            stored = _view(array, tensor, layer, sizes).reshape(_stored_shape(tensor, sizes))
-            yield name, np.ascontiguousarray(stored, dtype)  # save_file would write a strided array as it lies
+            by_layer.setdefault(layer, []).append((name, tensor))
+        for layer, named in by_layer.items():
+            array = to_host(leaf[layer] if layout.axes[path].startswith("L") else leaf)
+            for name, tensor in named:
+                stored = np.empty(layout.stored_shape(tensor), np.float32 if path.startswith("score/") else dtype)
+                for piece, cut, start in layout.views(tensor, stored):
+                    part = (
+                        array
+                        if cut is None
+                        else array[(slice(None),) * cut + (slice(start, start + piece.shape[cut]),)]
+                    )
+                    piece[...] = part.reshape(piece.shape)
+                yield name, stored
+
+
+def _plan_files(
+    family: Family, arch: ArchConfig, leaves: dict[str, Any], dtype: Any, shard_bytes: int
+) -> list[list[str]]:
+    """Names of the tensors of every file, in the order in which they are made."""
+    layout, files, size = Layout(arch), [[]], 0  # type: tuple[Layout, list[list[str]], int]
+    for path in leaves:
+        entries = _names(family, arch, [path])
+        for name in sorted(entries, key=lambda name: entries[name][1]):
+            added = math.prod(layout.stored_shape(entries[name][0])) * dtype.itemsize
+            if files[-1] and size + added > shard_bytes:
+                files.append([])
+                size = 0
+            files[-1].append(name)
+            size += added
+    return files
+
+
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, Any]], files: list[list[str]]) -> None:
+    where: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        held = dict(itertools.islice(tensors, len(names)))
+        where |= dict.fromkeys(held, file)
+        total += sum(array.nbytes for array in held.values())
+        save_file(held, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # save_file makes it private
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

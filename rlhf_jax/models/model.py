@@ -14,11 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.models import decoder
+from rlhf_jax.models.rotary import Tables, rotary_tables
 from rlhf_jax.sharding import ROWS, constrain
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+View = tuple[Tables | None, Bool[Array, "B T S"]]
 
 
 def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
@@ -76,7 +79,7 @@ class Model:
 
     @cached_property
     def _norm(self) -> Any:
-        return pure(lambda rngs: decoder.Norm(self.arch))
+        return pure(lambda _: decoder.Norm(self.arch, (self.arch.width,), centered=self.arch.norm == "layer"))
 
     @cached_property
     def _head(self) -> Any:
@@ -107,10 +110,17 @@ class Model:
             "score": score,
         }
 
-    def _tables(self, positions: Int[Array, "B T"]) -> tuple[Array, Array] | None:
-        if self.arch.positions == "learned":
-            return None
-        return decoder.rotary_tables(positions, self.arch.head_dim, self.arch.rope_theta)
+    def _views(
+        self, positions: Int[Array, "B T"], mask: Bool[Array, "B T S"], columns: Int[Array, " T"]
+    ) -> tuple[View, View]:
+        """What a layer is given, (rotary tables, mask), without and with the window; `columns` are the queries'."""
+        rotary, window = self.arch.positions == "rotary", self.arch.sliding_window
+        tables = rotary_tables(positions, self.arch) if rotary else None
+        if not window:
+            return (tables, mask), (tables, mask)
+        near = columns[:, None] - jnp.arange(mask.shape[-1])[None] < window
+        local = rotary_tables(positions, self.arch, local=True) if rotary and self.arch.rope_local_theta else tables
+        return (tables, mask), (local, mask & near[None])
 
     def apply(
         self,
@@ -122,16 +132,23 @@ class Model:
         """Final hidden states; a token sees itself and what is before it in its own segment. 0 marks padding."""
         causal = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
-        tables = self._tables(positions)
+        views = self._views(positions, mask, jnp.arange(tokens.shape[1]))
+        local = jnp.zeros(self.arch.num_layers, bool).at[jnp.array(self.arch.window_layers, int)].set(True)
+        one_view = len(self.arch.window_layers) in (0, self.arch.num_layers)  # of either kind
         x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
 
-        def layer(x: Array, params: Params) -> tuple[Array, None]:
-            y = self._block[1](params, x, tables, mask)[0]
+        def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
+            params, local = inputs
+            if one_view:
+                view = views[len(self.arch.window_layers) > 0]
+            else:
+                view = jax.tree.map(lambda full, near: jnp.where(local, near, full), *views)
+            y = self._block[1](params, x, *view)[0]
             return constrain(y, *ROWS, None, None), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
-        x, _ = jax.lax.scan(layer, x, params["layers"])
+        x, _ = jax.lax.scan(layer, x, (params["layers"], local))
         return self._norm[1](params["final_norm"], x)
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -144,7 +161,7 @@ class Model:
         logits = jnp.einsum(
             letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
         )
-        return constrain(logits, *ROWS, None, "tensor")
+        return constrain(decoder.softcapped(logits, self.arch.logit_softcap), *ROWS, None, "tensor")
 
     def logprobs(
         self,
@@ -172,9 +189,12 @@ class Model:
     def decoding_params(self, params: Params) -> Params:
         """A copy for decoding: compute dtype, one dict per layer. Make it once per rollout, not per token.
 
-        A tied head is laid out as [D, V], which a product with few rows reads a third faster than [V, D].
+        Norms stay as they are, since training computes them in float32, too. A tied head is laid out as [D, V], which
+        a product with few rows reads a third faster than [V, D].
         """
-        cast = jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+        cast = jax.tree_util.tree_map_with_path(
+            lambda path, x: x if "_norm" in jax.tree_util.keystr(path) else x.astype(self.compute_dtype), params
+        )
         if self.arch.tied_head:
             cast["head"] = {"kernel": jax.lax.optimization_barrier(cast["embed"]["tokens"].T)}
         layers = [jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(self.arch.num_layers)]
@@ -203,11 +223,13 @@ class Model:
     def _decode(
         self, params: Params, tokens: Array, positions: Array, mask: Array, cache: list | None, index: Array | None
     ) -> tuple[Array, list[decoder.Cache]]:
-        tables = self._tables(positions)
+        columns = jnp.arange(tokens.shape[1]) if index is None else index[None]
+        views = self._views(positions, mask, columns)
         x = self._embed[1](params["embed"], tokens, positions, self.compute_dtype)
         new_cache = []
         for i, layer in enumerate(params["layers"]):
-            x, entry = self._block[1](layer, x, tables, mask, cache[i] if cache is not None else None, index)
+            view = views[i in self.arch.window_layers]
+            x, entry = self._block[1](layer, x, *view, cache[i] if cache is not None else None, index)
             new_cache.append(entry)
         hidden = self._norm[1](params["final_norm"], x[:, -1:])
         return self.project(params, hidden)[:, 0], new_cache

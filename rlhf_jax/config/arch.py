@@ -1,0 +1,168 @@
+"""The shape of a decoder: every knob that the supported Hugging Face families turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_jax.config.checks import check
+from rlhf_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length that they were trained for.
+
+    Args:
+        kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the longest sequence of the batch);
+            llama3; yarn (Peng et al. 2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753).
+        factor: how many times longer.
+        original_max_positions: the length that the frequencies were trained for (llama3, yarn, longrope).
+        low_freq_factor: llama3: waves longer than the original length over this are stretched.
+        high_freq_factor: llama3: waves shorter than the original length over this are left alone.
+        beta_fast: yarn: dimensions that turn more often than this within the original length are left alone.
+        beta_slow: yarn: dimensions that turn less often than this are stretched.
+        truncate: yarn: round the two dimensions to whole ones.
+        attention_factor: yarn, longrope: cosines and sines times this; 0 computes the paper's.
+        mscale: yarn: numerator of the computed attention factor; 0 leaves it out.
+        mscale_all_dim: yarn: its denominator.
+        short_factor: longrope: a divisor for every frequency, up to the original length.
+        long_factor: longrope: the same, beyond it.
+    """
+
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 0.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = "model.arch.rope_scaling."
+        check(self, where, {"above 0": "factor", "at least 0": "attention_factor mscale mscale_all_dim"})
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_max_positions < 1:
+            raise UserError(f"{where}original_max_positions {self.original_max_positions} must be at least 1")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"{where}high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class ArchConfig:
+    """The shape of a decoder, for a model that starts from random weights; a Hugging Face directory brings its own.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        width: D, width of the residual stream.
+        num_layers: L.
+        num_heads: H, query heads.
+        num_kv_heads: K, key-value heads; H must be a multiple.
+        head_dim: N, width of a head.
+        ffn_width: hidden width of the MLP.
+        max_positions: longest sequence the positions allow.
+        norm: rms (RMSNorm) or layer (LayerNorm with bias).
+        norm_eps: added to the variance.
+        norm_offset: RMSNorm multiplies by 1 + scale instead of scale (Gemma).
+        norm_position: pre (before attention and MLP), post (on what they add, OLMo 2) or both (Gemma 2).
+        qk_norm: RMSNorm of queries and keys: none, head (each head by itself) or all (all heads as one vector).
+        parallel_residual: attention and MLP read the same input (GPT-NeoX).
+        positions: rotary or learned.
+        rope_theta: base of the rotary frequencies.
+        rope_local_theta: base in the layers with a window; 0 for rope_theta, scaled as the others are.
+        rope_fraction: the part of every head that turns.
+        rope_scaling: how frequencies are stretched for long texts.
+        sliding_window: tokens that a token sees in `window_layers`, itself included; 0 for all before it.
+        window_layers: layers with the window, counted from 0.
+        query_pre_attn_scalar: attention scores are divided by its root; 0 for head_dim.
+        attn_softcap: attention scores become cap * tanh(score / cap); 0 for no cap.
+        logit_softcap: the same for logits.
+        activation: the MLP's nonlinearity.
+        gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+        qkv_bias: biases on the query, key and value projections.
+        out_bias: bias on the attention's output projection.
+        mlp_bias: biases on the MLP's projections.
+        tied_head: use the embedding as the vocabulary projection.
+        scale_embedding: multiply embedded tokens by the root of the width (Gemma).
+        init_std: standard deviation of fresh weights.
+    """
+
+    vocab_size: int = 512
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    ffn_width: int = 352
+    max_positions: int = 512
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: bool = False
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    qk_norm: Literal["none", "head", "all"] = "none"
+    parallel_residual: bool = False
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10000.0
+    rope_local_theta: float = 0.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    sliding_window: int = 0
+    window_layers: tuple[int, ...] = ()
+    query_pre_attn_scalar: float = 0.0
+    attn_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied_head: bool = True
+    scale_embedding: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions",
+            "above 0": "norm_eps rope_theta rope_fraction",
+            "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap",
+        }
+        check(self, "model.arch.", rules)
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.num_kv_heads "
+                f"{self.num_kv_heads}; change one of them"
+            )
+        if self.positions == "rotary" and (self.rotary_dim % 2 or self.rotary_dim < 2 or self.rope_fraction > 1):
+            raise UserError(
+                f"model.arch.head_dim {self.head_dim} and rope_fraction {self.rope_fraction:g} make {self.rotary_dim} "
+                "rotary dimensions; choose them so that it is an even number of at most head_dim"
+            )
+        if bool(self.sliding_window) != bool(self.window_layers):
+            raise UserError(
+                f"model.arch.sliding_window {self.sliding_window} and window_layers {list(self.window_layers)} "
+                "belong together; give both or neither"
+            )
+        if any(not 0 <= layer < self.num_layers for layer in self.window_layers):
+            raise UserError(
+                f"model.arch.window_layers {list(self.window_layers)} must lie in 0 to {self.num_layers - 1}; "
+                "leave out the others"
+            )
+        for name in ("short_factor", "long_factor"):
+            found = len(getattr(self.rope_scaling, name))
+            if self.rope_scaling.kind == "longrope" and found != self.rotary_dim // 2:
+                raise UserError(
+                    f"model.arch.rope_scaling.{name} has {found} numbers; give {self.rotary_dim // 2}, one for every "
+                    "pair of rotary dimensions"
+                )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn."""
+        return int(self.head_dim * self.rope_fraction)

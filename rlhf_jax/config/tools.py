@@ -1,0 +1,57 @@
+"""Settings of the commands that look at models or change their form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_jax.config.checks import check
+from rlhf_jax.config.parts import MeshConfig
+from rlhf_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class InspectRun:
+    """All of `rlhf-jax inspect MODEL`: what a model is and what it costs.
+
+    Args:
+        model: a Hugging Face directory, its config.json alone, or hf://owner/name.
+        mesh: sizes of the mesh axes; where any is given, a table says for each parameter how it is sharded.
+        batch: rows of the rollout whose KV cache is counted.
+        length: tokens of every row, prompt and response.
+    """
+
+    model: str = ""
+    mesh: MeshConfig = MeshConfig()
+    batch: int = 64
+    length: int = 1024
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "batch length"})
+        if not self.model:
+            raise UserError("no model is named; give a directory: rlhf-jax inspect MODEL")
+
+
+@dataclass(frozen=True)
+class ConvertRun:
+    """All of `rlhf-jax convert MODEL --output DIR`: a model in another dtype or file size.
+
+    Args:
+        model: a Hugging Face directory or hf://owner/name: a policy, or a reward or value model.
+        output: the directory to write: config, generation config, weights, tokenizer and chat template.
+        dtype: of the weights written.
+        shard_gb: largest weight file, in 10^9 bytes; more than one come with an index.
+        overwrite: replace the model in `output`.
+    """
+
+    model: str = ""
+    output: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    shard_gb: float = 5.0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "", {"above 0": "shard_gb"})
+        for name in ("model", "output"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty; write rlhf-jax convert MODEL --output DIR")

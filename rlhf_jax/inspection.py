@@ -1,0 +1,157 @@
+"""`rlhf-jax inspect` and `rlhf-jax convert`: a model looked at, or written in another form. Floor 4."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
+from rlhf_jax.data.tokenizer import FILES, Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model, hf, hub
+from rlhf_jax.sharding import AXES, mesh_sizes, shard_shape, spec_of
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
+"""Bytes per parameter: float32 weights, Adam's two moments, the gradient, a bfloat16 copy for decoding."""
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that reads best."""
+    power = min(int(math.log(max(num_bytes, 1), 1024)), len(UNITS) - 1)
+    return f"{num_bytes / 1024**power:.4g} {UNITS[power]}"
+
+
+def parameters(arch: ArchConfig, *, score_head: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its path."""
+    shapes = jax.eval_shape(Model(arch, score_head=score_head).init, jax.random.key(0))
+    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
+
+
+def cache_bytes(arch: ArchConfig, batch: int, length: int) -> int:
+    """Bytes of the KV cache in bfloat16."""
+    return 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim * 2
+
+
+def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[str, float]]:
+    """What the stages hold beside activations, all devices together."""
+    trained, cache = count * (MASTER + ADAM + GRADIENT), cache_bytes(arch, batch, length)
+    return [
+        ("SFT or reward model: weights, Adam, gradient", trained),
+        ("PPO: policy and critic trained, reference and reward model kept", 2 * trained + 2 * count * MASTER),
+        ("PPO, critic on the policy's trunk, Python reward", trained + count * MASTER),
+        (f"rollout: bfloat16 copy and KV cache of {batch} x {length} tokens", count * COPY + cache),
+    ]
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Lines on the tokenizer: its size, special ids and template."""
+    text = tokenizer.hf.convert_ids_to_tokens
+    stops = ", ".join(f"{i} {text(i)!r}" for i in tokenizer.eos_ids)
+    bos = "none" if tokenizer.bos_id is None else f"{tokenizer.bos_id} {text(tokenizer.bos_id)!r}"
+    note = "" if tokenizer.hf.pad_token_id is not None else " (it has none; a stop id fills in)"
+    template = "yes" if tokenizer.hf.chat_template else "none; messages become a Human/Assistant transcript"
+    return [
+        ("tokenizer", f"{type(tokenizer.hf).__name__}, {tokenizer.vocab_size:,} ids"),
+        ("begin", bos),
+        ("stop", stops),
+        ("pad", f"{tokenizer.pad_id} {text(tokenizer.pad_id)!r}{note}"),
+        ("chat template", template),
+    ]
+
+
+def describe(arch: ArchConfig) -> str:
+    """What sets the model apart, in words."""
+    plain, found = ArchConfig(), []
+    skip = {"vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "init_std"}
+    for field in dataclasses.fields(arch):
+        value = getattr(arch, field.name)
+        if field.name in skip or value == getattr(plain, field.name):
+            continue
+        if field.name == "rope_scaling":
+            value = f"{value.kind} x{value.factor:g}"
+        elif field.name == "window_layers":
+            value = f"{len(value)} of {arch.num_layers}"
+        found.append(field.name if value is True else f"{field.name} {value}")
+    return ", ".join(found)
+
+
+def layout_table(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> list[str]:
+    """One line for every parameter: shape, spec, bytes of its float32 shard on a device; and the sum."""
+    rows, total = [("parameter", "shape", "sharded over", "bytes per device")], 0
+    for name, shape in shapes.items():
+        spec = spec_of(name, shape)
+        held = math.prod(shard_shape(name, shape, spec, sizes)) * MASTER
+        total += held
+        axes = ", ".join("-" if a is None else str(a) for a in spec) or "-"
+        rows.append((name, " x ".join(map(str, shape)) or "scalar", axes, size(held)))
+    rows.append(("sum", "", "", size(total)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def run_inspect(config: InspectRun) -> dict[str, Any]:
+    """Print what the model is, what it costs in training and rollout, and its tokenizer; returned as a dict too."""
+    path = Path(hub.local_directory(config.model))
+    arch, raw = hf.read_config(path)
+    weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.index.json")))
+    score_head = hf.has_score_head(path) if weights else raw["architectures"][0].endswith("SequenceClassification")
+    shapes = parameters(arch, score_head=score_head)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    kind = "scores (reward or value model)" if score_head else "logits (language model)"
+    lines = [
+        ("model", str(config.model)),
+        ("family", f"{raw['model_type']}, {kind}" + ("" if weights else "; no weights here")),
+        ("parameters", f"{count:,}"),
+        ("shape", f"{arch.num_layers} layers, width {arch.width}, {arch.num_heads} heads of {arch.head_dim} "
+                  f"({arch.num_kv_heads} key-value), MLP {arch.ffn_width}"),
+        ("vocabulary", f"{arch.vocab_size:,}, head {'tied' if arch.tied_head else 'untied'}"),
+        ("features", describe(arch) or "plain Llama"),
+    ]  # fmt: skip
+    if path.is_dir() and any((path / name).is_file() for name in FILES):
+        lines += special_tokens(Tokenizer.load(str(path)))
+    needs = memory(arch, count, config.batch, config.length)
+    for name, value in lines:
+        print(f"{name:<15}{value}")
+    print("\nmemory, all devices together, without activations")
+    for name, held in needs:
+        print(f"  {size(held):>10}  {name}")
+    if config.mesh != MeshConfig():
+        sizes = mesh_sizes(config.mesh)
+        print(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in AXES)}")
+        print("\n".join(layout_table(shapes, sizes)))
+    return {**dict(lines), "parameters": count, "memory": dict(needs)}
+
+
+def run_convert(config: ConvertRun) -> Path:
+    """Write the model as the config says; returns the directory."""
+    source, target = Path(hub.local_directory(config.model)), Path(config.output)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"output {target} is a file; name a directory")
+    if (target / "config.json").exists() and not config.overwrite:
+        raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
+    arch, raw = hf.read_config(source)
+    score_head = hf.has_score_head(source)
+    params = hf.load_params(source, arch, score_head=score_head, dtype=config.dtype)
+    tokenizer = Tokenizer.load(str(source)) if any((source / name).is_file() for name in FILES) else None
+    eos = raw.get("eos_token_id")
+    eos_ids = tokenizer.eos_ids if tokenizer else [] if eos is None else eos if isinstance(eos, list) else [eos]
+    hf.save_model(
+        target,
+        arch,
+        params,
+        eos_ids=eos_ids,
+        score_head=score_head,
+        dtype=config.dtype,
+        base_config=raw,
+        shard_bytes=int(config.shard_gb * 1e9),
+    )
+    if tokenizer:
+        tokenizer.save(str(target))
+    print(f"wrote {target}: {raw['model_type']} in {config.dtype}")
+    return target

@@ -1,0 +1,291 @@
+"""config.json of a Hugging Face directory <-> ArchConfig. What cannot be represented is refused, never dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import ArchConfig, RopeScaling
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.families import FAMILIES, Family
+
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+_ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
+_MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
+_SCALING_KEYS = {  # RopeScaling field -> key, by kind
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+        "original_max_positions": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate",
+        "attention_factor": "attention_factor", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
+        "original_max_positions": "original_max_position_embeddings",
+    },
+    "longrope": {
+        "factor": "factor", "short_factor": "short_factor", "long_factor": "long_factor",
+        "attention_factor": "attention_factor", "original_max_positions": "original_max_position_embeddings",
+    },
+}  # fmt: skip
+_REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
+_NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; a UserError if the file holds none."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{file} holds no JSON object ({error}); download or save it again") from error
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any]]:
+    """The shape of the model in a Hugging Face directory (or of a config.json alone), and its config.json.
+
+    Raises:
+        UserError: no such directory or config, an unknown family, a feature that the decoder lacks, or .bin weights.
+    """
+    folder = Path(path)
+    where = folder / "config.json"
+    if folder.is_file():
+        folder, where = folder.parent, folder
+    elif not folder.is_dir():
+        raise UserError(f"no directory {folder}; for a model of the Hub, give hf://owner/name")
+    if not where.is_file():
+        raise UserError(f"{folder} has no config.json; give a directory that `save_pretrained` or rlhf-jax wrote")
+    raw = read_json(where)
+    family = family_of(raw, where)
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        convert = f"import transformers as t; t.{family.causal}.from_pretrained('{path}').save_pretrained('{path}')"
+        raise UserError(f'{folder} has .bin weights only; where torch is installed, run python -c "{convert}"')
+    return to_arch(raw, family, where), raw
+
+
+def family_of(raw: Mapping[str, Any], where: Path) -> Family:
+    """The family that config.json names.
+
+    Raises:
+        UserError: an unknown family, or an architecture that is neither language nor reward model.
+    """
+    family = FAMILIES.get(raw.get("model_type") or "")
+    if family is None:
+        name, supported = raw.get("model_type"), ", ".join(FAMILIES)
+        raise UserError(f"{where}: no support for model_type {name!r}; use one of: {supported}")
+    found = raw.get("architectures") or [family.causal]
+    if not {family.causal, family.classifier} & set(found):
+        supported = f"{family.causal}, {family.classifier}"
+        raise UserError(f"{where}: no support for architecture {found[0]!r}; use one of: {supported}")
+    return family
+
+
+def to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
+    """The shape that a config.json describes.
+
+    Raises:
+        UserError: a value is missing, of the wrong type, or beyond the decoder.
+    """
+    refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
+    if raw.get("quantization_config") is not None:
+        refused["quantization_config"] = raw["quantization_config"]
+    for key, value in refused.items():
+        raise UserError(f"{where}: no support for {key} {value!r}; choose a checkpoint without it")
+    fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
+    fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
+    fields |= _windows(raw, family, where, fields["num_layers"])
+    if fields["positions"] == "rotary":
+        fields |= _rope(raw, family, where, fields["max_positions"])
+    return ArchConfig(**fields)
+
+
+def _default(key: str, family: Family, raw: Mapping[str, Any]) -> Any:
+    value = family.defaults.get(key)
+    return value(raw) if callable(value) else value
+
+
+def _value(field: str, key: str, family: Family, raw: Mapping[str, Any], where: Path) -> Any:
+    value = raw.get(key)
+    if value is None and key not in family.defaults:
+        raise UserError(f"{where} lacks {key!r}; download or save it again")
+    if value is None and not (key in raw and field in _MAYBE_NONE):
+        value = _default(key, family, raw)
+    if value is None and field in _MAYBE_NONE:
+        return 0.0
+    value = _typed(value, type(getattr(ArchConfig(), field)), key, where)
+    if field != "activation":
+        return value
+    names = _ACTIVATION_NAMES | family.activations
+    if value not in names:
+        raise UserError(f"{where}: no support for {key} {value!r}; use one of: {', '.join(names)}")
+    return names[value]
+
+
+def _typed(value: Any, kind: type, key: str, where: Path) -> Any:
+    value = float(value) if kind is float and type(value) is int else value
+    if kind is tuple and isinstance(value, list) and all(type(x) in (int, float) for x in value):
+        return tuple(float(x) for x in value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: {key} is {value!r}, which is no {kind.__name__}; correct it")
+    return value
+
+
+def _windows(raw: Mapping[str, Any], family: Family, where: Path, layers: int) -> dict[str, Any]:
+    kinds = raw.get("layer_types")
+    window = raw["sliding_window"] if "sliding_window" in raw else _default("sliding_window", family, raw)
+    if "use_sliding_window" in raw or family.model_type.startswith("qwen"):
+        window = window if raw.get("use_sliding_window", False) else None
+    if kinds is not None and (len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}):
+        raise UserError(f"{where}: no support for layer_types {kinds}; they must be {layers} of sliding_attention and "
+                        "full_attention")  # fmt: skip
+    if family.windows == "none" and ("sliding_attention" in (kinds or ()) or window is not None):
+        raise UserError(f"{where}: no support for sliding windows in {family.model_type}; choose a checkpoint without")
+    if not window or family.windows == "none":
+        return {}
+    if family.windows == "all":
+        chosen = tuple(range(layers))
+    elif kinds is not None:
+        chosen = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    else:
+        chosen = tuple(i for i in range(layers) if family.window_rule(raw, i))
+    return {"sliding_window": _typed(window, int, "sliding_window", where), "window_layers": chosen} if chosen else {}
+
+
+def _rope(raw: Mapping[str, Any], family: Family, where: Path, max_positions: int) -> dict[str, Any]:
+    """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    local = given.get("sliding_attention")
+    if isinstance(given.get("full_attention"), dict):
+        if "rope_local_base_freq" not in family.defaults:
+            raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
+        given = given["full_attention"]
+    theta = _first(given.get("rope_theta"), raw.get("rope_theta"), raw.get("rotary_emb_base"))
+    theta = _first(theta, _default("rope_theta", family, raw), 10000.0)
+    fraction = _first(given.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), raw.get("rotary_pct"))
+    fraction = _first(fraction, _default("partial_rotary_factor", family, raw), 1.0)
+    if fraction != 1 and "partial_rotary_factor" not in family.defaults:
+        raise UserError(f"{where}: no support for partial_rotary_factor {fraction} in {family.model_type}; choose "
+                        "a checkpoint without it")  # fmt: skip
+    fields = {"rope_theta": theta, "rope_fraction": fraction}
+    if "rope_local_base_freq" in family.defaults:
+        near = _first((local or {}).get("rope_theta"), raw.get("rope_local_base_freq"))
+        fields["rope_local_theta"] = _first(near, _default("rope_local_base_freq", family, raw))
+    if (local or {}).get("rope_type", "default") != "default":
+        raise UserError(f"{where}: no support for rope scaling of sliding layers; choose a checkpoint without it")
+    typed = {field: _typed(value, float, field, where) for field, value in fields.items()}
+    return typed | {"rope_scaling": _scaling(given, raw, where, max_positions)}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _scaling(given: Mapping[str, Any], raw: Mapping[str, Any], where: Path, max_positions: int) -> RopeScaling:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if raw["model_type"] == "phi3" and kind in ("su", "yarn"):
+        kind = "longrope"  # its first names
+    if kind == "default":
+        return RopeScaling()
+    if kind not in _SCALING_KEYS:
+        supported = ", ".join(_SCALING_KEYS)
+        raise UserError(f"{where}: no support for rope scaling {kind!r}; use one of: {supported}")
+    keys, numbers = _SCALING_KEYS[kind], dict(given)
+    original = "original_max_position_embeddings"
+    if original in keys.values():
+        numbers[original] = _first(raw.get(original), given.get(original), max_positions)
+        if numbers.get("factor") is None and kind in ("yarn", "longrope"):
+            numbers["factor"] = max_positions / numbers[original]
+    unknown = sorted(set(numbers) - set(keys.values()) - _NOT_SCALING - {original})
+    if unknown:
+        raise UserError(
+            f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose a checkpoint without"
+        )
+    lacking = [key for key in keys.values() if key in _REQUIRED and numbers.get(key) is None]
+    if lacking:
+        raise UserError(f"{where}: rope scaling {kind!r} lacks {lacking[0]!r}; download or save it again")
+    plain = RopeScaling()
+    found = {field: numbers[key] for field, key in keys.items() if numbers.get(key) is not None}
+    typed = {f: _typed(v, type(getattr(plain, f)), keys[f], where) for f, v in found.items()}
+    return RopeScaling(kind=kind, **typed)
+
+
+def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> dict[str, Any]:
+    """config.json of a shape; `to_arch` reads the same shape from it if the family can hold it."""
+    values = {key: getattr(arch, field) for field, key in family.config.items()}
+    values[family.config["activation"]] = ACTIVATIONS[arch.activation]
+    values |= {family.config[f]: None for f in _MAYBE_NONE if f in family.config and not getattr(arch, f)}
+    if family.windows != "none":
+        values["sliding_window"] = arch.sliding_window or None
+    if family.windows == "types":
+        near = set(arch.window_layers)
+        values["layer_types"] = [
+            "sliding_attention" if i in near else "full_attention" for i in range(arch.num_layers)
+        ]
+    if family.model_type.startswith("qwen"):
+        values |= {"use_sliding_window": bool(arch.window_layers)}
+        values |= {"max_window_layers": min(arch.window_layers, default=arch.num_layers)}
+    if arch.positions == "rotary":
+        values |= _rope_json(family, arch)
+    if score_head:
+        values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    architecture = family.classifier if score_head else family.causal
+    return {"architectures": [architecture], "model_type": family.model_type} | values
+
+
+def _rope_json(family: Family, arch: ArchConfig) -> dict[str, Any]:
+    """What transformers 5 reads (rope_parameters), and the plain keys that 4 does."""
+    scaling = arch.rope_scaling
+    kind = "default" if scaling.kind == "none" else scaling.kind
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": arch.rope_theta}
+    numbers = {key: getattr(scaling, field) for field, key in _SCALING_KEYS.get(scaling.kind, {}).items()}
+    numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
+    optional = {"attention_factor", "mscale", "mscale_all_dim"}
+    numbers = {k: v for k, v in numbers.items() if v != 0 or k not in optional}
+    values: dict[str, Any] = {"rope_theta": arch.rope_theta}
+    if family.model_type == "phi3":
+        original = scaling.original_max_positions or arch.max_positions
+        values["original_max_position_embeddings"] = original
+        if scaling.kind == "longrope" and scaling.factor == arch.max_positions / original:
+            del numbers["factor"]  # what transformers computes from the two lengths
+    if "partial_rotary_factor" in family.defaults:
+        rope["partial_rotary_factor"] = values["partial_rotary_factor"] = arch.rope_fraction
+    if family.model_type == "gpt_neox":
+        values |= {"rotary_pct": arch.rope_fraction, "rotary_emb_base": arch.rope_theta}
+    rope |= numbers
+    if scaling.kind != "none":
+        values["rope_scaling"] = dict(rope)
+    values["rope_parameters"] = rope
+    if "rope_local_base_freq" in family.defaults:
+        values["rope_local_base_freq"] = arch.rope_local_theta
+        local = {"rope_type": "default", "rope_theta": arch.rope_local_theta}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    return values
+
+
+def find_family(arch: ArchConfig, base_config: Mapping[str, Any] | None = None) -> Family:
+    """The family that can hold this shape, preferably that of `base_config`; call it before training, too.
+
+    Raises:
+        UserError: none can; it says what does not fit the best of them.
+    """
+    preferred, reasons = (base_config or {}).get("model_type"), []
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != preferred):
+        try:
+            held = to_arch(to_json(family, arch, score_head=False), family, Path("config.json"))
+        except UserError as error:
+            reasons.append((99, f"{family.model_type}: {error}"))
+            continue
+        names = [field.name for field in dataclasses.fields(ArchConfig)]
+        misfits = [f"{n} {getattr(held, n)!r} (not {getattr(arch, n)!r})" for n in names
+                   if getattr(held, n) != getattr(arch, n)]  # fmt: skip
+        if base_config is None and arch.width % arch.num_heads:  # transformers refuses it whatever head_dim is
+            misfits.append(f"width {arch.width} to be a multiple of num_heads {arch.num_heads}")
+        if not misfits:
+            return family
+        reasons.append((len(misfits), f"{family.model_type} needs {', '.join(misfits)}"))
+    nearest = min(reasons, key=lambda reason: reason[0])[1]
+    raise UserError(f"no Hugging Face family has this shape; the nearest, {nearest}; change model.arch")

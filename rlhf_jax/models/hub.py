@@ -1,0 +1,34 @@
+"""Names of the Hugging Face Hub: the only place that may use the network, and only for a path that begins with hf://."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from rlhf_jax.errors import UserError
+
+PREFIX = "hf://"
+_WANTED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+
+
+@functools.cache
+def local_directory(path: str) -> str:
+    """The path itself, or where the files of hf://owner/name or hf://owner/name@revision lie after a download.
+
+    Raises:
+        UserError: no such repository or revision, or no network.
+    """
+    if not path.startswith(PREFIX):
+        return path
+    name, _, revision = path.removeprefix(PREFIX).partition("@")
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"{path} is no name of the Hub; write hf://owner/name or hf://owner/name@revision")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED)))
+    except Exception as error:  # from requests, httpx, the Hub and the file system
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be downloaded ({reason}); check the name and the network, or give a directory"
+        ) from error

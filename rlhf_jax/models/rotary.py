@@ -1,0 +1,105 @@
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864) and the ways to stretch them for longer texts."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.config import ArchConfig, RopeScaling
+
+Tables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+"""Cosines and sines."""
+
+
+def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, *, local: bool = False) -> Tables:
+    """Cosines and sines of positions * frequencies, float32, for layers with or without (`local`) the full view.
+
+    Layers with a theta of their own (`rope_local_theta`) are not stretched.
+    """
+    if local and arch.rope_local_theta:
+        scaling, theta = RopeScaling(), arch.rope_local_theta
+    else:
+        scaling, theta = arch.rope_scaling, arch.rope_theta
+    frequencies, gain = _frequencies(scaling, theta, arch.rotary_dim, arch.max_positions, positions)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+    return jnp.cos(angles) * gain, jnp.sin(angles) * gain
+
+
+def rotate(x: Float[Array, "B K G T N"], tables: Tables) -> Float[Array, "B K G T N"]:
+    """Turn the first dimensions of each head, in the half-split layout: i turns with i + half; the rest passes."""
+    cos, sin = (t[:, None, None] for t in tables)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def _powers(theta: float, dim: int) -> np.ndarray:
+    """theta^(2i/dim) in float32, as the models were trained with."""
+    return np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+
+
+def _frequencies(
+    scaling: RopeScaling, theta: float, dim: int, max_positions: int, positions: Array
+) -> tuple[jax.Array, float]:
+    """Radians per position of each pair, and the gain of cosines and sines."""
+    plain, factor = 1 / _powers(theta, dim), scaling.factor
+    if scaling.kind == "linear":
+        return jnp.asarray(plain / np.float32(factor)), 1.0
+    if scaling.kind == "llama3":
+        return jnp.asarray(_llama3(scaling, plain)), 1.0
+    if scaling.kind == "yarn":
+        return jnp.asarray(_yarn(scaling, theta, dim)), _yarn_gain(scaling)
+    longest = positions.max() + 1
+    if scaling.kind == "dynamic":
+        stretch = jnp.maximum(longest, max_positions) * (factor / max_positions) - (factor - 1)
+        base = theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
+        return 1 / base ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim), 1.0
+    if scaling.kind == "longrope":
+        short, long = (
+            np.asarray(f, np.float32) * _powers(theta, dim) for f in (scaling.short_factor, scaling.long_factor)
+        )
+        original = scaling.original_max_positions
+        gain = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return 1 / jnp.where(longest > original, long, short), scaling.attention_factor or gain
+    return jnp.asarray(plain), 1.0
+
+
+def _llama3(scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:
+    """Long waves divided by the factor, short ones kept, a linear blend between (Llama 3.1)."""
+    low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
+    waves = length * plain / np.float32(2 * math.pi)  # within the original length
+    blend = np.clip((waves - np.float32(low)) / np.float32(high - low), 0, 1)
+    return (1 - blend) * plain / np.float32(scaling.factor) + blend * plain
+
+
+def _yarn(scaling: RopeScaling, theta: float, dim: int) -> np.ndarray:
+    """Between two dimensions, found from how often they turn within the original length, a linear blend."""
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low if high != low else 0.001
+    blend = 1 - np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(span), 0, 1)
+    plain = 1 / _powers(theta, dim)
+    return plain / np.float32(scaling.factor) * (1 - blend) + plain * blend
+
+
+def _yarn_gain(scaling: RopeScaling) -> float:
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+
+    if scaling.attention_factor:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
+    return scale(1.0)
