@@ -18,10 +18,10 @@ from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.schemas import prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.directory import check_writable
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator
 from rlhf_jax.reward import score_sequences
-from rlhf_jax.run import check_writable
 from rlhf_jax.sharding import make_mesh, put_batch
 from rlhf_jax.stage import check_length, check_vocabulary, load_model, load_tokenizer
 

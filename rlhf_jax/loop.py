@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.data.batches import fingerprint
+from rlhf_jax.nans import first_nan
 from rlhf_jax.run import Run, fetch_scalars
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.stage import Loaded, describe
 from rlhf_jax.state import Schedule, TrainState, create_state, learning_rates, make_optimizer, make_schedule
-from rlhf_jax.step import Step, add_metrics, make_train_step
+from rlhf_jax.step import Step, accumulated_grads, add_metrics, make_train_step
 from rlhf_jax.types import LossFn, Params
 
 Evaluate = Callable[[Params], dict[str, float]]
@@ -36,8 +39,13 @@ def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Any], key: jax.Arra
     return evaluate
 
 
+def num_steps(settings: Any, batches: Any) -> int:
+    """Optimiser steps of a stage: settings.steps, or settings.epochs over the batches."""
+    return settings.steps or settings.epochs * len(batches)
+
+
 def train(
-    stage: str,
+    out: Run,
     config: Any,
     settings: Any,
     loaded: Loaded,
@@ -47,20 +55,18 @@ def train(
     *,
     mesh: Mesh,
     key: jax.Array,
-    shown: tuple[str, ...],
     on_eval: Callable[[Run, int, Params], None] | None = None,
-) -> tuple[Run, Params, Evaluate]:
-    """Train `loaded` (its parameters are donated) on batches[0], batches[1], ... for settings.steps or .epochs.
+) -> tuple[Params, Evaluate]:
+    """Train `loaded` (its parameters are donated) on batches[out.start], ... up to out.total.
 
-    The held-out loss decides which parameters are kept. `on_eval(run, step, params)` follows every evaluation.
-    Returns the open run, the kept parameters and the evaluation.
+    The held-out loss decides which parameters are kept. `on_eval(out, step, params)` follows every evaluation.
+    Returns the kept parameters and the evaluation.
     """
-    steps = settings.steps or settings.epochs * len(batches)
-    schedule = make_schedule(config.optim, steps)
+    schedule = make_schedule(config.optim, out.total)
     tx = make_optimizer(config.optim, schedule)
     tokens = batches[0]["tokens"].size
-    describe(stage, mesh, loaded.model, loaded.params, steps=steps, tokens_per_step=tokens, epoch_steps=len(batches))
-    out = Run(stage, config, total=steps, shown=shown)
+    facts = {"steps": out.total, "tokens_per_step": tokens, "epoch_steps": len(batches)}
+    describe(out.stage, mesh, loaded.model, loaded.params, **facts)
     evaluate = make_evaluate(loss_fn, mesh, held_out, key)
 
     def evaluate_and_report(step: int, params: Params) -> dict[str, float]:
@@ -70,19 +76,23 @@ def train(
 
     state = create_state(loaded.params, tx, mesh)
     step = make_train_step(loss_fn, tx, settings.accumulate, mesh=mesh, state=state)
+    identity = {"training rows": batches.cursor(), "held-out rows": fingerprint(held_out)}
+    tree, _ = out.restore({"state": state}, identity)
+    out.rows_of = batches.where
     state = fit(
         out,
         step,
-        state,
+        tree["state"],
         batches,
-        steps=steps,
         mesh=mesh,
         key=key,
         schedule=schedule,
         tokens_per_step=tokens,
         evaluate=evaluate_and_report,
+        explain=partial(first_nan, partial(accumulated_grads, loss_fn, num=settings.accumulate)),
     )
-    return out, out.best_params(state.params), evaluate
+    best = out.restore_best({"state": {"params": state.params}})
+    return best["state"]["params"], evaluate
 
 
 def fit(
@@ -91,24 +101,28 @@ def fit(
     state: TrainState,
     batches: Any,
     *,
-    steps: int,
     mesh: Mesh,
     key: jax.Array,
     schedule: Schedule,
     tokens_per_step: int,
     evaluate: Callable[[int, Params], dict[str, float]],
+    explain: Callable[..., str],
 ) -> TrainState:
-    """Run `steps` steps; batch i is batches[i] and its key fold_in(key, i).
+    """Run the steps run.start .. run.total - 1; batch i is batches[i] and its key fold_in(key, i).
 
     Every run.eval_every steps, and at the end, `evaluate(step, params)` is logged, and the parameters with the lowest
-    eval/total are kept.
+    eval/total are kept. With faults.debug_nans, `explain(params, batch, key)` says what is not finite in a step.
     """
+    steps = run.total
     rates = learning_rates(schedule, steps)
-    logged = 0
+    logged = run.start
     run.restart_clock()
-    for i in range(steps):
-        state, metrics = step(state, put_batch(mesh, batches[i]), jax.random.fold_in(key, i))
-        run.advance()
+    for i in range(run.start, steps):
+        batch, step_key = put_batch(mesh, batches[i]), jax.random.fold_in(key, i)
+        state, metrics = step(state, batch, step_key)
+        if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
+            run.report_nan(i + 1, explain(state.params, batch, step_key))
+        run.advance(i + 1, metrics["optim/skipped"])
         if (i + 1) % run.config.log_every == 0 or i + 1 == steps:
             run.log(i + 1, metrics, {"optim/lr": rates[i]}, tokens=tokens_per_step * (i + 1 - logged))
             logged = i + 1
@@ -116,6 +130,7 @@ def fit(
             run.flush()
             results = evaluate(i + 1, state.params)
             run.write(i + 1, results)
-            run.keep_if_best(i + 1, -results["eval/total"], state.params)
+            run.keep_if_best(i + 1, -results["eval/total"])
             run.restart_clock()
+        run.save_if_due(i + 1, {"state": state})
     return state

@@ -32,9 +32,9 @@ from rlhf_jax.config import (
     SFTRun,
     to_dict,
 )
+from rlhf_jax.directory import check_writable
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator
-from rlhf_jax.run import check_writable
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import load_model, load_tokenizer
 from rlhf_jax.tasks import random_walks as walks

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.config import RewardRun, bind
 from rlhf_jax.data.batches import Batches, collate_preference, eval_batches
 from rlhf_jax.data.examples import preference_examples
-from rlhf_jax.loop import train
+from rlhf_jax.directory import check_output_dir, names_given
+from rlhf_jax.loop import num_steps, train
 from rlhf_jax.models import Model
-from rlhf_jax.run import check_output_dir
+from rlhf_jax.run import Run
 from rlhf_jax.sharding import check_rows, make_mesh, put_batch
 from rlhf_jax.stage import (
     Rows,
@@ -115,7 +116,8 @@ def run(
     `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss. eval/* in the summary are of
     the kept parameters before their head is normalised.
     """
-    check_output_dir(config.run)
+    if (finished := check_output_dir("reward", config)) is not None:
+        return finished
     init_key, step_key = jax.random.split(jax.random.key(config.run.seed))
     mesh = make_mesh(config.mesh)
     size = config.data.batch_size
@@ -140,14 +142,15 @@ def run(
         check_length(model.arch, config.data.max_length, "data.max_length")
         shown = ("loss/pairwise", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s")
         loss_fn = objective(model, bind(loss or config.reward.loss, config.reward))
-        out, params, evaluate = train(
-            "reward", config, config.reward, loaded, loss_fn, batches, held_out, mesh=mesh, key=step_key, shown=shown
-        )
-        results = evaluate(params)
-        accuracy, pairs = pair_accuracy(score_all(model, params, mesh, held_out), held_out)
-        reference = score_all(model, params, mesh, in_order(train_set, limit=-(-NORMALIZE_PAIRS // size)))
-        params = normalised(params, reference, config.reward.normalize)
-        save_model(out.dir / "model", loaded, params, tokenizer)
-    return out.finish(
-        {"accuracy": accuracy, "accuracy_interval": wilson_interval(accuracy, pairs), "n": pairs, **results}
-    )
+        given = names_given(rows=rows, eval_rows=eval_rows, loss=loss)
+        with Run("reward", config, total=num_steps(config.reward, batches), shown=shown, given=given) as out:
+            params, evaluate = train(
+                out, config, config.reward, loaded, loss_fn, batches, held_out, mesh=mesh, key=step_key
+            )
+            results = evaluate(params)
+            accuracy, pairs = pair_accuracy(score_all(model, params, mesh, held_out), held_out)
+            reference = score_all(model, params, mesh, in_order(train_set, limit=-(-NORMALIZE_PAIRS // size)))
+            params = normalised(params, reference, config.reward.normalize)
+            save_model(out.dir / "model", loaded, params, tokenizer)
+            interval = wilson_interval(accuracy, pairs)
+            return out.finish({"accuracy": accuracy, "accuracy_interval": interval, "n": pairs, **results})

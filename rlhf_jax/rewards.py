@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,21 +15,82 @@ import numpy as np
 from rlhf_jax.config import RewardSourceConfig, resolve
 from rlhf_jax.errors import UserError
 
+RETRY_WAIT = 1.0
+"""Seconds before the first retry of a reward function; they double with each."""
 
-def call_reward(
-    fn: Callable[..., Any], prompts: list[str], responses: list[str], columns: dict[str, list[Any]]
-) -> np.ndarray:
-    """float32[B] from fn(prompts, responses, **columns).
+
+class RewardFailure(UserError):
+    """A reward function raised or ran out of time in every attempt."""
+
+
+def attempt(fn: Callable[[], Any], timeout: float) -> Any:
+    """fn(), in a thread of its own if there is a timeout in seconds: whoever hangs there is left behind.
 
     Raises:
+        TimeoutError: it is not done by then.
+    """
+    if not timeout:
+        return fn()
+    outcome: dict[str, Any] = {}
+
+    def call() -> None:
+        try:
+            outcome["value"] = fn()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=call, name="reward", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {timeout:g} s (reward.timeout)")
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def persist(name: str, fn: Callable[[], Any], *, timeout: float, retries: int) -> Any:
+    """fn(), tried again `retries` times.
+
+    Raises:
+        RewardFailure: every attempt raised or ran out of time.
+    """
+    for i in range(retries + 1):
+        try:
+            return attempt(fn, timeout)
+        except Exception as error:
+            last = error
+            if i < retries:
+                time.sleep(RETRY_WAIT * 2**i)
+    frames = traceback.extract_tb(last.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames and not isinstance(last, TimeoutError) else ""
+    raise RewardFailure(
+        f"reward function {name} failed {retries + 1} times: {type(last).__name__}: {last}{where}; mend it, or set "
+        "reward.on_failure skip"
+    ) from last
+
+
+def call_reward(
+    fn: Callable[..., Any],
+    prompts: list[str],
+    responses: list[str],
+    columns: dict[str, list[Any]],
+    *,
+    timeout: float,
+    retries: int,
+) -> np.ndarray:
+    """float32[B] from fn(prompts, responses, **columns), within `timeout` seconds (0: any) and so many retries.
+
+    Raises:
+        RewardFailure: it raised or ran out of time.
         UserError: not one finite number per response.
     """
-    name = getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", repr(fn))
+    name = getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or repr(fn)
     try:
         inspect.signature(fn).bind(prompts, responses, **columns)
     except TypeError as error:
         raise UserError(f"reward function {name}: {error}; define it as fn(prompts, responses, **columns)") from error
-    rewards = fn(prompts, responses, **columns)
+    rewards = persist(name, lambda: fn(prompts, responses, **columns), timeout=timeout, retries=retries)
     if isinstance(rewards, (str, Mapping)) or not isinstance(rewards, Iterable):
         raise UserError(f"reward function {name} returned {rewards!r}; return a list, one number per response")
     rewards = list(rewards)
@@ -60,7 +124,10 @@ def combine(
         return None
 
     def total(prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> np.ndarray:
-        parts = [w * call_reward(fn, prompts, responses, columns) for fn, w in zip(found, weights, strict=True)]
+        parts = [
+            w * call_reward(fn, prompts, responses, columns, timeout=config.timeout, retries=config.retries)
+            for fn, w in zip(found, weights, strict=True)
+        ]
         return np.stack(parts).sum(axis=0, dtype=np.float32)
 
     return total

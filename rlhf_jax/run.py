@@ -1,33 +1,36 @@
-"""The run directory: config.yaml, metrics.jsonl, samples.jsonl, summary.json, model/; written by process 0 only."""
+"""A run as its stage sees it: metrics out, checkpoints, interruptions, the best evaluation. Floor 2.
+
+Files are written by process 0 only, but the arrays of a checkpoint, which every process writes its part of.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-import signal
-import threading
+import shlex
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import yaml
+import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rlhf_jax import checkpoint
-from rlhf_jax.config import RunConfig, to_dict
-from rlhf_jax.errors import UserError
+from rlhf_jax import directory
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.types import Metrics
 
-OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model", "value_model", "best", "tensorboard")
-
-
 BARS: weakref.WeakSet[tqdm] = weakref.WeakSet()
+
+AGREE_EVERY = 10
+"""Steps after which several processes ask one another whether to save or stop; asking waits for the devices."""
 
 
 def close_bars() -> None:
@@ -36,111 +39,289 @@ def close_bars() -> None:
         bar.close()
 
 
-def check_output_dir(config: RunConfig) -> None:
-    """Raise a UserError unless a run may write to output_dir; touches nothing."""
-    if not config.output_dir:
-        raise UserError("run.output_dir is empty; say where to write, as --run.output_dir runs/first")
-    path = Path(config.output_dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run.output_dir {path} is a file; choose a directory")
-    found = [name for name in OURS if os.path.lexists(path / name)]
-    if found and not config.overwrite:
-        raise UserError(
-            f"run.output_dir {path} holds another run ({found[0]}); choose another directory or pass "
-            "--run.overwrite true"
-        )
-    check_writable(path, f"run.output_dir {path}")
-    if config.tensorboard and find_spec("tensorboardX") is None:
-        raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX")
-
-
-def check_writable(directory: Path, what: str) -> None:
-    """Raise a UserError, about `what`, if the directory or what is there of its parents cannot be written to."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{what}: {there} is a file, not a directory; choose another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{what}: {there} cannot be written to; choose another place or its permissions")
-
-
-def check_inputs(config: Any) -> None:
-    """Raise a UserError if the config reads something that starting its run would delete."""
-    replaced = [(Path(config.run.output_dir) / name).resolve() for name in OURS]
-    for option, value in texts(to_dict(config)):
-        if value and any(Path(value).resolve().is_relative_to(path) for path in replaced):
-            raise UserError(
-                f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
-            )
-
-
-def texts(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of every text in nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from texts(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield prefix + name, value
-
-
 class Run:
-    """Where a stage reports. Metrics are fetched one step late, so that logging never stalls the devices."""
+    """Where a stage reports and saves. Metrics are fetched one step late, so that logging never stalls the devices.
 
-    def __init__(self, stage: str, config: Any, *, total: int, shown: tuple[str, ...] = ()):
-        """Claim config.run.output_dir and write config.yaml; `shown` are the metrics on the progress bar."""
-        self.config, self.stage, self.shown = config.run, stage, shown
-        self.dir = Path(config.run.output_dir)
+        with Run("sft", config, total=steps) as out:
+            state, notes = out.restore(state, identity)      # of the newest checkpoint, if the run was here before
+            for i in range(out.start, steps):
+                ...
+                out.save_if_due(i + 1, state, notes)         # raises Stopped after Ctrl-C and SIGTERM
+            out.finish(summary)
+
+    Attributes:
+        start: steps done when this process took over; 0 in a new run.
+        resumed: whether a checkpoint was found.
+        best: (step, value) of the best evaluation, if one is kept.
+        last_metrics: the newest value of every metric.
+        rows_of: i -> where the rows of batch i come from, for messages; a stage sets it.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        config: Any,
+        *,
+        total: int,
+        shown: tuple[str, ...] = (),
+        given: tuple[str, ...] = (),
+        agree_every: int = AGREE_EVERY,
+    ):
+        """Claim config.run.output_dir and find where to continue.
+
+        `shown` are the metrics on the progress bar; `given` names what the caller passed in Python, which
+        `rlhf-jax resume` cannot know.
+        """
+        self.settings, self.config, self.stage, self.total = config, config.run, stage, total
+        self.dir, self.shown, self.given, self.agree_every = Path(config.run.output_dir), shown, given, agree_every
         self.is_writer = jax.process_index() == 0
-        self.started = self._since = time.time()
         self.last_metrics: dict[str, float] = {}
-        self.best: tuple[int, float] | None = None
+        self._improvements: list[tuple[int, float]] = []
+        self._skipped: list[tuple[int, jax.Array, int]] = []
+        self.skipped, self._streak = 0, 0
+        self._identity: dict[str, Any] = {}
+        self.rows_of: Callable[[int], list[str]] = lambda i: []
         self._pending: tuple[Any, ...] | None = None
         self._writer: Any = None
-        if self.is_writer:
-            check_output_dir(config.run)
-            check_inputs(config)
-            self._prepare(config)
-        self._catch_interrupts()
-        shows = config.run.progress and self.is_writer
-        self.bar = tqdm(total=total, desc=stage, disable=not shows, dynamic_ncols=True)
-        BARS.add(self.bar)
-
-    def _prepare(self, config: Any) -> None:
+        self._disk_full = False
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(self.dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every)
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            for name in OURS:
-                path = self.dir / name
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            self._claim()
         except OSError as error:
             raise UserError(f"run.output_dir {self.dir}: {error.strerror}; choose another place") from error
-        header = f"# rlhf-jax {self.stage} --config {self.dir / 'config.yaml'} --run.output_dir ANOTHER\n"
-        (self.dir / "config.yaml").write_text(header + yaml.safe_dump(to_dict(config), sort_keys=False))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (self.dir / name).touch()
+        self.started = self._since = self._saved_at = time.time()
+        self.interrupts = Interrupts(self.say)
+        shows = config.run.progress and self.is_writer
+        self.bar = tqdm(total=total, initial=self.start, desc=stage, disable=not shows, dynamic_ncols=True)
+        BARS.add(self.bar)
+
+    def _claim(self) -> None:
+        self._lock: Any = None
+        found = False
+        if self.is_writer:
+            directory.check_output_dir(self.stage, self.settings)
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = directory.hold(self.dir)
+            found = directory.read_record(self.dir) is not None and not self.config.overwrite
+        if jax.process_count() > 1:
+            found = bool(multihost_utils.broadcast_one_to_all(found))
+        step = self.checkpoints.newest_intact(self.say) if found else None
+        self.resumed, self.start = step is not None, step or 0
+        if self.is_writer:
+            self._prepare()
+        if found:
+            how = f"continuing after step {self.start} of {self.total}" if self.resumed else "no checkpoint yet, starting anew"
+            self.say(f"{self.stage}: {self.dir}: {how}")
+
+    def _prepare(self) -> None:
+        if not self.resumed:
+            directory.wipe(self.dir)
+        self._record("running")
+        directory.write_config(self.dir, self.stage, self.settings)
+        self._metrics, self._samples = (directory.Lines(self.dir / n) for n in (directory.METRICS, directory.SAMPLES))
+        if self.resumed:
+            for lines in (self._metrics, self._samples):
+                directory.cut_after(lines.path, self.start)
         if self.config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.dir / "tensorboard"))
+            purge = self.start + 1 if self.resumed else None
+            self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=purge)
+
+    def _record(self, status: str, note: str = "", step: int | None = None) -> None:
+        record = {
+            "stage": self.stage,
+            "status": status,
+            "note": note,
+            "step": self.start if step is None else step,
+            "total": self.total,
+            "given": list(self.given),
+            "cwd": str(Path.cwd()),
+            "config": directory.plain(self.settings),
+        }
+        directory.write_record(self.dir, record)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait for the save under way, put the signal handlers back, say in run.json how it ended."""
+        self.checkpoints.wait()
+        self.bar.close()
+        self.interrupts.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self.is_writer:
+            if error is not None:
+                status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+                step = (self.checkpoints.steps() or [0])[-1]
+                with contextlib.suppress(OSError):  # the disk that is full is what the error is about
+                    self._record(status, f"{type(error).__name__}: {error}", step)
+            self._lock.close()
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_writer:
             tqdm.write(text)
 
-    def _catch_interrupts(self) -> None:
-        """Remember a Ctrl-C: inside a callback of a library its KeyboardInterrupt would be swallowed for good."""
-        self._interrupted = False
+    # --- continuing
 
-        def remember(*_: Any) -> None:
-            self._interrupted = True
-            raise KeyboardInterrupt
+    def restore(self, tree: Any, identity: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arrays of `tree` and the notes of `save_if_due` as the checkpoint has them; in a new run `tree` and {}.
 
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, remember)
+        `tree` is freed if there is a checkpoint. `identity` (name -> JSON value) is what must not have changed since:
+        the cursors of the data, digests of frozen models.
 
-    def advance(self) -> None:
-        """One step of the progress bar; raises a KeyboardInterrupt that was swallowed before."""
-        if self._interrupted:
-            raise KeyboardInterrupt
+        Raises:
+            UserError: it has changed.
+        """
+        self._identity = directory.as_json(identity)
+        if not self.resumed:
+            return tree, {}
+        record = self.checkpoints.record(self.start)
+        for name, value in self._identity.items():
+            then = record["identity"].get(name)
+            if then != value:
+                raise UserError(
+                    f"{self.dir} cannot be continued: the {name} are not those that it started with ({then} there, "
+                    f"{value} here); give the same again or choose another run.output_dir"
+                )
+        self._improvements = [(step, value) for step, value in record["improvements"]]
+        self.skipped, self._streak = record["skipped"], record["streak"]
+        self.last_metrics = record["metrics"]
+        self.started = time.time() - record["elapsed_s"]
+        tree = self.checkpoints.restore(self.start, tree)
+        self._saved_at = self._since = time.time()
+        return tree, record["notes"]
+
+    def save_if_due(self, step: int, tree: Any, notes: dict[str, Any] | None = None) -> None:
+        """Save `tree` (arrays), `notes` (JSON) and the run's own state after `step`, in the background, if it is time.
+
+        Raises:
+            Stopped: a signal came; all is saved.
+            UserError: a save failed, and checkpoint.on_failure is stop or there is no later chance.
+        """
+        keep = self.settings.checkpoint
+        stop, clock = self._agreed(step)
+        counts = any(every and step and step % every == 0 for every in (keep.every, keep.keep_every))
+        improved = bool(self._improvements) and self._improvements[-1][0] == step
+        due = stop or clock or counts or improved if step < self.total else keep.keep_finished
+        self._check_failure()
+        if due and step != self.checkpoints.last:
+            self._save(step, tree, notes or {})
+        if stop and step < self.total:
+            self.save_now(step, tree, notes or {})
+            raise Stopped(
+                f"{self.stage}: stopped by {self.interrupts.received or 'a signal'} after step {step} of {self.total} "
+                f"and saved; {self.how_to_continue()}"
+            )
+
+    def save_now(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
+        """Save after `step` and wait for it, because the run is about to stop."""
+        if step != self.checkpoints.last:
+            self._save(step, tree, notes)
+        self.checkpoints.wait()
+        self._check_failure(last_chance=True)
+
+    def _agreed(self, step: int) -> tuple[bool, bool]:
+        """(stop, the clock asks for a save), the same in all processes."""
+        minutes = self.settings.checkpoint.minutes
+        flags = [bool(self.interrupts.received), bool(minutes) and time.time() - self._saved_at >= 60 * minutes]
+        if jax.process_count() > 1:
+            if step % self.agree_every:
+                return False, False
+            flags = multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist()
+        return flags[0], flags[1]
+
+    def _save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
+        self.flush()
+        self._count_skipped(self._skipped, jax.device_get([count for _, count, _ in self._skipped]))
+        self._skipped = []
+        best = self.best
+        record = {
+            "step": step,
+            "best": None if best is None else best[0],
+            "improvements": self._improvements,
+            "skipped": self.skipped,
+            "streak": self._streak,
+            "metrics": self.last_metrics,
+            "elapsed_s": time.time() - self.started,
+            "notes": notes,
+            "identity": self._identity,
+            "config": directory.plain(self.settings),
+        }
+        if self.is_writer:
+            self._metrics.sync()
+            self._samples.sync()
+        self.checkpoints.save(step, tree, record)
+        self._saved_at = time.time()
+
+    def _check_failure(self, *, last_chance: bool = False) -> None:
+        if self.checkpoints.failure is None:
+            return
+        step, reason = self.checkpoints.failure
+        self.checkpoints.failure = self.checkpoints.last = None
+        self._improvements = [found for found in self._improvements if found[0] != step]
+        kept = self.checkpoints.steps()
+        where = f"the one of step {kept[-1]} is intact" if kept else "there is none before it"
+        line = f"the checkpoint of step {step} could not be written ({reason}); {where}"
+        if last_chance or self.settings.checkpoint.on_failure == "stop":
+            raise UserError(f"{line}; free space or mend the permissions of {self.dir}, then {self.how_to_continue()}")
+        self.say(f"{self.stage}: {line}; training continues")
+
+    def how_to_continue(self) -> str:
+        """What a user does to continue this run."""
+        if self.given:
+            return f"continue by the same call again ({', '.join(self.given)} came from Python)"
+        return f"continue with: rlhf-jax resume {shlex.quote(str(self.dir))}"
+
+    # --- the best evaluation
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, value) of the best evaluation so far."""
+        return self._improvements[-1] if self._improvements else None
+
+    def keep_if_best(self, step: int, value: float) -> bool:
+        """Whether to keep the parameters of this evaluation: of the highest `value` so far, or the last.
+
+        The next `save_if_due` saves them.
+        """
+        if not self.config.keep_best:
+            return True
+        if self.best is not None and not value > self.best[1]:  # a NaN is never better
+            return False
+        self._improvements.append((step, value))
+        return True
+
+    def restore_best(self, like: Any) -> Any:
+        """The arrays of `like`, a part of what was saved, of the best evaluation; as they are if it is the last one.
+
+        `like` is freed if they are others.
+        """
+        self.checkpoints.wait()
+        self._check_failure()
+        while self.best is not None and self.best[0] != self.total:
+            step = self.best[0]
+            there = jax.process_index() != 0 or (
+                step in self.checkpoints.steps() and self.checkpoints.check(step, self.say)
+            )
+            if jax.process_count() > 1:
+                there = bool(multihost_utils.broadcast_one_to_all(there))
+            if there:
+                return self.checkpoints.restore(step, like)
+            self.say(
+                f"{self.stage}: the weights of the best evaluation, of step {step}, are lost; taking the next best"
+            )
+            self._improvements.pop()
+        return like
+
+    # --- metrics
+
+    def advance(self, step: int, skipped: jax.Array, updates: int = 1) -> None:
+        """One step of the progress bar; `skipped` of its `updates` were not finite and changed nothing."""
+        self._skipped.append((step, skipped, updates))
         self.bar.update(1)
 
     def log(
@@ -158,23 +339,50 @@ class Run:
         `tokens` were processed since the last call, for time/tokens_per_s. `table` (a pytree of device arrays) comes
         to the host in the same transfer and is handed to `on_table`.
         """
-        pending = (step, tuple(metrics), pack(tuple(metrics.values())), host, tokens, table, on_table)
+        pending = (step, tuple(metrics), pack(tuple(metrics.values())), host, tokens, table, on_table, self._skipped)
+        self._skipped = []
         self.flush()
         self._pending = pending
 
     def flush(self) -> None:
-        """Fetch and write the metrics that are still pending."""
+        """Fetch and write the metrics that are still pending.
+
+        Raises:
+            UserError: no update was finite for faults.max_skipped steps.
+        """
         if self._pending is None:
             return
-        step, names, packed, host, tokens, table, on_table = self._pending
+        step, names, packed, host, tokens, table, on_table, skipped = self._pending
         self._pending = None
-        values, table = jax.device_get((packed, table))
+        values, table, counts = jax.device_get((packed, table, [count for _, count, _ in skipped]))
         now = time.time()
         host = {**host, "time/tokens_per_s": round(tokens / (now - self._since), 1)}
         self._since = now
         self.write(step, {**dict(zip(names, map(float, values), strict=True)), **host})
         if table is not None:
             on_table(table)
+        self._count_skipped(skipped, counts)
+
+    def _count_skipped(self, skipped: list[tuple[int, jax.Array, int]], counts: list[Any]) -> None:
+        for (step, _, updates), count in zip(skipped, counts, strict=True):
+            self.skipped += int(count)
+            self._streak = self._streak + 1 if count >= updates else 0
+            if self._streak == self.settings.faults.max_skipped > 0:
+                self._stop_skipping(step)
+
+    def _stop_skipping(self, step: int) -> NoReturn:
+        good = [kept for kept in self.checkpoints.steps() if kept <= step - self._streak]
+        where = f"the last checkpoint before is of step {good[-1]}" if good else "there is no checkpoint before"
+        raise UserError(
+            f"step {step}: loss or gradient was not finite in {self._streak} steps in a row (faults.max_skipped); "
+            f"rows {', '.join(self.rows_of(step - 1))}; {where}; lower optim.learning_rate or find the operation with "
+            "--faults.debug_nans true"
+        )
+
+    def report_nan(self, step: int, operation: str) -> NoReturn:
+        """Stop at a step whose loss or gradient is not finite, because of `operation` (faults.debug_nans)."""
+        self.flush()
+        raise UserError(f"step {step}: {operation}; rows {', '.join(self.rows_of(step - 1))}")
 
     def restart_clock(self) -> None:
         """Leave what happened until now (an evaluation) out of time/tokens_per_s."""
@@ -185,9 +393,9 @@ class Run:
         self.last_metrics = {**self.last_metrics, **metrics}
         if not self.is_writer:
             return
-        line = {"step": step, "time/elapsed_s": round(time.time() - self.started, 3), **metrics}
-        with open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(
+            self._metrics, [{"step": step, "time/elapsed_s": round(time.time() - self.started, 3), **metrics}]
+        )
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
@@ -196,44 +404,38 @@ class Run:
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append rows, each a dict of text and numbers, to samples.jsonl."""
-        if self.is_writer:
-            with open(self.dir / "samples.jsonl", "a") as file:
-                for row in rows:
-                    file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        if self.is_writer and rows:
+            self._append(self._samples, [{"step": step, **row} for row in rows])
 
-    def keep_if_best(self, step: int, value: float, params: Any) -> bool:
-        """Whether to keep these parameters: those of the highest `value` so far, which go to disk, or the last."""
-        if not self.config.keep_best:
-            return True
-        if self.best is not None and not value > self.best[1]:  # a NaN is never better
-            return False
-        self.best = (step, value)
-        checkpoint.save(self.dir / "best", params)
-        return True
-
-    def best_params(self, params: Any) -> Any:
-        """The parameters of the best evaluation; the given ones if none was kept. Removes the copy on disk."""
-        if self.best is None:
-            return params
-        restored = checkpoint.restore(self.dir / "best", params)
-        if self.is_writer:
-            shutil.rmtree(self.dir / "best")
-        return restored
+    def _append(self, lines: directory.Lines, rows: list[dict[str, Any]]) -> None:
+        try:
+            lines.add(rows)
+            self._disk_full = False
+        except OSError as error:
+            text = f"{lines.path} could not be written ({error.strerror})"
+            if self.settings.checkpoint.on_failure == "stop":
+                raise UserError(
+                    f"{text}; free space or mend its permissions, then {self.how_to_continue()}"
+                ) from error
+            if not self._disk_full:
+                self.say(f"{self.stage}: {text}; training continues, its lines are tried again with the next ones")
+            self._disk_full = True
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json and close; the summary gains the wall time and the step that was kept."""
+        """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept."""
         self.flush()
-        self.bar.close()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        summary = {"stage": self.stage, **summary, "wall_s": round(time.time() - self.started, 2)}
+        summary = {"stage": self.stage, **summary, "skipped": self.skipped}
+        summary["wall_s"] = round(time.time() - self.started, 2)
         if self.best is not None:
             summary["best_step"] = self.best[0]
+        self.checkpoints.wait()
         if self.is_writer:
-            (self.dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-            print(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
-        if self._writer is not None:
-            self._writer.close()
+            directory.write_text(self.dir / directory.SUMMARY, json.dumps(summary, indent=1) + "\n")
+            self._record("finished", step=self.total)
+        if not self.settings.checkpoint.keep_finished:
+            self.checkpoints.clear()
+        self.bar.close()
+        self.say(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
         return summary
 
 

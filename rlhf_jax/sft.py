@@ -13,10 +13,11 @@ from rlhf_jax.config import PretrainRun, SFTRun, bind
 from rlhf_jax.data.batches import Batches, collate_sft, eval_batches
 from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.directory import check_output_dir, names_given
 from rlhf_jax.generate import Generator
-from rlhf_jax.loop import train
+from rlhf_jax.loop import num_steps, train
 from rlhf_jax.models import Model
-from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.run import Run
 from rlhf_jax.sharding import check_rows, make_mesh
 from rlhf_jax.stage import (
     Rows,
@@ -56,8 +57,9 @@ def run(
 
     `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss.
     """
-    check_output_dir(config.run)
     stage = "pretrain" if isinstance(config, PretrainRun) else "sft"
+    if (finished := check_output_dir(stage, config)) is not None:
+        return finished
     init_key, step_key, sample_key = jax.random.split(jax.random.key(config.run.seed), 3)
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.data.batch_size // config.sft.accumulate, "data.batch_size / sft.accumulate =")
@@ -78,24 +80,25 @@ def run(
                 out.samples(step, generator.table(params, sampled, jax.random.fold_in(sample_key, step)))
 
         loss_fn = objective(loaded.model, bind(loss or config.sft.loss, config.sft))
-        out, params, evaluate = train(
-            stage,
-            config,
-            config.sft,
-            loaded,
-            loss_fn,
-            batches,
-            held_out,
-            mesh=mesh,
-            key=step_key,
-            shown=("loss/nll", "eval/nll", "time/tokens_per_s"),
-            on_eval=on_eval,
-        )
-        save_model(out.dir / "model", loaded, params, tokenizer)
-        results = evaluate(params)
-    return out.finish(
-        {"parameters": count(params), **results, "eval/perplexity": float(np.exp(results["eval/total"]))}
-    )
+        total, shown = num_steps(config.sft, batches), ("loss/nll", "eval/nll", "time/tokens_per_s")
+        given = names_given(rows=rows, eval_rows=eval_rows, loss=loss)
+        with Run(stage, config, total=total, shown=shown, given=given) as out:
+            params, evaluate = train(
+                out,
+                config,
+                config.sft,
+                loaded,
+                loss_fn,
+                batches,
+                held_out,
+                mesh=mesh,
+                key=step_key,
+                on_eval=on_eval,
+            )
+            save_model(out.dir / "model", loaded, params, tokenizer)
+            results = evaluate(params)
+            perplexity = float(np.exp(results["eval/total"]))
+            return out.finish({"parameters": count(params), **results, "eval/perplexity": perplexity})
 
 
 def load_batches(

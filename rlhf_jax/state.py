@@ -41,11 +41,19 @@ class TrainState:
 
 
 def create_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A sharded state at step 0; `params` may lie anywhere and are donated."""
+    """A sharded state at step 0; `params` may lie anywhere and are donated. Of ShapeDtypeStructs, its shapes alone."""
     create = partial(TrainState.create, tx=tx)
-    shardings = tree_shardings(mesh, jax.eval_shape(create, params))
+    shapes = jax.eval_shape(create, params)
+    shardings = tree_shardings(mesh, shapes)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return placed_shapes(shapes, shardings)
     placed = jax.device_put(params, shardings.params)  # where they lie there already, this copies nothing
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(placed)
+
+
+def placed_shapes(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with shardings: arguments for `.lower()` without a byte of memory."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def make_schedule(config: OptimConfig, total: int) -> Schedule:
@@ -117,3 +125,21 @@ def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTra
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     return optax.chain(*parts, scale_by_learning_rate_of_step(schedule))
+
+
+@jax.jit
+def _bits(tree: Any) -> jax.Array:
+    def of(i: int, leaf: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
+        places = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(2 * i + 1)
+        return jnp.sum(words * (places | jnp.uint32(1)), dtype=jnp.uint32)
+
+    return jnp.stack([of(i, leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]).sum(dtype=jnp.uint32)
+
+
+def digest(tree: Any) -> int | None:
+    """A number that any change of the parameters would change but by a chance of 2**-32, the same on every mesh.
+
+    None for no parameters. Sums modulo 2**32 are exact in any order.
+    """
+    return None if tree is None else int(_bits(tree))

@@ -490,7 +490,7 @@ def test_a_directory_that_fails_to_be_made_is_one_line_too(tmp_path, monkeypatch
 
 
 def test_tensorboard_without_tensorboardx_is_refused_at_once(here, refused, monkeypatch):
-    monkeypatch.setattr("rlhf_jax.run.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_jax.directory.find_spec", lambda name: None)
     line = refused("sft", "--config", "sft.yaml", "--run.tensorboard", "true")
     assert line == "run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX"
 
@@ -508,7 +508,7 @@ def test_a_run_directory_in_use_is_refused_and_stays_as_it_is(here, refused, com
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("model.path", "out/model"), ("data.path", "out/samples.jsonl"), ("model.tokenizer", "out/best")],
+    [("model.path", "out/model"), ("data.path", "out/samples.jsonl"), ("model.tokenizer", "out/checkpoints")],
 )
 def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, option, value):
     from rlhf_jax.run import Run
@@ -525,6 +525,9 @@ def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, option, value)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
+
+
+WRITTEN = {".lock", "run.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model"}
 
 
 def without_times(path: Path) -> list[dict]:
@@ -554,8 +557,7 @@ def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call
 
     # The directory: our files are new, foreign ones as they were, TensorBoard was not asked for.
     made = here / "out"
-    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model", "notes.txt", "figures"}
-    assert {path.name for path in made.iterdir()} == names
+    assert {path.name for path in made.iterdir()} == {*WRITTEN, "notes.txt", "figures"}
     assert (made / "notes.txt").read_text() == "foreign" and (made / "figures" / "a.png").read_bytes() == b"png"
     assert not (made / "model" / "weights").exists()
     assert AutoTokenizer.from_pretrained(made / "model").eos_token == "<eos>"
@@ -591,8 +593,7 @@ def test_an_sft_run_with_tensorboard_and_without_a_bar(here, call):
     assert (code, err) == (0, "")
     assert "sft: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
     assert "steps 2, tokens per step 128, " in out
-    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model", "tensorboard"}
-    assert {path.name for path in (here / "out").iterdir()} == names
+    assert {path.name for path in (here / "out").iterdir()} == {*WRITTEN, "tensorboard"}
     assert [p.name[:18] for p in (here / "out" / "tensorboard").iterdir()] == ["events.out.tfevent"]
     saved = cli.parse("sft", ["--config", "out/config.yaml"])
     assert saved == cli.parse("sft", given)
@@ -630,7 +631,7 @@ def test_an_error_in_the_middle_of_a_run_stands_on_its_own_line(here, call):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_run_with_one_line_and_leaves_valid_metrics(here):
+def test_ctrl_c_ends_a_run_with_the_command_that_continues_it_and_leaves_valid_metrics(here):
     run = ["sft", "--config", "sft.yaml", "--sft.steps", "1000000", "--sft.num_samples", "0"]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
@@ -642,10 +643,13 @@ def test_ctrl_c_ends_a_run_with_one_line_and_leaves_valid_metrics(here):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.split("\n")[-2:] == ["rlhf-jax: interrupted", ""] and "Traceback" not in out + err
+    assert process.returncode == 0 and "Traceback" not in out + err
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert out.splitlines()[-1] == (
+        f"sft: stopped by SIGINT after step {len(rows)} of 1000000 and saved; continue with: rlhf-jax resume out"
+    )
+    assert [path.name for path in (here / "out" / "checkpoints").iterdir()] == [f"{len(rows):08d}"]
 
 
 # --- sample and score -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from rlhf_jax.config.parts import (
     RunConfig,
     SamplingConfig,
 )
+from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
 from rlhf_jax.config.stages import (
     PPO_OPTIM,
     PPOConfig,
@@ -32,9 +33,15 @@ from rlhf_jax.config.stages import (
 
 __all__ = [
     "PPO_OPTIM",
+    "ALWAYS_MAY_CHANGE",
+    "MAY_CHANGE",
     "ArchConfig",
     "DataConfig",
+    "CheckpointConfig",
+    "ConvertRun",
     "MeshConfig",
+    "FaultConfig",
+    "InspectRun",
     "ModelConfig",
     "OptimConfig",
     "PPOConfig",

@@ -193,8 +193,9 @@ class RunConfig:
     """The run directory and what is written to it.
 
     Args:
-        output_dir: holds config.yaml, metrics.jsonl, samples.jsonl, summary.json and model/.
-        overwrite: replace an earlier run in `output_dir`.
+        output_dir: holds config.yaml, metrics.jsonl, samples.jsonl, summary.json, checkpoints/ and model/. The same
+            config with the same directory continues a run that was stopped or killed.
+        overwrite: replace an earlier run in `output_dir` instead, and start anew.
         seed: every random number of the run comes from it.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.

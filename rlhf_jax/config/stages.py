@@ -15,6 +15,7 @@ from rlhf_jax.config.parts import (
     RunConfig,
     SamplingConfig,
 )
+from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.errors import UserError
 
 
@@ -84,6 +85,9 @@ class RewardSourceConfig:
         functions: Python functions fn(prompts, responses, **columns) -> list of floats, as "module:name".
         function_weights: a factor for each function; empty means 1 for all.
         gold: a function of the same form that is only logged, as rollout/gold; training never sees it.
+        timeout: seconds after which a call of a function has failed; 0 waits for ever and calls it in the main thread.
+        retries: further calls after one that raised or ran out of time.
+        on_failure: when these fail too, stop the run (saved first) or skip the batch, counted in rollout/skipped.
     """
 
     model: str = ""
@@ -91,9 +95,12 @@ class RewardSourceConfig:
     functions: list[str] = field(default_factory=list)
     function_weights: list[float] = field(default_factory=list)
     gold: str = ""
+    timeout: float = 600.0
+    retries: int = 2
+    on_failure: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        check(self, "reward.", {"finite": "model_weight"})
+        check(self, "reward.", {"finite": "model_weight", "at least 0": "timeout retries"})
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,8 @@ class SFTRun:
     sampling: SamplingConfig = SamplingConfig()
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
@@ -251,6 +260,8 @@ class RewardRun:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
@@ -273,6 +284,8 @@ class PPORun:
     value_optim: OptimConfig = PPO_OPTIM
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig(eval_every=20)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")

@@ -6,6 +6,7 @@ is said by segment_ids (0 = padding), mask and last, never by token ids: pad_id 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,8 +61,10 @@ class Batches:
             raise UserError(f"seed {seed} is outside 0 .. 2**32 - 1; set run.seed within it")
         self._steps = len(examples) // batch_size
         self._mine = slice(process_index, None, process_count)
+        self._examples, self._seed, self._size = examples, seed, batch_size
         order = grain.MapDataset.source(examples).seed(seed).shuffle()[: self._steps * batch_size]
-        self._global = order.repeat(reseed_each_epoch=True).batch(batch_size, batch_fn=collate)
+        self._order = order.repeat(reseed_each_epoch=True)
+        self._global = self._order.batch(batch_size, batch_fn=collate)
 
     def __len__(self) -> int:
         return self._steps
@@ -69,6 +72,33 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         return _rows(self._global[int(step)], self._mine)
 
+
+    def where(self, step: int) -> list[str]:
+        """The file and line of every row of the global batch of a step."""
+        return [self._order[step * self._size + i]["where"] for i in range(self._size)]
+
+    def cursor(self) -> dict[str, Any]:
+        """What, with a step, says which batch comes next: seed, global_batch, num_records and their fingerprint."""
+        return {
+            "seed": self._seed,
+            "global_batch": self._size,
+            "num_records": len(self._examples),
+            "fingerprint": fingerprint(self._examples),
+        }
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """16 hexadecimal digits that change with the examples and their order, but not with where they come from."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        for name in sorted(set(example) - {"where"}):
+            value = example[name]
+            if isinstance(value, np.ndarray):
+                digest.update(f"{name} {value.dtype} {value.shape}".encode())
+                digest.update(np.ascontiguousarray(value).data)
+            else:
+                digest.update(f"{name} {value!r}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 def eval_batches(
     examples: Sequence[Example],

@@ -1,7 +1,8 @@
 """Rows to token examples, once, when data is loaded: what is dropped or cut is counted and said.
 
-An example is a dict of small numpy arrays. Lengths are in tokens; the stop id counts. `too_long` is drop (counted),
-truncate (a prompt loses its start, a response its end and with it the stop id), or error.
+An example is a dict of small numpy arrays, and "where", the file and line it comes from. Lengths are in tokens; the
+stop id counts. `too_long` is drop (counted), truncate (a prompt loses its start, a response its end and with it the
+stop id), or error.
 """
 
 from __future__ import annotations
@@ -184,6 +185,7 @@ def pack(examples: list[Example], length: int) -> list[Example]:
                 done.append(packs.pop(fullest))
                 room.pop(fullest)
             packs.append([])
+        "where": " ".join(dict.fromkeys(example["where"] for example in members)),
             room.append(length)
             fits = -1
         packs[fits].append(example)
@@ -224,7 +226,7 @@ def _collect(rows: list[Row], build: Callable[[Row], tuple[list[Example], bool]]
         except DroppedRow as drop:
             dropped[drop.reason] += 1
             continue
-        examples += built
+        examples += [{**example, "where": row["_where"]} for example in built]
         truncated += cut
     report = Report(len(rows) - sum(dropped.values()), dict(dropped), truncated)
     if not examples:

@@ -13,18 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import PPORun, SamplingConfig, resolve
-from rlhf_jax.data.batches import Batches, collate_prompts, collate_sft, eval_batches
+from rlhf_jax.config import PPORun, resolve
+from rlhf_jax.data.batches import Batches, collate_prompts, collate_sft, eval_batches, fingerprint
 from rlhf_jax.data.examples import pack, prompt_examples, sft_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.directory import check_output_dir, names_given
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import decode, make_sampler
+from rlhf_jax.models import hub
+from rlhf_jax.nans import first_nan
 from rlhf_jax.ppo import core
-from rlhf_jax.rewards import call_reward, combine
-from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.ppo.checks import check, check_batches, filters
+from rlhf_jax.rewards import RewardFailure, call_reward, combine
+from rlhf_jax.run import Run
 from rlhf_jax.sampling import SamplingLaw
-from rlhf_jax.sharding import batch_sharding, check_rows, make_mesh, put_batch, replicated, tree_shardings
+from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, tree_shardings
 from rlhf_jax.stage import (
     Loaded,
     Rows,
@@ -38,62 +42,8 @@ from rlhf_jax.stage import (
     replace,
     save_model,
 )
-from rlhf_jax.state import TrainState, create_state, learning_rates
+from rlhf_jax.state import TrainState, create_state, digest, learning_rates
 from rlhf_jax.types import Params, PolicyLoss, Rollout
-
-
-def filters(sampling: SamplingConfig) -> bool:
-    """Whether tokens are drawn from another law than softmax(logits / temperature)."""
-    return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_new_tokens > 0
-
-
-def check(config: PPORun) -> None:
-    """Raise a UserError for settings that contradict each other."""
-    ppo, sampling, size = config.ppo, config.sampling, config.data.batch_size
-    if sampling.temperature <= 0:
-        raise UserError(f"sampling.temperature {sampling.temperature}: PPO learns from random samples; set it above 0")
-    if filters(sampling) and ppo.old_logprobs == "sampler":
-        raise UserError(
-            "ppo.old_logprobs sampler with top_k, top_p or min_new_tokens would compare a filtered law with an "
-            "unfiltered one; set ppo.old_logprobs to recompute, or sampling.top_k 0, top_p 1 and min_new_tokens 0"
-        )
-    if sampling.min_new_tokens and ppo.stop == "truncate":
-        raise UserError("sampling.min_new_tokens does nothing with ppo.stop truncate; set ppo.truncate_after instead")
-    if ppo.truncate_after and ppo.stop == "eos":
-        raise UserError("ppo.truncate_after does nothing with ppo.stop eos; set ppo.stop truncate, or it to 0")
-    if size % (ppo.minibatches * ppo.accumulate):
-        raise UserError(
-            f"data.batch_size {size} is not divisible by ppo.minibatches * ppo.accumulate = "
-            f"{ppo.minibatches * ppo.accumulate}; change one of them"
-        )
-    for name, rows in (("sampling.microbatch", sampling.microbatch), ("ppo.score_microbatch", ppo.score_microbatch)):
-        if rows and size % rows:
-            raise UserError(f"data.batch_size {size} is not a multiple of {name} {rows}; choose a divisor, or 0")
-    if ppo.kl_controller == "adaptive" and ppo.kl_target <= 0:
-        raise UserError(f"ppo.kl_target {ppo.kl_target} must be positive; or set ppo.kl_controller fixed")
-    if ppo.missing_eos == "subtract" and ppo.missing_eos_value < 0:
-        raise UserError(f"ppo.missing_eos_value {ppo.missing_eos_value}, subtracted, is a reward; make it positive")
-    if ppo.ptx_coef and not ppo.ptx_path:
-        raise UserError(f"ppo.ptx_coef {ppo.ptx_coef} needs text; set ppo.ptx_path")
-    if ppo.value_init == "reward_model" and (not config.reward.model or ppo.shared_trunk):
-        raise UserError("ppo.value_init reward_model needs reward.model, and ppo.shared_trunk false")
-
-
-def check_batches(config: PPORun, mesh: Mesh) -> None:
-    """Raise a UserError unless every batch and microbatch divides over the mesh."""
-    ppo, size = config.ppo, config.data.batch_size
-    if ppo.ptx_coef and ppo.ptx_batch_size % ppo.accumulate:
-        raise UserError(
-            f"ppo.ptx_batch_size {ppo.ptx_batch_size} is not divisible by ppo.accumulate {ppo.accumulate}; "
-            "change one of them"
-        )
-    steps = ppo.minibatches * ppo.accumulate
-    check_rows(mesh, size, "data.batch_size")
-    check_rows(mesh, size // steps, "data.batch_size / (ppo.minibatches * ppo.accumulate) =")
-    check_rows(mesh, config.sampling.microbatch, "sampling.microbatch")
-    check_rows(mesh, ppo.score_microbatch, "ppo.score_microbatch")
-    if ppo.ptx_coef:
-        check_rows(mesh, ppo.ptx_batch_size // ppo.accumulate, "ppo.ptx_batch_size / ppo.accumulate =")
 
 
 @dataclass(frozen=True)
@@ -136,9 +86,10 @@ def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Arr
 
 def check_same_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Raise a UserError if the directory holds a tokenizer that maps text to other ids."""
-    if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    directory = hub.local_directory(path)
+    if not any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    if Tokenizer.load(path).hf.get_vocab() != tokenizer.hf.get_vocab():
+    if Tokenizer.load(directory).hf.get_vocab() != tokenizer.hf.get_vocab():
         raise UserError(f"reward model {path} has another tokenizer than the policy; train it with the policy's")
 
 
@@ -172,7 +123,12 @@ def make_programs(
     return Programs(
         rollout=jax.jit(rollout, out_shardings=rows),
         score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(tree_shardings(mesh, state), whole)),
+        # To look for a NaN the update is run again, from the state before it.
+        update=jax.jit(
+            update,
+            donate_argnums=() if config.faults.debug_nans else 0,
+            out_shardings=(tree_shardings(mesh, state), whole),
+        ),
         state=state,
         schedule=schedule,
     )
@@ -260,7 +216,11 @@ class PPO:
             if self.python_reward is not None:
                 host = self.python_reward(batch["prompts"], responses, batch["columns"])
             if self.gold is not None:
-                golds = call_reward(self.gold, batch["prompts"], responses, batch["columns"])
+                source = self.config.reward
+                prompts, columns = batch["prompts"], batch["columns"]
+                golds = call_reward(
+                    self.gold, prompts, responses, columns, timeout=source.timeout, retries=source.retries
+                )
                 gold = float(golds[np.asarray(batch.get("valid", np.ones(len(golds), bool)))].mean())
         return jax.device_put(host, batch_sharding(self.mesh)), gold
 
@@ -287,7 +247,10 @@ class PPO:
         if self.ptx is not None:
             stacked = jax.tree.map(lambda *xs: np.stack(xs), *[self.ptx[i * num + j] for j in range(num)])
             ptx = jax.device_put(stacked, replicated(self.mesh))
-        self.state, updates = self.programs.update(self.state, experience, update_key, self.law.temperature, ptx)
+        arguments = (self.state, experience, update_key, self.law.temperature, ptx)
+        self.state, updates = self.programs.update(*arguments)
+        if self.config.faults.debug_nans and updates["optim/skipped"] > 0:
+            raise UserError(f"iteration {i}, update: {first_nan(self.programs.update, *arguments)}")
         if self.average is not None:
             self.average = self._ema(self.average, self.state.params["policy"])
         host = {} if gold is None else {"rollout/gold": gold}
@@ -329,22 +292,51 @@ class PPO:
             for p, t, r, k, f in columns
         ]
 
-    def to_save(self) -> dict[str, Params]:
-        """The policy that is evaluated, and the critic of the same iteration if it is asked for."""
-        params = {"policy": self.policy()}
-        if self.config.ppo.save_value_model:
-            params["value"] = self.state.params["value"]
-            if self.config.ppo.shared_trunk:
-                params["value"] = self.nets.policy.model.with_score(
-                    self.state.params["policy"], params["value"]["score"]
-                )
-        return params
+    def tree(self) -> dict[str, Any]:
+        """All arrays that an iteration changes: what a checkpoint holds."""
+        tree = {"state": self.state, "kl_coef": self.kl_coef}
+        return tree if self.average is None else {**tree, "average": self.average}
 
-    def save(self, directory: Path, params: dict[str, Params]) -> None:
-        """Write what `to_save` returned."""
-        save_model(directory / "model", self.nets.policy, params["policy"], self.tokenizer)
+    def put_tree(self, tree: dict[str, Any]) -> None:
+        """Take over what `tree` gave, or a checkpoint of it."""
+        self.state, self.kl_coef, self.average = tree["state"], tree["kl_coef"], tree.get("average")
+
+    def identity(self) -> dict[str, Any]:
+        """What a continued run must find unchanged, beside the config."""
+        return {
+            "training rows": self.batches.cursor(),
+            "held-out rows": fingerprint(self.held_out),
+            "ptx rows": self.ptx and self.ptx.cursor(),
+            "weights of the reference model": digest(self.nets.ref),
+            "weights of the reward model": digest(self.nets.reward),
+        }
+
+    def skip_update(self) -> None:
+        """Count an iteration without updates, so that the learning rate goes on."""
+        num = self.config.ppo.epochs * self.config.ppo.minibatches
+        self.state = TrainState(self.state.step + num, self.state.params, self.state.opt_state)
+
+    def to_save(self) -> dict[str, Params]:
+        """What the results need of `tree`: the policy that is evaluated, and the critic's half if it is asked for."""
+        params = {"average": self.average} if self.average is not None else {}
+        halves = [] if self.average is not None else ["policy"]
+        if self.config.ppo.save_value_model:
+            halves = ["policy", "value"] if self.config.ppo.shared_trunk else [*halves, "value"]
+        return {**params, "state": {"params": {name: self.state.params[name] for name in halves}}}
+
+    def save(self, directory: Path, tree: dict[str, Any]) -> None:
+        """Write the models in a tree of the form of `to_save`."""
+        params = tree["state"]["params"]
+        policy = tree["average"] if "average" in tree else params["policy"]
+        save_model(directory / "model", self.nets.policy, policy, self.tokenizer)
         if "value" in params:
-            save_model(directory / "value_model", self.nets.value, params["value"], self.tokenizer)
+            value = params["value"]
+            if self.config.ppo.shared_trunk:
+                value = self.nets.policy.model.with_score(params["policy"], value["score"])
+            save_model(directory / "value_model", self.nets.value, value, self.tokenizer)
+
+
+SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
 
 
 def run(config: PPORun, **overrides: Any) -> dict[str, Any]:
@@ -353,36 +345,69 @@ def run(config: PPORun, **overrides: Any) -> dict[str, Any]:
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
     (Python functions) and `policy_loss`.
     """
-    check_output_dir(config.run)
+    if (finished := check_output_dir("ppo", config)) is not None:
+        return finished
     ppo = PPO(config, **overrides)
-    total, size = config.ppo.iterations, config.data.batch_size
-    tokens = size * config.sampling.max_new_tokens
+    total = config.ppo.iterations
+    tokens = config.data.batch_size * config.sampling.max_new_tokens
+    given = names_given(**overrides)
     with jax.set_mesh(ppo.mesh):
         params = ppo.state.params["policy"]
         describe("ppo", ppo.mesh, ppo.nets.models.policy, params, iterations=total, new_tokens_per_iteration=tokens)
-        rates = learning_rates(ppo.programs.schedule, total)
-        out = Run(
-            "ppo", config, total=total, shown=("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
-        )
-        before = kept = _evaluate(out, ppo, 0)
-        out.restart_clock()
-        logged = 0
-        for i in range(total):
-            metrics, host, table = ppo.iteration(i)
-            out.advance()
-            show = config.ppo.num_samples and (i + 1) % config.ppo.sample_every == 0
-            if show or (i + 1) % config.run.log_every == 0 or i + 1 == total:
-                prompts = ppo.batches[i]["prompts"] if show else []
-                write = lambda fetched, i=i, prompts=prompts: out.samples(i + 1, ppo.table(fetched, prompts))  # noqa: E731
-                host["optim/lr"] = rates[i]
-                new = tokens * (i + 1 - logged)
-                out.log(i + 1, metrics, host, tokens=new, table=table if show else None, on_table=write)
-                logged = i + 1
-            if i + 1 == total or (config.run.eval_every and (i + 1) % config.run.eval_every == 0):
-                kept = _evaluate(out, ppo, i + 1) or kept
-                out.restart_clock()
-        ppo.save(out.dir, out.best_params(ppo.to_save()))
-    return out.finish({"iterations": total, "before": before, "after": kept, "kl_coef": float(ppo.kl_coef)})
+        with Run("ppo", config, total=total, shown=SHOWN, given=given, agree_every=1) as out:
+            tree, notes = out.restore(ppo.tree(), ppo.identity())
+            ppo.put_tree(tree)
+            out.rows_of = ppo.batches.where
+            notes = train(out, ppo, notes)
+            ppo.save(out.dir, out.restore_best(ppo.to_save()))
+            return out.finish({"iterations": total, **notes, "kl_coef": float(ppo.kl_coef)})
+
+
+def train(out: Run, ppo: PPO, notes: dict[str, Any]) -> dict[str, Any]:
+    """The iterations from out.start on. `notes` {before, after}: the first evaluation and that of the kept policy."""
+    config, total = ppo.config, out.total
+    tokens = config.data.batch_size * config.sampling.max_new_tokens
+    rates = learning_rates(ppo.programs.schedule, total)
+    if not notes:
+        before = _evaluate(out, ppo, 0)
+        notes = {"before": before, "after": before}
+        out.save_if_due(0, ppo.tree(), notes)
+    out.restart_clock()
+    logged = out.start
+    for i in range(out.start, total):
+        done = _iterate(out, ppo, i, notes)
+        show = done is not None and config.ppo.num_samples and (i + 1) % config.ppo.sample_every == 0
+        if done is not None and (show or (i + 1) % config.run.log_every == 0 or i + 1 == total):
+            metrics, host, table = done
+            prompts = ppo.batches[i]["prompts"] if show else []
+            write = lambda fetched, i=i, prompts=prompts: out.samples(i + 1, ppo.table(fetched, prompts))  # noqa: E731
+            host["optim/lr"] = rates[i]
+            new = tokens * (i + 1 - logged)
+            out.log(i + 1, metrics, host, tokens=new, table=table if show else None, on_table=write)
+            logged = i + 1
+        if i + 1 == total or (config.run.eval_every and (i + 1) % config.run.eval_every == 0):
+            notes = {**notes, "after": _evaluate(out, ppo, i + 1) or notes["after"]}
+            out.restart_clock()
+        out.save_if_due(i + 1, ppo.tree(), notes)
+    return notes
+
+
+def _iterate(out: Run, ppo: PPO, i: int, notes: dict[str, Any]) -> tuple[Any, dict[str, float], Any] | None:
+    """Iteration i, or None if its reward failed and the batch is to be skipped."""
+    try:
+        done = ppo.iteration(i)
+    except RewardFailure as error:
+        if ppo.config.reward.on_failure == "stop":
+            out.save_now(i, ppo.tree(), notes)
+            raise UserError(f"iteration {i + 1}: {error}; then {out.how_to_continue()}") from error
+        out.flush()
+        out.write(i + 1, {"rollout/skipped": 1.0})
+        out.say(f"ppo: iteration {i + 1} is skipped: {error}")
+        ppo.skip_update()
+        out.bar.update(1)
+        return None
+    out.advance(i + 1, done[0]["optim/skipped"], ppo.config.ppo.epochs * ppo.config.ppo.minibatches)
+    return done
 
 
 def _evaluate(out: Run, ppo: PPO, step: int) -> dict[str, float]:
@@ -392,7 +417,13 @@ def _evaluate(out: Run, ppo: PPO, step: int) -> dict[str, float]:
     over-optimised policy.
     """
     out.flush()
-    results, samples = ppo.evaluate()
+    try:
+        results, samples = ppo.evaluate()
+    except RewardFailure as error:
+        if ppo.config.reward.on_failure == "stop":
+            raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
+        out.say(f"ppo: the evaluation after iteration {step} is skipped: {error}")
+        return {}
     out.write(step, results)
     out.samples(step, samples)
-    return results if out.keep_if_best(step, results["eval/objective"], ppo.to_save()) else {}
+    return results if out.keep_if_best(step, results["eval/objective"]) else {}
