@@ -98,8 +98,8 @@ def load_params(
     """The weights of a Hugging Face directory, whose shape `read_config` gives, as our tree of jax arrays.
 
     With `score_head` they have the scalar head of a reward or value model and no vocabulary head, else the reverse;
-    None loads the trunk alone. Every device's shard of a leaf is read from the file straight into place, so the host
-    never holds more than a leaf beside what its devices keep.
+    None loads the trunk alone. Every device's part of a leaf is read from the files by itself, so the host holds one
+    part and the pages of one stored tensor beside what its devices keep.
 
     Args:
         mesh: where the arrays lie, by the rule table; None for the first device.
@@ -130,25 +130,20 @@ def load_params(
     for leaf, spec in specs.items():
         parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
         read = functools.partial(_read_shard, parts, stored, layout, spec)
-        leaves[leaf] = jax.make_array_from_callback(
-            spec.shape, shardings[leaf], _remembered(read, spec, shardings[leaf])
-        )
+        leaves[leaf] = _placed(read, spec, shardings[leaf])
     return _nest(leaves)
 
 
-def _remembered(read: Callable[..., np.ndarray], spec: Any, sharding: Any) -> Callable[..., np.ndarray]:
-    """`read`, once for every shard that several devices hold."""
-    indices = [str(index) for index in sharding.addressable_devices_indices_map(spec.shape).values()]
-    if len(set(indices)) == len(indices):
-        return read
-    known: dict[str, np.ndarray] = {}
-
-    def remembered(index: tuple[slice, ...]) -> np.ndarray:
-        if str(index) not in known:
-            known[str(index)] = read(index)
-        return known[str(index)]
-
-    return remembered
+def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.Array:
+    """An array whose parts `read` gives; the host holds one of them at a time, and reads it once for all its copies."""
+    holders: dict[str, tuple[Any, list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    arrays = []
+    for index, devices in holders.values():
+        part = read(index)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
 def _read_shard(
