@@ -5,9 +5,9 @@ them to `sft.run`, `reward.run` and `ppo.run`. Counts are in the unit that the n
 value out of range is a UserError where the class is made.
 """
 
+from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.functions import bind, resolve, to_dict
 from rlhf_jax.config.parts import (
-    ArchConfig,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -30,18 +30,19 @@ from rlhf_jax.config.stages import (
     SFTConfig,
     SFTRun,
 )
+from rlhf_jax.config.tools import ConvertRun, InspectRun
 
 __all__ = [
-    "PPO_OPTIM",
     "ALWAYS_MAY_CHANGE",
     "MAY_CHANGE",
+    "PPO_OPTIM",
     "ArchConfig",
-    "DataConfig",
     "CheckpointConfig",
     "ConvertRun",
-    "MeshConfig",
+    "DataConfig",
     "FaultConfig",
     "InspectRun",
+    "MeshConfig",
     "ModelConfig",
     "OptimConfig",
     "PPOConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "RewardConfig",
     "RewardRun",
     "RewardSourceConfig",
+    "RopeScaling",
     "RunConfig",
     "SFTConfig",
     "SFTRun",

@@ -5,72 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_jax.config.arch import ArchConfig
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class ArchConfig:
-    """The shape of a decoder, for a model that starts from random weights; a Hugging Face directory brings its own.
-
-    Args:
-        vocab_size: V, rows of the embedding.
-        width: D, width of the residual stream.
-        num_layers: L.
-        num_heads: H, query heads.
-        num_kv_heads: K, key-value heads; H must be a multiple.
-        head_dim: N, width of a head.
-        ffn_width: hidden width of the MLP.
-        max_positions: longest sequence the positions allow.
-        norm: rms (RMSNorm) or layer (LayerNorm with bias).
-        norm_eps: added to the variance.
-        positions: rotary or learned.
-        rope_theta: base of the rotary frequencies.
-        activation: the MLP's nonlinearity.
-        gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
-        qkv_bias: biases on the query, key and value projections.
-        out_bias: bias on the attention's output projection.
-        mlp_bias: biases on the MLP's projections.
-        tied_head: use the embedding as the vocabulary projection.
-        init_std: standard deviation of fresh weights.
-    """
-
-    vocab_size: int = 512
-    width: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 32
-    ffn_width: int = 352
-    max_positions: int = 512
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    positions: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = 10000.0
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    gated_mlp: bool = True
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    tied_head: bool = True
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        rules = {
-            "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions",
-            "above 0": "norm_eps rope_theta",
-            "at least 0": "init_std",
-        }
-        check(self, "model.arch.", rules)
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.num_kv_heads "
-                f"{self.num_kv_heads}; change one of them"
-            )
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(
-                f"model.arch.head_dim {self.head_dim} is odd, which rotary positions cannot split; make it even"
-            )
 
 
 @dataclass(frozen=True)
@@ -78,11 +15,16 @@ class ModelConfig:
     """Which model, and how it computes.
 
     Args:
-        path: a Hugging Face directory (config.json, model.safetensors, tokenizer files); empty starts from `arch`.
+        path: a Hugging Face directory (config.json, safetensors, tokenizer files), or hf://owner/name[@revision] to
+            download one; empty starts from `arch`.
         arch: shape of a model with random weights, used when `path` is empty.
-        tokenizer: a tokenizer directory; empty means the one in `path`.
+        tokenizer: a tokenizer directory or hf:// name; empty means the one in `path`.
         eos_ids: ids that end a response; empty means the ids that the model directory or the tokenizer names.
-        compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Weights stay float32.
+        compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU.
+        param_dtype: dtype of the weights at rest; bfloat16 halves a frozen model, and loses small updates of a trained
+            one. Scalar heads are float32.
+        attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores. auto is
+            flash where there is one.
         remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
         logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
     """
@@ -92,6 +34,8 @@ class ModelConfig:
     tokenizer: str = ""
     eos_ids: list[int] = field(default_factory=list)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "plain", "flash"] = "auto"
     remat: Literal["none", "dots", "full"] = "dots"
     logprob_chunk: int = 256
 

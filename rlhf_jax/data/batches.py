@@ -72,7 +72,6 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         return _rows(self._global[int(step)], self._mine)
 
-
     def where(self, step: int) -> list[str]:
         """The file and line of every row of the global batch of a step."""
         return [self._order[step * self._size + i]["where"] for i in range(self._size)]

@@ -185,7 +185,6 @@ def pack(examples: list[Example], length: int) -> list[Example]:
                 done.append(packs.pop(fullest))
                 room.pop(fullest)
             packs.append([])
-        "where": " ".join(dict.fromkeys(example["where"] for example in members)),
             room.append(length)
             fits = -1
         packs[fits].append(example)
@@ -200,6 +199,7 @@ def _join(members: list[Example]) -> Example:
         "loss_mask": np.concatenate([example["loss_mask"] for example in members]),
         "segment_ids": np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
         "positions": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+        "where": " ".join(dict.fromkeys(example["where"] for example in members)),
     }
 
 
