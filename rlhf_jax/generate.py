@@ -60,8 +60,8 @@ class Generator:
 
     def texts(
         self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
-    ) -> tuple[list[str], list[str]]:
-        """Prompts as text and one response to each; `batch_size` rows at once (0: all)."""
+    ) -> tuple[list[str], list[str], list[bool]]:
+        """Prompts as text, a response to each, whether it ended in a stop id; `batch_size` rows at once (0: all)."""
         examples, _ = prompt_examples(
             list(rows), self.tokenizer, max_prompt_length=self.buckets[-1], too_long="truncate"
         )
@@ -69,16 +69,18 @@ class Generator:
         size = -(-(batch_size or len(examples)) // multiple) * multiple
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
         responses: list[str] = []
+        finished: list[bool] = []
         for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
             placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
             rollout = self.rollout(params, placed["tokens"], placed["mask"], jax.random.fold_in(key, i), self.law)
             texts = decode(self.tokenizer, rollout)
             responses += [text for text, valid in zip(texts, batch["valid"], strict=True) if valid]
-        return [example["prompt"] for example in examples], responses
+            finished += np.asarray(jax.device_get(rollout.finished))[batch["valid"]].tolist()
+        return [example["prompt"] for example in examples], responses, finished
 
     def table(self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array) -> list[dict[str, str]]:
         """Rows {prompt, response} for samples.jsonl."""
-        prompts, responses = self.texts(params, rows, key)
+        prompts, responses, _ = self.texts(params, rows, key)
         return [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
 
 

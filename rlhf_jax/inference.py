@@ -54,7 +54,7 @@ def report_cut(report: Report) -> None:
 
 
 def run_sample(config: SampleRun) -> list[dict[str, Any]]:
-    """num_samples responses to every prompt, as rows {prompt, response}; written or printed, and returned."""
+    """num_samples responses to every prompt, rows {prompt, response, finished}; written or printed, and returned."""
     check_output(config.output, config.overwrite)
     rows: list[dict[str, Any]] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     rows += rows_from(config.data_path) if config.data_path else []
@@ -75,23 +75,24 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
         generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
         repeated = [row for row in rows for _ in range(config.num_samples)]
         size = min(config.batch_size, len(repeated))
-        _, responses = generator.texts(loaded.params, repeated, jax.random.key(config.seed), batch_size=size)
-    out = [{"prompt": row["prompt"], "response": r} for row, r in zip(repeated, responses, strict=True)]
+        _, responses, finished = generator.texts(loaded.params, repeated, jax.random.key(config.seed), batch_size=size)
+    columns = zip(repeated, responses, finished, strict=True)
+    out = [{"prompt": row["prompt"], "response": text, "finished": done} for row, text, done in columns]
     write_rows(out, config.output)
     return out
 
 
 def score_example(row: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> dict[str, Any]:
-    """{tokens int32[n], loss_mask, cut} of a {prompt, response} row; an empty response is the stop id alone.
+    """{tokens int32[n], loss_mask, cut} of a {prompt, response, finished?} row; an empty response is a stop id.
 
     Raises:
         UserError: a missing field or a wrong type.
     """
     if isinstance(row.get("response"), str) and not row["response"].strip():
-        row, response = prompt_row(row), [tokenizer.eos_ids[0]]
+        row, response = prompt_row(row), [tokenizer.eos_ids[0]] * row.get("finished", True)
     else:
         row = sft_row(row)
-        response = tokenizer.encode_response(row["response"])
+        response = tokenizer.encode_response(row["response"], finished=row["finished"])
     prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
     tokens = np.asarray(prompt + response, np.int32)

@@ -7,6 +7,8 @@ fields of the same name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -47,20 +49,66 @@ def pairwise_reward_loss(
 
 
 def kwise_reward_loss(
-    scores: Float[Array, "B K"], ranks: Float[Array, "B K"], mask: Bool[Array, "B K"], weights: Float[Array, " B"]
+    scores: Float[Array, "B K"],
+    ranks: Float[Array, "B K"],
+    mask: Bool[Array, "B K"],
+    weights: Float[Array, " B"],
+    *,
+    center_coef: float,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean over the ordered pairs of a prompt's K responses of -log sigmoid(s_better - s_worse); K = 2 is pairwise.
 
-    Ouyang et al. 2022 (arXiv 2203.02155), eq. 1. Lower `ranks` are better; ties and responses off the mask make no
-    pair, and a prompt without a pair adds 0.
+    Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; plus c (s_better + s_worse)^2, as in `pairwise_reward_loss`. Lower
+    `ranks` are better; ties and responses off the mask make no pair, and a prompt without a pair adds 0.
     """
+    better, mean = _ordered_pairs(ranks, mask)
+    difference, total = scores[:, :, None] - scores[:, None, :], scores[:, :, None] + scores[:, None, :]
+    nll = jnp.sum(weights * mean(-jax.nn.log_sigmoid(difference)))
+    loss = nll + center_coef * jnp.sum(weights * mean(total**2))
+    return loss, {"loss/kwise": nll, **_order_metrics(scores, better, mean, weights)}
+
+
+def plackett_luce_reward_loss(
+    scores: Float[Array, "B K"],
+    ranks: Float[Array, "B K"],
+    mask: Bool[Array, "B K"],
+    weights: Float[Array, " B"],
+    *,
+    center_coef: float,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean over a prompt's choices of -log(exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j worse than i)).
+
+    Plackett 1975, the list-wise loss ListMLE (Xia et al. 2008); K = 2 is pairwise; c as in `kwise_reward_loss`. Lower
+    `ranks` are better. Tied responses are each chosen before what is worse than both and not compared; the worst ones
+    and those off the mask choose nothing, and a prompt without a choice adds 0.
+    """
+    better, mean = _ordered_pairs(ranks, mask)
+    difference, total = scores[:, :, None] - scores[:, None, :], scores[:, :, None] + scores[:, None, :]
+    # log(1 + sum exp(s_j - s_i)): a logsumexp over the worse and over i itself, whose difference is 0.
+    among = jnp.where(better, -difference, -jnp.inf)
+    each = jax.nn.logsumexp(jnp.concatenate([among, jnp.zeros_like(among[:, :, :1])], axis=2), axis=2)
+    choices = jnp.maximum(better.any(2).astype(jnp.float32).sum(1), 1.0)
+    nll = jnp.sum(weights * each.sum(1) / choices)
+    loss = nll + center_coef * jnp.sum(weights * mean(total**2))
+    return loss, {"loss/plackett_luce": nll, **_order_metrics(scores, better, mean, weights)}
+
+
+def _ordered_pairs(ranks: Array, mask: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(bool[B, K, K], whether i is better than j; the mean of an array [B, K, K] over those pairs, [B])."""
     better = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    difference = scores[:, :, None] - scores[:, None, :]
     pairs = jnp.maximum(better.astype(jnp.float32).sum((1, 2)), 1.0)
-    nll = -jnp.sum(jnp.where(better, jax.nn.log_sigmoid(difference), 0.0), (1, 2)) / pairs
-    right = jnp.sum(jnp.where(better & (difference > 0), 1.0, 0.0), (1, 2)) / pairs
-    loss = jnp.sum(weights * nll)
-    return loss, {"loss/kwise": loss, "reward_model/accuracy": jnp.sum(weights * right)}
+    return better, lambda x: jnp.sum(jnp.where(better, x, 0.0), (1, 2)) / pairs
+
+
+def _order_metrics(scores: Array, better: Array, mean: Callable[[Array], Array], weights: Array) -> Metrics:
+    """As those of `pairwise_reward_loss`, over the pairs of each prompt."""
+    difference, total = scores[:, :, None] - scores[:, None, :], scores[:, :, None] + scores[:, None, :]
+    right = jnp.where(difference == 0, 0.5, (difference > 0).astype(jnp.float32))
+    return {
+        "reward_model/accuracy": jnp.sum(weights * mean(right)),
+        "reward_model/margin": jnp.sum(weights * mean(difference)),
+        "reward_model/mean_score": jnp.sum(weights * mean(total / 2)),
+    }
 
 
 def rrhf_ranking_loss(

@@ -77,7 +77,7 @@ def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0)
             max_new_tokens=SAMPLING.max_new_tokens, chunk=SAMPLING.chunk, temperature=temperature
         )
         generator = Generator(loaded.model, tokenizer, sampling, mesh, max_prompt_length=DATA.max_prompt_length)
-        return generator.texts(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))
+        return generator.texts(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))[:2]
 
 
 def collect(graph: walks.Graph, policy: str, config: QuickstartConfig, round_: int) -> list[dict[str, str]]:

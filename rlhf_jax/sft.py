@@ -113,6 +113,7 @@ def load_batches(
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
         too_long=data.too_long,
+        strict=data.strict,
         loss_on=config.sft.loss_on,
     )
     train_set, held_out = make_examples(build, train_rows, held_out_rows)

@@ -665,7 +665,8 @@ def test_sample_and_score_on_saved_models(here, call):
     assert (code, out, err) == (0, "", "")
     rows = rows_of((here / "made" / "rows.jsonl").read_text())
     assert [row["prompt"] for row in rows] == ["b", "b", "c d", "c d"]
-    assert all(set(row) == {"prompt", "response"} for row in rows)
+    assert all(set(row) == {"prompt", "response", "finished"} for row in rows)
+    assert {row["finished"] for row in rows} == {True, False}
     assert len({row["response"] for row in rows}) > 1
 
     # An empty response is a stop token and nothing else: it has a score.
@@ -682,7 +683,7 @@ def test_sample_and_score_on_saved_models(here, call):
     params = hf.load_params("rm", ARCH, score_head=True)
     tokenizer = walks.make_tokenizer()
     for row in scored:
-        ids = [*tokenizer.encode(f"{row['prompt']} {row['response']}"), 1]
+        ids = tokenizer.encode(f"{row['prompt']} {row['response']}") + [1] * row.get("finished", True)
         tokens = jax.numpy.asarray([ids])
         hidden = model.apply(params, tokens, jax.numpy.arange(len(ids))[None], jax.numpy.ones_like(tokens))
         expected = model.scores(params["score"], hidden)[0, -1]
@@ -706,7 +707,7 @@ def test_sample_decodes_in_microbatches_and_says_what_it_cut(here, call):
     arguments = ["--prompts", "[b c d e, c]", "--sampling.microbatch", "3", "--sampling.max_new_tokens", "2"]
     code, out, err = call("sample", "--model.path", "lm", *arguments, "--max_prompt_length", "2", "--batch_size", "1")
     assert code == 0 and [row["prompt"] for row in rows_of(out)] == ["b c d e", "c"]
-    assert err == "rows: kept 2 of 2 rows; dropped 0; truncated 1\n"
+    assert err == "rows: kept 2 of 2 rows; dropped 0; truncated 1; read as 2 prompt-only\n"
 
 
 INFERENCE_MISTAKES = {

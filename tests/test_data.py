@@ -9,9 +9,9 @@ import pytest
 
 from rlhf_jax.data import schemas, sources
 from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft, eval_batches
+from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import (
     pack,
-    preference_examples,
     prompt_examples,
     prompt_key,
     sft_examples,
@@ -64,7 +64,11 @@ def turn(role, content):
 def numbered(count):
     """Examples whose first token is their index, so that a batch shows which rows it holds."""
     return [
-        {"tokens": np.arange(i, i + 2 + i % 3, dtype=np.int32), "loss_mask": np.arange(2 + i % 3) > 0}
+        {
+            "tokens": np.arange(i, i + 2 + i % 3, dtype=np.int32),
+            "loss_mask": np.arange(2 + i % 3) > 0,
+            "where": f"row {i}",
+        }
         for i in range(count)
     ]
 
@@ -143,7 +147,7 @@ def test_missing_files_name_the_nearest(tmp_path):
 
 def test_every_form_of_an_sft_row_becomes_the_same():
     answer = [{"role": "assistant", "content": "yes"}]
-    wanted = {"prompt": USER, "response": answer, "_where": "f:1"}
+    wanted = {"prompt": USER, "response": answer, "finished": True, "_where": "f:1"}
     for row in [
         {"prompt": USER, "response": "yes"},
         {"prompt": USER, "response": answer},
@@ -221,7 +225,7 @@ def test_rows_with_nothing_to_learn_are_drops_with_a_reason(kind, row, reason):
         ("sft", {"prompt": "a", "response": [turn("user", "b")]}, "must be one assistant message; put"),
         ("sft", {"messages": USER}, "end in an assistant turn; add"),
         ("preference", {"prompt": "a", "chosen": "b"}, 'no field "rejected"'),
-        ("preference", {"chosen": "b", "rejected": "c"}, 'no "prompt", and "chosen" is not .* add the field'),
+        ("preference", {"chosen": "b", "rejected": "c"}, 'no "prompt", and .* share no beginning; add the field'),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [1, 2]}, "give three counts"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "votes": [0, 0, 0]}, "all zero; leave"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "'x'; give a finite number"),
@@ -331,7 +335,10 @@ def test_too_long_rows_are_dropped_cut_or_refused(tokenizer):
     rows = sources.rows_from([{"prompt": "a b c d", "response": "e f g"}, {"prompt": "a", "response": "b"}])
     make = partial(sft_examples, rows, tokenizer, loss_on="response")
     _, report = make(max_prompt_length=3, max_length=9, too_long="drop")
-    assert str(report) == "kept 1 of 2 rows; dropped 1 with a prompt over 3 tokens; truncated 0"
+    assert (
+        str(report)
+        == "kept 1 of 2 rows; dropped 1 with a prompt over 3 tokens; truncated 0; read as 2 prompt-completion"
+    )
     _, report = make(max_prompt_length=4, max_length=7, too_long="drop")
     assert report.dropped == {"longer than 7 tokens": 1}
     examples, report = make(max_prompt_length=2, max_length=4, too_long="truncate")
@@ -482,7 +489,7 @@ def test_masks_are_never_inferred_from_ids():
     assert sft["segment_ids"].tolist() == [[1, 1, 1, 0, 0]]
     assert sft["positions"].tolist() == [[0, 1, 2, 0, 0]]
     assert (sft["weights"] > 0).tolist() == [[False, True, True, False, False]]
-    pair = {"chosen": tokens, "rejected": tokens[:2], "label": 1.0, "margin": 0.0}
+    pair = {"chosen": tokens, "rejected": tokens[:2], "label": 1.0, "margin": 0.0, "weight": 1.0}
     preference = collate_preference([pair], length=4)
     assert preference["segment_ids"].tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0]]]
     assert preference["last"].tolist() == [[2, 1]]
@@ -491,7 +498,7 @@ def test_masks_are_never_inferred_from_ids():
 
 
 def test_padding_takes_the_pad_id():
-    pair = {"chosen": np.array([1, 2]), "rejected": np.array([3]), "label": 0.5, "margin": 2.0}
+    pair = {"chosen": np.array([1, 2]), "rejected": np.array([3]), "label": 0.5, "margin": 2.0, "weight": 1.0}
     batch = collate_preference([pair, pair], length=3, pad_id=9)
     assert batch["tokens"][0].tolist() == [[1, 2, 9], [3, 9, 9]]
     assert {name: array.shape for name, array in batch.items()} == {

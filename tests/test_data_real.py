@@ -1,5 +1,6 @@
 """Laws of rlhf_jax.data on real rows and real tokenizers; skipped where ../shared/data is absent."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,15 +9,16 @@ import pytest
 
 from rlhf_jax.data import schemas, sources
 from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft
+from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import (
     pack,
-    preference_examples,
     prompt_examples,
     prompt_key,
     sft_examples,
     split_by_prompt,
 )
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.rankings import bradley_terry, soft_labels
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
@@ -103,11 +105,17 @@ def test_every_shared_file_loads_and_says_what_it_drops(tokenizers):
         reports[name] = sft_examples(rows(name), bpe, **LOOSE, loss_on="response")[1]
     for name in ("hh_harmless_test.pref", "pandalm_human.pref"):
         reports[name] = preference_examples(rows(name), bpe, **LOOSE)[1]
+    for name in ("qa_feedback_dev.rank", "gsm8k_solutions.rank"):
+        reports[name] = ranking_examples(rows(name), bpe, **LOOSE)[1]
+    assert reports["qa_feedback_dev.rank"].dropped == {"with all responses tied": 12}
+    assert reports["gsm8k_solutions.rank"].dropped == {"with all responses tied": 432 + 156}  # all wrong or all right
+    del reports["gsm8k_solutions.rank"]
     reports["mixed.prompts"] = prompt_examples(rows("mixed.prompts"), bpe, max_prompt_length=4096, too_long="error")[1]
     totals = {name: report.kept + sum(report.dropped.values()) for name, report in reports.items()}
     assert totals == {
         "gsm8k_test.sft": 1319, "self_instruct_human.sft": 427, "qa_feedback_dev.sft": 500,
         "hh_harmless_test.pref": 2303, "pandalm_human.pref": 855, "mixed.prompts": 2246,
+        "qa_feedback_dev.rank": 500,
     }  # fmt: skip
     assert all(report.kept > 0.95 * totals[name] for name, report in reports.items()), reports
 
@@ -125,7 +133,9 @@ def test_raw_hh_transcripts_split_as_the_prepared_rows_do(tokenizers):
     limits = {"max_prompt_length": 1024, "max_length": 2048, "too_long": "truncate"}
     wanted, wanted_report = preference_examples(prepared, tokenizers["bpe4k"], **limits)
     got, report = preference_examples(raw, tokenizers["bpe4k"], **limits)
-    assert report == wanted_report
+    assert replace(report, kinds={}) == replace(wanted_report, kinds={})
+    assert report.kinds == {"preference of HH transcripts": 300}
+    assert wanted_report.kinds == {"conversational preference": 300}
     different = sum(not np.array_equal(a["chosen"], b["chosen"]) for a, b in zip(got, wanted, strict=True))
     assert different <= 3  # white space around a turn is stripped from a transcript
 
@@ -187,8 +197,58 @@ def test_plain_text_packs_full(tokenizers):
     train, held_out = split_by_prompt(document, 0.05, seed=0)
     limits = {"max_prompt_length": 256, "max_length": 256, "too_long": "drop"}
     examples, report = sft_examples(train, bpe, **limits, loss_on="all")
-    assert str(report) == "kept 1 of 1 rows; dropped 0; truncated 0"
+    assert str(report) == "kept 1 of 1 rows; dropped 0; truncated 0; read as 1 text"
     packed = pack(examples, 256)
     text = bpe.decode(np.concatenate([row["tokens"] for row in packed]))
     assert text == train[0]["text"]
     assert train[0]["text"] + held_out[0]["text"] == document[0]["text"]
+
+
+def test_rankings_and_their_pairs_hold_the_same_comparisons(tokenizers):
+    bpe = tokenizers["bpe4k"]
+    rankings, _ = ranking_examples(rows("qa_feedback_dev.rank"), bpe, **LOOSE)
+    pairs, _ = preference_examples(rows("qa_feedback_dev.rank"), bpe, **LOOSE)
+    of_rankings = {
+        (a.tobytes(), b.tobytes())
+        for r in rankings
+        for a, i in zip(r["responses"], r["ranks"], strict=True)
+        for b, j in zip(r["responses"], r["ranks"], strict=True)
+        if i < j
+    }
+    assert of_rankings == {(p["chosen"].tobytes(), p["rejected"].tobytes()) for p in pairs}
+    assert sum(p["weight"] for p in pairs) == pytest.approx(len(rankings))
+
+
+def test_soft_labels_predict_a_third_rater_at_least_as_well_as_the_majority():
+    """PandaLM: three raters per pair. Labels from two of them, log-likelihood of the third; both tuned on one half."""
+    votes = np.array([row["votes"] for row in rows("pandalm_human.pref")])
+    halves = np.arange(len(votes)) % 2 == 0
+
+    def held_out(probability):
+        """(first half, second half): mean log-likelihood of each vote given the other two; a tie is half of each."""
+        total = np.zeros(len(votes))
+        for kind, share in enumerate((1.0, 0.0, 0.5)):
+            others = votes - np.eye(3, dtype=int)[kind]
+            p = probability(others)
+            total += np.where(
+                votes[:, kind] > 0, votes[:, kind] * (share * np.log(p) + (1 - share) * np.log(1 - p)), 0
+            )
+        return total[halves].sum() / votes[halves].sum(), total[~halves].sum() / votes[~halves].sum()
+
+    def soft(prior):
+        def probability(others):
+            wins = np.zeros((len(others), 2, 2))
+            wins[:, 0, 1], wins[:, 1, 0] = others[:, 0] + others[:, 2] / 2, others[:, 1] + others[:, 2] / 2
+            strengths = bradley_terry(np.maximum(wins, 0), prior=prior)
+            return soft_labels(strengths)[:, 0, 1]
+
+        return probability
+
+    def majority(doubt):
+        return lambda others: np.clip((np.sign(others[:, 0] - others[:, 1]) + 1) / 2, doubt, 1 - doubt)
+
+    tuned = []
+    for family, grid in ((soft, np.geomspace(0.005, 1, 24)), (majority, np.geomspace(0.005, 0.4, 24))):
+        scores = np.array([held_out(family(x)) for x in grid])
+        tuned.append((scores[scores[:, 0].argmax(), 1] + scores[scores[:, 1].argmax(), 0]) / 2)
+    assert tuned[0] >= tuned[1]

@@ -27,12 +27,24 @@ def pairwise_reference(chosen, rejected, weights, margins, labels, *, center_coe
     return total
 
 
-def kwise_reference(scores, ranks, mask, weights):
+def kwise_reference(scores, ranks, mask, weights, *, center_coef):
     total = 0.0
     for row, rank, valid, w in zip(scores, ranks, mask, weights, strict=True):
         order = [(i, j) for i in range(len(row)) for j in range(len(row)) if rank[i] < rank[j]]
         pairs = [(i, j) for i, j in order if valid[i] and valid[j]]
-        total += w * sum(softplus(row[j] - row[i]) for i, j in pairs) / max(len(pairs), 1)
+        each = [softplus(row[j] - row[i]) + center_coef * (row[i] + row[j]) ** 2 for i, j in pairs]
+        total += w * sum(each) / max(len(pairs), 1)
+    return total
+
+
+def plackett_luce_reference(scores, ranks, mask, weights, *, center_coef):
+    total = kwise_reference(scores, ranks, mask, weights, center_coef=center_coef) - kwise_reference(
+        scores, ranks, mask, weights, center_coef=0.0
+    )
+    for row, rank, valid, w in zip(scores, ranks, mask, weights, strict=True):
+        left = {i: [j for j in range(len(row)) if valid[j] and rank[j] > rank[i]] for i in range(len(row)) if valid[i]}
+        each = [np.log(np.exp(row[[i, *worse]]).sum()) - row[i] for i, worse in left.items() if worse]
+        total += w * sum(each) / max(len(each), 1)
     return total
 
 
@@ -107,7 +119,14 @@ RRHF = {"logprobs": normal(6, 4, seed=10), "rewards": -RANKS, "mask": PRESENT, "
 CASES = {
     "next_token": (losses.next_token_loss, {}, next_token_reference, POLICY, ["logprobs"]),
     "pairwise": (losses.pairwise_reward_loss, {"center_coef": 0.1}, pairwise_reference, PAIRS, ["chosen", "rejected"]),
-    "kwise": (losses.kwise_reward_loss, {}, kwise_reference, KWISE, ["scores"]),
+    "kwise": (losses.kwise_reward_loss, {"center_coef": 0.1}, kwise_reference, KWISE, ["scores"]),
+    "plackett_luce": (
+        losses.plackett_luce_reward_loss,
+        {"center_coef": 0.1},
+        plackett_luce_reference,
+        KWISE,
+        ["scores"],
+    ),
     "rrhf": (losses.rrhf_ranking_loss, {}, rrhf_reference, RRHF, ["logprobs"]),
     "policy": (losses.clipped_policy_loss, PPO, policy_reference, POLICY, ["logprobs"]),
     "policy_dual": (losses.clipped_policy_loss, PPO | {"dual_clip": 1.5}, policy_reference, POLICY, ["logprobs"]),
@@ -266,17 +285,21 @@ def test_pairwise_accuracy_counts_ties_as_half_and_follows_the_label():
     assert accuracy == [1.0, 0.0, 0.5, 0.0, 1.0]
 
 
-def kwise(scores, ranks, mask=None):
+def kwise(scores, ranks, mask=None, loss=losses.kwise_reward_loss):
     scores, ranks = np.array([scores], np.float32), np.array([ranks], np.float32)
     mask = np.ones(scores.shape, bool) if mask is None else np.array([mask], bool)
     arrays = {"scores": scores, "ranks": ranks, "mask": mask, "weights": np.ones(1, np.float32)}
-    value, metrics, grads = run(losses.kwise_reward_loss, (), ("scores",), arrays)
+    value, metrics, grads = run(loss, (("center_coef", 0.0),), ("scores",), arrays)
     return float(value), metrics, np.asarray(grads["scores"][0])
 
 
-def test_two_responses_kwise_equal_pairwise():
+LISTWISE = pytest.mark.parametrize("loss", [losses.kwise_reward_loss, losses.plackett_luce_reward_loss])
+
+
+@LISTWISE
+def test_two_responses_of_a_ranking_are_a_pair(loss):
     for winner, loser in [(0.3, -1.2), (-1.2, 0.3)]:
-        value, metrics, grad = kwise([loser, winner], [2, 1])
+        value, metrics, grad = kwise([loser, winner], [2, 1], loss=loss)
         expected, pair_metrics, pair_grad = pairwise(winner, loser)
         assert value == pytest.approx(expected, rel=1e-6)
         np.testing.assert_allclose(grad[::-1], pair_grad, rtol=1e-6)
@@ -290,21 +313,24 @@ def test_kwise_is_the_mean_over_all_pairs():
     assert kwise(scores, [1, 2, 3, 4])[0] == pytest.approx(sum(pairs) / 6, rel=1e-6)
 
 
-def test_all_tied_prompt_gives_zero_and_no_gradient():
-    value, metrics, grad = kwise([1.0, 2.0, 3.0], [1, 1, 1])
+@LISTWISE
+def test_all_tied_prompt_gives_zero_and_no_gradient(loss):
+    value, metrics, grad = kwise([1.0, 2.0, 3.0], [1, 1, 1], loss=loss)
     assert (value, float(metrics["reward_model/accuracy"])) == (0.0, 0.0)
     np.testing.assert_array_equal(grad, 0.0)
 
 
-def test_prompt_of_one_response_gives_zero_and_no_gradient():
-    value, _, grad = kwise([1.0, 2.0, 3.0], [1, 2, 3], [0, 1, 0])
+@LISTWISE
+def test_prompt_of_one_response_gives_zero_and_no_gradient(loss):
+    value, _, grad = kwise([1.0, 2.0, 3.0], [1, 2, 3], [0, 1, 0], loss=loss)
     assert value == 0.0
     np.testing.assert_array_equal(grad, 0.0)
 
 
-def test_missing_response_makes_no_pair():
-    value, metrics, grad = kwise([2.0, 9.0, 1.0], [1, 3, 2], [1, 0, 1])
-    expected, expected_metrics, expected_grad = kwise([2.0, 1.0], [1, 2])
+@LISTWISE
+def test_missing_response_makes_no_pair(loss):
+    value, metrics, grad = kwise([2.0, 9.0, 1.0], [1, 3, 2], [1, 0, 1], loss=loss)
+    expected, expected_metrics, expected_grad = kwise([2.0, 1.0], [1, 2], loss=loss)
     assert value == pytest.approx(expected)
     assert metrics["reward_model/accuracy"] == expected_metrics["reward_model/accuracy"] == 1.0
     np.testing.assert_allclose(grad[[0, 2]], expected_grad, rtol=1e-6)

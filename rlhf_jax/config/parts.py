@@ -111,6 +111,7 @@ class DataConfig:
         max_length: longest prompt and response together, in tokens; also the length of a packed sequence.
         too_long: what happens to longer rows: drop (counted and said), truncate (prompts lose their start, responses
             their end), or error.
+        strict: stop at the first row that would be dropped, instead of counting it.
         eval_batches: batches of one evaluation; 0 takes all held-out rows.
     """
 
@@ -121,6 +122,7 @@ class DataConfig:
     max_prompt_length: int = 256
     max_length: int = 512
     too_long: Literal["drop", "truncate", "error"] = "drop"
+    strict: bool = False
     eval_batches: int = 8
 
     def __post_init__(self) -> None:

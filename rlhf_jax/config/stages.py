@@ -49,7 +49,7 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A reward model from pairwise comparisons.
+    """A reward model from comparisons: pairs or rankings.
 
     Args:
         steps: optimiser steps; 0 means `epochs` over the rows.
@@ -57,22 +57,35 @@ class RewardConfig:
         accumulate: microbatches whose gradients are added up to one step.
         head_init: the scalar head at the start: fresh from N(0, 1/(D+1)) (normal; Stiennon et al. 2020), fresh zeros,
             or the trained one of the model directory, which must hold one.
+        comparisons: what a row of a batch is: pairs, or rankings (all responses to a prompt, each run once; Ouyang et
+            al. 2022). auto: rankings if every row is one. Pairs of a ranking weigh as much together as one pair.
+        aggregate: what becomes of several raters' verdicts on a prompt: votes (shares of them), or strengths fitted to
+            them all by bradley_terry, plackett_luce or crowd_bt, which also finds how reliable each rater is.
+        aggregate_prior: wins and losses that fitted strengths start with against one of strength 0.
         center_coef: weight of (s_chosen + s_rejected)^2, which keeps scores near zero (arXiv 2312.09244).
         normalize: shift (mean) or shift and scale (mean_std) the scores of the training responses to mean 0 and
             standard deviation 1 when training ends; saved within the head.
-        loss: a function (chosen, rejected, weights, margins, labels) -> (scalar, metrics), as "module:name".
+        loss: for pairs, a function (chosen, rejected, weights, margins, labels) -> (scalar, metrics), as
+            "module:name".
+        kwise_loss: for rankings, one (scores, ranks, mask, weights) -> (scalar, metrics); plackett_luce_reward_loss is
+            the other there is.
     """
 
     steps: int = 0
     epochs: int = 1
     accumulate: int = 1
     head_init: Literal["normal", "zeros", "trained"] = "normal"
+    comparisons: Literal["auto", "pairs", "rankings"] = "auto"
+    aggregate: Literal["votes", "bradley_terry", "plackett_luce", "crowd_bt"] = "votes"
+    aggregate_prior: float = 0.5
     center_coef: float = 0.0
     normalize: Literal["off", "mean", "mean_std"] = "mean_std"
     loss: str = "rlhf_jax.losses:pairwise_reward_loss"
+    kwise_loss: str = "rlhf_jax.losses:kwise_reward_loss"
 
     def __post_init__(self) -> None:
-        check(self, "reward.", {"at least 0": "steps center_coef", "at least 1": "epochs accumulate"})
+        rules = {"at least 0": "steps center_coef", "at least 1": "epochs accumulate", "above 0": "aggregate_prior"}
+        check(self, "reward.", rules)
 
 
 @dataclass(frozen=True)
@@ -311,7 +324,8 @@ class SampleRun:
         max_prompt_length: longest prompt, in tokens; longer ones lose their start.
         batch_size: prompts decoded at once.
         seed: of the noise.
-        output: a .jsonl file to write {prompt, response} rows to; empty prints them.
+        output: a .jsonl file to write {prompt, response, finished} rows to; finished: it ended by itself and was
+            not cut off. Empty prints them.
         overwrite: replace `output`.
         mesh: the devices.
     """

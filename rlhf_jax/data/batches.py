@@ -91,13 +91,15 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
         for name in sorted(set(example) - {"where"}):
-            value = example[name]
-            if isinstance(value, np.ndarray):
-                digest.update(f"{name} {value.dtype} {value.shape}".encode())
-                digest.update(np.ascontiguousarray(value).data)
-            else:
-                digest.update(f"{name} {value!r}".encode("utf-8", "surrogatepass"))
+            arrays = example[name] if name == "responses" else [example[name]]
+            for value in arrays:
+                if isinstance(value, np.ndarray):
+                    digest.update(f"{name} {value.dtype} {value.shape}".encode())
+                    digest.update(np.ascontiguousarray(value).data)
+                else:
+                    digest.update(f"{name} {value!r}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
 
 def eval_batches(
     examples: Sequence[Example],
@@ -166,7 +168,8 @@ def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad
 def collate_preference(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
     """tokens, segment_ids, positions i32[B, 2, S]; last i32[B, 2]; weights, labels, margins f32[B].
 
-    The axis of two is (chosen, rejected); `last` indexes the last real token of each sequence; weights are 1 / B.
+    The axis of two is (chosen, rejected); `last` indexes the last real token of each sequence; weights, in the ratio
+    of the examples', sum to one.
 
     Raises:
         UserError: an example longer than `length`.
@@ -174,12 +177,38 @@ def collate_preference(examples: Sequence[Example], *, length: int, pad_id: int 
     sequences = [example[name] for example in examples for name in ("chosen", "rejected")]
     flat = _padded(sequences, length, pad_id)
     batch = {name: array.reshape(len(examples), 2, length) for name, array in flat.items()}
+    weights = np.array([example["weight"] for example in examples])
     return {
         **batch,
         "last": np.array([len(tokens) - 1 for tokens in sequences], np.int32).reshape(-1, 2),
-        "weights": np.full(len(examples), 1 / len(examples), np.float32),
+        "weights": (weights / weights.sum()).astype(np.float32),
         "labels": np.array([example["label"] for example in examples], np.float32),
         "margins": np.array([example["margin"] for example in examples], np.float32),
+    }
+
+
+def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad_id: int = 0) -> Batch:
+    """tokens, segment_ids, positions i32[B, K, S]; last i32[B, K]; ranks f32[B, K], mask bool[B, K]; weights f32[B].
+
+    K = `width`; the mask says which of a row's K places hold a response. Weights are 1 / B.
+
+    Raises:
+        UserError: an example longer than `length`, or of more than `width` responses.
+    """
+    most = max(len(example["responses"]) for example in examples)
+    if most > width:
+        raise UserError(f"a ranking of {most} responses does not fit into {width}; shorten it")
+    empty = [np.zeros(0, np.int32)]
+    sequences = [ids for e in examples for ids in e["responses"] + empty * (width - len(e["responses"]))]
+    flat = _padded(sequences, length, pad_id)
+    batch = {name: array.reshape(len(examples), width, length) for name, array in flat.items()}
+    sizes = np.array([len(ids) for ids in sequences], np.int32).reshape(-1, width)
+    return {
+        **batch,
+        "last": np.maximum(sizes - 1, 0),
+        "mask": sizes > 0,
+        "ranks": _right_pad([example["ranks"] for example in examples], width, 0, np.float32),
+        "weights": np.full(len(examples), 1 / len(examples), np.float32),
     }
 
 

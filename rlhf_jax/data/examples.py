@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,21 +29,33 @@ OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows: how many were kept, dropped for which reason, and cut."""
+    """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were."""
 
     kept: int
     dropped: dict[str, int]
     truncated: int
+    kinds: dict[str, int] = field(default_factory=dict)
+    note: str = ""
 
     def __str__(self) -> str:
-        """For instance: kept 812 of 855 rows; dropped 40 longer than 512 tokens, 3 with an empty turn; truncated 0."""
+        """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
         total = self.kept + sum(self.dropped.values())
-        return f"kept {self.kept} of {total} rows; dropped {reasons}; truncated {self.truncated}"
+        said = [f"kept {self.kept} of {total} rows", f"dropped {reasons}", f"truncated {self.truncated}"]
+        if self.kinds:
+            said.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
+        return "; ".join([*said, self.note] if self.note else said)
 
 
 def sft_examples(
-    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, max_length: int, too_long: str, loss_on: str
+    rows: list[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    max_length: int,
+    too_long: str,
+    loss_on: str,
+    strict: bool = False,
 ) -> tuple[list[Example], Report]:
     """[{tokens int32[n], loss_mask bool[n]}] of sft or text rows; loss_mask[i]: token i is a target.
 
@@ -57,47 +70,20 @@ def sft_examples(
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if "text" in row and not {"prompt", "messages"} & set(row):
-            document = _encode(tokenizer.encode_prompt, schemas.text_row(row), "text")
+            document = encode(tokenizer.encode_prompt, schemas.text_row(row), "text")
             return _windows([*document, tokenizer.eos_ids[0]], max_length), False
         row = schemas.sft_row(row)
-        prompt, cut_prompt = limits.prompt(row, _encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
-        response = _encode(tokenizer.encode_response, row, "response")
+        prompt, cut_prompt = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        response = encode(partial(tokenizer.encode_response, finished=row["finished"]), row, "response")
         response, cut_response = limits.response(row, len(prompt), response)
         is_target = np.arange(len(prompt) + len(response)) >= (len(prompt) if loss_on == "response" else 0)
         return [_sft_example(prompt + response, is_target)], cut_prompt or cut_response
 
-    return _collect(rows, build)
-
-
-def preference_examples(
-    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, max_length: int, too_long: str
-) -> tuple[list[Example], Report]:
-    """[{chosen int32[n], rejected int32[m], label, margin, prompt_key}], prompt and response in one array.
-
-    `label` is the share of raters that prefer `chosen`; `prompt_key` is equal for rows of one prompt.
-
-    Raises:
-        UserError: a bad row, a row too long under too_long = error, or no row left.
-    """
-    limits = Limits(max_prompt_length, max_length, too_long)
-
-    def build(row: Row) -> tuple[list[Example], bool]:
-        row = schemas.preference_row(row)
-        prompt, cut = limits.prompt(row, _encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
-        example: Example = {"label": row["label"], "margin": row["margin"], "prompt_key": prompt_key(row)}
-        for name in ("chosen", "rejected"):
-            response, cut_response = limits.response(row, len(prompt), _encode(tokenizer.encode_response, row, name))
-            example[name] = np.asarray(prompt + response, np.int32)
-            cut |= cut_response
-        if np.array_equal(example["chosen"], example["rejected"]):  # cutting can take the difference away
-            raise DroppedRow(f"{row['_where']}: chosen and rejected are the same", "with chosen equal to rejected")
-        return [example], cut
-
-    return _collect(rows, build)
+    return collect(rows, build, strict=strict)
 
 
 def prompt_examples(
-    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, too_long: str
+    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, too_long: str, strict: bool = False
 ) -> tuple[list[Example], Report]:
     """[{tokens int32[n], prompt: str, columns: dict}]; `prompt` is the whole prompt as text, even if cut.
 
@@ -108,14 +94,14 @@ def prompt_examples(
 
     def build(row: Row) -> tuple[list[Example], bool]:
         row = schemas.prompt_row(row)
-        tokens, cut = limits.prompt(row, _encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        tokens, cut = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
         if not tokens:
             raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
         columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
         text = tokenizer.prompt_text(row["prompt"])
         return [{"tokens": np.asarray(tokens, np.int32), "prompt": text, "columns": columns}], cut
 
-    return _collect(rows, build)
+    return collect(rows, build, strict=strict)
 
 
 def prompt_key(row: Row) -> str:
@@ -215,8 +201,14 @@ def _cut_document(row: Row, eval_fraction: float) -> tuple[list[Row], list[Row]]
     return [{**row, "text": text[:cut]}], [{**row, "text": text[cut:]}]
 
 
-def _collect(rows: list[Row], build: Callable[[Row], tuple[list[Example], bool]]) -> tuple[list[Example], Report]:
-    """Examples of all rows and their report; build(row) -> (examples, whether something was cut)."""
+def collect(
+    rows: Sequence[Any], build: Callable[[Any], tuple[list[Example], bool]], *, strict: bool, note: str = ""
+) -> tuple[list[Example], Report]:
+    """Examples of all rows and their report; build(row) -> (examples, whether something was cut).
+
+    Raises:
+        UserError: a bad row, a dropped one if `strict`, or no row left.
+    """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     truncated = 0
@@ -224,19 +216,23 @@ def _collect(rows: list[Row], build: Callable[[Row], tuple[list[Example], bool]]
         try:
             built, cut = build(row)
         except DroppedRow as drop:
+            if strict:
+                raise UserError(f"{drop} (data.strict is true)") from drop
             dropped[drop.reason] += 1
             continue
         examples += [{**example, "where": row["_where"]} for example in built]
         truncated += cut
-    report = Report(len(rows) - sum(dropped.values()), dict(dropped), truncated)
+    kinds = Counter(schemas.kind_of(row) for row in rows if isinstance(row, dict))
+    report = Report(len(rows) - sum(dropped.values()), dict(dropped), truncated, dict(kinds), note)
     if not examples:
         raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
     return examples, report
 
 
-def _encode(encode: Callable[[Any], list[int]], row: Row, name: str) -> list[int]:
+def encode(encoder: Callable[[Any], list[int]], row: Row, name: str) -> list[int]:
+    """encoder(row[name]); its error names the row."""
     try:
-        return encode(row[name])
+        return encoder(row[name])
     except UserError as error:
         raise UserError(f"{row['_where']}: {error}") from error
 

@@ -20,6 +20,22 @@ ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 TURN = re.compile(r"\n\n(System|Human|Assistant):")
 
 
+LAYOUTS = (
+    ("ranking", {"responses"}),
+    ("ranking, joined", {"ranking"}),
+    ("preference", {"prompt", "chosen", "rejected"}),
+    ("preference with its prompt in both", {"chosen", "rejected"}),
+    ("stepwise supervision", {"completions", "labels"}),
+    ("unpaired preference", {"prompt", "completion", "label"}),
+    ("messages", {"messages"}),
+    ("prompt-completion", {"prompt", "completion"}),
+    ("prompt-completion", {"prompt", "response"}),
+    ("text", {"text"}),
+    ("prompt-only", {"prompt"}),
+)
+"""Kind of row -> its fields; the first that a row has all of. The names are those of TRL's dataset types."""
+
+
 class DroppedRow(UserError):
     """A row that is well-formed but holds nothing to learn from; loaders count it under `reason` and go on.
 
@@ -33,52 +49,89 @@ class DroppedRow(UserError):
         self.reason = reason
 
 
+def kind_of(row: Row) -> str:
+    """What a row looks like, for reports: such as "conversational preference" or "preference of HH transcripts"."""
+    kind = next((name for name, names in LAYOUTS if names <= set(row)), "unknown")
+    told = next((row[name] for name in ("prompt", "chosen", "messages") if name in row), None)
+    if isinstance(told, list):
+        return f"conversational {kind}" if kind != "messages" else kind
+    if "prompt" not in row and isinstance(told, str) and split_transcript(told):
+        return "preference of HH transcripts"
+    return kind
+
+
 def sft_row(row: Row) -> Row:
-    """{prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn -> {prompt, response}.
+    """A demonstration -> {prompt, response, finished}.
+
+    {prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn. With `finished` false the
+    response was cut off, so no stop id belongs to it. With `label`, as in TRL's unpaired preferences, only those that
+    are true are demonstrations.
 
     Raises:
-        DroppedRow: null response, or an empty turn.
-        UserError: a missing field or a wrong type.
+        DroppedRow: null response, an empty turn, or a false label.
+        UserError: a missing field, a wrong type, or a row that is made for something else.
     """
+    if {"chosen", "responses"} & set(row) and "response" not in row:
+        raise bad_row(
+            row,
+            f'a {kind_of(row)} row has no one answer to learn; map one with data.fields, as "response={{chosen}}"',
+        )
     if "messages" in row and "prompt" not in row:
         turns = _messages(row, "messages", row["messages"])
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            raise _error(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
-        prompt, response = _prompt(row, turns[:-1]), cast(str | list[dict[str, str]], turns[-1:])
+            raise bad_row(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
+        prompt, response = prompt_of(row, turns[:-1]), cast(str | list[dict[str, str]], turns[-1:])
     else:
         name = "completion" if "completion" in row and "response" not in row else "response"
-        _require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
-        prompt = _prompt(row, row["prompt"])
-        response = _response(row, name, row[name], prompt)
-    return {"prompt": prompt, "response": response, "_where": _where(row)}
+        require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
+        prompt = prompt_of(row, row["prompt"])
+        response = response_of(row, name, row[name], prompt)
+    if "label" in row and not flag_of(row, "label"):
+        raise empty_row(row, '"label" is false, an answer not to learn', "labelled as bad")
+    finished = flag_of(row, "finished") if "finished" in row else True
+    return {"prompt": prompt, "response": response, "finished": finished, "_where": where_of(row)}
 
 
 def preference_row(row: Row) -> Row:
-    """{prompt, chosen, rejected, votes?, margin?} -> {prompt, chosen, rejected, label, margin}.
+    """{prompt, chosen, rejected, votes?, margin?, finished?, rater?} -> the same, with label, margin and finished.
 
     `votes` = [for chosen, for rejected, ties] gives label = (chosen + ties / 2) / total, the share of raters that
-    prefer `chosen`; without votes it is 1. Without a prompt, `chosen` and `rejected` are whole conversations
-    (transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." as in Anthropic's HH files, or message lists) that differ in
-    their last turn only.
+    prefer `chosen`; without votes it is 1. `finished` = [of chosen, of rejected] says which were not cut off.
+
+    Without a prompt, `chosen` and `rejected` are whole conversations (transcripts "\\n\\nHuman: ...\\n\\nAssistant:
+    ..." as in Anthropic's HH files, or message lists) that differ in their last turn only, or other texts, whose
+    common beginning up to a white space is the prompt.
 
     Raises:
         DroppedRow: null response, empty turn, the two prompts differ, or chosen equals rejected.
         UserError: a missing field or a wrong type.
     """
     expected = "a preference row is {prompt, chosen, rejected, votes?} or two transcripts {chosen, rejected}"
-    _require(row, ("chosen", "rejected"), expected)
+    require(row, ("chosen", "rejected"), expected)
     if "prompt" in row:
-        prompt = _prompt(row, row["prompt"])
-        chosen, rejected = (_response(row, name, row[name], prompt) for name in ("chosen", "rejected"))
+        prompt = prompt_of(row, row["prompt"])
+        chosen, rejected = (response_of(row, name, row[name], prompt) for name in ("chosen", "rejected"))
+    elif all(isinstance(row[name], str) and not split_transcript(row[name]) for name in ("chosen", "rejected")):
+        prompt, chosen, rejected = _common_prompt(row)
     else:
         prompt, chosen = _conversation(row, "chosen")
         other, rejected = _conversation(row, "rejected")
         if prompt != other:
-            raise _drop(row, "chosen and rejected answer different prompts", "whose two prompts differ")
-    if _text_of(chosen).strip() == _text_of(rejected).strip():
-        raise _drop(row, "chosen and rejected are the same text", "with chosen equal to rejected")
-    normalised = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return {**normalised, "label": _label(row), "margin": _margin(row), "_where": _where(row)}
+            raise empty_row(row, "chosen and rejected answer different prompts", "whose two prompts differ")
+    if text_of(chosen).strip() == text_of(rejected).strip():
+        raise empty_row(row, "chosen and rejected are the same text", "with chosen equal to rejected")
+    finished = row.get("finished", [True, True])
+    if not (isinstance(finished, list) and [type(f) for f in finished] == [bool, bool]):
+        raise bad_row(row, f'"finished" is {finished!r}; give [true or false of chosen, of rejected]')
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "label": _label(row),
+        "margin": _margin(row),
+        "finished": finished,
+        "_where": where_of(row),
+    }
 
 
 def prompt_row(row: Row) -> Row:
@@ -88,8 +141,8 @@ def prompt_row(row: Row) -> Row:
         DroppedRow: an empty prompt or turn.
         UserError: a missing field or a wrong type.
     """
-    _require(row, ("prompt",), "a prompts row is {prompt, ...}")
-    return {**row, "prompt": _prompt(row, row["prompt"]), "_where": _where(row)}
+    require(row, ("prompt",), "a prompts row is {prompt, ...}")
+    return {**row, "prompt": prompt_of(row, row["prompt"]), "_where": where_of(row)}
 
 
 def text_row(row: Row) -> Row:
@@ -99,12 +152,12 @@ def text_row(row: Row) -> Row:
         DroppedRow: an empty document.
         UserError: a missing field or a wrong type.
     """
-    _require(row, ("text",), "a text row is {text}")
+    require(row, ("text",), "a text row is {text}")
     if not isinstance(row["text"], str):
-        raise _error(row, f'"text" is {_kind(row["text"])}; give a string')
+        raise bad_row(row, f'"text" is {type_of(row["text"])}; give a string')
     if not row["text"].strip():
-        raise _drop(row, '"text" is empty', "with an empty text")
-    return {"text": row["text"], "_where": _where(row)}
+        raise empty_row(row, '"text" is empty', "with an empty text")
+    return {"text": row["text"], "_where": where_of(row)}
 
 
 def transcript(messages: Messages) -> str:
@@ -123,34 +176,34 @@ def split_transcript(text: str) -> Messages:
     return [{"role": ROLES[name], "content": said.strip()} for name, said in zip(rest[::2], rest[1::2], strict=True)]
 
 
-def _prompt(row: Row, value: Any) -> str | Messages:
+def prompt_of(row: Row, value: Any) -> str | Messages:
     """A prompt: a non-empty str as it is, or messages that leave the next turn to the assistant."""
     if isinstance(value, str):
         if not value:
-            raise _drop(row, '"prompt" is empty', "with an empty prompt")
+            raise empty_row(row, '"prompt" is empty', "with an empty prompt")
         return value
     messages = _messages(row, "prompt", value)
     if messages[-1]["role"] == "assistant":
-        raise _error(row, '"prompt" ends in an assistant turn; move that turn to the response')
+        raise bad_row(row, '"prompt" ends in an assistant turn; move that turn to the response')
     return messages
 
 
-def _response(row: Row, name: str, value: Any, prompt: str | Messages) -> str | Messages:
+def response_of(row: Row, name: str, value: Any, prompt: str | Messages) -> str | Messages:
     """A response in the form of its prompt: a str after a str, one assistant message after messages."""
     if value is None:
-        raise _drop(row, f'"{name}" is null', "with a null response")
+        raise empty_row(row, f'"{name}" is null', "with a null response")
     if isinstance(value, str):
         content = value
     else:
         turns = _messages(row, name, value)
         if len(turns) > 1 or turns[0]["role"] != "assistant":
             message = f'"{name}" must be one assistant message; put earlier turns into "prompt"'
-            raise _error(row, message)
+            raise bad_row(row, message)
         # After a transcript's "Assistant:" the answer starts with a space, as in the transcript itself.
         gap = isinstance(prompt, str) and prompt.endswith("Assistant:")
         content = " " * gap + turns[0]["content"]
     if not content.strip():
-        raise _drop(row, f'"{name}" is empty', "with an empty turn")
+        raise empty_row(row, f'"{name}" is empty', "with an empty turn")
     return content if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
 
 
@@ -158,37 +211,37 @@ def _conversation(row: Row, name: str) -> tuple[Messages, Messages]:
     """(prompt, [last turn]) of a whole conversation: a transcript or a message list."""
     value = row[name]
     if value is None:
-        raise _drop(row, f'"{name}" is null', "with a null response")
+        raise empty_row(row, f'"{name}" is null', "with a null response")
     turns = split_transcript(value) if isinstance(value, str) else value
     if isinstance(value, str) and not turns:
-        raise _error(row, f'no "prompt", and "{name}" is not a "\\n\\nHuman: ..." transcript; add the field "prompt"')
+        raise bad_row(row, f'no "prompt", and "{name}" is not a "\\n\\nHuman: ..." transcript; add the field "prompt"')
     turns = _messages(row, name, turns)
     if turns[-1]["role"] != "assistant":
-        raise _drop(row, f'"{name}" does not end in an assistant turn', "that end in no assistant turn")
+        raise empty_row(row, f'"{name}" does not end in an assistant turn', "that end in no assistant turn")
     if len(turns) < 2:
-        raise _error(row, f'no "prompt", and "{name}" holds the answer only; add the field "prompt"')
+        raise bad_row(row, f'no "prompt", and "{name}" holds the answer only; add the field "prompt"')
     if turns[-2]["role"] == "assistant":
-        raise _drop(row, f'"{name}" ends in two assistant turns', "that end in two assistant turns")
+        raise empty_row(row, f'"{name}" ends in two assistant turns', "that end in two assistant turns")
     return turns[:-1], turns[-1:]
 
 
 def _messages(row: Row, name: str, value: Any) -> Messages:
     """A validated copy of a message list, reduced to role and content."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise _error(row, f'"{name}" is {_kind(value)}; give a string or a list of {{role, content}} messages')
+        raise bad_row(row, f'"{name}" is {type_of(value)}; give a string or a list of {{role, content}} messages')
     if not value:
-        raise _drop(row, f'"{name}" has no messages', f"with an empty {'prompt' if name == 'prompt' else 'turn'}")
+        raise empty_row(row, f'"{name}" has no messages', f"with an empty {'prompt' if name == 'prompt' else 'turn'}")
     for number, turn in enumerate(value):
         if turn.get("role") not in SPEAKERS:
             known = ", ".join(SPEAKERS)
-            raise _error(row, f'"{name}" message {number} has role {turn.get("role")!r}; use one of {known}')
+            raise bad_row(row, f'"{name}" message {number} has role {turn.get("role")!r}; use one of {known}')
         content = turn.get("content")
         if content is None and turn["role"] == "assistant":
-            raise _drop(row, f'"{name}" message {number} is null', "with a null response")
+            raise empty_row(row, f'"{name}" message {number} is null', "with a null response")
         if not isinstance(content, str):
-            raise _error(row, f'"{name}" message {number} has content {_kind(content)}; give a string')
+            raise bad_row(row, f'"{name}" message {number} has content {type_of(content)}; give a string')
         if not content.strip():
-            raise _drop(row, f'"{name}" message {number} is empty', "with an empty turn")
+            raise empty_row(row, f'"{name}" message {number} is empty', "with an empty turn")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
@@ -197,48 +250,68 @@ def _label(row: Row) -> float:
     votes = row.get("votes")
     if votes is None:
         return 1.0
-    if not isinstance(votes, list) or len(votes) != 3 or not all(_is_number(v) and v >= 0 for v in votes):
-        raise _error(row, f'"votes" is {votes!r}; give three counts [chosen, rejected, ties]')
+    if not isinstance(votes, list) or len(votes) != 3 or not all(is_number(v) and v >= 0 for v in votes):
+        raise bad_row(row, f'"votes" is {votes!r}; give three counts [chosen, rejected, ties]')
     if not sum(votes):
-        raise _error(row, '"votes" are all zero; leave the field out if nobody voted')
+        raise bad_row(row, '"votes" are all zero; leave the field out if nobody voted')
     return float((votes[0] + votes[2] / 2) / sum(votes))
+
+
+def _common_prompt(row: Row) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two texts: "The sky is blue" and "The sky is grey" give "The sky is", " blue"."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None:
+        raise empty_row(row, "chosen or rejected is the beginning of the other", "with an empty turn")
+    while same and not chosen[same].isspace():  # the border is before a white space, not within a word
+        same -= 1
+    if not chosen[:same].strip():
+        raise bad_row(row, 'no "prompt", and "chosen" and "rejected" share no beginning; add the field "prompt"')
+    return chosen[:same], chosen[same:], rejected[same:]
 
 
 def _margin(row: Row) -> float:
     margin = row.get("margin")
     if margin is None:
         return 0.0
-    if not _is_number(margin):
-        raise _error(row, f'"margin" is {margin!r}; give a finite number')
+    if not is_number(margin):
+        raise bad_row(row, f'"margin" is {margin!r}; give a finite number')
     return float(margin)
 
 
-def _is_number(value: Any) -> bool:
+def flag_of(row: Row, name: str) -> bool:
+    """A field that must be true or false; 0 and 1 will do."""
+    if row[name] not in (0, 1):
+        raise bad_row(row, f'"{name}" is {row[name]!r}; give true or false')
+    return bool(row[name])
+
+
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _text_of(response: str | Messages) -> str:
+def text_of(response: str | Messages) -> str:
     return response if isinstance(response, str) else response[-1]["content"]
 
 
-def _require(row: Row, names: tuple[str, ...], expected: str) -> None:
+def require(row: Row, names: tuple[str, ...], expected: str) -> None:
     missing = [name for name in names if name not in row]
     if missing:
         found = ", ".join(name for name in row if name != "_where") or "nothing"
-        raise _error(row, f'no field "{missing[0]}" (found: {found}); {expected}')
+        raise bad_row(row, f'no field "{missing[0]}" (found: {found}); {expected}')
 
 
-def _kind(value: Any) -> str:
+def type_of(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _where(row: Row) -> str:
+def where_of(row: Row) -> str:
     return row.get("_where", "a row")
 
 
-def _error(row: Row, message: str) -> UserError:
-    return UserError(f"{_where(row)}: {message}")
+def bad_row(row: Row, message: str) -> UserError:
+    return UserError(f"{where_of(row)}: {message}")
 
 
-def _drop(row: Row, message: str, reason: str) -> DroppedRow:
-    return DroppedRow(f"{_where(row)}: {message}; fix or remove the row", reason)
+def empty_row(row: Row, message: str, reason: str) -> DroppedRow:
+    return DroppedRow(f"{where_of(row)}: {message}; fix or remove the row", reason)

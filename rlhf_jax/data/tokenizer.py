@@ -89,14 +89,14 @@ class Tokenizer:
             return ids  # a template writes its own special tokens
         return self._prefix + ids
 
-    def encode_response(self, response: str | Messages) -> list[int]:
-        """Ids of a response without leading special tokens, and the stop id that closes it.
+    def encode_response(self, response: str | Messages, *, finished: bool = True) -> list[int]:
+        """Ids of a response without leading special tokens, and the stop id that closes it if it is `finished`.
 
         A message is preceded by what the chat template or the transcript puts there, usually nothing or a space.
         """
         if isinstance(response, str):
-            return [*self._ids(response), self.eos_ids[0]]
-        return [*self._ids(self._lead + response[-1]["content"]), self.end_id]
+            return [*self._ids(response), *self.eos_ids[: int(finished)]]
+        return [*self._ids(self._lead + response[-1]["content"]), *[self.end_id] * finished]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""

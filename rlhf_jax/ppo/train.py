@@ -180,7 +180,11 @@ class PPO:
     def _data(self, rows: Rows | None, eval_rows: Rows | None) -> tuple[Batches, list[Any], Batches | None]:
         data, ppo, seed = self.config.data, self.config.ppo, self.config.run.seed
         build = partial(
-            prompt_examples, tokenizer=self.tokenizer, max_prompt_length=data.max_prompt_length, too_long=data.too_long
+            prompt_examples,
+            tokenizer=self.tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            too_long=data.too_long,
+            strict=data.strict,
         )
         train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
         self.buckets = tuple(self.config.sampling.prompt_buckets or [data.max_prompt_length])
@@ -189,9 +193,14 @@ class PPO:
         held_out = eval_batches(held_out, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
         if not ppo.ptx_coef:
             return batches, held_out, None
-        lengths = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
         text, report = sft_examples(
-            rows_from(ppo.ptx_path), self.tokenizer, too_long=data.too_long, loss_on="all", **lengths
+            rows_from(ppo.ptx_path),
+            self.tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            max_length=data.max_length,
+            too_long=data.too_long,
+            strict=data.strict,
+            loss_on="all",
         )
         print(f"ptx rows: {report}")
         ptx_collate = partial(collate_sft, length=data.max_length, reduction="token", pad_id=self.tokenizer.pad_id)
