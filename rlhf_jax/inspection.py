@@ -100,7 +100,8 @@ def run_inspect(config: InspectRun) -> dict[str, Any]:
     path = Path(hub.local_directory(config.model))
     arch, raw = hf.read_config(path)
     weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.index.json")))
-    score_head = hf.has_score_head(path) if weights else raw["architectures"][0].endswith("SequenceClassification")
+    named = (raw.get("architectures") or [""])[0]
+    score_head = hf.has_score_head(path) if weights else named.endswith("SequenceClassification")
     shapes = parameters(arch, score_head=score_head)
     count = sum(math.prod(shape) for shape in shapes.values())
     kind = "scores (reward or value model)" if score_head else "logits (language model)"
@@ -149,9 +150,9 @@ def run_convert(config: ConvertRun) -> Path:
         score_head=score_head,
         dtype=config.dtype,
         base_config=raw,
+        base_generation=hf.read_generation(source),
         shard_bytes=int(config.shard_gb * 1e9),
+        write_more=None if tokenizer is None else lambda folder: tokenizer.save(str(folder)),
     )
-    if tokenizer:
-        tokenizer.save(str(target))
     print(f"wrote {target}: {raw['model_type']} in {config.dtype}")
     return target

@@ -27,11 +27,12 @@ Rows = str | Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its parameters on the mesh, and the config.json it came from."""
+    """A model, its parameters on the mesh, and the config.json and generation_config.json that it came from."""
 
     model: Model
     params: Params
     base_config: dict[str, Any] | None = None
+    base_generation: dict[str, Any] | None = None
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
@@ -109,7 +110,7 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) 
     if score_head is None:
         score = jax.jit(partial(model.init_score, zeros=head == "zeros"), out_shardings=replicated(mesh))(key)
         params = model.with_score(params, score)
-    return Loaded(model, params, base)
+    return Loaded(model, params, base, hf.read_generation(path))
 
 
 def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer) -> None:
@@ -122,9 +123,9 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
         pad_id=tokenizer.pad_id,
         score_head=loaded.model.score_head,
         base_config=loaded.base_config,
+        base_generation=loaded.base_generation,
+        write_more=lambda folder: tokenizer.save(str(folder)),
     )
-    if jax.process_index() == 0:
-        tokenizer.save(str(path))
 
 
 def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:

@@ -12,6 +12,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.config import (
     ArchConfig,
@@ -163,6 +166,29 @@ def model_params(model: Model, seed: int, std: float = 0.3) -> dict:
         return jnp.asarray(1 + 0.1 * normal if "norm" in jax.tree_util.keystr(path) else std * normal, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def byte_tokenizer(*, bos=False, pad: str | None = "<pad>", chat_template: str | None = None, **options):
+    """A tokenizer of UTF-8 bytes without any file: <pad> 0, <bos> 1, <eos> 2, bytes from 3, ChatML's tokens last.
+
+    Args:
+        bos: put <bos> before every text.
+        pad: the pad token; may be <eos>, or None for no pad token.
+        options: of PreTrainedTokenizerFast, such as padding_side.
+    """
+    names = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.add_special_tokens([name for name in names if name[:1] == "<" and len(name) > 1])
+    if bos:
+        post = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        fast.post_processor = post
+    tokens = {"eos_token": "<eos>", "bos_token": "<bos>" if bos else None, "pad_token": pad}
+    tokens = {name: token for name, token in tokens.items() if token is not None}
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, **tokens, **options)
+    hf.chat_template = chat_template
+    return hf
 
 
 @functools.cache

@@ -58,13 +58,21 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any
     elif not folder.is_dir():
         raise UserError(f"no directory {folder}; for a model of the Hub, give hf://owner/name")
     if not where.is_file():
-        raise UserError(f"{folder} has no config.json; give a directory that `save_pretrained` or rlhf-jax wrote")
+        run = (folder / "model" / "config.json").is_file()
+        cure = str(folder / "model") if run else "a directory that `save_pretrained` or rlhf-jax wrote"
+        raise UserError(f"{folder} has no config.json; give {cure}")
     raw = read_json(where)
     family = family_of(raw, where)
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         convert = f"import transformers as t; t.{family.causal}.from_pretrained('{path}').save_pretrained('{path}')"
         raise UserError(f'{folder} has .bin weights only; where torch is installed, run python -c "{convert}"')
     return to_arch(raw, family, where), raw
+
+
+def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """generation_config.json of a directory; empty if there is none."""
+    file = Path(path) / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def family_of(raw: Mapping[str, Any], where: Path) -> Family:
@@ -76,7 +84,8 @@ def family_of(raw: Mapping[str, Any], where: Path) -> Family:
     family = FAMILIES.get(raw.get("model_type") or "")
     if family is None:
         name, supported = raw.get("model_type"), ", ".join(FAMILIES)
-        raise UserError(f"{where}: no support for model_type {name!r}; use one of: {supported}")
+        experts = "mixture-of-experts, " if any("experts" in key for key in raw) else ""
+        raise UserError(f"{where}: no support for {experts}model_type {name!r}; use one of: {supported}")
     found = raw.get("architectures") or [family.causal]
     if not {family.causal, family.classifier} & set(found):
         supported = f"{family.causal}, {family.classifier}"
@@ -159,6 +168,8 @@ def _rope(raw: Mapping[str, Any], family: Family, where: Path, max_positions: in
     """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     local = given.get("sliding_attention")
+    if "rope_local_base_freq" in family.defaults and given is raw.get("rope_parameters") and "rope_type" in given:
+        raise UserError(f"{where}: rope_parameters of {family.model_type} go by layer type; transformers ignores others")
     if isinstance(given.get("full_attention"), dict):
         if "rope_local_base_freq" not in family.defaults:
             raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
@@ -195,6 +206,8 @@ def _scaling(given: Mapping[str, Any], raw: Mapping[str, Any], where: Path, max_
         raise UserError(f"{where}: no support for rope scaling {kind!r}; use one of: {supported}")
     keys, numbers = _SCALING_KEYS[kind], dict(given)
     original = "original_max_position_embeddings"
+    if raw["model_type"] == "phi3" and original in given and original not in raw:
+        raise UserError(f"{where}: {original} stands in rope_scaling, where transformers ignores it; move it to the top")
     if original in keys.values():
         numbers[original] = _first(raw.get(original), given.get(original), max_positions)
         if numbers.get("factor") is None and kind in ("yarn", "longrope"):
@@ -217,6 +230,8 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> dict[str, 
     """config.json of a shape; `to_arch` reads the same shape from it if the family can hold it."""
     values = {key: getattr(arch, field) for field, key in family.config.items()}
     values[family.config["activation"]] = ACTIVATIONS[arch.activation]
+    if "query_pre_attn_scalar" in family.config:  # transformers takes whole numbers only
+        values["query_pre_attn_scalar"] = int(arch.query_pre_attn_scalar)
     values |= {family.config[f]: None for f in _MAYBE_NONE if f in family.config and not getattr(arch, f)}
     if family.windows != "none":
         values["sliding_window"] = arch.sliding_window or None

@@ -24,12 +24,19 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config_json import family_of, find_family, read_config, read_json, to_json
+from rlhf_jax.models.config_json import (
+    family_of,
+    find_family,
+    read_config,
+    read_generation,
+    read_json,
+    to_json,
+)
 from rlhf_jax.models.families import FAMILIES, Family, Tensor
 from rlhf_jax.models.layout import Layout, leaf_shapes
 from rlhf_jax.sharding import tree_shardings
 
-__all__ = ["FAMILIES", "find_family", "has_score_head", "load_params", "read_config", "save_model"]
+__all__ = ["FAMILIES", "find_family", "has_score_head", "load_params", "read_config", "read_generation", "save_model"]
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -135,7 +142,7 @@ def load_params(
 
 
 def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.Array:
-    """An array whose parts `read` gives; the host holds one of them at a time, and reads it once for all its copies."""
+    """An array whose parts `read` gives; the host holds one at a time, and reads it once for all its copies."""
     holders: dict[str, tuple[Any, list[Any]]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
@@ -193,6 +200,8 @@ def _check_stored(
     shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
     typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in _STORED]
     again = "make config.json agree with the weights, or download the directory again"
+    if shaped and shaped[0].startswith("score.weight"):
+        raise UserError(f"{folder} does not give one score: {shaped[0]}; take a reward model with one label")
     for items, what, cure in (
         (list(missing), "lacks tensors that config.json asks for", again),
         (extra, "has tensors that config.json does not mention", again),
@@ -229,9 +238,11 @@ def save_model(
     score_head: bool = False,
     dtype: str = "float32",
     base_config: Mapping[str, Any] | None = None,
+    base_generation: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and safetensors; other files in `path` (a tokenizer) stay.
+    """Writes config.json, generation_config.json and safetensors; other files in `path` stay.
 
     The directory is written beside `path` and renamed, so that an interruption leaves the old one as it was. The host
     holds one layer of a leaf and the file being written. In a run of several hosts all of them call this, and the
@@ -243,7 +254,9 @@ def save_model(
             there is one; else it is stored as score.bias, which transformers ignores.
         dtype: float32 or bfloat16.
         base_config: config.json of the model that training began with; gives the family, bos and (default) pad.
+        base_generation: its generation_config.json; what it says beside token ids is kept.
         shard_bytes: the largest weight file; more of them come with an index.
+        write_more: writes further files, such as the tokenizer's, into the new directory.
 
     Raises:
         UserError: no family has this shape, or params do not have it.
@@ -259,7 +272,7 @@ def save_model(
         leaves = _fold_score_bias(leaves)
     tokens = _token_ids(eos_ids, pad_id, base_config or {})
     config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
-    generation = {key: ids for key, ids in tokens.items() if ids is not None}
+    generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = _hf_tensors(family, arch, leaves, _DTYPES[dtype])
     if jax.process_index() != 0:
         for _ in tensors:  # fetching shards takes all hosts
@@ -269,6 +282,8 @@ def save_model(
         for name, content in {"config.json": config, "generation_config.json": generation}.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _write_weights(folder, tensors, _plan_files(family, arch, leaves, _DTYPES[dtype], shard_bytes))
+        if write_more is not None:
+            write_more(folder)
 
 
 def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
