@@ -64,7 +64,8 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any
     raw = read_json(where)
     family = family_of(raw, where)
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        convert = f"import transformers as t; t.{family.causal}.from_pretrained('{path}').save_pretrained('{path}')"
+        kind = (raw.get("architectures") or [family.causal])[0]
+        convert = f"import transformers as t; t.{kind}.from_pretrained('{path}').save_pretrained('{path}')"
         raise UserError(f'{folder} has .bin weights only; where torch is installed, run python -c "{convert}"')
     return to_arch(raw, family, where), raw
 
