@@ -11,6 +11,7 @@ kill and each stage, then a table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from rlhf_jax.tasks.report import text_table
 
 STAGES = ("sft", "reward", "ppo")
 WAYS = ("step", "save", "start")
-"""Kill once a drawn step is reached, inside a save after it, or soon after the process has started."""
+"""Kill once a drawn step is reached and no save is under way, inside a save after it, or soon after the start."""
 TIMEOUT = 300.0
 ARCH = {
     "vocab_size": 24, "width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "ffn_width": 64,
@@ -41,7 +42,7 @@ ARCH = {
 SHARED = {
     "optim": {"learning_rate": 3e-3, "warmup_steps": 5, "weight_decay": 0.01},
     "run": {"progress": False, "eval_every": 10},
-    "checkpoint": {"every": 4, "keep_last": 2, "keep_finished": True},
+    "checkpoint": {"every": 6, "keep_last": 2, "keep_finished": True},
 }
 
 
@@ -104,33 +105,43 @@ def last_step(directory: Path) -> int:
         return -1
 
 
-def writing(directory: Path) -> bool:
-    """Whether a save is under way."""
-    return any((directory / "checkpoints").glob("writing-*"))
+def writing(directory: Path) -> set[int]:
+    """The saves under way, and those that a kill has left; as inodes, since their names come again."""
+    found = set()
+    for path in (directory / "checkpoints").glob("writing-*"):
+        with contextlib.suppress(OSError):
+            found.add(path.stat().st_ino)
+    return found
 
 
 def kill_at(process: subprocess.Popen, directory: Path, way: str, step: int, draw: random.Random) -> str | None:
     """Kill -9 in one of WAYS; says what the run was doing, or None if it ended before."""
-    if way == "start":
-        deadline = time.time() + draw.uniform(0.2, 8.0)
-        reached = lambda: time.time() >= deadline or last_step(directory) >= step  # noqa: E731
-    else:
-        reached = lambda: last_step(directory) >= step and (way == "step" or writing(directory))  # noqa: E731
-    began, before = time.time(), last_step(directory)
+    began, left = time.time(), writing(directory)
+    deadline = began + draw.uniform(0.2, 8.0)
+
+    def reached() -> bool:
+        there = last_step(directory) >= step
+        if way == "start":
+            return there or time.time() >= deadline
+        return there and bool(writing(directory) - left) == (way == "save")
+
     while not reached():
         if process.poll() is not None:
             return None
         if time.time() - began > TIMEOUT:
             sys.exit(f"step {step} was not reached in {TIMEOUT:g} s")
         time.sleep(0.0005)
-    time.sleep(draw.uniform(0, 0.02))
+    if way == "save":
+        time.sleep(draw.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     process.wait()
     if process.returncode == 0:
         return None
-    if writing(directory):
+    if writing(directory) - left:
         return "saving"
-    return "training" if last_step(directory) != before else "starting"
+    checkpoints = [int(path.name) for path in (directory / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    began_training = last_step(directory) > max(checkpoints, default=-1)
+    return "training" if began_training or way == "step" else "starting"
 
 
 def killed_run(home: Path, stage: str, config: Path, steps: int, kills: int, draw: random.Random) -> list[dict]:

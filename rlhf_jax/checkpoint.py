@@ -182,7 +182,10 @@ class Checkpoints:
         )
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(self.path(step) / STATE, args=args)
+                found = checkpointer.restore(self.path(step) / STATE, args=args)
+            if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found)):
+                raise KeyError("it lacks arrays")  # orbax leaves their descriptions in their place
+            return found
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f"checkpoint {self.path(step)} does not fit this run ({reason_of(error)}); continue with the version "

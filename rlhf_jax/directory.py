@@ -118,7 +118,8 @@ def changes(config: Any, record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """
     then, now = dict(flat(record["config"])), dict(flat(plain(config)))
     names = [name for name in then if name not in ALWAYS_MAY_CHANGE]
-    return {name: (then[name], now.get(name)) for name in names if then[name] != now.get(name)}
+    found = {name: (then[name], now.get(name, "nothing")) for name in names}  # nothing: a group is null on one side
+    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 
 def names_given(**arguments: Any) -> tuple[str, ...]:

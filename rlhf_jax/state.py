@@ -131,8 +131,10 @@ def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTra
 def _bits(tree: Any) -> jax.Array:
     def of(i: int, leaf: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
-        places = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(2 * i + 1)
-        return jnp.sum(words * (places | jnp.uint32(1)), dtype=jnp.uint32)
+        mixed = words + jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(i)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finaliser
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
     return jnp.stack([of(i, leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]).sum(dtype=jnp.uint32)
 
