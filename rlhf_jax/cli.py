@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
     "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
+    "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),
 }
 POSITIONAL = {"inspect": "model", "convert": "model"}
 """Commands whose first argument may stand without its --name."""
@@ -237,7 +238,27 @@ def dispatch(arguments: list[str]) -> None:
     optional = (name for name, hint in flat(fields(COMMANDS[command][0])) if NoneType in typing.get_args(hint))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in optional)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
-    run_command(command, rest)
+    if command == "plan":
+        plan_command(rest)
+    else:
+        run_command(command, rest)
+
+
+def plan_command(rest: list[str]) -> None:
+    """`plan --topology NAME`, its other options, and those of the stage that is planned."""
+    own, others, groups = [], [], set()
+    for name, text in pairs(rest):
+        (own if name in fields(config.PlanRun) else others).append(f"--{name}={text}")
+        groups |= set(read(text)[1]) if name == "config" else {name.split(".")[0]}
+    plan = parse("plan", own)
+    stage = plan.stage
+    if stage == "auto":
+        stage = next((name for name in ("ppo", "sft", "reward") if name in groups), "auto")
+    if stage == "auto":
+        raise UserError("the options do not say which stage this is; write --stage pretrain, sft, reward or ppo")
+    settings = parse(stage, others)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config.resolve(COMMANDS["plan"][1])(plan, settings)
 
 
 def directory_command(command: str, rest: list[str]) -> None:

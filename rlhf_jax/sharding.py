@@ -86,7 +86,7 @@ def shard_shape(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, 
     return tuple(out)
 
 
-def _path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -108,7 +108,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name, spec = _path_name(path), spec_of(_path_name(path), leaf.shape)
+        name, spec = path_name(path), spec_of(path_name(path), leaf.shape)
         shard_shape(name, tuple(leaf.shape), spec, mesh.shape)
         return NamedSharding(mesh, spec)
 
@@ -143,3 +143,12 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
+    """Pin a weight as decoding reads it: whole over data and fsdp, sharded over tensor alone.
+
+    `stacked` leaves come without their leading L here.
+    """
+    spec = spec_of(path, (1, *x.shape) if stacked else x.shape)
+    return constrain(x, *(axis if axis == "tensor" else None for axis in spec[1 if stacked else 0 :]))

@@ -30,7 +30,7 @@ from rlhf_jax.config.stages import (
     SFTConfig,
     SFTRun,
 )
-from rlhf_jax.config.tools import ConvertRun, InspectRun
+from rlhf_jax.config.tools import ConvertRun, InspectRun, PlanRun
 
 __all__ = [
     "ALWAYS_MAY_CHANGE",
@@ -47,6 +47,7 @@ __all__ = [
     "OptimConfig",
     "PPOConfig",
     "PPORun",
+    "PlanRun",
     "PretrainRun",
     "QuickstartConfig",
     "RewardConfig",

@@ -55,3 +55,24 @@ class ConvertRun:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; write rlhf-jax convert MODEL --output DIR")
+
+
+@dataclass(frozen=True)
+class PlanRun:
+    """What `rlhf-jax plan` adds to the options of the stage that it plans.
+
+    Args:
+        topology: TPU generation and shape of the slice, such as v5e:4x4 or v5p:4x4x4.
+        stage: pretrain, sft, reward or ppo; auto tells it by the groups of options given.
+        suggest: try mesh shapes and batch sizes, and rank those that fit.
+        json: print one JSON object per line instead of tables.
+    """
+
+    topology: str = ""
+    stage: Literal["auto", "pretrain", "sft", "reward", "ppo"] = "auto"
+    suggest: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.topology:
+            raise UserError("topology is empty; write --topology v5e:4x4, or another slice")

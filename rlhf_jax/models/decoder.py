@@ -10,9 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import ArchConfig
+from rlhf_jax.models.attention import Attend
 from rlhf_jax.models.rotary import Tables, rotate
 
 ACTIVATIONS = {
@@ -30,36 +31,6 @@ def einsum(letters: str, x: Array, kernel: Array) -> Array:
     """A product in x's dtype; float32 means float32 on TPU too, whose default would round the inputs to bfloat16."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(letters, x, kernel.astype(x.dtype), precision=precision)
-
-
-def attention(
-    q: Float[Array, "B K G T N"],
-    k: Float[Array, "B K S N"],
-    v: Float[Array, "B K S N"],
-    mask: Bool[Array, "B T S"],
-    *,
-    scale: float,
-    softcap: float = 0.0,
-) -> Float[Array, "B K G T N"]:
-    """Softmax attention, scores in float32; every query may see at least one key.
-
-    `softcap` bends scores to cap * tanh(score / cap) (Gemma 2); 0 leaves them.
-
-    The division by the sum of exponentials comes after the product with the values, on [T, N] instead of [T, S]: with
-    its backward pass that is a third faster on CPU than softmax then product.
-    """
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("bkgtn,bksn->bkgts", q * scale, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = softcapped(scores, softcap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum("bkgts,bksn->bkgtn", weights.astype(q.dtype), v, precision=precision)
-    return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
-
-
-def softcapped(scores: Array, cap: float) -> Array:
-    """cap * tanh(scores / cap); the scores themselves if the cap is 0."""
-    return cap * jnp.tanh(scores / cap) if cap else scores
 
 
 class Norm(nnx.Module):
@@ -94,7 +65,6 @@ class Attention(nnx.Module):
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
         d, k, n = arch.width, arch.num_kv_heads, arch.head_dim
         self.groups = g = arch.num_heads // k
-        self.scale, self.softcap = (arch.query_pre_attn_scalar or n) ** -0.5, arch.attn_softcap
         self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, g + 2, n)))
         out_std = arch.init_std / (2 * arch.num_layers) ** 0.5  # GPT-2's scaling of what adds to the residual stream
         self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
@@ -110,11 +80,11 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tables: Tables | None,
-        mask: Bool[Array, "B T S"],
+        attend: Attend,
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Without a cache T = S. With one, T new columns are written at `index`; the mask covers all of it."""
+        """Without a cache T = S. With one, T new columns are written at `index`; `attend` covers all of it."""
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
@@ -128,8 +98,7 @@ class Attention(nnx.Module):
         if cache is not None and index is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
-        mixed = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
-        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(mixed, 3, 1), self.out[...])
+        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v), 3, 1), self.out[...])
         if hasattr(self, "out_bias"):
             y = y + self.out_bias[None, None].astype(x.dtype)
         return y, (k, v)
@@ -178,11 +147,11 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tables: Tables | None,
-        mask: Bool[Array, "B T S"],
+        attend: Attend,
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        y, cache = self.attn(self._norm("attn_norm", x), tables, mask, cache, index)
+        y, cache = self.attn(self._norm("attn_norm", x), tables, attend, cache, index)
         mixed = x + self._norm("attn_post_norm", y)
         y = self.mlp(self._norm("mlp_norm", x if self.parallel else mixed))
         return mixed + self._norm("mlp_post_norm", y), cache

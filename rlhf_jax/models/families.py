@@ -65,8 +65,8 @@ class Family(NamedTuple):
     tensors: dict[str, Tensor]
     windows: Literal["none", "all", "types"] = "none"
     window_rule: Any = None
-    activations: dict[str, str] = {}
-    only: dict[str, tuple[Any, ...]] = {}
+    activations: dict[str, str] = {}  # noqa: RUF012
+    only: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
     ignored: str = r"rotary_emb\.inv_freq$"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -13,15 +13,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
+from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
 from rlhf_jax.models.rotary import Tables, rotary_tables
-from rlhf_jax.sharding import ROWS, constrain
+from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-View = tuple[Tables | None, Bool[Array, "B T S"]]
+_KEPT = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
 
 
 def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
@@ -44,6 +46,19 @@ def platform_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def platform_attention(name: str) -> str:
+    """The attention program that a config names; flash is the splash kernel on TPU and cuDNN's on GPU.
+
+    Raises:
+        UserError: flash on CPU.
+    """
+    platform = jax.default_backend()
+    kinds = {"tpu": "splash", "gpu": "cudnn"}
+    if name == "flash" and platform not in kinds:
+        raise UserError(f"model.attention flash needs a TPU or GPU, not {platform}; set it to auto or plain")
+    return {"auto": kinds.get(platform, "plain"), "flash": kinds.get(platform, "")}.get(name, name)
+
+
 @dataclass(frozen=True)
 class Model:
     """A decoder with a vocabulary head (policy, reference) or a scalar head (reward, value).
@@ -56,6 +71,7 @@ class Model:
         compute_dtype: dtype of activations (float32 or bfloat16).
         remat: none, dots or full.
         logprob_chunk: positions whose logits are alive at once.
+        attention: plain, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
     """
 
     arch: ArchConfig
@@ -63,11 +79,13 @@ class Model:
     compute_dtype: jnp.dtype = jnp.dtype("float32")  # noqa: RUF009
     remat: str = "none"
     logprob_chunk: int = 256
+    attention: str = "plain"
 
     @classmethod
     def from_config(cls, config: ModelConfig, arch: ArchConfig, *, score_head: bool = False) -> Model:
         """The model that `config` describes, with the shape `arch`."""
-        return cls(arch, score_head, platform_dtype(config.compute_dtype), config.remat, config.logprob_chunk)
+        dtype, kind = platform_dtype(config.compute_dtype), platform_attention(config.attention)
+        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind)
 
     @cached_property
     def _embed(self) -> Any:
@@ -110,17 +128,20 @@ class Model:
             "score": score,
         }
 
-    def _views(
-        self, positions: Int[Array, "B T"], mask: Bool[Array, "B T S"], columns: Int[Array, " T"]
-    ) -> tuple[View, View]:
-        """What a layer is given, (rotary tables, mask), without and with the window; `columns` are the queries'."""
-        rotary, window = self.arch.positions == "rotary", self.arch.sliding_window
-        tables = rotary_tables(positions, self.arch) if rotary else None
-        if not window:
-            return (tables, mask), (tables, mask)
-        near = columns[:, None] - jnp.arange(mask.shape[-1])[None] < window
-        local = rotary_tables(positions, self.arch, local=True) if rotary and self.arch.rope_local_theta else tables
-        return (tables, mask), (local, mask & near[None])
+    def _tables(self, positions: Int[Array, "B T"], *, local: bool) -> Tables | None:
+        return rotary_tables(positions, self.arch, local=local) if self.arch.positions == "rotary" else None
+
+    def _attend(self, segment_ids: Int[Array, "B T"], *, local: bool) -> Attend:
+        """Attention of a layer with or without (`local`) the full view, all of a text at once."""
+        window = self.arch.sliding_window if local else 0
+        return make_attend(
+            self.attention, segment_ids, window=window, scale=self.scale, softcap=self.arch.attn_softcap
+        )
+
+    @property
+    def scale(self) -> float:
+        """Of attention scores."""
+        return (self.arch.query_pre_attn_scalar or self.arch.head_dim) ** -0.5
 
     def apply(
         self,
@@ -130,25 +151,27 @@ class Model:
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Final hidden states; a token sees itself and what is before it in its own segment. 0 marks padding."""
-        causal = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
-        views = self._views(positions, mask, jnp.arange(tokens.shape[1]))
-        local = jnp.zeros(self.arch.num_layers, bool).at[jnp.array(self.arch.window_layers, int)].set(True)
-        one_view = len(self.arch.window_layers) in (0, self.arch.num_layers)  # of either kind
         x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
+        kinds = [i in self.arch.window_layers for i in range(self.arch.num_layers)]
+        views = {
+            local: (self._tables(positions, local=local), self._attend(segment_ids, local=local))
+            for local in set(kinds)
+        }
+
+        def block(local: bool, x: Array, params: Params) -> Array:
+            return self._block[1](params, x, *views[local])[0]
 
         def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
             params, local = inputs
-            if one_view:
-                view = views[len(self.arch.window_layers) > 0]
+            if len(views) == 1:
+                x = block(kinds[0], x, params)
             else:
-                view = jax.tree.map(lambda full, near: jnp.where(local, near, full), *views)
-            y = self._block[1](params, x, *view)[0]
-            return constrain(y, *ROWS, None, None), None
+                x = jax.lax.cond(local, partial(block, True), partial(block, False), x, params)
+            return constrain(x, *ROWS, None, None), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
-        x, _ = jax.lax.scan(layer, x, (params["layers"], local))
+        x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.array(kinds)))
         return self._norm[1](params["final_norm"], x)
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -161,7 +184,7 @@ class Model:
         logits = jnp.einsum(
             letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
         )
-        return constrain(decoder.softcapped(logits, self.arch.logit_softcap), *ROWS, None, "tensor")
+        return constrain(softcapped(logits, self.arch.logit_softcap), *ROWS, None, "tensor")
 
     def logprobs(
         self,
@@ -187,26 +210,35 @@ class Model:
         return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=True, rngs=rngs))[1](score, hidden)
 
     def decoding_params(self, params: Params) -> Params:
-        """A copy for decoding: compute dtype, one dict per layer. Make it once per rollout, not per token.
+        """A copy for decoding: compute dtype, one dict per layer, every weight whole but for the tensor axis.
 
-        Norms stay as they are, since training computes them in float32, too. A tied head is laid out as [D, V], which
-        a product with few rows reads a third faster than [V, D].
+        Make it once per rollout, not per token: it is here that fsdp shards are gathered. Norms stay as they are,
+        since training computes them in float32, too. A tied head is laid out as [D, V], which a product with few rows
+        reads a third faster than [V, D].
         """
-        cast = jax.tree_util.tree_map_with_path(
-            lambda path, x: x if "_norm" in jax.tree_util.keystr(path) else x.astype(self.compute_dtype), params
-        )
+
+        def copy(path: Any, x: Array, *, stacked: bool) -> Array:
+            name = path_name(path)
+            x = x if "_norm" in name else x.astype(self.compute_dtype)
+            return constrain_gathered("layers/" + name if stacked else name, x, stacked=stacked)
+
+        layers = [
+            jax.tree_util.tree_map_with_path(lambda path, x, i=i: copy(path, x[i], stacked=True), params["layers"])
+            for i in range(self.arch.num_layers)
+        ]
+        rest = {name: tree for name, tree in params.items() if name != "layers"}
+        rest = jax.tree_util.tree_map_with_path(partial(copy, stacked=False), rest)
         if self.arch.tied_head:
-            cast["head"] = {"kernel": jax.lax.optimization_barrier(cast["embed"]["tokens"].T)}
-        layers = [jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(self.arch.num_layers)]
-        return {**cast, "layers": layers}
+            rest["head"] = {"kernel": jax.lax.optimization_barrier(rest["embed"]["tokens"].T)}
+        return {**rest, "layers": layers}
 
     def prefill(
         self, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], positions: Int[Array, "B P"]
     ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
         """Logits after the last prompt token of left-padded prompts, and a cache of P columns."""
-        causal = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
-        allowed = (mask[:, :, None] == mask[:, None, :]) & causal
-        return self._decode(params, tokens, positions, allowed, None, None)
+        segment_ids = mask.astype(jnp.int32)
+        attends = [self._attend(segment_ids, local=local) for local in (False, True)]
+        return self._decode(params, tokens, positions, attends, None, None)
 
     def decode(
         self,
@@ -218,18 +250,28 @@ class Model:
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
         """One token per row, written to column `index` of the cache: logits of the next. `mask` includes it."""
-        return self._decode(params, token[:, None], position[:, None], mask[:, None, :], cache, index)
+        apart, window = index - jnp.arange(mask.shape[1]), self.arch.sliding_window
+        masks = mask[:, None, :], mask[:, None, :] & (apart < window)[None, None]
+        attends = [partial(attention, mask=m, scale=self.scale, softcap=self.arch.attn_softcap) for m in masks]
+        return self._decode(params, token[:, None], position[:, None], attends, cache, index)
 
     def _decode(
-        self, params: Params, tokens: Array, positions: Array, mask: Array, cache: list | None, index: Array | None
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        attends: Sequence[Attend],
+        cache: list | None,
+        index: Array | None,
     ) -> tuple[Array, list[decoder.Cache]]:
-        columns = jnp.arange(tokens.shape[1]) if index is None else index[None]
-        views = self._views(positions, mask, columns)
-        x = self._embed[1](params["embed"], tokens, positions, self.compute_dtype)
+        views = [(self._tables(positions, local=local), attends[local]) for local in (False, True)]
+        x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         new_cache = []
         for i, layer in enumerate(params["layers"]):
             view = views[i in self.arch.window_layers]
             x, entry = self._block[1](layer, x, *view, cache[i] if cache is not None else None, index)
-            new_cache.append(entry)
+            x = constrain(x, *ROWS, None, None)
+            new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, "tensor", None, None), entry))
         hidden = self._norm[1](params["final_norm"], x[:, -1:])
-        return self.project(params, hidden)[:, 0], new_cache
+        logits = self.project(params, hidden)[:, 0]
+        return constrain(logits, *ROWS, None), new_cache  # whole rows, since drawing looks at all of the vocabulary

@@ -1,0 +1,151 @@
+"""Attention by three programs with the same masks: plain XLA, the splash kernel on TPU, cuDNN's flash kernel on GPU.
+
+Shapes as in `decoder.py`: B batch, T queries, S keys, K key-value heads, G query heads for each of them, N head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.sharding import ROWS
+
+Attend = Callable[[Array, Array, Array], Array]
+"""(q [B K G T N], k [B K S N], v [B K S N]) -> [B K G T N]: attention with mask, scale and cap closed over."""
+
+LANES = 128
+KERNEL_OUTPUT = "attention"
+"""What a remat policy may keep of the kernels: their result and its log-sum-exp."""
+
+
+def softcapped(scores: Array, cap: float) -> Array:
+    """cap * tanh(scores / cap); the scores themselves if the cap is 0."""
+    return cap * jnp.tanh(scores / cap) if cap else scores
+
+
+def attention(
+    q: Float[Array, "B K G T N"],
+    k: Float[Array, "B K S N"],
+    v: Float[Array, "B K S N"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float,
+) -> Float[Array, "B K G T N"]:
+    """Softmax attention, scores in float32; every query may see at least one key.
+
+    `softcap` bends scores to cap * tanh(score / cap) (Gemma 2); 0 leaves them. The division by the sum of exponentials
+    comes after the product with the values, on [T, N] instead of [T, S]: with its backward pass that is a third faster
+    on CPU than softmax then product.
+    """
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("bkgtn,bksn->bkgts", q * scale, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], softcapped(scores, softcap), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bkgts,bksn->bkgtn", weights.astype(q.dtype), v, precision=precision)
+    return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
+
+
+def _splash_kernel(heads: int, length: int, window: int, softcap: float, interpret: bool) -> Callable[..., Array]:
+    """Causal attention of `heads` query heads over one key-value head; `length` is a multiple of the lanes."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape = (length, length)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    made = kernel.make_splash_mqa_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=KERNEL_OUTPUT,
+        interpret=interpret,
+    )
+    return lambda q, k, v, ids: made(q, k, v, kernel.SegmentIds(ids, ids))
+
+
+def splash_attention(
+    q: Float[Array, "B K G T N"],
+    k: Float[Array, "B K T N"],
+    v: Float[Array, "B K T N"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    interpret: bool = False,
+) -> Float[Array, "B K G T N"]:
+    """Causal attention within segments by the splash kernel, whose memory grows with T instead of its square.
+
+    Rows over data and fsdp, key-value heads over tensor: the kernel runs on each device's share. `window` > 0 sees
+    that many tokens, the query's own included.
+    """
+    length, pad = q.shape[3], -q.shape[3] % LANES
+    q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q * scale, k, v))
+    ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+
+    def rows(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        kernel = _splash_kernel(q.shape[2], q.shape[3], window, softcap, interpret)
+        return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)  # over B, K
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads, keys = P(*ROWS, "tensor", None, None, None), P(*ROWS, "tensor", None, None)
+        rows = jax.shard_map(rows, in_specs=(heads, keys, keys, P(*ROWS, None)), out_specs=heads, check_vma=False)
+    return rows(q, k, v, ids)[:, :, :, :length].astype(q.dtype)
+
+
+def cudnn_attention(
+    q: Float[Array, "B K G T N"],
+    k: Float[Array, "B K T N"],
+    v: Float[Array, "B K T N"],
+    mask: Bool[Array, "B T T"],
+    *,
+    scale: float,
+) -> Float[Array, "B K G T N"]:
+    """Attention by cuDNN's flash kernel, in bfloat16 or float16 and without a soft-cap, which it lacks."""
+    rows, kv_heads, groups, length, width = q.shape
+    q = q.reshape(rows, kv_heads * groups, length, width)
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))  # B T heads N
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
+    return jnp.moveaxis(out, 2, 1).reshape(rows, kv_heads, groups, length, width)
+
+
+def causal_mask(segment_ids: Int[Array, "B T"], window: int) -> Bool[Array, "B T T"]:
+    """A token sees itself and what is before it in its own segment, `window` tokens if that is not 0."""
+    columns = np.arange(segment_ids.shape[1])
+    apart = columns[:, None] - columns[None]
+    near = (apart >= 0) & (apart < window) if window else apart >= 0
+    return (segment_ids[:, :, None] == segment_ids[:, None, :]) & near[None]
+
+
+def make_attend(kind: str, segment_ids: Int[Array, "B T"], *, window: int, scale: float, softcap: float) -> Attend:
+    """Causal attention within segments by `kind`: plain, splash, splash_interpret (on CPU, slow) or cudnn.
+
+    cuDNN has neither float32 nor soft-caps; such a call is plain.
+    """
+    if kind.startswith("splash"):
+        return functools.partial(
+            splash_attention,
+            segment_ids=segment_ids,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            interpret=kind == "splash_interpret",
+        )
+    mask = causal_mask(segment_ids, window)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        if kind == "cudnn" and not softcap and q.dtype != jnp.float32:
+            return cudnn_attention(q, k, v, mask, scale=scale)
+        return attention(q, k, v, mask, scale=scale, softcap=softcap)
+
+    return attend

@@ -1,0 +1,62 @@
+"""TPU generations and their topologies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax.errors import UserError
+
+
+class Chip(NamedTuple):
+    """What a chip can do: memory in bytes, bfloat16 FLOP/s, bytes/s of memory and of one mesh axis of its network.
+
+    The network's figure is both directions of a ring along one axis; a program that uses two axes at once can have
+    twice that, so the plan is on the safe side.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    network: float
+
+
+GIB = 1024**3
+_QUIET = {  # else the compiler asks the network what machine this is, and says what it thinks of the answer
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+}  # fmt: skip
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1.228e12, 90e9),
+    "v5e": Chip(16 * GIB, 197e12, 0.819e12, 90e9),
+    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 180e9),
+    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 180e9),
+}
+
+
+def find_topology(name: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a topology such as v5e:4x4, from the TPU compiler; no TPU is needed.
+
+    Raises:
+        UserError: no such generation or shape, or the compiler is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not shape or not all(part.isdigit() for part in shape.split("x")):
+        raise UserError(
+            f"topology {name!r} is unknown; write a generation ({', '.join(CHIPS)}) and its shape: v5e:4x4"
+        )
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")  # on a TPU VM, too: a plan leaves the chips alone
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # XLA's own errors, and those of a missing library
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "libtpu" in reason or "Unable to initialize backend" in reason or isinstance(error, ImportError):
+            raise UserError("the TPU compiler is not installed; pip install 'rlhf-jax[tpu]'") from error
+        raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error
+    return CHIPS[kind], list(devices)

@@ -1,0 +1,149 @@
+"""What a compiled program moves: a walk over its HLO text, loops multiplied by their trip counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2,
+          "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
+_SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_BRANCHES = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=\{?([\w.\-, %]+)\}?")
+_COUNTING = {"parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast", "copy", "tuple"}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
+         "after-all", "partition-id", "replica-id", "opt-barrier"}  # fmt: skip
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+@dataclass
+class Traffic:
+    """Bytes per device of one run of a program, and float32 shapes it ever holds.
+
+    Attributes:
+        collectives: kind -> bytes that a device sends or receives: of an all-gather its result, of a reduce-scatter
+            its operand, of an all-reduce twice its operand.
+        memory: bytes of high-bandwidth memory read and written, an estimate from above.
+        buffers: every float32 shape of a result.
+    """
+
+    collectives: Counter[str] = field(default_factory=Counter)
+    memory: float = 0.0
+    buffers: set[tuple[int, ...]] = field(default_factory=set)
+
+
+@dataclass
+class _Instruction:
+    name: str
+    shape: str
+    op: str
+    rest: str
+
+    def operands(self) -> list[str]:
+        depths = itertools.accumulate(({"(": 1, ")": -1}.get(char, 0) for char in self.rest), initial=1)
+        end = next((i for i, depth in enumerate(depths) if depth == 0), len(self.rest))
+        return re.findall(r"%([\w.\-]+)", self.rest[:end])
+
+    def called(self, part: str) -> str:
+        """Name of the computation that it uses as calls, body or condition."""
+        found = re.search(part + r"=%?([\w.\-]+)", self.rest)
+        return found[1] if found else ""
+
+
+_Computations = dict[str, list[_Instruction]]
+
+
+def _size(text: str) -> float:
+    """Bytes of all shapes in a piece of HLO that lie in the device's memory; S(1) is the scratchpad on the chip."""
+    return sum(_BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in _SHAPE.findall(text))
+
+
+def _parse(text: str) -> tuple[_Computations, str]:
+    computations: _Computations = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append(_Instruction(*found.groups()))
+    return computations, entry
+
+
+def _trips(condition: str, computations: _Computations) -> int | None:
+    """How often a loop runs whose condition is counter < constant, from 0 by 1; None if it is anything else."""
+    found = list(computations.get(condition, ()))
+    for i in found:  # it grows: a fusion's instructions belong to the condition
+        if i.op == "fusion":
+            found += computations.get(i.called("calls"), ())
+    numbers = [
+        int(i.rest.split(")")[0]) for i in found if i.op == "constant" and i.shape.startswith(("s32[]", "u32[]"))
+    ]
+    return max(numbers, default=1) if {i.op for i in found} <= _COUNTING else None
+
+
+def traffic(text: str, *, unknown_trips: int = 1) -> Traffic:
+    """What one run moves; a loop that ends when its data say so runs `unknown_trips` times."""
+    computations, entry = _parse(text)
+    out = Traffic()
+    spread: set[tuple[str, str]] = set()
+
+    def walk(name: str, times: float, outside: float, fused: bool) -> None:
+        """`times` that the computation runs, and that the windowed products around it do as a whole."""
+        shapes = {i.name: i.shape for i in computations.get(name, ())}
+        scatters = fused and any(i.op == "dynamic-slice" for i in computations.get(name, ()))
+        for i in computations.get(name, ()):
+            kind, operands = i.op.removesuffix("-start"), sum(_size(shapes.get(name, "")) for name in i.operands())
+            if kind in COLLECTIVES:
+                result = _size(i.shape) - (operands if i.op.endswith("-start") else 0)  # a start returns its operand
+                if scatters and kind == "all-reduce":  # how the TPU compiler writes a reduce-scatter
+                    kind = "reduce-scatter"
+                moved = {"all-gather": result, "all-reduce": 2 * operands}.get(kind, operands)
+                if name.startswith("async_collective_fusion"):
+                    # One collective, a piece of which moves beside every step of a windowed product.
+                    piece = (i.shape, i.rest.partition("op_name=")[2])
+                    moved *= 0 if piece in spread else outside / times
+                    spread.add(piece)
+                out.collectives[kind] += times * moved
+            elif i.op == "while":
+                trips = _trips(i.called("condition"), computations)
+                inner = times * (unknown_trips if trips is None else trips)
+                walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner, fused)
+            elif i.op in ("conditional", "call", "async-start"):
+                for branch in re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(i.rest))):
+                    walk(branch, times, outside, fused)
+            elif i.op == "fusion":
+                walk(i.called("calls"), times, outside, True)
+            if not fused and kind not in COLLECTIVES:
+                _add_memory(i, shapes, computations, times, out)
+
+    walk(entry, 1.0, 1.0, False)
+    return out
+
+
+def _add_memory(
+    i: _Instruction, shapes: dict[str, str], computations: _Computations, times: float, out: Traffic
+) -> None:
+    if i.op in _FREE or i.op.endswith(("-start", "-done")):
+        return
+    for kind, dims in _SHAPE.findall(i.shape):
+        if kind == "f32":
+            out.buffers.add(tuple(int(d) for d in dims.split(",") if d))
+    operands = [_size(_off_chip(shapes.get(name, ""))) for name in i.operands()]
+    inside = {x.op for x in computations.get(i.called("calls"), ())} if i.op == "fusion" else {i.op}
+    if "dynamic-update-slice" in inside:  # in place: the large operand is neither read nor written as a whole
+        out.memory += times * 2 * sum(sorted(operands)[:-1])
+    elif "dynamic-slice" in inside:
+        result = _size(_off_chip(i.shape))
+        out.memory += times * (result + sum(min(size, max(result, 1)) for size in operands))
+    else:
+        out.memory += times * (sum(operands) + _size(_off_chip(i.shape)))
+
+
+def _off_chip(shape: str) -> str:
+    """A shape without the parts that the compiler keeps in the chip's own scratchpad, memory space 1."""
+    return re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}", "", shape)

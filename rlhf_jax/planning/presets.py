@@ -1,0 +1,46 @@
+"""config.json of well-known models, so that a plan needs neither weights nor network. By name on the Hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0, "vocab_size": 128256, "tie_word_embeddings": False, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+_QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": None,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "meta-llama/Meta-Llama-3-8B": _LLAMA3 | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    },
+    "meta-llama/Meta-Llama-3-70B": _LLAMA3 | {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    },
+    "meta-llama/Llama-3.2-1B": _LLAMA3 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "head_dim": 64, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+    },
+    "Qwen/Qwen2.5-0.5B": _QWEN25 | {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-7B": _QWEN25 | {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def find_preset(path: str) -> dict[str, Any] | None:
+    """The config.json of hf://NAME, NAME, or the part of NAME after the slash; None if there is none."""
+    name = path.removeprefix("hf://").partition("@")[0].lower()
+    for full, raw in PRESETS.items():
+        if name in (full.lower(), full.lower().split("/")[1]):
+            return raw
+    return None

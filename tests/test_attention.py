@@ -1,0 +1,100 @@
+"""The attention switch: every program against the plain one in float32, values and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.config import ArchConfig, MeshConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model
+from rlhf_jax.models.attention import make_attend
+from rlhf_jax.models.model import platform_attention
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.tokens import positions_from_mask
+
+ROWS, KV_HEADS, GROUPS, LENGTH, WIDTH = 2, 2, 2, 150, 16
+
+
+def arrays(seed=0):
+    """Queries, keys, values; ids of a left-padded row and of two packed documents with padding behind."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((ROWS, KV_HEADS, GROUPS, LENGTH, WIDTH)).astype(np.float32)
+    k, v = rng.standard_normal((2, ROWS, KV_HEADS, LENGTH, WIDTH)).astype(np.float32)
+    ids = np.ones((ROWS, LENGTH), np.int32)
+    ids[0, :33] = 0
+    ids[1, 70:] = 2
+    ids[1, 140:] = 0
+    return (q, k, v), ids
+
+
+@pytest.mark.parametrize("window", [0, 1, 40, 200])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_the_splash_kernel_is_plain_attention_in_values_and_gradients(window, softcap, dtype, bound):
+    args, ids = arrays()
+    args = tuple(np.asarray(jnp.asarray(x, dtype).astype(jnp.float32)) for x in args)  # the same numbers for both
+    real = (ids > 0)[:, None, None, :, None]
+    wanted_change = np.random.default_rng(1).standard_normal((ROWS, KV_HEADS, GROUPS, LENGTH, WIDTH))
+
+    def loss(args, kind, dtype):
+        attend = make_attend(kind, jnp.asarray(ids), window=window, scale=0.3, softcap=softcap)
+        out = attend(*(jnp.asarray(x, dtype) for x in args)).astype(jnp.float32)
+        return jnp.sum(jnp.where(real, out * wanted_change, 0)), jnp.where(real, out, 0)
+
+    (_, expected), expected_grads = jax.value_and_grad(loss, has_aux=True)(args, "plain", "float32")
+    (_, found), grads = jax.value_and_grad(loss, has_aux=True)(args, "splash_interpret", dtype)
+    for got, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=bound * max(np.abs(wanted).max(), 1))
+
+
+MIXED = ArchConfig(
+    vocab_size=23, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=20, max_positions=256,
+    sliding_window=7, window_layers=(0, 2), attn_softcap=3.0, rope_local_theta=100.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_model_with_the_kernel_is_the_plain_model_on_one_device_and_on_a_mesh(mesh, remat):
+    plain = Model(MIXED)
+    kernel = dataclasses.replace(plain, attention="splash_interpret", remat=remat)
+    params = plain.init(jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(0, 23, (4, 20)).astype(np.int32)
+    mask = np.arange(20)[None] >= np.array([[0], [5], [11], [0]])
+    inputs = tokens, positions_from_mask(mask), mask.astype(np.int32)
+
+    def loss(model, params):
+        hidden = model.apply(params, *inputs)
+        return jnp.sum(jnp.where(mask[:, :, None], jnp.sin(hidden), 0))
+
+    expected = jax.jit(jax.value_and_grad(lambda p: loss(plain, p)))(params)
+    if mesh is None:
+        found = jax.jit(jax.value_and_grad(lambda p: loss(kernel, p)))(params)
+    else:
+        with jax.set_mesh(make_mesh(mesh)):
+            found = jax.jit(jax.value_and_grad(lambda p: loss(kernel, p)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), found, expected)
+
+
+def test_prefill_with_the_kernel_is_plain_prefill():
+    plain = Model(MIXED)
+    kernel = dataclasses.replace(plain, attention="splash_interpret")
+    params = plain.decoding_params(plain.init(jax.random.key(0)))
+    tokens = np.random.default_rng(1).integers(0, 23, (2, 20)).astype(np.int32)
+    mask = np.arange(20)[None] >= np.array([[0], [9]])
+    expected, _ = plain.prefill(params, tokens, mask, positions_from_mask(mask))
+    found, _ = kernel.prefill(params, tokens, mask, positions_from_mask(mask))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_which_program_a_platform_gets(monkeypatch):
+    assert platform_attention("auto") == "plain"
+    with pytest.raises(UserError, match=r"model.attention flash needs a TPU or GPU, not cpu; set it to auto or plain"):
+        platform_attention("flash")
+    for platform, kind in (("tpu", "splash"), ("gpu", "cudnn")):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert platform_attention("auto") == platform_attention("flash") == kind
+        assert platform_attention("plain") == "plain"

@@ -1,0 +1,275 @@
+"""Every model family against transformers: golden files always, transformers itself where torch is installed.
+
+`golden/make_families.py` says what the golden files hold and how transformers came to it.
+"""
+
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load, load_file, save_file
+
+from rlhf_jax.models import Model, hf
+from rlhf_jax.sampling import SamplingLaw, sample
+from rlhf_jax.tokens import positions_from_mask
+
+GOLDEN = Path(__file__).with_name("golden")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox",
+)  # fmt: skip
+GREEDY = SamplingLaw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(0))
+
+
+@cache
+def golden_file(family):
+    return np.load(GOLDEN / f"{family}.npz")
+
+
+def golden(name):
+    """The arrays of one case."""
+    family, case = name.split("/")
+    file = golden_file(family)
+    return {key.removeprefix(f"{case}/"): file[key] for key in file.files if key.startswith(f"{case}/")}
+
+
+CASES = [f"{f}/{case}" for f in FAMILIES for case in dict.fromkeys(k.split("/")[0] for k in golden_file(f).files)]
+LANGUAGE_MODELS = [name for name in CASES if not name.endswith("/score")]
+CLASSIFIERS = [name for name in CASES if name.endswith("/score")]
+each_case = pytest.mark.parametrize("name", CASES)
+each_language_model = pytest.mark.parametrize("name", LANGUAGE_MODELS)
+
+
+def write(path, arrays, **changes):
+    """The directory that transformers saved, with changes to its config.json; an Ellipsis takes a key out."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = json.loads(arrays["config"].tobytes()) | changes
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    (path / "model.safetensors").write_bytes(arrays["weights"].tobytes())
+    return path
+
+
+def load_model(path, *, score_head=False):
+    arch, _ = hf.read_config(path)
+    return Model(arch, score_head=score_head), hf.load_params(path, arch, score_head=score_head)
+
+
+def hidden_of(model, params, tokens, mask):
+    return model.apply(params, tokens, positions_from_mask(mask), mask.astype(np.int32))
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, mask):
+    return model.project(params, hidden_of(model, params, tokens, mask))
+
+
+@partial(jax.jit, static_argnums=0)
+def forward_and_backward(model, params, tokens, mask):
+    """(mean log-prob, logits), gradients."""
+
+    def mean_logprob(params):
+        hidden, pairs = hidden_of(model, params, tokens, mask), mask[:, :-1] & mask[:, 1:]
+        logprobs, _ = model.logprobs(params, hidden[:, :-1], tokens[:, 1:])
+        return jnp.sum(logprobs, where=pairs) / pairs.sum(), model.project(params, hidden)
+
+    return jax.value_and_grad(mean_logprob, has_aux=True)(params)
+
+
+@partial(jax.jit, static_argnums=0)
+def greedy(model, params, tokens, mask):
+    key = jax.random.key(0)
+    return sample(model, params, tokens, mask, key, GREEDY, max_new_tokens=8, stop_ids=(), chunk=8, filtered=False)
+
+
+def inputs(arrays):
+    return arrays["input_ids"].astype(np.int32), arrays["attention_mask"].astype(bool)
+
+
+# ---- golden
+
+
+def test_golden_files_have_every_family():
+    assert set(FAMILIES) == set(hf.FAMILIES)
+    for names in (LANGUAGE_MODELS, CLASSIFIERS):
+        assert {name.split("/")[0] for name in names} == set(FAMILIES)
+
+
+@each_language_model
+def test_logits_and_gradients(tmp_path, name):
+    arrays = golden(name)
+    model, params = load_model(write(tmp_path / "m", arrays))
+    (value, logits), grads = forward_and_backward(model, params, *inputs(arrays))
+    np.testing.assert_allclose(logits * arrays["attention_mask"][..., None], arrays["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(value, arrays["logprob"], rtol=1e-5)
+    raw = hf.read_config(tmp_path / "m")[1]
+    hf.save_model(tmp_path / "grads", model.arch, grads, eos_ids=[], base_config=raw)  # in the layout of the weights
+    found, expected = load_file(tmp_path / "grads" / "model.safetensors"), load(arrays["gradients"].tobytes())
+    assert len(expected) > 6
+    for key, gradient in expected.items():
+        error = found[key] - gradient
+        assert np.abs(gradient).max() > 1e-4, key  # it is no rounding error itself
+        assert np.linalg.norm(error) <= 1e-3 * np.linalg.norm(gradient), key
+        assert np.abs(error).max() <= 1e-3 * np.abs(gradient).max(), key
+
+
+@each_language_model
+def test_greedy_tokens(tmp_path, name):
+    arrays = golden(name)
+    assert arrays["margin"] >= 2e-3
+    model, params = load_model(write(tmp_path, arrays))
+    np.testing.assert_array_equal(greedy(model, params, *inputs(arrays)).tokens, arrays["generated"])
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_scores(tmp_path, name):
+    arrays = golden(name)
+    model, params = load_model(write(tmp_path, arrays), score_head=True)
+    hidden = jax.jit(partial(hidden_of, model))(params, *inputs(arrays))
+    scores = model.scores(params["score"], hidden)[:, -1]
+    np.testing.assert_allclose(scores, arrays["scores"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral/window", {"sliding_window": 4}),
+        ("mistral/window", {"sliding_window": 6}),
+        ("mistral/window", {"sliding_window": None}),
+        ("mistral/window_old", {"rope_theta": 210.0}),
+        ("qwen2/window", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        ("qwen2/window_old", {"max_window_layers": 1}),
+        ("qwen2/window_old", {"use_sliding_window": False}),
+        ("qwen3/bias_window", {"rms_norm_eps": 1e-2}),
+        ("gemma/gelu_old", {"hidden_act": "silu"}),
+        ("gemma2/caps", {"attn_logit_softcapping": 1.6}),
+        ("gemma2/caps", {"attn_logit_softcapping": None}),
+        ("gemma2/caps", {"final_logit_softcapping": None}),
+        ("gemma2/caps", {"query_pre_attn_scalar": 8}),
+        ("gemma2/caps", {"hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma2/caps_old", {"sliding_window": 5}),
+        ("gemma3_text/layers_old", {"rope_local_base_freq": 800.0}),
+        ("gemma3_text/layers_old", {"rope_scaling": None}),
+        ("gemma3_text/layers_old", {"sliding_window_pattern": 3}),
+        ("phi3/partial_old", {"partial_rotary_factor": 0.75}),
+        ("phi3/longrope_long", {"original_max_position_embeddings": 24}),
+        ("phi3/longrope_short", {"original_max_position_embeddings": 23}),
+        ("llama/rope_linear_old", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama/rope_dynamic", {"max_position_embeddings": 9}),
+        ("llama/rope_llama3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+        ("llama/smollm", {"rope_theta": 10000.0}),
+        ("gpt_neox/parallel_old", {"rotary_pct": 0.25}),
+        ("gpt_neox/parallel", {"use_parallel_residual": False}),
+        ("gpt_neox/parallel", {"hidden_act": "gelu_new"}),
+        ("gpt2/inner", {"layer_norm_epsilon": 1e-5}),
+    ],
+)  # fmt: skip
+def test_the_golden_logits_notice_a_wrong_config(tmp_path, name, changes):
+    """Each setting matters at least five times more than the tolerance: a decoder that ignored it would fail above."""
+    arrays = golden(name)
+    model, params = load_model(write(tmp_path, arrays, **changes))
+    logits = logits_of(model, params, *inputs(arrays)) * arrays["attention_mask"][..., None]
+    assert np.abs(logits - arrays["logits"]).max() > 5e-4
+
+
+# ---- in and out
+
+
+@each_case
+def test_round_trip(tmp_path, name):
+    arrays, score_head = golden(name), name in CLASSIFIERS
+    path = write(tmp_path / "m", arrays)
+    arch, raw = hf.read_config(path)
+    params, weights = hf.load_params(path, arch, score_head=score_head), load(arrays["weights"].tobytes())
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        new, kind = tmp_path / np.dtype(dtype).name, {"dtype": np.dtype(dtype).name, "score_head": score_head}
+        eos = raw["eos_token_id"] if isinstance(raw["eos_token_id"], list) else [raw["eos_token_id"]]
+        hf.save_model(new, arch, params, eos_ids=eos, base_config=raw, **kind)
+        found, again = hf.read_config(new)
+        assert found == arch
+        for key in ("model_type", "architectures", "bos_token_id", "eos_token_id", "pad_token_id"):
+            assert again[key] == raw[key], key
+        stored = load_file(new / "model.safetensors")
+        assert stored.keys() == weights.keys()
+        for key, array in weights.items():
+            expected = array if key == "score.weight" else array.astype(dtype)  # scalar heads stay float32
+            assert stored[key].dtype == expected.dtype, key
+            assert stored[key].tobytes() == expected.tobytes(), key
+
+
+@pytest.mark.parametrize("name", ["gpt2/old", "gpt_neox/parallel_old", "llama/rope_llama3_old"])
+def test_old_checkpoints_of_the_hub(tmp_path, name):
+    """Without the trunk's prefix (openai-community/gpt2), and with buffers beside the weights (gpt2, Pythia)."""
+    arrays = golden(name)
+    params = load_model(write(tmp_path / "m", arrays))[1]
+    weights = load(arrays["weights"].tobytes())
+    attention = {"gpt2": "transformer.h.0.attn", "gpt_neox": "gpt_neox.layers.0.attention"}
+    layer = attention.get(name.split("/")[0], "model.layers.0.self_attn")
+    buffers = {} if layer.startswith("model") else {f"{layer}.bias": np.ones((1, 1, 24, 24), np.uint8)}
+    buffers |= {f"{layer}.masked_bias": np.float32([-1e9])} if buffers else {}
+    buffers |= {} if name.startswith("gpt2") else {f"{layer}.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    weights |= buffers
+    if name.startswith("gpt2"):
+        weights = {key.removeprefix("transformer."): array for key, array in weights.items()}
+    path = write(tmp_path / "old", arrays)
+    save_file(weights, path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_model(path)[1], params)
+
+
+# ---- live
+
+
+@pytest.fixture(scope="module")
+def maker():
+    """make_families as a module."""
+    torch = pytest.importorskip("torch", reason="needs torch: the golden files stand in for transformers")
+    torch.set_num_threads(1)
+    from golden import make_families
+
+    return make_families
+
+
+def test_the_script_and_the_golden_files_have_the_same_cases(maker):
+    assert sorted(maker.CASES) == sorted(CASES)
+
+
+@each_case
+def test_golden_files_are_not_stale(tmp_path, name, maker):
+    """transformers, now and here, computes what the file holds."""
+    old, new = golden(name), maker.make_case(name)
+    assert old.keys() == new.keys()
+    archs = [hf.read_config(write(tmp_path / word, arrays))[0] for word, arrays in (("old", old), ("new", new))]
+    assert archs[0] == archs[1]
+    for word in ("weights", "gradients") if name in LANGUAGE_MODELS else ("weights",):
+        tensors = [load(arrays[word].tobytes()) for arrays in (old, new)]
+        assert tensors[0].keys() == tensors[1].keys()
+        for key in tensors[0]:
+            np.testing.assert_allclose(tensors[1][key], tensors[0][key], atol=1e-5, err_msg=key)
+    for key in old.keys() - {"config", "weights", "gradients"}:
+        np.testing.assert_allclose(new[key], old[key], atol=1e-5, err_msg=key)
+
+
+@each_case
+def test_transformers_loads_what_we_save(tmp_path, name, maker):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    arrays, score_head = golden(name), name in CLASSIFIERS
+    arch, raw = hf.read_config(write(tmp_path / "m", arrays))
+    params = hf.load_params(tmp_path / "m", arch, score_head=score_head)
+    hf.save_model(tmp_path / "new", arch, params, eos_ids=[2], base_config=raw, score_head=score_head)
+    auto = AutoModelForSequenceClassification if score_head else AutoModelForCausalLM
+    model, report = auto.from_pretrained(tmp_path / "new", attn_implementation="eager", output_loading_info=True)
+    assert {key: value for key, value in report.items() if value} == {}
+    assert type(model).__name__ == raw["architectures"][0]
+    ids, mask = (torch.from_numpy(arrays[key]) for key in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        outputs = maker.forward(model.eval(), ids, mask).numpy()
+    if score_head:
+        np.testing.assert_allclose(outputs[:, 0], arrays["scores"], rtol=0, atol=1e-4)
+    else:
+        outputs = outputs * arrays["attention_mask"][..., None]
+        np.testing.assert_allclose(outputs, arrays["logits"], rtol=0, atol=1e-4)
