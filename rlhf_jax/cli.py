@@ -34,8 +34,17 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
     "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),
+    "data inspect": (config.DataInspectRun, "rlhf_jax.datasets:run_inspect", "what rows hold and what is wrong"),
+    "data prepare": (config.DataPrepareRun, "rlhf_jax.datasets:run_prepare", "rows as a TFDS dataset"),
+    "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
 }
-POSITIONAL = {"inspect": "model", "convert": "model"}
+POSITIONAL = {
+    "inspect": "model",
+    "convert": "model",
+    "data inspect": "path",
+    "data prepare": "path",
+    "data aggregate": "path",
+}
 """Commands whose first argument may stand without its --name."""
 
 DIRECTORY_COMMANDS: dict[str, tuple[str, str]] = {
@@ -86,7 +95,7 @@ texts = functools.partial(yaml.load, Loader=Texts)
 def help_text() -> str:
     """What `rlhf-jax --help` prints."""
     about = {name: command[-1] for name, command in [*COMMANDS.items(), *DIRECTORY_COMMANDS.items()]}
-    return HELP.format(commands="\n".join(f"  {name:<12} {what}" for name, what in about.items()))
+    return HELP.format(commands="\n".join(f"  {name:<14} {what}" for name, what in about.items()))
 
 
 def fields(hint: Any) -> dict[str, Any]:
@@ -228,6 +237,8 @@ def dispatch(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(__version__)
         return
+    if " ".join(arguments[:2]) in COMMANDS:  # such as "data inspect"
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     command, *rest = arguments
     if command in DIRECTORY_COMMANDS:
         return directory_command(command, rest)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig
 from rlhf_jax.data.examples import Report, split_by_prompt
-from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf, hub
@@ -131,11 +131,17 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
 def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:
     """Training and held-out rows, from the arguments where given, else from the paths of the config."""
     if rows is None and not data.path:
-        raise UserError("data.path is empty; give a .jsonl, .jsonl.gz, .txt or .txt.gz file")
-    train = rows_from(data.path if rows is None else rows)
-    if eval_rows is None and not data.eval_path:
-        return split_by_prompt(train, data.eval_fraction, seed)
-    return train, rows_from(data.eval_path if eval_rows is None else eval_rows)
+        raise UserError("data.path is empty; give a .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet file")
+    sources = [rows_from(source, data.fields) for source in (data.path if rows is None else rows, *data.mixture)]
+    train = [row for source in sources for row in source]
+    if eval_rows is not None or data.eval_path:
+        held_out = rows_from(data.eval_path if eval_rows is None else eval_rows, data.fields)
+    else:
+        train, held_out = split_by_prompt(train, data.eval_fraction, seed)
+    if data.mixture_weights:
+        kept = set(map(id, train))
+        train = mix([[row for row in s if id(row) in kept] for s in sources], data.mixture_weights, seed)
+    return train, held_out
 
 
 def make_examples(

@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards"], 2),
     **dict.fromkeys(["sft", "reward", "ppo"], 3),
-    **dict.fromkeys(["cli", "quickstart", "inference", "inspection", "planning", "__main__"], 4),
+    **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "__main__"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 
@@ -36,6 +36,7 @@ SAME_FLOOR = {
     "generate": {"stage"},
     "loop": {"run", "stage"},
     "ppo": {"sft"},
+    "datasets": {"inference"},
     "__main__": {"cli"},
 }
 

@@ -110,7 +110,7 @@ def test_rows_from_copies_the_callers_dicts():
     [
         ("empty.jsonl", b"", "the file is empty"),
         ("blank.txt", b" \n\n", "the file is empty"),
-        ("rows.json", b"{}", "unknown extension; known are .jsonl, .jsonl.gz, .txt, .txt.gz"),
+        ("rows.json", b"{}", "unknown extension; known are .jsonl, .jsonl.gz, .txt, .txt.gz, .parquet"),
         ("bad.jsonl", b'{"a": 1}\n{"a": \n', "bad.jsonl:2: not JSON"),
         ("array.jsonl", b"[1]\n", "array.jsonl:1: a JSON list, not an object"),
         ("latin.txt", "ok\ncafé".encode("latin-1"), "latin.txt:2: not UTF-8"),
@@ -131,7 +131,7 @@ def test_missing_files_name_the_nearest(tmp_path):
         (tmp_path / "trian.jsonl", "did you mean .*/train.jsonl"),
         (tmp_path / "zzz.txt", "no file of a similar name"),
         (tmp_path / "no" / "x.txt", "no directory"),
-        (tmp_path, "a directory, not a file"),
+        (tmp_path, "a directory without a TFDS dataset"),
         ("", "set data.path"),
     ]:
         with pytest.raises(UserError, match=expected):

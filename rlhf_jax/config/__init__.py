@@ -6,6 +6,7 @@ value out of range is a UserError where the class is made.
 """
 
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
+from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataPrepareRun
 from rlhf_jax.config.functions import bind, resolve, to_dict
 from rlhf_jax.config.parts import (
     DataConfig,
@@ -39,7 +40,10 @@ __all__ = [
     "ArchConfig",
     "CheckpointConfig",
     "ConvertRun",
+    "DataAggregateRun",
     "DataConfig",
+    "DataInspectRun",
+    "DataPrepareRun",
     "FaultConfig",
     "InspectRun",
     "MeshConfig",

@@ -103,8 +103,14 @@ class DataConfig:
     """Rows to train on, and how they become batches.
 
     Args:
-        path: a .jsonl, .jsonl.gz, .txt or .txt.gz file.
-        eval_path: held-out rows; empty holds out `eval_fraction` of `path`, split by prompt.
+        path: a .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet file; DIR@SPLIT, a prepared TFDS directory; or
+            tfds:NAME@SPLIT, a TFDS builder. The split is train unless it is named, and may be a slice: train[:10%].
+        mixture: more such sources, mixed with `path` by `mixture_weights`.
+        mixture_weights: shares of an epoch that come from `path` and from each of `mixture`, in any unit: rows are
+            repeated, none is left out. Empty takes every row of all of them once.
+        fields: maps the fields of the rows to those a stage takes: "prompt={question}", with text around fields as you
+            like. Empty takes rows as they are, and those of known TFDS sets by our catalogue.
+        eval_path: held-out rows; empty holds out `eval_fraction` of `path` (and mixture), split by prompt.
         eval_fraction: share of the prompts held out when `eval_path` is empty.
         batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
         max_prompt_length: longest prompt, in tokens.
@@ -116,6 +122,9 @@ class DataConfig:
     """
 
     path: str = ""
+    mixture: list[str] = field(default_factory=list)
+    mixture_weights: list[float] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
     eval_path: str = ""
     eval_fraction: float = 0.05
     batch_size: int = 32
@@ -132,6 +141,12 @@ class DataConfig:
             "at least 0": "eval_batches",
         }
         check(self, "data.", rules)
+        sources = 1 + len(self.mixture)
+        if self.mixture_weights and (len(self.mixture_weights) != sources or min(self.mixture_weights) <= 0):
+            raise UserError(
+                f"data.mixture_weights {self.mixture_weights} are not {sources} positive numbers; give one for data.path "
+                "and one for each of data.mixture"
+            )
 
 
 @dataclass(frozen=True)

@@ -196,27 +196,33 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
     aggregate = votes joins unpaired preferences only. bradley_terry, plackett_luce and crowd_bt join all rows of a
     prompt, equal responses once, and fit strengths to all ballots; a row with nothing to learn stays as it is.
     """
-    joined: dict[str, list[Ranking]] = defaultdict(list)
+    together: list[Ranking] = []
     others: list[Row] = []
     for row in rows:
         if aggregate == "votes" and not kind_of(row).endswith("unpaired preference"):
             others.append(row)
             continue
         try:
-            ranking = ranking_row(row)
+            together.append(ranking_row(row))
         except DroppedRow:
             others.append(row)
-            continue
-        joined[key({"prompt": ranking.prompt})].append(ranking)
-    if not joined:
+    if not together:
         return others, ""
-    together = [_join(members) for members in joined.values()]
-    said = [f"{sum(map(len, joined.values()))} rows joined to {len(together)} prompts"]
+    count, together = len(together), join(together, key)
+    said = [f"{count} rows joined to {len(together)} prompts"]
     if aggregate != "votes":
         together, raters, facts = fit(together, method=aggregate, prior=prior)
         said += describe(raters, facts)
     others += [{"prompt": one.prompt, "ranking": one, "_where": one.where} for one in together]
     return others, "; ".join(said)
+
+
+def join(together: list[Ranking], key: Callable[[Row], str]) -> list[Ranking]:
+    """One ranking per prompt: `key` of {prompt} is equal for rows of one."""
+    of_prompt: dict[str, list[Ranking]] = defaultdict(list)
+    for ranking in together:
+        of_prompt[key({"prompt": ranking.prompt})].append(ranking)
+    return [_join(members) for members in of_prompt.values()]
 
 
 def _join(members: list[Ranking]) -> Ranking:

@@ -7,20 +7,26 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rlhf_jax.data import tfds_rows
+from rlhf_jax.data.fields import map_row, parse_fields
 from rlhf_jax.errors import UserError
 
 Row = dict[str, Any]
 
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 DOCUMENT_END = "<|endoftext|>"
 
 
-def rows_from(source: Any) -> list[Row]:
+def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     """Rows of a path (see `read_rows`) or of a list of dicts, as new dicts; the caller's are never changed.
+
+    `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`).
 
     Anything with `len` and integer indexing that yields dicts counts as a list (a Hugging Face dataset does). Rows of
     a list get "_where" = "row i" with i the list index, from 0.
@@ -28,6 +34,9 @@ def rows_from(source: Any) -> list[Row]:
     Raises:
         UserError: nothing to read, or an element is not a dict.
     """
+    if fields:
+        wanted = parse_fields(fields)
+        return [map_row(row, wanted) for row in rows_from(source)]
     if isinstance(source, (str, os.PathLike)):
         return read_rows(os.fspath(source))
     if isinstance(source, dict) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
@@ -43,20 +52,44 @@ def rows_from(source: Any) -> list[Row]:
     return rows
 
 
+def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> list[Row]:
+    """Rows of several sources in the ratio of `weights`: all of the one largest for its weight, the others repeated.
+
+    Sizes 100 and 30 with weights 1 and 1 give 100 rows of each: the second three times, and 10 rows that `seed` draws.
+    """
+    rng = np.random.default_rng(seed)
+    size = max(len(rows) / weight for rows, weight in zip(sources, weights, strict=True))
+    mixed = []
+    for rows, weight in zip(sources, weights, strict=True):
+        whole, rest = divmod(round(size * weight), len(rows)) if rows else (0, 0)
+        mixed += rows * whole + [rows[i] for i in rng.permutation(len(rows))[:rest]]
+    return mixed
+
+
 def read_rows(path: str) -> list[Row]:
-    """The rows of a file, each with an extra key "_where" = "file:line" (lines count from 1).
+    """The rows of a source, each with an extra key "_where" = "file:line" (lines and rows count from 1).
+
+    "tfds:NAME@SPLIT" is a TFDS builder that is prepared on this machine, a directory "DIR@SPLIT" one that holds a
+    prepared dataset; the split is train unless it is named and may be a slice, as train[:10%]. All else is a file.
 
     .jsonl and .jsonl.gz give one dict per line, blank lines skipped. .txt and .txt.gz give {"text": document} rows:
-    documents end at lines that hold exactly <|endoftext|>, and lose the line breaks at their two ends.
+    documents end at lines that hold exactly <|endoftext|>, and lose the line breaks at their two ends. .parquet needs
+    pyarrow.
 
     Raises:
         UserError: missing, empty, unreadable, truncated, not UTF-8, of unknown extension, or not one object per line.
     """
+    where, _, split = path.partition("@")
+    if path.startswith("tfds:"):
+        return tfds_rows.read_builder(where.removeprefix("tfds:"), split or "train")
+    if tfds_rows.is_prepared(where):
+        return tfds_rows.read_directory(where, split or "train")
     file = _existing(path)
     name = file.name.lower()
     if not name.endswith(EXTENSIONS):
         raise UserError(f"{path}: unknown extension; known are {', '.join(EXTENSIONS)}")
-    rows = list(_documents(file) if name.endswith((".txt", ".txt.gz")) else _objects(file))
+    read = _parquet if name.endswith(".parquet") else _documents if name.endswith((".txt", ".txt.gz")) else _objects
+    rows = list(read(file))
     if not rows:
         raise UserError(f"{path}: the file is empty; give one with at least one row")
     return rows
@@ -68,7 +101,7 @@ def _existing(path: str) -> Path:
         raise UserError(f"no path of a data file is given; set data.path to a {' or '.join(EXTENSIONS)} file")
     file = Path(path).expanduser()
     if file.is_dir():
-        raise UserError(f"{path}: a directory, not a file; name one {', '.join(EXTENSIONS)} file in it")
+        raise UserError(f"{path}: a directory without a TFDS dataset; name one {', '.join(EXTENSIONS)} file in it")
     if file.is_file():
         return file
     if not file.parent.is_dir():
@@ -113,6 +146,22 @@ def _objects(file: Path) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON {type(row).__name__}, not an object; write one object per line")
         yield {**row, "_where": where}
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    """The rows of a Parquet file."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        message = f"{file}: Parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
+        raise UserError(message) from error
+    try:
+        table = parquet.read_table(file)
+    except (ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{file}: no readable Parquet ({reason}); download it again") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield {**row, "_where": f"{file}:{number}"}
 
 
 def _documents(file: Path) -> Iterator[Row]:

@@ -1,0 +1,102 @@
+"""Settings of the commands that look at data or change its form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_jax.config.checks import SEEDS, check
+
+
+@dataclass(frozen=True)
+class DataPrepareRun:
+    """All of `rlhf-jax data prepare ROWS --schema NAME --out DIR`: rows as a TFDS dataset.
+
+    Args:
+        path: rows, as data.path of a stage.
+        eval_path: rows of the split "test"; empty makes "train" alone.
+        fields: a field map, as data.fields of a stage.
+        schema: sft, preference, ranking or prompts.
+        out: a directory; the dataset goes to out/feedback/SCHEMA/1.0.0.
+        strict: stop at the first row that would be dropped.
+        overwrite: replace the dataset that is there.
+    """
+
+    path: str = ""
+    eval_path: str = ""
+    fields: list[str] = field(default_factory=list)
+    schema: Literal["sft", "preference", "ranking", "prompts"] = "preference"
+    out: str = ""
+    strict: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class DataInspectRun:
+    """All of `rlhf-jax data inspect ROWS`: what is in the rows and what may be wrong with them.
+
+    Args:
+        path: rows, as data.path of a stage.
+        eval_path: held-out rows, which must share no prompt with `path`; empty splits `path` as a stage would.
+        eval_fraction: share of the prompts that this split holds out.
+        fields: a field map, as data.fields of a stage.
+        tokenizer: a tokenizer directory; empty counts no tokens and renders no examples.
+        loss_on: tokens that SFT would train on: response, assistant (all assistant turns), or all.
+        max_prompt_length: the limit whose truncations are counted.
+        max_length: likewise, of prompt and response together.
+        examples: rendered examples with the loss mask in colour.
+        color: always, never, or auto: if standard output is a terminal.
+        seed: which rows are rendered, and of the split.
+    """
+
+    path: str = ""
+    eval_path: str = ""
+    eval_fraction: float = 0.05
+    fields: list[str] = field(default_factory=list)
+    tokenizer: str = ""
+    loss_on: Literal["response", "assistant", "all"] = "response"
+    max_prompt_length: int = 256
+    max_length: int = 512
+    examples: int = 5
+    color: Literal["auto", "always", "never"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "max_prompt_length max_length",
+            "at least 0": "examples",
+            "above 0 and below 1": "eval_fraction",
+            SEEDS: "seed",
+        }
+        check(self, "", rules)
+
+
+@dataclass(frozen=True)
+class DataAggregateRun:
+    """All of `rlhf-jax data aggregate ROWS --output FILE.jsonl`: several raters' verdicts as one ranking per prompt.
+
+    Args:
+        path: ranking, preference or unpaired rows, as data.path of a stage.
+        fields: a field map, as data.fields of a stage.
+        method: bradley_terry, plackett_luce, or crowd_bt, which also finds how reliable each rater is.
+        prior: wins and losses that every strength starts with against one of strength 0.
+        intervals: draws of the bootstrap for 95% intervals of Bradley-Terry strengths; 0 leaves them out.
+        by: a field of the responses, such as model, that names what is compared; then all prompts are one group and
+            the table is of its values. Empty compares the responses to each prompt.
+        seed: of the bootstrap.
+        output: a .jsonl file for the rankings; empty prints the summary alone.
+        overwrite: replace `output`.
+    """
+
+    path: str = ""
+    fields: list[str] = field(default_factory=list)
+    method: Literal["bradley_terry", "plackett_luce", "crowd_bt"] = "crowd_bt"
+    prior: float = 0.5
+    intervals: int = 200
+    by: str = ""
+    seed: int = 0
+    output: str = ""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "", {"above 0": "prior", "at least 0": "intervals", SEEDS: "seed"})

@@ -1,0 +1,178 @@
+"""What is in some rows and what may be wrong with them, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from itertools import pairwise, permutations
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax import rankings
+from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.examples import prompt_key, sft_examples
+from rlhf_jax.data.schemas import DroppedRow, Messages, Row, kind_of, prompt_row, sft_row, text_row
+from rlhf_jax.data.tokenizer import Tokenizer
+
+PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+GREEN, RED, DIM, PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
+
+
+def inspect(
+    train: list[Row], held_out: list[Row], tokenizer: Tokenizer | None, max_prompt_length: int, max_length: int
+) -> dict[str, Any]:
+    """Findings as plain data, which `lines` says in words. Lengths are in tokens, without a tokenizer in characters.
+
+    Raises:
+        UserError: a malformed row.
+    """
+    rows = train + held_out
+    dropped: dict[str, list[str]] = defaultdict(list)
+    lengths: dict[str, list[int]] = {"prompt": [], "response": [], "whole": []}
+    compared: list[Ranking] = []
+    for row in rows:
+        try:
+            prompt, responses, ranking = _parts(row)
+        except DroppedRow as drop:
+            dropped[drop.reason].append(row["_where"])
+            continue
+        compared += [ranking] if ranking is not None else []
+        size = _length(prompt, tokenizer, "prompt")
+        sizes = [_length(response, tokenizer, "response") for response in responses]
+        lengths["prompt"].append(size)
+        lengths["response"] += sizes
+        lengths["whole"].append(size + max(sizes, default=0))
+    found: dict[str, Any] = {
+        "rows": len(train),
+        "held_out": len(held_out),
+        "kinds": dict(Counter(map(kind_of, rows))),
+        "dropped": {reason: (len(where), where[:3]) for reason, where in dropped.items()},
+        "unit": "characters" if tokenizer is None else "tokens",
+        "lengths": {k: np.percentile(v, PERCENTILES).round().astype(int).tolist() for k, v in lengths.items() if v},
+        "cut_prompts": float(np.mean(np.array(lengths["prompt"] or [0]) > max_prompt_length)),
+        "cut_rows": float(np.mean(np.array(lengths["whole"] or [0]) > max_length)),
+        "limits": (max_prompt_length, max_length),
+        **duplicates(train, held_out),
+    }
+    return {**found, **_votes(compared, tokenizer)} if compared else found
+
+
+def duplicates(train: list[Row], held_out: list[Row]) -> dict[str, Any]:
+    """Rows that are there twice, and held-out rows whose prompt is trained on, each with its first places."""
+    seen: dict[str, str] = {}
+    twice = []
+    for row in train + held_out:
+        same = json.dumps({k: v for k, v in row.items() if k not in ("_where", "id")}, sort_keys=True, default=repr)
+        if seen.setdefault(same, row["_where"]) != row["_where"]:
+            twice.append(f"{row['_where']} = {seen[same]}")
+    known = {prompt_key(row): row["_where"] for row in train}
+    leaked = [f"{row['_where']} = {known[key]}" for row in held_out if (key := prompt_key(row)) in known]
+    return {"repeated": (len(twice), twice[:3]), "leaked": (len(leaked), leaked[:3])}
+
+
+def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """How much length alone says about who is preferred, and how often raters agree."""
+    differences, preferred = [], []
+    for ranking in compared:
+        sizes = [_length(response, tokenizer, "response") for response in ranking.responses]
+        _, labels = ranking.consensus()
+        for i, j in permutations(range(len(sizes)), 2):  # both ways round, so that no order of writing matters
+            if not np.isnan(labels[i, j]):
+                differences.append(sizes[i] - sizes[j])
+                preferred.append(labels[i, j] - 0.5)
+    d, p = np.array(differences, float), np.array(preferred)
+    spread = np.sqrt((d**2).sum() * (p**2).sum())
+    decided = (d > 0) & (p != 0)
+    ballots = [(g, 0, ranks) for g, ranking in enumerate(compared) for _, ranks in ranking.ballots]
+    share, pairs = rankings.agreement(rankings.comparisons(ballots, num_raters=1))
+    return {
+        "pairs": len(p) // 2,
+        "ties": int((p == 0).sum()) // 2,
+        "length_correlation": float((d * p).sum() / spread) if spread else 0.0,
+        "longer_wins": float((p[decided] > 0).mean()) if decided.any() else float("nan"),
+        "agreement": share if pairs else None,
+        "raters": len({rater for ranking in compared for rater, _ in ranking.ballots} - {""}),
+    }
+
+
+def _parts(row: Row) -> tuple[str | Messages, list[str | Messages], Ranking | None]:
+    """(prompt, responses, what raters said, if they did) of any kind of row."""
+    if {"chosen", "responses"} & set(row):
+        ranking = ranking_row(row)
+        return ranking.prompt, ranking.responses, ranking
+    if {"response", "completion", "messages"} & set(row):
+        row = sft_row({**row, "label": True} if "label" in row else row)
+        return row["prompt"], [row["response"]], None
+    if "text" in row and "prompt" not in row:
+        return "", [text_row(row)["text"]], None
+    return prompt_row(row)["prompt"], [], None
+
+
+def _length(text: str | Messages, tokenizer: Tokenizer | None, what: str) -> int:
+    if tokenizer is None:
+        return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
+    if not text:
+        return 0
+    return len(tokenizer.encode_prompt(text) if what == "prompt" else tokenizer.encode_response(text))
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The findings as text; a line that starts with ! says that something is likely to be wrong."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    said = [f"  {found['rows']} training rows, {found['held_out']} held out: {kinds}"]
+    for reason, (count, where) in found["dropped"].items():
+        said.append(f"! {count} {reason}, dropped: {', '.join(where)}{', ...' if count > len(where) else ''}")
+    said.append(f"  {found['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
+    said += [f"  {name:<12}" + "".join(f"{v:>8}" for v in values) for name, values in found["lengths"].items()]
+    for name, value, limit in zip(
+        ("prompts", "rows"), (found["cut_prompts"], found["cut_rows"]), found["limits"], strict=True
+    ):
+        said.append(f"{'!' if value > 0.05 else ' '} {value:.1%} of {name} over {limit} {found['unit']}")
+    for name, about in (("repeated", "rows are there twice"), ("leaked", "held-out rows have a prompt of training")):
+        count, where = found[name]
+        said.append(f"{'!' if count else ' '} {count} {about}" + (f": {', '.join(where)}" if count else ""))
+    if "pairs" in found:
+        r, wins = found["length_correlation"], found["longer_wins"]
+        said.append(f"  {found['pairs']} compared pairs, {found['ties']} tied, {found['raters']} named raters")
+        mark = "!" if abs(r) > 0.2 else " "
+        said.append(
+            f"{mark} length: the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
+        )
+        if found["agreement"] is not None:
+            said.append(f"  raters agree on {found['agreement']:.1%} of the pairs that two of them judged")
+    return said
+
+
+def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
+    """A row as the model sees it; what is trained on is green (red if it is worse), or in [[ ]] without colour."""
+    head = f"--- {row['_where']}: {kind_of(row)}"
+    try:
+        prompt, responses, ranking = _parts(row)
+        if ranking is None and responses:
+            wide = {"max_prompt_length": 10**9, "max_length": 10**9 + 1, "too_long": "error"}
+            examples, _ = sft_examples([row], tokenizer, **wide, loss_on=loss_on)  # type: ignore[arg-type]
+            return "\n".join(
+                [head, *[_marked(e["tokens"], e["loss_mask"], tokenizer, GREEN, color) for e in examples]]
+            )
+        shown = [head, f"{DIM if color else ''}{tokenizer.prompt_text(prompt)}{PLAIN if color else ''}"]
+        ranks = ranking.consensus()[0] if ranking is not None else np.zeros(0)
+        for response, rank in zip(responses, ranks, strict=True):
+            ids = np.array(tokenizer.encode_response(response))
+            tone = GREEN if rank == np.nanmin(ranks) else RED
+            shown.append(f"rank {rank:g}: " + _marked(ids, np.ones(len(ids), bool), tokenizer, tone, color))
+        return "\n".join(shown)
+    except DroppedRow as drop:
+        return f"{head}\ndropped {drop.reason}"
+
+
+def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, tone: str, color: bool) -> str:
+    starts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+    spans = []
+    for start, end in pairwise(starts):
+        text = tokenizer.hf.decode(ids[start:end].tolist(), skip_special_tokens=False)
+        if color:
+            spans.append(f"{tone if mask[start] else DIM}{text}{PLAIN}")
+        else:
+            spans.append(f"[[{text}]]" if mask[start] else text)
+    return "".join(spans)

@@ -1,0 +1,179 @@
+"""Rows from TFDS datasets and to one of our own, without TensorFlow. Imports TFDS when it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.ballots import ranking_row
+from rlhf_jax.data.fields import catalogue, map_row
+from rlhf_jax.data.schemas import Messages, Row, preference_row, prompt_row, sft_row, text_of
+from rlhf_jax.errors import UserError
+
+NAME = "feedback"
+"""Name of our builder; its configs are the schemas."""
+
+CONVERT = (
+    "import tensorflow_datasets as tfds; tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+)
+
+
+def is_prepared(path: str) -> bool:
+    """Whether a directory holds a prepared TFDS dataset."""
+    return (Path(path).expanduser() / "dataset_info.json").is_file()
+
+
+def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row]:
+    """Rows of a split of a builder by its name ("imdb_reviews", "reddit_tifu/long:1.1.2"), fields as in the catalogue.
+
+    Nothing is downloaded: it must be prepared, in the array_record format, in `data_dir`, else $TFDS_DATA_DIR or
+    ~/tensorflow_datasets.
+
+    Raises:
+        UserError: no such builder, not prepared, prepared in another format, or no such split.
+    """
+    import tensorflow_datasets as tfds
+
+    known = catalogue()
+    logging.getLogger("absl").addFilter(_no_folder_yet)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tfds:{name}: {reason}; the catalogue here knows {', '.join(known)}") from error
+    if not builder.is_prepared():
+        command = CONVERT.format(name=name)
+        raise UserError(
+            f"tfds:{name} is not prepared in {builder.data_dir}, and nothing is downloaded here; where there is "
+            f'network run python -c "{command}" and copy that directory'
+        )
+    rows = _read(builder, split, f"tfds:{name}@{split}")
+    entry = next((known[key] for key in (name, builder.name) if key in known), None)
+    return [map_row(row, entry["fields"]) for row in rows] if entry else rows
+
+
+def read_directory(path: str, split: str) -> list[Row]:
+    """Rows of a split of a prepared directory; those that `rlhf-jax data prepare` wrote come back as they were.
+
+    Raises:
+        UserError: unreadable, another format than array_record, or no such split.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(str(Path(path).expanduser()))
+    except Exception as error:  # TFDS raises anything from KeyError to protobuf errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: no readable TFDS dataset ({reason}); prepare it again") from error
+    rows = _read(builder, split, f"{path}@{split}")
+    return [_restored(row) for row in rows] if builder.name == NAME else rows
+
+
+def _no_folder_yet(record: logging.LogRecord) -> bool:
+    return "has no dataset_info.json" not in record.getMessage()  # `is_prepared` says so, in our words
+
+
+def _read(builder: Any, split: str, where: str) -> list[Row]:
+    form = builder.info.file_format.value if builder.info.file_format else "unknown"
+    if form != "array_record":
+        raise UserError(f"{where}: prepared as {form}, which needs TensorFlow; prepare it with array_record")
+    try:
+        source = builder.as_data_source(split=split)
+    except (ValueError, KeyError, AssertionError) as error:
+        known = ", ".join(builder.info.splits) or "none"
+        raise UserError(f"{where}: no such split, or an empty one; there are {known}, and slices such as train[:10%]") from error
+    features = builder.info.features
+    return [{**_plain(source[i], features), "_where": f"{where}:{i}"} for i in range(len(source))]
+
+
+def _plain(value: Any, feature: Any) -> Any:
+    """What TFDS decodes as plain Python: texts for bytes, lists of dicts for dicts of lists, numbers for arrays."""
+    inner = getattr(feature, "feature", None)
+    if inner is not None:  # a sequence, of dicts or of something else
+        if isinstance(value, dict):
+            columns = {name: list(column) for name, column in value.items()}
+            size = len(next(iter(columns.values()), []))
+            return [_plain({name: column[i] for name, column in columns.items()}, inner) for i in range(size)]
+        return [_plain(item, inner) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item, feature[name]) for name, item in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
+    """Write normalised rows (see `stored`) as a TFDS dataset in array_record; returns its directory.
+
+    `tfds.builder_from_directory` opens it anywhere, with or without this package.
+    """
+    import tensorflow_datasets as tfds
+
+    from rlhf_jax.data.feedback import Feedback
+
+    tfds.disable_progress_bar()
+    builder = Feedback(config=schema, data_dir=out, file_format="array_record")
+    builder.rows = splits
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+def stored(row: Row, schema: str) -> Row:
+    """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out.
+
+    Raises:
+        DroppedRow, UserError: as the schema's own function.
+    """
+    if schema == "sft":
+        row = sft_row(row)
+        return {"prompt": _turns(row["prompt"]), "response": text_of(row["response"]), "finished": row["finished"]}
+    if schema == "preference":
+        found = preference_row(row)
+        texts = {name: text_of(found[name]) for name in ("chosen", "rejected")}
+        kept = {"finished": found["finished"], "margin": found["margin"]}
+        votes = {"votes": [float(count) for count in row.get("votes") or []], "rater": row.get("rater") or ""}
+        return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes}
+    if schema == "ranking":
+        ranking = ranking_row(row)
+        return {
+            "prompt": _turns(ranking.prompt),
+            "responses": [text_of(response) for response in ranking.responses],
+            "finished": ranking.finished,
+            "raters": [rater for rater, _ in ranking.ballots],
+            "ranks": [rank for _, ranks in ranking.ballots for rank in ranks],
+        }
+    row = prompt_row(row)
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
+    return {"prompt": _turns(row["prompt"]), "columns": json.dumps(columns, ensure_ascii=False)}
+
+
+def _turns(prompt: str | Messages) -> Messages:
+    return [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _restored(row: Row) -> Row:
+    """A stored row as `rlhf_jax.data.schemas` takes it; the inverse of `stored`."""
+    where = row["_where"]
+    turns = row["prompt"]
+    row = {**row, "prompt": turns[0]["content"] if [t["role"] for t in turns] == [""] else turns}
+    if "columns" in row:
+        return {**json.loads(row["columns"]), "prompt": row["prompt"], "_where": where}
+    if "votes" in row:
+        optional = {name: row[name] for name in ("votes", "rater") if row[name]}
+        return {k: v for k, v in row.items() if k not in ("votes", "rater")} | optional
+    if "raters" in row:
+        size = len(row["responses"])
+        table = [
+            [None if r != r else r for r in row["ranks"][i : i + size]] for i in range(0, len(row["ranks"]), size)
+        ]
+        items = [{"text": t, "finished": done} for t, done in zip(row["responses"], row["finished"], strict=True)]
+        raters = [{"rater": name, "ranks": ranks} for name, ranks in zip(row["raters"], table, strict=True)]
+        return {"prompt": row["prompt"], "responses": items, "raters": raters, "_where": where}
+    return row

@@ -1,0 +1,140 @@
+"""`rlhf-jax data inspect`, `prepare` and `aggregate`. Floor 4."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax import rankings
+from rlhf_jax.config import DataAggregateRun, DataInspectRun, DataPrepareRun
+from rlhf_jax.data import ballots, lint, tfds_rows
+from rlhf_jax.data.ballots import Ranking
+from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
+from rlhf_jax.data.schemas import DroppedRow, Row, text_of
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.directory import check_writable
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference import check_output, write_rows
+
+
+def run_inspect(config: DataInspectRun) -> dict[str, Any]:
+    """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings."""
+    train = rows_from(config.path, config.fields)
+    if config.eval_path:
+        held_out = rows_from(config.eval_path, config.fields)
+    else:
+        train, held_out = split_by_prompt(train, config.eval_fraction, config.seed)
+    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    found = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
+    print("\n".join(lint.lines(found)))
+    color = sys.stdout.isatty() if config.color == "auto" else config.color == "always"
+    if tokenizer is not None and config.examples:
+        chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.examples]
+        print("\n".join(lint.render(train[i], tokenizer, loss_on=config.loss_on, color=color) for i in sorted(chosen)))
+    return found
+
+
+def run_prepare(config: DataPrepareRun) -> Path:
+    """Write the rows as a TFDS dataset; says what was dropped, and returns its directory."""
+    if not config.out:
+        raise UserError("no directory to write to; give --out DIR")
+    directory = Path(config.out) / tfds_rows.NAME / config.schema / "1.0.0"
+    if directory.exists() and not config.overwrite:
+        raise UserError(f"{directory} exists; choose another --out or pass --overwrite true")
+    check_writable(Path(config.out), f"out {config.out}")
+    splits = {}
+    for split, path in (("train", config.path), ("test", config.eval_path)):
+        if path or split == "train":
+            rows = rows_from(path, config.fields)
+            build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
+            kept, report = collect(rows, build, strict=config.strict)
+            splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
+            print(f"{split}: {report}")
+    if directory.exists():
+        shutil.rmtree(directory)
+    written = tfds_rows.prepare(splits, config.schema, config.out)
+    print(f"{written}: data.path of a stage, or tfds.builder_from_directory({str(written)!r})")
+    return written
+
+
+def run_aggregate(config: DataAggregateRun) -> list[Row]:
+    """One ranking per prompt from all raters; prints a summary, raters and what is compared, and writes the rows."""
+    check_output(config.output, config.overwrite)
+    together: list[Ranking] = []
+    dropped = 0
+    for row in rows_from(config.path, config.fields):
+        try:
+            together.append(ballots.ranking_row(row))
+        except DroppedRow:
+            dropped += 1
+    joined = ballots.join(together, prompt_key)
+    if config.by:
+        joined = [_by_field(joined, config.by)]
+    fitted, raters, facts = ballots.fit(joined, method=config.method, prior=config.prior)
+    print(
+        "; ".join([f"{len(together)} rows, {dropped} dropped, {len(fitted)} groups", *ballots.describe(raters, facts)])
+    )
+    bounds = _intervals(fitted, config) if config.intervals else [None] * len(fitted)
+    if config.method == "crowd_bt" and len(raters) > 1:
+        print("rater  reliability")
+        print("\n".join(f"{name or 'unnamed'}  {raters[name]:.3f}" for name in sorted(raters, key=raters.__getitem__)))
+    if config.by:
+        _show(fitted[0], bounds[0])
+    out = [_row(ranking, bound) for ranking, bound in zip(fitted, bounds, strict=True)]
+    if config.output:
+        write_rows(out, config.output)
+    return out
+
+
+def _by_field(joined: Sequence[Ranking], name: str) -> Ranking:
+    """All rankings as one group whose items are the values of a field of the responses, such as the model."""
+    missing = next((r for r in joined if not all(name in more for more in r.extra)), None)
+    if missing is not None:
+        raise UserError(f'{missing.where}: a response has no field "{name}"; correct --by')
+    names = sorted({str(more[name]) for ranking in joined for more in ranking.extra})
+    ballots_: list[ballots.Ballot] = []
+    for ranking in joined:
+        at = [names.index(str(more[name])) for more in ranking.extra]
+        for rater, ranks in ranking.ballots:
+            ballot = np.full(len(names), np.nan)
+            ballot[at] = ranks
+            ballots_.append((rater, ballot.tolist()))
+    return Ranking(name, list(names), [True] * len(names), ballots_, joined[0].where, [{} for _ in names])
+
+
+def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarray]:
+    """[2, K] lower and upper ends of the 95% intervals of each group's strengths."""
+    voted = [(g, 0, ranks) for g, ranking in enumerate(fitted) for _, ranks in ranking.ballots]
+    verdicts = rankings.comparisons(voted, num_raters=1)
+    fit = lambda wins: rankings.bradley_terry(wins, prior=config.prior, items=verdicts.items)  # noqa: E731
+    ends = rankings.bootstrap_intervals(verdicts, fit, num_samples=config.intervals, level=0.95, seed=config.seed)
+    return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
+
+
+def _show(ranking: Ranking, bound: np.ndarray | None) -> None:
+    print("Elo  95% interval  " + str(ranking.prompt))
+    strengths = ranking.strengths if ranking.strengths is not None else np.zeros(0)
+    for i in np.argsort(-strengths):
+        ends = "" if bound is None else "{:.0f} to {:.0f}".format(*rankings.elo(bound[:, i]))
+        print(f"{rankings.elo(strengths[i]):.0f}  {ends}  {text_of(ranking.responses[i])}")
+
+
+def _row(ranking: Ranking, bound: np.ndarray | None) -> Row:
+    """A ranking row {prompt, responses: [{text, rank, strength, interval?, ...}]}."""
+    ranks, _ = ranking.consensus()
+    items = []
+    for i, response in enumerate(ranking.responses):
+        rank = None if np.isnan(ranks[i]) else int(ranks[i])
+        item = {"text": text_of(response), "rank": rank, "finished": ranking.finished[i], **ranking.extra[i]}
+        if ranking.strengths is not None:
+            item["strength"] = round(float(ranking.strengths[i]), 4)
+        if bound is not None:
+            item["interval"] = [round(float(end), 4) for end in bound[:, i]]
+        items.append(item)
+    return {"prompt": ranking.prompt, "responses": items}
