@@ -213,6 +213,8 @@ class Lines:
         Raises:
             OSError: they are not on disk, but in memory, and go with the next ones.
         """
+        if not rows and not self.waiting:
+            return
         self.waiting += "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         with open(self.path, "ab") as file:
             end = file.tell()

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import fingerprint
 from rlhf_jax.nans import first_nan
-from rlhf_jax.run import Run, fetch_scalars
+from rlhf_jax.run import Run
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.stage import Loaded, describe
 from rlhf_jax.state import Schedule, TrainState, create_state, learning_rates, make_optimizer, make_schedule
-from rlhf_jax.step import Step, accumulated_grads, add_metrics, make_train_step
+from rlhf_jax.step import Step, accumulated_grads, add_metrics, fetch_scalars, make_train_step
 from rlhf_jax.types import LossFn, Params
 
 Evaluate = Callable[[Params], dict[str, float]]

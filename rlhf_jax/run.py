@@ -16,15 +16,15 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from rlhf_jax import directory
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.checkpoint import Checkpoints, reason_of
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.interrupts import Interrupts
+from rlhf_jax.step import pack
 from rlhf_jax.types import Metrics
 
 BARS: weakref.WeakSet[tqdm] = weakref.WeakSet()
@@ -111,8 +111,8 @@ class Run:
         if self.is_writer:
             self._prepare()
         if found:
-            how = f"continuing after step {self.start} of {self.total}" if self.resumed else "no checkpoint yet, starting anew"
-            self.say(f"{self.stage}: {self.dir}: {how}")
+            where = f"continuing after step {self.start} of {self.total}"
+            self.say(f"{self.stage}: {self.dir}: {where if self.resumed else 'no checkpoint yet, starting anew'}")
 
     def _prepare(self) -> None:
         if not self.resumed:
@@ -159,6 +159,9 @@ class Run:
                 with contextlib.suppress(OSError):  # the disk that is full is what the error is about
                     self._record(status, f"{type(error).__name__}: {error}", step)
             self._lock.close()
+        if isinstance(error, OSError) or ("No space left" in str(error) and not isinstance(error, UserError)):
+            where, reason = getattr(error, "filename", None) or self.dir, reason_of(error or OSError())
+            raise UserError(f"{where}: {reason}; mend that, then {self.how_to_continue()}") from error
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -424,6 +427,9 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept."""
         self.flush()
+        if self.is_writer:
+            for lines in (self._metrics, self._samples):
+                lines.add([])  # what a full disk had refused
         summary = {"stage": self.stage, **summary, "skipped": self.skipped}
         summary["wall_s"] = round(time.time() - self.started, 2)
         if self.best is not None:
@@ -437,14 +443,3 @@ class Run:
         self.bar.close()
         self.say(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
         return summary
-
-
-@jax.jit
-def pack(values: tuple[jax.Array, ...]) -> jax.Array:
-    """Scalars as one float32 array, so that they leave the device in one transfer."""
-    return jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
-
-
-def fetch_scalars(metrics: Metrics) -> dict[str, float]:
-    """Metrics on the host, in one transfer."""
-    return dict(zip(metrics, map(float, jax.device_get(pack(tuple(metrics.values())))), strict=True))

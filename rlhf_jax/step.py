@@ -95,3 +95,14 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+@jax.jit
+def pack(values: tuple[jax.Array, ...]) -> jax.Array:
+    """Scalars as one float32 array, so that they leave the device in one transfer."""
+    return jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
+
+
+def fetch_scalars(metrics: Metrics) -> dict[str, float]:
+    """Metrics on the host, in one transfer."""
+    return dict(zip(metrics, map(float, jax.device_get(pack(tuple(metrics.values())))), strict=True))

@@ -17,6 +17,7 @@ from rlhf_jax.config import MeshConfig, PPOConfig, PPORun
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.ppo import Models, core, objective, train
+from rlhf_jax.ppo import networks as networks_module
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import replace
 from rlhf_jax.types import Rollout
@@ -196,7 +197,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(one_device, tmp_path):
 
     make_tokenizer(9).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="another tokenizer"):
-        train.check_same_tokenizer(Tokenizer.load(str(tmp_path)), str(toy_directory() / "reward"))
+        networks_module.check_same_tokenizer(Tokenizer.load(str(tmp_path)), str(toy_directory() / "reward"))
 
 
 # --- one iteration after the other

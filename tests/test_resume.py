@@ -518,6 +518,27 @@ def test_metrics_that_cannot_be_written_follow_the_same_setting(tmp_path, monkey
         assert rows_of(tmp_path / "run") == rows_of(tmp_path / "alone")
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("write: No space left on device")]
+)
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_continues_later(tmp_path, monkeypatch, error):
+    """The models are written by others, which raise errors of their own."""
+    alone = run_fit(settings(tmp_path / "alone", checkpoint__every=4))
+    config = settings(tmp_path / "run", checkpoint__every=4)
+
+    def full(self, like):
+        raise error
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"run: No space left on device; mend that, then"),
+    ):
+        patch.setattr(Run, "restore_best", full)
+        run_fit(config)
+    assert statuses(tmp_path / "run") == "failed"
+    assert same_bits(run_fit(config), alone)
+
+
 # --- rewards
 
 
@@ -702,7 +723,7 @@ def test_sigterm_while_a_run_compiles_samples_updates_and_saves_ends_as_if_it_ha
     (here / "signals.py").write_text(SIGNALS)
     options = [
         "--reward.functions", "[signals:reward]", "--ppo.policy_loss", "signals:policy_loss", "--ppo.iterations", "9",
-        "--run.progress", "false", "--checkpoint.keep_finished", "true", "--run.eval_every", "3",
+        "--run.progress", "false", "--checkpoint.every", "2", "--run.eval_every", "3",
     ]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(here / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

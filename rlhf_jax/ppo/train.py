@@ -17,80 +17,28 @@ from rlhf_jax.config import PPORun, resolve
 from rlhf_jax.data.batches import Batches, collate_prompts, collate_sft, eval_batches, fingerprint
 from rlhf_jax.data.examples import pack, prompt_examples, sft_examples
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import check_output_dir, names_given
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import decode, make_sampler
-from rlhf_jax.models import hub
 from rlhf_jax.nans import first_nan
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.checks import check, check_batches, filters
+from rlhf_jax.ppo.networks import Networks, load_networks
 from rlhf_jax.rewards import RewardFailure, call_reward, combine
 from rlhf_jax.run import Run
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, tree_shardings
 from rlhf_jax.stage import (
-    Loaded,
     Rows,
     check_length,
-    check_vocabulary,
     describe,
-    load_model,
     load_rows,
     load_tokenizer,
     make_examples,
-    replace,
     save_model,
 )
 from rlhf_jax.state import TrainState, create_state, digest, learning_rates
 from rlhf_jax.types import Params, PolicyLoss, Rollout
-
-
-@dataclass(frozen=True)
-class Networks:
-    """All that PPO computes with; reference and reward parameters are frozen, params start the training state."""
-
-    models: core.Models
-    policy: Loaded
-    params: Params
-    ref: Params
-    reward: Params | None
-    value: Loaded
-
-
-def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array) -> Networks:
-    """Policy, frozen copy of it, reward model if any, and critic."""
-    policy = load_model(config.model, mesh, key)
-    check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
-    reward = None
-    if config.reward.model:
-        reward_config = replace(config.model, path=config.reward.model, arch=None)
-        reward = load_model(reward_config, mesh, key, head="trained")
-        check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
-        check_same_tokenizer(tokenizer, config.reward.model)
-    copy = partial(jax.tree.map, jnp.copy)
-    ppo = config.ppo
-    if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
-        value, value_params = reward, copy(reward.params)
-    else:
-        score = jax.jit(partial(policy.model.init_score, zeros=True))(key)
-        score = jax.device_put(score, replicated(mesh))
-        on_policy = policy.model.with_score(policy.params, score)
-        value_model = replace(policy.model, score_head=True)
-        value = Loaded(value_model, on_policy, policy.base_config)
-        value_params = {"score": score} if ppo.shared_trunk else copy(on_policy)
-    models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk)
-    params = {"policy": copy(policy.params), "value": value_params}
-    return Networks(models, policy, params, policy.params, reward.params if reward else None, value)
-
-
-def check_same_tokenizer(tokenizer: Tokenizer, path: str) -> None:
-    """Raise a UserError if the directory holds a tokenizer that maps text to other ids."""
-    directory = hub.local_directory(path)
-    if not any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return
-    if Tokenizer.load(directory).hf.get_vocab() != tokenizer.hf.get_vocab():
-        raise UserError(f"reward model {path} has another tokenizer than the policy; train it with the policy's")
 
 
 @dataclass(frozen=True)
