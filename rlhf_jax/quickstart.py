@@ -33,7 +33,7 @@ from rlhf_jax.config import (
     to_dict,
 )
 from rlhf_jax.directory import check_writable
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.generate import Generator
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import load_model, load_tokenizer
@@ -101,6 +101,14 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     Returns the summary, which summary.json holds too. A later round labels walks of the policy of the one before
     (Ouyang et al. 2022, section 3.1), adds them to the comparisons, and starts from SFT again.
     """
+    try:
+        return run_chain(config)
+    except Stopped as stopped:  # a stage could continue, the chain cannot
+        raise KeyboardInterrupt from stopped
+
+
+def run_chain(config: QuickstartConfig) -> dict[str, Any]:
+    """`run` without its end by a signal."""
     started = time.time()
     path = prepare_directory(config)
     graph = walks.make_graph(config.seed)
