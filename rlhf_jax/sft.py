@@ -69,7 +69,7 @@ def run(
         loaded = load_model(config.model, mesh, init_key)
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
         check_length(loaded.model.arch, config.data.max_length, "data.max_length")
-        sampled = held_out_rows[: config.sft.num_samples] if config.sft.loss_on == "response" else []
+        sampled = held_out_rows[: config.sft.num_samples] if config.sft.loss_on != "all" else []
         length = config.data.max_prompt_length
         generator = (
             Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=length) if sampled else None

@@ -632,3 +632,50 @@ def test_importing_the_data_package_imports_no_heavy_library():
     code = "import sys, rlhf_jax.data.batches; print({'jax', 'grain', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+# --- all assistant turns
+
+TALK = [turn("user", "a b"), turn("assistant", "c d"), turn("user", "e"), turn("assistant", "f"), turn("user", "g")]
+MARKED = (
+    "{%- for m in messages %}{{ '<start> ' + m['role'] + ' ' }}{%- if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<end>' }}{% endgeneration %}{%- else %}{{ m['content'] + '<end>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start> assistant ' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefix difference", "generation marks"])
+def test_answers_in_a_prompt_are_those_of_the_assistant_with_their_closing_token(template):
+    tokenizer = Tokenizer(tiny(template, add_bos=True))
+    ids, mask = np.array(tokenizer.encode_prompt(TALK)), tokenizer.answers_in(TALK)
+    assert mask.shape == ids.shape
+    wanted = [*tokenizer.encode_response(TALK[1:2]), *tokenizer.encode_response(TALK[3:4])]
+    assert ids[mask].tolist() == wanted
+    assert not tokenizer.answers_in("a b").any() and not tokenizer.answers_in(USER).any()
+
+
+def test_answers_in_a_transcript_are_the_words_alone(tokenizer):
+    with_bos = Tokenizer(tiny(add_bos=True))
+    ids = np.array(with_bos.encode_prompt(TALK))
+    assert with_bos.decode(ids[with_bos.answers_in(TALK)]) == "c d f"
+    assert ids[0] == 1 and not with_bos.answers_in(TALK)[0]
+
+
+def test_loss_on_the_assistant_is_on_every_answer(chat):
+    row = {"messages": [*TALK, turn("assistant", "h")], "_where": "f:1"}
+    wide = {"max_prompt_length": 40, "max_length": 60, "too_long": "drop"}
+    masks = {}
+    for loss_on in ("response", "assistant", "all"):
+        [example], _ = sft_examples([row], chat, **wide, loss_on=loss_on)
+        masks[loss_on] = example["loss_mask"]
+    assert chat.decode(example["tokens"][masks["assistant"]]) == "c d f h"
+    assert (masks["response"] <= masks["assistant"]).all() and (masks["assistant"] <= masks["all"]).all()
+    cut = {"max_prompt_length": 10, "max_length": 60, "too_long": "truncate"}
+    [example], report = sft_examples([row], chat, **cut, loss_on="assistant")
+    assert chat.decode(example["tokens"][example["loss_mask"]]) == "f h" and report.truncated == 1
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    forgets = "{{ messages | length }} {% for m in messages %}{{ '<start> ' + m['content'] + '<end>' }}{% endfor %}"
+    with pytest.raises(UserError, match=r"changes earlier turns when later ones follow.* set sft.loss_on to response"):
+        Tokenizer(tiny(forgets)).answers_in(TALK)

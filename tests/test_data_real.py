@@ -252,3 +252,17 @@ def test_soft_labels_predict_a_third_rater_at_least_as_well_as_the_majority():
         scores = np.array([held_out(family(x)) for x in grid])
         tuned.append((scores[scores[:, 0].argmax(), 1] + scores[scores[:, 1].argmax(), 0]) / 2)
     assert tuned[0] >= tuned[1]
+
+
+def test_all_answers_of_real_conversations_are_those_that_transformers_marks(tokenizers):
+    bpe = tokenizers["bpe4k"]
+    talks = [row["prompt"] + row["chosen"] for row in rows("hh_harmless_test.pref")[:200]]
+    examples, _ = sft_examples(
+        [{"messages": talk, "_where": "hh"} for talk in talks], bpe, **LOOSE, loss_on="assistant"
+    )
+    assert max(len(talk) for talk in talks) > 4
+    for talk, example in zip(talks, examples, strict=True):
+        wanted = bpe.hf.apply_chat_template(talk, return_assistant_tokens_mask=True, return_dict=True)
+        size = len(example["tokens"])  # the template adds a line break after the last answer
+        assert wanted["input_ids"][:size] == example["tokens"].tolist()
+        assert wanted["assistant_masks"][:size] == example["loss_mask"].tolist()

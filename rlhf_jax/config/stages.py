@@ -27,7 +27,7 @@ class SFTConfig:
         steps: optimiser steps; 0 means `epochs` over the rows.
         epochs: passes over the rows when `steps` is 0.
         accumulate: microbatches whose gradients are added up to one step.
-        loss_on: response only, or all tokens.
+        loss_on: the response only, all assistant turns, or all tokens.
         loss_reduction: token (mean over the batch's tokens) or sequence (mean over rows of their means).
         pack: several documents in one sequence, not attending to each other.
         loss: a function (logprobs, weights) -> (scalar, metrics), as "module:name".
@@ -37,7 +37,7 @@ class SFTConfig:
     steps: int = 0
     epochs: int = 1
     accumulate: int = 1
-    loss_on: Literal["response", "all"] = "response"
+    loss_on: Literal["response", "assistant", "all"] = "response"
     loss_reduction: Literal["token", "sequence"] = "token"
     pack: bool = False
     loss: str = "rlhf_jax.losses:next_token_loss"

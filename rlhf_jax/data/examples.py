@@ -59,9 +59,10 @@ def sft_examples(
 ) -> tuple[list[Example], Report]:
     """[{tokens int32[n], loss_mask bool[n]}] of sft or text rows; loss_mask[i]: token i is a target.
 
-    `loss_on` is response or all. The first token of an example is never a target, nothing stands before it to predict
-    it from. A {text} row is a document: all of its tokens and the stop id are targets, and one longer than
-    `max_length` becomes consecutive windows of `max_length` (a last window of one token has no target and is left).
+    `loss_on` is response, assistant (earlier answers in the prompt too), or all. The first token of an example is
+    never a target, nothing stands before it to predict it from. A {text} row is a document: all of its tokens and the
+    stop id are targets, and one longer than `max_length` becomes consecutive windows of `max_length` (a last window of
+    one token has no target and is left).
 
     Raises:
         UserError: a bad row, a row too long under too_long = error, or no row left.
@@ -73,10 +74,15 @@ def sft_examples(
             document = encode(tokenizer.encode_prompt, schemas.text_row(row), "text")
             return _windows([*document, tokenizer.eos_ids[0]], max_length), False
         row = schemas.sft_row(row)
-        prompt, cut_prompt = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        ids = encode(tokenizer.encode_prompt, row, "prompt")
+        prompt, cut_prompt = limits.prompt(row, ids, tokenizer.bos_id)
         response = encode(partial(tokenizer.encode_response, finished=row["finished"]), row, "response")
         response, cut_response = limits.response(row, len(prompt), response)
-        is_target = np.arange(len(prompt) + len(response)) >= (len(prompt) if loss_on == "response" else 0)
+        is_target = np.arange(len(prompt) + len(response)) >= (0 if loss_on == "all" else len(prompt))
+        if loss_on == "assistant":  # a cut prompt keeps its end, and maybe a bos, which is no answer
+            answers = np.asarray(encode(tokenizer.answers_in, row, "prompt"))
+            is_target[: len(prompt)] = answers[len(ids) - len(prompt) :]
+            is_target[0] &= not cut_prompt
         return [_sft_example(prompt + response, is_target)], cut_prompt or cut_response
 
     return collect(rows, build, strict=strict)
@@ -229,7 +235,7 @@ def collect(
     return examples, report
 
 
-def encode(encoder: Callable[[Any], list[int]], row: Row, name: str) -> list[int]:
+def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:
     """encoder(row[name]); its error names the row."""
     try:
         return encoder(row[name])

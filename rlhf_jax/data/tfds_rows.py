@@ -87,7 +87,9 @@ def _read(builder: Any, split: str, where: str) -> list[Row]:
         source = builder.as_data_source(split=split)
     except (ValueError, KeyError, AssertionError) as error:
         known = ", ".join(builder.info.splits) or "none"
-        raise UserError(f"{where}: no such split, or an empty one; there are {known}, and slices such as train[:10%]") from error
+        raise UserError(
+            f"{where}: no such split, or an empty one; there are {known}, and slices such as train[:10%]"
+        ) from error
     features = builder.info.features
     return [{**_plain(source[i], features), "_where": f"{where}:{i}"} for i in range(len(source))]
 

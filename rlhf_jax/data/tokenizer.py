@@ -98,6 +98,53 @@ class Tokenizer:
             return [*self._ids(response), *self.eos_ids[: int(finished)]]
         return [*self._ids(self._lead + response[-1]["content"]), *[self.end_id] * finished]
 
+    def answers_in(self, prompt: str | Messages) -> np.ndarray:
+        """bool[n] over `encode_prompt(prompt)`: the tokens of earlier assistant turns, their closing tokens included.
+
+        Exact where the chat template marks answers with {% generation %}; else the difference between a rendering up
+        to the answer and one with it. A transcript has nothing that closes an earlier answer.
+
+        Raises:
+            UserError: the template changes earlier turns when later ones follow, or the tokenizer tells no offsets.
+        """
+        ids = self.encode_prompt(prompt)
+        if isinstance(prompt, str) or all(turn["role"] != "assistant" for turn in prompt):
+            return np.zeros(len(ids), bool)
+        if not self.hf.is_fast:
+            raise UserError("this tokenizer tells no offsets, so earlier answers cannot be found; use a fast one")
+        spans = self._answer_spans(prompt)
+        found = self.hf(
+            self.prompt_text(prompt), add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        inside = [any(start <= at < end for start, end in spans) for at, _ in found]
+        return np.array([False] * (len(ids) - len(inside)) + inside)  # leading special tokens are in no text
+
+    def _answer_spans(self, prompt: Messages) -> list[tuple[int, int]]:
+        """(start, end) of earlier answers in `prompt_text(prompt)`, in characters."""
+        text = self.prompt_text(prompt)
+        places = [i for i, turn in enumerate(prompt) if turn["role"] == "assistant"]
+        if self.hf.chat_template and "generation" in self.hf.chat_template.replace("add_generation_prompt", ""):
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            given = {**self.hf.special_tokens_map, "chat_template": self.hf.chat_template}
+            rendered: Any = render_jinja_template(
+                conversations=[prompt], add_generation_prompt=True, return_assistant_tokens_mask=True, **given
+            )
+            return rendered[1][0]
+        spans = []
+        for i in places:
+            start = self.prompt_text(prompt[:i])
+            whole = transcript(prompt[: i + 1])
+            if self.hf.chat_template:
+                whole = self.hf.apply_chat_template(prompt[: i + 1], tokenize=False).rstrip()
+            if not (whole.startswith(start) and text.startswith(whole)):
+                raise UserError(
+                    "the chat template changes earlier turns when later ones follow, so they cannot be trained on in "
+                    "one sequence; set sft.loss_on to response, or mark answers with {% generation %}"
+                )
+            spans.append((len(start), len(whole)))
+        return spans
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
