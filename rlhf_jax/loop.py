@@ -87,7 +87,7 @@ def train(
         mesh=mesh,
         key=key,
         schedule=schedule,
-        tokens_per_step=tokens,
+        tokens_of=lambda batch: batch["tokens"].size,
         evaluate=evaluate_and_report,
         explain=partial(first_nan, partial(accumulated_grads, loss_fn, num=settings.accumulate)),
     )
@@ -104,7 +104,7 @@ def fit(
     mesh: Mesh,
     key: jax.Array,
     schedule: Schedule,
-    tokens_per_step: int,
+    tokens_of: Callable[[Any], int],
     evaluate: Callable[[int, Params], dict[str, float]],
     explain: Callable[..., str],
 ) -> TrainState:
@@ -115,17 +115,18 @@ def fit(
     """
     steps = run.total
     rates = learning_rates(schedule, steps)
-    logged = run.start
+    tokens = 0
     run.restart_clock()
     for i in range(run.start, steps):
         batch, step_key = put_batch(mesh, batches[i]), jax.random.fold_in(key, i)
         state, metrics = step(state, batch, step_key)
+        tokens += tokens_of(batch)
         if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
             run.report_nan(i + 1, explain(state.params, batch, step_key))
         run.advance(i + 1, metrics["optim/skipped"])
         if (i + 1) % run.config.log_every == 0 or i + 1 == steps:
-            run.log(i + 1, metrics, {"optim/lr": rates[i]}, tokens=tokens_per_step * (i + 1 - logged))
-            logged = i + 1
+            run.log(i + 1, metrics, {"optim/lr": rates[i]}, tokens=tokens)
+            tokens = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
             run.flush()
             results = evaluate(i + 1, state.params)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.config import RewardConfig, RewardRun, bind
 from rlhf_jax.data.batches import Batches, Collate, collate_preference, collate_ranking, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import check_output_dir, names_given
 from rlhf_jax.loop import num_steps, train
 from rlhf_jax.models import Model
@@ -25,6 +26,7 @@ from rlhf_jax.stage import (
     Rows,
     check_length,
     check_vocabulary,
+    length_buckets,
     load_model,
     load_rows,
     load_tokenizer,
@@ -84,6 +86,24 @@ def as_rankings(settings: RewardConfig, rows: Sequence[Any]) -> bool:
     if settings.comparisons == "auto":
         return all("responses" in row for row in rows)
     return settings.comparisons == "rankings"
+
+
+def load_examples(
+    config: RewardRun, tokenizer: Tokenizer, rows: Rows | None, eval_rows: Rows | None
+) -> tuple[list[Any], list[Any]]:
+    """Training and held-out examples, of rankings or of pairs; what was kept, dropped and joined is printed."""
+    train_rows, held_out_rows = load_rows(config.data, rows, eval_rows, config.run.seed)
+    build = partial(
+        ranking_examples if as_rankings(config.reward, train_rows) else preference_examples,
+        tokenizer=tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+        strict=config.data.strict,
+        aggregate=config.reward.aggregate,
+        prior=config.reward.aggregate_prior,
+    )
+    return make_examples(build, train_rows, held_out_rows)
 
 
 def make_collate(ranked: bool, examples: Sequence[Any], *, length: int, pad_id: int) -> Collate:
@@ -159,22 +179,12 @@ def run(
     size = config.data.batch_size
     check_rows(mesh, size // config.reward.accumulate, "data.batch_size / reward.accumulate =")
     tokenizer = load_tokenizer(config.model)
-    train_rows, held_out_rows = load_rows(config.data, rows, eval_rows, config.run.seed)
-    ranked = as_rankings(config.reward, train_rows)
-    build = partial(
-        ranking_examples if ranked else preference_examples,
-        tokenizer=tokenizer,
-        max_prompt_length=config.data.max_prompt_length,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-        strict=config.data.strict,
-        aggregate=config.reward.aggregate,
-        prior=config.reward.aggregate_prior,
+    train_set, held_out_set = load_examples(config, tokenizer, rows, eval_rows)
+    ranked = "responses" in train_set[0]
+    collate = make_collate(ranked, train_set + held_out_set, length=config.data.max_length, pad_id=tokenizer.pad_id)
+    batches = Batches(
+        train_set, batch_size=size, seed=config.run.seed, collate=collate, buckets=length_buckets(config.data)
     )
-    train_set, held_out_set = make_examples(build, train_rows, held_out_rows)
-    examples = train_set + held_out_set
-    collate = make_collate(ranked, examples, length=config.data.max_length, pad_id=tokenizer.pad_id)
-    batches = Batches(train_set, batch_size=size, seed=config.run.seed, collate=collate)
     in_order = partial(eval_batches, batch_size=size, collate=collate)
     held_out = in_order(held_out_set, limit=config.data.eval_batches)
     with jax.set_mesh(mesh):

@@ -24,6 +24,7 @@ from rlhf_jax.stage import (
     check_length,
     check_vocabulary,
     count,
+    length_buckets,
     load_model,
     load_rows,
     load_tokenizer,
@@ -122,6 +123,6 @@ def load_batches(
     collate = partial(
         collate_sft, length=data.max_length, reduction=config.sft.loss_reduction, pad_id=tokenizer.pad_id
     )
-    batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate)
+    batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=length_buckets(data))
     held_out = eval_batches(held_out, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
     return batches, held_out, held_out_rows

@@ -144,6 +144,11 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
     return train, held_out
 
 
+def length_buckets(data: DataConfig) -> list[int]:
+    """The lengths that training batches are padded to, or none where all are padded to data.max_length."""
+    return [*data.length_buckets, data.max_length] if data.length_buckets else []
+
+
 def make_examples(
     build: Callable[..., tuple[list[Any], Report]], train: list[Any], held_out: list[Any]
 ) -> tuple[list[Any], list[Any]]:

@@ -555,11 +555,14 @@ def test_every_epoch_sees_each_row_once_in_a_fresh_order():
     assert len({frozenset(rows) for rows in left}) > 1  # not always the same rows are left out
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_hosts_together_hold_the_global_batch(count):
-    make = partial(Batches, numbered(19), batch_size=8, seed=5, collate=SFT_COLLATE)
-    for step in range(5):
-        whole = make()[step]
+@pytest.mark.parametrize("buckets", [(), (3, 6)], ids=["", "buckets"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_hosts_together_hold_the_global_batch(count, buckets):
+    """Over three epochs; each batch is asked of a fresh object, so that seeking to it is iterating to it."""
+    make = partial(Batches, numbered(19), batch_size=8, seed=5, collate=SFT_COLLATE, buckets=buckets)
+    iterated = make()
+    for step in range(3 * len(iterated)):
+        whole = iterated[step]
         parts = [make(process_index=p, process_count=count)[step] for p in range(count)]
         for p, part in enumerate(parts):
             for name in whole:
@@ -578,6 +581,38 @@ def test_hosts_share_a_bucket_and_split_the_columns():
         assert len({part["tokens"].shape for part in parts}) == 1
         for part in parts:
             assert part["columns"]["row"] == [len(part["prompts"][0])] == [part["mask"].sum()]
+
+
+def test_buckets_pad_less_and_lose_no_row():
+    rng = np.random.default_rng(0)
+    sizes = np.append(rng.integers(1, 65, 202), 64)
+    examples = [
+        {"tokens": np.full(n, i, np.int32), "loss_mask": np.ones(n, bool), "where": f"row {i}"}
+        for i, n in enumerate(sizes)
+    ]
+    collate = partial(collate_sft, length=64, reduction="token")
+    make = partial(Batches, examples, batch_size=8, seed=1, collate=collate)
+    plain, buckets = make(), make(buckets=[16, 32, 64])
+    assert len(plain) == len(buckets) == 25
+    orders = []
+    for epoch in range(3):
+        batches = [buckets[epoch * 25 + i] for i in range(25)]
+        assert {batch["tokens"].shape[1] for batch in batches} == {16, 32, 64}
+        assert all(batch["weights"].sum() == pytest.approx(1) for batch in batches)
+        rows = [int(i) for batch in batches for i in batch["tokens"][:, 0]]
+        assert len(set(rows)) == 200
+        orders.append(tuple(rows))
+        padded = sum(batch["tokens"].size for batch in batches)
+        assert padded < 0.75 * sum(plain[epoch * 25 + i]["tokens"].size for i in range(25))
+    assert len(set(orders)) == 3
+    assert buckets.where(30) == [f"row {i}" for i in buckets[30]["tokens"][:, 0]]
+    pairs = [{"chosen": np.ones(3, np.int32), "rejected": np.ones(9, np.int32), "label": 1, "margin": 0, "weight": 1}]
+    batch = Batches(pairs, batch_size=1, seed=0, collate=partial(collate_preference, length=64), buckets=[4, 16, 64])[
+        0
+    ]
+    assert batch["tokens"].shape == (1, 2, 16)
+    with pytest.raises(UserError, match=r"an example of \d+ tokens fits no bucket of \[16, 32\]; raise the last one"):
+        make(buckets=[16, 32])
 
 
 def test_batches_say_which_sizes_do_not_fit():

@@ -91,7 +91,7 @@ def run_fit(config: SFTRun, *, devices=8, batches=None, before_step=lambda out, 
 
         key = jax.random.key(0)
         state = fit(
-            out, step, tree["state"], batches, mesh=mesh, key=key, schedule=schedule, tokens_per_step=8,
+            out, step, tree["state"], batches, mesh=mesh, key=key, schedule=schedule, tokens_of=lambda batch: 8,
             evaluate=evaluate, explain=partial(first_nan, jax.grad(lambda p, b, k: loss(p, b, k)[0])),
         )  # fmt: skip
         final = jax.device_get(state)

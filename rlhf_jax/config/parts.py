@@ -115,6 +115,8 @@ class DataConfig:
         batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
         max_prompt_length: longest prompt, in tokens.
         max_length: longest prompt and response together, in tokens; also the length of a packed sequence.
+        length_buckets: lengths below max_length that a training batch may be padded to instead; rows of similar length
+            then share a batch, and each length is one compilation. Empty pads all to max_length.
         too_long: what happens to longer rows: drop (counted and said), truncate (prompts lose their start, responses
             their end), or error.
         strict: stop at the first row that would be dropped, instead of counting it.
@@ -130,6 +132,7 @@ class DataConfig:
     batch_size: int = 32
     max_prompt_length: int = 256
     max_length: int = 512
+    length_buckets: list[int] = field(default_factory=list)
     too_long: Literal["drop", "truncate", "error"] = "drop"
     strict: bool = False
     eval_batches: int = 8
@@ -141,11 +144,16 @@ class DataConfig:
             "at least 0": "eval_batches",
         }
         check(self, "data.", rules)
+        if self.length_buckets and not 0 < min(self.length_buckets) <= max(self.length_buckets) < self.max_length:
+            raise UserError(
+                f"data.length_buckets {self.length_buckets} are not between 0 and data.max_length {self.max_length}, "
+                "which is always the last bucket; leave it out and lower the others"
+            )
         sources = 1 + len(self.mixture)
         if self.mixture_weights and (len(self.mixture_weights) != sources or min(self.mixture_weights) <= 0):
             raise UserError(
-                f"data.mixture_weights {self.mixture_weights} are not {sources} positive numbers; give one for data.path "
-                "and one for each of data.mixture"
+                f"data.mixture_weights {self.mixture_weights} are not {sources} positive numbers; give one for "
+                "data.path and one for each of data.mixture"
             )
 
 

@@ -16,13 +16,16 @@ from rlhf_jax.data.examples import Example
 from rlhf_jax.errors import UserError
 
 Batch = dict[str, Any]
-Collate = Callable[[Sequence[Example]], Batch]
+Collate = Callable[..., Batch]
+"""examples -> batch; where lengths come in buckets it takes `length=` too."""
 
 
 class Batches:
     """`batches[step]`: the batch of a step, a pure function of (examples, seed, step); `len` is steps per epoch.
 
-    Every epoch has a fresh order and drops the N % B rows at the end of it. Resuming is indexing at a later step.
+    Every epoch has a fresh order and drops N % B rows. Resuming is indexing at a later step. With `buckets`, rows of
+    similar length share a batch, which is padded to the smallest bucket that holds them: an epoch's order is cut into
+    batches bucket by bucket, what does not fill one goes on to the next longer bucket, and the batches are shuffled.
     With several processes, each gets rows [process_index::process_count] of the same global batch. The whole global
     batch is collated first, so that weights sum to one over all processes and all pad to the same shape.
     """
@@ -36,14 +39,15 @@ class Batches:
         batch_size: int,
         seed: int,
         collate: Collate,
+        buckets: Sequence[int] = (),
         process_index: int = 0,
         process_count: int = 1,
     ):
         """Check the sizes and build the grain pipeline.
 
         Raises:
-            UserError: fewer examples than `batch_size`, a `batch_size` that the processes do not share evenly, or a
-                seed that grain cannot use.
+            UserError: fewer examples than `batch_size`, a `batch_size` that the processes do not share evenly, a seed
+                that grain cannot use, or an example longer than the last bucket.
         """
         import grain
 
@@ -62,19 +66,50 @@ class Batches:
         self._steps = len(examples) // batch_size
         self._mine = slice(process_index, None, process_count)
         self._examples, self._seed, self._size = examples, seed, batch_size
-        order = grain.MapDataset.source(examples).seed(seed).shuffle()[: self._steps * batch_size]
-        self._order = order.repeat(reseed_each_epoch=True)
-        self._global = self._order.batch(batch_size, batch_fn=collate)
+        self._collate = collate
+        source = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle()
+        if not buckets:
+            source = source[: self._steps * batch_size]
+        self._order = source.repeat(reseed_each_epoch=True)
+        self._buckets = sorted(buckets)
+        self._bucket = [_bucket(example, self._buckets) for example in examples] if buckets else []
+        self._planned: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
-        return _rows(self._global[int(step)], self._mine)
+        length, rows = self._rows_of(int(step))
+        options = {"length": length} if length else {}
+        return _rows(self._collate([self._examples[i] for i in rows], **options), self._mine)
+
+    def _rows_of(self, step: int) -> tuple[int, list[int]]:
+        """(bucket, or 0 without, indices of the examples) of the global batch of a step."""
+        if not self._buckets:
+            return 0, [self._order[step * self._size + i] for i in range(self._size)]
+        epoch, place = divmod(step, self._steps)
+        if self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        return self._planned[1][place]
+
+    def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
+        """Every batch of an epoch."""
+        waiting: dict[int, list[int]] = {bucket: [] for bucket in self._buckets}
+        for i in range(epoch * len(self._examples), (epoch + 1) * len(self._examples)):
+            index = self._order[i]
+            waiting[self._bucket[index]].append(index)
+        batches: list[tuple[int, list[int]]] = []
+        left: list[int] = []
+        for bucket in self._buckets:
+            rows = left + waiting[bucket]
+            whole = len(rows) // self._size * self._size
+            batches += [(bucket, rows[i : i + self._size]) for i in range(0, whole, self._size)]
+            left = rows[whole:]
+        return [batches[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(batches))]
 
     def where(self, step: int) -> list[str]:
         """The file and line of every row of the global batch of a step."""
-        return [self._order[step * self._size + i]["where"] for i in range(self._size)]
+        return [self._examples[i]["where"] for i in self._rows_of(step)[1]]
 
     def cursor(self) -> dict[str, Any]:
         """What, with a step, says which batch comes next: seed, global_batch, num_records and their fingerprint."""
@@ -236,6 +271,16 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
     shared = [name for name in examples[0]["columns"] if all(name in example["columns"] for example in examples)]
     columns = {name: [example["columns"][name] for example in examples] for name in shared}
     return {"tokens": tokens, "mask": mask, "prompts": [example["prompt"] for example in examples], "columns": columns}
+
+
+def _bucket(example: Example, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds the longest sequence of an example."""
+    sequences = [example[name] for name in ("tokens", "chosen", "rejected") if name in example]
+    longest = max(len(ids) for ids in [*sequences, *example.get("responses", [])])
+    found = next((bucket for bucket in buckets if bucket >= longest), None)
+    if found is None:
+        raise UserError(f"an example of {longest} tokens fits no bucket of {list(buckets)}; raise the last one")
+    return found
 
 
 def _padded(sequences: Sequence[np.ndarray], length: int, pad_id: int) -> Batch:
