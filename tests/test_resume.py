@@ -70,7 +70,20 @@ def settings(path: Path, *, log_every=1, eval_every=4, **kwargs) -> SFTRun:
     return replace(config, **kwargs)
 
 
-def run_fit(config: SFTRun, *, devices=8, batches=None, before_step=lambda out, i: None, total=STEPS, loss=squares):
+def held_out_loss(kernel) -> float:
+    return float(np.mean((HELD_OUT @ kernel.T) ** 2))
+
+
+def run_fit(
+    config: SFTRun,
+    *,
+    devices=8,
+    batches=None,
+    before_step=lambda out, i: None,
+    total=STEPS,
+    loss=squares,
+    measure=held_out_loss,
+):
     """A stage without models: `fit` on a matrix; returns the final state and the kept parameters."""
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:devices])
     schedule = make_schedule(config.optim, total)
@@ -87,7 +100,7 @@ def run_fit(config: SFTRun, *, devices=8, batches=None, before_step=lambda out, 
             return compiled(state, batch, key)
 
         def evaluate(at, params):
-            return {"eval/total": float(np.mean((HELD_OUT @ np.asarray(params["head"]["kernel"]).T) ** 2))}
+            return {"eval/total": measure(np.asarray(params["head"]["kernel"]))}
 
         key = jax.random.key(0)
         state = fit(
@@ -266,8 +279,7 @@ def test_the_best_weights_come_from_its_checkpoint_and_survive_a_stop(tmp_path):
     summary = json.loads((tmp_path / "alone" / "summary.json").read_text())
     values = {row["step"]: row["eval/total"] for row in rows_of(tmp_path / "alone") if "eval/total" in row}
     assert summary["best_step"] == min(values, key=values.get) < STEPS
-    found = float(np.mean((HELD_OUT @ alone["head"]["kernel"].T) ** 2))
-    assert found == pytest.approx(min(values.values()), rel=1e-6)
+    assert held_out_loss(alone["head"]["kernel"]) == pytest.approx(min(values.values()), rel=1e-6)
     with pytest.raises(Stopped):
         run_fit(grown, before_step=signal_at(9))
     _, best = run_fit(grown)
@@ -445,20 +457,19 @@ def test_a_signal_whose_save_fails_is_an_error_not_a_promise(tmp_path, monkeypat
 
 
 def test_an_evaluation_whose_save_failed_is_not_the_best(tmp_path, monkeypatch):
-    config, failed = settings(tmp_path / "run", eval_every=2, optim__learning_rate=0.5), 4
+    """The losses 1 (not saved), 3, 2, 4, 5, 6: the third evaluation is the best one that is on disk."""
+    config, losses = settings(tmp_path / "run", eval_every=2), iter([1.0, 3.0, 2.0, 4.0, 5.0, 6.0])
     save = Run._save
 
     def failing(self, step, tree, notes):
-        if step == failed:
-            self.checkpoints.failure, self.checkpoints.last = (failed, "No space left on device"), failed
+        if step == 2:
+            self.checkpoints.failure, self.checkpoints.last = (2, "No space left on device"), 2
         else:
             save(self, step, tree, notes)
 
     monkeypatch.setattr(Run, "_save", failing)
-    run_fit(config)
-    values = {row["step"]: row["eval/total"] for row in rows_of(tmp_path / "run") if "eval/total" in row}
-    assert min(values, key=values.get) == failed
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"] == 2
+    run_fit(config, measure=lambda kernel: next(losses))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"] == 6
 
 
 def test_lines_that_a_full_disk_refuses_come_with_the_next_ones_whole_and_in_order(tmp_path, monkeypatch):
@@ -626,11 +637,12 @@ def test_a_batch_whose_reward_fails_is_skipped_and_counted(fakes, at_once, tmp_p
 def test_a_reward_that_fails_stops_the_run_saved_and_it_continues_without_a_gap(fakes, at_once, tmp_path):  # noqa: F811
     config = ppo_config(tmp_path / "run", "stop")
     with pytest.raises(UserError) as error:
-        train.run(config, reward_functions=[flaky({4})], **TOY_ROWS)
+        train.run(config, reward_functions=[flaky({5})], **TOY_ROWS)
     assert str(error.value).startswith(
-        "iteration 3: reward function reward failed 1 times: RuntimeError: the judge is "
+        "iteration 4: reward function reward failed 1 times: RuntimeError: the judge is "
     )
     assert "continue by the same call again (reward_functions, rows, eval_rows came from Python)" in str(error.value)
+    assert (tmp_path / "run" / "checkpoints" / "00000003").is_dir()
     train.run(config, reward_functions=[flaky(set())], **TOY_ROWS)
     train.run(ppo_config(tmp_path / "alone", "stop"), reward_functions=[flaky(set())], **TOY_ROWS)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [row["step"] for row in rows_of(tmp_path / "alone")]
