@@ -169,8 +169,8 @@ def _rope(raw: Mapping[str, Any], family: Family, where: Path, max_positions: in
     """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     local = given.get("sliding_attention")
-    if "rope_local_base_freq" in family.defaults and given is raw.get("rope_parameters") and "rope_type" in given:
-        raise UserError(f"{where}: rope_parameters of {family.model_type} go by layer type; transformers ignores others")
+    if "rope_local_base_freq" in family.defaults and "rope_type" in given and given is raw.get("rope_parameters"):
+        raise UserError(f"{where}: {family.model_type} needs rope_parameters by layer type; write them so")
     if isinstance(given.get("full_attention"), dict):
         if "rope_local_base_freq" not in family.defaults:
             raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
@@ -208,7 +208,7 @@ def _scaling(given: Mapping[str, Any], raw: Mapping[str, Any], where: Path, max_
     keys, numbers = _SCALING_KEYS[kind], dict(given)
     original = "original_max_position_embeddings"
     if raw["model_type"] == "phi3" and original in given and original not in raw:
-        raise UserError(f"{where}: {original} stands in rope_scaling, where transformers ignores it; move it to the top")
+        raise UserError(f"{where}: {original} in rope_scaling is not read by transformers; move it to the top")
     if original in keys.values():
         numbers[original] = _first(raw.get(original), given.get(original), max_positions)
         if numbers.get("factor") is None and kind in ("yarn", "longrope"):
