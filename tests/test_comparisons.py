@@ -320,3 +320,33 @@ def test_chat_templates_close_each_response(tokenizer):
     rows = sources.rows_from([{"prompt": USER, "responses": ["b", "c"], "ranks": [1, 0]}])
     [example], _ = ranking_examples(rows, chat, **{**LIMITS, "max_prompt_length": 12})
     assert [ids[-1] for ids in example["responses"]] == [chat.end_id] * 2
+
+
+@pytest.mark.parametrize("loss", ["kwise_reward_loss", "plackett_luce_reward_loss"])
+def test_a_reward_model_learns_from_rankings(tmp_path, loss):
+    """Three raters rank four walks by how many steps they have; one of them says the opposite."""
+    from tiny import toy_directory
+
+    from rlhf_jax.config import DataConfig, ModelConfig, OptimConfig, RewardRun, RunConfig
+
+    rows = []
+    for first in "abcdefgh":
+        for second in "ijkl":
+            texts = [" ".join("mnopq"[: k + 1]) for k in range(4)]
+            raters = [{"rater": name, "ranks": ranks} for name, ranks in [("x", [3, 2, 1, 0]), ("y", [3, 2, 1, 0])]]
+            raters.append({"rater": "liar", "ranks": [0, 1, 2, 3]})
+            rows.append({"prompt": f"{first} {second}", "responses": texts[: 3 + len(rows) % 2], "raters": raters})
+            for rater in raters:
+                rater["ranks"] = rater["ranks"][: 3 + (len(rows) - 1) % 2]
+    config = RewardRun(
+        model=ModelConfig(path=str(toy_directory() / "policy")),
+        data=DataConfig(batch_size=8, max_prompt_length=4, max_length=12, length_buckets=[8]),
+        reward=RewardConfig(steps=30, aggregate="crowd_bt", kwise_loss=f"rlhf_jax.losses:{loss}"),
+        optim=OptimConfig(learning_rate=1e-2),
+        run=RunConfig(output_dir=str(tmp_path / "run"), progress=False, eval_every=0),
+    )
+    summary = reward.run(config, rows=rows[:24], eval_rows=rows[24:])
+    assert summary["accuracy"] > 0.95 and summary["n"] == 8
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert f'"loss/{loss.removesuffix("_reward_loss")}"' in lines
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
