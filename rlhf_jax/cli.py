@@ -257,7 +257,9 @@ def dispatch(arguments: list[str]) -> None:
 
 def plan_command(rest: list[str]) -> None:
     """`plan --topology NAME`, its other options, and those of the stage that is planned."""
-    own, others, groups = [], [], set()
+    own: list[str] = []
+    others: list[str] = []
+    groups: set[str] = set()
     for name, text in pairs(rest):
         (own if name in fields(config.PlanRun) else others).append(f"--{name}={text}")
         groups |= set(read(text)[1]) if name == "config" else {name.split(".")[0]}

@@ -27,7 +27,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/up_bias$", P(None, None, "tensor")),  # L M F
     (r"layers/mlp/down$", P(None, "tensor", "fsdp")),  # L F D
     (r"layers/(attn/out_bias|mlp/down_bias)$", P(None, None)),
-    (r"layers/.*_norm/(scale|bias)$", P()),  # any rank: norms of queries and keys have L N or L K G N
+    (r"layers/(attn|mlp)(_post)?_norm/(scale|bias)$", P(None, None)),
+    (r"layers/attn/[qk]_norm/scale$", P()),  # of any rank: L N, or L K G N
     (r"embed/tokens$", P("tensor", "fsdp")),  # V D
     (r"embed/positions$", P(None, "fsdp")),  # Pmax D
     (r"head/kernel$", P("fsdp", "tensor")),  # D V
@@ -66,6 +67,22 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """
     sizes = mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
+    """The same devices, in the same order, with tensor = rollout_tensor; `mesh` itself where that is 0 or no change.
+
+    Raises:
+        UserError: the devices do not divide into groups of that size.
+    """
+    ways = config.rollout_tensor
+    if ways in (0, mesh.shape["tensor"]):
+        return mesh
+    if ways < 0 or mesh.size % ways:
+        raise UserError(
+            f"mesh.rollout_tensor {ways} does not divide the {mesh.size} devices; choose a divisor or 0 (mesh.tensor)"
+        )
+    return Mesh(mesh.devices.reshape(-1, 1, ways), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shard_shape(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -151,4 +168,7 @@ def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
     `stacked` leaves come without their leading L here.
     """
     spec = spec_of(path, (1, *x.shape) if stacked else x.shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["fsdp"] == 1 < mesh.shape["tensor"]:
+        x = constrain(x, *(None,) * x.ndim)  # from the layout of another mesh there is no shorter way
     return constrain(x, *(axis if axis == "tensor" else None for axis in spec[1 if stacked else 0 :]))

@@ -20,7 +20,8 @@ FLOORS = {
     **dict.fromkeys(
         ["errors", "config", "types", "tokens", "losses", "advantages", "rankings", "sharding", "__init__"], 0
     ),
-    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "models", "sampling", "data", "tasks"], 1),
+    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts"], 1),
+    **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards"], 2),
     **dict.fromkeys(["sft", "reward", "ppo"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "__main__"], 4),

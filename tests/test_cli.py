@@ -251,7 +251,7 @@ FILES = {
     "data: {path: [x]}": ": data.path is ['x']; give text",
     "model: {arch: {width: wide}}": ": model.arch.width is 'wide'; give a whole number",
     "model: {arch: {norm: batch}}": ": model.arch.norm is 'batch'; give one of rms, layer",
-    "sft: {loss_on: everything}": ": sft.loss_on is 'everything'; give one of response, all",
+    "sft: {loss_on: everything}": ": sft.loss_on is 'everything'; give one of response, assistant, all",
     "data: {batch_size: null}": ": data.batch_size is 'null'; give a whole number",
     "data: {batch_size: true}": ": data.batch_size is 'true'; give a whole number",
     "data: {batch_size: [8]}": ": data.batch_size is ['8']; give a whole number",
@@ -313,11 +313,13 @@ def test_values_reach_the_config_and_later_ones_win(tmp_path):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command, tmp_path):
-    cls = cli.COMMANDS[command][0]
-    assert cli.parse(command, []) == cls()
+    required = {"inspect": {"model": "m"}, "convert": {"model": "m", "output": "o"}, "plan": {"topology": "v5e:4x4"}}
+    given = required.get(command, {})
+    settings = cli.COMMANDS[command][0](**given)
+    assert cli.parse(command, [f"--{name}={value}" for name, value in given.items()]) == settings
     path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict(cls())))
-    assert cli.parse(command, ["--config", str(path)]) == cls()
+    path.write_text(yaml.safe_dump(config.to_dict(settings)))
+    assert cli.parse(command, ["--config", str(path)]) == settings
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------------
@@ -361,7 +363,8 @@ def test_the_edges_of_the_ranges_are_allowed():
 TOGETHER = {
     "sft --model.arch.num_heads 3 --model.arch.num_kv_heads 2": "model.arch.num_heads 3 is not a multiple of "
     "model.arch.num_kv_heads 2; change one of them",
-    "sft --model.arch.head_dim 7": "model.arch.head_dim 7 is odd, which rotary positions cannot split; make it even",
+    "sft --model.arch.head_dim 7": "model.arch.head_dim 7 and rope_fraction 1 make 7 rotary dimensions; "
+    "choose them so that it is an even number of at most head_dim",
     "sft --data.batch_size 8 --sft.accumulate 3": "data.batch_size 8 is not divisible by sft.accumulate 3; "
     "change one of them",
     "reward --data.batch_size 8 --reward.accumulate 3": "data.batch_size 8 is not divisible by reward.accumulate 3; "
@@ -419,8 +422,8 @@ SFT_MISTAKES = {
     "--model.arch null --model.path nope": r"no directory nope; .*",
     "--model.arch null --model.path tok": r"tok has no config\.json; .*",
     "--model.arch null --model.path rm": r"rm is a reward or value model; give a language model",
-    "--model.arch.norm layer --model.arch.positions learned": r"no Hugging Face family has this shape: .*; change "
-    r"model\.arch",
+    "--model.arch.norm layer --model.arch.positions learned": r"no Hugging Face family has this shape; the nearest, .*"
+    r"; change model\.arch",
     "--run.output_dir=": r"run\.output_dir is empty; say where to write, as --run\.output_dir runs/first",
     "--run.output_dir sft.jsonl": r"run\.output_dir sft\.jsonl is a file; choose a directory",
     "--run.output_dir sft.jsonl/x": r"run\.output_dir sft\.jsonl/x: \S+ is a file, not a directory; .*",

@@ -47,7 +47,10 @@ def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> 
     def update(state, experience, key, temperature, ptx):
         seen.append(("update", ptx, key))
         params = jax.tree.map(lambda p: p + 1.0, state.params)
-        return dataclasses.replace(state, params=params), {"policy/loss": jnp.zeros(()), "optim/skipped": jnp.zeros(())}
+        return dataclasses.replace(state, params=params), {
+            "policy/loss": jnp.zeros(()),
+            "optim/skipped": jnp.zeros(()),
+        }
 
     return dataclasses.replace(real, rollout=rollout, score=scores, update=update)
 

@@ -23,8 +23,8 @@ class ModelConfig:
         compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU.
         param_dtype: dtype of the weights at rest; bfloat16 halves a frozen model, and loses small updates of a trained
             one. Scalar heads are float32.
-        attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores. auto is
-            flash where there is one.
+        attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores; auto
+            is flash where there is one.
         remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
         logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
     """
@@ -51,11 +51,14 @@ class MeshConfig:
         data: replicas of the model.
         fsdp: shards of every weight, gathered layer by layer.
         tensor: shards of heads and MLP columns.
+        rollout_tensor: the same while PPO samples, where it should differ; 0 for `tensor`. Every group of that many
+            devices then holds all weights in the compute dtype, and rows go over the groups.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    rollout_tensor: int = 0
 
 
 @dataclass(frozen=True)

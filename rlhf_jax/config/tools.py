@@ -22,7 +22,7 @@ class InspectRun:
     """
 
     model: str = ""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
     batch: int = 64
     length: int = 1024
 

@@ -1,17 +1,14 @@
-"""Floating-point operations of a function's matrix products, counted on its jaxpr: exact, and free of any device."""
+"""Floating-point operations of the matrix products in a jaxpr: exact, and free of any device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 
-
-def count_flops(function: Callable[..., Any], *arguments: Any, unknown_trips: int = 1) -> float:
+def count_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
     """Two per multiply-add of all dot products, recomputation included; a while loop runs `unknown_trips` times."""
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, unknown_trips)
+    return _of_jaxpr(jaxpr.jaxpr, unknown_trips)
 
 
 def _of_jaxpr(jaxpr: Any, unknown_trips: int) -> float:

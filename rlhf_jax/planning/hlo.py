@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2,
@@ -31,7 +31,7 @@ class Traffic:
         buffers: every float32 shape of a result.
     """
 
-    collectives: Counter[str] = field(default_factory=Counter)
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     memory: float = 0.0
     buffers: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -90,38 +90,41 @@ def traffic(text: str, *, unknown_trips: int = 1) -> Traffic:
     """What one run moves; a loop that ends when its data say so runs `unknown_trips` times."""
     computations, entry = _parse(text)
     out = Traffic()
-    spread: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
 
-    def walk(name: str, times: float, outside: float, fused: bool) -> None:
-        """`times` that the computation runs, and that the windowed products around it do as a whole."""
+    def walk(name: str, times: float, outside: float, parent: str = "") -> None:
+        """`times` that the computation runs, and that the windowed products around it do as a whole.
+
+        `parent` is the computation that a fusion belongs to.
+        """
         shapes = {i.name: i.shape for i in computations.get(name, ())}
-        scatters = fused and any(i.op == "dynamic-slice" for i in computations.get(name, ()))
+        scatters = parent and any(i.op == "dynamic-slice" for i in computations.get(name, ()))
         for i in computations.get(name, ()):
             kind, operands = i.op.removesuffix("-start"), sum(_size(shapes.get(name, "")) for name in i.operands())
             if kind in COLLECTIVES:
                 result = _size(i.shape) - (operands if i.op.endswith("-start") else 0)  # a start returns its operand
                 if scatters and kind == "all-reduce":  # how the TPU compiler writes a reduce-scatter
                     kind = "reduce-scatter"
-                moved = {"all-gather": result, "all-reduce": 2 * operands}.get(kind, operands)
-                if name.startswith("async_collective_fusion"):
-                    # One collective, a piece of which moves beside every step of a windowed product.
-                    piece = (i.shape, i.rest.partition("op_name=")[2])
-                    moved *= 0 if piece in spread else outside / times
-                    spread.add(piece)
-                out.collectives[kind] += times * moved
+                moved = times * {"all-gather": result, "all-reduce": 2 * operands}.get(kind, operands)
+                if parent and times:
+                    # The TPU compiler spreads one collective over several fusions, beside the steps of a product.
+                    piece = (parent, kind, i.shape, (re.search(r'op_name="([^"]*)"', i.rest) or [""])[0])
+                    moved = 0 if piece in seen else moved * outside / times
+                    seen.add(piece)
+                out.collectives[kind] += moved
             elif i.op == "while":
                 trips = _trips(i.called("condition"), computations)
                 inner = times * (unknown_trips if trips is None else trips)
-                walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner, fused)
+                walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner)
             elif i.op in ("conditional", "call", "async-start"):
                 for branch in re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(i.rest))):
-                    walk(branch, times, outside, fused)
+                    walk(branch, times, outside, parent)
             elif i.op == "fusion":
-                walk(i.called("calls"), times, outside, True)
-            if not fused and kind not in COLLECTIVES:
+                walk(i.called("calls"), times, outside, parent or name)
+            if not parent and kind not in COLLECTIVES:
                 _add_memory(i, shapes, computations, times, out)
 
-    walk(entry, 1.0, 1.0, False)
+    walk(entry, 1.0, 1.0)
     return out
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import time
-from collections import Counter
 from typing import Any
 
 import jax
@@ -75,7 +74,7 @@ def analyse(config: Any, chip: Chip, devices: list[Any]) -> list[Row]:
         without = programs_of(plain, mesh, attention="plain")
         for program, same, ideal in zip(programs, counted, without, strict=True):
             started = time.monotonic()
-            compiled = program.function.lower(*program.arguments).compile()
+            compiled = program.function.trace(*program.arguments).lower().compile()
             rows += _rows(program, compiled, time.monotonic() - started, same, ideal, chip, len(devices))
     return rows
 
@@ -93,21 +92,21 @@ def _rows(
             "memory": moved.memory / chip.bandwidth,
             "network": sum(moved.collectives.values()) / chip.network,
         }
-        collectives = {kind: bytes_ for kind, bytes_ in moved.collectives.items() if bytes_}
+        collectives = {kind: float(size) for kind, size in moved.collectives.items() if size}
         return Row(
             name, arguments, temporaries, peak, flops, model_flops, moved.memory, collectives, seconds, tokens,
             compile_s,
         )  # fmt: skip
 
     def flops(of: Program, loops: int) -> float:
-        return count_flops(of.function, *of.arguments, unknown_trips=loops)
+        return count_flops(of.function.trace(*of.arguments).jaxpr, unknown_trips=loops)
 
     whole = traffic(text, unknown_trips=program.loops)
     if program.loops == 1:
         return [row(program.name, flops(same, 1), flops(ideal, 1), whole, program.tokens)]
     before = traffic(text, unknown_trips=0)
-    loop = Traffic(Counter(whole.collectives), whole.memory - before.memory)
-    loop.collectives.subtract(before.collectives)
+    kinds = {kind: size - before.collectives[kind] for kind, size in whole.collectives.items()}
+    loop = Traffic(kinds, whole.memory - before.memory)
     once, all_ = flops(same, 0), flops(same, program.loops)
     rows, length = program.arguments[1].shape
     return [
@@ -120,7 +119,7 @@ def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
     """The table, the verdict and what to change."""
     head = ("program", "arguments", "temporaries", "peak", "of", "PFLOP", "HBM", "all-gather", "reduce-sc.",
             "all-reduce", "other", "compute", "memory", "network", "bound", "tokens/s", "MFU", "compiled")  # fmt: skip
-    table = [head]
+    table: list[tuple[str, ...]] = [head]
     for r in rows:
         named = ("all-gather", "reduce-scatter", "all-reduce")
         other = sum(size for kind, size in r.collectives.items() if kind not in named)

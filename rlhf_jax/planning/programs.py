@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ class Program(NamedTuple):
     """
 
     name: str
-    function: Callable[..., Any]
+    function: Any
     arguments: tuple[Any, ...]
     tokens: int
     loops: int = 1
@@ -102,10 +101,12 @@ def _key(mesh: Mesh) -> Any:
     return _whole(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def _train_step(config: Any, group: Any, mesh: Mesh, loaded: Loaded, loss_fn: Any, batch: Any) -> Callable[..., Any]:
+def _train_step(
+    config: Any, group: Any, mesh: Mesh, loaded: Loaded, loss_fn: Any, batch: Any
+) -> tuple[Any, tuple[Any, Any]]:
     tx = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     state = create_state(loaded.params, tx, mesh)
-    return make_train_step(loss_fn, tx, group.accumulate, mesh=mesh, state=state), (state, batch)  # type: ignore
+    return make_train_step(loss_fn, tx, group.accumulate, mesh=mesh, state=state), (state, batch)
 
 
 def _sft(config: SFTRun, mesh: Mesh, attention: str) -> Program:

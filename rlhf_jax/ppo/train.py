@@ -27,7 +27,7 @@ from rlhf_jax.ppo.networks import Networks, load_networks
 from rlhf_jax.rewards import RewardFailure, call_reward, combine
 from rlhf_jax.run import Run
 from rlhf_jax.sampling import SamplingLaw
-from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, tree_shardings
+from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, rollout_mesh, tree_shardings
 from rlhf_jax.stage import (
     Rows,
     check_length,
@@ -69,7 +69,7 @@ def make_programs(
     score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
     rows, whole = batch_sharding(mesh), replicated(mesh)
     return Programs(
-        rollout=jax.jit(rollout, out_shardings=rows),
+        rollout=OnMesh(rollout_mesh(config.mesh, mesh), jax.jit(rollout, out_shardings=rows)),
         score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
         update=jax.jit(
@@ -80,6 +80,22 @@ def make_programs(
         state=state,
         schedule=schedule,
     )
+
+
+class OnMesh:
+    """A jitted function that is traced and run with another mesh than the rest."""
+
+    def __init__(self, mesh: Mesh, function: Any):
+        self.mesh, self.function = mesh, function
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(*args)
+
+    def trace(self, *args: Any) -> Any:
+        """As of a jitted function."""
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*args)
 
 
 def key_at(key: jax.Array, *indices: int) -> jax.Array:

@@ -1,0 +1,188 @@
+"""`rlhf-jax plan`: what it counts, against sums by hand; and, where the TPU compiler is installed, a real topology."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import cli
+from rlhf_jax.config import PPORun, SFTRun
+from rlhf_jax.errors import UserError
+from rlhf_jax.inspection import parameters
+from rlhf_jax.planning import chips, flops, hlo, plan, programs
+from rlhf_jax.planning.presets import PRESETS, find_preset
+from rlhf_jax.sharding import make_mesh
+
+WITHOUT_COMPILER = importlib.util.find_spec("libtpu") is None
+TINY = {"vocab_size": 64, "width": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(("name", "count"), [("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+                                              ("meta-llama/Meta-Llama-3-70B", 70_553_706_496),
+                                              ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+                                              ("Qwen/Qwen2.5-0.5B", 494_032_768),
+                                              ("Qwen/Qwen2.5-7B", 7_615_616_512)])  # fmt: skip
+def test_presets_have_the_published_number_of_parameters(name, count):
+    shapes = parameters(programs.find_arch(f"hf://{name}"), score_head=False)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
+    assert find_preset(name.split("/")[1]) is PRESETS[name]
+
+
+def test_products_in_loops_and_recomputed_ones_are_counted():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+
+    def of(function, **kwargs):
+        return flops.count_flops(jax.make_jaxpr(function)(x, w), **kwargs)
+
+    one = 2 * 4 * 8 * 8
+    assert of(lambda x, w: x @ w) == one
+    assert of(lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=5)[0]) == 5 * one
+    assert of(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=(0, 1))) == 3 * one
+    layer = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(jnp.sin(x @ w) @ w)))
+    assert of(jax.grad(layer, argnums=(0, 1))) > of(jax.grad(layer.__wrapped__, argnums=(0, 1)))
+    loop = lambda x, w: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ w, x)  # noqa: E731
+    assert of(loop, unknown_trips=7) == 7 * one
+
+
+HLO = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %all-gather.1 = f32[16]{0} all-gather(%x), dimensions={0}
+  %all-reduce.1 = f32[8]{0} all-reduce(%x), to_apply=%sum
+  %add.1 = f32[8]{0} add(%x, %all-reduce.1)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %add.1)
+}
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[] constant(6)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%scatter (q: f32[32]) -> f32[8] {
+  %q = f32[32]{0} parameter(0)
+  %all-reduce.2 = f32[32]{0} all-reduce(%q), to_apply=%sum
+  ROOT %ds = f32[8]{0} dynamic-slice(%q), dynamic_slice_sizes={8}
+}
+ENTRY %main (a: (s32[], f32[8])) -> f32[8] {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  %wide = f32[32]{0} constant({...})
+  %fusion.1 = f32[8]{0} fusion(%wide), kind=kCustom, calls=%scatter
+  %while.1 = (s32[], f32[8]{0}) while(%a), condition=%cond, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_collectives_of_a_loop_are_multiplied_by_its_trips():
+    found = hlo.traffic(HLO)
+    assert found.collectives == {"all-gather": 6 * 64, "all-reduce": 6 * 2 * 32, "reduce-scatter": 128}
+    assert found.memory == 6 * 3 * 32 + (8 + 8) * 4 * 1 + 0 * 128
+    assert (8,) in found.buffers
+
+
+def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
+    text = HLO.replace("  ROOT %lt = pred[] compare(%i, %n), direction=LT",
+                       "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip
+    for trips in (0, 3):
+        assert hlo.traffic(text, unknown_trips=trips).collectives["all-gather"] == trips * 64
+
+
+def test_fsdp_moves_the_weights_that_theory_says():
+    """On 8 fake devices: every weight gathered for each pass that reads it, every gradient summed."""
+    config = cli.parse("sft", [f"--model.arch={json.dumps({**TINY, 'tied_head': True})}", "--mesh.data=1",
+                               "--mesh.fsdp=8", "--data.batch_size=8", "--data.max_length=32",
+                               "--model.remat=full"])  # fmt: skip
+    assert isinstance(config, SFTRun)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        [program] = programs.programs_of(config, mesh, attention="plain")
+        text = program.function.trace(*program.arguments).lower().compile().as_text()
+    arch = config.model.arch
+    layers = sum(
+        int(np.prod(shape)) * 2  # bfloat16
+        for name, shape in parameters(arch, score_head=False).items()
+        if name.startswith("layers/") and "norm" not in name
+    )
+    gathered = hlo.traffic(text).collectives["all-gather"]
+    assert 2 * layers <= gathered <= 8 * layers  # forward and backward; at most in float32, with the embedding
+
+
+def test_bad_plans_are_one_line(capsys):
+    def said(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["plan", *arguments])
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    assert "topology is empty; write --topology v5e:4x4" in said()
+    assert "which stage this is; write --stage" in said("--topology", "v5e:4x4")
+    assert "topology 'v9:4x4' is unknown; write a generation (v4, v5e, v5p, v6e)" in said(
+        "--topology", "v9:4x4", "--stage", "sft"
+    )
+    with pytest.raises(UserError, match=r"hf://a/b has no preset; known are meta-llama/"):
+        programs.find_arch("hf://a/b")
+
+
+def test_verdicts_name_the_program_and_the_cure():
+    def row(name, arguments, peak):
+        return plan.Row(name, arguments, 0, peak, 1, 1, 1, {}, {"compute": 1, "memory": 2, "network": 1}, 1, 0)
+
+    chip = chips.CHIPS["v5e"]
+    small = row("update", 1 * chips.GIB, 2 * chips.GIB)
+    assert plan.verdict([small], chip).startswith("fits: the largest program, update, needs 2.00 GiB of 15.75 GiB")
+    assert small.bound == "memory"
+    cures = [("update", 9, "mesh.fsdp"), ("update", 1, "model.remat"), ("decode", 1, "sampling.microbatch")]
+    for name, arguments, cure in [*cures, ("score", 1, "ppo.score_microbatch")]:
+        assert cure in plan.verdict([row(name, arguments * chips.GIB, 20 * chips.GIB)], chip)
+    table = plan.shown([small], chip, 4)
+    assert len({len(line) for line in table[:2]}) == 1 and "tokens/s" in table[0]
+
+
+def test_a_ppo_config_gives_the_three_programs():
+    config = cli.parse("ppo", [f"--model.arch={json.dumps(TINY)}", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2",
+                               "--data.batch_size=8", "--data.max_prompt_length=8", "--sampling.max_new_tokens=8",
+                               "--sampling.chunk=4", "--ppo.minibatches=2", "--mesh.rollout_tensor=1",
+                               "--reward.functions=[tests.tiny:none]"])  # fmt: skip
+    assert isinstance(config, PPORun)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        found = programs.programs_of(config, mesh, attention="plain")
+        texts = {p.name: p.function.trace(*p.arguments).lower().compile().as_text() for p in found}
+    assert [(p.name, p.tokens, p.loops) for p in found] == [("rollout", 64, 2), ("score", 128, 1), ("update", 512, 1)]
+    for text in texts.values():
+        assert (8, 8, 64) not in hlo.traffic(text).buffers  # no [B, T, V] in float32
+    before, whole = (hlo.traffic(texts["rollout"], unknown_trips=n) for n in (0, 2))
+    decoding = whole.collectives["all-gather"] - before.collectives["all-gather"]
+    weights = sum(int(np.prod(s)) for n, s in parameters(config.model.arch, score_head=False).items())
+    assert decoding < 16 * weights / 10  # no weight moves per token
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
+def test_a_plan_for_a_real_topology():
+    arguments = ["plan", "--topology", "v5e:2x2", "--json", "true", "--stage", "ppo", "--data.batch_size", "8",
+                 "--model.arch", json.dumps({**TINY, "width": 128, "head_dim": 64, "num_heads": 2}),
+                 "--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.rollout_tensor", "2",
+                 "--data.max_prompt_length", "64", "--sampling.max_new_tokens", "64",
+                 "--reward.functions", "[tests.tiny:none]"]  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax", *arguments], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["name"] for row in rows] == ["prefill", "decode", "score", "update"]
+    assert all(row["fits"] and row["peak"] > 0 and row["flops"] > 0 for row in rows)
+    bad = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax", *arguments, "--mesh.fsdp", "3"], capture_output=True, text=True,
+        env=environment, timeout=600,
+    )  # fmt: skip
+    assert bad.returncode == 2 and "there are 4 devices" in bad.stderr and "Traceback" not in bad.stderr
