@@ -18,6 +18,7 @@ from rlhf_jax.data.examples import (
     split_by_prompt,
 )
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.rankings import bradley_terry, soft_labels
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -266,3 +267,12 @@ def test_all_answers_of_real_conversations_are_those_that_transformers_marks(tok
         size = len(example["tokens"])  # the template adds a line break after the last answer
         assert wanted["input_ids"][:size] == example["tokens"].tolist()
         assert wanted["assistant_masks"][:size] == example["loss_mask"].tolist()
+
+
+def test_gpt2_files_without_a_class_name_say_what_is_missing(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((DATA / NAMES["gpt2"] / name).read_bytes())
+    with pytest.raises(UserError, match=r"unusable tokenizer .* check that tokenizer_config.json names its class"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_bytes((DATA / NAMES["gpt2"] / "tokenizer_config.json").read_bytes())
+    assert Tokenizer.load(str(tmp_path)).vocab_size == 50257
