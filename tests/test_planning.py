@@ -165,6 +165,15 @@ def test_a_ppo_config_gives_the_three_programs():
     assert decoding < 16 * weights / 10  # no weight moves per token
 
 
+def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
+    config = cli.parse("ppo", [f"--model.arch={json.dumps(TINY)}", "--mesh.data=8", "--mesh.rollout_tensor=4",
+                               "--data.batch_size=64", "--ppo.minibatches=2",
+                               "--reward.functions=[tests.tiny:none]"])  # fmt: skip
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"layers/attn/qkv .* dimension 2 .* tensor = 4"):
+        programs.programs_of(config, mesh, attention="plain")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
 def test_a_plan_for_a_real_topology():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ class Chip(NamedTuple):
 
 
 GIB = 1024**3
-_QUIET = {  # else the compiler asks the network what machine this is, and says what it thinks of the answer
+_QUIET = {  # else the compiler asks the network where it is, says what it thinks, and wants to be the only one
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
 }  # fmt: skip
@@ -47,6 +49,8 @@ def find_topology(name: str) -> tuple[Chip, list[Any]]:
         raise UserError(
             f"topology {name!r} is unknown; write a generation ({', '.join(CHIPS)}) and its shape: v5e:4x4"
         )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not installed; pip install 'rlhf-jax[tpu]'")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")  # on a TPU VM, too: a plan leaves the chips alone
@@ -54,9 +58,7 @@ def find_topology(name: str) -> tuple[Chip, list[Any]]:
 
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # XLA's own errors, and those of a missing library
+    except Exception as error:  # XLA's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "libtpu" in reason or "Unable to initialize backend" in reason or isinstance(error, ImportError):
-            raise UserError("the TPU compiler is not installed; pip install 'rlhf-jax[tpu]'") from error
         raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error
     return CHIPS[kind], list(devices)

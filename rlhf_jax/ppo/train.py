@@ -67,9 +67,10 @@ def make_programs(
     exact = nets.models.policy.compute_dtype == jnp.float32 and not filters(config.sampling)
     recompute = config.ppo.old_logprobs == "recompute" or (config.ppo.old_logprobs == "auto" and not exact)
     score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
-    rows, whole = batch_sharding(mesh), replicated(mesh)
+    rows, whole, sampling_mesh = batch_sharding(mesh), replicated(mesh), rollout_mesh(config.mesh, mesh)
+    tree_shardings(sampling_mesh, nets.policy.params)  # refuses heads that do not divide by rollout_tensor
     return Programs(
-        rollout=OnMesh(rollout_mesh(config.mesh, mesh), jax.jit(rollout, out_shardings=rows)),
+        rollout=OnMesh(sampling_mesh, jax.jit(rollout, out_shardings=rows)),
         score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
         update=jax.jit(
