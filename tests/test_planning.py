@@ -170,7 +170,7 @@ def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
                                "--data.batch_size=64", "--ppo.minibatches=2",
                                "--reward.functions=[tests.tiny:none]"])  # fmt: skip
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"layers/attn/qkv .* dimension 2 .* tensor = 4"):
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"layers/attn/out .* dimension 2 .* tensor = 4"):
         programs.programs_of(config, mesh, attention="plain")
 
 
