@@ -110,10 +110,16 @@ def _by_field(joined: Sequence[Ranking], name: str) -> Ranking:
 
 def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarray]:
     """[2, K] lower and upper ends of the 95% intervals of each group's strengths."""
-    voted = [(g, 0, ranks) for g, ranking in enumerate(fitted) for _, ranks in ranking.ballots]
-    verdicts = rankings.comparisons(voted, num_raters=1)
-    fit = lambda wins: rankings.bradley_terry(wins, prior=config.prior, items=verdicts.items)  # noqa: E731
-    ends = rankings.bootstrap_intervals(verdicts, fit, num_samples=config.intervals, level=0.95, seed=config.seed)
+    voted, names = ballots.numbered(fitted)
+    ends = rankings.bootstrap_intervals(
+        voted,
+        num_raters=len(names),
+        method=config.method,
+        prior=config.prior,
+        num_samples=config.intervals,
+        level=0.95,
+        seed=config.seed,
+    )
     return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
 
 

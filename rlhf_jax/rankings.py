@@ -7,10 +7,11 @@ It runs once, on the host, in float64: numpy, batched over groups, nothing to co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -49,10 +50,11 @@ class Comparisons:
 
     def wins(self, weights: Float[np.ndarray, " N"], shares: Float[np.ndarray, " N"]) -> Float[np.ndarray, "G K K"]:
         """wins[g, i, j]: weighted verdicts for i over j; a tie is half a win of each."""
-        wins = np.zeros((len(self.sizes), *[self.sizes.max(initial=0)] * 2))
-        np.add.at(wins, (self.groups, self.first, self.second), weights * shares)
-        np.add.at(wins, (self.groups, self.second, self.first), weights * (1 - shares))
-        return wins
+        size = int(self.sizes.max(initial=0))
+        shape, row = (len(self.sizes), size, size), self.groups * size
+        places = np.concatenate([(row + self.first) * size + self.second, (row + self.second) * size + self.first])
+        counts = np.concatenate([weights * shares, weights * (1 - shares)])
+        return np.bincount(places, counts, len(self.sizes) * size * size).reshape(shape)
 
 
 Ballot = tuple[int, int, Sequence[float]]
@@ -153,7 +155,14 @@ def _choice_sets(ranks: np.ndarray) -> list[tuple[np.ndarray, float]]:
 
 
 def crowd_bradley_terry(
-    verdicts: Comparisons, *, prior: float, agreed: float, disagreed: float, num_steps: int = 500
+    verdicts: Comparisons,
+    *,
+    prior: float,
+    agreed: float,
+    disagreed: float,
+    weights: Float[np.ndarray, " N"] | None = None,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
+    num_steps: int = 500,
 ) -> tuple[Float[np.ndarray, "G K"], Float[np.ndarray, " R"]]:
     """Bradley-Terry strengths and how reliable each rater is, together.
 
@@ -161,12 +170,17 @@ def crowd_bradley_terry(
     with probability e_k sigmoid(s_i - s_j) + (1 - e_k) sigmoid(s_j - s_i). e_k is 1 for a rater as good as the model,
     1/2 for noise, which then has no weight, and 0 for one who always says the opposite, whose votes then count turned
     round. By expectation maximisation: the chance that a verdict was meant as said weighs it. Every rater starts with
-    `agreed` verdicts meant so and `disagreed` meant otherwise, so one who voted once stays near their ratio.
+    `agreed` verdicts meant so and `disagreed` meant otherwise, so one who voted once stays near their ratio. `weights`
+    counts each verdict so often, else once; `start` is an earlier result to go on from.
     """
     c = verdicts
-    ones, votes = np.ones(len(c.shares)), np.bincount(c.raters, minlength=c.num_raters)
-    reliability = np.full(c.num_raters, agreed / (agreed + disagreed))
-    strengths = bradley_terry(c.wins(ones, c.shares), prior=prior, items=c.items)
+    weights = np.ones(len(c.shares)) if weights is None else weights
+    votes = np.bincount(c.raters, weights, c.num_raters)
+    if start is None:
+        reliability = np.full(c.num_raters, agreed / (agreed + disagreed))
+        strengths = bradley_terry(c.wins(weights, c.shares), prior=prior, items=c.items)
+    else:
+        strengths, reliability = start
     for _ in range(num_steps):
         beats = _sigmoid(strengths[c.groups, c.first] - strengths[c.groups, c.second])
         e = reliability[c.raters]
@@ -175,8 +189,8 @@ def crowd_bradley_terry(
         meant = c.shares * if_first + (1 - c.shares) * if_second
         turned = c.shares * if_first + (1 - c.shares) * (1 - if_second)  # share of "first" once meant is meant
         before, old = reliability, strengths
-        reliability = (np.bincount(c.raters, meant, c.num_raters) + agreed) / (votes + agreed + disagreed)
-        wins = c.wins(ones, turned)
+        reliability = (np.bincount(c.raters, weights * meant, c.num_raters) + agreed) / (votes + agreed + disagreed)
+        wins = c.wins(weights, turned)
         strengths = bradley_terry(wins, prior=prior, items=c.items, start=strengths, num_steps=20)
         if max(np.abs(reliability - before).max(initial=0), np.abs(strengths - old).max(initial=0)) < 1e-7:
             break
@@ -203,24 +217,45 @@ def consensus_ranks(strengths: Float[np.ndarray, " K"]) -> Int[np.ndarray, " K"]
 
 
 def bootstrap_intervals(
-    verdicts: Comparisons,
-    fit: Callable[[Float[np.ndarray, "G K K"]], Float[np.ndarray, "G K"]],
+    ballots: Sequence[Ballot],
     *,
+    num_raters: int,
+    method: str,
+    prior: float,
     num_samples: int,
     level: float,
     seed: int,
 ) -> tuple[Float[np.ndarray, "G K"], Float[np.ndarray, "G K"]]:
-    """(lower, upper) percentile intervals of `fit(wins)`, by drawing ballots with replacement (Efron 1979).
+    """(lower, upper) percentile intervals of `aggregate`'s strengths, ballots drawn with replacement (Efron 1979).
 
     Whole ballots are drawn, since the pairs of one ranking are not independent.
     """
-    rng = np.random.default_rng(seed)
-    count = verdicts.ballots.max(initial=-1) + 1
-    drawn = rng.multinomial(count, np.full(count, 1 / count), num_samples)
-    fits = [fit(verdicts.wins(times[verdicts.ballots], verdicts.shares)) for times in drawn]
+    c, rng = comparisons(ballots, num_raters=num_raters), np.random.default_rng(seed)
+    start = _fit(ballots, c, np.ones(len(ballots)), method, prior, None)
+    drawn = rng.multinomial(len(ballots), np.full(len(ballots), 1 / len(ballots)), num_samples)
+    fits = [_fit(ballots, c, times, method, prior, start)[0] for times in drawn]
     tail = 100 * (1 - level) / 2
     lower, upper = np.percentile(fits, [tail, 100 - tail], axis=0)
     return lower, upper
+
+
+def _fit(
+    ballots: Sequence[Ballot], c: Comparisons, times: np.ndarray, method: str, prior: float, start: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(strengths [G, K], reliabilities [R]) of ballots that count `times` each, going on from `start`."""
+    weights = times[c.ballots]
+    if method == "crowd_bt":
+        return crowd_bradley_terry(c, prior=prior, agreed=9.0, disagreed=1.0, weights=weights, start=start)
+    if method == "bradley_terry":
+        return bradley_terry(c.wins(weights, c.shares), prior=prior, items=c.items), np.ones(c.num_raters)
+    strengths = np.zeros(c.items.shape)
+    members: dict[int, list[Sequence[float]]] = {}
+    for (group, _, ranks), count in zip(ballots, times, strict=True):
+        members.setdefault(group, []).extend([ranks] * int(count))
+    for group, rankings in members.items():
+        if rankings:
+            strengths[group, : c.sizes[group]] = plackett_luce(rankings, prior=prior)
+    return strengths, np.ones(c.num_raters)
 
 
 def elo(strengths: np.ndarray) -> np.ndarray:
@@ -270,20 +305,8 @@ def aggregate(ballots: Sequence[Ballot], *, num_raters: int, method: str, prior:
     Warns if in some group the comparisons do not link all items: strengths across the gap come from the prior alone.
     """
     c = comparisons(ballots, num_raters=num_raters)
-    ones = np.ones(len(c.shares))
-    wins = c.wins(ones, c.shares)
-    reliability = np.ones(num_raters)
-    if method == "crowd_bt":
-        strengths, reliability = crowd_bradley_terry(c, prior=prior, agreed=9.0, disagreed=1.0)
-    elif method == "plackett_luce":
-        strengths = np.zeros(c.items.shape)
-        members: dict[int, list[Sequence[float]]] = {}
-        for group, _, ranks in ballots:
-            members.setdefault(group, []).append(ranks)
-        for group, rankings in members.items():
-            strengths[group, : c.sizes[group]] = plackett_luce(rankings, prior=prior)
-    else:
-        strengths = bradley_terry(wins, prior=prior, items=c.items)
+    wins = c.wins(np.ones(len(c.shares)), c.shares)
+    strengths, reliability = _fit(ballots, c, np.ones(len(ballots)), method, prior, None)
     apart = ((components(wins) != 0) & c.items).any(-1)
     if apart.any():
         warnings.warn(

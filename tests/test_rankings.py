@@ -240,11 +240,25 @@ def test_bootstrap_intervals_hold_the_truth_about_as_often_as_they_say():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         ballots = [(0, 0, [0, 1] if rng.random() < 0.7 else [1, 0]) for _ in range(60)]
-        c = comparisons(ballots, num_raters=1)
-        fit = lambda wins: bradley_terry(wins, prior=0.01)  # noqa: E731
-        lower, upper = bootstrap_intervals(c, fit, num_samples=200, level=0.9, seed=seed)
+        given = {"num_raters": 1, "method": "bradley_terry", "prior": 0.01}
+        lower, upper = bootstrap_intervals(ballots, **given, num_samples=200, level=0.9, seed=seed)
         held.append(lower[0, 0] <= np.log(0.7 / 0.3) / 2 <= upper[0, 0])
     assert 0.75 < np.mean(held) < 1
+
+
+@pytest.mark.parametrize("method", ["bradley_terry", "plackett_luce", "crowd_bt"])
+def test_bootstrap_intervals_are_of_the_strengths_that_aggregate_gives(method):
+    rng = np.random.default_rng(0)
+    ballots = [(0, i % 3, np.argsort(-np.array([0, 1, 2, 3]) + rng.gumbel(size=4)).argsort()) for i in range(60)]
+    found = aggregate(ballots, num_raters=3, method=method, prior=0.5).strengths
+    given = {"num_raters": 3, "method": method, "prior": 0.5}
+    lower, upper = bootstrap_intervals(ballots, **given, num_samples=60, level=0.95, seed=0)
+    assert ((lower < found) & (found < upper)).all()
+    twice = aggregate(ballots + ballots[:5], num_raters=3, method=method, prior=0.5)
+    times = np.ones(60)
+    times[:5] = 2
+    again, _ = rankings._fit(ballots, comparisons(ballots, num_raters=3), times, method, 0.5, None)
+    np.testing.assert_allclose(again, twice.strengths, atol=1e-5)
 
 
 def test_disconnected_comparisons_warn_and_are_counted():

@@ -80,7 +80,7 @@ class DataAggregateRun:
         fields: a field map, as data.fields of a stage.
         method: bradley_terry, plackett_luce, or crowd_bt, which also finds how reliable each rater is.
         prior: wins and losses that every strength starts with against one of strength 0.
-        intervals: draws of the bootstrap for 95% intervals of Bradley-Terry strengths; 0 leaves them out.
+        intervals: draws of the bootstrap over ballots, for 95% intervals; each is a fit anew. 0 leaves them out.
         by: a field of the responses, such as model, that names what is compared; then all prompts are one group and
             the table is of its values. Empty compares the responses to each prompt.
         seed: of the bootstrap.
@@ -92,7 +92,7 @@ class DataAggregateRun:
     fields: list[str] = field(default_factory=list)
     method: Literal["bradley_terry", "plackett_luce", "crowd_bt"] = "crowd_bt"
     prior: float = 0.5
-    intervals: int = 200
+    intervals: int = 100
     by: str = ""
     seed: int = 0
     output: str = ""

@@ -256,15 +256,23 @@ def fit(
     together: list[Ranking], *, method: str, prior: float
 ) -> tuple[list[Ranking], dict[str, float], dict[str, float]]:
     """(rankings with strengths, rater -> reliability, facts) by `rankings.aggregate`, raters known by name."""
-    names = sorted({rater for ranking in together for rater, _ in ranking.ballots})
-    number = {name: i for i, name in enumerate(names)}
-    ballots = [(g, number[rater], ranks) for g, ranking in enumerate(together) for rater, ranks in ranking.ballots]
+    ballots, names = numbered(together)
     try:
         found = rankings.aggregate(ballots, num_raters=len(names), method=method, prior=prior)
     except ValueError as error:
         raise UserError(f"{error}; aggregate with bradley_terry or crowd_bt") from error
     fitted = [replace(r, strengths=found.strengths[g, : len(r.responses)]) for g, r in enumerate(together)]
     return fitted, dict(zip(names, found.reliability.tolist(), strict=True)), found.facts
+
+
+def numbered(together: list[Ranking]) -> tuple[list[rankings.Ballot], list[str]]:
+    """(the ballots of all rankings, with numbers for groups and raters; the names of the raters)."""
+    names = sorted({rater for ranking in together for rater, _ in ranking.ballots})
+    number = {name: i for i, name in enumerate(names)}
+    ballots: list[rankings.Ballot] = [
+        (g, number[rater], ranks) for g, ranking in enumerate(together) for rater, ranks in ranking.ballots
+    ]
+    return ballots, names
 
 
 def describe(raters: dict[str, float], facts: dict[str, float]) -> list[str]:
