@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import yaml
 
-from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig, RopeScaling
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
+from rlhf_jax.directory import RECORD, read_record
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.sharding import AXES, mesh_sizes, shard_shape, spec_of
+from rlhf_jax.types import Params
 
+CHECKPOINTS = "checkpoints"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
 """Bytes per parameter: float32 weights, Adam's two moments, the gradient, a bfloat16 copy for decoding."""
@@ -136,11 +142,15 @@ def run_convert(config: ConvertRun) -> Path:
         raise UserError(f"output {target} is a file; name a directory")
     if (target / "config.json").exists() and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
-    arch, raw = hf.read_config(source)
-    score_head = hf.has_score_head(source)
-    params = hf.load_params(source, arch, score_head=score_head, dtype=config.dtype)
-    tokenizer = Tokenizer.load(str(source)) if any((source / name).is_file() for name in FILES) else None
-    eos = raw.get("eos_token_id")
+    if (source / CHECKPOINTS).is_dir():
+        arch, raw, params, tokens = _newest_checkpoint(source)
+        score_head = "score" in params
+    else:
+        arch, raw = hf.read_config(source)
+        score_head, tokens = hf.has_score_head(source), source
+        params = hf.load_params(source, arch, score_head=score_head, dtype=config.dtype)
+    tokenizer = Tokenizer.load(str(tokens)) if any((tokens / name).is_file() for name in FILES) else None
+    eos = (raw or {}).get("eos_token_id")
     eos_ids = tokenizer.eos_ids if tokenizer else [] if eos is None else eos if isinstance(eos, list) else [eos]
     hf.save_model(
         target,
@@ -150,9 +160,48 @@ def run_convert(config: ConvertRun) -> Path:
         score_head=score_head,
         dtype=config.dtype,
         base_config=raw,
-        base_generation=hf.read_generation(source),
+        base_generation=hf.read_generation(tokens),
         shard_bytes=int(config.shard_gb * 1e9),
         write_more=None if tokenizer is None else lambda folder: tokenizer.save(str(folder)),
     )
-    print(f"wrote {target}: {raw['model_type']} in {config.dtype}")
+    print(f"wrote {target}: {hf.find_family(arch, raw).model_type} in {config.dtype}")
     return target
+
+
+def _newest_checkpoint(run: Path) -> tuple[ArchConfig, dict[str, Any] | None, Params, Path]:
+    """Shape, config.json of the base model, parameters and tokenizer directory of a run that has not finished.
+
+    Of PPO the policy. The newest checkpoint counts, not the best.
+
+    Raises:
+        UserError: no such run, or none of its checkpoints is intact.
+    """
+    record = read_record(run)
+    if record is None or not (run / "config.yaml").is_file():
+        raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    base, where = None, Path(record["cwd"])
+    if settings["path"]:
+        arch, base = hf.read_config(where / hub.local_directory(settings["path"]))
+    else:
+        shape = dict(settings["arch"])
+        shape["rope_scaling"] = RopeScaling(**{k: _tuple(v) for k, v in shape["rope_scaling"].items()})
+        arch = ArchConfig(**{k: _tuple(v) for k, v in shape.items()})
+    checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
+    step = checkpoints.newest_intact(print)
+    if step is None:
+        raise UserError(f"{run} has no checkpoint yet; wait for one, or let checkpoint.minutes be less")
+    model = Model(arch, score_head=record["stage"] == "reward")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, settings["param_dtype"]), shapes)
+    if "score" in like:
+        like["score"] = jax.tree.map(lambda x: x.astype(jnp.float32), like["score"])
+    like = {"policy": like} if record["stage"] == "ppo" else like
+    params = checkpoints.restore(step, {"state": {"params": like}})["state"]["params"]
+    print(f"{run}: checkpoint of step {step}")
+    tokens = where / hub.local_directory(settings["tokenizer"] or settings["path"])
+    return arch, base, params["policy"] if record["stage"] == "ppo" else params, tokens
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -271,6 +271,41 @@ def test_what_a_run_wrote_converts_and_samples(tmp_path):
         assert Tokenizer.load(str(path)).eos_ids == Tokenizer.load(str(toy_directory() / name)).eos_ids
 
 
+def reward_of_length(prompts, responses, **columns):
+    return [float(len(response)) for response in responses]
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_newest_checkpoint_of_a_run_converts_to_what_the_run_itself_would_write(tmp_path, capsys, stage):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{i}", "response": "b c"}) + "\n" for i in range(60)))
+    arguments = [
+        stage, f"--data.path={rows}", "--data.batch_size=8", "--data.max_prompt_length=8", "--data.eval_fraction=0.5",
+        "--run.keep_best=false",
+        f"--run.output_dir={tmp_path / 'run'}", "--checkpoint.every=2", "--checkpoint.keep_finished=true",
+        f"--model.path={toy_directory() / 'policy'}", "--sampling.max_new_tokens=4", "--run.progress=false",
+    ]  # fmt: skip
+    more = {
+        "sft": ["--data.max_length=24", "--sft.steps=2", "--sft.num_samples=0"],
+        "ppo": ["--ppo.iterations=2", "--reward.functions=[test_inspection:reward_of_length]", "--ppo.minibatches=1"],
+    }
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, *more[stage]])
+    assert ended.value.code == 0
+    (tmp_path / "run" / "model").rename(tmp_path / "model")
+    run(capsys, "convert", str(tmp_path / "run"), "--output", str(tmp_path / "new"), "--dtype", "float32")
+    expected, found = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "new")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensor, found[name])
+    assert hf.read_config(tmp_path / "new")[0] == hf.read_config(tmp_path / "model")[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert "has no checkpoint yet" in refused(
+        capsys, "convert", str(tmp_path / "run"), "--output", str(tmp_path / "x")
+    )
+
+
 # ---- the Hub
 
 
