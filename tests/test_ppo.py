@@ -43,6 +43,8 @@ KEY = jax.random.key(0)
 PARAMS, REF, REWARD = bigram_params(0), bigram_params(1)["policy"], bigram_params(2)["value"]
 NO_REWARD = Models(BIGRAMS.policy, BIGRAMS.value)
 
+ONCE = {"timeout": 0, "retries": 0}
+
 
 def ppo_run(rate: float = 0.05, **ppo) -> PPORun:
     optim = OptimConfig(learning_rate=rate, schedule="constant", eps=1e-5)
@@ -455,7 +457,7 @@ def test_exactly_one_score_is_paid_per_row_in_its_slot(score_at, later):
     "rewards", [[0.7, 1, 0, 1], np.array([0.7, 1, 0, 1]), [np.float64(0.7), True, 0, np.int64(1)]]
 )
 def test_rewards_stay_floats(rewards):
-    found = call_reward(lambda prompts, responses: rewards, ["p"] * 4, ["r"] * 4, {})
+    found = call_reward(lambda prompts, responses: rewards, ["p"] * 4, ["r"] * 4, {}, **ONCE)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, np.float32([0.7, 1, 0, 1]))
     total = combine(RewardSourceConfig(function_weights=[0.5]), [lambda prompts, responses: rewards])
@@ -487,12 +489,12 @@ def test_a_reward_function_that_returns_something_else_is_named(returned, words)
         return returned
 
     with pytest.raises(UserError, match=f"my_reward.*{words}") as error:
-        call_reward(my_reward, ["p"] * 2, ["r"] * 2, {})
+        call_reward(my_reward, ["p"] * 2, ["r"] * 2, {}, **ONCE)
     assert "\n" not in str(error.value)
 
 
 def test_rewards_of_any_numeric_array_library_are_numbers():
-    found = call_reward(lambda prompts, responses: jnp.array([0.7, 1.0]), ["p"] * 2, ["r"] * 2, {})
+    found = call_reward(lambda prompts, responses: jnp.array([0.7, 1.0]), ["p"] * 2, ["r"] * 2, {}, **ONCE)
     np.testing.assert_array_equal(found, np.float32([0.7, 1.0]))
 
 

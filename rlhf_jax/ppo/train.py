@@ -68,9 +68,10 @@ def make_programs(
     recompute = config.ppo.old_logprobs == "recompute" or (config.ppo.old_logprobs == "auto" and not exact)
     score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
     rows, whole, sampling_mesh = batch_sharding(mesh), replicated(mesh), rollout_mesh(config.mesh, mesh)
-    tree_shardings(sampling_mesh, nets.policy.params)  # refuses heads that do not divide by rollout_tensor
+    tree_shardings(sampling_mesh, nets.ref)  # refuses heads that do not divide by rollout_tensor
+    rollout = jax.jit(rollout, out_shardings=rows)
     return Programs(
-        rollout=OnMesh(sampling_mesh, jax.jit(rollout, out_shardings=rows)),
+        rollout=rollout if sampling_mesh is mesh else OnMesh(sampling_mesh, rollout),
         score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
         update=jax.jit(
