@@ -226,7 +226,7 @@ def collect(
                 raise UserError(f"{drop} (data.strict is true)") from drop
             dropped[drop.reason] += 1
             continue
-        examples += [{**example, "where": row["_where"]} for example in built]
+        examples += [{**example, "where": row.get("_where", "")} for example in built]
         truncated += cut
     kinds = Counter(schemas.kind_of(row) for row in rows if isinstance(row, dict))
     report = Report(len(rows) - sum(dropped.values()), dict(dropped), truncated, dict(kinds), note)
