@@ -239,3 +239,11 @@ def test_answers_of_real_rows_come_back_token_by_token(name):
         ids = tokenizer.encode_response(response)
         assert tokenizer.decode(ids) == response
         assert tokenizer.encode_response(tokenizer.decode(ids)) == ids
+
+
+def test_rows_made_in_python_need_not_say_where_they_come_from():
+    """As the quickstart's: {prompt} alone, straight into `prompt_examples`."""
+    examples, report = prompt_examples(
+        [{"prompt": "a"}, {"prompt": "bc"}], Tokenizer(byte_tokenizer()), max_prompt_length=8, too_long="truncate"
+    )
+    assert [example["where"] for example in examples] == ["", ""] and report.kept == 2
