@@ -269,9 +269,7 @@ def plan_command(rest: list[str]) -> None:
         stage = next((name for name in ("ppo", "sft", "reward") if name in groups), "auto")
     if stage == "auto":
         raise UserError("the options do not say which stage this is; write --stage pretrain, sft, reward or ppo")
-    settings = parse(stage, others)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config.resolve(COMMANDS["plan"][1])(plan, settings)
+    execute("plan", plan, parse(stage, others))
 
 
 def directory_command(command: str, rest: list[str]) -> None:
@@ -294,9 +292,13 @@ def run_command(command: str, arguments: list[str]) -> None:
     Raises:
         UserError: what the user can mend.
     """
-    settings = parse(command, arguments)
+    execute(command, parse(command, arguments))
+
+
+def execute(command: str, *settings: Any) -> None:
+    """Call a command's function."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
-    config.resolve(COMMANDS[command][1])(settings)
+    config.resolve(COMMANDS[command][1])(*settings)
 
 
 def fail(line: str, code: int) -> NoReturn:

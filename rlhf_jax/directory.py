@@ -22,8 +22,9 @@ from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
 from rlhf_jax.errors import UserError
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
+CHECKPOINTS = "checkpoints"
 OURS = (
-    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", "checkpoints", "tensorboard", LOCK,
+    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", LOCK,
 )  # fmt: skip
 """What a run writes; run.json comes first, since a directory without it is no run to continue."""
 
@@ -74,7 +75,7 @@ def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
     if not changes(config, record):
         print(f"{stage}: {path} is finished; --run.overwrite true would run it again")
         return json.loads((path / SUMMARY).read_text())
-    if not (path / "checkpoints").is_dir():
+    if not (path / CHECKPOINTS).is_dir():
         raise UserError(
             f"run.output_dir {path} is finished and its checkpoints are gone; start a new run with model.path "
             f"{path / 'model'}, or set checkpoint.keep_finished true another time"

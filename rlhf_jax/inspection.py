@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import yaml
 
-from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig, RopeScaling
+from rlhf_jax.checkpoint import Checkpoints, damage
+from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
-from rlhf_jax.directory import RECORD, read_record
+from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf, hub
+from rlhf_jax.models.layout import leaf_shapes
 from rlhf_jax.sharding import AXES, mesh_sizes, shard_shape, spec_of
 from rlhf_jax.types import Params
 
-CHECKPOINTS = "checkpoints"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
 """Bytes per parameter: float32 weights, Adam's two moments, the gradient, a bfloat16 copy for decoding."""
@@ -30,13 +28,6 @@ def size(num_bytes: float) -> str:
     """Bytes in the unit that reads best."""
     power = min(int(math.log(max(num_bytes, 1), 1024)), len(UNITS) - 1)
     return f"{num_bytes / 1024**power:.4g} {UNITS[power]}"
-
-
-def parameters(arch: ArchConfig, *, score_head: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path."""
-    shapes = jax.eval_shape(Model(arch, score_head=score_head).init, jax.random.key(0))
-    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
 
 
 def cache_bytes(arch: ArchConfig, batch: int, length: int) -> int:
@@ -108,7 +99,7 @@ def run_inspect(config: InspectRun) -> dict[str, Any]:
     weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.index.json")))
     named = (raw.get("architectures") or [""])[0]
     score_head = hf.has_score_head(path) if weights else named.endswith("SequenceClassification")
-    shapes = parameters(arch, score_head=score_head)
+    shapes = leaf_shapes(arch, score_head=score_head)
     count = sum(math.prod(shape) for shape in shapes.values())
     kind = "scores (reward or value model)" if score_head else "logits (language model)"
     lines = [
@@ -177,31 +168,22 @@ def _newest_checkpoint(run: Path) -> tuple[ArchConfig, dict[str, Any] | None, Pa
         UserError: no such run, or none of its checkpoints is intact.
     """
     record = read_record(run)
-    if record is None or not (run / "config.yaml").is_file():
+    if record is None:
         raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
-    base, where = None, Path(record["cwd"])
+    settings, where = record["config"]["model"], Path(record["cwd"])
     if settings["path"]:
         arch, base = hf.read_config(where / hub.local_directory(settings["path"]))
     else:
-        shape = dict(settings["arch"])
-        shape["rope_scaling"] = RopeScaling(**{k: _tuple(v) for k, v in shape["rope_scaling"].items()})
-        arch = ArchConfig(**{k: _tuple(v) for k, v in shape.items()})
+        arch, base = ArchConfig.from_plain(settings["arch"]), None
     checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
-    step = checkpoints.newest_intact(print)
+    # Only looked at: the run may still be writing there.
+    step = next((step for step in reversed(checkpoints.steps()) if not damage(checkpoints.path(step))), None)
     if step is None:
         raise UserError(f"{run} has no checkpoint yet; wait for one, or let checkpoint.minutes be less")
-    model = Model(arch, score_head=record["stage"] == "reward")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    like = jax.tree.map(lambda x: jnp.zeros(x.shape, settings["param_dtype"]), shapes)
-    if "score" in like:
-        like["score"] = jax.tree.map(lambda x: x.astype(jnp.float32), like["score"])
-    like = {"policy": like} if record["stage"] == "ppo" else like
-    params = checkpoints.restore(step, {"state": {"params": like}})["state"]["params"]
+    model, ppo = Model(arch, score_head=record["stage"] == "reward"), record["stage"] == "ppo"
+    params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
+    params = {"policy": params} if ppo else params
+    params = checkpoints.restore(step, {"state": {"params": params}})["state"]["params"]
     print(f"{run}: checkpoint of step {step}")
     tokens = where / hub.local_directory(settings["tokenizer"] or settings["path"])
-    return arch, base, params["policy"] if record["stage"] == "ppo" else params, tokens
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return arch, base, params["policy"] if ppo else params, tokens

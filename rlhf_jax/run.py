@@ -85,7 +85,9 @@ class Run:
         self._writer: Any = None
         self._disk_full = False
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(self.dir / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every)
+        self.checkpoints = Checkpoints(
+            self.dir / directory.CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every
+        )
         try:
             self._claim()
         except OSError as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig
@@ -85,17 +84,11 @@ def load_model(
     model = Model.from_config(config, config.arch, score_head=head != "vocabulary")
 
     def init(key: jax.Array) -> Params:
-        params = model.init(key)
-        if head == "zeros":
-            params = {**params, "score": jax.tree.map(jnp.zeros_like, params["score"])}
-        return {name: tree if name == "score" else _cast(tree, config.param_dtype) for name, tree in params.items()}
+        params = model.init(key, config.param_dtype)
+        return {**params, "score": model.init_score(key, zeros=True)} if head == "zeros" else params
 
     shardings = tree_shardings(mesh, jax.eval_shape(init, key))
     return Loaded(model, jax.jit(init, out_shardings=shardings)(key))
-
-
-def _cast(tree: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:

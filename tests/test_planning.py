@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax import cli
 from rlhf_jax.config import PPORun, SFTRun
 from rlhf_jax.errors import UserError
-from rlhf_jax.inspection import parameters
+from rlhf_jax.models.layout import leaf_shapes
 from rlhf_jax.planning import chips, flops, hlo, plan, programs
 from rlhf_jax.planning.presets import PRESETS, find_preset
 from rlhf_jax.sharding import make_mesh
@@ -29,7 +29,7 @@ TINY = {"vocab_size": 64, "width": 32, "num_layers": 3, "num_heads": 4, "num_kv_
                                               ("Qwen/Qwen2.5-0.5B", 494_032_768),
                                               ("Qwen/Qwen2.5-7B", 7_615_616_512)])  # fmt: skip
 def test_presets_have_the_published_number_of_parameters(name, count):
-    shapes = parameters(programs.find_arch(f"hf://{name}"), score_head=False)
+    shapes = leaf_shapes(programs.find_arch(f"hf://{name}"), score_head=False)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
     assert find_preset(name.split("/")[1]) is PRESETS[name]
 
@@ -108,7 +108,7 @@ def test_fsdp_moves_the_weights_that_theory_says():
     arch = config.model.arch
     layers = sum(
         int(np.prod(shape)) * 2  # bfloat16
-        for name, shape in parameters(arch, score_head=False).items()
+        for name, shape in leaf_shapes(arch, score_head=False).items()
         if name.startswith("layers/") and "norm" not in name
     )
     gathered = hlo.traffic(text).collectives["all-gather"]
@@ -161,7 +161,7 @@ def test_a_ppo_config_gives_the_three_programs():
         assert (8, 8, 64) not in hlo.traffic(text).buffers  # no [B, T, V] in float32
     before, whole = (hlo.traffic(texts["rollout"], unknown_trips=n) for n in (0, 2))
     decoding = whole.collectives["all-gather"] - before.collectives["all-gather"]
-    weights = sum(int(np.prod(s)) for n, s in parameters(config.model.arch, score_head=False).items())
+    weights = sum(int(np.prod(s)) for n, s in leaf_shapes(config.model.arch, score_head=False).items())
     assert decoding < 16 * weights / 10  # no weight moves per token
 
 

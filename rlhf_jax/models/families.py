@@ -79,6 +79,7 @@ def _without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 QUERY, KEY, VALUE, GATE, UP = ("query",), ("key",), ("value",), ("gate",), ("up",)
+_SCORE = {"score.weight": Tensor("score/kernel", "1 D"), "score.bias": Tensor("score/bias", "1")}
 _LAYER = "model.layers.{}."
 LLAMA = Family(
     model_type="llama",
@@ -118,8 +119,7 @@ LLAMA = Family(
         _LAYER + "mlp.down_proj.bias": Tensor("layers/mlp/down_bias", "D"),
         "model.norm.weight": Tensor("final_norm/scale", "D"),
         "lm_head.weight": Tensor("head/kernel", "V D"),
-        "score.weight": Tensor("score/kernel", "1 D"),
-        "score.bias": Tensor("score/bias", "1"),
+        **_SCORE,
     },
 )  # fmt: skip
 
@@ -282,8 +282,7 @@ GPT2 = Family(
         "transformer.ln_f.weight": Tensor("final_norm/scale", "D"),
         "transformer.ln_f.bias": Tensor("final_norm/bias", "D"),
         "lm_head.weight": Tensor("head/kernel", "V D"),
-        "score.weight": Tensor("score/kernel", "1 D"),
-        "score.bias": Tensor("score/bias", "1"),
+        **_SCORE,
     },
     only={
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
@@ -327,8 +326,7 @@ GPT_NEOX = Family(
         "gpt_neox.final_layer_norm.weight": Tensor("final_norm/scale", "D"),
         "gpt_neox.final_layer_norm.bias": Tensor("final_norm/bias", "D"),
         "embed_out.weight": Tensor("head/kernel", "V D"),
-        "score.weight": Tensor("score/kernel", "1 D"),
-        "score.bias": Tensor("score/bias", "1"),
+        **_SCORE,
     },
     ignored=r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$",
 )  # fmt: skip

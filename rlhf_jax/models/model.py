@@ -103,17 +103,18 @@ class Model:
     def _head(self) -> Any:
         return pure(lambda rngs: decoder.VocabularyHead(self.arch, rngs=rngs))
 
-    def init(self, key: Array) -> Params:
-        """Fresh parameters; the layers come from one vmapped trace."""
+    def init(self, key: Array, dtype: str = "float32") -> Params:
+        """Fresh parameters in `dtype`, a scalar head in float32; the layers come from one vmapped trace."""
         embed, layers, norm, head = jax.random.split(key, 4)
         params = {
             "embed": self._embed[0](embed),
             "layers": jax.vmap(self._block[0])(jax.random.split(layers, self.arch.num_layers)),
             "final_norm": self._norm[0](norm),
         }
-        if self.score_head:
-            return {**params, "score": self.init_score(head, zeros=False)}
-        return params if self.arch.tied_head else {**params, "head": self._head[0](head)}
+        if not (self.score_head or self.arch.tied_head):
+            params["head"] = self._head[0](head)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return {**params, "score": self.init_score(head, zeros=False)} if self.score_head else params
 
     def init_score(self, key: Array, *, zeros: bool) -> Params:
         """A fresh scalar head, float32: kernel [D], bias []."""

@@ -75,13 +75,16 @@ def analyse(config: Any, chip: Chip, devices: list[Any]) -> list[Row]:
         for program, same, ideal in zip(programs, counted, without, strict=True):
             started = time.monotonic()
             compiled = program.function.trace(*program.arguments).lower().compile()
-            rows += _rows(program, compiled, time.monotonic() - started, same, ideal, chip, len(devices))
+            seconds = time.monotonic() - started
+            jaxprs = tuple(p.function.trace(*p.arguments).jaxpr for p in (same, ideal))
+            rows += _rows(program, compiled, seconds, jaxprs, chip, len(devices))
     return rows
 
 
 def _rows(
-    program: Program, compiled: Any, compile_s: float, same: Program, ideal: Program, chip: Chip, count: int
+    program: Program, compiled: Any, compile_s: float, jaxprs: tuple[Any, Any], chip: Chip, count: int
 ) -> list[Row]:
+    same, ideal = jaxprs  # as configured, and without remat
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     peak = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -98,16 +101,13 @@ def _rows(
             compile_s,
         )  # fmt: skip
 
-    def flops(of: Program, loops: int) -> float:
-        return count_flops(of.function.trace(*of.arguments).jaxpr, unknown_trips=loops)
-
     whole = traffic(text, unknown_trips=program.loops)
     if program.loops == 1:
-        return [row(program.name, flops(same, 1), flops(ideal, 1), whole, program.tokens)]
+        return [row(program.name, count_flops(same), count_flops(ideal), whole, program.tokens)]
     before = traffic(text, unknown_trips=0)
     kinds = {kind: size - before.collectives[kind] for kind, size in whole.collectives.items()}
     loop = Traffic(kinds, whole.memory - before.memory)
-    once, all_ = flops(same, 0), flops(same, program.loops)
+    once, all_ = (count_flops(same, unknown_trips=loops) for loops in (0, program.loops))
     rows, length = program.arguments[1].shape
     return [
         row("prefill", once, once, before, rows * length),

@@ -15,8 +15,9 @@ from rlhf_jax.config import ArchConfig, ModelConfig, PPORun, RewardRun, SFTRun, 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, config_json
 from rlhf_jax.planning.presets import PRESETS, find_preset
-from rlhf_jax.ppo import core
-from rlhf_jax.ppo.train import Networks, check_batches, make_programs
+from rlhf_jax.ppo.checks import check_batches
+from rlhf_jax.ppo.networks import Networks, assemble
+from rlhf_jax.ppo.train import make_programs
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import batch_sharding, check_rows, replicated, tree_shardings
 from rlhf_jax.stage import Loaded, check_length
@@ -65,15 +66,9 @@ def abstract_model(config: ModelConfig, mesh: Mesh, *, score_head: bool, attenti
     if config.compute_dtype == "auto":
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     model = dataclasses.replace(Model.from_config(config, arch, score_head=score_head), attention=attention)
-
-    def init(key: jax.Array) -> Params:
-        params = model.init(key)
-        return {
-            name: tree if name == "score" else jax.tree.map(lambda x: x.astype(config.param_dtype), tree)
-            for name, tree in params.items()
-        }
-
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))  # nothing may run: the mesh's chips do not exist
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), config.param_dtype)
+    )  # nothing may run: the mesh's chips do not exist
     return Loaded(model, placed_shapes(shapes, tree_shardings(mesh, shapes)))
 
 
@@ -142,15 +137,12 @@ def _networks(config: PPORun, mesh: Mesh, attention: str) -> Networks:
     if config.reward.model:
         named = dataclasses.replace(config.model, path=config.reward.model, arch=None)
         reward_model = abstract_model(named, mesh, score_head=True, attention=attention)
-    value = reward_model if reward_model is not None and config.ppo.value_init != "zeros" else None
-    if value is None or config.ppo.shared_trunk:
-        value = abstract_model(config.model, mesh, score_head=True, attention=attention)
-    value_params = {"score": value.params["score"]} if config.ppo.shared_trunk else value.params
-    networks = core.Models(
-        policy.model, value.model, reward_model.model if reward_model else None, config.ppo.shared_trunk
-    )
-    params = {"policy": policy.params, "value": value_params}
-    return Networks(networks, policy, params, policy.params, reward_model.params if reward_model else None, value)
+
+    def fresh_score() -> Params:
+        shapes = jax.eval_shape(lambda: policy.model.init_score(jax.random.key(0), zeros=True))
+        return placed_shapes(shapes, tree_shardings(mesh, {"score": shapes})["score"])
+
+    return assemble(config.ppo, policy, reward_model, fresh_score=fresh_score, copy=lambda params: params)
 
 
 def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.config import PPORun
+from rlhf_jax.config import PPOConfig, PPORun
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hub
@@ -42,16 +43,29 @@ def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Arr
         reward = load_model(reward_config, mesh, key, head="trained")
         check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
         check_same_tokenizer(tokenizer, config.reward.model)
-    copy = partial(jax.tree.map, jnp.copy)
-    ppo = config.ppo
+
+    def fresh_score() -> Params:
+        score = jax.jit(partial(policy.model.init_score, zeros=True))(key)
+        return jax.device_put(score, replicated(mesh))
+
+    return assemble(config.ppo, policy, reward, fresh_score=fresh_score, copy=partial(jax.tree.map, jnp.copy))
+
+
+def assemble(
+    ppo: PPOConfig,
+    policy: Loaded,
+    reward: Loaded | None,
+    *,
+    fresh_score: Callable[[], Params],
+    copy: Callable[[Params], Params],
+) -> Networks:
+    """The critic that the config asks for, beside policy and reward model; what is trained is a copy."""
     if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
         value, value_params = reward, copy(reward.params)
     else:
-        score = jax.jit(partial(policy.model.init_score, zeros=True))(key)
-        score = jax.device_put(score, replicated(mesh))
+        score = fresh_score()
         on_policy = policy.model.with_score(policy.params, score)
-        value_model = replace(policy.model, score_head=True)
-        value = Loaded(value_model, on_policy, policy.base_config)
+        value = Loaded(replace(policy.model, score_head=True), on_policy, policy.base_config)
         value_params = {"score": score} if ppo.shared_trunk else copy(on_policy)
     models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk)
     params = {"policy": copy(policy.params), "value": value_params}
