@@ -48,13 +48,40 @@ def plackett_luce_reference(scores, ranks, mask, weights, *, center_coef):
     return total
 
 
-def rrhf_reference(logprobs, rewards, mask, weights):
+def rrhf_reference(logprobs, lengths, ranks, mask, weights, *, length_penalty):
     total = 0.0
-    for p, r, valid, w in zip(logprobs, rewards, mask, weights, strict=True):
+    for sums, n, r, valid, w in zip(logprobs, lengths, ranks, mask, weights, strict=True):
+        p = sums / n**length_penalty
         for i in range(len(p)):
             for j in range(len(p)):
-                if valid[i] and valid[j] and r[i] < r[j]:
+                if valid[i] and valid[j] and r[i] > r[j]:
                     total += w * max(0.0, p[i] - p[j])
+    return total
+
+
+def best_of_n_reference(scores, ranks, mask, weights, *, center_coef):
+    total = kwise_reference(scores, ranks, mask, weights, center_coef=center_coef) - kwise_reference(
+        scores, ranks, mask, weights, center_coef=0.0
+    )
+    for row, rank, valid, w in zip(scores, ranks, mask, weights, strict=True):
+        there = np.flatnonzero(valid)
+        best = [i for i in there if rank[i] == min(rank[there])]
+        if len(best) < len(there):
+            total += w * sum(np.log(np.exp(row[there]).sum()) - row[i] for i in best) / len(best)
+    return total
+
+
+def squared_rating_reference(scores, ratings, weights):
+    return sum(w * (s - r) ** 2 for s, r, w in zip(scores, ratings, weights, strict=True))
+
+
+def ordinal_rating_reference(scores, ratings, weights, *, rating_low, rating_high):
+    below = lambda border: 1 / (1 + math.exp(-border))  # noqa: E731
+    total = 0.0
+    for s, r, w in zip(scores, ratings, weights, strict=True):
+        upper = 1.0 if r == rating_high else below(r + 0.5 - s)
+        lower = 0.0 if r == rating_low else below(r - 0.5 - s)
+        total -= w * math.log(upper - lower)
     return total
 
 
@@ -114,7 +141,11 @@ PAIRS = {
     "labels": LABELS,
 }
 KWISE = {"scores": normal(6, 4, seed=9), "ranks": RANKS, "mask": PRESENT, "weights": ROW_WEIGHTS}
-RRHF = {"logprobs": normal(6, 4, seed=10), "rewards": -RANKS, "mask": PRESENT, "weights": ROW_WEIGHTS}
+LENGTHS = np.random.default_rng(11).integers(1, 7, (6, 4)).astype(np.float32)
+RRHF = {"logprobs": 4 * normal(6, 4, seed=10), "lengths": LENGTHS, "ranks": RANKS, "mask": PRESENT}
+RRHF["weights"] = ROW_WEIGHTS
+RATED = {"scores": 3 + 2 * normal(6, seed=12), "ratings": np.array([1, 5, 3, 2, 4, 3], np.float32)}
+RATED["weights"] = ROW_WEIGHTS
 # name: loss, its hyperparameters, reference, arrays, the arrays it is differentiated by
 CASES = {
     "next_token": (losses.next_token_loss, {}, next_token_reference, POLICY, ["logprobs"]),
@@ -127,7 +158,16 @@ CASES = {
         KWISE,
         ["scores"],
     ),
-    "rrhf": (losses.rrhf_ranking_loss, {}, rrhf_reference, RRHF, ["logprobs"]),
+    "best_of_n": (losses.best_of_n_reward_loss, {"center_coef": 0.1}, best_of_n_reference, KWISE, ["scores"]),
+    "squared_rating": (losses.squared_rating_loss, {}, squared_rating_reference, RATED, ["scores"]),
+    "ordinal_rating": (
+        losses.ordinal_rating_loss,
+        {"rating_low": 1.0, "rating_high": 5.0},
+        ordinal_rating_reference,
+        RATED,
+        ["scores"],
+    ),
+    "rrhf": (losses.rrhf_ranking_loss, {"length_penalty": 0.5}, rrhf_reference, RRHF, ["logprobs"]),
     "policy": (losses.clipped_policy_loss, PPO, policy_reference, POLICY, ["logprobs"]),
     "policy_dual": (losses.clipped_policy_loss, PPO | {"dual_clip": 1.5}, policy_reference, POLICY, ["logprobs"]),
     "value": (losses.clipped_value_loss, {"value_clip": 0.3}, value_reference, VALUE, ["values"]),
@@ -293,7 +333,9 @@ def kwise(scores, ranks, mask=None, loss=losses.kwise_reward_loss):
     return float(value), metrics, np.asarray(grads["scores"][0])
 
 
-LISTWISE = pytest.mark.parametrize("loss", [losses.kwise_reward_loss, losses.plackett_luce_reward_loss])
+LISTWISE = pytest.mark.parametrize(
+    "loss", [losses.kwise_reward_loss, losses.plackett_luce_reward_loss, losses.best_of_n_reward_loss]
+)
 
 
 @LISTWISE
@@ -337,10 +379,29 @@ def test_missing_response_makes_no_pair(loss):
     assert grad[1] == 0.0
 
 
-def rrhf(logprobs, rewards, mask=(1, 1, 1)):
-    arrays = {"logprobs": np.array([logprobs], np.float32), "rewards": np.array([rewards], np.float32)}
+def test_the_choice_of_one_among_many_is_softmax_cross_entropy():
+    scores = np.array([2.0, 1.0, 0.5, -1.0])
+    expected = math.log(np.exp(scores).sum()) - 0.5
+    assert kwise(scores, [1, 1, 0, 1], loss=losses.best_of_n_reward_loss)[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("score", [-1e4, 1e4])
+@pytest.mark.parametrize("rating", [1.0, 3.0, 5.0])
+def test_ordinal_ratings_are_finite_at_extreme_scores_and_pull_towards_the_rating(score, rating):
+    def loss(s):
+        one = jnp.ones(1)
+        return losses.ordinal_rating_loss(s * one, rating * one, one, rating_low=1.0, rating_high=5.0)[0]
+
+    value, grad = jax.value_and_grad(loss)(score)
+    far = not (rating == 1 and score < 0) and not (rating == 5 and score > 0)
+    assert np.isfinite(value) and grad == (np.sign(score) if far else 0.0)
+
+
+def rrhf(logprobs, rewards, mask=(1, 1, 1), lengths=(1, 1, 1), length_penalty=1.0):
+    arrays = {"logprobs": [logprobs], "ranks": -np.array([rewards]), "lengths": [lengths]}
+    arrays = {name: np.array(value, np.float32) for name, value in arrays.items()}
     arrays |= {"mask": np.array([mask], bool), "weights": np.ones(1, np.float32)}
-    return float(run(losses.rrhf_ranking_loss, (), ("logprobs",), arrays)[0])
+    return float(run(losses.rrhf_ranking_loss, (("length_penalty", length_penalty),), ("logprobs",), arrays)[0])
 
 
 def test_rrhf_known_answers():
@@ -348,6 +409,9 @@ def test_rrhf_known_answers():
     assert rrhf([-1, -2, -3], [2, 1, 0]) == 0.0
     assert rrhf([-1, -2, -3], [1, 1, 1]) == 0.0
     assert rrhf([-1, -2, -3], [0, 1, 2], (1, 0, 1)) == 2.0
+    assert rrhf([-4, -8, -27], [0, 1, 2], lengths=(4, 4, 9)) == 1 + 2 + 1
+    assert rrhf([-4, -8, -27], [0, 1, 2], lengths=(4, 4, 9), length_penalty=0.5) == 2 + 7 + 5
+    assert rrhf([-4, -8, -27], [0, 1, 2], lengths=(4, 4, 9), length_penalty=0.0) == 4 + 23 + 19
 
 
 def policy(log_ratio, advantage, **options):

@@ -1,9 +1,4 @@
-"""Every loss: arrays in, (scalar, metrics) out. Floor 0.
-
-Log-probs are in nats. `weights` are zero off the response and sum to one over the optimiser batch (all microbatches,
-all hosts), so that losses and metrics of microbatches add up. Keyword-only arguments are filled from the config
-fields of the same name.
-"""
+"""Losses of a reward model: scores against comparisons, choices and ratings."""
 
 from __future__ import annotations
 
@@ -14,12 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.types import Metrics
-
-
-def next_token_loss(logprobs: Float[Array, "B T"], weights: Float[Array, "B T"]) -> tuple[Float[Array, ""], Metrics]:
-    """Cross-entropy of the next token, -sum w log p; `weights[b, t]` weighs the token of `logprobs[b, t]`."""
-    loss = -jnp.sum(weights * logprobs)
-    return loss, {"loss/nll": loss}
 
 
 def pairwise_reward_loss(
@@ -61,7 +50,7 @@ def kwise_reward_loss(
     Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; plus c (s_better + s_worse)^2, as in `pairwise_reward_loss`. Lower
     `ranks` are better; ties and responses off the mask make no pair, and a prompt without a pair adds 0.
     """
-    better, mean = _ordered_pairs(ranks, mask)
+    better, mean = ordered_pairs(ranks, mask)
     difference, total = scores[:, :, None] - scores[:, None, :], scores[:, :, None] + scores[:, None, :]
     nll = jnp.sum(weights * mean(-jax.nn.log_sigmoid(difference)))
     loss = nll + center_coef * jnp.sum(weights * mean(total**2))
@@ -82,7 +71,7 @@ def plackett_luce_reward_loss(
     `ranks` are better. Tied responses are each chosen before what is worse than both and not compared; the worst ones
     and those off the mask choose nothing, and a prompt without a choice adds 0.
     """
-    better, mean = _ordered_pairs(ranks, mask)
+    better, mean = ordered_pairs(ranks, mask)
     difference, total = scores[:, :, None] - scores[:, None, :], scores[:, :, None] + scores[:, None, :]
     # log(1 + sum exp(s_j - s_i)): a logsumexp over the worse and over i itself, whose difference is 0.
     among = jnp.where(better, -difference, -jnp.inf)
@@ -93,7 +82,7 @@ def plackett_luce_reward_loss(
     return loss, {"loss/plackett_luce": nll, **_order_metrics(scores, better, mean, weights)}
 
 
-def _ordered_pairs(ranks: Array, mask: Array) -> tuple[Array, Callable[[Array], Array]]:
+def ordered_pairs(ranks: Array, mask: Array) -> tuple[Array, Callable[[Array], Array]]:
     """(bool[B, K, K], whether i is better than j; the mean of an array [B, K, K] over those pairs, [B])."""
     better = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     pairs = jnp.maximum(better.astype(jnp.float32).sum((1, 2)), 1.0)
@@ -111,69 +100,57 @@ def _order_metrics(scores: Array, better: Array, mean: Callable[[Array], Array],
     }
 
 
-def rrhf_ranking_loss(
-    logprobs: Float[Array, "B K"], rewards: Float[Array, "B K"], mask: Bool[Array, "B K"], weights: Float[Array, " B"]
-) -> tuple[Float[Array, ""], Metrics]:
-    """Sum over r_i < r_j of max(0, p_i - p_j), p the length-normalised log-prob of a response.
-
-    Yuan et al. 2023 (arXiv 2304.05302), eq. 2.
-    """
-    worse = (rewards[:, :, None] < rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    hinge = jnp.maximum(logprobs[:, :, None] - logprobs[:, None, :], 0.0)
-    loss = jnp.sum(weights * jnp.sum(jnp.where(worse, hinge, 0.0), (1, 2)))
-    return loss, {"loss/rrhf_ranking": loss}
-
-
-def clipped_policy_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
+def best_of_n_reward_loss(
+    scores: Float[Array, "B K"],
+    ranks: Float[Array, "B K"],
+    mask: Bool[Array, "B K"],
+    weights: Float[Array, " B"],
     *,
-    clip_ratio: float,
-    dual_clip: float,
-    max_log_ratio: float,
+    center_coef: float,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """PPO's clipped surrogate, -sum w min(r A, clip(r, 1-eps, 1+eps) A) with r = exp(logprobs - old_logprobs).
+    """-log softmax(scores)[b], b the response that a rater chose of K; K = 2 is pairwise.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7. The log-ratio is clamped to +- max_log_ratio, so that one stale
-    token cannot overflow. dual_clip c > 1 bounds the loss of negative advantages by -c A (Ye et al. 2020, arXiv
-    1912.09729, eq. 5); 0 is off.
+    Ziegler et al. 2019 (arXiv 1909.08593), eq. 1; c as in `kwise_reward_loss`. The chosen one has the lowest of the
+    `ranks`; several that share it share the label. A prompt without a choice, or with all tied, adds 0.
     """
-    log_ratio = jnp.clip(logprobs - old_logprobs, -max_log_ratio, max_log_ratio)
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-    if dual_clip:
-        loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
-    valid = weights > 0
-    return jnp.sum(weights * loss), {
-        "policy/approx_kl": jnp.sum(weights * (jnp.expm1(log_ratio) - log_ratio)),  # the k3 estimator
-        "policy/clip_fraction": jnp.sum(weights, where=ratio != clipped),
-        "policy/ratio": jnp.sum(weights * ratio),
-        "policy/ratio_max": jnp.max(ratio, where=valid, initial=0.0),
-    }
+    better, mean = ordered_pairs(ranks, mask)
+    total = scores[:, :, None] + scores[:, None, :]
+    best = mask & ~better.any(1) & better.any((1, 2))[:, None]  # no response is better than it
+    chosen = best.astype(jnp.float32)
+    share = chosen / jnp.maximum(chosen.sum(1, keepdims=True), 1.0)
+    logprobs = jax.nn.log_softmax(jnp.where(mask, scores, -jnp.inf), axis=1, where=mask)
+    nll = jnp.sum(weights * jnp.sum(jnp.where(best, -share * logprobs, 0.0), 1))
+    loss = nll + center_coef * jnp.sum(weights * mean(total**2))
+    return loss, {"loss/best_of_n": nll, **_order_metrics(scores, better, mean, weights)}
 
 
-def clipped_value_loss(
-    values: Float[Array, "B T"],
-    old_values: Float[Array, "B T"],
-    returns: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
+def squared_rating_loss(
+    scores: Float[Array, " B"], ratings: Float[Array, " B"], weights: Float[Array, " B"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """(score - rating)^2: a reward model of scalar ratings."""
+    error = scores - ratings
+    loss = jnp.sum(weights * error**2)
+    return loss, {"loss/rating": loss, "reward_model/error": jnp.sum(weights * jnp.abs(error))}
+
+
+def ordinal_rating_loss(
+    scores: Float[Array, " B"],
+    ratings: Float[Array, " B"],
+    weights: Float[Array, " B"],
     *,
-    value_clip: float,
+    rating_low: float,
+    rating_high: float,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """0.5 sum w max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2); c = 0 means no clip.
+    """-log of the ordered logit P(rating) = sigmoid(rating + 1/2 - s) - sigmoid(rating - 1/2 - s).
 
-    The value clip of OpenAI's PPO (Ziegler et al. 2019, arXiv 1909.08593; Engstrom et al. 2020, arXiv 2005.12729).
+    McCullagh 1980, with the borders of the bins halfway between whole ratings, so that the score is in their unit. The
+    lowest bin has no lower border and the highest no upper one.
     """
-    error = (values - returns) ** 2
-    if value_clip:
-        clipped = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
-        clipped_error = (clipped - returns) ** 2
-        clip_fraction = jnp.sum(weights, where=clipped_error > error)
-        error = jnp.maximum(error, clipped_error)
-    else:
-        clip_fraction = jnp.zeros(())
-    loss = 0.5 * jnp.sum(weights * error)
-    return loss, {"value/loss": loss, "value/clip_fraction": clip_fraction}
+    upper = jnp.where(ratings >= rating_high, jnp.inf, ratings + 0.5 - scores)
+    lower = jnp.where(ratings <= rating_low, -jnp.inf, ratings - 0.5 - scores)
+    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which keeps its digits far from the score.
+    inside = (ratings < rating_high) & (ratings > rating_low)
+    width = jnp.where(inside, jnp.log(-jnp.expm1(jnp.float32(-1.0))), 0.0)
+    nll = -jax.nn.log_sigmoid(upper) - jax.nn.log_sigmoid(-lower) - width
+    loss = jnp.sum(weights * nll)
+    return loss, {"loss/rating": loss, "reward_model/error": jnp.sum(weights * jnp.abs(scores - ratings))}
