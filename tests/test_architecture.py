@@ -22,7 +22,7 @@ FLOORS = {
     ),
     **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts"], 1),
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
-    **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards"], 2),
+    **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online"], 2),
     **dict.fromkeys(["sft", "reward", "ppo"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "__main__"], 4),
 }
@@ -36,6 +36,7 @@ SAME_FLOOR = {
     "sampling": {"models"},
     "generate": {"stage"},
     "loop": {"run", "stage"},
+    "online": {"generate", "rewards", "run", "stage"},
     "ppo": {"sft"},
     "datasets": {"inference"},
     "__main__": {"cli"},
@@ -163,4 +164,5 @@ def test_every_config_field_is_read_somewhere(cls):
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda c: c.__name__)
 def test_every_plain_config_field_is_documented(cls):
     plain = [f.name for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.default)]
-    assert [name for name in plain if f"        {name}: " not in (cls.__doc__ or "")] == []
+    docs = "".join(base.__doc__ or "" for base in cls.__mro__)
+    assert [name for name in plain if f"        {name}: " not in docs] == []

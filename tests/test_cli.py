@@ -196,7 +196,8 @@ def test_the_help_of_a_command_lists_every_option_with_its_description(call, com
         out += arch
     flat = "".join(out.split())  # words may be broken at hyphens
     for option, name, cls in options(cli.COMMANDS[command][0]):
-        about = re.search(rf"\n        {name}: (.*(?:\n            .*)*)", cls.__doc__).group(1)
+        docs = "".join(base.__doc__ or "" for base in cls.__mro__)
+        about = re.search(rf"\n        {name}: (.*(?:\n            .*)*)", docs).group(1)
         about = re.escape("".join(about.split()))
         choice = r"([A-Z0-9_]+|\{[^}]+\}|\[ITEM,\.\.\.\](,--\S+?\+\[ITEM,\.\.\.\])?)"
         assert re.search(rf"--{re.escape(option)}{choice}{about}\(type:[^()]+,default:", flat), option

@@ -32,6 +32,7 @@ from rlhf_jax.config import OptimConfig, PPOConfig, PPORun, RewardSourceConfig, 
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import clipped_policy_loss
 from rlhf_jax.models import Model
+from rlhf_jax.online import core as online_core
 from rlhf_jax.ppo import Models, core, make_ppo_step, make_ppo_update, make_score, objective
 from rlhf_jax.rewards import call_reward, combine
 from rlhf_jax.sampling import SamplingLaw, sample
@@ -562,7 +563,7 @@ def test_truncation_cuts_after_the_first_stop_id_at_or_after_truncate_after(afte
         logprobs=jnp.asarray(rng.normal(size=(64, 6)), jnp.float32),
         finished=jnp.zeros(64, bool),
     )
-    cut = core.truncated(full, (1, 4), after)
+    cut = online_core.truncated(full, (1, 4), after)
     stopped = set()
     for b, row in enumerate(tokens.tolist()):
         kept, stops = plain_truncation(row, (1, 4), after)
@@ -755,7 +756,7 @@ def test_policy_and_critic_are_clipped_each_by_its_own_norm():
 def test_the_average_follows_the_policy_by_its_decay():
     average, policy = {"x": jnp.asarray([1.0, 2.0])}, {"x": jnp.asarray([3.0, 0.0])}
     for _ in range(3):
-        average = core.ema(average, policy, 0.9)
+        average = online_core.ema(average, policy, 0.9)
     expected = np.array([3.0, 0.0]) + 0.9**3 * (np.array([1.0, 2.0]) - np.array([3.0, 0.0]))
     np.testing.assert_allclose(average["x"], expected, rtol=1e-6)
 

@@ -16,6 +16,7 @@ from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, make_experience, make_rol
 from rlhf_jax.config import MeshConfig, PPOConfig, PPORun
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
+from rlhf_jax.online import programs as programs_module
 from rlhf_jax.ppo import Models, core, objective, train
 from rlhf_jax.ppo import networks as networks_module
 from rlhf_jax.sharding import make_mesh
@@ -403,7 +404,7 @@ def sampled(config: PPOConfig):
     nets = train.Networks(BIGRAMS_ON_TOY, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            train, "make_sampler", lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda: full)
+            programs_module, "make_sampler", lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda: full)
         )
         programs = train.make_programs(replace(toy_run(), ppo=config), nets, mesh, (STOP,))
     return stops, programs.rollout()

@@ -8,6 +8,7 @@ value out of range is a UserError where the class is made.
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataPrepareRun
 from rlhf_jax.config.functions import bind, resolve, to_dict
+from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import (
     DataConfig,
     MeshConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "InspectRun",
     "MeshConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimConfig",
     "PPOConfig",
     "PPORun",

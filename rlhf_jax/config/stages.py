@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import (
     DataConfig,
     MeshConfig,
@@ -117,24 +118,13 @@ class RewardSourceConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(OnlineConfig):
     """Proximal policy optimisation against a reward with a KL leash; docs/algorithms.md gives every formula.
 
     Args:
-        iterations: rollout-score-update rounds.
-        epochs: passes over a rollout, each in a fresh order.
-        minibatches: optimiser steps of one pass.
-        accumulate: microbatches of one optimiser step.
-        score_microbatch: rows scored at once; 0 means all.
-        stop: eos ends a row at a stop id; truncate samples the full length and cuts at the first stop id at or after
-            `truncate_after` (Ziegler et al. 2019).
-        truncate_after: tokens before which `stop: truncate` ignores stop ids.
-        missing_eos: rows that never stopped: off, replace their score by `missing_eos_value`, or subtract it.
-        missing_eos_value: the constant of `missing_eos`.
         score_at: the score is paid at the last response token or in the slot after it.
         kl_estimator: per-token KL in the reward: k1 (log-ratio) or k3 (Schulman 2020), both logged.
         kl_controller: adaptive moves kl_coef towards kl_target, fixed leaves it.
-        kl_coef: (initial) price of one nat.
         kl_target: nats per response that the adaptive controller steers to.
         kl_horizon: rows over which it reacts.
         whiten_rewards: scale the shaped rewards to unit variance, keeping their mean.
@@ -142,15 +132,8 @@ class PPOConfig:
         whiten_variance: biased divides by n, bessel by n - 1 (TRL).
         discount: gamma.
         gae_lambda: lambda.
-        clip_ratio: epsilon of the policy's clip.
-        dual_clip: lower bound c * A for negative advantages (arXiv 1912.09729); 0 is off.
-        max_log_ratio: the log-ratio is clamped to +- this before exp.
         value_clip: clip of the value's move; 0 is off.
         value_coef: weight of the value loss.
-        entropy_coef: weight of the entropy bonus.
-        loss_reduction: token, sequence, or fixed (every token weighs 1/(B T), whatever the lengths).
-        old_logprobs: from the sampler, recomputed by a forward pass, or auto: the sampler's in float32 without top-k
-            and top-p, else recomputed.
         shared_trunk: the value head sits on the policy's trunk instead of a model of its own.
         value_init: the critic starts as the reward model or as the policy with a zero head; auto takes the reward
             model if there is one.
@@ -158,27 +141,12 @@ class PPOConfig:
         ptx_coef: weight of the pretraining loss on `ptx_path` (InstructGPT's PPO-ptx); 0 is off.
         ptx_path: text or demonstrations for `ptx_coef`.
         ptx_batch_size: sequences of `ptx_path` in every optimiser step.
-        target_kl: no more updates in this iteration once approx KL exceeds it; 0 is off.
-        ema_decay: decay per iteration of an averaged policy, which is then evaluated and saved; 0 is off.
-        policy_loss: a function (logprobs, old_logprobs, advantages, weights) -> (scalar, metrics), as "module:name".
-        num_samples: rows of each logged sample table.
-        sample_every: iterations between sample tables.
         save_value_model: write the critic to output_dir/value_model.
     """
 
-    iterations: int = 100
-    epochs: int = 4
-    minibatches: int = 1
-    accumulate: int = 1
-    score_microbatch: int = 0
-    stop: Literal["eos", "truncate"] = "eos"
-    truncate_after: int = 0
-    missing_eos: Literal["off", "replace", "subtract"] = "off"
-    missing_eos_value: float = -1.0
     score_at: Literal["last", "after_eos"] = "last"
     kl_estimator: Literal["k1", "k3"] = "k1"
     kl_controller: Literal["adaptive", "fixed"] = "adaptive"
-    kl_coef: float = 0.05
     kl_target: float = 6.0
     kl_horizon: float = 10000.0
     whiten_rewards: bool = False
@@ -186,37 +154,23 @@ class PPOConfig:
     whiten_variance: Literal["biased", "bessel"] = "biased"
     discount: float = 1.0
     gae_lambda: float = 0.95
-    clip_ratio: float = 0.2
-    dual_clip: float = 0.0
-    max_log_ratio: float = 20.0
     value_clip: float = 0.2
     value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    loss_reduction: Literal["token", "sequence", "fixed"] = "token"
-    old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     shared_trunk: bool = False
     value_init: Literal["auto", "reward_model", "zeros"] = "auto"
     critic_warmup: int = 0
     ptx_coef: float = 0.0
     ptx_path: str = ""
     ptx_batch_size: int = 8
-    target_kl: float = 0.0
-    ema_decay: float = 0.0
-    policy_loss: str = "rlhf_jax.losses:clipped_policy_loss"
-    num_samples: int = 4
-    sample_every: int = 10
     save_value_model: bool = False
 
     def __post_init__(self) -> None:
+        self.check_rounds("ppo.")
         rules = {
-            "at least 1": "iterations epochs minibatches accumulate ptx_batch_size sample_every",
-            "at least 0": "score_microbatch truncate_after kl_coef kl_target value_clip value_coef entropy_coef "
-            "critic_warmup ptx_coef target_kl num_samples",
-            "above 0": "kl_horizon clip_ratio max_log_ratio",
+            "at least 1": "ptx_batch_size",
+            "at least 0": "kl_target value_clip value_coef critic_warmup ptx_coef",
+            "above 0": "kl_horizon",
             "between 0 and 1": "discount gae_lambda",
-            "at least 0 and below 1": "ema_decay",
-            "0 or above 1": "dual_clip",
-            "finite": "missing_eos_value",
         }
         check(self, "ppo.", rules)
 

@@ -273,6 +273,20 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
     return {"tokens": tokens, "mask": mask, "prompts": [example["prompt"] for example in examples], "columns": columns}
 
 
+def repeat_rows(batch: Batch, times: int) -> Batch:
+    """Every row of every array and list of a batch `times` times in a row: [a, b] twice is [a, a, b, b]."""
+    if times == 1:
+        return batch
+    return {
+        name: repeat_rows(value, times)
+        if isinstance(value, dict)
+        else np.repeat(value, times, axis=0)
+        if isinstance(value, np.ndarray)
+        else [row for row in value for _ in range(times)]
+        for name, value in batch.items()
+    }
+
+
 def _bucket(example: Example, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds the longest sequence of an example."""
     sequences = [example[name] for name in ("tokens", "chosen", "rejected") if name in example]

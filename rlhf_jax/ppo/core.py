@@ -21,14 +21,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages as adv
 from rlhf_jax.config import PPOConfig, PPORun, bind
-from rlhf_jax.errors import UserError
 from rlhf_jax.losses import clipped_value_loss
 from rlhf_jax.models import Model
+from rlhf_jax.online.core import (
+    before_tokens,
+    full_sequence,
+    make_epochs,
+    response_logprobs,
+    reward_scores,
+    rollout_metrics,
+)
 from rlhf_jax.sft import objective as sft_objective
-from rlhf_jax.sharding import ROWS, constrain
-from rlhf_jax.state import Schedule, TrainState, make_optimizer, make_schedule
+from rlhf_jax.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.step import Step, make_update
-from rlhf_jax.tokens import map_microbatches, positions_from_mask, token_weights
+from rlhf_jax.tokens import map_microbatches, token_weights
 from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
 
 
@@ -70,25 +76,12 @@ class Models:
     shared_trunk: bool = False
 
 
-def before_tokens(hidden: Float[Array, "B S D"], num_tokens: int) -> Float[Array, "B T D"]:
-    """Hidden states of the states before each of the last T tokens.
-
-    Prompt [p, q], response [a, b], T = 2: the hidden states of q and a, which predict a and b.
-    """
-    return hidden[:, -num_tokens - 1 : -1]
-
-
 def forward(
     models: Models, params: Params, sequence: dict[str, Array], temperature: Array, num_tokens: int, **kwargs: Any
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs, entropies and values of the last T tokens; `sequence` has tokens, positions, segment_ids [B, S]."""
-    hidden = models.policy.apply(params["policy"], **sequence)
-    logprobs, entropy = models.policy.logprobs(
-        params["policy"],
-        before_tokens(hidden, num_tokens),
-        sequence["tokens"][:, -num_tokens:],
-        temperature,
-        **kwargs,
+    logprobs, entropy, hidden = response_logprobs(
+        models.policy, params["policy"], sequence, temperature, num_tokens, **kwargs
     )
     return logprobs, entropy, values_of(models, params, sequence, num_tokens, hidden)
 
@@ -136,31 +129,6 @@ def objective(models: Models, config: PPOConfig, policy_loss: PolicyLoss | None 
     return loss_fn
 
 
-def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) -> Rollout:
-    """A full-length rollout cut after the first stop id at index >= truncate_after (Ziegler et al. 2019, appendix)."""
-    index = jnp.arange(rollout.tokens.shape[1])[None, :]
-    stop = jnp.isin(rollout.tokens, jnp.asarray(stop_ids, jnp.int32)) & (index >= truncate_after)
-    before = jnp.cumsum(stop, axis=1) - stop == 0  # true up to and including the first stop
-    return Rollout(
-        prompt=rollout.prompt,
-        prompt_mask=rollout.prompt_mask,
-        tokens=jnp.where(before, rollout.tokens, 0),
-        mask=before,
-        logprobs=jnp.where(before, rollout.logprobs, 0.0),
-        finished=stop.any(axis=1),
-    )
-
-
-def full_sequence(rollout: Rollout) -> dict[str, Array]:
-    """Prompt and response as tokens, positions and segment_ids, each [B, P + T]."""
-    mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
-    return {
-        "tokens": jnp.concatenate([rollout.prompt, rollout.tokens], axis=1),
-        "positions": positions_from_mask(mask),
-        "segment_ids": mask.astype(jnp.int32),
-    }
-
-
 def run_networks(
     models: Models,
     params: Params,
@@ -173,19 +141,14 @@ def run_networks(
 ) -> dict[str, Array]:
     """ref_logprobs, old_logprobs and values, each [B, T], and with a reward model score [B], of a rollout."""
     sequence, num = full_sequence(rollout), rollout.tokens.shape[1]
-    ref_hidden = before_tokens(models.policy.apply(ref, **sequence), num)
-    ref_logprobs, _ = models.policy.logprobs(ref, ref_hidden, rollout.tokens, temperature)
+    ref_logprobs, _, _ = response_logprobs(models.policy, ref, sequence, temperature, num)
     if recompute:
         logprobs, _, values = forward(models, params, sequence, temperature, num)
     else:
         logprobs, values = rollout.logprobs, values_of(models, params, sequence, num)
     out = {"ref_logprobs": ref_logprobs, "old_logprobs": logprobs, "values": values}
     if models.reward is not None:
-        # The last real token of [prompt; response]: prompts are left-padded, so it is at P + length - 1.
-        last = rollout.prompt.shape[1] + rollout.mask.sum(axis=1, dtype=jnp.int32) - 1
-        hidden = models.reward.apply(reward, **sequence)
-        at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        out["score"] = models.reward.scores(reward["score"], at_last)[:, 0]
+        out["score"] = reward_scores(models.reward, reward, sequence, rollout)
     return out
 
 
@@ -260,94 +223,25 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
 
 def experience_metrics(x: Experience, rollout: Rollout) -> Metrics:
     """How the rows ended, how far the sampler's log-probs are from the ones used, and how good the critic is."""
-    finished = rollout.finished.mean()
-    gap = jnp.abs(x.old_logprobs - rollout.logprobs)
     return {
-        "rollout/eos_fraction": finished,
-        "rollout/truncated_fraction": 1.0 - finished,
-        "rollout/response_length": x.mask.sum(axis=1).mean(dtype=jnp.float32),
-        "rollout/logprob_gap_max": gap.max(where=x.mask, initial=0.0),
+        **rollout_metrics(rollout, x.old_logprobs),
         "value/mean": jnp.sum(x.old_values * token_weights(x.value_mask, "token")),
         "value/explained_variance": adv.explained_variance(x.old_values, x.returns, x.value_mask),
     }
 
 
 def make_ppo_update(step: Step, config: PPOConfig) -> Callable[..., Any]:
-    """The update program, not yet compiled: update(state, experience, key, temperature, ptx) -> (state, metrics).
+    """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
 
-    `step` is `step.make_update` of the objective. Every epoch goes over the rows in a fresh order; the metrics are
-    means over the optimiser steps, and policy/first_* are those of the first step, whose ratio should be 1. `ptx` is
-    None or a batch of `collate_sft` with a leading axis of epochs * minibatches.
-    """
-    num = config.epochs * config.minibatches
-
-    def minibatch(experience: Experience, rows: Array, temperature: Array, ptx: Any) -> dict[str, Any]:
-        x = jax.tree.map(lambda leaf: constrain(leaf[rows], *ROWS), experience)
-        batch = {
+    def minibatch(x: Experience, temperature: Array) -> dict[str, Any]:
+        return {
             "experience": x,
             "weights": token_weights(x.mask, config.loss_reduction),
             "value_weights": token_weights(x.value_mask, config.loss_reduction),
-            "temperature": jnp.broadcast_to(temperature, rows.shape),
+            "temperature": jnp.broadcast_to(temperature, x.mask.shape[:1]),
         }
-        return batch if ptx is None else {**batch, "ptx": ptx}
 
-    def update(
-        state: TrainState, experience: Experience, key: Array, temperature: Array, ptx: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        num_rows = experience.mask.shape[0]
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
-        orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys).reshape(num, -1)
-
-        def take(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
-            rows, number, ptx = xs
-            batch = minibatch(experience, rows, temperature, ptx)
-            return step(state, batch, jax.random.fold_in(key, config.epochs + number))
-
-        def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, tuple[Metrics, Array]]:
-            state, stopped = carry
-            shapes = jax.eval_shape(take, state, xs)[1]
-            if "policy/approx_kl" not in shapes:
-                raise UserError("ppo.target_kl needs the metric policy/approx_kl; let the policy loss return it")
-
-            def skip(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
-                return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            new, metrics = jax.lax.cond(stopped, skip, take, state, xs)
-            measured = ~stopped
-            # approx KL is that of the policy before this step: where it is too large the step is not taken.
-            stopped = stopped | (metrics["policy/approx_kl"] > config.target_kl)
-            state = jax.tree.map(lambda n, o: jnp.where(stopped, o, n), new, state)
-            return (state, stopped), ({**metrics, "policy/epochs_taken": ~stopped / config.minibatches}, measured)
-
-        xs = (orders, jnp.arange(num), ptx)
-        start = state.step
-        if config.target_kl:
-            (state, _), (metrics, measured) = jax.lax.scan(maybe_take, (state, jnp.zeros((), bool)), xs)
-        else:
-            (state, metrics), measured = jax.lax.scan(take, state, xs), jnp.ones(num, bool)
-        state = TrainState(start + num, state.params, state.opt_state)  # skipped steps count: the schedule goes on
-        return state, summarise(metrics, measured)
-
-    return update
-
-
-def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
-    """Metrics [N] of an update's steps: means, maxima of *_max, sums of counts, and the first step's invariants.
-
-    Steps off `measured` did not happen.
-    """
-    out = {}
-    for name, values in metrics.items():
-        if name.endswith("_max"):
-            out[name] = values.max(where=measured, initial=-jnp.inf)
-        elif name in ("optim/skipped", "policy/epochs_taken"):
-            out[name] = values.sum()
-        else:
-            out[name] = values.mean(where=measured)
-    for name in ("ratio_max", "approx_kl", "clip_fraction"):
-        if f"policy/{name}" in metrics:
-            out[f"policy/first_{name}"] = metrics[f"policy/{name}"][0]
-    return out
+    return make_epochs(step, config, minibatch)
 
 
 def make_ppo_optimizer(run: PPORun) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
@@ -380,8 +274,3 @@ def make_ppo_step(
     tx, schedule = make_ppo_optimizer(run)
     step = make_update(objective(models, run.ppo, policy_loss), tx, run.ppo.accumulate)
     return make_ppo_update(step, run.ppo), tx, schedule
-
-
-def ema(average: Params, params: Params, decay: float) -> Params:
-    """decay * average + (1 - decay) * params (InstructGPT keeps one with decay 0.992)."""
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)

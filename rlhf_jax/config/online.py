@@ -1,0 +1,73 @@
+"""What the methods that learn from their own samples have in common: PPO, GRPO, RLOO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_jax.config.checks import check
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Rounds of rollout, score and update.
+
+    Args:
+        iterations: rollout-score-update rounds.
+        epochs: passes over a rollout, each in a fresh order.
+        minibatches: optimiser steps of one pass.
+        accumulate: microbatches of one optimiser step.
+        score_microbatch: rows scored at once; 0 means all.
+        stop: eos ends a row at a stop id; truncate samples the full length and cuts at the first stop id at or after
+            `truncate_after` (Ziegler et al. 2019).
+        truncate_after: tokens before which `stop: truncate` ignores stop ids.
+        missing_eos: rows that never stopped: off, replace their score by `missing_eos_value`, or subtract it.
+        missing_eos_value: the constant of `missing_eos`.
+        kl_coef: (initial) price of one nat.
+        clip_ratio: epsilon of the policy's clip.
+        dual_clip: lower bound c * A for negative advantages (arXiv 1912.09729); 0 is off.
+        max_log_ratio: the log-ratio is clamped to +- this before exp.
+        entropy_coef: weight of the entropy bonus.
+        loss_reduction: token, sequence, or fixed (every token weighs 1/(B T), whatever the lengths).
+        old_logprobs: from the sampler, recomputed by a forward pass, or auto: the sampler's in float32 without top-k
+            and top-p, else recomputed.
+        target_kl: no more updates in this iteration once approx KL exceeds it; 0 is off.
+        ema_decay: decay per iteration of an averaged policy, which is then evaluated and saved; 0 is off.
+        policy_loss: a function (logprobs, old_logprobs, advantages, weights) -> (scalar, metrics), as "module:name".
+        num_samples: rows of each logged sample table.
+        sample_every: iterations between sample tables.
+    """
+
+    iterations: int = 100
+    epochs: int = 4
+    minibatches: int = 1
+    accumulate: int = 1
+    score_microbatch: int = 0
+    stop: Literal["eos", "truncate"] = "eos"
+    truncate_after: int = 0
+    missing_eos: Literal["off", "replace", "subtract"] = "off"
+    missing_eos_value: float = -1.0
+    kl_coef: float = 0.05
+    clip_ratio: float = 0.2
+    dual_clip: float = 0.0
+    max_log_ratio: float = 20.0
+    entropy_coef: float = 0.0
+    loss_reduction: Literal["token", "sequence", "fixed"] = "token"
+    old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
+    target_kl: float = 0.0
+    ema_decay: float = 0.0
+    policy_loss: str = "rlhf_jax.losses:clipped_policy_loss"
+    num_samples: int = 4
+    sample_every: int = 10
+
+    def check_rounds(self, group: str) -> None:
+        """Raise a UserError unless these settings are in range; `group` is their dotted prefix."""
+        rules = {
+            "at least 1": "iterations epochs minibatches accumulate sample_every",
+            "at least 0": "score_microbatch truncate_after kl_coef entropy_coef target_kl num_samples",
+            "above 0": "clip_ratio max_log_ratio",
+            "at least 0 and below 1": "ema_decay",
+            "0 or above 1": "dual_clip",
+            "finite": "missing_eos_value",
+        }
+        check(self, group, rules)

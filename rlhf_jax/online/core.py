@@ -1,0 +1,160 @@
+"""Pure functions of every method that learns from its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax.config import OnlineConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model
+from rlhf_jax.sharding import ROWS, constrain
+from rlhf_jax.state import TrainState
+from rlhf_jax.step import Step
+from rlhf_jax.tokens import positions_from_mask
+from rlhf_jax.types import Metrics, Params, Rollout
+
+
+def before_tokens(hidden: Float[Array, "B S D"], num_tokens: int) -> Float[Array, "B T D"]:
+    """Hidden states of the states before each of the last T tokens.
+
+    Prompt [p, q], response [a, b], T = 2: the hidden states of q and a, which predict a and b.
+    """
+    return hidden[:, -num_tokens - 1 : -1]
+
+
+def response_logprobs(
+    model: Model, params: Params, sequence: dict[str, Array], temperature: Array, num_tokens: int, **kwargs: Any
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B S D"]]:
+    """Log-probs and entropies of the last T tokens, and all hidden states; `sequence` as `full_sequence` makes it."""
+    hidden = model.apply(params, **sequence)
+    targets = sequence["tokens"][:, -num_tokens:]
+    logprobs, entropy = model.logprobs(params, before_tokens(hidden, num_tokens), targets, temperature, **kwargs)
+    return logprobs, entropy, hidden
+
+
+def reward_scores(model: Model, params: Params, sequence: dict[str, Array], rollout: Rollout) -> Float[Array, " B"]:
+    """A reward model's scores of a rollout, whose `full_sequence` is given."""
+    # The last real token of [prompt; response]: prompts are left-padded, so it is at P + length - 1.
+    last = rollout.prompt.shape[1] + rollout.mask.sum(axis=1, dtype=jnp.int32) - 1
+    hidden = model.apply(params, **sequence)
+    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    return model.scores(params["score"], at_last)[:, 0]
+
+
+def full_sequence(rollout: Rollout) -> dict[str, Array]:
+    """Prompt and response as tokens, positions and segment_ids, each [B, P + T]."""
+    mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
+    return {
+        "tokens": jnp.concatenate([rollout.prompt, rollout.tokens], axis=1),
+        "positions": positions_from_mask(mask),
+        "segment_ids": mask.astype(jnp.int32),
+    }
+
+
+def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) -> Rollout:
+    """A full-length rollout cut after the first stop id at index >= truncate_after (Ziegler et al. 2019, appendix)."""
+    index = jnp.arange(rollout.tokens.shape[1])[None, :]
+    stop = jnp.isin(rollout.tokens, jnp.asarray(stop_ids, jnp.int32)) & (index >= truncate_after)
+    before = jnp.cumsum(stop, axis=1) - stop == 0  # true up to and including the first stop
+    return Rollout(
+        prompt=rollout.prompt,
+        prompt_mask=rollout.prompt_mask,
+        tokens=jnp.where(before, rollout.tokens, 0),
+        mask=before,
+        logprobs=jnp.where(before, rollout.logprobs, 0.0),
+        finished=stop.any(axis=1),
+    )
+
+
+def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:
+    """How the rows ended, and how far the sampler's log-probs are from the ones used."""
+    finished = rollout.finished.mean()
+    gap = jnp.abs(old_logprobs - rollout.logprobs)
+    return {
+        "rollout/eos_fraction": finished,
+        "rollout/truncated_fraction": 1.0 - finished,
+        "rollout/response_length": rollout.mask.sum(axis=1).mean(dtype=jnp.float32),
+        "rollout/logprob_gap_max": gap.max(where=rollout.mask, initial=0.0),
+    }
+
+
+def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Array], dict[str, Any]]) -> Any:
+    """The update program, not yet compiled: update(state, experience, key, temperature, ptx) -> (state, metrics).
+
+    `step` is `step.make_update` of a method's objective, `minibatch(rows of the experience, temperature)` its batch.
+    Every epoch goes over the rows in a fresh order; the metrics are means over the optimiser steps, and
+    policy/first_* are those of the first step, whose ratio should be 1. `ptx` is None or a batch of `collate_sft` with
+    a leading axis of epochs * minibatches, which is added to the batches.
+    """
+    num = config.epochs * config.minibatches
+
+    def update(
+        state: TrainState, experience: Any, key: Array, temperature: Array, ptx: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        num_rows = experience.mask.shape[0]
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
+        orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys).reshape(num, -1)
+
+        def take(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
+            rows, number, ptx = xs
+            x = jax.tree.map(lambda leaf: constrain(leaf[rows], *ROWS), experience)
+            batch = minibatch(x, temperature)
+            batch = batch if ptx is None else {**batch, "ptx": ptx}
+            return step(state, batch, jax.random.fold_in(key, config.epochs + number))
+
+        def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, tuple[Metrics, Array]]:
+            state, stopped = carry
+            shapes = jax.eval_shape(take, state, xs)[1]
+            if "policy/approx_kl" not in shapes:
+                raise UserError("target_kl needs the metric policy/approx_kl; let the policy loss return it")
+
+            def skip(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
+                return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+            new, metrics = jax.lax.cond(stopped, skip, take, state, xs)
+            measured = ~stopped
+            # approx KL is that of the policy before this step: where it is too large the step is not taken.
+            stopped = stopped | (metrics["policy/approx_kl"] > config.target_kl)
+            state = jax.tree.map(lambda n, o: jnp.where(stopped, o, n), new, state)
+            return (state, stopped), ({**metrics, "policy/epochs_taken": ~stopped / config.minibatches}, measured)
+
+        xs = (orders, jnp.arange(num), ptx)
+        start = state.step
+        if config.target_kl:
+            (state, _), (metrics, measured) = jax.lax.scan(maybe_take, (state, jnp.zeros((), bool)), xs)
+        else:
+            (state, metrics), measured = jax.lax.scan(take, state, xs), jnp.ones(num, bool)
+        state = TrainState(start + num, state.params, state.opt_state)  # skipped steps count: the schedule goes on
+        return state, summarise(metrics, measured)
+
+    return update
+
+
+def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
+    """Metrics [N] of an update's steps: means, maxima of *_max, sums of counts, and the first step's invariants.
+
+    Steps off `measured` did not happen.
+    """
+    out = {}
+    for name, values in metrics.items():
+        if name.endswith("_max"):
+            out[name] = values.max(where=measured, initial=-jnp.inf)
+        elif name in ("optim/skipped", "policy/epochs_taken"):
+            out[name] = values.sum()
+        else:
+            out[name] = values.mean(where=measured)
+    for name in ("ratio_max", "approx_kl", "clip_fraction"):
+        if f"policy/{name}" in metrics:
+            out[f"policy/first_{name}"] = metrics[f"policy/{name}"][0]
+    return out
+
+
+def ema(average: Params, params: Params, decay: float) -> Params:
+    """decay * average + (1 - decay) * params (InstructGPT keeps one with decay 0.992)."""
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
