@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "ppo": (config.PPORun, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
     "sample": (config.SampleRun, "rlhf_jax.inference:run_sample", "responses of a model to prompts"),
     "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
+    "label": (config.LabelRun, "rlhf_jax.label:run", "a local page on which people rank responses"),
     "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
     "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
 }
 POSITIONAL = {
+    "label": "path",
     "inspect": "model",
     "convert": "model",
     "data inspect": "path",

@@ -284,6 +284,27 @@ def agreement(verdicts: Comparisons) -> tuple[float, int]:
     return (float((same * (same - 1)).sum() / 2 / total) if total else float("nan")), total
 
 
+def rater_taus(verdicts: Comparisons) -> tuple[Float[np.ndarray, " R"], Int[np.ndarray, " R"]]:
+    """(Kendall's tau-b of each rater with all others together, pairs of verdicts behind it); NaN where it is unknown.
+
+    With s = 1, 0, -1 for first, tie, second: sum s_a s_b / sqrt(sum s_a^2 sum s_b^2) over all pairs of items that
+    rater a and a rater b judged (Kendall 1945). 1 is the same order everywhere, -1 the opposite, 0 chance.
+    """
+    c = verdicts
+    flip = c.first > c.second
+    low, high = np.minimum(c.first, c.second), np.maximum(c.first, c.second)
+    pairs, of_pair = np.unique(np.stack([c.groups, low, high], 1), axis=0, return_inverse=True)
+    said = np.zeros((c.num_raters, len(pairs)))
+    judged = np.zeros((c.num_raters, len(pairs)))
+    said[c.raters, of_pair.reshape(-1)] = (2 * c.shares - 1) * np.where(flip, -1, 1)
+    judged[c.raters, of_pair.reshape(-1)] = 1
+    others, squares = said.sum(0) - said, (said**2).sum(0) - said**2
+    shared = judged * (judged.sum(0) - judged)
+    norm = np.sqrt((said**2 * shared).sum(1) * (judged * squares).sum(1))
+    tau = np.divide((said * others).sum(1), norm, out=np.full(c.num_raters, np.nan), where=norm > 0)
+    return tau, shared.sum(1).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Consensus:
     """What many raters think together.

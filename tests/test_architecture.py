@@ -24,7 +24,7 @@ FLOORS = {
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online"], 2),
     **dict.fromkeys(["sft", "reward", "ppo"], 3),
-    **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "__main__"], 4),
+    **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 

@@ -314,7 +314,12 @@ def test_values_reach_the_config_and_later_ones_win(tmp_path):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command, tmp_path):
-    required = {"inspect": {"model": "m"}, "convert": {"model": "m", "output": "o"}, "plan": {"topology": "v5e:4x4"}}
+    required = {
+        "inspect": {"model": "m"},
+        "convert": {"model": "m", "output": "o"},
+        "plan": {"topology": "v5e:4x4"},
+        "label": {"output": "votes.jsonl"},
+    }
     given = required.get(command, {})
     settings = cli.COMMANDS[command][0](**given)
     assert cli.parse(command, [f"--{name}={value}" for name, value in given.items()]) == settings

@@ -8,6 +8,7 @@ value out of range is a UserError where the class is made.
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataPrepareRun
 from rlhf_jax.config.functions import bind, resolve, to_dict
+from rlhf_jax.config.label import LabelRun
 from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import (
     DataConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "DataPrepareRun",
     "FaultConfig",
     "InspectRun",
+    "LabelRun",
     "MeshConfig",
     "ModelConfig",
     "OnlineConfig",

@@ -18,6 +18,7 @@ HOLDS: dict[str, Callable[[Any], bool]] = {
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "above 0 and below 1": lambda x: 0 < x < 1,
+    "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "0 or above 1": lambda x: x == 0 or x > 1,
     SEEDS: lambda x: 0 <= x < 2**32,
     "finite": math.isfinite,

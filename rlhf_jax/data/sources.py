@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax.data import tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
+from rlhf_jax.data.votes import join_votes
 from rlhf_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`).
 
     Anything with `len` and integer indexing that yields dicts counts as a list (a Hugging Face dataset does). Rows of
-    a list get "_where" = "row i" with i the list index, from 0.
+    a list get "_where" = "row i" with i the list index, from 0. Votes on one item become one row (`votes.join_votes`).
 
     Raises:
         UserError: nothing to read, or an element is not a dict.
@@ -38,7 +39,7 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
         wanted = parse_fields(fields)
         return [map_row(row, wanted) for row in rows_from(source)]
     if isinstance(source, (str, os.PathLike)):
-        return read_rows(os.fspath(source))
+        return join_votes(read_rows(os.fspath(source)))
     if isinstance(source, dict) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise UserError(f"rows come from a path or a list of dicts, not from a {type(source).__name__}")
     if not len(source):
@@ -49,7 +50,7 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
         if not isinstance(row, dict):
             raise UserError(f"row {index}: a {type(row).__name__}, not a dict; give rows such as {{'prompt': ...}}")
         rows.append({"_where": f"row {index}", **row})
-    return rows
+    return join_votes(rows)
 
 
 def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> list[Row]:

@@ -1,0 +1,41 @@
+"""Settings of the page on which people rank responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.errors import UserError
+
+EVERY_ADDRESS = ("", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class LabelRun:
+    """All of `rlhf-jax label ROWS --output VOTES.jsonl`: a local page on which people rank responses.
+
+    Args:
+        path: prompts with responses {prompt, responses} or preference rows, as data.path of a stage. Ranks that are
+            there already are not shown.
+        fields: a field map, as data.fields of a stage.
+        output: a .jsonl file, one line per answer; answers that are there already are continued.
+        raters: the names that may be chosen; empty lets everyone type one.
+        host: the address to listen on. Another than this machine's own sends what is typed unencrypted.
+        port: 0 takes a free one.
+        seed: of the order in which each rater sees the responses to each prompt.
+    """
+
+    path: str = ""
+    fields: list[str] = field(default_factory=list)
+    output: str = ""
+    raters: list[str] = field(default_factory=list)
+    host: str = "127.0.0.1"
+    port: int = 8765
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, "", {"between 0 and 65535": "port", SEEDS: "seed"})
+        if not self.output.endswith(".jsonl"):
+            raise UserError(f"output is {self.output!r}; name a .jsonl file for the answers, as --output votes.jsonl")
+        if self.host in EVERY_ADDRESS:
+            raise UserError(f"host is {self.host!r}, every address; name the one that raters will type")

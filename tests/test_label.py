@@ -1,0 +1,476 @@
+"""The labelling page without a browser: who may ask, what is kept, and what a crash leaves."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax import rankings
+from rlhf_jax.config import LabelRun
+from rlhf_jax.data.ballots import ranking_row
+from rlhf_jax.data.examples import prompt_key
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.errors import UserError
+from rlhf_jax.label.items import item_of, items_of, turns_of
+from rlhf_jax.label.server import LOOPBACK, STATIC, Page, guard, make_app, make_server, run, summary
+from rlhf_jax.label.votes import Votes
+
+TOKEN = "t0ken"
+ROWS = [
+    {
+        "prompt": f"Question {i}?",
+        "responses": [{"text": f" answer {j} of {i}", "model": f"m{j}", "rank": j} for j in range(4)],
+    }
+    for i in range(5)
+]
+
+
+def write_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@contextmanager
+def served(tmp_path: Path, rows=ROWS, **options):
+    """(ask, page): a server of the rows in a thread; ask(method, path, body, **headers) -> (status, headers, text)."""
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    config = LabelRun(path=path, output=str(tmp_path / "votes.jsonl"), port=0, **options)
+    items, _ = items_of(rows_from(path))
+    page = Page(items, Votes(config.output, items), config)
+    server = make_server(config, guard(make_app(page), TOKEN, LOOPBACK))
+    thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
+    thread.start()
+
+    def ask(method: str, path: str, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, text
+
+    try:
+        yield ask, page
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        page.votes.close()
+
+
+def by_text(shown: dict, ranks_of_text: dict[str, int]) -> dict[str, int]:
+    """What the page posts: name -> place, out of text -> place."""
+    return {r["name"]: ranks_of_text[r["text"]] for r in shown["responses"]}
+
+
+def place(text: str) -> int:
+    """ "answer 2 of 0" -> 2: the place that the tests give it."""
+    return int(text.split()[1])
+
+
+def test_nothing_is_answered_without_the_token_or_under_another_name(tmp_path):
+    with served(tmp_path) as (ask, _):
+        assert ask("GET", f"/{TOKEN}/")[0] == 200
+        for path in ("/", "/api/start", "/wrong/api/start", f"/{TOKEN}x/api/start", f"/{TOKEN[:-1]}/api/start"):
+            status, _, text = ask("GET", path)
+            assert status == 403 and "token" in text and "items" not in text
+        for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[::2]:80"):
+            status, _, text = ask("GET", f"/{TOKEN}/api/start", Host=name)
+            assert status == 403 and "name" in text
+        for name in ("localhost:9", "127.0.0.1", "[::1]:8765", "LOCALHOST"):  # ports may be forwarded
+            assert ask("GET", f"/{TOKEN}/api/start", Host=name)[0] == 200
+
+
+def test_every_answer_forbids_what_the_page_does_not_need(tmp_path):
+    with served(tmp_path) as (ask, _):
+        for path in (f"/{TOKEN}/", f"/{TOKEN}/app.js", f"/{TOKEN}/api/start", f"/{TOKEN}/nothing", "/"):
+            headers = ask("GET", path)[1]
+            assert headers["content-security-policy"].startswith("default-src 'none'")
+            assert "unsafe" not in headers["content-security-policy"]
+            assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert ask("GET", f"/{TOKEN}/../server.py")[0] == 404
+        assert ask("GET", f"/{TOKEN}/static/..%2fserver.py")[0] == 404
+
+
+def test_the_page_is_whole_in_itself():
+    names = {path.name for path in STATIC.iterdir()}
+    assert names == {"page.html", "app.css", "app.js", "icon.svg"}
+    for path in STATIC.iterdir():
+        text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
+        assert not re.search(
+            r"https?://|//[a-z0-9.-]+\.[a-z]{2,}/|innerHTML|insertAdjacentHTML|eval\(|document\.write", text
+        )
+    html = (STATIC / "page.html").read_text()
+    assert not re.search(r"<style|\son\w+=|style=|<script(?! src)", html)  # the policy would block them
+    script = (STATIC / "app.js").read_text()
+    assert set(re.findall(r'\$\("([\w-]+)"\)', script)) <= set(re.findall(r'id="([\w-]+)"', html))
+
+
+def test_the_static_files_are_in_the_wheel():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert "label/static/*" in project["tool"]["setuptools"]["package-data"]["rlhf_jax"]
+
+
+def test_ranks_are_stored_in_row_order_whatever_the_order_on_the_page(tmp_path):
+    with served(tmp_path) as (ask, _):
+        orders = []
+        for rater in ("anna", "ben", "cleo"):
+            for at in range(5):
+                shown = json.loads(ask("GET", f"/{TOKEN}/api/item?rater={rater}&at={at}")[2])
+                orders.append([place(r["text"]) for r in shown["responses"]])
+                posted = {r["name"]: [2, 0, 1, 1][place(r["text"])] for r in shown["responses"]}
+                answer = {"rater": rater, "item": shown["item"], "ranks": posted}
+                assert json.loads(ask("POST", f"/{TOKEN}/api/answer", answer)[2]) == {"saved": True, "state": "done"}
+        votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+        assert len(votes) == 15 and all(vote["ranks"] == [2, 0, 1, 1] for vote in votes)
+        assert [vote["order"] for vote in votes] == orders
+        assert len({tuple(order) for order in orders}) > 5
+        again = json.loads(ask("GET", f"/{TOKEN}/api/item?rater=anna&at=3")[2])
+        assert {r["text"]: again["answer"]["ranks"][r["name"]] for r in again["responses"]} == {
+            f"answer {j} of 3": [2, 0, 1, 1][j] for j in range(4)
+        }
+    (joined, *_) = rows_from(str(tmp_path / "votes.jsonl"))
+    ranking = ranking_row(joined)
+    assert ranking.responses == [f" answer {j} of 0" for j in range(4)]
+    assert ranking.ballots == [(rater, [2.0, 0.0, 1.0, 1.0]) for rater in ("anna", "ben", "cleo")]
+
+
+def test_the_order_on_the_page_is_fair_and_a_function_of_seed_rater_and_item():
+    item = item_of({**ROWS[0], "_where": "row 0"})
+    assert item.order("anna", 0) == item.order("anna", 0)
+    seen = np.array([item.order(f"rater {i}", seed) for i in range(200) for seed in range(10)])
+    counts = np.array([np.bincount(seen[:, place], minlength=4) for place in range(4)])
+    assert np.abs(counts - 500).max() < 5 * np.sqrt(2000 * 3 / 16)  # five standard deviations
+    others = items_of([{**row, "_where": "x"} for row in ROWS])[0]
+    assert len({tuple(other.order("anna", 0)) for other in others}) > 1
+
+
+def test_the_page_does_not_say_where_a_response_comes_from(tmp_path):
+    with served(tmp_path) as (ask, _):
+        text = ask("GET", f"/{TOKEN}/api/item?rater=anna")[2]
+        assert '"m1"' not in text and "rank" not in text and "order" not in text
+        ask("POST", f"/{TOKEN}/api/answer", {"rater": "anna", "item": json.loads(text)["item"], "all_bad": True})
+    assert '"model": "m1"' in (tmp_path / "votes.jsonl").read_text()
+
+
+def answer_all(ask, rater: str, ranks: list[int], count: int = 5) -> None:
+    for at in range(count):
+        shown = json.loads(ask("GET", f"/{TOKEN}/api/item?rater={rater}&at={at}")[2])
+        posted = {r["name"]: ranks[place(r["text"])] for r in shown["responses"]}
+        assert ask("POST", f"/{TOKEN}/api/answer", {"rater": rater, "item": shown["item"], "ranks": posted})[0] == 200
+
+
+def test_a_later_answer_of_a_rater_wins_and_the_first_unanswered_item_comes_next(tmp_path):
+    with served(tmp_path) as (ask, page):
+        answer_all(ask, "anna", [0, 1, 2, 3], 2)
+        answer_all(ask, "anna", [3, 2, 1, 0], 1)
+        assert json.loads(ask("GET", f"/{TOKEN}/api/item?rater=anna")[2])["at"] == 2
+        assert json.loads(ask("GET", f"/{TOKEN}/api/item?rater=ben")[2])["at"] == 0
+        assert summary(page.votes, 5).splitlines()[0] == "2 answers by 1 raters"
+    rows = rows_from(str(tmp_path / "votes.jsonl"))
+    assert [row["raters"][0]["ranks"] for row in rows] == [[3, 2, 1, 0], [0, 1, 2, 3]]
+
+
+def test_skips_comments_and_all_bad_are_kept(tmp_path):
+    with served(tmp_path) as (ask, page):
+        keys = [item.key for item in page.items]
+        post = lambda **said: ask("POST", f"/{TOKEN}/api/answer", {"rater": " anna ", **said})  # noqa: E731
+        assert post(item=keys[0], skipped=True, comment="unclear")[0] == 200
+        assert post(item=keys[1], all_bad=True, seconds=12.34)[0] == 200
+        assert json.loads(ask("GET", f"/{TOKEN}/api/item?rater=anna")[2])["states"] == ["skipped", "done", "", "", ""]
+        assert page.votes.agreement()["raters"] == [
+            {"rater": "anna", "answers": 1, "skipped": 1, "tau": None, "pairs": 0}
+        ]
+    one, two = (json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines())
+    assert (one["ranks"], one["skipped"], one["comment"]) == ([None] * 4, True, "unclear")
+    assert (two["ranks"], two["all_bad"], two["seconds"]) == ([0] * 4, True, 12.3)
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "line"),
+    [
+        ({"item": "nothing"}, 404, "hold"),
+        ({"ranks": {}}, 400, "place"),
+        ({"ranks": {"a": 0}}, 400, "place"),
+        ({"ranks": "some"}, 400, "place"),
+        ({"rater": " "}, 400, "name"),
+        ({"rater": "x" * 61}, 400, "name"),
+        ({"rater": "cleo"}, 400, "cleo"),
+        ([1], 400, "object"),
+        (b"{", 400, "JSON"),
+        (b"x" * 200_000, 413, ""),
+    ],
+)
+def test_an_answer_that_is_none_is_refused_and_nothing_is_written(tmp_path, said, status, line):
+    with served(tmp_path, raters=["anna", "ben"]) as (ask, page):
+        if isinstance(said, dict):
+            said = {"rater": "anna", "item": page.items[0].key, **said}
+        got, _, text = ask("POST", f"/{TOKEN}/api/answer", said)
+        assert got == status and line in json.loads(text)["error"]
+        assert (tmp_path / "votes.jsonl").read_bytes() == b""
+
+
+def test_half_ranked_and_nearly_ranked_answers_are_refused(tmp_path):
+    with served(tmp_path) as (ask, page):
+        item = page.items[0]
+        for ranks in (
+            {item.names[0]: 0},
+            {**dict.fromkeys(item.names, 0), item.names[1]: None},
+            dict.fromkeys(item.names, 1.5),
+        ):
+            assert ask("POST", f"/{TOKEN}/api/answer", {"rater": "anna", "item": item.key, "ranks": ranks})[0] == 400
+        kept = dict(zip(item.names, [7, 3, 3, 9], strict=True))
+        assert ask("POST", f"/{TOKEN}/api/answer", {"rater": "anna", "item": item.key, "ranks": kept})[0] == 200
+        assert page.votes.latest[item.key, "anna"]["ranks"] == [1, 0, 0, 2]
+
+
+def test_an_answer_that_the_disk_refuses_is_not_called_saved(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with served(tmp_path) as (ask, page):
+        answer = {"rater": "anna", "item": page.items[0].key, "all_bad": True}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            status, _, text = ask("POST", f"/{TOKEN}/api/answer", answer)
+            assert status == 507 and "No space left" in text and not page.votes.latest
+        assert ask("POST", f"/{TOKEN}/api/answer", answer)[0] == 200
+    assert len(rows_from(str(tmp_path / "votes.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 10, 11, 40, 300])
+def test_a_last_line_that_a_crash_cut_short_is_mended(tmp_path, cut):
+    with served(tmp_path) as (ask, _):
+        answer_all(ask, "anna", [0, 1, 2, 3], 2)
+    path = tmp_path / "votes.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[: -1 if cut == 1 else cut])
+    with served(tmp_path) as (ask, page):
+        assert len(page.votes.latest) == (2 if cut == 1 else 1)  # only its line break was missing
+        assert page.votes.mended == (0 if cut == 1 else cut)
+        answer_all(ask, "ben", [0, 1, 2, 3], 1)
+    assert path.read_bytes().startswith(first) and len(path.read_bytes().splitlines()) == (3 if cut == 1 else 2)
+    rows_from(str(path))
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    items, _ = items_of(rows_from(ROWS))
+    for text, line in (
+        ('{"note": "mine"}', "last line is no answer"),
+        ('{"note": "mine"}\n', r"votes.jsonl:1: not an answer"),
+        ('{"item": "x", "rater": "a", "prompt": "p", "responses": [], "ranks": [], "order": [], "all_bad": false, '
+         '"skipped": false, "comment": ""}\n', "votes.jsonl:1: an answer to an item that the rows do not hold"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UserError, match=line):
+            Votes(str(path), items)
+        assert path.read_text() == text
+
+
+def test_answers_go_on_when_rows_are_added_and_not_when_they_change(tmp_path):
+    with served(tmp_path) as (ask, _):
+        answer_all(ask, "anna", [0, 1, 2, 3], 1)
+    more = {"prompt": "More?", "responses": ["yes", "no"]}
+    with served(tmp_path, rows=[more, *ROWS]) as (ask, _):
+        assert json.loads(ask("GET", f"/{TOKEN}/api/item?rater=anna")[2])["states"] == ["", "done", "", "", "", ""]
+    with pytest.raises(UserError, match="belongs to other rows"), served(tmp_path, rows=ROWS[1:]):
+        pass
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    items, _ = items_of(rows_from(ROWS))
+    first = Votes(str(tmp_path / "votes.jsonl"), items)
+    with pytest.raises(UserError, match="another `rlhf-jax label`"):
+        Votes(str(tmp_path / "votes.jsonl"), items)
+    first.close()
+    Votes(str(tmp_path / "votes.jsonl"), items).close()
+
+
+def test_preference_and_chat_rows_are_items_too():
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "ok"},
+    ]
+    chat = {
+        "prompt": messages,
+        "chosen": [{"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+    }
+    transcript = {"chosen": "\n\nHuman: hi\n\nAssistant: good", "rejected": "\n\nHuman: hi\n\nAssistant: bad"}
+    for row in (chat, transcript):
+        item = item_of({**row, "_where": "x"})
+        assert [r["text"] for r in item.responses()] == ["good", "bad"] and item.ranking.ballots == []
+    assert [turn["role"] for turn in turns_of(messages)] == ["user", "assistant", "user"]
+    assert turns_of("\n\nHuman: hi\n\nAssistant:") == [{"role": "user", "content": "hi"}]
+    assert turns_of("Once upon") == [{"role": "prompt", "content": "Once upon"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"prompt": "p", "responses": ["a"]}, "fewer than two responses"),
+        ({"prompt": "p", "responses": ["a", "a", ""]}, "fewer than two different"),
+        ({"prompt": "p", "responses": [{"txt": "a"}, "b"]}, r'row 0: responses 0 has no "text"'),
+        ({"prompt": "p", "response": "a"}, "row 0: a prompt-completion row has no responses"),
+        ({"prompt": "p", "responses": [f"{i}" for i in range(13)]}, "row 0: 13 responses are more"),
+    ],
+)
+def test_rows_that_nobody_can_rank_are_one_line(row, line):
+    with pytest.raises(UserError, match=line):
+        items_of(rows_from([row]))
+
+
+def test_equal_rows_and_equal_responses_are_there_once():
+    items, note = items_of(
+        rows_from(
+            [*ROWS, ROWS[0], {"prompt": "p", "responses": ["a", "b", "a"]}, {"prompt": "p", "responses": ["a", "a"]}]
+        )
+    )
+    assert [len(item.names) for item in items] == [4] * 5 + [2]
+    assert note == "1 there already; 1 with fewer than two different responses"
+
+
+def test_votes_of_one_item_join_and_other_rows_stay():
+    vote = lambda rater, ranks, **more: {  # noqa: E731
+        "item": "x", "rater": rater, "prompt": "p", "responses": ["a", "b"], "ranks": ranks, **more
+    }  # fmt: skip
+    plain = {"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1], "item": ["odd"]}
+    rows = rows_from([vote("anna", [0, 1]), plain, vote("ben", [1, 0]), vote("anna", [0, 0], comment="both")])
+    assert [row["_where"] for row in rows] == ["row 0", "row 1"]
+    assert rows[0]["raters"] == [
+        {"rater": "anna", "ranks": [0, 0], "comment": "both"},
+        {"rater": "ben", "ranks": [1, 0]},
+    ]
+    assert rows[1]["item"] == ["odd"] and prompt_key(rows[0]) == "p"
+    with pytest.raises(UserError, match=r"row 1: another prompt or responses than row 0"):
+        rows_from([vote("anna", [0, 1]), {**vote("ben", [0, 1]), "responses": ["a", "c"]}])
+
+
+def plain_tau(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """(sum s_a s_b, sum s_a^2, sum s_b^2) over the pairs of one item, by loops."""
+    total = [0.0, 0.0, 0.0]
+    for i in range(len(a)):
+        for j in range(i):
+            if not np.isnan([a[i], a[j], b[i], b[j]]).any():
+                x, y = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
+                total = [total[0] + x * y, total[1] + x * x, total[2] + y * y]
+    return tuple(total)
+
+
+def test_rater_taus_are_kendalls():
+    rng = np.random.default_rng(0)
+    ranks = rng.integers(0, 3, (3, 4, 5)).astype(float)  # rater, item, response
+    ranks[0, 1, 2] = ranks[2, 3] = np.nan
+    order = [(g, r, ranks[r, g].tolist()) for g in range(4) for r in range(3)]
+    taus, pairs = rankings.rater_taus(rankings.comparisons(order, num_raters=4))
+    for r in range(3):
+        parts = np.sum([plain_tau(ranks[r, g], ranks[o, g]) for g in range(4) for o in range(3) if o != r], axis=0)
+        np.testing.assert_allclose(taus[r], parts[0] / np.sqrt(parts[1] * parts[2]), atol=1e-12)
+    assert np.isnan(taus[3]) and pairs[3] == 0 and pairs[2] == 10 + 6 + 10 + 10 + 10 + 10
+    same = [(0, 0, [0, 1, 2]), (0, 1, [0, 1, 2]), (1, 0, [2, 0]), (1, 1, [1, 0])]
+    assert rankings.rater_taus(rankings.comparisons(same, num_raters=2))[0].tolist() == [1, 1]
+    scipy = pytest.importorskip("scipy.stats")
+    two = rankings.comparisons([(0, 0, [1, 2, 2, 4, 0]), (0, 1, [0, 1, 3, 3, 2])], num_raters=2)
+    assert rankings.rater_taus(two)[0][0] == pytest.approx(
+        scipy.kendalltau([1, 2, 2, 4, 0], [0, 1, 3, 3, 2]).statistic
+    )
+
+
+def test_agreement_of_raters_is_told(tmp_path):
+    with served(tmp_path) as (ask, page):
+        answer_all(ask, "anna", [0, 1, 2, 3])
+        answer_all(ask, "ben", [0, 1, 3, 2])
+        found = json.loads(ask("GET", f"/{TOKEN}/api/agreement")[2])
+        assert (found["share"], found["pairs"]) == (pytest.approx(5 / 6), 30)
+        assert [one["tau"] for one in found["raters"]] == [pytest.approx(4 / 6)] * 2
+        assert "two raters agree on 83.3% of 30 pairs" in summary(page.votes, 5)
+
+
+def test_several_raters_may_answer_at_once(tmp_path):
+    with served(tmp_path) as (ask, page):
+        threads = [
+            threading.Thread(target=answer_all, args=(ask, f"rater {i}".replace(" ", ""), [0, 1, 2, 3]))
+            for i in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(page.votes.latest) == 30
+    assert sum(len(row["raters"]) for row in rows_from(str(tmp_path / "votes.jsonl"))) == 30
+
+
+def test_bad_settings_are_one_line(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(UserError, match="no such file"):
+        run(LabelRun(path=str(tmp_path / "row.jsonl"), output=str(tmp_path / "v.jsonl")))
+    for bad, line in (
+        ({"output": ""}, "output"),
+        ({"output": "v.txt"}, "jsonl"),
+        ({"host": "0.0.0.0"}, "every address"),
+        ({"port": 70000}, "port"),
+    ):
+        with pytest.raises(UserError, match=line):
+            LabelRun(**{"path": path, "output": "v.jsonl", **bad})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(
+            UserError, match=r"cannot listen on 127\.0\.0\.1:\d+ \(address already in use\); give another --port"
+        ):
+            run(LabelRun(path=path, output=str(tmp_path / "v.jsonl"), port=taken.getsockname()[1]))
+
+
+@contextmanager
+def command(path: str, output: Path):
+    """(process, port, token) of `rlhf-jax label` in a process of its own."""
+    arguments = [sys.executable, "-m", "rlhf_jax", "label", path, "--output", str(output), "--port", "0"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        line = next(line for line in process.stdout if line.startswith("open "))
+        port, token = re.search(r"http://127\.0\.0\.1:(\d+)/([\w-]+)/", line).groups()
+        yield process, int(port), token
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_ends_it_with_a_summary_and_a_kill_loses_nothing(tmp_path):
+    path, output = write_lines(tmp_path / "rows.jsonl", ROWS), tmp_path / "new" / "votes.jsonl"
+    tokens = []
+    for i, end in enumerate((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)):
+        with command(path, output) as (process, port, token):
+            tokens.append(token)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", f"/{token}/api/item?rater=anna")
+            shown = json.loads(connection.getresponse().read())
+            assert shown["at"] == i
+            answer = json.dumps({"rater": "anna", "item": shown["item"], "all_bad": True})
+            connection.request("POST", f"/{token}/api/answer", answer, {"Content-Type": "application/json"})
+            assert json.loads(connection.getresponse().read())["saved"]
+            connection.close()
+            process.send_signal(end)
+            said, _ = process.communicate(timeout=20)
+            if end != signal.SIGKILL:
+                assert process.returncode == 0 and f"anna: {i + 1} of 5 answered" in said and "Traceback" not in said
+    assert len(set(tokens)) == 3 and min(map(len, tokens)) >= 32
+    assert len(output.read_text().splitlines()) == 3
