@@ -17,13 +17,14 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
@@ -64,17 +65,14 @@ class Checkpoints:
         self.wait()
         self.last = step
         writing = self.directory / f"writing-{step:08d}"
+        if reason := hosts.from_first(partial(begin, writing, record)):
+            self._failed(step, reason)
+            return
         try:
-            if jax.process_index() == 0:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir(parents=True)
-                (writing / RECORD).write_text(json.dumps(record))
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices(f"checkpoint {step}")
             checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
             checkpointer.save(writing / STATE, args=ocp.args.PyTreeSave(tree))
         except Exception as error:  # orbax and tensorstore raise many kinds
-            self._failed(step, error)
+            self._failed(step, reason_of(error))
             return
         self._thread = threading.Thread(target=self._commit, args=(step, writing, checkpointer), name="checkpoint")
         self._thread.start()
@@ -82,17 +80,17 @@ class Checkpoints:
     def _commit(self, step: int, writing: Path, checkpointer: ocp.AsyncCheckpointer) -> None:
         try:
             checkpointer.close()  # waits until all is written, and raises what went wrong there
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 write_manifest(writing)
                 writing.rename(self.path(step))
                 sync(self.directory)
                 self._prune()
         except Exception as error:
-            self._failed(step, error)
+            self._failed(step, reason_of(error))
 
-    def _failed(self, step: int, error: Exception) -> None:
-        self.failure = (step, reason_of(error))
-        if jax.process_index() == 0:
+    def _failed(self, step: int, reason: str) -> None:
+        self.failure = (step, reason)
+        if hosts.is_first():
             shutil.rmtree(self.directory / f"writing-{step:08d}", ignore_errors=True)
 
     def wait(self) -> None:
@@ -124,30 +122,30 @@ class Checkpoints:
         return json.loads((self.path(step) / RECORD).read_text())
 
     def newest_intact(self, say: Callable[[str], None]) -> int | None:
-        """The newest checkpoint that passes its checksums; sets damaged ones aside and says so. None if none was made.
+        """The newest checkpoint that passes its checksums; None if none was made. Process 0 only.
+
+        Damaged ones are set aside, and `say` is told.
 
         Raises:
             UserError: there are checkpoints, but all are damaged.
         """
-        found = None
-        if jax.process_index() == 0:
-            for leftover in self._named(LEFTOVERS):
-                shutil.rmtree(leftover)
-            found = next((step for step in reversed(self.steps()) if self.check(step, say)), None)
-        if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(-1 if found is None else found))
-            found = None if found < 0 else found
+        for leftover in self._named(LEFTOVERS):
+            shutil.rmtree(leftover)
+        found = next((step for step in reversed(self.steps()) if self.check(step, say)), None)
         if found is None and any(self._named(("",), "*.damaged*")):
             raise UserError(
                 f"{self.directory} holds damaged checkpoints only; start anew with --run.overwrite true, or put an "
                 "intact copy there"
             )
-        self.last = found
         return found
 
     def _named(self, prefixes: tuple[str, ...], pattern: str = "*") -> Iterator[Path]:
         for prefix in prefixes:
             yield from list(self.directory.glob(prefix + pattern))
+
+    def holds(self, step: int, say: Callable[[str], None]) -> bool:
+        """Whether there is an intact checkpoint of a step. Process 0 only."""
+        return step in self.steps() and self.check(step, say)
 
     def check(self, step: int, say: Callable[[str], None]) -> bool:
         """Whether a checkpoint is intact; if not, it is set aside and `say` told. Process 0 only."""
@@ -195,11 +193,22 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete all checkpoints, but not what was set aside."""
         self.wait()
-        if jax.process_index() == 0 and self.directory.is_dir():
+        if hosts.is_first() and self.directory.is_dir():
             for path in [*self._named(LEFTOVERS), *map(self.path, self.steps())]:
                 shutil.rmtree(path)
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
+
+
+def begin(writing: Path, record: dict[str, Any]) -> str:
+    """Make the directory of a new checkpoint, with its record; why that is not possible, or nothing."""
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        (writing / RECORD).write_text(json.dumps(record))
+    except OSError as error:
+        return reason_of(error)
+    return ""
 
 
 def reason_of(error: BaseException) -> str:

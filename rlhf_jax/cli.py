@@ -8,6 +8,7 @@ import difflib
 import functools
 import os
 import sys
+import traceback
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "data prepare": (config.DataPrepareRun, "rlhf_jax.datasets:run_prepare", "rows as a TFDS dataset"),
     "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
 }
+ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "ppo", "sample", "score"}
+"""Commands that several processes run together."""
+
 POSITIONAL = {
     "label": "path",
     "inspect": "model",
@@ -298,8 +302,10 @@ def run_command(command: str, arguments: list[str]) -> None:
 
 
 def execute(command: str, *settings: Any) -> None:
-    """Call a command's function."""
+    """Call a command's function, in company of the other processes of the run if there are any."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
+    if command in ON_THE_MESH:
+        config.resolve("rlhf_jax.hosts:initialize")()
     config.resolve(COMMANDS[command][1])(*settings)
 
 
@@ -308,6 +314,13 @@ def fail(line: str, code: int) -> NoReturn:
     if "rlhf_jax.run" in sys.modules:
         sys.modules["rlhf_jax.run"].close_bars()
     print(f"rlhf-jax: {line}", file=sys.stderr)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit after an error; of several processes, without waiting for the others."""
+    if "rlhf_jax.hosts" in sys.modules:
+        sys.modules["rlhf_jax.hosts"].leave(code)
     sys.exit(code)
 
 
@@ -325,6 +338,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     except Stopped as stopped:
         print(stopped)
     sys.exit(0)

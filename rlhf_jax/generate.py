@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.batches import collate_prompts, eval_batches
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.hosts import to_host
 from rlhf_jax.models import Model
 from rlhf_jax.sampling import SamplingLaw, sample
 from rlhf_jax.sharding import put_batch
@@ -75,7 +75,7 @@ class Generator:
             rollout = self.rollout(params, placed["tokens"], placed["mask"], jax.random.fold_in(key, i), self.law)
             texts = decode(self.tokenizer, rollout)
             responses += [text for text, valid in zip(texts, batch["valid"], strict=True) if valid]
-            finished += np.asarray(jax.device_get(rollout.finished))[batch["valid"]].tolist()
+            finished += to_host(rollout.finished)[batch["valid"]].tolist()
         return [example["prompt"] for example in examples], responses, finished
 
     def table(self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array) -> list[dict[str, str]]:
@@ -86,5 +86,4 @@ class Generator:
 
 def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
     """The responses of a rollout as text, special tokens left out."""
-    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-    return tokenizer.decode_batch(np.asarray(tokens), np.asarray(mask))
+    return tokenizer.decode_batch(*to_host((rollout.tokens, rollout.mask)))

@@ -21,6 +21,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import check_writable
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator
+from rlhf_jax.hosts import is_first, to_host
 from rlhf_jax.reward import score_sequences
 from rlhf_jax.sharding import make_mesh, put_batch
 from rlhf_jax.stage import check_length, check_vocabulary, load_model, load_tokenizer
@@ -39,7 +40,9 @@ def check_output(path: str, overwrite: bool) -> None:
 
 
 def write_rows(rows: list[dict[str, Any]], path: str) -> None:
-    """Rows as JSON lines, to a file or to standard output."""
+    """Rows as JSON lines, to a file or to standard output, by process 0."""
+    if not is_first():
+        return
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if path:
         Path(path).write_text(lines, encoding="utf-8")
@@ -123,7 +126,7 @@ def run_score(config: ScoreRun) -> list[dict[str, Any]]:
         for batch in eval_batches(examples, batch_size=size, collate=collate):
             arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
             arrays["last"] = (batch["segment_ids"] > 0).sum(axis=1, dtype=np.int32) - 1
-            scores += jax.device_get(forward(loaded.params, **put_batch(mesh, arrays))).tolist()
+            scores += to_host(forward(loaded.params, **put_batch(mesh, arrays))).tolist()
     out = [
         {**{name: value for name, value in row.items() if name != "_where"}, "score": score}
         for row, score in zip(rows, scores[: len(rows)], strict=True)

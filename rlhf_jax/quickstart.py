@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import yaml
 
-from rlhf_jax import ppo, reward, sft
+from rlhf_jax import hosts, ppo, reward, sft
 from rlhf_jax.config import (
     ArchConfig,
     DataConfig,
@@ -110,9 +110,11 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 def run_chain(config: QuickstartConfig) -> dict[str, Any]:
     """`run` without its end by a signal."""
     started = time.time()
-    path = prepare_directory(config)
+    path = Path(hosts.from_first(lambda: str(prepare_directory(config))))
     graph = walks.make_graph(config.seed)
-    walks.make_tokenizer().save_pretrained(path / "tokenizer")
+    if hosts.is_first():
+        walks.make_tokenizer().save_pretrained(path / "tokenizer")
+    hosts.barrier("tokenizer")
     demos = walks.demonstrations(graph, 1100, config.seed)
     sft.run(sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
     base = policy = str(path / "sft" / "model")
@@ -200,6 +202,8 @@ def report(
         "kl": ppo_summary["after"]["eval/kl"],
         "wall_s": round(time.time() - started, 1),
     }
+    if not hosts.is_first():
+        return summary
     (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     history = [json.loads(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     learning_curves(path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks")

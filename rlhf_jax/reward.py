@@ -17,10 +17,11 @@ from rlhf_jax.config import RewardConfig, RewardRun, bind
 from rlhf_jax.data.batches import Batches, Collate, collate_preference, collate_ranking, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.directory import check_output_dir, names_given
+from rlhf_jax.directory import names_given
+from rlhf_jax.hosts import to_host
 from rlhf_jax.loop import num_steps, train
 from rlhf_jax.models import Model
-from rlhf_jax.run import Run
+from rlhf_jax.run import Run, check_output_dir
 from rlhf_jax.sharding import check_rows, make_mesh, put_batch
 from rlhf_jax.stage import (
     Rows,
@@ -119,7 +120,7 @@ def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Any]) -> n
     forward = jax.jit(partial(response_scores, model))
     found = []
     for batch in batches:
-        scores = jax.device_get(forward(params, put_batch(mesh, batch)))
+        scores = to_host(forward(params, put_batch(mesh, batch)))
         found.append(np.where(batch.get("mask", True), scores, np.nan)[batch["weights"] > 0])
     return np.concatenate(found)
 

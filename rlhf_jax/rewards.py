@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from rlhf_jax.config import RewardSourceConfig, resolve
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import any_of, several
+from rlhf_jax.sharding import own_rows
 
 RETRY_WAIT = 1.0
 """Seconds before the first retry of a reward function; they double with each."""
@@ -105,6 +109,38 @@ def call_reward(
         if not np.isfinite(reward):
             raise UserError(f"reward function {name} returned {reward} for response {i}; return a finite number")
     return np.asarray(rewards, np.float32)
+
+
+def of_own_rows(
+    score: Callable[..., np.ndarray],
+    mesh: Mesh,
+    prompts: list[str],
+    responses: list[str],
+    columns: dict[str, list[Any]],
+) -> np.ndarray:
+    """float32[B] from score(prompts, responses, columns); of several processes, each asks for rows of its own.
+
+    Raises:
+        RewardFailure: it failed in any process.
+        UserError: it raised one in any process.
+    """
+    if not several():
+        return score(prompts, responses, columns)
+    own = own_rows(mesh, len(prompts))
+    chosen = np.flatnonzero(own)
+    found, wrong = np.zeros(len(prompts), np.float32), None
+    mine = [[values[i] for i in chosen] for values in (prompts, responses, *columns.values())]
+    try:
+        found[own] = score(mine[0], mine[1], dict(zip(columns, mine[2:], strict=True))) if len(chosen) else []
+    except Exception as error:  # the others wait for an answer
+        wrong = error
+    failed, broken = any_of([isinstance(wrong, RewardFailure), wrong is not None])
+    if wrong is not None:
+        raise wrong
+    if broken:
+        kind = RewardFailure if failed else UserError
+        raise kind("the reward function failed in another process, whose output says why")
+    return multihost_utils.process_allgather(found).sum(axis=0, dtype=np.float32)  # one process has each row
 
 
 def combine(

@@ -11,16 +11,15 @@ import shlex
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rlhf_jax import directory
+from rlhf_jax import directory, hosts
 from rlhf_jax.checkpoint import Checkpoints, reason_of
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.interrupts import Interrupts
@@ -37,6 +36,11 @@ def close_bars() -> None:
     """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
     for bar in BARS:
         bar.close()
+
+
+def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
+    """`directory.check_output_dir` as process 0 finds it, since it holds the directory soon after."""
+    return hosts.from_first(lambda: directory.check_output_dir(stage, config))
 
 
 class Run:
@@ -74,7 +78,7 @@ class Run:
         """
         self.settings, self.config, self.stage, self.total = config, config.run, stage, total
         self.dir, self.shown, self.given, self.agree_every = Path(config.run.output_dir), shown, given, agree_every
-        self.is_writer = jax.process_index() == 0
+        self.is_writer = hosts.is_first()
         self.last_metrics: dict[str, float] = {}
         self._improvements: list[tuple[int, float]] = []
         self._skipped: list[tuple[int, jax.Array, int]] = []
@@ -88,10 +92,7 @@ class Run:
         self.checkpoints = Checkpoints(
             self.dir / directory.CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every
         )
-        try:
-            self._claim()
-        except OSError as error:
-            raise UserError(f"run.output_dir {self.dir}: {error.strerror}; choose another place") from error
+        self._claim()
         self.started = self._since = self._saved_at = time.time()
         self.interrupts = Interrupts(self.say)
         shows = config.run.progress and self.is_writer
@@ -100,21 +101,26 @@ class Run:
 
     def _claim(self) -> None:
         self._lock: Any = None
-        found = False
-        if self.is_writer:
+        step = self.checkpoints.last = hosts.from_first(self._take)
+        self.resumed, self.start = step is not None, step or 0
+        hosts.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
+
+    def _take(self) -> int | None:
+        """Hold the directory, find the step to continue after and make the files ready; process 0 only."""
+        try:
             directory.check_output_dir(self.stage, self.settings)
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = directory.hold(self.dir)
             found = directory.read_record(self.dir) is not None and not self.config.overwrite
-        if jax.process_count() > 1:
-            found = bool(multihost_utils.broadcast_one_to_all(found))
-        step = self.checkpoints.newest_intact(self.say) if found else None
-        self.resumed, self.start = step is not None, step or 0
-        if self.is_writer:
+            step = self.checkpoints.newest_intact(self.say) if found else None
+            self.resumed, self.start = step is not None, step or 0
             self._prepare()
+        except OSError as error:
+            raise UserError(f"run.output_dir {self.dir}: {error.strerror}; choose another place") from error
         if found:
             where = f"continuing after step {self.start} of {self.total}"
             self.say(f"{self.stage}: {self.dir}: {where if self.resumed else 'no checkpoint yet, starting anew'}")
+        return step
 
     def _prepare(self) -> None:
         if not self.resumed:
@@ -149,7 +155,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Wait for the save under way, put the signal handlers back, say in run.json how it ended."""
-        self.checkpoints.wait()
+        if error is None or isinstance(error, (Stopped, UserError)) or not hosts.several():
+            self.checkpoints.wait()  # else it may need a process that has gone
         self.bar.close()
         self.interrupts.close()
         if self._writer is not None:
@@ -208,11 +215,12 @@ class Run:
             UserError: a save failed, and checkpoint.on_failure is stop or there is no later chance.
         """
         keep = self.settings.checkpoint
-        stop, clock = self._agreed(step)
+        stop, clock, failed = self._agreed(step)
         counts = any(every and step and step % every == 0 for every in (keep.every, keep.keep_every))
         improved = bool(self._improvements) and self._improvements[-1][0] == step
         due = stop or clock or counts or improved if step < self.total else keep.keep_finished
-        self._check_failure()
+        if failed:
+            self._check_failure()
         if due and step != self.checkpoints.last:
             self._save(step, tree, notes or {})
         if stop and step < self.total:
@@ -229,15 +237,13 @@ class Run:
         self.checkpoints.wait()
         self._check_failure(last_chance=True)
 
-    def _agreed(self, step: int) -> tuple[bool, bool]:
-        """(stop, the clock asks for a save), the same in all processes."""
+    def _agreed(self, step: int) -> list[bool]:
+        """[stop, the clock asks for a save, a save failed], the same in all processes."""
+        if hosts.several() and step % self.agree_every:
+            return [False, False, False]
         minutes = self.settings.checkpoint.minutes
-        flags = [bool(self.interrupts.received), bool(minutes) and time.time() - self._saved_at >= 60 * minutes]
-        if jax.process_count() > 1:
-            if step % self.agree_every:
-                return False, False
-            flags = multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist()
-        return flags[0], flags[1]
+        clock = bool(minutes) and time.time() - self._saved_at >= 60 * minutes
+        return hosts.any_of([bool(self.interrupts.received), clock, self.checkpoints.failure is not None])
 
     def _save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
         self.flush()
@@ -263,9 +269,10 @@ class Run:
         self._saved_at = time.time()
 
     def _check_failure(self, *, last_chance: bool = False) -> None:
-        if self.checkpoints.failure is None:
+        (failed,) = hosts.any_of([self.checkpoints.failure is not None])
+        if not failed:
             return
-        step, reason = self.checkpoints.failure
+        step, reason = self.checkpoints.failure or (self.checkpoints.last or 0, "by another process; see its output")
         self.checkpoints.failure = self.checkpoints.last = None
         self._improvements = [found for found in self._improvements if found[0] != step]
         kept = self.checkpoints.steps()
@@ -309,12 +316,7 @@ class Run:
         self._check_failure()
         while self.best is not None and self.best[0] != self.total:
             step = self.best[0]
-            there = jax.process_index() != 0 or (
-                step in self.checkpoints.steps() and self.checkpoints.check(step, self.say)
-            )
-            if jax.process_count() > 1:
-                there = bool(multihost_utils.broadcast_one_to_all(there))
-            if there:
+            if hosts.from_first(partial(self.checkpoints.holds, step, self.say)):
                 return self.checkpoints.restore(step, like)
             self.say(
                 f"{self.stage}: the weights of the best evaluation, of step {step}, are lost; taking the next best"
@@ -359,7 +361,7 @@ class Run:
             return
         step, names, packed, host, tokens, table, on_table, skipped = self._pending
         self._pending = None
-        values, table, counts = jax.device_get((packed, table, [count for _, count, _ in skipped]))
+        values, table, counts = hosts.to_host((packed, table, [count for _, count, _ in skipped]))
         now = time.time()
         host = {**host, "time/tokens_per_s": round(tokens / (now - self._since), 1)}
         self._since = now

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
@@ -35,14 +36,15 @@ class SamplingLaw:
     min_new_tokens: Int[Array, ""]
 
     @classmethod
-    def from_config(cls, config: SamplingConfig) -> SamplingLaw:
-        """Host scalars, put on the device explicitly so that a transfer guard lets them pass."""
-        return cls(
-            jax.device_put(np.float32(config.temperature)),
-            jax.device_put(np.int32(config.top_k)),
-            jax.device_put(np.float32(config.top_p)),
-            jax.device_put(np.int32(config.min_new_tokens)),
+    def from_config(cls, config: SamplingConfig, sharding: Sharding | None = None) -> SamplingLaw:
+        """Scalars, put where `sharding` says (on the first device) explicitly, so that a transfer guard is content."""
+        values = (
+            np.float32(config.temperature),
+            np.int32(config.top_k),
+            np.float32(config.top_p),
+            np.int32(config.min_new_tokens),
         )
+        return cls(*(jax.device_put(value, sharding) for value in values))
 
 
 def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:

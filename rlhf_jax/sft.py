@@ -13,11 +13,11 @@ from rlhf_jax.config import PretrainRun, SFTRun, bind
 from rlhf_jax.data.batches import Batches, collate_sft, eval_batches
 from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.directory import check_output_dir, names_given
+from rlhf_jax.directory import names_given
 from rlhf_jax.generate import Generator
 from rlhf_jax.loop import num_steps, train
 from rlhf_jax.models import Model
-from rlhf_jax.run import Run
+from rlhf_jax.run import Run, check_output_dir
 from rlhf_jax.sharding import check_rows, make_mesh
 from rlhf_jax.stage import (
     Rows,

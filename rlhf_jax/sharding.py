@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import MeshConfig
@@ -149,10 +150,27 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
         raise UserError(f"{what} {rows} is not divisible by data*fsdp = {ways}; set it to a multiple of {ways}")
 
 
+def put(tree: Any, sharding: Sharding) -> Any:
+    """Host arrays, the same in every process, onto the mesh: each process transfers what its devices hold.
+
+    Explicit, so a transfer guard lets it pass.
+    """
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, np.shape(x)), tree)
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host arrays onto the mesh, rows sharded; explicit, so a transfer guard lets it pass."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+    """A global batch onto the mesh, rows sharded."""
+    return put(batch, batch_sharding(mesh))
+
+
+def own_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """bool[count]: the rows of a batch that this process answers for; of several that hold a row, the first does."""
+    owner = np.full(count, jax.process_count())
+    places = batch_sharding(mesh).devices_indices_map((count,))
+    for device in mesh.devices.flat:
+        (rows,) = places[device]
+        owner[rows] = np.minimum(owner[rows], device.process_index)
+    return owner == jax.process_index()
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:

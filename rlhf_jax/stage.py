@@ -17,6 +17,7 @@ from rlhf_jax.data.examples import Report, split_by_prompt
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import is_first
 from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.sharding import replicated, tree_shardings
 from rlhf_jax.types import Params
@@ -147,12 +148,18 @@ def make_examples(
 ) -> tuple[list[Any], list[Any]]:
     """Token examples of both splits; what was kept, dropped and cut is printed."""
     examples, report = build(train)
-    print(f"training rows: {report}")
+    say(f"training rows: {report}")
     if not held_out:
         return examples, []
     eval_examples, report = build(held_out)
-    print(f"held-out rows: {report}")
+    say(f"held-out rows: {report}")
     return examples, eval_examples
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if is_first():
+        print(text)
 
 
 def count(params: Params) -> int:
@@ -162,7 +169,7 @@ def count(params: Params) -> int:
 
 def describe(stage: str, mesh: Mesh, model: Model, params: Params, **facts: Any) -> None:
     """Print what is about to happen."""
-    if jax.process_index() != 0:
+    if not is_first():
         return
     kind = jax.devices()[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 FLOORS = {
     **dict.fromkeys(
-        ["errors", "config", "types", "tokens", "losses", "advantages", "rankings", "sharding", "__init__"], 0
+        ["errors", "config", "types", "tokens", "losses", "advantages", "rankings", "hosts", "sharding", "__init__"], 0
     ),
     **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts"], 1),
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
@@ -31,6 +31,7 @@ FLOORS = {
 SAME_FLOOR = {
     "config": {"errors"},
     "losses": {"types"},
+    "hosts": {"errors"},
     "sharding": {"config", "errors"},
     "step": {"state"},
     "sampling": {"models"},

@@ -556,31 +556,15 @@ def test_every_epoch_sees_each_row_once_in_a_fresh_order():
 
 
 @pytest.mark.parametrize("buckets", [(), (3, 6)], ids=["", "buckets"])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_hosts_together_hold_the_global_batch(count, buckets):
-    """Over three epochs; each batch is asked of a fresh object, so that seeking to it is iterating to it."""
+def test_seeking_to_a_step_is_iterating_to_it(buckets):
+    """Over three epochs; so every process, whenever it asks, has the same global batch."""
     make = partial(Batches, numbered(19), batch_size=8, seed=5, collate=SFT_COLLATE, buckets=buckets)
     iterated = make()
     for step in range(3 * len(iterated)):
-        whole = iterated[step]
-        parts = [make(process_index=p, process_count=count)[step] for p in range(count)]
-        for p, part in enumerate(parts):
-            for name in whole:
-                np.testing.assert_array_equal(part[name], whole[name][p::count])
-        assert sum(part["weights"].sum() for part in parts) == pytest.approx(1)
-
-
-def test_hosts_share_a_bucket_and_split_the_columns():
-    examples = [prompt_example(size, row=size) for size in range(1, 9)]
-    collate = partial(collate_prompts, buckets=[2, 4, 8])
-    for step in range(6):
-        parts = [
-            Batches(examples, batch_size=4, seed=0, collate=collate, process_index=p, process_count=4)[step]
-            for p in range(4)
-        ]
-        assert len({part["tokens"].shape for part in parts}) == 1
-        for part in parts:
-            assert part["columns"]["row"] == [len(part["prompts"][0])] == [part["mask"].sum()]
+        whole, sought = iterated[step], make()[step]
+        assert whole["weights"].sum() == pytest.approx(1)
+        for name in whole:
+            np.testing.assert_array_equal(sought[name], whole[name])
 
 
 def test_buckets_pad_less_and_lose_no_row():
@@ -620,8 +604,6 @@ def test_batches_say_which_sizes_do_not_fit():
     make = partial(Batches, numbered(5), seed=0, collate=SFT_COLLATE)
     with pytest.raises(UserError, match=r"5 examples do not fill one batch of 8; set data.batch_size to at most 5"):
         make(batch_size=8)
-    with pytest.raises(UserError, match="batch_size 3 is not a positive multiple of the 2 processes"):
-        make(batch_size=3, process_count=2)
     with pytest.raises(UserError, match="seed -1 is outside"):
         Batches(numbered(5), seed=-1, collate=SFT_COLLATE, batch_size=1)
     with pytest.raises(TypeError, match="not iterable"):
@@ -651,12 +633,7 @@ def test_eval_prompts_say_which_rows_are_real():
     assert batches[1]["columns"] == {"row": [3, 3]}
 
 
-def test_eval_hosts_together_hold_every_batch():
-    make = partial(eval_batches, numbered(10), batch_size=4, collate=SFT_COLLATE)
-    parts = [make(process_index=p, process_count=2) for p in range(2)]
-    for whole, first, second in zip(make(), *parts, strict=True):
-        np.testing.assert_array_equal(whole["tokens"][0::2], first["tokens"])
-        np.testing.assert_array_equal(whole["tokens"][1::2], second["tokens"])
+def test_there_is_nothing_to_evaluate_on_without_examples():
     with pytest.raises(UserError, match="no examples to evaluate on"):
         eval_batches([], batch_size=4, collate=SFT_COLLATE)
 

@@ -26,8 +26,8 @@ class Batches:
     Every epoch has a fresh order and drops N % B rows. Resuming is indexing at a later step. With `buckets`, rows of
     similar length share a batch, which is padded to the smallest bucket that holds them: an epoch's order is cut into
     batches bucket by bucket, what does not fill one goes on to the next longer bucket, and the batches are shuffled.
-    With several processes, each gets rows [process_index::process_count] of the same global batch. The whole global
-    batch is collated first, so that weights sum to one over all processes and all pad to the same shape.
+    With several processes, each collates the whole global batch, so that weights sum to one over all and all pad to
+    the same shape; `sharding.put` then takes the rows that a process's devices hold, on any mesh.
     """
 
     __iter__ = None  # steps never end: iterating by [0], [1], ... would not stop
@@ -40,22 +40,15 @@ class Batches:
         seed: int,
         collate: Collate,
         buckets: Sequence[int] = (),
-        process_index: int = 0,
-        process_count: int = 1,
     ):
         """Check the sizes and build the grain pipeline.
 
         Raises:
-            UserError: fewer examples than `batch_size`, a `batch_size` that the processes do not share evenly, a seed
-                that grain cannot use, or an example longer than the last bucket.
+            UserError: no or fewer examples than `batch_size`, a seed that grain cannot use, or an example longer than
+                the last bucket.
         """
         import grain
 
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(
-                f"batch_size {batch_size} is not a positive multiple of the {process_count} processes; "
-                f"set data.batch_size to a multiple of {process_count}"
-            )
         if len(examples) < batch_size:
             raise UserError(
                 f"{len(examples)} examples do not fill one batch of {batch_size}; "
@@ -64,7 +57,6 @@ class Batches:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} is outside 0 .. 2**32 - 1; set run.seed within it")
         self._steps = len(examples) // batch_size
-        self._mine = slice(process_index, None, process_count)
         self._examples, self._seed, self._size = examples, seed, batch_size
         self._collate = collate
         source = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle()
@@ -81,7 +73,7 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         length, rows = self._rows_of(int(step))
         options = {"length": length} if length else {}
-        return _rows(self._collate([self._examples[i] for i in rows], **options), self._mine)
+        return self._collate([self._examples[i] for i in rows], **options)
 
     def _rows_of(self, step: int) -> tuple[int, list[int]]:
         """(bucket, or 0 without, indices of the examples) of the global batch of a step."""
@@ -142,8 +134,6 @@ def eval_batches(
     batch_size: int,
     collate: Collate,
     limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> list[Batch]:
     """All examples in order, as batches of one shape; `limit` caps their number, 0 takes all.
 
@@ -151,12 +141,10 @@ def eval_batches(
     the batches together, so that metrics add up. Batches without weights get "valid" bool[B] instead.
 
     Raises:
-        UserError: no examples, or a `batch_size` that the processes do not share evenly.
+        UserError: no examples.
     """
     if not examples:
         raise UserError("no examples to evaluate on; raise data.eval_fraction or set data.eval_path")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
     count = -(-len(examples) // batch_size)
     count = min(count, limit) if limit else count
     used = list(examples[: count * batch_size])
@@ -169,8 +157,7 @@ def eval_batches(
         batch["weights"] = (weights / (weights.sum() or 1)).astype(np.float32)
     else:
         batch["valid"] = valid
-    starts = range(process_index, count * batch_size, batch_size)
-    return [_rows(batch, slice(start, start - process_index + batch_size, process_count)) for start in starts]
+    return [_rows(batch, slice(start, start + batch_size)) for start in range(0, count * batch_size, batch_size)]
 
 
 def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad_id: int = 0) -> Batch:

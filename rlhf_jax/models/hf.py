@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import barrier, is_first, to_host
 from rlhf_jax.models.config_json import (
     family_of,
     find_family,
@@ -274,16 +275,17 @@ def save_model(
     config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = _hf_tensors(family, arch, leaves, _DTYPES[dtype])
-    if jax.process_index() != 0:
+    if is_first():
+        with _replacing(Path(path)) as folder:
+            for name, content in {"config.json": config, "generation_config.json": generation}.items():
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _write_weights(folder, tensors, _plan_files(family, arch, leaves, _DTYPES[dtype], shard_bytes))
+            if write_more is not None:
+                write_more(folder)
+    else:
         for _ in tensors:  # fetching shards takes all hosts
             pass
-        return
-    with _replacing(Path(path)) as folder:
-        for name, content in {"config.json": config, "generation_config.json": generation}.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _write_weights(folder, tensors, _plan_files(family, arch, leaves, _DTYPES[dtype], shard_bytes))
-        if write_more is not None:
-            write_more(folder)
+    barrier(f"saved {path}")
 
 
 def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -302,15 +304,6 @@ def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, An
     eos, pad = [int(token) for token in eos_ids], base.get("pad_token_id") if pad_id is None else int(pad_id)
     stop = eos[0] if len(eos) == 1 else eos or None
     return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
-
-
-def to_host(x: Any) -> np.ndarray:
-    """An array on this host; where its shards lie on several, all of them must call this."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
 
 
 def _hf_tensors(family: Family, arch: ArchConfig, leaves: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:

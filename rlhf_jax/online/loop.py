@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.directory import check_output_dir, names_given
+from rlhf_jax.directory import names_given
 from rlhf_jax.errors import UserError
 from rlhf_jax.online.stage import Online
 from rlhf_jax.rewards import RewardFailure
-from rlhf_jax.run import Run
+from rlhf_jax.run import Run, check_output_dir
 from rlhf_jax.stage import describe
 from rlhf_jax.state import learning_rates
 

@@ -17,12 +17,13 @@ from rlhf_jax.data.batches import Batches, collate_prompts, eval_batches, finger
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import decode
+from rlhf_jax.hosts import to_host
 from rlhf_jax.nans import first_nan
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
-from rlhf_jax.rewards import call_reward, combine
+from rlhf_jax.rewards import call_reward, combine, of_own_rows
 from rlhf_jax.sampling import SamplingLaw
-from rlhf_jax.sharding import batch_sharding, put_batch, replicated, tree_shardings
+from rlhf_jax.sharding import put, put_batch, replicated, tree_shardings
 from rlhf_jax.stage import Rows, check_length, load_rows, load_tokenizer, make_examples, save_model
 from rlhf_jax.state import TrainState, digest
 from rlhf_jax.types import Params, Rollout
@@ -31,7 +32,7 @@ from rlhf_jax.types import Params, Rollout
 def key_at(key: jax.Array, *indices: int) -> jax.Array:
     """fold_in(fold_in(key, i), j)...; the integers go to the device explicitly, as a transfer guard demands."""
     for index in indices:
-        key = jax.random.fold_in(key, jax.device_put(np.uint32(index), key.sharding))
+        key = jax.random.fold_in(key, put(np.uint32(index), key.sharding))
     return key
 
 
@@ -68,7 +69,7 @@ class Online:
             raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
         self.tokenizer = load_tokenizer(config.model)
         self.batches, self.held_out = self._prompts(rows, eval_rows)
-        self.key = jax.device_put(jax.random.key(config.run.seed), replicated(mesh))
+        self.key = jax.jit(lambda: jax.random.key(config.run.seed), out_shardings=replicated(mesh))()
 
     def _prompts(self, rows: Rows | None, eval_rows: Rows | None) -> tuple[Batches, list[Any]]:
         data, seed = self.config.data, self.config.run.seed
@@ -92,8 +93,8 @@ class Online:
         self.average = jax.tree.map(jnp.copy, self.state.params["policy"]) if decay else None
         places = tree_shardings(self.mesh, self.state.params["policy"])  # else the average could lie elsewhere
         self._ema = jax.jit(partial(core.ema, decay=decay), donate_argnums=0, out_shardings=places)
-        self.law = jax.device_put(SamplingLaw.from_config(self.config.sampling), replicated(self.mesh))
-        self.kl_coef = jax.device_put(np.float32(self.settings.kl_coef), replicated(self.mesh))
+        self.law = SamplingLaw.from_config(self.config.sampling, replicated(self.mesh))
+        self.kl_coef = put(np.float32(self.settings.kl_coef), replicated(self.mesh))
 
     def check_lengths(self, *models: Any) -> None:
         """Raise a UserError if prompt and response together exceed the positions of a model."""
@@ -118,17 +119,14 @@ class Online:
         """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device if needed."""
         host, gold = np.zeros(len(batch["prompts"]), np.float32), None
         if self.python_reward is not None or self.gold is not None:
-            responses = decode(self.tokenizer, rollout)
+            source, rows = self.config.reward, (batch["prompts"], decode(self.tokenizer, rollout), batch["columns"])
             if self.python_reward is not None:
-                host = self.python_reward(batch["prompts"], responses, batch["columns"])
+                host = of_own_rows(self.python_reward, self.mesh, *rows)
             if self.gold is not None:
-                source = self.config.reward
-                prompts, columns = batch["prompts"], batch["columns"]
-                golds = call_reward(
-                    self.gold, prompts, responses, columns, timeout=source.timeout, retries=source.retries
-                )
+                of_gold = partial(call_reward, self.gold, timeout=source.timeout, retries=source.retries)
+                golds = of_own_rows(of_gold, self.mesh, *rows)
                 gold = float(golds[np.asarray(batch.get("valid", np.ones(len(golds), bool)))].mean())
-        return jax.device_put(host, batch_sharding(self.mesh)), gold
+        return put_batch(self.mesh, host), gold
 
     def roll_out(self, params: Params, batch: Any, key: jax.Array) -> tuple[Rollout, Any, float | None]:
         """A rollout of a batch of prompts, its score, and its mean gold reward."""
@@ -165,11 +163,11 @@ class Online:
         for i, batch in enumerate(self.held_out):
             key, _ = jax.random.split(key_at(self.key, 2, i))  # made as in `iteration`, so that nothing compiles anew
             rollout, (_, _, _, per_row), gold = self.roll_out(self.policy(), batch, key)
-            found.append({name: x[batch["valid"]] for name, x in jax.device_get(per_row).items()})
+            found.append({name: x[batch["valid"]] for name, x in to_host(per_row).items()})
             golds.append(gold or 0.0)
             weights.append(batch["valid"].sum())
             if len(samples) < self.settings.num_samples:
-                table = jax.device_get({"rollout": rollout, **per_row})
+                table = to_host({"rollout": rollout, **per_row})
                 samples += self.table(table, batch["prompts"])[: self.settings.num_samples]
         rows = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         reward = objective = rows["reward"]

@@ -45,8 +45,7 @@ def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Arr
         check_same_tokenizer(tokenizer, config.reward.model)
 
     def fresh_score() -> Params:
-        score = jax.jit(partial(policy.model.init_score, zeros=True))(key)
-        return jax.device_put(score, replicated(mesh))
+        return jax.jit(partial(policy.model.init_score, zeros=True), out_shardings=replicated(mesh))(key)
 
     return assemble(config.ppo, policy, reward, fresh_score=fresh_score, copy=partial(jax.tree.map, jnp.copy))
 

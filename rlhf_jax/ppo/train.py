@@ -21,8 +21,8 @@ from rlhf_jax.online.stage import Online
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.checks import check, check_batches
 from rlhf_jax.ppo.networks import Networks, load_networks
-from rlhf_jax.sharding import make_mesh, replicated
-from rlhf_jax.stage import Rows, save_model
+from rlhf_jax.sharding import make_mesh, put, replicated
+from rlhf_jax.stage import Rows, save_model, say
 from rlhf_jax.state import create_state
 from rlhf_jax.types import PolicyLoss
 
@@ -84,7 +84,7 @@ class PPO(Online):
             strict=data.strict,
             loss_on="all",
         )
-        print(f"ptx rows: {report}")
+        say(f"ptx rows: {report}")
         collate = partial(collate_sft, length=data.max_length, reduction="token", pad_id=self.tokenizer.pad_id)
         text = pack(text, data.max_length)
         return Batches(text, batch_size=ppo.ptx_batch_size, seed=self.config.run.seed, collate=collate)
@@ -95,7 +95,7 @@ class PPO(Online):
             return None
         num = self.config.ppo.epochs * self.config.ppo.minibatches
         stacked = jax.tree.map(lambda *xs: np.stack(xs), *[self.ptx[i * num + j] for j in range(num)])
-        return jax.device_put(stacked, replicated(self.mesh))
+        return put(stacked, replicated(self.mesh))
 
     def identity(self) -> dict[str, Any]:
         """What a continued run must find unchanged, beside the config."""
