@@ -338,9 +338,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Stopped as stopped:
+        print(stopped)
     except Exception:
         traceback.print_exc()
         leave(1)
-    except Stopped as stopped:
-        print(stopped)
     sys.exit(0)
