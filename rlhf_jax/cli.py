@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "sample": (config.SampleRun, "rlhf_jax.inference:run_sample", "responses of a model to prompts"),
     "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
     "label": (config.LabelRun, "rlhf_jax.label:run", "a local page on which people rank responses"),
+    "collect": (config.CollectRun, "rlhf_jax.collecting:run_collect", "several responses to a prompt, labelled"),
+    "judge": (config.JudgeRun, "rlhf_jax.collecting:run_judge", "a judge's verdicts on responses, and its biases"),
     "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
     "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),
@@ -47,6 +49,7 @@ POSITIONAL = {
     "label": "path",
     "inspect": "model",
     "convert": "model",
+    "judge": "path",
     "data inspect": "path",
     "data prepare": "path",
     "data aggregate": "path",
@@ -106,7 +109,8 @@ def help_text() -> str:
 
 def fields(hint: Any) -> dict[str, Any]:
     """Field -> type of the config class that a type is, or is if it is not null; empty for all other types."""
-    group = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+    parts = () if typing.get_origin(hint) is list else typing.get_args(hint)
+    group = next((part for part in (hint, *parts) if dataclasses.is_dataclass(part)), None)
     return typing.get_type_hints(group) if group else {}
 
 
@@ -160,6 +164,10 @@ def misfit(name: str, value: Any, hint: Any) -> str:
     """Says that a value does not fit its option."""
     if fields(hint):
         return f"{name} is {value!r}; it is a group of options, such as {name}.{next(iter(fields(hint)))}"
+    if typing.get_origin(hint) is list and (known := fields(typing.get_args(hint)[0])):
+        return (
+            f"{name} is {value!r}; give a list of groups such as [{{{next(iter(known))}: ...}}] of {', '.join(known)}"
+        )
     return f"{name} is {value!r}; give {KINDS.get(hint) or 'one of ' + ', '.join(typing.get_args(hint))}"
 
 
@@ -252,8 +260,9 @@ def dispatch(arguments: list[str]) -> None:
         raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *DIRECTORY_COMMANDS], '')}")
     if command in POSITIONAL and rest and not rest[0].startswith("-"):
         rest = [f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
-    optional = (name for name, hint in flat(fields(COMMANDS[command][0])) if NoneType in typing.get_args(hint))
-    if asked := {"-h", "--help", *(f"--{name}.help" for name in optional)} & set(rest):
+    hints = flat(fields(COMMANDS[command][0]))
+    groups = (name for name, hint in hints if any(t is NoneType or fields(t) for t in typing.get_args(hint)))
+    if asked := {"-h", "--help", *(f"--{name}.help" for name in groups)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
     if command == "plan":
         plan_command(rest)

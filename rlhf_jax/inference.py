@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rlhf_jax.config import SampleRun, ScoreRun
-from rlhf_jax.data.batches import collate_sft, eval_batches
 from rlhf_jax.data.examples import Report, prompt_examples
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import prompt_row, sft_row
+from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import check_writable
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator
-from rlhf_jax.hosts import is_first, to_host
-from rlhf_jax.reward import score_sequences
-from rlhf_jax.sharding import make_mesh, put_batch
-from rlhf_jax.stage import check_length, check_vocabulary, load_model, load_tokenizer
+from rlhf_jax.hosts import is_first
+from rlhf_jax.scoring import RewardModel
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import check_vocabulary, load_model, load_tokenizer
 
 
 def check_output(path: str, overwrite: bool) -> None:
@@ -85,51 +80,20 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
     return out
 
 
-def score_example(row: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> dict[str, Any]:
-    """{tokens int32[n], loss_mask, cut} of a {prompt, response, finished?} row; an empty response is a stop id.
-
-    Raises:
-        UserError: a missing field or a wrong type.
-    """
-    if isinstance(row.get("response"), str) and not row["response"].strip():
-        row, response = prompt_row(row), [tokenizer.eos_ids[0]] * row.get("finished", True)
-    else:
-        row = sft_row(row)
-        response = tokenizer.encode_response(row["response"], finished=row["finished"])
-    prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
-    response, cut = limits.response(row, len(prompt), response)
-    tokens = np.asarray(prompt + response, np.int32)
-    return {"tokens": tokens, "loss_mask": np.ones(len(tokens), bool), "cut": cut or cut_prompt}
-
-
 def run_score(config: ScoreRun) -> list[dict[str, Any]]:
     """The rows of data_path with "score" added; written or printed, and returned."""
     check_output(config.output, config.overwrite)
     if not config.data_path:
         raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows")
-    tokenizer = load_tokenizer(config.model)
     rows = rows_from(config.data_path)
-    limits = Limits(config.max_prompt_length, config.max_length, "truncate")
-    examples = [score_example(row, tokenizer, limits) for row in rows]
+    limits = {"max_prompt_length": config.max_prompt_length, "max_length": config.max_length}
+    reader = RewardModel(config.model, make_mesh(config.mesh), **limits, batch_size=min(config.batch_size, len(rows)))
+    examples = [reader.example(row) for row in rows]
     report_cut(Report(len(rows), {}, sum(example["cut"] for example in examples)))
-    longest = max(len(example["tokens"]) for example in examples)
-    mesh = make_mesh(config.mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(config.batch_size, len(examples)) // ways) * ways
-    collate = partial(collate_sft, length=longest, reduction="token", pad_id=tokenizer.pad_id)
-    with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, jax.random.key(0), head="trained")
-        check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
-        check_length(loaded.model.arch, longest, "length of the longest row (after max_length)")
-        forward = jax.jit(partial(score_sequences, loaded.model))
-        scores: list[float] = []
-        for batch in eval_batches(examples, batch_size=size, collate=collate):
-            arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-            arrays["last"] = (batch["segment_ids"] > 0).sum(axis=1, dtype=np.int32) - 1
-            scores += to_host(forward(loaded.params, **put_batch(mesh, arrays))).tolist()
+    scores = reader.scores(examples, max(len(example["tokens"]) for example in examples))
     out = [
         {**{name: value for name, value in row.items() if name != "_where"}, "score": score}
-        for row, score in zip(rows, scores[: len(rows)], strict=True)
+        for row, score in zip(rows, scores, strict=True)
     ]
     write_rows(out, config.output)
     return out

@@ -305,6 +305,20 @@ def rater_taus(verdicts: Comparisons) -> tuple[Float[np.ndarray, " R"], Int[np.n
     return tau, shared.sum(1).astype(np.int64)
 
 
+def length_bias(
+    longer: Float[np.ndarray, " N"], preferred: Float[np.ndarray, " N"]
+) -> tuple[float | None, float | None]:
+    """(correlation of label and length, share of decided pairs that the longer response wins); None if undefined.
+
+    `longer` is by how much the one response of a pair is longer than the other, `preferred` its label less 1/2. Each
+    pair counts both ways round, so the means are 0: correlation = sum(l p) / sqrt(sum(l^2) sum(p^2)).
+    """
+    spread = np.sqrt((longer**2).sum() * (preferred**2).sum())
+    decided = (longer != 0) & (preferred != 0)
+    correlation = float((longer * preferred).sum() / spread) if spread else None
+    return correlation, float((longer * preferred > 0)[decided].mean()) if decided.any() else None
+
+
 @dataclass(frozen=True)
 class Consensus:
     """What many raters think together.

@@ -20,11 +20,13 @@ FLOORS = {
     **dict.fromkeys(
         ["errors", "config", "types", "tokens", "losses", "advantages", "rankings", "hosts", "sharding", "__init__"], 0
     ),
-    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts"], 1),
+    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal"], 1),
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online"], 2),
+    **dict.fromkeys(["judge", "likelihood", "asking"], 2),
     **dict.fromkeys(["sft", "reward", "ppo"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
+    **dict.fromkeys(["scoring", "collecting", "summaries"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 
@@ -36,6 +38,10 @@ SAME_FLOOR = {
     "step": {"state"},
     "sampling": {"models"},
     "generate": {"stage"},
+    "journal": {"directory"},
+    "asking": {"judge", "likelihood", "generate", "rewards", "stage"},
+    "inference": {"scoring"},
+    "collecting": {"inference", "scoring", "summaries"},
     "loop": {"run", "stage"},
     "online": {"generate", "rewards", "run", "stage"},
     "ppo": {"sft"},

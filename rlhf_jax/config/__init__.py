@@ -7,6 +7,7 @@ value out of range is a UserError where the class is made.
 
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataPrepareRun
+from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, SourceConfig
 from rlhf_jax.config.functions import bind, resolve, to_dict
 from rlhf_jax.config.label import LabelRun
 from rlhf_jax.config.online import OnlineConfig
@@ -41,6 +42,7 @@ __all__ = [
     "PPO_OPTIM",
     "ArchConfig",
     "CheckpointConfig",
+    "CollectRun",
     "ConvertRun",
     "DataAggregateRun",
     "DataConfig",
@@ -48,6 +50,8 @@ __all__ = [
     "DataPrepareRun",
     "FaultConfig",
     "InspectRun",
+    "JudgeConfig",
+    "JudgeRun",
     "LabelRun",
     "MeshConfig",
     "ModelConfig",
@@ -68,6 +72,7 @@ __all__ = [
     "SampleRun",
     "SamplingConfig",
     "ScoreRun",
+    "SourceConfig",
     "bind",
     "resolve",
     "to_dict",

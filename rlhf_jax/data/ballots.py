@@ -79,7 +79,7 @@ class Ranking:
         return np.where(games.any(axis=1), ranks, np.nan), labels
 
 
-def ranking_row(row: Row) -> Ranking:
+def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     """A prompt with several responses.
 
     {prompt, responses, ...} where responses are texts, messages, or {text, rank?, score?, finished?}. Who is better is
@@ -89,6 +89,7 @@ def ranking_row(row: Row) -> Ranking:
 
     A preference row is a ranking of two, and its votes are ballots. An unpaired preference {prompt, completion, label}
     is one response with rank 0 or 1, to be joined with others by `gather`; what that made is taken as it is.
+    `unlabelled` also takes responses that nobody has compared.
 
     Raises:
         DroppedRow: fewer than two responses that are neither null nor empty.
@@ -113,7 +114,8 @@ def ranking_row(row: Row) -> Ranking:
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
-    ballots = _ballots(row, items)
+    labels = {"raters", "ranks", "scores"} & set(row) or any({"rank", "score"} & set(item) for item in items)
+    ballots = _ballots(row, items) if labels or not unlabelled else []
     kept = [i for i, item in enumerate(items) if _has_text(item["text"])]
     if len(kept) < 2:
         raise empty_row(row, f"{len(kept)} of {len(items)} responses have a text", "with fewer than two responses")

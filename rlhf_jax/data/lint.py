@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -77,20 +77,19 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
     for ranking in compared:
         sizes = [_length(response, tokenizer, "response") for response in ranking.responses]
         _, labels = ranking.consensus()
-        for i, j in permutations(range(len(sizes)), 2):  # both ways round, so that no order of writing matters
+        for i, j in combinations(range(len(sizes)), 2):
             if not np.isnan(labels[i, j]):
                 differences.append(sizes[i] - sizes[j])
                 preferred.append(labels[i, j] - 0.5)
-    d, p = np.array(differences, float), np.array(preferred)
-    spread = np.sqrt((d**2).sum() * (p**2).sum())
-    decided = (d > 0) & (p != 0)
+    p = np.array(preferred)
+    correlation, longer_wins = rankings.length_bias(np.array(differences, float), p)
     ballots = [(g, 0, ranks) for g, ranking in enumerate(compared) for _, ranks in ranking.ballots]
     share, pairs = rankings.agreement(rankings.comparisons(ballots, num_raters=1))
     return {
-        "pairs": len(p) // 2,
-        "ties": int((p == 0).sum()) // 2,
-        "length_correlation": float((d * p).sum() / spread) if spread else 0.0,
-        "longer_wins": float((p[decided] > 0).mean()) if decided.any() else float("nan"),
+        "pairs": len(p),
+        "ties": int((p == 0).sum()),
+        "length_correlation": correlation or 0.0,
+        "longer_wins": float("nan") if longer_wins is None else longer_wins,
         "agreement": share if pairs else None,
         "raters": len({rater for ranking in compared for rater, _ in ranking.ballots} - {""}),
     }

@@ -1,0 +1,209 @@
+"""Settings of the commands that make feedback: sampling responses and having them judged."""
+
+# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.stages import RewardSourceConfig, check_buckets
+from rlhf_jax.errors import UserError
+
+TEMPLATE = """Which of two responses to a prompt is better?
+
+Prompt:
+{prompt}
+
+Response A:
+{a}
+
+Response B:
+{b}
+
+Answer with one letter, A or B. The better response is"""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who says which of two responses is better: one of `function`, `model` and `url`.
+
+    Args:
+        function: fn(prompt, a, b) as "module:name", which returns the chance that `a` is better, or a text as `parse`
+            reads it.
+        model: a language model of our own, by model.path.
+        url: an OpenAI-style endpoint, as http://localhost:8000/v1; requests go to URL/chat/completions.
+        url_model: the "model" of those requests.
+        api_key_env: name of the environment variable that holds the key of `url`; empty sends none.
+        template: what a model or `url` is asked, with {prompt}, {a} and {b}.
+        answer: of `model`: logprob compares the log-probs of A and B, sample reads what it writes.
+        votes: answers to each question.
+        both_orders: ask with each response in either place, so that a liking for a place cancels.
+        inconsistent: a pair whose two orders contradict each other is a tie, the mean of the two, or dropped.
+        temperature: of the answers that are written.
+        max_new_tokens: longest answer that is written.
+        max_prompt_length: longest question to `model`, in tokens; a longer one is an error.
+        batch_size: questions that `model` reads at once.
+        timeout: seconds for one answer of `function` or `url`; 0 waits for ever.
+        retries: further attempts after an answer that timed out or a server that failed; the wait doubles with each.
+        workers: requests to `url` at once.
+    """
+
+    function: str = ""
+    model: ModelConfig = ModelConfig()
+    url: str = ""
+    url_model: str = ""
+    api_key_env: str = ""
+    template: str = TEMPLATE
+    answer: Literal["logprob", "sample"] = "logprob"
+    votes: int = 1
+    both_orders: bool = True
+    inconsistent: Literal["tie", "mean", "drop"] = "tie"
+    temperature: float = 0.0
+    max_new_tokens: int = 16
+    max_prompt_length: int = 1024
+    batch_size: int = 16
+    timeout: float = 60.0
+    retries: int = 2
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 1": "votes max_new_tokens max_prompt_length batch_size workers",
+            "at least 0": "temperature timeout retries",
+        }
+        check(self, "judge.", rules)
+        missing = [place for place in ("{prompt}", "{a}", "{b}") if place not in self.template]
+        if missing:
+            raise UserError(f"judge.template has no {missing[0]}; write {{prompt}}, {{a}} and {{b}} where they belong")
+        if self.votes > 1 and (self.model.path and self.answer == "logprob"):
+            raise UserError(f"judge.votes {self.votes}: log-probs are the same each time; set judge.answer sample")
+        if self.votes > 1 and self.temperature == 0 and (self.model.path or self.url):
+            raise UserError(f"judge.votes {self.votes} at judge.temperature 0 are the same each time; raise it")
+
+    def check_one(self) -> None:
+        """Raise a UserError unless exactly one kind of judge is named."""
+        named = [name for name in ("function", "url") if getattr(self, name)] + ["model.path"] * bool(self.model.path)
+        if len(named) != 1:
+            found = "none is" if not named else " and ".join(f"judge.{name}" for name in named) + " are"
+            raise UserError(f"{found} given; name one judge: judge.function, judge.model.path or judge.url")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A model, or one way to draw from it, among several.
+
+    Args:
+        name: what the rows call it; empty takes path, temperature and shots.
+        path: a model directory; empty takes model.path.
+        num_samples: responses to each prompt; 0 takes the command's num_samples.
+        temperature: null takes sampling.temperature.
+        top_p: null takes sampling.top_p.
+        demonstrations: a file of {prompt, response} rows.
+        shots: that many of the first of them stand before every prompt.
+    """
+
+    name: str = ""
+    path: str = ""
+    num_samples: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    demonstrations: str = ""
+    shots: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, "sources.", {"at least 0": "num_samples shots"})
+        if self.shots and not self.demonstrations:
+            raise UserError(f"sources.shots is {self.shots}, but no sources.demonstrations are named; name a file")
+
+
+@dataclass(frozen=True)
+class CollectRun:
+    """All of `rlhf-jax collect`: several responses to every prompt, and who is better among them.
+
+    Args:
+        model: which model.
+        sources: several models or settings instead, as [{path: DIR, temperature: 0.7}, ...]; best first for `label:
+            sources`.
+        prompts: prompts as text.
+        data_path: a file of prompt rows, instead of or besides `prompts`.
+        num_samples: responses of each source to each prompt.
+        sampling: how responses are drawn.
+        max_prompt_length: longest prompt, demonstrations included, in tokens; longer ones lose their start.
+        batch_size: rows decoded at once.
+        label: nobody yet (none: rows for people to rank), the order of `sources` (Kim et al. 2023, ALMoST), the scores
+            of `reward`, or `judge`.
+        reward: reward model and Python functions that score responses; reward.gold is compared with the labels.
+        judge: who compares responses two by two.
+        schema: a row per prompt with all responses (ranking), a row per pair (preference), or the best (sft).
+        length_filter: pairs that are left out: almost, those whose chosen response is short (Kim et al. 2023);
+            balance, so many that the longer response is as often chosen as not, and far longer or shorter ones first.
+        seed: of the noise.
+        output: the .jsonl file to write. Until it is whole, OUTPUT.part holds what there is; the same command goes on.
+        overwrite: replace `output`, and forget OUTPUT.part.
+        progress: show a progress bar.
+        mesh: the devices.
+    """
+
+    model: ModelConfig = ModelConfig()
+    sources: list[SourceConfig] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    data_path: str = ""
+    num_samples: int = 4
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_length: int = 256
+    batch_size: int = 64
+    label: Literal["none", "sources", "reward", "judge"] = "none"
+    reward: RewardSourceConfig = RewardSourceConfig()
+    judge: JudgeConfig = JudgeConfig()
+    schema: Literal["ranking", "preference", "sft"] = "ranking"
+    length_filter: Literal["off", "almost", "balance"] = "off"
+    seed: int = 0
+    output: str = ""
+    overwrite: bool = False
+    progress: bool = True
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
+        check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+        if self.label == "sources" and len(self.sources) < 2:
+            raise UserError(f"label is sources, of which there are {len(self.sources)}; give two or more, best first")
+        if self.label == "none" and self.schema != "ranking":
+            raise UserError(f"label is none, so schema {self.schema} cannot be written; set schema ranking or a label")
+        if self.length_filter != "off" and self.schema != "preference":
+            raise UserError(f"length_filter {self.length_filter} leaves out pairs; set schema preference, or off")
+
+
+@dataclass(frozen=True)
+class JudgeRun:
+    """All of `rlhf-jax judge ROWS`: a judge's verdicts on responses that are there, and how far it can be trusted.
+
+    Args:
+        path: ranking or preference rows, labelled or not, as data.path of a stage.
+        fields: a field map, as data.fields of a stage.
+        judge: who compares responses two by two.
+        limit: rows to judge, the first so many; 0 takes all.
+        batch_size: rows between two writes.
+        seed: of the answers.
+        output: a .jsonl file for the rankings. Until it is whole, OUTPUT.part holds what there is; the same command
+            goes on. Empty prints the report alone.
+        overwrite: replace `output`, and forget OUTPUT.part.
+        progress: show a progress bar.
+        mesh: the devices.
+    """
+
+    path: str = ""
+    fields: list[str] = field(default_factory=list)
+    judge: JudgeConfig = JudgeConfig()
+    limit: int = 0
+    batch_size: int = 16
+    seed: int = 0
+    output: str = ""
+    overwrite: bool = False
+    progress: bool = True
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "batch_size", "at least 0": "limit", SEEDS: "seed"})

@@ -1,0 +1,121 @@
+"""Scores of responses outside of PPO: a reward model, Python functions, or both. Floor 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import ModelConfig, RewardSourceConfig
+from rlhf_jax.data.batches import collate_sft, eval_batches
+from rlhf_jax.data.examples import Example
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.schemas import Row, prompt_row, sft_row, transcript
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.hosts import to_host
+from rlhf_jax.reward import score_sequences
+from rlhf_jax.rewards import combine
+from rlhf_jax.sharding import put_batch
+from rlhf_jax.stage import check_length, check_vocabulary, load_model, load_tokenizer
+
+
+def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
+    """{tokens int32[n], loss_mask, cut} of a {prompt, response, finished?} row; an empty response is a stop id.
+
+    Raises:
+        UserError: a missing field or a wrong type.
+    """
+    if isinstance(row.get("response"), str) and not row["response"].strip():
+        row, response = prompt_row(row), [tokenizer.eos_ids[0]] * row.get("finished", True)
+    else:
+        row = sft_row(row)
+        response = tokenizer.encode_response(row["response"], finished=row["finished"])
+    prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
+    response, cut = limits.response(row, len(prompt), response)
+    tokens = np.asarray(prompt + response, np.int32)
+    return {"tokens": tokens, "loss_mask": np.ones(len(tokens), bool), "cut": cut or cut_prompt}
+
+
+class RewardModel:
+    """A trained reward model that scores rows; longer ones than its limits are cut."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, max_prompt_length: int, max_length: int, batch_size: int):
+        """Load it; `batch_size` rows are scored at once."""
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.mesh, self.size = mesh, -(-batch_size // ways) * ways
+        self.limits = Limits(max_prompt_length, max_length, "truncate")
+        self.tokenizer = load_tokenizer(config)
+        with jax.set_mesh(mesh):
+            self.loaded = load_model(config, mesh, jax.random.key(0), head="trained")
+        self.arch = self.loaded.model.arch
+        check_vocabulary(self.arch, self.tokenizer, config.path)
+        self.forward = jax.jit(partial(score_sequences, self.loaded.model))
+
+    def example(self, row: Row) -> Example:
+        """The tokens of a {prompt, response, finished?} row."""
+        return score_example(row, self.tokenizer, self.limits)
+
+    def scores(self, examples: Sequence[Example], length: int) -> list[float]:
+        """The scores of examples, padded to `length` tokens."""
+        check_length(self.arch, length, "length of the longest row (after max_length)")
+        collate = partial(collate_sft, length=length, reduction="token", pad_id=self.tokenizer.pad_id)
+        found: list[float] = []
+        with jax.set_mesh(self.mesh):
+            for batch in eval_batches(examples, batch_size=self.size, collate=collate):
+                arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+                arrays["last"] = (batch["segment_ids"] > 0).sum(axis=1, dtype=np.int32) - 1
+                found += to_host(self.forward(self.loaded.params, **put_batch(self.mesh, arrays))).tolist()
+        return found[: len(examples)]
+
+
+class Scorer:
+    """What `config` (a `reward` group) makes of responses: weight * reward model + sum of weights * functions."""
+
+    def __init__(
+        self,
+        config: RewardSourceConfig,
+        mesh: Mesh,
+        *,
+        max_prompt_length: int,
+        max_length: int,
+        batch_size: int,
+        functions: Sequence[Callable[..., Any]] | None = None,
+    ):
+        """`functions` replace the config's."""
+        self.weight, self.length = config.model_weight, max_length
+        self.functions = combine(config, functions)
+        sizes = {"max_prompt_length": max_prompt_length, "max_length": max_length, "batch_size": batch_size}
+        self.model = RewardModel(ModelConfig(path=config.model), mesh, **sizes) if config.model else None
+
+    def __call__(self, rows: Sequence[Row]) -> np.ndarray:
+        """float32[N] for rows {prompt, response, finished, ...}; other columns that all rows have go to functions.
+
+        Raises:
+            RewardFailure: a function raised or ran out of time.
+        """
+        scores = np.zeros(len(rows), np.float32)
+        if self.model is not None:
+            found = self.model.scores([self.model.example(row) for row in rows], self.length)
+            scores += np.float32(self.weight) * np.asarray(found, np.float32)
+        if self.functions is not None:
+            scores += self.functions(
+                [plain(row["prompt"]) for row in rows], [row["response"] for row in rows], columns(rows)
+            )
+        return scores
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The columns that all rows have, but prompt, response and what is ours."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {
+        name: [row[name] for row in rows] for name in names if name not in ("prompt", "response", "finished", "_where")
+    }
+
+
+def plain(prompt: Any) -> str:
+    """A prompt as text; messages become a transcript."""
+    return prompt if isinstance(prompt, str) else transcript(prompt).strip()
