@@ -25,14 +25,14 @@ from rlhf_jax.tasks import report, stories
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def sampled(model: str, rows: list[dict[str, str]], seeds: list[int]) -> list[list[str]]:
-    """One response per row and seed."""
+def drawn_from(model: str, rows: list[dict[str, str]], seeds: list[int]) -> list[tuple[list[str], list[bool]]]:
+    """Per seed a response to every row, and which of them ended by themselves."""
     settings, mesh = ModelConfig(path=model, eos_ids=[1]), make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         loaded = load_model(settings, mesh, jax.random.key(0))
         sampling = SamplingConfig(max_new_tokens=64)
         generator = Generator(loaded.model, load_tokenizer(settings), sampling, mesh, max_prompt_length=32)
-        return [generator.texts(loaded.params, rows, jax.random.key(seed), batch_size=256)[1] for seed in seeds]
+        return [generator.texts(loaded.params, rows, jax.random.key(seed), batch_size=256)[1:] for seed in seeds]
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     rows = stories.prompts(args.prompts + 256, args.seed)
     train, held_out = rows[:-256], rows[-256:]
     texts = [row["prompt"] for row in train]
-    drawn = sampled(args.model, train, [args.seed + i for i in range(args.samples)])
+    drawn = [texts for texts, _ in drawn_from(args.model, train, [args.seed + i for i in range(args.samples)])]
     pairs = []
     for a, b in zip(drawn[::2], drawn[1::2], strict=True):
         pairs += stories.comparisons_from_samples(texts, a, b, args.seed, 0.1)
@@ -75,7 +75,7 @@ def main() -> None:
     tuned = ppo.run(parse("ppo", stage("ppo", *directory, "--reward.model", str(path / "reward_model" / "model"))))
 
     texts = [row["prompt"] for row in held_out]
-    before, after = (sampled(m, held_out, [99])[0] for m in (args.model, str(path / "ppo" / "model")))
+    before, after = (drawn_from(m, held_out, [99])[0][0] for m in (args.model, str(path / "ppo" / "model")))
     gold = [np.asarray(stories.sentiment(texts, responses)) for responses in (before, after)]
     standard_errors = [scores.std(ddof=1) / len(scores) ** 0.5 for scores in gold]
     table = [
