@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.data.batches import Batch, collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
+from rlhf_jax.hosts import to_host
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.types import Params
@@ -42,7 +43,7 @@ class Likelihood:
         found: list[np.ndarray] = []
         for batch in eval_batches(examples, batch_size=self.size, collate=collate):
             arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-            found += list(jax.device_get(self.forward(params, put_batch(self.mesh, arrays), np.float32(temperature))))
+            found += list(to_host(self.forward(params, put_batch(self.mesh, arrays), np.float32(temperature))))
         return [
             row[: len(example["tokens"]) - 1][np.asarray(example["loss_mask"])[1:]]
             for row, example in zip(found, examples, strict=False)  # the last batch is filled up
