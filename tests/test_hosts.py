@@ -1,0 +1,160 @@
+"""Two processes with four devices each are one program with eight."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from benchmarks import crash
+from rlhf_jax import hosts
+from rlhf_jax.errors import UserError
+
+MESHES = {"sft": {"data": 1, "fsdp": 8}, "reward": {"data": 8}, "ppo": {"data": 2, "fsdp": 2, "tensor": 2}}
+MAIN = "from rlhf_jax import cli, hosts; hosts.HEARTBEAT_SECONDS = 10; cli.main()"
+TIMEOUT = 240
+
+
+def start(home, count, *arguments):
+    """`rlhf-jax ...` on 8 fake devices in `count` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
+    found = []
+    for i in range(count):
+        env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        if count > 1:
+            env |= dict(zip(hosts.GIVEN, (address, str(count), str(i)), strict=True))
+        with open(home / f"log{i}.txt", "w") as log:
+            found.append(subprocess.Popen([sys.executable, "-c", MAIN, *arguments], env=env, stdout=log, stderr=log))
+    return found
+
+
+def codes(processes, home):
+    """Exit codes; the processes' output is what a failing assert shows."""
+    try:
+        found = [process.wait(TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return found, [(home / f"log{i}.txt").read_text() for i in range(len(processes))]
+
+
+def settings(home, stage, steps):
+    config = {**crash.settings(home, stage, steps), "mesh": MESHES[stage]}
+    path = home / f"{stage}_{steps}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return [stage, "--config", str(path)]
+
+
+def run(home, count, stage, steps, name):
+    found, logs = codes(start(home, count, *settings(home, stage, steps), "--run.output_dir", str(home / name)), home)
+    assert found == [0] * count, logs
+    return logs
+
+
+def wait_for(directory, step, processes):
+    deadline = time.monotonic() + TIMEOUT
+    while crash.last_step(directory) < step:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same(a, b):
+    """Metrics within 1e-4 and parameters within 1e-5: sums over processes are added in another order."""
+    for x, y in zip(lines(a), lines(b), strict=True):
+        assert x.keys() == y.keys()
+        names = [name for name in x if not name.startswith("time/")]
+        np.testing.assert_allclose([x[n] for n in names], [y[n] for n in names], rtol=1e-4, atol=1e-5)
+    one, two = (load_file(d / "model" / "model.safetensors") for d in (a, b))
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Data, and the models of one process that reward and ppo start from."""
+    path = tmp_path_factory.mktemp("hosts")
+    crash.prepare(path)
+    run(path, 1, "sft", 6, "sft_alone")
+    run(path, 1, "reward", 6, "reward_alone")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", MESHES)
+def test_two_processes_give_what_one_gives(home, stage):
+    if stage == "ppo":
+        run(home, 1, "ppo", 6, "ppo_alone")
+    logs = run(home, 2, stage, 6, f"{stage}_two")
+    check_same(home / f"{stage}_alone", home / f"{stage}_two")
+    assert "mesh" in logs[0] and "mesh" not in logs[1]  # the second process has nothing to say
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 1), (1, 2)], ids=lambda counts: "{} then {}".format(*counts))
+def test_a_signal_to_one_process_saves_all_and_another_number_of_them_continues(home, counts):
+    name = "sft_{}{}".format(*counts)
+    directory, steps = home / name, 40
+    if not (home / "sft_whole").exists():
+        run(home, 1, "sft", steps, "sft_whole")
+    arguments = [*settings(home, "sft", steps), "--run.output_dir", str(directory)]
+    processes = start(home, counts[0], *arguments)
+    wait_for(directory, 3, processes)
+    processes[-1].send_signal(signal.SIGTERM)
+    found, logs = codes(processes, home)
+    assert found == [0] * counts[0], logs
+    assert 3 <= crash.last_step(directory) < steps, "it ended before the signal came"
+    found, logs = codes(start(home, counts[1], "resume", str(directory)), home)
+    assert found == [0] * counts[1], logs
+    check_same(home / "sft_whole", directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_clear_line(home, killed):
+    name = f"sft_killed{killed}"
+    processes = start(home, 2, *settings(home, "sft", 4000), "--run.output_dir", str(home / name))
+    wait_for(home / name, 3, processes)
+    processes[killed].kill()
+    found, logs = codes(processes, home)
+    assert found[killed] == -signal.SIGKILL and found[1 - killed] in (2, hosts.LOST), logs
+    last = logs[1 - killed].strip().splitlines()[-1]
+    assert last.startswith("rlhf-jax: error: ") and "another one of the run" in last, logs
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (("", "2", ""), "JAX_COORDINATOR_ADDRESS is not set, but JAX_NUM_PROCESSES is"),
+        (("localhost:1234", "2", "2"), "do not name a process"),
+        (("localhost", "2", "0"), "do not name a process"),
+        (("localhost:1234", "two", "0"), "do not name a process"),
+    ],
+)
+def test_variables_that_name_no_process_are_refused(monkeypatch, values, line):
+    for name, value in zip(hosts.GIVEN, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=line):
+        hosts.initialize()
+
+
+def test_one_process_does_not_look_for_others(monkeypatch):
+    for name in hosts.GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("it looked"))
+    assert not hosts.initialize()
