@@ -1,11 +1,11 @@
-"""Reward models from comparisons: pairs, or rankings of K responses in one forward pass. Floor 3."""
+"""Reward models from pairs, from rankings of K responses in one forward pass, or from ratings. Floor 3."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import RewardConfig, RewardRun, bind
-from rlhf_jax.data.batches import Batches, Collate, collate_preference, collate_ranking, eval_batches
+from rlhf_jax.data.answers import rating_examples
+from rlhf_jax.data.batches import Collate, collate_preference, collate_ranking, collate_rated
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
 from rlhf_jax.hosts import to_host
-from rlhf_jax.loop import num_steps, train
+from rlhf_jax.loop import Evaluate
 from rlhf_jax.models import Model
-from rlhf_jax.run import Run, check_output_dir
-from rlhf_jax.sharding import check_rows, make_mesh, put_batch
-from rlhf_jax.stage import (
-    Rows,
-    check_length,
-    check_vocabulary,
-    length_buckets,
-    load_model,
-    load_rows,
-    load_tokenizer,
-    make_examples,
-    save_model,
-)
+from rlhf_jax.sharding import put_batch
+from rlhf_jax.stage import Rows, limits, load_rows, make_examples
+from rlhf_jax.supervised import Stage, run_stage
 from rlhf_jax.types import LossFn, Params
 
 NORMALIZE_PAIRS = 1024
@@ -82,37 +73,47 @@ def ranking_objective(model: Model, loss: Callable[..., Any]) -> LossFn:
     return loss_fn
 
 
-def as_rankings(settings: RewardConfig, rows: Sequence[Any]) -> bool:
-    """Whether a batch holds rankings; auto: if every row is one."""
-    if settings.comparisons == "auto":
-        return all("responses" in row for row in rows)
-    return settings.comparisons == "rankings"
+def rating_objective(model: Model, loss: Callable[..., Any]) -> LossFn:
+    """loss(scores, ratings, weights), each [B], over a batch of `collate_rated`."""
+
+    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        return loss(response_scores(model, params, batch)[:, 0], batch["ratings"], batch["weights"])
+
+    return loss_fn
 
 
-def load_examples(
-    config: RewardRun, tokenizer: Tokenizer, rows: Rows | None, eval_rows: Rows | None
-) -> tuple[list[Any], list[Any]]:
-    """Training and held-out examples, of rankings or of pairs; what was kept, dropped and joined is printed."""
-    train_rows, held_out_rows = load_rows(config.data, rows, eval_rows, config.run.seed)
-    build = partial(
-        ranking_examples if as_rankings(config.reward, train_rows) else preference_examples,
-        tokenizer=tokenizer,
-        max_prompt_length=config.data.max_prompt_length,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-        strict=config.data.strict,
-        aggregate=config.reward.aggregate,
-        prior=config.reward.aggregate_prior,
-    )
-    return make_examples(build, train_rows, held_out_rows)
+class Kind(NamedTuple):
+    """What a row of a batch is, and what follows from it.
+
+    Attributes:
+        build: makes examples.
+        column: what an example of this kind alone has.
+        objective: of a model and the loss.
+        loss: what the config calls it.
+        agreement: what the summary says of scores [N, K] and the batches that they are of.
+    """
+
+    build: Callable[..., Any]
+    column: str
+    objective: Callable[..., LossFn]
+    loss: Callable[[RewardConfig], str]
+    agreement: Callable[[np.ndarray, list[Any]], dict[str, Any]]
 
 
-def make_collate(ranked: bool, examples: Sequence[Any], *, length: int, pad_id: int) -> Collate:
-    """Examples of pairs or rankings to batches; K is the most responses that one of `examples` has."""
-    if not ranked:
-        return partial(collate_preference, length=length, pad_id=pad_id)
-    width = max(len(example["responses"]) for example in examples)
-    return partial(collate_ranking, length=length, width=width, pad_id=pad_id)
+def kind_of_rows(settings: RewardConfig, rows: Sequence[Any]) -> str:
+    """pairs, rankings or ratings; auto: rankings or ratings if every row is one."""
+    if settings.comparisons != "auto":
+        return settings.comparisons
+    kinds = (("rankings", "responses"), ("ratings", "rating"))
+    return next((kind for kind, name in kinds if all(name in row for row in rows)), "pairs")
+
+
+def make_collate(kind: str, examples: Sequence[Any], *, length: int, pad_id: int) -> Collate:
+    """Examples of a kind to batches; K of rankings is the most responses that one of `examples` has."""
+    if kind == "rankings":
+        width = max(len(example["responses"]) for example in examples)
+        return partial(collate_ranking, length=length, width=width, pad_id=pad_id)
+    return partial({"pairs": collate_preference, "ratings": collate_rated}[kind], length=length, pad_id=pad_id)
 
 
 def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Any]) -> np.ndarray:
@@ -138,27 +139,56 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     return {**params, "score": head}
 
 
-def pair_accuracy(scores: np.ndarray, batches: list[Any]) -> tuple[float, int]:
-    """Share of pairs [N, 2] whose higher score is what most raters chose (equal scores count half), and N."""
-    labels = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in batches])
-    agrees = np.sign(scores[:, 0] - scores[:, 1]) * np.where(labels >= 0.5, 1, -1)
-    return float(np.mean((agrees + 1) / 2)), len(labels)
-
-
-def order_accuracy(scores: np.ndarray, batches: list[Any]) -> tuple[float, int]:
-    """(mean over rankings [N, K] of the share of their pairs in the raters' order, equal scores counting half, N)."""
-    ranks = np.concatenate([batch["ranks"][batch["weights"] > 0] for batch in batches])
-    better = (ranks[:, :, None] < ranks[:, None, :]) & ~np.isnan(scores[:, :, None] + scores[:, None, :])
-    agrees = (np.sign(scores[:, :, None] - scores[:, None, :]) + 1) / 2
-    shares = np.where(better, agrees, 0).sum((1, 2)) / better.sum((1, 2))
-    return float(shares.mean()), len(shares)
-
-
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% confidence interval of a share of n independent trials (Wilson 1927)."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def pair_accuracy(scores: np.ndarray, batches: list[Any]) -> dict[str, Any]:
+    """Share of pairs [N, 2] whose higher score is what most raters chose (equal scores count half)."""
+    labels = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in batches])
+    agrees = np.sign(scores[:, 0] - scores[:, 1]) * np.where(labels >= 0.5, 1, -1)
+    return _share((agrees + 1) / 2)
+
+
+def order_accuracy(scores: np.ndarray, batches: list[Any]) -> dict[str, Any]:
+    """Mean over rankings [N, K] of the share of their pairs in the raters' order, equal scores counting half."""
+    ranks = np.concatenate([batch["ranks"][batch["weights"] > 0] for batch in batches])
+    better = (ranks[:, :, None] < ranks[:, None, :]) & ~np.isnan(scores[:, :, None] + scores[:, None, :])
+    agrees = (np.sign(scores[:, :, None] - scores[:, None, :]) + 1) / 2
+    return _share(np.where(better, agrees, 0).sum((1, 2)) / better.sum((1, 2)))
+
+
+def _share(right: np.ndarray) -> dict[str, Any]:
+    """What the summary says of N rows that are right, wrong or in between."""
+    share, n = float(right.mean()), len(right)
+    return {"accuracy": share, "accuracy_interval": wilson_interval(share, n), "n": n}
+
+
+def rating_agreement(scores: np.ndarray, batches: list[Any]) -> dict[str, Any]:
+    """Spearman's correlation of scores [N, 1] and ratings: Pearson's of their ranks, ties at their mean rank."""
+    ratings = np.concatenate([batch["ratings"][batch["weights"] > 0] for batch in batches])
+    ranks = _mean_ranks(scores[:, 0]), _mean_ranks(ratings)
+    defined = min(map(np.ptp, ranks)) > 0
+    return {"spearman": float(np.corrcoef(*ranks)[0, 1]) if defined else None, "n": len(ratings)}
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+KINDS = {
+    "pairs": Kind(preference_examples, "chosen", objective, lambda settings: settings.loss, pair_accuracy),
+    "rankings": Kind(
+        ranking_examples, "ranks", ranking_objective, lambda settings: settings.kwise_loss, order_accuracy
+    ),
+    "ratings": Kind(
+        rating_examples, "rating", rating_objective, lambda settings: settings.rating_loss, rating_agreement
+    ),
+}
 
 
 def run(
@@ -173,40 +203,40 @@ def run(
     `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss. eval/* in the summary are of
     the kept parameters before their head is normalised.
     """
-    if (finished := check_output_dir("reward", config)) is not None:
-        return finished
-    init_key, step_key = jax.random.split(jax.random.key(config.run.seed))
-    mesh = make_mesh(config.mesh)
-    size = config.data.batch_size
-    check_rows(mesh, size // config.reward.accumulate, "data.batch_size / reward.accumulate =")
-    tokenizer = load_tokenizer(config.model)
-    train_set, held_out_set = load_examples(config, tokenizer, rows, eval_rows)
-    ranked = "responses" in train_set[0]
-    collate = make_collate(ranked, train_set + held_out_set, length=config.data.max_length, pad_id=tokenizer.pad_id)
-    batches = Batches(
-        train_set, batch_size=size, seed=config.run.seed, collate=collate, buckets=length_buckets(config.data)
+    settings = config.reward
+
+    def load(tokenizer: Tokenizer) -> tuple[list[Any], list[Any], Collate]:
+        split = load_rows(config.data, rows, eval_rows, config.run.seed)
+        name = kind_of_rows(settings, split[0])
+        build = partial(KINDS[name].build, tokenizer=tokenizer, **limits(config.data))
+        if name != "ratings":
+            build = partial(build, aggregate=settings.aggregate, prior=settings.aggregate_prior)
+        sets = make_examples(build, *split)
+        collate = make_collate(name, [*sets[0], *sets[1]], length=config.data.max_length, pad_id=tokenizer.pad_id)
+        return *sets, collate
+
+    def kind_of(stage: Stage) -> Kind:
+        return next(kind for kind in KINDS.values() if kind.column in stage.train_set[0])
+
+    def objective_of(stage: Stage) -> LossFn:
+        kind = kind_of(stage)
+        return kind.objective(stage.loaded.model, bind(loss or kind.loss(settings), settings))
+
+    def conclude(stage: Stage, params: Params, evaluate: Evaluate) -> tuple[Params, dict[str, Any]]:
+        results, held_out = evaluate(params), stage.in_batches(stage.held_out_set, config.data.eval_batches)
+        agreement = kind_of(stage).agreement(score_all(stage.loaded.model, params, stage.mesh, held_out), held_out)
+        some = stage.in_batches(stage.train_set, -(-NORMALIZE_PAIRS // config.data.batch_size))
+        reference = score_all(stage.loaded.model, params, stage.mesh, some)
+        return normalised(params, reference, settings.normalize), {**agreement, **results}
+
+    return run_stage(
+        "reward",
+        config,
+        settings,
+        load=load,
+        objective=objective_of,
+        head=settings.head_init,
+        shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
+        given=names_given(rows=rows, eval_rows=eval_rows, loss=loss),
+        conclude=conclude,
     )
-    in_order = partial(eval_batches, batch_size=size, collate=collate)
-    held_out = in_order(held_out_set, limit=config.data.eval_batches)
-    with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, init_key, head=config.reward.head_init)
-        model = loaded.model
-        check_vocabulary(model.arch, tokenizer, config.model.path or "model.arch")
-        check_length(model.arch, config.data.max_length, "data.max_length")
-        named = config.reward.kwise_loss if ranked else config.reward.loss
-        shown = ("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s")
-        loss_fn = (ranking_objective if ranked else objective)(model, bind(loss or named, config.reward))
-        given = names_given(rows=rows, eval_rows=eval_rows, loss=loss)
-        with Run("reward", config, total=num_steps(config.reward, batches), shown=shown, given=given) as out:
-            params, evaluate = train(
-                out, config, config.reward, loaded, loss_fn, batches, held_out, mesh=mesh, key=step_key
-            )
-            results = evaluate(params)
-            accuracy, n = (order_accuracy if ranked else pair_accuracy)(
-                score_all(model, params, mesh, held_out), held_out
-            )
-            reference = score_all(model, params, mesh, in_order(train_set, limit=-(-NORMALIZE_PAIRS // size)))
-            params = normalised(params, reference, config.reward.normalize)
-            save_model(out.dir / "model", loaded, params, tokenizer)
-            interval = wilson_interval(accuracy, n)
-            return out.finish({"accuracy": accuracy, "accuracy_interval": interval, "n": n, **results})

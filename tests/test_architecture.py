@@ -22,9 +22,9 @@ FLOORS = {
     ),
     **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal"], 1),
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
-    **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online"], 2),
+    **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online", "supervised", "responses"], 2),
     **dict.fromkeys(["judge", "likelihood", "asking"], 2),
-    **dict.fromkeys(["sft", "reward", "ppo"], 3),
+    **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
     **dict.fromkeys(["scoring", "collecting", "summaries"], 4),
 }
@@ -32,7 +32,7 @@ FLOORS = {
 
 SAME_FLOOR = {
     "config": {"errors"},
-    "losses": {"types"},
+    "losses": {"errors", "types"},
     "hosts": {"errors"},
     "sharding": {"config", "errors"},
     "step": {"state"},
@@ -44,6 +44,10 @@ SAME_FLOOR = {
     "collecting": {"inference", "scoring", "summaries"},
     "loop": {"run", "stage"},
     "online": {"generate", "rewards", "run", "stage"},
+    "supervised": {"loop", "run", "stage"},
+    "responses": {"supervised"},
+    "kto": {"dpo"},
+    "rrhf": {"dpo"},
     "ppo": {"sft"},
     "datasets": {"inference"},
     "__main__": {"cli"},

@@ -277,7 +277,7 @@ def test_rankings_and_their_pairs_have_equal_loss_and_gradient(tokenizer):
         ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
     ]:
         examples, _ = build(rows, tokenizer, **LIMITS)
-        collate = reward.make_collate(name == "rankings", examples, length=8, pad_id=0)
+        collate = reward.make_collate(name, examples, length=8, pad_id=0)
         batch = collate(examples)
         loss_fn = objective(model, partial(loss, center_coef=0.01))
         (value, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, None)
@@ -289,17 +289,19 @@ def test_rankings_and_their_pairs_have_equal_loss_and_gradient(tokenizer):
 
 def test_rankings_are_chosen_when_all_rows_are():
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    assert reward.as_rankings(RewardConfig(), ROWS)
-    assert not reward.as_rankings(RewardConfig(), [*ROWS, pair])
-    assert not reward.as_rankings(RewardConfig(comparisons="pairs"), ROWS)
-    assert reward.as_rankings(RewardConfig(comparisons="rankings"), [pair])
+    assert reward.kind_of_rows(RewardConfig(), ROWS) == "rankings"
+    assert reward.kind_of_rows(RewardConfig(), [*ROWS, pair]) == "pairs"
+    assert reward.kind_of_rows(RewardConfig(comparisons="pairs"), ROWS) == "pairs"
+    assert reward.kind_of_rows(RewardConfig(comparisons="rankings"), [pair]) == "rankings"
+    assert reward.kind_of_rows(RewardConfig(), [{"prompt": "a", "response": "b", "rating": 3}]) == "ratings"
 
 
 def test_order_accuracy_is_a_mean_over_prompts(tokenizer):
     examples, _ = ranking_examples(sources.rows_from(ROWS), tokenizer, **LIMITS)
     batches = eval_batches(examples, batch_size=3, collate=partial(collate_ranking, length=5, width=4))
     scores = np.array([[3, 2, 1, 0], [0, 1, 0, NAN], [5, 5, 5, 5], [0, 1, NAN, NAN]], float)
-    assert reward.order_accuracy(scores, batches) == (pytest.approx((1 + 1 + 0.5 + 0) / 4), 4)
+    found = reward.order_accuracy(scores, batches)
+    assert (found["accuracy"], found["n"]) == (pytest.approx((1 + 1 + 0.5 + 0) / 4), 4)
 
 
 def test_preferences_are_rankings_of_two(tokenizer):
@@ -310,7 +312,8 @@ def test_preferences_are_rankings_of_two(tokenizer):
     assert [example["ranks"].tolist() for example in examples] == [[0, 1], [1, 0]]
     assert report.dropped == {"with all responses tied": 1}
     pairs, _ = preference_examples(rows, tokenizer, **LIMITS)
-    assert [pair["label"] for pair in pairs] == pytest.approx([1, 1 / 3, 0.5])
+    assert [pair["label"] for pair in pairs] == pytest.approx([1, 2 / 3, 0.5])
+    assert [tokenizer.decode(pair["chosen"][1:2]) for pair in pairs] == ["b", "c", "b"]  # the preferred one first
     batch = collate_preference(pairs, length=4)
     assert batch["weights"].tolist() == pytest.approx([1 / 3] * 3)
 

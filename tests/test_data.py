@@ -375,8 +375,11 @@ def test_preferences_count_drops_and_stop_at_wrong_rows(tokenizer):
     )
     make = partial(preference_examples, tokenizer=tokenizer, max_prompt_length=2, max_length=4, too_long="truncate")
     [example], report = make(rows)
-    assert example["chosen"].tolist() == tokenizer.encode_prompt("a") + tokenizer.encode_response("b")
-    assert (example["label"], example["margin"], example["prompt_key"]) == (pytest.approx(1 / 3), 0.5, "a")
+    assert example["chosen"].tolist() == tokenizer.encode_prompt("a") + tokenizer.encode_response(
+        "c"
+    )  # most prefer it
+    assert (example["label"], example["margin"], example["prompt_key"]) == (pytest.approx(2 / 3), 0.5, "a")
+    assert example["prompt_length"] == 1
     assert report.dropped == {
         "with a null response": 1,
         "with an empty turn": 1,
@@ -489,7 +492,7 @@ def test_masks_are_never_inferred_from_ids():
     assert sft["segment_ids"].tolist() == [[1, 1, 1, 0, 0]]
     assert sft["positions"].tolist() == [[0, 1, 2, 0, 0]]
     assert (sft["weights"] > 0).tolist() == [[False, True, True, False, False]]
-    pair = {"chosen": tokens, "rejected": tokens[:2], "label": 1.0, "margin": 0.0, "weight": 1.0}
+    pair = {"chosen": tokens, "rejected": tokens[:2], "label": 1.0, "margin": 0.0, "prompt_length": 1}
     preference = collate_preference([pair], length=4)
     assert preference["segment_ids"].tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0]]]
     assert preference["last"].tolist() == [[2, 1]]
@@ -498,12 +501,14 @@ def test_masks_are_never_inferred_from_ids():
 
 
 def test_padding_takes_the_pad_id():
-    pair = {"chosen": np.array([1, 2]), "rejected": np.array([3]), "label": 0.5, "margin": 2.0, "weight": 1.0}
+    pair = {"chosen": np.array([1, 2]), "rejected": np.array([3, 4, 5])[:1], "label": 0.5, "margin": 2.0}
+    pair |= {"prompt_length": 1}
     batch = collate_preference([pair, pair], length=3, pad_id=9)
     assert batch["tokens"][0].tolist() == [[1, 2, 9], [3, 9, 9]]
     assert {name: array.shape for name, array in batch.items()} == {
         "tokens": (2, 2, 3), "segment_ids": (2, 2, 3), "positions": (2, 2, 3), "last": (2, 2),
         "weights": (2,), "labels": (2,), "margins": (2,),
+        "prompt_lengths": (2,), "lengths": (2, 2), "token_weights": (2, 2),
     }  # fmt: skip
     assert batch["weights"].sum() == 1
     assert (batch["labels"][0], batch["margins"][0]) == (0.5, 2.0)
@@ -591,7 +596,8 @@ def test_buckets_pad_less_and_lose_no_row():
         assert padded < 0.75 * sum(plain[epoch * 25 + i]["tokens"].size for i in range(25))
     assert len(set(orders)) == 3
     assert buckets.where(30) == [f"row {i}" for i in buckets[30]["tokens"][:, 0]]
-    pairs = [{"chosen": np.ones(3, np.int32), "rejected": np.ones(9, np.int32), "label": 1, "margin": 0, "weight": 1}]
+    pairs = [{"chosen": np.ones(3, np.int32), "rejected": np.ones(9, np.int32), "label": 1, "margin": 0}]
+    pairs[0]["prompt_length"] = 1
     batch = Batches(pairs, batch_size=1, seed=0, collate=partial(collate_preference, length=64), buckets=[4, 16, 64])[
         0
     ]

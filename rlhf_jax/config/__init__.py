@@ -19,6 +19,7 @@ from rlhf_jax.config.parts import (
     RunConfig,
     SamplingConfig,
 )
+from rlhf_jax.config.preference import DPOConfig, DPORun, KTOConfig, KTORun, RRHFConfig, RRHFRun
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
 from rlhf_jax.config.stages import (
     PPO_OPTIM,
@@ -44,6 +45,8 @@ __all__ = [
     "CheckpointConfig",
     "CollectRun",
     "ConvertRun",
+    "DPOConfig",
+    "DPORun",
     "DataAggregateRun",
     "DataConfig",
     "DataInspectRun",
@@ -52,6 +55,8 @@ __all__ = [
     "InspectRun",
     "JudgeConfig",
     "JudgeRun",
+    "KTOConfig",
+    "KTORun",
     "LabelRun",
     "MeshConfig",
     "ModelConfig",
@@ -62,6 +67,8 @@ __all__ = [
     "PlanRun",
     "PretrainRun",
     "QuickstartConfig",
+    "RRHFConfig",
+    "RRHFRun",
     "RewardConfig",
     "RewardRun",
     "RewardSourceConfig",

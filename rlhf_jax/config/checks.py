@@ -17,6 +17,7 @@ HOLDS: dict[str, Callable[[Any], bool]] = {
     "between 0 and 1": lambda x: 0 <= x <= 1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "at least 0 and below 1/2": lambda x: 0 <= x < 0.5,
     "above 0 and below 1": lambda x: 0 < x < 1,
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "0 or above 1": lambda x: x == 0 or x > 1,

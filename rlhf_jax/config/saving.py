@@ -58,6 +58,8 @@ MAY_CHANGE = (
     "model.remat", "model.logprob_chunk", "sampling.microbatch",
     "sft.steps", "sft.epochs", "sft.accumulate", "sft.num_samples",
     "reward.steps", "reward.epochs", "reward.accumulate", "reward.timeout", "reward.retries", "reward.on_failure",
+    "dpo.steps", "dpo.epochs", "dpo.accumulate", "kto.steps", "kto.epochs", "rrhf.steps", "rrhf.epochs",
+    "rrhf.accumulate",
     "ppo.iterations", "ppo.score_microbatch", "ppo.accumulate", "ppo.kl_target", "ppo.kl_horizon",
     "ppo.num_samples", "ppo.sample_every", "ppo.save_value_model",
     "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.end_fraction",

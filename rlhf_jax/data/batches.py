@@ -114,10 +114,13 @@ class Batches:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """16 hexadecimal digits that change with the examples and their order, but not with where they come from."""
+    """16 hexadecimal digits that change with the examples and their order, but not with where they come from.
+
+    Nor with `ref_logprobs`, which a model makes of them, maybe to another last bit on other devices.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
-        for name in sorted(set(example) - {"where"}):
+        for name in sorted(set(example) - {"where", "ref_logprobs"}):
             arrays = example[name] if name == "responses" else [example[name]]
             for value in arrays:
                 if isinstance(value, np.ndarray):
@@ -137,8 +140,8 @@ def eval_batches(
 ) -> list[Batch]:
     """All examples in order, as batches of one shape; `limit` caps their number, 0 takes all.
 
-    The last one is filled with copies of the last example. Their weights are zero, and "weights" sum to one over all
-    the batches together, so that metrics add up. Batches without weights get "valid" bool[B] instead.
+    The last one is filled with copies of the last example whose "weight" is zero. The weights sum to one over all the
+    batches together, so that metrics add up. Batches without weights get "valid" bool[B] instead.
 
     Raises:
         UserError: no examples.
@@ -148,15 +151,11 @@ def eval_batches(
     count = -(-len(examples) // batch_size)
     count = min(count, limit) if limit else count
     used = list(examples[: count * batch_size])
-    valid = np.arange(count * batch_size) < len(used)
+    fillers = [{**used[-1], "weight": 0.0}] * (count * batch_size - len(used))
     # Collating everything at once weighs the rows against each other as one big batch would.
-    batch = collate(used + [used[-1]] * (count * batch_size - len(used)))
-    if "weights" in batch:
-        weights = batch["weights"].astype(np.float64)
-        weights[~valid] = 0
-        batch["weights"] = (weights / (weights.sum() or 1)).astype(np.float32)
-    else:
-        batch["valid"] = valid
+    batch = collate(used + fillers)
+    if "weights" not in batch:
+        batch["valid"] = np.arange(count * batch_size) < len(used)
     return [_rows(batch, slice(start, start + batch_size)) for start in range(0, count * batch_size, batch_size)]
 
 
@@ -175,6 +174,7 @@ def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad
         if name in examples[0]:
             batch[name] = _right_pad([example[name] for example in examples], length, 0, np.int32)
     is_target = _right_pad([example["loss_mask"] for example in examples], length, False, bool)
+    is_target &= _weights(examples)[:, None] > 0
     if reduction == "token":
         weights = is_target / max(is_target.sum(), 1)
     elif reduction == "sequence":
@@ -188,31 +188,48 @@ def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad
 
 
 def collate_preference(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
-    """tokens, segment_ids, positions i32[B, 2, S]; last i32[B, 2]; weights, labels, margins f32[B].
+    """What `_responses` gives of (chosen, rejected), K = 2; labels, margins f32[B].
 
-    The axis of two is (chosen, rejected); `last` indexes the last real token of each sequence; weights, in the ratio
-    of the examples', sum to one.
+    Weights are in the ratio of the examples'; the chosen responses are what to imitate.
 
     Raises:
         UserError: an example longer than `length`.
     """
-    sequences = [example[name] for example in examples for name in ("chosen", "rejected")]
-    flat = _padded(sequences, length, pad_id)
-    batch = {name: array.reshape(len(examples), 2, length) for name, array in flat.items()}
-    weights = np.array([example["weight"] for example in examples])
+    pairs = [[example["chosen"], example["rejected"]] for example in examples]
     return {
-        **batch,
-        "last": np.array([len(tokens) - 1 for tokens in sequences], np.int32).reshape(-1, 2),
-        "weights": (weights / weights.sum()).astype(np.float32),
-        "labels": np.array([example["label"] for example in examples], np.float32),
-        "margins": np.array([example["margin"] for example in examples], np.float32),
+        **_responses(examples, pairs, np.array([[True, False]] * len(pairs)), length, pad_id),
+        **_columns(examples, "label", "margin"),
     }
 
 
-def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad_id: int = 0) -> Batch:
-    """tokens, segment_ids, positions i32[B, K, S]; last i32[B, K]; ranks f32[B, K], mask bool[B, K]; weights f32[B].
+def collate_unpaired(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
+    """What `_responses` gives of (the response, one to another prompt), K = 2; labels f32[B].
 
-    K = `width`; the mask says which of a row's K places hold a response. Weights are 1 / B.
+    The responses with label 1 are what to imitate.
+
+    Raises:
+        UserError: an example longer than `length`.
+    """
+    both = [[example["response"], example["other"]] for example in examples]
+    imitated = np.array([[example["label"] == 1, False] for example in examples])
+    return {**_responses(examples, both, imitated, length, pad_id), **_columns(examples, "label")}
+
+
+def collate_rated(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
+    """What `_responses` gives of one response, K = 1; ratings f32[B].
+
+    Raises:
+        UserError: an example longer than `length`.
+    """
+    single = [[example["response"]] for example in examples]
+    none = np.zeros((len(single), 1), bool)
+    return {**_responses(examples, single, none, length, pad_id), **_columns(examples, "rating")}
+
+
+def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad_id: int = 0) -> Batch:
+    """What `_responses` gives, K = `width`; ranks f32[B, K], mask bool[B, K].
+
+    The mask says which of a row's K places hold a response; the first of the best is what to imitate.
 
     Raises:
         UserError: an example longer than `length`, or of more than `width` responses.
@@ -221,17 +238,11 @@ def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad
     if most > width:
         raise UserError(f"a ranking of {most} responses does not fit into {width}; shorten it")
     empty = [np.zeros(0, np.int32)]
-    sequences = [ids for e in examples for ids in e["responses"] + empty * (width - len(e["responses"]))]
-    flat = _padded(sequences, length, pad_id)
-    batch = {name: array.reshape(len(examples), width, length) for name, array in flat.items()}
-    sizes = np.array([len(ids) for ids in sequences], np.int32).reshape(-1, width)
-    return {
-        **batch,
-        "last": np.maximum(sizes - 1, 0),
-        "mask": sizes > 0,
-        "ranks": _right_pad([example["ranks"] for example in examples], width, 0, np.float32),
-        "weights": np.full(len(examples), 1 / len(examples), np.float32),
-    }
+    responses = [example["responses"] + empty * (width - len(example["responses"])) for example in examples]
+    best = np.array([int(np.argmin(example["ranks"])) for example in examples])
+    batch = _responses(examples, responses, np.arange(width) == best[:, None], length, pad_id)
+    ranks = _right_pad([example["ranks"] for example in examples], width, 0, np.float32)
+    return {**batch, "ranks": ranks, "mask": batch["lengths"] > 0}
 
 
 def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_id: int = 0) -> Batch:
@@ -276,12 +287,55 @@ def repeat_rows(batch: Batch, times: int) -> Batch:
 
 def _bucket(example: Example, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds the longest sequence of an example."""
-    sequences = [example[name] for name in ("tokens", "chosen", "rejected") if name in example]
+    sequences = [example[name] for name in ("tokens", "chosen", "rejected", "response", "other") if name in example]
     longest = max(len(ids) for ids in [*sequences, *example.get("responses", [])])
     found = next((bucket for bucket in buckets if bucket >= longest), None)
     if found is None:
         raise UserError(f"an example of {longest} tokens fits no bucket of {list(buckets)}; raise the last one")
     return found
+
+
+def _responses(
+    examples: Sequence[Example], responses: list[list[np.ndarray]], imitated: np.ndarray, length: int, pad_id: int
+) -> Batch:
+    """K responses to each of B prompts, every array prompt and response; an empty one is no response.
+
+    tokens, segment_ids, positions i32[B, K, S]; last i32[B, K], the index of the last real token; prompt_lengths
+    i32[B]; lengths f32[B, K], tokens of the responses alone; weights f32[B], which sum to one; token_weights
+    f32[B, K], the weight of one token in the mean over all tokens of the responses that are `imitated` bool[B, K].
+    And ref_logprobs f32[B, K], if the examples have them.
+    """
+    sequences = [ids for row in responses for ids in row]
+    batch = {
+        name: array.reshape(len(responses), -1, length) for name, array in _padded(sequences, length, pad_id).items()
+    }
+    sizes = np.array([len(ids) for ids in sequences], np.int32).reshape(len(responses), -1)
+    prompts = np.array([example["prompt_length"] for example in examples], np.int32)
+    lengths = np.maximum(sizes - prompts[:, None], 0)
+    weights = _weights(examples)
+    token_weights = weights[:, None] * imitated
+    if "ref_logprobs" in examples[0]:
+        batch["ref_logprobs"] = _right_pad(
+            [example["ref_logprobs"] for example in examples], sizes.shape[1], 0, np.float32
+        )
+    return {
+        **batch,
+        "last": np.maximum(sizes - 1, 0),
+        "prompt_lengths": prompts,
+        "lengths": lengths.astype(np.float32),
+        "weights": (weights / weights.sum()).astype(np.float32),
+        "token_weights": (token_weights / max((token_weights * lengths).sum(), 1e-9)).astype(np.float32),
+    }
+
+
+def _columns(examples: Sequence[Example], *names: str) -> Batch:
+    """Numbers of the examples as f32[B], each named in the plural."""
+    return {f"{name}s": np.array([example[name] for example in examples], np.float32) for name in names}
+
+
+def _weights(examples: Sequence[Example]) -> np.ndarray:
+    """How much each row counts, 1 if it does not say."""
+    return np.array([example.get("weight", 1.0) for example in examples])
 
 
 def _padded(sequences: Sequence[np.ndarray], length: int, pad_id: int) -> Batch:

@@ -26,9 +26,10 @@ def preference_examples(
     aggregate: str = "votes",
     prior: float = 0.5,
 ) -> tuple[list[Example], Report]:
-    """[{chosen int32[n], rejected int32[m], label, margin, weight, prompt_key}], prompt and response in one array.
+    """[{chosen int32[n], rejected int32[m], prompt_length, label, margin, weight, prompt_key}].
 
-    `label` is the share of raters that prefer `chosen`, or what aggregation (`ballots.gather`) makes of them;
+    `chosen` and `rejected` are prompt and response in one array. `label` is the share of raters that prefer `chosen`,
+    or what aggregation (`ballots.gather`) makes of them; where it is below 1/2 the two change places.
     `prompt_key` is equal for rows of one prompt. A ranking gives all pairs that are not tied, best first, whose
     weights sum to one, so that a prompt weighs the same however many responses it has.
 
@@ -44,7 +45,12 @@ def preference_examples(
         row = preference_row(row)
         example = {"label": row["label"], "margin": row["margin"], "weight": 1.0, "prompt_key": prompt_key(row)}
         both = [row["chosen"], row["rejected"]]
-        (example["chosen"], example["rejected"]), cut = _tokens(row, both, row["finished"], tokenizer, limits)
+        (example["chosen"], example["rejected"]), length, cut = response_tokens(
+            row, both, row["finished"], tokenizer, limits
+        )
+        example["prompt_length"] = length
+        if row["label"] < 0.5:
+            example |= {"chosen": example["rejected"], "rejected": example["chosen"], "label": 1 - row["label"]}
         if np.array_equal(example["chosen"], example["rejected"]):  # cutting can take the difference away
             raise DroppedRow(f"{row['_where']}: chosen and rejected are the same", "with chosen equal to rejected")
         return [example], cut
@@ -64,11 +70,11 @@ def ranking_examples(
     aggregate: str = "votes",
     prior: float = 0.5,
 ) -> tuple[list[Example], Report]:
-    """[{responses: K times int32[n], ranks float32[K], labels float32[K, K], prompt_key}] of rankings or preferences.
+    """[{responses: K times int32[n], prompt_length, ranks float32[K], labels float32[K, K], prompt_key}].
 
-    Each array is prompt and response. ranks are the consensus of the raters, lower is better; labels[i, j] is the
-    share that prefers i to j, or what aggregation makes of it, NaN where nothing is known. Equal token sequences are
-    one response.
+    Of rankings or preferences; each array is prompt and response. ranks are the consensus of the raters, lower is
+    better; labels[i, j] is the share that prefers i to j, or what aggregation makes of it, NaN where nothing is known.
+    Equal token sequences are one response.
 
     Raises:
         UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
@@ -92,7 +98,7 @@ def _ranking(ranking: Ranking, tokenizer: Tokenizer, limits: Limits) -> tuple[Ex
             f"{ranking.where}: fewer than two responses are ranked", "with fewer than two ranked responses"
         )
     responses = [ranking.responses[i] for i in ranked]
-    tokens, cut = _tokens(row, responses, [ranking.finished[i] for i in ranked], tokenizer, limits)
+    tokens, length, cut = response_tokens(row, responses, [ranking.finished[i] for i in ranked], tokenizer, limits)
     first: dict[bytes, int] = {}
     same = np.array([first.setdefault(ids.tobytes(), i) for i, ids in enumerate(tokens)])
     kept = np.unique(same)
@@ -104,7 +110,7 @@ def _ranking(ranking: Ranking, tokenizer: Tokenizer, limits: Limits) -> tuple[Ex
     labels = np.divide(total, known, out=np.full(known.shape, np.nan), where=known > 0)
     if len(set(ranks.tolist())) < 2:
         raise DroppedRow(f"{ranking.where}: no response is better than another", "with all responses tied")
-    example = {"responses": [tokens[i] for i in kept], "prompt_key": prompt_key(row)}
+    example = {"responses": [tokens[i] for i in kept], "prompt_length": length, "prompt_key": prompt_key(row)}
     return {**example, "ranks": ranks.astype(np.float32), "labels": labels.astype(np.float32)}, cut
 
 
@@ -116,6 +122,7 @@ def _pairs(example: Example) -> list[Example]:
         {
             "chosen": example["responses"][i],
             "rejected": example["responses"][j],
+            "prompt_length": example["prompt_length"],
             "label": 1.0 if np.isnan(labels[i, j]) else float(labels[i, j]),
             "margin": 0.0,
             "weight": 1 / len(pairs),
@@ -125,10 +132,10 @@ def _pairs(example: Example) -> list[Example]:
     ]
 
 
-def _tokens(
+def response_tokens(
     row: Row, responses: list[Any], finished: list[bool], tokenizer: Tokenizer, limits: Limits
-) -> tuple[list[np.ndarray], bool]:
-    """Prompt and response of each response, within the limits, and whether something was cut."""
+) -> tuple[list[np.ndarray], int, bool]:
+    """(prompt and response of each response, within the limits; length of the prompt; whether something was cut)."""
     prompt, cut = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
     found = []
     for response, done in zip(responses, finished, strict=True):
@@ -136,4 +143,4 @@ def _tokens(
         ids, cut_response = limits.response(row, len(prompt), ids)
         found.append(np.asarray(prompt + ids, np.int32))
         cut |= cut_response
-    return found, cut
+    return found, len(prompt), cut

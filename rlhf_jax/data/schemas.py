@@ -27,6 +27,7 @@ LAYOUTS = (
     ("preference with its prompt in both", {"chosen", "rejected"}),
     ("stepwise supervision", {"completions", "labels"}),
     ("unpaired preference", {"prompt", "completion", "label"}),
+    ("rating", {"prompt", "rating"}),
     ("messages", {"messages"}),
     ("prompt-completion", {"prompt", "completion"}),
     ("prompt-completion", {"prompt", "response"}),

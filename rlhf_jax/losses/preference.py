@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Bool, Float
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.losses.policy import next_token_loss
 from rlhf_jax.losses.reward import ordered_pairs
 from rlhf_jax.types import Metrics
@@ -101,8 +102,13 @@ def exo_loss(
 ) -> Loss:
     """KL((sigmoid(d), sigmoid(-d)) || (1 - e, e)), the reverse of DPO's. Ji et al. 2024 (arXiv 2402.00856), eq. 16.
 
-    e is label_smoothing, above 0.
+    e is label_smoothing.
+
+    Raises:
+        UserError: e is 0, at which the KL is infinite.
     """
+    if label_smoothing <= 0:
+        raise UserError(f"exo_loss needs dpo.label_smoothing above 0, not {label_smoothing}; the paper takes 0.001")
     rewards = beta * (logprobs - ref_logprobs)
 
     def each(won: Array, lost: Array) -> Array:

@@ -1,0 +1,92 @@
+"""Rows of one response each to token examples: labelled good or bad (KTO), or rated."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf_jax.data.comparisons import response_tokens
+from rlhf_jax.data.examples import Example, Report, collect, prompt_key
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.schemas import DroppedRow, Row, bad_row, flag_of, is_number, preference_row, require, sft_row
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+
+
+def unpaired_examples(
+    rows: list[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    max_length: int,
+    too_long: str,
+    strict: bool = False,
+) -> tuple[list[Example], Report]:
+    """[{response int32[n], other int32[m], prompt_length, label 0 or 1, prompt_key}], each array with its prompt.
+
+    Of rows {prompt, response, label}, and of preferences, whose two responses then count one by one. `other` is the
+    same prompt with the response of the next example that has another prompt, its end cut to `max_length`: what KTO
+    measures the KL by.
+
+    Raises:
+        UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, no row left, or one
+            prompt only.
+    """
+    limits = Limits(max_prompt_length, max_length, too_long)
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        if "chosen" in row:
+            pair = preference_row(row)
+            if pair["label"] == 0.5:
+                raise DroppedRow(f"{pair['_where']}: the raters are divided", "on which the raters are divided")
+            responses, finished = [pair["chosen"], pair["rejected"]], pair["finished"]
+            labels = [float(pair["label"] > 0.5), float(pair["label"] < 0.5)]
+        else:
+            require(row, ("label",), "an unpaired preference is {prompt, response, label}")
+            pair = sft_row({**row, "label": True})
+            responses, finished, labels = [pair["response"]], [pair["finished"]], [float(flag_of(row, "label"))]
+        tokens, length, cut = response_tokens(pair, responses, finished, tokenizer, limits)
+        shared = {"prompt_length": length, "prompt_key": prompt_key(pair)}
+        return [{"response": t, "label": label, **shared} for t, label in zip(tokens, labels, strict=True)], cut
+
+    examples, report = collect(rows, build, strict=strict)
+    if len({example["prompt_key"] for example in examples}) < 2:
+        raise UserError("all rows have one prompt, but KTO needs responses to other prompts; give rows of two or more")
+    return [{**example, "other": _other(examples, i, max_length)} for i, example in enumerate(examples)], report
+
+
+def _other(examples: list[Example], i: int, max_length: int) -> np.ndarray:
+    """The prompt of example i with the response of the next one, round the end, of another prompt."""
+    mine = examples[i]
+    following = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
+    other = next(example for example in following if example["prompt_key"] != mine["prompt_key"])
+    parts = [mine["response"][: mine["prompt_length"]], other["response"][other["prompt_length"] :]]
+    return np.concatenate(parts)[:max_length]
+
+
+def rating_examples(
+    rows: list[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    max_length: int,
+    too_long: str,
+    strict: bool = False,
+) -> tuple[list[Example], Report]:
+    """[{response int32[n], prompt_length, rating, prompt_key}] of rows {prompt, response, rating}.
+
+    Raises:
+        UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
+    """
+    limits = Limits(max_prompt_length, max_length, too_long)
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        require(row, ("rating",), "a rating row is {prompt, response, rating}")
+        if not is_number(row["rating"]):
+            raise bad_row(row, f'"rating" is {row["rating"]!r}; give a finite number')
+        answer = sft_row(row)
+        responses, finished = [answer["response"]], [answer["finished"]]
+        [tokens], length, cut = response_tokens(answer, responses, finished, tokenizer, limits)
+        shared = {"prompt_length": length, "prompt_key": prompt_key(answer)}
+        return [{"response": tokens, "rating": float(row["rating"]), **shared}], cut
+
+    return collect(rows, build, strict=strict)

@@ -1,0 +1,114 @@
+"""A stage that trains one model on rows that stay as they are, from its config to its summary. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.data.batches import Batch, Batches, Collate, eval_batches
+from rlhf_jax.data.examples import Example
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.loop import Evaluate, num_steps, train
+from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.sharding import check_rows, make_mesh
+from rlhf_jax.stage import (
+    Loaded,
+    check_length,
+    check_vocabulary,
+    length_buckets,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
+from rlhf_jax.types import LossFn, Params
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is there before the first step.
+
+    Attributes:
+        config: all of the command.
+        mesh: the devices.
+        tokenizer: the model's.
+        loaded: the model; training donates its parameters.
+        train_set, held_out_set: token examples.
+        collate: makes batches of them.
+        key: for what is random beside training.
+    """
+
+    config: Any
+    mesh: Mesh
+    tokenizer: Tokenizer
+    loaded: Loaded
+    train_set: list[Example]
+    held_out_set: list[Example]
+    collate: Collate
+    key: jax.Array
+
+    def in_batches(self, examples: list[Example], limit: int = 0) -> list[Batch]:
+        """Examples in order, in batches of the training's size; `limit` caps their number, 0 takes all."""
+        size = self.config.data.batch_size
+        return eval_batches(examples, batch_size=size, collate=self.collate, limit=limit)
+
+
+def run_stage(
+    name: str,
+    config: Any,
+    settings: Any,
+    *,
+    load: Callable[[Tokenizer], tuple[list[Example], list[Example], Collate]],
+    objective: Callable[[Stage], LossFn],
+    shown: Sequence[str],
+    given: tuple[str, ...],
+    group: str = "",
+    head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
+    prepare: Callable[[Stage], None] | None = None,
+    watch: Callable[[Stage], Callable[[Run, int, Params], None]] | None = None,
+    conclude: Callable[[Stage, Params, Evaluate], tuple[Params, dict[str, Any]]] | None = None,
+) -> Any:
+    """Train as configured and write the run directory; returns its summary.
+
+    Args:
+        name: of the command.
+        config: all of it.
+        settings: the part of `config` that holds steps, epochs and accumulate; `group` is its name, if not `name`.
+        load: training and held-out examples, and what makes batches of them.
+        objective: what to minimise.
+        shown: metrics of the progress bar.
+        given: names of the arguments that replaced parts of the config.
+        head: as for `stage.load_model`.
+        prepare: adds to the examples what the untrained model makes of them.
+        watch: makes what follows every evaluation, (out, step, params) -> None.
+        conclude: (the parameters to save, the summary) of the kept ones; without it these and their evaluation.
+    """
+    if (finished := check_output_dir(name, config)) is not None:
+        return finished
+    init_key, step_key, extra_key = jax.random.split(jax.random.key(config.run.seed), 3)
+    mesh, data = make_mesh(config.mesh), config.data
+    check_rows(mesh, data.batch_size // settings.accumulate, f"data.batch_size / {group or name}.accumulate =")
+    tokenizer = load_tokenizer(config.model)
+    train_set, held_out_set, collate = load(tokenizer)
+    batches = Batches(
+        train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
+    )
+    with jax.set_mesh(mesh):
+        loaded = load_model(config.model, mesh, init_key, head=head)
+        check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
+        check_length(loaded.model.arch, data.max_length, "data.max_length")
+        stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, extra_key)
+        if prepare is not None:
+            prepare(stage)
+        held_out = stage.in_batches(held_out_set, data.eval_batches)
+        loss_fn, on_eval = objective(stage), watch(stage) if watch else None
+        with Run(name, config, total=num_steps(settings, batches), shown=tuple(shown), given=given) as out:
+            params, evaluate = train(
+                out, config, settings, loaded, loss_fn, batches, held_out, mesh=mesh, key=step_key, on_eval=on_eval
+            )
+            params, results = conclude(stage, params, evaluate) if conclude else (params, evaluate(params))
+            save_model(out.dir / "model", loaded, params, tokenizer)
+            return out.finish(results)
