@@ -176,16 +176,15 @@ def measure(task: str, size: str, repeats: int, dtype: str) -> dict[str, Any]:
     import jax
 
     import rlhf_jax
-    from rlhf_jax.config import ArchConfig, MeshConfig
+    from rlhf_jax.config import ArchConfig, MeshConfig, ModelConfig
     from rlhf_jax.models import Model
-    from rlhf_jax.models.model import platform_dtype
     from rlhf_jax.sharding import make_mesh
 
     compiles: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiles.append(name) if name.endswith("backend_compile_duration") else None
     )
-    model = Model(ArchConfig(**SIZES[size]), compute_dtype=platform_dtype(dtype))
+    model = Model.from_config(ModelConfig(compute_dtype=dtype), ArchConfig(**SIZES[size]))
     mesh = make_mesh(MeshConfig())
     makers = {"sft": make_sft, "reward": make_reward, "generate": make_generate, "ppo": make_ppo}
     with jax.set_mesh(mesh):
