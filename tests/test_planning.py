@@ -27,6 +27,7 @@ TINY = {"vocab_size": 64, "width": 32, "num_layers": 3, "num_heads": 4, "num_kv_
                                               ("meta-llama/Meta-Llama-3-70B", 70_553_706_496),
                                               ("meta-llama/Llama-3.2-1B", 1_235_814_400),
                                               ("Qwen/Qwen2.5-0.5B", 494_032_768),
+                                              ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
                                               ("Qwen/Qwen2.5-7B", 7_615_616_512)])  # fmt: skip
 def test_presets_have_the_published_number_of_parameters(name, count):
     shapes = leaf_shapes(programs.find_arch(f"hf://{name}"), score_head=False)
@@ -172,6 +173,18 @@ def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), pytest.raises(UserError, match=r"layers/attn/out .* dimension 2 .* tensor = 4"):
         programs.programs_of(config, mesh, attention="plain")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
+@pytest.mark.parametrize(("name", "count"), [("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:2x2", 4), ("v5e:4x4", 16)])
+def test_a_single_chip_is_a_topology_as_larger_slices_are(name, count):
+    program = f"from rlhf_jax.planning.chips import find_topology; print(len(find_topology({name!r})[1]))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # in a process of its own, as the compiler wants
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.stdout.split() == [str(count)], done.stderr
 
 
 @pytest.mark.slow

@@ -56,8 +56,9 @@ def find_topology(name: str) -> tuple[Chip, list[Any]]:
     jax.config.update("jax_platforms", "cpu")  # on a TPU VM, too: a plan leaves the chips alone
     from jax.experimental import topologies
 
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}  # hosts are taken for 2x2
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices
     except Exception as error:  # XLA's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error
