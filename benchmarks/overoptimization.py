@@ -24,6 +24,7 @@ from rlhf_jax import ppo, reward
 from rlhf_jax.cli import parse
 from rlhf_jax.config import ModelConfig, ScoreRun
 from rlhf_jax.inference import run_score
+from rlhf_jax.rankings import best_of_n
 from rlhf_jax.tasks import report, stories
 
 METHODS = ("best-of-n", "PPO")
@@ -80,22 +81,11 @@ class Curve:
 
 
 def best_of_curve(size: int, proxy: np.ndarray, gold: np.ndarray) -> Curve:
-    """Best-of-n of [B, N] scores for n = 1, 2, 4, ..., N, each the mean over all subsets of n of the N samples.
-
-    The i-th smallest of N is the best of n with probability C(i - 1, n - 1) / C(N, n).
-    """
-    num = proxy.shape[1]
-    order = np.argsort(proxy, axis=1, kind="stable")
-    sorted_proxy, sorted_gold = (np.take_along_axis(x, order, axis=1) for x in (proxy, gold))
-    ns = 2 ** np.arange(int(np.log2(num)) + 1)
-    weights = np.zeros((len(ns), num))
-    for row, n in zip(weights, ns, strict=True):
-        row[-1] = n / num
-        for i in range(num - 1, n - 1, -1):  # C(i - 1, n - 1) / C(i, n - 1) = (i - n + 1) / i
-            row[i - 1] = row[i] * (i - n + 1) / i
-    golds = sorted_gold @ weights.T  # B, n
+    """Best-of-n of [B, N] scores for n = 1, 2, 4, ..., N, each the mean over all subsets of n of the N samples."""
+    ns = 2 ** np.arange(int(np.log2(proxy.shape[1])) + 1)
+    golds = np.stack([best_of_n(proxy, gold, n) for n in ns.tolist()], axis=1)
     golds = golds - golds[:, :1]
-    proxies = (sorted_proxy @ weights.T).mean(axis=0)
+    proxies = np.array([best_of_n(proxy, proxy, n).mean() for n in ns.tolist()])
     kl = np.log(ns) - (ns - 1) / ns
     se = golds.std(axis=0, ddof=1) / len(golds) ** 0.5
     return Curve("best-of-n", size, np.sqrt(kl), proxies - proxies[0], golds.mean(axis=0), se)

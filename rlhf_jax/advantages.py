@@ -1,4 +1,4 @@
-"""From scores to advantages: KL estimators, shaped rewards, GAE, whitening, KL controllers. Floor 0."""
+"""From scores to advantages: KL estimators, shaped rewards, GAE, group baselines, whitening, controllers. Floor 0."""
 
 from __future__ import annotations
 
@@ -74,6 +74,31 @@ def whiten(
         var = var * count / jnp.maximum(count - 1.0, 1.0)
     white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
     return jnp.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+def group_advantages(
+    scores: Float[Array, " B"], *, group_size: int, baseline: str, scale_rewards: str
+) -> Float[Array, " B"]:
+    """Scores less a baseline from the other responses to the same prompt; G = group_size rows in a row share a prompt.
+
+    baseline is the mean of the group (group: GRPO, Shao et al. 2024, arXiv 2402.03300, section 4.1.2), the mean of the
+    G - 1 others (leave_one_out: RLOO, Ahmadian et al. 2024, arXiv 2402.14740, eq. 8), or nothing (none). scale_rewards
+    divides by the standard deviation (n - 1) + 1e-4 of the group's scores or of the batch's, or by nothing (none: Dr.
+    GRPO, Liu et al. 2025, arXiv 2503.20783). With a baseline, equal scores in a group give exactly 0.
+    """
+    groups = scores.reshape(-1, group_size)
+    advantages = groups
+    if baseline != "none":
+        # Counted from the first score of the group: the mean of equal floats may differ from them by rounding.
+        from_first = groups - groups[:, :1]
+        advantages = from_first - from_first.mean(axis=1, keepdims=True)
+    if baseline == "leave_one_out":
+        advantages = advantages * (group_size / (group_size - 1))
+    if scale_rewards == "group":
+        advantages = advantages / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    elif scale_rewards == "batch":
+        advantages = advantages / (scores.std(ddof=1) + 1e-4)
+    return advantages.reshape(-1)
 
 
 def adaptive_kl_coef(

@@ -33,6 +33,13 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "kto": (config.KTORun, "rlhf_jax.kto:run", "a policy from responses labelled good or bad"),
     "rrhf": (config.RRHFRun, "rlhf_jax.rrhf:run", "a policy that ranks responses as the raters do"),
     "ppo": (config.PPORun, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
+    "grpo": (
+        config.GRPORun,
+        "rlhf_jax.group:run",
+        "GRPO and kin: responses to a prompt against one another, no critic",
+    ),
+    "rloo": (config.RLOORun, "rlhf_jax.group:run", "RLOO: each response against the mean of the others"),
+    "reinforce_pp": (config.ReinforcePPRun, "rlhf_jax.group:run", "REINFORCE++: one response a prompt, no critic"),
     "sample": (config.SampleRun, "rlhf_jax.inference:run_sample", "responses of a model to prompts"),
     "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
     "label": (config.LabelRun, "rlhf_jax.label:run", "a local page on which people rank responses"),
@@ -45,7 +52,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "data prepare": (config.DataPrepareRun, "rlhf_jax.datasets:run_prepare", "rows as a TFDS dataset"),
     "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
 }
-ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "ppo", "sample", "score"}
+ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp", "sample", "score"}
 """Commands that several processes run together."""
 
 POSITIONAL = {

@@ -334,6 +334,22 @@ class Consensus:
     facts: dict[str, float]
 
 
+def best_of_n(proxy: Float[np.ndarray, "B N"], rewards: Float[np.ndarray, "B N"], n: int) -> Float[np.ndarray, " B"]:
+    """E[reward of the sample with the largest proxy among n], unbiased, from N >= n samples of each prompt.
+
+    A sample with L smaller ones is the best of C(L, n - 1) of the C(N, n) choices of n (Nakano et al. 2021, arXiv
+    2112.09332, appendix I). Samples with equal proxy share theirs evenly.
+    """
+    num = proxy.shape[1]
+    # The chance that all n are among the k lowest; of a sample's own share, the difference from one k to the next.
+    among = np.array([comb(k, n) / comb(num, n) for k in range(num + 1)])
+    chances = np.empty(proxy.shape)
+    for row, scores in zip(chances, proxy, strict=True):
+        low, high = (np.searchsorted(np.sort(scores), scores, side) for side in ("left", "right"))
+        row[:] = (among[high] - among[low]) / (high - low)
+    return (chances * rewards).sum(axis=1)
+
+
 def aggregate(ballots: Sequence[Ballot], *, num_raters: int, method: str, prior: float) -> Consensus:
     """Strengths of all items by bradley_terry, plackett_luce or crowd_bt, and what is odd about the ballots.
 

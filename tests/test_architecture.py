@@ -24,7 +24,7 @@ FLOORS = {
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online", "supervised", "responses"], 2),
     **dict.fromkeys(["judge", "likelihood", "asking"], 2),
-    **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo"], 3),
+    **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo", "group"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
     **dict.fromkeys(["scoring", "collecting", "summaries"], 4),
 }

@@ -342,6 +342,7 @@ RANGES = {
     "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.max_new_tokens 0,
         sampling.min_new_tokens -1, sampling.top_k -1, sampling.chunk 0, sampling.microbatch -1, ppo.epochs 0,
         ppo.iterations 0, ppo.minibatches 0, ppo.accumulate 0, ppo.clip_ratio 0, ppo.clip_ratio -0.2,
+        ppo.clip_ratio_high -1,
         ppo.sample_every 0, ppo.discount 1.1, ppo.gae_lambda -1, ppo.kl_coef -1, ppo.kl_horizon 0, ppo.value_clip -1,
         ppo.dual_clip 0.5, ppo.max_log_ratio 0, ppo.ema_decay 1, ppo.target_kl -1, ppo.critic_warmup -1,
         ppo.ptx_batch_size 0, ppo.truncate_after -1, ppo.score_microbatch -1, ppo.missing_eos_value .nan,

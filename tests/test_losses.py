@@ -85,11 +85,13 @@ def ordinal_rating_reference(scores, ratings, weights, *, rating_low, rating_hig
     return total
 
 
-def policy_reference(logprobs, old_logprobs, advantages, weights, *, clip_ratio, dual_clip, max_log_ratio):
-    total = 0.0
+def policy_reference(
+    logprobs, old_logprobs, advantages, weights, *, clip_ratio, clip_ratio_high, dual_clip, max_log_ratio
+):
+    total, above = 0.0, clip_ratio_high or clip_ratio
     for p, old, a, w in zip(logprobs.flat, old_logprobs.flat, advantages.flat, weights.flat, strict=True):
         ratio = math.exp(min(max(p - old, -max_log_ratio), max_log_ratio))
-        objective = min(ratio * a, min(max(ratio, 1 - clip_ratio), 1 + clip_ratio) * a)
+        objective = min(ratio * a, min(max(ratio, 1 - clip_ratio), 1 + above) * a)
         if dual_clip and a < 0:
             objective = max(objective, dual_clip * a)
         total -= w * objective
@@ -126,7 +128,7 @@ POLICY = {
     "advantages": normal(6, 5, seed=2),
     "weights": ragged_weights(),
 }
-PPO = {"clip_ratio": 0.2, "dual_clip": 0.0, "max_log_ratio": 1.5}
+PPO = {"clip_ratio": 0.2, "clip_ratio_high": 0.0, "dual_clip": 0.0, "max_log_ratio": 1.5}
 VALUE = {
     "values": normal(6, 5, seed=3),
     "old_values": normal(6, 5, seed=4),
@@ -170,6 +172,13 @@ CASES = {
     "rrhf": (losses.rrhf_ranking_loss, {"length_penalty": 0.5}, rrhf_reference, RRHF, ["logprobs"]),
     "policy": (losses.clipped_policy_loss, PPO, policy_reference, POLICY, ["logprobs"]),
     "policy_dual": (losses.clipped_policy_loss, PPO | {"dual_clip": 1.5}, policy_reference, POLICY, ["logprobs"]),
+    "policy_high": (
+        losses.clipped_policy_loss,
+        PPO | {"clip_ratio_high": 0.4},
+        policy_reference,
+        POLICY,
+        ["logprobs"],
+    ),
     "value": (losses.clipped_value_loss, {"value_clip": 0.3}, value_reference, VALUE, ["values"]),
     "value_unclipped": (losses.clipped_value_loss, {"value_clip": 0.0}, value_reference, VALUE, ["values"]),
 }

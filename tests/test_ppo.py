@@ -778,7 +778,9 @@ def test_a_better_action_becomes_likelier_and_the_value_nears_the_return():
 def test_the_default_loss_is_the_clipped_surrogate():
     x = make_experience(3, PARAMS)
     named = grad_of(SURROGATE_ONLY, batch_of(x))
-    bound = functools.partial(clipped_policy_loss, clip_ratio=0.2, dual_clip=0.0, max_log_ratio=20.0)
+    bound = functools.partial(
+        clipped_policy_loss, clip_ratio=0.2, clip_ratio_high=0.0, dual_clip=0.0, max_log_ratio=20.0
+    )
     assert same_bits(named, grad_of(SURROGATE_ONLY, batch_of(x), policy_loss=bound))
 
 

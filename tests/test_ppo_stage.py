@@ -484,6 +484,7 @@ EFFECTS = {
     "discount": (scored, {}, {"discount": 0.9}),
     "gae_lambda": (scored, {}, {"gae_lambda": 0.5}),
     "clip_ratio": (loss, {}, {"clip_ratio": 0.1}),
+    "clip_ratio_high": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "clip_ratio_high": 0.01}),
     "dual_clip": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "dual_clip": 1.01}),
     "max_log_ratio": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "max_log_ratio": 0.1}),
     "value_clip": (loss, {}, {"value_clip": 0.0}),

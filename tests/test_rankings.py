@@ -297,3 +297,21 @@ def test_agreement_counts_equal_pairs_of_verdicts():
     turned = rankings.Comparisons(*(np.array(x) for x in ([0, 0], [0, 1], [1, 0], [1.0, 0.0], [0, 1], [0, 1], [2])), 2)
     assert agreement(turned) == (1.0, 1)
     assert np.isnan(agreement(comparisons([(0, 0, [0, 1])], num_raters=1))[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_best_of_n_is_the_mean_over_all_choices_of_n(n):
+    """Of equal proxies each is taken as often as the others."""
+    rng = np.random.default_rng(0)
+    proxy, rewards = rng.integers(0, 4, (5, 6)).astype(float), rng.normal(size=(5, 6))
+    expected = []
+    for p, r in zip(proxy, rewards, strict=True):
+        choices = [list(c) for c in itertools.combinations(range(6), n)]
+        expected.append(np.mean([r[c][p[c] == p[c].max()].mean() for c in choices]))
+    np.testing.assert_allclose(rankings.best_of_n(proxy, rewards, n), expected, rtol=1e-12)
+
+
+def test_best_of_all_samples_is_the_best_and_of_one_the_mean_with_any_number():
+    proxy = np.random.default_rng(0).normal(size=(3, 2000))
+    np.testing.assert_allclose(rankings.best_of_n(proxy, proxy, 2000), proxy.max(1), rtol=1e-9)
+    np.testing.assert_allclose(rankings.best_of_n(proxy, proxy**2, 1), (proxy**2).mean(1), rtol=1e-9)

@@ -717,11 +717,13 @@ def reward(prompts, responses, **columns):
     now("rollout")
     return [float(len(r)) / 10 for r in responses]
 
-def policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio, max_log_ratio, dual_clip):
+def policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio,
+                clip_ratio_high, max_log_ratio, dual_clip):
     now("compile")
     jax.debug.callback(lambda: now("update"))
     return losses.clipped_policy_loss(logprobs, old_logprobs, advantages, weights, clip_ratio=clip_ratio,
-                                      max_log_ratio=max_log_ratio, dual_clip=dual_clip)
+                                      clip_ratio_high=clip_ratio_high, max_log_ratio=max_log_ratio,
+                                      dual_clip=dual_clip)
 
 def watch():
     while os.environ.get("PHASE") == "save":

@@ -9,6 +9,7 @@ from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataPrepareRun
 from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, SourceConfig
 from rlhf_jax.config.functions import bind, resolve, to_dict
+from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
 from rlhf_jax.config.label import LabelRun
 from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import (
@@ -41,6 +42,8 @@ __all__ = [
     "ALWAYS_MAY_CHANGE",
     "MAY_CHANGE",
     "PPO_OPTIM",
+    "REINFORCE_PP",
+    "RLOO",
     "ArchConfig",
     "CheckpointConfig",
     "CollectRun",
@@ -52,6 +55,9 @@ __all__ = [
     "DataInspectRun",
     "DataPrepareRun",
     "FaultConfig",
+    "GRPORun",
+    "GroupConfig",
+    "GroupRun",
     "InspectRun",
     "JudgeConfig",
     "JudgeRun",
@@ -67,8 +73,10 @@ __all__ = [
     "PlanRun",
     "PretrainRun",
     "QuickstartConfig",
+    "RLOORun",
     "RRHFConfig",
     "RRHFRun",
+    "ReinforcePPRun",
     "RewardConfig",
     "RewardRun",
     "RewardSourceConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_jax.config.checks import check
+from rlhf_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class OnlineConfig:
         missing_eos_value: the constant of `missing_eos`.
         kl_coef: (initial) price of one nat.
         clip_ratio: epsilon of the policy's clip.
+        clip_ratio_high: another epsilon above 1 (DAPO takes 0.28); 0 takes clip_ratio.
         dual_clip: lower bound c * A for negative advantages (arXiv 1912.09729); 0 is off.
         max_log_ratio: the log-ratio is clamped to +- this before exp.
         entropy_coef: weight of the entropy bonus.
@@ -49,6 +51,7 @@ class OnlineConfig:
     missing_eos_value: float = -1.0
     kl_coef: float = 0.05
     clip_ratio: float = 0.2
+    clip_ratio_high: float = 0.0
     dual_clip: float = 0.0
     max_log_ratio: float = 20.0
     entropy_coef: float = 0.0
@@ -64,10 +67,18 @@ class OnlineConfig:
         """Raise a UserError unless these settings are in range; `group` is their dotted prefix."""
         rules = {
             "at least 1": "iterations epochs minibatches accumulate sample_every",
-            "at least 0": "score_microbatch truncate_after kl_coef entropy_coef target_kl num_samples",
+            "at least 0": "score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef target_kl num_samples",
             "above 0": "clip_ratio max_log_ratio",
             "at least 0 and below 1": "ema_decay",
             "0 or above 1": "dual_clip",
             "finite": "missing_eos_value",
         }
         check(self, group, rules)
+
+    def check_truncation(self, group: str, max_new_tokens: int) -> None:
+        """Raise a UserError if no row would ever stop."""
+        if self.stop == "truncate" and self.truncate_after >= max_new_tokens:
+            raise UserError(
+                f"{group}.truncate_after {self.truncate_after} is not below sampling.max_new_tokens {max_new_tokens}, "
+                "so no row would ever stop; lower it"
+            )

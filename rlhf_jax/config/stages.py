@@ -271,11 +271,7 @@ class PPORun:
         self.optim.check("optim.")
         self.value_optim.check("value_optim.")
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
-        if self.ppo.stop == "truncate" and self.ppo.truncate_after >= self.sampling.max_new_tokens:
-            raise UserError(
-                f"ppo.truncate_after {self.ppo.truncate_after} is not below sampling.max_new_tokens "
-                f"{self.sampling.max_new_tokens}, so no row would ever stop; lower it"
-            )
+        self.ppo.check_truncation("ppo", self.sampling.max_new_tokens)
 
 
 @dataclass(frozen=True)

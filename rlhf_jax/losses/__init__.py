@@ -5,6 +5,12 @@ all hosts), so that losses and metrics of microbatches add up. Keyword-only argu
 fields of the same name.
 """
 
+from rlhf_jax.losses.group import (
+    cispo_policy_loss,
+    reference_kl_loss,
+    sequence_mean_policy_loss,
+    sequence_policy_loss,
+)
 from rlhf_jax.losses.policy import clipped_policy_loss, clipped_value_loss, next_token_loss
 from rlhf_jax.losses.preference import (
     apo_down_loss,
@@ -41,6 +47,7 @@ __all__ = [
     "apo_zero_unpaired_loss",
     "bco_loss",
     "best_of_n_reward_loss",
+    "cispo_policy_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
     "cpo_loss",
@@ -58,8 +65,11 @@ __all__ = [
     "orpo_loss",
     "pairwise_reward_loss",
     "plackett_luce_reward_loss",
+    "reference_kl_loss",
     "robust_dpo_loss",
     "rrhf_ranking_loss",
+    "sequence_mean_policy_loss",
+    "sequence_policy_loss",
     "simpo_loss",
     "sppo_loss",
     "squared_rating_loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.types import Metrics
 
@@ -21,27 +21,36 @@ def clipped_policy_loss(
     weights: Float[Array, "B T"],
     *,
     clip_ratio: float,
+    clip_ratio_high: float,
     dual_clip: float,
     max_log_ratio: float,
 ) -> tuple[Float[Array, ""], Metrics]:
     """PPO's clipped surrogate, -sum w min(r A, clip(r, 1-eps, 1+eps) A) with r = exp(logprobs - old_logprobs).
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7. The log-ratio is clamped to +- max_log_ratio, so that one stale
-    token cannot overflow. dual_clip c > 1 bounds the loss of negative advantages by -c A (Ye et al. 2020, arXiv
-    1912.09729, eq. 5); 0 is off.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7; GRPO's as well (Shao et al. 2024, arXiv 2402.03300, eq. 3). The
+    bound above is 1 + clip_ratio_high (DAPO, arXiv 2503.14476, eq. 10) unless that is 0. The log-ratio is clamped to
+    +- max_log_ratio, so that one stale token cannot overflow. dual_clip c > 1 bounds the loss of negative advantages
+    by -c A (Ye et al. 2020, arXiv 1912.09729, eq. 5; TRL calls it delta); 0 is off.
     """
     log_ratio = jnp.clip(logprobs - old_logprobs, -max_log_ratio, max_log_ratio)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
+    clipped = jnp.clip(ratio, 1 - clip_ratio, 1 + (clip_ratio_high or clip_ratio))
     loss = -jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
-    valid = weights > 0
-    return jnp.sum(weights * loss), {
+    return jnp.sum(weights * loss), ratio_metrics(log_ratio, ratio != clipped, weights)
+
+
+def ratio_metrics(
+    log_ratio: Float[Array, "B T"], clipped: Bool[Array, "B T"], weights: Float[Array, "B T"]
+) -> Metrics:
+    """How far the policy is from the one that sampled: what every policy loss reports."""
+    ratio = jnp.exp(log_ratio)
+    return {
         "policy/approx_kl": jnp.sum(weights * (jnp.expm1(log_ratio) - log_ratio)),  # the k3 estimator
-        "policy/clip_fraction": jnp.sum(weights, where=ratio != clipped),
+        "policy/clip_fraction": jnp.sum(weights, where=clipped),
         "policy/ratio": jnp.sum(weights * ratio),
-        "policy/ratio_max": jnp.max(ratio, where=valid, initial=0.0),
+        "policy/ratio_max": jnp.max(ratio, where=weights > 0, initial=0.0),
     }
 
 

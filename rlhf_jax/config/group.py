@@ -1,0 +1,134 @@
+"""Settings of the methods that compare responses to one prompt with one another, without a critic."""
+
+# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_jax.config.checks import check
+from rlhf_jax.config.online import OnlineConfig
+from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
+from rlhf_jax.config.stages import PPO_OPTIM, RewardSourceConfig, check_buckets
+from rlhf_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class GroupConfig(OnlineConfig):
+    """Policy gradients with a baseline from other responses to the same prompt; docs/algorithms.md has every formula.
+
+    Args:
+        epochs: passes over a rollout, each in a fresh order; 1 (with one minibatch) is on-policy.
+        group_size: responses to each prompt; data.batch_size / group_size prompts make an iteration.
+        baseline: what a score is compared with: the mean of its group (group), of the others in it (leave_one_out), or
+            nothing (none).
+        scale_rewards: advantages are divided by the standard deviation of the scores in the group, or in the batch, or
+            not at all (none; Dr. GRPO).
+        whiten_advantages: mean 0 and variance 1 over the valid tokens of the whole rollout.
+        kl_in: the leash is a term of the loss (k3 per token) or of the reward (k1). With kl_coef 0 there is neither,
+            and no reference is loaded.
+        reward_to_go: with kl_in reward: a token answers for the KL from itself on, instead of the whole response's.
+        mask_truncated: rows that were cut off give no gradient (DAPO); they count in the baseline.
+    """
+
+    epochs: int = 1
+    group_size: int = 8
+    baseline: Literal["group", "leave_one_out", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    whiten_advantages: bool = False
+    kl_coef: float = 0.04
+    kl_in: Literal["loss", "reward"] = "loss"
+    reward_to_go: bool = False
+    mask_truncated: bool = False
+
+    def check(self, name: str) -> None:
+        """Raise a UserError unless the settings are in range and agree; `name` is their group of the config."""
+        self.check_rounds(f"{name}.")
+        check(self, f"{name}.", {"at least 1": "group_size"})
+        needs_others = {"baseline": self.baseline != "none", "scale_rewards": self.scale_rewards == "group"}
+        for field, needed in needs_others.items():
+            if needed and self.group_size == 1:
+                raise UserError(
+                    f"{name}.{field} {getattr(self, field)} compares responses to one prompt, but {name}.group_size "
+                    f"is 1; raise it, or set {name}.{field} none"
+                )
+        if self.baseline == "none" and self.scale_rewards != "none":
+            raise UserError(
+                f"{name}.scale_rewards {self.scale_rewards} would divide scores that have no baseline by their "
+                f"deviation, which may be 0; set {name}.scale_rewards none, and {name}.whiten_advantages true instead"
+            )
+        if self.reward_to_go and self.kl_in != "reward":
+            raise UserError(f"{name}.reward_to_go is of the KL in the reward; set {name}.kl_in reward, or it to false")
+
+
+RLOO = GroupConfig(
+    group_size=4,
+    baseline="leave_one_out",
+    scale_rewards="none",
+    kl_coef=0.05,
+    kl_in="reward",
+    loss_reduction="sequence",
+    policy_loss="rlhf_jax.losses:sequence_policy_loss",
+)
+REINFORCE_PP = GroupConfig(
+    group_size=1,
+    baseline="none",
+    scale_rewards="none",
+    whiten_advantages=True,
+    kl_coef=0.05,
+    kl_in="reward",
+    reward_to_go=True,
+)
+
+
+@dataclass(frozen=True)
+class GroupRun:
+    """What grpo, rloo and reinforce_pp have in common."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    reward: RewardSourceConfig = RewardSourceConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    optim: OptimConfig = PPO_OPTIM
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig(eval_every=20)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
+
+    def check(self, name: str, settings: GroupConfig) -> None:
+        """Raise a UserError for what contradicts itself; `name` is the group of the config that `settings` are."""
+        settings.check(name)
+        settings.check_truncation(name, self.sampling.max_new_tokens)
+        self.optim.check("optim.")
+        check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
+
+
+@dataclass(frozen=True)
+class GRPORun(GroupRun):
+    """All of `rlhf-jax grpo`."""
+
+    grpo: GroupConfig = GroupConfig()
+
+    def __post_init__(self) -> None:
+        self.check("grpo", self.grpo)
+
+
+@dataclass(frozen=True)
+class RLOORun(GroupRun):
+    """All of `rlhf-jax rloo`."""
+
+    rloo: GroupConfig = RLOO
+
+    def __post_init__(self) -> None:
+        self.check("rloo", self.rloo)
+
+
+@dataclass(frozen=True)
+class ReinforcePPRun(GroupRun):
+    """All of `rlhf-jax reinforce_pp`."""
+
+    reinforce_pp: GroupConfig = REINFORCE_PP
+
+    def __post_init__(self) -> None:
+        self.check("reinforce_pp", self.reinforce_pp)

@@ -1,0 +1,37 @@
+"""Which of the methods a config is of, and settings that contradict each other, or the mesh."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from rlhf_jax.config import GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
+from rlhf_jax.errors import UserError
+from rlhf_jax.online import checks
+
+
+def settings_of(config: GroupRun) -> tuple[str, GroupConfig]:
+    """The method, which is the name of its command and of its group of the config; and that group."""
+    if isinstance(config, GRPORun):
+        return "grpo", config.grpo
+    if isinstance(config, RLOORun):
+        return "rloo", config.rloo
+    if isinstance(config, ReinforcePPRun):
+        return "reinforce_pp", config.reinforce_pp
+    raise UserError(f"{type(config).__name__} is of no method; give a GRPORun, an RLOORun or a ReinforcePPRun")
+
+
+def check(config: GroupRun) -> None:
+    """Raise a UserError for settings that contradict each other."""
+    name, settings = settings_of(config)
+    checks.check(config, settings, name)
+    if config.data.batch_size % settings.group_size:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size}, responses of an iteration, is not divisible by "
+            f"{name}.group_size {settings.group_size}; change one of them"
+        )
+
+
+def check_batches(config: GroupRun, mesh: Mesh) -> None:
+    """Raise a UserError unless every batch and microbatch divides over the mesh."""
+    name, settings = settings_of(config)
+    checks.check_batches(config, settings, name, mesh)

@@ -1,0 +1,230 @@
+"""Policy gradients with a baseline from the other responses to a prompt, as pure functions.
+
+    rollout  (one jit)  prompts, each G times in a row -> Rollout
+    score    (one jit)  Rollout -> Experience: rewards, reference log-probs, KL, advantages
+    update   (one jit)  Experience -> new state, over epochs and minibatches, old state donated
+
+A group stays whole in `score` alone, which sees the whole rollout: once a response has its advantage, its rows may go
+into any minibatch. Every detail is a field of `config.GroupConfig`; docs/algorithms.md has the formulae.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import advantages as adv
+from rlhf_jax.config import GroupConfig, OptimConfig, bind
+from rlhf_jax.losses import reference_kl_loss
+from rlhf_jax.models import Model
+from rlhf_jax.online.core import (
+    full_sequence,
+    make_epochs,
+    response_logprobs,
+    reward_scores,
+    rollout_metrics,
+)
+from rlhf_jax.state import Schedule, make_optimizer, make_schedule
+from rlhf_jax.step import Step, make_update
+from rlhf_jax.tokens import map_microbatches, token_weights
+from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experience:
+    """A scored rollout, what the update reads. S = P + T.
+
+    Attributes:
+        tokens: int32[B, S], prompt and response.
+        positions: int32[B, S].
+        segment_ids: int32[B, S], 1 on real tokens, 0 on padding.
+        mask: bool[B, T], the response tokens that are trained on, the stop token included.
+        old_logprobs: float32[B, T].
+        ref_logprobs: float32[B, T], or None if the loss has no KL.
+        advantages: float32[B, T].
+    """
+
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    mask: Bool[Array, "B T"]
+    old_logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    advantages: Float[Array, "B T"]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks; the trained parameters are {"policy": ...}."""
+
+    policy: Model
+    reward: Model | None = None
+
+
+def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | None = None) -> LossFn:
+    """The loss of one minibatch {"experience", "weights", "temperature"}: policy + kl_coef * KL - entropy.
+
+    Give `policy_loss` to replace the config's. "temperature" is float32[B], constant, to travel with rows.
+    """
+    policy_loss = bind(policy_loss or config.policy_loss, config)
+    kl_loss = bind(reference_kl_loss, config)
+
+    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
+        x: Experience = batch["experience"]
+        sequence = {"tokens": x.tokens, "positions": x.positions, "segment_ids": x.segment_ids}
+        logprobs, entropy, _ = response_logprobs(
+            models.policy, params["policy"], sequence, batch["temperature"][0], x.mask.shape[1], with_entropy=True
+        )
+        # Off the mask the ratio is set to 1, so that no padding token can produce an infinity.
+        logprobs = jnp.where(x.mask, logprobs, x.old_logprobs)
+        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, batch["weights"])
+        entropy = jnp.sum(batch["weights"] * entropy)
+        metrics = {"policy/loss": loss, **metrics, "policy/entropy": entropy}
+        if x.ref_logprobs is not None:
+            kl, kl_metrics = kl_loss(logprobs, x.ref_logprobs, batch["weights"])
+            loss, metrics = loss + config.kl_coef * kl, {**metrics, **kl_metrics}
+        if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
+            loss = loss - config.entropy_coef * entropy
+        return loss, metrics
+
+    return loss_fn
+
+
+def run_networks(
+    models: Models,
+    policy: Params,
+    ref: Params | None,
+    reward: Params | None,
+    temperature: Array,
+    rollout: Rollout,
+    *,
+    recompute: bool,
+) -> dict[str, Array]:
+    """old_logprobs [B, T], with a reference ref_logprobs [B, T] and with a reward model score [B], of a rollout."""
+    sequence, num = full_sequence(rollout), rollout.tokens.shape[1]
+    of = lambda params: response_logprobs(models.policy, params, sequence, temperature, num)[0]  # noqa: E731
+    out = {"old_logprobs": of(policy) if recompute else rollout.logprobs}
+    if ref is not None:
+        out["ref_logprobs"] = of(ref)
+    if models.reward is not None:
+        out["score"] = reward_scores(models.reward, reward, sequence, rollout)
+    return out
+
+
+def advantages_of(
+    scores: Float[Array, " B"],
+    kl: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    kl_coef: Float[Array, ""] | float,
+    config: GroupConfig,
+) -> Float[Array, "B T"]:
+    """Advantages, zero off the mask, of scores and of the KL (k1, 0 off the response) that the reward pays.
+
+    The KL of a whole response lowers its score before the baseline (RLOO); with reward_to_go the KL from a token on
+    lowers that token's advantage after it (REINFORCE++: A_t = r - kl_coef sum of kl_i over i >= t).
+    """
+    compared = partial(
+        adv.group_advantages,
+        group_size=config.group_size,
+        baseline=config.baseline,
+        scale_rewards=config.scale_rewards,
+    )
+    if config.reward_to_go:
+        to_go = jnp.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
+        advantages = compared(scores)[:, None] - kl_coef * to_go
+    else:
+        advantages = jnp.broadcast_to(compared(scores - kl_coef * kl.sum(axis=1))[:, None], mask.shape)
+    if config.whiten_advantages:
+        advantages = adv.whiten(advantages, mask, shift_mean=True, variance="biased")
+    return jnp.where(mask, advantages, 0.0)
+
+
+def make_score(
+    models: Models, config: GroupConfig, *, recompute: bool, model_weight: float = 1.0
+) -> Callable[..., Any]:
+    """The scoring program, not yet compiled.
+
+    score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
+        -> (Experience, kl_coef, metrics, {"reward", "kl" if there is a reference} per row)
+    """
+
+    def score(
+        params: Params,
+        ref: Params | None,
+        reward: Params | None,
+        rollout: Rollout,
+        host: Array,
+        kl_coef: Array,
+        temperature: Array,
+    ) -> tuple[Experience, Array, Metrics, dict[str, Array]]:
+        per_row = partial(run_networks, models, params["policy"], ref, reward, temperature, recompute=recompute)
+        nets = map_microbatches(per_row, rollout, config.score_microbatch)
+        raw = model_weight * nets["score"] + host if models.reward is not None else host
+        old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
+        ref_logprobs = old_logprobs if ref is None else jnp.where(rollout.mask, nets["ref_logprobs"], 0.0)
+        k1 = adv.kl_k1(old_logprobs, ref_logprobs)
+        scores = adv.missing_eos_penalty(
+            raw, rollout.finished, missing_eos=config.missing_eos, missing_eos_value=config.missing_eos_value
+        )
+        mask = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask
+        paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
+        experience = Experience(
+            **full_sequence(rollout),
+            mask=mask,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs if ref is not None and config.kl_in == "loss" else None,
+            advantages=advantages_of(scores, paid, mask, kl_coef, config),
+        )
+        metrics = {
+            **reward_metrics(raw, config.group_size),
+            "rollout/objective": (scores - kl_coef * k1.sum(axis=1)).mean(),
+            **rollout_metrics(rollout, old_logprobs),
+        }
+        rows = {"reward": raw}
+        if ref is not None:
+            metrics["rollout/kl"] = k1.sum(axis=1).mean()
+            metrics["rollout/kl_k3"] = adv.kl_k3(old_logprobs, ref_logprobs).sum(axis=1).mean()
+            rows["kl"] = k1.sum(axis=1)
+        return experience, kl_coef, metrics, rows
+
+    return score
+
+
+def reward_metrics(rewards: Float[Array, " B"], group_size: int) -> Metrics:
+    """Mean and spread of the rewards; of groups, the mean spread and how many of them have none to learn from."""
+    metrics = {"rollout/reward": rewards.mean(), "rollout/reward_std": rewards.std()}
+    if group_size > 1:
+        groups = rewards.reshape(-1, group_size)
+        equal = jnp.all(groups == groups[:, :1], axis=1)
+        metrics |= {"group/reward_std": groups.std(axis=1).mean(), "group/equal_fraction": equal.mean()}
+    return metrics
+
+
+def make_group_update(step: Step, config: GroupConfig) -> Callable[..., Any]:
+    """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
+
+    def minibatch(x: Experience, temperature: Array) -> dict[str, Any]:
+        return {
+            "experience": x,
+            "weights": token_weights(x.mask, config.loss_reduction),
+            "temperature": jnp.broadcast_to(temperature, x.mask.shape[:1]),
+        }
+
+    return make_epochs(step, config, minibatch)
+
+
+def make_group_step(
+    models: Models, config: GroupConfig, optim: OptimConfig, policy_loss: PolicyLoss | None = None
+) -> tuple[Callable[..., Any], Any, Schedule]:
+    """(update program, optimiser, learning rate by iteration) of a config."""
+    per_iteration, schedule = config.epochs * config.minibatches, make_schedule(optim, config.iterations)
+    tx = make_optimizer(optim, lambda step: schedule(step // per_iteration))
+    step = make_update(objective(models, config, policy_loss), tx, config.accumulate)
+    return make_group_update(step, config), tx, schedule

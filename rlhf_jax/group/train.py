@@ -1,0 +1,101 @@
+"""The stage of GRPO, RLOO and REINFORCE++: networks, text and rewards wired to the programs of `core`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlhf_jax.config import GroupConfig, GroupRun
+from rlhf_jax.group import core
+from rlhf_jax.group.checks import check, check_batches, settings_of
+from rlhf_jax.online import loop
+from rlhf_jax.online.networks import load_policy_and_reward
+from rlhf_jax.online.programs import Programs, compile_programs, recomputes
+from rlhf_jax.online.stage import Online
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import Loaded, Rows
+from rlhf_jax.state import create_state
+from rlhf_jax.types import Params, PolicyLoss
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the methods compute with; reference and reward parameters are frozen, params start the training state."""
+
+    models: core.Models
+    policy: Loaded
+    params: Params
+    ref: Params | None
+    reward: Params | None
+
+
+def assemble(
+    settings: GroupConfig, policy: Loaded, reward: Loaded | None, *, copy: Callable[[Params], Params]
+) -> Networks:
+    """Policy and reward model, and with a price of the KL the policy as it is now for a reference."""
+    ref = policy.params if settings.kl_coef else None
+    params = policy.params if ref is None else copy(policy.params)
+    models = core.Models(policy.model, reward.model if reward else None)
+    return Networks(models, policy, {"policy": params}, ref, reward.params if reward else None)
+
+
+def make_programs(
+    config: GroupRun, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
+) -> Programs:
+    """The sampler, score and update of `core`, and the first state; nets.params is donated."""
+    _, settings = settings_of(config)
+    update, tx, schedule = core.make_group_step(nets.models, settings, config.optim, policy_loss)
+    recompute = recomputes(config, settings, nets.models.policy)
+    return compile_programs(
+        config,
+        settings,
+        mesh,
+        nets.models.policy,
+        stop_ids,
+        score=core.make_score(nets.models, settings, recompute=recompute, model_weight=config.reward.model_weight),
+        update=update,
+        state=create_state(nets.params, tx, mesh),
+        schedule=schedule,
+    )
+
+
+class Group(Online):
+    """The parts of a method without a critic."""
+
+    def __init__(
+        self,
+        config: GroupRun,
+        *,
+        rows: Rows | None = None,
+        eval_rows: Rows | None = None,
+        reward_functions: Sequence[Callable[..., Any]] | None = None,
+        gold: Callable[..., Any] | None = None,
+        policy_loss: PolicyLoss | None = None,
+    ):
+        """Read the data, load the networks, build the programs; writes nothing."""
+        check(config)
+        _, settings = settings_of(config)
+        mesh = make_mesh(config.mesh)
+        check_batches(config, mesh)
+        given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "reward_functions": reward_functions}
+        super().__init__(config, settings, mesh, group_size=settings.group_size, gold=gold, **given)
+        with jax.set_mesh(mesh):
+            policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, self.key)
+            nets = assemble(settings, policy, reward, copy=partial(jax.tree.map, jnp.copy))
+            self.check_lengths(policy.model, nets.models.reward)
+            self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))
+
+
+def run(config: GroupRun, **overrides: Any) -> dict[str, Any]:
+    """Train as configured and write the run directory; returns its summary. The config's class names the method.
+
+    Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
+    (Python functions) and `policy_loss`.
+    """
+    return loop.run(settings_of(config)[0], config, Group, **overrides)

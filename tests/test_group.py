@@ -1,0 +1,460 @@
+"""GRPO, RLOO and REINFORCE++ as stages: advantages, KL, groups, meshes, swapping, resuming, learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import BIGRAMS, ONE, TOY_ROWS, bigram_logprobs, bigram_params, f64, make_rollout, toy_directory
+
+from rlhf_jax import cli, group
+from rlhf_jax.config import (
+    REINFORCE_PP,
+    RLOO,
+    DataConfig,
+    GroupConfig,
+    GRPORun,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    ReinforcePPRun,
+    RewardSourceConfig,
+    RLOORun,
+    RunConfig,
+    SamplingConfig,
+)  # fmt: skip
+from rlhf_jax.errors import UserError
+from rlhf_jax.group import train
+from rlhf_jax.run import Run
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import replace
+from rlhf_jax.state import TrainState
+from rlhf_jax.types import Rollout
+
+KEY = jax.random.key(0)
+PARAMS, REF, REWARD = {"policy": bigram_params(0)["policy"]}, bigram_params(1)["policy"], bigram_params(2)["value"]
+MODELS = group.Models(BIGRAMS.policy, BIGRAMS.reward)
+RUNS = {"grpo": GRPORun, "rloo": RLOORun, "reinforce_pp": ReinforcePPRun}
+PLAIN = GroupConfig(group_size=4, scale_rewards="none", kl_coef=0.0)
+OPTIM = OptimConfig(learning_rate=0.05, schedule="linear", eps=1e-5)
+
+
+def score(config, rollout, *, host=None, kl_coef=0.1, recompute=True, models=MODELS):
+    program = group.make_score(models, config, recompute=recompute)
+    host = jnp.zeros(rollout.mask.shape[0]) if host is None else jnp.asarray(host, jnp.float32)
+    return program(PARAMS, REF, REWARD, rollout, host, jnp.float32(kl_coef), jnp.float32(1.0))
+
+
+def batch_of(x, reduction="token"):
+    from rlhf_jax.tokens import token_weights
+
+    return {"experience": x, "weights": token_weights(x.mask, reduction), "temperature": jnp.ones(len(x.mask))}
+
+
+@functools.cache
+def numbers():
+    """(rollout, k1 f64[B, T] of the policy against the reference) by numpy."""
+    rollout = make_rollout(4, PARAMS["policy"])
+    return rollout, bigram_logprobs(PARAMS["policy"], rollout) - bigram_logprobs(REF, rollout)
+
+
+NO_REWARD = group.Models(BIGRAMS.policy)
+HOST = np.array([1.0, 2.0, 3.0, 6.0, -1.0, 0.5, 0.25, 4.0])
+
+
+def advantages(config, **kwargs):
+    x = score(config, numbers()[0], host=HOST, models=NO_REWARD, **kwargs)[0]
+    return f64(x.advantages), np.asarray(x.mask)
+
+
+def leave_one_out(scores):
+    groups = scores.reshape(-1, 4)
+    return (groups - (groups.sum(1, keepdims=True) - groups) / 3).reshape(-1)
+
+
+# ---- scoring
+
+
+def test_rloo_pays_the_kl_of_the_whole_response_before_the_baseline():
+    _, k1 = numbers()
+    found, mask = advantages(RLOO, kl_coef=0.1)
+    expected = leave_one_out(HOST - 0.1 * k1.sum(1))
+    np.testing.assert_allclose(found, np.where(mask, expected[:, None], 0), atol=1e-5)
+
+
+def test_reinforce_pp_pays_each_token_the_kl_from_itself_on():
+    _, k1 = numbers()
+    found, mask = advantages(replace(REINFORCE_PP, whiten_advantages=False), kl_coef=0.1)
+    expected = HOST[:, None] - 0.1 * k1[:, ::-1].cumsum(1)[:, ::-1]
+    np.testing.assert_allclose(found, np.where(mask, expected, 0), atol=1e-5)
+    found, mask = advantages(REINFORCE_PP, kl_coef=0.1)
+    white = (expected - expected[mask].mean()) / expected[mask].std()
+    np.testing.assert_allclose(found, np.where(mask, white, 0), atol=1e-4)
+
+
+def test_a_baseline_of_the_group_and_the_kl_to_go_go_together():
+    """REINFORCE++-baseline: the scores alone are compared."""
+    _, k1 = numbers()
+    config = replace(PLAIN, kl_coef=0.1, kl_in="reward", reward_to_go=True)
+    found, mask = advantages(config, kl_coef=0.1)
+    groups = HOST.reshape(-1, 4)
+    expected = (groups - groups.mean(1, keepdims=True)).reshape(-1, 1) - 0.1 * k1[:, ::-1].cumsum(1)[:, ::-1]
+    np.testing.assert_allclose(found, np.where(mask, expected, 0), atol=1e-5)
+
+
+def test_with_the_kl_in_the_loss_the_reward_pays_none():
+    found, mask = advantages(replace(PLAIN, kl_coef=0.1), kl_coef=0.1)
+    groups = HOST.reshape(-1, 4)
+    expected = (groups - groups.mean(1, keepdims=True)).reshape(-1, 1)
+    np.testing.assert_allclose(found, np.where(mask, expected, 0), atol=1e-5)
+
+
+def test_rows_that_were_cut_off_count_in_the_baseline_and_are_not_trained_on():
+    rollout = numbers()[0]
+    kept, _ = advantages(PLAIN)
+    found, mask = advantages(replace(PLAIN, mask_truncated=True))
+    cut = ~np.asarray(rollout.finished)
+    assert 0 < cut.sum() < 8 and not mask[cut].any() and not found[cut].any()
+    np.testing.assert_array_equal(found[~cut], kept[~cut])
+
+
+def test_metrics_of_groups_say_how_many_have_nothing_to_learn_from():
+    host = [0.1] * 4 + [1, 2, 3, 4]
+    metrics = score(PLAIN, numbers()[0], host=host, models=NO_REWARD)[2]
+    assert float(metrics["group/equal_fraction"]) == 0.5
+    assert float(metrics["group/reward_std"]) == pytest.approx(np.std([1, 2, 3, 4]) / 2)
+    assert "group/equal_fraction" not in score(REINFORCE_PP, numbers()[0], host=host, models=NO_REWARD)[2]
+
+
+def test_the_kl_that_is_reported_is_that_of_numpy_and_the_policy_against_itself_has_none():
+    rollout, k1 = numbers()
+    config = replace(PLAIN, kl_coef=0.1)
+    _, coef, metrics, rows = score(config, rollout)
+    np.testing.assert_allclose(rows["kl"], k1.sum(1), atol=1e-5)
+    assert float(coef) == np.float32(0.1) and float(metrics["rollout/kl"]) == pytest.approx(k1.sum(1).mean(), rel=1e-4)
+    program = group.make_score(MODELS, config, recompute=True)
+    same = program(PARAMS, PARAMS["policy"], REWARD, rollout, jnp.zeros(8), jnp.float32(0.1), jnp.float32(1.0))
+    assert not same[3]["kl"].any()
+
+
+def test_swapping_the_responses_of_a_prompt_swaps_what_they_teach():
+    rollout, order = numbers()[0], np.array([2, 0, 3, 1, 5, 4, 7, 6])
+    swapped = jax.tree.map(lambda x: x[order], rollout)
+    for config in (GroupConfig(group_size=4), RLOO):
+        a = score(config, rollout, host=HOST)[0]
+        b = score(config, swapped, host=HOST[order])[0]
+        np.testing.assert_allclose(a.advantages[order], b.advantages, atol=1e-6)
+        assert not np.allclose(a.advantages, b.advantages)
+
+
+# ---- the loss
+
+
+def loss_of(config, x):
+    return group.objective(MODELS, config)(PARAMS, batch_of(x, config.loss_reduction), KEY)
+
+
+def experience(config=PLAIN, **changes):
+    return dataclasses.replace(score(config, numbers()[0], host=HOST)[0], **changes)
+
+
+def test_the_gradient_of_the_kl_alone_pulls_to_the_reference():
+    """k3 is expm1(d) - d, so its gradient by the log-prob is 1 - exp(d), numpy's finite differences agree."""
+    config = replace(PLAIN, kl_coef=0.5)
+    x = experience(config)
+    x = dataclasses.replace(x, advantages=jnp.zeros_like(x.advantages))
+    mask, k1 = np.asarray(x.mask), numbers()[1]
+    loss, metrics = loss_of(config, x)
+    expected = (np.expm1(-k1) + k1)[mask].mean()
+    assert float(metrics["policy/ref_kl"]) == pytest.approx(expected, rel=1e-4)
+    assert float(loss) == pytest.approx(0.5 * expected, rel=1e-4)
+    grad = jax.grad(lambda p: group.objective(MODELS, config)(p, batch_of(x), KEY)[0])(PARAMS)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) > 1e-3
+
+
+def test_at_the_first_step_the_ratio_is_one_and_the_loss_minus_the_mean_advantage():
+    x = experience()
+    loss, metrics = loss_of(PLAIN, x)
+    assert float(metrics["policy/ratio_max"]) == pytest.approx(1, abs=1e-5)
+    assert float(loss) == pytest.approx(-f64(x.advantages)[np.asarray(x.mask)].mean(), abs=1e-5)
+
+
+# ---- no setting is idle
+
+FAR = Rollout(**{**vars(numbers()[0]), "logprobs": jnp.where(numbers()[0].mask, -0.1, 0.0)})
+
+
+def scored(config):
+    return score(config, FAR, host=HOST, recompute=False)
+
+
+def loss(config):
+    x = score(config, FAR, host=HOST, recompute=False)[0]
+    up_and_down = jnp.where(jnp.arange(6) % 2, 0.9, -0.9)[None, :] * x.mask
+    return loss_of(config, dataclasses.replace(x, old_logprobs=numbers()[0].logprobs + up_and_down))
+
+
+def updated(config):
+    update, tx, _ = group.make_group_step(MODELS, config, OPTIM)
+    x = score(config, FAR, host=HOST, recompute=False)[0]
+    x = dataclasses.replace(x, old_logprobs=numbers()[0].logprobs)
+    state, metrics = jax.jit(update)(TrainState.create(PARAMS, tx), x, KEY, jnp.float32(1.0))
+    return state.params, state.step, metrics
+
+
+def rates(config):
+    return [group.make_group_step(MODELS, config, OPTIM)[2](i) for i in range(3)]
+
+
+def double_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio):
+    return -2 * clip_ratio * jnp.sum(weights * logprobs * advantages), {}
+
+
+KL = {"group_size": 4, "kl_coef": 0.1, "kl_in": "reward", "scale_rewards": "none"}
+EFFECTS = {
+    "iterations": (rates, {}, {"iterations": 7}),
+    "epochs": (updated, {"epochs": 1}, {"epochs": 2}),
+    "minibatches": (updated, {}, {"minibatches": 2}),
+    "missing_eos": (scored, {}, {"missing_eos": "replace"}),
+    "missing_eos_value": (scored, {"missing_eos": "replace"}, {"missing_eos": "replace", "missing_eos_value": -2.0}),
+    "kl_coef": (loss, {}, {"kl_coef": 0.2}),
+    "clip_ratio": (loss, {}, {"clip_ratio": 0.1}),
+    "clip_ratio_high": (loss, {}, {"clip_ratio_high": 0.1}),
+    "dual_clip": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "dual_clip": 1.01}),
+    "max_log_ratio": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "max_log_ratio": 0.1}),
+    "entropy_coef": (loss, {}, {"entropy_coef": 0.1}),
+    "loss_reduction": (loss, {}, {"loss_reduction": "sequence"}),
+    "policy_loss": (loss, {}, {"policy_loss": "test_group:double_loss"}),
+    "group_size": (scored, {}, {"group_size": 4}),
+    "baseline": (scored, {}, {"baseline": "leave_one_out"}),
+    "scale_rewards": (scored, {}, {"scale_rewards": "none"}),
+    "whiten_advantages": (scored, {}, {"whiten_advantages": True}),
+    "kl_in": (scored, {}, {"kl_in": "reward"}),
+    "reward_to_go": (scored, KL, {**KL, "reward_to_go": True}),
+    "mask_truncated": (scored, {}, {"mask_truncated": True}),
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_no_setting_is_idle(name):
+    look, one, other = EFFECTS[name]
+    a, b = (look(GroupConfig(**settings)) for settings in (one, other))
+    leaves = [jax.tree.leaves(jax.device_get(x)) for x in (a, b)]
+    same = jax.tree.structure(a) == jax.tree.structure(b)
+    assert not same or any(not np.array_equal(x, y) for x, y in zip(*leaves, strict=True))
+
+
+def test_the_table_has_every_field_that_is_of_groups_alone():
+    own = {f.name for f in dataclasses.fields(GroupConfig)} - {f.name for f in dataclasses.fields(group_base())}
+    assert own <= EFFECTS.keys()
+
+
+def group_base():
+    return GroupConfig.__mro__[1]
+
+
+# ---- the stage
+
+
+def run_config(method, path="", *, reward_model=True, **changes):
+    config = RUNS[method](
+        model=ModelConfig(path=str(toy_directory() / "policy")),
+        data=DataConfig(batch_size=16, max_prompt_length=2, max_length=8),
+        reward=RewardSourceConfig(model=str(toy_directory() / "reward") if reward_model else ""),
+        sampling=SamplingConfig(max_new_tokens=6, chunk=3),
+        optim=OptimConfig(learning_rate=1e-2, schedule="linear", eps=1e-5),
+        run=RunConfig(output_dir=str(path), progress=False, eval_every=2, log_every=1),
+    )
+    return replace(config, **{f"{method}__iterations": 3, **changes})
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+
+
+def logged(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_run_from_start_to_finish(tmp_path, one_device, method):
+    summary = group.run(run_config(method, tmp_path / "run"), **TOY_ROWS)
+    lines = [line for line in logged(tmp_path / "run") if "rollout/reward" in line]
+    assert summary["iterations"] == len(lines) == 3 and summary["after"]["eval/kl"] != 0
+    assert abs(lines[0]["rollout/kl"]) < 1e-5 and abs(lines[0]["policy/first_ratio_max"] - 1) < 1e-5
+    assert not any(line["optim/skipped"] for line in lines)
+    before, after = (path / "model.safetensors" for path in (toy_directory() / "policy", tmp_path / "run" / "model"))
+    assert before.read_bytes() != after.read_bytes()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stage"] == method
+
+
+@pytest.mark.parametrize(("method", "size"), [("grpo", 8), ("rloo", 4), ("reinforce_pp", 1)])
+def test_rows_of_a_batch_are_whole_groups_of_one_prompt(one_device, method, size):
+    stage = train.Group(run_config(method), **TOY_ROWS)
+    prompts = stage.batch(0)["prompts"]
+    groups = [prompts[i : i + size] for i in range(0, 16, size)]
+    assert all(len(set(each)) == 1 for each in groups) and len(set(prompts)) > 1
+    rollout, _, _ = stage.roll_out(stage.state.params["policy"], stage.batch(0), KEY)
+    assert size == 1 or len({tuple(row) for row in np.asarray(rollout.tokens[:size]).tolist()}) > 1
+
+
+def test_without_a_price_no_reference_is_loaded_nor_a_kl_reported(tmp_path, one_device):
+    config = run_config("grpo", tmp_path / "run", grpo__kl_coef=0.0)
+    assert train.Group(config, **TOY_ROWS).nets.ref is None
+    summary = group.run(config, **TOY_ROWS)
+    assert "eval/kl" not in summary["after"] and not any("rollout/kl" in line for line in logged(tmp_path / "run"))
+
+
+def test_python_rewards_a_loss_and_a_gold_function_can_be_passed(tmp_path, one_device):
+    seen = []
+
+    def length(prompts, responses, **columns):
+        seen.append(list(prompts))
+        return [float(len(response)) for response in responses]
+
+    def mine(logprobs, old_logprobs, advantages, weights, *, group_size):
+        return -jnp.sum(weights * logprobs * advantages), {"mine/size": weights.sum() * group_size}
+
+    config = run_config("grpo", tmp_path / "run", reward_model=False, grpo__group_size=4)
+    group.run(config, reward_functions=[length], gold=length, policy_loss=mine, **TOY_ROWS)
+    lines = [line for line in logged(tmp_path / "run") if "rollout/gold" in line]
+    assert all(
+        line["mine/size"] == pytest.approx(4) and line["rollout/gold"] == line["rollout/reward"] for line in lines
+    )
+    assert len({len(prompts) for prompts in seen}) == 1
+
+
+def test_named_losses_are_those_of_the_papers(one_device):
+    for name in ("sequence_mean_policy_loss", "cispo_policy_loss", "sequence_policy_loss"):
+        stage = train.Group(run_config("grpo", grpo__policy_loss=f"rlhf_jax.losses:{name}"), **TOY_ROWS)
+        metrics, _, _ = stage.iteration(0)
+        assert float(metrics["policy/ratio_max"]) == pytest.approx(1, abs=1e-5) and not float(metrics["optim/skipped"])
+
+
+MESHES = {"data": MeshConfig(8, 1, 1), "fsdp": MeshConfig(2, 4, 1)}
+
+
+@functools.cache
+def iteration_on(mesh_name):
+    config = run_config("grpo", grpo__group_size=4, grpo__minibatches=2, grpo__epochs=2)
+    config = replace(config, optim__eps=1e-2, **({"mesh": MESHES[mesh_name]} if mesh_name else {}))
+    with pytest.MonkeyPatch.context() as patch:
+        if not mesh_name:
+            patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+        stage = train.Group(config, **TOY_ROWS)
+        with jax.set_mesh(stage.mesh):
+            metrics, _, rows = stage.iteration(0)
+    return jax.device_get((stage.state.params, metrics, rows))
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_an_iteration_is_the_same_on_every_mesh(mesh_name):
+    """Groups of 4 rows lie on two devices or four; their baseline is of all of them."""
+    found, expected = iteration_on(mesh_name), iteration_on(None)
+    np.testing.assert_array_equal(found[2]["rollout"].tokens, expected[2]["rollout"].tokens)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(found[:2])[0], jax.tree.leaves(expected[:2]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+class Killed(BaseException):
+    """Stands in for kill -9 where the process must live on."""
+
+
+@pytest.mark.parametrize("method", ["grpo", "reinforce_pp"])
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, one_device, method):
+    changes = {"checkpoint__every": 1, "checkpoint__minutes": 0.0, f"{method}__iterations": 4, "run__eval_every": 0}
+    group.run(run_config(method, tmp_path / "whole", **changes), **TOY_ROWS)
+    advance = Run.advance
+
+    def kill(self, step, *args):
+        if step == 3:
+            self.checkpoints.wait()
+            self._pending = None  # what was not written is lost
+            raise Killed
+        advance(self, step, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "advance", kill)
+        group.run(run_config(method, tmp_path / "killed", **changes), **TOY_ROWS)
+    group.run(run_config(method, tmp_path / "killed", **changes), **TOY_ROWS)
+    whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+ALONE = "compares responses to one prompt, but {0}.group_size is 1; raise it, or set {0}.{1} none"
+REFUSED = {
+    "grpo --grpo.group_size 1": "grpo.baseline group " + ALONE.format("grpo", "baseline"),
+    "rloo --rloo.group_size 1": "rloo.baseline leave_one_out " + ALONE.format("rloo", "baseline"),
+    "reinforce_pp --reinforce_pp.scale_rewards group": "reinforce_pp.scale_rewards group "
+    + ALONE.format("reinforce_pp", "scale_rewards"),
+    "reinforce_pp --reinforce_pp.scale_rewards batch": "reinforce_pp.scale_rewards batch would divide scores that "
+    "have no baseline by their deviation, which may be 0; set reinforce_pp.scale_rewards none, and "
+    "reinforce_pp.whiten_advantages true instead",
+    "grpo --grpo.reward_to_go true": "grpo.reward_to_go is of the KL in the reward; set grpo.kl_in reward, or it to "
+    "false",
+    "grpo --grpo.stop truncate --grpo.truncate_after 64": "grpo.truncate_after 64 is not below "
+    "sampling.max_new_tokens 64, so no row would ever stop; lower it",
+    "rloo --rloo.clip_ratio 0": "rloo.clip_ratio is 0.0; make it above 0",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_settings_that_contradict_each_other_are_one_line(line):
+    command, *arguments = line.split()
+    with pytest.raises(UserError) as error:
+        cli.parse(command, arguments)
+    assert str(error.value) == REFUSED[line]
+
+
+def test_a_batch_that_is_no_whole_groups_is_refused():
+    with pytest.raises(UserError, match=r"data\.batch_size 16, .* is not divisible by grpo\.group_size 3"):
+        train.Group(run_config("grpo", grpo__group_size=3), **TOY_ROWS)
+
+
+def test_an_option_of_a_method_leaves_its_other_defaults():
+    config = cli.parse("rloo", ["--rloo.group_size", "2"])
+    assert config.rloo == replace(RLOO, group_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RUNS)
+def test_a_method_walks_better_than_sft(tmp_path, method):
+    """Optimality on random walks, by a reward that is exact; the policy starts from SFT on random walks."""
+    from rlhf_jax import quickstart as q
+    from rlhf_jax import sft
+    from rlhf_jax.tasks import random_walks as walks
+
+    graph, path = walks.make_graph(0), tmp_path / "chain"
+    walks.make_tokenizer().save_pretrained(path / "tokenizer")
+    demos = walks.demonstrations(graph, 1100, 0)
+    config = q.QuickstartConfig(output_dir=str(path), progress=False)
+    sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
+    base = str(path / "sft" / "model")
+
+    def gold(model):
+        prompts, responses = q.sample_walks(model, 20, 99)
+        scores = np.array(walks.optimality(graph, prompts, responses))
+        return scores.mean(), scores.std() / math.sqrt(len(scores))
+
+    run = RUNS[method](
+        model=ModelConfig(path=base),
+        data=DataConfig(batch_size=128, max_prompt_length=2),
+        sampling=q.SAMPLING,
+        optim=OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5),
+        run=RunConfig(str(path / method), progress=False, eval_every=0),
+    )
+    run = replace(run, **{f"{method}__iterations": 40})
+    optimality = functools.partial(walks.optimality, graph)
+    group.run(run, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts(), reward_functions=[optimality])
+    (before, error), (after, its_error) = gold(base), gold(str(path / method / "model"))
+    print({"sft": (before, error), method: (after, its_error)})
+    assert after > before + 5 * math.hypot(error, its_error)
