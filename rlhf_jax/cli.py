@@ -45,14 +45,18 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "label": (config.LabelRun, "rlhf_jax.label:run", "a local page on which people rank responses"),
     "collect": (config.CollectRun, "rlhf_jax.collecting:run_collect", "several responses to a prompt, labelled"),
     "judge": (config.JudgeRun, "rlhf_jax.collecting:run_judge", "a judge's verdicts on responses, and its biases"),
+    "rate": (config.RateRun, "rlhf_jax.rating:run", "verdicts of simulated raters, whose taste is a function"),
+    "recipe": (config.RecipeRun, "rlhf_jax.recipe:run", "stages chained with their artefacts, any number of rounds"),
     "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
     "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),
     "data inspect": (config.DataInspectRun, "rlhf_jax.datasets:run_inspect", "what rows hold and what is wrong"),
     "data prepare": (config.DataPrepareRun, "rlhf_jax.datasets:run_prepare", "rows as a TFDS dataset"),
     "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
+    "data make": (config.DataMakeRun, "rlhf_jax.datasets:run_make", "files that a Python function writes"),
 }
-ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp", "sample", "score"}
+ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp"}
+ON_THE_MESH |= {"sample", "score", "recipe"}
 """Commands that several processes run together."""
 
 POSITIONAL = {
@@ -63,6 +67,9 @@ POSITIONAL = {
     "data inspect": "path",
     "data prepare": "path",
     "data aggregate": "path",
+    "data make": "function",
+    "rate": "path",
+    "recipe": "path",
 }
 """Commands whose first argument may stand without its --name."""
 
@@ -139,14 +146,14 @@ def nearest(word: str, known: list[str], command: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; `rlhf-jax {command}--help` lists all"
 
 
-def read(path: str) -> tuple[str, dict[str, Any]]:
+def read(path: str, option: str = "--config") -> tuple[str, dict[str, Any]]:
     """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         found = texts(text)
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", "not UTF-8 text")
-        raise UserError(f"--config {path}: {problem}; check the path") from error
+        raise UserError(f"{option} {path}: {problem}; check the path") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f":{mark.line + 1}" if mark else ""
@@ -276,6 +283,8 @@ def dispatch(arguments: list[str]) -> None:
         parser_of(command).parse_args([min(asked)])  # prints and exits
     if command == "plan":
         plan_command(rest)
+    elif command == "recipe":
+        recipe_command(rest)
     else:
         run_command(command, rest)
 
@@ -295,6 +304,17 @@ def plan_command(rest: list[str]) -> None:
     if stage == "auto":
         raise UserError("the options do not say which stage this is; write --stage pretrain, sft, reward or ppo")
     execute("plan", plan, parse(stage, others))
+
+
+def recipe_command(rest: list[str]) -> None:
+    """`recipe FILE.yaml`, its own options, and those that replace parts of the file."""
+    own, others = [], {}
+    for name, text in pairs(rest):
+        if name.partition(".")[0] in ("variables", "defaults", "stages"):
+            others[name] = text
+        else:
+            own.append(f"--{name}={text}")
+    execute("recipe", parse("recipe", own), others)
 
 
 def directory_command(command: str, rest: list[str]) -> None:
@@ -320,12 +340,12 @@ def run_command(command: str, arguments: list[str]) -> None:
     execute(command, parse(command, arguments))
 
 
-def execute(command: str, *settings: Any) -> None:
-    """Call a command's function, in company of the other processes of the run if there are any."""
+def execute(command: str, *settings: Any) -> Any:
+    """What a command's function returns, in company of the other processes of the run if there are any."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
     if command in ON_THE_MESH:
         config.resolve("rlhf_jax.hosts:initialize")()
-    config.resolve(COMMANDS[command][1])(*settings)
+    return config.resolve(COMMANDS[command][1])(*settings)
 
 
 def fail(line: str, code: int) -> NoReturn:

@@ -1,9 +1,10 @@
-"""`rlhf-jax data inspect`, `prepare` and `aggregate`. Floor 4."""
+"""`rlhf-jax data inspect`, `prepare`, `aggregate` and `make`. Floor 4."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax import rankings
-from rlhf_jax.config import DataAggregateRun, DataInspectRun, DataPrepareRun
+from rlhf_jax.config import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun, resolve
 from rlhf_jax.data import ballots, lint, tfds_rows
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
@@ -61,6 +62,28 @@ def run_prepare(config: DataPrepareRun) -> Path:
     written = tfds_rows.prepare(splits, config.schema, config.out)
     print(f"{written}: data.path of a stage, or tfds.builder_from_directory({str(written)!r})")
     return written
+
+
+def run_make(config: DataMakeRun) -> list[str]:
+    """Have the function write its files, move them to config.out when it is done, and return their names."""
+    out, function = Path(config.out), resolve(config.function)
+    if not config.out:
+        raise UserError("no directory to write to; give --out DIR")
+    check_writable(out, f"out {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making", dir=out) as place:
+        function(Path(place), num=config.num, seed=config.seed)
+        made = sorted(Path(place).iterdir())
+        there = [path.name for path in made if (out / path.name).exists()]
+        if there and not config.overwrite:
+            raise UserError(f"{out / there[0]} exists; choose another --out or pass --overwrite true")
+        for path in made:
+            old = out / path.name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            path.rename(old)
+    names = [path.name for path in made]
+    print(f"data make: {', '.join(names)} in {out}")
+    return names
 
 
 def run_aggregate(config: DataAggregateRun) -> list[Row]:

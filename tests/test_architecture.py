@@ -26,7 +26,7 @@ FLOORS = {
     **dict.fromkeys(["judge", "likelihood", "asking"], 2),
     **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo", "group"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
-    **dict.fromkeys(["scoring", "collecting", "summaries"], 4),
+    **dict.fromkeys(["scoring", "collecting", "summaries", "rating", "recipe"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 
@@ -50,6 +50,8 @@ SAME_FLOOR = {
     "rrhf": {"dpo"},
     "ppo": {"sft"},
     "datasets": {"inference"},
+    "rating": {"inference", "scoring"},
+    "recipe": {"cli"},
     "__main__": {"cli"},
 }
 

@@ -6,8 +6,8 @@ value out of range is a UserError where the class is made.
 """
 
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
-from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataPrepareRun
-from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, SourceConfig
+from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun
+from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, RateRun, SourceConfig
 from rlhf_jax.config.functions import bind, resolve, to_dict
 from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
 from rlhf_jax.config.label import LabelRun
@@ -21,6 +21,7 @@ from rlhf_jax.config.parts import (
     SamplingConfig,
 )
 from rlhf_jax.config.preference import DPOConfig, DPORun, KTOConfig, KTORun, RRHFConfig, RRHFRun
+from rlhf_jax.config.recipe import RecipeRun
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
 from rlhf_jax.config.stages import (
     PPO_OPTIM,
@@ -53,6 +54,7 @@ __all__ = [
     "DataAggregateRun",
     "DataConfig",
     "DataInspectRun",
+    "DataMakeRun",
     "DataPrepareRun",
     "FaultConfig",
     "GRPORun",
@@ -76,6 +78,8 @@ __all__ = [
     "RLOORun",
     "RRHFConfig",
     "RRHFRun",
+    "RateRun",
+    "RecipeRun",
     "ReinforcePPRun",
     "RewardConfig",
     "RewardRun",

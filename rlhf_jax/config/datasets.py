@@ -100,3 +100,26 @@ class DataAggregateRun:
 
     def __post_init__(self) -> None:
         check(self, "", {"above 0": "prior", "at least 0": "intervals", SEEDS: "seed"})
+
+
+@dataclass(frozen=True)
+class DataMakeRun:
+    """All of `rlhf-jax data make MODULE:NAME --out DIR`: files of rows, and what else a Python function makes.
+
+    Args:
+        function: fn(directory, num, seed), which writes files there, as "module:name"; random_walks:write and
+            stories:write of rlhf_jax.tasks are two.
+        out: a directory; files of the same name in it are replaced if `overwrite`, others stay.
+        num: how many rows, as the function understands it.
+        seed: of what it draws.
+        overwrite: replace files that are there.
+    """
+
+    function: str = ""
+    out: str = ""
+    num: int = 1000
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "num", SEEDS: "seed"})

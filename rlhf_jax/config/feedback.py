@@ -207,3 +207,36 @@ class JudgeRun:
 
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "batch_size", "at least 0": "limit", SEEDS: "seed"})
+
+
+@dataclass(frozen=True)
+class RateRun:
+    """All of `rlhf-jax rate ROWS`: verdicts of simulated raters, to rehearse a study before people are asked.
+
+    Args:
+        path: ranking or preference rows, labelled or not, as `rlhf-jax collect` writes them.
+        fields: a field map, as data.fields of a stage.
+        function: what raters value, fn(prompts, responses, **columns) -> list of floats, as "module:name".
+        raters: how many judge every row.
+        noise: standard deviation of a rater's error on a response, in standard deviations of the function's values.
+        verdict: ranks of the responses to a prompt, by each rater (ranks), or a row for each response with the mean of
+            their ratings from 1 to `levels` (rating).
+        levels: of a rating; they part the range of the function's values into equal pieces.
+        seed: of the errors.
+        output: the .jsonl file to write; empty prints the rows.
+        overwrite: replace `output`.
+    """
+
+    path: str = ""
+    fields: list[str] = field(default_factory=list)
+    function: str = ""
+    raters: int = 1
+    noise: float = 0.0
+    verdict: Literal["ranks", "rating"] = "ranks"
+    levels: int = 5
+    seed: int = 0
+    output: str = ""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "raters levels", "at least 0": "noise", SEEDS: "seed"})

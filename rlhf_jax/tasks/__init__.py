@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,3 +56,8 @@ def label_pairs(
         a_wins = (score_a > score_b) != flip
         rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
     return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -7,16 +7,19 @@ says that the walk ends. A walk is the better the closer its length is to the sh
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks import label_pairs
+from rlhf_jax.tasks import label_pairs, write_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -142,6 +145,40 @@ def _optimality(graph: Graph, prompt: str, response: str) -> float:
         return 0.0
     room = graph.max_length - int(graph.shortest[walk[0]])
     return (graph.max_length - len(walk)) / room if room else 1.0
+
+
+@functools.cache
+def graph_0() -> Graph:
+    """The graph of seed 0, which functions that a config names walk on."""
+    return make_graph(0)
+
+
+def gold(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+    """`optimality` on `graph_0`: a reward function by name, as reward.gold or reward.functions take one."""
+    return optimality(graph_0(), prompts, responses)
+
+
+def judge(prompt: str, a: str, b: str) -> float:
+    """The chance that a judge prefers `a`, sigmoid((gold(a) - gold(b)) / 0.2 + 0.5): a liking for the first place.
+
+    A judge by name, as judge.function takes one.
+    """
+    first, second = gold([prompt, prompt], [a, b])
+    return 1 / (1 + math.exp(-((first - second) / 0.2 + 0.5)))
+
+
+def write(directory: Path, num: int, seed: int) -> None:
+    """What a chain on `graph_0` starts from; `rlhf-jax data make` calls it.
+
+    tokenizer/; demonstrations.jsonl, `num` random walks; held_out.jsonl, a tenth as many others; prompts.jsonl, `num`
+    start nodes in turn; eval_prompts.jsonl, each six times.
+    """
+    make_tokenizer().save_pretrained(directory / "tokenizer")
+    walks, starts = demonstrations(graph_0(), num + -(-num // 10), seed), start_prompts()
+    write_rows(directory / "demonstrations.jsonl", walks[:num])
+    write_rows(directory / "held_out.jsonl", walks[num:])
+    write_rows(directory / "prompts.jsonl", (starts * -(-num // len(starts)))[:num])
+    write_rows(directory / "eval_prompts.jsonl", starts * 6)
 
 
 def comparisons(

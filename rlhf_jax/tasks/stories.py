@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks import label_pairs
+from rlhf_jax.tasks import label_pairs, write_rows
 
 POSITIVE_WORDS = """
     amazing beautiful best better brave bright calm celebrate cheer cheered delicious delighted dream enjoy enjoyed
@@ -88,6 +89,13 @@ def prompts(num: int, seed: int) -> list[dict[str, str]]:
         decks = [deck for deck in decks if deck]
         rows.append({"prompt": str(decks[rng.integers(len(decks))].pop())})
     return rows
+
+
+def write(directory: Path, num: int, seed: int) -> None:
+    """prompts.jsonl, `num` openings, and eval_prompts.jsonl, a quarter as many others; for `rlhf-jax data make`."""
+    rows = prompts(num + -(-num // 4), seed)
+    write_rows(directory / "prompts.jsonl", rows[:num])
+    write_rows(directory / "eval_prompts.jsonl", rows[num:])
 
 
 def _openings() -> list[list[str]]:

@@ -1,0 +1,77 @@
+"""`rlhf-jax rate`: simulated raters of responses, whose taste is a Python function and who err. Floor 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.config import RateRun, resolve
+from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.schemas import DroppedRow, Row, text_of
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference import check_output, write_rows
+from rlhf_jax.rankings import consensus_ranks
+from rlhf_jax.rewards import call_reward
+from rlhf_jax.scoring import plain
+
+TIMEOUT, RETRIES = 600.0, 0
+"""Seconds that a call of the function may take, and further attempts."""
+
+
+def run(config: RateRun, *, rows: Any = None, function: Callable[..., Any] | None = None) -> list[Row]:
+    """Rate as configured, write or print the rows, and return them; `rows` and `function` replace the config's.
+
+    Rater r sees value + noise * std(values) * e, e from N(0, 1), anew for every response of every row.
+    """
+    check_output(config.output, config.overwrite)
+    given: list[Ranking] = []
+    dropped = 0
+    for row in rows_from(config.path if rows is None else rows, config.fields):
+        try:
+            given.append(ranking_row(row, unlabelled=True))
+        except DroppedRow:
+            dropped += 1
+    if not given:
+        raise UserError(f"none of {dropped} rows has two responses to rate; give ranking or preference rows")
+    prompts = [plain(one.prompt) for one in given for _ in one.responses]
+    responses = [text_of(response) for one in given for response in one.responses]
+    values = call_reward(
+        function or resolve(config.function), prompts, responses, {}, timeout=TIMEOUT, retries=RETRIES
+    )
+    errors = np.random.default_rng(config.seed).standard_normal((len(values), config.raters))
+    seen = values[:, None] + config.noise * values.std() * errors
+    if config.verdict == "rating":
+        seen = levels(seen, values.min(), values.max(), config.levels)
+    parts = np.split(seen, np.cumsum([len(one.responses) for one in given])[:-1])
+    make = ratings_of if config.verdict == "rating" else ranked_of
+    out = [row for one, part in zip(given, parts, strict=True) for row in make(one, part)]
+    write_rows(out, config.output)
+    if config.output:
+        print(f"rate: {len(given)} rows, {dropped} dropped, {config.raters} raters; {len(out)} rows, {config.output}")
+    return out
+
+
+def levels(seen: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
+    """1 to `count`: the piece, of equal ones that part [low, high], that a value lies in."""
+    width = (high - low) / count or 1.0
+    return np.clip(1 + np.floor((seen - low) / width), 1, count)
+
+
+def ranked_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
+    """A ranking row with each rater's ranks; `seen` [K, raters]."""
+    texts = zip(one.responses, one.finished, one.extra, strict=True)
+    items = [{"text": text_of(response), "finished": done, **more} for response, done, more in texts]
+    verdicts = [{"rater": f"rater {r}", "ranks": consensus_ranks(column).tolist()} for r, column in enumerate(seen.T)]
+    return [{"prompt": one.prompt, "responses": items, "raters": verdicts}]
+
+
+def ratings_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
+    """A row {prompt, response, finished, rating} for each response; `seen` [K, raters]."""
+    answers = zip(one.responses, one.finished, seen.mean(axis=1), strict=True)
+    return [
+        {"prompt": one.prompt, "response": response, "finished": done, "rating": float(rating)}
+        for response, done, rating in answers
+    ]

@@ -1,0 +1,128 @@
+"""What a recipe has done already: OUTPUT_DIR/recipe.json, and what follows from it. Process 0 only."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_jax import directory
+from rlhf_jax.errors import UserError
+from rlhf_jax.recipe.reading import Stage
+
+FILE = "recipe.json"
+
+OF_NO_ACCOUNT = ("overwrite", "progress")
+"""Settings, besides those of a run directory, that say nothing about what a stage makes."""
+
+Action = Literal["skip", "run", "replace"]
+
+
+class Record:
+    """The directory of a recipe, held by this process.
+
+    recipe.json maps the label of a stage to {command, status, output, inputs, config}, where `inputs` are the stages
+    that it read from (label -> id of what they had made), and once it is finished to {id, wall_s, figures} too.
+    """
+
+    def __init__(self, root: Path):
+        """Of the directory `root`; touches nothing."""
+        self.root, self.path = root, root / FILE
+        self.entries: dict[str, Any] = {}
+        self._lock: Any = None
+
+    def claim(self) -> None:
+        """Make the directory and keep other processes out until `close`.
+
+        Raises:
+            UserError: it cannot be written to, or another process holds it.
+        """
+        directory.check_writable(self.root, f"output_dir {self.root}")
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = directory.hold(self.root)
+
+    def load(self) -> None:
+        """Read recipe.json, if there is one.
+
+        Raises:
+            UserError: it is broken.
+        """
+        try:
+            self.entries = json.loads(self.path.read_text()) if self.path.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{self.path} is broken ({error}); delete it and the stages' directories") from error
+
+    def actions(self, stages: Sequence[Stage], *, overwrite: bool) -> dict[str, Action]:
+        """What to do about each stage: leave it as it is, start or continue it, or make it anew.
+
+        Raises:
+            UserError: a stage has changed, or what it reads has, since it was made, and not `overwrite`.
+        """
+        found: dict[str, Action] = {}
+        for stage in stages:
+            entry = self.entries.get(stage.label)
+            why = self.changed(stage, found) if entry else ""
+            if why and not overwrite:
+                raise UserError(
+                    f"stage {stage.label}: {stage.output} {why}; pass --overwrite true to make it and what follows "
+                    "anew, or choose another output_dir"
+                )
+            there = Path(stage.output).exists()
+            if why:
+                found[stage.label] = "replace"
+            elif entry and entry["status"] == "finished" and there:
+                found[stage.label] = "skip"
+            else:  # a file that a kill left unrecorded may be cut short; a run directory knows better itself
+                found[stage.label] = "replace" if entry and Path(stage.output).is_file() else "run"
+        return found
+
+    def changed(self, stage: Stage, actions: dict[str, Action]) -> str:
+        """How a stage differs from what there is of it, in words; empty if it does not."""
+        entry = self.entries[stage.label]
+        if entry["command"] != stage.command:
+            return f"was made by {entry['command']}, not {stage.command}"
+        differ = directory.changes(stage.config, entry)
+        differ = {name: pair for name, pair in differ.items() if name not in OF_NO_ACCOUNT}
+        keeps = getattr(stage.config, "checkpoint", None)
+        if differ and not (keeps is not None and keeps.allow_changes):
+            name, (then, now) = next(iter(differ.items()))
+            return f"was made with {name} {then}, not {now}"
+        for label in stage.inputs:
+            if actions[label] != "skip" or entry["inputs"].get(label) != self.entries[label]["id"]:
+                return f"was made of another {label}"
+        return ""
+
+    def start(self, stage: Stage, action: Action) -> None:
+        """Write that a stage is under way; what it replaces is no longer taken for its work, whatever happens next."""
+        if action == "replace":
+            output = Path(stage.output)
+            (output / directory.RECORD if output.is_dir() else output).unlink(missing_ok=True)
+        inputs = {label: self.entries[label]["id"] for label in stage.inputs}
+        self.entries[stage.label] = {
+            "command": stage.command,
+            "status": "started",
+            "output": stage.output,
+            "inputs": inputs,
+            "config": directory.plain(stage.config),
+        }
+        self._write()
+
+    def finish(self, stage: Stage, wall_s: float, figures: dict[str, Any]) -> None:
+        """Write that it is done, and what came out."""
+        done = {"status": "finished", "id": secrets.token_hex(8), "wall_s": wall_s, "figures": figures}
+        self.entries[stage.label] |= done
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            directory.write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; mend that, then give the same command again") from error
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

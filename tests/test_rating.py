@@ -1,0 +1,91 @@
+"""Simulated raters agree with their taste as far as their noise lets them; made files are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax import rating
+from rlhf_jax.config import DataMakeRun, RateRun
+from rlhf_jax.data.ballots import ranking_row
+from rlhf_jax.datasets import run_make
+from rlhf_jax.errors import UserError
+from rlhf_jax.tasks import random_walks as walks
+
+ROWS = [{"prompt": f"p{i}", "responses": ["ccc", {"text": "a", "finished": False}, "bb", "a"]} for i in range(200)]
+
+
+def length(prompts, responses, **columns):
+    return [float(len(text)) for text in responses]
+
+
+def test_without_noise_every_rater_says_what_the_function_says():
+    rows = rating.run(RateRun(raters=3), rows=ROWS, function=length)
+    assert len(rows) == 200
+    assert [one["ranks"] for one in rows[0]["raters"]] == [[0, 2, 1, 2]] * 3
+    assert [item["finished"] for item in rows[0]["responses"]] == [True, False, True, True]
+    assert len(ranking_row(rows[0]).ballots) == 3
+
+
+def test_noise_is_in_standard_deviations_and_each_raters_own():
+    rows = rating.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
+    ranks = np.array([[one["ranks"] for one in row["raters"]] for row in rows])  # [rows, raters, K]
+    right = (ranks[..., 0] < ranks[..., 2]).mean()  # lengths 3 and 2 differ by 1, the noise of both by sqrt(2) std
+    std = np.std([3, 1, 2, 1])
+    assert abs(right - 0.5 * (1 + np.vectorize(math.erf)(1 / (2 * std)))) < 0.06
+    assert 0.1 < (ranks[:, 0] != ranks[:, 1]).mean() < 0.9
+    again = rating.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
+    assert again == rows and rating.run(RateRun(raters=2, noise=1.0, seed=2), rows=ROWS, function=length) != rows
+
+
+def test_ratings_part_the_range_into_equal_levels():
+    rows = rating.run(RateRun(verdict="rating", levels=2), rows=ROWS[:1], function=length)
+    assert [(row["response"], row["rating"]) for row in rows] == [("ccc", 2.0), ("a", 1.0), ("bb", 2.0), ("a", 1.0)]
+    assert rating.levels(np.array([0.0, 0.19, 0.21, 1.0, 1.5, -3]), 0.0, 1.0, 5).tolist() == [1, 1, 2, 5, 5, 1]
+    assert rating.levels(np.array([4.0, 4.0]), 4.0, 4.0, 5).tolist() == [1, 1]  # all equal: no range to part
+
+
+def test_rows_without_two_responses_are_left_out():
+    with pytest.raises(UserError, match="none of 1 rows has two responses"):
+        rating.run(RateRun(), rows=[{"prompt": "p", "responses": ["a", None]}], function=length)
+
+
+def test_the_walks_by_name_are_those_of_graph_0(tmp_path):
+    run_make(DataMakeRun(function="rlhf_jax.tasks.random_walks:write", out=str(tmp_path / "t"), num=30))
+    read = lambda name: [json.loads(line) for line in (tmp_path / "t" / name).read_text().splitlines()]  # noqa: E731
+    demos, held_out = read("demonstrations.jsonl"), read("held_out.jsonl")
+    assert [len(demos), len(held_out), len(read("prompts.jsonl")), len(read("eval_prompts.jsonl"))] == [30, 3, 30, 120]
+    assert demos + held_out == walks.demonstrations(walks.make_graph(0), 33, 0)
+    prompts, texts = [row["prompt"] for row in demos], [row["response"] for row in demos]
+    gold = walks.gold(prompts, texts)
+    assert gold == walks.optimality(walks.make_graph(0), prompts, texts) and max(gold) > 0
+    best, worst = int(np.argmax(gold)), int(np.argmin(gold))
+    straight = walks.judge(prompts[best], texts[best], "b")
+    turned = walks.judge(prompts[best], "b", texts[best])
+    assert straight > 0.5 and straight > 1 - turned > 0.5 - gold[best]  # it likes the first place
+    assert walks.judge(prompts[worst], texts[worst], texts[worst]) > 0.5
+
+
+def make(directory: Path, num: int, seed: int) -> None:
+    (directory / "rows.jsonl").write_text("x" * num)
+    if seed:
+        raise UserError("no such seed")
+
+
+def test_files_are_made_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    settings = {"function": f"{__name__}:make", "out": str(out)}
+    with pytest.raises(UserError, match="no such seed"):
+        run_make(DataMakeRun(**settings, seed=1))
+    assert list(out.iterdir()) == []
+    (out / "notes.txt").write_text("mine")
+    assert run_make(DataMakeRun(**settings, num=3)) == ["rows.jsonl"]
+    with pytest.raises(UserError, match=r"rows.jsonl exists; choose another --out or pass --overwrite true"):
+        run_make(DataMakeRun(**settings, num=4))
+    assert (out / "rows.jsonl").read_text() == "xxx"
+    run_make(DataMakeRun(**settings, num=4, overwrite=True))
+    assert (out / "rows.jsonl").read_text() == "xxxx" and (out / "notes.txt").read_text() == "mine"

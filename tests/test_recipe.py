@@ -1,0 +1,364 @@
+"""Recipes: nothing runs before everything fits, nothing finished runs again, and nothing stale is taken for fresh."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import toy_directory
+
+from rlhf_jax import cli, recipe
+from rlhf_jax.config import RecipeRun
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.recipe.reading import read, replaced
+
+FILES = """
+import json
+calls = []
+def write(directory, num, seed):
+    calls.append(("write", num, seed))
+    rows = [{"prompt": f"p{i}", "responses": ["a", "bb", "ccc" * (1 + seed)]} for i in range(num)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+def length(prompts, responses, **columns):
+    calls.append(("length", len(responses)))
+    return [float(len(text)) for text in responses]
+def broken(prompts, responses, **columns):
+    raise RuntimeError("out of raters")
+"""
+RECIPE = """
+output_dir: out
+variables: {noise: 0.5}
+defaults: {seed: 1, intervals: 0}
+stages:
+- {name: task, command: data make, function: "recipe_parts:write", num: 4}
+- {name: first, command: rate, path: $task/rows.jsonl, function: "recipe_parts:length", raters: 2, noise: $noise}
+- {name: joined, command: data aggregate, path: $first, method: bradley_terry}
+"""
+ROUNDS = """
+output_dir: out
+stages:
+- {name: task, command: data make, function: "recipe_parts:write", num: 2}
+- rounds: 3
+  carry:
+    before: {first: $task/rows.jsonl, then: $rated}
+    all: {first: [], then: [$all, $rated]}
+  stages:
+  - {name: rated, command: rate, path: $before, function: "recipe_parts:length", seed: $round}
+- {command: reward, model: {path: lm}, data: {path: $rated, mixture: $all}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A fresh working directory with the functions that recipes name."""
+    (tmp_path / "recipe_parts.py").write_text(FILES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("recipe_parts", None)
+    yield tmp_path
+    sys.modules.pop("recipe_parts", None)
+
+
+def tree(text: str) -> dict:
+    return yaml.safe_load(text)
+
+
+def run(text: str, changes=None, **options):
+    return recipe.run(RecipeRun(**options), changes, recipe=tree(text))
+
+
+def stages(text: str, changes=None) -> dict:
+    """label -> stage."""
+    found, _ = recipe.stages_of(RecipeRun(), changes, tree(text))
+    return {one.label: one for one in found}
+
+
+def refusal(text: str, changes=None) -> str:
+    with pytest.raises(UserError) as error:
+        stages(text, changes)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+def calls() -> list:
+    """What the functions were called with since the last look."""
+    import recipe_parts
+
+    made = list(recipe_parts.calls)
+    recipe_parts.calls.clear()
+    return made
+
+
+def test_references_defaults_and_outputs_become_options():
+    found = stages(RECIPE)
+    assert list(found) == ["task", "first", "joined"]
+    assert found["task"].output == "out/task" and found["first"].output == "out/first.jsonl"
+    first = found["first"].config
+    assert (first.path, first.noise, first.seed, first.output) == ("out/task/rows.jsonl", 0.5, 1, "out/first.jsonl")
+    assert found["joined"].config.path == "out/first.jsonl" and found["joined"].config.intervals == 0
+    assert [one.inputs for one in found.values()] == [(), ("task",), ("first",)]
+
+
+def test_a_stage_outweighs_defaults_and_the_command_line_outweighs_both():
+    text = RECIPE.replace("raters: 2", "raters: 2, seed: 5")
+    assert stages(text)["first"].config.seed == 5
+    changed = stages(text, {"stages.first.seed": 6, "defaults.seed": 7, "variables.noise": "0.25"})
+    assert (changed["first"].config.seed, changed["joined"].config.seed) == (6, 7)
+    assert changed["first"].config.noise == 0.25
+
+
+def test_rounds_carry_what_the_round_before_made():
+    found = stages(ROUNDS)
+    assert list(found) == ["task", "round1/rated", "round2/rated", "round3/rated", "reward"]
+    paths = [found[f"round{i}/rated"].config.path for i in (1, 2, 3)]
+    assert paths == ["out/task/rows.jsonl", "out/round1/rated.jsonl", "out/round2/rated.jsonl"]
+    assert [found[f"round{i}/rated"].config.seed for i in (1, 2, 3)] == [1, 2, 3]
+    assert found["round2/rated"].inputs == ("round1/rated",)
+    last = found["reward"]
+    assert last.config.data.path == "out/round3/rated.jsonl"
+    assert last.config.data.mixture == [f"out/round{i}/rated.jsonl" for i in (1, 2, 3)]
+    assert set(last.inputs) == {"round1/rated", "round2/rated", "round3/rated"}
+
+
+def test_a_group_of_options_may_be_a_variable():
+    arch = "{vocab_size: 24, width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2, head_dim: 8, ffn_width: 32, "
+    text = f"""
+output_dir: out
+variables: {{shape: {arch}max_positions: 40}}}}
+stages:
+- {{command: sft, model: {{arch: $shape, tokenizer: tok}}, data: {{path: a.jsonl}}, optim: {{learning_rate: 1.0e-5}}}}
+- {{command: ppo, model: {{path: "${{sft}}/model"}}, reward: {{gold: "a:b"}}, sampling: {{top_p: 1}}}}
+"""
+    found = stages(text)
+    assert found["sft"].config.model.arch.max_positions == 40
+    assert found["sft"].config.optim.learning_rate == 1e-5
+    assert found["ppo"].config.model.path == "out/sft/model"
+
+
+WRONG = [
+    ("raters: 2", "ratters: 2", "stage first: unknown option 'ratters'; did you mean raters?"),
+    ("raters: 2", "raters: two", "stage first: raters is 'two'; give a whole number"),
+    ("raters: 2", "raters: 0", "stage first: raters is 0; make it at least 1"),
+    ("path: $task/", "path: $tsak/", "path: '$tsak/rows.jsonl': there is no $tsak at this point; did you mean $task?"),
+    ("path: $first", "path: $joined", "there is no $joined at this point"),
+    ("path: $first", "path: 5$", "has a $ that starts no name"),
+    ("command: rate", "command: rat", "stage first: unknown command 'rat'; did you mean rate?"),
+    ("command: rate", "command: inspect", "stage first: inspect leaves nothing"),
+    ("name: first", "name: task", "name task: it comes twice"),
+    ("name: first", "name: fi-rst", "name 'fi-rst': give one of letters"),
+    ("seed: 1, ", "sede: 1, ", "defaults: no stage has an option 'sede'; did you mean seed?"),
+    ("noise: 0.5", "noise: null", "variable noise has no value; give --variables.noise VALUE"),
+    ("output_dir: out", "outptu_dir: out", "a recipe has no 'outptu_dir'"),
+    ("output_dir: out", "", "there is no output_dir"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "said"), WRONG, ids=[wrong for _, wrong, _ in WRONG])
+def test_what_does_not_fit_is_one_line_with_the_stage_and_a_cure(right, wrong, said):
+    assert RECIPE.count(right) >= 1
+    assert said in refusal(RECIPE.replace(right, wrong))
+
+
+def test_a_mistake_in_the_last_round_is_found_before_the_first_runs(here):
+    text = ROUNDS.replace("mixture: $all", "mixture: $al")
+    with pytest.raises(UserError, match=r"stage reward: data: mixture: '\$al': there is no \$al .*mean \$all"):
+        run(text)
+    assert not Path("out").exists()
+    assert "rounds: '0' is no number" in refusal(ROUNDS.replace("rounds: 3", "rounds: 0"))
+    assert "carry.all has no then" in refusal(ROUNDS.replace(", then: [$all, $rated]", ""))
+    text = ROUNDS.replace("path: lm", "path: lm/$all")
+    assert "$all is no text" in refusal(text)
+    text = ROUNDS + "- {name: again, command: reward, model: {path: $reward/modle}}\n"
+    assert "the run directory of reward has no modle; did you mean model?" in refusal(text)
+
+
+def test_changes_to_what_is_not_there_are_refused():
+    assert "no stage 'frist'; did you mean first?" in refusal(RECIPE, {"stages.frist.seed": 1})
+    assert "no variable 'nois'; did you mean noise?" in refusal(RECIPE, {"variables.nois": 1})
+    assert "close its brackets" in refusal(RECIPE, {"variables.noise": "[1"})
+
+
+def test_what_is_finished_is_not_run_again(here, capsys):
+    first = run(RECIPE)
+    assert [one[0] for one in calls()] == ["write", "length"]
+    assert [row["finished_before"] for row in first["stages"]] == [False] * 3
+    rows = [json.loads(line) for line in Path("out/joined.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and first["stages"][2]["figures"] == {"rows": 4}
+    second = run(RECIPE)
+    assert calls() == []
+    assert [row["finished_before"] for row in second["stages"]] == [True] * 3
+    assert second["stages"][0]["wall_s"] == first["stages"][0]["wall_s"]
+    assert json.loads(Path("out/summary.json").read_text()) == second
+    assert "joined  data aggregate" in re.sub(" +", "  ", capsys.readouterr().out).replace("data  agg", "data agg")
+
+
+def test_a_changed_stage_is_refused_and_remade_with_what_follows_if_asked(here):
+    run(RECIPE)
+    calls()
+    before = Path("out/joined.jsonl").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"stage first: out/first.jsonl was made with noise 0.5, not 0.25; pass"):
+        run(RECIPE, {"variables.noise": 0.25})
+    assert calls() == []
+    summary = run(RECIPE, {"variables.noise": 0.25}, overwrite=True)
+    assert [one[0] for one in calls()] == ["length"]
+    assert [row["finished_before"] for row in summary["stages"]] == [True, False, False]
+    assert Path("out/joined.jsonl").stat().st_mtime_ns > before
+    run(RECIPE, {"variables.noise": 0.25})
+    assert calls() == []
+
+
+def test_what_was_made_of_something_else_is_stale(here):
+    run(RECIPE)
+    Path("out/first.jsonl").unlink()  # it is made anew, but what follows was not made of that
+    with pytest.raises(UserError, match=r"stage joined: out/joined.jsonl was made of another first"):
+        run(RECIPE)
+    summary = run(RECIPE, overwrite=True)
+    assert [row["finished_before"] for row in summary["stages"]] == [True, False, False]
+
+
+def test_a_stage_that_failed_goes_on_where_it_was(here):
+    broken = RECIPE.replace("recipe_parts:length", "recipe_parts:broken")
+    with pytest.raises(UserError, match=r"stage first: reward function broken failed .*out of raters"):
+        run(broken)
+    mended = FILES.replace('raise RuntimeError("out of raters")', "return [0.0, 1.0, 2.0] * 4")
+    Path("recipe_parts.py").write_text(mended)
+    sys.modules.pop("recipe_parts")
+    summary = run(broken)
+    assert [row["finished_before"] for row in summary["stages"]] == [True, False, False]
+
+
+def test_a_file_that_a_kill_left_unrecorded_is_made_again(here):
+    run(RECIPE)
+    record = json.loads(Path("out/recipe.json").read_text())
+    record["joined"] = {k: v for k, v in record["joined"].items() if k in ("command", "output", "inputs", "config")}
+    record["joined"]["status"] = "started"
+    Path("out/recipe.json").write_text(json.dumps(record))
+    Path("out/joined.jsonl").write_text('{"prompt": "half a')
+    run(RECIPE)
+    assert len([json.loads(line) for line in Path("out/joined.jsonl").read_text().splitlines()]) == 4
+
+
+def test_a_recipe_leaves_a_file_alone_that_it_did_not_make(here):
+    Path("out").mkdir()
+    Path("out/first.jsonl").write_text("precious")
+    with pytest.raises(UserError, match=r"stage first: output out/first.jsonl exists"):
+        run(RECIPE)
+    assert Path("out/first.jsonl").read_text() == "precious"
+
+
+def test_the_command_line_replaces_parts_of_the_file_and_shows_them(here, capsys):
+    Path("r.yaml").write_text(RECIPE)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["recipe", "r.yaml", "--dry_run", "true", "--variables.noise", "0.125", "--output_dir", "there"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "first (to do; after task)\n  rlhf-jax rate\n" in said
+    assert "--noise 0.125" in said and "--output there/first.jsonl" in said
+    assert not Path("there").exists()
+
+
+def test_the_gold_reward_of_a_round_is_that_of_its_last_stage_that_has_one():
+    found = list(stages(ROUNDS).values())
+    entries = {one.label: {"wall_s": 1.0, "figures": {}} for one in found}
+    entries["round1/rated"]["figures"] = {"before.eval/gold": 0.1, "after.eval/gold": 0.25}
+    entries["round3/rated"]["figures"] = {"gold": 0.75}
+    summary = recipe.summary_of(found, dict.fromkeys(entries, "run"), entries)
+    assert [(one["round"], one["gold"]) for one in summary["rounds"]] == [(1, 0.25), (3, 0.75)]
+    assert summary["wall_s"] == 5
+    assert "gold reward by round: 0.250, 0.750" in recipe.table(summary)
+
+
+def test_a_tree_of_texts_survives_the_way_through_the_command_line():
+    odd = 'judge {prompt}: "{a}" or {b}? #1, 100%\nAnswer:'
+    text = f"""
+output_dir: out
+stages:
+- command: collect
+  judge: {{template: {json.dumps(odd)}}}
+  sources: [{{name: "yes", temperature: 1e-3}}, {{name: "0x1"}}]
+  data_path: rows.jsonl
+"""
+    config = next(iter(stages(text).values())).config
+    assert config.judge.template == odd
+    assert [(one.name, one.temperature) for one in config.sources] == [("yes", 0.001), ("0x1", None)]
+
+
+def test_reading_does_not_change_the_recipe_it_is_given():
+    given = tree(ROUNDS)
+    before = json.dumps(given)
+    read(replaced(given, {"stages.rated.seed": "9"}, "recipe"), "recipe", "out")
+    assert json.dumps(given) == before
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs" / "recipes").glob("*.yaml"))
+TINY = {"walks": 128, "steps": 2, "iterations": 2, "rounds": 2}
+
+
+def tiny(path: Path) -> dict:
+    """Changes that make a recipe as small as can be."""
+    known = yaml.safe_load(path.read_text())["variables"]
+    return {f"variables.{name}": value for name, value in TINY.items() if name in known}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_that_we_ship_fits_its_commands(path, tmp_path):
+    found, _ = recipe.stages_of(RecipeRun(path=str(path), output_dir=str(tmp_path)), tiny(path))
+    assert len(found) >= 4 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_that_we_ship_runs_end_to_end_and_only_once(path, tmp_path, capsys):
+    config = RecipeRun(path=str(path), output_dir=str(tmp_path / "out"))
+    summary = recipe.run(config, tiny(path))
+    assert "total" in capsys.readouterr().out
+    again = recipe.run(config, tiny(path))
+    assert all(row["finished_before"] for row in again["stages"]) and again["rounds"] == summary["rounds"]
+    assert [row["figures"] for row in again["stages"]] == [row["figures"] for row in summary["stages"]]
+
+
+SIGNAL = """
+import os, signal
+left = [3]
+def reward(prompts, responses, **columns):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(len(text)) for text in responses]
+"""
+CHAIN = """
+output_dir: out
+defaults:
+  data: {batch_size: 16, max_prompt_length: 2, max_length: 8, eval_batches: 1}
+  sampling: {max_new_tokens: 4, chunk: 2}
+  run: {progress: false, eval_every: 0}
+stages:
+- {name: task, command: data make, function: "rlhf_jax.tasks.random_walks:write", num: 40}
+- {command: ppo, model: {path: lm}, data: {path: $task/prompts.jsonl, eval_path: $task/eval_prompts.jsonl},
+   reward: {functions: ["stopping:reward"]}, ppo: {iterations: 4, epochs: 1}}
+- {command: sample, model: {path: $ppo/model}, data_path: $task/eval_prompts.jsonl, max_prompt_length: 2}
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_that_a_signal_stopped_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "stopping", raising=False)
+    (tmp_path / "stopping.py").write_text(SIGNAL)
+    (tmp_path / "lm").symlink_to(toy_directory() / "policy")
+    with pytest.raises(Stopped, match="recipe: stopped in stage ppo; the same command goes on there"):
+        run(CHAIN)
+    assert not Path("out/sample.jsonl").exists()
+    summary = run(CHAIN)
+    assert [row["finished_before"] for row in summary["stages"]] == [True, False, False]
+    run(CHAIN, output_dir="whole")
+    logged = [Path(out, "ppo", "metrics.jsonl").read_text().splitlines() for out in ("out", "whole")]
+    rows = [[row["policy/loss"] for row in map(json.loads, lines) if "policy/loss" in row] for lines in logged]
+    assert len(rows[0]) == 4 and rows[0] == rows[1]
+    assert Path("out/sample.jsonl").read_text() == Path("whole/sample.jsonl").read_text()
