@@ -68,7 +68,7 @@ def clipped_value_loss(
     """
     error = (values - returns) ** 2
     if value_clip:
-        clipped = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
+        clipped = jnp.clip(values, old_values - value_clip, old_values + value_clip)  # exactly v where it is inside
         clipped_error = (clipped - returns) ** 2
         clip_fraction = jnp.sum(weights, where=clipped_error > error)
         error = jnp.maximum(error, clipped_error)

@@ -1,0 +1,308 @@
+"""Every method on the same random walks: gold reward, KL to SFT, what is left of the language model, and time.
+
+    python -m benchmarks.methods --output_dir runs/methods
+
+A seed's graph, SFT model, comparisons and reward model are made as in the quickstart, once, and every method starts
+from them; none sees the gold reward. methods.jsonl gets a line per method and seed, and the same command goes on with
+those that are missing. The table has means over the seeds and their standard errors:
+
+    gold   optimality of 1000 sampled walks (tasks.random_walks), the same starts for all
+    kl     to SFT in nats per walk: the mean of log p(walk) - log p_SFT(walk) over the method's own walks
+    nll    nats per token of 100 held-out demonstrations, the text that SFT was trained on
+    s      wall time of the method alone, compilation included; cpu_s is the processor time of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rlhf_jax import dpo, group, kto, ppo, reward, rrhf, sft
+from rlhf_jax import quickstart as q
+from rlhf_jax.collecting import run_collect
+from rlhf_jax.config import (
+    CollectRun,
+    DPOConfig,
+    DPORun,
+    GroupRun,
+    GRPORun,
+    KTOConfig,
+    KTORun,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    QuickstartConfig,
+    RewardSourceConfig,
+    RLOORun,
+    RRHFConfig,
+    RRHFRun,
+    RunConfig,
+)
+from rlhf_jax.data.batches import collate_prompts
+from rlhf_jax.data.examples import prompt_examples, sft_examples
+from rlhf_jax.generate import Generator, decode
+from rlhf_jax.likelihood import Likelihood
+from rlhf_jax.models import Model
+from rlhf_jax.online.core import full_sequence, response_logprobs
+from rlhf_jax.sharding import make_mesh, put_batch
+from rlhf_jax.stage import limits, load_model, load_tokenizer, replace
+from rlhf_jax.tasks import random_walks as walks
+from rlhf_jax.tasks.report import text_table
+from rlhf_jax.types import Params, Rollout
+
+RATE = OptimConfig(learning_rate=3e-4, schedule="linear")
+STEPS = 80
+"""Optimiser steps of 64 rows of the methods that have no rollouts: three passes over the comparisons or so."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the methods of one seed share.
+
+    Attributes:
+        path: holds sft/, reward_model/, and a directory for each method.
+        demos: random walks, of which the last 100 are held out.
+        pairs, held_out: comparisons of SFT's walks, by a rater who errs and by one who does not.
+        made: summaries of SFT and of the reward model.
+    """
+
+    config: QuickstartConfig
+    path: Path
+    graph: walks.Graph
+    demos: list[dict[str, str]]
+    pairs: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+    made: dict[str, dict[str, Any]]
+
+    @property
+    def base(self) -> str:
+        """The SFT model."""
+        return str(self.path / "sft" / "model")
+
+    @property
+    def judge(self) -> RewardSourceConfig:
+        """The reward model."""
+        return RewardSourceConfig(model=str(self.path / "reward_model" / "model"))
+
+    def settings(self, out: Path) -> dict[str, Any]:
+        """What the configs of the methods without rollouts have in common."""
+        return {"model": ModelConfig(path=self.base), "data": q.DATA, "optim": RATE, "run": self.run(out)}
+
+    def run(self, out: Path) -> RunConfig:
+        """A directory that is written anew."""
+        return RunConfig(str(out), True, self.config.seed, eval_every=25, progress=False)
+
+
+def make_task(seed: int, root: Path, **options: Any) -> Task:
+    """The quickstart's first half; what an earlier call finished is taken as it is."""
+    config = QuickstartConfig(output_dir=str(root / f"seed_{seed}"), seed=seed, progress=False, **options)
+    path, graph = Path(config.output_dir), walks.make_graph(seed)
+    demos = walks.demonstrations(graph, 1100, seed)
+    walks.make_tokenizer().save_pretrained(path / "tokenizer")
+    made = {"SFT": sft.run(kept(q.sft_stage(config, path)), rows=demos[:1000], eval_rows=demos[1000:])}
+    base = str(path / "sft" / "model")
+    prompts, first = q.sample_walks(base, 20, seed + 3)
+    _, second = q.sample_walks(base, 20, seed + 4)
+    held_out = walks.comparisons(graph, prompts, first, second, seed, 0.0)
+    pairs = q.collect(graph, base, config, 0)
+    made["reward model"] = reward.run(kept(q.reward_stage(config, path)), rows=pairs, eval_rows=held_out)
+    return Task(config, path, graph, demos, pairs, held_out, made)
+
+
+def kept(config: Any) -> Any:
+    """The config of a stage whose finished run is not run again."""
+    return replace(config, run__overwrite=False)
+
+
+def by_dpo(task: Task, out: Path, **settings: Any) -> None:
+    """DPO, or with another `loss` one of its kin."""
+    config = DPORun(**task.settings(out), dpo=DPOConfig(steps=STEPS, **settings))
+    dpo.run(config, rows=task.pairs, eval_rows=task.held_out)
+
+
+def by_kto(task: Task, out: Path) -> None:
+    """KTO on the comparisons, taken apart: twice as many rows."""
+    kto.run(KTORun(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out)
+
+
+def by_rrhf(task: Task, out: Path) -> None:
+    """RRHF on eight walks to each prompt, ranked by the reward model."""
+    out.mkdir(parents=True, exist_ok=True)
+    collect = CollectRun(
+        model=ModelConfig(path=task.base), num_samples=8, sampling=q.SAMPLING, label="reward", reward=task.judge,
+        max_prompt_length=q.DATA.max_prompt_length, batch_size=1280, seed=task.config.seed, overwrite=True,
+        progress=False, output=str(out / "ranked.jsonl"),
+    )  # fmt: skip
+    rows = run_collect(collect, rows=walks.start_prompts() * 32)
+    config = RRHFRun(**task.settings(out / "run"), rrhf=RRHFConfig(steps=STEPS))
+    rrhf.run(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
+
+
+def by_ppo(task: Task, out: Path, **changes: Any) -> None:
+    """The quickstart's PPO, with changes."""
+    config = replace(q.ppo_stage(task.config, task.path), run=task.run(out), **changes)
+    ppo.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6)
+
+
+def by_ppo_ptx(task: Task, out: Path) -> None:
+    """PPO with the loss on SFT's demonstrations."""
+    text = task.path / "demonstrations.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in task.demos[:1000]))
+    options = {"ppo__ptx_coef": 0.05, "ppo__ptx_path": str(text), "ppo__ptx_batch_size": 64}
+    by_ppo(task, out, data__max_length=q.DATA.max_length, **options)
+
+
+def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupRun], kl_coef: float) -> None:
+    """GRPO or RLOO, with the rollouts and rates of the quickstart's PPO."""
+    like = q.ppo_stage(task.config, task.path)
+    config = make(model=like.model, data=like.data, reward=like.reward, sampling=like.sampling, optim=like.optim)
+    settings = {"iterations": task.config.iterations, "epochs": like.ppo.epochs, "kl_coef": kl_coef}
+    settings = {f"{name}__{key}": value for key, value in settings.items()}
+    config = replace(config, run=task.run(out), **settings)
+    group.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6)
+
+
+METHODS: dict[str, Callable[[Task, Path], None]] = {
+    "RRHF": by_rrhf,
+    "DPO": by_dpo,
+    "KTO": by_kto,
+    "ORPO": partial(by_dpo, loss="rlhf_jax.losses:orpo_loss", beta=1.0),
+    "SimPO": partial(by_dpo, loss="rlhf_jax.losses:simpo_loss", beta=2.0),
+    "GRPO": partial(by_group, name="grpo", make=GRPORun, kl_coef=0.2),
+    "RLOO": partial(by_group, name="rloo", make=RLOORun, kl_coef=0.1),
+    "PPO": by_ppo,
+    "PPO-ptx": by_ppo_ptx,
+}
+"""Name -> what trains a policy into `out`, beside SFT; all claim to learn."""
+
+
+def model_in(out: Path) -> str:
+    """The policy that a method left in its directory."""
+    return str(next(path for path in (out / "model", out / "run" / "model") if path.exists()))
+
+
+class Meter:
+    """Measures policies; made once, since it compiles."""
+
+    def __init__(self, policy: str):
+        """`policy` is a model of the shape that all have."""
+        self.mesh, settings = make_mesh(MeshConfig()), ModelConfig(path=policy)
+        self.tokenizer, longest = load_tokenizer(settings), q.DATA.max_prompt_length
+        with jax.set_mesh(self.mesh):
+            self.model = self.load(policy).model
+            self.generator = Generator(self.model, self.tokenizer, q.SAMPLING, self.mesh, max_prompt_length=longest)
+            self.reader = Likelihood(self.model, self.mesh, pad_id=self.tokenizer.pad_id, batch_size=100)
+        starts, _ = prompt_examples(
+            walks.start_prompts() * 50, self.tokenizer, max_prompt_length=longest, too_long="error"
+        )
+        self.batch = collate_prompts(starts, buckets=self.generator.buckets, pad_id=self.tokenizer.pad_id)
+        self.logprobs = jax.jit(partial(walk_logprobs, self.model))
+
+    def load(self, policy: str) -> Any:
+        return load_model(ModelConfig(path=policy), self.mesh, jax.random.key(0))
+
+    def __call__(self, task: Task, policy: str) -> dict[str, float]:
+        """Gold reward, KL to SFT and NLL of a policy."""
+        with jax.set_mesh(self.mesh):
+            ours, reference = self.load(policy).params, self.load(task.base).params
+            placed = put_batch(self.mesh, {name: self.batch[name] for name in ("tokens", "mask")})
+            key = jax.random.key(task.config.seed + 9)
+            rollout = self.generator.rollout(ours, placed["tokens"], placed["mask"], key, self.generator.law)
+            kl = self.logprobs(ours, rollout) - self.logprobs(reference, rollout)
+            held_out, _ = sft_examples(task.demos[1000:], self.tokenizer, **limits(q.DATA), loss_on="response")
+            nll = -np.concatenate(self.reader.targets(ours, held_out))
+        gold = walks.optimality(task.graph, self.batch["prompts"], decode(self.tokenizer, rollout))
+        return {"gold": float(np.mean(gold)), "kl": float(jnp.mean(kl)), "nll": float(nll.mean())}
+
+
+def walk_logprobs(model: Model, params: Params, rollout: Rollout) -> Float[Array, " B"]:
+    """log p of whole responses, stop tokens included."""
+    num = rollout.tokens.shape[1]
+    logprobs, _, _ = response_logprobs(model, params, full_sequence(rollout), jnp.ones(()), num)
+    return jnp.sum(jnp.where(rollout.mask, logprobs, 0.0), axis=1)
+
+
+def run_one(task: Task, name: str, measure: Meter) -> dict[str, Any]:
+    """The line of a method on a seed."""
+    if name == "SFT":
+        used, policy = {"wall_s": task.made["SFT"]["wall_s"]}, task.base
+    else:
+        out, wall, cpu = task.path / name, time.perf_counter(), time.process_time()
+        METHODS[name](task, out)
+        used = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+        policy = model_in(out)
+    numbers = {**measure(task, policy), **used}
+    return {"method": name, "seed": task.config.seed, **{key: round(value, 4) for key, value in numbers.items()}}
+
+
+def mean(lines: list[dict[str, Any]], column: str) -> tuple[float, float]:
+    """Mean over the seeds and its standard error; not a number with fewer than one and two of them."""
+    values = np.array([line[column] for line in lines if column in line])
+    return (float(values.mean()) if len(values) else np.nan,
+            float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan)  # fmt: skip
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Methods by rows, in the order of `METHODS`, and whether each exceeds SFT."""
+    names = [name for name in ["SFT", *METHODS] if any(line["method"] == name for line in lines)]
+    of = {name: [line for line in lines if line["method"] == name] for name in names}
+    base, base_error = mean(of.get("SFT", []), "gold")
+    rows = []
+    for name in names:
+        columns = {column: mean(of[name], column) for column in ("gold", "kl", "nll", "wall_s", "cpu_s")}
+        gold, error = columns["gold"]
+        above = (gold - base) / np.hypot(error, base_error) if name != "SFT" else None
+        rows.append([name, len(of[name]), *(shown(*columns[c]) for c in ("gold", "kl", "nll")),
+                     *(columns[c][0] for c in ("wall_s", "cpu_s")), above])  # fmt: skip
+    headers = ["method", "seeds", "gold", "KL to SFT", "NLL of demos", "s", "cpu s", "gain / its error"]
+    told = [(row[0], row[-1] > 2) for row in rows if row[-1] is not None and np.isfinite(row[-1])]
+    learned, failed = ([name for name, above in told if above == wanted] for wanted in (True, False))
+    verdict = f"Above SFT by more than two standard errors: {', '.join(learned) or 'none'}."
+    return text_table(headers, rows) + "\n" + verdict + (f" Not: {', '.join(failed)}." if failed else "")
+
+
+def shown(value: float, error: float) -> str:
+    """A mean with its standard error."""
+    return f"{value:.3f} +- {error:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=["SFT", *METHODS], default=["SFT", *METHODS])
+    parser.add_argument("--comparisons", type=int, default=3000, help="pairs that the rater sees")
+    parser.add_argument("--iterations", type=int, default=40, help="of the methods with rollouts")
+    args = parser.parse_args()
+    root = Path(args.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "methods.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    measure = None
+    for seed in args.seeds:
+        missing = [m for m in args.methods if not any((line["method"], line["seed"]) == (m, seed) for line in lines)]
+        if not missing:
+            continue
+        task = make_task(seed, root, comparisons=args.comparisons, iterations=args.iterations)
+        measure = measure or Meter(task.base)
+        for name in missing:
+            lines.append(run_one(task, name, measure))
+            with path.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            print(json.dumps(lines[-1]), flush=True)
+    print("\n" + table(lines))
+
+
+if __name__ == "__main__":
+    main()
