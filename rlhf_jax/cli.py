@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "judge": (config.JudgeRun, "rlhf_jax.collecting:run_judge", "a judge's verdicts on responses, and its biases"),
     "rate": (config.RateRun, "rlhf_jax.rating:run", "verdicts of simulated raters, whose taste is a function"),
     "recipe": (config.RecipeRun, "rlhf_jax.recipe:run", "stages chained with their artefacts, any number of rounds"),
+    "evaluate": (config.EvaluateRun, "rlhf_jax.evaluating:run_evaluate", "reward, wins, KL, perplexity over models"),
     "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
     "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -81,6 +81,41 @@ def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
             f"{path / 'model'}, or set checkpoint.keep_finished true another time"
         )
     return None
+
+
+def earlier_summary(
+    command: str, config: Any, files: Sequence[str], made_of: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The summary, if config.output_dir holds all `files` of this very command, which is then finished; else None.
+
+    For commands whose directory is their own to lay out, with config.yaml and summary.json. `made_of` is what decides
+    the outcome beside the config; the summary holds it too.
+
+    Raises:
+        UserError: the directory holds something else, or it cannot be written to.
+    """
+    if not config.output_dir:
+        raise UserError("output_dir is empty; say where to write, as --output_dir runs/first")
+    path = Path(config.output_dir)
+    check_writable(path, f"output_dir {path}")
+    found = [name for name in ("config.yaml", *files) if (path / name).exists()]
+    if config.overwrite or not found:
+        return None
+    cure = "choose another directory or pass --overwrite true"
+    text = (path / "config.yaml").read_text() if "config.yaml" in found else ""
+    if not text.startswith(f"# rlhf-jax {command} "):
+        raise UserError(f"output_dir {path} holds another run ({found[0]}); {cure}")
+    differ = changes(config, {"config": as_json(yaml.safe_load(text))})
+    if differ:
+        shown = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in differ.items())
+        raise UserError(f"output_dir {path} holds {command} with another config: {shown}; {cure}")
+    if not all((path / name).exists() for name in files):
+        return None
+    summary = json.loads((path / SUMMARY).read_text())
+    if made_of is not None and summary.get("made_of") != as_json(made_of):
+        raise UserError(f"output_dir {path} holds {command} of other rows or functions; {cure}")
+    print(f"{command}: {path} is finished; --overwrite true would run it again")
+    return summary
 
 
 def check_inputs(config: Any) -> None:
@@ -173,9 +208,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_text(path / RECORD, json.dumps({**record, "updated": time.time()}, indent=1) + "\n")
 
 
-def write_config(path: Path, stage: str, config: Any) -> None:
-    """Replace config.yaml."""
-    header = f"# rlhf-jax {stage} --config {path / 'config.yaml'} --run.output_dir ANOTHER\n"
+def write_config(path: Path, stage: str, config: Any, option: str = "run.output_dir") -> None:
+    """Replace config.yaml; `option` is what the command calls its directory."""
+    header = f"# rlhf-jax {stage} --config {path / 'config.yaml'} --{option} ANOTHER\n"
     write_text(path / "config.yaml", header + yaml.safe_dump(to_dict(config), sort_keys=False))
 
 

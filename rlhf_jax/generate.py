@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import SamplingConfig
@@ -37,6 +38,24 @@ def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]
     )
 
 
+class Response(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        prompt: as text.
+        prompt_ids: int32[p], what the model saw of it.
+        text: of the response, special tokens left out.
+        ids: int32[n], of the response, the stop id included.
+        finished: it ended in a stop id, and was not cut off.
+    """
+
+    prompt: str
+    prompt_ids: np.ndarray
+    text: str
+    ids: np.ndarray
+    finished: bool
+
+
 class Generator:
     """A compiled sampler with its tokenizer.
 
@@ -58,25 +77,33 @@ class Generator:
         self.law = SamplingLaw.from_config(config)
         self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
 
-    def texts(
+    def responses(
         self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
-    ) -> tuple[list[str], list[str], list[bool]]:
-        """Prompts as text, a response to each, whether it ended in a stop id; `batch_size` rows at once (0: all)."""
+    ) -> list[Response]:
+        """A response to each prompt that has tokens; `batch_size` rows at once (0: all)."""
         examples, _ = prompt_examples(
             list(rows), self.tokenizer, max_prompt_length=self.buckets[-1], too_long="truncate"
         )
         multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
         size = -(-(batch_size or len(examples)) // multiple) * multiple
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
-        responses: list[str] = []
-        finished: list[bool] = []
+        found: list[Response] = []
         for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
             placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
             rollout = self.rollout(params, placed["tokens"], placed["mask"], jax.random.fold_in(key, i), self.law)
-            texts = decode(self.tokenizer, rollout)
-            responses += [text for text, valid in zip(texts, batch["valid"], strict=True) if valid]
-            finished += to_host(rollout.finished)[batch["valid"]].tolist()
-        return [example["prompt"] for example in examples], responses, finished
+            tokens, mask, finished = to_host((rollout.tokens, rollout.mask, rollout.finished))
+            texts = self.tokenizer.decode_batch(tokens, mask)
+            for row, example in enumerate(examples[i * size : (i + 1) * size]):  # the last batch is filled up
+                ids = tokens[row][mask[row]]
+                found.append(Response(example["prompt"], example["tokens"], texts[row], ids, bool(finished[row])))
+        return found
+
+    def texts(
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+    ) -> tuple[list[str], list[str], list[bool]]:
+        """Prompts as text, a response to each, whether it ended in a stop id; `batch_size` rows at once (0: all)."""
+        found = self.responses(params, rows, key, batch_size=batch_size)
+        return [one.prompt for one in found], [one.text for one in found], [one.finished for one in found]
 
     def table(self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array) -> list[dict[str, str]]:
         """Rows {prompt, response} for samples.jsonl."""

@@ -50,7 +50,7 @@ class Likelihood:
         ]
 
 
-def example_of(prompt: Sequence[int], response: Sequence[int]) -> Example:
+def example_of(prompt: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray) -> Example:
     """{tokens, loss_mask} of a prompt and the response whose tokens are targets."""
     tokens: Any = np.asarray([*prompt, *response], np.int32)
     return {"tokens": tokens, "loss_mask": np.arange(len(tokens)) >= max(len(prompt), 1)}

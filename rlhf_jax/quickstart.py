@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 from rlhf_jax import hosts, ppo, reward, sft
 from rlhf_jax.config import (
@@ -30,9 +29,8 @@ from rlhf_jax.config import (
     SamplingConfig,
     SFTConfig,
     SFTRun,
-    to_dict,
 )
-from rlhf_jax.directory import check_writable
+from rlhf_jax.directory import SUMMARY, earlier_summary, write_config
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.generate import Generator
 from rlhf_jax.sharding import make_mesh
@@ -45,25 +43,30 @@ ARCH = ArchConfig(
 )
 SAMPLING = SamplingConfig(max_new_tokens=10, chunk=5)
 DATA = DataConfig(batch_size=64, max_prompt_length=2, max_length=14, eval_batches=0)
-OURS = ("tokenizer", "sft", "reward_model", "ppo", "config.yaml", "summary.json", "learning_curves.png")
+STAGES = ("tokenizer", "sft", "reward_model", "ppo", "learning_curves.png")
 
 
-def prepare_directory(config: QuickstartConfig) -> Path:
-    """The output directory, emptied of an earlier quickstart if that is allowed.
+def prepare_directory(config: QuickstartConfig) -> dict[str, Any] | None:
+    """The summary, if this quickstart is finished in its directory; else None, and the directory is there, empty.
 
     Raises:
-        UserError: it holds another run, or cannot be written to.
+        UserError: it holds another run or half of this one, or cannot be written to.
     """
+    summary = earlier_summary("quickstart", config, [SUMMARY, *STAGES])
+    if summary is not None:
+        return summary
     path = Path(config.output_dir)
-    found = [name for name in OURS if (path / name).exists()]
+    found = [name for name in (*STAGES, "config.yaml", SUMMARY) if (path / name).exists()]
     if found and not config.overwrite:
-        raise UserError(f"output_dir {path} holds another run ({found[0]}); choose another or pass --overwrite true")
-    check_writable(path, f"output_dir {path}")
+        raise UserError(
+            f"output_dir {path} holds a quickstart that was stopped, which cannot go on; choose another directory or "
+            "pass --overwrite true"
+        )
     for name in found:
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    return path
+    write_config(path, "quickstart", config, "output_dir")
+    return None
 
 
 def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0) -> tuple[list[str], list[str]]:
@@ -109,8 +112,9 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
 def run_chain(config: QuickstartConfig) -> dict[str, Any]:
     """`run` without its end by a signal."""
-    started = time.time()
-    path = Path(hosts.from_first(lambda: str(prepare_directory(config))))
+    started, path = time.time(), Path(config.output_dir)
+    if (finished := hosts.from_first(lambda: prepare_directory(config))) is not None:
+        return finished
     graph = walks.make_graph(config.seed)
     if hosts.is_first():
         walks.make_tokenizer().save_pretrained(path / "tokenizer")
@@ -204,7 +208,7 @@ def report(
     }
     if not hosts.is_first():
         return summary
-    (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     history = [json.loads(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     learning_curves(path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks")
     rows = [[f"mean optimality, {name}", f"{means[name]:.3f}"] for name in means]

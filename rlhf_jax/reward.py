@@ -139,7 +139,7 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     return {**params, "score": head}
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """95% confidence interval of a share of n independent trials (Wilson 1927)."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -52,6 +52,15 @@ def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
         )
 
 
+def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
+    """Raise a UserError if the directory, that of `what`, holds a tokenizer that maps text to other ids."""
+    directory = hub.local_directory(path)
+    if not any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    if Tokenizer.load(directory).hf.get_vocab() != tokenizer.hf.get_vocab():
+        raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
+
+
 def check_length(arch: ArchConfig, length: int, what: str) -> None:
     """Raise a UserError if sequences of `length` tokens, named by `what`, exceed the model's positions."""
     if length > arch.max_positions:

@@ -1,4 +1,4 @@
-"""What `collect` and `judge` say at their end: counts, biases, and agreement with other labels. Floor 4."""
+"""What `collect`, `judge` and `evaluate` say at their end: counts, biases, agreement, who beats whom. Floor 4."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.judge import Verdict
 from rlhf_jax.reward import wilson_interval
+from rlhf_jax.tasks.report import text_table
 
 
 def describe(
@@ -80,3 +81,65 @@ def lines(summary: dict[str, Any]) -> list[str]:
             ends = "{:.3f} to {:.3f}".format(*of["interval"])
             said.append(f"  agrees with {what} on {of['agreement']:.3f} ({ends}) of {of['pairs']} pairs")
     return said
+
+
+def mean_of(values: np.ndarray) -> dict[str, float | None]:
+    """{mean, se} of values [N, K] of K responses to N prompts; NaN where there is none.
+
+    The standard error is that of N independent prompts, since the responses to one prompt are alike.
+    """
+    each = values.mean(axis=1)
+    each = each[~np.isnan(each)]
+    if not len(each):
+        return {"mean": None, "se": None}
+    return {"mean": float(each.mean()), "se": float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else None}
+
+
+def wins(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """float[N]: the share of all pairs of a response of `own` [N, K] and one of `other` [N, J] that the former wins.
+
+    Equal ones are half won.
+    """
+    return ((np.sign(own[:, :, None] - other[:, None, :]) + 1) / 2).mean(axis=(1, 2))
+
+
+def win_rate(shares: np.ndarray) -> dict[str, Any]:
+    """{rate, interval, prompts}: the mean of the shares won on each prompt, float[N] (NaN: no verdict), and 95% of it.
+
+    Wilson's interval of as many independent comparisons as there would have to be for so small a variance between
+    prompts, N r (1 - r) / var (Kish 1965, the design effect): N where every prompt is won or lost as a whole, more
+    where ties or several samples of a prompt average out. Wilson's does not shrink to nothing where all are won.
+    """
+    known = shares[~np.isnan(shares)]
+    if not len(known):
+        return {"rate": None, "interval": None, "prompts": 0}
+    rate, spread = float(known.mean()), float(known.var())
+    trials = len(known) * max(rate * (1 - rate) / spread, 1.0) if spread else len(known)
+    return {"rate": rate, "interval": list(wilson_interval(rate, trials)), "prompts": len(known)}
+
+
+def evaluation_lines(summary: dict[str, Any]) -> list[str]:
+    """A table over models, and what its columns are of."""
+    models, baseline = summary["models"], summary["baseline"]
+    judges = next((list(of["wins"]) for name, of in models.items() if name != baseline), [])
+    headers, means = ["model"], [name for name in ("reward", "gold", "kl") if name in models[baseline]]
+    for name in means:
+        headers += [{"kl": "KL, nats"}.get(name, name), "+-"]
+    single = [name for name in ("kl_per_token", "perplexity", "tokens", "unfinished") if name in models[baseline]]
+    headers += [{"kl_per_token": "per token"}.get(name, name) for name in single]
+    for by in judges:
+        headers += [f"wins by {by}", "95%"]
+    rows = []
+    for name, of in models.items():
+        row: list[Any] = [name]
+        for column in means:
+            row += [of[column]["mean"], of[column]["se"]]
+        row += [of[column] for column in single]
+        for by in judges:
+            won = of.get("wins", {}).get(by, {"rate": None, "interval": None})
+            row += [won["rate"], won["interval"] and "{:.3f} to {:.3f}".format(*won["interval"])]
+        rows.append(row)
+    said = [text_table(headers, rows), f"{summary['prompts']} prompts; +- is the standard error over them"]
+    if judges:
+        said.append(f"wins against {baseline}, ties half; Wilson's intervals over prompts")
+    return said + (judging.lines(summary["judge"]) if "judge" in summary else [])

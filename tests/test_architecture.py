@@ -26,7 +26,7 @@ FLOORS = {
     **dict.fromkeys(["judge", "likelihood", "asking"], 2),
     **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo", "group"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
-    **dict.fromkeys(["scoring", "collecting", "summaries", "rating", "recipe"], 4),
+    **dict.fromkeys(["scoring", "drawing", "collecting", "evaluating", "summaries", "rating", "recipe"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 
@@ -41,7 +41,9 @@ SAME_FLOOR = {
     "journal": {"directory"},
     "asking": {"judge", "likelihood", "generate", "rewards", "stage"},
     "inference": {"scoring"},
-    "collecting": {"inference", "scoring", "summaries"},
+    "collecting": {"drawing", "inference", "scoring", "summaries"},
+    "drawing": {"scoring"},
+    "evaluating": {"drawing", "scoring", "summaries"},
     "loop": {"run", "stage"},
     "online": {"generate", "rewards", "run", "stage"},
     "supervised": {"loop", "run", "stage"},

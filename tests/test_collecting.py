@@ -11,13 +11,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny import ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import cli, collecting, journal, rankings
-from rlhf_jax.collecting import name_of, run_collect, run_judge, with_shots
+from rlhf_jax import cli, collecting, drawing, journal, rankings
+from rlhf_jax.collecting import run_collect, run_judge
 from rlhf_jax.config import (
     CollectRun,
     JudgeConfig,
@@ -31,9 +30,11 @@ from rlhf_jax.config import (
 from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.schemas import preference_row, sft_row
+from rlhf_jax.drawing import name_of, with_shots
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.inference import run_score, write_rows
 from rlhf_jax.judge import Judge
+from rlhf_jax.sharding import make_mesh
 
 PROMPTS = TOY_ROWS["rows"][:7]
 HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConfig(name="cold", temperature=0.5)
@@ -42,8 +43,8 @@ HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConf
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    monkeypatch.setattr(collecting, "make_mesh", lambda config: jax.make_mesh(
-        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=ONE))  # fmt: skip
+    for module in (collecting, drawing):
+        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
 def settings(output: Path, **changes) -> CollectRun:
@@ -407,6 +408,6 @@ def test_stopped_is_what_an_interrupt_raises(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(collecting, "Interrupts", Pressed)
+    monkeypatch.setattr(drawing, "Interrupts", Pressed)
     with pytest.raises(Stopped, match=r"stopped by SIGINT after 2 of 14 rows"):
         run_collect(settings(tmp_path / "a.jsonl"), rows=PROMPTS)

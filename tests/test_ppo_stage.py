@@ -18,7 +18,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.online import programs as programs_module
 from rlhf_jax.ppo import Models, core, objective, train
-from rlhf_jax.ppo import networks as networks_module
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import replace
 from rlhf_jax.types import Rollout
@@ -197,11 +196,12 @@ def test_batches_that_do_not_divide_over_the_mesh_are_refused_before_anything_is
 
 def test_a_reward_model_with_another_tokenizer_is_refused(one_device, tmp_path):
     from rlhf_jax.data.tokenizer import Tokenizer
+    from rlhf_jax.stage import check_same_tokenizer
     from rlhf_jax.tasks.random_walks import make_tokenizer
 
     make_tokenizer(9).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="another tokenizer"):
-        networks_module.check_same_tokenizer(Tokenizer.load(str(tmp_path)), str(toy_directory() / "reward"))
+        check_same_tokenizer(Tokenizer.load(str(tmp_path)), str(toy_directory() / "reward"), "reward model")
 
 
 # --- one iteration after the other

@@ -7,7 +7,8 @@ value out of range is a UserError where the class is made.
 
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun
-from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, RateRun, SourceConfig
+from rlhf_jax.config.evaluate import EvaluateRun
+from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, RateRun, SourceConfig, SourcesRun
 from rlhf_jax.config.functions import bind, resolve, to_dict
 from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
 from rlhf_jax.config.label import LabelRun
@@ -56,6 +57,7 @@ __all__ = [
     "DataInspectRun",
     "DataMakeRun",
     "DataPrepareRun",
+    "EvaluateRun",
     "FaultConfig",
     "GRPORun",
     "GroupConfig",
@@ -92,6 +94,7 @@ __all__ = [
     "SamplingConfig",
     "ScoreRun",
     "SourceConfig",
+    "SourcesRun",
     "bind",
     "resolve",
     "to_dict",

@@ -82,9 +82,13 @@ class JudgeConfig:
         if self.votes > 1 and self.temperature == 0 and (self.model.path or self.url):
             raise UserError(f"judge.votes {self.votes} at judge.temperature 0 are the same each time; raise it")
 
+    def named(self) -> list[str]:
+        """The kinds of judge that are named."""
+        return [name for name in ("function", "url") if getattr(self, name)] + ["model.path"] * bool(self.model.path)
+
     def check_one(self) -> None:
         """Raise a UserError unless exactly one kind of judge is named."""
-        named = [name for name in ("function", "url") if getattr(self, name)] + ["model.path"] * bool(self.model.path)
+        named = self.named()
         if len(named) != 1:
             found = "none is" if not named else " and ".join(f"judge.{name}" for name in named) + " are"
             raise UserError(f"{found} given; name one judge: judge.function, judge.model.path or judge.url")
@@ -119,8 +123,8 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class CollectRun:
-    """All of `rlhf-jax collect`: several responses to every prompt, and who is better among them.
+class SourcesRun:
+    """What the commands share that have several models respond to the same prompts.
 
     Args:
         model: which model.
@@ -132,16 +136,10 @@ class CollectRun:
         sampling: how responses are drawn.
         max_prompt_length: longest prompt, demonstrations included, in tokens; longer ones lose their start.
         batch_size: rows decoded at once.
-        label: nobody yet (none: rows for people to rank), the order of `sources` (Kim et al. 2023, ALMoST), the scores
-            of `reward`, or `judge`.
-        reward: reward model and Python functions that score responses; reward.gold is compared with the labels.
+        reward: reward model and Python functions that score responses; reward.gold is reported and labels nothing.
         judge: who compares responses two by two.
-        schema: a row per prompt with all responses (ranking), a row per pair (preference), or the best (sft).
-        length_filter: pairs that are left out: almost, those whose chosen response is short (Kim et al. 2023);
-            balance, so many that the longer response is as often chosen as not, and far longer or shorter ones first.
         seed: of the noise.
-        output: the .jsonl file to write. Until it is whole, OUTPUT.part holds what there is; the same command goes on.
-        overwrite: replace `output`, and forget OUTPUT.part.
+        overwrite: replace what an earlier run of the command wrote, whole or in part.
         progress: show a progress bar.
         mesh: the devices.
     """
@@ -154,13 +152,9 @@ class CollectRun:
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: int = 256
     batch_size: int = 64
-    label: Literal["none", "sources", "reward", "judge"] = "none"
     reward: RewardSourceConfig = RewardSourceConfig()
     judge: JudgeConfig = JudgeConfig()
-    schema: Literal["ranking", "preference", "sft"] = "ranking"
-    length_filter: Literal["off", "almost", "balance"] = "off"
     seed: int = 0
-    output: str = ""
     overwrite: bool = False
     progress: bool = True
     mesh: MeshConfig = MeshConfig()
@@ -168,6 +162,28 @@ class CollectRun:
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
         check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+
+
+@dataclass(frozen=True)
+class CollectRun(SourcesRun):
+    """All of `rlhf-jax collect`: several responses to every prompt, and who is better among them.
+
+    Args:
+        label: nobody yet (none: rows for people to rank), the order of `sources` (Kim et al. 2023, ALMoST), the scores
+            of `reward`, or `judge`.
+        schema: a row per prompt with all responses (ranking), a row per pair (preference), or the best (sft).
+        length_filter: pairs that are left out: almost, those whose chosen response is short (Kim et al. 2023);
+            balance, so many that the longer response is as often chosen as not, and far longer or shorter ones first.
+        output: the .jsonl file to write. Until it is whole, OUTPUT.part holds what there is; the same command goes on.
+    """
+
+    label: Literal["none", "sources", "reward", "judge"] = "none"
+    schema: Literal["ranking", "preference", "sft"] = "ranking"
+    length_filter: Literal["off", "almost", "balance"] = "off"
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.label == "sources" and len(self.sources) < 2:
             raise UserError(f"label is sources, of which there are {len(self.sources)}; give two or more, best first")
         if self.label == "none" and self.schema != "ranking":

@@ -70,6 +70,7 @@ MAY_CHANGE = (
 """Settings, or groups that end in a dot, with which a checkpoint of other values still fits (allow_changes)."""
 
 ALWAYS_MAY_CHANGE = (
-    "run.output_dir", "run.overwrite", "run.progress", "checkpoint.allow_changes", "faults.debug_nans",
+    "run.output_dir", "run.overwrite", "run.progress", "output_dir", "overwrite", "progress",
+    "checkpoint.allow_changes", "faults.debug_nans",
 )  # fmt: skip
 """Settings that say nothing about the run itself."""

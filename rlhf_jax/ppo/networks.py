@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,9 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import PPOConfig, PPORun
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError
-from rlhf_jax.models import hub
 from rlhf_jax.ppo import core
 from rlhf_jax.sharding import replicated
-from rlhf_jax.stage import Loaded, check_vocabulary, load_model, replace
+from rlhf_jax.stage import Loaded, check_same_tokenizer, check_vocabulary, load_model, replace
 from rlhf_jax.types import Params
 
 
@@ -42,7 +39,7 @@ def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Arr
         reward_config = replace(config.model, path=config.reward.model, arch=None)
         reward = load_model(reward_config, mesh, key, head="trained")
         check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
-        check_same_tokenizer(tokenizer, config.reward.model)
+        check_same_tokenizer(tokenizer, config.reward.model, "reward model")
 
     def fresh_score() -> Params:
         return jax.jit(partial(policy.model.init_score, zeros=True), out_shardings=replicated(mesh))(key)
@@ -69,12 +66,3 @@ def assemble(
     models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk)
     params = {"policy": copy(policy.params), "value": value_params}
     return Networks(models, policy, params, policy.params, reward.params if reward else None, value)
-
-
-def check_same_tokenizer(tokenizer: Tokenizer, path: str) -> None:
-    """Raise a UserError if the directory holds a tokenizer that maps text to other ids."""
-    directory = hub.local_directory(path)
-    if not any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return
-    if Tokenizer.load(directory).hf.get_vocab() != tokenizer.hf.get_vocab():
-        raise UserError(f"reward model {path} has another tokenizer than the policy; train it with the policy's")

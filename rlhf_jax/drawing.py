@@ -1,0 +1,296 @@
+"""Responses of several models to the same prompts, and who is better, piece by piece into a journal. Floor 4."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from rlhf_jax.config import SourceConfig, SourcesRun, resolve, to_dict
+from rlhf_jax.data.schemas import Row, prompt_row, sft_row
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.directory import flat
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.generate import Generator, Response
+from rlhf_jax.interrupts import Interrupts
+from rlhf_jax.journal import Journal
+from rlhf_jax.judge import Judge, Verdict
+from rlhf_jax.rewards import RewardFailure, call_reward
+from rlhf_jax.sampling import SamplingLaw
+from rlhf_jax.scoring import Scorer, columns, plain
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import Loaded, check_vocabulary, load_model, load_tokenizer
+
+Make = Callable[[int, int], list[dict[str, Any]]]
+"""(start, stop) -> the journal's rows for the things start .. stop - 1."""
+
+UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
+UNMADE |= {"data_path", "path", "fields", "prompts", "text_path"}
+UNMADE |= {"reward.gold", *(f"{group}.{name}" for group in ("reward", "judge") for name in ("timeout", "retries"))}
+UNMADE |= {"judge.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rollout_tensor"}
+"""Options that do not decide what OUTPUT.part holds; rows count by their digest."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A pass over `count` things, `size` of them at once; `begin` loads what it needs when its turn comes."""
+
+    count: int
+    size: int
+    begin: Callable[[], Make]
+
+
+class Phases:
+    """Passes one after another, whose results are the rows of a journal."""
+
+    def __init__(self, journal: Journal):
+        self.journal, self.phases = journal, list[Phase]()
+        self.starts = [0]
+
+    def add(self, phase: Phase) -> int:
+        """The number of the phase, by which `row` knows it."""
+        self.phases.append(phase)
+        self.starts.append(self.starts[-1] + phase.count)
+        return len(self.phases) - 1
+
+    def row(self, number: int, i: int) -> dict[str, Any]:
+        """What phase `number` made of its thing i."""
+        return self.journal.rows[self.starts[number] + i]
+
+    def fill(self, name: str, *, progress: bool) -> None:
+        """Make the rows that the journal lacks.
+
+        Work begins at the start of a batch, so the shapes and the noise of every batch are the same after any end.
+
+        Raises:
+            Stopped: a signal came; the batch that was being made is on disk.
+        """
+        journal, total, interrupts = self.journal, self.starts[-1], Interrupts(tqdm.write)
+        bar = tqdm(total=total, initial=len(journal.rows), desc=name, disable=not progress, dynamic_ncols=True)
+        try:
+            for begins, phase in zip(self.starts, self.phases, strict=False):
+                done = len(journal.rows) - begins
+                if done >= phase.count:
+                    continue
+                first = done // phase.size * phase.size
+                journal.cut(begins + first)
+                make = phase.begin()
+                for start in range(first, phase.count, phase.size):
+                    journal.add(make(start, min(start + phase.size, phase.count)))
+                    bar.update(len(journal.rows) - bar.n)
+                    if interrupts.received and len(journal.rows) < total:
+                        raise Stopped(
+                            f"{name}: stopped by {interrupts.received} after {len(journal.rows)} of {total} rows, "
+                            f"which {journal.path} holds; the same command goes on"
+                        )
+        finally:
+            bar.close()
+            interrupts.close()
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A model that is ready to respond, and the law by which it does."""
+
+    loaded: Loaded
+    tokenizer: Tokenizer
+    generator: Generator
+    temperature: float
+
+
+Measure = Callable[[Sequence[Response]], list[dict[str, Any]]]
+"""Further columns of responses."""
+
+
+class Sources:
+    """The responses of every source to every prompt, and scores of them.
+
+    Attributes:
+        sources: the config's, or `model` alone.
+        each: responses of each to a prompt.
+    """
+
+    def __init__(self, config: SourcesRun, prompts: Sequence[Row], phases: Phases):
+        """Draws in phases that are added to `phases`."""
+        self.config, self.prompts, self.phases = config, prompts, phases
+        self.sources = config.sources or [SourceConfig()]
+        self.names = [name_of(source) for source in self.sources]
+        self.mesh = make_mesh(config.mesh)
+        self.each = [source.num_samples or config.num_samples for source in self.sources]
+        self._last: tuple[Any, Drawer] | None = None
+        self._drawn: list[int] = []
+
+    def responses(self, i: int) -> list[Row]:
+        """All responses to prompt i, as {text, finished, ..., source}."""
+        return [
+            {**item, "source": name}
+            for name, number in zip(self.names, self._drawn, strict=True)
+            for item in self.phases.row(number, i)["responses"]
+        ]
+
+    def draw(self, number: int, begin: Callable[[Drawer], Measure] | None = None) -> None:
+        """Add the phase of a source, of rows {responses: [{text, finished}]}; `begin` makes what adds columns."""
+        size = max(self.config.batch_size // self.each[number], 1)
+        phase = Phase(len(self.prompts), size, partial(self._sampler, number, size, begin))
+        self._drawn.append(self.phases.add(phase))
+
+    def _sampler(self, number: int, size: int, begin: Callable[[Drawer], Measure] | None) -> Make:
+        source, each = self.sources[number], self.each[number]
+        rows = [with_shots(row, shots_of(source)) for row in self.prompts]
+        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+        drawer = self.drawer(source)
+        with jax.set_mesh(self.mesh):
+            measure = begin(drawer) if begin else lambda drawn: [{} for _ in drawn]
+
+        def make(start: int, stop: int) -> list[dict[str, Any]]:
+            repeated = [row for row in rows[start:stop] for _ in range(each)]
+            noise = jax.random.fold_in(key, start)  # of the batch's first prompt
+            with jax.set_mesh(self.mesh):
+                drawn = drawer.generator.responses(drawer.loaded.params, repeated, noise, batch_size=size * each)
+                if len(drawn) != len(repeated):
+                    raise UserError(f"{rows[start]['_where']} or one soon after it has no tokens; remove it")
+                more = measure(drawn)
+            items = [{"text": one.text, "finished": one.finished, **m} for one, m in zip(drawn, more, strict=True)]
+            return [{"responses": items[i : i + each]} for i in range(0, len(items), each)]
+
+        return make
+
+    def drawer(self, source: SourceConfig) -> Drawer:
+        """The sampler of a source; one that differs in temperature alone shares model and program with the last."""
+        config = self.config
+        settings = replace(config.model, path=source.path or config.model.path)
+        law: dict[str, Any] = {"temperature": source.temperature, "top_p": source.top_p}
+        sampling = replace(config.sampling, **{name: value for name, value in law.items() if value is not None})
+        program = (settings.path, sampling.top_p < 1)
+        if self._last is None or self._last[0] != program:
+            self._last = None  # frees the model before the next one is loaded
+            tokenizer, longest = load_tokenizer(settings), config.max_prompt_length
+            with jax.set_mesh(self.mesh):
+                loaded = load_model(settings, self.mesh, jax.random.key(config.seed))
+                check_vocabulary(loaded.model.arch, tokenizer, settings.path)
+                generator = Generator(loaded.model, tokenizer, sampling, self.mesh, max_prompt_length=longest)
+            self._last = (program, Drawer(loaded, tokenizer, generator, sampling.temperature))
+        drawer = self._last[1]
+        drawer.generator.law = SamplingLaw.from_config(sampling)
+        return replace(drawer, temperature=sampling.temperature)
+
+    def score(self, functions: Sequence[Callable[..., Any]] | None) -> int:
+        """Add a phase of rows {scores} by config.reward; null where it failed and reward.on_failure is skip."""
+        return self.phases.add(Phase(len(self.prompts), self.rows_at_once, partial(self._scorer, functions)))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Prompts whose responses make up a batch."""
+        return max(self.config.batch_size // sum(self.each), 1)
+
+    def _scorer(self, functions: Sequence[Callable[..., Any]] | None) -> Make:
+        config, longest = self.config, self.config.max_prompt_length
+        limits = {"max_prompt_length": longest, "max_length": longest + config.sampling.max_new_tokens}
+        scorer = Scorer(config.reward, self.mesh, **limits, batch_size=config.batch_size, functions=functions)
+
+        def make(start: int, stop: int) -> list[dict[str, Any]]:
+            groups = [self.responses(i) for i in range(start, stop)]
+            try:
+                found: list[float | None] = scorer(scored_rows(self.prompts[start:stop], groups)).tolist()
+            except RewardFailure:
+                if config.reward.on_failure == "stop":
+                    raise
+                found = [None] * sum(map(len, groups))
+            left = iter(found)
+            return [{"scores": [next(left) for _ in items]} for items in groups]
+
+        return make
+
+    def gold(self, function: Callable[..., Any] | None) -> list[list[float]]:
+        """The gold reward of every response, by `function` or config.reward.gold."""
+        config, groups = self.config.reward, [self.responses(i) for i in range(len(self.prompts))]
+        rows = scored_rows(self.prompts, groups)
+        texts = [plain(row["prompt"]) for row in rows], [row["response"] for row in rows]
+        calls: dict[str, Any] = {"timeout": config.timeout, "retries": config.retries}
+        left = iter(call_reward(function or resolve(config.gold), *texts, columns(rows), **calls).tolist())
+        return [[next(left) for _ in items] for items in groups]
+
+
+def verdicts(
+    make_one: Callable[[], Judge], groups_of: Callable[[int], list[tuple[str, list[str]]]], key: jax.Array
+) -> Make:
+    """Makes rows {verdicts} on all pairs of the responses of each group (prompt, responses) that a thing has."""
+    judge = make_one()
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        groups = [groups_of(i) for i in range(start, stop)]
+        found = iter(judge.verdicts([one for each in groups for one in each], jax.random.fold_in(key, start)))
+        return [{"verdicts": [asdict(v) for _ in each for v in next(found)]} for each in groups]
+
+    return make
+
+
+def verdicts_of(row: dict[str, Any]) -> list[Verdict]:
+    """The verdicts of a journal's row."""
+    return [Verdict(**verdict) for verdict in row.get("verdicts", [])]
+
+
+def open_journal(config: Any, output: Path, decided_by: dict[str, Any]) -> Journal:
+    """OUTPUT.part, made of the config and of `decided_by`."""
+    options = {name: value for name, value in flat(to_dict(config)) if name not in UNMADE}
+    return Journal(output, {**options, **decided_by}, overwrite=config.overwrite)
+
+
+def prompts_of(config: SourcesRun, rows: Any) -> list[Row]:
+    """The prompt rows of a config, or those given."""
+    found: list[Row] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
+    source = config.data_path if rows is None else rows
+    found += rows_from(source) if source else []
+    if not found:
+        raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
+    return [prompt_row(row) for row in found]
+
+
+def digest(rows: Sequence[Any]) -> str:
+    """16 hexadecimal digits that change with rows, but not with where they come from."""
+    told = [{k: v for k, v in row.items() if k != "_where"} if isinstance(row, dict) else row for row in rows]
+    return hashlib.blake2b(json.dumps(told, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
+
+
+def name_of(source: SourceConfig) -> str:
+    """What rows call a source."""
+    shown = {"temperature": source.temperature, "top_p": source.top_p, "shots": source.shots or None}
+    parts = [Path(source.path).name, *(f"{name}={value:g}" for name, value in shown.items() if value is not None)]
+    return source.name or " ".join(part for part in parts if part) or "model"
+
+
+def shots_of(source: SourceConfig) -> list[Row]:
+    """The demonstrations that stand before every prompt of a source."""
+    return [sft_row(row) for row in rows_from(source.demonstrations)[: source.shots]] if source.shots else []
+
+
+def with_shots(row: Row, shots: Sequence[Row]) -> Row:
+    """A prompt row with demonstrations before it: earlier turns, or texts with an empty line between.
+
+    Raises:
+        UserError: the ones are messages, the others texts.
+    """
+    prompt = row["prompt"]
+    for shot in reversed(shots):
+        if isinstance(prompt, str) != isinstance(shot["prompt"], str):
+            raise UserError(f"{shot['_where']}: prompts and demonstrations must both be texts, or both messages")
+        before = shot["prompt"] + shot["response"]
+        prompt = f"{before}\n\n{prompt}" if isinstance(prompt, str) else before + prompt
+    return {**row, "prompt": prompt}
+
+
+def scored_rows(prompts: Sequence[Row], groups: Sequence[list[Row]]) -> list[Row]:
+    """Rows {prompt, response, finished, ...} of all responses."""
+    return [
+        {**prompt, "response": item["text"], "finished": item["finished"]}
+        for prompt, items in zip(prompts, groups, strict=True)
+        for item in items
+    ]

@@ -1,0 +1,285 @@
+"""`rlhf-jax evaluate`: win rates and their intervals, KL, perplexity, and that it goes on after any end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import ARCH, ONE, TOY_ROWS, toy_directory
+
+from rlhf_jax import cli, drawing, summaries
+from rlhf_jax.config import EvaluateRun, JudgeConfig, MeshConfig, ModelConfig, SamplingConfig, SourceConfig
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluating import run_evaluate
+from rlhf_jax.generate import Generator
+from rlhf_jax.inference import write_rows
+from rlhf_jax.judge import Judge
+from rlhf_jax.models import Model
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import load_model, save_model
+
+PROMPTS = TOY_ROWS["rows"][:20]
+TOY = str(toy_directory() / "policy")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Compiling for eight costs more than these tests are worth."""
+    monkeypatch.setattr(drawing, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+
+
+@pytest.fixture(scope="module")
+def terse(tmp_path_factory) -> str:
+    """The toy policy that stops where it would say its favourite node, so that it writes shorter."""
+    mesh, path = make_mesh(MeshConfig(), devices=ONE), tmp_path_factory.mktemp("terse") / "model"
+    loaded, tokenizer = load_model(ModelConfig(path=TOY), mesh, jax.random.key(0)), Tokenizer.load(TOY)
+    order = list(range(ARCH.vocab_size))
+    (stop,), (favourite,) = tokenizer.eos_ids, tokenizer.hf.encode("p", add_special_tokens=False)
+    order[stop], order[favourite] = favourite, stop
+    tokens = loaded.params["embed"]["tokens"]  # the output's, too
+    params = {**loaded.params, "embed": {"tokens": jax.device_put(np.asarray(tokens)[order], tokens.sharding)}}
+    save_model(path, loaded, params, tokenizer)
+    return str(path)
+
+
+def settings(output_dir: Path, **changes) -> EvaluateRun:
+    config = EvaluateRun(
+        model=ModelConfig(path=TOY),
+        sampling=SamplingConfig(max_new_tokens=6, chunk=6),
+        num_samples=2,
+        max_prompt_length=2,
+        batch_size=8,
+        output_dir=str(output_dir),
+        progress=False,
+    )
+    return replace(config, **changes)
+
+
+def length(prompts, responses, **columns):
+    return [float(len(text.split())) for text in responses]
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def longer(prompt, a, b):
+    return 0.5 if len(a) == len(b) else float(len(a) > len(b))
+
+
+# --- who beats whom
+
+
+def test_a_model_against_itself_wins_half_and_is_at_no_distance(tmp_path):
+    """Other samples of the same law: the interval holds 1/2. The same weights as reference: the KL is exactly 0."""
+    twins = [SourceConfig(name="a"), SourceConfig(name="b")]
+    config = settings(tmp_path / "e", sources=twins, reference=TOY, num_samples=4)
+    found = run_evaluate(config, rows=PROMPTS, functions=[length])["models"]
+    low, high = found["b"]["wins"]["reward"]["interval"]
+    assert low < 0.5 < high and high - low < 0.3 and "wins" not in found["a"]
+    assert all(of["kl"] == {"mean": 0.0, "se": 0.0} and of["kl_per_token"] == 0.0 for of in found.values())
+    texts = [[r["text"] for r in row["responses"]] for row in read(tmp_path / "e" / "responses.jsonl")]
+    assert [t[:4] for t in texts] != [t[4:] for t in texts]
+
+
+def test_equal_texts_are_ties_whoever_compares(tmp_path):
+    twins = [SourceConfig(name="a", temperature=0.0), SourceConfig(name="b", temperature=0.0)]
+    config = settings(tmp_path / "e", sources=twins, judge=JudgeConfig(function="test_evaluating:longer"))
+    wins = run_evaluate(config, rows=PROMPTS, functions=[length])["models"]["b"]["wins"]
+    assert [wins[by]["rate"] for by in ("reward", "judge")] == [0.5, 0.5]
+
+
+def test_length_orders_a_terse_and_a_talkative_model_whichever_is_the_baseline(tmp_path, terse):
+    """By a function, and by a judge that a place and a doubt do not move; each win of one is a loss of the other."""
+    sources = [SourceConfig(name="talk"), SourceConfig(name="terse", path=terse)]
+    config = settings(tmp_path / "e", sources=sources, judge=JudgeConfig(function="test_evaluating:longer"))
+    found = run_evaluate(config, rows=PROMPTS, functions=[length], gold=lambda p, r, **c: [-x for x in length(p, r)])
+    talk, short = found["models"]["talk"], found["models"]["terse"]
+    assert short["tokens"] < talk["tokens"] - 1 and short["unfinished"] < talk["unfinished"]
+    assert short["reward"]["mean"] + 2 * short["reward"]["se"] < talk["reward"]["mean"]
+    assert short["gold"]["mean"] == -short["reward"]["mean"]
+    wins = short["wins"]
+    assert wins["reward"]["interval"][1] < 0.5 and wins["judge"]["interval"][1] < 0.5
+    assert wins["gold"]["rate"] == pytest.approx(1 - wins["reward"]["rate"])
+    turned = run_evaluate(
+        replace(config, baseline="terse", output_dir=str(tmp_path / "turned")), rows=PROMPTS, functions=[length]
+    )["models"]["talk"]["wins"]
+    for by in ("reward", "judge"):
+        assert turned[by]["rate"] == pytest.approx(1 - wins[by]["rate"])
+        assert turned[by]["interval"] == pytest.approx([1 - end for end in wins[by]["interval"][::-1]])
+
+
+def test_a_judges_liking_for_a_place_is_in_the_report_and_not_in_the_win_rate(tmp_path):
+    """Place A wins every answer: all pairs contradict themselves, so all are ties."""
+    twins = [SourceConfig(name="a"), SourceConfig(name="b")]
+    always_a = Judge(lambda questions, key: [1.0] * len(questions))
+    found = run_evaluate(settings(tmp_path / "e", sources=twins), rows=PROMPTS, judge=always_a)
+    assert found["models"]["b"]["wins"]["judge"]["rate"] == 0.5
+    assert found["judge"]["slot_a"] == 1.0 and found["judge"]["consistency"] == 0.0
+    assert found["judge"]["raw_first"] == 1.0  # what one order alone would have said
+
+
+def test_a_pair_without_a_verdict_does_not_count(tmp_path):
+    twins = [SourceConfig(name="a"), SourceConfig(name="b")]
+
+    def moody(questions, key):  # knows only what it is asked about the first of the start nodes
+        known = PROMPTS[0]["prompt"]
+        return [float(len(a) >= len(b)) if prompt == known else "nonsense" for prompt, a, b in questions]
+
+    found = run_evaluate(settings(tmp_path / "e", sources=twins), rows=PROMPTS, judge=Judge(moody))
+    wins = found["models"]["b"]["wins"]["judge"]
+    verdicts = [row["verdicts"] for row in read(tmp_path / "e" / "responses.jsonl")]
+    asked = [of_one for of_one in verdicts if any(v["share"] is not None for v in of_one)]
+    assert wins["prompts"] == len(asked) < len(PROMPTS)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.5, 2.0])
+@pytest.mark.parametrize("middle", [0.5, 0.8, 0.97])
+def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
+    """40 prompts whose chances differ by a beta law, three comparisons each, 2000 times."""
+    rng = np.random.default_rng(0)
+    chances = rng.beta(middle / spread, (1 - middle) / spread, (2000, 40))
+    shares = rng.binomial(3, chances) / 3
+    held, widths = [], []
+    for row in shares:
+        low, high = summaries.win_rate(row)["interval"]
+        held.append(low <= middle <= high)
+        widths.append(high - low)
+    assert np.mean(held) > 0.92
+    assert np.mean(widths) < 1.3 * 3.92 * shares.mean(axis=1).std()  # and not by being too wide
+
+
+def test_a_win_rate_of_all_ties_or_all_wins_is_no_certainty():
+    assert summaries.win_rate(np.ones(20))["interval"][0] < 0.9
+    low, high = summaries.win_rate(np.full(20, 0.5))["interval"]
+    assert low < 0.5 < high
+    assert summaries.win_rate(np.full(3, np.nan)) == {"rate": None, "interval": None, "prompts": 0}
+
+
+# --- measures
+
+
+def test_kl_and_perplexity_are_those_of_the_models(tmp_path, monkeypatch, terse):
+    """Against log-probs of the very ids that were drawn, row by row, at another temperature than 1."""
+    write_rows([{"prompt": "b", "response": " c d a"}, {"prompt": "c", "response": " e"}], str(tmp_path / "t.jsonl"))
+    drawn, draw = [], Generator.responses
+
+    def spy(self, *args, **kwargs):
+        drawn.extend(draw(self, *args, **kwargs))
+        return drawn[-len(args[1]) :]
+
+    monkeypatch.setattr(Generator, "responses", spy)
+    config = settings(
+        tmp_path / "e", sources=[SourceConfig(temperature=0.7, path=terse, name="x")], reference=TOY,
+        text_path=str(tmp_path / "t.jsonl"),
+    )  # fmt: skip
+    found = run_evaluate(config, rows=PROMPTS[:6])["models"]["x"]
+    mesh, tokenizer, model = make_mesh(MeshConfig(), devices=ONE), Tokenizer.load(TOY), Model(ARCH)
+    load = lambda path: load_model(ModelConfig(path=path), mesh, jax.random.key(0)).params  # noqa: E731
+    params = {"own": load(terse), "ref": load(TOY)}
+
+    def logprob(name, prompt, response, temperature):
+        tokens = jnp.asarray([[*prompt, *response]])
+        hidden = model.apply(params[name], tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+        each = model.logprobs(params[name], hidden[:, :-1], tokens[:, 1:], temperature)[0][0]
+        return float(each[len(prompt) - 1 :].sum())
+
+    items = [item for row in read(tmp_path / "e" / "responses.jsonl") for item in row["responses"]]
+    both = np.array([[logprob(n, one.prompt_ids, one.ids, 0.7) for n in ("own", "ref")] for one in drawn])
+    assert [item["tokens"] for item in items] == [len(one.ids) for one in drawn]
+    assert [item["finished"] for item in items] == [one.ids[-1] in tokenizer.eos_ids for one in drawn]
+    np.testing.assert_allclose([[item["logprob"], item["ref_logprob"]] for item in items], both, rtol=1e-4)
+    ratio = both[:, 0] - both[:, 1]
+    assert found["kl"]["mean"] == pytest.approx(ratio.mean(), rel=1e-3)
+    assert found["kl_per_token"] == pytest.approx(ratio.sum() / sum(len(one.ids) for one in drawn), rel=1e-3)
+    texts = [(tokenizer.encode_prompt(r["prompt"]), tokenizer.encode_response(r["response"]))
+             for r in read(tmp_path / "t.jsonl")]  # fmt: skip
+    nll = -sum(logprob("own", *text, 1.0) for text in texts) / sum(len(response) for _, response in texts)
+    assert found["perplexity"] == pytest.approx(np.exp(nll), rel=1e-4)
+
+
+def test_standard_errors_are_of_prompts_not_of_responses():
+    values = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 8, axis=1)  # eight equal responses tell no more
+    assert summaries.mean_of(values)["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
+
+
+def test_wins_count_every_pair_of_samples_and_ties_half():
+    own, other = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 3.0]])
+    assert summaries.wins(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
+
+
+# --- the directory
+
+
+def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    sources = [SourceConfig(name="a"), SourceConfig(name="b", temperature=0.5)]
+    config = settings(tmp_path / "e", sources=sources, reference=TOY)
+    whole = run_evaluate(config, rows=PROMPTS, functions=[length])
+    assert json.loads((tmp_path / "e" / "summary.json").read_text()) == whole
+    shown = capsys.readouterr().out
+    files = {p.name: p.read_bytes() for p in (tmp_path / "e").iterdir()}
+    assert set(files) == {"config.yaml", "responses.jsonl", "summary.json"}
+    broken = Path(shutil.copytree(tmp_path / "e", tmp_path / "f"))
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing.Sources, "drawer", lambda *args: pytest.fail("it is finished"))
+        assert run_evaluate(config, rows=PROMPTS, functions=[length]) == whole
+        assert shown in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"holds evaluate with another config: seed 0 there, 1 here"):
+            run_evaluate(replace(config, seed=1), rows=PROMPTS, functions=[length])
+        with pytest.raises(UserError, match="holds evaluate of other rows or functions"):
+            run_evaluate(config, rows=PROMPTS[1:], functions=[length])
+    again = replace(config, output_dir=str(broken), overwrite=True)
+    monkeypatch.setattr("rlhf_jax.journal.Journal.finish", lambda self, rows: None)
+    run_evaluate(again, rows=PROMPTS, functions=[length])
+    monkeypatch.undo()
+    part = broken / "responses.jsonl.part"
+    lines = part.read_bytes()
+    part.write_bytes(lines[: len(lines) * 2 // 3])
+    for name in ("summary.json", "responses.jsonl"):
+        (broken / name).unlink()
+    monkeypatch.setattr(drawing, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+    assert run_evaluate(replace(again, overwrite=False), rows=PROMPTS, functions=[length]) == whole
+    assert (broken / "responses.jsonl").read_bytes() == files["responses.jsonl"]
+
+
+MISTAKES = {
+    "evaluate --output_dir e": "there are no prompts",
+    "evaluate --prompts [b]": "output_dir is empty; say where to write",
+    "evaluate --prompts [b] --output_dir taken": r"output_dir taken holds another run \(config.yaml\); choose another",
+    "evaluate --prompts [b] --output_dir e --sources '[{name: a}, {name: a}]'": "sources a, a are not told apart",
+    "evaluate --prompts [b] --output_dir e --sources '[{name: a}]' --baseline c": "'c' is none of the sources: a;",
+    "evaluate --reference r --sources '[{top_p: 0.9}]'": "of a model's own samples, but top_p draws them from another",
+    "evaluate --reference r --sampling.top_k 4": "but sampling.top_k draws them from another law",
+    "evaluate --reference r --sources '[{temperature: 0}]'": "but temperature 0 draws them from another law",
+    "evaluate --prompts [b] --output_dir e --text_path no.jsonl": "no.jsonl: no such file",
+    "evaluate --prompts [b] --output_dir e --judge.function a:b --judge.url http://x": "name one judge",
+    "evaluate --max_length 0": "max_length is 0; make it at least 1",
+    "evaluate --prompts [b] --output_dir e": "model.tokenizer and model.path are both empty",
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), MISTAKES.items(), ids=MISTAKES)
+def test_mistakes_are_one_line(line, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.yaml").write_text("# rlhf-jax ppo --config x\nmodel: {}\n")
+    with pytest.raises(UserError, match=expected) as error:
+        cli.dispatch(shlex.split(line))
+    assert "\n" not in str(error.value)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tmp_path):
+    from rlhf_jax.tasks.random_walks import make_tokenizer
+
+    shutil.copytree(TOY, tmp_path / "other")
+    make_tokenizer(9).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"reference .*other has another tokenizer than the policy"):
+        run_evaluate(settings(tmp_path / "e", reference=str(tmp_path / "other")), rows=PROMPTS[:2])
