@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_data import CHATML, LIMITS, USER, tiny, turn
@@ -139,6 +140,8 @@ def test_every_form_of_a_ranking_becomes_the_same():
         ({"responses": ["b", "c"], "raters": ["ann"]}, '"raters" is a list; give a list of'),
         ({"responses": ["b", "c"], "raters": [{"rater": 3, "ranks": [0, 1]}]}, '"rater" is a int; give a name'),
         ({"responses": [{"answer": "b"}, "c"], "ranks": [0, 1]}, 'responses 0 has no "text" .found: answer.; add it'),
+        ({"responses": ["b", "c"], "best": 2}, '"best" is 2; give the place of one of the 2 responses, from 0'),
+        ({"responses": ["b", "c"], "best": True}, '"best" is True; give the place of one'),
         ({"completions": ["b"], "labels": [True]}, "stepwise supervision labels parts of one answer; give"),
         ({"chosen": "b", "rejected": "c", "votes": [0.5, 1, 0]}, "whole raters, so give whole numbers"),
     ],
@@ -302,6 +305,26 @@ def test_order_accuracy_is_a_mean_over_prompts(tokenizer):
     scores = np.array([[3, 2, 1, 0], [0, 1, 0, NAN], [5, 5, 5, 5], [0, 1, NAN, NAN]], float)
     found = reward.order_accuracy(scores, batches)
     assert (found["accuracy"], found["n"]) == (pytest.approx((1 + 1 + 0.5 + 0) / 4), 4)
+
+
+def test_a_choice_compares_the_chosen_one_with_each_of_the_others_and_them_not(tokenizer):
+    """Ziegler's rows: of one rater, and of two who chose differently; the loss is that of the choice."""
+    rows = sources.rows_from([
+        {"prompt": "a", "responses": ["b", "c", "d"], "best": 1},
+        {"prompt": "b", "responses": ["e", "f"], "raters": [{"best": 0}, {"rater": "y", "ranks": [0, 1]}]},
+    ])  # fmt: skip
+    ranks, labels = ballots.ranking_row(rows[0]).consensus()
+    assert ranks.tolist() == [1, 0, 1]
+    np.testing.assert_array_equal(labels[~np.eye(3, dtype=bool)], [0, NAN, 1, 1, NAN, 0])
+    pairs, _ = preference_examples(rows, tokenizer, **LIMITS)
+    assert [tokenizer.decode(pair["chosen"][1:2]) for pair in pairs] == ["c", "c", "e"]
+    examples, _ = ranking_examples(rows, tokenizer, **LIMITS)
+    batch = collate_ranking(examples, length=8, width=3)
+    scores = jnp.asarray([[0.1, 0.7, -0.3], [0.2, -1.0, 0.0]])
+    arrays = [jnp.asarray(batch[name]) for name in ("ranks", "mask", "weights")]
+    value, _ = losses.best_of_n_reward_loss(scores, *arrays, center_coef=0.0)
+    wanted = [np.log(np.exp([0.1, 0.7, -0.3]).sum()) - 0.7, np.log(np.exp([0.2, -1.0]).sum()) - 0.2]
+    assert float(value) == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
 def test_preferences_are_rankings_of_two(tokenizer):

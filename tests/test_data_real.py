@@ -1,12 +1,16 @@
 """Laws of rlhf_jax.data on real rows and real tokenizers; skipped where ../shared/data is absent."""
 
+import dataclasses
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tiny import ARCH
 
+from benchmarks import data as bench
 from rlhf_jax.data import schemas, sources
 from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
@@ -19,7 +23,7 @@ from rlhf_jax.data.examples import (
 )
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.rankings import bradley_terry, soft_labels
+from rlhf_jax.models import Model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
@@ -222,37 +226,23 @@ def test_rankings_and_their_pairs_hold_the_same_comparisons(tokenizers):
 
 def test_soft_labels_predict_a_third_rater_at_least_as_well_as_the_majority():
     """PandaLM: three raters per pair. Labels from two of them, log-likelihood of the third; both tuned on one half."""
-    votes = np.array([row["votes"] for row in rows("pandalm_human.pref")])
-    halves = np.arange(len(votes)) % 2 == 0
+    found = bench.raters(np.array([row["votes"] for row in rows("pandalm_human.pref")]))
+    assert np.log(0.5) < found["majority"] <= found["soft"] < 0
 
-    def held_out(probability):
-        """(first half, second half): mean log-likelihood of each vote given the other two; a tie is half of each."""
-        total = np.zeros(len(votes))
-        for kind, share in enumerate((1.0, 0.0, 0.5)):
-            others = votes - np.eye(3, dtype=int)[kind]
-            p = probability(others)
-            total += np.where(
-                votes[:, kind] > 0, votes[:, kind] * (share * np.log(p) + (1 - share) * np.log(1 - p)), 0
-            )
-        return total[halves].sum() / votes[halves].sum(), total[~halves].sum() / votes[~halves].sum()
 
-    def soft(prior):
-        def probability(others):
-            wins = np.zeros((len(others), 2, 2))
-            wins[:, 0, 1], wins[:, 1, 0] = others[:, 0] + others[:, 2] / 2, others[:, 1] + others[:, 2] / 2
-            strengths = bradley_terry(np.maximum(wins, 0), prior=prior)
-            return soft_labels(strengths)[:, 0, 1]
-
-        return probability
-
-    def majority(doubt):
-        return lambda others: np.clip((np.sign(others[:, 0] - others[:, 1]) + 1) / 2, doubt, 1 - doubt)
-
-    tuned = []
-    for family, grid in ((soft, np.geomspace(0.005, 1, 24)), (majority, np.geomspace(0.005, 0.4, 24))):
-        scores = np.array([held_out(family(x)) for x in grid])
-        tuned.append((scores[scores[:, 0].argmax(), 1] + scores[scores[:, 1].argmax(), 0]) / 2)
-    assert tuned[0] >= tuned[1]
+def test_real_rankings_and_their_pairs_have_one_loss_and_a_forward_pass_per_response(tokenizers):
+    """16 questions with four ranked answers each: equal loss and gradient at equal parameters."""
+    bpe, found = tokenizers["bpe4k"], {}
+    model = Model(dataclasses.replace(ARCH, vocab_size=bpe.vocab_size, max_positions=128), score_head=True)
+    params = model.init(jax.random.key(0))
+    limits = {"max_prompt_length": 32, "max_length": 96, "too_long": "truncate"}
+    for kind, (objective, loss, batch) in bench.reward_batches(rows("qa_feedback_dev.rank")[:16], bpe, limits).items():
+        value, grads = jax.jit(jax.value_and_grad(objective(model, loss), has_aux=True))(params, batch, None)
+        found[kind] = value[0], jax.tree.leaves(grads), int((batch["last"] > 0).sum())
+    for a, b in zip(*(jax.tree.leaves(found[kind][:2]) for kind in ("rankings", "pairs")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+    kept, _ = ranking_examples(rows("qa_feedback_dev.rank")[:16], bpe, **limits)
+    assert found["rankings"][2] == sum(len(example["responses"]) for example in kept) < found["pairs"][2] / 2
 
 
 def test_all_answers_of_real_conversations_are_those_that_transformers_marks(tokenizers):

@@ -84,8 +84,9 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
 
     {prompt, responses, ...} where responses are texts, messages, or {text, rank?, score?, finished?}. Who is better is
     said by `rank` (lower is better, equal is a tie, null is not ranked), else by `score` (higher is better), in each
-    response or as a list `ranks` or `scores` beside them (RRHF); the row's `rater` said so. Or several did:
-    `raters`: [{rater, ranks}, ...].
+    response or as a list `ranks` or `scores` beside them (RRHF); or `best` is the place of the one that was chosen
+    (Ziegler et al. 2019), from 0, and the others are not compared. The row's `rater` said so. Or several did:
+    `raters`: [{rater, ranks or best}, ...].
 
     A preference row is a ranking of two, and its votes are ballots. An unpaired preference {prompt, completion, label}
     is one response with rank 0 or 1, to be joined with others by `gather`; what that made is taken as it is.
@@ -114,7 +115,7 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
-    labels = {"raters", "ranks", "scores"} & set(row) or any({"rank", "score"} & set(item) for item in items)
+    labels = {"raters", "ranks", "scores", "best"} & set(row) or any({"rank", "score"} & set(item) for item in items)
     ballots = _ballots(row, items) if labels or not unlabelled else []
     kept = [i for i, item in enumerate(items) if _has_text(item["text"])]
     if len(kept) < 2:
@@ -155,12 +156,25 @@ def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
     if "raters" in row:
         if not isinstance(row["raters"], list) or not all(isinstance(one, dict) for one in row["raters"]):
             raise bad_row(row, f'"raters" is {type_of(row["raters"])}; give a list of {{rater, ranks}}')
-        return [(_rater(one, row), _ranks(row, one.get("ranks"), len(items))) for one in row["raters"]]
+        return [(_rater(one, row), ranks) for one in row["raters"] for ranks in _said(row, one, len(items))]
+    if "best" in row:
+        return [(_rater(row), ranks) for ranks in _said(row, row, len(items))]
     for name, sign in (("rank", 1.0), ("score", -1.0)):
         values = row.get(f"{name}s", [item.get(name) for item in items])
         if f"{name}s" in row or any(name in item for item in items):
             return [(_rater(row), [sign * rank for rank in _ranks(row, values, len(items))])]
     raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
+
+
+def _said(row: Row, one: Row, size: int) -> list[list[float]]:
+    """The ranks of a rater; of a choice, one against each of the others, which are not compared with one another."""
+    best = one.get("best")
+    if best is None:
+        return [_ranks(row, one.get("ranks"), size)]
+    if type(best) is not int or not 0 <= best < size:
+        raise bad_row(row, f'"best" is {best!r}; give the place of one of the {size} responses, from 0')
+    pair = {best: 0.0}
+    return [[{**pair, j: 1.0}.get(i, float("nan")) for i in range(size)] for j in range(size) if j != best]
 
 
 def _ranks(row: Row, values: Any, size: int) -> list[float]:

@@ -89,8 +89,8 @@ def almost_filter(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Pair]:
     """Pairs whose chosen response is longer than the rejected one, or than M - S/2.
 
     Kim et al. 2023 (ALMoST, arXiv 2305.13735), section 2.1: a short response is often a failure to generate. M and S
-    are mean and standard deviation of the characters of all responses to the prompt. What it drops has a chosen
-    response that is shorter, so the correlation of label and length rises.
+    are mean and standard deviation of the characters of all responses to the prompt, which is our reading of theirs.
+    What it drops has a chosen response that is shorter, so the correlation of label and length rises.
     """
     kept = []
     for pair, (chosen, rejected) in zip(pairs, lengths(rows, pairs), strict=True):
