@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
     "data make": (config.DataMakeRun, "rlhf_jax.datasets:run_make", "files that a Python function writes"),
 }
-ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp"}
+ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp"}
 ON_THE_MESH |= {"sample", "score", "recipe"}
 """Commands that several processes run together."""
 
@@ -301,9 +301,11 @@ def plan_command(rest: list[str]) -> None:
     plan = parse("plan", own)
     stage = plan.stage
     if stage == "auto":
-        stage = next((name for name in ("ppo", "sft", "reward") if name in groups), "auto")
+        # PPO has a group named reward, too.
+        stage = next((name for name in ("ppo", "sft", "dpo", "kto", "rrhf", "reward") if name in groups), "auto")
     if stage == "auto":
-        raise UserError("the options do not say which stage this is; write --stage pretrain, sft, reward or ppo")
+        known = ", ".join(typing.get_args(fields(config.PlanRun)["stage"])[1:])
+        raise UserError(f"the options do not say which stage this is; write --stage and one of {known}")
     execute("plan", plan, parse(stage, others))
 
 

@@ -16,7 +16,8 @@ from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.models.layout import leaf_shapes
-from rlhf_jax.sharding import AXES, mesh_sizes, shard_shape, spec_of
+from rlhf_jax.rules import MESH_AXES, Rules, parse_rules
+from rlhf_jax.sharding import mesh_sizes, shard_shape
 from rlhf_jax.types import Params
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -78,16 +79,17 @@ def describe(arch: ArchConfig) -> str:
     return ", ".join(found)
 
 
-def layout_table(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> list[str]:
-    """One line for every parameter: shape, spec, bytes of its float32 shard on a device; and the sum."""
+def layout_table(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], rules: Rules) -> list[str]:
+    """One line for every parameter: shape, mesh axes, bytes of its float32 shard on a device; and sums."""
     rows, total = [("parameter", "shape", "sharded over", "bytes per device")], 0
     for name, shape in shapes.items():
-        spec = spec_of(name, shape)
-        held = math.prod(shard_shape(name, shape, spec, sizes)) * MASTER
+        splits = rules.of(name, shape)
+        held = math.prod(shard_shape(name, shape, splits, sizes)) * MASTER
         total += held
-        axes = ", ".join("-" if a is None else str(a) for a in spec) or "-"
+        axes = ", ".join("+".join(split) or "-" for split in splits) or "-"
         rows.append((name, " x ".join(map(str, shape)) or "scalar", axes, size(held)))
     rows.append(("sum", "", "", size(total)))
+    rows.append(("with Adam and gradient", "", "", size(total * (MASTER + ADAM + GRADIENT) // MASTER)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -121,8 +123,8 @@ def run_inspect(config: InspectRun) -> dict[str, Any]:
         print(f"  {size(held):>10}  {name}")
     if config.mesh != MeshConfig():
         sizes = mesh_sizes(config.mesh)
-        print(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in AXES)}")
-        print("\n".join(layout_table(shapes, sizes)))
+        print(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES)}")
+        print("\n".join(layout_table(shapes, sizes, parse_rules(config.mesh.rules))))
     return {**dict(lines), "parameters": count, "memory": dict(needs)}
 
 

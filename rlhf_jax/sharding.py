@@ -1,43 +1,27 @@
-"""The device mesh and one ordered table that says where every parameter lies. Floor 0."""
+"""The device mesh, and where on it parameters, batches and activations lie. Floor 0."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.rules import MESH_AXES, SPLIT, Rules, Split, entry, parse_rules
 
-AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 """Batches: rows over both data axes."""
 
-RULES: tuple[tuple[str, P], ...] = (
-    # Stacked layers lead with L; the letters are those of models/decoder.py.
-    (r"layers/attn/qkv$", P(None, "fsdp", "tensor", None, None)),  # L D K G+2 N
-    (r"layers/attn/qkv_bias$", P(None, "tensor", None, None)),  # L K G+2 N
-    (r"layers/attn/out$", P(None, "tensor", None, None, "fsdp")),  # L K G N D
-    (r"layers/mlp/up$", P(None, "fsdp", None, "tensor")),  # L D M F
-    (r"layers/mlp/up_bias$", P(None, None, "tensor")),  # L M F
-    (r"layers/mlp/down$", P(None, "tensor", "fsdp")),  # L F D
-    (r"layers/(attn/out_bias|mlp/down_bias)$", P(None, None)),
-    (r"layers/(attn|mlp)(_post)?_norm/(scale|bias)$", P(None, None)),
-    (r"layers/attn/[qk]_norm/scale$", P()),  # of any rank: L N, or L K G N
-    (r"embed/tokens$", P("tensor", "fsdp")),  # V D
-    (r"embed/positions$", P(None, "fsdp")),  # Pmax D
-    (r"head/kernel$", P("fsdp", "tensor")),  # D V
-    (r"final_norm/(scale|bias)$", P(None)),
-    (r"score/kernel$", P(None)),
-    (r"score/bias$", P()),
-)
-"""(path pattern, spec), first match wins; a parameter without a match is an error, never replicated by accident."""
+_RULES: dict[tuple[tuple[str, int], ...], Rules] = {}
+"""By the shape of a mesh, the rules of the config that made it last: a mesh of JAX carries nothing of ours, and inside
+jit there is no more to see of it than its shape."""
 
 
 def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
@@ -48,7 +32,9 @@ def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
     """
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one at most may be -1")
+        raise UserError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, and one at most may be -1"
+        )
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max((count or known) // known, 1)
@@ -57,17 +43,57 @@ def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
             f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices"
             "; change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
         )
-    return dict(zip(AXES, sizes, strict=True))
+    return dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 for the rest.
+    """A (data, fsdp, tensor) mesh over all devices, with the rules of its config; one axis may be -1 for the rest.
+
+    The data axis leads from slice to slice first, and all else stays within one.
 
     Raises:
-        UserError: more than one -1, or the sizes do not multiply to the number of devices.
+        UserError: more than one -1, the sizes do not multiply to the number of devices, or the slices are not those of
+            the devices.
     """
     sizes = mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    known = len({getattr(device, "slice_index", 0) for device in devices or jax.devices() if device.platform == "tpu"})
+    if known not in (0, config.slices):
+        raise UserError(
+            f"mesh.slices is {config.slices}, but the devices are in {known} TPU slice(s); set it to {known}"
+        )
+    if config.slices == 1:
+        mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    else:
+        mesh = _mesh_of(_in_slices(config, sizes, devices or jax.devices(), known > 0))
+    _RULES[_shape(mesh)] = parse_rules(config.rules)
+    return mesh
+
+
+def _mesh_of(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _in_slices(config: MeshConfig, sizes: dict[str, int], devices: list[Any], known: bool) -> np.ndarray:
+    """Devices [data, fsdp, tensor], data from slice to slice first; where slices are not known, cut in order."""
+    if sizes["data"] % config.slices:
+        raise UserError(
+            f"mesh.data {sizes['data']} is not a multiple of mesh.slices {config.slices}, over which it goes first; "
+            "change one of them"
+        )
+    within = (sizes["data"] // config.slices, sizes["fsdp"], sizes["tensor"])
+    if known:
+        across = (config.slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(tuple(sizes.values()))
+
+
+def _shape(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
+    return tuple(mesh.shape.items())
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> Rules:
+    """The table of a mesh."""
+    return _RULES.get(_shape(mesh), Rules(SPLIT))
 
 
 def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
@@ -83,22 +109,26 @@ def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
         raise UserError(
             f"mesh.rollout_tensor {ways} does not divide the {mesh.size} devices; choose a divisor or 0 (mesh.tensor)"
         )
-    return Mesh(mesh.devices.reshape(-1, 1, ways), AXES, axis_types=(AxisType.Auto,) * 3)
+    other = _mesh_of(mesh.devices.reshape(-1, 1, ways))
+    _RULES[_shape(other)] = rules_of(mesh)
+    return other
 
 
-def shard_shape(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def shard_shape(
+    name: str, shape: tuple[int, ...], splits: Sequence[Split], sizes: Mapping[str, int]
+) -> tuple[int, ...]:
     """Shape of a device's part of a parameter.
 
     Raises:
         UserError: a sharded dimension does not divide by its mesh axes.
     """
     out = list(shape)
-    for i, axes in enumerate(spec):
-        ways = math.prod(sizes[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+    for i, axes in enumerate(splits):
+        ways = math.prod(sizes[axis] for axis in axes)
         if shape[i] % ways:
             raise UserError(
-                f"parameter {name} with shape {shape}: dimension {shape[i]} does not divide by {axes} = {ways}; "
-                "choose another mesh"
+                f"parameter {name} with shape {shape}: dimension {shape[i]} does not divide by {'*'.join(axes)} = "
+                f"{ways}; choose another mesh, or leave it whole by mesh.rules"
             )
         out[i] //= ways
     return tuple(out)
@@ -108,27 +138,18 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec_of(path: str, shape: tuple[int, ...]) -> P:
-    """The table's entry for a parameter. Scalars (counters, coefficients) are replicated."""
-    if not shape:
-        return P()
-    for pattern, spec in RULES:
-        if re.search(pattern, path):
-            return spec
-    raise UserError(f"parameter {path} with shape {shape} matches no rule; add one to rlhf_jax.sharding.RULES")
-
-
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs: parameters, gradients, optimisers.
 
     Raises:
-        UserError: a leaf matches no rule, or a sharded dimension does not divide by its mesh axes.
+        UserError: a leaf has no rule, or a sharded dimension does not divide by its mesh axes.
     """
+    rules = rules_of(mesh)
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name, spec = path_name(path), spec_of(path_name(path), leaf.shape)
-        shard_shape(name, tuple(leaf.shape), spec, mesh.shape)
-        return NamedSharding(mesh, spec)
+        name, splits = path_name(path), rules.of(path_name(path), leaf.shape)
+        shard_shape(name, tuple(leaf.shape), splits, mesh.shape)
+        return NamedSharding(mesh, P(*map(entry, splits)))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
@@ -174,10 +195,27 @@ def own_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """Pin the layout of an activation; nothing happens outside a `with jax.set_mesh(mesh)` block."""
+    """Pin the layout of an activation; nothing happens outside a `with jax.set_mesh(mesh)` block.
+
+    An axis is a mesh axis, several, None, or a letter of `rlhf_jax.rules`, split as parameters are over tensor: their
+    other mesh axes hold rows.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    return jax.lax.with_sharding_constraint(x, P(*map(_activation_axis, axes)))
+
+
+def _activation_axis(axis: Any) -> Any:
+    return over_tensor(axis) if axis in SPLIT else axis
+
+
+def over_tensor(letter: str) -> str | None:
+    """The tensor axis if activations are split over it along that axis, for use in a `jax.set_mesh` block."""
+    return _tensor_alone(rules_of(jax.sharding.get_abstract_mesh()).letters[letter])
+
+
+def _tensor_alone(split: Split) -> str | None:
+    return "tensor" if "tensor" in split else None
 
 
 def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
@@ -185,8 +223,8 @@ def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
 
     `stacked` leaves come without their leading L here.
     """
-    spec = spec_of(path, (1, *x.shape) if stacked else x.shape)
     mesh = jax.sharding.get_abstract_mesh()
+    splits = rules_of(mesh).of(path, (1, *x.shape) if stacked else x.shape)
     if not mesh.empty and mesh.shape["fsdp"] == 1 < mesh.shape["tensor"]:
         x = constrain(x, *(None,) * x.ndim)  # from the layout of another mesh there is no shorter way
-    return constrain(x, *(axis if axis == "tensor" else None for axis in spec[1 if stacked else 0 :]))
+    return constrain(x, *map(_tensor_alone, splits[1 if stacked else 0 :]))

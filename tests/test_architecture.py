@@ -18,7 +18,20 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 FLOORS = {
     **dict.fromkeys(
-        ["errors", "config", "types", "tokens", "losses", "advantages", "rankings", "hosts", "sharding", "__init__"], 0
+        [
+            "errors",
+            "config",
+            "types",
+            "tokens",
+            "losses",
+            "advantages",
+            "rankings",
+            "hosts",
+            "rules",
+            "sharding",
+            "__init__",
+        ],
+        0,
     ),
     **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal"], 1),
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
@@ -31,10 +44,11 @@ FLOORS = {
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 
 SAME_FLOOR = {
-    "config": {"errors"},
+    "config": {"errors", "rules"},
+    "rules": {"errors"},
     "losses": {"errors", "types"},
     "hosts": {"errors"},
-    "sharding": {"config", "errors"},
+    "sharding": {"config", "errors", "rules"},
     "step": {"state"},
     "sampling": {"models"},
     "generate": {"stage"},

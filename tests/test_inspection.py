@@ -146,13 +146,18 @@ def test_the_mesh_table_says_what_a_device_holds(tmp_path, capsys, monkeypatch, 
     monkeypatch.setattr(inspection, "size", lambda num_bytes: f"{num_bytes:.0f}")
     options = [f"--mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
     _, out, _ = run(capsys, "inspect", str(path), *options)
-    last = out.strip().splitlines()[-1].split()
+    last, training = (line.split() for line in out.strip().splitlines()[-2:])
     params = hf.load_params(path, arch, score_head=False, mesh=make_mesh(config))
     held = {device: 0 for device in jax.devices()}
     for leaf in jax.tree.leaves(params):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     assert last[0] == "sum" and set(held.values()) == {int(last[1])}
+    assert training == ["with", "Adam", "and", "gradient", str(4 * int(last[1]))]  # 16 bytes instead of 4
+    changed = (
+        run(capsys, "inspect", str(path), *options, "--mesh.rules", '["D=-"]')[1].strip().splitlines()[-2].split()
+    )
+    assert (int(changed[1]) > int(last[1])) == (config.fsdp > 1)
 
 
 def test_a_mesh_that_does_not_divide_is_one_line(tmp_path, capsys):

@@ -166,6 +166,30 @@ def test_a_ppo_config_gives_the_three_programs():
     assert decoding < 16 * weights / 10  # no weight moves per token
 
 
+@pytest.mark.parametrize(
+    ("stage", "options", "expected"),
+    [
+        ("pretrain", [], [("step", 8 * 16)]),
+        ("reward", [], [("step", 2 * 8 * 16)]),
+        ("reward", ["--reward.comparisons=rankings"], [("step", 3 * 8 * 16)]),
+        ("reward", ["--reward.comparisons=ratings"], [("step", 8 * 16)]),
+        ("dpo", [], [("reference", 2 * 8 * 16), ("step", 2 * 8 * 16)]),
+        ("dpo", ["--dpo.loss=rlhf_jax.losses:simpo_loss"], [("step", 2 * 8 * 16)]),
+        ("kto", [], [("reference", 2 * 8 * 16), ("step", 2 * 8 * 16)]),
+        ("rrhf", ["--rrhf.accumulate=2"], [("step", 3 * 8 * 16)]),
+    ],
+)
+def test_the_programs_of_stages_that_train_one_model(stage, options, expected):
+    config = cli.parse(stage, [f"--model.arch={json.dumps(TINY)}", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2",
+                               "--data.batch_size=8", "--data.max_length=16", *options])  # fmt: skip
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        found = programs.programs_of(config, mesh, attention="plain", width=3)
+        traced = [program.function.trace(*program.arguments) for program in found]
+    assert [(program.name, program.tokens) for program in found] == expected
+    assert all(t.jaxpr.eqns for t in traced)
+
+
 def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
     config = cli.parse("ppo", [f"--model.arch={json.dumps(TINY)}", "--mesh.data=8", "--mesh.rollout_tensor=4",
                                "--data.batch_size=64", "--ppo.minibatches=2",

@@ -338,7 +338,7 @@ def test_a_parameter_without_a_rule_is_an_error_and_not_replicated():
     mesh = sharding.make_mesh(MeshConfig())
     with pytest.raises(UserError) as error:
         create_state({"adapter": {"down": jnp.zeros((4, 2))}}, optax.sgd(1.0), mesh)
-    assert all(word in one_line(error) for word in ("adapter/down", "(4, 2)", "sharding.RULES"))
+    assert all(word in one_line(error) for word in ("adapter/down", "(4, 2)", "rules.LEAVES"))
 
 
 def test_a_dimension_that_does_not_divide_is_refused_with_its_numbers():

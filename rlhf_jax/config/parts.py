@@ -8,6 +8,7 @@ from typing import Literal
 from rlhf_jax.config.arch import ArchConfig
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.errors import UserError
+from rlhf_jax.rules import parse_rules
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,22 @@ class MeshConfig:
         tensor: shards of heads and MLP columns.
         rollout_tensor: the same while PPO samples, where it should differ; 0 for `tensor`. Every group of that many
             devices then holds all weights in the compute dtype, and rows go over the groups.
+        slices: TPU slices (or groups of hosts) that only a slower network joins. `data` is split over them first and
+            counts them: slices 2, data 2 keeps all that fsdp and tensor send within a slice.
+        rules: changes of the table that says over which mesh axes parameters are split, one a line: "K=-" for a letter
+            of it, "embed/tokens=-,fsdp" for the dimensions of one parameter (docs/tpu.md).
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     rollout_tensor: int = 0
+    slices: int = 1
+    rules: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self, "mesh.", {"at least 1": "slices"})
+        parse_rules(self.rules)
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,19 @@ class PlanRun:
 
     Args:
         topology: TPU generation and shape of the slice, such as v5e:4x4 or v5p:4x4x4.
-        stage: pretrain, sft, reward or ppo; auto tells it by the groups of options given.
+        stage: auto tells it by the groups of options given; pretrain must be said.
+        responses: to each prompt, where rankings are trained on (rrhf; reward with reward.comparisons rankings).
         suggest: try mesh shapes and batch sizes, and rank those that fit.
         json: print one JSON object per line instead of tables.
     """
 
     topology: str = ""
-    stage: Literal["auto", "pretrain", "sft", "reward", "ppo"] = "auto"
+    stage: Literal["auto", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo"] = "auto"
+    responses: int = 4
     suggest: bool = False
     json: bool = False
 
     def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "responses"})
         if not self.topology:
             raise UserError("topology is empty; write --topology v5e:4x4, or another slice")

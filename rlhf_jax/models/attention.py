@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.sharding import ROWS
+from rlhf_jax.sharding import ROWS, over_tensor
 
 Attend = Callable[[Array, Array, Array], Array]
 """(q [B K G T N], k [B K S N], v [B K S N]) -> [B K G T N]: attention with mask, scale and cap closed over."""
@@ -86,8 +86,8 @@ def splash_attention(
 ) -> Float[Array, "B K G T N"]:
     """Causal attention within segments by the splash kernel, whose memory grows with T instead of its square.
 
-    Rows over data and fsdp, key-value heads over tensor: the kernel runs on each device's share. `window` > 0 sees
-    that many tokens, the query's own included.
+    Rows over data and fsdp, key-value heads over tensor unless `mesh.rules` keep them whole: the kernel runs on each
+    device's share. `window` > 0 sees that many tokens, the query's own included.
     """
     length, pad = q.shape[3], -q.shape[3] % LANES
     q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q * scale, k, v))
@@ -98,7 +98,8 @@ def splash_attention(
         return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)  # over B, K
 
     if not jax.sharding.get_abstract_mesh().empty:
-        heads, keys = P(*ROWS, "tensor", None, None, None), P(*ROWS, "tensor", None, None)
+        over = over_tensor("K")
+        heads, keys = P(*ROWS, over, None, None, None), P(*ROWS, over, None, None)
         rows = jax.shard_map(rows, in_specs=(heads, keys, keys, P(*ROWS, None)), out_specs=heads, check_vma=False)
     return rows(q, k, v, ids)[:, :, :, :length].astype(q.dtype)
 

@@ -1,27 +1,12 @@
 """One table per Hugging Face model family: its names for our settings and for our tensors.
 
-Axis letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head
-width, S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width.
+Axis letters as in `rlhf_jax.rules`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
-
-AXES = {
-    "embed/tokens": "VD", "embed/positions": "PD",
-    "layers/attn_norm/scale": "LD", "layers/attn_norm/bias": "LD",
-    "layers/attn_post_norm/scale": "LD", "layers/attn_post_norm/bias": "LD",
-    "layers/attn/qkv": "LDKSN", "layers/attn/qkv_bias": "LKSN", "layers/attn/out": "LKGND",
-    "layers/attn/out_bias": "LD", "layers/attn/q_norm/scale": "LN", "layers/attn/k_norm/scale": "LN",
-    "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
-    "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
-    "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
-    "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "score/kernel": "D", "score/bias": "",
-}  # fmt: skip
-WIDE_QK_NORM = {"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"}
-"""Axes that differ where all heads are normalised as one vector."""
 
 
 class Tensor(NamedTuple):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.models.families import AXES, WIDE_QK_NORM, Tensor
+from rlhf_jax.models.families import Tensor
+from rlhf_jax.rules import LEAVES, WIDE_QK_NORM
 
 
 class Layout:
@@ -17,7 +18,7 @@ class Layout:
 
     def __init__(self, arch: ArchConfig):
         group = arch.num_heads // arch.num_kv_heads
-        self.axes = AXES | (WIDE_QK_NORM if arch.qk_norm == "all" else {})
+        self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {})
         self.sizes = {
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.max_positions, "G": group, "1": 1,
             "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,

@@ -185,7 +185,7 @@ class Model:
         logits = jnp.einsum(
             letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
         )
-        return constrain(softcapped(logits, self.arch.logit_softcap), *ROWS, None, "tensor")
+        return constrain(softcapped(logits, self.arch.logit_softcap), *ROWS, None, "V")
 
     def logprobs(
         self,
@@ -272,7 +272,7 @@ class Model:
             view = views[i in self.arch.window_layers]
             x, entry = self._block[1](layer, x, *view, cache[i] if cache is not None else None, index)
             x = constrain(x, *ROWS, None, None)
-            new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, "tensor", None, None), entry))
+            new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, "K", None, None), entry))
         hidden = self._norm[1](params["final_norm"], x[:, -1:])
         logits = self.project(params, hidden)[:, 0]
         return constrain(logits, *ROWS, None), new_cache  # whole rows, since drawing looks at all of the vocabulary

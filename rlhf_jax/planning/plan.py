@@ -59,8 +59,8 @@ class Row:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def analyse(config: Any, chip: Chip, devices: list[Any]) -> list[Row]:
-    """Compile the programs of a stage's config; rollout is split into prefill and decode.
+def analyse(config: Any, chip: Chip, devices: list[Any], width: int = 2) -> list[Row]:
+    """Compile the programs of a stage's config, rankings of `width`; rollout is split into prefill and decode.
 
     Raises:
         UserError: what the stage would refuse.
@@ -69,9 +69,9 @@ def analyse(config: Any, chip: Chip, devices: list[Any]) -> list[Row]:
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     rows = []
     with jax.set_mesh(mesh):
-        programs = programs_of(config, mesh, attention="splash")
-        counted = programs_of(config, mesh, attention="plain")
-        without = programs_of(plain, mesh, attention="plain")
+        programs = programs_of(config, mesh, attention="splash", width=width)
+        counted = programs_of(config, mesh, attention="plain", width=width)
+        without = programs_of(plain, mesh, attention="plain", width=width)
         for program, same, ideal in zip(programs, counted, without, strict=True):
             started = time.monotonic()
             compiled = program.function.trace(*program.arguments).lower().compile()
@@ -157,6 +157,8 @@ def verdict(rows: list[Row], chip: Chip) -> str:
         cure = "set sampling.microbatch, raise mesh.tensor, or lower data.batch_size"
     elif worst.name == "score":
         cure = "set ppo.score_microbatch or lower model.logprob_chunk"
+    elif worst.name == "reference":
+        cure = "lower data.batch_size or model.logprob_chunk"
     else:
         cure = "set model.remat to full, raise accumulate or ppo.minibatches, lower model.logprob_chunk"
     return f"does not fit: {worst.name} needs {_gib(worst.peak)} of {_gib(room)}; {cure}"
@@ -186,7 +188,7 @@ def seconds_per_token(rows: list[Row]) -> float:
     return sum(max(row.seconds.values()) for row in rows) / max(row.tokens for row in rows)
 
 
-def suggest(config: Any, chip: Chip, devices: list[Any]) -> None:
+def suggest(config: Any, chip: Chip, devices: list[Any], width: int) -> None:
     """Compile the candidates and print those that fit, fastest first."""
     found: list[tuple[float, str]] = []
     for candidate in candidates(config, len(devices)):
@@ -194,7 +196,7 @@ def suggest(config: Any, chip: Chip, devices: list[Any]) -> None:
         name = f"mesh.data {mesh.data} mesh.fsdp {mesh.fsdp} mesh.tensor {mesh.tensor} "
         name += f"data.batch_size {candidate.data.batch_size}"
         try:
-            rows = analyse(candidate, chip, devices)
+            rows = analyse(candidate, chip, devices, width)
         except (UserError, jax.errors.JaxRuntimeError) as error:
             print(f"  no     {name}: {str(error).splitlines()[0][:120]}", flush=True)
             continue
@@ -218,9 +220,9 @@ def run(plan: PlanRun, config: Any) -> bool:
     """
     chip, devices = find_topology(plan.topology)
     if plan.suggest:
-        suggest(config, chip, devices)
+        suggest(config, chip, devices, plan.responses)
         return True
-    rows = analyse(config, chip, devices)
+    rows = analyse(config, chip, devices, plan.responses)
     if plan.json:
         print("\n".join(records(rows, topology=plan.topology, devices=len(devices), fits=fits(rows, chip))))
     else:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import reward, sft
-from rlhf_jax.config import ArchConfig, ModelConfig, PPORun, RewardRun, SFTRun, bind
+from rlhf_jax import dpo, reward, sft
+from rlhf_jax.config import ArchConfig, DPORun, KTORun, ModelConfig, PPORun, RewardRun, RRHFRun, SFTRun, bind
+from rlhf_jax.data.batches import collate_preference, collate_ranking, collate_rated, collate_sft, collate_unpaired
 from rlhf_jax.errors import UserError
+from rlhf_jax.kto import own_and_other
 from rlhf_jax.models import Model, config_json
 from rlhf_jax.planning.presets import PRESETS, find_preset
 from rlhf_jax.ppo.checks import check_batches
 from rlhf_jax.ppo.networks import Networks, assemble
 from rlhf_jax.ppo.train import make_programs
+from rlhf_jax.responses import response_logprobs
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import batch_sharding, check_rows, replicated, tree_shardings
 from rlhf_jax.stage import Loaded, check_length
 from rlhf_jax.state import create_state, make_optimizer, make_schedule, placed_shapes
 from rlhf_jax.step import make_train_step
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.types import LossFn, Params, Rollout
 
 
 class Program(NamedTuple):
@@ -72,15 +79,15 @@ def abstract_model(config: ModelConfig, mesh: Mesh, *, score_head: bool, attenti
     return Loaded(model, placed_shapes(shapes, tree_shardings(mesh, shapes)))
 
 
-def programs_of(config: Any, mesh: Mesh, *, attention: str) -> list[Program]:
-    """The programs of a stage's config over a mesh; call it inside `jax.set_mesh(mesh)`.
+def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
+    """The programs of a stage's config over a mesh, rankings of `width`; call it inside `jax.set_mesh(mesh)`.
 
     Raises:
         UserError: what the stage itself would refuse: batches, lengths, heads that do not divide.
     """
     if isinstance(config, PPORun):
         return _ppo(config, mesh, attention)
-    return [_sft(config, mesh, attention) if isinstance(config, SFTRun) else _reward(config, mesh, attention)]
+    return _training(config, mesh, attention, width)
 
 
 def _rows(mesh: Mesh, **shapes: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
@@ -96,39 +103,78 @@ def _key(mesh: Mesh) -> Any:
     return _whole(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def _train_step(
-    config: Any, group: Any, mesh: Mesh, loaded: Loaded, loss_fn: Any, batch: Any
-) -> tuple[Any, tuple[Any, Any]]:
+class _Stage(NamedTuple):
+    """What is particular to a stage that trains one model: its group of settings, batches and loss.
+
+    Attributes:
+        group: name of its settings in the config.
+        collate: makes a batch of examples.
+        example: one, of two tokens.
+        objective: of a model.
+        reference: what the untrained model is asked of every batch before training, (model, params, batch).
+    """
+
+    group: str
+    collate: Callable[..., Any]
+    example: dict[str, Any]
+    objective: Callable[[Model], LossFn]
+    reference: Callable[..., Any] | None = None
+
+
+def _stage(config: Any, width: int) -> _Stage:
+    text = np.zeros(2, np.int32)
+    if isinstance(config, SFTRun):
+        collate = partial(collate_sft, reduction=config.sft.loss_reduction)
+        document = {"tokens": text, "loss_mask": np.ones(2, bool)}
+        return _Stage("sft", collate, document, lambda m: sft.objective(m, bind(config.sft.loss, config.sft)))
+    example: dict[str, Any] = {
+        "prompt_length": 1, "label": 1.0, "margin": 0.0, "rating": 1.0, "ranks": list(range(width)),
+        "chosen": text, "rejected": text, "response": text, "other": text, "responses": [text] * width,
+    }  # fmt: skip
+    rankings: Callable[..., Any] = partial(collate_ranking, width=width)
+    if isinstance(config, RewardRun):
+        settings = config.reward
+        name = "pairs" if settings.comparisons == "auto" else settings.comparisons
+        kind = reward.KINDS[name]
+        of_kind: dict[str, Callable[..., Any]]
+        of_kind = {"pairs": collate_preference, "rankings": rankings, "ratings": collate_rated}
+        return _Stage(
+            "reward", of_kind[name], example, lambda m: kind.objective(m, bind(kind.loss(settings), settings))
+        )
+    kinds: dict[type, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+        DPORun: ("dpo", collate_preference, response_logprobs),
+        KTORun: ("kto", collate_unpaired, own_and_other),
+        RRHFRun: ("rrhf", rankings, response_logprobs),
+    }
+    group, collate_for, logprobs = kinds[type(config)]
+    own = getattr(config, group)
+    loss = bind(own.loss, own)
+    read = "ref_logprobs" in dpo.columns_read(loss)
+    if read:
+        example["ref_logprobs"] = np.zeros(width if group == "rrhf" else 2, np.float32)
+    objective = partial(dpo.objective, loss=loss, sft_coef=own.sft_coef, logprobs=logprobs)
+    return _Stage(group, collate_for, example, objective, response_logprobs if read else None)
+
+
+def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Program]:
+    """The step of a stage that trains one model on rows, after what it asks of the untrained one."""
+    stage, size, length = _stage(config, width), config.data.batch_size, config.data.max_length
+    accumulate = getattr(config, stage.group).accumulate
+    check_rows(mesh, size // accumulate, f"data.batch_size / {stage.group}.accumulate =")
+    loaded = abstract_model(config.model, mesh, score_head=stage.group == "reward", attention=attention)
+    check_length(loaded.model.arch, length, "data.max_length")
+    one = stage.collate([stage.example], length=length)
+    batch = _rows(mesh, **{name: ((size, *x.shape[1:]), x.dtype) for name, x in one.items()})
     tx = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     state = create_state(loaded.params, tx, mesh)
-    return make_train_step(loss_fn, tx, group.accumulate, mesh=mesh, state=state), (state, batch)
-
-
-def _sft(config: SFTRun, mesh: Mesh, attention: str) -> Program:
-    size, length = config.data.batch_size, config.data.max_length
-    check_rows(mesh, size // config.sft.accumulate, "data.batch_size / sft.accumulate =")
-    loaded = abstract_model(config.model, mesh, score_head=False, attention=attention)
-    check_length(loaded.model.arch, length, "data.max_length")
-    ids = ((size, length), jnp.int32)
-    batch = _rows(mesh, tokens=ids, positions=ids, segment_ids=ids, weights=((size, length), jnp.float32))
-    loss_fn = sft.objective(loaded.model, bind(config.sft.loss, config.sft))
-    step, arguments = _train_step(config, config.sft, mesh, loaded, loss_fn, batch)
-    return Program("step", step, (*arguments, _key(mesh)), size * length)
-
-
-def _reward(config: RewardRun, mesh: Mesh, attention: str) -> Program:
-    size, length = config.data.batch_size, config.data.max_length
-    check_rows(mesh, size // config.reward.accumulate, "data.batch_size / reward.accumulate =")
-    loaded = abstract_model(config.model, mesh, score_head=True, attention=attention)
-    check_length(loaded.model.arch, length, "data.max_length")
-    ids, numbers = ((size, 2, length), jnp.int32), ((size,), jnp.float32)
-    batch = _rows(
-        mesh, tokens=ids, positions=ids, segment_ids=ids, last=((size, 2), jnp.int32),
-        weights=numbers, labels=numbers, margins=numbers,
-    )  # fmt: skip
-    loss_fn = reward.objective(loaded.model, bind(config.reward.loss, config.reward))
-    step, arguments = _train_step(config, config.reward, mesh, loaded, loss_fn, batch)
-    return Program("step", step, (*arguments, _key(mesh)), 2 * size * length)
+    step = make_train_step(stage.objective(loaded.model), tx, accumulate, mesh=mesh, state=state)
+    tokens = math.prod(batch["tokens"].shape)
+    found = [Program("step", step, (state, batch, _key(mesh)), tokens)]
+    if stage.reference is not None:
+        asked = {name: x for name, x in batch.items() if name != "ref_logprobs"}
+        forward = jax.jit(partial(stage.reference, loaded.model))
+        found.insert(0, Program("reference", forward, (loaded.params, asked), tokens))
+    return found
 
 
 def _networks(config: PPORun, mesh: Mesh, attention: str) -> Networks:
