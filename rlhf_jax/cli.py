@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     ),
     "rloo": (config.RLOORun, "rlhf_jax.group:run", "RLOO: each response against the mean of the others"),
     "reinforce_pp": (config.ReinforcePPRun, "rlhf_jax.group:run", "REINFORCE++: one response a prompt, no critic"),
+    "bestofn": (config.BestOfNRun, "rlhf_jax.bestofn:run", "of several responses to a prompt the one a reward likes"),
+    "rejection": (config.RejectionRun, "rlhf_jax.rejection:run", "SFT on the best of n, in rounds"),
     "sample": (config.SampleRun, "rlhf_jax.inference:run_sample", "responses of a model to prompts"),
     "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
     "label": (config.LabelRun, "rlhf_jax.label:run", "a local page on which people rank responses"),

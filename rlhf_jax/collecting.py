@@ -12,7 +12,7 @@ import jax
 
 from rlhf_jax import judge as judging
 from rlhf_jax.asking import make_judge
-from rlhf_jax.config import CollectRun, JudgeRun
+from rlhf_jax.config import BestOfNRun, CollectRun, JudgeRun
 from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
@@ -51,7 +51,7 @@ class Collection:
     ):
         """Plan all phases."""
         self.config, self.prompts, self.phases = config, prompts, Phases(journal)
-        self.work = Sources(config, prompts, self.phases)
+        self.work = Sources(config, prompts, self.phases, config.sources)
         for number in range(len(self.work.sources)):
             self.work.draw(number)
         self._labels = -1
@@ -164,7 +164,7 @@ def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None)
         return end("judge", config, journal, out, summary)
 
 
-def claim(config: CollectRun | JudgeRun, decided_by: dict[str, Any]) -> Journal:
+def claim(config: BestOfNRun | CollectRun | JudgeRun, decided_by: dict[str, Any]) -> Journal:
     """OUTPUT.part.
 
     Raises:
@@ -177,7 +177,7 @@ def claim(config: CollectRun | JudgeRun, decided_by: dict[str, Any]) -> Journal:
 
 
 def end(
-    name: str, config: CollectRun | JudgeRun, journal: Journal, out: list[Row], summary: dict[str, Any]
+    name: str, config: BestOfNRun | CollectRun | JudgeRun, journal: Journal, out: list[Row], summary: dict[str, Any]
 ) -> list[Row]:
     """Write OUTPUT and the summary beside it, and print it."""
     path = Path(config.output)

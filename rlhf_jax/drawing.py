@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from rlhf_jax.config import SourceConfig, SourcesRun, resolve, to_dict
+from rlhf_jax.config import DrawRun, SourceConfig, resolve, to_dict
 from rlhf_jax.data.schemas import Row, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -114,14 +114,14 @@ class Sources:
     """The responses of every source to every prompt, and scores of them.
 
     Attributes:
-        sources: the config's, or `model` alone.
+        sources: those given, or the config's model alone.
         each: responses of each to a prompt.
     """
 
-    def __init__(self, config: SourcesRun, prompts: Sequence[Row], phases: Phases):
+    def __init__(self, config: DrawRun, prompts: Sequence[Row], phases: Phases, sources: Sequence[SourceConfig] = ()):
         """Draws in phases that are added to `phases`."""
         self.config, self.prompts, self.phases = config, prompts, phases
-        self.sources = config.sources or [SourceConfig()]
+        self.sources = list(sources) or [SourceConfig()]
         self.names = [name_of(source) for source in self.sources]
         self.mesh = make_mesh(config.mesh)
         self.each = [source.num_samples or config.num_samples for source in self.sources]
@@ -244,7 +244,7 @@ def open_journal(config: Any, output: Path, decided_by: dict[str, Any]) -> Journ
     return Journal(output, {**options, **decided_by}, overwrite=config.overwrite)
 
 
-def prompts_of(config: SourcesRun, rows: Any) -> list[Row]:
+def prompts_of(config: DrawRun, rows: Any) -> list[Row]:
     """The prompt rows of a config, or those given."""
     found: list[Row] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     source = config.data_path if rows is None else rows

@@ -64,7 +64,7 @@ class Evaluation:
             UserError: two sources have one name, or none has the baseline's.
         """
         self.config, self.prompts, self.text, self.phases = config, prompts, text, Phases(journal)
-        self.sources = Sources(config, prompts, self.phases)
+        self.sources = Sources(config, prompts, self.phases, config.sources)
         names = self.sources.names
         if len(set(names)) < len(names):
             raise UserError(f"sources {', '.join(names)} are not told apart by these; give each a name")

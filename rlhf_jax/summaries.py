@@ -75,12 +75,22 @@ def lines(summary: dict[str, Any]) -> list[str]:
             told = ["unknown" if of[k] is None else f"{of[k]:.3f}" for k in ("longer_wins", "length_correlation")]
             said.append(f"  {of['pairs']} {what}: the longer wins {told[0]}, correlation with the label {told[1]}")
     said += judging.lines(summary["judge"]) if "judge" in summary else []
+    said += [curve_table(summary["curve"])] if "curve" in summary else []
     for name, what in (("gold", "the gold reward"), ("labels", "the labels of the rows")):
         if name in summary and summary[name]["pairs"]:
             of = summary[name]
             ends = "{:.3f} to {:.3f}".format(*of["interval"])
             said.append(f"  agrees with {what} on {of['agreement']:.3f} ({ends}) of {of['pairs']} pairs")
     return said
+
+
+def curve_table(curve: Sequence[dict[str, Any]]) -> str:
+    """Best-of-n: n, its KL to the policy that is sampled from, and rewards with their standard errors."""
+    names = [name for name in ("proxy", "gold") if name in curve[0]]
+    headers = ["best of", "KL, nats", *(header for name in names for header in (name, "+-"))]
+    return text_table(
+        headers, [[at["n"], at["kl"], *(at[x][y] for x in names for y in ("mean", "se"))] for at in curve]
+    )
 
 
 def mean_of(values: np.ndarray) -> dict[str, float | None]:

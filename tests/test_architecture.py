@@ -40,6 +40,7 @@ FLOORS = {
     **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo", "group"], 3),
     **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
     **dict.fromkeys(["scoring", "drawing", "collecting", "evaluating", "summaries", "rating", "recipe"], 4),
+    **dict.fromkeys(["bestofn", "rejection"], 4),
 }
 """Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
 
@@ -56,6 +57,8 @@ SAME_FLOOR = {
     "asking": {"judge", "likelihood", "generate", "rewards", "stage"},
     "inference": {"scoring"},
     "collecting": {"drawing", "inference", "scoring", "summaries"},
+    "bestofn": {"collecting", "drawing", "summaries"},
+    "rejection": {"bestofn", "drawing"},
     "drawing": {"scoring"},
     "evaluating": {"drawing", "scoring", "summaries"},
     "loop": {"run", "stage"},

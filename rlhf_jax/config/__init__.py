@@ -8,7 +8,7 @@ value out of range is a UserError where the class is made.
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun
 from rlhf_jax.config.evaluate import EvaluateRun
-from rlhf_jax.config.feedback import CollectRun, JudgeConfig, JudgeRun, RateRun, SourceConfig, SourcesRun
+from rlhf_jax.config.feedback import CollectRun, DrawRun, JudgeConfig, JudgeRun, RateRun, SourceConfig, SourcesRun
 from rlhf_jax.config.functions import bind, resolve, to_dict
 from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
 from rlhf_jax.config.label import LabelRun
@@ -24,6 +24,7 @@ from rlhf_jax.config.parts import (
 from rlhf_jax.config.preference import DPOConfig, DPORun, KTOConfig, KTORun, RRHFConfig, RRHFRun
 from rlhf_jax.config.recipe import RecipeRun
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
+from rlhf_jax.config.selection import BestOfNRun, RejectionConfig, RejectionRun
 from rlhf_jax.config.stages import (
     PPO_OPTIM,
     PPOConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "REINFORCE_PP",
     "RLOO",
     "ArchConfig",
+    "BestOfNRun",
     "CheckpointConfig",
     "CollectRun",
     "ConvertRun",
@@ -57,6 +59,7 @@ __all__ = [
     "DataInspectRun",
     "DataMakeRun",
     "DataPrepareRun",
+    "DrawRun",
     "EvaluateRun",
     "FaultConfig",
     "GRPORun",
@@ -83,6 +86,8 @@ __all__ = [
     "RateRun",
     "RecipeRun",
     "ReinforcePPRun",
+    "RejectionConfig",
+    "RejectionRun",
     "RewardConfig",
     "RewardRun",
     "RewardSourceConfig",

@@ -123,13 +123,11 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class SourcesRun:
-    """What the commands share that have several models respond to the same prompts.
+class DrawRun:
+    """What the commands share that draw several responses to every prompt.
 
     Args:
         model: which model.
-        sources: several models or settings instead, as [{path: DIR, temperature: 0.7}, ...]; best first for `label:
-            sources`.
         prompts: prompts as text.
         data_path: a file of prompt rows, instead of or besides `prompts`.
         num_samples: responses of each source to each prompt.
@@ -137,7 +135,6 @@ class SourcesRun:
         max_prompt_length: longest prompt, demonstrations included, in tokens; longer ones lose their start.
         batch_size: rows decoded at once.
         reward: reward model and Python functions that score responses; reward.gold is reported and labels nothing.
-        judge: who compares responses two by two.
         seed: of the noise.
         overwrite: replace what an earlier run of the command wrote, whole or in part.
         progress: show a progress bar.
@@ -145,7 +142,6 @@ class SourcesRun:
     """
 
     model: ModelConfig = ModelConfig()
-    sources: list[SourceConfig] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     data_path: str = ""
     num_samples: int = 4
@@ -153,7 +149,6 @@ class SourcesRun:
     max_prompt_length: int = 256
     batch_size: int = 64
     reward: RewardSourceConfig = RewardSourceConfig()
-    judge: JudgeConfig = JudgeConfig()
     seed: int = 0
     overwrite: bool = False
     progress: bool = True
@@ -162,6 +157,20 @@ class SourcesRun:
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
         check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+
+
+@dataclass(frozen=True)
+class SourcesRun(DrawRun):
+    """What the commands share that have several models respond to the same prompts.
+
+    Args:
+        sources: several models or settings instead of `model`, as [{path: DIR, temperature: 0.7}, ...]; best first for
+            `label: sources`.
+        judge: who compares responses two by two.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    judge: JudgeConfig = JudgeConfig()
 
 
 @dataclass(frozen=True)

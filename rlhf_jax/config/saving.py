@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "model.remat", "model.logprob_chunk", "sampling.microbatch",
     "sft.steps", "sft.epochs", "sft.accumulate", "sft.num_samples",
     "reward.steps", "reward.epochs", "reward.accumulate", "reward.timeout", "reward.retries", "reward.on_failure",
+    "rejection.rounds",
     "dpo.steps", "dpo.epochs", "dpo.accumulate", "kto.steps", "kto.epochs", "rrhf.steps", "rrhf.epochs",
     "rrhf.accumulate",
     "ppo.iterations", "ppo.score_microbatch", "ppo.accumulate", "ppo.kl_target", "ppo.kl_horizon",

@@ -1,0 +1,201 @@
+"""Best-of-n and rejection sampling: which row is kept, what the rewards of n are, and going on after any end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import ONE, TOY_ROWS, toy_directory
+
+from rlhf_jax import bestofn, cli, drawing, rejection, sft, supervised
+from rlhf_jax.config import (
+    BestOfNRun,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RejectionConfig,
+    RejectionRun,
+    RunConfig,
+    SamplingConfig,
+    SFTConfig,
+)  # fmt: skip
+from rlhf_jax.errors import UserError
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import replace
+
+TOY = str(toy_directory() / "policy")
+SAMPLING = SamplingConfig(max_new_tokens=6, chunk=6)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Compiling for eight costs more than these tests are worth."""
+    for module in (drawing, supervised):
+        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+
+
+def short(prompts, responses, **columns):
+    return [-float(len(text.split())) for text in responses]
+
+
+def letters(prompts, responses, **columns):
+    return [float(len(set(text.split()))) for text in responses]
+
+
+def rows_in(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def sampling(path, **changes):
+    config = BestOfNRun(
+        model=ModelConfig(path=TOY), num_samples=6, sampling=SAMPLING, max_prompt_length=2, batch_size=24,
+        output=str(path), progress=False,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def test_the_best_response_is_kept_and_the_rewards_of_every_n_are_reported(tmp_path, capsys):
+    seen = {}
+
+    def watched(prompts, responses, **columns):
+        scores = short(prompts, responses)
+        for prompt, response, score in zip(prompts, responses, scores, strict=True):
+            seen.setdefault(prompt, []).append((score, response))
+        return scores
+
+    prompts = TOY_ROWS["rows"][:10]
+    out = tmp_path / "best.jsonl"
+    summary = bestofn.run(sampling(out), rows=prompts, functions=[watched], gold=letters)
+    kept = rows_in(out)
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in prompts]
+    for row in kept:
+        assert len(seen[row["prompt"]]) == 6 and (row["score"], row["response"]) in seen[row["prompt"]]
+        assert row["score"] == max(score for score, _ in seen[row["prompt"]])
+        assert row["gold"] == letters([], [row["response"]])[0]
+    curve = {at["n"]: at for at in summary["curve"]}
+    assert list(curve) == [1, 2, 4, 6]
+    everything = [[score for score, _ in each] for each in seen.values()]
+    assert curve[1]["proxy"]["mean"] == pytest.approx(np.mean(everything)) and curve[1]["kl"] == 0
+    assert curve[6]["proxy"]["mean"] == pytest.approx(np.mean([row["score"] for row in kept]))
+    means = [at["proxy"]["mean"] for at in summary["curve"]]
+    assert means == sorted(means) and means[0] < means[-1]
+    assert curve[4]["kl"] == pytest.approx(np.log(4) - 3 / 4, rel=1e-6)
+    assert json.loads(out.with_suffix(".summary.json").read_text()) == summary
+    assert "best of" in capsys.readouterr().out
+
+
+def test_a_best_of_n_that_was_ended_goes_on_to_the_same_bytes(tmp_path):
+    prompts, calls = TOY_ROWS["rows"][:12], []
+
+    def ends(prompts, responses, **columns):
+        calls.append(len(responses))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return short(prompts, responses)
+
+    config = sampling(tmp_path / "best.jsonl", reward__timeout=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        bestofn.run(config, rows=prompts, functions=[ends])
+    assert not (tmp_path / "best.jsonl").exists()
+    bestofn.run(config, rows=prompts, functions=[short])
+    bestofn.run(sampling(tmp_path / "whole.jsonl"), rows=prompts, functions=[short])
+    assert (tmp_path / "best.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_prompts_on_which_the_reward_fails_are_left_out_if_that_is_asked_for(tmp_path):
+    def picky(prompts, responses, **columns):
+        if prompts[0] == "c":
+            raise ValueError("no")
+        return short(prompts, responses)
+
+    config = sampling(tmp_path / "best.jsonl", batch_size=6, reward__on_failure="skip", reward__retries=0)
+    summary = bestofn.run(config, rows=[{"prompt": p} for p in "bcd"], functions=[picky])
+    assert summary["prompts"] == 2 and [row["prompt"] for row in rows_in(tmp_path / "best.jsonl")] == ["b", "d"]
+
+
+def test_a_best_of_n_without_a_reward_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nothing says which response is best; give reward\.model or reward\.funct"):
+        bestofn.run(sampling(tmp_path / "best.jsonl"), rows=TOY_ROWS["rows"])
+
+
+def rejecting(path, **changes):
+    config = RejectionRun(
+        model=ModelConfig(path=TOY),
+        data=DataConfig(batch_size=8, max_prompt_length=2, max_length=10, eval_fraction=0.3),
+        sampling=SAMPLING,
+        rejection=RejectionConfig(rounds=2, num_samples=12, sample_batch_size=96),
+        sft=SFTConfig(steps=40, num_samples=0),
+        optim=OptimConfig(learning_rate=2e-2),
+        run=RunConfig(output_dir=str(path), progress=False, eval_every=0),
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of two rounds without an end in between."""
+    out = tmp_path_factory.mktemp("rejection") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (drawing, supervised):
+            patch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+        rejection.run(rejecting(out), rows=TOY_ROWS["rows"], functions=[short], gold=letters)
+    return out
+
+
+def test_rounds_raise_the_reward_and_start_from_one_another(whole):
+    out = whole
+    summary = json.loads((out / "summary.json").read_text())
+    first, second = (each["curve"][0]["proxy"]["mean"] for each in summary["rounds"])
+    assert second > first + 0.5
+    lines = rows_in(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2] and lines[1]["rollout/reward"] == second
+    assert all("rollout/gold" in line for line in lines)
+    last = (out / "round2" / "sft" / "model" / "model.safetensors").read_bytes()
+    assert (out / "model" / "model.safetensors").read_bytes() == last
+    assert last != (out / "round1" / "sft" / "model" / "model.safetensors").read_bytes()
+    assert rejection.run(rejecting(out), rows=TOY_ROWS["rows"], functions=[short], gold=letters) == summary
+
+
+class Killed(BaseException):
+    """Stands in for kill -9 where the process must live on."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["bestofn", "sft"])
+def test_rounds_that_were_killed_go_on_to_the_same_bits(tmp_path, whole, monkeypatch, stage):
+    """In the second round, before its samples or after them: what is finished is not done again."""
+    run = lambda: rejection.run(  # noqa: E731
+        rejecting(tmp_path / "run"), rows=TOY_ROWS["rows"], functions=[short], gold=letters
+    )
+    module = {"bestofn": bestofn, "sft": sft}[stage]
+    own, calls = module.run, []
+
+    def dies(config, **kwargs):
+        calls.append(config)
+        if len(calls) == 2:
+            raise Killed
+        return own(config, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "run", dies)
+        run()
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            bestofn, "run", lambda config, own=bestofn.run, **kwargs: again.append(1) or own(config, **kwargs)
+        )
+        run()
+    assert len(again) == (stage == "bestofn")
+    one, other = (path / "model" / "model.safetensors" for path in (whole, tmp_path / "run"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_of_rejection_is_a_command_and_its_options_are_checked():
+    config = cli.parse("rejection", ["--rejection.rounds", "3", "--sft.epochs", "2", "--reward.functions", "[a:b]"])
+    assert isinstance(config, RejectionRun) and (config.rejection.rounds, config.sft.epochs) == (3, 2)
+    with pytest.raises(UserError, match=r"rejection\.rounds is 0; make it at least 1"):
+        cli.parse("rejection", ["--rejection.rounds", "0"])
+    assert jax.tree.leaves(config.reward.functions) == ["a:b"]
