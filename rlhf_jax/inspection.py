@@ -24,6 +24,9 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
 """Bytes per parameter: float32 weights, Adam's two moments, the gradient, a bfloat16 copy for decoding."""
 
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
+"""Stages whose state has the policy's parameters beside others."""
+
 
 def size(num_bytes: float) -> str:
     """Bytes in the unit that reads best."""
@@ -42,6 +45,7 @@ def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[
     return [
         ("SFT or reward model: weights, Adam, gradient", trained),
         ("PPO: policy and critic trained, reference and reward model kept", 2 * trained + 2 * count * MASTER),
+        ("GRPO, RLOO: no critic, reference and reward model kept", trained + 2 * count * MASTER),
         ("PPO, critic on the policy's trunk, Python reward", trained + count * MASTER),
         (f"rollout: bfloat16 copy and KV cache of {batch} x {length} tokens", count * COPY + cache),
     ]
@@ -164,7 +168,7 @@ def run_convert(config: ConvertRun) -> Path:
 def _newest_checkpoint(run: Path) -> tuple[ArchConfig, dict[str, Any] | None, Params, Path]:
     """Shape, config.json of the base model, parameters and tokenizer directory of a run that has not finished.
 
-    Of PPO the policy. The newest checkpoint counts, not the best.
+    Of PPO and its kin the policy. The newest checkpoint counts, not the best.
 
     Raises:
         UserError: no such run, or none of its checkpoints is intact.
@@ -182,10 +186,10 @@ def _newest_checkpoint(run: Path) -> tuple[ArchConfig, dict[str, Any] | None, Pa
     step = next((step for step in reversed(checkpoints.steps()) if not damage(checkpoints.path(step))), None)
     if step is None:
         raise UserError(f"{run} has no checkpoint yet; wait for one, or let checkpoint.minutes be less")
-    model, ppo = Model(arch, score_head=record["stage"] == "reward"), record["stage"] == "ppo"
+    model, online = Model(arch, score_head=record["stage"] == "reward"), record["stage"] in ONLINE
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
-    params = {"policy": params} if ppo else params
+    params = {"policy": params} if online else params
     params = checkpoints.restore(step, {"state": {"params": params}})["state"]["params"]
     print(f"{run}: checkpoint of step {step}")
     tokens = where / hub.local_directory(settings["tokenizer"] or settings["path"])
-    return arch, base, params["policy"] if ppo else params, tokens
+    return arch, base, params["policy"] if online else params, tokens

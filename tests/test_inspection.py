@@ -280,7 +280,7 @@ def reward_of_length(prompts, responses, **columns):
     return [float(len(response)) for response in responses]
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "ppo", "grpo"])
 def test_the_newest_checkpoint_of_a_run_converts_to_what_the_run_itself_would_write(tmp_path, capsys, stage):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a{i}", "response": "b c"}) + "\n" for i in range(60)))
@@ -293,6 +293,7 @@ def test_the_newest_checkpoint_of_a_run_converts_to_what_the_run_itself_would_wr
     more = {
         "sft": ["--data.max_length=24", "--sft.steps=2", "--sft.num_samples=0"],
         "ppo": ["--ppo.iterations=2", "--reward.functions=[test_inspection:reward_of_length]", "--ppo.minibatches=1"],
+        "grpo": ["--grpo.iterations=2", "--reward.functions=[test_inspection:reward_of_length]"],
     }
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *more[stage]])

@@ -38,7 +38,7 @@ class ConvertRun:
 
     Args:
         model: a Hugging Face directory or hf://owner/name: a policy, or a reward or value model. Or the directory of a
-            run that has not finished, for the model (of PPO the policy) in its newest checkpoint.
+            run that has not finished, for the model (of PPO or GRPO the policy) in its newest checkpoint.
         output: the directory to write: config, generation config, weights, tokenizer and chat template.
         dtype: of the weights written.
         shard_gb: largest weight file, in 10^9 bytes; more than one come with an index.
