@@ -31,7 +31,8 @@ import yaml
 from rlhf_jax.tasks import random_walks as walks
 from rlhf_jax.tasks.report import text_table
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = {"sft": "sft", "reward": "reward", "ppo": "ppo", "ppo_lora": "ppo"}
+"""What is killed -> its command."""
 WAYS = ("step", "save", "start")
 """Kill once a drawn step is reached and no save is under way, inside a save after it, or soon after the start."""
 TIMEOUT = 300.0
@@ -49,7 +50,7 @@ SHARED = {
 def settings(home: Path, stage: str, steps: int) -> dict[str, Any]:
     """The config of a stage with so many steps."""
     data = {"batch_size": 16, "max_prompt_length": 2, "max_length": 14, "eval_fraction": 0.2, "eval_batches": 2}
-    data["path"] = str(home / f"{stage}.jsonl")
+    data["path"] = str(home / f"{STAGES[stage]}.jsonl")
     sampling = {"max_new_tokens": 8, "chunk": 4}
     trained = {"path": str(home / "sft_alone" / "model")}
     if stage == "sft":
@@ -60,7 +61,10 @@ def settings(home: Path, stage: str, steps: int) -> dict[str, Any]:
     ppo = {"iterations": steps, "epochs": 2, "minibatches": 2, "kl_target": 1.0, "kl_horizon": 200.0,
            "ema_decay": 0.9, "sample_every": 3, "save_value_model": True}  # fmt: skip
     reward = {"model": str(home / "reward_alone" / "model")}
-    return {**SHARED, "model": trained, "data": data, "reward": reward, "ppo": ppo, "sampling": sampling,
+    if stage == "ppo_lora":
+        trained |= {"quantize": "nf4"}
+    lora = {"rank": 2 if stage == "ppo_lora" else 0}
+    return {**SHARED, "lora": lora, "model": trained, "data": data, "reward": reward, "ppo": ppo, "sampling": sampling,
             "value_optim": SHARED["optim"]}  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def kill_at(process: subprocess.Popen, directory: Path, way: str, step: int, dra
 def killed_run(home: Path, stage: str, config: Path, steps: int, kills: int, draw: random.Random) -> list[dict]:
     """Run a stage to its end through so many kills; a line about each."""
     directory = home / f"{stage}_killed"
-    process = start(home, stage, "--config", str(config), "--run.output_dir", str(directory))
+    process = start(home, STAGES[stage], "--config", str(config), "--run.output_dir", str(directory))
     done: list[dict] = []
     for number in range(kills):
         way = WAYS[number % len(WAYS)]
@@ -159,7 +163,7 @@ def killed_run(home: Path, stage: str, config: Path, steps: int, kills: int, dra
         done.append({"stage": stage, "kill": number + 1, "way": way, "was": found, "step": last_step(directory)})
         print(json.dumps(done[-1]), flush=True)
         begun = (directory / "run.json").exists()  # killed before that, it is started anew by the same command
-        again = ["resume", str(directory)] if begun else [stage, "--config", str(config)]
+        again = ["resume", str(directory)] if begun else [STAGES[stage], "--config", str(config)]
         process = start(home, *again, *([] if begun else ["--run.output_dir", str(directory)]))
     finish(process, home)
     return done
@@ -203,7 +207,7 @@ def crash(home: Path, stage: str, steps: int, kills: int, seed: int) -> dict[str
     config = home / f"{stage}.yaml"
     config.write_text(yaml.safe_dump(settings(home, stage, steps)))
     alone, began = home / f"{stage}_alone", time.time()
-    finish(start(home, stage, "--config", str(config), "--run.output_dir", str(alone)), home)
+    finish(start(home, STAGES[stage], "--config", str(config), "--run.output_dir", str(alone)), home)
     done = killed_run(home, stage, config, steps, kills, random.Random(f"{seed} {stage}"))
     differ = differences(alone, home / f"{stage}_killed")
     was = {name: sum(kill["was"] == name for kill in done) for name in ("starting", "training", "saving")}
@@ -217,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60, help="steps of a run, which the kills share out")
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", default="", help="a directory to work in, kept; default: a temporary one")
     args = parser.parse_args()
@@ -226,7 +230,8 @@ def main() -> None:
         home.mkdir(parents=True, exist_ok=True)
         prepare(home)
         outcomes = []
-        for stage in STAGES[: 1 + max(STAGES.index(stage) for stage in args.stages)]:  # each needs those before
+        order = list(STAGES)
+        for stage in order[: 1 + max(map(order.index, args.stages))]:  # each needs those before
             kills = args.kills if stage in args.stages else 0
             outcomes.append(crash(home, stage, args.steps, kills, args.seed))
             print(json.dumps(outcomes[-1]), flush=True)

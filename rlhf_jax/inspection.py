@@ -117,8 +117,9 @@ def run_inspect(config: InspectRun) -> dict[str, Any]:
         ("vocabulary", f"{arch.vocab_size:,}, head {'tied' if arch.tied_head else 'untied'}"),
         ("features", describe(arch) or "plain Llama"),
     ]  # fmt: skip
-    if path.is_dir() and any((path / name).is_file() for name in FILES):
-        lines += special_tokens(Tokenizer.load(str(path)))
+    tokens = hf.model_directory(path)
+    if any((tokens / name).is_file() for name in FILES):
+        lines += special_tokens(Tokenizer.load(str(tokens)))
     needs = memory(arch, count, config.batch, config.length)
     for name, value in lines:
         print(f"{name:<15}{value}")
@@ -144,7 +145,7 @@ def run_convert(config: ConvertRun) -> Path:
         score_head = "score" in params
     else:
         arch, raw = hf.read_config(source)
-        score_head, tokens = hf.has_score_head(source), source
+        score_head, tokens = hf.has_score_head(source), hf.model_directory(source)
         params = hf.load_params(source, arch, score_head=score_head, dtype=config.dtype)
     tokenizer = Tokenizer.load(str(tokens)) if any((tokens / name).is_file() for name in FILES) else None
     eos = (raw or {}).get("eos_token_id")

@@ -14,7 +14,15 @@ from rlhf_jax.nans import first_nan
 from rlhf_jax.run import Run
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.stage import Loaded, describe
-from rlhf_jax.state import Schedule, TrainState, create_state, learning_rates, make_optimizer, make_schedule
+from rlhf_jax.state import (
+    Schedule,
+    TrainState,
+    create_state,
+    digest,
+    learning_rates,
+    make_optimizer,
+    make_schedule,
+)
 from rlhf_jax.step import Step, accumulated_grads, add_metrics, fetch_scalars, make_train_step
 from rlhf_jax.types import LossFn, Params
 
@@ -60,23 +68,31 @@ def train(
     """Train `loaded` (its parameters are donated) on batches[out.start], ... up to out.total.
 
     The held-out loss decides which parameters are kept. `on_eval(out, step, params)` follows every evaluation.
-    Returns the kept parameters and the evaluation.
+    Returns the kept parameters and the evaluation of such. With a frozen base all this is of the adapters and heads;
+    only on_eval gets all parameters.
     """
+    frozen = loaded.frozen
     schedule = make_schedule(config.optim, out.total)
     tx = make_optimizer(config.optim, schedule)
     tokens = batches[0]["tokens"].size
     facts = {"steps": out.total, "tokens_per_step": tokens, "epoch_steps": len(batches)}
-    describe(out.stage, mesh, loaded.model, loaded.params, **facts)
+    describe(out.stage, mesh, loaded, **facts)
     evaluate = make_evaluate(loss_fn, mesh, held_out, key)
+
+    def on_whole(params: Params, *rest: Any) -> Any:
+        return loss_fn(loaded.whole(params), *rest)
 
     def evaluate_and_report(step: int, params: Params) -> dict[str, float]:
         if on_eval is not None:
-            on_eval(out, step, params)
-        return evaluate(params)
+            on_eval(out, step, loaded.whole(params))
+        return evaluate(loaded.whole(params))
 
     state = create_state(loaded.params, tx, mesh)
-    step = make_train_step(loss_fn, tx, settings.accumulate, mesh=mesh, state=state)
+    compiled = make_train_step(loss_fn, tx, settings.accumulate, mesh=mesh, state=state, frozen=frozen)
+    step = compiled if frozen is None else lambda *args: compiled(*args, frozen)
     identity = {"training rows": batches.cursor(), "held-out rows": fingerprint(held_out)}
+    if frozen is not None:
+        identity["weights of the frozen model"] = digest(frozen)
     tree, _ = out.restore({"state": state}, identity)
     out.rows_of = batches.where
     state = fit(
@@ -89,10 +105,10 @@ def train(
         schedule=schedule,
         tokens_of=lambda batch: batch["tokens"].size,
         evaluate=evaluate_and_report,
-        explain=partial(first_nan, partial(accumulated_grads, loss_fn, num=settings.accumulate)),
+        explain=partial(first_nan, partial(accumulated_grads, on_whole, num=settings.accumulate)),
     )
     best = out.restore_best({"state": {"params": state.params}})
-    return best["state"]["params"], evaluate
+    return best["state"]["params"], lambda params: evaluate(loaded.whole(params))
 
 
 def fit(

@@ -38,11 +38,12 @@ def add_reference(stage: Stage) -> None:
     Computed once, so that no reference is in memory while the policy is trained.
     """
     forward = jax.jit(partial(response_logprobs, stage.loaded.model))
+    params = stage.loaded.whole(stage.loaded.params)
     size = stage.config.data.batch_size
     for examples in (stage.train_set, stage.held_out_set):
         for start in range(0, len(examples), size):
             rows = examples[start : start + size]
             [batch] = stage.in_batches(rows)
-            found = to_host(forward(stage.loaded.params, put_batch(stage.mesh, batch)))
+            found = to_host(forward(params, put_batch(stage.mesh, batch)))
             for example, logprobs in zip(rows, found[: len(rows)], strict=True):
                 example["ref_logprobs"] = logprobs

@@ -223,10 +223,11 @@ def run(
         return kind.objective(stage.loaded.model, bind(loss or kind.loss(settings), settings))
 
     def conclude(stage: Stage, params: Params, evaluate: Evaluate) -> tuple[Params, dict[str, Any]]:
+        model, whole = stage.loaded.model, stage.loaded.whole(params)
         results, held_out = evaluate(params), stage.in_batches(stage.held_out_set, config.data.eval_batches)
-        agreement = kind_of(stage).agreement(score_all(stage.loaded.model, params, stage.mesh, held_out), held_out)
+        agreement = kind_of(stage).agreement(score_all(model, whole, stage.mesh, held_out), held_out)
         some = stage.in_batches(stage.train_set, -(-NORMALIZE_PAIRS // config.data.batch_size))
-        reference = score_all(stage.loaded.model, params, stage.mesh, some)
+        reference = score_all(model, whole, stage.mesh, some)
         return normalised(params, reference, settings.normalize), {**agreement, **results}
 
     return run_stage(

@@ -31,6 +31,9 @@ LEAVES = {
 WIDE_QK_NORM = {"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"}
 """Axes that differ where all heads are normalised as one vector."""
 
+INPUTS = {"layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F"}
+"""The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
+
 Split = tuple[str, ...]
 """The mesh axes that one axis of an array is split over; none is ()."""
 
@@ -58,9 +61,12 @@ class Rules:
         """
         if not shape:
             return ()
+        path = path.removesuffix("/qvalue")  # the numbers of a quantised kernel lie as it would
         for pattern, splits in self.leaves:
             if _ends_in(path, pattern) and len(splits) == len(shape):
                 return splits
+        if len(axes := _beside_a_kernel(path)) == len(shape):
+            return tuple(self.letters.get(axis, ()) for axis in axes)
         leaf = next((name for name in LEAVES if _ends_in(path, re.escape(name))), None)
         if leaf is None:
             raise UserError(
@@ -74,6 +80,21 @@ class Rules:
         if not set(axes) - set("LD"):  # norms, biases of the residual stream, scalar heads: small, and used whole
             return ((),) * len(axes)
         return tuple(self.letters.get(axis, ()) for axis in axes)
+
+
+def _beside_a_kernel(path: str) -> str:
+    """Letters of the scales of a quantised kernel, or of an adapter's a [L, inputs, R] and b [L, R, outputs].
+
+    1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
+    """
+    found = re.search(r"(?:^|/)(layers/(?:attn|mlp)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    if found is None or found[1] not in INPUTS:
+        return ""
+    inputs = INPUTS[found[1]]
+    outputs = LEAVES[found[1]].removeprefix("L" + inputs)
+    if found[2]:
+        return "L" + "1" * len(inputs) + outputs
+    return f"L{inputs}R" if found[3] == "a" else "LR" + re.sub("[SM]", "1", outputs)
 
 
 def _ends_in(path: str, pattern: str) -> bool:

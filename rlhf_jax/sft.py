@@ -71,7 +71,7 @@ def run(
     def conclude(stage: Stage, params: Any, evaluate: Evaluate) -> tuple[Any, dict[str, Any]]:
         results = evaluate(params)
         perplexity = float(np.exp(results["eval/total"]))
-        return params, {"parameters": count(params), **results, "eval/perplexity": perplexity}
+        return params, {"parameters": count(stage.loaded.whole(params)), **results, "eval/perplexity": perplexity}
 
     return run_stage(
         "pretrain" if isinstance(config, PretrainRun) else "sft",

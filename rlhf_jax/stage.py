@@ -12,14 +12,17 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig
+from rlhf_jax.config import ArchConfig, DataConfig, LoRAConfig, ModelConfig
 from rlhf_jax.data.examples import Report, split_by_prompt
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import is_first
-from rlhf_jax.models import Model, hf, hub
+from rlhf_jax.hosts import is_first, to_host
+from rlhf_jax.models import Model, hf, hub, peft
+from rlhf_jax.models.lora import init_adapters, scale_of, sites
+from rlhf_jax.models.weights import quantized
 from rlhf_jax.sharding import replicated, tree_shardings
+from rlhf_jax.step import joined
 from rlhf_jax.types import Params
 
 Rows = str | Sequence[dict[str, Any]]
@@ -27,20 +30,35 @@ Rows = str | Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its parameters on the mesh, and the config.json and generation_config.json that it came from."""
+    """A model, its parameters on the mesh, and the config.json and generation_config.json that it came from.
+
+    Attributes:
+        params: all parameters; of a model with a frozen base, its adapters and heads.
+        frozen: that base, never changed and never copied.
+        lora: the settings of the adapters; None without any.
+        path: the directory that the model was read from.
+    """
 
     model: Model
     params: Params
     base_config: dict[str, Any] | None = None
     base_generation: dict[str, Any] | None = None
+    frozen: Params | None = None
+    lora: LoRAConfig | None = None
+    path: str = ""
+
+    def whole(self, params: Params) -> Params:
+        """All parameters of the model whose trained ones are `params`; no array is copied."""
+        return joined(self.frozen, params)
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer that the config names, or the model directory's own."""
+    """The tokenizer that the config names, or the model directory's own; an adapter's is that of its model."""
     path = config.tokenizer or config.path
     if not path:
         raise UserError("model.tokenizer and model.path are both empty; give one of them")
-    return Tokenizer.load(hub.local_directory(path), eos_ids=tuple(config.eos_ids))
+    directory = hf.model_directory(hub.local_directory(path))
+    return Tokenizer.load(str(directory), eos_ids=tuple(config.eos_ids))
 
 
 def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
@@ -54,10 +72,10 @@ def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
 
 def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
     """Raise a UserError if the directory, that of `what`, holds a tokenizer that maps text to other ids."""
-    directory = hub.local_directory(path)
-    if not any((Path(directory) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    directory = hf.model_directory(hub.local_directory(path))
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    if Tokenizer.load(directory).hf.get_vocab() != tokenizer.hf.get_vocab():
+    if Tokenizer.load(str(directory)).hf.get_vocab() != tokenizer.hf.get_vocab():
         raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
 
 
@@ -73,10 +91,12 @@ def load_model(
     key: jax.Array,
     *,
     head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
+    lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (it is frozen)
 ) -> Loaded:
     """The model of a directory, or one with random weights in the shape config.arch, placed on the mesh.
 
     `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
+    With adapters (lora.rank) all else but the head is frozen.
 
     Raises:
         UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
@@ -88,10 +108,17 @@ def load_model(
         raise UserError("model.path and model.arch are both empty; give a Hugging Face directory or a shape")
     if head == "trained" and not config.path:
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
-    if config.arch is None:
-        return _load_directory(config, mesh, key, head)
-    hf.find_family(config.arch)  # what could not be saved is refused before it is trained
-    model = Model.from_config(config, config.arch, score_head=head != "vocabulary")
+    arch = config.arch
+    loaded = _load_directory(config, mesh, key, head) if arch is None else _random(config, arch, mesh, key, head)
+    if config.quantize != "none":
+        small = quantized(loaded.params, config.quantize, free=True)
+        loaded = replace(loaded, params=jax.device_put(small, tree_shardings(mesh, small)))
+    return adapted(loaded, lora, placed_init(mesh, jax.random.fold_in(key, 1)))
+
+
+def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
+    hf.find_family(arch)  # what could not be saved is refused before it is trained
+    model = Model.from_config(config, arch, score_head=head != "vocabulary")
 
     def init(key: jax.Array) -> Params:
         params = model.init(key, config.param_dtype)
@@ -113,21 +140,55 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) 
     if score_head is None:
         score = jax.jit(partial(model.init_score, zeros=head == "zeros"), out_shardings=replicated(mesh))(key)
         params = model.with_score(params, score)
-    return Loaded(model, params, base, hf.read_generation(path))
+    return Loaded(model, params, base, hf.read_generation(path), path=config.path)
+
+
+def adapted(loaded: Loaded, lora: LoRAConfig, make: Callable[[Callable[[jax.Array], Params]], Params]) -> Loaded:
+    """The model frozen, with adapters and its score head to train; as it is if lora.rank is 0.
+
+    `make` places what init(key) -> adapters returns.
+    """
+    if not lora.rank:
+        return loaded
+    arch = loaded.model.arch
+    chosen = sites(hf.find_family(arch, loaded.base_config), lora.targets)
+    adapters = make(partial(init_adapters, arch, chosen, lora.rank))
+    heads = {name: tree for name, tree in loaded.params.items() if name == "score"}
+    base = {name: tree for name, tree in loaded.params.items() if name != "score"}
+    model = replace(loaded.model, lora_scale=scale_of(lora))
+    return replace(loaded, model=model, params={**adapters, **heads}, frozen=base, lora=lora)
+
+
+def placed_init(mesh: Mesh, key: jax.Array) -> Callable[[Callable[[jax.Array], Params]], Params]:
+    """Runs init(key), its result sharded by the rule table."""
+    return lambda init: jax.jit(init, out_shardings=tree_shardings(mesh, jax.eval_shape(init, key)))(key)
 
 
 def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer) -> None:
-    """A Hugging Face directory with the tokenizer, written by process 0; all processes call it."""
+    """A Hugging Face directory with the tokenizer, written by process 0; all processes call it.
+
+    With adapters, `params` are these and the head: the model is saved with them merged, and `adapter` in it is a
+    directory that PEFT loads.
+    """
+    model, lora = loaded.model, loaded.lora
+    trained = to_host(params) if lora else {}  # takes all processes
+
+    def write_more(folder: Path) -> None:
+        tokenizer.save(str(folder))
+        if lora is not None:
+            family = hf.find_family(model.arch, loaded.base_config)
+            peft.save_adapter(folder / "adapter", model.arch, family, lora, trained, base=loaded.path)
+
     hf.save_model(
         path,
-        loaded.model.arch,
-        params,
+        model.arch,
+        params if lora is None else model.merged(loaded.whole(params)),
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
-        score_head=loaded.model.score_head,
+        score_head=model.score_head,
         base_config=loaded.base_config,
         base_generation=loaded.base_generation,
-        write_more=lambda folder: tokenizer.save(str(folder)),
+        write_more=write_more,
     )
 
 
@@ -181,15 +242,16 @@ def count(params: Params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def describe(stage: str, mesh: Mesh, model: Model, params: Params, **facts: Any) -> None:
+def describe(stage: str, mesh: Mesh, loaded: Loaded, **facts: Any) -> None:
     """Print what is about to happen."""
     if not is_first():
         return
     kind = jax.devices()[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"{stage}: {mesh.size} device(s) ({kind}), mesh {axes}")
-    layers, dtype = model.arch.num_layers, model.compute_dtype.name
-    print(f"model: {count(params):,} parameters, {layers} layers, computing in {dtype}")
+    layers, dtype = loaded.model.arch.num_layers, loaded.model.compute_dtype.name
+    trained = "" if loaded.frozen is None else f", of which {count(loaded.params):,} are trained"
+    print(f"model: {count(loaded.whole(loaded.params)):,} parameters{trained}, {layers} layers, computing in {dtype}")
     print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
 
 

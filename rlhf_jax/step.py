@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,18 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import batch_sharding, replicated, tree_shardings
 from rlhf_jax.state import TrainState
 from rlhf_jax.tokens import to_microbatches
-from rlhf_jax.types import LossFn, Metrics
+from rlhf_jax.types import LossFn, Metrics, Params
 
-Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+"""step(state, batch, key, frozen=None) -> (state, metrics)."""
+
+
+def joined(frozen: Params, params: Params) -> Params:
+    """One nested dict of both; where both have a leaf, that of `params`. Dicts are made, arrays are not."""
+    if not (isinstance(frozen, Mapping) and isinstance(params, Mapping)):
+        return frozen if params is None else params
+    names = [*frozen, *(name for name in params if name not in frozen)]
+    return {name: joined(frozen.get(name), params.get(name)) for name in names}
 
 
 def add_metrics(a: Metrics, b: Metrics) -> Metrics:
@@ -53,16 +62,25 @@ def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, 
     return jax.lax.scan(add, (zeros, nothing), inputs)[0]
 
 
-def make_update(loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1) -> Step:
-    """The pure step (state, batch, key) -> (state, metrics), not yet compiled; scan it or jit it.
+def make_update(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    *,
+    join: Callable[[Params, Params], Params] = joined,
+) -> Step:
+    """The pure step (state, batch, key, frozen=None) -> (state, metrics), not yet compiled; scan it or jit it.
+
+    With frozen parameters, loss_fn gets join(frozen, state.params); state.params alone is differentiated and trained.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimiser state; it is counted in
     `optim/skipped`.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def update(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = accumulated_grads(loss_fn, state.params, batch, key, accumulate)
+    def update(state: TrainState, batch: Any, key: jax.Array, frozen: Params = None) -> tuple[TrainState, Metrics]:
+        whole = loss_fn if frozen is None else lambda params, *rest: loss_fn(join(frozen, params), *rest)
+        grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
@@ -79,19 +97,26 @@ def make_update(loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: i
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1, *, mesh: Mesh, state: TrainState
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    *,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: Params = None,
 ) -> Step:
     """The compiled step over `mesh`: state sharded by the rule table and donated, rows over data and fsdp.
 
-    `state` may hold arrays or ShapeDtypeStructs; only its shapes are read. Usage:
+    `state` and `frozen` may hold arrays or ShapeDtypeStructs; only their shapes are read. Usage:
 
         step = make_train_step(loss_fn, tx, mesh=mesh, state=state)
         state, metrics = step(state, batch, jax.random.fold_in(key, i))
     """
     shardings = tree_shardings(mesh, state)
+    more = () if frozen is None else (tree_shardings(mesh, frozen),)
     return jax.jit(
         make_update(loss_fn, tx, accumulate),
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh), *more),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -84,7 +84,8 @@ def run_stage(
         head: as for `stage.load_model`.
         prepare: adds to the examples what the untrained model makes of them.
         watch: makes what follows every evaluation, (out, step, params) -> None.
-        conclude: (the parameters to save, the summary) of the kept ones; without it these and their evaluation.
+        conclude: (the parameters to save, the summary) of the kept ones, with a frozen base those of the adapters and
+            heads; without it these and their evaluation.
     """
     if (finished := check_output_dir(name, config)) is not None:
         return finished
@@ -97,7 +98,7 @@ def run_stage(
         train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
     )
     with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, init_key, head=head)
+        loaded = load_model(config.model, mesh, init_key, head=head, lora=config.lora)
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
         check_length(loaded.model.arch, data.max_length, "data.max_length")
         stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, extra_key)

@@ -48,11 +48,11 @@ def random_arch(rng):
 def random_params(arch, *, score_head=False, seed=0):
     rng = np.random.default_rng(seed)
     shapes = hf.leaf_shapes(arch, score_head=score_head)
-    return hf._nest({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
+    return hf.nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
 
 
 def assert_same(tree, other):
-    tree, other = hf._flatten(tree), hf._flatten(other)
+    tree, other = hf.flattened(tree), hf.flattened(other)
     assert tree.keys() == other.keys()
     for leaf in tree:
         assert other[leaf].dtype == np.float32
@@ -99,13 +99,13 @@ def test_round_trip_is_bit_equal(tmp_path, seed):
 def test_bfloat16_rounds_once_and_jax_arrays_save_alike(tmp_path):
     jnp = pytest.importorskip("jax.numpy")
     params = random_params(TINY)
-    as_jax = hf._nest({leaf: jnp.asarray(array) for leaf, array in hf._flatten(params).items()})
+    as_jax = hf.nested({leaf: jnp.asarray(array) for leaf, array in hf.flattened(params).items()})
     hf.save_model(tmp_path / "m", TINY, as_jax, eos_ids=[2], dtype="bfloat16")
     with safe_open(tmp_path / "m" / "model.safetensors", framework="numpy") as handle:
         assert handle.metadata() == {"format": "pt"}
         assert handle.get_slice(Q0).get_dtype() == "BF16"
-    rounded = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in hf._flatten(params).items()}
-    assert_same(hf._nest(rounded), hf.load_params(tmp_path / "m", TINY, score_head=False))
+    rounded = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in hf.flattened(params).items()}
+    assert_same(hf.nested(rounded), hf.load_params(tmp_path / "m", TINY, score_head=False))
 
 
 def test_fused_layout(tmp_path):
@@ -146,7 +146,7 @@ def test_stories_checkpoint_loads():
     )
     params = hf.load_params(STORIES, arch, score_head=False)
     assert params["layers"]["attn"]["qkv"].shape == (5, 64, 4, 4, 8)
-    assert sum(leaf.size for leaf in hf._flatten(params).values()) == 260_032
+    assert sum(leaf.size for leaf in hf.flattened(params).values()) == 260_032
     assert not hf.has_score_head(STORIES)
 
 

@@ -33,7 +33,7 @@ CHATML = (
 def tree_of(arch, score_head, seed=0):
     rng = np.random.default_rng(seed)
     shapes = hf.leaf_shapes(arch, score_head=score_head)
-    return hf._nest({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
+    return hf.nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
 
 
 def write(path, arch=UNTIED, *, score_head=False, tokenizer=None, **options):

@@ -46,7 +46,7 @@ def arch_of(family, **changes):
 def tree_of(arch, *, score_head=False, seed=0):
     rng = np.random.default_rng(seed)
     shapes = hf.leaf_shapes(arch, score_head=score_head)
-    return hf._nest({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
+    return hf.nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
 
 
 def write(path, family="llama", *, score_head=False, dtype="float32", **changes):
@@ -100,8 +100,8 @@ def test_a_score_head_and_bfloat16_on_the_mesh(tmp_path):
     path, arch, params = write(tmp_path / "m", score_head=True)
     for mesh in (mesh_of(2, 2, 2), None):
         loaded = hf.load_params(path, arch, score_head=True, mesh=mesh, dtype="bfloat16")
-        for leaf, array in hf._flatten(loaded).items():
-            expected = hf._flatten(params)[leaf]
+        for leaf, array in hf.flattened(loaded).items():
+            expected = hf.flattened(params)[leaf]
             assert array.dtype == (np.float32 if leaf.startswith("score/") else ml_dtypes.bfloat16)
             np.testing.assert_array_equal(array, expected.astype(array.dtype), err_msg=leaf)
 
@@ -113,7 +113,7 @@ def test_param_dtype_is_the_dtype_of_loaded_and_of_fresh_weights(tmp_path, head)
     settings = ModelConfig(path=str(path), param_dtype="bfloat16")
     for config in (settings, replace(settings, path="", arch=arch)):
         params = load_model(config, mesh, KEY, head=head).params
-        found = {leaf.split("/")[0]: array.dtype for leaf, array in hf._flatten(params).items()}
+        found = {leaf.split("/")[0]: array.dtype for leaf, array in hf.flattened(params).items()}
         assert found.pop("score", np.dtype(np.float32)) == np.float32
         assert set(found.values()) == {np.dtype(ml_dtypes.bfloat16)}
 
@@ -322,7 +322,7 @@ def test_reward_models_trained_elsewhere(tmp_path, family):
     assert raw["architectures"] == [hf.FAMILIES[family].classifier]
     del raw["num_labels"]
     (path / "config.json").write_text(json.dumps(raw))
-    final = hf._flatten(params)
+    final = hf.flattened(params)
     stored = load_file(path / "model.safetensors")
     np.testing.assert_array_equal(stored["score.weight"], params["score"]["kernel"][None])
     loaded = load_model(ModelConfig(path=str(path)), mesh_of(1, 2, 4), KEY, head="trained").params

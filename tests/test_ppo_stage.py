@@ -44,7 +44,7 @@ def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> 
         per_row = {"reward": host - len(seen), "kl": jnp.zeros(rows)}  # every evaluation is worse than the one before
         return make_experience(0, PARAMS, rows=rows), kl_coef, {"rollout/reward": host.mean()}, per_row
 
-    def update(state, experience, key, temperature, ptx):
+    def update(state, experience, key, temperature, ptx, frozen):
         seen.append(("update", ptx, key))
         params = jax.tree.map(lambda p: p + 1.0, state.params)
         return dataclasses.replace(state, params=params), {

@@ -814,5 +814,5 @@ def test_three_kills_of_each_stage_change_no_bit(tmp_path):
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines() if '"equal"' in line]
-    assert [outcome["stage"] for outcome in outcomes] == ["sft", "reward", "ppo"]
+    assert [outcome["stage"] for outcome in outcomes] == ["sft", "reward", "ppo", "ppo_lora"]
     assert all(outcome["equal"] and outcome["kills"] == 3 and outcome["arrays"] > 20 for outcome in outcomes)

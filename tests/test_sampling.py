@@ -318,7 +318,9 @@ sampler = jax.jit(partial(sample, MODEL, **OPTIONS))
 def weights():
     rng = np.random.default_rng(3)
     shapes = hf.leaf_shapes(ARCH, score_head=False)
-    return hf._nest({k: (0.6 * rng.standard_normal(s) + ("scale" in k)).astype(np.float32) for k, s in shapes.items()})
+    return hf.nested(
+        {k: (0.6 * rng.standard_normal(s) + ("scale" in k)).astype(np.float32) for k, s in shapes.items()}
+    )
 
 
 PARAMS = weights()

@@ -5,6 +5,7 @@ them to `sft.run`, `reward.run` and `ppo.run`. Counts are in the unit that the n
 value out of range is a UserError where the class is made.
 """
 
+from rlhf_jax.config.adapters import LoRAConfig
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun
 from rlhf_jax.config.evaluate import EvaluateRun
@@ -71,6 +72,7 @@ __all__ = [
     "KTOConfig",
     "KTORun",
     "LabelRun",
+    "LoRAConfig",
     "MeshConfig",
     "ModelConfig",
     "OnlineConfig",

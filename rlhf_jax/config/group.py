@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
@@ -27,7 +28,7 @@ class GroupConfig(OnlineConfig):
             not at all (none; Dr. GRPO).
         whiten_advantages: mean 0 and variance 1 over the valid tokens of the whole rollout.
         kl_in: the leash is a term of the loss (k3 per token) or of the reward (k1). With kl_coef 0 there is neither,
-            and no reference is loaded.
+            and no reference is loaded (but with adapters, whose frozen model is one).
         reward_to_go: with kl_in reward: a token answers for the KL from itself on, instead of the whole response's.
         mask_truncated: rows that were cut off give no gradient (DAPO); they count in the baseline.
     """
@@ -90,6 +91,7 @@ class GroupRun:
     data: DataConfig = DataConfig()
     reward: RewardSourceConfig = RewardSourceConfig()
     sampling: SamplingConfig = SamplingConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = PPO_OPTIM
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig(eval_every=20)
@@ -99,6 +101,7 @@ class GroupRun:
     def check(self, name: str, settings: GroupConfig) -> None:
         """Raise a UserError for what contradicts itself; `name` is the group of the config that `settings` are."""
         settings.check(name)
+        check_frozen(self.model, self.lora)
         settings.check_truncation(name, self.sampling.max_new_tokens)
         self.optim.check("optim.")
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)

@@ -26,6 +26,8 @@ class ModelConfig:
             one. Scalar heads are float32.
         attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores; auto
             is flash where there is one.
+        quantize: the kernels of a frozen model at rest: one scale for each output (int8), or 4-bit normal floats with
+            one for every 64 inputs (nf4, QLoRA). Adapters (lora.rank) are trained on such a model.
         remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
         logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
     """
@@ -37,6 +39,7 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "plain", "flash"] = "auto"
+    quantize: Literal["none", "int8", "nf4"] = "none"
     remat: Literal["none", "dots", "full"] = "dots"
     logprob_chunk: int = 256
 

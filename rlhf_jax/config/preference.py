@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
@@ -119,6 +120,7 @@ class DPORun:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     dpo: DPOConfig = DPOConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = POLICY_OPTIM
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
@@ -127,6 +129,7 @@ class DPORun:
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
         check_divides(self.data.batch_size, "dpo.accumulate", self.dpo.accumulate)
 
 
@@ -137,6 +140,7 @@ class KTORun:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     kto: KTOConfig = KTOConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = POLICY_OPTIM
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
@@ -145,6 +149,7 @@ class KTORun:
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
         check_divides(self.data.batch_size, "kto.accumulate", self.kto.accumulate)
 
 
@@ -155,6 +160,7 @@ class RRHFRun:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rrhf: RRHFConfig = RRHFConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = POLICY_OPTIM
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
@@ -163,4 +169,5 @@ class RRHFRun:
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
         check_divides(self.data.batch_size, "rrhf.accumulate", self.rrhf.accumulate)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import (
@@ -210,6 +211,7 @@ class SFTRun:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = OptimConfig()
     sampling: SamplingConfig = SamplingConfig()
     mesh: MeshConfig = MeshConfig()
@@ -219,6 +221,7 @@ class SFTRun:
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
         check_divides(self.data.batch_size, "sft.accumulate", self.sft.accumulate)
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
 
@@ -237,6 +240,7 @@ class RewardRun:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     reward: RewardConfig = RewardConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
@@ -245,6 +249,7 @@ class RewardRun:
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
         check_divides(self.data.batch_size, "reward.accumulate", self.reward.accumulate)
 
 
@@ -260,6 +265,7 @@ class PPORun:
     reward: RewardSourceConfig = RewardSourceConfig()
     sampling: SamplingConfig = SamplingConfig()
     ppo: PPOConfig = PPOConfig()
+    lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = PPO_OPTIM
     value_optim: OptimConfig = PPO_OPTIM
     mesh: MeshConfig = MeshConfig()
@@ -269,6 +275,7 @@ class PPORun:
 
     def __post_init__(self) -> None:
         self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
         self.value_optim.check("value_optim.")
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
         self.ppo.check_truncation("ppo", self.sampling.max_new_tokens)

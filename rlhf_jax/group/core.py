@@ -31,7 +31,7 @@ from rlhf_jax.online.core import (
     rollout_metrics,
 )
 from rlhf_jax.state import Schedule, make_optimizer, make_schedule
-from rlhf_jax.step import Step, make_update
+from rlhf_jax.step import Step, joined, make_update
 from rlhf_jax.tokens import map_microbatches, token_weights
 from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
 
@@ -62,10 +62,15 @@ class Experience:
 
 @dataclass(frozen=True)
 class Models:
-    """The networks; the trained parameters are {"policy": ...}."""
+    """The networks; the trained parameters are {"policy": ...}, with `adapted` adapters on the frozen reference."""
 
     policy: Model
     reward: Model | None = None
+    adapted: bool = False
+
+    def whole(self, params: Params, frozen: Params) -> Params:
+        """All parameters, of which `params` are trained."""
+        return {"policy": joined(frozen, params["policy"])} if self.adapted else params
 
 
 def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | None = None) -> LossFn:
@@ -164,7 +169,8 @@ def make_score(
         kl_coef: Array,
         temperature: Array,
     ) -> tuple[Experience, Array, Metrics, dict[str, Array]]:
-        per_row = partial(run_networks, models, params["policy"], ref, reward, temperature, recompute=recompute)
+        policy = models.whole(params, ref)["policy"]
+        per_row = partial(run_networks, models, policy, ref, reward, temperature, recompute=recompute)
         nets = map_microbatches(per_row, rollout, config.score_microbatch)
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
@@ -226,5 +232,6 @@ def make_group_step(
     """(update program, optimiser, learning rate by iteration) of a config."""
     per_iteration, schedule = config.epochs * config.minibatches, make_schedule(optim, config.iterations)
     tx = make_optimizer(optim, lambda step: schedule(step // per_iteration))
-    step = make_update(objective(models, config, policy_loss), tx, config.accumulate)
+    join = lambda frozen, params: models.whole(params, frozen)  # noqa: E731
+    step = make_update(objective(models, config, policy_loss), tx, config.accumulate, join=join)
     return make_group_update(step, config), tx, schedule

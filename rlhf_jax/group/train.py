@@ -18,8 +18,8 @@ from rlhf_jax.online import loop
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
 from rlhf_jax.online.stage import Online
-from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import Loaded, Rows
+from rlhf_jax.sharding import make_mesh, rollout_mesh, tree_shardings
+from rlhf_jax.stage import Loaded, Rows, adapted, placed_init
 from rlhf_jax.state import create_state
 from rlhf_jax.types import Params, PolicyLoss
 
@@ -34,14 +34,24 @@ class Networks:
     ref: Params | None
     reward: Params | None
 
+    @property
+    def frozen(self) -> Params | None:
+        """What trained adapters stand on; None where all of the policy is trained."""
+        return self.policy.frozen
+
 
 def assemble(
     settings: GroupConfig, policy: Loaded, reward: Loaded | None, *, copy: Callable[[Params], Params]
 ) -> Networks:
-    """Policy and reward model, and with a price of the KL the policy as it is now for a reference."""
-    ref = policy.params if settings.kl_coef else None
-    params = policy.params if ref is None else copy(policy.params)
-    models = core.Models(policy.model, reward.model if reward else None)
+    """Policy and reward model, and with a price of the KL the policy as it is now for a reference.
+
+    With adapters the reference is the frozen model that they stand on, which is there anyway.
+    """
+    ref = policy.frozen
+    if ref is None and settings.kl_coef:
+        ref = policy.params
+    params = copy(policy.params) if ref is policy.params else policy.params
+    models = core.Models(policy.model, reward.model if reward else None, policy.frozen is not None)
     return Networks(models, policy, {"policy": params}, ref, reward.params if reward else None)
 
 
@@ -51,6 +61,7 @@ def make_programs(
     """The sampler, score and update of `core`, and the first state; nets.params is donated."""
     _, settings = settings_of(config)
     update, tx, schedule = core.make_group_step(nets.models, settings, config.optim, policy_loss)
+    tree_shardings(rollout_mesh(config.mesh, mesh), nets.frozen)  # adapters may lack the heads that must divide
     recompute = recomputes(config, settings, nets.models.policy)
     return compile_programs(
         config,
@@ -87,6 +98,7 @@ class Group(Online):
         super().__init__(config, settings, mesh, group_size=settings.group_size, gold=gold, **given)
         with jax.set_mesh(mesh):
             policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, self.key)
+            policy = adapted(policy, config.lora, placed_init(mesh, jax.random.fold_in(self.key, 1)))
             nets = assemble(settings, policy, reward, copy=partial(jax.tree.map, jnp.copy))
             self.check_lengths(policy.model, nets.models.reward)
             self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))

@@ -11,8 +11,11 @@ from typing import Any
 
 from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import hub
 from rlhf_jax.models.families import FAMILIES, Family
 
+ADAPTER = "adapter_config.json"
+"""What makes a directory one of a PEFT adapter."""
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
@@ -45,13 +48,40 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} holds no JSON object ({error}); download or save it again") from error
 
 
+def stands_on(folder: Path) -> Path | None:
+    """The directory of the model that a PEFT adapter was made for; None of a directory that holds a model itself.
+
+    Raises:
+        UserError: it is neither a directory nor in the Hub's cache on this machine.
+    """
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+        return None
+    raw = read_json(folder / ADAPTER)
+    name = raw.get("base_model_name_or_path") or "none"
+    found = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
+    if found is None:
+        cure = "download that model, or write its directory into base_model_name_or_path"
+        raise UserError(f"{folder / ADAPTER} stands on {name}, which is neither a directory nor downloaded; {cure}")
+    return Path(found)
+
+
+def model_directory(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or of a PEFT adapter the directory of the model that it stands on."""
+    folder = Path(path)
+    while (below := stands_on(folder)) is not None:
+        folder = below
+    return folder
+
+
 def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any]]:
     """The shape of the model in a Hugging Face directory (or of a config.json alone), and its config.json.
+
+    Of a PEFT adapter, those of the model that it stands on.
 
     Raises:
         UserError: no such directory or config, an unknown family, a feature that the decoder lacks, or .bin weights.
     """
-    folder = Path(path)
+    folder = model_directory(path)
     where = folder / "config.json"
     if folder.is_file():
         folder, where = folder.parent, folder
@@ -72,7 +102,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any
 
 def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
     """generation_config.json of a directory; empty if there is none."""
-    file = Path(path) / "generation_config.json"
+    file = model_directory(path) / "generation_config.json"
     return read_json(file) if file.is_file() else {}
 
 

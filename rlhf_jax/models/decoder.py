@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import Attend
 from rlhf_jax.models.rotary import Tables, rotate
+from rlhf_jax.models.weights import einsum
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -25,12 +26,6 @@ ACTIVATIONS = {
 
 Cache = tuple[Float[Array, "B K S N"], Float[Array, "B K S N"]]
 """Keys and values of one layer; a model's cache is a list of these."""
-
-
-def einsum(letters: str, x: Array, kernel: Array) -> Array:
-    """A product in x's dtype; float32 means float32 on TPU too, whose default would round the inputs to bfloat16."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(letters, x, kernel.astype(x.dtype), precision=precision)
 
 
 class Norm(nnx.Module):

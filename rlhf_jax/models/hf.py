@@ -13,13 +13,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
@@ -28,19 +27,23 @@ from rlhf_jax.hosts import barrier, is_first, to_host
 from rlhf_jax.models.config_json import (
     family_of,
     find_family,
+    model_directory,
     read_config,
     read_generation,
     read_json,
     to_json,
 )
 from rlhf_jax.models.families import FAMILIES, Family, Tensor
-from rlhf_jax.models.layout import Layout, leaf_shapes
+from rlhf_jax.models.layout import Layout, flattened, leaf_shapes, nested
+from rlhf_jax.models.stored import DTYPES, Tensors, stored_tensors
 from rlhf_jax.sharding import tree_shardings
 
-__all__ = ["FAMILIES", "find_family", "has_score_head", "load_params", "read_config", "read_generation", "save_model"]
+__all__ = [
+    "FAMILIES", "find_family", "has_score_head", "load_params", "model_directory", "read_config", "read_generation",
+    "save_model",
+]  # fmt: skip
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
 SHARD_BYTES = 5 * 10**9
 """Largest weight file written, as in transformers."""
@@ -48,51 +51,16 @@ SHARD_BYTES = 5 * 10**9
 _Wanted = dict[str, tuple[Tensor, int]]  # stored name -> tensor, layer
 
 
-def _names(family: Family, arch: ArchConfig, leaves: Iterable[str]) -> _Wanted:
+def _names(family: Family, layout: Layout, leaves: Iterable[str]) -> _Wanted:
     """Stored name -> (tensor, layer) of all that these leaves consist of."""
     chosen = {name: tensor for name, tensor in family.tensors.items() if tensor.leaf in leaves}
-    layers = {name: range(arch.num_layers if "{}" in name else 1) for name in chosen}
+    layers = {name: range(layout.sizes["L"] if "{}" in name else 1) for name in chosen}
     return {name.format(layer): (chosen[name], layer) for name in chosen for layer in layers[name]}
-
-
-class _Stored(NamedTuple):
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
-
-    def map(self) -> np.ndarray:
-        """The tensor as it lies in the file; only pages that are read come into memory, until the view is dropped."""
-        return np.memmap(self.file, _STORED[self.dtype], "r", self.offset, self.shape)
-
-
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """What the safetensors files of a directory hold, from their headers."""
-    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
-    if not files[0].is_file() and index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    found: dict[str, _Stored] = {}
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing; download or save the model again")
-        try:
-            with safe_open(file, framework="numpy"):  # checks the header against the file's length
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is no complete safetensors file ({error}); download or save it again") from error
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start = 8 + length + entry["data_offsets"][0]
-            found[name] = _Stored(file, start, tuple(entry["shape"]), entry["dtype"])
-    return found
 
 
 def has_score_head(path: str | os.PathLike[str]) -> bool:
     """Whether a Hugging Face directory holds the trained scalar head of a reward or value model."""
-    return "score.weight" in _stored_tensors(Path(path))
+    return "score.weight" in stored_tensors(Path(path))
 
 
 def load_params(
@@ -105,9 +73,10 @@ def load_params(
 ) -> dict[str, Any]:
     """The weights of a Hugging Face directory, whose shape `read_config` gives, as our tree of jax arrays.
 
-    With `score_head` they have the scalar head of a reward or value model and no vocabulary head, else the reverse;
-    None loads the trunk alone. Every device's part of a leaf is read from the files by itself, so the host holds one
-    part and the pages of one stored tensor beside what its devices keep.
+    Of a PEFT adapter they are its model's with the adapter merged. With `score_head` they have the scalar head of a
+    reward or value model and no vocabulary head, else the reverse; None loads the trunk alone. Every device's part of
+    a leaf is read from the files by itself, so the host holds one part and the pages of one stored tensor beside what
+    its devices keep.
 
     Args:
         mesh: where the arrays lie, by the rule table; None for the first device.
@@ -117,14 +86,15 @@ def load_params(
         UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
     """
     folder, layout = Path(path), Layout(arch)
-    family = family_of(read_json(folder / "config.json"), folder / "config.json")
-    stored = _stored_tensors(folder)
+    config = model_directory(folder) / "config.json"
+    family = family_of(read_json(config), config)
+    stored = stored_tensors(folder)
     if stored and not any(name.startswith(family.prefix) for name in stored):
         trunk = {name for name in family.tensors if name.startswith(family.prefix)}
         bare = {name.removeprefix(family.prefix): tensor for name, tensor in family.tensors.items() if name in trunk}
         family = family._replace(tensors=bare | {n: t for n, t in family.tensors.items() if n not in trunk})
     shapes = leaf_shapes(arch, score_head=score_head)
-    wanted = _names(family, arch, shapes)
+    wanted = _names(family, layout, shapes)
     _check_stored(folder, family, stored, wanted, layout)
     _check_tied(folder, family, stored, arch)
     specs = {
@@ -133,13 +103,13 @@ def load_params(
     }
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
     if mesh is not None:
-        shardings = _flatten(tree_shardings(mesh, _nest(specs)))
+        shardings = flattened(tree_shardings(mesh, nested(specs)))
     leaves = {}
     for leaf, spec in specs.items():
         parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
         read = functools.partial(_read_shard, parts, stored, layout, spec)
         leaves[leaf] = _placed(read, spec, shardings[leaf])
-    return _nest(leaves)
+    return nested(leaves)
 
 
 def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.Array:
@@ -154,9 +124,7 @@ def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
-def _read_shard(
-    parts: _Wanted, stored: Mapping[str, _Stored], layout: Layout, spec: Any, index: tuple[slice, ...]
-) -> np.ndarray:
+def _read_shard(parts: _Wanted, stored: Tensors, layout: Layout, spec: Any, index: tuple[slice, ...]) -> np.ndarray:
     """The part of a leaf at `index`, read from the files."""
     bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
     out = np.zeros([len(bound) for bound in bounds], spec.dtype)
@@ -177,7 +145,7 @@ def _read_shard(
     return out
 
 
-def _check_tied(folder: Path, family: Family, stored: Mapping[str, _Stored], arch: ArchConfig) -> None:
+def _check_tied(folder: Path, family: Family, stored: Tensors, arch: ArchConfig) -> None:
     names = {tensor.leaf: name for name, tensor in family.tensors.items()}
     head, embedding = stored.get(names["head/kernel"]), stored[names["embed/tokens"]]
     if arch.tied_head and head and not np.array_equal(head.map(), embedding.map()):
@@ -185,9 +153,7 @@ def _check_tied(folder: Path, family: Family, stored: Mapping[str, _Stored], arc
         raise UserError(f"{folder}: {names['head/kernel']} is not the tied embedding; {cure}")
 
 
-def _check_stored(
-    folder: Path, family: Family, stored: Mapping[str, _Stored], wanted: _Wanted, layout: Layout
-) -> None:
+def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted, layout: Layout) -> None:
     missing = {name: tensor.leaf for name, (tensor, _) in wanted.items() if name not in stored}
     missing = {name: leaf for name, leaf in missing.items() if leaf != "score/bias"}
     if "score/kernel" in missing.values():
@@ -199,7 +165,7 @@ def _check_stored(
     extra = [n for n in stored if n not in wanted and n not in heads and not re.search(family.ignored, n)]
     shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
     shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
-    typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in _STORED]
+    typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in DTYPES]
     again = "make config.json agree with the weights, or download the directory again"
     if shaped and shaped[0].startswith("score.weight"):
         raise UserError(f"{folder} does not give one score: {shaped[0]}; take a reward model with one label")
@@ -212,21 +178,6 @@ def _check_stored(
         if items:
             more = f" and {len(items) - 3} more" if len(items) > 3 else ""
             raise UserError(f"{folder} {what}: {', '.join(items[:3])}{more}; {cure}")
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
-    return tree
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, node in tree.items():
-        flat |= _flatten(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {f"{prefix}{key}": node}
-    return flat
 
 
 def save_model(
@@ -262,7 +213,8 @@ def save_model(
     Raises:
         UserError: no family has this shape, or params do not have it.
     """
-    family, leaves, shapes = find_family(arch, base_config), _flatten(params), leaf_shapes(arch, score_head=score_head)
+    family, leaves = find_family(arch, base_config), flattened(params)
+    shapes = leaf_shapes(arch, score_head=score_head)
     if dtype not in _DTYPES:
         raise UserError(f"cannot save in dtype {dtype!r}; use one of: {', '.join(_DTYPES)}")
     wrong = {leaf: np.shape(array) for leaf, array in leaves.items()}.items() ^ shapes.items()
@@ -274,7 +226,7 @@ def save_model(
     tokens = _token_ids(eos_ids, pad_id, base_config or {})
     config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
-    tensors = _hf_tensors(family, arch, leaves, _DTYPES[dtype])
+    tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
     if is_first():
         with _replacing(Path(path)) as folder:
             for name, content in {"config.json": config, "generation_config.json": generation}.items():
@@ -306,12 +258,11 @@ def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, An
     return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
 
 
-def _hf_tensors(family: Family, arch: ArchConfig, leaves: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
+def hf_tensors(family: Family, layout: Layout, leaves: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
     """Stored names and arrays, one layer of a leaf at a time; scalar heads stay float32."""
-    layout = Layout(arch)
     for path, leaf in leaves.items():
         by_layer: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, (tensor, layer) in _names(family, arch, [path]).items():
+        for name, (tensor, layer) in _names(family, layout, [path]).items():
             by_layer.setdefault(layer, []).append((name, tensor))
         for layer, named in by_layer.items():
             array = to_host(leaf[layer] if layout.axes[path].startswith("L") else leaf)
@@ -333,7 +284,7 @@ def _plan_files(
     """Names of the tensors of every file, in the order in which they are made."""
     layout, files, size = Layout(arch), [[]], 0  # type: tuple[Layout, list[list[str]], int]
     for path in leaves:
-        entries = _names(family, arch, [path])
+        entries = _names(family, layout, [path])
         for name in sorted(entries, key=lambda name: entries[name][1]):
             added = math.prod(layout.stored_shape(entries[name][0])) * dtype.itemsize
             if files[-1] and size + added > shard_bytes:

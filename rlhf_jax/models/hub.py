@@ -32,3 +32,14 @@ def local_directory(path: str) -> str:
         raise UserError(
             f"{path} cannot be downloaded ({reason}); check the name and the network, or give a directory"
         ) from error
+
+
+def cached_directory(name: str, revision: str | None = None) -> str | None:
+    """Where an earlier download put owner/name, or None; without the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, revision=revision, allow_patterns=_WANTED, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None

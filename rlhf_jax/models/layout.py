@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +16,15 @@ from rlhf_jax.rules import LEAVES, WIDE_QK_NORM
 
 
 class Layout:
-    """Axes and sizes of every leaf of a shape."""
+    """Axes and sizes of every leaf of a shape; with `rank` and their `axes`, of adapters too."""
 
-    def __init__(self, arch: ArchConfig):
+    def __init__(self, arch: ArchConfig, *, rank: int = 0, axes: Mapping[str, str] | None = None):
         group = arch.num_heads // arch.num_kv_heads
-        self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {})
+        self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | dict(axes or {})
         self.sizes = {
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.max_positions, "G": group, "1": 1,
             "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
-            "F": arch.ffn_width,
+            "F": arch.ffn_width, "R": rank,
         }  # fmt: skip
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
             "query": ("S", 0, group, "G"), "key": ("S", group, 1, "G"), "value": ("S", group + 1, 1, "G"),
@@ -86,3 +88,20 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None) -> dict[str, tuple
     }  # fmt: skip
     chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True)}
     return {leaf: tuple(layout.sizes[a] for a in axes) for leaf, axes in chosen.items()}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by their paths, names with slashes between, as a nested dict."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
+    return tree
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dict by their paths."""
+    flat: dict[str, Any] = {}
+    for key, node in tree.items():
+        flat |= flattened(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {f"{prefix}{key}": node}
+    return flat

@@ -17,6 +17,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
 from rlhf_jax.models.rotary import Tables, rotary_tables
+from rlhf_jax.models.weights import attached, merged, stacks
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
@@ -72,6 +73,7 @@ class Model:
         remat: none, dots or full.
         logprob_chunk: positions whose logits are alive at once.
         attention: plain, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
+        lora_scale: factor of the adapters that lie beside kernels, if any do (models/weights.py).
     """
 
     arch: ArchConfig
@@ -80,6 +82,7 @@ class Model:
     remat: str = "none"
     logprob_chunk: int = 256
     attention: str = "plain"
+    lora_scale: float = 1.0
 
     @classmethod
     def from_config(cls, config: ModelConfig, arch: ArchConfig, *, score_head: bool = False) -> Model:
@@ -160,7 +163,7 @@ class Model:
         }
 
         def block(local: bool, x: Array, params: Params) -> Array:
-            return self._block[1](params, x, *views[local])[0]
+            return self._block[1](attached(params, self.lora_scale), x, *views[local])[0]
 
         def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
             params, local = inputs
@@ -213,6 +216,8 @@ class Model:
     def decoding_params(self, params: Params) -> Params:
         """A copy for decoding: compute dtype, one dict per layer, every weight whole but for the tensor axis.
 
+        Adapters are merged and quantised kernels dense, so that a token costs what it costs without them.
+
         Make it once per rollout, not per token: it is here that fsdp shards are gathered. Norms stay as they are,
         since training computes them in float32, too. A tied head is laid out as [D, V], which a product with few rows
         reads a third faster than [V, D].
@@ -223,15 +228,20 @@ class Model:
             x = x if "_norm" in name else x.astype(self.compute_dtype)
             return constrain_gathered("layers/" + name if stacked else name, x, stacked=stacked)
 
+        stacks = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(self.arch.num_layers)]
         layers = [
-            jax.tree_util.tree_map_with_path(lambda path, x, i=i: copy(path, x[i], stacked=True), params["layers"])
-            for i in range(self.arch.num_layers)
+            jax.tree_util.tree_map_with_path(partial(copy, stacked=True), merged(layer, self.lora_scale))
+            for layer in stacks
         ]
         rest = {name: tree for name, tree in params.items() if name != "layers"}
         rest = jax.tree_util.tree_map_with_path(partial(copy, stacked=False), rest)
         if self.arch.tied_head:
             rest["head"] = {"kernel": jax.lax.optimization_barrier(rest["embed"]["tokens"].T)}
         return {**rest, "layers": layers}
+
+    def merged(self, params: Params) -> Params:
+        """The parameters with adapters multiplied out and added and quantised kernels dense, when a layer is read."""
+        return {**params, "layers": stacks(params["layers"], self.lora_scale)}
 
     def prefill(
         self, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], positions: Int[Array, "B P"]

@@ -85,17 +85,18 @@ def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metr
 
 
 def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Array], dict[str, Any]]) -> Any:
-    """The update program, not yet compiled: update(state, experience, key, temperature, ptx) -> (state, metrics).
+    """The update program, not yet compiled: update(state, experience, key, temperature, ptx, frozen).
 
-    `step` is `step.make_update` of a method's objective, `minibatch(rows of the experience, temperature)` its batch.
-    Every epoch goes over the rows in a fresh order; the metrics are means over the optimiser steps, and
-    policy/first_* are those of the first step, whose ratio should be 1. `ptx` is None or a batch of `collate_sft` with
-    a leading axis of epochs * minibatches, which is added to the batches.
+    It returns (state, metrics); `frozen` is what the step reads and does not train, or None. `step` is
+    `step.make_update` of a method's objective, `minibatch(rows of the experience, temperature)` its batch. Every epoch
+    goes over the rows in a fresh order; the metrics are means over the optimiser steps, and policy/first_* are those
+    of the first step, whose ratio should be 1. `ptx` is None or a batch of `collate_sft` with a leading axis of
+    epochs * minibatches, which is added to the batches.
     """
     num = config.epochs * config.minibatches
 
     def update(
-        state: TrainState, experience: Any, key: Array, temperature: Array, ptx: Any = None
+        state: TrainState, experience: Any, key: Array, temperature: Array, ptx: Any = None, frozen: Params = None
     ) -> tuple[TrainState, Metrics]:
         num_rows = experience.mask.shape[0]
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
@@ -106,7 +107,7 @@ def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Arra
             x = jax.tree.map(lambda leaf: constrain(leaf[rows], *ROWS), experience)
             batch = minibatch(x, temperature)
             batch = batch if ptx is None else {**batch, "ptx": ptx}
-            return step(state, batch, jax.random.fold_in(key, config.epochs + number))
+            return step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)
 
         def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, tuple[Metrics, Array]]:
             state, stopped = carry

@@ -30,10 +30,7 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
     tokens = config.data.batch_size * config.sampling.max_new_tokens
     given = names_given(**overrides)
     with jax.set_mesh(online.mesh):
-        params = online.state.params["policy"]
-        describe(
-            stage, online.mesh, online.nets.policy.model, params, iterations=total, new_tokens_per_iteration=tokens
-        )
+        describe(stage, online.mesh, online.nets.policy, iterations=total, new_tokens_per_iteration=tokens)
         with Run(stage, config, total=total, shown=SHOWN, given=given, agree_every=1) as out:
             tree, notes = out.restore(online.tree(), online.identity())
             online.put_tree(tree)

@@ -28,7 +28,7 @@ class Programs:
         rollout: (policy, tokens, mask, key, law) -> Rollout.
         score: (params, ref, reward, rollout, host rewards, kl_coef, temperature) -> (experience, kl_coef of the next
             iteration, metrics, numbers per row).
-        update: (state, experience, key, temperature, ptx) -> (state, metrics); donates the state.
+        update: (state, experience, key, temperature, ptx, frozen) -> (state, metrics); donates the state.
         state: the first one.
         schedule: learning rate of the policy by iteration.
     """

@@ -42,7 +42,8 @@ class Online:
     A method's own class checks its settings, loads its networks and calls `start` with them and its programs.
 
     Attributes:
-        nets: has `policy` (Loaded) and the frozen parameters `ref` and `reward`, or None for each.
+        nets: has `policy` (Loaded), the frozen parameters `ref` and `reward`, or None for each, and `frozen`, what
+            the update reads of these, or None.
         programs: rollout, score and update.
         state: the training state; its parameters are {"policy": ...} and what else the method trains.
         average: the averaged policy, if there is one.
@@ -131,7 +132,8 @@ class Online:
     def roll_out(self, params: Params, batch: Any, key: jax.Array) -> tuple[Rollout, Any, float | None]:
         """A rollout of a batch of prompts, its score, and its mean gold reward."""
         placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
-        rollout = self.programs.rollout(params, placed["tokens"], placed["mask"], key, self.law)
+        whole = self.nets.policy.whole(params)
+        rollout = self.programs.rollout(whole, placed["tokens"], placed["mask"], key, self.law)
         host, gold = self.rewards_from_python(batch, rollout)
         nets = self.nets
         all_params = {**self.state.params, "policy": params}
@@ -146,7 +148,7 @@ class Online:
         rollout_key, update_key = jax.random.split(key)
         rollout, scored, gold = self.roll_out(self.state.params["policy"], self.batch(i), rollout_key)
         experience, self.kl_coef, metrics, per_row = scored
-        arguments = (self.state, experience, update_key, self.law.temperature, self.text(i))
+        arguments = (self.state, experience, update_key, self.law.temperature, self.text(i), self.nets.frozen)
         self.state, updates = self.programs.update(*arguments)
         if self.config.faults.debug_nans and updates["optim/skipped"] > 0:
             raise UserError(f"iteration {i}, update: {first_nan(self.programs.update, *arguments)}")

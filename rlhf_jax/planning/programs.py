@@ -20,6 +20,7 @@ from rlhf_jax.data.batches import collate_preference, collate_ranking, collate_r
 from rlhf_jax.errors import UserError
 from rlhf_jax.kto import own_and_other
 from rlhf_jax.models import Model, config_json
+from rlhf_jax.models.weights import quantized
 from rlhf_jax.planning.presets import PRESETS, find_preset
 from rlhf_jax.ppo.checks import check_batches
 from rlhf_jax.ppo.networks import Networks, assemble
@@ -27,7 +28,7 @@ from rlhf_jax.ppo.train import make_programs
 from rlhf_jax.responses import response_logprobs
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import batch_sharding, check_rows, replicated, tree_shardings
-from rlhf_jax.stage import Loaded, check_length
+from rlhf_jax.stage import Loaded, adapted, check_length
 from rlhf_jax.state import create_state, make_optimizer, make_schedule, placed_shapes
 from rlhf_jax.step import make_train_step
 from rlhf_jax.types import LossFn, Params, Rollout
@@ -73,10 +74,17 @@ def abstract_model(config: ModelConfig, mesh: Mesh, *, score_head: bool, attenti
     if config.compute_dtype == "auto":
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     model = dataclasses.replace(Model.from_config(config, arch, score_head=score_head), attention=attention)
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), config.param_dtype)
-    )  # nothing may run: the mesh's chips do not exist
-    return Loaded(model, placed_shapes(shapes, tree_shardings(mesh, shapes)))
+    return Loaded(model, _abstract(mesh, lambda key: quantized(model.init(key, config.param_dtype), config.quantize)))
+
+
+def _abstract(mesh: Mesh, init: Callable[[jax.Array], Params]) -> Params:
+    """Shapes of init(key) on the mesh; nothing may run, since its chips do not exist."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    return placed_shapes(shapes, tree_shardings(mesh, shapes))
+
+
+def _adapted(loaded: Loaded, config: Any, mesh: Mesh) -> Loaded:
+    return adapted(loaded, config.lora, partial(_abstract, mesh))
 
 
 def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
@@ -162,18 +170,20 @@ def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Progr
     accumulate = getattr(config, stage.group).accumulate
     check_rows(mesh, size // accumulate, f"data.batch_size / {stage.group}.accumulate =")
     loaded = abstract_model(config.model, mesh, score_head=stage.group == "reward", attention=attention)
+    loaded = _adapted(loaded, config, mesh)
     check_length(loaded.model.arch, length, "data.max_length")
     one = stage.collate([stage.example], length=length)
     batch = _rows(mesh, **{name: ((size, *x.shape[1:]), x.dtype) for name, x in one.items()})
     tx = make_optimizer(config.optim, make_schedule(config.optim, 1000))
-    state = create_state(loaded.params, tx, mesh)
-    step = make_train_step(stage.objective(loaded.model), tx, accumulate, mesh=mesh, state=state)
+    state, frozen = create_state(loaded.params, tx, mesh), loaded.frozen
+    step = make_train_step(stage.objective(loaded.model), tx, accumulate, mesh=mesh, state=state, frozen=frozen)
     tokens = math.prod(batch["tokens"].shape)
-    found = [Program("step", step, (state, batch, _key(mesh)), tokens)]
+    arguments = (state, batch, _key(mesh)) if frozen is None else (state, batch, _key(mesh), frozen)
+    found = [Program("step", step, arguments, tokens)]
     if stage.reference is not None:
         asked = {name: x for name, x in batch.items() if name != "ref_logprobs"}
         forward = jax.jit(partial(stage.reference, loaded.model))
-        found.insert(0, Program("reference", forward, (loaded.params, asked), tokens))
+        found.insert(0, Program("reference", forward, (loaded.whole(loaded.params), asked), tokens))
     return found
 
 
@@ -188,7 +198,14 @@ def _networks(config: PPORun, mesh: Mesh, attention: str) -> Networks:
         shapes = jax.eval_shape(lambda: policy.model.init_score(jax.random.key(0), zeros=True))
         return placed_shapes(shapes, tree_shardings(mesh, {"score": shapes})["score"])
 
-    return assemble(config.ppo, policy, reward_model, fresh_score=fresh_score, copy=lambda params: params)
+    return assemble(
+        config.ppo,
+        policy,
+        reward_model,
+        fresh_score=fresh_score,
+        copy=lambda params: params,
+        adapt=lambda loaded, _: _adapted(loaded, config, mesh),
+    )
 
 
 def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
@@ -222,7 +239,13 @@ def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
     chunks = -(-new // min(config.sampling.chunk, new))
     everything, seen = (length + new) * size, config.ppo.epochs
     return [
-        Program("rollout", programs.rollout, (state.params["policy"], *prompt.values(), key, law), new * size, chunks),
+        Program(
+            "rollout",
+            programs.rollout,
+            (nets.policy.whole(state.params["policy"]), *prompt.values(), key, law),
+            new * size,
+            chunks,
+        ),
         Program("score", programs.score, scored, everything),
-        Program("update", programs.update, (state, experience, key, number, ptx), seen * everything),
+        Program("update", programs.update, (state, experience, key, number, ptx, nets.frozen), seen * everything),
     ]

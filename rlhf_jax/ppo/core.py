@@ -9,8 +9,8 @@ Every implementation detail is a field of `config.PPOConfig`; docs/algorithms.md
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from rlhf_jax.online.core import (
 )
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.state import Schedule, make_optimizer, make_schedule
-from rlhf_jax.step import Step, make_update
+from rlhf_jax.step import Step, joined, make_update
 from rlhf_jax.tokens import map_microbatches, token_weights
 from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
 
@@ -68,12 +68,22 @@ class Experience:
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of PPO. Parameters are {"policy": ..., "value": ...}; "value" is only a head on a shared trunk."""
+    """The networks of PPO. Parameters are {"policy": ..., "value": ...}; "value" is only a head on a shared trunk.
+
+    Attributes:
+        bases: "policy" and "value" -> what they stand on where only adapters and heads are trained: "ref" or "reward".
+    """
 
     policy: Model
     value: Model
     reward: Model | None = None
     shared_trunk: bool = False
+    bases: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def whole(self, params: Params, frozen: Mapping[str, Params] | None) -> Params:
+        """All parameters of policy and critic, of which `params` are trained; frozen has "ref" and "reward"."""
+        frozen = {name: (frozen or {})[base] for name, base in self.bases.items()}
+        return {name: joined(frozen.get(name), tree) for name, tree in params.items()}
 
 
 def forward(
@@ -175,7 +185,8 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
     def score(
         params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
     ) -> tuple[Experience, Array, Metrics, dict[str, Array]]:
-        per_row = partial(run_networks, models, params, ref, reward, temperature, recompute=recompute)
+        whole = models.whole(params, {"ref": ref, "reward": reward})
+        per_row = partial(run_networks, models, whole, ref, reward, temperature, recompute=recompute)
         nets = map_microbatches(per_row, rollout, config.score_microbatch)
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         mask = rollout.mask
@@ -272,5 +283,6 @@ def make_ppo_step(
 ) -> tuple[Callable[..., Any], Any, Schedule]:
     """(update program, optimiser, policy learning rate by iteration) of a config."""
     tx, schedule = make_ppo_optimizer(run)
-    step = make_update(objective(models, run.ppo, policy_loss), tx, run.ppo.accumulate)
+    join = lambda frozen, params: models.whole(params, frozen)  # noqa: E731
+    step = make_update(objective(models, run.ppo, policy_loss), tx, run.ppo.accumulate, join=join)
     return make_ppo_update(step, run.ppo), tx, schedule

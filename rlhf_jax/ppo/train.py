@@ -21,7 +21,7 @@ from rlhf_jax.online.stage import Online
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.checks import check, check_batches
 from rlhf_jax.ppo.networks import Networks, load_networks
-from rlhf_jax.sharding import make_mesh, put, replicated
+from rlhf_jax.sharding import make_mesh, put, replicated, rollout_mesh, tree_shardings
 from rlhf_jax.stage import Rows, save_model, say
 from rlhf_jax.state import create_state
 from rlhf_jax.types import PolicyLoss
@@ -32,6 +32,7 @@ def make_programs(
 ) -> Programs:
     """The sampler, score and update of `core`, and the first state; nets.params is donated."""
     update, tx, schedule = core.make_ppo_step(nets.models, config, policy_loss)
+    tree_shardings(rollout_mesh(config.mesh, mesh), nets.ref)  # adapters may lack the heads that must divide
     recompute = recomputes(config, config.ppo, nets.models.policy)
     score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
     return compile_programs(
@@ -115,10 +116,7 @@ class PPO(Online):
         super().save(directory, tree)
         params = tree.get("state", {"params": {}})["params"]
         if "value" in params:
-            value = params["value"]
-            if self.config.ppo.shared_trunk:
-                value = self.nets.policy.model.with_score(params["policy"], value["score"])
-            save_model(directory / "value_model", self.nets.value, value, self.tokenizer)
+            save_model(directory / "value_model", self.nets.value, self.nets.critic(params), self.tokenizer)
 
 
 def run(config: PPORun, **overrides: Any) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""Settings of low-rank adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_jax.config.checks import check
+from rlhf_jax.config.parts import ModelConfig
+from rlhf_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters: the model stays frozen, and y = x W + scale (x A) B is trained in A and B (Hu et al. 2021).
+
+    Score heads are trained and saved with them. PPO's reference is then the model without its adapters.
+
+    Args:
+        rank: columns of A and rows of B; 0 trains the whole model instead.
+        alpha: scale = alpha / rank.
+        rank_stabilized: scale = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+        targets: modules that get adapters, by the last parts of their names in transformers, as q_proj or
+            mlp.up_proj; empty means every linear layer of the blocks.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    rank_stabilized: bool = False
+    targets: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self, "lora.", {"at least 0": "rank", "above 0": "alpha"})
+
+
+def check_frozen(model: ModelConfig, lora: LoRAConfig) -> None:
+    """Raise a UserError for a quantised model that would be trained, and for random weights that would not."""
+    if model.quantize != "none" and not lora.rank:
+        cure = "set lora.rank to train adapters on it"
+        raise UserError(f"model.quantize {model.quantize}: a quantised model cannot be trained; {cure}")
+    if lora.rank and model.arch is not None:
+        raise UserError(f"lora.rank {lora.rank} would leave the random weights of model.arch as they are; set it to 0")

@@ -1,0 +1,212 @@
+"""PEFT adapters: those that peft made, against what it computed; ours, read back and, where it is installed, by peft.
+
+`golden/make_adapters.py` says what the golden file holds and how peft came to it.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load, load_file, save_file
+from test_lora import KEY, adapters, merged
+from tiny import ONE, toy_directory
+
+from rlhf_jax.config import LoRAConfig, MeshConfig, ModelConfig
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model, hf
+from rlhf_jax.models.layout import flattened
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.stage import load_model, load_tokenizer, save_model
+
+GOLDEN = Path(__file__).with_name("golden")
+ARRAYS = np.load(GOLDEN / "adapters.npz")
+CASES = tuple(dict.fromkeys(key.split("/")[0] for key in ARRAYS.files))
+
+
+def golden(case):
+    return {key.removeprefix(f"{case}/"): ARRAYS[key] for key in ARRAYS.files if key.startswith(f"{case}/")}
+
+
+def write(home, case="llama", **changes):
+    """base and adapter as peft wrote them, with changes to adapter_config.json; returns the adapter's directory."""
+    arrays = golden(case)
+    for name in ("base", "adapter"):
+        (home / name).mkdir(exist_ok=True)
+    raw = json.loads(arrays["adapter_config"].tobytes()) | {"base_model_name_or_path": str(home / "base")} | changes
+    (home / "base" / "config.json").write_bytes(arrays["config"].tobytes())
+    (home / "base" / "model.safetensors").write_bytes(arrays["weights"].tobytes())
+    (home / "adapter" / "adapter_config.json").write_text(json.dumps(raw))
+    (home / "adapter" / "adapter_model.safetensors").write_bytes(arrays["adapter_weights"].tobytes())
+    return home / "adapter"
+
+
+@partial(jax.jit, static_argnums=0)
+def outputs(model, params, tokens):
+    """Logits [B, S, V], or scores of the last token [B]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = model.apply(params, tokens, positions, jnp.ones_like(tokens))
+    return model.scores(params["score"], hidden)[:, -1] if model.score_head else model.project(params, hidden)
+
+
+def read(path, *, score_head=False):
+    arch, _ = hf.read_config(path)
+    return Model(arch, score_head=score_head), hf.load_params(path, arch, score_head=score_head)
+
+
+# --- read
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_of_peft_computes_what_it_does_with_peft(tmp_path, case):
+    arrays, path = golden(case), write(tmp_path, case)
+    tokens = arrays["tokens"].astype(np.int32)
+    got = outputs(*read(path, score_head="scores" in arrays), tokens)
+    expected = arrays.get("logits", arrays.get("scores"))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    if "scores" not in arrays:
+        assert np.abs(outputs(*read(tmp_path / "base"), tokens) - expected).max() > 0.1
+
+
+def test_an_adapter_is_found_on_a_base_of_the_bare_trunk(tmp_path):
+    path = write(tmp_path, "gpt2")
+    bare = {name.removeprefix("transformer."): x for name, x in load_file(tmp_path / "base/model.safetensors").items()}
+    save_file(bare, tmp_path / "base/model.safetensors")
+    tokens = golden("gpt2")["tokens"].astype(np.int32)
+    np.testing.assert_allclose(outputs(*read(path), tokens), golden("gpt2")["logits"], atol=1e-4)
+
+
+def test_every_shard_of_a_mesh_has_its_part_of_the_sum(tmp_path):
+    path = write(tmp_path)
+    arch, _ = hf.read_config(path)
+    split = hf.load_params(path, arch, score_head=False, mesh=make_mesh(MeshConfig(2, 2, 2)))
+    for leaf, array in flattened(hf.load_params(path, arch, score_head=False)).items():
+        np.testing.assert_array_equal(flattened(split)[leaf], array, err_msg=leaf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "no support for use_dora True; merge"),
+        ({"init_lora_weights": "pissa"}, "no support for init_lora_weights 'pissa'"),
+        ({"peft_type": "IA3"}, "no support for peft_type 'IA3'"),
+        ({"fan_in_fan_out": True}, r"_proj is for another shape than \["),
+        ({"base_model_name_or_path": "no/where"}, "stands on no/where, which is neither a directory nor downloaded"),
+        ({"base_model_name_or_path": None}, "stands on none, which is neither"),
+    ],
+)
+def test_what_an_adapter_says_and_we_cannot_do_is_refused(tmp_path, changes, message):
+    path = write(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_an_adapter_of_another_model_or_with_unknown_tensors_is_refused(tmp_path):
+    path = write(tmp_path)
+    weights = load(golden("llama")["adapter_weights"].tobytes())
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    for change, message in (
+        (lambda w: w | {name.replace("1", "7"): w[name]}, "layers.7.mlp.up_proj is not in the model"),
+        (lambda w: {n: x for n, x in w.items() if n != name}, "layers.1.mlp.up_proj is not in the model .* half"),
+        (
+            lambda w: w | {name.replace("lora_A.weight", "lora_magnitude_vector"): w[name]},
+            "no support for .*magnitude",
+        ),
+    ):
+        save_file(change(weights), path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=message):
+            read(path)
+    (path / "adapter_model.safetensors").write_bytes(golden("llama")["adapter_weights"].tobytes()[:-9])
+    with pytest.raises(UserError, match="no complete safetensors"):
+        read(path)
+
+
+# --- written
+
+
+def trained(directory, lora, *, head="vocabulary"):
+    """A model with random adapters, and a random head if it has one."""
+    mesh = make_mesh(MeshConfig(), devices=ONE)
+    loaded = load_model(ModelConfig(path=str(directory)), mesh, KEY, head=head, lora=lora)
+    own = adapters(loaded.model.arch, lora.targets, lora.rank)
+    heads = {"score": jax.tree.map(lambda x: x + 0.5, loaded.params["score"])} if "score" in loaded.params else {}
+    return loaded, {**own, **heads}
+
+
+def saved(home, case, lora, *, head="vocabulary"):
+    write(home, case)
+    loaded, params = trained(home / "base", lora, head=head)
+    tokenizer = Tokenizer.load(str(toy_directory() / "tokenizer"))
+    save_model(home / "model", loaded, params, tokenizer)
+    return loaded, params
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_our_adapters_have_the_names_and_shapes_of_peft(tmp_path, case):
+    saved(tmp_path, case, LoRAConfig(rank=3))
+    expected = load(golden(case)["adapter_weights"].tobytes())
+    got = load_file(tmp_path / "model/adapter/adapter_model.safetensors")
+    assert {name: x.shape for name, x in got.items()} == {name: x.shape for name, x in expected.items()}
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "lora", [LoRAConfig(rank=2, alpha=3), LoRAConfig(rank=4, alpha=3, rank_stabilized=True)], ids=str
+)
+@pytest.mark.parametrize("head", ["vocabulary", "normal"])
+def test_the_adapter_beside_a_model_read_back_is_that_model(tmp_path, case, lora, head):
+    loaded, params = saved(tmp_path, case, lora, head=head)
+    with_score = head != "vocabulary"
+    assert hf.has_score_head(tmp_path / "model/adapter") == with_score
+    tokens = golden(case)["tokens"].astype(np.int32)
+    expected = outputs(loaded.model, loaded.whole(params), tokens)
+    for name in ("model", "model/adapter"):
+        got = outputs(*read(tmp_path / name, score_head=with_score), tokens)
+        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
+
+
+def test_an_adapter_of_an_adapter_and_its_tokenizer_are_found(tmp_path):
+    policy, tokenizer = toy_directory() / "policy", Tokenizer.load(str(toy_directory() / "tokenizer"))
+    at = policy
+    for name in ("one", "two"):
+        loaded, params = trained(at, LoRAConfig(rank=2, alpha=2))
+        save_model(tmp_path / name, loaded, params, tokenizer)
+        at = tmp_path / name / "adapter"
+    assert load_tokenizer(ModelConfig(path=str(at))).hf.get_vocab() == tokenizer.hf.get_vocab()
+    tree = jax.tree.map(np.asarray, merged(loaded.model, loaded.whole(params)))
+    for leaf, array in flattened(read(at)[1]).items():
+        np.testing.assert_allclose(array, flattened(tree)[leaf], atol=1e-5, err_msg=leaf)
+
+
+def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_does(tmp_path):
+    from rlhf_jax.models.peft import adapter_config
+
+    of = lambda base: adapter_config(LoRAConfig(rank=2), [], base=base, score_head=False)  # noqa: E731
+    assert of(str(tmp_path))["base_model_name_or_path"] == str(tmp_path)
+    found = of("hf://owner/name@v1")
+    assert (found["base_model_name_or_path"], found["revision"]) == ("owner/name", "v1")
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize("head", ["vocabulary", "zeros"])
+def test_peft_loads_ours_and_computes_the_same(tmp_path, monkeypatch, case, head):
+    pytest.importorskip("torch", reason="needs torch and peft: the golden file stands in for them")
+    pytest.importorskip("peft")
+    loaded, params = saved(tmp_path, case, LoRAConfig(rank=2, alpha=3), head=head)
+    if head != "vocabulary":
+        params["score"]["bias"] = jnp.zeros(())  # transformers' head has none
+    tokens = golden(case)["tokens"].astype(np.int32)
+    np.save(tmp_path / "inputs.npy", tokens)
+    monkeypatch.syspath_prepend(GOLDEN)
+    import make_adapters
+
+    make_adapters.read_back(tmp_path)
+    got = np.load(tmp_path / "outputs.npy")
+    expected = outputs(loaded.model, loaded.whole(params), tokens)
+    np.testing.assert_allclose(got if head == "vocabulary" else got[:, 0], expected, atol=1e-4)
+    assert sys.modules["make_adapters"]
