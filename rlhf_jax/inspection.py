@@ -172,12 +172,14 @@ def _newest_checkpoint(run: Path) -> tuple[ArchConfig, dict[str, Any] | None, Pa
     Of PPO and its kin the policy. The newest checkpoint counts, not the best.
 
     Raises:
-        UserError: no such run, or none of its checkpoints is intact.
+        UserError: no such run, it trains adapters, or none of its checkpoints is intact.
     """
     record = read_record(run)
     if record is None:
         raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
     settings, where = record["config"]["model"], Path(record["cwd"])
+    if record["config"].get("lora", {}).get("rank"):
+        raise UserError(f"{run} trains adapters, which are merged when it ends; `rlhf-jax resume {run}` first")
     if settings["path"]:
         arch, base = hf.read_config(where / hub.local_directory(settings["path"]))
     else:

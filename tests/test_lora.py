@@ -20,6 +20,7 @@ from tiny import ONE, TOY_ROWS, V, model_params, toy_directory, toy_run
 from rlhf_jax import dpo, loop, losses, reward, sft, supervised
 from rlhf_jax.config import (
     ArchConfig,
+    ConvertRun,
     DataConfig,
     DPOConfig,
     GroupConfig,
@@ -40,6 +41,7 @@ from rlhf_jax.config import (
 from rlhf_jax.data.batches import collate_preference
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.group import train as group_train
+from rlhf_jax.inspection import run_convert
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.layout import flattened
@@ -339,6 +341,8 @@ def test_sft_with_adapters_learns_saves_them_merged_and_beside_and_continues_by_
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "put_batch", stopped)
         sft.run(sft_run(tmp_path / "stopped", quantize=quantize), rows=rows(), eval_rows=rows())
+    with pytest.raises(UserError, match=r"trains adapters.*rlhf-jax resume"):
+        run_convert(ConvertRun(model=str(tmp_path / "stopped"), output=str(tmp_path / "half")))
     sft.run(sft_run(tmp_path / "stopped", quantize=quantize), rows=rows(), eval_rows=rows())
     for name in ("model/model.safetensors", "model/adapter/adapter_model.safetensors"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
