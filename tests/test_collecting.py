@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import cli, collecting, drawing, journal, quickstart, rankings, reward, sft
+from rlhf_jax import cli, collecting, drawing, journal, rankings
 from rlhf_jax.collecting import run_collect, run_judge
 from rlhf_jax.config import (
     CollectRun,
@@ -24,7 +23,6 @@ from rlhf_jax.config import (
     JudgeRun,
     MeshConfig,
     ModelConfig,
-    QuickstartConfig,
     RewardSourceConfig,
     SamplingConfig,
     SourceConfig,
@@ -37,8 +35,6 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.inference import run_score, write_rows
 from rlhf_jax.judge import Judge
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace as changed
-from rlhf_jax.tasks import random_walks as walks
 
 PROMPTS = TOY_ROWS["rows"][:7]
 HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConfig(name="cold", temperature=0.5)
@@ -365,33 +361,6 @@ def test_almost_weakens_a_liking_for_short_responses_and_strengthens_one_for_lon
         rows, pairs = made_pairs(0, longer_wins)
         before = labels.length_bias(rows, pairs)["length_correlation"]
         assert labels.length_bias(rows, labels.almost_filter(rows, pairs))["length_correlation"] > before
-
-
-@pytest.mark.slow
-def test_a_reward_model_of_synthetic_feedback_knows_gold_pairs(tmp_path):
-    """A model of 300 steps above one of 30, on random walks: no gold label is seen, and gold pairs are told apart."""
-    graph, config = walks.make_graph(0), QuickstartConfig(progress=False)
-    walks.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    demos = walks.demonstrations(graph, 1100, 0)
-    models = {name: str(tmp_path / name / "model") for name in ("trained", "hurried")}
-    for name, steps in (("trained", 300), ("hurried", 30)):
-        stage = changed(quickstart.sft_stage(config, tmp_path), sft__steps=steps, run__output_dir=str(tmp_path / name))
-        sft.run(stage, rows=demos[:1000], eval_rows=demos[1000:])
-    work = settings(
-        tmp_path / "pairs.jsonl", model=ModelConfig(), sources=[SourceConfig(path=path) for path in models.values()],
-        num_samples=1, sampling=quickstart.SAMPLING, batch_size=512, label="sources", schema="preference",
-    )  # fmt: skip
-    prompts, gold = walks.start_prompts() * 60, partial(walks.optimality, graph)
-    pairs = run_collect(work, rows=prompts, gold=gold)
-    told = json.loads((tmp_path / "pairs.summary.json").read_text())["gold"]
-    assert told["interval"][0] > 0.5 and told["pairs"] > 300
-    texts, first = quickstart.sample_walks(models["trained"], 20, 1)
-    _, second = quickstart.sample_walks(models["trained"], 20, 2)
-    held_out = walks.comparisons(graph, texts, first, second, 0, 0.0)
-    stage = quickstart.reward_stage(config, tmp_path)
-    found = reward.run(changed(stage, model__path=models["trained"]), rows=pairs, eval_rows=held_out)
-    print(told, found["accuracy"], found["accuracy_interval"], found["n"])
-    assert found["accuracy_interval"][0] > 0.5
 
 
 # --- mistakes
