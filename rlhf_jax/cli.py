@@ -303,11 +303,12 @@ def plan_command(rest: list[str]) -> None:
     plan = parse("plan", own)
     stage = plan.stage
     if stage == "auto":
-        # PPO has a group named reward, too.
-        stage = next((name for name in ("ppo", "sft", "dpo", "kto", "rrhf", "reward") if name in groups), "auto")
+        # PPO and its kin have a group named reward, too.
+        known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")
+        stage = next((name for name in known if name in groups), "auto")
     if stage == "auto":
-        known = ", ".join(typing.get_args(fields(config.PlanRun)["stage"])[1:])
-        raise UserError(f"the options do not say which stage this is; write --stage and one of {known}")
+        stages = ", ".join(typing.get_args(fields(config.PlanRun)["stage"])[1:])
+        raise UserError(f"the options do not say which stage this is; write --stage and one of {stages}")
     execute("plan", plan, parse(stage, others))
 
 

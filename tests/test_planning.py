@@ -141,7 +141,7 @@ def test_verdicts_name_the_program_and_the_cure():
     assert plan.verdict([small], chip).startswith("fits: the largest program, update, needs 2.00 GiB of 15.75 GiB")
     assert small.bound == "memory"
     cures = [("update", 9, "mesh.fsdp"), ("update", 1, "model.remat"), ("decode", 1, "sampling.microbatch")]
-    for name, arguments, cure in [*cures, ("score", 1, "ppo.score_microbatch")]:
+    for name, arguments, cure in [*cures, ("score", 1, "set score_microbatch")]:
         assert cure in plan.verdict([row(name, arguments * chips.GIB, 20 * chips.GIB)], chip)
     table = plan.shown([small], chip, 4)
     assert len({len(line) for line in table[:2]}) == 1 and "tokens/s" in table[0]
@@ -164,6 +164,29 @@ def test_a_ppo_config_gives_the_three_programs():
     decoding = whole.collectives["all-gather"] - before.collectives["all-gather"]
     weights = sum(int(np.prod(s)) for n, s in leaf_shapes(config.model.arch, score_head=False).items())
     assert decoding < 16 * weights / 10  # no weight moves per token
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [(["--grpo.epochs=2"], True), (["--grpo.kl_coef=0"], False), (["--grpo.kl_coef=0", "--lora.rank=2"], True)],
+)
+def test_a_grpo_config_gives_the_programs_of_ppo_without_a_critic(tmp_path, options, reference):
+    """And without a price of the KL no reference, unless adapters stand on it."""
+    shape = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8,
+             "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = cli.parse("grpo", [f"--model.path={tmp_path}", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2",
+                                "--data.batch_size=8", "--data.max_prompt_length=8", "--sampling.max_new_tokens=8",
+                                "--sampling.chunk=4", "--grpo.group_size=4", "--reward.functions=[tests.tiny:none]",
+                                *options])  # fmt: skip
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        found = programs.programs_of(config, mesh, attention="plain")
+        assert all(p.function.trace(*p.arguments).jaxpr.eqns for p in found)
+    tokens = [("rollout", 64), ("score", 128), ("update", 128 * config.grpo.epochs)]
+    assert [(p.name, p.tokens) for p in found] == tokens
+    params, ref, reward_model = found[1].arguments[:3]
+    assert params.keys() == {"policy"} and (ref is not None) == reference and reward_model is None
 
 
 @pytest.mark.parametrize(

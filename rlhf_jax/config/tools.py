@@ -71,7 +71,9 @@ class PlanRun:
     """
 
     topology: str = ""
-    stage: Literal["auto", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo"] = "auto"
+    stage: Literal[
+        "auto", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp"
+    ] = "auto"
     responses: int = 4
     suggest: bool = False
     json: bool = False

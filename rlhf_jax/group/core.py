@@ -185,7 +185,7 @@ def make_score(
             **full_sequence(rollout),
             mask=mask,
             old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs if ref is not None and config.kl_in == "loss" else None,
+            ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
             advantages=advantages_of(scores, paid, mask, kl_coef, config),
         )
         metrics = {

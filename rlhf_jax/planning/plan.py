@@ -156,11 +156,11 @@ def verdict(rows: list[Row], chip: Chip) -> str:
     elif worst.name in ("prefill", "decode"):
         cure = "set sampling.microbatch, raise mesh.tensor, or lower data.batch_size"
     elif worst.name == "score":
-        cure = "set ppo.score_microbatch or lower model.logprob_chunk"
+        cure = "set score_microbatch or lower model.logprob_chunk"
     elif worst.name == "reference":
         cure = "lower data.batch_size or model.logprob_chunk"
     else:
-        cure = "set model.remat to full, raise accumulate or ppo.minibatches, lower model.logprob_chunk"
+        cure = "set model.remat to full, raise accumulate or minibatches, lower model.logprob_chunk"
     return f"does not fit: {worst.name} needs {_gib(worst.peak)} of {_gib(room)}; {cure}"
 
 

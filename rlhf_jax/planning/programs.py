@@ -15,16 +15,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import dpo, reward, sft
-from rlhf_jax.config import ArchConfig, DPORun, KTORun, ModelConfig, PPORun, RewardRun, RRHFRun, SFTRun, bind
+from rlhf_jax.config import (
+    ArchConfig,
+    DPORun,
+    GroupRun,
+    KTORun,
+    ModelConfig,
+    OnlineConfig,
+    PPORun,
+    RewardRun,
+    RRHFRun,
+    SFTRun,
+    bind,
+)
 from rlhf_jax.data.batches import collate_preference, collate_ranking, collate_rated, collate_sft, collate_unpaired
 from rlhf_jax.errors import UserError
+from rlhf_jax.group import checks as group_checks
+from rlhf_jax.group import train as group_train
 from rlhf_jax.kto import own_and_other
 from rlhf_jax.models import Model, config_json
 from rlhf_jax.models.weights import quantized
+from rlhf_jax.online.programs import Programs
 from rlhf_jax.planning.presets import PRESETS, find_preset
-from rlhf_jax.ppo.checks import check_batches
-from rlhf_jax.ppo.networks import Networks, assemble
-from rlhf_jax.ppo.train import make_programs
+from rlhf_jax.ppo import checks as ppo_checks
+from rlhf_jax.ppo import networks as ppo_networks
+from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.responses import response_logprobs
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import batch_sharding, check_rows, replicated, tree_shardings
@@ -95,6 +110,8 @@ def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> l
     """
     if isinstance(config, PPORun):
         return _ppo(config, mesh, attention)
+    if isinstance(config, GroupRun):
+        return _group(config, mesh, attention)
     return _training(config, mesh, attention, width)
 
 
@@ -187,18 +204,31 @@ def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Progr
     return found
 
 
-def _networks(config: PPORun, mesh: Mesh, attention: str) -> Networks:
+def _policy_and_reward(config: PPORun | GroupRun, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
     policy = abstract_model(config.model, mesh, score_head=False, attention=attention)
-    reward_model = None
-    if config.reward.model:
-        named = dataclasses.replace(config.model, path=config.reward.model, arch=None)
-        reward_model = abstract_model(named, mesh, score_head=True, attention=attention)
+    if not config.reward.model:
+        return policy, None
+    named = dataclasses.replace(config.model, path=config.reward.model, arch=None)
+    return policy, abstract_model(named, mesh, score_head=True, attention=attention)
+
+
+def _group(config: GroupRun, mesh: Mesh, attention: str) -> list[Program]:
+    group_checks.check_batches(config, mesh)
+    _, settings = group_checks.settings_of(config)
+    policy, reward_model = _policy_and_reward(config, mesh, attention)
+    nets = group_train.assemble(settings, _adapted(policy, config, mesh), reward_model, copy=lambda params: params)
+    return _online(config, settings, mesh, nets, group_train.make_programs(config, nets, mesh, stop_ids=(0,)))
+
+
+def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
+    ppo_checks.check_batches(config, mesh)
+    policy, reward_model = _policy_and_reward(config, mesh, attention)
 
     def fresh_score() -> Params:
         shapes = jax.eval_shape(lambda: policy.model.init_score(jax.random.key(0), zeros=True))
         return placed_shapes(shapes, tree_shardings(mesh, {"score": shapes})["score"])
 
-    return assemble(
+    nets = ppo_networks.assemble(
         config.ppo,
         policy,
         reward_model,
@@ -206,15 +236,22 @@ def _networks(config: PPORun, mesh: Mesh, attention: str) -> Networks:
         copy=lambda params: params,
         adapt=lambda loaded, _: _adapted(loaded, config, mesh),
     )
+    ptx = None
+    if config.ppo.ptx_coef:
+        num, rows = config.ppo.epochs * config.ppo.minibatches, config.ppo.ptx_batch_size
+        ids = jax.ShapeDtypeStruct((num, rows, config.data.max_length), jnp.int32, sharding=replicated(mesh))
+        weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=replicated(mesh))
+        ptx = {"tokens": ids, "positions": ids, "segment_ids": ids, "weights": weights}
+    return _online(config, config.ppo, mesh, nets, ppo_train.make_programs(config, nets, mesh, stop_ids=(0,)), ptx)
 
 
-def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
-    check_batches(config, mesh)
-    nets = _networks(config, mesh, attention)
+def _online(
+    config: PPORun | GroupRun, settings: OnlineConfig, mesh: Mesh, nets: Any, programs: Programs, ptx: Any = None
+) -> list[Program]:
+    """Rollout, score and update of a method that learns from its own samples."""
     size, new = config.data.batch_size, config.sampling.max_new_tokens
     length = max(config.sampling.prompt_buckets or [config.data.max_prompt_length])
     check_length(nets.policy.model.arch, length + new, "prompt length + sampling.max_new_tokens =")
-    programs = make_programs(config, nets, mesh, stop_ids=(0,))
     state, key = programs.state, _key(mesh)
     number = _whole(mesh, jnp.float32)
     law = SamplingLaw(number, _whole(mesh, jnp.int32), number, _whole(mesh, jnp.int32))
@@ -230,14 +267,8 @@ def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
     experience = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), experience
     )
-    ptx = None
-    if config.ppo.ptx_coef:
-        num, rows = config.ppo.epochs * config.ppo.minibatches, config.ppo.ptx_batch_size
-        ids = jax.ShapeDtypeStruct((num, rows, config.data.max_length), jnp.int32, sharding=replicated(mesh))
-        weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=replicated(mesh))
-        ptx = {"tokens": ids, "positions": ids, "segment_ids": ids, "weights": weights}
     chunks = -(-new // min(config.sampling.chunk, new))
-    everything, seen = (length + new) * size, config.ppo.epochs
+    everything, seen = (length + new) * size, settings.epochs
     return [
         Program(
             "rollout",
