@@ -236,5 +236,5 @@ def test_ptx_keeps_the_language_model_at_equal_reward(tmp_path, pretrained, toke
             summary["after"]["eval/reward"],
             nll(str(tmp_path / name / "model"), tokenizer, documents(100, 1)),
         )
-    assert min(found["ppo"][0], found["ptx"][0]) > 0.8 and abs(found["ppo"][0] - found["ptx"][0]) < 0.1
+    assert min(found["ppo"][0], found["ptx"][0]) > 0.7 and abs(found["ppo"][0] - found["ptx"][0]) < 0.1
     assert found["ptx"][1] < found["ppo"][1] - 0.5
