@@ -200,6 +200,7 @@ def refusal(name: str, value: Any, hints: dict[str, Any], command: str) -> str:
     return "" if fits else misfit(name, value, hint)
 
 
+@functools.cache  # a recipe has many stages of few commands, and to make one takes half a second
 def parser_of(command: str) -> ArgumentParser:
     """The parser of a command's options; what its help says comes from the docstrings of the config classes."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_loader

@@ -158,3 +158,34 @@ def test_one_process_does_not_look_for_others(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("it looked"))
     assert not hosts.initialize()
+
+
+RECIPE = """
+variables: {num: 64}
+defaults: {mesh: {fsdp: 2}, run: {progress: false, eval_every: 0}}
+stages:
+- {name: task, command: data make, function: "rlhf_jax.tasks.random_walks:write", num: $num}
+- command: sft
+  model: {tokenizer: $task/tokenizer, arch: {vocab_size: 24, width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2,
+    head_dim: 8, ffn_width: 32, max_positions: 32}}
+  data: {path: $task/demonstrations.jsonl, eval_path: $task/held_out.jsonl, batch_size: 16, max_prompt_length: 2,
+    max_length: 14}
+  sft: {steps: 2, num_samples: 0}
+"""
+COLLECT = "- {command: collect, model: {path: $sft/model}, data_path: $task/prompts.jsonl}\n"
+
+
+@pytest.mark.slow
+def test_two_processes_run_a_recipe_and_refuse_what_only_one_can(home):
+    path, out = home / "recipe.yaml", home / "recipe"
+    path.write_text(RECIPE + COLLECT)
+    found, logs = codes(start(home, 2, "recipe", str(path), "--output_dir", str(out)), home)
+    assert all(code != 0 for code in found) and not out.exists()
+    assert any("stage collect: collect runs in one process only" in log for log in logs), logs
+    path.write_text(RECIPE)
+    found, logs = codes(start(home, 2, "recipe", str(path), "--output_dir", str(out)), home)
+    assert found == [0, 0], logs
+    record = json.loads((out / "recipe.json").read_text())
+    assert [entry["status"] for entry in record.values()] == ["finished"] * 2
+    assert (out / "sft" / "model" / "model.safetensors").exists()
+    assert "[2/2] sft" in logs[0] and "[2/2] sft" not in logs[1]

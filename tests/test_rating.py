@@ -58,7 +58,7 @@ def test_the_walks_by_name_are_those_of_graph_0(tmp_path):
     run_make(DataMakeRun(function="rlhf_jax.tasks.random_walks:write", out=str(tmp_path / "t"), num=30))
     read = lambda name: [json.loads(line) for line in (tmp_path / "t" / name).read_text().splitlines()]  # noqa: E731
     demos, held_out = read("demonstrations.jsonl"), read("held_out.jsonl")
-    assert [len(demos), len(held_out), len(read("prompts.jsonl")), len(read("eval_prompts.jsonl"))] == [30, 3, 30, 120]
+    assert [len(demos), len(held_out), len(read("prompts.jsonl")), len(read("eval_prompts.jsonl"))] == [30, 3, 30, 240]
     assert demos + held_out == walks.demonstrations(walks.make_graph(0), 33, 0)
     prompts, texts = [row["prompt"] for row in demos], [row["response"] for row in demos]
     gold = walks.gold(prompts, texts)

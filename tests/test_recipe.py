@@ -149,6 +149,7 @@ WRONG = [
     ("path: $first", "path: 5$", "has a $ that starts no name"),
     ("command: rate", "command: rat", "stage first: unknown command 'rat'; did you mean rate?"),
     ("command: rate", "command: inspect", "stage first: inspect leaves nothing"),
+    ("command: rate", "command: recipe", "stage first: recipe leaves nothing"),
     ("name: first", "name: task", "name task: it comes twice"),
     ("name: first", "name: fi-rst", "name 'fi-rst': give one of letters"),
     ("seed: 1, ", "sede: 1, ", "defaults: no stage has an option 'sede'; did you mean seed?"),
@@ -266,11 +267,12 @@ def test_the_gold_reward_of_a_round_is_that_of_its_last_stage_that_has_one():
     found = list(stages(ROUNDS).values())
     entries = {one.label: {"wall_s": 1.0, "figures": {}} for one in found}
     entries["round1/rated"]["figures"] = {"before.eval/gold": 0.1, "after.eval/gold": 0.25}
-    entries["round3/rated"]["figures"] = {"gold": 0.75}
+    entries["round3/rated"]["figures"] = {"models.a.gold.mean": 0.5, "models.b.gold.mean": 0.75}
     summary = recipe.summary_of(found, dict.fromkeys(entries, "run"), entries)
     assert [(one["round"], one["gold"]) for one in summary["rounds"]] == [(1, 0.25), (3, 0.75)]
     assert summary["wall_s"] == 5
-    assert "gold reward by round: 0.250, 0.750" in recipe.table(summary)
+    said = recipe.table(summary)
+    assert "gold reward by round: 0.250, 0.750" in said and "gold of a 0.5, gold of b 0.75" in said
 
 
 def test_a_tree_of_texts_survives_the_way_through_the_command_line():
@@ -296,7 +298,7 @@ def test_reading_does_not_change_the_recipe_it_is_given():
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs" / "recipes").glob("*.yaml"))
-TINY = {"walks": 128, "steps": 2, "iterations": 2, "rounds": 2}
+TINY = {"walks": 128, "rankings": 64, "steps": 2, "iterations": 2, "rounds": 2}
 
 
 def tiny(path: Path) -> dict:

@@ -20,7 +20,7 @@ Tree = dict[str, Any]
 
 TOP = ("output_dir", "variables", "defaults", "stages")
 OF_ROUNDS, OF_CARRY = ("rounds", "carry", "stages"), ("first", "then")
-OUTPUTS = ("run.output_dir", "output", "out")
+OUTPUTS = ("run.output_dir", "output", "out", "output_dir")
 """Options that say where a command writes; a stage's is set to a place of its name."""
 
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -182,7 +182,7 @@ class Recipe:
             raise self.error(place, f"unknown command {command!r}{cli.nearest(command, list(cli.COMMANDS), '')}")
         hints = hints_of(command)
         target = next((option for option in OUTPUTS if option in hints), "")
-        if not target:
+        if not target or command == "recipe":
             raise self.error(place, f"{command} leaves nothing that another stage could read; leave it out")
         options: Tree = {}
         for option, value in cli.flat(self.defaults):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,12 @@ from rlhf_jax.recipe.reading import Stage, as_argument
 from rlhf_jax.recipe.record import Action
 from rlhf_jax.tasks.report import text_table
 
-GOLD = ("after.eval/gold", "gold")
-"""Figures that are the gold reward of what a stage made; the first that it has counts."""
+GOLD = re.compile(r"after\.eval/gold|models\..*\.gold\.mean")
+"""Figures that are the gold reward of what a stage made; of several models that it evaluated, the last one's."""
 
 SHOWN = {
     "before.eval/gold": "gold before",
     "after.eval/gold": "gold",
-    "gold": "gold",
     "after.eval/kl": "KL",
     "after.eval/reward": "reward",
     "accuracy": "accuracy",
@@ -76,9 +76,9 @@ def summary_of(
                 "figures": figures,
             }
         )
-        gold = next((figures[name] for name in GOLD if name in figures), None)
-        if stage.round and gold is not None:
-            rounds[stage.round] = {"round": stage.round, "stage": stage.label, "gold": gold}
+        golds = [value for name, value in figures.items() if GOLD.fullmatch(name)]
+        if stage.round and golds:
+            rounds[stage.round] = {"round": stage.round, "stage": stage.label, "gold": golds[-1]}
     return {"stages": rows, "rounds": list(rounds.values()), "wall_s": round(sum(row["wall_s"] for row in rows), 2)}
 
 
@@ -87,6 +87,8 @@ def table(summary: Mapping[str, Any]) -> str:
     rows: list[list[Any]] = []
     for row in summary["stages"]:
         told = {what: row["figures"][name] for name, what in SHOWN.items() if name in row["figures"]}
+        models = [re.fullmatch(r"models\.(.*)\.(gold|kl)\.mean", name) for name in row["figures"]]
+        told |= {f"{found[2]} of {found[1]}": row["figures"][found[0]] for found in models if found}
         said = ", ".join(f"{what} {value:.4g}" for what, value in told.items())
         rows.append([row["stage"], row["command"], row["wall_s"], said])
     lines = [text_table(["stage", "command", "wall s", "figures"], [*rows, ["total", "", summary["wall_s"], ""]])]

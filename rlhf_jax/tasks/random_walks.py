@@ -171,14 +171,14 @@ def write(directory: Path, num: int, seed: int) -> None:
     """What a chain on `graph_0` starts from; `rlhf-jax data make` calls it.
 
     tokenizer/; demonstrations.jsonl, `num` random walks; held_out.jsonl, a tenth as many others; prompts.jsonl, `num`
-    start nodes in turn; eval_prompts.jsonl, each six times.
+    start nodes in turn; eval_prompts.jsonl, each twelve times.
     """
     make_tokenizer().save_pretrained(directory / "tokenizer")
     walks, starts = demonstrations(graph_0(), num + -(-num // 10), seed), start_prompts()
     write_rows(directory / "demonstrations.jsonl", walks[:num])
     write_rows(directory / "held_out.jsonl", walks[num:])
     write_rows(directory / "prompts.jsonl", (starts * -(-num // len(starts)))[:num])
-    write_rows(directory / "eval_prompts.jsonl", starts * 6)
+    write_rows(directory / "eval_prompts.jsonl", starts * 12)
 
 
 def comparisons(
