@@ -313,17 +313,6 @@ def test_every_recipe_that_we_ship_fits_its_commands(path, tmp_path):
     assert len(found) >= 4 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_that_we_ship_runs_end_to_end_and_only_once(path, tmp_path, capsys):
-    config = RecipeRun(path=str(path), output_dir=str(tmp_path / "out"))
-    summary = recipe.run(config, tiny(path))
-    assert "total" in capsys.readouterr().out
-    again = recipe.run(config, tiny(path))
-    assert all(row["finished_before"] for row in again["stages"]) and again["rounds"] == summary["rounds"]
-    assert [row["figures"] for row in again["stages"]] == [row["figures"] for row in summary["stages"]]
-
-
 SIGNAL = """
 import os, signal
 left = [3]
