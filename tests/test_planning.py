@@ -89,6 +89,43 @@ def test_collectives_of_a_loop_are_multiplied_by_its_trips():
     assert (8,) in found.buffers
 
 
+RING = """
+%windowed_dot_general_body_ag.1 (p: (bf16[8], u32[])) -> (bf16[8], u32[]) {
+  %two = u32[] constant(2)
+  %p = (bf16[8]{0}, u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=1
+  %x = bf16[8]{0} get-tuple-element(%p), index=0
+  %start.1 = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %done.1 = bf16[8]{0} collective-permute-done(%start.1)
+  %start.2 = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%done.1), source_target_pairs={{0,1},{1,0}}
+  %done.2 = bf16[8]{0} collective-permute-done(%start.2)
+  %add.1 = u32[] add(%i, %two)
+  ROOT %t = (bf16[8]{0}, u32[]) tuple(%done.2, %add.1)
+}
+%cond (p: (bf16[8], u32[])) -> pred[] {
+  %p = (bf16[8]{0}, u32[]) parameter(0)
+  %n = u32[] constant(16)
+  %i = u32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (a: (bf16[8], u32[])) -> bf16[8] {
+  %a = (bf16[8]{0}, u32[]) parameter(0)
+  %shard = f32[32]{0} constant({...})
+  %token = token[] after-all()
+  %send = (f32[32]{0}, u32[], token[]) send(%shard, %token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %while.1 = (bf16[8]{0}, u32[]) while(%a), condition=%cond, body=%windowed_dot_general_body_ag.1
+  ROOT %out = bf16[8]{0} get-tuple-element(%while.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_ring_that_takes_two_steps_at_a_time_is_one_all_gather():
+    """16 shards of 16 bytes; and what is handed to another slice counts apart."""
+    assert hlo.traffic(RING).collectives == {"all-gather": 16 * 16, hlo.BETWEEN_SLICES: 128}
+    by_one = RING.replace("u32[] constant(2)", "u32[] constant(1)")
+    assert hlo.traffic(by_one).collectives["all-gather"] == 2 * 16 * 16
+
+
 def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
     text = HLO.replace("  ROOT %lt = pred[] compare(%i, %n), direction=LT",
                        "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip
@@ -134,7 +171,7 @@ def test_bad_plans_are_one_line(capsys):
 
 def test_verdicts_name_the_program_and_the_cure():
     def row(name, arguments, peak):
-        return plan.Row(name, arguments, 0, peak, 1, 1, 1, {}, {"compute": 1, "memory": 2, "network": 1}, 1, 0)
+        return plan.Row(name, arguments, 0, peak, 1, 1, 1, {}, (), {"compute": 1, "memory": 2, "network": 1}, 1, 0)
 
     chip = chips.CHIPS["v5e"]
     small = row("update", 1 * chips.GIB, 2 * chips.GIB)

@@ -12,7 +12,7 @@ from rlhf_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-    """What a chip can do: memory in bytes, bfloat16 FLOP/s, bytes/s of memory and of one mesh axis of its network.
+    """What a chip can do: memory in bytes, bfloat16 FLOP/s, bytes/s of memory, of one mesh axis and between slices.
 
     The network's figure is both directions of a ring along one axis; a program that uses two axes at once can have
     twice that, so the plan is on the safe side.
@@ -22,6 +22,7 @@ class Chip(NamedTuple):
     flops: float
     bandwidth: float
     network: float
+    between: float
 
 
 GIB = 1024**3
@@ -31,15 +32,15 @@ _QUIET = {  # else the compiler asks the network where it is, says what it think
     "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
 }  # fmt: skip
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.228e12, 90e9),
-    "v5e": Chip(16 * GIB, 197e12, 0.819e12, 90e9),
-    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 180e9),
-    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 180e9),
+    "v4": Chip(32 * GIB, 275e12, 1.228e12, 90e9, 6.25e9),
+    "v5e": Chip(16 * GIB, 197e12, 0.819e12, 90e9, 3.125e9),
+    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 180e9, 6.25e9),
+    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 180e9, 12.5e9),
 }
 
 
-def find_topology(name: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a topology such as v5e:4x4, from the TPU compiler; no TPU is needed.
+def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of slices of a topology such as v5e:4x4, from the TPU compiler; no TPU is needed.
 
     Raises:
         UserError: no such generation or shape, or the compiler is not installed.
@@ -56,9 +57,11 @@ def find_topology(name: str) -> tuple[Chip, list[Any]]:
     jax.config.update("jax_platforms", "cpu")  # on a TPU VM, too: a plan leaves the chips alone
     from jax.experimental import topologies
 
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}  # hosts are taken for 2x2
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if set(shape.split("x")) == {"1"}:  # hosts are taken for 2x2
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # XLA's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error

@@ -18,6 +18,9 @@ _COUNTING = {"parameter", "constant", "get-tuple-element", "compare", "fusion", 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "opt-barrier"}  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
+_WINDOWED = {"windowed_dot_general_body_ag": "all-gather", "windowed_dot_general_body_rs": "reduce-scatter"}
+"""Loops in which the compiler hands shards around a ring while it multiplies them -> the collective that they are."""
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Traffic:
 
     Attributes:
         collectives: kind -> bytes that a device sends or receives: of an all-gather its result, of a reduce-scatter
-            its operand, of an all-reduce twice its operand.
+            its operand, of an all-reduce twice its operand. BETWEEN_SLICES is what it hands to the hosts for those.
         memory: bytes of high-bandwidth memory read and written, an estimate from above.
         buffers: every float32 shape of a result.
     """
@@ -74,16 +77,30 @@ def _parse(text: str) -> tuple[_Computations, str]:
     return computations, entry
 
 
-def _trips(condition: str, computations: _Computations) -> int | None:
-    """How often a loop runs whose condition is counter < constant, from 0 by 1; None if it is anything else."""
-    found = list(computations.get(condition, ()))
+def _trips(loop: _Instruction, computations: _Computations) -> int | None:
+    """How often a loop runs whose condition is counter < constant, from 0; None if it is anything else."""
+    found = list(computations.get(loop.called("condition"), ()))
     for i in found:  # it grows: a fusion's instructions belong to the condition
         if i.op == "fusion":
             found += computations.get(i.called("calls"), ())
-    numbers = [
-        int(i.rest.split(")")[0]) for i in found if i.op == "constant" and i.shape.startswith(("s32[]", "u32[]"))
-    ]
-    return max(numbers, default=1) if {i.op for i in found} <= _COUNTING else None
+    if not {i.op for i in found} <= _COUNTING:
+        return None
+    numbers = [i for i in found if i.shape.startswith(("s32[]", "u32[]"))]
+    limit = max((int(i.rest.split(")")[0]) for i in numbers if i.op == "constant"), default=1)
+    places = [re.search(r"index=(\d+)", i.rest) for i in numbers if i.op == "get-tuple-element"]
+    steps = [_step(computations.get(loop.called("body"), []), int(place[1])) for place in places if place]
+    return -(-limit // max(steps, default=1))
+
+
+def _step(body: list[_Instruction], place: int) -> int:
+    """The constant that a loop adds to what it carries in a place, 1 if it is not seen to add one."""
+    by_name = {i.name: i for i in body}
+    carried = body[-1].operands() if body and body[-1].op == "tuple" else []
+    added = by_name.get(carried[place]) if place < len(carried) else None
+    if added is None or added.op != "add":
+        return 1
+    terms = [by_name[name] for name in added.operands() if name in by_name]
+    return next((int(i.rest.split(")")[0]) for i in terms if i.op == "constant"), 1)
 
 
 def traffic(text: str, *, unknown_trips: int = 1) -> Traffic:
@@ -99,21 +116,26 @@ def traffic(text: str, *, unknown_trips: int = 1) -> Traffic:
         """
         shapes = {i.name: i.shape for i in computations.get(name, ())}
         scatters = parent and any(i.op == "dynamic-slice" for i in computations.get(name, ()))
+        ring = next((kind for part, kind in _WINDOWED.items() if part in name), "")
         for i in computations.get(name, ()):
             kind, operands = i.op.removesuffix("-start"), sum(_size(shapes.get(name, "")) for name in i.operands())
             if kind in COLLECTIVES:
                 result = _size(i.shape) - (operands if i.op.endswith("-start") else 0)  # a start returns its operand
-                if scatters and kind == "all-reduce":  # how the TPU compiler writes a reduce-scatter
-                    kind = "reduce-scatter"
                 moved = times * {"all-gather": result, "all-reduce": 2 * operands}.get(kind, operands)
+                if scatters and kind == "all-reduce":  # how the TPU compiler writes a reduce-scatter
+                    kind, moved = "reduce-scatter", moved / 2
+                elif ring and kind == "collective-permute":
+                    kind = ring
                 if parent and times:
                     # The TPU compiler spreads one collective over several fusions, beside the steps of a product.
                     piece = (parent, kind, i.shape, (re.search(r'op_name="([^"]*)"', i.rest) or [""])[0])
                     moved = 0 if piece in seen else moved * outside / times
                     seen.add(piece)
                 out.collectives[kind] += moved
+            elif i.op == "send" and "xla_megascale" in i.rest:
+                out.collectives[BETWEEN_SLICES] += times * _size(shapes.get(i.operands()[0], ""))
             elif i.op == "while":
-                trips = _trips(i.called("condition"), computations)
+                trips = _trips(i, computations)
                 inner = times * (unknown_trips if trips is None else trips)
                 walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner)
             elif i.op in ("conditional", "call", "async-start"):

@@ -15,7 +15,7 @@ from rlhf_jax.config import PlanRun
 from rlhf_jax.errors import UserError
 from rlhf_jax.planning.chips import GIB, Chip, find_topology
 from rlhf_jax.planning.flops import count_flops
-from rlhf_jax.planning.hlo import Traffic, traffic
+from rlhf_jax.planning.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.planning.programs import Program, programs_of
 from rlhf_jax.sharding import make_mesh
 
@@ -36,7 +36,8 @@ class Row:
         model_flops: the same without recomputation.
         memory: bytes of device memory read and written.
         collectives: bytes of each kind of collective.
-        seconds: compute, memory and network, each if it were alone.
+        largest_float32: shape of the largest float32 buffer.
+        seconds: compute, memory, network (and between slices, if there are several), each if it were alone.
         tokens: of one run.
         compile_s: seconds that the compiler took.
     """
@@ -49,6 +50,7 @@ class Row:
     model_flops: float
     memory: float
     collectives: dict[str, float]
+    largest_float32: tuple[int, ...]
     seconds: dict[str, float]
     tokens: int
     compile_s: float
@@ -93,20 +95,22 @@ def _rows(
         seconds = {
             "compute": flops / (count * chip.flops),
             "memory": moved.memory / chip.bandwidth,
-            "network": sum(moved.collectives.values()) / chip.network,
+            "network": (sum(moved.collectives.values()) - moved.collectives[BETWEEN_SLICES]) / chip.network,
         }
+        if moved.collectives[BETWEEN_SLICES]:
+            seconds[BETWEEN_SLICES] = moved.collectives[BETWEEN_SLICES] / chip.between
         collectives = {kind: float(size) for kind, size in moved.collectives.items() if size}
         return Row(
-            name, arguments, temporaries, peak, flops, model_flops, moved.memory, collectives, seconds, tokens,
-            compile_s,
+            name, arguments, temporaries, peak, flops, model_flops, moved.memory, collectives,
+            max(moved.buffers, key=math.prod, default=()), seconds, tokens, compile_s,
         )  # fmt: skip
 
     whole = traffic(text, unknown_trips=program.loops)
     if program.loops == 1:
         return [row(program.name, count_flops(same), count_flops(ideal), whole, program.tokens)]
     before = traffic(text, unknown_trips=0)
-    kinds = {kind: size - before.collectives[kind] for kind, size in whole.collectives.items()}
-    loop = Traffic(kinds, whole.memory - before.memory)
+    loop = Traffic(memory=whole.memory - before.memory, buffers=whole.buffers)
+    loop.collectives.update({kind: size - before.collectives[kind] for kind, size in whole.collectives.items()})
     once, all_ = (count_flops(same, unknown_trips=loops) for loops in (0, program.loops))
     rows, length = program.arguments[1].shape
     return [
@@ -116,18 +120,20 @@ def _rows(
 
 
 def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
-    """The table, the verdict and what to change."""
+    """The table, the verdict and what to change; columns of what goes between slices only if anything does."""
+    apart = [BETWEEN_SLICES] if any(BETWEEN_SLICES in row.seconds for row in rows) else []
+    kinds, times = ["all-gather", "reduce-scatter", "all-reduce"], ["compute", "memory", "network", *apart]
     head = ("program", "arguments", "temporaries", "peak", "of", "PFLOP", "HBM", "all-gather", "reduce-sc.",
-            "all-reduce", "other", "compute", "memory", "network", "bound", "tokens/s", "MFU", "compiled")  # fmt: skip
+            "all-reduce", "other", *apart, *times, "bound", "tokens/s", "MFU", "compiled")  # fmt: skip
     table: list[tuple[str, ...]] = [head]
     for r in rows:
-        named = ("all-gather", "reduce-scatter", "all-reduce")
-        other = sum(size for kind, size in r.collectives.items() if kind not in named)
+        other = sum(size for kind, size in r.collectives.items() if kind not in (*kinds, BETWEEN_SLICES))
+        moved = [*(r.collectives.get(kind, 0) for kind in kinds), other, *(r.collectives.get(k, 0) for k in apart)]
         seconds = max(r.seconds.values())
         table.append((
             r.name, _gib(r.arguments), _gib(r.temporaries), _gib(r.peak), f"{r.peak / chip.memory:.0%}",
-            f"{r.flops / 1e15:.3g}", _gib(r.memory), *(_gib(r.collectives.get(kind, 0)) for kind in named),
-            _gib(other), *(f"{r.seconds[kind] * 1e3:.3g} ms" for kind in ("compute", "memory", "network")), r.bound,
+            f"{r.flops / 1e15:.3g}", _gib(r.memory), *map(_gib, moved),
+            *(f"{r.seconds.get(kind, 0) * 1e3:.3g} ms" for kind in times), r.bound,
             f"{r.tokens / seconds:,.0f}", f"{r.model_flops / (seconds * count * chip.flops):.0%}",
             f"{r.compile_s:.0f} s",
         ))  # fmt: skip
@@ -218,7 +224,7 @@ def run(plan: PlanRun, config: Any) -> bool:
     Raises:
         UserError: an unknown topology, or what the stage would refuse.
     """
-    chip, devices = find_topology(plan.topology)
+    chip, devices = find_topology(plan.topology, config.mesh.slices)
     if plan.suggest:
         suggest(config, chip, devices, plan.responses)
         return True
@@ -227,6 +233,9 @@ def run(plan: PlanRun, config: Any) -> bool:
         print("\n".join(records(rows, topology=plan.topology, devices=len(devices), fits=fits(rows, chip))))
     else:
         axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
-        print(f"{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}, mesh {axes}; bytes are per chip\n")
+        slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
+        print(
+            f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}, mesh {axes}; bytes are per chip\n"
+        )
         print("\n".join(shown(rows, chip, len(devices))))
     return fits(rows, chip)
