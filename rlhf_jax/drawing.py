@@ -119,10 +119,16 @@ class Sources:
     """
 
     def __init__(self, config: DrawRun, prompts: Sequence[Row], phases: Phases, sources: Sequence[SourceConfig] = ()):
-        """Draws in phases that are added to `phases`."""
+        """Draws in phases that are added to `phases`.
+
+        Raises:
+            UserError: two sources have one name.
+        """
         self.config, self.prompts, self.phases = config, prompts, phases
         self.sources = list(sources) or [SourceConfig()]
         self.names = [name_of(source) for source in self.sources]
+        if len(set(self.names)) < len(self.names):  # as runs/a/model and runs/b/model have
+            raise UserError(f"sources {', '.join(self.names)} are not told apart by these; give each a name")
         self.mesh = make_mesh(config.mesh)
         self.each = [source.num_samples or config.num_samples for source in self.sources]
         self._last: tuple[Any, Drawer] | None = None

@@ -66,8 +66,6 @@ class Evaluation:
         self.config, self.prompts, self.text, self.phases = config, prompts, text, Phases(journal)
         self.sources = Sources(config, prompts, self.phases, config.sources)
         names = self.sources.names
-        if len(set(names)) < len(names):
-            raise UserError(f"sources {', '.join(names)} are not told apart by these; give each a name")
         if config.baseline and config.baseline not in names:
             raise UserError(f"baseline {config.baseline!r} is none of the sources: {', '.join(names)}; name one")
         self.baseline = names.index(config.baseline) if config.baseline else 0

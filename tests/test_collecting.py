@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -372,6 +373,7 @@ MISTAKES = {
     "collect --prompts [b] --label judge": "none is given; name one judge",
     "collect --prompts [b] --label reward": "label is reward, but nothing scores",
     "collect --label sources": "label is sources, of which there are 0; give two or more",
+    r"collect --prompts [b] --output x --sources [{path:\ a/m},{path:\ b/m}]": "sources m, m are not told apart",
     "collect --schema sft": "label is none, so schema sft cannot be written",
     "collect --length_filter almost": "leaves out pairs; set schema preference",
     "collect --sources 3": r"sources is '3'; give a list of groups such as \[\{name: \.\.\.\}\] of name, path",
@@ -387,7 +389,7 @@ MISTAKES = {
 def test_mistakes_are_one_line(line, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=expected):
-        cli.dispatch(line.split())
+        cli.dispatch(shlex.split(line))
 
 
 def test_sources_come_from_yaml_and_the_command_line(tmp_path):
