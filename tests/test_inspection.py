@@ -88,9 +88,10 @@ def test_inspect_counts_what_the_files_hold(tmp_path, capsys):
     assert "<|im_end|>" in lines["stop"]  # the template's closing token is one, too
     found = inspection.run_inspect(InspectRun(str(path), batch=5, length=7))
     cache = 2 * 2 * 3 * 5 * 7 * 1 * 8  # keys and values, bfloat16, 3 layers, 5 rows of 7 tokens, 1 head of 8
-    sft, separate, shared, rollout = found["memory"].values()
+    sft, separate, group, shared, rollout = found["memory"].values()
     assert sft == (4 + 8 + 4) * count  # weights, two moments, gradient
     assert separate == 2 * 16 * count + 2 * 4 * count
+    assert group == 16 * count + 2 * 4 * count
     assert shared == 16 * count + 4 * count
     assert rollout == 2 * count + cache
     assert f"{inspection.size(rollout)}  rollout: bfloat16 copy and KV cache of 5 x 7 tokens" in out
