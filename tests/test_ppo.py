@@ -584,7 +584,7 @@ def recorded(config: PPOConfig, key, rows: int = 8) -> tuple[np.ndarray, np.ndar
     x = dataclasses.replace(x, old_values=jnp.broadcast_to(jnp.arange(rows, dtype=jnp.float32)[:, None], x.mask.shape))
     steps = config.epochs * config.minibatches
 
-    def step(state, batch, key):
+    def step(state, batch, key, frozen):
         seen, keys = state.params
         seen = seen.at[state.step].set(batch["experience"].old_values[:, 0])
         keys = keys.at[state.step].set(jax.random.key_data(key))
@@ -656,7 +656,7 @@ def test_loss_reduction_builds_the_weights_of_each_minibatch(reduction):
     x, seen = make_experience(3, PARAMS), []
     x = dataclasses.replace(x, value_mask=x.mask | jnp.roll(x.mask, 1, axis=1))
 
-    def step(state, batch, key):
+    def step(state, batch, key, frozen):
         seen.append((batch["experience"].mask, batch["weights"]))
         seen.append((batch["experience"].value_mask, batch["value_weights"]))
         return state, {"optim/grad_norm": jnp.zeros(())}
