@@ -1,6 +1,8 @@
 """Every test runs on 8 fake CPU devices, with rank promotion an error."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # LLVM at level 0 halves the compile time of tests this small; the HLO passes are the same.
@@ -10,6 +12,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests and the programs they start compile the same steps: each worker keeps what it compiled until it ends.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rlhf_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -17,6 +22,11 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

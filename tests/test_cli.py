@@ -420,7 +420,8 @@ SFT_MISTAKES = {
     "--data.batch_size 24 --sft.accumulate 2": r"data\.batch_size / sft\.accumulate.* 12 is not divisible by .* = 8.*",
     "--mesh.data 3": r"mesh data\*fsdp\*tensor = 3\*1\*1 = 3, but there are 8 devices; .*",
     "--mesh.data 0": r"mesh .*: sizes are positive, .*",
-    "--mesh.tensor 4": r"parameter .* dimension 2 does not divide by tensor = 4; choose another mesh",
+    "--mesh.tensor 4": r"parameter .* dimension 2 does not divide by tensor = 4; "
+    r"choose another mesh, or leave it whole by mesh.rules",
     "--model.tokenizer=": r"model\.tokenizer and model\.path are both empty; give one of them",
     "--model.tokenizer out": r"out: no such directory; set model\.tokenizer to a local directory",
     "--model.tokenizer .": r"\.: holds no tokenizer; it needs tokenizer\.json, .*",

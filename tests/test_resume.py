@@ -24,13 +24,9 @@ from rlhf_jax import cli, directory, rewards, runs
 from rlhf_jax.config import (
     ALWAYS_MAY_CHANGE,
     MAY_CHANGE,
-    DPORun,
-    KTORun,
     MeshConfig,
     PPORun,
-    RewardRun,
     RewardSourceConfig,
-    RRHFRun,
     SFTRun,
 )
 from rlhf_jax.errors import Stopped, UserError
@@ -312,8 +308,11 @@ def sections(cls) -> list[str]:
     return [name for name, _ in directory.flat(directory.plain(cls()))]
 
 
+STAGES = ("sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp", "rejection")
+
+
 def test_every_setting_that_may_change_exists():
-    known = {name for cls in (SFTRun, RewardRun, PPORun, DPORun, KTORun, RRHFRun) for name in sections(cls)}
+    known = {name for stage in (*STAGES, "recipe") for name in sections(cli.COMMANDS[stage][0])}
     for name in (*MAY_CHANGE, *ALWAYS_MAY_CHANGE):
         assert name in known or any(other.startswith(name) for other in known if name.endswith("."))
 
@@ -323,7 +322,7 @@ def other_value(value):
             list: lambda v: [*v, 1], type(None): lambda v: {"width": 8}}[type(value)](value)  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "rrhf", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_changed_setting_is_refused_by_name_unless_it_is_safe_and_that_is_allowed(tmp_path, stage):
     cls = cli.COMMANDS[stage][0]
     config = replace(cls(), run__output_dir=str(tmp_path))
