@@ -7,7 +7,8 @@ from them; none sees the gold reward. methods.jsonl gets a line per method and s
 those that are missing. The table has means over the seeds and their standard errors:
 
     gold   optimality of 1000 sampled walks (tasks.random_walks), the same starts for all
-    kl     to SFT in nats per walk: the mean of log p(walk) - log p_SFT(walk) over the method's own walks
+    kl     to SFT in nats per walk: the mean of log p(walk) - log p_SFT(walk) over the method's own walks (best of n,
+           which is no model: ln n - (n - 1) / n)
     nll    nats per token of 100 held-out demonstrations, the text that SFT was trained on
     s      wall time of the method alone, compilation included; cpu_s is the processor time of it
 """
@@ -28,10 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import dpo, group, kto, ppo, reward, rrhf, sft
+from rlhf_jax import bestofn, dpo, group, kto, ppo, rejection, reward, rrhf, sft
 from rlhf_jax import quickstart as q
 from rlhf_jax.collecting import run_collect
 from rlhf_jax.config import (
+    BestOfNRun,
     CollectRun,
     DPOConfig,
     DPORun,
@@ -43,11 +45,14 @@ from rlhf_jax.config import (
     ModelConfig,
     OptimConfig,
     QuickstartConfig,
+    RejectionConfig,
+    RejectionRun,
     RewardSourceConfig,
     RLOORun,
     RRHFConfig,
     RRHFRun,
     RunConfig,
+    SFTConfig,
 )
 from rlhf_jax.data.batches import collate_prompts
 from rlhf_jax.data.examples import prompt_examples, sft_examples
@@ -99,6 +104,14 @@ class Task:
         """What the configs of the methods without rollouts have in common."""
         return {"model": ModelConfig(path=self.base), "data": q.DATA, "optim": RATE, "run": self.run(out)}
 
+    def drawn(self, output: Path) -> dict[str, Any]:
+        """What the configs of the commands have in common that sample SFT's walks and ask the reward model."""
+        return {
+            "model": ModelConfig(path=self.base), "sampling": q.SAMPLING, "reward": self.judge, "progress": False,
+            "max_prompt_length": q.DATA.max_prompt_length, "batch_size": 1280, "seed": self.config.seed,
+            "overwrite": True, "output": str(output),
+        }  # fmt: skip
+
     def run(self, out: Path) -> RunConfig:
         """A directory that is written anew."""
         return RunConfig(str(out), True, self.config.seed, eval_every=25, progress=False)
@@ -125,45 +138,62 @@ def kept(config: Any) -> Any:
     return replace(config, run__overwrite=False)
 
 
-def by_dpo(task: Task, out: Path, **settings: Any) -> None:
+def by_best_of(task: Task, out: Path) -> dict[str, float]:
+    """The best of 16 of SFT's walks by the reward model; its KL is ln n - (n - 1) / n, and it has no NLL."""
+    config = BestOfNRun(**task.drawn(out / "best.jsonl"), num_samples=16)
+    gold = partial(walks.optimality, task.graph)
+    last = bestofn.run(config, rows=walks.start_prompts() * 50, gold=gold)["curve"][-1]
+    return {"gold": last["gold"]["mean"], "kl": last["kl"]}
+
+
+def by_rejection(task: Task, out: Path) -> str:
+    """SFT on the best of 16 walks by the reward model, twice."""
+    config = RejectionRun(
+        **task.settings(out), sampling=q.SAMPLING, reward=task.judge, sft=SFTConfig(steps=STEPS, num_samples=0),
+        rejection=RejectionConfig(rounds=2, num_samples=16, sample_batch_size=1280),
+    )  # fmt: skip
+    rejection.run(config, rows=walks.start_prompts() * 32)
+    return str(out / "model")
+
+
+def by_dpo(task: Task, out: Path, **settings: Any) -> str:
     """DPO, or with another `loss` one of its kin."""
     config = DPORun(**task.settings(out), dpo=DPOConfig(steps=STEPS, **settings))
     dpo.run(config, rows=task.pairs, eval_rows=task.held_out)
+    return str(out / "model")
 
 
-def by_kto(task: Task, out: Path) -> None:
+def by_kto(task: Task, out: Path) -> str:
     """KTO on the comparisons, taken apart: twice as many rows."""
     kto.run(KTORun(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out)
+    return str(out / "model")
 
 
-def by_rrhf(task: Task, out: Path) -> None:
+def by_rrhf(task: Task, out: Path) -> str:
     """RRHF on eight walks to each prompt, ranked by the reward model."""
-    out.mkdir(parents=True, exist_ok=True)
-    collect = CollectRun(
-        model=ModelConfig(path=task.base), num_samples=8, sampling=q.SAMPLING, label="reward", reward=task.judge,
-        max_prompt_length=q.DATA.max_prompt_length, batch_size=1280, seed=task.config.seed, overwrite=True,
-        progress=False, output=str(out / "ranked.jsonl"),
-    )  # fmt: skip
+    collect = CollectRun(**task.drawn(out / "ranked.jsonl"), num_samples=8, label="reward")
     rows = run_collect(collect, rows=walks.start_prompts() * 32)
     config = RRHFRun(**task.settings(out / "run"), rrhf=RRHFConfig(steps=STEPS))
     rrhf.run(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
+    return str(out / "run" / "model")
 
 
-def by_ppo(task: Task, out: Path, **changes: Any) -> None:
+def by_ppo(task: Task, out: Path, **changes: Any) -> str:
     """The quickstart's PPO, with changes."""
     config = replace(q.ppo_stage(task.config, task.path), run=task.run(out), **changes)
     ppo.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6)
+    return str(out / "model")
 
 
-def by_ppo_ptx(task: Task, out: Path) -> None:
+def by_ppo_ptx(task: Task, out: Path) -> str:
     """PPO with the loss on SFT's demonstrations."""
     text = task.path / "demonstrations.jsonl"
     text.write_text("".join(json.dumps(row) + "\n" for row in task.demos[:1000]))
     options = {"ppo__ptx_coef": 0.05, "ppo__ptx_path": str(text), "ppo__ptx_batch_size": 64}
-    by_ppo(task, out, data__max_length=q.DATA.max_length, **options)
+    return by_ppo(task, out, data__max_length=q.DATA.max_length, **options)
 
 
-def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupRun], kl_coef: float) -> None:
+def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupRun], kl_coef: float) -> str:
     """GRPO or RLOO, with the rollouts and rates of the quickstart's PPO."""
     like = q.ppo_stage(task.config, task.path)
     config = make(model=like.model, data=like.data, reward=like.reward, sampling=like.sampling, optim=like.optim)
@@ -171,9 +201,12 @@ def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupRun], kl
     settings = {f"{name}__{key}": value for key, value in settings.items()}
     config = replace(config, run=task.run(out), **settings)
     group.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6)
+    return str(out / "model")
 
 
-METHODS: dict[str, Callable[[Task, Path], None]] = {
+METHODS: dict[str, Callable[[Task, Path], str | dict[str, float]]] = {
+    "best-of-16": by_best_of,
+    "rejection": by_rejection,
     "RRHF": by_rrhf,
     "DPO": by_dpo,
     "KTO": by_kto,
@@ -184,12 +217,7 @@ METHODS: dict[str, Callable[[Task, Path], None]] = {
     "PPO": by_ppo,
     "PPO-ptx": by_ppo_ptx,
 }
-"""Name -> what trains a policy into `out`, beside SFT; all claim to learn."""
-
-
-def model_in(out: Path) -> str:
-    """The policy that a method left in its directory."""
-    return str(next(path for path in (out / "model", out / "run" / "model") if path.exists()))
+"""Name -> what makes a policy in `out`, which it returns, or what was measured. All claim to learn beyond SFT."""
 
 
 class Meter:
@@ -235,14 +263,15 @@ def walk_logprobs(model: Model, params: Params, rollout: Rollout) -> Float[Array
 
 def run_one(task: Task, name: str, measure: Meter) -> dict[str, Any]:
     """The line of a method on a seed."""
+    made: str | dict[str, float]
     if name == "SFT":
-        used, policy = {"wall_s": task.made["SFT"]["wall_s"]}, task.base
+        made, used = task.base, {"wall_s": task.made["SFT"]["wall_s"]}
     else:
         out, wall, cpu = task.path / name, time.perf_counter(), time.process_time()
-        METHODS[name](task, out)
+        out.mkdir(parents=True, exist_ok=True)
+        made = METHODS[name](task, out)
         used = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-        policy = model_in(out)
-    numbers = {**measure(task, policy), **used}
+    numbers = {**(measure(task, made) if isinstance(made, str) else made), **used}
     return {"method": name, "seed": task.config.seed, **{key: round(value, 4) for key, value in numbers.items()}}
 
 
@@ -263,8 +292,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         columns = {column: mean(of[name], column) for column in ("gold", "kl", "nll", "wall_s", "cpu_s")}
         gold, error = columns["gold"]
         above = (gold - base) / np.hypot(error, base_error) if name != "SFT" else None
-        rows.append([name, len(of[name]), *(shown(*columns[c]) for c in ("gold", "kl", "nll")),
-                     *(columns[c][0] for c in ("wall_s", "cpu_s")), above])  # fmt: skip
+        times = [round(columns[c][0], 1) if columns[c][0] > 0 else None for c in ("wall_s", "cpu_s")]
+        rows.append([name, len(of[name]), *(shown(*columns[c]) for c in ("gold", "kl", "nll")), *times, above])
     headers = ["method", "seeds", "gold", "KL to SFT", "NLL of demos", "s", "cpu s", "gain / its error"]
     told = [(row[0], row[-1] > 2) for row in rows if row[-1] is not None and np.isfinite(row[-1])]
     learned, failed = ([name for name, above in told if above == wanted] for wanted in (True, False))
@@ -272,9 +301,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     return text_table(headers, rows) + "\n" + verdict + (f" Not: {', '.join(failed)}." if failed else "")
 
 
-def shown(value: float, error: float) -> str:
-    """A mean with its standard error."""
-    return f"{value:.3f} +- {error:.3f}"
+def shown(value: float, error: float) -> str | None:
+    """A mean with its standard error, if there is one."""
+    return None if np.isnan(value) else f"{value:.3f}" + ("" if np.isnan(error) else f" +- {error:.3f}")
 
 
 def main() -> None:

@@ -278,10 +278,12 @@ def test_a_stage_learns_what_it_is_shown(tmp_path, stage):
 
 
 @pytest.mark.parametrize("loss", ["simpo_loss", "orpo_loss", "cpo_loss"])
-def test_a_loss_that_names_no_reference_costs_no_pass_over_the_rows(tmp_path, monkeypatch, loss):
+def test_a_loss_that_names_no_reference_learns_and_costs_no_pass_over_the_rows(tmp_path, monkeypatch, loss):
     monkeypatch.setattr(dpo, "add_reference", lambda stage: pytest.fail("a reference pass"))
-    summary = run_of("dpo", tmp_path / "run", dpo__loss=f"rlhf_jax.losses:{loss}", dpo__beta=2.0)
-    assert np.isfinite(summary["eval/total"])
+    options = {"dpo__loss": f"rlhf_jax.losses:{loss}", "dpo__beta": 2.0}
+    before = run_of("dpo", tmp_path / "start", **options, dpo__steps=1)
+    after = run_of("dpo", tmp_path / "run", **options, dpo__steps=30)
+    assert after["eval/accuracy"] > 0.9 and after["eval/preference"] < before["eval/preference"] - 0.1
 
 
 def test_a_function_given_to_a_stage_is_what_trains(tmp_path, seen):
