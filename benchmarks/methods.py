@@ -41,6 +41,7 @@ from rlhf_jax.config import (
     GRPORun,
     KTOConfig,
     KTORun,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -104,6 +105,12 @@ class Task:
         """What the configs of the methods without rollouts have in common."""
         return {"model": ModelConfig(path=self.base), "data": q.DATA, "optim": RATE, "run": self.run(out)}
 
+    def file(self, name: str, rows: list[dict[str, str]]) -> str:
+        """Rows as JSON lines."""
+        path = self.path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
     def drawn(self, output: Path) -> dict[str, Any]:
         """What the configs of the commands have in common that sample SFT's walks and ask the reward model."""
         return {
@@ -148,10 +155,12 @@ def by_best_of(task: Task, out: Path) -> dict[str, float]:
 
 def by_rejection(task: Task, out: Path) -> str:
     """SFT on the best of 16 walks by the reward model, twice."""
+    held_out = task.file("held_out", task.demos[1000:])  # only looked at: the last weights are kept
     config = RejectionRun(
         **task.settings(out), sampling=q.SAMPLING, reward=task.judge, sft=SFTConfig(steps=STEPS, num_samples=0),
         rejection=RejectionConfig(rounds=2, num_samples=16, sample_batch_size=1280),
     )  # fmt: skip
+    config = replace(config, data__eval_path=held_out, run__keep_best=False)
     rejection.run(config, rows=walks.start_prompts() * 32)
     return str(out / "model")
 
@@ -187,9 +196,8 @@ def by_ppo(task: Task, out: Path, **changes: Any) -> str:
 
 def by_ppo_ptx(task: Task, out: Path) -> str:
     """PPO with the loss on SFT's demonstrations."""
-    text = task.path / "demonstrations.jsonl"
-    text.write_text("".join(json.dumps(row) + "\n" for row in task.demos[:1000]))
-    options = {"ppo__ptx_coef": 0.05, "ppo__ptx_path": str(text), "ppo__ptx_batch_size": 64}
+    text = task.file("demonstrations", task.demos[:1000])
+    options = {"ppo__ptx_coef": 0.05, "ppo__ptx_path": text, "ppo__ptx_batch_size": 64}
     return by_ppo(task, out, data__max_length=q.DATA.max_length, **options)
 
 
@@ -216,6 +224,7 @@ METHODS: dict[str, Callable[[Task, Path], str | dict[str, float]]] = {
     "RLOO": partial(by_group, name="rloo", make=RLOORun, kl_coef=0.1),
     "PPO": by_ppo,
     "PPO-ptx": by_ppo_ptx,
+    "LoRA-PPO": partial(by_ppo, lora=LoRAConfig(rank=8), optim__learning_rate=3e-3, value_optim__learning_rate=3e-3),
 }
 """Name -> what makes a policy in `out`, which it returns, or what was measured. All claim to learn beyond SFT."""
 
