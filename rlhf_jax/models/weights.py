@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from jaxtyping import Array
 
@@ -31,6 +32,11 @@ KERNELS = {path: len(axes) for path, axes in INPUTS.items()}
 """The kernels that can be quantised and adapted -> how many axes are inputs, after the leading L."""
 BLOCK = 64
 """Weights that share a scale in nf4 (Dettmers et al. 2023)."""
+
+NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
+"""Quantiles of a normal distribution, by code (Dettmers et al. 2023, arXiv 2305.14314, appendix E)."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("kernel", "a", "b"), meta_fields=("scale",))
@@ -65,7 +71,23 @@ def einsum(letters: str, x: Array, kernel: Any) -> Array:
 
 def dense(kernel: Array | qwix.QArray) -> Array:
     """A kernel as an array; of a quantised one, float32 values."""
-    return qwix.dequantize(kernel) if isinstance(kernel, qwix.QArray) else kernel
+    if not isinstance(kernel, qwix.QArray):
+        return kernel
+    if kernel.qtype != "nf4":
+        return qwix.dequantize(kernel)
+    scale = kernel.scale
+    for axis, (size, num_scales) in enumerate(zip(kernel.shape, scale.shape, strict=True)):
+        scale = scale if size == num_scales else jnp.repeat(scale, size // num_scales, axis=axis)
+    return _nf4_values(kernel.qvalue) * scale
+
+
+def _nf4_values(codes: Array) -> Array:
+    """The values of 4-bit codes by selects, bit by bit: looking them up would be a gather, which a TPU does slowly."""
+    values: list[Any] = list(NF4)
+    for bit in range(4):
+        is_set = (codes.astype(jnp.int32) >> bit) & 1 == 1
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def multiplied_out(kernel: Any) -> Array:
