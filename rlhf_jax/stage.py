@@ -182,7 +182,7 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
     hf.save_model(
         path,
         model.arch,
-        params if lora is None else model.merged(loaded.whole(params)),
+        params if loaded.frozen is None else model.merged(loaded.whole(params)),
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         score_head=model.score_head,

@@ -492,6 +492,7 @@ EFFECTS = {
     "entropy_coef": (loss, {}, {"entropy_coef": 0.1}),
     "loss_reduction": (updated, {"epochs": 1}, {"epochs": 1, "loss_reduction": "sequence"}),
     "old_logprobs": (recomputes, {}, {"old_logprobs": "recompute"}),
+    "trainable_layers": (staged, {}, {"trainable_layers": 1}),
     "shared_trunk": (staged, {}, {"shared_trunk": True}),
     "value_init": (staged, {}, {"value_init": "zeros"}),
     "critic_warmup": (rates, {}, {"critic_warmup": 1}),

@@ -148,6 +148,8 @@ class PPOConfig(OnlineConfig):
         gae_lambda: lambda.
         value_clip: clip of the value's move; 0 is off.
         value_coef: weight of the value loss.
+        trainable_layers: train so many top layers, the final norm and the heads, and share the frozen rest with the
+            reference and the critic (trlX's hydra); 0 trains the whole model.
         shared_trunk: the value head sits on the policy's trunk instead of a model of its own.
         value_init: the critic starts as the reward model or as the policy with a zero head; auto takes the reward
             model if there is one.
@@ -170,6 +172,7 @@ class PPOConfig(OnlineConfig):
     gae_lambda: float = 0.95
     value_clip: float = 0.2
     value_coef: float = 0.1
+    trainable_layers: int = 0
     shared_trunk: bool = False
     value_init: Literal["auto", "reward_model", "zeros"] = "auto"
     critic_warmup: int = 0
@@ -182,7 +185,7 @@ class PPOConfig(OnlineConfig):
         self.check_rounds("ppo.")
         rules = {
             "at least 1": "ptx_batch_size",
-            "at least 0": "kl_target value_clip value_coef critic_warmup ptx_coef",
+            "at least 0": "kl_target value_clip value_coef trainable_layers critic_warmup ptx_coef",
             "above 0": "kl_horizon",
             "between 0 and 1": "discount gae_lambda",
         }

@@ -17,13 +17,15 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
 from rlhf_jax.models.rotary import Tables, rotary_tables
-from rlhf_jax.models.weights import attached, merged, stacks
+from rlhf_jax.models.weights import Chained, attached, merged, stacks
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
 _KEPT = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+STACKS = ("lower", "layers")
+"""Where layers lie in a tree of parameters: all in "layers", or the lower ones, frozen, in "lower/layers"."""
 REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
 
 
@@ -38,6 +40,16 @@ def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], Par
         return nnx.merge(graph, params)(*args)
 
     return init, apply
+
+
+def stacks_of(params: Params) -> list[Params]:
+    """The stacked layers of a model from the lowest on: one stack, or the two that `split` made of it."""
+    return [params["lower"]["layers"], params["layers"]] if "lower" in params else [params["layers"]]
+
+
+def depth(stack: Params) -> int:
+    """Layers of a stack."""
+    return jax.tree.leaves(stack)[0].shape[0]
 
 
 def platform_dtype(name: str) -> jnp.dtype:
@@ -125,12 +137,14 @@ class Model:
 
     def with_score(self, params: Params, score: Params) -> Params:
         """The parameters of a scalar model on the trunk of `params`."""
-        return {
-            "embed": params["embed"],
-            "layers": params["layers"],
-            "final_norm": params["final_norm"],
-            "score": score,
-        }
+        return {**{name: tree for name, tree in params.items() if name != "head"}, "score": score}
+
+    def split(self, params: Params, top: int) -> Params:
+        """The same parameters with all but the `top` layers in "lower/layers"."""
+        lower, upper = (
+            jax.tree.map(lambda x, part=part: x[part], params["layers"]) for part in (slice(-top), slice(-top, None))
+        )
+        return {**params, "lower": {"layers": lower}, "layers": upper}
 
     def _tables(self, positions: Int[Array, "B T"], *, local: bool) -> Tables | None:
         return rotary_tables(positions, self.arch, local=local) if self.arch.positions == "rotary" else None
@@ -175,7 +189,11 @@ class Model:
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
-        x, _ = jax.lax.scan(layer, x, (params["layers"], jnp.array(kinds)))
+        first = 0
+        for stack in stacks_of(params):
+            last = first + depth(stack)
+            x, _ = jax.lax.scan(layer, x, (stack, jnp.array(kinds[first:last], bool)))
+            first = last
         return self._norm[1](params["final_norm"], x)
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -228,20 +246,24 @@ class Model:
             x = x if "_norm" in name else x.astype(self.compute_dtype)
             return constrain_gathered("layers/" + name if stacked else name, x, stacked=stacked)
 
-        stacks = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(self.arch.num_layers)]
+        apart = [jax.tree.map(lambda x, i=i: x[i], stack) for stack in stacks_of(params) for i in range(depth(stack))]
         layers = [
             jax.tree_util.tree_map_with_path(partial(copy, stacked=True), merged(layer, self.lora_scale))
-            for layer in stacks
+            for layer in apart
         ]
-        rest = {name: tree for name, tree in params.items() if name != "layers"}
+        rest = {name: tree for name, tree in params.items() if name not in STACKS}
         rest = jax.tree_util.tree_map_with_path(partial(copy, stacked=False), rest)
         if self.arch.tied_head:
             rest["head"] = {"kernel": jax.lax.optimization_barrier(rest["embed"]["tokens"].T)}
         return {**rest, "layers": layers}
 
     def merged(self, params: Params) -> Params:
-        """The parameters with adapters multiplied out and added and quantised kernels dense, when a layer is read."""
-        return {**params, "layers": stacks(params["layers"], self.lora_scale)}
+        """The parameters, layers in one stack; adapters are added and kernels made dense when a layer is read."""
+        layers, *upper = stacks_of(params)
+        if upper:
+            layers = jax.tree.map(lambda *parts: Chained(parts), layers, *upper)
+        rest = {name: tree for name, tree in params.items() if name not in STACKS}
+        return {**rest, "layers": stacks(layers, self.lora_scale)}
 
     def prefill(
         self, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], positions: Int[Array, "B P"]

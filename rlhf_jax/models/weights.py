@@ -156,6 +156,25 @@ class Stack:
         return _merged(jax.tree.map(lambda x: x[index], self.layers), self.scale)[self.name]
 
 
+@dataclass(frozen=True)
+class Chained:
+    """Stacked layers in several parts, read as one stack."""
+
+    parts: tuple[Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(len(part) for part in self.parts), *self.parts[0].shape[1:]
+
+    def __getitem__(self, index: int) -> Array:
+        """The array of one layer."""
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(f"there is no layer {index} after the last")
+
+
 def stacks(layers: Params, scale: float) -> Params:
     """The parameters of all layers with a `Stack` in place of every kernel that is more than an array."""
     out = {}

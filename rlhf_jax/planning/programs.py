@@ -230,6 +230,7 @@ def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
 
     nets = ppo_networks.assemble(
         config.ppo,
+        mesh,
         policy,
         reward_model,
         fresh_score=fresh_score,

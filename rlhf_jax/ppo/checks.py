@@ -18,6 +18,11 @@ def check(config: PPORun) -> None:
         raise UserError(f"ppo.kl_target {ppo.kl_target} must be positive; or set ppo.kl_controller fixed")
     if ppo.ptx_coef and not ppo.ptx_path:
         raise UserError(f"ppo.ptx_coef {ppo.ptx_coef} needs text; set ppo.ptx_path")
+    if ppo.trainable_layers and config.lora.rank:
+        raise UserError(
+            f"ppo.trainable_layers {ppo.trainable_layers} and lora.rank {config.lora.rank} both say what is trained; "
+            "set one of them to 0"
+        )
     if ppo.value_init == "reward_model" and (not config.reward.model or ppo.shared_trunk):
         raise UserError("ppo.value_init reward_model needs reward.model, and ppo.shared_trunk false")
 

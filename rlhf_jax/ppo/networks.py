@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import PPOConfig, PPORun
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.ppo import core
-from rlhf_jax.sharding import replicated
+from rlhf_jax.sharding import replicated, tree_shardings
 from rlhf_jax.stage import Loaded, adapted, placed_init, replace
+from rlhf_jax.state import placed_shapes
 from rlhf_jax.types import Params
 
 
@@ -44,7 +46,7 @@ class Networks:
 
 
 def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array) -> Networks:
-    """Policy, frozen copy of it (or its base without adapters), reward model if any, and critic."""
+    """Policy, frozen reference, reward model if any, and critic."""
     policy, reward = load_policy_and_reward(config, mesh, tokenizer, key)
 
     def fresh_score() -> Params:
@@ -54,11 +56,12 @@ def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Arr
         return adapted(loaded, config.lora, placed_init(mesh, jax.random.fold_in(key, number)))
 
     copy = partial(jax.tree.map, jnp.copy)
-    return assemble(config.ppo, policy, reward, fresh_score=fresh_score, copy=copy, adapt=adapt)
+    return assemble(config.ppo, mesh, policy, reward, fresh_score=fresh_score, copy=copy, adapt=adapt)
 
 
 def assemble(
     ppo: PPOConfig,
+    mesh: Mesh,
     policy: Loaded,
     reward: Loaded | None,
     *,
@@ -68,17 +71,19 @@ def assemble(
 ) -> Networks:
     """The critic that the config asks for, beside policy and reward model; what is trained is a copy.
 
-    With adapters, `adapt(model, number)` gives what is trained of a model, and its frozen rest is shared: the
-    reference is the policy's base, and the critic stands on that or on the reward model.
+    Where a part of a model is trained, adapters (`adapt(model, number)`) or top layers, its frozen rest is shared: the
+    policy stands on the reference, and the critic on that or on the reward model.
     """
+    policy = split_layers(policy, ppo.trainable_layers, mesh)
     ref = policy.params
     if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
-        value, base = adapt(reward, 2), "reward"
+        reward = split_layers(reward, ppo.trainable_layers, mesh)
+        value, base = reward, "reward"
     else:
         scored = policy.model.with_score(policy.params, fresh_score())
         model = replace(policy.model, score_head=True)
-        value, base = adapt(Loaded(model, scored, policy.base_config, path=policy.path), 2), "ref"
-    policy = adapt(policy, 1)
+        value, base = Loaded(model, scored, policy.base_config, path=policy.path), "ref"
+    value, policy = (adapt(frozen_below(loaded), number) for loaded, number in ((value, 2), (policy, 1)))
     trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
     bases = {}
     if policy.frozen is not None:
@@ -86,3 +91,30 @@ def assemble(
     models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk, bases)
     params = {"policy": copy(policy.params), "value": copy(trained)}
     return Networks(models, policy, params, ref, reward.params if reward else None, value)
+
+
+def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:
+    """The model with all but its `top` layers apart, so that others may share them; as it is if `top` is 0.
+
+    Raises:
+        UserError: it has fewer layers.
+    """
+    if not top:
+        return loaded
+    if top > loaded.model.arch.num_layers:
+        layers = loaded.model.arch.num_layers
+        raise UserError(f"ppo.trainable_layers {top} is more than the {layers} layers of a model; lower it")
+    split = partial(loaded.model.split, top=top)
+    shapes = jax.eval_shape(split, loaded.params)
+    places = tree_shardings(mesh, shapes)
+    if isinstance(jax.tree.leaves(loaded.params)[0], jax.ShapeDtypeStruct):
+        return replace(loaded, params=placed_shapes(shapes, places))
+    return replace(loaded, params=jax.jit(split, out_shardings=places)(loaded.params))
+
+
+def frozen_below(loaded: Loaded) -> Loaded:
+    """A model that `split_layers` cut, its embedding and lower layers frozen; any other as it is."""
+    if "lower" not in loaded.params:
+        return loaded
+    frozen = {name: loaded.params[name] for name in ("embed", "lower")}
+    return replace(loaded, params={n: t for n, t in loaded.params.items() if n not in frozen}, frozen=frozen)
