@@ -89,6 +89,7 @@ def main() -> None:
         print(f"\n--- {texts[i]}\nbefore: {before[i].strip()}\nafter:  {after[i].strip()}")
     curves = [json.loads(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     report.learning_curves(path / "learning_curves.png", [c for c in curves if "rollout/gold" in c], "PPO on stories")
+    kl, gain = tuned["after"]["eval/kl"], float(gold[1].mean() - gold[0].mean())
     print(
         json.dumps(
             {
@@ -96,8 +97,9 @@ def main() -> None:
                 "gold_after": round(float(gold[1].mean()), 4),
                 "standard_errors": [round(float(se), 4) for se in standard_errors],
                 "reward_model_accuracy": round(rm["accuracy"], 4),
-                "kl": round(tuned["after"]["eval/kl"], 3),
+                "kl": round(kl, 3),
                 "kl_target": 6.0,
+                "passed": gain > 3 * float(np.hypot(*standard_errors)) and abs(kl / 6 - 1) <= 0.3,
             }
         )
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 
 def kl_k1(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -130,7 +130,7 @@ def explained_variance(
     return jnp.where(total > 1e-12, 1 - var(returns - values) / jnp.maximum(total, 1e-12), 0.0)
 
 
-def best_of_n_kl(n: Float[Array, "*N"] | int) -> Float[Array, "*N"]:
+def best_of_n_kl(n: Real[Array, "*N"] | int) -> Float[Array, "*N"]:
     """KL in nats of the best-of-n policy to the one it samples from, ln n - (n - 1) / n (Stiennon et al. 2020)."""
     n = jnp.asarray(n, jnp.float32)
     return jnp.log(n) - (n - 1) / n

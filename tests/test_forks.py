@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +168,12 @@ def test_supervised_training_takes_a_loss_of_ones_own_too():
         for loss in (losses.next_token_loss, twice)
     )
     np.testing.assert_allclose(own, 2 * named, rtol=1e-6)
+
+
+def test_each_way_in_the_docs_has_fewer_than_15_lines():
+    text = (Path(__file__).parents[1] / "docs" / "forks.md").read_text()
+    ways = re.findall(r"^## \d\..*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+    blocks = [block for way in ways for block in re.findall(r"```\w+\n(.*?)```", way, re.DOTALL)]
+    assert len(ways) == len(blocks) == 4
+    for block in blocks:
+        assert sum(bool(x.strip()) and not x.startswith(("import ", "from ")) for x in block.splitlines()) < 15, block

@@ -50,6 +50,9 @@ def codes(processes, home):
 
 def settings(home, stage, steps):
     config = {**crash.settings(home, stage, steps), "mesh": MESHES[stage]}
+    if stage == "ppo":  # rewards of Python functions, each process its own rows
+        gold = "rlhf_jax.tasks.random_walks:gold"
+        config["reward"] = {**config["reward"], "functions": [gold], "gold": gold}
     path = home / f"{stage}_{steps}.yaml"
     path.write_text(yaml.safe_dump(config))
     return [stage, "--config", str(path)]
@@ -171,6 +174,8 @@ stages:
   data: {path: $task/demonstrations.jsonl, eval_path: $task/held_out.jsonl, batch_size: 16, max_prompt_length: 2,
     max_length: 14}
   sft: {steps: 2, num_samples: 0}
+- {command: sample, model: {path: $sft/model}, data_path: $task/prompts.jsonl, max_prompt_length: 2,
+   sampling: {max_new_tokens: 4, chunk: 4}}
 """
 COLLECT = "- {command: collect, model: {path: $sft/model}, data_path: $task/prompts.jsonl}\n"
 
@@ -186,6 +191,21 @@ def test_two_processes_run_a_recipe_and_refuse_what_only_one_can(home):
     found, logs = codes(start(home, 2, "recipe", str(path), "--output_dir", str(out)), home)
     assert found == [0, 0], logs
     record = json.loads((out / "recipe.json").read_text())
-    assert [entry["status"] for entry in record.values()] == ["finished"] * 2
+    assert [entry["status"] for entry in record.values()] == ["finished"] * 3
     assert (out / "sft" / "model" / "model.safetensors").exists()
-    assert "[2/2] sft" in logs[0] and "[2/2] sft" not in logs[1]
+    assert "[2/3] sft" in logs[0] and "[2/3] sft" not in logs[1]
+    assert len((out / "sample.jsonl").read_text().splitlines()) == 64
+
+
+@pytest.mark.parametrize(("found", "looks"), [
+    ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, True), ({"SLURM_STEP_NODELIST": "n1"}, False),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"OMPI_COMM_WORLD_SIZE": "2", "JAX_NUM_PROCESSES": "1"}, False),
+    ({}, False),
+])  # fmt: skip
+def test_a_launcher_of_several_is_recognised(monkeypatch, found, looks):
+    for name in (*hosts.GIVEN, "SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts.glob, "glob", lambda _: [])
+    assert hosts._has_company() == looks

@@ -1,10 +1,13 @@
 """Losses: known answers, plain Python references in float64, and gradients against finite differences of those."""
 
+import inspect
 import math
 from functools import partial
 
+import beartype
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -206,6 +209,15 @@ def run(loss, options, by, arrays):
 def test_loss_equals_its_reference(name):
     loss, reference, arrays, _ = case(name)
     np.testing.assert_allclose(loss(arrays)[0], reference(**arrays), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arguments_and_results_are_as_annotated(name):
+    loss, options, _, arrays, _ = CASES[name]
+    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)(loss)
+    named = {key: x for key, x in arrays.items() if key in inspect.signature(loss).parameters}
+    value, _ = jax.eval_shape(partial(checked, **options), **jax.tree.map(jnp.asarray, named))
+    assert value.shape == () and value.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -538,3 +538,13 @@ def test_looking_twice_sees_the_same(look):
     config = PPOConfig(iterations=2, epochs=1)
     a, b = look(config), look(config)
     assert jax.tree.structure(a) == jax.tree.structure(b) and not differs(a, b)
+
+
+@pytest.mark.slow
+def test_debug_nans_names_the_operation_of_an_iteration_and_its_rows(one_device, tmp_path):
+    def broken(logprobs, old_logprobs, advantages, weights):
+        return jnp.sum(weights * jnp.log(logprobs - 1)), {}
+
+    config = replace(toy_run(tmp_path / "run", iterations=1), faults__debug_nans=True)
+    with pytest.raises(UserError, match=r"^step 1: the first NaN came from log in .*broken at .*; rows "):
+        train.run(config, policy_loss=broken, **TOY_ROWS)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from rlhf_jax import losses
 
@@ -267,3 +268,15 @@ def test_kto_known_answers():
     assert kto(-3.0, 1.0)[0] == 0.5  # an estimate below 0 counts as 0
     assert kto(4.0, 1.0)[0] == pytest.approx(1 / (1 + math.exp(-2)))
     assert kto(4.0, 1.0)[1][0] < 0 < kto(4.0, 0.0)[1][0] and kto(4.0, 1.0)[1][1] == 0  # no gradient by the baseline
+
+
+@ALL
+def test_gradients_equal_finite_differences(case):
+    """KTO's second column is its baseline, which has no gradient."""
+    cols, own = random_columns(), 1 if case.startswith("kto") else 2
+
+    def of(x):
+        logprobs = jnp.concatenate([x, cols["logprobs"][:, own:]], axis=1)
+        return call(LOSSES[case], {**cols, "logprobs": logprobs}, **options_of(case))[0]
+
+    check_grads(jax.jit(of), (cols["logprobs"][:, :own],), 1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)

@@ -20,3 +20,6 @@ def test_the_chain_runs_through_every_stage_and_round(tmp_path, capsys, monkeypa
     assert sft.keys() == ppo.keys() and any((sft[name] != ppo[name]).any() for name in sft)
     metrics = [json.loads(line) for line in (tmp_path / "q" / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in metrics) == 2
+    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
+    assert summary["gold"].keys() == {"data", "sft", "ppo"} and "accuracy" in summary["reward_model"]
+    assert {"kl", "wall_s"} <= summary.keys()

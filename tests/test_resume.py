@@ -301,6 +301,14 @@ def test_damaged_best_weights_are_said_and_never_taken(tmp_path, capsys):
     assert "is damaged: " in out and "the weights of the best evaluation, of step 2, are lost" in out
 
 
+def test_a_reward_that_fails_in_another_process_fails_here(monkeypatch):
+    monkeypatch.setattr(rewards, "several", lambda: True)
+    monkeypatch.setattr(rewards, "own_rows", lambda mesh, count: np.arange(count) < 1)
+    monkeypatch.setattr(rewards, "any_of", lambda flags: [True, True])
+    with pytest.raises(RewardFailure, match="failed in another process"):
+        rewards.of_own_rows(lambda *_: np.ones(1), None, ["a", "b"], ["c", "d"], {"id": [1, 2]})
+
+
 # --- configs
 
 
@@ -312,7 +320,7 @@ STAGES = ("sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinfor
 
 
 def test_every_setting_that_may_change_exists():
-    known = {name for stage in (*STAGES, "recipe") for name in sections(cli.COMMANDS[stage][0])}
+    known = {name for stage in (*STAGES, "recipe", "collect") for name in sections(cli.COMMANDS[stage][0])}
     for name in (*MAY_CHANGE, *ALWAYS_MAY_CHANGE):
         assert name in known or any(other.startswith(name) for other in known if name.endswith("."))
 

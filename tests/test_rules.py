@@ -22,6 +22,7 @@ from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
 from rlhf_jax.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.step import make_train_step, make_update
+from rlhf_jax.tokens import positions_from_mask
 
 ARCH = ArchConfig(  # 2 key-value heads, which 8 does not divide
     vocab_size=V,
@@ -204,3 +205,18 @@ def test_slices_that_do_not_fit_are_one_line():
 
 def test_the_table_names_no_axis_twice():
     assert all(len(set(axes)) == len(axes) for axes in LEAVES.values())
+
+
+def test_logits_lie_over_the_vocabulary_and_the_cache_over_its_heads():
+    mesh, params = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), model_params(MODEL, 0)
+    tokens, mask = put_batch(mesh, (np.full((8, 3), 2, np.int32), np.ones((8, 3), bool)))
+
+    def both(params, tokens, mask):
+        at = positions_from_mask(mask)
+        logits = MODEL.project(params, MODEL.apply(params, tokens, at, mask.astype(np.int32)))
+        return logits, MODEL.prefill(MODEL.decoding_params(params), tokens, mask, at)[1]
+
+    with jax.set_mesh(mesh):
+        logits, cache = jax.jit(both)(jax.device_put(params, tree_shardings(mesh, params)), tokens, mask)
+    assert logits.addressable_shards[0].data.shape == (2, 3, V // 2)
+    assert {x.addressable_shards[0].data.shape[:2] for x in jax.tree.leaves(cache)} == {(2, 1)}

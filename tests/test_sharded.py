@@ -139,6 +139,7 @@ def ppo_iteration(mesh_name: str) -> dict:
         ppo=PPOConfig(epochs=2, minibatches=2, old_logprobs="recompute", entropy_coef=0.01),
         optim=OPTIM,
         value_optim=OPTIM,
+        mesh=MeshConfig(rollout_tensor={"1x8x1": 4}.get(mesh_name, 0)),
     )
     mesh = mesh_of(mesh_name)
     place = lambda params: jax.device_put(params, tree_shardings(mesh, params))  # noqa: E731

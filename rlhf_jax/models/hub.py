@@ -1,4 +1,4 @@
-"""Names of the Hugging Face Hub: the only place that may use the network, and only for a path that begins with hf://."""
+"""Names of the Hugging Face Hub: of models, the only place that uses the network, for a path that begins with hf://."""
 
 from __future__ import annotations
 

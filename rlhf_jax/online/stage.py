@@ -151,7 +151,8 @@ class Online:
         arguments = (self.state, experience, update_key, self.law.temperature, self.text(i), self.nets.frozen)
         self.state, updates = self.programs.update(*arguments)
         if self.config.faults.debug_nans and updates["optim/skipped"] > 0:
-            raise UserError(f"iteration {i}, update: {first_nan(self.programs.update, *arguments)}")
+            rows = ", ".join(self.batches.where(i))
+            raise UserError(f"step {i + 1}: {first_nan(self.programs.update, *arguments)}; rows {rows}")
         if self.average is not None:
             self.average = self._ema(self.average, self.state.params["policy"])
         host = {} if gold is None else {"rollout/gold": gold}
