@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from rlhf_jax.config import KTORun
 from rlhf_jax.data.answers import unpaired_examples
 from rlhf_jax.data.batches import collate_unpaired
-from rlhf_jax.dpo import train_policy
 from rlhf_jax.models import Model
-from rlhf_jax.responses import response_logprobs
+from rlhf_jax.responses import objective, response_logprobs, train_policy
 from rlhf_jax.stage import Rows
 from rlhf_jax.types import Params
+
+__all__ = ["objective", "own_and_other", "run"]
 
 
 def own_and_other(model: Model, params: Params, batch: Any) -> jax.Array:

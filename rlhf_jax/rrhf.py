@@ -9,8 +9,10 @@ from typing import Any
 from rlhf_jax.config import RRHFRun
 from rlhf_jax.data.batches import Collate, collate_ranking
 from rlhf_jax.data.comparisons import ranking_examples
-from rlhf_jax.dpo import train_policy
+from rlhf_jax.responses import objective, train_policy
 from rlhf_jax.stage import Rows
+
+__all__ = ["collate_for", "objective", "run"]
 
 
 def collate_for(examples: Sequence[Any]) -> Collate:

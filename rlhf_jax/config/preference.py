@@ -114,60 +114,50 @@ class RRHFConfig:
 
 
 @dataclass(frozen=True)
-class DPORun:
+class PreferenceRun:
+    """What dpo, kto and rrhf have in common."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoRAConfig = LoRAConfig()
+    optim: OptimConfig = POLICY_OPTIM
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
+
+    def check(self, name: str, accumulate: int) -> None:
+        """Raise a UserError for what contradicts itself; `name` is the method's group of settings."""
+        self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
+        check_divides(self.data.batch_size, f"{name}.accumulate", accumulate)
+
+
+@dataclass(frozen=True)
+class DPORun(PreferenceRun):
     """All of `rlhf-jax dpo`."""
 
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
     dpo: DPOConfig = DPOConfig()
-    lora: LoRAConfig = LoRAConfig()
-    optim: OptimConfig = POLICY_OPTIM
-    mesh: MeshConfig = MeshConfig()
-    run: RunConfig = RunConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        self.optim.check("optim.")
-        check_frozen(self.model, self.lora)
-        check_divides(self.data.batch_size, "dpo.accumulate", self.dpo.accumulate)
+        self.check("dpo", self.dpo.accumulate)
 
 
 @dataclass(frozen=True)
-class KTORun:
+class KTORun(PreferenceRun):
     """All of `rlhf-jax kto`."""
 
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
     kto: KTOConfig = KTOConfig()
-    lora: LoRAConfig = LoRAConfig()
-    optim: OptimConfig = POLICY_OPTIM
-    mesh: MeshConfig = MeshConfig()
-    run: RunConfig = RunConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        self.optim.check("optim.")
-        check_frozen(self.model, self.lora)
-        check_divides(self.data.batch_size, "kto.accumulate", self.kto.accumulate)
+        self.check("kto", self.kto.accumulate)
 
 
 @dataclass(frozen=True)
-class RRHFRun:
+class RRHFRun(PreferenceRun):
     """All of `rlhf-jax rrhf`."""
 
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
     rrhf: RRHFConfig = RRHFConfig()
-    lora: LoRAConfig = LoRAConfig()
-    optim: OptimConfig = POLICY_OPTIM
-    mesh: MeshConfig = MeshConfig()
-    run: RunConfig = RunConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        self.optim.check("optim.")
-        check_frozen(self.model, self.lora)
-        check_divides(self.data.batch_size, "rrhf.accumulate", self.rrhf.accumulate)
+        self.check("rrhf", self.rrhf.accumulate)

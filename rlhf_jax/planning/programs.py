@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import dpo, reward, sft
+from rlhf_jax import responses, reward, sft
 from rlhf_jax.config import (
     ArchConfig,
     DPORun,
@@ -174,10 +174,10 @@ def _stage(config: Any, width: int) -> _Stage:
     group, collate_for, logprobs = kinds[type(config)]
     own = getattr(config, group)
     loss = bind(own.loss, own)
-    read = "ref_logprobs" in dpo.columns_read(loss)
+    read = "ref_logprobs" in responses.columns_read(loss)
     if read:
         example["ref_logprobs"] = np.zeros(width if group == "rrhf" else 2, np.float32)
-    objective = partial(dpo.objective, loss=loss, sft_coef=own.sft_coef, logprobs=logprobs)
+    objective = partial(responses.objective, loss=loss, sft_coef=own.sft_coef, logprobs=logprobs)
     return _Stage(group, collate_for, example, objective, response_logprobs if read else None)
 
 
