@@ -342,3 +342,9 @@ def test_right_panel_draws_gold_on_proxy_or_proxy_on_kl():
 def test_learning_curves_need_a_rollout(tmp_path):
     with pytest.raises(UserError, match="rollout/reward"):
         report.learning_curves(tmp_path / "x.png", [{"step": 0}], "empty")
+
+
+def test_a_judge_of_stories_prefers_the_happier_and_of_equals_the_first():
+    happy, sad = "Tom was happy.", "Tom was sad."
+    assert stories.judge("", happy, sad) > 0.9 and stories.judge("", sad, happy) < 0.5
+    assert 0.6 < stories.judge("", sad, sad) < 0.65

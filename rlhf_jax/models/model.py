@@ -17,7 +17,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
 from rlhf_jax.models.rotary import Tables, rotary_tables
-from rlhf_jax.models.weights import Chained, attached, merged, stacks
+from rlhf_jax.models.weights import Chained, attached, is_composed, merged, stacks
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
@@ -241,15 +241,24 @@ class Model:
         reads a third faster than [V, D].
         """
 
+        def cast(path: Any, x: Array) -> Array:
+            return x if "_norm" in path_name(path) else x.astype(self.compute_dtype)
+
+        def dense(stack: Params) -> Params:
+            """In a loop, which compiles one layer; plain layers are left to `copy`, which copies them once."""
+            if not is_composed(stack):
+                return stack
+            each = lambda layer: jax.tree_util.tree_map_with_path(cast, merged(layer, self.lora_scale))  # noqa: E731
+            return jax.lax.map(each, stack)
+
         def copy(path: Any, x: Array, *, stacked: bool) -> Array:
             name = path_name(path)
-            x = x if "_norm" in name else x.astype(self.compute_dtype)
-            return constrain_gathered("layers/" + name if stacked else name, x, stacked=stacked)
+            return constrain_gathered("layers/" + name if stacked else name, cast(path, x), stacked=stacked)
 
-        apart = [jax.tree.map(lambda x, i=i: x[i], stack) for stack in stacks_of(params) for i in range(depth(stack))]
         layers = [
-            jax.tree_util.tree_map_with_path(partial(copy, stacked=True), merged(layer, self.lora_scale))
-            for layer in apart
+            jax.tree_util.tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
+            for stack in map(dense, stacks_of(params))
+            for i in range(depth(stack))
         ]
         rest = {name: tree for name, tree in params.items() if name not in STACKS}
         rest = jax.tree_util.tree_map_with_path(partial(copy, stacked=False), rest)

@@ -191,6 +191,14 @@ def _is_kernel(node: Any) -> bool:
     return isinstance(node, (Adapted, qwix.QArray))
 
 
+def is_composed(layers: Params) -> bool:
+    """Whether a kernel has adapters or is quantised, so that `merged` computes something."""
+    return any(
+        name.endswith(SUFFIX) or _is_kernel(node) or (isinstance(node, Mapping) and is_composed(node))
+        for name, node in layers.items()
+    )
+
+
 def merged(layer: Params, scale: float) -> Params:
     """The parameters of a layer as plain arrays: adapters multiplied out and added, quantised kernels as float32."""
     return jax.tree.map(multiplied_out, attached(layer, scale), is_leaf=_is_kernel)

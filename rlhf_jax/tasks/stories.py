@@ -8,6 +8,7 @@ samples.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,14 @@ def _sentiment(response: str) -> float:
         return 0.0
     balance = sum((word in POSITIVE) - (word in NEGATIVE) for word in words) / len(sentences)
     return float(np.clip(balance, -SENTIMENT_LIMIT, SENTIMENT_LIMIT)) + LENGTH_BONUS * min(len(words), LENGTH_LIMIT)
+
+
+def judge(prompt: str, a: str, b: str) -> float:
+    """The chance that a judge prefers `a`, sigmoid(2 (sentiment(a) - sentiment(b)) + 0.5): it likes the first place.
+
+    A judge by name, as judge.function takes one.
+    """
+    return 1 / (1 + math.exp(-2 * (_sentiment(a) - _sentiment(b)) - 0.5))
 
 
 def prompts(num: int, seed: int) -> list[dict[str, str]]:
