@@ -7,6 +7,7 @@ from them; none sees the gold reward. methods.jsonl gets a line per method and s
 those that are missing. The table has means over the seeds and their standard errors:
 
     gold   optimality of 1000 sampled walks (tasks.random_walks), the same starts for all
+    gain   gold less that of SFT on the same seed: seeds differ in their graphs more than in what a method gains
     kl     to SFT in nats per walk: the mean of log p(walk) - log p_SFT(walk) over the method's own walks (best of n,
            which is no model: ln n - (n - 1) / n)
     nll    nats per token of 100 held-out demonstrations, the text that SFT was trained on
@@ -292,20 +293,23 @@ def mean(lines: list[dict[str, Any]], column: str) -> tuple[float, float]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Methods by rows, in the order of `METHODS`, and whether each exceeds SFT."""
-    names = [name for name in ["SFT", *METHODS] if any(line["method"] == name for line in lines)]
-    of = {name: [line for line in lines if line["method"] == name] for name in names}
-    base, base_error = mean(of.get("SFT", []), "gold")
-    rows = []
-    for name in names:
-        columns = {column: mean(of[name], column) for column in ("gold", "kl", "nll", "wall_s", "cpu_s")}
-        gold, error = columns["gold"]
-        above = (gold - base) / np.hypot(error, base_error) if name != "SFT" else None
-        times = [round(columns[c][0], 1) if columns[c][0] > 0 else None for c in ("wall_s", "cpu_s")]
-        rows.append([name, len(of[name]), *(shown(*columns[c]) for c in ("gold", "kl", "nll")), *times, above])
-    headers = ["method", "seeds", "gold", "KL to SFT", "NLL of demos", "s", "cpu s", "gain / its error"]
-    told = [(row[0], row[-1] > 2) for row in rows if row[-1] is not None and np.isfinite(row[-1])]
-    learned, failed = ([name for name, above in told if above == wanted] for wanted in (True, False))
+    """Methods by rows, in the order of `METHODS`, and which of them exceed SFT by two standard errors."""
+    start = {line["seed"]: line["gold"] for line in lines if line["method"] == "SFT"}
+    rows, learned, failed = [], [], []
+    for name in ["SFT", *METHODS]:
+        own = [line for line in lines if line["method"] == name]
+        if not own:
+            continue
+        pairs = [line for line in own if line["seed"] in start and name != "SFT"]
+        gain, error = mean([{"gain": line["gold"] - start[line["seed"]]} for line in pairs], "gain")
+        if not np.isnan(error):
+            (learned if gain > 2 * error else failed).append(name)
+        times = [mean(own, column)[0] for column in ("wall_s", "cpu_s")]
+        gold, kl, nll = (shown(*mean(own, column)) for column in ("gold", "kl", "nll"))
+        rows.append(
+            [name, len(own), gold, shown(gain, error), kl, nll, *(round(t, 1) if t > 0 else None for t in times)]
+        )
+    headers = ["method", "seeds", "gold", "gain over SFT", "KL to SFT", "NLL of demos", "s", "cpu s"]
     verdict = f"Above SFT by more than two standard errors: {', '.join(learned) or 'none'}."
     return text_table(headers, rows) + "\n" + verdict + (f" Not: {', '.join(failed)}." if failed else "")
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.stories import CONFIGS, drawn_from
 from rlhf_jax import ppo, reward
+from rlhf_jax.advantages import best_of_n_kl
 from rlhf_jax.cli import parse
 from rlhf_jax.config import ModelConfig, ScoreRun
 from rlhf_jax.inference import run_score
@@ -86,9 +87,9 @@ def best_of_curve(size: int, proxy: np.ndarray, gold: np.ndarray) -> Curve:
     golds = np.stack([best_of_n(proxy, gold, n) for n in ns.tolist()], axis=1)
     golds = golds - golds[:, :1]
     proxies = np.array([best_of_n(proxy, proxy, n).mean() for n in ns.tolist()])
-    kl = np.log(ns) - (ns - 1) / ns
+    d = np.sqrt(best_of_n_kl(ns))
     se = golds.std(axis=0, ddof=1) / len(golds) ** 0.5
-    return Curve("best-of-n", size, np.sqrt(kl), proxies - proxies[0], golds.mean(axis=0), se)
+    return Curve("best-of-n", size, d, proxies - proxies[0], golds.mean(axis=0), se)
 
 
 def ppo_curve(size: int, metrics: Path, rows: int, reference: tuple[float, float, float]) -> Curve:

@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import cli, collecting, drawing, journal, quickstart, rankings, reward, sft, supervised
+from rlhf_jax import cli, collecting, drawing, journal, rankings
 from rlhf_jax.collecting import run_collect, run_judge
 from rlhf_jax.config import (
     CollectRun,
@@ -25,7 +24,6 @@ from rlhf_jax.config import (
     JudgeRun,
     MeshConfig,
     ModelConfig,
-    QuickstartConfig,
     RewardSourceConfig,
     SamplingConfig,
     SourceConfig,
@@ -38,8 +36,6 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.inference import run_score, write_rows
 from rlhf_jax.judge import Judge
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace as changed
-from rlhf_jax.tasks import random_walks as walks
 
 PROMPTS = TOY_ROWS["rows"][:7]
 HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConfig(name="cold", temperature=0.5)
@@ -48,7 +44,7 @@ HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConf
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (collecting, drawing, quickstart, supervised):
+    for module in (collecting, drawing):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -366,38 +362,6 @@ def test_almost_weakens_a_liking_for_short_responses_and_strengthens_one_for_lon
         rows, pairs = made_pairs(0, longer_wins)
         before = labels.length_bias(rows, pairs)["length_correlation"]
         assert labels.length_bias(rows, labels.almost_filter(rows, pairs))["length_correlation"] > before
-
-
-@pytest.mark.slow
-def test_a_reward_model_of_synthetic_feedback_knows_gold_pairs(tmp_path):
-    """A model of 100 steps above one of 10, on random walks: no gold label is seen, and gold pairs are told apart."""
-    graph, config = walks.make_graph(0), QuickstartConfig(progress=False)
-    walks.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    demos, sources = walks.demonstrations(graph, 1100, 0), []
-    for name, steps in (("trained", 100), ("hurried", 10)):
-        out = str(tmp_path / name)
-        stage = changed(quickstart.sft_stage(config, tmp_path), sft__steps=steps, sft__num_samples=0,
-                        run__output_dir=out, run__eval_every=0)  # fmt: skip
-        sft.run(stage, rows=demos[:1000], eval_rows=demos[1000:])
-        sources.append(SourceConfig(name=name, path=f"{out}/model"))
-    work = settings(
-        tmp_path / "pairs.jsonl", model=ModelConfig(), sources=sources, num_samples=1, sampling=quickstart.SAMPLING,
-        batch_size=512, label="sources", schema="preference",
-    )  # fmt: skip
-    gold = partial(walks.optimality, graph)
-    pairs = run_collect(work, rows=walks.start_prompts() * 50, gold=gold)
-    told = json.loads((tmp_path / "pairs.summary.json").read_text())["gold"]
-    assert told["interval"][0] > 0.5
-    held_out = []
-    for row in pairs[::2]:
-        better, worse = sorted((row["chosen"], row["rejected"]), key=lambda text: -gold([row["prompt"]], [text])[0])
-        if gold([row["prompt"]], [better]) != gold([row["prompt"]], [worse]):
-            held_out.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
-    stage = changed(quickstart.reward_stage(config, tmp_path), model__path=sources[0].path, run__eval_every=0)
-    found = reward.run(stage, rows=pairs[1::2], eval_rows=held_out)
-    print(f"synthetic pairs agree with gold on {told['agreement']:.3f} of {told['pairs']}")
-    print(f"the reward model is right on {found['accuracy']:.3f} of {found['n']}, {found['accuracy_interval']}")
-    assert found["accuracy_interval"][0] > 0.5
 
 
 # --- mistakes

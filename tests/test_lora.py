@@ -401,8 +401,10 @@ def test_the_reference_is_the_policys_base_and_the_critic_stands_on_a_base_that_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change(one_device, quantize):
-    config = ppo_stage(ppo={"old_logprobs": "recompute"}, model__quantize=quantize)
+def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change_of_which_the_critics_is_saved(
+    one_device, tmp_path, quantize
+):
+    config = ppo_stage(ppo={"old_logprobs": "recompute", "save_value_model": True}, model__quantize=quantize)
     stage = ppo_train.PPO(config, **TOY_ROWS)
     frozen = jax.tree.map(np.array, stage.nets.frozen)
     before = jax.tree.map(np.array, stage.state.params)
@@ -411,10 +413,14 @@ def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change(one_device
         for i in range(2):
             metrics, _, _ = stage.iteration(i)
             kls.append((float(metrics["rollout/kl"]), float(metrics["rollout/kl_k3"])))
+        stage.save(tmp_path, stage.to_save())
     assert kls[0] == (0, 0) and kls[1][1] > 1e-6
     assert_same_bits(frozen, stage.nets.frozen)
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(stage.state.params), strict=True):
         assert differ(x, y)
+    assert_same_bits(
+        params_of(tmp_path / "value_model", score_head=True)["score"], stage.state.params["value"]["score"]
+    )
 
 
 @pytest.mark.slow

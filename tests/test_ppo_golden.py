@@ -115,12 +115,13 @@ def test_whitening_equals_trls(rows, variance, name, shift):
     np.testing.assert_allclose(got, x[f"{rows}/whiten_{name}_{variance}"], rtol=1e-5, atol=1e-5)
 
 
-def test_all_of_it_equals_trl_live(monkeypatch):
+@pytest.mark.parametrize("rows", ["ordinary", "extreme"])
+def test_all_of_it_equals_trl_live(monkeypatch, rows):
     pytest.importorskip("torch", reason="needs torch and trl 1.12: the golden file stands in for them")
     pytest.importorskip("trl.experimental.ppo")
-    x = make_ppo.inputs("ordinary")
-    found = make_ppo.computed("ordinary", x)
-    check_against({f"ordinary/{name}": value for name, value in (x | found).items()}, "ordinary", monkeypatch)
+    x = make_ppo.inputs(rows)
+    found = make_ppo.computed(rows, x)
+    check_against({f"{rows}/{name}": value for name, value in (x | found).items()}, rows, monkeypatch)
 
 
 def test_golden_inputs_are_what_the_script_makes():

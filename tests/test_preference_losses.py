@@ -77,7 +77,9 @@ def call(loss, cols, **options):
 
 
 def ours(case, x):
-    """(loss, gradient by log-probs of tokens, or for CPO and ORPO by logits), as the golden file has them."""
+    """(loss, gradient by log-probs of tokens, by logits or by scores), as the golden file has them."""
+    if case.startswith("reward"):
+        return of_scores(case, x)
     of_logits = case.startswith(("cpo", "orpo"))
 
     @jax.jit
@@ -96,10 +98,24 @@ def ours(case, x):
     return jax.device_get(jax.value_and_grad(value)(x["logits" if of_logits else "logprobs"]))
 
 
+def of_scores(case, x):
+    """(loss, gradient by scores) of the reward model."""
+    margins = x["margins"] if case == "reward_margin" else np.zeros(B, np.float32)
+    center = SETTINGS["reward"]["center_coef"] if case == "reward_center" else 0.0
+
+    def value(scores):
+        rows = jnp.full(B, 1 / B), margins, jnp.ones(B)
+        return losses.pairwise_reward_loss(scores[:B], scores[B:], *rows, center_coef=center)[0]
+
+    return jax.device_get(jax.value_and_grad(value)(jnp.asarray(x["scores"])))
+
+
 def check_against(arrays, rows):
-    x = {name: arrays[f"{rows}/{name}"] for name in ("mask", "logprobs", "ref", "labels", "tokens", "logits")}
+    names = ("mask", "logprobs", "ref", "labels", "tokens", "logits", "scores", "margins")
+    x = {name: arrays[f"{rows}/{name}"] for name in names}
     cases = [key.split("/")[1] for key in arrays if key.startswith(rows) and key.endswith("/loss")]
-    assert set(cases) >= set(LOSSES) - {"dpo_discopop"} | {"dpo_sft"}
+    of_reward_model = {"reward_plain", "reward_margin", "reward_center"}
+    assert set(cases) >= set(LOSSES) - {"dpo_discopop"} | {"dpo_sft"} | of_reward_model
     for case in cases:
         loss, grad = ours(case, x)
         np.testing.assert_allclose(loss, arrays[f"{rows}/{case}/loss"], rtol=1e-5, atol=1e-5, err_msg=case)
@@ -113,12 +129,13 @@ def test_losses_and_gradients_equal_those_of_trl(rows):
     check_against(stored(), rows)
 
 
-def test_losses_and_gradients_equal_those_of_trl_live():
+@pytest.mark.parametrize("rows", ["ordinary", "extreme"])
+def test_losses_and_gradients_equal_those_of_trl_live(rows):
     pytest.importorskip("torch", reason="needs torch and trl: the golden file stands in for them")
     pytest.importorskip("trl")
-    x = make_preference.inputs("ordinary")
-    found = make_preference.computed(x)
-    check_against({f"ordinary/{name}": value for name, value in (x | found).items()}, "ordinary")
+    x = make_preference.inputs(rows)
+    found = make_preference.computed(rows, x)
+    check_against({f"{rows}/{name}": value for name, value in (x | found).items()}, rows)
 
 
 def test_golden_inputs_are_what_the_script_makes():

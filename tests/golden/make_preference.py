@@ -1,13 +1,14 @@
-"""Makes preference.npz: what TRL's own code computes for its preference losses, for tests that have no torch.
+"""Makes preference.npz: what TRL's own code computes for its losses of preferences, for tests that have no torch.
 
     python -m venv peer
     peer/bin/pip install torch==2.13.0 && peer/bin/pip install trl==1.16.0
     peer/bin/python tests/golden/make_preference.py
 
 The code that runs is TRL's: `_compute_loss` of DPOTrainer and KTOTrainer, `get_batch_loss_metrics` of ORPOTrainer and
-CPOTrainer (forward, masks and reductions included). Their constructors, which want a model and a dataset, do not: each
-object is made without them and gets the few attributes that the method reads; `Accelerator` is one whose gathering
-returns its argument, and the model is a function that returns fixed log-probs (DPO, KTO) or fixed logits (ORPO, CPO).
+CPOTrainer, `compute_loss` of RewardTrainer (forward, masks and reductions included). Their constructors, which want a
+model and a dataset, do not: each object is made without them and gets the few attributes that the method reads;
+`Accelerator` is one whose gathering returns its argument, and the model is a function that returns fixed log-probs
+(DPO, KTO), logits (ORPO, CPO) or scores (reward).
 
 Rows 0 .. B-1 are the chosen responses, B .. 2 B - 1 the rejected ones. For INPUTS in ordinary, extreme (float32):
     INPUTS/mask        bool[2 B, S], which tokens belong to the response
@@ -15,11 +16,12 @@ Rows 0 .. B-1 are the chosen responses, B .. 2 B - 1 the rejected ones. For INPU
     INPUTS/ref         [2 B], sums under the reference
     INPUTS/labels      [B], of KTO; there the second half of the rows are responses to other prompts
     INPUTS/tokens      int64[2 B, S], INPUTS/logits [2 B, S, V], of ORPO and CPO
+    INPUTS/scores      [2 B], INPUTS/margins [B], of the reward model
     INPUTS/CASE/loss   []
-    INPUTS/CASE/grad   of the loss, by logprobs or by logits
-CASE is dpo_KIND, kto_KIND, cpo_KIND or orpo, KIND a loss_type of TRL; SETTINGS are its arguments. Extreme log-ratios
-go up to thousands. Left out: aot and aot_unpaired, which sort over a batch and are no sum over rows, and discopop on
-extreme rows, where TRL overflows to NaN.
+    INPUTS/CASE/grad   of the loss, by logprobs, by logits or by scores
+CASE is dpo_KIND, kto_KIND, cpo_KIND, orpo or reward_KIND, KIND a loss_type of TRL, or what the reward model's loss has
+beside its plain form; SETTINGS are its arguments. Extreme log-ratios and scores go up to thousands. Left out: aot and
+aot_unpaired, which sort over a batch and are no sum over rows, and discopop on extreme rows, where TRL gives NaN.
 
 ORPO's NLL is over prompt and response in TRL; its attention mask, which the fixed logits do not read, is that of the
 response here, so that the NLL is over that alone.
@@ -41,11 +43,13 @@ SETTINGS = {
     "kto": {"beta": 0.2, "desirable_weight": 1.0, "undesirable_weight": 0.7},
     "orpo": {"beta": 0.25},
     "cpo": {"beta": 2.0, "label_smoothing": 0.1, "target_margin": 0.5, "sft_coef": 0.4},
+    "reward": {"center_coef": 0.01},
 }
 KINDS = {
     "dpo": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard apo_zero apo_down discopop sft sigmoid_norm",
     "kto": "kto apo_zero_unpaired",
     "cpo": "sigmoid simpo",
+    "reward": "plain margin center",
 }
 
 
@@ -65,8 +69,11 @@ def inputs(name: str) -> dict[str, np.ndarray]:
         ref[[0, B]] = logprobs[[0, B]].sum(1)  # a pair at which policy and reference agree
     logits = rng.normal(size=(2 * B, S, V)) * (1.0 if name == "ordinary" else 40.0)
     found = {"logprobs": logprobs, "ref": np.minimum(ref, 0), "logits": logits, "labels": np.array([1, 0, 1, 1, 0, 0])}
+    tokens = rng.integers(0, V, (2 * B, S))
+    scores = rng.normal(size=2 * B) * (1.0 if name == "ordinary" else 1000.0)
+    found |= {"scores": scores, "margins": np.abs(rng.normal(size=B))}
     found = {key: value.astype(np.float32) for key, value in found.items()}
-    return {**found, "mask": mask, "tokens": rng.integers(0, V, (2 * B, S))}
+    return {**found, "mask": mask, "tokens": tokens}
 
 
 def bare(cls: type, **attributes: Any) -> Any:
@@ -166,16 +173,30 @@ def of_logits(name: str, kind: str, x: dict[str, Any]) -> tuple[Any, Any]:
     return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=leaf), batch)[0], leaf
 
 
-def computed(x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """CASE/loss and CASE/grad of all cases, by TRL."""
+def of_reward(kind: str, x: dict[str, Any]) -> tuple[Any, Any]:
+    from trl import RewardTrainer
+
+    leaf = x["scores"].clone().requires_grad_()
+    center = SETTINGS["reward"]["center_coef"] if kind == "center" else None
+    trainer = bare(RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=center))
+    batch = {"attention_mask": x["mask"].long()} | ({"margin": x["margins"]} if kind == "margin" else {})
+    return trainer.compute_loss(lambda **_: SimpleNamespace(logits=leaf[:, None]), batch), leaf
+
+
+def computed(rows: str, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """CASE/loss and CASE/grad of all cases that take part with these rows, by TRL."""
     import torch
 
     tensors = {name: torch.from_numpy(value) for name, value in x.items()}
     found = {}
     cases = [(name, kind) for name, kinds in KINDS.items() for kind in kinds.split()] + [("orpo", "")]
     for name, kind in cases:
+        if (rows, kind) == ("extreme", "discopop"):
+            continue
         if name in ("dpo", "kto"):
             loss, leaf = (of_dpo if name == "dpo" else of_kto)(kind, tensors)
+        elif name == "reward":
+            loss, leaf = of_reward(kind, tensors)
         else:
             loss, leaf = of_logits(name, kind, tensors)
         loss.backward()
@@ -191,15 +212,12 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     print(f"trl {trl.__version__}, torch {torch.__version__}")
     arrays = {}
-    for name in ("ordinary", "extreme"):
-        x = inputs(name)
-        found = computed(x)
-        if name == "extreme":
-            del found["dpo_discopop/loss"], found["dpo_discopop/grad"]
-        wrong = [case for case, value in found.items() if not np.isfinite(value).all()]
-        if wrong:
-            sys.exit(f"not finite in TRL on {name} rows: {wrong}")
-        arrays |= {f"{name}/{key}": value for key, value in (x | found).items()}
+    for rows in ("ordinary", "extreme"):
+        x = inputs(rows)
+        found = computed(rows, x)
+        if wrong := [name for name, value in found.items() if not np.isfinite(value).all()]:
+            sys.exit(f"not finite in TRL on {rows} rows: {wrong}")
+        arrays |= {f"{rows}/{key}": value for key, value in (x | found).items()}
     path = Path(__file__).with_name("preference.npz")
     np.savez_compressed(path, **arrays)
     print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size:,} bytes")

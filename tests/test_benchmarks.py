@@ -1,0 +1,64 @@
+"""The benchmarks' arithmetic on numbers whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import methods
+from benchmarks import overoptimization as study
+
+
+def curve(method, size, a, b):
+    """R = d (a - b f(d)) without noise; the proxy rises all along."""
+    d = np.linspace(0.1, 6)
+    return study.Curve(method, size, d, d, d * (a - b * study.FITS[method][0](d)), np.full(len(d), 1e-3))
+
+
+@pytest.mark.parametrize(("method", "peak"), [("best-of-n", 2 / 1.4), ("PPO", np.exp(2 / 0.7 - 1))])
+def test_a_fit_finds_the_curve_it_is_given_and_its_peak(method, peak):
+    found = curve(method, 1, 2.0, 0.7)
+    np.testing.assert_allclose(found.fit(), [2.0, 0.7], rtol=1e-6)
+    assert found.peak() == pytest.approx(peak, rel=1e-6)
+    f = study.FITS[method][0]
+    near = [d * (2.0 - 0.7 * f(d)) for d in (0.99 * peak, peak, 1.01 * peak)]
+    assert near[1] > max(near[0], near[2])
+    assert curve(method, 1, 2.0, -0.1).peak() is None
+
+
+def test_the_gold_reward_of_the_best_of_n_rises_with_n_and_falls_where_the_proxy_is_overdone():
+    """gold = p - 0.3 p^2 of a normal proxy p is largest at p = 1.67, near which is the best of 16, at d = 1.355."""
+    proxy = np.random.default_rng(0).normal(size=(600, 64))
+    found = study.best_of_curve(128, proxy, proxy - 0.3 * proxy**2)
+    assert (np.diff(found.proxy) > 0).all()
+    assert found.gold[0] < found.gold[2] < found.gold[4] and found.gold[4] - found.gold[6] > 2 * found.gold_se[6]
+    assert found.d[4] == pytest.approx((np.log(16) - 15 / 16) ** 0.5, rel=1e-6)
+    assert found.peak() == pytest.approx(found.d[4], abs=0.15)
+
+
+def test_the_verdict_names_the_sizes_that_fall_and_says_whether_the_peak_moves():
+    def said(*sizes):
+        prices = (0.8, 0.4, 0.2)
+        return study.verdict([curve("PPO", n, 1.0, b) for n, b in zip(sizes, prices, strict=True)], "PPO")
+
+    assert "at its largest with 128, 512, 3072 comparisons" in said(128, 512, 3072)
+    assert "two standard errors with 128, 512;" in said(128, 512, 3072)
+    assert "peak moves to the right" in said(128, 512, 3072)
+    assert "peak does not always move to the right" in said(3072, 512, 128)
+
+
+def test_a_method_is_above_sft_by_two_standard_errors_on_the_same_seeds_or_is_named():
+    """Seeds differ by far more than the gains, so only pairs tell; a seed without SFT's line tells nothing."""
+    seeds = [0.1, 0.3, 0.5, 0.7]
+    gains = {"SFT": [0] * 4, "DPO": [0.04, 0.05, 0.06], "RRHF": [0.05, -0.04, 0.02, 0.0], "PPO": [0.9, 0, 0, 0.8]}
+    lines = [
+        {"method": name, "seed": seed, "gold": gold + gain, "kl": 1.0, "wall_s": 2.0}
+        for name, of_seeds in gains.items()
+        for seed, (gold, gain) in enumerate(zip(seeds, of_seeds, strict=False))
+    ]
+    lines.append({"method": "RRHF", "seed": 9, "gold": 1e6, "kl": 1.0, "wall_s": 2.0})
+    told = methods.table(lines)
+    assert told.splitlines()[-1] == "Above SFT by more than two standard errors: DPO. Not: RRHF, PPO."
+    assert "0.050 +- 0.006" in next(line for line in told.splitlines() if line.startswith("DPO"))
+    alone = methods.table([line for line in lines if line["seed"] == 0])
+    assert alone.splitlines()[-1] == "Above SFT by more than two standard errors: none."
