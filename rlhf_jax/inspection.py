@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -15,7 +15,10 @@ from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf, hub
+from rlhf_jax.models.config_json import find_family
 from rlhf_jax.models.layout import leaf_shapes
+from rlhf_jax.models.lora import adapter_shapes, sites
+from rlhf_jax.models.weights import quantized
 from rlhf_jax.rules import MESH_AXES, Rules, parse_rules
 from rlhf_jax.sharding import mesh_sizes, shard_shape
 from rlhf_jax.types import Params
@@ -23,6 +26,8 @@ from rlhf_jax.types import Params
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
 """Bytes per parameter: float32 weights, Adam's two moments, the gradient, a bfloat16 copy for decoding."""
+
+LORA_RANK = 16
 
 ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
 """Stages whose state has the policy's parameters beside others."""
@@ -39,14 +44,27 @@ def cache_bytes(arch: ArchConfig, batch: int, length: int) -> int:
     return 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim * 2
 
 
+def frozen_bytes(arch: ArchConfig, how: Literal["none", "int8", "nf4"]) -> int:
+    """Bytes of a frozen base as it is stored: kernels in codes with their scales, the rest in float32."""
+    base = jax.eval_shape(lambda: quantized(Model(arch).init(jax.random.key(0)), how))
+    return sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(base))
+
+
 def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[str, float]]:
     """What the stages hold beside activations, all devices together."""
     trained, cache = count * (MASTER + ADAM + GRADIENT), cache_bytes(arch, batch, length)
+    shapes = adapter_shapes(arch, sites(find_family(arch)), LORA_RANK)
+    adapters = sum(math.prod(shape) for shape in shapes.values()) * (MASTER + ADAM + GRADIENT)
     return [
         ("SFT or reward model: weights, Adam, gradient", trained),
         ("PPO: policy and critic trained, reference and reward model kept", 2 * trained + 2 * count * MASTER),
         ("GRPO, RLOO: no critic, reference and reward model kept", trained + 2 * count * MASTER),
         ("PPO, critic on the policy's trunk, Python reward", trained + count * MASTER),
+        *(
+            (f"SFT with LoRA of rank {LORA_RANK}, base in {'float32' if how == 'none' else how}", base + adapters)
+            for how in ("none", "int8", "nf4")
+            for base in [frozen_bytes(arch, how)]
+        ),
         (f"rollout: bfloat16 copy and KV cache of {batch} x {length} tokens", count * COPY + cache),
     ]
 

@@ -88,7 +88,13 @@ def test_inspect_counts_what_the_files_hold(tmp_path, capsys):
     assert "<|im_end|>" in lines["stop"]  # the template's closing token is one, too
     found = inspection.run_inspect(InspectRun(str(path), batch=5, length=7))
     cache = 2 * 2 * 3 * 5 * 7 * 1 * 8  # keys and values, bfloat16, 3 layers, 5 rows of 7 tokens, 1 head of 8
-    sft, separate, group, shared, rollout = found["memory"].values()
+    sft, separate, group, shared, plain, int8, nf4, rollout = found["memory"].values()
+    ends = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 32), (16, 32), (32, 16)]  # q, k, v, out, gate, up, down
+    kernels = 3 * sum(a * b for a, b in ends)
+    assert plain == 4 * count + 3 * 16 * 16 * sum(a + b for a, b in ends)  # adapters of rank 16 are trained
+    assert int8 == plain - 3 * kernels + 3 * 4 * sum(b for _, b in ends)  # a byte, and a float32 scale of each output
+    blocks = 3 * (16 + 8 + 8 + 2 * 16 + 32 + 32 + 16)  # the last input axis of "out" is one of two heads
+    assert nf4 == plain - 3.5 * kernels + 4 * blocks
     assert sft == (4 + 8 + 4) * count  # weights, two moments, gradient
     assert separate == 2 * 16 * count + 2 * 4 * count
     assert group == 16 * count + 2 * 4 * count
