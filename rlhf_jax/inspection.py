@@ -32,6 +32,9 @@ LORA_RANK = 16
 ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
 """Stages whose state has the policy's parameters beside others."""
 
+PARTIAL = (("lora", "rank"), ("ppo", "trainable_layers"))
+"""Settings with which a checkpoint holds a part of the model."""
+
 
 def size(num_bytes: float) -> str:
     """Bytes in the unit that reads best."""
@@ -159,8 +162,10 @@ def run_convert(config: ConvertRun) -> Path:
     if (target / "config.json").exists() and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
     if (source / CHECKPOINTS).is_dir():
-        arch, raw, params, tokens = _newest_checkpoint(source)
+        arch, raw, params, tokens = _checkpoint(source, config.step)
         score_head = "score" in params
+    elif config.step:
+        raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
     else:
         arch, raw = hf.read_config(source)
         score_head, tokens = hf.has_score_head(source), hf.model_directory(source)
@@ -184,33 +189,39 @@ def run_convert(config: ConvertRun) -> Path:
     return target
 
 
-def _newest_checkpoint(run: Path) -> tuple[ArchConfig, dict[str, Any] | None, Params, Path]:
-    """Shape, config.json of the base model, parameters and tokenizer directory of a run that has not finished.
+def _checkpoint(run: Path, step: int) -> tuple[ArchConfig, dict[str, Any] | None, Params, Path]:
+    """Shape, config.json of the base model, parameters and tokenizer directory of a run's checkpoint.
 
-    Of PPO and its kin the policy. The newest checkpoint counts, not the best.
+    Of PPO and its kin the policy. `step` 0 is the newest one, not the best.
 
     Raises:
-        UserError: no such run, it trains adapters, or none of its checkpoints is intact.
+        UserError: no such run, it trains a part of the model, or the checkpoint is not there or not intact.
     """
     record = read_record(run)
     if record is None:
         raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
     settings, where = record["config"]["model"], Path(record["cwd"])
-    if record["config"].get("lora", {}).get("rank"):
-        raise UserError(f"{run} trains adapters, which are merged when it ends; `rlhf-jax resume {run}` first")
+    if any(record["config"].get(group, {}).get(name) for group, name in PARTIAL):
+        raise UserError(
+            f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
+        )
     if settings["path"]:
         arch, base = hf.read_config(where / hub.local_directory(settings["path"]))
     else:
         arch, base = ArchConfig.from_plain(settings["arch"]), None
     checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
     # Only looked at: the run may still be writing there.
-    step = next((step for step in reversed(checkpoints.steps()) if not damage(checkpoints.path(step))), None)
-    if step is None:
-        raise UserError(f"{run} has no checkpoint yet; wait for one, or let checkpoint.minutes be less")
+    steps = checkpoints.steps()
+    if step and step not in steps:
+        raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, steps)) or 'none'}")
+    tried = [step] if step else reversed(steps)
+    found = next((each for each in tried if not damage(checkpoints.path(each))), None)
+    if found is None:
+        raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
     model, online = Model(arch, score_head=record["stage"] == "reward"), record["stage"] in ONLINE
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
     params = {"policy": params} if online else params
-    params = checkpoints.restore(step, {"state": {"params": params}})["state"]["params"]
-    print(f"{run}: checkpoint of step {step}")
+    params = checkpoints.restore(found, {"state": {"params": params}})["state"]["params"]
+    print(f"{run}: checkpoint of step {found}")
     tokens = where / hub.local_directory(settings["tokenizer"] or settings["path"])
     return arch, base, params["policy"] if online else params, tokens

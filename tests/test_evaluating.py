@@ -14,13 +14,22 @@ import numpy as np
 import pytest
 from tiny import ARCH, ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import cli, drawing, summaries
-from rlhf_jax.config import EvaluateRun, JudgeConfig, MeshConfig, ModelConfig, SamplingConfig, SourceConfig
+from rlhf_jax import cli, drawing, inference, summaries
+from rlhf_jax.config import (
+    EvaluateRun,
+    JudgeConfig,
+    MeshConfig,
+    ModelConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+    ScoreRun,
+    SourceConfig,
+)
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluating import run_evaluate
 from rlhf_jax.generate import Generator
-from rlhf_jax.inference import write_rows
+from rlhf_jax.inference import run_score, write_rows
 from rlhf_jax.judge import Judge
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import make_mesh
@@ -33,7 +42,8 @@ TOY = str(toy_directory() / "policy")
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    monkeypatch.setattr(drawing, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+    for module in (drawing, inference):
+        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +125,25 @@ def test_length_orders_a_terse_and_a_talkative_model_whichever_is_the_baseline(t
     for by in ("reward", "judge"):
         assert turned[by]["rate"] == pytest.approx(1 - wins[by]["rate"])
         assert turned[by]["interval"] == pytest.approx([1 - end for end in wins[by]["interval"][::-1]])
+
+
+def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse):
+    """Of the texts in responses.jsonl, with the stop token where they finished."""
+    model, flat = str(toy_directory() / "reward"), str(tmp_path / "flat.jsonl")
+    sources = [SourceConfig(name="talk"), SourceConfig(name="terse", path=terse)]
+    config = settings(tmp_path / "e", sources=sources, reward=RewardSourceConfig(model=model))
+    found = run_evaluate(config, rows=PROMPTS[:8])["models"]["terse"]
+    rows = read(tmp_path / "e" / "responses.jsonl")
+    items = [{**item, "prompt": row["prompt"], "response": item["text"]} for row in rows for item in row["responses"]]
+    write_rows([{name: item[name] for name in ("prompt", "response", "finished")} for item in items], flat)
+    scored = run_score(
+        ScoreRun(ModelConfig(path=model), flat, max_prompt_length=2, max_length=8, output=str(tmp_path / "s.jsonl"))
+    )
+    scores = np.array([row["score"] for row in scored]).reshape(8, 4)
+    assert {item["finished"] for item in items} == {True, False} and scores.std() > 0.1
+    np.testing.assert_allclose(np.reshape([item["score"] for item in items], (8, 4)), scores, rtol=1e-5, atol=1e-5)
+    assert found["wins"]["reward"]["rate"] == pytest.approx(summaries.wins(scores[:, 2:], scores[:, :2]).mean())
+    assert found["reward"]["mean"] == pytest.approx(scores[:, 2:].mean(), rel=1e-5)
 
 
 def test_a_judges_liking_for_a_place_is_in_the_report_and_not_in_the_win_rate(tmp_path):

@@ -288,13 +288,13 @@ def reward_of_length(prompts, responses, **columns):
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo", "grpo"])
-def test_the_newest_checkpoint_of_a_run_converts_to_what_the_run_itself_would_write(tmp_path, capsys, stage):
+def test_a_checkpoint_of_a_run_converts_and_the_newest_to_what_the_run_itself_would_write(tmp_path, capsys, stage):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a{i}", "response": "b c"}) + "\n" for i in range(60)))
     arguments = [
         stage, f"--data.path={rows}", "--data.batch_size=8", "--data.max_prompt_length=8", "--data.eval_fraction=0.5",
         "--run.keep_best=false",
-        f"--run.output_dir={tmp_path / 'run'}", "--checkpoint.every=2", "--checkpoint.keep_finished=true",
+        f"--run.output_dir={tmp_path / 'run'}", "--checkpoint.every=1", "--checkpoint.keep_finished=true",
         f"--model.path={toy_directory() / 'policy'}", "--sampling.max_new_tokens=4", "--run.progress=false",
     ]  # fmt: skip
     more = {
@@ -312,11 +312,22 @@ def test_the_newest_checkpoint_of_a_run_converts_to_what_the_run_itself_would_wr
     for name, tensor in expected.items():
         np.testing.assert_array_equal(tensor, found[name])
     assert hf.read_config(tmp_path / "new")[0] == hf.read_config(tmp_path / "model")[0]
+    if stage == "sft":  # a table over checkpoints
+        run(capsys, "convert", str(tmp_path / "run"), "--step", "1", "--output", str(tmp_path / "first"))
+        name, first = next(iter(tensors_of(tmp_path / "first").items()))
+        assert not np.array_equal(first, found[name].astype(first.dtype))
+    of_run = ("convert", str(tmp_path / "run"), "--output", str(tmp_path / "x"))
+    assert "no checkpoint of step 3, but of 1, 2" in refused(capsys, *of_run, "--step", "3")
+    assert "step 3 is asked for, but" in refused(capsys, "convert", str(tmp_path / "new"), *of_run[2:], "--step", "3")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for group, name in (("lora", "rank"), ("ppo", "trainable_layers")):
+        changed = {**record, "config": {**record["config"], group: {name: 1}}}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(changed))
+        assert "trains adapters or top layers alone" in refused(capsys, *of_run)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "checkpoints").mkdir()
-    assert "has no checkpoint yet" in refused(
-        capsys, "convert", str(tmp_path / "run"), "--output", str(tmp_path / "x")
-    )
+    assert "has no intact checkpoint yet" in refused(capsys, *of_run)
 
 
 # ---- the Hub

@@ -38,11 +38,13 @@ class ConvertRun:
 
     Args:
         model: a Hugging Face directory or hf://owner/name: a policy, or a reward or value model. Or the directory of a
-            run that has not finished, for the model (of PPO or GRPO the policy) in its newest checkpoint.
+            run that has not finished (or keeps its checkpoints, checkpoint.keep_finished), for the model in one of
+            them, of PPO or GRPO the policy.
         output: the directory to write: config, generation config, weights, tokenizer and chat template.
         dtype: of the weights written.
         shard_gb: largest weight file, in 10^9 bytes; more than one come with an index.
         overwrite: replace the model in `output`.
+        step: of a run's checkpoints, the one of this step; 0 takes the newest.
     """
 
     model: str = ""
@@ -50,9 +52,10 @@ class ConvertRun:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     shard_gb: float = 5.0
     overwrite: bool = False
+    step: int = 0
 
     def __post_init__(self) -> None:
-        check(self, "", {"above 0": "shard_gb"})
+        check(self, "", {"above 0": "shard_gb", "at least 0": "step"})
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; write rlhf-jax convert MODEL --output DIR")
