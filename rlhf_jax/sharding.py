@@ -99,6 +99,8 @@ def rules_of(mesh: Mesh | AbstractMesh) -> Rules:
 def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
     """The same devices, in the same order, with tensor = rollout_tensor; `mesh` itself where that is 0 or no change.
 
+    What fsdp and tensor together have more stays fsdp, so that a weight's way there (`constrain_gathered`) is short.
+
     Raises:
         UserError: the devices do not divide into groups of that size.
     """
@@ -109,7 +111,9 @@ def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
         raise UserError(
             f"mesh.rollout_tensor {ways} does not divide the {mesh.size} devices; choose a divisor or 0 (mesh.tensor)"
         )
-    other = _mesh_of(mesh.devices.reshape(-1, 1, ways))
+    rest = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    shape = (-1, rest // ways, ways) if rest % ways == 0 else (-1, 1, ways)
+    other = _mesh_of(mesh.devices.reshape(shape))
     _RULES[_shape(other)] = rules_of(mesh)
     return other
 
@@ -225,6 +229,9 @@ def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     splits = rules_of(mesh).of(path, (1, *x.shape) if stacked else x.shape)
+    splits = splits[1 if stacked else 0 :]
     if not mesh.empty and mesh.shape["fsdp"] == 1 < mesh.shape["tensor"]:
         x = constrain(x, *(None,) * x.ndim)  # from the layout of another mesh there is no shorter way
-    return constrain(x, *map(_tensor_alone, splits[1 if stacked else 0 :]))
+    # From many ways over fsdp to some over tensor: first within the groups, then a gather of tensor's parts alone.
+    x = constrain(x, *map(entry, splits))
+    return constrain(x, *map(_tensor_alone, splits))

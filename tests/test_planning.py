@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -221,6 +222,24 @@ def test_a_ppo_config_gives_the_three_programs():
     decoding = whole.collectives["all-gather"] - before.collectives["all-gather"]
     weights = sum(int(np.prod(s)) for n, s in leaf_shapes(config.model.arch, score_head=False).items())
     assert decoding < 16 * weights / 10  # no weight moves per token
+
+
+def test_weights_move_to_the_rollouts_layout_without_ever_being_whole():
+    """From fsdp over 8 to tensor over 4: traded within groups of 4, then gathered from the 2 groups."""
+    arch = {**TINY, "num_kv_heads": 4, "ffn_width": 96, "tied_head": False}
+    config = cli.parse("ppo", [f"--model.arch={json.dumps(arch)}", "--mesh.data=1", "--mesh.fsdp=8",
+                               "--data.batch_size=8", "--mesh.rollout_tensor=4", "--ppo.minibatches=1",
+                               "--data.max_prompt_length=8", "--sampling.max_new_tokens=8",
+                               "--reward.functions=[tests.tiny:none]"])  # fmt: skip
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        rollout = programs.programs_of(config, mesh, attention="plain")[0]
+        text = rollout.function.trace(*rollout.arguments).lower().compile().as_text()
+    gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)}
+    shapes = leaf_shapes(config.model.arch, score_head=False)
+    whole = {shape[1:] for name, shape in shapes.items() if name.startswith("layers/") and len(shape) > 2}
+    whole.add(shapes["head/kernel"])  # the embedding is whole, for its lookup
+    assert rollout.name == "rollout" and gathered and not whole & gathered, whole & gathered
 
 
 @pytest.mark.parametrize(
