@@ -207,14 +207,14 @@ def draw(path: Path, curves: list[Curve]) -> None:
             axes.errorbar(curve.d, curve.gold, curve.gold_se, fmt="o", ms=3, lw=0.6, color=colour, alpha=0.5)
             d = np.linspace(1e-3, curve.d.max(), 200)
             (a, b), (f, _) = curve.fit(), FITS[method]
-            axes.plot(d, d * (a - b * f(d)), color=colour, lw=2, label=f"{curve.size} comparisons")
+            axes.plot(d, d * (a - b * f(d)), color=colour, lw=2, label=str(curve.size))
             order = np.argsort(curve.d)
             other.plot(curve.d[order], curve.proxy[order], "--", color=colour, lw=1)
         axes.set(xlabel="d = sqrt(KL from the reference), nats$^{1/2}$", ylabel=f"gold reward gained by {method}")
         other.set_ylabel("reward-model reward gained (dashed)")
         axes.grid(color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.05), ncols=len(sizes), frameon=False, fontsize=9)
+        axes.legend(title="comparisons", loc="upper left", frameon=False, fontsize=9)
     figure.savefig(path)
 
 
