@@ -69,7 +69,6 @@ from rlhf_jax.tasks.report import text_table
 from rlhf_jax.types import Params, Rollout
 
 RATE = OptimConfig(learning_rate=3e-4, schedule="linear")
-GROUP_RATE = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
 STEPS = 80
 """Optimiser steps of 64 rows of the methods that have no rollouts: three passes over the comparisons or so."""
 
@@ -204,9 +203,9 @@ def by_ppo_ptx(task: Task, out: Path) -> str:
 
 
 def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupRun], kl_coef: float) -> str:
-    """GRPO or RLOO, with the rollouts of the quickstart's PPO."""
+    """GRPO or RLOO, with the rollouts and rates of the quickstart's PPO."""
     like = q.ppo_stage(task.config, task.path)
-    config = make(model=like.model, data=like.data, reward=like.reward, sampling=like.sampling, optim=GROUP_RATE)
+    config = make(model=like.model, data=like.data, reward=like.reward, sampling=like.sampling, optim=like.optim)
     settings = {"iterations": task.config.iterations, "epochs": like.ppo.epochs, "kl_coef": kl_coef}
     settings = {f"{name}__{key}": value for key, value in settings.items()}
     config = replace(config, run=task.run(out), **settings)

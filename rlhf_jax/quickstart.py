@@ -34,7 +34,7 @@ from rlhf_jax.directory import SUMMARY, earlier_summary, write_config
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.generate import Generator
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model, load_tokenizer, replace
+from rlhf_jax.stage import load_model, load_tokenizer
 from rlhf_jax.tasks import random_walks as walks
 from rlhf_jax.tasks.report import learning_curves, text_table
 
@@ -169,15 +169,15 @@ def reward_stage(config: QuickstartConfig, path: Path) -> RewardRun:
 
 def ppo_stage(config: QuickstartConfig, path: Path) -> PPORun:
     """PPO from the SFT model."""
-    critic = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+    rate = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
     return PPORun(
         model=ModelConfig(path=str(path / "sft" / "model")),
         data=DataConfig(batch_size=128, max_prompt_length=DATA.max_prompt_length),
         reward=RewardSourceConfig(model=str(path / "reward_model" / "model")),
         sampling=SAMPLING,
         ppo=PPOConfig(iterations=config.iterations, kl_controller="fixed", kl_coef=0.1),
-        optim=replace(critic, learning_rate=1e-4, warmup_steps=10),  # keeps the ratios of four epochs near 1
-        value_optim=critic,
+        optim=rate,
+        value_optim=rate,
         run=run_in(config, path / "ppo", 25),
     )
 
