@@ -26,3 +26,9 @@ def test_a_preset_is_short_and_its_command_reads_it(path):
 
 def test_there_are_presets_of_real_sizes():
     assert {"llama3_8b_sft", "llama3_8b_reward", "llama3_8b_ppo", "llama3_70b_ppo"} <= {path.stem for path in CONFIGS}
+
+
+def test_every_method_has_a_preset():
+    commands = {re.search(r"rlhf-jax (\w+) --config", path.read_text())[1] for path in CONFIGS}
+    drawn = {"sample", "bestofn", "rejection", "collect", "judge", "evaluate"}
+    assert commands >= drawn | {"sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp", "dpo", "kto", "rrhf"}
