@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
 from rlhf_jax.config import bind
 from rlhf_jax.data.batches import Collate
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import to_host
+from rlhf_jax.hosts import is_first, to_host
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import put_batch
@@ -48,14 +49,14 @@ def add_reference(stage: Stage) -> None:
     """
     forward = jax.jit(partial(response_logprobs, stage.loaded.model))
     params = stage.loaded.whole(stage.loaded.params)
-    size = stage.config.data.batch_size
-    for examples in (stage.train_set, stage.held_out_set):
-        for start in range(0, len(examples), size):
-            rows = examples[start : start + size]
-            [batch] = stage.in_batches(rows)
-            found = to_host(forward(params, put_batch(stage.mesh, batch)))
-            for example, logprobs in zip(rows, found[: len(rows)], strict=True):
-                example["ref_logprobs"] = logprobs
+    size, sets = stage.config.data.batch_size, (stage.train_set, stage.held_out_set)
+    batches = [examples[i : i + size] for examples in sets for i in range(0, len(examples), size)]
+    shows = stage.config.run.progress and is_first()
+    for rows in tqdm(batches, desc="reference", disable=not shows, dynamic_ncols=True):
+        [batch] = stage.in_batches(rows)
+        found = to_host(forward(params, put_batch(stage.mesh, batch)))
+        for example, logprobs in zip(rows, found[: len(rows)], strict=True):
+            example["ref_logprobs"] = logprobs
 
 
 def columns_read(loss: Callable[..., Any]) -> list[str]:
