@@ -230,8 +230,6 @@ def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     splits = rules_of(mesh).of(path, (1, *x.shape) if stacked else x.shape)
     splits = splits[1 if stacked else 0 :]
-    if not mesh.empty and mesh.shape["fsdp"] == 1 < mesh.shape["tensor"]:
-        x = constrain(x, *(None,) * x.ndim)  # from the layout of another mesh there is no shorter way
     # From many ways over fsdp to some over tensor: first within the groups, then a gather of tensor's parts alone.
     x = constrain(x, *map(entry, splits))
     return constrain(x, *map(_tensor_alone, splits))

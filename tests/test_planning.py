@@ -224,13 +224,15 @@ def test_a_ppo_config_gives_the_three_programs():
     assert decoding < 16 * weights / 10  # no weight moves per token
 
 
-def test_weights_move_to_the_rollouts_layout_without_ever_being_whole():
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 4), (2, 4, 1, 8), (2, 1, 4, 0)], ids=str)
+def test_weights_move_to_the_rollouts_layout_without_ever_being_whole(sizes):
     """From fsdp over 8 to tensor over 4: traded within groups of 4, then gathered from the 2 groups."""
-    arch = {**TINY, "num_kv_heads": 4, "ffn_width": 96, "tied_head": False}
-    config = cli.parse("ppo", [f"--model.arch={json.dumps(arch)}", "--mesh.data=1", "--mesh.fsdp=8",
-                               "--data.batch_size=8", "--mesh.rollout_tensor=4", "--ppo.minibatches=1",
+    arch = {**TINY, "num_heads": 8, "num_kv_heads": 8, "ffn_width": 96, "tied_head": False}
+    axes = zip(("data", "fsdp", "tensor", "rollout_tensor"), sizes, strict=True)
+    config = cli.parse("ppo", [f"--model.arch={json.dumps(arch)}", "--data.batch_size=8", "--ppo.minibatches=1",
                                "--data.max_prompt_length=8", "--sampling.max_new_tokens=8",
-                               "--reward.functions=[tests.tiny:none]"])  # fmt: skip
+                               "--reward.functions=[tests.tiny:none]",
+                               *(f"--mesh.{axis}={size}" for axis, size in axes)])  # fmt: skip
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         rollout = programs.programs_of(config, mesh, attention="plain")[0]
