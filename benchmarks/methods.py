@@ -65,6 +65,7 @@ from rlhf_jax.online.core import full_sequence, response_logprobs
 from rlhf_jax.sharding import make_mesh, put_batch
 from rlhf_jax.stage import limits, load_model, load_tokenizer, replace
 from rlhf_jax.tasks import random_walks as walks
+from rlhf_jax.tasks import write_rows
 from rlhf_jax.tasks.report import text_table
 from rlhf_jax.types import Params, Rollout
 
@@ -109,7 +110,7 @@ class Task:
     def file(self, name: str, rows: list[dict[str, str]]) -> str:
         """Rows as JSON lines."""
         path = self.path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path, rows)
         return str(path)
 
     def drawn(self, output: Path) -> dict[str, Any]:

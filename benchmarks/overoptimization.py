@@ -26,7 +26,7 @@ from rlhf_jax.cli import parse
 from rlhf_jax.config import ModelConfig, ScoreRun
 from rlhf_jax.inference import run_score
 from rlhf_jax.rankings import best_of_n
-from rlhf_jax.tasks import report, stories
+from rlhf_jax.tasks import report, stories, write_rows
 
 METHODS = ("best-of-n", "PPO")
 FITS = {
@@ -114,7 +114,7 @@ def comparisons(prompts: list[str], drawn: list[Any], num: int, seed: int) -> li
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return str(path)
 
 

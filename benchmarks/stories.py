@@ -20,7 +20,7 @@ from rlhf_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.generate import Generator
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import load_model, load_tokenizer
-from rlhf_jax.tasks import report, stories
+from rlhf_jax.tasks import report, stories, write_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -54,7 +54,7 @@ def main() -> None:
     for a, b in zip(drawn[::2], drawn[1::2], strict=True):
         pairs += stories.comparisons_from_samples(texts, a, b, args.seed, 0.1)
     for name, data in (("comparisons", pairs), ("prompts", train)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+        write_rows(path / f"{name}.jsonl", data)
     common = [
         "--model.path",
         args.model,
