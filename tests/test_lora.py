@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_ppo_stage import assert_stopped_and_continued_is_left_alone
 from test_preferences import pair_examples, preferences
 from test_preferences import settings as dpo_settings
 from test_step import assert_same_bits, differ
@@ -425,22 +426,9 @@ def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change_of_which_t
 
 @pytest.mark.slow
 def test_ppo_with_adapters_stopped_and_continued_ends_as_one_left_alone_bit_by_bit(one_device, tmp_path):
-    config = lambda name: ppo_stage(tmp_path / name, model__quantize="int8", run__keep_best=False)  # noqa: E731
-    ppo_train.run(config("alone"), **TOY_ROWS)
-    calls = iter(range(100))
-    real = ppo_train.PPO.iteration
-
-    def interrupted(self, i):
-        if next(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return real(self, i)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(ppo_train.PPO, "iteration", interrupted)
-        ppo_train.run(config("stopped"), **TOY_ROWS)
-    ppo_train.run(config("stopped"), **TOY_ROWS)
-    for path in (tmp_path / "alone" / "model").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "stopped" / "model" / path.name).read_bytes()
+    assert_stopped_and_continued_is_left_alone(
+        lambda name: ppo_stage(tmp_path / name, model__quantize="int8", run__keep_best=False)
+    )
 
 
 def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_price_of_its_kl(one_device):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from test_ppo import PARAMS, batch_of, ppo_run, same_bits, score, updater
 from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, make_experience, make_rollout, toy_directory, toy_run
 
 from rlhf_jax.config import MeshConfig, PPOConfig, PPORun
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.models import hf
 from rlhf_jax.online import programs as programs_module
 from rlhf_jax.ppo import Models, core, objective, train
@@ -300,6 +302,27 @@ def test_without_keep_best_both_are_the_last_ones(fakes, tmp_path):
 def load(path, head: bool):
     arch, _ = hf.read_config(path)
     return hf.load_params(path, arch, score_head=head)
+
+
+def assert_stopped_and_continued_is_left_alone(config):
+    """config(name) is a run; SIGTERM comes in the third iteration of "stopped". The models have the same bits."""
+    train.run(config("alone"), **TOY_ROWS)
+    calls, real = iter(range(100)), train.PPO.iteration
+
+    def interrupted(self, i):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, i)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train.PPO, "iteration", interrupted)
+        train.run(config("stopped"), **TOY_ROWS)
+    train.run(config("stopped"), **TOY_ROWS)
+    models = [Path(config(name).run.output_dir) / "model" for name in ("alone", "stopped")]
+    files = sorted(path.name for path in models[0].glob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (models[0] / name).read_bytes() == (models[1] / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ppo_stage import load
+from test_ppo_stage import assert_stopped_and_continued_is_left_alone, load
 from test_step import assert_same_bits, differ
 from tiny import ARCH, ONE, STOP, TOY_ROWS, V, model_params, toy_directory, toy_run
 
 from rlhf_jax.config import LoRAConfig, MeshConfig
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
 from rlhf_jax.models.layout import flattened
 from rlhf_jax.models.model import depth, stacks_of
@@ -183,20 +182,7 @@ def test_sharded_equals_unsharded(monkeypatch):
 @pytest.mark.slow
 def test_a_run_stopped_and_continued_ends_as_one_left_alone_bit_by_bit(one_device, tmp_path):
     options = {"run__keep_best": False, "ppo__ema_decay": 0.5}
-    train.run(config(tmp_path / "alone", **options), **TOY_ROWS)
-    calls, real = iter(range(100)), train.PPO.iteration
-
-    def interrupted(self, i):
-        if next(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return real(self, i)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train.PPO, "iteration", interrupted)
-        train.run(config(tmp_path / "stopped", **options), **TOY_ROWS)
-    train.run(config(tmp_path / "stopped", **options), **TOY_ROWS)
-    alone, stopped = (tmp_path / name / "model" / "model.safetensors" for name in ("alone", "stopped"))
-    assert alone.read_bytes() == stopped.read_bytes()
+    assert_stopped_and_continued_is_left_alone(lambda name: config(tmp_path / name, **options))
 
 
 def test_more_layers_than_there_are_and_adapters_beside_them_are_refused(one_device):
