@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from rlhf_jax import __version__, config
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import Stopped, UserError, printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -376,6 +377,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a text that the terminal's encoding lacks is no error
     try:
         dispatch([a for a in arguments if a != "--debug"])
     except UserError as error:
@@ -385,7 +389,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Stopped as stopped:
-        print(stopped)
+        print(printable(stopped))
     except Exception:
         traceback.print_exc()
         leave(1)

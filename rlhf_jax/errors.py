@@ -1,8 +1,56 @@
-"""The exceptions a user is meant to read."""
+"""The exceptions a user is meant to read, and how texts of others are shown: no control characters, nothing endless."""
+
+import re
+
+LONGEST_LINE, LONGEST_VALUE = 1000, 200
+"""Characters of an error line, and of a value in one, that are shown."""
+
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line and paragraph separators, marks that turn the direction of writing, lone surrogates."""
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    """A text for a terminal: what would move the cursor, change colours or not encode is written as an escape.
+
+    With `lines`, line breaks and tabs stay.
+    """
+    keep = "\n\t" if lines else ""
+    return UNSEEN.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), str(text))
+
+
+def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
+    """A text, its middle left out if it is longer than so many characters."""
+    if len(text) <= longest:
+        return text
+    head = longest * 2 // 3
+    return f"{text[:head]} ... {len(text) - longest} characters ... {text[head - longest :]}"
+
+
+def shown(value: object) -> str:
+    """repr(value), shortened; of what has no repr that works, its type."""
+    try:
+        return shortened(repr(value))
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def reason(error: BaseException) -> str:
+    """Why, in one short line: what an OSError says of its code, else the first line of the error, else its type."""
+    try:
+        said = getattr(error, "strerror", None) or str(error)
+    except Exception:
+        said = ""
+    return shortened(next((line.strip() for line in str(said).splitlines() if line.strip()), type(error).__name__))
 
 
 class UserError(ValueError):
-    """What is wrong, the value, and the cure, in one line; the command line prints it and exits with 2."""
+    """What is wrong, the value, and the cure, in one line; the command line prints it and exits with 2.
+
+    Whatever texts of others the line holds, it is made `printable` and `shortened` here.
+    """
+
+    def __init__(self, line: object):
+        super().__init__(shortened(printable(line), LONGEST_LINE))
 
 
 class Stopped(Exception):

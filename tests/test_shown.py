@@ -1,0 +1,54 @@
+"""Texts of others where they are shown: no control character reaches a terminal, no long value is echoed whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_jax.errors import LONGEST_LINE, UserError, printable, reason, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("red \x1b[31m\x07", r"red \x1b[31m\x07"),
+        ("\x9b2J", r"\x9b2J"),  # the one-byte form of ESC [
+        ("a\rb\n", r"a\rb\n"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("half \ud83d", r"half \ud83d"),
+        ("Zoë 😀 日本", "Zoë 😀 日本"),
+    ],
+)
+def test_what_would_act_on_a_terminal_is_escaped(text, seen):
+    assert printable(text) == seen == printable(seen) == str(UserError(text))
+    printable(text).encode()
+
+
+def test_line_breaks_stay_where_they_are_meant():
+    assert printable("a\n\tb\x1b", lines=True) == "a\n\tb\\x1b"
+
+
+def test_an_error_is_one_line_with_its_beginning_and_its_cure():
+    line = str(UserError(f"option is {'x' * 20_000!r}\n; give a number"))
+    assert len(line) < LONGEST_LINE + 50 and "\n" not in line
+    assert line.startswith("option is 'xxx") and line.endswith("; give a number")
+
+
+def test_values_that_cannot_be_shown_have_a_type():
+    class Odd:
+        def __repr__(self):
+            raise RuntimeError
+
+    assert shown(Odd()) == "a Odd" and len(shown("y" * 9000)) < 300 and shown(10**5000) == "a int"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ValueError(""), "ValueError"),
+        (KeyError("x"), "'x'"),
+        (ValueError("\n first\nsecond"), "first"),
+    ],
+)
+def test_the_reason_of_an_error_is_one_line(error, said):
+    assert reason(error) == said
