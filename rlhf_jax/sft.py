@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from rlhf_jax.config import PretrainRun, SFTRun, bind
 from rlhf_jax.data.batches import Collate, collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
+from rlhf_jax.data.schemas import DroppedRow, Row, kind_of, sft_row, where_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
 from rlhf_jax.generate import Generator
@@ -54,7 +56,8 @@ def run(
         return load_examples(config, tokenizer, train_rows, held_out_rows)
 
     def watch(stage: Stage) -> Callable[[Run, int, Any], None]:
-        sampled = held_out_rows[: config.sft.num_samples] if config.sft.loss_on != "all" else []
+        num = config.sft.num_samples if config.sft.loss_on != "all" else 0
+        sampled = prompts_of(held_out_rows, stage.tokenizer, num)
         length, model = config.data.max_prompt_length, stage.loaded.model
         generator = (
             Generator(model, stage.tokenizer, config.sampling, stage.mesh, max_prompt_length=length)
@@ -85,6 +88,19 @@ def run(
         watch=watch,
         conclude=conclude,
     )
+
+
+def prompts_of(rows: list[Row], tokenizer: Tokenizer, num: int) -> list[Row]:
+    """{prompt} of the first `num` sft rows that have one to sample from; a document has none."""
+    found: list[Row] = []
+    for row in rows:
+        if len(found) == num:
+            break
+        with contextlib.suppress(DroppedRow):
+            prompt = None if kind_of(row) == "text" else sft_row(row)["prompt"]
+            if prompt and tokenizer.encode_prompt(prompt):
+                found.append({"prompt": prompt, "_where": where_of(row)})
+    return found
 
 
 def load_examples(

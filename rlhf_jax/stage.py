@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.config import ArchConfig, DataConfig, LoRAConfig, ModelConfig
+from rlhf_jax.data.batches import Batch, Collate, eval_batches
 from rlhf_jax.data.examples import Report, split_by_prompt
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -204,8 +206,20 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
         train, held_out = split_by_prompt(train, data.eval_fraction, seed)
     if data.mixture_weights:
         kept = set(map(id, train))
-        train = mix([[row for row in s if id(row) in kept] for s in sources], data.mixture_weights, seed)
+        parts = [[row for row in s if id(row) in kept] for s in sources]
+        train = mix(parts, data.mixture_weights, seed)
+        times = Counter(map(id, train))
+        said = ", ".join(f"{sum(times[id(row)] for row in part)} from {len(part)}" for part in parts)
+        say(f"mixture: rows of an epoch from rows of each source: {said}")
     return train, held_out
+
+
+def held_out_batches(data: DataConfig, examples: list[Any], collate: Collate) -> list[Batch]:
+    """The held-out examples in order, at most data.eval_batches batches; says how many are never looked at."""
+    batches = eval_batches(examples, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
+    if (left := len(examples) - len(batches) * data.batch_size) > 0:
+        say(f"held-out examples: the last {left} of {len(examples)} are not evaluated (data.eval_batches)")
+    return batches
 
 
 def length_buckets(data: DataConfig) -> list[int]:

@@ -19,6 +19,7 @@ from rlhf_jax.stage import (
     Loaded,
     check_length,
     check_vocabulary,
+    held_out_batches,
     length_buckets,
     load_model,
     load_tokenizer,
@@ -104,7 +105,7 @@ def run_stage(
         stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, extra_key)
         if prepare is not None:
             prepare(stage)
-        held_out = stage.in_batches(held_out_set, data.eval_batches)
+        held_out = held_out_batches(data, held_out_set, collate)
         loss_fn, on_eval = objective(stage), watch(stage) if watch else None
         with Run(name, config, total=num_steps(settings, batches), shown=tuple(shown), given=given) as out:
             params, evaluate = train(

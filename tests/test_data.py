@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import schemas, sources
-from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft, eval_batches
+from rlhf_jax.data.batches import (
+    Batches,
+    collate_preference,
+    collate_prompts,
+    collate_ranking,
+    collate_rated,
+    collate_sft,
+    collate_unpaired,
+    eval_batches,
+)
 from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import (
     pack,
@@ -554,10 +563,65 @@ def test_every_epoch_sees_each_row_once_in_a_fresh_order():
     orders = [order_of(batches, epoch) for epoch in range(4)]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    ragged = Batches(numbered(14), batch_size=4, seed=0, collate=SFT_COLLATE)
-    left = [set(range(14)) - set(order_of(ragged, epoch)) for epoch in range(4)]
-    assert all(len(rows) == 2 for rows in left)
-    assert len({frozenset(rows) for rows in left}) > 1  # not always the same rows are left out
+
+
+def sized(kind, sizes):
+    """Examples of a kind whose longest sequence has these lengths, each token the example's number."""
+    ids = [np.full(size, i, np.int32) for i, size in enumerate(sizes)]
+    one = [np.full(1, i, np.int32) for i in range(len(sizes))]
+    rest = {"prompt_length": 1, "label": 1.0, "margin": 0.0, "rating": 1.0}
+    of = {
+        "sft": lambda i: {"tokens": ids[i], "loss_mask": np.ones(sizes[i], bool)},
+        "pairs": lambda i: {"chosen": one[i], "rejected": ids[i], **rest},
+        "unpaired": lambda i: {"response": ids[i], "other": one[i], **rest},
+        "ratings": lambda i: {"response": ids[i], **rest},
+        "rankings": lambda i: {"responses": [one[i], ids[i], one[i]], "ranks": np.arange(3.0), **rest},
+    }[kind]
+    return [{**of(i), "where": f"row {i}"} for i in range(len(sizes))]
+
+
+COLLATES = {
+    "sft": partial(collate_sft, reduction="sequence"),
+    "pairs": collate_preference,
+    "unpaired": collate_unpaired,
+    "ratings": collate_rated,
+    "rankings": partial(collate_ranking, width=3),
+}
+SIZES = {
+    "few_long": [3] * 25 + [30] * 2,  # the longest bucket has fewer rows than a batch
+    "few_short": [3] + [12] * 11 + [30] * 9,
+    "equal": [3] * 19,
+    "all_long": [31] * 10,
+    "mixed": np.random.default_rng(3).integers(1, 32, 45).tolist(),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "buckets", "size"),
+    [
+        *[("sft", "few_long", (4, 16, 32), size) for size in (4, 7, 10)],
+        *[("sft", sizes, (4, 16, 32), 7) for sizes in SIZES],
+        *[(kind, "few_long", (4, 16, 32), 6) for kind in COLLATES],
+        *[(kind, "mixed", (), 7) for kind in ("sft", "rankings")],
+    ],
+)
+def test_over_epochs_every_row_is_trained_equally_often(kind, sizes, buckets, size):
+    """Whatever its length: what an epoch leaves over goes round."""
+    examples = sized(kind, SIZES[sizes])
+    num, collate = len(examples), partial(COLLATES[kind], length=32)
+    batches = Batches(examples, batch_size=size, seed=2, collate=collate, buckets=buckets)
+    assert (len(batches), batches.left_over) == divmod(num, size)
+    epochs, times = 7, np.zeros(num, int)
+    for epoch in range(epochs):
+        steps = range(epoch * len(batches), (epoch + 1) * len(batches))
+        rows = [int(w.removeprefix("row ")) for step in steps for w in batches.where(step)]
+        assert len(set(rows)) == len(rows) == num - batches.left_over
+        times[rows] += 1
+        if epoch == 0:  # what `where` says is what is trained
+            first = batches[0]["tokens"].reshape(size, -1)[:, 0].tolist()
+            assert first == [int(w.removeprefix("row ")) for w in batches.where(0)]
+    assert times.max() - times.min() <= 1
+    assert times.sum() == epochs * (num - batches.left_over)
 
 
 @pytest.mark.parametrize("buckets", [(), (3, 6)], ids=["", "buckets"])
@@ -572,7 +636,7 @@ def test_seeking_to_a_step_is_iterating_to_it(buckets):
             np.testing.assert_array_equal(sought[name], whole[name])
 
 
-def test_buckets_pad_less_and_lose_no_row():
+def test_buckets_pad_less():
     rng = np.random.default_rng(0)
     sizes = np.append(rng.integers(1, 65, 202), 64)
     examples = [

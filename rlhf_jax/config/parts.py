@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -167,9 +168,10 @@ class DataConfig:
                 "which is always the last bucket; leave it out and lower the others"
             )
         sources = 1 + len(self.mixture)
-        if self.mixture_weights and (len(self.mixture_weights) != sources or min(self.mixture_weights) <= 0):
+        weights = self.mixture_weights
+        if weights and (len(weights) != sources or not all(0 < weight < math.inf for weight in weights)):
             raise UserError(
-                f"data.mixture_weights {self.mixture_weights} are not {sources} positive numbers; give one for "
+                f"data.mixture_weights {weights} are not {sources} positive numbers; give one for "
                 "data.path and one for each of data.mixture"
             )
 

@@ -23,9 +23,11 @@ Collate = Callable[..., Batch]
 class Batches:
     """`batches[step]`: the batch of a step, a pure function of (examples, seed, step); `len` is steps per epoch.
 
-    Every epoch has a fresh order and drops N % B rows. Resuming is indexing at a later step. With `buckets`, rows of
-    similar length share a batch, which is padded to the smallest bucket that holds them: an epoch's order is cut into
-    batches bucket by bucket, what does not fill one goes on to the next longer bucket, and the batches are shuffled.
+    Every epoch has a fresh order and leaves over `left_over` = N % B rows. These go round: each epoch leaves over the
+    next ones of one permutation of all rows, so that over epochs every row is left over equally often, but for once.
+    Resuming is indexing at a later step. With `buckets`, rows of similar length share a batch, which is padded to the
+    smallest bucket that holds them: an epoch's order is cut into batches bucket by bucket, what does not fill one goes
+    on to the next longer bucket, which in the last one comes out even, and the batches are shuffled.
     With several processes, each collates the whole global batch, so that weights sum to one over all and all pad to
     the same shape; `sharding.put` then takes the rows that a process's devices hold, on any mesh.
     """
@@ -56,13 +58,12 @@ class Batches:
             )
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} is outside 0 .. 2**32 - 1; set run.seed within it")
-        self._steps = len(examples) // batch_size
+        self._steps, self.left_over = divmod(len(examples), batch_size)
         self._examples, self._seed, self._size = examples, seed, batch_size
         self._collate = collate
-        source = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle()
-        if not buckets:
-            source = source[: self._steps * batch_size]
-        self._order = source.repeat(reseed_each_epoch=True)
+        self._taken = self._steps * batch_size  # rows of an epoch
+        self._order = grain.MapDataset.source(range(self._taken)).seed(seed).shuffle().repeat(reseed_each_epoch=True)
+        self._round = np.random.default_rng(seed).permutation(len(examples)) if self.left_over else np.zeros(0, int)
         self._buckets = sorted(buckets)
         self._bucket = [_bucket(example, self._buckets) for example in examples] if buckets else []
         self._planned: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
@@ -77,18 +78,27 @@ class Batches:
 
     def _rows_of(self, step: int) -> tuple[int, list[int]]:
         """(bucket, or 0 without, indices of the examples) of the global batch of a step."""
-        if not self._buckets:
-            return 0, [self._order[step * self._size + i] for i in range(self._size)]
         epoch, place = divmod(step, self._steps)
+        if not self._buckets:
+            return 0, self._taken_rows(epoch, range(place * self._size, (place + 1) * self._size))
         if self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
         return self._planned[1][place]
 
+    def _taken_rows(self, epoch: int, places: range) -> list[int]:
+        """The rows at some places of an epoch's order."""
+        order = np.array([self._order[epoch * self._taken + place] for place in places])
+        if not self.left_over:
+            return order.tolist()
+        start = epoch * self.left_over
+        left = np.sort(np.take(self._round, np.arange(start, start + self.left_over), mode="wrap"))
+        # The k-th row that is not left over is k and as many more as rows before it are.
+        return (order + np.searchsorted(left - np.arange(len(left)), order, side="right")).tolist()
+
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
         """Every batch of an epoch."""
         waiting: dict[int, list[int]] = {bucket: [] for bucket in self._buckets}
-        for i in range(epoch * len(self._examples), (epoch + 1) * len(self._examples)):
-            index = self._order[i]
+        for index in self._taken_rows(epoch, range(self._taken)):
             waiting[self._bucket[index]].append(index)
         batches: list[tuple[int, list[int]]] = []
         left: list[int] = []

@@ -21,6 +21,8 @@ from rlhf_jax.errors import UserError
 Row = dict[str, Any]
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
+LARGEST_MIXTURE = 10**8
+"""Rows of one source in an epoch, copies counted."""
 DOCUMENT_END = "<|endoftext|>"
 
 
@@ -57,9 +59,17 @@ def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> li
     """Rows of several sources in the ratio of `weights`: all of the one largest for its weight, the others repeated.
 
     Sizes 100 and 30 with weights 1 and 1 give 100 rows of each: the second three times, and 10 rows that `seed` draws.
+
+    Raises:
+        UserError: weights so unequal that an epoch has more than LARGEST_MIXTURE rows of one source.
     """
     rng = np.random.default_rng(seed)
     size = max(len(rows) / weight for rows, weight in zip(sources, weights, strict=True))
+    if not (largest := size * max(weights)) <= LARGEST_MIXTURE:
+        raise UserError(
+            f"data.mixture_weights {list(weights)} make an epoch of {largest:.3g} rows of one source, over "
+            f"{LARGEST_MIXTURE:.3g}; make them less unequal, or leave a source out"
+        )
     mixed = []
     for rows, weight in zip(sources, weights, strict=True):
         whole, rest = divmod(round(size * weight), len(rows)) if rows else (0, 0)

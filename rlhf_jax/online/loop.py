@@ -30,7 +30,8 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
     tokens = config.data.batch_size * config.sampling.max_new_tokens
     given = names_given(**overrides)
     with jax.set_mesh(online.mesh):
-        describe(stage, online.mesh, online.nets.policy, iterations=total, new_tokens_per_iteration=tokens)
+        facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": online.batches.left_over}
+        describe(stage, online.mesh, online.nets.policy, iterations=total, **facts)
         with Run(stage, config, total=total, shown=SHOWN, given=given, agree_every=1) as out:
             tree, notes = out.restore(online.tree(), online.identity())
             online.put_tree(tree)

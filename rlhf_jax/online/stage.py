@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import OnlineConfig, resolve
-from rlhf_jax.data.batches import Batches, collate_prompts, eval_batches, fingerprint, repeat_rows
+from rlhf_jax.data.batches import Batches, collate_prompts, fingerprint, repeat_rows
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import decode
@@ -24,7 +24,7 @@ from rlhf_jax.online.programs import Programs
 from rlhf_jax.rewards import call_reward, combine, of_own_rows
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import put, put_batch, replicated, tree_shardings
-from rlhf_jax.stage import Rows, check_length, load_rows, load_tokenizer, make_examples, save_model
+from rlhf_jax.stage import Rows, check_length, held_out_batches, load_rows, load_tokenizer, make_examples, save_model
 from rlhf_jax.state import TrainState, digest
 from rlhf_jax.types import Params, Rollout
 
@@ -85,7 +85,7 @@ class Online:
         self.buckets = tuple(self.config.sampling.prompt_buckets or [data.max_prompt_length])
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
         batches = Batches(train, batch_size=data.batch_size // self.group_size, seed=seed, collate=collate)
-        return batches, eval_batches(held_out, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
+        return batches, held_out_batches(data, held_out, collate)
 
     def start(self, nets: Any, programs: Programs) -> None:
         """Take the networks and the programs with the state that they start from."""
