@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -17,9 +12,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import rewards
-from rlhf_jax.config import JudgeConfig, SamplingConfig, resolve
-from rlhf_jax.errors import UserError
+from rlhf_jax.attempts import Failed, persist
+from rlhf_jax.config import JudgeConfig, SamplingConfig, key_of, resolve
+from rlhf_jax.endpoint import Endpoint, Unanswered
+from rlhf_jax.errors import UserError, reason
 from rlhf_jax.generate import Generator
 from rlhf_jax.judge import NO_ANSWER, Answer, Ask, Judge, Question, parse
 from rlhf_jax.likelihood import Likelihood, example_of
@@ -27,8 +23,10 @@ from rlhf_jax.stage import check_length, check_vocabulary, load_model, load_toke
 
 PLACES = re.compile(r"\{(?:prompt|a|b)\}")
 
-LARGEST_REPLY = 1 << 20
-"""Bytes of a server's reply that are read."""
+LIMIT = "judge.timeout"
+
+MOST_FAILURES = 16
+"""So many questions in a row without an answer end the command."""
 
 
 def make_judge(config: JudgeConfig, mesh: Mesh, function: Callable[..., Any] | None = None) -> Judge:
@@ -46,97 +44,90 @@ def ask_function(fn: Callable[[str, str, str], Any], *, timeout: float, retries:
     """fn(prompt, a, b), one question after another, each within `timeout` seconds (0: any).
 
     Raises:
-        UserError: when asked, if the function raises.
+        UserError: when asked, if the function raises, or answers nothing any more.
     """
     name = getattr(fn, "__name__", repr(fn))
 
-    def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
-        def one(question: Question) -> Any:
-            try:
-                return rewards.attempt(lambda: fn(*question), timeout)
-            except TimeoutError:
-                raise
-            except Exception as error:
-                raise UserError(f"judge function {name}: {type(error).__name__}: {error}; mend it") from error
+    def one(question: Question) -> Answer:
+        try:
+            return parse(fn(*question))
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise UserError(f"judge function {name}: {type(error).__name__}: {reason(error)}; mend it") from error
 
-        return [_persist(partial(one, question), retries) for question in questions]
+    def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
+        calls: dict[str, Any] = {"timeout": timeout, "retries": retries, "limit": LIMIT}
+        return _counted(f"judge function {name}", (_persist(partial(one, q), **calls) for q in questions))
 
     return ask
 
 
-def _persist(call: Callable[[], Any], retries: int) -> Answer:
-    """What call() says, tried again after a time-out or a failure of the network; NO_ANSWER if all attempts fail."""
-    for i in range(retries + 1):
-        try:
-            return parse(call())
-        except OSError:  # TimeoutError and URLError are OSErrors
-            if i < retries:
-                time.sleep(rewards.RETRY_WAIT * 2**i)
-    return NO_ANSWER
+def _persist(call: Callable[[], Answer], **calls: Any) -> Answer | Failed:
+    """The answer, or, if all attempts failed, the last failure; UserErrors are raised at once."""
+    try:
+        return persist(call, final=(UserError,), **calls)
+    except Failed as failure:
+        return failure
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: following it would hand the key to another host."""
+def _counted(whom: str, answers: Iterable[Answer | Failed]) -> list[Answer]:
+    """The answers, failures as NO_ANSWER.
 
-    def redirect_request(self, *args: Any) -> None:
-        return None
+    Raises:
+        UserError: all of them are failures, or MOST_FAILURES in a row are: whoever is asked has gone.
+    """
+    found: list[Answer] = []
+    in_a_row = 0
+    last: BaseException | None = None
+    for answer in answers:
+        failed = isinstance(answer, Failed)
+        in_a_row = in_a_row + 1 if failed else 0
+        last = answer.__cause__ if isinstance(answer, Failed) else last
+        found.append(NO_ANSWER if isinstance(answer, Failed) else answer)
+        if in_a_row == MOST_FAILURES:
+            break
+    if last is not None and (in_a_row == MOST_FAILURES or in_a_row == len(found)):
+        raise UserError(
+            f"{whom}: {in_a_row} questions in a row had no answer ({reason(last)}); mend that, then give the same "
+            "command again, which goes on here"
+        )
+    return found
 
 
 def ask_server(config: JudgeConfig) -> Ask:
-    """A chat endpoint of OpenAI's form, `workers` requests at once. Nothing that is sent or read is logged.
+    """A chat endpoint of OpenAI's form, `workers` requests at once.
 
     Raises:
-        UserError: no http address, no key in the environment; when asked, a request that the server refuses.
+        UserError: when asked, a request that the server refuses, or no answers any more.
     """
-    if not config.url.startswith(("http://", "https://")):
-        raise UserError(f"judge.url {config.url!r} is no http address; write it as http://localhost:8000/v1")
     address = config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    headers = {"Content-Type": "application/json"}
-    if config.api_key_env:
-        if not os.environ.get(config.api_key_env):
-            raise UserError(f"judge.api_key_env {config.api_key_env}: no such environment variable; export the key")
-        headers["Authorization"] = f"Bearer {os.environ[config.api_key_env]}"
-    opener = urllib.request.build_opener(_NoRedirect)
-    timeout = config.timeout or None
+    key = key_of("judge.api_key_env", config.api_key_env) if config.api_key_env else ""
+    endpoint = Endpoint("judge.url", address, key=key, timeout=config.timeout, limit=LIMIT)
 
-    def one(question: Question) -> Any:
+    def one(question: Question) -> Answer:
         body = {
             "model": config.url_model,
             "messages": [{"role": "user", "content": filled(config.template, question)}],
             "temperature": config.temperature,
             "max_tokens": config.max_new_tokens,
         }
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with opener.open(request, timeout=timeout) as reply:
-                return _content(reply.read(LARGEST_REPLY))
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 429 or error.code >= 500:
-                raise  # an OSError: tried again
-            raise UserError(
-                f"judge.url {config.url} answered {error.code} {error.reason}; check the address, judge.url_model and "
-                "judge.api_key_env"
-            ) from None
+            return parse(endpoint.post(body)["choices"][0]["message"]["content"])
+        except (LookupError, TypeError):
+            raise Unanswered("an answer that is no chat completion") from None
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
-        with ThreadPoolExecutor(config.workers) as pool:
-            waiting = [pool.submit(_persist, partial(one, question), config.retries) for question in questions]
+        with ThreadPoolExecutor(config.workers) as pool:  # the endpoint keeps the time itself
+            calls: dict[str, Any] = {"timeout": 0, "retries": config.retries, "limit": LIMIT}
+            waiting = [pool.submit(_persist, partial(one, question), **calls) for question in questions]
             try:
-                return [answer.result() for answer in waiting]
+                return _counted("judge.url", (answer.result() for answer in waiting))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     return ask
-
-
-def _content(reply: bytes) -> Any:
-    """The text of a chat completion; None, which parses to nonsense, if it is something else."""
-    try:
-        return json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return None
 
 
 def filled(template: str, question: Question) -> str:

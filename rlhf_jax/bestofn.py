@@ -12,7 +12,7 @@ from rlhf_jax.collecting import claim, end
 from rlhf_jax.config import BestOfNRun
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.directory import names_given
-from rlhf_jax.drawing import Phases, Sources, digest, prompts_of
+from rlhf_jax.drawing import Phases, Sources, check_rewards, digest, prompts_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.rankings import best_of_n
 from rlhf_jax.summaries import mean_of
@@ -32,6 +32,7 @@ def run(
     if not (functions or config.reward.model or config.reward.functions):
         raise UserError("nothing says which response is best; give reward.model or reward.functions")
     prompts = prompts_of(config, rows)
+    check_rewards(config, prompts, functions, gold)
     given = list(names_given(functions=functions))
     with claim(config, {"prompts": digest(prompts), "given in Python": given}) as journal:
         phases = Phases(journal)

@@ -22,6 +22,7 @@ from rlhf_jax.drawing import (
     Phase,
     Phases,
     Sources,
+    check_rewards,
     digest,
     open_journal,
     prompts_of,
@@ -105,6 +106,7 @@ def run_collect(
         raise UserError("label is reward, but nothing scores; give reward.model or reward.functions")
     if config.label == "judge" and judge is None:
         config.judge.check_one()
+    check_rewards(config, prompts, functions if config.label == "reward" else [], gold)
     decided_by = {"prompts": digest(prompts), "demonstrations": [digest(shots_of(each)) for each in config.sources]}
     with claim(config, {**decided_by, "given in Python": given}) as journal:
         work = Collection(config, prompts, journal, functions, judge)

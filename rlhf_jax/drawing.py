@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from rlhf_jax.config import DrawRun, SourceConfig, resolve, to_dict
-from rlhf_jax.data.schemas import Row, prompt_row, sft_row
+from rlhf_jax.data.schemas import Row, prompt_row, sft_row, where_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import flat
@@ -23,9 +23,9 @@ from rlhf_jax.generate import Generator, Response
 from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
-from rlhf_jax.rewards import RewardFailure, call_reward
+from rlhf_jax.rewards import RewardFailure, call_reward, check_columns, functions_of
 from rlhf_jax.sampling import SamplingLaw
-from rlhf_jax.scoring import Scorer, columns, plain
+from rlhf_jax.scoring import Scorer, columns, columns_of, plain
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import Loaded, check_vocabulary, load_model, load_tokenizer
 
@@ -258,6 +258,20 @@ def prompts_of(config: DrawRun, rows: Any) -> list[Row]:
     if not found:
         raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
     return [prompt_row(row) for row in found]
+
+
+def check_rewards(
+    config: DrawRun,
+    prompts: Sequence[Row],
+    functions: Sequence[Callable[..., Any]] | None,
+    gold: Callable[..., Any] | None,
+) -> None:
+    """Raise a UserError, with its place, for the first prompt row whose columns a reward function does not take."""
+    asked = functions_of(config.reward, functions)
+    if gold is not None or config.reward.gold:
+        asked.append(gold or resolve(config.reward.gold))
+    for fn in asked:
+        check_columns(fn, [columns_of(row) for row in prompts], [where_of(row) for row in prompts])
 
 
 def digest(rows: Sequence[Any]) -> str:

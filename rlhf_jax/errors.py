@@ -1,4 +1,4 @@
-"""The exceptions a user is meant to read, and how texts of others are shown: no control characters, nothing endless."""
+"""The exceptions a user is meant to read, and how texts of others are shown: bounded, without control characters."""
 
 import re
 

@@ -27,6 +27,7 @@ from rlhf_jax.drawing import (
     Phase,
     Phases,
     Sources,
+    check_rewards,
     digest,
     name_of,
     open_journal,
@@ -233,6 +234,7 @@ def run_evaluate(
         config.judge.check_one()
     prompts, text_source = prompts_of(config, rows), config.text_path if text_rows is None else text_rows
     text = rows_from(text_source) if text_source else []
+    check_rewards(config, prompts, functions, gold)
     made_of = {
         "prompts": digest(prompts),
         "text": digest(text),

@@ -2,76 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-import numbers
-import threading
-import time
+import itertools
+import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from rlhf_jax.attempts import Failed, persist
 from rlhf_jax.config import RewardSourceConfig, resolve
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts import any_of, several
 from rlhf_jax.sharding import own_rows
-
-RETRY_WAIT = 1.0
-"""Seconds before the first retry of a reward function; they double with each."""
 
 
 class RewardFailure(UserError):
     """A reward function raised or ran out of time in every attempt."""
 
 
-def attempt(fn: Callable[[], Any], timeout: float) -> Any:
-    """fn(), in a thread of its own if there is a timeout in seconds: whoever hangs there is left behind.
-
-    Raises:
-        TimeoutError: it is not done by then.
-    """
-    if not timeout:
-        return fn()
-    outcome: dict[str, Any] = {}
-
-    def call() -> None:
-        try:
-            outcome["value"] = fn()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=call, name="reward", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer in {timeout:g} s (reward.timeout)")
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
-
-
-def persist(name: str, fn: Callable[[], Any], *, timeout: float, retries: int) -> Any:
-    """fn(), tried again `retries` times.
-
-    Raises:
-        RewardFailure: every attempt raised or ran out of time.
-    """
-    for i in range(retries + 1):
-        try:
-            return attempt(fn, timeout)
-        except Exception as error:
-            last = error
-            if i < retries:
-                time.sleep(RETRY_WAIT * 2**i)
-    frames = traceback.extract_tb(last.__traceback__)
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames and not isinstance(last, TimeoutError) else ""
-    raise RewardFailure(
-        f"reward function {name} failed {retries + 1} times: {type(last).__name__}: {last}{where}; mend it, or set "
-        "reward.on_failure skip"
-    ) from last
+def name_of(fn: Callable[..., Any]) -> str:
+    """What messages call a function."""
+    return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or shown(fn)
 
 
 def call_reward(
@@ -85,30 +42,132 @@ def call_reward(
 ) -> np.ndarray:
     """float32[B] from fn(prompts, responses, **columns), within `timeout` seconds (0: any) and so many retries.
 
+    Every attempt gets copies of its own, and what it returns, lazily perhaps, becomes numbers within its time.
+
     Raises:
         RewardFailure: it raised or ran out of time.
-        UserError: not one finite number per response.
+        UserError: not one number per response that float32 holds.
     """
-    name = getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or repr(fn)
+    name = name_of(fn)
+    check_call(fn, columns)
+
+    def call() -> tuple[np.ndarray, str]:
+        own = copy.deepcopy((prompts, responses, columns))
+        return as_rewards(fn(own[0], own[1], **own[2]), len(responses))
+
     try:
-        inspect.signature(fn).bind(prompts, responses, **columns)
+        found, wrong = persist(call, timeout=timeout, retries=retries, limit="reward.timeout")
+    except Failed as failure:
+        last = failure.__cause__ or failure
+        frames = traceback.extract_tb((last.__cause__ or last).__traceback__)
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        raise RewardFailure(
+            f"reward function {name} failed {retries + 1} times: {type(last).__name__}: {reason(last)}"
+            f"{'' if isinstance(last, TimeoutError) else place}; mend it, or set reward.on_failure skip"
+        ) from last
+    if wrong:
+        raise UserError(f"reward function {name} returned {wrong}")
+    return found
+
+
+def as_rewards(returned: Any, count: int) -> tuple[np.ndarray, str]:
+    """(float32[count], "") of a list, generator, array or tensor of numbers; what is wrong with it in words else.
+
+    Numbers are those of Python (fractions and decimals too) and what array libraries call so, of any dtype.
+    """
+    nothing = np.zeros(0, np.float32)
+    if isinstance(returned, (str, bytes, bytearray, Mapping, Set)) or not isinstance(returned, Iterable):
+        return nothing, f"{shown(returned)}; return a list, one number per response"
+    if getattr(returned, "ndim", 1) != 1:
+        return nothing, f"an array of {returned.ndim} dimensions; return a list, one number per response"  # type: ignore[attr-defined]
+    values = list(itertools.islice(returned, count + 1))  # an endless generator ends here
+    if len(values) != count:
+        many = len(returned) if isinstance(returned, Sized) else len(values) if len(values) < count else "more"
+        return nothing, f"{many} rewards for {count} responses; return one each"
+    found = np.zeros(count, np.float32)
+    for i, value in enumerate(values):
+        number = _number(value)
+        if number is None:
+            return nothing, f"{shown(value)} for response {i}; return a number"
+        with np.errstate(over="ignore"):
+            found[i] = number
+        if not np.isfinite(found[i]):
+            return nothing, f"{shown(value)} for response {i}; return a finite number that float32 holds"
+    return found, ""
+
+
+def _number(value: Any) -> float | None:
+    """A real number, or a scalar of any array library, as a float; None if it is something else."""
+    if getattr(value, "ndim", 0) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if getattr(value, "ndim", 0) or not hasattr(type(value), "__float__"):  # numbers have it, texts do not
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_call(fn: Callable[..., Any], columns: Iterable[str], where: str = "") -> None:
+    """Raise a UserError unless fn(prompts, responses, **columns) is a call that fn takes; `where` is whose columns."""
+    name, at = name_of(fn), where and f"{where}: "
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # of C code without one
+        return
+    taken = _taken(fn)
+    for column in columns:
+        if column in taken:
+            raise UserError(
+                f'{at}the column "{column}" has the name of an argument that reward function {name} gets already; '
+                f"rename one of them, the column by data.fields"
+            )
+    try:
+        signature.bind([], [], **{name: [] for name in columns})
     except TypeError as error:
-        raise UserError(f"reward function {name}: {error}; define it as fn(prompts, responses, **columns)") from error
-    rewards = persist(name, lambda: fn(prompts, responses, **columns), timeout=timeout, retries=retries)
-    if isinstance(rewards, (str, Mapping)) or not isinstance(rewards, Iterable):
-        raise UserError(f"reward function {name} returned {rewards!r}; return a list, one number per response")
-    rewards = list(rewards)
-    if len(rewards) != len(responses):
         raise UserError(
-            f"reward function {name} returned {len(rewards)} rewards for {len(responses)} responses; return one each"
-        )
-    for i, reward in enumerate(rewards):
-        array = np.asarray(reward)  # a scalar of any array library
-        if not isinstance(reward, numbers.Real) and (array.ndim or array.dtype.kind not in "biuf"):
-            raise UserError(f"reward function {name} returned {reward!r} for response {i}; return a number")
-        if not np.isfinite(reward):
-            raise UserError(f"reward function {name} returned {reward} for response {i}; return a finite number")
-    return np.asarray(rewards, np.float32)
+            f"{at}reward function {name}: {error}; define it as fn(prompts, responses, **columns)"
+        ) from error
+
+
+def check_columns(fn: Callable[..., Any], columns: Sequence[Mapping[str, Any]], where: Sequence[str]) -> None:
+    """Raise a UserError, with its place, for the first row whose columns fn does not take, or that lacks one it needs.
+
+    Args:
+        fn: a reward function.
+        columns: of each row, name -> value.
+        where: each row's place.
+    """
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # of C code without one
+        return
+    passed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in list(parameters)[2:] if p.default is p.empty and p.kind in passed]
+    taken = _taken(fn)
+    for row, place in zip(columns, where, strict=True):
+        lacks = next((name for name in needed if name not in row), None)
+        if lacks is not None:
+            raise UserError(
+                f'{place}: no field "{lacks}", which reward function {name_of(fn)} asks for; give it to every row'
+            )
+        if not taken.isdisjoint(row):
+            check_call(fn, row, place)
+    check_call(fn, set(columns[0]).intersection(*columns), where[0])
+
+
+def _taken(fn: Any) -> set[str]:
+    """Names of arguments that a column cannot pass: the first two, an object's own, and those a partial has chosen."""
+    names = lambda of, count: set(list(inspect.signature(of).parameters)[:count])  # noqa: E731
+    found = names(fn, 2)
+    while isinstance(fn, functools.partial):
+        found |= set(fn.keywords) | names(fn.func, len(fn.args))
+        fn = fn.func
+    if inspect.ismethod(fn):
+        found |= names(fn.__func__, 1)
+    elif not (inspect.isroutine(fn) or isinstance(fn, type)):
+        found |= names(type(fn).__call__, 1)
+    return found
 
 
 def of_own_rows(
@@ -143,6 +202,13 @@ def of_own_rows(
     return multihost_utils.process_allgather(found).sum(axis=0, dtype=np.float32)  # one process has each row
 
 
+def functions_of(
+    config: RewardSourceConfig, functions: Sequence[Callable[..., Any]] | None
+) -> list[Callable[..., Any]]:
+    """The Python rewards: `functions`, which replace the config's names, or those."""
+    return list(functions) if functions is not None else [resolve(name) for name in config.functions]
+
+
 def combine(
     config: RewardSourceConfig, functions: Sequence[Callable[..., Any]] | None
 ) -> Callable[..., np.ndarray] | None:
@@ -150,7 +216,7 @@ def combine(
 
     `functions` replace the config's names. Raises UserError when the weights do not match the functions.
     """
-    found = list(functions) if functions is not None else [resolve(name) for name in config.functions]
+    found = functions_of(config, functions)
     weights = config.function_weights or [1.0] * len(found)
     if len(weights) != len(found):
         raise UserError(
@@ -160,10 +226,13 @@ def combine(
         return None
 
     def total(prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> np.ndarray:
-        parts = [
-            w * call_reward(fn, prompts, responses, columns, timeout=config.timeout, retries=config.retries)
-            for fn, w in zip(found, weights, strict=True)
-        ]
-        return np.stack(parts).sum(axis=0, dtype=np.float32)
+        calls: dict[str, Any] = {"timeout": config.timeout, "retries": config.retries}
+        parts = [call_reward(fn, prompts, responses, columns, **calls) for fn in found]
+        with np.errstate(over="ignore", invalid="ignore"):
+            weighted = [w * part for w, part in zip(weights, parts, strict=True)]
+            rewards = np.stack(weighted).sum(axis=0, dtype=np.float32)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"reward.function_weights {weights} make rewards that float32 does not hold; lower them")
+        return rewards
 
     return total

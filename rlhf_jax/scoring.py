@@ -108,12 +108,15 @@ class Scorer:
         return scores
 
 
+def columns_of(row: Row) -> Row:
+    """The columns of a row that reward functions get: all but prompt, response and what is ours."""
+    return {name: value for name, value in row.items() if name not in ("prompt", "response", "finished", "_where")}
+
+
 def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The columns that all rows have, but prompt, response and what is ours."""
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {
-        name: [row[name] for row in rows] for name in names if name not in ("prompt", "response", "finished", "_where")
-    }
+    """Those that all rows have."""
+    each = [columns_of(row) for row in rows]
+    return {name: [row[name] for row in each] for name in each[0] if all(name in row for row in each)}
 
 
 def plain(prompt: Any) -> str:

@@ -277,7 +277,7 @@ def test_a_judges_doubt_becomes_a_soft_label(tmp_path):
 
 
 def test_a_failing_function_leaves_its_batch_without_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_jax.rewards.RETRY_WAIT", 0.0)
+    monkeypatch.setattr("rlhf_jax.attempts.RETRY_WAIT", 0.0)
 
     def moody(prompts, responses, **columns):
         if prompts[0] == PROMPTS[0]["prompt"]:

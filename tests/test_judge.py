@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import math
+import sys
 import threading
 import time
 
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 from tiny import ONE, byte_tokenizer, model_params
 
+from rlhf_jax import attempts, rankings
 from rlhf_jax import judge as judging
-from rlhf_jax import rankings, rewards
 from rlhf_jax.asking import ModelJudge, ask_function, ask_server, filled, make_judge
 from rlhf_jax.config import ArchConfig, JudgeConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def test_length_bias_of_known_pairs():
 
 
 def test_nonsense_and_hangs_are_counted_and_give_no_verdict(monkeypatch):
-    monkeypatch.setattr(rewards, "RETRY_WAIT", 0.0)
+    monkeypatch.setattr(attempts, "RETRY_WAIT", 0.0)
     calls = []
 
     def unreliable(prompt, a, b):
@@ -138,6 +139,16 @@ def test_a_judge_that_raises_is_an_error():
 
     with pytest.raises(UserError, match="judge function broken: KeyError: 'nothing'; mend it"):
         judge_of(broken)("p", "x", "y")
+
+
+@pytest.mark.parametrize("failure", [time.sleep, sys.exit])
+def test_a_judge_that_never_answers_ends_it(monkeypatch, failure):
+    monkeypatch.setattr(attempts, "RETRY_WAIT", 0.0)
+    judge = Judge(ask_function(lambda prompt, a, b: failure(20), timeout=0.02, retries=0))
+    with pytest.raises(UserError, match="2 questions in a row had no answer"):
+        judge("p", "x", "y")
+    with pytest.raises(UserError, match="16 questions in a row had no answer"):  # whatever comes after
+        judge.verdicts([("p", [str(i) for i in range(9)])], KEY)
 
 
 def test_braces_within_texts_stay():
@@ -177,7 +188,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(rewards, "RETRY_WAIT", 0.0)
+    monkeypatch.setattr(attempts, "RETRY_WAIT", 0.0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
         found.seen, found.handle_error = [], lambda *args: None  # a client that gave up is no news
@@ -210,7 +221,7 @@ def test_a_server_that_misbehaves_is_counted(server):
     names = ["fine", "flaky", "odd", "empty", "junk", "broken", "slow"]
     found = [v for each in judge.verdicts([(name, ["xx", "x"]) for name in names], KEY) for v in each]
     assert [v.share for v in found] == [1.0, 1.0, None, None, None, None, None]
-    assert [v.forward[0] for v in found[2:]] == [NONSENSE] * 3 + [NO_ANSWER] * 2
+    assert [v.forward[0] for v in found[2:]] == [NONSENSE] * 2 + [NO_ANSWER] * 3
     tries = [body["messages"][0]["content"].split("|")[0] for _, _, body in server.seen]
     assert tries.count("broken") == 4 and tries.count("flaky") == 4 and tries.count("odd") == 2
 
@@ -228,7 +239,10 @@ def test_a_server_that_refuses_or_points_elsewhere_is_an_error(server, prompt, c
     [
         ({"url": "localhost:8000"}, "no http address"),
         ({"url": "file:///etc/passwd"}, "no http address"),
-        ({"url": "http://localhost", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY: no such environment variable"),
+        (
+            {"url": "http://localhost", "api_key_env": "NO_SUCH_KEY"},
+            "judge.api_key_env names no environment variable that is set",
+        ),
         ({}, "none is given"),
         ({"url": "http://localhost", "function": "a:b"}, "judge.function and judge.url are given"),
     ],

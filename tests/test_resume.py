@@ -565,7 +565,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_continues_later(
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(rewards, "RETRY_WAIT", 0.0)
+    monkeypatch.setattr(attempts, "RETRY_WAIT", 0.0)
 
 
 PROMPTS = ["a", "b"]

@@ -7,6 +7,7 @@ value out of range is a UserError where the class is made.
 
 from rlhf_jax.config.adapters import LoRAConfig
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
+from rlhf_jax.config.checks import key_of
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun
 from rlhf_jax.config.evaluate import EvaluateRun
 from rlhf_jax.config.feedback import CollectRun, DrawRun, JudgeConfig, JudgeRun, RateRun, SourceConfig, SourcesRun
@@ -103,6 +104,7 @@ __all__ = [
     "SourceConfig",
     "SourcesRun",
     "bind",
+    "key_of",
     "resolve",
     "to_dict",
 ]

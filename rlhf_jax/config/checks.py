@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -40,3 +43,39 @@ def check(config: Any, group: str, rules: dict[str, str]) -> None:
                 raise UserError(f"{group}{name} is {value}; make it finite")
             if not HOLDS[rule](value):
                 raise UserError(f"{group}{name} is {value}; make it {rule}")
+
+
+VISIBLE, VARIABLE = re.compile(r"[\x21-\x7e]+"), re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""What an address or a key consists of, and the name of an environment variable."""
+
+
+def key_of(option: str, variable: str) -> str:
+    """The API key in the environment variable that `option` names.
+
+    Raises:
+        UserError: there is none, or no request can hold it. Neither is shown: the name may be a key by mistake.
+    """
+    key = os.environ.get(variable, "") if VARIABLE.fullmatch(variable) else ""
+    if not key:
+        raise UserError(f"{option} names no environment variable that is set; export the key and name its variable")
+    if not VISIBLE.fullmatch(key):
+        raise UserError(
+            f"{option}: the key in that variable has white space, a line break or characters that no key has; export "
+            "it again without them"
+        )
+    return key
+
+
+def check_url(option: str, url: str) -> None:
+    """Raise a UserError, which does not show it, unless `url` is an http address without anything secret in it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    if not (fits and VISIBLE.fullmatch(url)):
+        raise UserError(f"{option} is no http address; write it as http://localhost:8000/v1")
+    if "@" in parts.netloc or "?" in url or "#" in url:
+        raise UserError(
+            f"{option} has a user, a password, a query or a fragment, in which keys may stand; leave them out"
+        )

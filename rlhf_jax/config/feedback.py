@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.checks import SEEDS, check, check_url, key_of
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.config.stages import RewardSourceConfig, check_buckets
 from rlhf_jax.errors import UserError
@@ -74,6 +74,10 @@ class JudgeConfig:
             "at least 0": "temperature timeout retries",
         }
         check(self, "judge.", rules)
+        if self.url:
+            check_url("judge.url", self.url)
+        if self.api_key_env:
+            key_of("judge.api_key_env", self.api_key_env)
         missing = [place for place in ("{prompt}", "{a}", "{b}") if place not in self.template]
         if missing:
             raise UserError(f"judge.template has no {missing[0]}; write {{prompt}}, {{a}} and {{b}} where they belong")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, reason
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -28,6 +28,8 @@ def resolve(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"{name!r}: {error}; check the spelling or run where the module lies") from error
+    except (Exception, SystemExit) as error:  # whatever the module's code raises
+        raise UserError(f"{name!r}: importing it failed ({type(error).__name__}: {reason(error)}); mend it") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         raise UserError(f"{name!r}: module {module_name} has no function {attribute!r}; check the spelling")

@@ -21,7 +21,7 @@ from rlhf_jax.hosts import to_host
 from rlhf_jax.nans import first_nan
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
-from rlhf_jax.rewards import call_reward, combine, of_own_rows
+from rlhf_jax.rewards import call_reward, check_columns, combine, functions_of, of_own_rows
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import put, put_batch, replicated, tree_shardings
 from rlhf_jax.stage import Rows, check_length, held_out_batches, load_rows, load_tokenizer, make_examples, save_model
@@ -69,10 +69,13 @@ class Online:
         if self.python_reward is None and not config.reward.model:
             raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
         self.tokenizer = load_tokenizer(config.model)
-        self.batches, self.held_out = self._prompts(rows, eval_rows)
+        asked = functions_of(config.reward, reward_functions) + ([self.gold] if self.gold else [])
+        self.batches, self.held_out = self._prompts(rows, eval_rows, asked)
         self.key = jax.jit(lambda: jax.random.key(config.run.seed), out_shardings=replicated(mesh))()
 
-    def _prompts(self, rows: Rows | None, eval_rows: Rows | None) -> tuple[Batches, list[Any]]:
+    def _prompts(
+        self, rows: Rows | None, eval_rows: Rows | None, asked: Sequence[Callable[..., Any]]
+    ) -> tuple[Batches, list[Any]]:
         data, seed = self.config.data, self.config.run.seed
         build = partial(
             prompt_examples,
@@ -82,6 +85,9 @@ class Online:
             strict=data.strict,
         )
         train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
+        for fn in asked:
+            for part in (train, held_out):
+                check_columns(fn, [one["columns"] for one in part], [one["where"] for one in part])
         self.buckets = tuple(self.config.sampling.prompt_buckets or [data.max_prompt_length])
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
         batches = Batches(train, batch_size=data.batch_size // self.group_size, seed=seed, collate=collate)
