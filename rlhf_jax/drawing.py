@@ -35,7 +35,7 @@ Make = Callable[[int, int], list[dict[str, Any]]]
 UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
 UNMADE |= {"data_path", "path", "fields", "prompts", "text_path"}
 UNMADE |= {"reward.gold", *(f"{group}.{name}" for group in ("reward", "judge") for name in ("timeout", "retries"))}
-UNMADE |= {"judge.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rollout_tensor"}
+UNMADE |= {"judge.workers", "judge.api_key_env", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rollout_tensor"}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""
 
 
