@@ -152,7 +152,8 @@ class ModelJudge:
         self.config, self.mesh = config, mesh
         self.tokenizer = tokenizer = load_tokenizer(config.model)
         with jax.set_mesh(mesh):
-            self.loaded = load_model(config.model, mesh, jax.random.key(0))
+            length = config.max_prompt_length + (config.max_new_tokens if config.answer == "sample" else 0)
+            self.loaded = load_model(config.model, mesh, jax.random.key(0), length=length)
         model = self.loaded.model
         check_vocabulary(model.arch, tokenizer, config.model.path)
         if config.answer == "sample":

@@ -19,7 +19,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import flat
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.generate import Generator, Response
+from rlhf_jax.generate import Generator, Response, total_length
 from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
@@ -180,7 +180,8 @@ class Sources:
             self._last = None  # frees the model before the next one is loaded
             tokenizer, longest = load_tokenizer(settings), config.max_prompt_length
             with jax.set_mesh(self.mesh):
-                loaded = load_model(settings, self.mesh, jax.random.key(config.seed))
+                key, length = jax.random.key(config.seed), total_length(sampling, longest)
+                loaded = load_model(settings, self.mesh, key, length=length)
                 check_vocabulary(loaded.model.arch, tokenizer, settings.path)
                 generator = Generator(loaded.model, tokenizer, sampling, self.mesh, max_prompt_length=longest)
             self._last = (program, Drawer(loaded, tokenizer, generator, sampling.temperature))

@@ -37,7 +37,7 @@ from rlhf_jax.drawing import (
     verdicts_of,
 )
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import Response
+from rlhf_jax.generate import Response, total_length
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
 from rlhf_jax.likelihood import Likelihood, example_of
@@ -82,7 +82,8 @@ class Evaluation:
     @cached_property
     def _reference(self) -> Loaded:
         settings = replace(self.config.model, path=self.config.reference)
-        return load_model(settings, self.sources.mesh, jax.random.key(0))
+        length = total_length(self.config.sampling, self.config.max_prompt_length)
+        return load_model(settings, self.sources.mesh, jax.random.key(0), length=length)
 
     def _likelihood(self, loaded: Loaded, pad_id: int) -> Likelihood:
         return Likelihood(loaded.model, self.sources.mesh, pad_id=pad_id, batch_size=self.config.batch_size)
@@ -118,7 +119,9 @@ class Evaluation:
             loss_on="response",
         )
         print(f"{name_of(source)}: held-out rows: {report}")
-        reader = self._likelihood(drawer.loaded, drawer.tokenizer.pad_id)
+        model = replace(drawer.loaded.model, length=config.max_length)  # as `sft` on rows of this length has it
+        loaded = replace(drawer.loaded, model=model)
+        reader = self._likelihood(loaded, drawer.tokenizer.pad_id)
 
         def make(start: int, stop: int) -> list[dict[str, Any]]:
             with jax.set_mesh(self.sources.mesh):

@@ -17,6 +17,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.hosts import to_host
 from rlhf_jax.models import Model
+from rlhf_jax.models.model import of_length
 from rlhf_jax.sampling import SamplingLaw, sample
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.stage import check_length
@@ -36,6 +37,11 @@ def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]
         filtered=filtered,
         microbatch=config.microbatch,
     )
+
+
+def total_length(config: SamplingConfig, max_prompt_length: int) -> int:
+    """Tokens of the longest prompt and response together; prompts without buckets have up to max_prompt_length."""
+    return max(config.prompt_buckets or [max_prompt_length]) + config.max_new_tokens
 
 
 class Response(NamedTuple):
@@ -73,8 +79,9 @@ class Generator:
         """
         self.tokenizer, self.mesh, self.microbatch = tokenizer, mesh, config.microbatch
         self.buckets = tuple(config.prompt_buckets or [max_prompt_length])
-        check_length(model.arch, self.buckets[-1] + config.max_new_tokens, "prompt length + sampling.max_new_tokens =")
+        check_length(model.arch, total_length(config, max_prompt_length), "prompt length + sampling.max_new_tokens =")
         self.law = SamplingLaw.from_config(config)
+        model = of_length(model, total_length(config, max_prompt_length))  # one law in all buckets
         self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
 
     def responses(

@@ -15,7 +15,7 @@ from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.directory import check_writable
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import Generator
+from rlhf_jax.generate import Generator, total_length
 from rlhf_jax.hosts import is_first
 from rlhf_jax.scoring import RewardModel
 from rlhf_jax.sharding import make_mesh
@@ -68,7 +68,9 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
     longest = max(len(example["tokens"]) for example in examples)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, jax.random.key(config.seed))
+        loaded = load_model(
+            config.model, mesh, jax.random.key(config.seed), length=total_length(config.sampling, longest)
+        )
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
         generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
         repeated = [row for row in rows for _ in range(config.num_samples)]

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
-from rlhf_jax.models.model import Model
+from rlhf_jax.models.model import Model, of_length
 from rlhf_jax.tokens import map_microbatches, positions_from_mask
 from rlhf_jax.types import Params, Rollout
 
@@ -156,10 +156,12 @@ def sample(
 
     A row ends with the first stop id, which is part of the response; with no `stop_ids` every row runs the full
     length. Every `chunk` tokens the loop looks whether all rows have ended. Log-probs are of the law sampled from
-    (greedy: 0, a certain event). The noise of a row depends on the key and its place in the batch only, so a
-    microbatch or a mesh changes nothing.
+    (greedy: 0, a certain event). A rotary law that depends on length is that of model.length, or else of P +
+    max_new_tokens. The noise of a row depends on the key and its place in the batch only, so a microbatch or a mesh
+    changes nothing.
     """
     uniforms = jax.random.uniform(key, (prompt.shape[0], max_new_tokens))
+    model = of_length(model, prompt.shape[1] + max_new_tokens)
     decode_params = model.decoding_params(params)
     rows = partial(
         _sample_rows,

@@ -50,7 +50,7 @@ class RewardModel:
         self.limits = Limits(max_prompt_length, max_length, "truncate")
         self.tokenizer = load_tokenizer(config)
         with jax.set_mesh(mesh):
-            self.loaded = load_model(config, mesh, jax.random.key(0), head="trained")
+            self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=max_length)
         self.arch = self.loaded.model.arch
         check_vocabulary(self.arch, self.tokenizer, config.path)
         self.forward = jax.jit(partial(score_sequences, self.loaded.model))

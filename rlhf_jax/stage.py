@@ -94,11 +94,13 @@ def load_model(
     *,
     head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (it is frozen)
+    length: int = 0,
 ) -> Loaded:
     """The model of a directory, or one with random weights in the shape config.arch, placed on the mesh.
 
     `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
-    With adapters (lora.rank) all else but the head is frozen.
+    With adapters (lora.rank) all else but the head is frozen. `length` is that of the run's longest sequence, prompt
+    and response together (`Model.length`).
 
     Raises:
         UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
@@ -112,6 +114,7 @@ def load_model(
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
     arch = config.arch
     loaded = _load_directory(config, mesh, key, head) if arch is None else _random(config, arch, mesh, key, head)
+    loaded = replace(loaded, model__length=length)
     if config.quantize != "none":
         small = quantized(loaded.params, config.quantize, free=True)
         loaded = replace(loaded, params=jax.device_put(small, tree_shardings(mesh, small)))

@@ -99,7 +99,7 @@ def run_stage(
         train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
     )
     with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, init_key, head=head, lora=config.lora)
+        loaded = load_model(config.model, mesh, init_key, head=head, lora=config.lora, length=data.max_length)
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
         check_length(loaded.model.arch, data.max_length, "data.max_length")
         stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, extra_key)

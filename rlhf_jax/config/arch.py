@@ -14,7 +14,7 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length that they were trained for.
 
     Args:
-        kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the longest sequence of the batch);
+        kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the length of a whole sequence);
             llama3; yarn (Peng et al. 2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753).
         factor: how many times longer.
         original_max_positions: the length that the frequencies were trained for (llama3, yarn, longrope).

@@ -97,7 +97,7 @@ class Group(Online):
         given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "reward_functions": reward_functions}
         super().__init__(config, settings, mesh, group_size=settings.group_size, gold=gold, **given)
         with jax.set_mesh(mesh):
-            policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, self.key)
+            policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, self.key, self.length)
             policy = adapted(policy, config.lora, placed_init(mesh, jax.random.fold_in(self.key, 1)))
             nets = assemble(settings, policy, reward, copy=partial(jax.tree.map, jnp.copy))
             self.check_lengths(policy.model, nets.models.reward)

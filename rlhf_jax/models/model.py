@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
-from rlhf_jax.models.rotary import Tables, rotary_tables
+from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
 from rlhf_jax.models.weights import Chained, attached, is_composed, merged, stacks
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
 from rlhf_jax.tokens import token_logprobs
@@ -86,6 +87,9 @@ class Model:
         logprob_chunk: positions whose logits are alive at once.
         attention: plain, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
         lora_scale: factor of the adapters that lie beside kernels, if any do (models/weights.py).
+        length: tokens of the longest sequence of the run, prompt and response together. It alone decides a rotary law
+            that depends on length (dynamic, longrope), so that samples, log-probs and scores of a run have one law; 0
+            takes the width of the arrays.
     """
 
     arch: ArchConfig
@@ -95,12 +99,13 @@ class Model:
     logprob_chunk: int = 256
     attention: str = "plain"
     lora_scale: float = 1.0
+    length: int = 0
 
     @classmethod
-    def from_config(cls, config: ModelConfig, arch: ArchConfig, *, score_head: bool = False) -> Model:
-        """The model that `config` describes, with the shape `arch`."""
+    def from_config(cls, config: ModelConfig, arch: ArchConfig, *, score_head: bool = False, length: int = 0) -> Model:
+        """The model that `config` describes, with the shape `arch`, for sequences of `length` tokens."""
         dtype, kind = platform_dtype(config.compute_dtype), platform_attention(config.attention)
-        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind)
+        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, length=length)
 
     @cached_property
     def _embed(self) -> Any:
@@ -147,7 +152,9 @@ class Model:
         return {**params, "lower": {"layers": lower}, "layers": upper}
 
     def _tables(self, positions: Int[Array, "B T"], *, local: bool) -> Tables | None:
-        return rotary_tables(positions, self.arch, local=local) if self.arch.positions == "rotary" else None
+        if self.arch.positions != "rotary":
+            return None
+        return rotary_tables(positions, self.arch, self.length or positions.shape[1], local=local)
 
     def _attend(self, segment_ids: Int[Array, "B T"], *, local: bool) -> Attend:
         """Attention of a layer with or without (`local`) the full view, all of a text at once."""
@@ -277,7 +284,10 @@ class Model:
     def prefill(
         self, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], positions: Int[Array, "B P"]
     ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
-        """Logits after the last prompt token of left-padded prompts, and a cache of P columns."""
+        """Logits after the last prompt token of left-padded prompts, and a cache of P columns.
+
+        A model whose rotary law depends on length must be given that of prompt and response first (`of_length`).
+        """
         segment_ids = mask.astype(jnp.int32)
         attends = [self._attend(segment_ids, local=local) for local in (False, True)]
         return self._decode(params, tokens, positions, attends, None, None)
@@ -306,6 +316,8 @@ class Model:
         cache: list | None,
         index: Array | None,
     ) -> tuple[Array, list[decoder.Cache]]:
+        if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
+            raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
         views = [(self._tables(positions, local=local), attends[local]) for local in (False, True)]
         x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         new_cache = []
@@ -317,3 +329,8 @@ class Model:
         hidden = self._norm[1](params["final_norm"], x[:, -1:])
         logits = self.project(params, hidden)[:, 0]
         return constrain(logits, *ROWS, None), new_cache  # whole rows, since drawing looks at all of the vocabulary
+
+
+def of_length(model: Any, length: int) -> Any:
+    """The model for sequences of `length` tokens, unless it has a length; a decoder of another kind as it is."""
+    return dataclasses.replace(model, length=length) if isinstance(model, Model) and not model.length else model

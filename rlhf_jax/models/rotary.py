@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -13,18 +12,21 @@ from rlhf_jax.config import ArchConfig, RopeScaling
 
 Tables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 """Cosines and sines."""
+BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of scaling whose frequencies depend on the length of a sequence."""
 
 
-def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, *, local: bool = False) -> Tables:
+def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, length: int, *, local: bool = False) -> Tables:
     """Cosines and sines of positions * frequencies, float32, for layers with or without (`local`) the full view.
 
-    Layers with a theta of their own (`rope_local_theta`) are not stretched.
+    `length` is the tokens of a whole sequence, prompt and response, by which dynamic and longrope choose their
+    frequencies. Layers with a theta of their own (`rope_local_theta`) are not stretched.
     """
     if local and arch.rope_local_theta:
         scaling, theta = RopeScaling(), arch.rope_local_theta
     else:
         scaling, theta = arch.rope_scaling, arch.rope_theta
-    frequencies, gain = _frequencies(scaling, theta, arch.rotary_dim, arch.max_positions, positions)
+    frequencies, gain = _frequencies(scaling, theta, arch.rotary_dim, arch.max_positions, length)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     return jnp.cos(angles) * gain, jnp.sin(angles) * gain
 
@@ -45,29 +47,25 @@ def _powers(theta: float, dim: int) -> np.ndarray:
 
 
 def _frequencies(
-    scaling: RopeScaling, theta: float, dim: int, max_positions: int, positions: Array
-) -> tuple[jax.Array, float]:
+    scaling: RopeScaling, theta: float, dim: int, max_positions: int, length: int
+) -> tuple[np.ndarray, float]:
     """Radians per position of each pair, and the gain of cosines and sines."""
     plain, factor = 1 / _powers(theta, dim), scaling.factor
     if scaling.kind == "linear":
-        return jnp.asarray(plain / np.float32(factor)), 1.0
+        return plain / np.float32(factor), 1.0
     if scaling.kind == "llama3":
-        return jnp.asarray(_llama3(scaling, plain)), 1.0
+        return _llama3(scaling, plain), 1.0
     if scaling.kind == "yarn":
-        return jnp.asarray(_yarn(scaling, theta, dim)), _yarn_gain(scaling)
-    longest = positions.max() + 1
+        return _yarn(scaling, theta, dim), _yarn_gain(scaling)
     if scaling.kind == "dynamic":
-        stretch = jnp.maximum(longest, max_positions) * (factor / max_positions) - (factor - 1)
-        base = theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
-        return 1 / base ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim), 1.0
+        stretch = factor * max(length, max_positions) / max_positions - (factor - 1)
+        return 1 / _powers(theta * stretch ** (dim / (dim - 2)), dim), 1.0
     if scaling.kind == "longrope":
-        short, long = (
-            np.asarray(f, np.float32) * _powers(theta, dim) for f in (scaling.short_factor, scaling.long_factor)
-        )
         original = scaling.original_max_positions
+        divisors = scaling.long_factor if length > original else scaling.short_factor
         gain = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        return 1 / jnp.where(longest > original, long, short), scaling.attention_factor or gain
-    return jnp.asarray(plain), 1.0
+        return 1 / (np.asarray(divisors, np.float32) * _powers(theta, dim)), scaling.attention_factor or gain
+    return plain, 1.0
 
 
 def _llama3(scaling: RopeScaling, plain: np.ndarray) -> np.ndarray:

@@ -12,18 +12,19 @@ from rlhf_jax.stage import Loaded, check_same_tokenizer, check_vocabulary, load_
 
 
 def load_policy_and_reward(
-    config: Any, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array
+    config: Any, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array, length: int
 ) -> tuple[Loaded, Loaded | None]:
-    """config.model and config.reward.model, which must know the tokenizer's ids.
+    """config.model and config.reward.model, which must know the tokenizer's ids, for sequences of `length`.
 
     Raises:
         UserError: a vocabulary that is too small, or a reward model with another tokenizer.
     """
-    policy = load_model(config.model, mesh, key)
+    policy = load_model(config.model, mesh, key, length=length)
     check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
     if not config.reward.model:
         return policy, None
-    reward = load_model(replace(config.model, path=config.reward.model, arch=None), mesh, key, head="trained")
+    named = replace(config.model, path=config.reward.model, arch=None)
+    reward = load_model(named, mesh, key, head="trained", length=length)
     check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
     check_same_tokenizer(tokenizer, config.reward.model, "reward model")
     return policy, reward

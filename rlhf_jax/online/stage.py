@@ -16,7 +16,7 @@ from rlhf_jax.config import OnlineConfig, resolve
 from rlhf_jax.data.batches import Batches, collate_prompts, fingerprint, repeat_rows
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import decode
+from rlhf_jax.generate import decode, total_length
 from rlhf_jax.hosts import to_host
 from rlhf_jax.nans import first_nan
 from rlhf_jax.online import core
@@ -103,12 +103,16 @@ class Online:
         self.law = SamplingLaw.from_config(self.config.sampling, replicated(self.mesh))
         self.kl_coef = put(np.float32(self.settings.kl_coef), replicated(self.mesh))
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return total_length(self.config.sampling, self.config.data.max_prompt_length)
+
     def check_lengths(self, *models: Any) -> None:
         """Raise a UserError if prompt and response together exceed the positions of a model."""
         for model in models:
             if model is not None:
-                longest = self.buckets[-1] + self.config.sampling.max_new_tokens
-                check_length(model.arch, longest, "prompt length + sampling.max_new_tokens =")
+                check_length(model.arch, self.length, "prompt length + sampling.max_new_tokens =")
 
     def policy(self) -> Params:
         """The policy that is evaluated and saved: the average if there is one."""

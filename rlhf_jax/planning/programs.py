@@ -30,6 +30,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.batches import collate_preference, collate_ranking, collate_rated, collate_sft, collate_unpaired
 from rlhf_jax.errors import UserError
+from rlhf_jax.generate import total_length
 from rlhf_jax.group import checks as group_checks
 from rlhf_jax.group import train as group_train
 from rlhf_jax.kto import own_and_other
@@ -83,12 +84,14 @@ def find_arch(path: str) -> ArchConfig:
     return config_json.read_config(path)[0]
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh, *, score_head: bool, attention: str) -> Loaded:
-    """The model of a config in bfloat16 (unless it says float32), its parameters as shapes on the mesh."""
+def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: bool, attention: str) -> Loaded:
+    """The model of a config in bfloat16 (unless it says float32), for `length` tokens, as shapes on the mesh."""
     arch = config.arch or find_arch(config.path)
     if config.compute_dtype == "auto":
         config = dataclasses.replace(config, compute_dtype="bfloat16")
-    model = dataclasses.replace(Model.from_config(config, arch, score_head=score_head), attention=attention)
+    model = dataclasses.replace(
+        Model.from_config(config, arch, score_head=score_head, length=length), attention=attention
+    )
     return Loaded(model, _abstract(mesh, lambda key: quantized(model.init(key, config.param_dtype), config.quantize)))
 
 
@@ -186,7 +189,7 @@ def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Progr
     stage, size, length = _stage(config, width), config.data.batch_size, config.data.max_length
     accumulate = getattr(config, stage.group).accumulate
     check_rows(mesh, size // accumulate, f"data.batch_size / {stage.group}.accumulate =")
-    loaded = abstract_model(config.model, mesh, score_head=stage.group == "reward", attention=attention)
+    loaded = abstract_model(config.model, mesh, length, score_head=stage.group == "reward", attention=attention)
     loaded = _adapted(loaded, config, mesh)
     check_length(loaded.model.arch, length, "data.max_length")
     one = stage.collate([stage.example], length=length)
@@ -205,11 +208,12 @@ def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Progr
 
 
 def _policy_and_reward(config: PPORun | GroupRun, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
-    policy = abstract_model(config.model, mesh, score_head=False, attention=attention)
+    length = total_length(config.sampling, config.data.max_prompt_length)
+    policy = abstract_model(config.model, mesh, length, score_head=False, attention=attention)
     if not config.reward.model:
         return policy, None
     named = dataclasses.replace(config.model, path=config.reward.model, arch=None)
-    return policy, abstract_model(named, mesh, score_head=True, attention=attention)
+    return policy, abstract_model(named, mesh, length, score_head=True, attention=attention)
 
 
 def _group(config: GroupRun, mesh: Mesh, attention: str) -> list[Program]:

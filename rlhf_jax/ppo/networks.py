@@ -45,9 +45,9 @@ class Networks:
         return {**trunk, "score": params["value"]["score"]}
 
 
-def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array) -> Networks:
-    """Policy, frozen reference, reward model if any, and critic."""
-    policy, reward = load_policy_and_reward(config, mesh, tokenizer, key)
+def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array, length: int) -> Networks:
+    """Policy, frozen reference, reward model if any, and critic, for sequences of `length`."""
+    policy, reward = load_policy_and_reward(config, mesh, tokenizer, key, length)
 
     def fresh_score() -> Params:
         return jax.jit(partial(policy.model.init_score, zeros=True), out_shardings=replicated(mesh))(key)

@@ -70,7 +70,7 @@ class PPO(Online):
         )
         self.ptx = self._text_batches() if config.ppo.ptx_coef else None
         with jax.set_mesh(mesh):
-            nets = load_networks(config, mesh, self.tokenizer, self.key)
+            nets = load_networks(config, mesh, self.tokenizer, self.key, self.length)
             self.check_lengths(nets.models.policy, nets.models.reward)
             self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))
 

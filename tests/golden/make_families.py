@@ -13,9 +13,10 @@ FAMILY.npz under these keys (float32, int64 ids; B=3 rows, S=12 left-padded toke
     CASE/logits            [B, S, V], zero where attention_mask is zero
     CASE/logprob           mean of log p(token t+1 | tokens up to t) over pairs of real tokens t, t+1
     CASE/gradients         safetensors as bytes: gradients of that mean with respect to some of the stored tensors
-    CASE/generated         [B, T] greedy continuation with the cache of `generate`, no stop token
+    CASE/generated         [B, T] greedy continuation with the cache of `generate`, no stop token; where the rotary
+                           law depends on length, by the law of S + T tokens from the first token on
     CASE/margin            smallest lead of a greedily chosen logit over the next best
-and for classifiers, instead of the last five: CASE/scores [B], the score at the last token.
+and for classifiers, instead of the last five: CASE/scores [B], the score at the last token, which is not pad_token_id.
 
 Attention is "eager", the one implementation that has soft-caps. Matrices are multiples of 1/32, which makes the files
 a third as large; vectors are not, so that a norm offset which is folded in and out again cannot be bit-equal.
@@ -24,11 +25,12 @@ What transformers does that one might not expect:
   * Rope kind "dynamic" takes the longest row of the batch, so rows influence one another. It keeps its frequencies in
     the module until a longer text or one below max_position_embeddings comes, so results depend on what ran before:
     here every computation starts from a fresh copy. In `generate` cached keys keep the rotation of the length at which
-    they were written; without a cache (`use_cache=False`) the numbers, and maybe the tokens, are others.
+    they were written, so that its tokens are of no law that a forward pass could have.
   * Rope kind "longrope" switches to the long factors by the longest row, too. When `generate` crosses
-    original_max_position_embeddings, Phi3 throws its cache away and computes all of it again; no case here crosses.
+    original_max_position_embeddings, Phi3 throws its cache away and computes all of it again: the tokens before are of
+    another law than those after.
   * Gemma3 reads attn_logit_softcapping but never applies it.
-  * A classifier takes the last token that is not pad_token_id, so the padding id is no real token in its cases; an
+  * A classifier takes the last token that is not pad_token_id, so that id may stand within a text, not at its end. An
     embedding with a pad_token_id has no gradient in that row, so language models are made without one.
   * GPT-NeoX has its head as lm_head in memory and as embed_out in files.
 """
@@ -209,6 +211,7 @@ def _phi3() -> dict[str, Case]:
         ),
         "longrope_short": Case(long | {"original_max_position_embeddings": 24}),  # 12 + 8 tokens stay below
         "longrope_long": Case(long | {"original_max_position_embeddings": 8}),
+        "longrope_crossed": Case(long | {"original_max_position_embeddings": 14}),  # 12 below, 12 + 8 above
         "longrope_long_old": Case(
             shape | old | {"original_max_position_embeddings": 10, "sliding_window": 7}, as_written=True
         ),
@@ -287,14 +290,13 @@ def as_array(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8)
 
 
-def make_inputs(generator: torch.Generator, reuse_pad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ids [3, 12] and their mask."""
+def make_inputs(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids [3, 12], the padding id among them too, and their mask."""
     length = max(LENGTHS)
     ids = torch.randint(1, TOKENS["vocab_size"], (len(LENGTHS), length), generator=generator)
     mask = torch.stack([(torch.arange(length) >= length - n).long() for n in LENGTHS])
     ids = torch.where(mask == 1, ids, PAD)
-    if reuse_pad:
-        ids[0, 3] = ids[2, 7] = PAD
+    ids[0, 3] = ids[2, 7] = PAD
     return ids, mask
 
 
@@ -322,24 +324,34 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
     }
 
 
-def greedy(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, np.ndarray]:
-    """The continuation that `generate` finds, and how far from a tie it is."""
+def greedy(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """The continuation that `generate` finds with its cache."""
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None,
-        pad_token_id=PAD, use_cache=True, return_dict_in_generate=True, output_logits=True,
+        pad_token_id=PAD, use_cache=True,
     )  # fmt: skip
-    best = torch.stack(out.logits).topk(2).values
-    margin = (best[..., 0] - best[..., 1]).min().numpy()
-    return {"generated": out.sequences[:, ids.shape[1] :].numpy(), "margin": margin}
+    return out[:, ids.shape[1] :].numpy()
 
 
 @torch.no_grad()
-def greedy_without_cache(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    """The same by one forward pass over all tokens for each new one; differs for rope kind "dynamic" alone."""
+def greedy_of_whole(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, np.ndarray]:
+    """The same by a forward pass for each new token over a sequence that has its full length from the start."""
+    margin, rows = torch.inf, len(ids)
+    total = ids.shape[1] + NEW_TOKENS
     for _ in range(NEW_TOKENS):
-        best = forward(copy.deepcopy(model), ids, mask)[:, -1:].argmax(-1)
-        ids, mask = torch.cat([ids, best], dim=1), torch.cat([mask, torch.ones_like(best)], dim=1)
-    return ids[:, -NEW_TOKENS:].numpy()
+        positions, left = (mask.cumsum(-1) - 1).clamp(min=0), total - ids.shape[1]
+        whole = {
+            "input_ids": torch.cat([ids, torch.full((rows, left), PAD)], dim=1),
+            "attention_mask": torch.cat([mask, torch.zeros((rows, left), dtype=mask.dtype)], dim=1),
+            "position_ids": torch.cat([positions, torch.full((rows, left), total - 1)], dim=1),
+        }
+        best = copy.deepcopy(model)(**whole).logits[:, ids.shape[1] - 1].topk(2)
+        margin = min(margin, (best.values[:, 0] - best.values[:, 1]).min().item())
+        ids, mask = (
+            torch.cat([ids, best.indices[:, :1]], dim=1),
+            torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+        )
+    return {"generated": ids[:, -NEW_TOKENS:].numpy(), "margin": np.float32(margin)}
 
 
 def make_arrays(name: str, attempt: int) -> dict[str, np.ndarray]:
@@ -354,13 +366,14 @@ def make_arrays(name: str, attempt: int) -> dict[str, np.ndarray]:
     if case.as_written:
         config = case.settings | {"architectures": config["architectures"]}
     config.pop("transformers_version", None)
-    ids, mask = make_inputs(generator, reuse_pad="num_labels" not in case.settings)
+    ids, mask = make_inputs(generator)
     arrays = {"config": as_array(json.dumps(config).encode()), "weights": as_array(weights)}
     arrays |= {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
     if "num_labels" in case.settings:
         return arrays | {"scores": forward(model, ids, mask)[:, 0].detach().numpy()}
-    arrays |= gradients(copy.deepcopy(model), ids, mask) | greedy(copy.deepcopy(model), ids, mask)
-    if "rope_dynamic" not in name and (arrays["generated"] != greedy_without_cache(model, ids, mask)).any():
+    arrays |= gradients(copy.deepcopy(model), ids, mask) | greedy_of_whole(model, ids, mask)
+    by_length = "rope_dynamic" in name or "longrope_crossed" in name
+    if not by_length and (arrays["generated"] != greedy(copy.deepcopy(model), ids, mask)).any():
         raise ValueError(f"{name}: the cache of `generate` changes the tokens")
     return arrays
 
