@@ -191,6 +191,61 @@ def byte_tokenizer(*, bos=False, pad: str | None = "<pad>", chat_template: str |
     return hf
 
 
+def metaspace_tokenizer(scheme: str = "always", chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """SentencePiece's kind: BPE with ▁ for a blank, bytes for what is unknown, and a ▁ of its own before a text.
+
+    Args:
+        scheme: always, first or never, of the Metaspace pre-tokenizer; or legacy, as in Llama 2's tokenizer.json.
+    """
+    merges = [
+        ("▁", "t"),
+        ("▁t", "w"),
+        ("i", "t"),
+        ("▁", "it"),
+        ("▁", "i"),
+        ("▁i", "s"),
+        ("y", "e"),
+        ("ye", "s"),
+        ("▁", "yes"),
+    ]
+    singles = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehilnorstwy,.'"]
+    names = ["<unk>", "<s>", "</s>", *singles, *("".join(pair) for pair in merges)]
+    model = tokenizers.models.BPE(
+        {name: i for i, name in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+    )
+    fast = tokenizers.Tokenizer(model)
+    decoders, normalizers = tokenizers.decoders, tokenizers.normalizers
+    if scheme == "legacy":
+        fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        stripped = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), *stripped])
+    else:
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        spaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        fast.decoder = decoders.Sequence(spaced + [decoders.Strip(" ", 1, 0)] * (scheme != "never"))
+    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    hf.chat_template = chat_template
+    return hf
+
+
+def word_tokenizer(kind: str = "white space", chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Words between white space, or WordPiece's, whose parts within a word start with ##."""
+    words = ["<unk>", "<s>", "</s>", "yes", "no", "it", "is", "two", ",", ".", "'", "s", "##s", "##it", "##o", "t"]
+    vocab = {word: i for i, word in enumerate(words)}
+    if kind == "WordPiece":
+        fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="<unk>"))
+        fast.decoder = tokenizers.decoders.WordPiece(cleanup=False)
+        fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    else:
+        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+        fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    hf.chat_template = chat_template
+    return hf
+
+
 @functools.cache
 def toy_directory() -> Path:
     """policy/ and reward/, a random decoder and a random scalar model for random walks; removed when Python ends."""

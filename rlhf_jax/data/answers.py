@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from rlhf_jax.data.comparisons import response_tokens
@@ -31,24 +33,24 @@ def unpaired_examples(
         UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, no row left, or one
             prompt only.
     """
-    limits = Limits(max_prompt_length, max_length, too_long)
+    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if "chosen" in row:
             pair = preference_row(row)
             if pair["label"] == 0.5:
                 raise DroppedRow(f"{pair['_where']}: the raters are divided", "on which the raters are divided")
-            responses, finished = [pair["chosen"], pair["rejected"]], pair["finished"]
+            answers = list(zip([pair["chosen"], pair["rejected"]], pair["finished"], pair["ids"], strict=True))
             labels = [float(pair["label"] > 0.5), float(pair["label"] < 0.5)]
         else:
             require(row, ("label",), "an unpaired preference is {prompt, response, label}")
             pair = sft_row({**row, "label": True})
-            responses, finished, labels = [pair["response"]], [pair["finished"]], [float(flag_of(row, "label"))]
-        tokens, length, cut = response_tokens(pair, responses, finished, tokenizer, limits)
+            answers, labels = [(pair["response"], pair["finished"], pair.get("ids"))], [float(flag_of(row, "label"))]
+        tokens, length, cut = response_tokens(pair, answers, tokenizer, limits, remarks)
         shared = {"prompt_length": length, "prompt_key": prompt_key(pair)}
         return [{"response": t, "label": label, **shared} for t, label in zip(tokens, labels, strict=True)], cut
 
-    examples, report = collect(rows, build, strict=strict)
+    examples, report = collect(rows, build, strict=strict, remarks=remarks)
     if len({example["prompt_key"] for example in examples}) < 2:
         raise UserError("all rows have one prompt, but KTO needs responses to other prompts; give rows of two or more")
     return [{**example, "other": _other(examples, i, max_length)} for i, example in enumerate(examples)], report
@@ -77,16 +79,16 @@ def rating_examples(
     Raises:
         UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
     """
-    limits = Limits(max_prompt_length, max_length, too_long)
+    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         require(row, ("rating",), "a rating row is {prompt, response, rating}")
         if not is_number(row["rating"]):
             raise bad_row(row, f'"rating" is {row["rating"]!r}; give a finite number')
         answer = sft_row(row)
-        responses, finished = [answer["response"]], [answer["finished"]]
-        [tokens], length, cut = response_tokens(answer, responses, finished, tokenizer, limits)
+        answers = [(answer["response"], answer["finished"], answer.get("ids"))]
+        [tokens], length, cut = response_tokens(answer, answers, tokenizer, limits, remarks)
         shared = {"prompt_length": length, "prompt_key": prompt_key(answer)}
         return [{"response": tokens, "rating": float(row["rating"]), **shared}], cut
 
-    return collect(rows, build, strict=strict)
+    return collect(rows, build, strict=strict, remarks=remarks)

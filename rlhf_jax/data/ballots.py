@@ -17,6 +17,7 @@ from rlhf_jax.data.schemas import (
     bad_row,
     empty_row,
     flag_of,
+    ids_of,
     is_number,
     kind_of,
     preference_row,
@@ -42,6 +43,7 @@ class Ranking:
     Attributes:
         prompt, responses: as in `schemas`, K responses.
         finished: which of them were not cut off.
+        ids: the token ids that a model sampled for each, None where nothing says so.
         ballots: the raters' verdicts.
         where: file:line.
         extra: fields of each response that are nobody's business here, such as "model".
@@ -55,6 +57,11 @@ class Ranking:
     where: str
     extra: list[Row] = field(default_factory=list)
     strengths: np.ndarray | None = None
+    ids: list[list[int] | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", [None] * len(self.responses))
 
     def consensus(self) -> tuple[np.ndarray, np.ndarray]:
         """(ranks float[K], NaN for what nobody ranked; labels float[K, K], share that prefers i to j, NaN if unknown).
@@ -106,12 +113,15 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     if kind.endswith("unpaired preference"):
         answer = sft_row({**row, "label": True})
         ranks = [0.0 if flag_of(row, "label") else 1.0]
-        only = [answer["response"]]
-        return Ranking(answer["prompt"], only, [answer["finished"]], [(_rater(row), ranks)], where_of(row), [{}])
+        ids, said = [answer.get("ids")], [(_rater(row), ranks)]
+        return Ranking(
+            answer["prompt"], [answer["response"]], [answer["finished"]], said, where_of(row), [{}], ids=ids
+        )
     if "responses" not in row:
         pair = preference_row(row)
         both = [pair["chosen"], pair["rejected"]]
-        return Ranking(pair["prompt"], both, pair["finished"], _votes(row), where_of(row), [{}, {}])
+        said = _votes(row)
+        return Ranking(pair["prompt"], both, pair["finished"], said, where_of(row), [{}, {}], ids=pair["ids"])
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
@@ -126,7 +136,8 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
         [flag_of({**items[i], "_where": where_of(row)}, "finished") for i in kept],
         [(rater, [ranks[i] for i in kept]) for rater, ranks in ballots],
         where_of(row),
-        [{k: v for k, v in items[i].items() if k not in ("text", "rank", "score", "finished")} for i in kept],
+        [{k: v for k, v in items[i].items() if k not in ("text", "rank", "score", "finished", "ids")} for i in kept],
+        ids=[ids_of({**items[i], "_where": f"{where_of(row)}: responses {i}"}, "ids") for i in kept],
     )
 
 
@@ -248,12 +259,15 @@ def _join(members: list[Ranking]) -> Ranking:
     responses: list[Response] = []
     finished: list[bool] = []
     extra: list[Row] = []
+    ids: list[list[int] | None] = []
     for member in members:
-        for response, done, more in zip(member.responses, member.finished, member.extra, strict=True):
+        columns = zip(member.responses, member.finished, member.extra, member.ids, strict=True)
+        for response, done, more, sampled in columns:
             if places.setdefault((text_of(response), done), len(responses)) == len(responses):
                 responses.append(response)
                 finished.append(done)
                 extra.append(more)
+                ids.append(sampled)
     ballots: list[Ballot] = []
     of_one: dict[str, list[float]] = {}  # what a rater said of single responses is one ballot
     for member in members:
@@ -265,7 +279,7 @@ def _join(members: list[Ranking]) -> Ranking:
                 ballots.append((rater, ballot))
             for place, rank in zip(at, ranks, strict=True):
                 ballot[place] = rank
-    return replace(first, responses=responses, finished=finished, extra=extra, ballots=ballots)
+    return replace(first, responses=responses, finished=finished, extra=extra, ballots=ballots, ids=ids)
 
 
 def fit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from itertools import permutations
 from typing import Any
@@ -13,6 +15,9 @@ from rlhf_jax.data.examples import Example, Report, collect, encode, prompt_key
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.schemas import DroppedRow, Row, preference_row
 from rlhf_jax.data.tokenizer import Tokenizer
+
+Answer = tuple[Any, bool, list[int] | None]
+"""A response, whether it is finished, and the ids that were sampled for it, if any."""
 
 
 def preference_examples(
@@ -36,17 +41,17 @@ def preference_examples(
     Raises:
         UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
     """
-    limits = Limits(max_prompt_length, max_length, too_long)
+    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if {"ranking", "responses", "label"} & set(row):
-            example, cut = _ranking(ranking_row(row), tokenizer, limits)
+            example, cut = _ranking(ranking_row(row), tokenizer, limits, remarks)
             return _pairs(example), cut
         row = preference_row(row)
         example = {"label": row["label"], "margin": row["margin"], "weight": 1.0, "prompt_key": prompt_key(row)}
         both = [row["chosen"], row["rejected"]]
         (example["chosen"], example["rejected"]), length, cut = response_tokens(
-            row, both, row["finished"], tokenizer, limits
+            row, list(zip(both, row["finished"], row["ids"], strict=True)), tokenizer, limits, remarks
         )
         example["prompt_length"] = length
         if row["label"] < 0.5:
@@ -56,7 +61,7 @@ def preference_examples(
         return [example], cut
 
     gathered, note = gather(rows, prompt_key, aggregate=aggregate, prior=prior)
-    return collect(gathered, build, strict=strict, note=note)
+    return collect(gathered, build, strict=strict, note=note, remarks=remarks)
 
 
 def ranking_examples(
@@ -79,17 +84,17 @@ def ranking_examples(
     Raises:
         UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
     """
-    limits = Limits(max_prompt_length, max_length, too_long)
+    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        example, cut = _ranking(ranking_row(row), tokenizer, limits)
+        example, cut = _ranking(ranking_row(row), tokenizer, limits, remarks)
         return [example], cut
 
     gathered, note = gather(rows, prompt_key, aggregate=aggregate, prior=prior)
-    return collect(gathered, build, strict=strict, note=note)
+    return collect(gathered, build, strict=strict, note=note, remarks=remarks)
 
 
-def _ranking(ranking: Ranking, tokenizer: Tokenizer, limits: Limits) -> tuple[Example, bool]:
+def _ranking(ranking: Ranking, tokenizer: Tokenizer, limits: Limits, remarks: Counter[str]) -> tuple[Example, bool]:
     row: Row = {"prompt": ranking.prompt, "_where": ranking.where}
     ranks, labels = ranking.consensus()
     ranked = np.flatnonzero(~np.isnan(ranks))
@@ -97,8 +102,8 @@ def _ranking(ranking: Ranking, tokenizer: Tokenizer, limits: Limits) -> tuple[Ex
         raise DroppedRow(
             f"{ranking.where}: fewer than two responses are ranked", "with fewer than two ranked responses"
         )
-    responses = [ranking.responses[i] for i in ranked]
-    tokens, length, cut = response_tokens(row, responses, [ranking.finished[i] for i in ranked], tokenizer, limits)
+    answers = [(ranking.responses[i], ranking.finished[i], ranking.ids[i]) for i in ranked]
+    tokens, length, cut = response_tokens(row, answers, tokenizer, limits, remarks)
     first: dict[bytes, int] = {}
     same = np.array([first.setdefault(ids.tobytes(), i) for i, ids in enumerate(tokens)])
     kept = np.unique(same)
@@ -133,14 +138,20 @@ def _pairs(example: Example) -> list[Example]:
 
 
 def response_tokens(
-    row: Row, responses: list[Any], finished: list[bool], tokenizer: Tokenizer, limits: Limits
+    row: Row,
+    answers: Sequence[Answer],
+    tokenizer: Tokenizer,
+    limits: Limits,
+    remarks: Counter[str],
 ) -> tuple[list[np.ndarray], int, bool]:
-    """(prompt and response of each response, within the limits; length of the prompt; whether something was cut)."""
+    """(prompt and response of each answer, within the limits; length of the prompt; whether something was cut)."""
     prompt, cut = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
     found = []
-    for response, done in zip(responses, finished, strict=True):
-        ids = encode(partial(tokenizer.encode_response, finished=done), {**row, "response": response}, "response")
-        ids, cut_response = limits.response(row, len(prompt), ids)
-        found.append(np.asarray(prompt + ids, np.int32))
+    for response, done, sampled in answers:
+        encoder = partial(tokenizer.encode_response, finished=done, ids=sampled, remarks=remarks)
+        tokens, cut_response = limits.response(
+            row, len(prompt), encode(encoder, {**row, "response": response}, "response")
+        )
+        found.append(np.asarray(prompt + tokens, np.int32))
         cut |= cut_response
     return found, len(prompt), cut

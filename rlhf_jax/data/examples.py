@@ -29,13 +29,17 @@ OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were."""
+    """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were.
+
+    `remarks` counts what tokenising had to say, such as "responses whose ids were not of their text".
+    """
 
     kept: int
     dropped: dict[str, int]
     truncated: int
     kinds: dict[str, int] = field(default_factory=dict)
     note: str = ""
+    remarks: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
@@ -44,6 +48,7 @@ class Report:
         said = [f"kept {self.kept} of {total} rows", f"dropped {reasons}", f"truncated {self.truncated}"]
         if self.kinds:
             said.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
+        said += [f"{count} {remark}" for remark, count in self.remarks.items()]
         return "; ".join([*said, self.note] if self.note else said)
 
 
@@ -67,7 +72,7 @@ def sft_examples(
     Raises:
         UserError: a bad row, a row too long under too_long = error, or no row left.
     """
-    limits = Limits(max_prompt_length, max_length, too_long)
+    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if "text" in row and not {"prompt", "messages"} & set(row):
@@ -76,7 +81,8 @@ def sft_examples(
         row = schemas.sft_row(row)
         ids = encode(tokenizer.encode_prompt, row, "prompt")
         prompt, cut_prompt = limits.prompt(row, ids, tokenizer.bos_id)
-        response = encode(partial(tokenizer.encode_response, finished=row["finished"]), row, "response")
+        sampled = {"finished": row["finished"], "ids": row.get("ids"), "remarks": remarks}
+        response = encode(partial(tokenizer.encode_response, **sampled), row, "response")
         response, cut_response = limits.response(row, len(prompt), response)
         is_target = np.arange(len(prompt) + len(response)) >= (0 if loss_on == "all" else len(prompt))
         if loss_on == "assistant":  # a cut prompt keeps its end, and maybe a bos, which is no answer
@@ -85,7 +91,7 @@ def sft_examples(
             is_target[0] &= not cut_prompt
         return [_sft_example(prompt + response, is_target)], cut_prompt or cut_response
 
-    return collect(rows, build, strict=strict)
+    return collect(rows, build, strict=strict, remarks=remarks)
 
 
 def prompt_examples(
@@ -208,9 +214,16 @@ def _cut_document(row: Row, eval_fraction: float) -> tuple[list[Row], list[Row]]
 
 
 def collect(
-    rows: Sequence[Any], build: Callable[[Any], tuple[list[Example], bool]], *, strict: bool, note: str = ""
+    rows: Sequence[Any],
+    build: Callable[[Any], tuple[list[Example], bool]],
+    *,
+    strict: bool,
+    note: str = "",
+    remarks: Counter[str] | None = None,
 ) -> tuple[list[Example], Report]:
     """Examples of all rows and their report; build(row) -> (examples, whether something was cut).
+
+    `remarks` is what `build` counts into.
 
     Raises:
         UserError: a bad row, a dropped one if `strict`, or no row left.
@@ -229,7 +242,9 @@ def collect(
         examples += [{**example, "where": row.get("_where", "")} for example in built]
         truncated += cut
     kinds = Counter(schemas.kind_of(row) for row in rows if isinstance(row, dict))
-    report = Report(len(rows) - sum(dropped.values()), dict(dropped), truncated, dict(kinds), note)
+    report = Report(
+        len(rows) - sum(dropped.values()), dict(dropped), truncated, dict(kinds), note, dict(remarks or {})
+    )
     if not examples:
         raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
     return examples, report

@@ -62,11 +62,11 @@ def kind_of(row: Row) -> str:
 
 
 def sft_row(row: Row) -> Row:
-    """A demonstration -> {prompt, response, finished}.
+    """A demonstration -> {prompt, response, finished, ids?}.
 
     {prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn. With `finished` false the
-    response was cut off, so no stop id belongs to it. With `label`, as in TRL's unpaired preferences, only those that
-    are true are demonstrations.
+    response was cut off, so no stop id belongs to it. `ids` are the row's `response_ids`, as sampled. With
+    `label`, as in TRL's unpaired preferences, only those that are true are demonstrations.
 
     Raises:
         DroppedRow: null response, an empty turn, or a false label.
@@ -90,14 +90,17 @@ def sft_row(row: Row) -> Row:
     if "label" in row and not flag_of(row, "label"):
         raise empty_row(row, '"label" is false, an answer not to learn', "labelled as bad")
     finished = flag_of(row, "finished") if "finished" in row else True
-    return {"prompt": prompt, "response": response, "finished": finished, "_where": where_of(row)}
+    ids = ids_of(row, "response_ids")
+    sampled = {} if ids is None else {"ids": ids}
+    return {"prompt": prompt, "response": response, "finished": finished, **sampled, "_where": where_of(row)}
 
 
 def preference_row(row: Row) -> Row:
-    """{prompt, chosen, rejected, votes?, margin?, finished?, rater?} -> the same, with label, margin and finished.
+    """{prompt, chosen, rejected, votes?, margin?, finished?, rater?} -> with label, margin, finished and ids.
 
     `votes` = [for chosen, for rejected, ties] gives label = (chosen + ties / 2) / total, the share of raters that
-    prefer `chosen`; without votes it is 1. `finished` = [of chosen, of rejected] says which were not cut off.
+    prefer `chosen`; without votes it is 1. `finished` = [of chosen, of rejected] says which were not cut off; `ids` =
+    [chosen_ids, rejected_ids], those that a model sampled, or None.
 
     Without a prompt, `chosen` and `rejected` are whole conversations (transcripts "\\n\\nHuman: ...\\n\\nAssistant:
     ..." as in Anthropic's HH files, or message lists) that differ in their last turn only, or other texts, whose
@@ -131,6 +134,7 @@ def preference_row(row: Row) -> Row:
         "label": _label(row),
         "margin": _margin(row),
         "finished": finished,
+        "ids": [ids_of(row, "chosen_ids"), ids_of(row, "rejected_ids")],
         "_where": where_of(row),
     }
 
@@ -285,6 +289,14 @@ def flag_of(row: Row, name: str) -> bool:
     if row[name] not in (0, 1):
         raise bad_row(row, f'"{name}" is {row[name]!r}; give true or false')
     return bool(row[name])
+
+
+def ids_of(row: Row, name: str) -> list[int] | None:
+    """The token ids that a row gives for a response, or None."""
+    ids = row.get(name)
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+        raise bad_row(row, f'"{name}" is {type_of(ids)}; give a list of token ids, or leave it out')
+    return ids
 
 
 def is_number(value: Any) -> bool:

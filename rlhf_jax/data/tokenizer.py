@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.schemas import Messages, transcript
+from rlhf_jax.data.schemas import Messages, text_of, transcript
 from rlhf_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+NO_BLANK: dict[str, dict[str, Any]] = {
+    "normalizer": {"strip_left": False},
+    "pre_tokenizer": {"prepend_scheme": "never", "add_prefix_space": False},
+    "decoder": {"prepend_scheme": "never", "start": 0},
+}
+"""Part of tokenizer.json -> settings under which it neither adds a blank before a text nor takes one off."""
+OTHER_IDS = "responses whose ids were not of their text"
 MARKER = "0x5EED"  # stands for the answer where a chat template is probed; templates leave such text alone
 
 
@@ -44,8 +52,7 @@ class Tokenizer:
         self.end_id = closing if closing in self.eos_ids else self.eos_ids[0]
         self.pad_id = hf.pad_token_id if hf.pad_token_id is not None else self.eos_ids[0]
         self._prefix = _prefix_specials(hf)
-        if _marks_word_starts(hf):
-            self._lead = self._lead.removeprefix(" ")  # such a tokenizer adds the space itself
+        self._inner = _continuing(hf)
 
     @classmethod
     def load(cls, path: str, eos_ids: Sequence[int] = ()) -> Tokenizer:
@@ -89,14 +96,48 @@ class Tokenizer:
             return ids  # a template writes its own special tokens
         return self._prefix + ids
 
-    def encode_response(self, response: str | Messages, *, finished: bool = True) -> list[int]:
+    def encode_response(
+        self,
+        response: str | Messages,
+        *,
+        finished: bool = True,
+        ids: Sequence[int] | None = None,
+        remarks: Counter[str] | None = None,
+    ) -> list[int]:
         """Ids of a response without leading special tokens, and the stop id that closes it if it is `finished`.
 
-        A message is preceded by what the chat template or the transcript puts there, usually nothing or a space.
+        It is tokenised as what it is, the continuation of a prompt: SentencePiece vocabularies put no blank of their
+        own before it. A message is preceded by what the chat template or the transcript puts there, usually nothing
+        or a space.
+
+        Args:
+            ids: those that a model sampled, the stop id included if it finished. They are taken as they are if
+                `response_text` of them is the response's text and their end agrees with `finished`.
+            remarks: counts what was not as it should be, such as ids of another text.
         """
+        if ids is not None:
+            if self._are_of(ids, response, finished):
+                return [int(i) for i in ids]
+            if remarks is not None:
+                remarks[OTHER_IDS] += 1
         if isinstance(response, str):
-            return [*self._ids(response), *self.eos_ids[: int(finished)]]
-        return [*self._ids(self._lead + response[-1]["content"]), *[self.end_id] * finished]
+            return [*_plain_ids(self._inner, response), *self.eos_ids[: int(finished)]]
+        return [*_plain_ids(self._inner, self._lead + response[-1]["content"]), *[self.end_id] * finished]
+
+    def response_text(self, ids: Sequence[int], prompt: str | Messages) -> str:
+        """The text of a sampled response to a prompt, as rows hold it; the inverse of `encode_response`.
+
+        Special tokens are left out, and of an answer to messages what the template or the transcript puts before it.
+        """
+        text = self._inner.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text if isinstance(prompt, str) else text.removeprefix(self._lead)
+
+    def _are_of(self, ids: Sequence[int], response: str | Messages, finished: bool) -> bool:
+        """Whether a sampler that stops at the first stop id could have drawn `ids`, and they are the response's."""
+        if not all(0 <= i < self.vocab_size for i in ids):
+            return False
+        stops = [place for place, i in enumerate(ids) if i in self.eos_ids]
+        return stops == [len(ids) - 1] * finished and self.response_text(ids, response) == text_of(response)
 
     def answers_in(self, prompt: str | Messages) -> np.ndarray:
         """bool[n] over `encode_prompt(prompt)`: the tokens of earlier assistant turns, their closing tokens included.
@@ -220,10 +261,36 @@ def _prefix_specials(hf: Any) -> list[int]:
     return whole[: starts[0]] if starts else []
 
 
-def _marks_word_starts(hf: Any) -> bool:
-    """Whether the tokenizer puts a space before every text by itself, as SentencePiece vocabularies do."""
-    pieces = hf.convert_ids_to_tokens(_plain_ids(hf, "a"))
-    return bool(pieces) and pieces[0].startswith("▁")
+def _continuing(hf: Any) -> Any:
+    """The tokenizer for texts that go on where another ended: without the blank that it puts before every text.
+
+    SentencePiece vocabularies do so, and byte-level ones with `add_prefix_space`; decoding then takes it off again.
+    Others, and those without a fast backend, are returned as they are.
+    """
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is None:
+        return hf
+    given = {name: getattr(backend, name) for name in NO_BLANK}
+    states = {name: json.loads(part.__getstate__()) for name, part in given.items() if part is not None}
+    changed = {name: _without_blank(state, NO_BLANK[name]) for name, state in states.items()}
+    if changed == states:
+        return hf
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    whole = {**json.loads(backend.to_str()), **changed, "truncation": None, "padding": None}
+    return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(whole)))
+
+
+def _without_blank(part: Any, settings: dict[str, Any]) -> Any:
+    """A part of tokenizer.json with these settings wherever it has them, and without a normaliser that prepends."""
+    if isinstance(part, list):
+        return [one for one in (_without_blank(each, settings) for each in part) if one is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    return {name: settings.get(name, _without_blank(value, settings)) for name, value in part.items()}
 
 
 def _template_borders(hf: Any) -> tuple[str, int | None]:
