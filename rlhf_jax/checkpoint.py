@@ -25,6 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from rlhf_jax import hosts
+from rlhf_jax.directory import from_json, to_json
 from rlhf_jax.errors import UserError
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
@@ -119,7 +120,7 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the arrays."""
-        return json.loads((self.path(step) / RECORD).read_text())
+        return from_json((self.path(step) / RECORD).read_text())
 
     def newest_intact(self, say: Callable[[str], None]) -> int | None:
         """The newest checkpoint that passes its checksums; None if none was made. Process 0 only.
@@ -205,7 +206,7 @@ def begin(writing: Path, record: dict[str, Any]) -> str:
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        (writing / RECORD).write_text(json.dumps(record))
+        (writing / RECORD).write_text(to_json(record))
     except OSError as error:
         return reason_of(error)
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.directory import names_given, write_text
+from rlhf_jax.directory import names_given, to_json, write_text
 from rlhf_jax.drawing import (
     Phase,
     Phases,
@@ -183,7 +182,7 @@ def end(
 ) -> list[Row]:
     """Write OUTPUT and the summary beside it, and print it."""
     path = Path(config.output)
-    write_text(path.with_suffix(".summary.json"), json.dumps(summary, indent=1) + "\n")
+    write_text(path.with_suffix(".summary.json"), to_json(summary, indent=1) + "\n")
     journal.finish(out)
     print("\n".join([*lines(summary), f"{name}: {len(out)} rows, {path}"]))
     return out

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -27,6 +29,9 @@ OURS = (
     RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", LOCK,
 )  # fmt: skip
 """What a run writes; run.json comes first, since a directory without it is no run to continue."""
+
+NOT_FINITE = ("nan", "inf", "-inf")
+UNENCODABLE = re.compile("[\ud800-\udfff]")
 
 
 def check_writable(directory: Path, what: str) -> None:
@@ -137,9 +142,53 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as other programs read it too: every file of ours is written with this.
+
+    A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
+    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are; lone surrogates
+    are escaped.
+    """
+    options: dict[str, Any] = {"indent": indent, "allow_nan": False}
+    try:
+        text = json.dumps(value, ensure_ascii=False, **options)
+    except ValueError:
+        value, _ = _finite(value)
+        text = json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(value, **options) if UNENCODABLE.search(text) else text
+
+
+def _finite(value: Any) -> tuple[Any, str]:
+    """(a value with null for numbers that are not finite, what the first was of those that no field of it says)."""
+    if isinstance(value, float):
+        return (value, "") if math.isfinite(value) else (None, str(value))
+    if isinstance(value, (list, tuple)):
+        parts = [_finite(item) for item in value]
+        return [part for part, _ in parts], next((why for _, why in parts if why), "")
+    if isinstance(value, dict):
+        found: dict[Any, Any] = {}
+        for name, item in value.items():
+            found[name], why = _finite(item)
+            if why:
+                found.setdefault(f"{name}_is", why)
+        return found, ""
+    return value, ""
+
+
+def from_json(text: str | bytes) -> Any:
+    """What `to_json` was given, numbers that are not finite included (those within lists stay null)."""
+
+    def restored(found: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in found if found[name] is None and found.get(f"{name}_is") in NOT_FINITE]:
+            found[name] = float(found.pop(f"{name}_is"))
+        return found
+
+    return json.loads(text, object_hook=restored)
+
+
 def as_json(value: Any) -> Any:
     """A value as JSON gives it back."""
-    return json.loads(json.dumps(value))
+    return json.loads(to_json(value))
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -205,7 +254,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace run.json."""
-    write_text(path / RECORD, json.dumps({**record, "updated": time.time()}, indent=1) + "\n")
+    write_text(path / RECORD, to_json({**record, "updated": time.time()}, indent=1) + "\n")
 
 
 def write_config(path: Path, stage: str, config: Any, option: str = "run.output_dir") -> None:
@@ -251,7 +300,7 @@ class Lines:
         """
         if not rows and not self.waiting:
             return
-        self.waiting += "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        self.waiting += "".join(to_json(row) + "\n" for row in rows).encode()
         with open(self.path, "ab") as file:
             end = file.tell()
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rlhf_jax.config import SampleRun, ScoreRun
 from rlhf_jax.data.examples import Report, prompt_examples
 from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.directory import check_writable
+from rlhf_jax.directory import check_writable, to_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator, total_length
 from rlhf_jax.hosts import is_first
@@ -38,7 +37,7 @@ def write_rows(rows: list[dict[str, Any]], path: str) -> None:
     """Rows as JSON lines, to a file or to standard output, by process 0."""
     if not is_first():
         return
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(to_json(row) + "\n" for row in rows)
     if path:
         Path(path).write_text(lines, encoding="utf-8")
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rlhf_jax.directory import Lines, as_json, write_text
+from rlhf_jax.directory import Lines, as_json, to_json, write_text
 from rlhf_jax.errors import UserError
 
 
@@ -83,7 +83,7 @@ class Journal:
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
         """Write OUTPUT in one step and forget what led to it."""
-        write_text(self.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(self.output, "".join(to_json(row) + "\n" for row in rows))
         self.path.unlink()
 
     def __enter__(self) -> Journal:

@@ -6,7 +6,6 @@ Files are written by process 0 only, but the arrays of a checkpoint, which every
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import time
 import weakref
@@ -440,7 +439,7 @@ class Run:
             summary["best_step"] = self.best[0]
         self.checkpoints.wait()
         if self.is_writer:
-            directory.write_text(self.dir / directory.SUMMARY, json.dumps(summary, indent=1) + "\n")
+            directory.write_text(self.dir / directory.SUMMARY, directory.to_json(summary, indent=1) + "\n")
             self._record("finished", step=self.total)
         if not self.settings.checkpoint.keep_finished:
             self.checkpoints.clear()

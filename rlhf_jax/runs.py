@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.directory import METRICS, RECORD, is_held, read_record
+from rlhf_jax.directory import METRICS, RECORD, from_json, is_held, read_record
 from rlhf_jax.errors import UserError
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
@@ -47,7 +46,7 @@ def last_metrics(path: Path) -> dict[str, Any]:
         return {}
     for line in lines:
         try:
-            found.update(json.loads(line))
+            found.update(from_json(line))
         except ValueError:  # the first one is cut, and the last one may be under way
             continue
     return found

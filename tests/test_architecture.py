@@ -54,6 +54,8 @@ SAME_FLOOR = {
     "sampling": {"models"},
     "generate": {"stage"},
     "journal": {"directory"},
+    "checkpoint": {"directory"},
+    "tasks": {"directory"},
     "asking": {"endpoint", "generate", "judge", "likelihood", "stage"},
     "inference": {"scoring"},
     "collecting": {"drawing", "inference", "scoring", "summaries"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.config import PlanRun
+from rlhf_jax.directory import to_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.planning.chips import GIB, Chip, find_topology
 from rlhf_jax.planning.flops import count_flops
@@ -172,7 +172,7 @@ def verdict(rows: list[Row], chip: Chip) -> str:
 
 def records(rows: list[Row], **facts: Any) -> list[str]:
     """One JSON object per program."""
-    return [json.dumps({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows]
+    return [to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows]
 
 
 def candidates(config: Any, count: int) -> list[Any]:

@@ -7,7 +7,6 @@ and each stage is the command itself. docs/recipes.md has the format.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from rlhf_jax import cli, hosts, stage
 from rlhf_jax.config import RecipeRun
-from rlhf_jax.directory import SUMMARY, write_text
+from rlhf_jax.directory import SUMMARY, to_json, write_text
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.recipe.reading import Stage, Tree, read, replaced
 from rlhf_jax.recipe.record import Action, Record
@@ -115,7 +114,7 @@ def perform(one: Stage, action: Action, record: Record) -> None:
 def conclude(stages: Sequence[Stage], actions: Mapping[str, Action], record: Record) -> dict[str, Any]:
     """Write summary.json; returns what it holds."""
     summary = summary_of(stages, actions, record.entries)
-    write_text(record.root / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_text(record.root / SUMMARY, to_json(summary, indent=1) + "\n")
     return summary
 
 

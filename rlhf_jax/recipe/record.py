@@ -117,7 +117,7 @@ class Record:
 
     def _write(self) -> None:
         try:
-            directory.write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+            directory.write_text(self.path, directory.to_json(self.entries, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}; mend that, then give the same command again") from error
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.directory import to_json
 from rlhf_jax.errors import UserError
 
 
@@ -60,4 +60,4 @@ def label_pairs(
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
