@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import ArchConfig, DataConfig, LoRAConfig, ModelConfig
 from rlhf_jax.data.batches import Batch, Collate, eval_batches
 from rlhf_jax.data.examples import Report, split_by_prompt
+from rlhf_jax.data.padding import with_own_padding
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -77,7 +79,10 @@ def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
     directory = hf.model_directory(hub.local_directory(path))
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    if Tokenizer.load(str(directory)).hf.get_vocab() != tokenizer.hf.get_vocab():
+    other = Tokenizer.load(str(directory)).hf
+    theirs, ours = other.get_vocab(), tokenizer.hf.get_vocab()
+    own = {other.pad_token, tokenizer.hf.pad_token} & (theirs.keys() ^ ours.keys())  # padding of a reward model
+    if dict(theirs.items() ^ ours.items()).keys() - own:
         raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
 
 
@@ -179,22 +184,52 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
     trained = to_host(params) if lora else {}  # takes all processes
 
     def write_more(folder: Path) -> None:
-        tokenizer.save(str(folder))
         if lora is not None:
             family = hf.find_family(model.arch, loaded.base_config)
             peft.save_adapter(folder / "adapter", model.arch, family, lora, trained, base=loaded.path)
 
-    hf.save_model(
+    save_directory(
         path,
         model.arch,
         params if loaded.frozen is None else model.merged(loaded.whole(params)),
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
+        tokenizer,
         score_head=model.score_head,
         base_config=loaded.base_config,
         base_generation=loaded.base_generation,
         write_more=write_more,
     )
+
+
+def save_directory(
+    path: Path,
+    arch: ArchConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    score_head: bool,
+    write_more: Callable[[Path], None] = lambda folder: None,
+    **options: Any,
+) -> None:
+    """`hf.save_model` with the tokenizer, which in a model that scores has padding of its own; `options` are its."""
+    if score_head:
+        before, (tokenizer, rows) = tokenizer, with_own_padding(tokenizer, arch.vocab_size)
+        if tokenizer.pad_id != before.pad_id:
+            more = f", with {rows - arch.vocab_size} more rows of the embedding" if rows > arch.vocab_size else ""
+            say(
+                f"{path}: padding is {tokenizer.hf.pad_token} ({tokenizer.pad_id}){more}; the tokenizer's "
+                f"{before.pad_id} ends responses, and transformers reads a score at the last token that is no padding"
+            )
+        if rows > arch.vocab_size:
+            embedding = to_host(params["embed"]["tokens"])
+            wide = np.concatenate([embedding, np.zeros((rows - len(embedding), arch.width), embedding.dtype)])
+            arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], "tokens": wide}}
+
+    def write(folder: Path) -> None:
+        tokenizer.save(str(folder))
+        write_more(folder)
+
+    kept = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id, **options}
+    hf.save_model(path, arch, params, score_head=score_head, write_more=write, **kept)
 
 
 def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:

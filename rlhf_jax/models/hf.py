@@ -223,7 +223,7 @@ def save_model(
         raise UserError(f"arch and params disagree about {names}; save params with the arch that they have")
     if score_head:
         leaves = _fold_score_bias(leaves)
-    tokens = _token_ids(eos_ids, pad_id, base_config or {})
+    tokens = _token_ids(eos_ids, pad_id, base_config or {}, score_head=score_head)
     config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
@@ -252,8 +252,12 @@ def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, Any]) -> dict[str, Any]:
+def _token_ids(
+    eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, Any], *, score_head: bool
+) -> dict[str, Any]:
     eos, pad = [int(token) for token in eos_ids], base.get("pad_token_id") if pad_id is None else int(pad_id)
+    if score_head and pad in eos:
+        pad = None  # transformers would take the score before the stop token; without padding it refuses batches
     stop = eos[0] if len(eos) == 1 else eos or None
     return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
 
