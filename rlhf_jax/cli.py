@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from rlhf_jax import __version__, config
-from rlhf_jax.errors import Stopped, UserError, printable
+from rlhf_jax.errors import Stopped, UserError, tell
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -268,10 +268,10 @@ def dispatch(arguments: list[str]) -> None:
         UserError: what the user can mend.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text())
+        tell(help_text())
         return
     if arguments[0] == "--version":
-        print(__version__)
+        tell(__version__)
         return
     if " ".join(arguments[:2]) in COMMANDS:  # such as "data inspect"
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
@@ -329,7 +329,7 @@ def directory_command(command: str, rest: list[str]) -> None:
     """`resume RUN_DIR [options]` or `runs [DIR]`."""
     where, about = DIRECTORY_COMMANDS[command]
     if {"-h", "--help"} & set(rest):
-        print(about)
+        tell(about)
         return
     if command == "runs":
         config.resolve(where)(*rest[:1])
@@ -360,7 +360,7 @@ def fail(line: str, code: int) -> NoReturn:
     """Exit with a line on standard error, below the progress bar if there is one."""
     if "rlhf_jax.run" in sys.modules:
         sys.modules["rlhf_jax.run"].close_bars()
-    print(f"rlhf-jax: {line}", file=sys.stderr)
+    tell(f"rlhf-jax: {line}", error=True)
     leave(code)
 
 
@@ -389,7 +389,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Stopped as stopped:
-        print(printable(stopped))
+        tell(stopped)
     except Exception:
         traceback.print_exc()
         leave(1)

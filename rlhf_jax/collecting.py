@@ -29,7 +29,7 @@ from rlhf_jax.drawing import (
     verdicts,
     verdicts_of,
 )
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.inference import check_output
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
@@ -184,7 +184,7 @@ def end(
     path = Path(config.output)
     write_text(path.with_suffix(".summary.json"), to_json(summary, indent=1) + "\n")
     journal.finish(out)
-    print("\n".join([*lines(summary), f"{name}: {len(out)} rows, {path}"]))
+    tell("\n".join([*lines(summary), f"{name}: {len(out)} rows, {path}"]))
     return out
 
 

@@ -20,7 +20,7 @@ from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import check_writable
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.inference import check_output, write_rows
 
 
@@ -33,7 +33,7 @@ def run_inspect(config: DataInspectRun) -> dict[str, Any]:
         train, held_out = split_by_prompt(train, config.eval_fraction, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     found = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
-    print("\n".join(lint.lines(found)))
+    tell("\n".join(lint.lines(found)))
     color = sys.stdout.isatty() if config.color == "auto" else config.color == "always"
     if tokenizer is not None and config.examples:
         chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.examples]
@@ -56,11 +56,11 @@ def run_prepare(config: DataPrepareRun) -> Path:
             build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
             kept, report = collect(rows, build, strict=config.strict)
             splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
-            print(f"{split}: {report}")
+            tell(f"{split}: {report}")
     if directory.exists():
         shutil.rmtree(directory)
     written = tfds_rows.prepare(splits, config.schema, config.out)
-    print(f"{written}: data.path of a stage, or tfds.builder_from_directory({str(written)!r})")
+    tell(f"{written}: data.path of a stage, or tfds.builder_from_directory({str(written)!r})")
     return written
 
 
@@ -82,7 +82,7 @@ def run_make(config: DataMakeRun) -> list[str]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             path.rename(old)
     names = [path.name for path in made]
-    print(f"data make: {', '.join(names)} in {out}")
+    tell(f"data make: {', '.join(names)} in {out}")
     return names
 
 
@@ -100,13 +100,18 @@ def run_aggregate(config: DataAggregateRun) -> list[Row]:
     if config.by:
         joined = [_by_field(joined, config.by)]
     fitted, raters, facts = ballots.fit(joined, method=config.method, prior=config.prior)
-    print(
+    tell(
         "; ".join([f"{len(together)} rows, {dropped} dropped, {len(fitted)} groups", *ballots.describe(raters, facts)])
     )
     bounds = _intervals(fitted, config) if config.intervals else [None] * len(fitted)
     if config.method == "crowd_bt" and len(raters) > 1:
-        print("rater  reliability")
-        print("\n".join(f"{name or 'unnamed'}  {raters[name]:.3f}" for name in sorted(raters, key=raters.__getitem__)))
+        tell("rater  reliability")
+        tell(
+            "\n".join(
+                f"{printable(name) or 'unnamed'}  {raters[name]:.3f}"
+                for name in sorted(raters, key=raters.__getitem__)
+            )
+        )
     if config.by:
         _show(fitted[0], bounds[0])
     out = [_row(ranking, bound) for ranking, bound in zip(fitted, bounds, strict=True)]
@@ -147,11 +152,11 @@ def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarr
 
 
 def _show(ranking: Ranking, bound: np.ndarray | None) -> None:
-    print("Elo  95% interval  " + str(ranking.prompt))
+    tell("Elo  95% interval  " + str(ranking.prompt))
     strengths = ranking.strengths if ranking.strengths is not None else np.zeros(0)
     for i in np.argsort(-strengths):
         ends = "" if bound is None else "{:.0f} to {:.0f}".format(*rankings.elo(bound[:, i]))
-        print(f"{rankings.elo(strengths[i]):.0f}  {ends}  {text_of(ranking.responses[i])}")
+        tell(f"{rankings.elo(strengths[i]):.0f}  {ends}  {printable(text_of(ranking.responses[i]))}")
 
 
 def _row(ranking: Ranking, bound: np.ndarray | None) -> Row:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import yaml
 
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -31,7 +31,8 @@ OURS = (
 """What a run writes; run.json comes first, since a directory without it is no run to continue."""
 
 NOT_FINITE = ("nan", "inf", "-inf")
-UNENCODABLE = re.compile("[\ud800-\udfff]")
+UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
 
 
 def check_writable(directory: Path, what: str) -> None:
@@ -78,7 +79,7 @@ def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
     if record["status"] != "finished":
         return None
     if not changes(config, record):
-        print(f"{stage}: {path} is finished; --run.overwrite true would run it again")
+        tell(f"{stage}: {path} is finished; --run.overwrite true would run it again")
         return json.loads((path / SUMMARY).read_text())
     if not (path / CHECKPOINTS).is_dir():
         raise UserError(
@@ -119,7 +120,7 @@ def earlier_summary(
     summary = json.loads((path / SUMMARY).read_text())
     if made_of is not None and summary.get("made_of") != as_json(made_of):
         raise UserError(f"output_dir {path} holds {command} of other rows or functions; {cure}")
-    print(f"{command}: {path} is finished; --overwrite true would run it again")
+    tell(f"{command}: {path} is finished; --overwrite true would run it again")
     return summary
 
 
@@ -146,8 +147,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
     """JSON as other programs read it too: every file of ours is written with this.
 
     A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
-    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are; lone surrogates
-    are escaped.
+    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are, but those that
+    are not seen, lone surrogates among them, are escaped.
     """
     options: dict[str, Any] = {"indent": indent, "allow_nan": False}
     try:
@@ -155,7 +156,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     except ValueError:
         value, _ = _finite(value)
         text = json.dumps(value, ensure_ascii=False, **options)
-    return json.dumps(value, **options) if UNENCODABLE.search(text) else text
+    return UNSEEN_IN_JSON.sub(lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
 def _finite(value: Any) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """The exceptions a user is meant to read, and how texts of others are shown: bounded, without control characters."""
 
 import re
+import sys
 
 LONGEST_LINE, LONGEST_VALUE = 1000, 200
 """Characters of an error line, and of a value in one, that are shown."""
@@ -16,6 +17,11 @@ def printable(text: object, *, lines: bool = False) -> str:
     """
     keep = "\n\t" if lines else ""
     return UNSEEN.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), str(text))
+
+
+def tell(text: object = "", *, error: bool = False) -> None:
+    """Print a text, line breaks and tabs as they are, all else as `printable` has it; `error`: on standard error."""
+    print(printable(text, lines=True), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def shortened(text: str, longest: int = LONGEST_VALUE) -> str:

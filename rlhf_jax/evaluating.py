@@ -35,7 +35,7 @@ from rlhf_jax.drawing import (
     verdicts,
     verdicts_of,
 )
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.generate import Response, total_length
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
@@ -117,7 +117,7 @@ class Evaluation:
             too_long="truncate",
             loss_on="response",
         )
-        print(f"{name_of(source)}: held-out rows: {report}")
+        tell(f"{name_of(source)}: held-out rows: {report}")
         model = replace(drawer.loaded.model, length=config.max_length)  # as `sft` on rows of this length has it
         loaded = replace(drawer.loaded, model=model)
         reader = self._likelihood(loaded, drawer.tokenizer.pad_id)
@@ -246,7 +246,7 @@ def run_evaluate(
     found = earlier_summary("evaluate", config, [RESPONSES, SUMMARY], made_of)
     if found is None:
         found = _evaluate(config, prompts, text, made_of, functions, judge, gold)
-    print("\n".join(summaries.evaluation_lines(found)))
+    tell("\n".join(summaries.evaluation_lines(found)))
     return found
 
 

@@ -13,7 +13,7 @@ from rlhf_jax.data.examples import Report, prompt_examples
 from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.directory import check_writable, to_json
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.generate import Generator, total_length
 from rlhf_jax.hosts import is_first
 from rlhf_jax.scoring import RewardModel
@@ -47,7 +47,7 @@ def write_rows(rows: list[dict[str, Any]], path: str) -> None:
 def report_cut(report: Report) -> None:
     """Say on standard error, which keeps rows on standard output clean, how many rows were cut to their limits."""
     if report.truncated:
-        print(f"rows: {report}", file=sys.stderr)
+        tell(f"rows: {report}", error=True)
 
 
 def run_sample(config: SampleRun) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from rlhf_jax.checkpoint import Checkpoints, damage
 from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.models.config_json import find_family
 from rlhf_jax.models.layout import leaf_shapes
@@ -143,14 +143,14 @@ def run_inspect(config: InspectRun) -> dict[str, Any]:
         lines += special_tokens(Tokenizer.load(str(tokens)))
     needs = memory(arch, count, config.batch, config.length)
     for name, value in lines:
-        print(f"{name:<15}{value}")
-    print("\nmemory, all devices together, without activations")
+        tell(f"{name:<15}{value}")
+    tell("\nmemory, all devices together, without activations")
     for name, held in needs:
-        print(f"  {size(held):>10}  {name}")
+        tell(f"  {size(held):>10}  {name}")
     if config.mesh != MeshConfig():
         sizes = mesh_sizes(config.mesh)
-        print(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES)}")
-        print("\n".join(layout_table(shapes, sizes, parse_rules(config.mesh.rules))))
+        tell(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES)}")
+        tell("\n".join(layout_table(shapes, sizes, parse_rules(config.mesh.rules))))
     return {**dict(lines), "parameters": count, "memory": dict(needs)}
 
 
@@ -185,7 +185,7 @@ def run_convert(config: ConvertRun) -> Path:
         shard_bytes=int(config.shard_gb * 1e9),
         write_more=None if tokenizer is None else lambda folder: tokenizer.save(str(folder)),
     )
-    print(f"wrote {target}: {hf.find_family(arch, raw).model_type} in {config.dtype}")
+    tell(f"wrote {target}: {hf.find_family(arch, raw).model_type} in {config.dtype}")
     return target
 
 
@@ -222,6 +222,6 @@ def _checkpoint(run: Path, step: int) -> tuple[ArchConfig, dict[str, Any] | None
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
     params = {"policy": params} if online else params
     params = checkpoints.restore(found, {"state": {"params": params}})["state"]["params"]
-    print(f"{run}: checkpoint of step {found}")
+    tell(f"{run}: checkpoint of step {found}")
     tokens = where / hub.local_directory(settings["tokenizer"] or settings["path"])
     return arch, base, params["policy"] if online else params, tokens

@@ -30,7 +30,7 @@ from rlhf_jax.config import (
     SFTRun,
 )
 from rlhf_jax.directory import SUMMARY, earlier_summary, from_json, to_json, write_config
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.generate import Generator
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import load_model, load_tokenizer
@@ -216,11 +216,11 @@ def report(
         ["KL to SFT, nats per walk", f"{summary['kl']:.2f}"],
         ["wall time, s", f"{summary['wall_s']:.0f}"],
     ]
-    print("\n" + text_table(["quickstart", "value"], rows))
+    tell("\n" + text_table(["quickstart", "value"], rows))
     shown = [i * 137 % len(prompts) for i in range(5)]
     columns = ["start", "walk after SFT", "optimality", "walk after PPO", "optimality"]
     scores = gold(prompts, before), gold(prompts, after)
     samples = [[prompts[i], before[i], f"{scores[0][i]:.2f}", after[i], f"{scores[1][i]:.2f}"] for i in shown]
-    print("\n" + text_table(columns, samples))
-    print(f"\ncurves: {path / 'learning_curves.png'}   policy: {path / 'ppo' / 'model'}")
+    tell("\n" + text_table(columns, samples))
+    tell(f"\ncurves: {path / 'learning_curves.png'}   policy: {path / 'ppo' / 'model'}")
     return summary

@@ -11,7 +11,7 @@ from rlhf_jax.config import RateRun, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.inference import check_output, write_rows
 from rlhf_jax.rankings import consensus_ranks
 from rlhf_jax.rewards import call_reward
@@ -50,7 +50,7 @@ def run(config: RateRun, *, rows: Any = None, function: Callable[..., Any] | Non
     out = [row for one, part in zip(given, parts, strict=True) for row in make(one, part)]
     write_rows(out, config.output)
     if config.output:
-        print(f"rate: {len(given)} rows, {dropped} dropped, {config.raters} raters; {len(out)} rows, {config.output}")
+        tell(f"rate: {len(given)} rows, {dropped} dropped, {config.raters} raters; {len(out)} rows, {config.output}")
     return out
 
 

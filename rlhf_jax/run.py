@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from rlhf_jax import directory, hosts
 from rlhf_jax.checkpoint import Checkpoints, reason_of
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import Stopped, UserError, printable
 from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.step import pack
 from rlhf_jax.types import Metrics
@@ -174,7 +174,7 @@ class Run:
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_writer:
-            tqdm.write(text)
+            tqdm.write(printable(text, lines=True))
 
     # --- continuing
 

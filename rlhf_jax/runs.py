@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.directory import METRICS, RECORD, from_json, is_held, read_record
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""
@@ -91,10 +91,10 @@ def show(directory: str = "runs") -> None:
         raise UserError(f"{directory} is no directory; write rlhf-jax runs DIR")
     found = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
     if not found:
-        print(f"no runs in {directory}")
+        tell(f"no runs in {directory}")
         return
     order = sorted(found, key=lambda path: (path / RECORD).stat().st_mtime)
     rows = [["run", "stage", "status", "step", "written", "last metrics"], *map(describe, order)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

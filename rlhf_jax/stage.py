@@ -20,7 +20,7 @@ from rlhf_jax.data.examples import Report, split_by_prompt
 from rlhf_jax.data.padding import with_own_padding
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts import is_first, to_host
 from rlhf_jax.models import Model, hf, hub, peft
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
@@ -286,7 +286,7 @@ def make_examples(
 def say(text: str) -> None:
     """Print a line, once for all processes."""
     if is_first():
-        print(text)
+        tell(text)
 
 
 def count(params: Params) -> int:
@@ -300,11 +300,11 @@ def describe(stage: str, mesh: Mesh, loaded: Loaded, **facts: Any) -> None:
         return
     kind = jax.devices()[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(f"{stage}: {mesh.size} device(s) ({kind}), mesh {axes}")
+    tell(f"{stage}: {mesh.size} device(s) ({kind}), mesh {axes}")
     layers, dtype = loaded.model.arch.num_layers, loaded.model.compute_dtype.name
     trained = "" if loaded.frozen is None else f", of which {count(loaded.params):,} are trained"
-    print(f"model: {count(loaded.whole(loaded.params)):,} parameters{trained}, {layers} layers, computing in {dtype}")
-    print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
+    tell(f"model: {count(loaded.whole(loaded.params)):,} parameters{trained}, {layers} layers, computing in {dtype}")
+    tell(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
 
 
 def replace(config: Any, **changes: Any) -> Any:

@@ -39,8 +39,19 @@ def test_numbers_that_are_not_finite_are_null_with_the_reason_beside(value, writ
 
 
 def test_what_is_finite_is_written_as_it_is():
-    row = {"a": [1, 2.5, None, True, "é\u2028"], "b": {"c": 1e308}}
+    row = {"a": [1, 2.5, None, True, "é 日本 😀"], "b": {"c": 1e308}}
     assert to_json(row) == json.dumps(row, ensure_ascii=False) and from_json(to_json(row)) == row
+
+
+def test_what_is_not_seen_is_escaped_and_the_same_when_read():
+    text = "\x1b[31m \x9b2J \u202e \u2028 \ud83d \x7f é"
+    written = to_json({"text": text, text: 1}, indent=1)
+    assert (
+        written.isascii() == ("é" not in text)
+        and "é" in written
+        and not set(written) & set("\x1b\x9b\u202e\u2028\x7f")
+    )
+    assert from_json(written.encode()) == {"text": text, text: 1}
 
 
 def test_numbers_come_back():

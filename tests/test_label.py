@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import json
@@ -12,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from rlhf_jax.config import LabelRun
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.label.items import item_of, items_of, turns_of
 from rlhf_jax.label.server import LOOPBACK, STATIC, Page, guard, make_app, make_server, run, summary
 from rlhf_jax.label.votes import Votes
@@ -43,7 +43,7 @@ def write_lines(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(tmp_path: Path, rows=ROWS, **options):
     """(ask, page): a server of the rows in a thread; ask(method, path, body, **headers) -> (status, headers, text)."""
     path = write_lines(tmp_path / "rows.jsonl", rows)
@@ -51,6 +51,7 @@ def served(tmp_path: Path, rows=ROWS, **options):
     items, _ = items_of(rows_from(path))
     page = Page(items, Votes(config.output, items), config)
     server = make_server(config, guard(make_app(page), TOKEN, LOOPBACK))
+    page.port = server.server_port
     thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
     thread.start()
 
@@ -215,6 +216,10 @@ def test_skips_comments_and_all_bad_are_kept(tmp_path):
         ([1], 400, "object"),
         (b"{", 400, "JSON"),
         (b"x" * 200_000, 413, ""),
+        (b"[" * 90_000, 400, "JSON"),
+        (b'{"seconds": %s}' % (b"9" * 5000), 400, "JSON"),
+        ({"rater": "an\ud83dna"}, 400, "control"),
+        ({"rater": "\x1b[31manna"}, 400, "control"),
     ],
 )
 def test_an_answer_that_is_none_is_refused_and_nothing_is_written(tmp_path, said, status, line):
@@ -224,6 +229,62 @@ def test_an_answer_that_is_none_is_refused_and_nothing_is_written(tmp_path, said
         got, _, text = ask("POST", f"/{TOKEN}/api/answer", said)
         assert got == status and line in json.loads(text)["error"]
         assert (tmp_path / "votes.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"Content-Length": "9" * 400},
+        {"Content-Length": "-1"},
+        {"Content-Length": "x"},
+        {"Transfer-Encoding": "chunked"},
+    ],
+)
+def test_a_post_of_no_known_size_is_refused_unread(tmp_path, size, capfd):
+    with served(tmp_path) as (ask, _):
+        assert ask("POST", f"/{TOKEN}/api/answer", None, **size)[0] == 413
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1, 10**400, "1", [1]])
+def test_a_time_that_is_none_is_left_out(tmp_path, seconds):
+    with served(tmp_path) as (ask, page):
+        answer = {"rater": "anna", "item": page.items[0].key, "all_bad": True, "seconds": seconds}
+        assert ask("POST", f"/{TOKEN}/api/answer", answer)[0] == 200
+    assert json.loads((tmp_path / "votes.jsonl").read_text())["seconds"] is None
+
+
+def test_forty_raters_may_come_before_the_first_is_served(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    config = LabelRun(path=path, output=str(tmp_path / "votes.jsonl"), port=0)
+    with make_server(config, lambda *_: []) as server, contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(socket.create_connection(server.server_address, timeout=0.5))
+
+
+def test_clients_that_are_slow_or_go_away_hold_up_nobody_and_say_nothing(tmp_path, capfd):
+    with served(tmp_path) as (ask, page), contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", page.port)
+        for half in (b"", b"GET /", b"POST /%s/api/answer HTTP/1.1\r\nContent-Length: 50\r\n\r\n{" % TOKEN.encode()):
+            stack.enter_context(socket.create_connection(address)).sendall(half)
+        assert ask("GET", f"/{TOKEN}/api/start")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_acts_on_a_terminal_or_is_no_character_goes_through_a_vote_unharmed(tmp_path, capfd):
+    odd = "\x1b]0;mine\x07 \x9b2J \ud83d \u2028"
+    rows = [{"prompt": odd, "responses": [{"text": f"{odd} {j}", "model": odd} for j in range(2)]}]
+    with served(tmp_path, rows) as (ask, page):
+        shown = json.loads(ask("GET", f"/{TOKEN}/api/item?rater=anna")[2])
+        assert shown["turns"][0]["content"] == odd.strip()
+        answer = {"rater": "anna", "item": shown["item"], "comment": odd}
+        answer["ranks"] = {response["name"]: i for i, response in enumerate(shown["responses"])}
+        assert ask("POST", f"/{TOKEN}/api/answer", answer)[0] == 200
+        page.votes.latest[shown["item"], odd] = page.votes.latest[shown["item"], "anna"]  # of another version
+        tell(summary(page.votes, 1))
+    assert set(capfd.readouterr().out) & set("\x1b\x07\x9b\u2028") == set()
+    (row,) = rows_from(str(tmp_path / "votes.jsonl"))
+    assert row["prompt"] == odd and row["raters"][0]["comment"] == odd
 
 
 def test_half_ranked_and_nearly_ranked_answers_are_refused(tmp_path):
@@ -426,6 +487,11 @@ def test_bad_settings_are_one_line(tmp_path):
         ({"output": ""}, "output"),
         ({"output": "v.txt"}, "jsonl"),
         ({"host": "0.0.0.0"}, "every address"),
+        ({"raters": ["anna", "anna"]}, "different names"),
+        ({"raters": ["anna", ""]}, "different names"),
+        ({"raters": [" anna"]}, "different names"),
+        ({"raters": ["\x1b[1m"]}, "different names"),
+        ({"raters": ["x" * 61]}, "different names"),
         ({"port": 70000}, "port"),
     ):
         with pytest.raises(UserError, match=line):
@@ -439,7 +505,7 @@ def test_bad_settings_are_one_line(tmp_path):
             run(LabelRun(path=path, output=str(tmp_path / "v.jsonl"), port=taken.getsockname()[1]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def command(path: str, output: Path):
     """(process, port, token) of `rlhf-jax label` in a process of its own."""
     arguments = [sys.executable, "-m", "rlhf_jax", "label", path, "--output", str(output), "--port", "0"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlhf_jax.config.checks import SEEDS, check
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, printable, shown
+
+LONGEST_NAME = 60
+"""Characters of a rater's name."""
 
 EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
@@ -37,5 +40,11 @@ class LabelRun:
         check(self, "", {"between 0 and 65535": "port", SEEDS: "seed"})
         if not self.output.endswith(".jsonl"):
             raise UserError(f"output is {self.output!r}; name a .jsonl file for the answers, as --output votes.jsonl")
+        odd = [name for name in self.raters if name != printable(name).strip() or not 0 < len(name) <= LONGEST_NAME]
+        if odd or len(set(self.raters)) < len(self.raters):
+            raise UserError(
+                f"raters {shown(self.raters)} are not different names of 1 to {LONGEST_NAME} characters, none of them "
+                "white space at an end or a control character; correct them"
+            )
         if self.host in EVERY_ADDRESS:
             raise UserError(f"host is {self.host!r}, every address; name the one that raters will type")

@@ -14,6 +14,7 @@ from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.schemas import DroppedRow, Messages, Row, kind_of, prompt_row, sft_row, text_row
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import printable
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 GREEN, RED, DIM, PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
@@ -145,7 +146,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
     """A row as the model sees it; what is trained on is green (red if it is worse), or in [[ ]] without colour."""
-    head = f"--- {row['_where']}: {kind_of(row)}"
+    head = printable(f"--- {row['_where']}: {kind_of(row)}")
     try:
         prompt, responses, ranking = _parts(row)
         if ranking is None and responses:
@@ -154,7 +155,10 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
             return "\n".join(
                 [head, *[_marked(e["tokens"], e["loss_mask"], tokenizer, GREEN, color) for e in examples]]
             )
-        shown = [head, f"{DIM if color else ''}{tokenizer.prompt_text(prompt)}{PLAIN if color else ''}"]
+        shown = [
+            head,
+            f"{DIM if color else ''}{printable(tokenizer.prompt_text(prompt), lines=True)}{PLAIN if color else ''}",
+        ]
         ranks = ranking.consensus()[0] if ranking is not None else np.zeros(0)
         for response, rank in zip(responses, ranks, strict=True):
             ids = np.array(tokenizer.encode_response(response))
@@ -169,7 +173,7 @@ def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, tone: str, 
     starts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     spans = []
     for start, end in pairwise(starts):
-        text = tokenizer.hf.decode(ids[start:end].tolist(), skip_special_tokens=False)
+        text = printable(tokenizer.hf.decode(ids[start:end].tolist(), skip_special_tokens=False), lines=True)
         if color:
             spans.append(f"{tone if mask[start] else DIM}{text}{PLAIN}")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import secrets
 import signal
@@ -17,9 +18,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import bottle
 
 from rlhf_jax.config import LabelRun
+from rlhf_jax.config.label import LONGEST_NAME
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, printable, reason, tell
 from rlhf_jax.label.items import Item, items_of
 from rlhf_jax.label.votes import Votes
 
@@ -33,7 +35,7 @@ HEADERS = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Cache-Control", "no-store"),
 ]  # fmt: skip
-LONGEST_NAME, LONGEST_COMMENT = 60, 10_000
+LONGEST_COMMENT, LARGEST_POST = 10_000, 100_000
 
 WSGI = Callable[..., Iterable[bytes]]
 
@@ -64,12 +66,23 @@ def guard(app: WSGI, token: str, hosts: tuple[str, ...]) -> WSGI:
             line = f"This server does not answer to the name {name[:80]!r}."
         elif not secrets.compare_digest(given.encode(), token.encode()):
             line = "The token in the address is missing or wrong. Open the address that rlhf-jax label printed last."
+        elif not _size_is_fine(environ):
+            start("413 Content Too Large", [("Content-Type", "application/json")])
+            return [b'{"error": "An answer is at most 100 000 bytes, whose number comes first."}']
         else:
             return app({**environ, "SCRIPT_NAME": f"/{token}", "PATH_INFO": f"/{path}"}, start)
         start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
         return [(line + "\n").encode()]
 
     return guarded
+
+
+def _size_is_fine(environ: dict[str, Any]) -> bool:
+    """Whether a request says how many bytes it brings, and they are not too many."""
+    size = environ.get("CONTENT_LENGTH") or "0"
+    return (
+        size.isascii() and size.isdigit() and float(size) <= LARGEST_POST and "HTTP_TRANSFER_ENCODING" not in environ
+    )
 
 
 class Page:
@@ -95,6 +108,8 @@ class Page:
         name = name.strip() if isinstance(name, str) else ""
         if not 0 < len(name) <= LONGEST_NAME:
             raise Refused(400, f"Give a name of 1 to {LONGEST_NAME} characters.")
+        if name != printable(name):
+            raise Refused(400, "Give a name without control characters.")
         if self.config.raters and name not in self.config.raters:
             raise Refused(400, f"{name} is not among the raters of this project.")
         return name
@@ -125,7 +140,6 @@ class Page:
         if item is None:
             raise Refused(404, "These rows do not hold that item.")
         before = self.votes.of(rater).get(item.key)
-        seconds = said.get("seconds")
         vote: Row = {
             "item": item.key,
             "rater": rater,
@@ -136,7 +150,7 @@ class Page:
             "skipped": said.get("skipped") is True,
             "comment": str(said.get("comment") or "")[:LONGEST_COMMENT],
             "order": before["order"] if before else item.order(rater, self.config.seed),
-            "seconds": round(float(seconds), 1) if isinstance(seconds, (int, float)) else None,
+            "seconds": _seconds(said.get("seconds")),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
@@ -150,6 +164,10 @@ class Page:
 
 def _state(vote: Row | None) -> str:
     return "" if vote is None else "skipped" if vote["skipped"] else "done"
+
+
+def _seconds(said: Any) -> float | None:
+    return round(float(said), 1) if isinstance(said, (int, float)) and 0 <= said < 1e9 else None
 
 
 def ranks_of(item: Item, said: dict[str, Any]) -> list[int | None]:
@@ -203,7 +221,13 @@ def make_app(page: Page) -> bottle.Bottle:
 
     @app.post("/api/answer")
     def answer() -> dict[str, Any]:
-        return as_json(lambda: page.answer(bottle.request.json))
+        return as_json(lambda: page.answer(posted()))
+
+    def posted() -> Any:
+        try:
+            return bottle.request.json
+        except RecursionError:
+            raise Refused(400, "An answer is a JSON object.") from None
 
     @app.error(400)
     @app.error(404)
@@ -211,6 +235,8 @@ def make_app(page: Page) -> bottle.Bottle:
     @app.error(413)
     @app.error(500)
     def failed(error: bottle.HTTPError) -> str:
+        if error.exception is not None:
+            tell(f"label: {type(error.exception).__name__}: {reason(error.exception)}", error=True)
         bottle.response.content_type = "application/json"
         return json.dumps({"error": str(error.body)})
 
@@ -221,11 +247,16 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     """A thread per request, so that a slow one holds up nobody; no name is looked up."""
 
     daemon_threads = True
+    request_queue_size = 256
+    """Connections that may wait for their thread: a room full of raters who click at once."""
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+
+    def handle_error(self, *args: Any) -> None:
+        """Says nothing of a client that went away or was too slow."""
 
 
 class QuietHandler(WSGIRequestHandler):
@@ -235,6 +266,9 @@ class QuietHandler(WSGIRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         pass
+
+    def get_stderr(self) -> Any:
+        return io.StringIO()  # the app says what went wrong in a line of its own
 
     def address_string(self) -> str:
         return str(self.client_address[0])
@@ -267,7 +301,9 @@ def summary(votes: Votes, total: int) -> str:
         lines[0] += f"; two raters agree on {found['share']:.1%} of {found['pairs']} pairs"
     for one in found["raters"]:
         tau = "" if one["tau"] is None else f", Kendall's tau with the others {one['tau']:+.2f}"
-        lines.append(f"  {one['rater']}: {one['answers']} of {total} answered, {one['skipped']} skipped{tau}")
+        lines.append(
+            f"  {printable(one['rater'])}: {one['answers']} of {total} answered, {one['skipped']} skipped{tau}"
+        )
     return "\n".join(lines)
 
 
@@ -278,17 +314,16 @@ def run(config: LabelRun) -> None:
         token = secrets.token_urlsafe(24)
         hosts = LOOPBACK if config.host in LOOPBACK else (*LOOPBACK, config.host.lower())
         with make_server(config, guard(make_app(Page(items, votes, config)), token, hosts)) as server:
-            print(f"{config.path}: {len(items)} items to rank" + (f"; left out: {note}" if note else ""))
+            tell(f"{config.path}: {len(items)} items to rank" + (f"; left out: {note}" if note else ""))
             if votes.mended:
-                print(f"{config.output}: a crash cut the last answer short; its {votes.mended} bytes are removed")
+                tell(f"{config.output}: a crash cut the last answer short; its {votes.mended} bytes are removed")
             if config.host not in LOOPBACK:
-                print(f"! {config.host} is open to its network, and what is typed is not encrypted")
+                tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
             name = f"[{config.host}]" if ":" in config.host else config.host
-            print(
+            tell(
                 f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)",
-                flush=True,
             )
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()
-        print("\n" + summary(votes, len(items)))
+        tell("\n" + summary(votes, len(items)))

@@ -12,7 +12,7 @@ import jax
 
 from rlhf_jax.config import PlanRun
 from rlhf_jax.directory import to_json
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.planning.chips import GIB, Chip, find_topology
 from rlhf_jax.planning.flops import count_flops
 from rlhf_jax.planning.hlo import BETWEEN_SLICES, Traffic, traffic
@@ -204,18 +204,17 @@ def suggest(config: Any, chip: Chip, devices: list[Any], width: int) -> None:
         try:
             rows = analyse(candidate, chip, devices, width)
         except (UserError, jax.errors.JaxRuntimeError) as error:
-            print(f"  no     {name}: {str(error).splitlines()[0][:120]}", flush=True)
+            tell(f"  no     {name}: {str(error).splitlines()[0][:120]}")
             continue
         good, cost = fits(rows, chip), seconds_per_token(rows)
-        print(
+        tell(
             f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token",
-            flush=True,
         )
         if good:
             found.append((cost, name))
-    print("\nfastest by the roofline:" if found else "\nnone fits; take a larger slice")
+    tell("\nfastest by the roofline:" if found else "\nnone fits; take a larger slice")
     for cost, name in sorted(found)[:5]:
-        print(f"  {cost * 1e6:.3g} us per token  {name}")
+        tell(f"  {cost * 1e6:.3g} us per token  {name}")
 
 
 def run(plan: PlanRun, config: Any) -> bool:
@@ -230,12 +229,12 @@ def run(plan: PlanRun, config: Any) -> bool:
         return True
     rows = analyse(config, chip, devices, plan.responses)
     if plan.json:
-        print("\n".join(records(rows, topology=plan.topology, devices=len(devices), fits=fits(rows, chip))))
+        tell("\n".join(records(rows, topology=plan.topology, devices=len(devices), fits=fits(rows, chip))))
     else:
         axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
         slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
-        print(
+        tell(
             f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}, mesh {axes}; bytes are per chip\n"
         )
-        print("\n".join(shown(rows, chip, len(devices))))
+        tell("\n".join(shown(rows, chip, len(devices))))
     return fits(rows, chip)
