@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.advantages import best_of_n_kl
 from rlhf_jax.collecting import claim, end
 from rlhf_jax.config import BestOfNRun
+from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.directory import names_given
 from rlhf_jax.drawing import Phases, Sources, check_rewards, digest, prompts_of
@@ -47,7 +48,8 @@ def run(
         if not known:
             raise UserError("the reward failed on every prompt; mend it and give the command again")
         out = [best_row(prompts[i], work.responses(i), proxy[i], None if golds is None else golds[i]) for i in known]
-        curve = curve_of(proxy[known], None if golds is None else golds[known])
+        keys = [prompt_key(prompts[i]) for i in known]
+        curve = curve_of(proxy[known], None if golds is None else golds[known], keys)
         summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
         end("bestofn", config, journal, out, summary)
     return summary
@@ -61,8 +63,8 @@ def best_row(prompt: Row, responses: Sequence[Row], scores: np.ndarray, golds: n
     return {**row, "score": float(scores[i]), **({} if golds is None else {"gold": float(golds[i])})}
 
 
-def curve_of(proxy: np.ndarray, gold: np.ndarray | None) -> list[dict[str, Any]]:
-    """{n, kl, proxy, gold?} for n = 1, 2, 4 .. N of scores [B, N]; the rewards are {mean, se} over prompts.
+def curve_of(proxy: np.ndarray, gold: np.ndarray | None, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """{n, kl, proxy, gold?} for n = 1, 2, 4 .. N of scores [B, N]; the rewards are {mean, se} over `prompts` [B].
 
     Every n is estimated from all N samples (`rankings.best_of_n`). kl, nats, is exact where no two samples tie.
     """
@@ -72,7 +74,7 @@ def curve_of(proxy: np.ndarray, gold: np.ndarray | None) -> list[dict[str, Any]]
         {
             "n": n,
             "kl": float(best_of_n_kl(n)),
-            **{name: mean_of(best_of_n(proxy, values, n)[:, None]) for name, values in rewards.items()},
+            **{name: mean_of(best_of_n(proxy, values, n)[:, None], prompts) for name, values in rewards.items()},
         }
         for n in sorted({*(2**i for i in range(num.bit_length())), num})
         if n <= num

@@ -128,7 +128,7 @@ def run_collect(
         if config.label == "judge":
             summary["judge"] = judging.report([verdict for each in judged for verdict in each])
         if gold is not None or config.reward.gold:
-            summary["gold"] = gold_agreement(kept, work.work.gold(gold))
+            summary["gold"] = gold_agreement(prompts, kept, work.work.gold(gold))
         return end("collect", config, journal, out, summary)
 
 

@@ -15,7 +15,7 @@ from rlhf_jax import judge as judging
 from rlhf_jax import summaries
 from rlhf_jax.asking import make_judge
 from rlhf_jax.config import EvaluateRun, SourceConfig
-from rlhf_jax.data.examples import sft_examples
+from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.directory import SUMMARY, earlier_summary, names_given, to_json, write_config, write_text
@@ -175,23 +175,23 @@ class Evaluation:
             if name in rows[0]["responses"][0]
         }
         of = {name: self._by_source(values) for name, values in columns.items()}
-        judged = self._judged(rows)
+        judged, prompts = self._judged(rows), [prompt_key(row) for row in rows]
         models: dict[str, Any] = {}
         for s, name in enumerate(names):
             found: dict[str, Any] = {"responses": of["tokens"][s].size, "tokens": float(of["tokens"][s].mean())}
             found["unfinished"] = float(1 - of["finished"][s].mean())
-            found |= {shown[c]: summaries.mean_of(of[c][s]) for c in shown if c in of}
+            found |= {shown[c]: summaries.mean_of(of[c][s], prompts) for c in shown if c in of}
             if self._texts:
                 read = self.phases.row(self._texts[s], 0)
                 found["perplexity"] = float(np.exp(read["nll"] / read["tokens"]))
             if "ref_logprob" in of:
                 ratio = of["logprob"][s] - of["ref_logprob"][s]
-                found["kl"] = summaries.mean_of(ratio)
+                found["kl"] = summaries.mean_of(ratio, prompts)
                 found["kl_per_token"] = float(ratio.sum() / of["tokens"][s].sum())
             if s != self.baseline:
                 wins = {shown[c]: summaries.wins(of[c][s], of[c][self.baseline]) for c in shown if c in of}
                 wins |= {"judge": judged[name]} if judged else {}
-                found["wins"] = {by: summaries.win_rate(each) for by, each in wins.items()}
+                found["wins"] = {by: summaries.win_rate(each, prompts) for by, each in wins.items()}
             models[name] = found
         found = {"prompts": len(rows), "baseline": names[self.baseline], "models": models}
         if self._verdicts is not None:

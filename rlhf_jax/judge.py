@@ -28,23 +28,77 @@ Ask = Callable[[Sequence[Question], jax.Array], list[Answer]]
 NONSENSE, NO_ANSWER = "nonsense", "no answer"
 
 CHANCE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
+_NAME = r"(?:(?i:response|answer|option|choice|candidate|completion|assistant)\s+)?[\"'(\[]?([AB])[\"')\]]?"
+_BETTER = r"(?:better|best|superior|preferable|preferred|stronger|the winner|more \w+)"
+_ENDS = r"(?=\s*(?:[.,;:!)\n]|$)|\s+(?:over|to|because|since|as|is|has|for|due)\b)"
 BRACKETED = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
-STANDALONE = re.compile(r"(?<![\w'])(A|B|tie|Tie|TIE)(?![\w'])")
+WHOLE = re.compile(
+    r"(?:(?:so|therefore|thus|overall|final)[\s,]+)*(?:(?:my|the|your|i'd say|i say|it is|it's|this is|call it)\s+)*"
+    r"(?:(?:final|better|best|preferred)\s+)*"
+    r"(?:(?:response|answer|option|choice|candidate|completion|assistant|verdict|winner|preference|one|judgment)\s*)?"
+    r"(?:is\b|[:=])?\s*(?:(?:response|answer|option|assistant)\s+)?"
+    r"[\"'(\[]*(?:a\s+(?=tie))?(A|B|tie)[\"')\]]*[\s.!)]*$",
+    re.IGNORECASE,
+)
+OPENING = re.compile(rf"{_NAME}(?:[.,;)]\s|\s+[-\u2013\u2014]\s|\s*\n|\s+(?:because|since|as it)\b)")
+STATED = (
+    re.compile(rf"\b{_NAME} (?:is|was|seems|looks|appears)(?: to be)?(?: \w+){{0,2}}? {_BETTER}\b"),
+    re.compile(rf"\b{_NAME} (?:wins|won)\b"),
+    re.compile(
+        rf"\b(?i:prefer|choose|chose|pick|select|favou?r|go with|vote for|think|say|better is|best is) {_NAME}{_ENDS}"
+    ),
+    re.compile(rf"(?:\b(?i:is|winner|verdict|answer|choice|preference)\b:?|[:=]) ?{_NAME}{_ENDS}"),
+    re.compile(r"\b(?:a|an even|is|:) (tie)\b(?!-)"),
+)
+_NOT = "not? never neither nor hardly less least worse worst weaker inferior los\\w+ wrong bad if whether unless"
+NEGATED = re.compile(rf"\b(?:{'|'.join(_NOT.split())})\b|n't\b", re.IGNORECASE)
 
 
 def parse(answer: Any) -> Answer:
-    """What an answer says: a number from 0 to 1 as it is; of a text, the one letter A or B, or "tie", that it holds.
+    """What an answer says: a number from 0 to 1 as it is; of a text, what it states, the first of these that it has.
 
-    [[A]], [[B]] and [[C]] (a tie; Zheng et al. 2023, arXiv 2306.05685) come before letters elsewhere. No letter, or
-    two different ones, are NONSENSE.
+    1. [[A]], [[B]] or [[C]] (a tie; Zheng et al. 2023, arXiv 2306.05685), or [[tie]], anywhere.
+    2. A first or last line that is a choice and nothing else: "A", "(B)", "**A**", "Response B.", "Answer: A", "The
+       better response is B", "a tie".
+    3. A choice that opens the text and a reason that names no other: "A. It is shorter", "B because it is right".
+    4. A sentence that prefers one: "A is better than B", "I prefer B", "A good answer is B", "It is a tie", without a
+       not, worse or if before it.
+
+    Nothing of these is NONSENSE, and so are two that differ: a letter that merely occurs is no vote, least of all the
+    article "A".
     """
-    if isinstance(answer, str):
-        for pattern in (BRACKETED, STANDALONE):
-            if found := {CHANCE[word.upper()] for word in pattern.findall(answer)}:
-                return found.pop() if len(found) == 1 else NONSENSE
-    elif isinstance(answer, (bool, int, float, np.number)) and 0 <= answer <= 1:
-        return float(answer)
+    if not isinstance(answer, str):
+        is_number = isinstance(answer, (bool, int, float, np.number))
+        return float(answer) if is_number and 0 <= answer <= 1 else NONSENSE
+    text = re.sub(r"[*_`#]", "", answer).strip()
+    for said in (BRACKETED.findall(text), _lines(text), _opening(text), _stated(text)):
+        if found := {CHANCE[name.upper()] for name in said}:
+            return found.pop() if len(found) == 1 else NONSENSE
     return NONSENSE
+
+
+def _lines(text: str) -> list[str]:
+    """What the first and the last line are, where they are a choice."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [found[1] for line in (lines[:1] + lines[-1:]) if (found := WHOLE.match(line.strip()))]
+
+
+def _opening(text: str) -> list[str]:
+    """The choice that a text opens with, if the rest does not name another."""
+    found = OPENING.match(text)
+    if found is None or re.search(rf"\b{'AB'.replace(found[1], '')}\b", text[found.end() :]):
+        return []
+    return [found[1]]
+
+
+def _stated(text: str) -> list[str]:
+    """The choices of sentences that prefer one."""
+    said = []
+    for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text):
+        for pattern in STATED:
+            found = pattern.finditer(sentence)
+            said += [m[1] for m in found if not NEGATED.search(sentence[max(m.start() - 300, 0) : m.end()])]
+    return said
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rlhf_jax.state import (
     make_optimizer,
     make_schedule,
 )
-from rlhf_jax.step import Step, accumulated_grads, add_metrics, fetch_scalars, make_train_step
+from rlhf_jax.step import Step, accumulated_grads, add_metrics, fetch_scalars, make_train_step, settled
 from rlhf_jax.types import LossFn, Params
 
 Evaluate = Callable[[Params], dict[str, float]]
@@ -42,7 +42,7 @@ def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Any], key: jax.Arra
         for batch in batches:
             metrics = forward(params, put_batch(mesh, batch), key)
             total = metrics if total is None else add_metrics(total, metrics)
-        return {f"eval/{name.split('/')[-1]}": value for name, value in fetch_scalars(total or {}).items()}
+        return {f"eval/{name.split('/')[-1]}": value for name, value in fetch_scalars(settled(total or {})).items()}
 
     return evaluate
 

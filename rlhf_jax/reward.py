@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,9 @@ from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
 from rlhf_jax.hosts import to_host
+from rlhf_jax.intervals import share_and_interval
 from rlhf_jax.loop import Evaluate
+from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.stage import Rows, limits, load_rows, make_examples
@@ -90,14 +91,14 @@ class Kind(NamedTuple):
         column: what an example of this kind alone has.
         objective: of a model and the loss.
         loss: what the config calls it.
-        agreement: what the summary says of scores [N, K] and the batches that they are of.
+        agreement: what the summary says of scores [N, K], the batches that they are of and their rows' prompts [N].
     """
 
     build: Callable[..., Any]
     column: str
     objective: Callable[..., LossFn]
     loss: Callable[[RewardConfig], str]
-    agreement: Callable[[np.ndarray, list[Any]], dict[str, Any]]
+    agreement: Callable[[np.ndarray, list[Any], Sequence[str]], dict[str, Any]]
 
 
 def kind_of_rows(settings: RewardConfig, rows: Sequence[Any]) -> str:
@@ -139,37 +140,42 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     return {**params, "score": head}
 
 
-def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a share of n independent trials (Wilson 1927)."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+def pair_accuracy(scores: np.ndarray, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """How many of the pairs [N, 2] have the higher score where the label says; as `losses.pairwise_reward_loss`."""
+    return _accuracy(
+        *pairs_right(jnp.asarray(scores[:, 0] - scores[:, 1]), _real(batches, "labels")), batches, prompts
+    )
 
 
-def pair_accuracy(scores: np.ndarray, batches: list[Any]) -> dict[str, Any]:
-    """Share of pairs [N, 2] whose higher score is what most raters chose (equal scores count half)."""
-    labels = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in batches])
-    agrees = np.sign(scores[:, 0] - scores[:, 1]) * np.where(labels >= 0.5, 1, -1)
-    return _share((agrees + 1) / 2)
+def order_accuracy(scores: np.ndarray, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """How far the scores of rankings [N, K] are in the raters' order; as `losses.kwise_reward_loss`."""
+    better, mean = ordered_pairs(_real(batches, "ranks"), _real(batches, "mask"))
+    margin = jnp.asarray(scores[:, :, None] - scores[:, None, :])
+    return _accuracy(*order_right(margin, better, mean), batches, prompts)
 
 
-def order_accuracy(scores: np.ndarray, batches: list[Any]) -> dict[str, Any]:
-    """Mean over rankings [N, K] of the share of their pairs in the raters' order, equal scores counting half."""
-    ranks = np.concatenate([batch["ranks"][batch["weights"] > 0] for batch in batches])
-    better = (ranks[:, :, None] < ranks[:, None, :]) & ~np.isnan(scores[:, :, None] + scores[:, None, :])
-    agrees = (np.sign(scores[:, :, None] - scores[:, None, :]) + 1) / 2
-    return _share(np.where(better, agrees, 0).sum((1, 2)) / better.sum((1, 2)))
+def _real(batches: list[Any], name: str) -> Any:
+    """A column of all rows of `eval_batches`, fillers left out."""
+    return np.concatenate([batch[name][batch["weights"] > 0] for batch in batches])
 
 
-def _share(right: np.ndarray) -> dict[str, Any]:
-    """What the summary says of N rows that are right, wrong or in between."""
-    share, n = float(right.mean()), len(right)
-    return {"accuracy": share, "accuracy_interval": wilson_interval(share, n), "n": n}
+def _accuracy(right: Any, counts: Any, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """{accuracy, accuracy_interval, n rows that count, prompts, ties}: the mean over the rows of a label, weighed.
+
+    The same as eval/accuracy. Rows of one prompt (equal in `prompts` [N]) are not independent in the interval.
+    """
+    counts, weights = np.asarray(counts), _real(batches, "weights")
+    own = [prompt for prompt, kept in zip(prompts, counts, strict=True) if kept]
+    found: dict[str, Any] = {"accuracy": None, "accuracy_interval": None}
+    if own:
+        share, interval = share_and_interval(np.asarray(right)[counts], own, weights[counts])
+        found = {"accuracy": share, "accuracy_interval": interval}
+    return {**found, "n": len(own), "prompts": len(set(own)), "ties": int((~counts).sum())}
 
 
-def rating_agreement(scores: np.ndarray, batches: list[Any]) -> dict[str, Any]:
+def rating_agreement(scores: np.ndarray, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
     """Spearman's correlation of scores [N, 1] and ratings: Pearson's of their ranks, ties at their mean rank."""
-    ratings = np.concatenate([batch["ratings"][batch["weights"] > 0] for batch in batches])
+    ratings = _real(batches, "ratings")
     ranks = _mean_ranks(scores[:, 0]), _mean_ranks(ratings)
     defined = min(map(np.ptp, ranks)) > 0
     return {"spearman": float(np.corrcoef(*ranks)[0, 1]) if defined else None, "n": len(ratings)}
@@ -225,7 +231,9 @@ def run(
     def conclude(stage: Stage, params: Params, evaluate: Evaluate) -> tuple[Params, dict[str, Any]]:
         model, whole = stage.loaded.model, stage.loaded.whole(params)
         results, held_out = evaluate(params), stage.in_batches(stage.held_out_set, config.data.eval_batches)
-        agreement = kind_of(stage).agreement(score_all(model, whole, stage.mesh, held_out), held_out)
+        scores = score_all(model, whole, stage.mesh, held_out)
+        prompts = [example["prompt_key"] for example in stage.held_out_set[: len(scores)]]
+        agreement = kind_of(stage).agreement(scores, held_out, prompts)
         some = stage.in_batches(stage.train_set, -(-NORMALIZE_PAIRS // config.data.batch_size))
         reference = score_all(model, whole, stage.mesh, some)
         return normalised(params, reference, settings.normalize), {**agreement, **results}

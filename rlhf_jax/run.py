@@ -6,6 +6,7 @@ Files are written by process 0 only, but the arrays of a checkpoint, which every
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import time
 import weakref
@@ -198,7 +199,8 @@ class Run:
                     f"{self.dir} cannot be continued: the {name} are not those that it started with ({then} there, "
                     f"{value} here); give the same again or choose another run.output_dir"
                 )
-        self._improvements = [(step, value) for step, value in record["improvements"]]
+        told = record["improvements"]  # one that is not finite was kept by earlier versions
+        self._improvements = [(step, value) for step, value in told if value is not None and math.isfinite(value)]
         self.skipped, self._streak = record["skipped"], record["streak"]
         self.last_metrics = record["metrics"]
         self.started = time.time() - record["elapsed_s"]
@@ -295,13 +297,16 @@ class Run:
         return self._improvements[-1] if self._improvements else None
 
     def keep_if_best(self, step: int, value: float) -> bool:
-        """Whether to keep the parameters of this evaluation: of the highest `value` so far, or the last.
+        """Whether to keep the parameters of this evaluation: of the highest finite `value` so far, or the last.
 
         The next `save_if_due` saves them.
         """
         if not self.config.keep_best:
             return True
-        if self.best is not None and not value > self.best[1]:  # a NaN is never better
+        if not math.isfinite(value):
+            self.say(f"{self.stage}: the evaluation after step {step} is {value}, which is never the best")
+            return False
+        if self.best is not None and value <= self.best[1]:
             return False
         self._improvements.append((step, value))
         return True

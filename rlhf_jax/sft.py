@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import PretrainRun, SFTRun, bind
@@ -31,13 +32,16 @@ def objective(model: Model, loss: TokenLoss) -> LossFn:
     """loss(logprobs, weights) over a batch of tokens, positions, segment_ids and weights, all [B, S].
 
     `weights[b, t]` weighs the prediction of `tokens[b, t]`, which the hidden state at t - 1 makes: tokens [a, b, c]
-    give hidden states [.., a, ab], targets [b, c].
+    give hidden states [.., a, ab], targets [b, c]. loss/nll is the mean over target tokens, whatever the weights.
     """
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = model.apply(params, batch["tokens"], batch["positions"], batch["segment_ids"])
         logprobs, _ = model.logprobs(params, hidden[:, :-1], batch["tokens"][:, 1:])
-        return loss(logprobs, batch["weights"][:, 1:])
+        value, metrics = loss(logprobs, batch["weights"][:, 1:])
+        targets = batch["weights"][:, 1:] > 0
+        nll = {"loss/nll": -jnp.sum(logprobs, where=targets), "loss/nll_weight": targets.sum(dtype=jnp.float32)}
+        return value, {**metrics, **nll}
 
     return loss_fn
 
@@ -73,7 +77,7 @@ def run(
 
     def conclude(stage: Stage, params: Any, evaluate: Evaluate) -> tuple[Any, dict[str, Any]]:
         results = evaluate(params)
-        perplexity = float(np.exp(results["eval/total"]))
+        perplexity = float(np.exp(results["eval/nll"]))
         return params, {"parameters": count(stage.loaded.whole(params)), **results, "eval/perplexity": perplexity}
 
     return run_stage(

@@ -33,6 +33,16 @@ def add_metrics(a: Metrics, b: Metrics) -> Metrics:
     return {name: (jnp.maximum if name.endswith("_max") else jnp.add)(a[name], b[name]) for name in a}
 
 
+def settled(metrics: Metrics) -> Metrics:
+    """Metrics that have been added up: NAME is divided by NAME_weight, which goes; NaN where that is 0."""
+    weights = {name for name in metrics if name.removesuffix("_weight") in metrics and name.endswith("_weight")}
+    return {
+        name: value / metrics[f"{name}_weight"] if f"{name}_weight" in weights else value
+        for name, value in metrics.items()
+        if name not in weights
+    }
+
+
 def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num: int) -> tuple[Any, Metrics]:
     """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights.
 
@@ -91,7 +101,7 @@ def make_update(
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         )
-        return state, {**metrics, "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
+        return state, {**settled(metrics), "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
 
     return update
 

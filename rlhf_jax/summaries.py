@@ -11,10 +11,14 @@ from rlhf_jax import judge as judging
 from rlhf_jax.config import CollectRun
 from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import Ranking
+from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.schemas import Row
+from rlhf_jax.intervals import mean_and_error, share_and_interval
 from rlhf_jax.judge import Verdict
-from rlhf_jax.reward import wilson_interval
 from rlhf_jax.tasks.report import text_table
+
+LEFT_OUT = {"unlabelled": "without a label", "no_verdict": "labelled without a verdict", "ties": "tied"}
+"""Pairs that an agreement leaves out -> what a summary says of them."""
 
 
 def describe(
@@ -38,29 +42,45 @@ def describe(
     return found
 
 
-def gold_agreement(pairs: Sequence[labels.Pair], gold: Sequence[Sequence[float]]) -> dict[str, Any]:
+def gold_agreement(
+    prompts: Sequence[Row], pairs: Sequence[labels.Pair], gold: Sequence[Sequence[float]]
+) -> dict[str, Any]:
     """Share of the pairs, but those that are equal in gold, whose chosen response has the higher gold reward."""
-    gaps = [gold[p.group][p.chosen] - gold[p.group][p.rejected] for p in pairs]
-    return share_of([gap > 0 for gap in gaps if gap])
+    gaps = [(prompt_key(prompts[p.group]), gold[p.group][p.chosen] - gold[p.group][p.rejected]) for p in pairs]
+    agreed = share_of([(key, gap > 0) for key, gap in gaps if gap])
+    return {**agreed, "ties": sum(not gap for _, gap in gaps)}
 
 
 def label_agreement(given: Sequence[Ranking], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
-    """Share of the pairs, decided by both, on which a judge says what the labels of the rows say."""
-    same = []
-    for one, found in zip(given, verdicts, strict=True):
-        told = one.consensus()[1] if one.ballots else None
-        for v in found:
-            if told is not None and v.share is not None and (v.share - 0.5) * (told[v.first, v.second] - 0.5):
-                same.append((v.share > 0.5) == (told[v.first, v.second] > 0.5))
-    return share_of(same)
+    """Share of the pairs on which a judge says what the labels of the rows say, and what could not be compared.
+
+    Counted are `pairs` that have a label and a verdict, neither a tie; of the others `unlabelled` have no label,
+    `no_verdict` have one but no verdict, and of `ties` one or both are a tie.
+    """
+    agrees: list[tuple[str, bool]] = []
+    found = {"unlabelled": 0, "no_verdict": 0, "ties": 0}
+    for one, judged in zip(given, verdicts, strict=True):
+        told = one.consensus()[1] if one.ballots else np.full([len(one.responses)] * 2, np.nan)
+        for v in judged:
+            label = told[v.first, v.second]
+            if np.isnan(label):
+                found["unlabelled"] += 1
+            elif v.share is None:
+                found["no_verdict"] += 1
+            elif label == 0.5 or v.share == 0.5:
+                found["ties"] += 1
+            else:
+                agrees.append((prompt_key({"prompt": one.prompt}), (v.share > 0.5) == (label > 0.5)))
+    return {**share_of(agrees), **found}
 
 
-def share_of(agrees: Sequence[bool]) -> dict[str, Any]:
-    """{agreement, interval (Wilson, 95%), pairs}."""
+def share_of(agrees: Sequence[tuple[str, bool]]) -> dict[str, Any]:
+    """{agreement, interval (95%), pairs, prompts} of pairs (prompt, whether they agree)."""
     if not agrees:
-        return {"agreement": None, "pairs": 0}
-    share = float(np.mean(agrees))
-    return {"agreement": share, "interval": list(wilson_interval(share, len(agrees))), "pairs": len(agrees)}
+        return {"agreement": None, "pairs": 0, "prompts": 0}
+    prompts = [prompt for prompt, _ in agrees]
+    share, interval = share_and_interval(np.array([same for _, same in agrees], float), prompts)
+    return {"agreement": share, "interval": list(interval), "pairs": len(agrees), "prompts": len(set(prompts))}
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
@@ -77,10 +97,14 @@ def lines(summary: dict[str, Any]) -> list[str]:
     said += judging.lines(summary["judge"]) if "judge" in summary else []
     said += [curve_table(summary["curve"])] if "curve" in summary else []
     for name, what in (("gold", "the gold reward"), ("labels", "the labels of the rows")):
-        if name in summary and summary[name]["pairs"]:
+        if name in summary and not summary[name]["pairs"]:
+            said.append(f"! no pair can be compared with {what}")
+        elif name in summary:
             of = summary[name]
             ends = "{:.3f} to {:.3f}".format(*of["interval"])
-            said.append(f"  agrees with {what} on {of['agreement']:.3f} ({ends}) of {of['pairs']} pairs")
+            left = [f"{of[k]} {said_of}" for k, said_of in LEFT_OUT.items() if of.get(k)]
+            counts = "; ".join([f"{of['pairs']} pairs of {of['prompts']} prompts", *left])
+            said.append(f"  agrees with {what} on {of['agreement']:.3f} ({ends}) of {counts}")
     return said
 
 
@@ -93,16 +117,21 @@ def curve_table(curve: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def mean_of(values: np.ndarray) -> dict[str, float | None]:
-    """{mean, se} of values [N, K] of K responses to N prompts; NaN where there is none.
+def mean_of(values: np.ndarray, prompts: Sequence[str] | None = None) -> dict[str, float | None]:
+    """{mean, se} of values [N, K] of K responses to each of N `prompts`; NaN where there is none.
 
-    The standard error is that of N independent prompts, since the responses to one prompt are alike.
+    The standard error is that of independent prompts, since the responses to one prompt are alike, whether they are in
+    one row or in several; without `prompts` all rows have one of their own.
     """
     each = values.mean(axis=1)
-    each = each[~np.isnan(each)]
-    if not len(each):
+    own = [prompt for prompt, value in zip(_or_own(prompts, len(each)), each, strict=True) if not np.isnan(value)]
+    if not own:
         return {"mean": None, "se": None}
-    return {"mean": float(each.mean()), "se": float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else None}
+    return dict(zip(("mean", "se"), mean_and_error(each[~np.isnan(each)], own), strict=True))
+
+
+def _or_own(prompts: Sequence[str] | None, count: int) -> Sequence[str]:
+    return [str(i) for i in range(count)] if prompts is None else prompts
 
 
 def wins(own: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -113,19 +142,16 @@ def wins(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     return ((np.sign(own[:, :, None] - other[:, None, :]) + 1) / 2).mean(axis=(1, 2))
 
 
-def win_rate(shares: np.ndarray) -> dict[str, Any]:
+def win_rate(shares: np.ndarray, prompts: Sequence[str] | None = None) -> dict[str, Any]:
     """{rate, interval, prompts}: the mean of the shares won on each prompt, float[N] (NaN: no verdict), and 95% of it.
 
-    Wilson's interval of as many independent comparisons as there would have to be for so small a variance between
-    prompts, N r (1 - r) / var (Kish 1965, the design effect): N where every prompt is won or lost as a whole, more
-    where ties or several samples of a prompt average out. Wilson's does not shrink to nothing where all are won.
+    The interval is `intervals.share_and_interval` over prompts, as in `mean_of`.
     """
-    known = shares[~np.isnan(shares)]
-    if not len(known):
+    own = [prompt for prompt, share in zip(_or_own(prompts, len(shares)), shares, strict=True) if not np.isnan(share)]
+    if not own:
         return {"rate": None, "interval": None, "prompts": 0}
-    rate, spread = float(known.mean()), float(known.var())
-    trials = len(known) * max(rate * (1 - rate) / spread, 1.0) if spread else len(known)
-    return {"rate": rate, "interval": list(wilson_interval(rate, trials)), "prompts": len(known)}
+    rate, interval = share_and_interval(shares[~np.isnan(shares)], own)
+    return {"rate": rate, "interval": list(interval), "prompts": len(set(own))}
 
 
 def evaluation_lines(summary: dict[str, Any]) -> list[str]:

@@ -13,7 +13,9 @@ Params = Any
 """A nested dict of arrays."""
 
 Metrics = dict[str, Array]
-"""Scalars named group/name. Weighted means, so microbatches add them; names that end in _max take the maximum."""
+"""Scalars named group/name. Weighted means, so microbatches add them; names that end in _max take the maximum.
+
+A NAME with a NAME_weight beside it is divided by that once both are added up (`step.settled`)."""
 
 Batch = Any
 """A pytree of arrays with rows on the leading axis."""

@@ -26,6 +26,7 @@ FLOORS = {
             "losses",
             "advantages",
             "rankings",
+            "intervals",
             "hosts",
             "rules",
             "sharding",

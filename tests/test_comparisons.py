@@ -303,7 +303,7 @@ def test_order_accuracy_is_a_mean_over_prompts(tokenizer):
     examples, _ = ranking_examples(sources.rows_from(ROWS), tokenizer, **LIMITS)
     batches = eval_batches(examples, batch_size=3, collate=partial(collate_ranking, length=5, width=4))
     scores = np.array([[3, 2, 1, 0], [0, 1, 0, NAN], [5, 5, 5, 5], [0, 1, NAN, NAN]], float)
-    found = reward.order_accuracy(scores, batches)
+    found = reward.order_accuracy(scores, batches, [example["prompt_key"] for example in examples])
     assert (found["accuracy"], found["n"]) == (pytest.approx((1 + 1 + 0.5 + 0) / 4), 4)
 
 

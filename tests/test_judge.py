@@ -33,16 +33,39 @@ def judge_of(fn, **options) -> Judge:
     return Judge(ask_function(fn, timeout=0, retries=0), **options)
 
 
-@pytest.mark.parametrize(
-    ("answer", "meaning"),
-    [
-        ("A", 1.0), (" B.", 0.0), ("Response A is better.", 1.0), ("**B**", 0.0), ("tie", 0.5), ("It is a tie.", 0.5),
-        ("A is vague and B is wrong, so [[B]]", 0.0), ("[[C]]", 0.5), ("[[a]]", 1.0), (0.25, 0.25), (1, 1.0),
-        (np.float32(0.5), 0.5), (True, 1.0), ("A or B", NONSENSE), ("a good one", NONSENSE), ("", NONSENSE),
-        ("Banana", NONSENSE), ("A's", NONSENSE), ("[[A]] or [[B]]", NONSENSE), (1.5, NONSENSE), (None, NONSENSE),
-        (float("nan"), NONSENSE), (["A"], NONSENSE),
+SAID = {
+    1.0: [
+        "A", " A\n", "a", "A.", "(A)", "**A**", '"A"', "[A]", "Answer: A", "answer: a", "Response A",
+        "The answer is A",
+        "The better response is A.", "The better response is Response A because it is true.", "Response A is better.",
+        "A is better than B.", "A is more helpful than B", "A is better because B is not relevant.", "I think A.",
+        "I'd go with A.", "I prefer A over B.", "A wins.", "A\n\nResponse A is shorter than B.", "A. It is shorter.",
+        "A, because it answers.", "A because it is right", "My final answer: A", "Winner: A", "[[a]]",
+        "Long talk about B and A.\n\nAnswer: A", 1, True,
     ],
-)  # fmt: skip
+    0.0: [
+        "B", "b", " B.", "**B**", "A is vague and B is wrong, so [[B]]", "A good answer is B", "A better answer is B.",
+        "A short answer: B", "A response like B is better", "I think B is better than A.", "Response B", 0.0,
+    ],
+    0.5: ["tie", "TIE", "A tie", "a tie.", "It is a tie.", "It's a tie", "[[C]]", "[[tie]]", "Answer: tie",
+          np.float32(0.5)],
+    0.25: [0.25],
+    NONSENSE: [
+        "", "A or B", "a good one", "A good answer", "A response should be short.", "A few words", "Banana", "A's",
+        "A-",
+        "[[A]] or [[B]]", "A/B", "A\nB", "Neither A nor B", "A and B are equally good", "A is worse.", "Not A",
+        "A is not better.", "A isn't better than B", "I don't think A is better", "The worse response is A.",
+        "A better answer would say more.", "A: 7/10. B: 9/10", "A. Blue\nB. Green", "As an AI, A model cannot choose",
+        "If A is better, say so", "The better response is A or B", "It is not a tie", "A tie-breaker is needed", "C",
+        1.5, -0.1, None, float("nan"), ["A"],
+    ],
+}  # fmt: skip
+"""What an answer means -> answers."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "meaning"), [(answer, meaning) for meaning, each in SAID.items() for answer in each]
+)
 def test_an_answer_means_one_thing_or_nothing(answer, meaning):
     assert parse(answer) == meaning
 

@@ -24,6 +24,8 @@ from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import replace
 from rlhf_jax.types import Rollout
 
+NAN = float("nan")
+
 
 @pytest.fixture
 def one_device(monkeypatch):
@@ -288,6 +290,31 @@ def test_actor_and_critic_are_saved_from_the_same_iteration_the_best_one(fakes, 
     first = load(toy_directory() / "policy", False)
     assert same_bits(policy, first)
     assert same_bits(value["layers"], first["layers"]) and not value["score"]["kernel"].any()
+
+
+@pytest.mark.parametrize(
+    ("objectives", "best", "after"),
+    [
+        ([NAN, -1.0, NAN], 2, 2),
+        ([NAN, NAN, -3.0], 4, 4),
+        ([1.0, np.inf, NAN], 0, 0),
+        ([NAN, np.inf, -np.inf], None, 4),
+    ],
+)
+def test_an_evaluation_that_is_not_finite_is_never_the_best(fakes, tmp_path, monkeypatch, objectives, best, after):
+    """`before` is the first one whatever it is, `after` that of the saved policy: the last if none is finite."""
+    found = iter(zip((0, 2, 4), objectives, strict=True))
+
+    def evaluate(self):
+        step, objective = next(found)
+        return {"eval/objective": objective, "eval/reward": float(step)}, []
+
+    monkeypatch.setattr(train.PPO, "evaluate", evaluate)
+    summary = train.run(toy_run(tmp_path / "run"), **TOY_ROWS)
+    assert summary.get("best_step") == best
+    assert (summary["before"]["eval/reward"], summary["after"]["eval/reward"]) == (0, after)
+    first, last = (load(path, False) for path in (toy_directory() / "policy", tmp_path / "run" / "model"))
+    np.testing.assert_allclose(last["final_norm"]["scale"] - first["final_norm"]["scale"], after, rtol=1e-6, atol=1e-6)
 
 
 def test_without_keep_best_both_are_the_last_ones(fakes, tmp_path):

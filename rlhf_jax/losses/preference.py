@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.policy import next_token_loss
-from rlhf_jax.losses.reward import ordered_pairs
+from rlhf_jax.losses.reward import accuracy, order_right, ordered_pairs, pairs_right
 from rlhf_jax.types import Metrics
 
 Loss = tuple[Float[Array, ""], Metrics]
@@ -35,13 +35,12 @@ def _expected(
     first, second = compared[:, 0], compared[:, 1]
     loss = jnp.sum(weights * (labels * each(first, second) + (1 - labels) * each(second, first)))
     margin = rewards[:, 0] - rewards[:, 1]
-    prefers_first = jnp.where(margin == 0, 0.5, (margin > 0).astype(jnp.float32))
     return loss, {
         "loss/preference": loss,
         "rewards/chosen": jnp.sum(weights * rewards[:, 0]),
         "rewards/rejected": jnp.sum(weights * rewards[:, 1]),
         "rewards/margin": jnp.sum(weights * margin),
-        "rewards/accuracy": jnp.sum(weights * jnp.where(labels >= 0.5, prefers_first, 1 - prefers_first)),
+        **accuracy("rewards", *pairs_right(margin, labels), weights),
     }
 
 
@@ -265,10 +264,9 @@ def _unpaired(rewards: Array, baseline: Array, labels: Array, weighed: Array, we
     """Sum of weighed (1 - sigmoid(+-(r - baseline))), and how well the rewards tell the labels."""
     sign, above = 2 * labels - 1, rewards - baseline
     loss = jnp.sum(weighed * sigmoid(-sign * above))
-    right = jnp.where(above == 0, 0.5, (sign * above > 0).astype(jnp.float32))
     return loss, {
         "loss/preference": loss,
-        "rewards/accuracy": jnp.sum(weights * right),
+        **accuracy("rewards", *pairs_right(above, labels), weights),
         "rewards/signed": jnp.sum(weights * sign * rewards),
     }
 
@@ -291,9 +289,8 @@ def rrhf_ranking_loss(
     better, mean = ordered_pairs(ranks, mask)
     margin = scores[:, :, None] - scores[:, None, :]  # of i over j, to be positive where i is the better
     loss = jnp.sum(weights * jnp.sum(jnp.where(better, jax.nn.relu(-margin), 0.0), (1, 2)))
-    right = jnp.where(margin == 0, 0.5, (margin > 0).astype(jnp.float32))
     return loss, {
         "loss/rrhf_ranking": loss,
-        "rewards/accuracy": jnp.sum(weights * mean(right)),
+        **accuracy("rewards", *order_right(margin, better, mean), weights),
         "rewards/margin": jnp.sum(weights * mean(margin)),
     }

@@ -28,10 +28,9 @@ def pairwise_reward_loss(
     difference = chosen - rejected
     nll = -labels * jax.nn.log_sigmoid(difference - margins) - (1 - labels) * jax.nn.log_sigmoid(-difference - margins)
     loss = jnp.sum(weights * (nll + center_coef * (chosen + rejected) ** 2))
-    prefers_first = jnp.where(difference == 0, 0.5, (difference > 0).astype(jnp.float32))
     return loss, {
         "loss/pairwise": jnp.sum(weights * nll),
-        "reward_model/accuracy": jnp.sum(weights * jnp.where(labels >= 0.5, prefers_first, 1 - prefers_first)),
+        **accuracy("reward_model", *pairs_right(difference, labels), weights),
         "reward_model/margin": jnp.sum(weights * difference),
         "reward_model/mean_score": jnp.sum(weights * (chosen + rejected) / 2),
     }
@@ -89,12 +88,29 @@ def ordered_pairs(ranks: Array, mask: Array) -> tuple[Array, Callable[[Array], A
     return better, lambda x: jnp.sum(jnp.where(better, x, 0.0), (1, 2)) / pairs
 
 
+def pairs_right(margin: Float[Array, " B"], labels: Float[Array, " B"]) -> tuple[Array, Array]:
+    """(how right each pair is: 1, 0, or 1/2 where its margin is 0; whether it counts: a tied label does not), [B]."""
+    return (jnp.sign(margin) * jnp.sign(labels - 0.5) + 1) / 2, labels != 0.5
+
+
+def order_right(
+    margin: Float[Array, "B K K"], better: Bool[Array, "B K K"], mean: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """As `pairs_right`, of rankings: the mean over the pairs that are ordered; whether there is one. [B]."""
+    return mean((jnp.sign(margin) + 1) / 2), better.any((1, 2))
+
+
+def accuracy(group: str, right: Array, counts: Array, weights: Float[Array, " B"]) -> Metrics:
+    """GROUP/accuracy, the mean of `right` [B] over the rows that count, bool[B], weighed as the loss weighs them."""
+    counted = jnp.where(counts, weights, 0.0)
+    return {f"{group}/accuracy": jnp.sum(counted * right), f"{group}/accuracy_weight": jnp.sum(counted)}
+
+
 def _order_metrics(scores: Array, better: Array, mean: Callable[[Array], Array], weights: Array) -> Metrics:
     """As those of `pairwise_reward_loss`, over the pairs of each prompt."""
     difference, total = scores[:, :, None] - scores[:, None, :], scores[:, :, None] + scores[:, None, :]
-    right = jnp.where(difference == 0, 0.5, (difference > 0).astype(jnp.float32))
     return {
-        "reward_model/accuracy": jnp.sum(weights * mean(right)),
+        **accuracy("reward_model", *order_right(difference, better, mean), weights),
         "reward_model/margin": jnp.sum(weights * mean(difference)),
         "reward_model/mean_score": jnp.sum(weights * mean(total / 2)),
     }

@@ -47,7 +47,7 @@ def train(out: Run, online: Online, notes: dict[str, Any]) -> dict[str, Any]:
     tokens = config.data.batch_size * config.sampling.max_new_tokens
     rates = learning_rates(online.programs.schedule, total)
     if not notes:
-        before = _evaluate(out, online, 0)
+        before, _ = _evaluate(out, online, 0)
         notes = {"before": before, "after": before}
         out.save_if_due(0, online.tree(), notes)
     out.restart_clock()
@@ -64,7 +64,8 @@ def train(out: Run, online: Online, notes: dict[str, Any]) -> dict[str, Any]:
             out.log(i + 1, metrics, host, tokens=new, table=table if show else None, on_table=write)
             logged = i + 1
         if i + 1 == total or (config.run.eval_every and (i + 1) % config.run.eval_every == 0):
-            notes = {**notes, "after": _evaluate(out, online, i + 1) or notes["after"]}
+            results, kept = _evaluate(out, online, i + 1)
+            notes = {**notes, "after": results if kept else notes["after"]}
             out.restart_clock()
         out.save_if_due(i + 1, online.tree(), notes)
     return notes
@@ -88,11 +89,11 @@ def _iterate(out: Run, online: Online, i: int, notes: dict[str, Any]) -> tuple[A
     return done
 
 
-def _evaluate(out: Run, online: Online, step: int) -> dict[str, float]:
-    """Log an evaluation and its samples; returns it if its policy is the one to keep, else nothing.
+def _evaluate(out: Run, online: Online, step: int) -> tuple[dict[str, float], bool]:
+    """Log an evaluation and its samples; returns it and whether its policy is the one to keep.
 
     The best one has the highest reward less KL at the configured kl_coef: reward alone would pick the most
-    over-optimised policy.
+    over-optimised policy. While none was finite, the last one is kept.
     """
     out.flush()
     try:
@@ -101,7 +102,8 @@ def _evaluate(out: Run, online: Online, step: int) -> dict[str, float]:
         if online.config.reward.on_failure == "stop":
             raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
         out.say(f"{out.stage}: the evaluation after iteration {step} is skipped: {error}")
-        return {}
+        return {}, False
     out.write(step, results)
     out.samples(step, samples)
-    return results if out.keep_if_best(step, results["eval/objective"]) else {}
+    best = out.keep_if_best(step, results["eval/objective"])
+    return results, best or out.best is None

@@ -18,6 +18,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import decode, total_length
 from rlhf_jax.hosts import to_host
+from rlhf_jax.intervals import mean_and_error
 from rlhf_jax.nans import first_nan
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
@@ -171,7 +172,7 @@ class Online:
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """eval/reward, kl, objective and gold over the held-out prompts, the same noise every time; and samples."""
         found: list[dict[str, np.ndarray]] = []
-        golds, weights = [], []
+        golds, weights, prompts = [], [], list[str]()
         samples: list[dict[str, Any]] = []
         for i, batch in enumerate(self.held_out):
             key, _ = jax.random.split(key_at(self.key, 2, i))  # made as in `iteration`, so that nothing compiles anew
@@ -179,6 +180,7 @@ class Online:
             found.append({name: x[batch["valid"]] for name, x in to_host(per_row).items()})
             golds.append(gold or 0.0)
             weights.append(batch["valid"].sum())
+            prompts += [prompt for prompt, valid in zip(batch["prompts"], batch["valid"], strict=True) if valid]
             if len(samples) < self.settings.num_samples:
                 table = to_host({"rollout": rollout, **per_row})
                 samples += self.table(table, batch["prompts"])[: self.settings.num_samples]
@@ -186,9 +188,10 @@ class Online:
         reward = objective = rows["reward"]
         if "kl" in rows:
             objective = reward - self.settings.kl_coef * rows["kl"]
+        mean, error = mean_and_error(reward, prompts)
         metrics = {
-            "eval/reward": float(reward.mean()),
-            "eval/reward_se": float(reward.std() / max(len(reward) - 1, 1) ** 0.5),
+            "eval/reward": mean,
+            "eval/reward_se": float("nan") if error is None else error,
             **({"eval/kl": float(rows["kl"].mean())} if "kl" in rows else {}),
             "eval/objective": float(objective.mean()),
         }
