@@ -199,8 +199,7 @@ class Run:
                     f"{self.dir} cannot be continued: the {name} are not those that it started with ({then} there, "
                     f"{value} here); give the same again or choose another run.output_dir"
                 )
-        told = record["improvements"]  # one that is not finite was kept by earlier versions
-        self._improvements = [(step, value) for step, value in told if value is not None and math.isfinite(value)]
+        self._improvements = [(step, v) for step, v in record["improvements"] if v is not None and math.isfinite(v)]
         self.skipped, self._streak = record["skipped"], record["streak"]
         self.last_metrics = record["metrics"]
         self.started = time.time() - record["elapsed_s"]
@@ -303,10 +302,7 @@ class Run:
         """
         if not self.config.keep_best:
             return True
-        if not math.isfinite(value):
-            self.say(f"{self.stage}: the evaluation after step {step} is {value}, which is never the best")
-            return False
-        if self.best is not None and value <= self.best[1]:
+        if not math.isfinite(value) or (self.best is not None and value <= self.best[1]):
             return False
         self._improvements.append((step, value))
         return True

@@ -343,7 +343,10 @@ def test_a_reward_model_of_ratings_orders_held_out_responses(tmp_path, loss):
 
 def test_the_agreement_of_ratings_is_spearmans_correlation_with_ties():
     batch = {"ratings": np.array([1, 2, 2, 4, 5]), "weights": np.ones(5)}
-    agree = lambda scores: reward.rating_agreement(np.array(scores, float)[:, None], [batch])["spearman"]  # noqa: E731
+
+    def agree(scores):
+        return reward.rating_agreement(np.array(scores, float)[:, None], [batch], list("pqrst"))["spearman"]
+
     assert agree([0, 1, 1, 7, 100]) == pytest.approx(1)
     assert agree([5, 4, 4, 3, 2]) == pytest.approx(-1)
     ranks = np.array([1, 2, 3, 4, 5.0]), np.array([1, 2.5, 2.5, 4, 5])
