@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
+from rlhf_jax import cli, reward
 from rlhf_jax.checkpoint import Checkpoints, damage
 from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
@@ -20,7 +24,8 @@ from rlhf_jax.models.layout import leaf_shapes
 from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.models.weights import quantized
 from rlhf_jax.rules import MESH_AXES, Rules, parse_rules
-from rlhf_jax.sharding import mesh_sizes, shard_shape
+from rlhf_jax.sharding import make_mesh, mesh_sizes, shard_shape
+from rlhf_jax.stage import save_directory
 from rlhf_jax.types import Params
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -162,37 +167,60 @@ def run_convert(config: ConvertRun) -> Path:
     if (target / "config.json").exists() and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
     if (source / CHECKPOINTS).is_dir():
-        arch, raw, params, tokens = _checkpoint(source, config.step)
-        score_head = "score" in params
+        found = _checkpoint(source, config.step)
     elif config.step:
         raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
     else:
-        arch, raw = hf.read_config(source)
-        score_head, tokens = hf.has_score_head(source), hf.model_directory(source)
-        params = hf.load_params(source, arch, score_head=score_head, dtype=config.dtype)
-    tokenizer = Tokenizer.load(str(tokens)) if any((tokens / name).is_file() for name in FILES) else None
-    eos = (raw or {}).get("eos_token_id")
-    eos_ids = tokenizer.eos_ids if tokenizer else [] if eos is None else eos if isinstance(eos, list) else [eos]
-    hf.save_model(
+        found = _directory(source, config.dtype)
+    save_directory(
         target,
-        arch,
-        params,
-        eos_ids=eos_ids,
-        score_head=score_head,
+        found.arch,
+        found.params,
+        found.tokenizer,
+        score_head="score" in found.params,
         dtype=config.dtype,
-        base_config=raw,
-        base_generation=hf.read_generation(tokens),
+        base_config=found.raw,
+        base_generation=found.generation,
         shard_bytes=int(config.shard_gb * 1e9),
-        write_more=None if tokenizer is None else lambda folder: tokenizer.save(str(folder)),
+        **found.token_ids,
     )
-    tell(f"wrote {target}: {hf.find_family(arch, raw).model_type} in {config.dtype}")
+    print(f"wrote {target}: {hf.find_family(found.arch, found.raw).model_type} in {config.dtype}")
     return target
 
 
-def _checkpoint(run: Path, step: int) -> tuple[ArchConfig, dict[str, Any] | None, Params, Path]:
-    """Shape, config.json of the base model, parameters and tokenizer directory of a run's checkpoint.
+class Found(NamedTuple):
+    """A model to be written.
 
-    Of PPO and its kin the policy. `step` 0 is the newest one, not the best.
+    Attributes:
+        raw: config.json of the model itself, or of that which its run began with.
+        generation: its generation_config.json.
+        token_ids: eos_ids and pad_id that are not the tokenizer's.
+    """
+
+    arch: ArchConfig
+    raw: dict[str, Any] | None
+    params: Params
+    tokenizer: Tokenizer | None
+    generation: dict[str, Any]
+    token_ids: dict[str, Any]
+
+
+def _directory(source: Path, dtype: str) -> Found:
+    arch, raw = hf.read_config(source)
+    score_head, folder = hf.has_score_head(source), hf.model_directory(source)
+    params = hf.load_params(source, arch, score_head=score_head, dtype=dtype)
+    tokenizer = Tokenizer.load(str(folder)) if any((folder / name).is_file() for name in FILES) else None
+    ids: dict[str, Any] = {} if score_head and tokenizer else {"pad_id": None}  # that of config.json
+    if tokenizer is None:
+        eos = raw.get("eos_token_id")
+        ids["eos_ids"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return Found(arch, raw, params, tokenizer, hf.read_generation(folder), ids)
+
+
+def _checkpoint(run: Path, step: int) -> Found:
+    """What a run's checkpoint would be saved as if the run ended there: of PPO and its kin the policy or its average.
+
+    `step` 0 is the newest one, not the best.
 
     Raises:
         UserError: no such run, it trains a part of the model, or the checkpoint is not there or not intact.
@@ -200,15 +228,13 @@ def _checkpoint(run: Path, step: int) -> tuple[ArchConfig, dict[str, Any] | None
     record = read_record(run)
     if record is None:
         raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
-    settings, where = record["config"]["model"], Path(record["cwd"])
+    settings, stage, where = record["config"]["model"], record["stage"], Path(record["cwd"])
     if any(record["config"].get(group, {}).get(name) for group, name in PARTIAL):
         raise UserError(
             f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
         )
-    if settings["path"]:
-        arch, base = hf.read_config(where / hub.local_directory(settings["path"]))
-    else:
-        arch, base = ArchConfig.from_plain(settings["arch"]), None
+    base = where / hub.local_directory(settings["path"])
+    arch, raw = hf.read_config(base) if settings["path"] else (ArchConfig.from_plain(settings["arch"]), None)
     checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
     # Only looked at: the run may still be writing there.
     steps = checkpoints.steps()
@@ -218,10 +244,29 @@ def _checkpoint(run: Path, step: int) -> tuple[ArchConfig, dict[str, Any] | None
     found = next((each for each in tried if not damage(checkpoints.path(each))), None)
     if found is None:
         raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
-    model, online = Model(arch, score_head=record["stage"] == "reward"), record["stage"] in ONLINE
+    model = Model(arch, score_head=stage == "reward")
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
-    params = {"policy": params} if online else params
-    params = checkpoints.restore(found, {"state": {"params": params}})["state"]["params"]
-    tell(f"{run}: checkpoint of step {found}")
-    tokens = where / hub.local_directory(settings["tokenizer"] or settings["path"])
-    return arch, base, params["policy"] if online else params, tokens
+    # As the stages keep them: Online.tree, and the state of `loop.train`.
+    place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]
+    place += ["policy"] if stage in ONLINE and place[0] == "state" else []
+    tree = checkpoints.restore(found, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
+    params = functools.reduce(lambda node, name: node[name], place, tree)
+    print(f"{run}: checkpoint of step {found}" + (", the average" if place == ["average"] else ""))
+    tokens = hf.model_directory(where / hub.local_directory(settings["tokenizer"] or settings["path"]))
+    tokenizer = Tokenizer.load(str(tokens), eos_ids=tuple(settings["eos_ids"]))
+    if stage == "reward":
+        params = _normalised(run, record, model, params, tokenizer)
+    return Found(arch, raw, params, tokenizer, hf.read_generation(base) if settings["path"] else {}, {})
+
+
+def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params, tokenizer: Tokenizer) -> Params:
+    """The parameters of a reward model with the head that the run would save, by scores of its training rows."""
+    config = cli.parse("reward", ["--config", str((run / "config.yaml").absolute())])
+    if config.reward.normalize != "off" and "rows" in record["given"]:
+        print(f"{run}: its rows came from Python, so the head is as trained, not normalised")
+        return params
+    model = replace(model, length=config.data.max_length)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are
+    with contextlib.chdir(record["cwd"]), jax.set_mesh(mesh):
+        train_set, _, collate = reward.load_sets(config, tokenizer)
+        return reward.as_saved(config, model, params, params, mesh, train_set, collate)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import RewardConfig, RewardRun, bind
 from rlhf_jax.data.answers import rating_examples
-from rlhf_jax.data.batches import Collate, collate_preference, collate_ranking, collate_rated
+from rlhf_jax.data.batches import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
@@ -197,6 +197,37 @@ KINDS = {
 }
 
 
+def load_sets(
+    config: RewardRun, tokenizer: Tokenizer, *, rows: Rows | None = None, eval_rows: Rows | None = None
+) -> tuple[list[Any], list[Any], Collate]:
+    """Training and held-out examples, of `rows` and `eval_rows` or the config's files, and what batches them."""
+    settings, split = config.reward, load_rows(config.data, rows, eval_rows, config.run.seed)
+    name = kind_of_rows(settings, split[0])
+    build = partial(KINDS[name].build, tokenizer=tokenizer, **limits(config.data))
+    if name != "ratings":
+        build = partial(build, aggregate=settings.aggregate, prior=settings.aggregate_prior)
+    sets = make_examples(build, *split)
+    collate = make_collate(name, [*sets[0], *sets[1]], length=config.data.max_length, pad_id=tokenizer.pad_id)
+    return *sets, collate
+
+
+def as_saved(
+    config: RewardRun,
+    model: Model,
+    params: Params,
+    whole: Params,
+    mesh: Mesh,
+    train_set: Sequence[Any],
+    collate: Collate,
+) -> Params:
+    """`params`, of the model `whole`, as a run saves them: the head normalised by scores of training comparisons."""
+    if config.reward.normalize == "off":
+        return params
+    size = config.data.batch_size
+    some = eval_batches(train_set, batch_size=size, collate=collate, limit=-(-NORMALIZE_PAIRS // size))
+    return normalised(params, score_all(model, whole, mesh, some), config.reward.normalize)
+
+
 def run(
     config: RewardRun,
     *,
@@ -211,16 +242,6 @@ def run(
     """
     settings = config.reward
 
-    def load(tokenizer: Tokenizer) -> tuple[list[Any], list[Any], Collate]:
-        split = load_rows(config.data, rows, eval_rows, config.run.seed)
-        name = kind_of_rows(settings, split[0])
-        build = partial(KINDS[name].build, tokenizer=tokenizer, **limits(config.data))
-        if name != "ratings":
-            build = partial(build, aggregate=settings.aggregate, prior=settings.aggregate_prior)
-        sets = make_examples(build, *split)
-        collate = make_collate(name, [*sets[0], *sets[1]], length=config.data.max_length, pad_id=tokenizer.pad_id)
-        return *sets, collate
-
     def kind_of(stage: Stage) -> Kind:
         return next(kind for kind in KINDS.values() if kind.column in stage.train_set[0])
 
@@ -234,15 +255,14 @@ def run(
         scores = score_all(model, whole, stage.mesh, held_out)
         prompts = [example["prompt_key"] for example in stage.held_out_set[: len(scores)]]
         agreement = kind_of(stage).agreement(scores, held_out, prompts)
-        some = stage.in_batches(stage.train_set, -(-NORMALIZE_PAIRS // config.data.batch_size))
-        reference = score_all(model, whole, stage.mesh, some)
-        return normalised(params, reference, settings.normalize), {**agreement, **results}
+        saved = as_saved(config, model, params, whole, stage.mesh, stage.train_set, stage.collate)
+        return saved, {**agreement, **results}
 
     return run_stage(
         "reward",
         config,
         settings,
-        load=load,
+        load=partial(load_sets, config, rows=rows, eval_rows=eval_rows),
         objective=objective_of,
         head=settings.head_init,
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),

@@ -204,14 +204,14 @@ def save_directory(
     path: Path,
     arch: ArchConfig,
     params: Params,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     score_head: bool,
     write_more: Callable[[Path], None] = lambda folder: None,
     **options: Any,
 ) -> None:
     """`hf.save_model` with the tokenizer, which in a model that scores has padding of its own; `options` are its."""
-    if score_head:
+    if tokenizer and score_head:
         before, (tokenizer, rows) = tokenizer, with_own_padding(tokenizer, arch.vocab_size)
         if tokenizer.pad_id != before.pad_id:
             more = f", with {rows - arch.vocab_size} more rows of the embedding" if rows > arch.vocab_size else ""
@@ -225,11 +225,12 @@ def save_directory(
             arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], "tokens": wide}}
 
     def write(folder: Path) -> None:
-        tokenizer.save(str(folder))
+        if tokenizer:
+            tokenizer.save(str(folder))
         write_more(folder)
 
-    kept = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id, **options}
-    hf.save_model(path, arch, params, score_head=score_head, write_more=write, **kept)
+    ids = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id} if tokenizer else {}
+    hf.save_model(path, arch, params, score_head=score_head, write_more=write, **{**ids, **options})
 
 
 def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:

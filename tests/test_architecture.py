@@ -72,6 +72,7 @@ SAME_FLOOR = {
     "datasets": {"inference"},
     "rating": {"inference", "scoring"},
     "recipe": {"cli"},
+    "inspection": {"cli"},
     "__main__": {"cli"},
 }
 
