@@ -33,7 +33,8 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
         row, response = prompt_row(row), [tokenizer.eos_ids[0]] * row.get("finished", True)
     else:
         row = sft_row(row)
-        response = tokenizer.encode_response(row["response"], finished=row["finished"], ids=row.get("ids"))
+        said = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
+        response = tokenizer.encode_response(row["response"], **said)
     prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
     tokens = np.asarray(prompt + response, np.int32)

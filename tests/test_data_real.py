@@ -87,7 +87,9 @@ def test_a_space_that_the_template_puts_before_an_answer_belongs_to_it():
     )
     tokenizer = Tokenizer(hf)
     assert tokenizer.eos_ids == (4, 2)  # the tokenizer's own and the template's
-    assert tokenizer.encode_response([{"role": "assistant", "content": "yes"}]) == [*hf(" yes")["input_ids"], 2]
+    ids = tokenizer.encode_response([{"role": "assistant", "content": "yes"}])
+    assert ids == hf(" yes <|eos|>")["input_ids"] and ids[-1] == 2
+    assert tokenizer.response_text(ids, [{"role": "user", "content": "tea?"}]) == "yes"
 
 
 def test_eos_has_weight_where_pad_is_eos(tokenizers):

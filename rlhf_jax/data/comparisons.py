@@ -145,13 +145,13 @@ def response_tokens(
     remarks: Counter[str],
 ) -> tuple[list[np.ndarray], int, bool]:
     """(prompt and response of each answer, within the limits; length of the prompt; whether something was cut)."""
-    prompt, cut = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+    encoder = partial(tokenizer.encode_prompt, remarks=remarks)
+    prompt, cut = limits.prompt(row, encode(encoder, row, "prompt"), tokenizer.bos_id)
     found = []
     for response, done, sampled in answers:
-        encoder = partial(tokenizer.encode_response, finished=done, ids=sampled, remarks=remarks)
-        tokens, cut_response = limits.response(
-            row, len(prompt), encode(encoder, {**row, "response": response}, "response")
-        )
+        said = {"prompt": row["prompt"], "finished": done, "ids": sampled, "remarks": remarks}
+        tokens = encode(partial(tokenizer.encode_response, **said), {**row, "response": response}, "response")
+        tokens, cut_response = limits.response(row, len(prompt), tokens)
         found.append(np.asarray(prompt + tokens, np.int32))
         cut |= cut_response
     return found, len(prompt), cut

@@ -76,20 +76,24 @@ def sft_examples(
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if "text" in row and not {"prompt", "messages"} & set(row):
-            document = encode(tokenizer.encode_prompt, schemas.text_row(row), "text")
-            return _windows([*document, tokenizer.eos_ids[0]], max_length), False
+            encoder = partial(tokenizer.encode_document, remarks=remarks)
+            return _windows(encode(encoder, schemas.text_row(row), "text"), max_length), False
         row = schemas.sft_row(row)
-        ids = encode(tokenizer.encode_prompt, row, "prompt")
+        ids = encode(partial(tokenizer.encode_prompt, remarks=remarks), row, "prompt")
         prompt, cut_prompt = limits.prompt(row, ids, tokenizer.bos_id)
-        sampled = {"finished": row["finished"], "ids": row.get("ids"), "remarks": remarks}
-        response = encode(partial(tokenizer.encode_response, **sampled), row, "response")
+        said = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids"), "remarks": remarks}
+        response = encode(partial(tokenizer.encode_response, **said), row, "response")
         response, cut_response = limits.response(row, len(prompt), response)
-        is_target = np.arange(len(prompt) + len(response)) >= (0 if loss_on == "all" else len(prompt))
+        is_target = np.full(len(prompt) + len(response), loss_on == "all")
         if loss_on == "assistant":  # a cut prompt keeps its end, and maybe a bos, which is no answer
             answers = np.asarray(encode(tokenizer.answers_in, row, "prompt"))
             is_target[: len(prompt)] = answers[len(ids) - len(prompt) :]
             is_target[0] &= not cut_prompt
-        return [_sft_example(prompt + response, is_target)], cut_prompt or cut_response
+        is_target[len(prompt) :] = _is_learned(row, loss_on)
+        example = _sft_example(prompt + response, is_target)
+        if not example["loss_mask"].any():
+            raise UserError(f"{row['_where']}: no token of it is learned with sft.loss_on {loss_on}; remove the row")
+        return [example], cut_prompt or cut_response
 
     return collect(rows, build, strict=strict, remarks=remarks)
 
@@ -102,27 +106,28 @@ def prompt_examples(
     Raises:
         UserError: a bad row, a prompt too long under too_long = error, or no row left.
     """
-    limits = Limits(max_prompt_length, 0, too_long)
+    limits, remarks = Limits(max_prompt_length, 0, too_long), Counter[str]()
+    encoder = partial(tokenizer.encode_prompt, remarks=remarks)
 
     def build(row: Row) -> tuple[list[Example], bool]:
         row = schemas.prompt_row(row)
-        tokens, cut = limits.prompt(row, encode(tokenizer.encode_prompt, row, "prompt"), tokenizer.bos_id)
+        tokens, cut = limits.prompt(row, encode(encoder, row, "prompt"), tokenizer.bos_id)
         if not tokens:
             raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
         columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
         text = tokenizer.prompt_text(row["prompt"])
         return [{"tokens": np.asarray(tokens, np.int32), "prompt": text, "columns": columns}], cut
 
-    return collect(rows, build, strict=strict)
+    return collect(rows, build, strict=strict, remarks=remarks)
 
 
 def prompt_key(row: Row) -> str:
     """A text that is equal for rows with the same prompt, whatever the kind of row; never raises."""
     try:
-        if "prompt" in row:
-            prompt = row["prompt"]
-        elif "messages" in row:
+        if "messages" in row and not {"response", "completion"} & set(row):
             prompt = schemas.sft_row(row)["prompt"]
+        elif "prompt" in row:
+            prompt = row["prompt"]
         else:
             prompt = row["text"] if "text" in row else schemas.preference_row(row)["prompt"]
     except (UserError, KeyError):  # a bad row: the loader that wants it reports it
@@ -243,7 +248,12 @@ def collect(
         truncated += cut
     kinds = Counter(schemas.kind_of(row) for row in rows if isinstance(row, dict))
     report = Report(
-        len(rows) - sum(dropped.values()), dict(dropped), truncated, dict(kinds), note, dict(remarks or {})
+        len(rows) - sum(dropped.values()),
+        dict(dropped),
+        truncated,
+        dict(kinds),
+        note,
+        dict(+remarks) if remarks else {},
     )
     if not examples:
         raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
@@ -256,6 +266,24 @@ def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:
         return encoder(row[name])
     except UserError as error:
         raise UserError(f"{row['_where']}: {error}") from error
+
+
+def _is_learned(row: Row, loss_on: str) -> bool:
+    """Whether the answer of an sft row is, by its `weight`.
+
+    Raises:
+        DroppedRow: it is not, and nothing else of the row.
+        UserError: `loss_on` is all, which knows no weights.
+    """
+    turns = [turn for part in (row["prompt"], row["response"]) if not isinstance(part, str) for turn in part]
+    if loss_on == "all" and any("weight" in turn for turn in turns):
+        raise UserError(
+            f'{row["_where"]}: a message has a "weight", which sft.loss_on all does not know; leave it out'
+        )
+    learned = not turns or bool(turns[-1].get("weight", 1))
+    if not learned and loss_on == "response":
+        raise DroppedRow(f"{row['_where']}: the answer has weight 0", "with an answer of weight 0")
+    return learned
 
 
 def _sft_example(tokens: list[int], is_target: np.ndarray) -> Example:

@@ -1,22 +1,32 @@
 """One row in, one normalised row out; a bad one is an error that says where it is, what is wrong and the cure.
 
-A prompt is a str or a message list [{role, content}]; the response that belongs to it has the same form: a str, or
-[{role: "assistant", content}]. Every function takes a dict with an optional "_where" and returns a new one.
+A prompt is a str or a message list [{role, content, ...}]; the response that belongs to it has the same form: a str,
+or [{role: "assistant", content, ...}]. Every function takes a dict with an optional "_where" and returns a new one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 from typing import Any, cast
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown
 
 Row = dict[str, Any]
-Messages = list[dict[str, str]]
+Message = dict[str, Any]
+Messages = list[Message]
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
+OTHER_ROLES = ("developer", "tool")  # which only a chat template can write
+TEMPLATE = "template"  # role of a first turn with what a chat template is given beside the messages, such as tools
+GIVEN = ("tools", "documents", "chat_template_kwargs")
+SAID = frozenset(
+    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
+)
+"""Fields of a message that say something: what does not write them would train something else."""
 TURN = re.compile(r"\n\n(System|Human|Assistant):")
 
 
@@ -77,11 +87,11 @@ def sft_row(row: Row) -> Row:
             row,
             f'a {kind_of(row)} row has no one answer to learn; map one with data.fields, as "response={{chosen}}"',
         )
-    if "messages" in row and "prompt" not in row:
+    if "messages" in row and not {"response", "completion"} & set(row):
         turns = _messages(row, "messages", row["messages"])
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise bad_row(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
-        prompt, response = prompt_of(row, turns[:-1]), cast(str | list[dict[str, str]], turns[-1:])
+        prompt, response = prompt_of(row, turns[:-1]), cast(str | Messages, turns[-1:])
     else:
         name = "completion" if "completion" in row and "response" not in row else "response"
         require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
@@ -122,7 +132,7 @@ def preference_row(row: Row) -> Row:
         other, rejected = _conversation(row, "rejected")
         if prompt != other:
             raise empty_row(row, "chosen and rejected answer different prompts", "whose two prompts differ")
-    if text_of(chosen).strip() == text_of(rejected).strip():
+    if _key(chosen) == _key(rejected):
         raise empty_row(row, "chosen and rejected are the same text", "with chosen equal to rejected")
     finished = row.get("finished", [True, True])
     if not (isinstance(finished, list) and [type(f) for f in finished] == [bool, bool]):
@@ -147,7 +157,9 @@ def prompt_row(row: Row) -> Row:
         UserError: a missing field or a wrong type.
     """
     require(row, ("prompt",), "a prompts row is {prompt, ...}")
-    return {**row, "prompt": prompt_of(row, row["prompt"]), "_where": where_of(row)}
+    columns = ("documents", *(GIVEN if isinstance(row["prompt"], str) else ()))  # these are for reward functions
+    told = {name: value for name, value in row.items() if name not in columns}
+    return {**row, "prompt": prompt_of(told, row["prompt"]), "_where": where_of(row)}
 
 
 def text_row(row: Row) -> Row:
@@ -167,7 +179,8 @@ def text_row(row: Row) -> Row:
 
 def transcript(messages: Messages) -> str:
     """Messages as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH form), without an open last turn."""
-    return "".join(f"\n\n{SPEAKERS[turn['role']]}: {turn['content']}" for turn in messages)
+    said = [turn for turn in messages if turn["role"] != TEMPLATE]
+    return "".join(f"\n\n{SPEAKERS.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in said)
 
 
 def split_transcript(text: str) -> Messages:
@@ -182,34 +195,43 @@ def split_transcript(text: str) -> Messages:
 
 
 def prompt_of(row: Row, value: Any) -> str | Messages:
-    """A prompt: a non-empty str as it is, or messages that leave the next turn to the assistant."""
+    """A prompt: a non-empty str as it is, or messages that leave the next turn to the assistant.
+
+    Before messages stands a turn of role "template" with the row's `tools`, `documents` and what is in
+    `chat_template_kwargs`, if it has some: what the chat template is given beside them.
+    """
+    given = _given(row)
     if isinstance(value, str):
+        if given:
+            raise bad_row(row, f'"{next(iter(set(GIVEN) & set(row)))}" needs a prompt of messages; leave it out')
         if not value:
             raise empty_row(row, '"prompt" is empty', "with an empty prompt")
         return value
     messages = _messages(row, "prompt", value)
     if messages[-1]["role"] == "assistant":
         raise bad_row(row, '"prompt" ends in an assistant turn; move that turn to the response')
-    return messages
+    return given + messages
 
 
 def response_of(row: Row, name: str, value: Any, prompt: str | Messages) -> str | Messages:
     """A response in the form of its prompt: a str after a str, one assistant message after messages."""
     if value is None:
         raise empty_row(row, f'"{name}" is null', "with a null response")
-    if isinstance(value, str):
-        content = value
-    else:
+    turn: Message = {"role": "assistant", "content": value}
+    if not isinstance(value, str):
         turns = _messages(row, name, value)
         if len(turns) > 1 or turns[0]["role"] != "assistant":
             message = f'"{name}" must be one assistant message; put earlier turns into "prompt"'
             raise bad_row(row, message)
+        [turn] = turns
+        if isinstance(prompt, str) and (said := SAID & set(turn)):
+            raise bad_row(row, f'"{name}" has "{min(said)}", which needs a prompt of messages; leave it out')
         # After a transcript's "Assistant:" the answer starts with a space, as in the transcript itself.
-        gap = isinstance(prompt, str) and prompt.endswith("Assistant:")
-        content = " " * gap + turns[0]["content"]
-    if not content.strip():
+        if isinstance(prompt, str) and prompt.endswith("Assistant:"):
+            turn = {**turn, "content": " " + turn["content"]}
+    if not turn["content"].strip() and not SAID & set(turn):
         raise empty_row(row, f'"{name}" is empty', "with an empty turn")
-    return content if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
+    return turn["content"] if isinstance(prompt, str) else [turn]
 
 
 def _conversation(row: Row, name: str) -> tuple[Messages, Messages]:
@@ -227,27 +249,67 @@ def _conversation(row: Row, name: str) -> tuple[Messages, Messages]:
         raise bad_row(row, f'no "prompt", and "{name}" holds the answer only; add the field "prompt"')
     if turns[-2]["role"] == "assistant":
         raise empty_row(row, f'"{name}" ends in two assistant turns', "that end in two assistant turns")
-    return turns[:-1], turns[-1:]
+    return _given(row) + turns[:-1], turns[-1:]
 
 
 def _messages(row: Row, name: str, value: Any) -> Messages:
-    """A validated copy of a message list, reduced to role and content."""
+    """A validated copy of a message list; fields that are null or empty are left out, parts of text joined."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise bad_row(row, f'"{name}" is {type_of(value)}; give a string or a list of {{role, content}} messages')
-    if not value:
+    given = [{"content": "", **turn} for turn in value[:1] if turn.get("role") == TEMPLATE]
+    if not value[len(given) :]:
         raise empty_row(row, f'"{name}" has no messages', f"with an empty {'prompt' if name == 'prompt' else 'turn'}")
-    for number, turn in enumerate(value):
-        if turn.get("role") not in SPEAKERS:
-            known = ", ".join(SPEAKERS)
-            raise bad_row(row, f'"{name}" message {number} has role {turn.get("role")!r}; use one of {known}')
-        content = turn.get("content")
-        if content is None and turn["role"] == "assistant":
-            raise empty_row(row, f'"{name}" message {number} is null', "with a null response")
-        if not isinstance(content, str):
-            raise bad_row(row, f'"{name}" message {number} has content {type_of(content)}; give a string')
-        if not content.strip():
-            raise empty_row(row, f'"{name}" message {number} is empty', "with an empty turn")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    turns = [_turn(row, f'"{name}" message {number}', turn) for number, turn in enumerate(value[len(given) :])]
+    return given + turns
+
+
+def _turn(row: Row, what: str, turn: Row) -> Message:
+    """A message {role, content, ...}; a `weight` of 1 says nothing, one of 0 stays."""
+    role, content = turn.get("role"), turn.get("content")
+    known = (*SPEAKERS, *OTHER_ROLES)
+    if role not in known:
+        raise bad_row(row, f"{what} has role {shown(role)}; use one of {', '.join(known)}")
+    more = {k: v for k, v in turn.items() if k not in ("role", "content") and v is not None and v not in ("", [], {})}
+    weight = more.pop("weight", 1)
+    if weight not in (0, 1):
+        raise bad_row(row, f"{what} has weight {shown(weight)}; give 1, or 0 for an answer not to learn")
+    if isinstance(content, list):
+        content = "".join(_part_text(row, what, part) for part in content)
+    says = bool(SAID & set(more)) or role == "tool"
+    if content is None and role == "assistant" and not says:
+        raise empty_row(row, f"{what} is null", "with a null response")
+    content = "" if content is None and says else content
+    if not isinstance(content, str):
+        raise bad_row(row, f"{what} has content {type_of(content)}; give a string")
+    if not content.strip() and not says:
+        raise empty_row(row, f"{what} is empty", "with an empty turn")
+    return {"role": role, "content": content, **more, **({} if weight else {"weight": 0})}
+
+
+def _part_text(row: Row, what: str, part: Any) -> str:
+    if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        kind = part.get("type") if isinstance(part, dict) else type_of(part)
+        raise bad_row(
+            row, f"{what} has a content part of type {shown(kind)}; only parts {{type: text, text}} are read"
+        )
+    return part["text"]
+
+
+def _given(row: Row, names: tuple[str, ...] = ("tools", "documents")) -> Messages:
+    """What a row gives to the chat template beside its messages, as a turn of its own before them; [] if nothing."""
+    found: Row = {}
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, str) and value:
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+        if value and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+            raise bad_row(row, f'"{name}" is {type_of(value)}; give a list of objects')
+        found |= {name: value} if value else {}
+    more = row.get("chat_template_kwargs") or {}
+    if not isinstance(more, dict) or {"role", "content", "messages", "weight"} & set(more):
+        raise bad_row(row, f'"chat_template_kwargs" is {shown(more)}; give an object of what the template reads')
+    return [{"role": TEMPLATE, "content": "", **found, **more}] if found or more else []
 
 
 def _label(row: Row) -> float:
@@ -268,7 +330,9 @@ def _common_prompt(row: Row) -> tuple[str, str, str]:
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if same is None:
         raise empty_row(row, "chosen or rejected is the beginning of the other", "with an empty turn")
-    while same and not chosen[same].isspace():  # the border is before a white space, not within a word
+    while same and not (chosen[same].isspace() and rejected[same].isspace()):  # the border is not within a word
+        same -= 1
+    while same and chosen[same - 1].isspace():  # nor within a white space, parts of which may be one token
         same -= 1
     if not chosen[:same].strip():
         raise bad_row(row, 'no "prompt", and "chosen" and "rejected" share no beginning; add the field "prompt"')
@@ -305,6 +369,18 @@ def is_number(value: Any) -> bool:
 
 def text_of(response: str | Messages) -> str:
     return response if isinstance(response, str) else response[-1]["content"]
+
+
+def written(response: str | Messages) -> str | Messages:
+    """A response as a row holds it: its text, or the message where that says more, as tool calls do."""
+    plain = isinstance(response, str) or set(response[-1]) == {"role", "content"}
+    return text_of(response) if plain else response
+
+
+def _key(response: str | Messages) -> str:
+    """A text that is equal for equal responses, but for white space around them."""
+    found = written(response)
+    return found.strip() if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
 
 
 def require(row: Row, names: tuple[str, ...], expected: str) -> None:

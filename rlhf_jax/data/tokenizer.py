@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.schemas import Messages, text_of, transcript
+from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
+from rlhf_jax.data.schemas import Messages, text_of
 from rlhf_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -22,37 +23,46 @@ NO_BLANK: dict[str, dict[str, Any]] = {
 }
 """Part of tokenizer.json -> settings under which it neither adds a blank before a text nor takes one off."""
 OTHER_IDS = "responses whose ids were not of their text"
-MARKER = "0x5EED"  # stands for the answer where a chat template is probed; templates leave such text alone
+STOPPED = "responses or documents that already ended in a stop token's text"
 
 
 class Tokenizer:
     """Turns prompts and responses into token ids and back.
 
-    A response is tokenised by itself and ends in a stop id, because that is the boundary that sampling produces: the
-    prompt's last token is given, and the first response token never merges with it.
+    A response never merges with its prompt and ends in a stop id, because that is the boundary that sampling produces:
+    the prompt's last token is given.
 
     Attributes:
         hf: the Hugging Face tokenizer.
         vocab_size: largest id + 1.
         eos_ids: ids that end a response. Without `eos_ids=` they are those of generation_config.json, config.json or
-            the tokenizer, the first that names any, and the token with which the chat template closes an answer.
+            the tokenizer, the first that names any, and the token with which the chat template closes every answer.
         end_id: the id that closes a message response: the chat template's if it has one among `eos_ids`, else
             eos_ids[0], which closes str responses and documents.
+        chat: how messages are written.
         pad_id: fills the unused places; may equal a stop id, since masks are carried and never inferred from ids.
         bos_id: the tokenizer's begin-of-sequence id, or None.
     """
 
-    def __init__(self, hf: Any, eos_ids: Sequence[int] = ()):
+    def __init__(self, hf: Any, eos_ids: Sequence[int] = (), declared: int | Sequence[int] | None = None):
+        """`declared` are the stop ids of the model's files, which `eos_ids` replace."""
         self.hf = hf
         self.vocab_size = max(hf.get_vocab().values()) + 1
         self.bos_id = hf.bos_token_id
-        self._lead, closing = _template_borders(hf)
-        self.eos_ids = tuple(int(i) for i in eos_ids) or _stop_ids(hf.eos_token_id, closing)
+        self.chat = ChatTemplate(hf) if hf.chat_template else Transcript()
+        given = eos_ids or _as_ids(declared) or _as_ids(hf.eos_token_id)
+        closing = next((i for i in self.chat.closings if i in given), next(reversed(self.chat.closings), None))
+        self.eos_ids = tuple(dict.fromkeys(given if eos_ids or closing is None else [*given, closing]))
         self._check_eos_ids()
         self.end_id = closing if closing in self.eos_ids else self.eos_ids[0]
         self.pad_id = hf.pad_token_id if hf.pad_token_id is not None else self.eos_ids[0]
         self._prefix = _prefix_specials(hf)
         self._inner = _continuing(hf)
+        self._last: tuple[Messages, str, list[int]] | None = None
+        self._stops = [hf.convert_ids_to_tokens(i) for i in self.eos_ids if i in specials(hf)]
+        if isinstance(self.chat, ChatTemplate):
+            self.chat.close_with(closing if closing in self.eos_ids else None)
+        self._lead, self._tail = self._around_an_answer()
 
     @classmethod
     def load(cls, path: str, eos_ids: Sequence[int] = ()) -> Tokenizer:
@@ -76,68 +86,142 @@ class Tokenizer:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             message = f"{path}: unusable tokenizer ({reason}); check that tokenizer_config.json names its class"
             raise UserError(message) from error
-        if not eos_ids:
-            declared = _declared_eos(directory)
-            eos_ids = _stop_ids(declared, _template_borders(hf)[1]) if declared is not None else ()
-        return cls(hf, eos_ids)
+        return cls(hf, eos_ids, None if eos_ids else _declared_eos(directory))
 
-    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+    def encode_prompt(self, prompt: str | Messages, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a prompt, ready for the response's first token.
 
         A str gets the tokenizer's own leading special tokens (bos, if it adds one, and only once) and no trailing
         ones. Messages go through the chat template; without one they become a "\\n\\nHuman: ...\\n\\nAssistant:"
-        transcript and then a str prompt.
+        transcript and then a str prompt. `remarks` counts what of them is not written.
 
         Raises:
-            UserError: the template refuses the messages, or the text is not valid Unicode.
+            UserError: the template refuses the messages, or has no place for what they say; or the text is not valid
+                Unicode.
         """
-        ids = self._ids(self.prompt_text(prompt))
-        if self._templated(prompt) or ids[: len(self._prefix)] == self._prefix:
-            return ids  # a template writes its own special tokens
-        return self._prefix + ids
+        if isinstance(prompt, str):
+            return self._with_prefix(_plain_ids(self.hf, prompt))
+        self.chat.check(prompt, Counter() if remarks is None else remarks)
+        return list(self._shown(prompt)[1])
+
+    def encode_document(self, text: str, remarks: Counter[str] | None = None) -> list[int]:
+        """Ids of a document, with leading special tokens and one stop id at its end."""
+        whole = self._without_stop(text, remarks)
+        return self._ended(self._with_prefix(_plain_ids(self.hf, whole)), self.eos_ids[0], True)
 
     def encode_response(
         self,
         response: str | Messages,
+        prompt: str | Messages | None = None,
         *,
         finished: bool = True,
         ids: Sequence[int] | None = None,
         remarks: Counter[str] | None = None,
     ) -> list[int]:
-        """Ids of a response without leading special tokens, and the stop id that closes it if it is `finished`.
+        """Ids of a response without leading special tokens, and the one stop id that closes it if it is `finished`.
 
-        It is tokenised as what it is, the continuation of a prompt: SentencePiece vocabularies put no blank of their
-        own before it. A message is preceded by what the chat template or the transcript puts there, usually nothing
-        or a space.
+        A str is tokenised as what it is, the continuation of a prompt: SentencePiece vocabularies put no blank of
+        their own before it. A message is what the chat template writes after its prompt when the conversation has it,
+        up to the token that closes it (`chat.ChatTemplate.answer`); a transcript puts a space before it.
 
         Args:
+            prompt: what is answered; a message response needs the messages, by default a bare one of the user.
             ids: those that a model sampled, the stop id included if it finished. They are taken as they are if
                 `response_text` of them is the response's text and their end agrees with `finished`.
             remarks: counts what was not as it should be, such as ids of another text.
+
+        Raises:
+            UserError: the template has no place for the answer, or for what it says; or the text is not valid Unicode.
         """
+        remarks = Counter() if remarks is None else remarks
+        text = self._without_stop(text_of(response), remarks)
         if ids is not None:
-            if self._are_of(ids, response, finished):
+            if self._are_of(ids, text, response, finished):
                 return [int(i) for i in ids]
-            if remarks is not None:
-                remarks[OTHER_IDS] += 1
+            remarks[OTHER_IDS] += 1
         if isinstance(response, str):
-            return [*_plain_ids(self._inner, response), *self.eos_ids[: int(finished)]]
-        return [*_plain_ids(self._inner, self._lead + response[-1]["content"]), *[self.end_id] * finished]
+            return self._ended(_plain_ids(self._inner, text), self.eos_ids[0], finished)
+        asked = prompt if isinstance(prompt, list) else ASKED
+        turn = {**response[-1], "content": text}
+        shown, given = self._shown(asked)
+        written = self.chat.answer(self._stopped_once(asked), shown, turn, remarks, closed=finished)
+        found = self._after(shown, given, written)
+        if found is None:
+            remarks[MERGED] += isinstance(self.chat, ChatTemplate)
+            found = _plain_ids(self._inner, written)
+        return self._ended(found, self.end_id, finished)
 
     def response_text(self, ids: Sequence[int], prompt: str | Messages) -> str:
         """The text of a sampled response to a prompt, as rows hold it; the inverse of `encode_response`.
 
-        Special tokens are left out, and of an answer to messages what the template or the transcript puts before it.
+        Special tokens are left out, and of an answer to messages what the template or the transcript puts around it.
         """
-        text = self._inner.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text if isinstance(prompt, str) else text.removeprefix(self._lead)
+        text = self._continuation(ids)
+        if isinstance(prompt, str):
+            return text
+        return text.removeprefix(self._lead).removesuffix(self._tail if ids and ids[-1] in self.eos_ids else "")
 
-    def _are_of(self, ids: Sequence[int], response: str | Messages, finished: bool) -> bool:
-        """Whether a sampler that stops at the first stop id could have drawn `ids`, and they are the response's."""
+    def _around_an_answer(self) -> tuple[str, str]:
+        """(what stands before, what after the content of an answer that finished), as its ids are decoded."""
+        marked: Messages = [{"role": "assistant", "content": MARKER}]
+        try:
+            before, found, after = self._continuation(self.encode_response(marked)).partition(MARKER)
+        except UserError:
+            found = ""  # a template for other roles, or a vocabulary without digits
+        return (before, after) if found else ("", "")
+
+    def _are_of(self, ids: Sequence[int], text: str, response: str | Messages, finished: bool) -> bool:
+        """Whether a sampler that stops at the first stop id could have drawn `ids`, and they are of the text."""
         if not all(0 <= i < self.vocab_size for i in ids):
             return False
         stops = [place for place, i in enumerate(ids) if i in self.eos_ids]
-        return stops == [len(ids) - 1] * finished and self.response_text(ids, response) == text_of(response)
+        return stops == [len(ids) - 1] * finished and self.response_text(ids, response) == text
+
+    def _continuation(self, ids: Sequence[int]) -> str:
+        """The text of ids that follow others, special tokens left out."""
+        plain = [int(i) for i in ids]
+        return self._inner.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _after(self, shown: str, given: list[int], written: str) -> list[int] | None:
+        """Ids of what follows a prompt, where prompt and answer as one text begin with the prompt's ids.
+
+        Some vocabularies put a blank after the special token that ends a prompt.
+        """
+        whole = _plain_ids(self.hf, shown + written) if isinstance(self.chat, ChatTemplate) else []
+        return whole[len(given) :] if whole and whole[: len(given)] == given else None
+
+    def _shown(self, messages: Messages) -> tuple[str, list[int]]:
+        """(text, ids) of a prompt of messages; those of the last one are kept, since its responses ask for it."""
+        if self._last is None or self._last[0] is not messages:
+            text = self.prompt_text(messages)
+            ids = _plain_ids(self.hf, text)
+            templated = isinstance(self.chat, ChatTemplate)  # which writes its own special tokens
+            self._last = messages, text, ids if templated else self._with_prefix(ids)
+        return self._last[1:]
+
+    def _ended(self, ids: list[int], stop: int, finished: bool) -> list[int]:
+        """Ids with one stop id at their end, or none."""
+        size = next((n for n in range(len(ids), 0, -1) if ids[n - 1] not in self.eos_ids), 0)
+        return ids[:size] + [stop] * finished
+
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+
+    def _without_stop(self, text: str, remarks: Counter[str] | None) -> str:
+        """A text without the stop tokens that are written out at its end, and the white space after them."""
+        kept = text
+        while stop := next((s for s in self._stops if kept.endswith(s) or kept.rstrip().endswith(s)), ""):
+            kept = (kept if kept.endswith(stop) else kept.rstrip()).removesuffix(stop)
+        if remarks is not None and kept != text:
+            remarks[STOPPED] += 1
+        return kept
+
+    def _stopped_once(self, messages: Messages) -> Messages:
+        """Messages whose answers end in no stop token, since the template writes one."""
+        return [
+            {**turn, "content": self._without_stop(turn["content"], None)} if turn["role"] == "assistant" else turn
+            for turn in messages
+        ]
 
     def answers_in(self, prompt: str | Messages) -> np.ndarray:
         """bool[n] over `encode_prompt(prompt)`: the tokens of earlier assistant turns, their closing tokens included.
@@ -153,38 +237,12 @@ class Tokenizer:
             return np.zeros(len(ids), bool)
         if not self.hf.is_fast:
             raise UserError("this tokenizer tells no offsets, so earlier answers cannot be found; use a fast one")
-        spans = self._answer_spans(prompt)
+        spans = self.chat.spans(self._stopped_once(prompt))
         found = self.hf(
             self.prompt_text(prompt), add_special_tokens=False, verbose=False, return_offsets_mapping=True
         )["offset_mapping"]
         inside = [any(start <= at < end for start, end in spans) for at, _ in found]
         return np.array([False] * (len(ids) - len(inside)) + inside)  # leading special tokens are in no text
-
-    def _answer_spans(self, prompt: Messages) -> list[tuple[int, int]]:
-        """(start, end) of earlier answers in `prompt_text(prompt)`, in characters."""
-        text = self.prompt_text(prompt)
-        places = [i for i, turn in enumerate(prompt) if turn["role"] == "assistant"]
-        if self.hf.chat_template and "generation" in self.hf.chat_template.replace("add_generation_prompt", ""):
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            given = {**self.hf.special_tokens_map, "chat_template": self.hf.chat_template}
-            rendered: Any = render_jinja_template(
-                conversations=[prompt], add_generation_prompt=True, return_assistant_tokens_mask=True, **given
-            )
-            return rendered[1][0]
-        spans = []
-        for i in places:
-            start = self.prompt_text(prompt[:i])
-            whole = transcript(prompt[: i + 1])
-            if self.hf.chat_template:
-                whole = self.hf.apply_chat_template(prompt[: i + 1], tokenize=False).rstrip()
-            if not (whole.startswith(start) and text.startswith(whole)):
-                raise UserError(
-                    "the chat template changes earlier turns when later ones follow, so they cannot be trained on in "
-                    "one sequence; set sft.loss_on to response, or mark answers with {% generation %}"
-                )
-            spans.append((len(start), len(whole)))
-        return spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
@@ -197,24 +255,11 @@ class Tokenizer:
 
     def prompt_text(self, prompt: str | Messages) -> str:
         """What the model is shown for a prompt, as text: a reward function gets the same."""
-        if isinstance(prompt, str):
-            return prompt
-        if not self._templated(prompt):
-            return transcript(prompt) + "\n\nAssistant:"
-        try:
-            return self.hf.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # templates raise their own errors, for instance on two user turns in a row
-            raise UserError(f"the chat template refuses these messages ({error}); change their roles") from error
+        return prompt if isinstance(prompt, str) else self.chat.prompt(self._stopped_once(prompt))
 
     def save(self, directory: str) -> None:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""
         self.hf.save_pretrained(directory)
-
-    def _templated(self, prompt: str | Messages) -> bool:
-        return not isinstance(prompt, str) and bool(self.hf.chat_template)
-
-    def _ids(self, text: str) -> list[int]:
-        return _plain_ids(self.hf, text)
 
     def _check_eos_ids(self) -> None:
         if not self.eos_ids:
@@ -232,10 +277,8 @@ def _plain_ids(hf: Any, text: str) -> list[int]:
         raise UserError(f"the text cannot be tokenised ({error}); remove its lone surrogates") from error
 
 
-def _stop_ids(declared: int | Sequence[int] | None, closing: int | None) -> tuple[int, ...]:
-    """Declared stop ids and, last, the template's closing id, without which a trained answer would never stop."""
-    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return tuple(dict.fromkeys(ids if closing is None else [*ids, closing]))
+def _as_ids(declared: int | Sequence[int] | None) -> list[int]:
+    return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
 
 
 def _declared_eos(directory: Path) -> int | list[int] | None:
@@ -291,27 +334,3 @@ def _without_blank(part: Any, settings: dict[str, Any]) -> Any:
     if part.get("type") == "Prepend":
         return None
     return {name: settings.get(name, _without_blank(value, settings)) for name, value in part.items()}
-
-
-def _template_borders(hf: Any) -> tuple[str, int | None]:
-    """(text between the generation prompt and an answer, id of the special token that closes the answer).
-
-    Found by rendering a conversation with an answer and the same one without: ChatML gives "...assistant\\n" and then
-    "...assistant\\nANSWER<|im_end|>\\n", thus ("", id of <|im_end|>). Without a template: a transcript's (" ", None).
-    """
-    if not hf.chat_template:
-        return " ", None
-    from jinja2 import TemplateError
-
-    asked = [{"role": "user", "content": "a"}]
-    try:
-        prompt = hf.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        answered = [*asked, {"role": "assistant", "content": MARKER}]
-        before, found, after = hf.apply_chat_template(answered, tokenize=False).partition(MARKER)
-    except (TemplateError, LookupError, TypeError, ValueError):
-        return "", None  # a template for other roles; the first real prompt reports it with its row
-    ids = _plain_ids(hf, after.lstrip())
-    closing = ids[0] if found and ids and ids[0] in {*hf.added_tokens_decoder, *hf.all_special_ids} else None
-    # More than white space is not part of the answer: templates of reasoning models put an empty thought there.
-    lead = before.removeprefix(prompt)
-    return lead if lead.isspace() else "", closing
