@@ -25,8 +25,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from rlhf_jax import hosts
-from rlhf_jax.directory import from_json, to_json
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import from_json, replace, sync, to_json
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 LEFTOVERS = ("writing-", "deleting-")
@@ -85,6 +85,7 @@ class Checkpoints:
                 write_manifest(writing)
                 writing.rename(self.path(step))
                 sync(self.directory)
+                sync(self.directory.parent)
                 self._prune()
         except Exception as error:
             self._failed(step, reason_of(error))
@@ -191,22 +192,13 @@ class Checkpoints:
                 "and config that wrote it"
             ) from error
 
-    def clear(self) -> None:
-        """Delete all checkpoints, but not what was set aside."""
-        self.wait()
-        if hosts.is_first() and self.directory.is_dir():
-            for path in [*self._named(LEFTOVERS), *map(self.path, self.steps())]:
-                shutil.rmtree(path)
-            if not any(self.directory.iterdir()):
-                self.directory.rmdir()
-
 
 def begin(writing: Path, record: dict[str, Any]) -> str:
     """Make the directory of a new checkpoint, with its record; why that is not possible, or nothing."""
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        (writing / RECORD).write_text(to_json(record))
+        replace(writing / RECORD, to_json(record))
     except OSError as error:
         return reason_of(error)
     return ""
@@ -225,15 +217,6 @@ def reason_of(error: BaseException) -> str:
 def files_of(directory: Path) -> list[Path]:
     """All files below a directory but the manifest, sorted."""
     return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
-
-
-def sync(directory: Path) -> None:
-    """Have the names in a directory reach the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(directory: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.directory import names_given, to_json, write_text
+from rlhf_jax.directory import names_given
 from rlhf_jax.drawing import (
     Phase,
     Phases,
@@ -30,7 +29,6 @@ from rlhf_jax.drawing import (
     verdicts_of,
 )
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.inference import check_output
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
 from rlhf_jax.scoring import plain
@@ -173,18 +171,15 @@ def claim(config: BestOfNRun | CollectRun | JudgeRun, decided_by: dict[str, Any]
     """
     if not config.output:
         raise UserError("output is empty; name the .jsonl file to write, as --output rows.jsonl")
-    check_output(config.output, config.overwrite)
-    return open_journal(config, Path(config.output), decided_by)
+    return open_journal(config, config.output, decided_by)
 
 
 def end(
     name: str, config: BestOfNRun | CollectRun | JudgeRun, journal: Journal, out: list[Row], summary: dict[str, Any]
 ) -> list[Row]:
     """Write OUTPUT and the summary beside it, and print it."""
-    path = Path(config.output)
-    write_text(path.with_suffix(".summary.json"), to_json(summary, indent=1) + "\n")
-    journal.finish(out)
-    tell("\n".join([*lines(summary), f"{name}: {len(out)} rows, {path}"]))
+    journal.finish(out, summary)
+    tell("\n".join([*lines(summary), f"{name}: {len(out)} rows, {config.output}"]))
     return out
 
 

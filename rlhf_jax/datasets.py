@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.directory import check_writable
-from rlhf_jax.errors import UserError, printable, tell
-from rlhf_jax.inference import check_output, write_rows
+from rlhf_jax.errors import UserError, tell
+from rlhf_jax.files import check_output, check_writable, replacing, scratch, sync, written
+from rlhf_jax.inference import write_rows
 
 
 def run_inspect(config: DataInspectRun) -> dict[str, Any]:
@@ -57,11 +56,10 @@ def run_prepare(config: DataPrepareRun) -> Path:
             kept, report = collect(rows, build, strict=config.strict)
             splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
             tell(f"{split}: {report}")
-    if directory.exists():
-        shutil.rmtree(directory)
-    written = tfds_rows.prepare(splits, config.schema, config.out)
-    tell(f"{written}: data.path of a stage, or tfds.builder_from_directory({str(written)!r})")
-    return written
+    with written(f"out {config.out}"), scratch(Path(config.out)) as place, replacing(directory) as new:
+        os.rename(tfds_rows.prepare(splits, config.schema, str(place)), new)
+    tell(f"{directory}: data.path of a stage, or tfds.builder_from_directory({str(directory)!r})")
+    return directory
 
 
 def run_make(config: DataMakeRun) -> list[str]:
@@ -70,17 +68,19 @@ def run_make(config: DataMakeRun) -> list[str]:
     if not config.out:
         raise UserError("no directory to write to; give --out DIR")
     check_writable(out, f"out {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making", dir=out) as place:
-        function(Path(place), num=config.num, seed=config.seed)
-        made = sorted(Path(place).iterdir())
+    with written(f"out {config.out}"), scratch(out) as place:
+        function(place, num=config.num, seed=config.seed)
+        made = sorted(place.iterdir())
         there = [path.name for path in made if (out / path.name).exists()]
         if there and not config.overwrite:
             raise UserError(f"{out / there[0]} exists; choose another --out or pass --overwrite true")
         for path in made:
-            old = out / path.name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            path.rename(old)
+            if path.is_dir():
+                with replacing(out / path.name) as new:
+                    os.rename(path, new)
+            else:
+                sync(path)
+                os.replace(path, out / path.name)
     names = [path.name for path in made]
     tell(f"data make: {', '.join(names)} in {out}")
     return names
@@ -88,7 +88,7 @@ def run_make(config: DataMakeRun) -> list[str]:
 
 def run_aggregate(config: DataAggregateRun) -> list[Row]:
     """One ranking per prompt from all raters; prints a summary, raters and what is compared, and writes the rows."""
-    check_output(config.output, config.overwrite)
+    check_output(config.output, overwrite=config.overwrite)
     together: list[Ranking] = []
     dropped = 0
     for row in rows_from(config.path, config.fields):

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
-import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -21,33 +19,36 @@ from typing import IO, Any
 import yaml
 
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
-from rlhf_jax.errors import UserError, tell
+from rlhf_jax.errors import UserError, printable, tell
+from rlhf_jax.files import Lines, check_writable, replace, to_json
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
 OURS = (
     RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", LOCK,
 )  # fmt: skip
-"""What a run writes; run.json comes first, since a directory without it is no run to continue."""
+"""What a run writes."""
 
-NOT_FINITE = ("nan", "inf", "-inf")
-UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
+OWNED = {"rejection": ("round[0-9]*",)}
+"""Stage -> patterns of what it writes besides."""
 
-
-def check_writable(directory: Path, what: str) -> None:
-    """Raise a UserError, about `what`, if the directory or what is there of its parents cannot be written to."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{what}: {there} is a file, not a directory; choose another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{what}: {there} cannot be written to; choose another place or its permissions")
+VOID = "void"
+"""Status of a run that is being deleted; whoever comes next starts anew."""
 
 
-def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
+def check_name(path: Path, what: str) -> None:
+    """Raise a UserError, about `what`, if a path is one that files of text and command lines cannot hold."""
+    if printable(name := str(path.absolute())) != name:
+        raise UserError(f"{what}: its path has control characters or bytes that are no UTF-8; choose another name")
+
+
+def check_output_dir(
+    stage: str, config: Any, given: Sequence[str] | None = None, files: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """The summary, if output_dir holds this very run and it is finished; None if the run may start or continue there.
 
-    Touches nothing.
+    Touches nothing, but checkpoints that a kill has left in a finished run. `given` names what the caller passed in
+    Python, `files` are the `contents` of the config.
 
     Raises:
         UserError: it may not.
@@ -56,32 +57,35 @@ def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
     if not run.output_dir:
         raise UserError("run.output_dir is empty; say where to write, as --run.output_dir runs/first")
     path = Path(run.output_dir)
+    check_name(path, f"run.output_dir {path}")
     if path.exists() and not path.is_dir():
         raise UserError(f"run.output_dir {path} is a file; choose a directory")
     check_writable(path, f"run.output_dir {path}")
     if run.tensorboard and find_spec("tensorboardX") is None:
         raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX")
-    check_inputs(config)
+    check_inputs(stage, config)
     if is_held(path):
         raise UserError(
             f"run.output_dir {path} is being written by {holder(path)}; stop that one or choose another directory"
         )
     found = [name for name in OURS if os.path.lexists(path / name) and name != LOCK]
-    if run.overwrite or not found:
-        return None
     record = read_record(path)
+    if run.overwrite or not found or (record is not None and record["status"] == VOID):
+        return None
     if record is None:
         raise UserError(
             f"run.output_dir {path} holds another run ({found[0]}); choose another directory or pass "
             "--run.overwrite true"
         )
-    check_same(stage, config, record)
+    same = check_same(stage, config, record, given, files)
     if record["status"] != "finished":
         return None
-    if not changes(config, record):
+    if not record["config"].get("checkpoint", {}).get("keep_finished"):
+        drop_checkpoints(path)
+    if same:
         tell(f"{stage}: {path} is finished; --run.overwrite true would run it again")
-        return json.loads((path / SUMMARY).read_text())
-    if not (path / CHECKPOINTS).is_dir():
+        return read_summary(path, "--run.overwrite true")
+    if not steps_in(path):
         raise UserError(
             f"run.output_dir {path} is finished and its checkpoints are gone; start a new run with model.path "
             f"{path / 'model'}, or set checkpoint.keep_finished true another time"
@@ -103,6 +107,7 @@ def earlier_summary(
     if not config.output_dir:
         raise UserError("output_dir is empty; say where to write, as --output_dir runs/first")
     path = Path(config.output_dir)
+    check_name(path, f"output_dir {path}")
     check_writable(path, f"output_dir {path}")
     found = [name for name in ("config.yaml", *files) if (path / name).exists()]
     if config.overwrite or not found:
@@ -117,16 +122,33 @@ def earlier_summary(
         raise UserError(f"output_dir {path} holds {command} with another config: {shown}; {cure}")
     if not all((path / name).exists() for name in files):
         return None
-    summary = json.loads((path / SUMMARY).read_text())
+    summary = read_summary(path, "--overwrite true")
     if made_of is not None and summary.get("made_of") != as_json(made_of):
         raise UserError(f"output_dir {path} holds {command} of other rows or functions; {cure}")
     tell(f"{command}: {path} is finished; --overwrite true would run it again")
     return summary
 
 
-def check_inputs(config: Any) -> None:
+def read_summary(path: Path, cure: str) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    try:
+        found = json.loads((path / SUMMARY).read_text())
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise UserError(f"{path} is finished, but its {SUMMARY} is missing or broken; pass {cure} to run it again")
+
+
+def owned(stage: str, path: Path) -> list[Path]:
+    """What a run of a stage writes, or has written, in its directory; run.json first."""
+    rounds = sorted(found for pattern in OWNED.get(stage, ()) for found in path.glob(pattern))
+    return [*(path / name for name in OURS), *rounds]
+
+
+def check_inputs(stage: str, config: Any) -> None:
     """Raise a UserError if the config reads something that starting its run would delete."""
-    replaced = [(Path(config.run.output_dir) / name).resolve() for name in OURS]
+    replaced = [place.resolve() for place in owned(stage, Path(config.run.output_dir))]
     for option, value in flat(to_dict(config)):
         if isinstance(value, str) and value and any(Path(value).resolve().is_relative_to(path) for path in replaced):
             raise UserError(
@@ -141,50 +163,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as other programs read it too: every file of ours is written with this.
-
-    A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
-    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are, but those that
-    are not seen, lone surrogates among them, are escaped.
-    """
-    options: dict[str, Any] = {"indent": indent, "allow_nan": False}
-    try:
-        text = json.dumps(value, ensure_ascii=False, **options)
-    except ValueError:
-        value, _ = _finite(value)
-        text = json.dumps(value, ensure_ascii=False, **options)
-    return UNSEEN_IN_JSON.sub(lambda c: f"\\u{ord(c[0]):04x}", text)
-
-
-def _finite(value: Any) -> tuple[Any, str]:
-    """(a value with null for numbers that are not finite, what the first was of those that no field of it says)."""
-    if isinstance(value, float):
-        return (value, "") if math.isfinite(value) else (None, str(value))
-    if isinstance(value, (list, tuple)):
-        parts = [_finite(item) for item in value]
-        return [part for part, _ in parts], next((why for _, why in parts if why), "")
-    if isinstance(value, dict):
-        found: dict[Any, Any] = {}
-        for name, item in value.items():
-            found[name], why = _finite(item)
-            if why:
-                found.setdefault(f"{name}_is", why)
-        return found, ""
-    return value, ""
-
-
-def from_json(text: str | bytes) -> Any:
-    """What `to_json` was given, numbers that are not finite included (those within lists stay null)."""
-
-    def restored(found: dict[str, Any]) -> dict[str, Any]:
-        for name in [name for name in found if found[name] is None and found.get(f"{name}_is") in NOT_FINITE]:
-            found[name] = float(found.pop(f"{name}_is"))
-        return found
-
-    return json.loads(text, object_hook=restored)
 
 
 def as_json(value: Any) -> Any:
@@ -213,19 +191,41 @@ def names_given(**arguments: Any) -> tuple[str, ...]:
     return tuple(name for name, value in arguments.items() if value is not None)
 
 
-def check_same(stage: str, config: Any, record: dict[str, Any]) -> None:
-    """Raise a UserError, setting by setting, unless the config may continue the recorded run."""
+def check_same(
+    stage: str,
+    config: Any,
+    record: dict[str, Any],
+    given: Sequence[str] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> bool:
+    """Whether the config is that of the recorded run; paths to the same contents count as the same.
+
+    Raises:
+        UserError: it may not continue that run; names the settings, the files whose contents are others, or what came
+            from Python and does not now.
+    """
     path = config.run.output_dir
     if record["stage"] != stage:
         raise UserError(
             f"run.output_dir {path} holds a run of {record['stage']}, not of {stage}; choose another directory or "
             "pass --run.overwrite true"
         )
-    differ = changes(config, record)
+    if given is not None and set(given) != set(record.get("given", given)):
+        then, now = (", ".join(names) or "nothing" for names in (record["given"], given))
+        raise UserError(
+            f"run.output_dir {path} holds a run that got {then} from Python, not {now}; give the same, or choose "
+            "another directory or pass --run.overwrite true"
+        )
+    before, files = record.get("files", {}), files or {}
+    differ = {name: pair for name, pair in changes(config, record).items() if files.get(name, "") != before.get(name)}
+    paths = dict(flat(plain(config)))
+    for name in files:
+        if before.get(name, files[name]) != files[name]:
+            differ.setdefault(name, (f"{paths[name]} as it was", "with other contents"))
     safe = [name for name in differ if name in MAY_CHANGE or f"{name.partition('.')[0]}." in MAY_CHANGE]
     unsafe = [name for name in differ if name not in safe]
     if not unsafe and (not safe or config.checkpoint.allow_changes):
-        return
+        return not differ
     shown = ", ".join(f"{name} {differ[name][0]} there, {differ[name][1]} here" for name in unsafe or safe)
     if unsafe:
         why, cure = "this cannot change within a run", "choose another directory or pass --run.overwrite true"
@@ -234,88 +234,130 @@ def check_same(stage: str, config: Any, record: dict[str, Any]) -> None:
     raise UserError(f"run.output_dir {path} holds a run with another config: {shown}; {why}; {cure}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a kill leaves the old or the new one, whole."""
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
-    """run.json: stage, config, cwd, given, status, step, total, note, updated; None if it is missing or broken."""
+    """run.json: stage, config, files, cwd, given, status, step, total, note, updated.
+
+    If it is missing or broken, what the newest checkpoint and config.yaml say of the same, with "recovered"; None if
+    that does not say it either.
+    """
+    record = _object(path / RECORD)
+    if record is not None and {"stage", "config", "status"} <= record.keys():
+        return record
     try:
-        record = json.loads((path / RECORD).read_text())
-        return record if {"stage", "config", "status"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
+        header, _, text = (path / "config.yaml").read_text().partition("\n")
+        config = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        header, config = "", None
+    saved = [_object(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path)]
+    found: dict[str, Any] = next((each["run"] for each in reversed(saved) if each and "run" in each), {})
+    if isinstance(config, dict) and header.startswith("# rlhf-jax ") and " --config " in header:
+        stage = header.removeprefix("# rlhf-jax ").partition(" --config ")[0]
+        found = {"cwd": str(Path.cwd()), "given": [], "step": 0, "total": 0, **found, "stage": stage}
+        found["config"] = as_json(config)
+    if not {"stage", "config"} <= found.keys():
         return None
+    status = "finished" if _object(path / SUMMARY) is not None else "crashed"
+    return {**found, "status": status, "recovered": True}
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def steps_in(path: Path) -> list[int]:
+    """Steps of the checkpoints of a run, ascending."""
+    folder = path / CHECKPOINTS
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit() and len(name) >= 8)
+
+
+def drop_checkpoints(path: Path) -> None:
+    """Delete all checkpoints of a run, but those that were set aside as damaged."""
+    folder = path / CHECKPOINTS
+    if folder.is_dir():
+        for each in folder.iterdir():
+            if ".damaged" not in each.name:
+                shutil.rmtree(each)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace run.json."""
-    write_text(path / RECORD, to_json({**record, "updated": time.time()}, indent=1) + "\n")
+    replace(path / RECORD, to_json({**record, "updated": time.time()}, indent=1) + "\n")
 
 
 def write_config(path: Path, stage: str, config: Any, option: str = "run.output_dir") -> None:
     """Replace config.yaml; `option` is what the command calls its directory."""
-    header = f"# rlhf-jax {stage} --config {path / 'config.yaml'} --{option} ANOTHER\n"
-    write_text(path / "config.yaml", header + yaml.safe_dump(to_dict(config), sort_keys=False))
+    header = f"# rlhf-jax {stage} --config {printable(path / 'config.yaml')} --{option} ANOTHER\n"
+    plainly = config if isinstance(config, dict) else to_dict(config)
+    replace(path / "config.yaml", header + yaml.safe_dump(plainly, sort_keys=False))
 
 
-def wipe(path: Path) -> None:
-    """Make the directory, without what an earlier run wrote."""
-    path.mkdir(parents=True, exist_ok=True)
-    for name in (name for name in OURS if name != LOCK):  # this process holds the lock
-        old = path / name
+def mark_void(path: Path) -> None:
+    """Have all that a run left in its directory count for nothing, whatever comes before it is deleted."""
+    write_record(path, {"stage": "", "config": {}, "status": VOID, "step": 0, "total": 0})
+
+
+def wipe(stage: str, path: Path) -> None:
+    """Delete what an earlier run wrote; run.json says that it is void, until the new one replaces that."""
+    mark_void(path)
+    for old in owned(stage, path):
+        if old.name in (RECORD, LOCK):  # this process holds the lock
+            continue
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Leave in a .jsonl file only the whole lines of steps up to `step`; what was there of later ones comes again."""
+class Log:
+    """A .jsonl file of a run. Lines that the disk refuses wait in memory and go with the next ones.
+
+    Attributes:
+        path: of the file.
+        count: how many lines there are, those that wait included.
+    """
+
+    def __init__(self, path: Path):
+        """Touches nothing."""
+        self.path, self.count = path, 0
+        self._lines, self._waiting = Lines(path), list[dict[str, Any]]()
+
+    def begin(self, step: int | None) -> None:
+        """Make the file, or leave in it what belongs to steps up to `step`."""
+        self.count = 0 if step is None else cut_after(self.path, step)
+        self._lines.add([])
+
+    def add(self, rows: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
+        """Append rows; with `sync` they have reached the disk when this returns.
+
+        Raises:
+            OSError: they are not on disk, but in memory.
+        """
+        self.count += len(rows)
+        self._waiting += rows
+        self._lines.add(self._waiting, sync=sync)
+        self._waiting = []
+
+    def sync(self) -> None:
+        """Have what is in the file reach the disk."""
+        self._lines.sync()
+
+
+def cut_after(path: Path, step: int) -> int:
+    """Leave in a .jsonl file only the whole lines of steps up to `step`, and say how many; later ones come again."""
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line.decode())
         except (ValueError, KeyError, TypeError):  # a line that a kill cut short, or that we did not write
             continue
-    write_text(path, "".join(kept))
-
-
-class Lines:
-    """Appends JSON objects to a file, a whole line each. What a full disk refuses is kept and tried again."""
-
-    def __init__(self, path: Path):
-        """`path` is made if it is not there."""
-        self.path = path
-        self.waiting = b""
-        path.touch()
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows.
-
-        Raises:
-            OSError: they are not on disk, but in memory, and go with the next ones.
-        """
-        if not rows and not self.waiting:
-            return
-        self.waiting += "".join(to_json(row) + "\n" for row in rows).encode()
-        with open(self.path, "ab") as file:
-            end = file.tell()
-            try:
-                file.write(self.waiting)
-                file.flush()
-            except OSError:
-                os.truncate(self.path, end)  # no half a line
-                raise
-        self.waiting = b""
-
-    def sync(self) -> None:
-        """Have all lines reach the disk."""
-        with open(self.path, "ab") as file:
-            os.fsync(file.fileno())
+    replace(path, "".join(kept))
+    return len(kept)
 
 
 def hold(path: Path) -> IO[str]:

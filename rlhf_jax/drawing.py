@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from rlhf_jax import hosts
 from rlhf_jax.config import DrawRun, SourceConfig, resolve, to_dict
+from rlhf_jax.contents import OPTIONS, contents
 from rlhf_jax.data.schemas import Row, prompt_row, sft_row, where_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -73,7 +75,8 @@ class Phases:
         Raises:
             Stopped: a signal came; the batch that was being made is on disk.
         """
-        journal, total, interrupts = self.journal, self.starts[-1], Interrupts(tqdm.write)
+        journal, total = self.journal, self.starts[-1]
+        interrupts = Interrupts(tqdm.write, install=journal.path is not None)
         bar = tqdm(total=total, initial=len(journal.rows), desc=name, disable=not progress, dynamic_ncols=True)
         try:
             for begins, phase in zip(self.starts, self.phases, strict=False):
@@ -86,9 +89,11 @@ class Phases:
                 for start in range(first, phase.count, phase.size):
                     journal.add(make(start, min(start + phase.size, phase.count)))
                     bar.update(len(journal.rows) - bar.n)
-                    if interrupts.received and len(journal.rows) < total:
+                    (stop,) = hosts.any_of([bool(interrupts.received)])
+                    if stop and len(journal.rows) < total:
+                        by = interrupts.received or "a signal"
                         raise Stopped(
-                            f"{name}: stopped by {interrupts.received} after {len(journal.rows)} of {total} rows, "
+                            f"{name}: stopped by {by} after {len(journal.rows)} of {total} rows, "
                             f"which {journal.path} holds; the same command goes on"
                         )
         finally:
@@ -245,10 +250,18 @@ def verdicts_of(row: dict[str, Any]) -> list[Verdict]:
     return [Verdict(**verdict) for verdict in row.get("verdicts", [])]
 
 
-def open_journal(config: Any, output: Path, decided_by: dict[str, Any]) -> Journal:
-    """OUTPUT.part, made of the config and of `decided_by`."""
+def open_journal(config: Any, output: str | Path, decided_by: dict[str, Any]) -> Journal:
+    """OUTPUT.part, made of the config and of `decided_by`; models count by their contents, wherever they lie."""
     options = {name: value for name, value in flat(to_dict(config)) if name not in UNMADE}
-    return Journal(output, {**options, **decided_by}, overwrite=config.overwrite)
+    files = {name: digest for name, digest in contents(config).items() if name in options}
+    made_of = {name: value for name, value in options.items() if name not in files}
+    made_of |= {f"contents of {name}": digest for name, digest in files.items()}
+    if sources := options.get("sources"):
+        plainly = [{k: v for k, v in each.items() if k not in OPTIONS} for each in sources]
+        made_of["sources"] = [
+            {**each, "name": name_of(source)} for each, source in zip(plainly, config.sources, strict=True)
+        ]
+    return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
 
 
 def prompts_of(config: DrawRun, rows: Any) -> list[Row]:

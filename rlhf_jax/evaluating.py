@@ -18,7 +18,7 @@ from rlhf_jax.config import EvaluateRun, SourceConfig
 from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.directory import SUMMARY, earlier_summary, names_given, to_json, write_config, write_text
+from rlhf_jax.directory import SUMMARY, earlier_summary, names_given, write_config
 from rlhf_jax.drawing import (
     Drawer,
     Make,
@@ -267,6 +267,5 @@ def _evaluate(
         work.phases.fill("evaluate", progress=config.progress)
         out = work.rows(work.sources.gold(gold) if gold is not None or config.reward.gold else None)
         summary = {**work.summary(out), "made_of": made_of}
-        write_text(path / SUMMARY, to_json(summary, indent=1) + "\n")
-        journal.finish(out)
+        journal.finish(out, summary, path / SUMMARY)
     return summary

@@ -85,9 +85,12 @@ class Generator:
         self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
 
     def responses(
-        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0, first: int = 0
     ) -> list[Response]:
-        """A response to each prompt that has tokens; `batch_size` rows at once (0: all)."""
+        """A response to each prompt that has tokens; `batch_size` rows at once (0: all).
+
+        Batch i gets the noise of fold_in(key, first + i).
+        """
         examples, _ = prompt_examples(
             list(rows), self.tokenizer, max_prompt_length=self.buckets[-1], too_long="truncate"
         )
@@ -97,7 +100,9 @@ class Generator:
         found: list[Response] = []
         for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
             placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
-            rollout = self.rollout(params, placed["tokens"], placed["mask"], jax.random.fold_in(key, i), self.law)
+            rollout = self.rollout(
+                params, placed["tokens"], placed["mask"], jax.random.fold_in(key, first + i), self.law
+            )
             tokens, mask, finished = to_host((rollout.tokens, rollout.mask, rollout.finished))
             texts = self.tokenizer.decode_batch(tokens, mask)
             for row, example in enumerate(examples[i * size : (i + 1) * size]):  # the last batch is filled up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ from rlhf_jax.config import SampleRun, ScoreRun
 from rlhf_jax.data.examples import Report, prompt_examples
 from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.directory import check_writable, to_json
+from rlhf_jax.drawing import Make, Phase, Phases, digest, open_journal
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.files import json_lines, write_output
 from rlhf_jax.generate import Generator, total_length
 from rlhf_jax.hosts import is_first
 from rlhf_jax.scoring import RewardModel
@@ -21,27 +21,10 @@ from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import check_vocabulary, load_model, load_tokenizer
 
 
-def check_output(path: str, overwrite: bool) -> None:
-    """Raise a UserError if `path` cannot be written, or exists and may not be replaced."""
-    if not path:
-        return
-    if Path(path).is_dir():
-        raise UserError(f"output {path} is a directory; name a .jsonl file")
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"output {path} exists; choose another name or pass --overwrite true")
-    check_writable(Path(path).parent, f"output {path}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
 def write_rows(rows: list[dict[str, Any]], path: str) -> None:
     """Rows as JSON lines, to a file or to standard output, by process 0."""
-    if not is_first():
-        return
-    lines = "".join(to_json(row) + "\n" for row in rows)
-    if path:
-        Path(path).write_text(lines, encoding="utf-8")
-    else:
-        sys.stdout.write(lines)
+    if is_first():
+        write_output(path, json_lines(rows))
 
 
 def report_cut(report: Report) -> None:
@@ -52,7 +35,6 @@ def report_cut(report: Report) -> None:
 
 def run_sample(config: SampleRun) -> list[dict[str, Any]]:
     """num_samples responses to every prompt, rows {prompt, response, finished}; written or printed, and returned."""
-    check_output(config.output, config.overwrite)
     rows: list[dict[str, Any]] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     rows += rows_from(config.data_path) if config.data_path else []
     if not rows:
@@ -65,36 +47,61 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
         raise UserError(f"prompts: {report}; remove the empty ones")
     report_cut(report)
     longest = max(len(example["tokens"]) for example in examples)
+    repeated = [row for row in rows for _ in range(config.num_samples)]
+    size = min(config.batch_size, len(repeated))
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        loaded = load_model(
-            config.model, mesh, jax.random.key(config.seed), length=total_length(config.sampling, longest)
-        )
-        check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
-        generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
-        repeated = [row for row in rows for _ in range(config.num_samples)]
-        size = min(config.batch_size, len(repeated))
-        _, responses, finished = generator.texts(loaded.params, repeated, jax.random.key(config.seed), batch_size=size)
-    columns = zip(repeated, responses, finished, strict=True)
-    out = [{"prompt": row["prompt"], "response": text, "finished": done} for row, text, done in columns]
-    write_rows(out, config.output)
-    return out
+
+    def begin() -> Make:
+        with jax.set_mesh(mesh):
+            length, key = total_length(config.sampling, longest), jax.random.key(config.seed)
+            loaded = load_model(config.model, mesh, key, length=length)
+            check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
+            generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
+
+        def make(start: int, stop: int) -> list[dict[str, Any]]:
+            part = repeated[start:stop]
+            with jax.set_mesh(mesh):
+                found = generator.responses(loaded.params, part, key, batch_size=size, first=start // size)
+            answers = zip(part, found, strict=True)
+            return [{"prompt": row["prompt"], "response": one.text, "finished": one.finished} for row, one in answers]
+
+        return make
+
+    return in_batches("sample", config, {"prompts": digest(rows)}, Phase(len(repeated), size, begin))
 
 
 def run_score(config: ScoreRun) -> list[dict[str, Any]]:
     """The rows of data_path with "score" added; written or printed, and returned."""
-    check_output(config.output, config.overwrite)
     if not config.data_path:
         raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows")
     rows = rows_from(config.data_path)
+    json_lines(rows)  # what could not be written is found before it is scored
     limits = {"max_prompt_length": config.max_prompt_length, "max_length": config.max_length}
-    reader = RewardModel(config.model, make_mesh(config.mesh), **limits, batch_size=min(config.batch_size, len(rows)))
-    examples = [reader.example(row) for row in rows]
-    report_cut(Report(len(rows), {}, sum(example["cut"] for example in examples)))
-    scores = reader.scores(examples, max(len(example["tokens"]) for example in examples))
-    out = [
-        {**{name: value for name, value in row.items() if name != "_where"}, "score": score}
-        for row, score in zip(rows, scores, strict=True)
-    ]
-    write_rows(out, config.output)
-    return out
+
+    def begin() -> Make:
+        size = min(config.batch_size, len(rows))
+        reader = RewardModel(config.model, make_mesh(config.mesh), **limits, batch_size=size)
+        examples = [reader.example(row) for row in rows]
+        report_cut(Report(len(rows), {}, sum(example["cut"] for example in examples)))
+        longest = max(len(example["tokens"]) for example in examples)
+
+        def make(start: int, stop: int) -> list[dict[str, Any]]:
+            scores = reader.scores(examples[start:stop], longest)
+            plain = ({name: value for name, value in row.items() if name != "_where"} for row in rows[start:stop])
+            return [{**row, "score": score} for row, score in zip(plain, scores, strict=True)]
+
+        return make
+
+    return in_batches("score", config, {"rows": digest(rows)}, Phase(len(rows), config.batch_size, begin))
+
+
+def in_batches(
+    name: str, config: SampleRun | ScoreRun, decided_by: dict[str, Any], phase: Phase
+) -> list[dict[str, Any]]:
+    """The rows of a phase, which OUTPUT.part gathers; written or printed, and returned."""
+    with open_journal(config, config.output, decided_by) as journal:
+        phases = Phases(journal)
+        phases.add(phase)
+        phases.fill(name, progress=False)
+        journal.finish(journal.rows)
+        return journal.rows

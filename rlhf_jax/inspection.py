@@ -18,6 +18,7 @@ from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.files import check_writable, written
 from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.models.config_json import find_family
 from rlhf_jax.models.layout import leaf_shapes
@@ -164,6 +165,7 @@ def run_convert(config: ConvertRun) -> Path:
     source, target = Path(hub.local_directory(config.model)), Path(config.output)
     if target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file; name a directory")
+    check_writable(target.parent, f"output {target}")
     if (target / "config.json").exists() and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
     if (source / CHECKPOINTS).is_dir():
@@ -172,18 +174,19 @@ def run_convert(config: ConvertRun) -> Path:
         raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
     else:
         found = _directory(source, config.dtype)
-    save_directory(
-        target,
-        found.arch,
-        found.params,
-        found.tokenizer,
-        score_head="score" in found.params,
-        dtype=config.dtype,
-        base_config=found.raw,
-        base_generation=found.generation,
-        shard_bytes=int(config.shard_gb * 1e9),
-        **found.token_ids,
-    )
+    with written(f"output {target}"):
+        save_directory(
+            target,
+            found.arch,
+            found.params,
+            found.tokenizer,
+            score_head="score" in found.params,
+            dtype=config.dtype,
+            base_config=found.raw,
+            base_generation=found.generation,
+            shard_bytes=int(config.shard_gb * 1e9),
+            **found.token_ids,
+        )
     print(f"wrote {target}: {hf.find_family(found.arch, found.raw).model_type} in {config.dtype}")
     return target
 

@@ -2,71 +2,109 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rlhf_jax.directory import Lines, as_json, to_json, write_text
-from rlhf_jax.errors import UserError
+from rlhf_jax import hosts
+from rlhf_jax.directory import as_json
+from rlhf_jax.errors import UserError, reason
+from rlhf_jax.files import Lines, check_output, is_stream, json_lines, replace_all, to_json, write_output
+
+START = b'{"made of"'
+"""How OUTPUT.part begins."""
+
+WRITTEN = "written"
+"""Key of the line that comes before OUTPUT is written: the digest of that."""
 
 
 class Journal:
     """OUTPUT.part while OUTPUT is being made: a line that says of what, then JSON lines in an order fixed beforehand.
 
     A kill at any moment leaves whole lines and perhaps part of one, which is cut. So what is there says how far the
-    command came, and going on gives the same bytes as if nothing had happened.
+    command came, and going on gives the same bytes as if nothing had happened. For an output that is a device, a pipe
+    or nothing at all there is no such file, and all is in memory. Process 0 writes.
 
     Attributes:
         rows: the lines after the first.
     """
 
-    def __init__(self, output: Path, made_of: dict[str, Any], *, overwrite: bool):
+    def __init__(self, output: str | Path, made_of: dict[str, Any], *, overwrite: bool):
         """Claim OUTPUT.part and read it; `made_of` is all that decides its content.
 
+        With `overwrite` only what a command with `overwrite` began is gone on with.
+
         Raises:
-            UserError: another process writes it, or it is made of something else.
+            UserError: OUTPUT cannot be written, or is there and may not be replaced; another process writes
+                OUTPUT.part, or it is made of something else.
         """
-        self.output, self.path = output, output.with_name(output.name + ".part")
-        self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 (it stays open, for the lock)
-        try:  # flock, since lockf would let go when `Lines` closes the file
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            self._file.close()
-            raise UserError(f"{self.path} is being written by another process; wait for it, or stop it") from error
-        except OSError:  # a file system without locks
-            pass
+        self.output = str(output)
+        self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
+        self._file: IO[bytes] | None = None
+        self._header = as_json({"made of": made_of, **({"overwrite": True} if overwrite else {})})
         try:
-            self.rows = self._read(made_of, overwrite)
+            self.rows: list[dict[str, Any]] = hosts.from_first(lambda: self._open(overwrite))
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
-    def _read(self, made_of: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-        if overwrite:
-            os.truncate(self.path, 0)
-        self._lines = Lines(self.path)
-        whole = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        os.truncate(self.path, sum(map(len, whole)))
-        wanted = as_json({"made of": made_of})
-        if not whole:
-            self._lines.add([wanted])
+    def _open(self, overwrite: bool) -> list[dict[str, Any]]:
+        check_output(self.output, overwrite=overwrite or self._is_written())
+        if self.path is None:
             return []
         try:
-            header, *rows = [json.loads(line) for line in whole]
-        except ValueError as error:
-            raise UserError(f"{self.path} is damaged ({error}); delete it or pass --overwrite true") from error
-        if header != wanted:
-            raise UserError(f"{self.path} {_difference(header, wanted)}; give the same, or pass --overwrite true")
-        return rows
+            self._file = open(self.path, "ab")  # noqa: SIM115 (it stays open, for the lock)
+            try:  # flock, since lockf would let go when `Lines` closes the file
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise UserError(f"{self.path} is being written by another process; wait for it, or stop it") from error
+            except OSError:  # a file system without locks
+                pass
+            self._lines = Lines(self.path)
+            return self._read(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        data = path.read_bytes()
+        lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+        header = _loaded(lines[0]) if lines else None
+        begun = START.startswith(data[: len(START)])  # else it is somebody else's
+        if (not lines and begun) or (header != self._header and "overwrite" in self._header):
+            os.truncate(path, 0)
+            self._lines.add([self._header], sync=True)
+            return []
+        if header != self._header:
+            raise UserError(f"{path} {_difference(header, self._header)}; give the same, or pass --overwrite true")
+        found = [_loaded(line) for line in lines[1:]]
+        count = next((i for i, row in enumerate(found) if row is None or WRITTEN in row), len(found))
+        if count < len(found) and found[count] is None:
+            print(f"{path}: line {count + 2} is damaged; going on from there")
+        os.truncate(path, sum(map(len, lines[: count + 1])))
+        return [row for row in found[:count] if row is not None]
+
+    def _is_written(self) -> bool:
+        """Whether OUTPUT is what OUTPUT.part was finished with: a kill came before that was removed."""
+        try:
+            *_, last = self.path.read_bytes().splitlines() if self.path else [b""]
+            digest = hashlib.sha256(Path(self.output).read_bytes()).hexdigest()
+            return bool(json.loads(last).get(WRITTEN) == digest)
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def cut(self, count: int) -> None:
         """Keep the first `count` rows."""
-        lines = self.path.read_bytes().splitlines(keepends=True)[: count + 1]
-        os.truncate(self.path, sum(map(len, lines)))
         self.rows = self.rows[:count]
+
+        path = self.path
+        if path is not None:
+            self._on_first(lambda: os.truncate(path, sum(map(len, path.read_bytes().splitlines(True)[: count + 1]))))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; they are on disk when this returns.
@@ -74,29 +112,83 @@ class Journal:
         Raises:
             UserError: the disk is full.
         """
-        try:
-            self._lines.add(rows)
-            self._lines.sync()
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; free space, then give the same command again") from error
+        if self.path is not None:
+            self._on_first(lambda: self._lines.add(rows, sync=True))
         self.rows += as_json(rows)
 
-    def finish(self, rows: list[dict[str, Any]]) -> None:
-        """Write OUTPUT in one step and forget what led to it."""
-        write_text(self.output, "".join(to_json(row) + "\n" for row in rows))
-        self.path.unlink()
+    def _on_first(self, change: Callable[[], None]) -> None:
+        def tried() -> None:
+            try:
+                change()
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: {reason(error)}; {len(self.rows)} rows are whole there; mend that, then give the "
+                    "same command again"
+                ) from error
+
+        hosts.from_first(tried)
+
+    def finish(
+        self, rows: list[dict[str, Any]], summary: dict[str, Any] | None = None, to: Path | None = None
+    ) -> None:
+        """Write OUTPUT, to standard output if it is empty, and the summary if there is one; forget what led to them.
+
+        Args:
+            rows: of OUTPUT.
+            summary: of what they are.
+            to: where the summary goes; by default OUTPUT.summary.json, without OUTPUT's own ending.
+
+        Raises:
+            UserError: they cannot be written; what was there of them is as it was, and OUTPUT.part is whole.
+        """
+        hosts.from_first(lambda: self._finish(json_lines(rows), summary, to))
+
+    def _finish(self, data: bytes, summary: dict[str, Any] | None, to: Path | None) -> None:
+        if self.path is None:
+            return write_output(self.output, data)
+        files: list[tuple[Path, str | bytes]] = [(Path(self.output), data)]
+        if summary is not None:
+            to = to or Path(self.output).with_suffix(".summary.json")
+            files.append((to, to_json(summary, indent=1) + "\n"))
+        try:
+            self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
+            replace_all(files)
+        except OSError as error:
+            raise UserError(
+                f"output {self.output}: {reason(error)}; what was computed is in {self.path}; mend that, then give "
+                "the same command again"
+            ) from error
+        with contextlib.suppress(OSError):  # it is of no account now, and gone on with next time
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        """Let other processes have OUTPUT.part."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._file.close()
+        self.close()
+
+
+def _loaded(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line; None if there is something else."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _difference(header: Any, wanted: dict[str, Any]) -> str:
     """What OUTPUT.part is made of that is another now."""
-    then, now = (each.get("made of") if isinstance(each, dict) else None for each in (header, wanted))
-    if not isinstance(then, dict) or now is None:
+    then, now = header.get("made of") if isinstance(header, dict) else None, wanted["made of"]
+    if not isinstance(then, dict):
         return "was not written by this command"
-    name = next(name for name in [*then, *now] if then.get(name) != now.get(name))
+    name = next((name for name in [*then, *now] if then.get(name) != now.get(name)), None)
+    if name is None:
+        return "was begun with --overwrite true"
     return f"is made with {name} {then.get(name, 'nothing')!r}, not {now.get(name, 'nothing')!r}"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import hosts, ppo, reward, sft
+from rlhf_jax import files, hosts, ppo, reward, sft
 from rlhf_jax.config import (
     ArchConfig,
     DataConfig,
@@ -29,7 +29,7 @@ from rlhf_jax.config import (
     SFTConfig,
     SFTRun,
 )
-from rlhf_jax.directory import SUMMARY, earlier_summary, from_json, to_json, write_config
+from rlhf_jax.directory import SUMMARY, earlier_summary, write_config
 from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.generate import Generator
 from rlhf_jax.sharding import make_mesh
@@ -207,8 +207,8 @@ def report(
     }
     if not hosts.is_first():
         return summary
-    (path / SUMMARY).write_text(to_json(summary, indent=1) + "\n")
-    history = [from_json(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    files.replace(path / SUMMARY, files.to_json(summary, indent=1) + "\n")
+    history = [files.from_json(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     learning_curves(path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks")
     rows = [[f"mean optimality, {name}", f"{means[name]:.3f}"] for name in means]
     rows += [

@@ -12,7 +12,8 @@ from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.inference import check_output, write_rows
+from rlhf_jax.files import check_output
+from rlhf_jax.inference import write_rows
 from rlhf_jax.rankings import consensus_ranks
 from rlhf_jax.rewards import call_reward
 from rlhf_jax.scoring import plain
@@ -26,7 +27,7 @@ def run(config: RateRun, *, rows: Any = None, function: Callable[..., Any] | Non
 
     Rater r sees value + noise * std(values) * e, e from N(0, 1), anew for every response of every row.
     """
-    check_output(config.output, config.overwrite)
+    check_output(config.output, overwrite=config.overwrite)
     given: list[Ranking] = []
     dropped = 0
     for row in rows_from(config.path if rows is None else rows, config.fields):

@@ -16,7 +16,8 @@ from rlhf_jax.config import BestOfNRun, ModelConfig, RejectionRun, SFTRun
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.directory import names_given
 from rlhf_jax.drawing import digest, prompts_of
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.files import replacing
 from rlhf_jax.run import Run, check_output_dir
 from rlhf_jax.stage import replace
 
@@ -35,22 +36,28 @@ def run(
     A round is a step of the run: it is saved when it ends, and within it sampling and SFT continue by themselves.
     `rows` (dicts with a prompt), `functions` and `gold` replace those that the config names.
     """
-    if (finished := check_output_dir("rejection", config)) is not None:
+    given = names_given(rows=rows, functions=functions, gold=gold)
+    if (finished := check_output_dir("rejection", config, given)) is not None:
         return finished
     total, path = config.rejection.rounds, Path(config.run.output_dir)
     prompts = prompts_of(sampling_of(config, 0), rows)
-    given = names_given(rows=rows, functions=functions, gold=gold)
     with Run("rejection", config, total=total, shown=("rollout/reward", "rollout/gold"), given=given) as out:
         tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})
         done = list(notes.get("rounds", []))
+        if not out.resumed:  # from here on what a round has left is of this very run
+            out.save_now(0, tree, {"rounds": done})
         for k in range(out.start, total):
-            done.append(one_round(config, k, rows, functions, gold))
+            try:
+                done.append(one_round(config, k, rows, functions, gold))
+            except Stopped as stopped:
+                raise Stopped(f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}") from stopped
             out.write(k + 1, metrics_of(done[-1]))
             out.bar.update(1)
             tree = {"round": jnp.asarray(k + 1, jnp.int32)}
             out.save_now(k + 1, tree, {"rounds": done})
             out.save_if_due(k + 1, tree, {"rounds": done})
-        shutil.copytree(place(config, total - 1) / "sft" / "model", path / "model", dirs_exist_ok=True)
+        with replacing(path / "model") as new:
+            shutil.copytree(place(config, total - 1) / "sft" / "model", new, dirs_exist_ok=True)
         return out.finish({"rounds": done})
 
 
@@ -64,15 +71,23 @@ def one_round(
     """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss."""
     best = sampling_of(config, k)
     output = Path(best.output)
-    if output.exists() and not best.overwrite:
-        summary = json.loads(output.with_suffix(".summary.json").read_text())
-    else:
+    summary = finished(output)
+    if summary is None:
         summary = bestofn.run(best, rows=rows, functions=functions, gold=gold)
     chosen = [row for row in rows_from(str(output)) if row["response"].strip()]
     if not chosen:
         raise UserError(f"round {k + 1}: the best response to every prompt is empty; look at {output}")
     trained = sft.run(training_of(config, k), rows=chosen)
     return {**summary, "kept": len(chosen), "eval/total": trained["eval/total"]}
+
+
+def finished(output: Path) -> dict[str, Any] | None:
+    """The summary of samples that are all there; None if they are to be made."""
+    try:
+        summary: dict[str, Any] = json.loads(output.with_suffix(".summary.json").read_text())
+        return summary if len(output.read_bytes().splitlines()) == summary["prompts"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def place(config: RejectionRun, k: int) -> Path:
@@ -98,7 +113,7 @@ def sampling_of(config: RejectionRun, k: int) -> BestOfNRun:
         batch_size=config.rejection.sample_batch_size,
         reward=config.reward,
         seed=(config.run.seed + k) % 2**32,
-        overwrite=config.run.overwrite,
+        overwrite=True,
         progress=config.run.progress,
         mesh=config.mesh,
         output=str(place(config, k) / BEST),
@@ -108,7 +123,7 @@ def sampling_of(config: RejectionRun, k: int) -> BestOfNRun:
 def training_of(config: RejectionRun, k: int) -> SFTRun:
     """What round k trains on that."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SFTRun)}
-    run = replace(config.run, output_dir=str(place(config, k) / "sft"))
+    run = replace(config.run, output_dir=str(place(config, k) / "sft"), overwrite=False)
     return SFTRun(**{**settings, "model": policy_of(config, k), "run": run})
 
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from rlhf_jax import directory, hosts
 from rlhf_jax.checkpoint import Checkpoints, reason_of
+from rlhf_jax.contents import contents
 from rlhf_jax.errors import Stopped, UserError, printable
+from rlhf_jax.files import replace, to_json
 from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.step import pack
 from rlhf_jax.types import Metrics
@@ -38,9 +40,9 @@ def close_bars() -> None:
         bar.close()
 
 
-def check_output_dir(stage: str, config: Any) -> dict[str, Any] | None:
+def check_output_dir(stage: str, config: Any, given: Sequence[str] = ()) -> dict[str, Any] | None:
     """`directory.check_output_dir` as process 0 finds it, since it holds the directory soon after."""
-    return hosts.from_first(lambda: directory.check_output_dir(stage, config))
+    return hosts.from_first(lambda: directory.check_output_dir(stage, config, given, contents(config)))
 
 
 class Run:
@@ -87,50 +89,49 @@ class Run:
         self.rows_of: Callable[[int], list[str]] = lambda i: []
         self._pending: tuple[Any, ...] | None = None
         self._writer: Any = None
+        self._metrics, self._samples = (directory.Log(self.dir / n) for n in (directory.METRICS, directory.SAMPLES))
         self._disk_full = False
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(
-            self.dir / directory.CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every
-        )
-        self._claim()
+        place = self.dir / directory.CHECKPOINTS
+        self.checkpoints = Checkpoints(place, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        self._lock: Any = None
+        step = self.checkpoints.last = hosts.from_first(self._take)
+        self.resumed, self.start = step is not None, step or 0
+        hosts.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
         self.started = self._since = self._saved_at = time.time()
         self.interrupts = Interrupts(self.say)
         shows = config.run.progress and self.is_writer
         self.bar = tqdm(total=total, initial=self.start, desc=stage, disable=not shows, dynamic_ncols=True)
         BARS.add(self.bar)
 
-    def _claim(self) -> None:
-        self._lock: Any = None
-        step = self.checkpoints.last = hosts.from_first(self._take)
-        self.resumed, self.start = step is not None, step or 0
-        hosts.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
-
     def _take(self) -> int | None:
         """Hold the directory, find the step to continue after and make the files ready; process 0 only."""
         try:
-            directory.check_output_dir(self.stage, self.settings)
+            self._files = contents(self.settings)
+            directory.check_output_dir(self.stage, self.settings, self.given, self._files)
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = directory.hold(self.dir)
-            found = directory.read_record(self.dir) is not None and not self.config.overwrite
+            record = directory.read_record(self.dir) or {"status": directory.VOID}
+            found = record["status"] != directory.VOID and not self.config.overwrite
             step = self.checkpoints.newest_intact(self.say) if found else None
             self.resumed, self.start = step is not None, step or 0
             self._prepare()
         except OSError as error:
             raise UserError(f"run.output_dir {self.dir}: {error.strerror}; choose another place") from error
         if found:
-            where = f"continuing after step {self.start} of {self.total}"
-            self.say(f"{self.stage}: {self.dir}: {where if self.resumed else 'no checkpoint yet, starting anew'}")
+            continuing = f"continuing after step {self.start} of {self.total}"
+            where = continuing if self.resumed else "no checkpoint yet, starting anew"
+            broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
+            self.say(f"{self.stage}: {self.dir}: {where}{broken}")
         return step
 
     def _prepare(self) -> None:
         if not self.resumed:
-            directory.wipe(self.dir)
-        self._record("running")
+            directory.wipe(self.stage, self.dir)
         directory.write_config(self.dir, self.stage, self.settings)
-        self._metrics, self._samples = (directory.Lines(self.dir / n) for n in (directory.METRICS, directory.SAMPLES))
-        if self.resumed:
-            for lines in (self._metrics, self._samples):
-                directory.cut_after(lines.path, self.start)
+        for log in (self._metrics, self._samples):
+            log.begin(self.start if self.resumed else None)
+        self._record("running")
         if self.config.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -138,17 +139,13 @@ class Run:
             self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=purge)
 
     def _record(self, status: str, note: str = "", step: int | None = None) -> None:
-        record = {
-            "stage": self.stage,
-            "status": status,
-            "note": note,
-            "step": self.start if step is None else step,
-            "total": self.total,
-            "given": list(self.given),
-            "cwd": str(Path.cwd()),
-            "config": directory.plain(self.settings),
-        }
-        directory.write_record(self.dir, record)
+        step = self.start if step is None else step
+        directory.write_record(self.dir, {**self._about(), "status": status, "note": note, "step": step})
+
+    def _about(self) -> dict[str, Any]:
+        """What run.json and every checkpoint say of the run."""
+        about = {"stage": self.stage, "total": self.total, "given": list(self.given), "cwd": str(Path.cwd())}
+        return {**about, "files": self._files, "config": directory.plain(self.settings)}
 
     def __enter__(self) -> Run:
         return self
@@ -175,7 +172,8 @@ class Run:
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_writer:
-            tqdm.write(printable(text, lines=True))
+            with contextlib.suppress(OSError):  # nobody may be there to read it, after SIGHUP
+                tqdm.write(printable(text, lines=True))
 
     # --- continuing
 
@@ -202,6 +200,11 @@ class Run:
         self._improvements = [(step, v) for step, v in record["improvements"] if v is not None and math.isfinite(v)]
         self.skipped, self._streak = record["skipped"], record["streak"]
         self.last_metrics = record["metrics"]
+        for log in (self._metrics, self._samples):
+            written = record.get("lines", {}).get(log.path.name, log.count)
+            if log.count != written:
+                line = f"has {log.count} whole lines up to step {self.start}, but {written} were written"
+                self.say(f"{self.stage}: {log.path} {line}; what is missing is lost")
         self.started = time.time() - record["elapsed_s"]
         tree = self.checkpoints.restore(self.start, tree)
         self._saved_at = self._since = time.time()
@@ -260,7 +263,8 @@ class Run:
             "elapsed_s": time.time() - self.started,
             "notes": notes,
             "identity": self._identity,
-            "config": directory.plain(self.settings),
+            "run": self._about(),
+            "lines": {log.path.name: log.count for log in (self._metrics, self._samples)},
         }
         if self.is_writer:
             self._metrics.sync()
@@ -400,9 +404,8 @@ class Run:
         self.last_metrics = {**self.last_metrics, **metrics}
         if not self.is_writer:
             return
-        self._append(
-            self._metrics, [{"step": step, "time/elapsed_s": round(time.time() - self.started, 3), **metrics}]
-        )
+        row = {"step": step, "time/elapsed_s": round(time.time() - self.started, 3), **metrics}
+        self._append(self._metrics, [row])
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
@@ -414,16 +417,15 @@ class Run:
         if self.is_writer and rows:
             self._append(self._samples, [{"step": step, **row} for row in rows])
 
-    def _append(self, lines: directory.Lines, rows: list[dict[str, Any]]) -> None:
+    def _append(self, log: directory.Log, rows: list[dict[str, Any]]) -> None:
         try:
-            lines.add(rows)
+            log.add(rows)
             self._disk_full = False
         except OSError as error:
-            text = f"{lines.path} could not be written ({error.strerror})"
+            text = f"{log.path} could not be written ({reason_of(error)})"
             if self.settings.checkpoint.on_failure == "stop":
-                raise UserError(
-                    f"{text}; free space or mend its permissions, then {self.how_to_continue()}"
-                ) from error
+                cure = f"free space or mend its permissions, then {self.how_to_continue()}"
+                raise UserError(f"{text}; {cure}") from error
             if not self._disk_full:
                 self.say(f"{self.stage}: {text}; training continues, its lines are tried again with the next ones")
             self._disk_full = True
@@ -432,18 +434,18 @@ class Run:
         """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept."""
         self.flush()
         if self.is_writer:
-            for lines in (self._metrics, self._samples):
-                lines.add([])  # what a full disk had refused
+            for log in (self._metrics, self._samples):
+                log.add([], sync=True)  # what a full disk had refused
         summary = {"stage": self.stage, **summary, "skipped": self.skipped}
         summary["wall_s"] = round(time.time() - self.started, 2)
         if self.best is not None:
             summary["best_step"] = self.best[0]
         self.checkpoints.wait()
         if self.is_writer:
-            directory.write_text(self.dir / directory.SUMMARY, directory.to_json(summary, indent=1) + "\n")
+            replace(self.dir / directory.SUMMARY, to_json(summary, indent=1) + "\n")
             self._record("finished", step=self.total)
-        if not self.settings.checkpoint.keep_finished:
-            self.checkpoints.clear()
+            if not self.settings.checkpoint.keep_finished:
+                directory.drop_checkpoints(self.dir)
         self.bar.close()
         self.say(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
         return summary

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.directory import METRICS, RECORD, from_json, is_held, read_record
+from rlhf_jax.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.files import from_json
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""
@@ -22,8 +23,11 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     """
     path = Path(directory).absolute()
     record = read_record(path)
-    if record is None or not (path / "config.yaml").is_file():
+    if record is None or record["status"] == VOID:
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
+    check_name(path, directory)
+    if not (path / "config.yaml").is_file():
+        write_config(path, record["stage"], record["config"])
     if record["given"]:
         raise UserError(
             f"{directory} got {', '.join(record['given'])} from Python, which no file holds; call "
@@ -56,7 +60,7 @@ def status_of(path: Path, record: dict[str, Any]) -> str:
     """running, finished, stopped (by a signal, saved), failed (with an error), or crashed (killed)."""
     if is_held(path):
         return "running"
-    return "crashed" if record["status"] == "running" else record["status"]
+    return "crashed" if record["status"] in ("running", VOID) else record["status"]
 
 
 def age(seconds: float) -> str:

@@ -88,7 +88,7 @@ def run_stage(
         conclude: (the parameters to save, the summary) of the kept ones, with a frozen base those of the adapters and
             heads; without it these and their evaluation.
     """
-    if (finished := check_output_dir(name, config)) is not None:
+    if (finished := check_output_dir(name, config, given)) is not None:
         return finished
     init_key, step_key, extra_key = jax.random.split(jax.random.key(config.run.seed), 3)
     mesh, data = make_mesh(config.mesh), config.data

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disk import fails
 from test_cli import call, here, home, refused  # noqa: F401 (fixtures)
 from test_ppo_stage import fakes, one_device  # noqa: F401
 from tiny import TOY_ROWS, bigram_params, toy_run
@@ -483,51 +484,23 @@ def test_an_evaluation_whose_save_failed_is_not_the_best(tmp_path, monkeypatch):
 
 
 def test_lines_that_a_full_disk_refuses_come_with_the_next_ones_whole_and_in_order(tmp_path, monkeypatch):
-    lines = directory.Lines(tmp_path / "metrics.jsonl")
-    lines.add([{"step": 1}])
-    real = open
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def tell(self):
-            return self.file.tell()
-
-        def write(self, data):
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full(real(*args, **kwargs)))
-    for step in (2, 3):
-        with pytest.raises(OSError, match="No space left"):
-            lines.add([{"step": step}])
-    monkeypatch.undo()
-    assert lines.path.read_text() == '{"step": 1}\n'
-    lines.add([{"step": 4}])
+    log = directory.Log(tmp_path / "metrics.jsonl")
+    log.begin(None)
+    log.add([{"step": 1}])
+    with monkeypatch.context() as patch:
+        fails(patch, "write", {1, 3}, of="metrics.jsonl")
+        for step in (2, 3):
+            with pytest.raises(OSError, match="No space left"):
+                log.add([{"step": step}])
+    assert log.path.read_text() == '{"step": 1}\n' and log.count == 3
+    log.add([{"step": 4}])
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
 def test_metrics_that_cannot_be_written_follow_the_same_setting(tmp_path, monkeypatch, capsys, on_failure):
     config = settings(tmp_path / "run", checkpoint__on_failure=on_failure)
-    add, calls = directory.Lines.add, []
-
-    def failing(self, rows):
-        calls.append(rows)
-        if 3 <= len(calls) <= 5:
-            self.waiting += "".join(json.dumps(row) + "\n" for row in rows).encode()
-            raise OSError(28, "No space left on device")
-        add(self, rows)
-
-    monkeypatch.setattr(directory.Lines, "add", failing)
+    fails(monkeypatch, "write", {5, 7, 9}, of="metrics.jsonl")
     if on_failure == "stop":
         with pytest.raises(UserError, match=r"metrics.jsonl could not be written \(No space left on device\); free"):
             run_fit(config)

@@ -308,7 +308,7 @@ def summary(votes: Votes, total: int) -> str:
 
 
 def run(config: LabelRun) -> None:
-    """Serve the page until Ctrl-C or SIGTERM, then say what was gathered."""
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
     items, note = items_of(rows_from(config.path, config.fields))
     with contextlib.closing(Votes(config.output, items)) as votes:
         token = secrets.token_urlsafe(24)
@@ -323,7 +323,9 @@ def run(config: LabelRun) -> None:
             tell(
                 f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)",
             )
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    signal.signal(number, signal.default_int_handler)
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()
         tell("\n" + summary(votes, len(items)))

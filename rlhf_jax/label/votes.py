@@ -16,8 +16,8 @@ from rlhf_jax import rankings
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.data.votes import VOTE
-from rlhf_jax.directory import Lines, check_writable
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import Lines, check_writable
 from rlhf_jax.label.items import Item
 
 START = b'{"item": "'
@@ -75,8 +75,7 @@ class Votes:
             OSError: it is not.
         """
         with self._one_at_a_time:
-            self._lines.add([vote])
-            self._lines.sync()
+            self._lines.add([vote], sync=True)
             self.latest[vote["item"], vote["rater"]] = vote
 
     def close(self) -> None:

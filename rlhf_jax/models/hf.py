@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import replacing
 from rlhf_jax.hosts import barrier, is_first, to_host
 from rlhf_jax.models.config_json import (
     family_of,
@@ -316,21 +316,9 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Any]], files: list
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `path` when the block ends well, with the files it did not write."""
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{word}-{uuid.uuid4().hex[:8]}") for word in ("new", "old"))
-    new.mkdir()
-    try:
+    """`files.replacing`, where the new directory gains those files of the old one that nothing supersedes."""
+    with replacing(path) as new:
         yield new
         for file in path.iterdir() if path.exists() else []:
             if not (new / file.name).exists() and not _STALE.fullmatch(file.name):
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
 
     The summary has `before` and `after`: the first evaluation and that of the policy that is kept.
     """
-    if (finished := check_output_dir(stage, config)) is not None:
+    if (finished := check_output_dir(stage, config, names_given(**overrides))) is not None:
         return finished
     online = method(config, **overrides)
     total = online.settings.iterations

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from rlhf_jax.config import PlanRun
-from rlhf_jax.directory import to_json
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.files import to_json
 from rlhf_jax.planning.chips import GIB, Chip, find_topology
 from rlhf_jax.planning.flops import count_flops
 from rlhf_jax.planning.hlo import BETWEEN_SLICES, Traffic, traffic

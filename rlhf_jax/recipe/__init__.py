@@ -14,8 +14,9 @@ from typing import Any
 
 from rlhf_jax import cli, hosts, stage
 from rlhf_jax.config import RecipeRun
-from rlhf_jax.directory import SUMMARY, to_json, write_text
+from rlhf_jax.directory import SUMMARY
 from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.files import replace, to_json
 from rlhf_jax.recipe.reading import Stage, Tree, read, replaced
 from rlhf_jax.recipe.record import Action, Record
 from rlhf_jax.recipe.report import figures_of, planned, summary_of, table
@@ -114,7 +115,7 @@ def perform(one: Stage, action: Action, record: Record) -> None:
 def conclude(stages: Sequence[Stage], actions: Mapping[str, Action], record: Record) -> dict[str, Any]:
     """Write summary.json; returns what it holds."""
     summary = summary_of(stages, actions, record.entries)
-    write_text(record.root / SUMMARY, to_json(summary, indent=1) + "\n")
+    replace(record.root / SUMMARY, to_json(summary, indent=1) + "\n")
     return summary
 
 

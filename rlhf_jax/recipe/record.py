@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax import directory
-from rlhf_jax.errors import UserError
+from rlhf_jax import directory, files
+from rlhf_jax.contents import contents, digest_below
+from rlhf_jax.errors import UserError, reason
 from rlhf_jax.recipe.reading import Stage
 
 FILE = "recipe.json"
 
-OF_NO_ACCOUNT = ("overwrite", "progress")
+OF_NO_ACCOUNT = ("overwrite", "progress", "output", "out")
 """Settings, besides those of a run directory, that say nothing about what a stage makes."""
+
+GROWS = ("label",)
+"""Commands whose output may grow after their end."""
 
 Action = Literal["skip", "run", "replace"]
 
@@ -23,8 +27,9 @@ Action = Literal["skip", "run", "replace"]
 class Record:
     """The directory of a recipe, held by this process.
 
-    recipe.json maps the label of a stage to {command, status, output, inputs, config}, where `inputs` are the stages
-    that it read from (label -> id of what they had made), and once it is finished to {id, wall_s, figures} too.
+    recipe.json maps the label of a stage to {command, status, output, inputs, files, config, replaces}: `inputs` are
+    the stages that it read from (label -> id of what they had made), `files` the contents of what it read, `replaces`
+    whether something was there before. Once it is finished, to {id, wall_s, figures, made} too, the last a digest.
     """
 
     def __init__(self, root: Path):
@@ -39,7 +44,7 @@ class Record:
         Raises:
             UserError: it cannot be written to, or another process holds it.
         """
-        directory.check_writable(self.root, f"output_dir {self.root}")
+        files.check_writable(self.root, f"output_dir {self.root}")
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = directory.hold(self.root)
 
@@ -52,7 +57,10 @@ class Record:
         try:
             self.entries = json.loads(self.path.read_text()) if self.path.exists() else {}
         except ValueError as error:
-            raise UserError(f"{self.path} is broken ({error}); delete it and the stages' directories") from error
+            raise UserError(
+                f"{self.path} is broken ({reason(error)}); delete it: runs are then taken as they are, "
+                "and other outputs made anew with --overwrite true"
+            ) from error
 
     def actions(self, stages: Sequence[Stage], *, overwrite: bool) -> dict[str, Action]:
         """What to do about each stage: leave it as it is, start or continue it, or make it anew.
@@ -69,13 +77,15 @@ class Record:
                     f"stage {stage.label}: {stage.output} {why}; pass --overwrite true to make it and what follows "
                     "anew, or choose another output_dir"
                 )
-            there = Path(stage.output).exists()
+            output = Path(stage.output)
             if why:
                 found[stage.label] = "replace"
-            elif entry and entry["status"] == "finished" and there:
+            elif entry and entry["status"] == "finished" and output.exists():
                 found[stage.label] = "skip"
-            else:  # a file that a kill left unrecorded may be cut short; a run directory knows better itself
-                found[stage.label] = "replace" if entry and Path(stage.output).is_file() else "run"
+            else:  # a run directory knows itself what of it is this stage's work
+                begun = entry or overwrite
+                replaces = entry and entry.get("replaces") and not (output / directory.RECORD).exists()
+                found[stage.label] = "replace" if begun and (output.is_file() or replaces) else "run"
         return found
 
     def changed(self, stage: Stage, actions: dict[str, Action]) -> str:
@@ -83,8 +93,9 @@ class Record:
         entry = self.entries[stage.label]
         if entry["command"] != stage.command:
             return f"was made by {entry['command']}, not {stage.command}"
-        differ = directory.changes(stage.config, entry)
-        differ = {name: pair for name, pair in differ.items() if name not in OF_NO_ACCOUNT}
+        before, files = entry.get("files", {}), contents(stage.config)
+        same = {name for name in files if before.get(name) == files[name]} | set(OF_NO_ACCOUNT)
+        differ = {name: pair for name, pair in directory.changes(stage.config, entry).items() if name not in same}
         keeps = getattr(stage.config, "checkpoint", None)
         if differ and not (keeps is not None and keeps.allow_changes):
             name, (then, now) = next(iter(differ.items()))
@@ -92,34 +103,42 @@ class Record:
         for label in stage.inputs:
             if actions[label] != "skip" or entry["inputs"].get(label) != self.entries[label]["id"]:
                 return f"was made of another {label}"
+        for name in files:
+            if before.get(name, files[name]) != files[name]:
+                return f"was made when {name} had other contents"
+        output, made = Path(stage.output), entry.get("made")
+        if made and output.exists() and stage.command not in GROWS and made != digest_below(output):
+            return "has changed since it was made"
         return ""
 
     def start(self, stage: Stage, action: Action) -> None:
         """Write that a stage is under way; what it replaces is no longer taken for its work, whatever happens next."""
-        if action == "replace":
-            output = Path(stage.output)
-            (output / directory.RECORD if output.is_dir() else output).unlink(missing_ok=True)
+        if action == "replace" and (Path(stage.output) / directory.RECORD).exists():
+            directory.mark_void(Path(stage.output))
         inputs = {label: self.entries[label]["id"] for label in stage.inputs}
         self.entries[stage.label] = {
             "command": stage.command,
             "status": "started",
             "output": stage.output,
             "inputs": inputs,
+            "files": contents(stage.config),
             "config": directory.plain(stage.config),
+            "replaces": action == "replace",
         }
         self._write()
 
     def finish(self, stage: Stage, wall_s: float, figures: dict[str, Any]) -> None:
         """Write that it is done, and what came out."""
         done = {"status": "finished", "id": secrets.token_hex(8), "wall_s": wall_s, "figures": figures}
+        done["made"] = digest_below(Path(stage.output))
         self.entries[stage.label] |= done
         self._write()
 
     def _write(self) -> None:
         try:
-            directory.write_text(self.path, directory.to_json(self.entries, indent=1) + "\n")
+            files.replace(self.path, files.to_json(self.entries, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; mend that, then give the same command again") from error
+            raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
 
     def close(self) -> None:
         """Let others have the directory."""

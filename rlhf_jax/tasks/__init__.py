@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.directory import to_json
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import json_lines, replace
 
 
 def label_pairs(
@@ -60,4 +60,4 @@ def label_pairs(
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as JSON lines."""
-    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    replace(path, json_lines(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import replace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +85,9 @@ def learning_curves(path_png: str | Path, history: Sequence[dict[str, Any]], tit
     _draw_rewards(left, lines, gold)
     _draw_trade(figure, right, gold or lines, "rollout/gold" if gold else None)
     Path(path_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path_png, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    replace(path_png, drawn.getvalue())
 
 
 def _draw_rewards(axes: Axes, lines: list[dict[str, Any]], gold: list[dict[str, Any]]) -> None:

@@ -1,0 +1,365 @@
+"""Files that no failure and no kill makes worse: replaced in one step, or appended to in whole lines. Floor 0.
+
+All that reaches the disk here goes through functions of `os`, so that a test can have any one of them fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError, reason
+
+UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
+NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as other programs read it too: every file of ours is written with this.
+
+    A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
+    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are, but those that
+    are not seen, lone surrogates among them, are escaped, and come back. Arrays become lists, and dates the text of ISO 8601.
+
+    Raises:
+        UserError: JSON has no form for a part of it.
+    """
+    options: dict[str, Any] = {"indent": indent, "allow_nan": False, "ensure_ascii": False, "default": _plain}
+    try:
+        try:
+            text = json.dumps(value, **options)
+        except ValueError:
+            text = json.dumps(_finite(json.loads(json.dumps(value, default=_plain)))[0], **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"this cannot be written as JSON ({reason(error)})") from error
+    return UNSEEN_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _plain(value: Any) -> Any:
+    for method in ("tolist", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"a {type(value).__name__} has no form there")
+
+
+def _finite(value: Any) -> tuple[Any, str]:
+    """(a value with null for numbers that are not finite, what the first was of those that no field of it says)."""
+    if isinstance(value, float):
+        return (value, "") if math.isfinite(value) else (None, str(value))
+    if isinstance(value, list):
+        parts = [_finite(item) for item in value]
+        return [part for part, _ in parts], next((why for _, why in parts if why), "")
+    if isinstance(value, dict):
+        found: dict[Any, Any] = {}
+        for name, item in value.items():
+            found[name], why = _finite(item)
+            if why:
+                found.setdefault(f"{name}_is", why)
+        return found, ""
+    return value, ""
+
+
+def from_json(text: str | bytes) -> Any:
+    """What `to_json` was given, numbers that are not finite included (those within lists stay null)."""
+
+    def restored(found: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in found if found[name] is None and found.get(f"{name}_is") in NOT_FINITE]:
+            found[name] = float(found.pop(f"{name}_is"))
+        return found
+
+    return json.loads(text, object_hook=restored)
+
+
+def json_lines(rows: Sequence[Any]) -> bytes:
+    """Rows as JSON, a line each.
+
+    Raises:
+        UserError: JSON has no form for a part of a row, which is named if it knows where it came from.
+    """
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            found.append(to_json(row) + "\n")
+        except UserError as error:
+            where = row.get("_where", f"row {number}") if isinstance(row, dict) else f"row {number}"
+            raise UserError(f"{where}: {error}; leave it out or give it as text") from error
+    return "".join(found).encode()
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is written to rather than replaced: a device, a pipe or a socket, as /dev/stdout may be."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def replace(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file in one step: a failure or a kill leaves the old or the new one, whole. A stream is written to.
+
+    Raises:
+        OSError: it is not written, and what was there is as it was.
+    """
+    replace_all([(path, data)])
+
+
+def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> None:
+    """`replace` several files: all are whole on the disk under other names before the first takes its own."""
+    asides: list[tuple[Path, Path]] = []
+    try:
+        for path, data in files:
+            target = Path(os.path.realpath(path))  # the file, not the link to it
+            aside = target.with_name(f".{target.name}.new")
+            if is_stream(target):
+                _write_new(target, os.O_WRONLY, data)
+                continue
+            asides.append((aside, target))
+            _write_new(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, data, sync=True)
+            with contextlib.suppress(OSError):  # no such file, or not ours
+                os.chmod(aside, stat.S_IMODE(os.stat(target).st_mode))
+        for aside, target in asides:
+            os.replace(aside, target)
+    except BaseException:
+        for aside, _ in asides:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        raise
+    for folder in {target.parent for _, target in asides}:
+        sync(folder)
+
+
+def _write_new(path: Path, flags: int, data: str | bytes, *, sync: bool = False) -> None:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        write_all(descriptor, data.encode() if isinstance(data, str) else data)
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it, however little a call takes."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Have a file, or the names in a directory, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing for directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have all files and names below a directory reach the disk."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `path` when the block ends well, after all of it is on the disk.
+
+    A kill leaves the old one, whole, under its name or beside it, where the next call here finds it.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    if old.is_dir() and not path.exists():
+        os.rename(old, path)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        sync_tree(new)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+        sync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Lines:
+    """Appends JSON objects to a file, a whole line each; all of a call, or after a failure nothing of it.
+
+    Where even that cannot be taken back, as on a disk that fails, the next call takes it back first.
+    """
+
+    def __init__(self, path: Path):
+        """`path` is made by the first `add`."""
+        self.path = path
+        self._end: int | None = None  # of what was reported as written
+
+    def add(self, rows: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
+        """Append rows; with `sync` they have reached the disk when this returns.
+
+        Raises:
+            OSError: none of them is in the file.
+        """
+        data = json_lines(rows)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            known = self._end is not None and self._end <= size
+            end = self._end if known and self._end is not None else whole_end(descriptor)
+            self._end = end
+            if end != size:
+                os.ftruncate(descriptor, end)
+            try:
+                write_all(descriptor, data)
+                if sync:
+                    os.fsync(descriptor)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, end)
+                raise
+        finally:
+            os.close(descriptor)
+        self._end = end + len(data)
+
+    def sync(self) -> None:
+        """Have all lines, and the name of the file, reach the disk."""
+        if self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)
+
+
+def whole_end(descriptor: int) -> int:
+    """Where the last whole line of an open file ends; what is after it was cut short by a kill."""
+    at = os.fstat(descriptor).st_size
+    while at > 0:
+        start = max(at - 65536, 0)
+        found = os.pread(descriptor, at - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        at = start
+    return 0
+
+
+def check_writable(directory: Path, what: str) -> None:
+    """Raise a UserError, about `what`, if the directory or what is there of its parents cannot be written to."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{what}: {there} is a file, not a directory; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: {there} cannot be written to; choose another place or its permissions")
+
+
+def check_output(path: str, *, overwrite: bool) -> None:
+    """Raise a UserError if a file cannot be written as `replace` will, or exists and may not be replaced.
+
+    Its directory is made, and a file of another name in it for a moment, so that a full disk is found now.
+    """
+    if not path:
+        return
+    if Path(path).is_dir() or path.endswith("/"):
+        raise UserError(f"output {path} is a directory; name a .jsonl file")
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise UserError(f"output {path} cannot be written to; choose another name or its permissions")
+    if is_stream(path):
+        return
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"output {path} exists; choose another name or pass --overwrite true")
+    target = Path(os.path.realpath(path))
+    check_writable(target.parent, f"output {path}")
+    probe = target.with_name(f".{target.name}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_new(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, b"\n" * 4096, sync=True)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output {path}: {reason(error)}; choose another place, or mend that") from error
+
+
+@contextlib.contextmanager
+def written(what: str) -> Iterator[None]:
+    """Around what writes by other libraries: what the disk refuses becomes a UserError about `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, OSError) or "os error" in str(error) or "No space left" in str(error)):
+            raise
+        raise UserError(f"{what}: {reason(error)}; what was there is as it was; mend that and run it again") from error
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A directory in `folder`, which is made, to work in; it is gone afterwards, after a kill with the next one."""
+    place = folder / ".making"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def write_output(path: str, data: bytes) -> None:
+    """What a command has made, to the file that was asked for, or if none was to standard output.
+
+    Raises:
+        UserError: it cannot be written, and what was there is as it was; says where the data are instead.
+    """
+    try:
+        replace(path, data) if path else _print(data)
+    except OSError as error:
+        raise UserError(
+            f"{f'output {path}' if path else 'standard output'}: {reason(error)}; {rescued(data)}"
+        ) from error
+
+
+def _print(data: bytes) -> None:
+    out = getattr(sys.stdout, "buffer", None)  # bytes, since a terminal may have another encoding
+    try:
+        sys.stdout.flush()
+        out.write(data) if out is not None else sys.stdout.write(data.decode())
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again when Python ends
+        raise
+
+
+def rescued(data: bytes) -> str:
+    """Write data to a file of its own among the temporary ones, and say so."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="rlhf-jax-", suffix=".jsonl")
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"nor could it be kept in {tempfile.gettempdir()} ({reason(error)}); free space and run it again"
+    return f"what was to be written is in {name}"
