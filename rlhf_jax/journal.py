@@ -80,8 +80,11 @@ class Journal:
             os.truncate(path, 0)
             self._lines.add([self._header], sync=True)
             return []
-        if header != self._header:
-            raise UserError(f"{path} {_difference(header, self._header)}; give the same, or pass --overwrite true")
+        made_of = header.get("made of") if header is not None else None
+        if made_of != self._header["made of"]:
+            raise UserError(
+                f"{path} {_difference(made_of, self._header['made of'])}; give the same, or pass --overwrite true"
+            )
         found = [_loaded(line) for line in lines[1:]]
         count = next((i for i, row in enumerate(found) if row is None or WRITTEN in row), len(found))
         if count < len(found) and found[count] is None:
@@ -183,12 +186,9 @@ def _loaded(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _difference(header: Any, wanted: dict[str, Any]) -> str:
+def _difference(then: Any, now: dict[str, Any]) -> str:
     """What OUTPUT.part is made of that is another now."""
-    then, now = header.get("made of") if isinstance(header, dict) else None, wanted["made of"]
     if not isinstance(then, dict):
         return "was not written by this command"
-    name = next((name for name in [*then, *now] if then.get(name) != now.get(name)), None)
-    if name is None:
-        return "was begun with --overwrite true"
+    name = next(name for name in [*then, *now] if then.get(name) != now.get(name))
     return f"is made with {name} {then.get(name, 'nothing')!r}, not {now.get(name, 'nothing')!r}"

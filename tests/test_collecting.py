@@ -114,7 +114,7 @@ def test_whatever_line_a_kill_leaves_the_file_is_the_same(tmp_path, monkeypatch,
 def test_every_byte_of_the_journal_may_be_the_last(tmp_path, monkeypatch):
     """Cut at random bytes, the journal grows to what it was; nothing but the missing batches is made again."""
     config = settings(tmp_path / "a.jsonl", label="judge", judge=JudgeConfig(function="test_collecting:more_vowels"))
-    monkeypatch.setattr(journal.Journal, "finish", lambda self, rows: None)
+    monkeypatch.setattr(journal.Journal, "finish", lambda self, *_: None)
     run_collect(config, rows=PROMPTS)
     path = tmp_path / "a.jsonl.part"
     whole = path.read_bytes()
@@ -154,7 +154,7 @@ def test_a_signal_stops_after_a_batch_and_the_same_command_goes_on(tmp_path):
 
 def test_other_settings_or_prompts_do_not_go_on_with_a_journal(tmp_path, monkeypatch):
     config = settings(tmp_path / "a.jsonl")
-    monkeypatch.setattr(journal.Journal, "finish", lambda self, rows: None)
+    monkeypatch.setattr(journal.Journal, "finish", lambda self, *_: None)
     run_collect(config, rows=PROMPTS)
     with pytest.raises(UserError, match=r"a\.jsonl\.part is made with seed 0, not 1; give the same"):
         run_collect(replace(config, seed=1), rows=PROMPTS)
@@ -404,7 +404,7 @@ def test_stopped_is_what_an_interrupt_raises(tmp_path, monkeypatch):
     class Pressed:
         received = "SIGINT"
 
-        def __init__(self, say):
+        def __init__(self, say, **_):
             pass
 
         def close(self):

@@ -266,7 +266,7 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_pat
         with pytest.raises(UserError, match="holds evaluate of other rows or functions"):
             run_evaluate(config, rows=PROMPTS[1:], functions=[length])
     again = replace(config, output_dir=str(broken), overwrite=True)
-    monkeypatch.setattr("rlhf_jax.journal.Journal.finish", lambda self, rows: None)
+    monkeypatch.setattr("rlhf_jax.journal.Journal.finish", lambda self, *_: None)
     run_evaluate(again, rows=PROMPTS, functions=[length])
     monkeypatch.undo()
     part = broken / "responses.jsonl.part"

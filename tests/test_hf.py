@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -333,16 +334,16 @@ def test_interrupted_save_leaves_the_old_directory(tmp_path, monkeypatch, moment
     path = saved(tmp_path / "m")
     (path / "tokenizer.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    rename, calls = Path.rename, []
+    rename, calls = os.rename, []
 
     def failing(*args, **kwargs):
         raise KeyboardInterrupt
 
-    def failing_rename(self, target):
+    def failing_rename(source, target):
         calls.append(target)
         if len(calls) == (1 if moment == "first rename" else 2):
             raise KeyboardInterrupt
-        return rename(self, target)
+        return rename(source, target)
 
     with monkeypatch.context() as patch:
         if moment == "write":
@@ -350,7 +351,7 @@ def test_interrupted_save_leaves_the_old_directory(tmp_path, monkeypatch, moment
         elif moment == "keep":
             patch.setattr(shutil, "copy2", failing)
         else:
-            patch.setattr(Path, "rename", failing_rename)
+            patch.setattr(os, "rename", failing_rename)
         with pytest.raises(KeyboardInterrupt):
             hf.save_model(path, TINY, random_params(TINY, seed=1), eos_ids=[3])
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before

@@ -21,7 +21,7 @@ from test_cli import call, here, home, refused  # noqa: F401 (fixtures)
 from test_ppo_stage import fakes, one_device  # noqa: F401
 from tiny import TOY_ROWS, bigram_params, toy_run
 
-from rlhf_jax import cli, directory, rewards, runs
+from rlhf_jax import attempts, cli, directory, rewards, runs
 from rlhf_jax.config import (
     ALWAYS_MAY_CHANGE,
     MAY_CHANGE,
