@@ -18,7 +18,7 @@ from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError, tell
+from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.files import check_output, check_writable, replacing, scratch, sync, written
 from rlhf_jax.inference import write_rows
 

@@ -31,7 +31,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
     A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
     of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are, but those that
-    are not seen, lone surrogates among them, are escaped, and come back. Arrays become lists, and dates the text of ISO 8601.
+    are not seen, lone surrogates among them, are escaped, and come back.
+    Arrays become lists, and dates the text of ISO 8601.
 
     Raises:
         UserError: JSON has no form for a part of it.

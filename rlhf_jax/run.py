@@ -347,8 +347,8 @@ class Run:
     ) -> None:
         """Device metrics and host numbers of a step; written when the next ones arrive, or at the end.
 
-        `tokens` were processed since the last call, for time/tokens_per_s. `table` (a pytree of device arrays) comes
-        to the host in the same transfer and is handed to `on_table`.
+        `tokens` were processed since the last call. `table` (a pytree of device arrays) comes to the host in the same
+        transfer and is handed to `on_table`.
         """
         pending = (step, tuple(metrics), pack(tuple(metrics.values())), host, tokens, table, on_table, self._skipped)
         self._skipped = []
@@ -424,8 +424,7 @@ class Run:
         except OSError as error:
             text = f"{log.path} could not be written ({reason_of(error)})"
             if self.settings.checkpoint.on_failure == "stop":
-                cure = f"free space or mend its permissions, then {self.how_to_continue()}"
-                raise UserError(f"{text}; {cure}") from error
+                raise UserError(f"{text}; free space, then {self.how_to_continue()}") from error
             if not self._disk_full:
                 self.say(f"{self.stage}: {text}; training continues, its lines are tried again with the next ones")
             self._disk_full = True
