@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from rlhf_jax import __version__, config
+from rlhf_jax.config.settings import words
 from rlhf_jax.errors import Stopped, UserError, tell
 
 if TYPE_CHECKING:
@@ -94,18 +95,6 @@ options:
   --version    the version
   --debug      show the traceback of an error
 """
-
-KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list[int]: "a list such as [4, 8]",
-    list[float]: "a list such as [0.5, 2]",
-    list[str]: "a list such as '[one, two]'",
-    tuple[int, ...]: "a list such as [4, 8]",
-    tuple[float, ...]: "a list such as [0.5, 2]",
-}
 
 
 class Texts(yaml.BaseLoader):
@@ -189,7 +178,7 @@ def misfit(name: str, value: Any, hint: Any) -> str:
         return (
             f"{name} is {value!r}; give a list of groups such as [{{{next(iter(known))}: ...}}] of {', '.join(known)}"
         )
-    return f"{name} is {value!r}; give {KINDS.get(hint) or 'one of ' + ', '.join(typing.get_args(hint))}"
+    return f"{name} is {value!r}; give {words(hint)}"
 
 
 def refusal(name: str, value: Any, hints: dict[str, Any], command: str) -> str:

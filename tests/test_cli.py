@@ -638,7 +638,10 @@ def test_an_error_in_the_middle_of_a_run_stands_on_its_own_line(here, call):
     code, _, err = call("ppo", "--config", "ppo.yaml", "--reward.functions", "[cli_rewards:nan]")
     assert code == 2
     last = err.rstrip("\n").split("\n")[-1]
-    assert last == "rlhf-jax: error: reward function nan returned nan for response 0; return a finite number"
+    assert (
+        last
+        == "rlhf-jax: error: reward function nan returned nan for response 0; return a finite number that float32 holds"
+    )
 
 
 @pytest.mark.slow

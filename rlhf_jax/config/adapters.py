@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.parts import ModelConfig
+from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class LoRAConfig:
     """Low-rank adapters: the model stays frozen, and y = x W + scale (x A) B is trained in A and B (Hu et al. 2021).
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from rlhf_jax.config.checks import check
+from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length that they were trained for.
 
@@ -55,7 +56,7 @@ class RopeScaling:
             )
 
 
-@dataclass(frozen=True)
+@settings
 class ArchConfig:
     """The shape of a decoder, for a model that starts from random weights; a Hugging Face directory brings its own.
 

@@ -9,9 +9,12 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown
 
 SEEDS = "between 0 and 2**32 - 1"
+
+LARGEST = 3.4e38
+"""About the largest number of float32, in which all is computed."""
 
 HOLDS: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda x: x >= 0,
@@ -25,7 +28,8 @@ HOLDS: dict[str, Callable[[Any], bool]] = {
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "0 or above 1": lambda x: x == 0 or x > 1,
     SEEDS: lambda x: 0 <= x < 2**32,
-    "finite": math.isfinite,
+    "finite": lambda x: True,
+    "finite and not 0": lambda x: x != 0,
 }
 """A rule in words, as the error says it -> whether a value keeps it."""
 
@@ -34,15 +38,17 @@ def check(config: Any, group: str, rules: dict[str, str]) -> None:
     """Check fields of a config: `rules` maps a rule to the names of fields, `group` is their dotted prefix.
 
     Raises:
-        UserError: the first field that breaks its rule or is not finite.
+        UserError: the first field that breaks its rule, or that int32 or float32 cannot hold.
     """
     for rule, names in rules.items():
         for name in names.split():
             value = getattr(config, name)
-            if not math.isfinite(value):
-                raise UserError(f"{group}{name} is {value}; make it finite")
+            if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= LARGEST):
+                raise UserError(f"{group}{name} is {value}; make it finite, in float32 too")
+            if isinstance(value, int) and abs(value) >= 2**31 and rule != SEEDS:
+                raise UserError(f"{group}{name} is {shown(value)}; make it less than 2**31")
             if not HOLDS[rule](value):
-                raise UserError(f"{group}{name} is {value}; make it {rule}")
+                raise UserError(f"{group}{name} is {shown(value)}; make it {rule}")
 
 
 VISIBLE, VARIABLE = re.compile(r"[\x21-\x7e]+"), re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

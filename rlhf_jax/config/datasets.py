@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.settings import PathText, settings
 
 
-@dataclass(frozen=True)
+@settings
 class DataPrepareRun:
     """All of `rlhf-jax data prepare ROWS --schema NAME --out DIR`: rows as a TFDS dataset.
 
@@ -22,16 +23,16 @@ class DataPrepareRun:
         overwrite: replace the dataset that is there.
     """
 
-    path: str = ""
-    eval_path: str = ""
+    path: PathText = ""
+    eval_path: PathText = ""
     fields: list[str] = field(default_factory=list)
     schema: Literal["sft", "preference", "ranking", "prompts"] = "preference"
-    out: str = ""
+    out: PathText = ""
     strict: bool = False
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
+@settings
 class DataInspectRun:
     """All of `rlhf-jax data inspect ROWS`: what is in the rows and what may be wrong with them.
 
@@ -49,11 +50,11 @@ class DataInspectRun:
         seed: which rows are rendered, and of the split.
     """
 
-    path: str = ""
-    eval_path: str = ""
+    path: PathText = ""
+    eval_path: PathText = ""
     eval_fraction: float = 0.05
     fields: list[str] = field(default_factory=list)
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     loss_on: Literal["response", "assistant", "all"] = "response"
     max_prompt_length: int = 256
     max_length: int = 512
@@ -71,7 +72,7 @@ class DataInspectRun:
         check(self, "", rules)
 
 
-@dataclass(frozen=True)
+@settings
 class DataAggregateRun:
     """All of `rlhf-jax data aggregate ROWS --output FILE.jsonl`: several raters' verdicts as one ranking per prompt.
 
@@ -88,21 +89,21 @@ class DataAggregateRun:
         overwrite: replace `output`.
     """
 
-    path: str = ""
+    path: PathText = ""
     fields: list[str] = field(default_factory=list)
     method: Literal["bradley_terry", "plackett_luce", "crowd_bt"] = "crowd_bt"
     prior: float = 0.5
     intervals: int = 100
     by: str = ""
     seed: int = 0
-    output: str = ""
+    output: PathText = ""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         check(self, "", {"above 0": "prior", "at least 0": "intervals", SEEDS: "seed"})
 
 
-@dataclass(frozen=True)
+@settings
 class DataMakeRun:
     """All of `rlhf-jax data make MODULE:NAME --out DIR`: files of rows, and what else a Python function makes.
 
@@ -116,7 +117,7 @@ class DataMakeRun:
     """
 
     function: str = ""
-    out: str = ""
+    out: PathText = ""
     num: int = 1000
     seed: int = 0
     overwrite: bool = False

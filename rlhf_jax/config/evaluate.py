@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.feedback import SourcesRun
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class EvaluateRun(SourcesRun):
     """All of `rlhf-jax evaluate`: how good models are, one beside the other, and how often each beats a baseline.
 
@@ -22,10 +21,10 @@ class EvaluateRun(SourcesRun):
     """
 
     baseline: str = ""
-    reference: str = ""
-    text_path: str = ""
+    reference: PathText = ""
+    text_path: PathText = ""
     max_length: int = 512
-    output_dir: str = ""
+    output_dir: PathText = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,13 +1,13 @@
 """Settings of the commands that make feedback: sampling responses and having them judged."""
 
-# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check, check_url, key_of
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.config.stages import RewardSourceConfig, check_buckets
 from rlhf_jax.errors import UserError
 
@@ -25,7 +25,7 @@ Response B:
 Answer with one letter, A or B. The better response is"""
 
 
-@dataclass(frozen=True)
+@settings
 class JudgeConfig:
     """Who says which of two responses is better: one of `function`, `model` and `url`.
 
@@ -98,7 +98,7 @@ class JudgeConfig:
             raise UserError(f"{found} given; name one judge: judge.function, judge.model.path or judge.url")
 
 
-@dataclass(frozen=True)
+@settings
 class SourceConfig:
     """A model, or one way to draw from it, among several.
 
@@ -113,11 +113,11 @@ class SourceConfig:
     """
 
     name: str = ""
-    path: str = ""
+    path: PathText = ""
     num_samples: int = 0
     temperature: float | None = None
     top_p: float | None = None
-    demonstrations: str = ""
+    demonstrations: PathText = ""
     shots: int = 0
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class SourceConfig:
             raise UserError(f"sources.shots is {self.shots}, but no sources.demonstrations are named; name a file")
 
 
-@dataclass(frozen=True)
+@settings
 class DrawRun:
     """What the commands share that draw several responses to every prompt.
 
@@ -147,7 +147,7 @@ class DrawRun:
 
     model: ModelConfig = ModelConfig()
     prompts: list[str] = field(default_factory=list)
-    data_path: str = ""
+    data_path: PathText = ""
     num_samples: int = 4
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: int = 256
@@ -163,7 +163,7 @@ class DrawRun:
         check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
 
 
-@dataclass(frozen=True)
+@settings
 class SourcesRun(DrawRun):
     """What the commands share that have several models respond to the same prompts.
 
@@ -177,7 +177,7 @@ class SourcesRun(DrawRun):
     judge: JudgeConfig = JudgeConfig()
 
 
-@dataclass(frozen=True)
+@settings
 class CollectRun(SourcesRun):
     """All of `rlhf-jax collect`: several responses to every prompt, and who is better among them.
 
@@ -193,7 +193,7 @@ class CollectRun(SourcesRun):
     label: Literal["none", "sources", "reward", "judge"] = "none"
     schema: Literal["ranking", "preference", "sft"] = "ranking"
     length_filter: Literal["off", "almost", "balance"] = "off"
-    output: str = ""
+    output: PathText = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,7 +205,7 @@ class CollectRun(SourcesRun):
             raise UserError(f"length_filter {self.length_filter} leaves out pairs; set schema preference, or off")
 
 
-@dataclass(frozen=True)
+@settings
 class JudgeRun:
     """All of `rlhf-jax judge ROWS`: a judge's verdicts on responses that are there, and how far it can be trusted.
 
@@ -223,13 +223,13 @@ class JudgeRun:
         mesh: the devices.
     """
 
-    path: str = ""
+    path: PathText = ""
     fields: list[str] = field(default_factory=list)
     judge: JudgeConfig = JudgeConfig()
     limit: int = 0
     batch_size: int = 16
     seed: int = 0
-    output: str = ""
+    output: PathText = ""
     overwrite: bool = False
     progress: bool = True
     mesh: MeshConfig = MeshConfig()
@@ -238,7 +238,7 @@ class JudgeRun:
         check(self, "", {"at least 1": "batch_size", "at least 0": "limit", SEEDS: "seed"})
 
 
-@dataclass(frozen=True)
+@settings
 class RateRun:
     """All of `rlhf-jax rate ROWS`: verdicts of simulated raters, to rehearse a study before people are asked.
 
@@ -256,7 +256,7 @@ class RateRun:
         overwrite: replace `output`.
     """
 
-    path: str = ""
+    path: PathText = ""
     fields: list[str] = field(default_factory=list)
     function: str = ""
     raters: int = 1
@@ -264,7 +264,7 @@ class RateRun:
     verdict: Literal["ranks", "rating"] = "ranks"
     levels: int = 5
     seed: int = 0
-    output: str = ""
+    output: PathText = ""
     overwrite: bool = False
 
     def __post_init__(self) -> None:

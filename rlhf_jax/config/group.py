@@ -1,9 +1,7 @@
 """Settings of the methods that compare responses to one prompt with one another, without a critic."""
 
-# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
@@ -11,11 +9,12 @@ from rlhf_jax.config.checks import check
 from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
+from rlhf_jax.config.settings import settings
 from rlhf_jax.config.stages import PPO_OPTIM, RewardSourceConfig, check_buckets
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class GroupConfig(OnlineConfig):
     """Policy gradients with a baseline from other responses to the same prompt; docs/algorithms.md has every formula.
 
@@ -83,7 +82,7 @@ REINFORCE_PP = GroupConfig(
 )
 
 
-@dataclass(frozen=True)
+@settings
 class GroupRun:
     """What grpo, rloo and reinforce_pp have in common."""
 
@@ -107,7 +106,7 @@ class GroupRun:
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
 
 
-@dataclass(frozen=True)
+@settings
 class GRPORun(GroupRun):
     """All of `rlhf-jax grpo`."""
 
@@ -117,7 +116,7 @@ class GRPORun(GroupRun):
         self.check("grpo", self.grpo)
 
 
-@dataclass(frozen=True)
+@settings
 class RLOORun(GroupRun):
     """All of `rlhf-jax rloo`."""
 
@@ -127,7 +126,7 @@ class RLOORun(GroupRun):
         self.check("rloo", self.rloo)
 
 
-@dataclass(frozen=True)
+@settings
 class ReinforcePPRun(GroupRun):
     """All of `rlhf-jax reinforce_pp`."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, printable, shown
 
 LONGEST_NAME = 60
@@ -13,7 +14,7 @@ LONGEST_NAME = 60
 EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-@dataclass(frozen=True)
+@settings
 class LabelRun:
     """All of `rlhf-jax label ROWS --output VOTES.jsonl`: a local page on which people rank responses.
 
@@ -28,9 +29,9 @@ class LabelRun:
         seed: of the order in which each rater sees the responses to each prompt.
     """
 
-    path: str = ""
+    path: PathText = ""
     fields: list[str] = field(default_factory=list)
-    output: str = ""
+    output: PathText = ""
     raters: list[str] = field(default_factory=list)
     host: str = "127.0.0.1"
     port: int = 8765

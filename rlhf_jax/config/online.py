@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_jax.config.checks import check
+from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class OnlineConfig:
     """Rounds of rollout, score and update.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.arch import ArchConfig
 from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 from rlhf_jax.rules import parse_rules
 
 
-@dataclass(frozen=True)
+@settings
 class ModelConfig:
     """Which model, and how it computes.
 
@@ -33,9 +34,9 @@ class ModelConfig:
         logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
     """
 
-    path: str = ""
+    path: PathText = ""
     arch: ArchConfig | None = None
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     eos_ids: list[int] = field(default_factory=list)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -48,7 +49,7 @@ class ModelConfig:
         check(self, "model.", {"at least 1": "logprob_chunk"})
 
 
-@dataclass(frozen=True)
+@settings
 class MeshConfig:
     """Devices as a (data, fsdp, tensor) mesh; one axis may be -1 for "the rest".
 
@@ -76,7 +77,7 @@ class MeshConfig:
         parse_rules(self.rules)
 
 
-@dataclass(frozen=True)
+@settings
 class OptimConfig:
     """AdamW, a clip and a schedule.
 
@@ -116,7 +117,7 @@ class OptimConfig:
         check(self, group, rules)
 
 
-@dataclass(frozen=True)
+@settings
 class DataConfig:
     """Rows to train on, and how they become batches.
 
@@ -141,11 +142,11 @@ class DataConfig:
         eval_batches: batches of one evaluation; 0 takes all held-out rows.
     """
 
-    path: str = ""
-    mixture: list[str] = field(default_factory=list)
+    path: PathText = ""
+    mixture: list[PathText] = field(default_factory=list)
     mixture_weights: list[float] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
-    eval_path: str = ""
+    eval_path: PathText = ""
     eval_fraction: float = 0.05
     batch_size: int = 32
     max_prompt_length: int = 256
@@ -176,7 +177,7 @@ class DataConfig:
             )
 
 
-@dataclass(frozen=True)
+@settings
 class RunConfig:
     """The run directory and what is written to it.
 
@@ -192,7 +193,7 @@ class RunConfig:
         progress: show a progress bar.
     """
 
-    output_dir: str = ""
+    output_dir: PathText = ""
     overwrite: bool = False
     seed: int = 0
     log_every: int = 1
@@ -205,7 +206,7 @@ class RunConfig:
         check(self, "run.", {"at least 1": "log_every", "at least 0": "eval_every", SEEDS: "seed"})
 
 
-@dataclass(frozen=True)
+@settings
 class SamplingConfig:
     """How responses are drawn.
 

@@ -1,20 +1,18 @@
 """The settings of what learns from preferences without a reward model: DPO and kin, KTO, RRHF."""
 
-# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
+from rlhf_jax.config.settings import settings
 from rlhf_jax.config.stages import check_divides
 
 POLICY_OPTIM = OptimConfig(learning_rate=1e-6, schedule="linear")
 
 
-@dataclass(frozen=True)
+@settings
 class DPOConfig:
     """A policy from pairs, by a loss of log-probs alone; docs/algorithms.md lists the losses.
 
@@ -54,7 +52,7 @@ class DPOConfig:
         check(self, "dpo.", rules)
 
 
-@dataclass(frozen=True)
+@settings
 class KTOConfig:
     """A policy from responses that are each labelled good or bad (Ethayarajh et al. 2024, arXiv 2402.01306).
 
@@ -88,7 +86,7 @@ class KTOConfig:
         check(self, "kto.", rules)
 
 
-@dataclass(frozen=True)
+@settings
 class RRHFConfig:
     """A policy whose log-probs rank responses as the raters do (Yuan et al. 2023, arXiv 2304.05302).
 
@@ -113,7 +111,7 @@ class RRHFConfig:
         check(self, "rrhf.", {"at least 0": "steps length_penalty sft_coef", "at least 1": "epochs accumulate"})
 
 
-@dataclass(frozen=True)
+@settings
 class PreferenceRun:
     """What dpo, kto and rrhf have in common."""
 
@@ -133,7 +131,7 @@ class PreferenceRun:
         check_divides(self.data.batch_size, f"{name}.accumulate", accumulate)
 
 
-@dataclass(frozen=True)
+@settings
 class DPORun(PreferenceRun):
     """All of `rlhf-jax dpo`."""
 
@@ -143,7 +141,7 @@ class DPORun(PreferenceRun):
         self.check("dpo", self.dpo.accumulate)
 
 
-@dataclass(frozen=True)
+@settings
 class KTORun(PreferenceRun):
     """All of `rlhf-jax kto`."""
 
@@ -153,7 +151,7 @@ class KTORun(PreferenceRun):
         self.check("kto", self.kto.accumulate)
 
 
-@dataclass(frozen=True)
+@settings
 class RRHFRun(PreferenceRun):
     """All of `rlhf-jax rrhf`."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from rlhf_jax.config.settings import PathText, settings
 
 
-@dataclass(frozen=True)
+@settings
 class RecipeRun:
     """What `rlhf-jax recipe FILE.yaml` takes beside the file; docs/recipes.md has its format.
 
@@ -18,7 +18,7 @@ class RecipeRun:
         overwrite: make stages anew whose settings have changed since, and those that read what they made.
     """
 
-    path: str = ""
-    output_dir: str = ""
+    path: PathText = ""
+    output_dir: PathText = ""
     dry_run: bool = False
     overwrite: bool = False

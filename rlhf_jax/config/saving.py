@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_jax.config.checks import check
+from rlhf_jax.config.settings import settings
 
 
-@dataclass(frozen=True)
+@settings
 class CheckpointConfig:
     """Checkpoints in output_dir/checkpoints, from which a run that was stopped or killed continues bit by bit.
 
@@ -37,7 +37,7 @@ class CheckpointConfig:
         check(self, "checkpoint.", {"at least 0": "minutes every keep_every", "at least 1": "keep_last"})
 
 
-@dataclass(frozen=True)
+@settings
 class FaultConfig:
     """Losses and gradients that are not finite; such an update changes nothing and is counted in optim/skipped.
 

@@ -1,16 +1,14 @@
 """Settings of the commands that keep the best of several samples."""
 
-# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.feedback import DrawRun
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.config.stages import RewardSourceConfig, SFTRun
 
 
-@dataclass(frozen=True)
+@settings
 class BestOfNRun(DrawRun):
     """All of `rlhf-jax bestofn`: several responses to every prompt, of which a reward chooses one.
 
@@ -21,10 +19,10 @@ class BestOfNRun(DrawRun):
     """
 
     num_samples: int = 16
-    output: str = ""
+    output: PathText = ""
 
 
-@dataclass(frozen=True)
+@settings
 class RejectionConfig:
     """Rounds of sampling, keeping the best response to each prompt, and SFT on what was kept.
 
@@ -42,7 +40,7 @@ class RejectionConfig:
         check(self, "rejection.", {"at least 1": "rounds num_samples sample_batch_size"})
 
 
-@dataclass(frozen=True)
+@settings
 class RejectionRun(SFTRun):
     """All of `rlhf-jax rejection`; data.path holds prompts, `sft` and `optim` are those of every round."""
 

@@ -1,9 +1,8 @@
 """The settings of each algorithm, and all of each command."""
 
-# ruff: noqa: RUF009 (the defaults are frozen dataclasses, which ruff recognises in their own file only)
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
@@ -18,10 +17,11 @@ from rlhf_jax.config.parts import (
     SamplingConfig,
 )
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class SFTConfig:
     """Next-token training on demonstrations or plain text.
 
@@ -49,7 +49,7 @@ class SFTConfig:
         check(self, "sft.", {"at least 0": "steps num_samples", "at least 1": "epochs accumulate"})
 
 
-@dataclass(frozen=True)
+@settings
 class RewardConfig:
     """A reward model from comparisons, pairs or rankings, or from ratings.
 
@@ -103,7 +103,7 @@ class RewardConfig:
         check(self, "reward.", rules)
 
 
-@dataclass(frozen=True)
+@settings
 class RewardSourceConfig:
     """What PPO maximises: weight * reward model + sum of weights * Python functions.
 
@@ -118,7 +118,7 @@ class RewardSourceConfig:
         on_failure: when these fail too, stop the run (saved first) or skip the batch, counted in rollout/skipped.
     """
 
-    model: str = ""
+    model: PathText = ""
     model_weight: float = 1.0
     functions: list[str] = field(default_factory=list)
     function_weights: list[float] = field(default_factory=list)
@@ -131,7 +131,7 @@ class RewardSourceConfig:
         check(self, "reward.", {"finite": "model_weight", "at least 0": "timeout retries"})
 
 
-@dataclass(frozen=True)
+@settings
 class PPOConfig(OnlineConfig):
     """Proximal policy optimisation against a reward with a KL leash; docs/algorithms.md gives every formula.
 
@@ -177,7 +177,7 @@ class PPOConfig(OnlineConfig):
     value_init: Literal["auto", "reward_model", "zeros"] = "auto"
     critic_warmup: int = 0
     ptx_coef: float = 0.0
-    ptx_path: str = ""
+    ptx_path: PathText = ""
     ptx_batch_size: int = 8
     save_value_model: bool = False
 
@@ -207,7 +207,7 @@ def check_buckets(sampling: SamplingConfig, name: str, longest: int) -> None:
         )
 
 
-@dataclass(frozen=True)
+@settings
 class SFTRun:
     """All of `rlhf-jax sft`."""
 
@@ -229,14 +229,14 @@ class SFTRun:
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
 
 
-@dataclass(frozen=True)
+@settings
 class PretrainRun(SFTRun):
     """All of `rlhf-jax pretrain`: SFT with packing and the loss on all tokens."""
 
     sft: SFTConfig = SFTConfig(pack=True, loss_on="all")
 
 
-@dataclass(frozen=True)
+@settings
 class RewardRun:
     """All of `rlhf-jax reward`."""
 
@@ -259,7 +259,7 @@ class RewardRun:
 PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule="linear", eps=1e-5)
 
 
-@dataclass(frozen=True)
+@settings
 class PPORun:
     """All of `rlhf-jax ppo`; `optim` moves the policy, `value_optim` the critic."""
 
@@ -284,7 +284,7 @@ class PPORun:
         self.ppo.check_truncation("ppo", self.sampling.max_new_tokens)
 
 
-@dataclass(frozen=True)
+@settings
 class SampleRun:
     """All of `rlhf-jax sample`: responses of a model to prompts.
 
@@ -305,13 +305,13 @@ class SampleRun:
 
     model: ModelConfig = ModelConfig()
     prompts: list[str] = field(default_factory=list)
-    data_path: str = ""
+    data_path: PathText = ""
     num_samples: int = 1
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: int = 256
     batch_size: int = 64
     seed: int = 0
-    output: str = ""
+    output: PathText = ""
     overwrite: bool = False
     mesh: MeshConfig = MeshConfig()
 
@@ -320,7 +320,7 @@ class SampleRun:
         check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
 
 
-@dataclass(frozen=True)
+@settings
 class ScoreRun:
     """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows.
 
@@ -336,11 +336,11 @@ class ScoreRun:
     """
 
     model: ModelConfig = ModelConfig()
-    data_path: str = ""
+    data_path: PathText = ""
     max_prompt_length: int = 256
     max_length: int = 512
     batch_size: int = 64
-    output: str = ""
+    output: PathText = ""
     overwrite: bool = False
     mesh: MeshConfig = MeshConfig()
 
@@ -353,7 +353,7 @@ class ScoreRun:
             )
 
 
-@dataclass(frozen=True)
+@settings
 class QuickstartConfig:
     """`rlhf-jax quickstart`: SFT, reward model and PPO on random walks, made on the fly.
 
@@ -368,7 +368,7 @@ class QuickstartConfig:
         iterations: PPO iterations of a round.
     """
 
-    output_dir: str = "runs/quickstart"
+    output_dir: PathText = "runs/quickstart"
     seed: int = 0
     overwrite: bool = False
     progress: bool = True

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.parts import MeshConfig
+from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class InspectRun:
     """All of `rlhf-jax inspect MODEL`: what a model is and what it costs.
 
@@ -21,8 +21,8 @@ class InspectRun:
         length: tokens of every row, prompt and response.
     """
 
-    model: str = ""
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+    model: PathText = ""
+    mesh: MeshConfig = MeshConfig()
     batch: int = 64
     length: int = 1024
 
@@ -32,7 +32,7 @@ class InspectRun:
             raise UserError("no model is named; give a directory: rlhf-jax inspect MODEL")
 
 
-@dataclass(frozen=True)
+@settings
 class ConvertRun:
     """All of `rlhf-jax convert MODEL --output DIR`: a model in another dtype or file size.
 
@@ -47,8 +47,8 @@ class ConvertRun:
         step: of a run's checkpoints, the one of this step; 0 takes the newest.
     """
 
-    model: str = ""
-    output: str = ""
+    model: PathText = ""
+    output: PathText = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     shard_gb: float = 5.0
     overwrite: bool = False
@@ -61,7 +61,7 @@ class ConvertRun:
                 raise UserError(f"{name} is empty; write rlhf-jax convert MODEL --output DIR")
 
 
-@dataclass(frozen=True)
+@settings
 class PlanRun:
     """What `rlhf-jax plan` adds to the options of the stage that it plans.
 

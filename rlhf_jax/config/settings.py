@@ -1,0 +1,98 @@
+"""What every class of settings is: frozen, its fields of the types that they say, the home directory in its paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+import os
+import typing
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+from rlhf_jax.errors import UserError, shown
+
+PathText = Annotated[str, "a path"]
+"""A path, as text. A leading ~ or ~user becomes the home directory where the settings are made."""
+
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "a list such as [4, 8]",
+    list[float]: "a list such as [0.5, 2]",
+    list[str]: "a list such as '[one, two]'",
+    tuple[int, ...]: "a list such as [4, 8]",
+    tuple[float, ...]: "a list such as [0.5, 2]",
+}
+
+Class = TypeVar("Class", bound=type)
+
+
+def words(hint: Any) -> str:
+    """What to give for a type."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(parts)
+    if type(None) in parts:
+        return f"{words(parts[0])}, or nothing"
+    return KINDS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+@functools.cache
+def hints_of(cls: Any) -> dict[str, Any]:
+    """Field -> type, paths told apart from other texts."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: Class) -> Class:
+    """Makes a frozen dataclass whose values are those of its types, in notebooks too, where no command line looks.
+
+    Lists and tuples may be given for each other, whole numbers for numbers, and path objects for paths.
+    """
+    check = cls.__post_init__ if hasattr(cls, "__post_init__") else None
+
+    def __post_init__(self: Any) -> None:
+        for name, hint in hints_of(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, fitted(value, hint))
+            except TypeError:
+                known = typing.get_type_hints(type(self))[name]
+                raise UserError(f"{name} of {type(self).__name__} is {shown(value)}; give {words(known)}") from None
+        if check is not None:
+            check(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    return cast(Class, dataclasses.dataclass(frozen=True)(cls))
+
+
+def fitted(value: Any, hint: Any) -> Any:
+    """The value as a type has it.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is PathText:
+        path = os.fspath(value)
+        if not isinstance(path, str) or "\0" in path:
+            raise TypeError
+        return os.path.expanduser(path)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        return kind(fitted(item, parts[0]) for item in value)
+    if type(None) in parts:
+        return None if value is None else fitted(value, parts[0])
+    numeric = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if hint is int and numeric and isinstance(value, numbers.Integral):
+        return int(value)
+    if hint is float and numeric:
+        return value if isinstance(value, (int, float)) else float(value)
+    if kind is Literal:
+        fits = isinstance(value, str) and value in parts
+    else:
+        fits = hint not in (int, float) and isinstance(hint, type) and isinstance(value, hint)
+    if not fits:
+        raise TypeError
+    return value
