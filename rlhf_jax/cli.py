@@ -21,7 +21,7 @@ import yaml
 
 from rlhf_jax import __version__, config
 from rlhf_jax.config.settings import words
-from rlhf_jax.errors import Stopped, UserError, tell
+from rlhf_jax.errors import Stopped, UserError, shown, tell
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -181,11 +181,21 @@ def misfit(name: str, value: Any, hint: Any) -> str:
     return f"{name} is {value!r}; give {words(hint)}"
 
 
+def nothing(value: str) -> bool:
+    """Whether YAML sees nothing in a text: it is blank, or a comment."""
+    try:
+        return texts(value) is None
+    except yaml.YAMLError:
+        return False
+
+
 def refusal(name: str, value: Any, hints: dict[str, Any], command: str) -> str:
     """Says that there is no such option, or that it is or is not a group, or cannot be null; else empty."""
     if name not in hints:
         return f"unknown option {name!r}{nearest(name, list(hints), command + ' ')}"
     hint = hints[name]
+    if isinstance(value, str) and hint is not str and value != "null" and nothing(value):
+        return misfit(name, value, hint)
     fits = NoneType in typing.get_args(hint) if value == "null" else isinstance(value, dict) == bool(fields(hint))
     return "" if fits else misfit(name, value, hint)
 
@@ -321,11 +331,13 @@ def directory_command(command: str, rest: list[str]) -> None:
         tell(about)
         return
     if command == "runs":
-        config.resolve(where)(*rest[:1])
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {shown(rest[1])}; write rlhf-jax runs DIR")
+        config.resolve(where)(*map(os.path.expanduser, rest))
         return
     if not rest or rest[0].startswith("--"):
         raise UserError("resume needs a run directory; write rlhf-jax resume RUN_DIR")
-    run_command(*config.resolve(where)(rest[0], rest[1:]))
+    run_command(*config.resolve(where)(os.path.expanduser(rest[0]), rest[1:]))
 
 
 def run_command(command: str, arguments: list[str]) -> None:

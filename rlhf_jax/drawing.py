@@ -177,7 +177,7 @@ class Sources:
     def drawer(self, source: SourceConfig) -> Drawer:
         """The sampler of a source; one that differs in temperature alone shares model and program with the last."""
         config = self.config
-        settings = replace(config.model, path=source.path or config.model.path)
+        settings = replace(config.model, path=source.path, arch=None) if source.path else config.model
         law: dict[str, Any] = {"temperature": source.temperature, "top_p": source.top_p}
         sampling = replace(config.sampling, **{name: value for name, value in law.items() if value is not None})
         program = (settings.path, sampling.top_p < 1)

@@ -80,7 +80,7 @@ class Evaluation:
 
     @cached_property
     def _reference(self) -> Loaded:
-        settings = replace(self.config.model, path=self.config.reference)
+        settings = replace(self.config.model, path=self.config.reference, arch=None)
         length = total_length(self.config.sampling, self.config.max_prompt_length)
         return load_model(settings, self.sources.mesh, jax.random.key(0), length=length)
 

@@ -346,10 +346,10 @@ RANGES = {
         ppo.sample_every 0, ppo.discount 1.1, ppo.gae_lambda -1, ppo.kl_coef -1, ppo.kl_horizon 0, ppo.value_clip -1,
         ppo.dual_clip 0.5, ppo.max_log_ratio 0, ppo.ema_decay 1, ppo.target_kl -1, ppo.critic_warmup -1,
         ppo.ptx_batch_size 0, ppo.truncate_after -1, ppo.score_microbatch -1, ppo.missing_eos_value .nan,
-        reward.model_weight .nan, value_optim.eps 0""",
+        reward.model_weight .nan, reward.model_weight 0, mesh.rollout_tensor -1, value_optim.eps 0""",
     "sample": "num_samples 0, batch_size 0, max_prompt_length 0, seed -1",
     "score": "batch_size 0, max_length 0, max_prompt_length -3",
-    "quickstart": "comparisons 0, iterations 0, rater_noise 1.5, seed -1",
+    "quickstart": "comparisons 0, iterations 0, rounds 0, rater_noise 1.5, seed -1",
 }
 BAD = [(command, *pair.split()) for command, text in RANGES.items() for pair in text.split(",")]
 
@@ -377,10 +377,17 @@ TOGETHER = {
     "reward --data.batch_size 8 --reward.accumulate 3": "data.batch_size 8 is not divisible by reward.accumulate 3; "
     "change one of them",
     "ppo --sampling.min_new_tokens 65": "sampling.min_new_tokens 65 is more than sampling.max_new_tokens 64; lower it",
-    "ppo --sampling.prompt_buckets [8,4]": "sampling.prompt_buckets [8, 4] must be lengths of at least 1 that ascend; "
-    "sort them",
-    "ppo --sampling.prompt_buckets [0,256]": "sampling.prompt_buckets [0, 256] must be lengths of at least 1 that "
-    "ascend; sort them",
+    "ppo --sampling.prompt_buckets [8,4]": "sampling.prompt_buckets [8, 4] do not ascend; sort them",
+    "ppo --sampling.prompt_buckets [0,256]": "sampling.prompt_buckets [0, 256] has 0; make each at least 1",
+    "sft --data.length_buckets [64,32]": "data.length_buckets [64, 32] do not ascend; sort them",
+    "sft --data.length_buckets [32,32]": "data.length_buckets [32, 32] has one twice; give each once",
+    "sft --lora.targets [q_proj]": "lora.targets does nothing with lora.rank 0, which trains the whole model; set "
+    "lora.rank",
+    "ppo --reward.function_weights [1,0]": "reward.function_weights [1.0, 0.0] are not all finite and other than 0; "
+    "leave out a function that should not count, or make it reward.gold",
+    "collect --reward.functions [a:b]": "reward does nothing with label none; set label reward, or leave it out",
+    "judge --judge.api_key_env KEY --judge.function a:b": "judge.api_key_env is of judge.url, which is empty; give "
+    "that one, or leave it out",
     "ppo --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below data.max_prompt_length 256; append "
     "256 to it or lower data.max_prompt_length",
     "sample --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below max_prompt_length 256; append 256 "
@@ -638,10 +645,7 @@ def test_an_error_in_the_middle_of_a_run_stands_on_its_own_line(here, call):
     code, _, err = call("ppo", "--config", "ppo.yaml", "--reward.functions", "[cli_rewards:nan]")
     assert code == 2
     last = err.rstrip("\n").split("\n")[-1]
-    assert (
-        last
-        == "rlhf-jax: error: reward function nan returned nan for response 0; return a finite number that float32 holds"
-    )
+    assert last.startswith("rlhf-jax: error: reward function nan returned nan for response 0; return a finite number")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from rlhf_jax.config.checks import check
+from rlhf_jax.config.checks import check, check_list
 from rlhf_jax.config.parts import ModelConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
@@ -31,6 +31,10 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check(self, "lora.", {"at least 0": "rank", "above 0": "alpha"})
+        check_list(self, "targets", "lora.")
+        if not self.rank and (self.targets or self.rank_stabilized):
+            name = "targets" if self.targets else "rank_stabilized"
+            raise UserError(f"lora.{name} does nothing with lora.rank 0, which trains the whole model; set lora.rank")
 
 
 def check_frozen(model: ModelConfig, lora: LoRAConfig) -> None:

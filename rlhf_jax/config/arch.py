@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, Literal
 
-from rlhf_jax.config.checks import check
+from rlhf_jax.config.checks import LARGEST, check, check_list
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
@@ -47,7 +47,15 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         where = "model.arch.rope_scaling."
-        check(self, where, {"above 0": "factor", "at least 0": "attention_factor mscale mscale_all_dim"})
+        rules = {
+            "above 0": "factor low_freq_factor high_freq_factor beta_fast beta_slow",
+            "at least 0": "original_max_positions attention_factor mscale mscale_all_dim",
+        }
+        check(self, where, rules)
+        if any(not 0 < number <= LARGEST for number in (*self.short_factor, *self.long_factor)):
+            raise UserError(f"{where}short_factor and long_factor are not all above 0; correct them")
+        if self.kind == "none" and self.factor != 1:
+            raise UserError(f"{where}factor {self.factor:g} does nothing with kind none; give the kind")
         if self.kind in ("llama3", "yarn", "longrope") and self.original_max_positions < 1:
             raise UserError(f"{where}original_max_positions {self.original_max_positions} must be at least 1")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -150,6 +158,7 @@ class ArchConfig:
                 f"model.arch.sliding_window {self.sliding_window} and window_layers {list(self.window_layers)} "
                 "belong together; give both or neither"
             )
+        check_list(self, "window_layers", "model.arch.")
         if any(not 0 <= layer < self.num_layers for layer in self.window_layers):
             raise UserError(
                 f"model.arch.window_layers {list(self.window_layers)} must lie in 0 to {self.num_layers - 1}; "

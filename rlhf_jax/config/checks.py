@@ -25,6 +25,7 @@ HOLDS: dict[str, Callable[[Any], bool]] = {
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "at least 0 and below 1/2": lambda x: 0 <= x < 0.5,
     "above 0 and below 1": lambda x: 0 < x < 1,
+    "at least 2": lambda x: x >= 2,
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "0 or above 1": lambda x: x == 0 or x > 1,
     SEEDS: lambda x: 0 <= x < 2**32,
@@ -43,12 +44,33 @@ def check(config: Any, group: str, rules: dict[str, str]) -> None:
     for rule, names in rules.items():
         for name in names.split():
             value = getattr(config, name)
-            if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= LARGEST):
-                raise UserError(f"{group}{name} is {value}; make it finite, in float32 too")
-            if isinstance(value, int) and abs(value) >= 2**31 and rule != SEEDS:
-                raise UserError(f"{group}{name} is {shown(value)}; make it less than 2**31")
+            if not _fits(value) and rule != SEEDS:
+                cure = "less than 2**31" if isinstance(value, int) else "finite"
+                raise UserError(f"{group}{name} is {shown(value)}; make it {cure}")
             if not HOLDS[rule](value):
                 raise UserError(f"{group}{name} is {shown(value)}; make it {rule}")
+
+
+def check_list(config: Any, name: str, group: str, rule: str = "finite", *, ascending: bool = False) -> None:
+    """Check a field that is a list: different entries, each of which keeps a rule, and if `ascending` in order.
+
+    Raises:
+        UserError: they are not.
+    """
+    values = list(getattr(config, name))
+    bad = next((v for v in values if not isinstance(v, str) and not (_fits(v) and HOLDS[rule](v))), None)
+    empty = any(isinstance(v, str) and not v.strip() for v in values)
+    if bad is not None or empty:
+        raise UserError(f"{group}{name} {shown(values)} has {bad if not empty else 'an empty text'}; make each {rule}")
+    if len(set(values)) < len(values):
+        raise UserError(f"{group}{name} {shown(values)} has one twice; give each once")
+    if ascending and values != sorted(values):
+        raise UserError(f"{group}{name} {shown(values)} do not ascend; sort them")
+
+
+def _fits(value: float) -> bool:
+    """Whether int32 or float32 holds a number."""
+    return abs(value) < 2**31 if isinstance(value, int) else math.isfinite(value) and abs(value) <= LARGEST
 
 
 VISIBLE, VARIABLE = re.compile(r"[\x21-\x7e]+"), re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

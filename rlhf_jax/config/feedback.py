@@ -76,6 +76,9 @@ class JudgeConfig:
         check(self, "judge.", rules)
         if self.url:
             check_url("judge.url", self.url)
+        for name in ("url_model", "api_key_env"):
+            if getattr(self, name) and not self.url:  # what is there may be a key
+                raise UserError(f"judge.{name} is of judge.url, which is empty; give that one, or leave it out")
         if self.api_key_env:
             key_of("judge.api_key_env", self.api_key_env)
         missing = [place for place in ("{prompt}", "{a}", "{b}") if place not in self.template]
@@ -122,6 +125,12 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check(self, "sources.", {"at least 0": "num_samples shots"})
+        if self.temperature is not None:
+            check(self, "sources.", {"at least 0": "temperature"})
+        if self.top_p is not None:
+            check(self, "sources.", {"above 0 and at most 1": "top_p"})
+        if self.demonstrations and not self.shots:
+            raise UserError(f"sources.demonstrations {self.demonstrations} do nothing with sources.shots 0; raise it")
         if self.shots and not self.demonstrations:
             raise UserError(f"sources.shots is {self.shots}, but no sources.demonstrations are named; name a file")
 
@@ -199,6 +208,10 @@ class CollectRun(SourcesRun):
         super().__post_init__()
         if self.label == "sources" and len(self.sources) < 2:
             raise UserError(f"label is sources, of which there are {len(self.sources)}; give two or more, best first")
+        unused = {"judge": self.judge.named(), "reward": self.reward.model or self.reward.functions}
+        for name, given in unused.items():
+            if given and self.label != name:
+                raise UserError(f"{name} does nothing with label {self.label}; set label {name}, or leave it out")
         if self.label == "none" and self.schema != "ranking":
             raise UserError(f"label is none, so schema {self.schema} cannot be written; set schema ranking or a label")
         if self.length_filter != "off" and self.schema != "preference":
@@ -268,4 +281,4 @@ class RateRun:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check(self, "", {"at least 1": "raters levels", "at least 0": "noise", SEEDS: "seed"})
+        check(self, "", {"at least 1": "raters", "at least 2": "levels", "at least 0": "noise", SEEDS: "seed"})

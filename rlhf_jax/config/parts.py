@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.arch import ArchConfig
-from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.checks import LARGEST, SEEDS, check, check_list
 from rlhf_jax.config.settings import PathText, settings
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown
 from rlhf_jax.rules import parse_rules
 
 
@@ -47,6 +46,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self, "model.", {"at least 1": "logprob_chunk"})
+        check_list(self, "eos_ids", "model.", "at least 0")
 
 
 @settings
@@ -73,7 +73,7 @@ class MeshConfig:
     rules: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check(self, "mesh.", {"at least 1": "slices"})
+        check(self, "mesh.", {"at least 1": "slices", "at least 0": "rollout_tensor"})
         parse_rules(self.rules)
 
 
@@ -115,6 +115,11 @@ class OptimConfig:
             "above 0": "eps",
         }
         check(self, group, rules)
+        if self.schedule == "constant" and self.end_fraction:
+            raise UserError(
+                f"{group}end_fraction {self.end_fraction:g} does nothing with {group}schedule constant; set it to 0 "
+                "or another schedule"
+            )
 
 
 @settings
@@ -163,6 +168,7 @@ class DataConfig:
             "at least 0": "eval_batches",
         }
         check(self, "data.", rules)
+        check_list(self, "length_buckets", "data.", ascending=True)
         if self.length_buckets and not 0 < min(self.length_buckets) <= max(self.length_buckets) < self.max_length:
             raise UserError(
                 f"data.length_buckets {self.length_buckets} are not between 0 and data.max_length {self.max_length}, "
@@ -170,9 +176,10 @@ class DataConfig:
             )
         sources = 1 + len(self.mixture)
         weights = self.mixture_weights
-        if weights and (len(weights) != sources or not all(0 < weight < math.inf for weight in weights)):
+        positive = all(0 < weight <= LARGEST for weight in weights)
+        if weights and (len(weights) != sources or sources == 1 or not positive):
             raise UserError(
-                f"data.mixture_weights {weights} are not {sources} positive numbers; give one for "
+                f"data.mixture_weights {shown(weights)} are not {sources} positive numbers; give one for "
                 "data.path and one for each of data.mixture"
             )
 
@@ -243,6 +250,4 @@ class SamplingConfig:
                 f"sampling.min_new_tokens {self.min_new_tokens} is more than sampling.max_new_tokens "
                 f"{self.max_new_tokens}; lower it"
             )
-        buckets = self.prompt_buckets
-        if buckets and (buckets[0] < 1 or buckets != sorted(set(buckets))):
-            raise UserError(f"sampling.prompt_buckets {buckets} must be lengths of at least 1 that ascend; sort them")
+        check_list(self, "prompt_buckets", "sampling.", "at least 1", ascending=True)

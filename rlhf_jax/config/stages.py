@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
-from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.checks import LARGEST, SEEDS, check
 from rlhf_jax.config.online import OnlineConfig
 from rlhf_jax.config.parts import (
     DataConfig,
@@ -18,7 +18,7 @@ from rlhf_jax.config.parts import (
 )
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import PathText, settings
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown
 
 
 @settings
@@ -101,6 +101,11 @@ class RewardConfig:
             "finite": "rating_low rating_high",
         }
         check(self, "reward.", rules)
+        if self.rating_low >= self.rating_high:
+            raise UserError(
+                f"reward.rating_low {self.rating_low:g} is not below reward.rating_high {self.rating_high:g}; give "
+                "the ends of the scale"
+            )
 
 
 @settings
@@ -128,7 +133,14 @@ class RewardSourceConfig:
     on_failure: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        check(self, "reward.", {"finite": "model_weight", "at least 0": "timeout retries"})
+        check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries"})
+        if any(not (weight and abs(weight) <= LARGEST) for weight in self.function_weights):
+            raise UserError(
+                f"reward.function_weights {shown(self.function_weights)} are not all finite and other than 0; leave "
+                "out a function that should not count, or make it reward.gold"
+            )
+        if any(not name.strip() for name in self.functions):
+            raise UserError(f"reward.functions {shown(self.functions)} has an empty text; name module:function")
 
 
 @settings
@@ -190,6 +202,10 @@ class PPOConfig(OnlineConfig):
             "between 0 and 1": "discount gae_lambda",
         }
         check(self, "ppo.", rules)
+        if self.ptx_path and not self.ptx_coef:
+            raise UserError(
+                f"ppo.ptx_path {self.ptx_path} does nothing with ppo.ptx_coef 0; raise it, or leave it out"
+            )
 
 
 def check_divides(batch_size: int, name: str, parts: int) -> None:
@@ -378,4 +394,6 @@ class QuickstartConfig:
     iterations: int = 70
 
     def __post_init__(self) -> None:
-        check(self, "", {"at least 1": "comparisons iterations", "between 0 and 1": "rater_noise", SEEDS: "seed"})
+        check(
+            self, "", {"at least 1": "rounds comparisons iterations", "between 0 and 1": "rater_noise", SEEDS: "seed"}
+        )
