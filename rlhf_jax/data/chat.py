@@ -15,8 +15,8 @@ from typing import Any
 from rlhf_jax.data.schemas import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript
 from rlhf_jax.errors import UserError
 
-MARKER = "0x5EED"  # stands for the answer where a chat template is probed; templates leave such text alone
-ASKED: Messages = [{"role": "user", "content": "a"}]
+MARKER, QUESTION = "0x5EED", "0x7EA"  # what is said where a chat template is probed; it leaves such text alone
+ASKED: Messages = [{"role": "user", "content": QUESTION}]
 OPENS = re.compile(r"(?P<tag><[\w:.-]+>|\[[\w:.-]+\]|◁[\w:.-]+▷)(?P<space>\s*)$")  # a thought, at a prompt's end
 LONGEST_TAG = 64
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers hands over as all
@@ -81,12 +81,14 @@ class ChatTemplate:
         self._silent = not found
         if self._silent:
             return
-        shared = _shared(prompt, before)
-        extra = before[len(shared) :]
-        if shared == prompt:
-            if prompt == bare and extra.strip():  # it knows no add_generation_prompt
-                self._header = extra.rstrip(" ")
-            self._lead = extra.removeprefix(self._header)
+        if before.startswith(prompt):
+            self._lead = before.removeprefix(prompt)
+            if prompt == bare and self._lead.strip():  # it knows no add_generation_prompt
+                self._header = self._lead.rstrip(" ")
+                self._lead = self._lead.removeprefix(self._header)
+        else:  # it writes the question otherwise once it is answered, but maybe the same after it
+            ends = [text.rpartition(QUESTION)[2] for text in (prompt, before)]
+            self._lead = ends[1].removeprefix(ends[0]) if ends[1].startswith(ends[0]) else ""
         self._find_closing()
 
     def _find_closing(self) -> None:
