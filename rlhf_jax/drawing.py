@@ -25,6 +25,7 @@ from rlhf_jax.generate import Generator, Response, total_length
 from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
+from rlhf_jax.keys import branch
 from rlhf_jax.rewards import RewardFailure, call_reward, check_columns, functions_of
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.scoring import Scorer, columns, columns_of, plain
@@ -185,7 +186,7 @@ class Sources:
             self._last = None  # frees the model before the next one is loaded
             tokenizer, longest = load_tokenizer(settings), config.max_prompt_length
             with jax.set_mesh(self.mesh):
-                key, length = jax.random.key(config.seed), total_length(sampling, longest)
+                key, length = branch(jax.random.key(config.seed), "sampler's weights"), total_length(sampling, longest)
                 loaded = load_model(settings, self.mesh, key, length=length)
                 check_vocabulary(loaded.model.arch, tokenizer, settings.path)
                 generator = Generator(loaded.model, tokenizer, sampling, self.mesh, max_prompt_length=longest)

@@ -15,6 +15,7 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.files import json_lines, write_output
 from rlhf_jax.generate import Generator, total_length
 from rlhf_jax.hosts import is_first
+from rlhf_jax.keys import branch
 from rlhf_jax.scoring import RewardModel
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import check_vocabulary, load_model, load_tokenizer
@@ -53,7 +54,7 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
     def begin() -> Make:
         with jax.set_mesh(mesh):
             length, key = total_length(config.sampling, longest), jax.random.key(config.seed)
-            loaded = load_model(config.model, mesh, key, length=length)
+            loaded = load_model(config.model, mesh, branch(key, "sampler's weights"), length=length)
             check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
             generator = Generator(loaded.model, tokenizer, config.sampling, mesh, max_prompt_length=longest)
 

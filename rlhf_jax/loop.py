@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import fingerprint
+from rlhf_jax.keys import branch
 from rlhf_jax.nans import first_nan
 from rlhf_jax.run import Run
 from rlhf_jax.sharding import put_batch
@@ -78,7 +79,7 @@ def train(
     facts = {"steps": out.total, "tokens_per_step": tokens, "epoch_steps": len(batches)}
     facts["rows_left_over_by_each_epoch"] = batches.left_over
     describe(out.stage, mesh, loaded, **facts)
-    evaluate = make_evaluate(loss_fn, mesh, held_out, key)
+    evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"))
 
     def on_whole(params: Params, *rest: Any) -> Any:
         return loss_fn(loaded.whole(params), *rest)
@@ -102,7 +103,7 @@ def train(
         tree["state"],
         batches,
         mesh=mesh,
-        key=key,
+        key=branch(key, "training"),
         schedule=schedule,
         tokens_of=lambda batch: batch["tokens"].size,
         evaluate=evaluate_and_report,

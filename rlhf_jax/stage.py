@@ -22,6 +22,7 @@ from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts import is_first, to_host
+from rlhf_jax.keys import branch
 from rlhf_jax.models import Model, hf, hub, peft
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
 from rlhf_jax.models.weights import quantized
@@ -105,7 +106,7 @@ def load_model(
 
     `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
     With adapters (lora.rank) all else but the head is frozen. `length` is that of the run's longest sequence, prompt
-    and response together (`Model.length`).
+    and response together (`Model.length`), `key` that of the weights (`keys.branch`).
 
     Raises:
         UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
@@ -123,7 +124,7 @@ def load_model(
     if config.quantize != "none":
         small = quantized(loaded.params, config.quantize, free=True)
         loaded = replace(loaded, params=jax.device_put(small, tree_shardings(mesh, small)))
-    return adapted(loaded, lora, placed_init(mesh, jax.random.fold_in(key, 1)))
+    return adapted(loaded, lora, placed_init(mesh, branch(key, "adapters")))
 
 
 def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:

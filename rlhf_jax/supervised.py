@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batch, Batches, Collate, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.keys import branch
 from rlhf_jax.loop import Evaluate, num_steps, train
 from rlhf_jax.run import Run, check_output_dir
 from rlhf_jax.sharding import check_rows, make_mesh
@@ -90,7 +91,7 @@ def run_stage(
     """
     if (finished := check_output_dir(name, config, given)) is not None:
         return finished
-    init_key, step_key, extra_key = jax.random.split(jax.random.key(config.run.seed), 3)
+    key = jax.random.key(config.run.seed)
     mesh, data = make_mesh(config.mesh), config.data
     check_rows(mesh, data.batch_size // settings.accumulate, f"data.batch_size / {group or name}.accumulate =")
     tokenizer = load_tokenizer(config.model)
@@ -99,17 +100,18 @@ def run_stage(
         train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
     )
     with jax.set_mesh(mesh):
-        loaded = load_model(config.model, mesh, init_key, head=head, lora=config.lora, length=data.max_length)
+        options: dict[str, Any] = {"head": head, "lora": config.lora, "length": data.max_length}
+        loaded = load_model(config.model, mesh, branch(key, "weights"), **options)
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
         check_length(loaded.model.arch, data.max_length, "data.max_length")
-        stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, extra_key)
+        stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, branch(key, "evaluation"))
         if prepare is not None:
             prepare(stage)
         held_out = held_out_batches(data, held_out_set, collate)
         loss_fn, on_eval = objective(stage), watch(stage) if watch else None
         with Run(name, config, total=num_steps(settings, batches), shown=tuple(shown), given=given) as out:
             params, evaluate = train(
-                out, config, settings, loaded, loss_fn, batches, held_out, mesh=mesh, key=step_key, on_eval=on_eval
+                out, config, settings, loaded, loss_fn, batches, held_out, mesh=mesh, key=key, on_eval=on_eval
             )
             params, results = conclude(stage, params, evaluate) if conclude else (params, evaluate(params))
             save_model(out.dir / "model", loaded, params, tokenizer)

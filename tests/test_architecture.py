@@ -29,6 +29,7 @@ FLOORS = {
             "intervals",
             "hosts",
             "rules",
+            "keys",
             "sharding",
             "files",
             "__init__",

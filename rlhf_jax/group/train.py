@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rlhf_jax.config import GroupConfig, GroupRun
 from rlhf_jax.group import core
 from rlhf_jax.group.checks import check, check_batches, settings_of
+from rlhf_jax.keys import branch
 from rlhf_jax.online import loop
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
@@ -97,8 +98,9 @@ class Group(Online):
         given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "reward_functions": reward_functions}
         super().__init__(config, settings, mesh, group_size=settings.group_size, gold=gold, **given)
         with jax.set_mesh(mesh):
-            policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, self.key, self.length)
-            policy = adapted(policy, config.lora, placed_init(mesh, jax.random.fold_in(self.key, 1)))
+            key = branch(self.key, "weights")
+            policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, key, self.length)
+            policy = adapted(policy, config.lora, placed_init(mesh, branch(key, "adapters")))
             nets = assemble(settings, policy, reward, copy=partial(jax.tree.map, jnp.copy))
             self.check_lengths(policy.model, nets.models.reward)
             self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))

@@ -19,6 +19,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generate import decode, total_length
 from rlhf_jax.hosts import to_host
 from rlhf_jax.intervals import mean_and_error
+from rlhf_jax.keys import NUMBERS
 from rlhf_jax.nans import first_nan
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
@@ -155,7 +156,7 @@ class Online:
 
     def iteration(self, i: int) -> tuple[dict[str, jax.Array], dict[str, float], Any]:
         """Rollout, score, update. Returns device metrics, host metrics and the arrays of a sample table."""
-        key = key_at(self.key, 1, i)
+        key = key_at(self.key, NUMBERS["training"], i)
         rollout_key, update_key = jax.random.split(key)
         rollout, scored, gold = self.roll_out(self.state.params["policy"], self.batch(i), rollout_key)
         experience, self.kl_coef, metrics, per_row = scored
@@ -175,7 +176,8 @@ class Online:
         golds, weights, prompts = [], [], list[str]()
         samples: list[dict[str, Any]] = []
         for i, batch in enumerate(self.held_out):
-            key, _ = jax.random.split(key_at(self.key, 2, i))  # made as in `iteration`, so that nothing compiles anew
+            key = key_at(self.key, NUMBERS["evaluation"], i)
+            key, _ = jax.random.split(key)  # made as in `iteration`, so that nothing compiles anew
             rollout, (_, _, _, per_row), gold = self.roll_out(self.policy(), batch, key)
             found.append({name: x[batch["valid"]] for name, x in to_host(per_row).items()})
             golds.append(gold or 0.0)

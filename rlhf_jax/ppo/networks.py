@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from rlhf_jax.config import PPOConfig, PPORun
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.keys import Purpose, branch
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.ppo import core
 from rlhf_jax.sharding import replicated, tree_shardings
@@ -52,8 +53,8 @@ def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Arr
     def fresh_score() -> Params:
         return jax.jit(partial(policy.model.init_score, zeros=True), out_shardings=replicated(mesh))(key)
 
-    def adapt(loaded: Loaded, number: int) -> Loaded:
-        return adapted(loaded, config.lora, placed_init(mesh, jax.random.fold_in(key, number)))
+    def adapt(loaded: Loaded, purpose: Purpose) -> Loaded:
+        return adapted(loaded, config.lora, placed_init(mesh, branch(key, purpose)))
 
     copy = partial(jax.tree.map, jnp.copy)
     return assemble(config.ppo, mesh, policy, reward, fresh_score=fresh_score, copy=copy, adapt=adapt)
@@ -67,12 +68,12 @@ def assemble(
     *,
     fresh_score: Callable[[], Params],
     copy: Callable[[Params], Params],
-    adapt: Callable[[Loaded, int], Loaded],
+    adapt: Callable[[Loaded, Purpose], Loaded],
 ) -> Networks:
     """The critic that the config asks for, beside policy and reward model; what is trained is a copy.
 
-    Where a part of a model is trained, adapters (`adapt(model, number)`) or top layers, its frozen rest is shared: the
-    policy stands on the reference, and the critic on that or on the reward model.
+    Where a part of a model is trained, adapters (`adapt(model, purpose)`) or top layers, its frozen rest is shared:
+    the policy stands on the reference, and the critic on that or on the reward model.
     """
     policy = split_layers(policy, ppo.trainable_layers, mesh)
     ref = policy.params
@@ -83,7 +84,7 @@ def assemble(
         scored = policy.model.with_score(policy.params, fresh_score())
         model = replace(policy.model, score_head=True)
         value, base = Loaded(model, scored, policy.base_config, path=policy.path), "ref"
-    value, policy = (adapt(frozen_below(loaded), number) for loaded, number in ((value, 2), (policy, 1)))
+    value, policy = adapt(frozen_below(value), "critic's adapters"), adapt(frozen_below(policy), "adapters")
     trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
     bases = {}
     if policy.frozen is not None:

@@ -15,6 +15,7 @@ from rlhf_jax.config import PPORun
 from rlhf_jax.data.batches import Batches, collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.sources import rows_from
+from rlhf_jax.keys import branch
 from rlhf_jax.online import loop
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
 from rlhf_jax.online.stage import Online
@@ -70,7 +71,7 @@ class PPO(Online):
         )
         self.ptx = self._text_batches() if config.ppo.ptx_coef else None
         with jax.set_mesh(mesh):
-            nets = load_networks(config, mesh, self.tokenizer, self.key, self.length)
+            nets = load_networks(config, mesh, self.tokenizer, branch(self.key, "weights"), self.length)
             self.check_lengths(nets.models.policy, nets.models.reward)
             self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))
 
