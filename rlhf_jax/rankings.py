@@ -107,20 +107,27 @@ def bradley_terry(
     return _centred(strengths, np.ones(strengths.shape, bool) if items is None else items)
 
 
-def plackett_luce(ballots: Sequence[Sequence[float]], *, prior: float, num_steps: int = 100) -> np.ndarray:
+def plackett_luce(
+    ballots: Sequence[Sequence[float]], *, prior: float, times: Sequence[float] | None = None, num_steps: int = 100
+) -> np.ndarray:
     """Maximum-likelihood Plackett-Luce strengths float64[M], mean 0, of one group of M items from whole rankings.
 
     Plackett 1975: the best of those left is i with probability exp(s_i) / sum of exp(s_j) over those left. Each ballot
     is ranks [M]: lower is better, NaN is not ranked. Tied items stand for all their orders, in equal parts: the mean
-    log-likelihood of the orders, so a tie of two is half a win of each. `prior` as in `bradley_terry`; on pairs both
-    give the same.
+    log-likelihood of the orders, so a tie of two is half a win of each. Each ballot counts `times`, else once. `prior`
+    as in `bradley_terry`; on pairs both give the same.
 
     Raises:
         ValueError: more than LARGEST_TIE items in one tie.
     """
     size = len(ballots[0])
-    chosen = (~np.isnan(np.asarray(ballots, np.float64))).sum(0)
-    choices = [choice for ranks in ballots for choice in _choice_sets(np.asarray(ranks, np.float64))]
+    counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
+    chosen = counts @ ~np.isnan(np.asarray(ballots, np.float64))
+    choices = [
+        (left, part * count)
+        for ranks, count in zip(ballots, counts, strict=True)
+        for left, part in _choice_sets(np.asarray(ranks, np.float64))
+    ]
     members = np.array([left for left, _ in choices], bool).reshape(-1, size)
     weight = np.array([[part] for _, part in choices]).reshape(-1, 1)
     strengths, eye = np.zeros(size), np.eye(size)
@@ -207,10 +214,10 @@ def soft_labels(strengths: Float[np.ndarray, "*G K"]) -> Float[np.ndarray, "*G K
     return _sigmoid(strengths[..., :, None] - strengths[..., None, :])
 
 
-def consensus_ranks(strengths: Float[np.ndarray, " K"]) -> Int[np.ndarray, " K"]:
-    """Ranks from 0, the best; strengths that differ by less than 1e-4 nats share one, and no rank is left out."""
+def consensus_ranks(strengths: Float[np.ndarray, " K"], *, tolerance: float = 1e-4) -> Int[np.ndarray, " K"]:
+    """Ranks from 0, the best; strengths that differ by no more than `tolerance` share one, and no rank is left out."""
     order = np.argsort(-strengths, kind="stable")
-    falls = np.diff(-strengths[order], prepend=-strengths[order[:1]]) > 1e-4
+    falls = np.diff(-strengths[order], prepend=-strengths[order[:1]]) > tolerance
     ranks = np.empty(len(strengths), np.int64)
     ranks[order] = np.cumsum(falls)
     return ranks
@@ -225,15 +232,28 @@ def bootstrap_intervals(
     num_samples: int,
     level: float,
     seed: int,
+    times: Sequence[float] | None = None,
+    units: Sequence[int] | None = None,
 ) -> tuple[Float[np.ndarray, "G K"], Float[np.ndarray, "G K"]]:
     """(lower, upper) percentile intervals of `aggregate`'s strengths, ballots drawn with replacement (Efron 1979).
 
-    Whole ballots are drawn, since the pairs of one ranking are not independent.
+    Whole ballots are drawn, since the pairs of one ranking are not independent; ballots with the same number in `units`
+    are parts of one. Each group draws as many of its own as it has, so that none is left with none. A ballot that
+    counts several `times` is as many ballots.
     """
     c, rng = comparisons(ballots, num_raters=num_raters), np.random.default_rng(seed)
-    start = _fit(ballots, c, np.ones(len(ballots)), method, prior, None)
-    drawn = rng.multinomial(len(ballots), np.full(len(ballots), 1 / len(ballots)), num_samples)
-    fits = [_fit(ballots, c, times, method, prior, start)[0] for times in drawn]
+    counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
+    start = _fit(ballots, c, counts, method, prior, None)
+    _, first, unit = np.unique(np.arange(len(ballots)) if units is None else units, return_index=True, return_inverse=True)
+    group_of, size_of = np.array([ballots[i][0] for i in first]), counts[first]
+    drawn = np.zeros((num_samples, len(first)))
+    for group in np.unique(group_of):
+        own = np.flatnonzero(group_of == group)
+        total = size_of[own].sum()
+        num = max(round(total), 1)  # fractional votes count as the number of raters that they add up to
+        drawn[:, own] = rng.multinomial(num, size_of[own] / total, num_samples) * (total / num)
+    drawn = (drawn / size_of)[:, unit.reshape(-1)] * counts
+    fits = [_fit(ballots, c, each, method, prior, start)[0] for each in drawn]
     tail = 100 * (1 - level) / 2
     lower, upper = np.percentile(fits, [tail, 100 - tail], axis=0)
     return lower, upper
@@ -249,12 +269,13 @@ def _fit(
     if method == "bradley_terry":
         return bradley_terry(c.wins(weights, c.shares), prior=prior, items=c.items), np.ones(c.num_raters)
     strengths = np.zeros(c.items.shape)
-    members: dict[int, list[Sequence[float]]] = {}
-    for (group, _, ranks), count in zip(ballots, times, strict=True):
-        members.setdefault(group, []).extend([ranks] * int(count))
-    for group, rankings in members.items():
-        if rankings:
-            strengths[group, : c.sizes[group]] = plackett_luce(rankings, prior=prior)
+    members: dict[int, list[int]] = {}
+    for i, (group, _, _) in enumerate(ballots):
+        if times[i]:
+            members.setdefault(group, []).append(i)
+    for group, own in members.items():
+        ranks = [ballots[i][2] for i in own]
+        strengths[group, : c.sizes[group]] = plackett_luce(ranks, prior=prior, times=times[own])
     return strengths, np.ones(c.num_raters)
 
 
@@ -271,17 +292,23 @@ def components(wins: Float[np.ndarray, "*G M M"]) -> Int[np.ndarray, "*G M"]:
     return linked.argmax(-1)
 
 
-def agreement(verdicts: Comparisons) -> tuple[float, int]:
-    """(share of equal pairs among pairs of verdicts on the same two items, number of those); NaN if there are none."""
+def agreement(verdicts: Comparisons, weights: Float[np.ndarray, " N"] | None = None) -> tuple[float, int]:
+    """(share of equal pairs among pairs of verdicts on the same two items, number of those); NaN if there are none.
+
+    `weights` counts each verdict so often, else once.
+    """
+    weights = np.ones(len(verdicts.shares)) if weights is None else weights
     flip = verdicts.first > verdicts.second
     low, high = np.minimum(verdicts.first, verdicts.second), np.maximum(verdicts.first, verdicts.second)
     shares = np.where(flip, 1 - verdicts.shares, verdicts.shares)
     items = np.stack([verdicts.groups, low, high], 1)
-    _, of_item, num = np.unique(items, axis=0, return_inverse=True, return_counts=True)
-    said = np.stack([of_item.reshape(-1), (2 * shares).astype(np.int64)], 1)
-    same = np.unique(said, axis=0, return_counts=True)[1]
-    total = int((num * (num - 1)).sum() // 2)
-    return (float((same * (same - 1)).sum() / 2 / total) if total else float("nan")), total
+    _, of_item = np.unique(items, axis=0, return_inverse=True)
+    of_item = of_item.reshape(-1)
+    _, of_said = np.unique(np.stack([of_item, (2 * shares).astype(np.int64)], 1), axis=0, return_inverse=True)
+    pairs, same = (
+        sum(n * max(n - 1, 0.0) / 2 for n in np.bincount(of, weights).tolist()) for of in (of_item, of_said.reshape(-1))
+    )
+    return (same / pairs if pairs else float("nan")), round(pairs)
 
 
 def rater_taus(verdicts: Comparisons) -> tuple[Float[np.ndarray, " R"], Int[np.ndarray, " R"]]:
@@ -350,14 +377,19 @@ def best_of_n(proxy: Float[np.ndarray, "B N"], rewards: Float[np.ndarray, "B N"]
     return (chances * rewards).sum(axis=1)
 
 
-def aggregate(ballots: Sequence[Ballot], *, num_raters: int, method: str, prior: float) -> Consensus:
+def aggregate(
+    ballots: Sequence[Ballot], *, num_raters: int, method: str, prior: float, times: Sequence[float] | None = None
+) -> Consensus:
     """Strengths of all items by bradley_terry, plackett_luce or crowd_bt, and what is odd about the ballots.
 
-    Warns if in some group the comparisons do not link all items: strengths across the gap come from the prior alone.
+    Each ballot counts `times`, else once. Warns if in some group the comparisons do not link all items: strengths
+    across the gap come from the prior alone.
     """
     c = comparisons(ballots, num_raters=num_raters)
-    wins = c.wins(np.ones(len(c.shares)), c.shares)
-    strengths, reliability = _fit(ballots, c, np.ones(len(ballots)), method, prior, None)
+    counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
+    weights = counts[c.ballots]
+    wins = c.wins(weights, c.shares)
+    strengths, reliability = _fit(ballots, c, counts, method, prior, None)
     apart = ((components(wins) != 0) & c.items).any(-1)
     if apart.any():
         warnings.warn(
@@ -367,14 +399,14 @@ def aggregate(ballots: Sequence[Ballot], *, num_raters: int, method: str, prior:
         )
     games = wins + np.swapaxes(wins, -1, -2)
     facts = {
-        "verdicts": len(c.shares),
-        "ties": int((c.shares == 0.5).sum()),
+        "verdicts": round(weights.sum()),
+        "ties": round(weights[c.shares == 0.5].sum()),
         "raters": num_raters,
-        "raters with one ballot": int((np.bincount([b[1] for b in ballots], minlength=num_raters) == 1).sum()),
+        "raters with one ballot": int((np.bincount([b[1] for b in ballots], counts, num_raters) == 1).sum()),
         "groups not linked": int(apart.sum()),
         "undefeated items": int(((games.sum(-1) > 0) & (np.swapaxes(wins, -1, -2).sum(-1) == 0)).sum()),
         "items without a verdict": int((c.items & (games.sum(-1) == 0)).sum()),
-        "agreement": agreement(c)[0],
+        "agreement": agreement(c, weights)[0],
     }
     return Consensus(strengths, reliability, facts)
 

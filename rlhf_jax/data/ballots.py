@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax import rankings
 from rlhf_jax.data.schemas import (
+    JOINED,
+    JOINED_KIND,
     DroppedRow,
     Messages,
     Row,
+    answer_of,
     bad_row,
     empty_row,
     flag_of,
     ids_of,
+    in_order,
     is_number,
     kind_of,
+    number_of,
     preference_row,
     prompt_of,
     require,
     response_of,
-    sft_row,
     text_of,
     type_of,
     where_of,
@@ -48,6 +53,8 @@ class Ranking:
         where: file:line.
         extra: fields of each response that are nobody's business here, such as "model".
         strengths: float[K], once aggregated.
+        times: how often each ballot counts; empty where each counts once.
+        units: ballots with one number are parts of one, which the bootstrap draws together; empty where none are.
     """
 
     prompt: Response
@@ -58,10 +65,23 @@ class Ranking:
     extra: list[Row] = field(default_factory=list)
     strengths: np.ndarray | None = None
     ids: list[list[int] | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.ids:
             object.__setattr__(self, "ids", [None] * len(self.responses))
+
+    def counts(self) -> np.ndarray:
+        """float[len(ballots)], how often each ballot counts."""
+        return np.array(self.times or [1.0] * len(self.ballots))
+
+    def wins(self) -> np.ndarray:
+        """float[K, K], how often response i was preferred to j, a tie as half."""
+        ballots: list[rankings.Ballot] = [(0, 0, [float("nan")] * len(self.responses))]  # so that there is a group
+        ballots += [(0, 0, ranks) for _, ranks in self.ballots]
+        c = rankings.comparisons(ballots, num_raters=1)
+        return c.wins(np.append(1.0, self.counts())[c.ballots], c.shares)[0]
 
     def consensus(self) -> tuple[np.ndarray, np.ndarray]:
         """(ranks float[K], NaN for what nobody ranked; labels float[K, K], share that prefers i to j, NaN if unknown).
@@ -69,12 +89,10 @@ class Ranking:
         Of aggregated strengths, or of the votes: each ranking gives its pairs, and the mean share of pairs that a
         response wins is its place (Borda).
         """
-        size = len(self.responses)
-        c = rankings.comparisons([(0, 0, ranks) for _, ranks in self.ballots], num_raters=1)
-        wins = c.wins(np.ones(len(c.shares)), c.shares)[0]
+        wins = self.wins()
         games = wins + wins.T
         if self.strengths is None:
-            labels = np.divide(wins, games, out=np.full((size, size), np.nan), where=games > 0)
+            labels = np.divide(wins, games, out=np.full(wins.shape, np.nan), where=games > 0)
             order = np.nansum(labels, axis=1) / np.maximum((games > 0).sum(axis=1), 1)
         else:
             side = rankings.components(wins)
@@ -82,7 +100,8 @@ class Ranking:
             order = self.strengths
         if self.strengths is None and len(self.ballots) == 1:
             return np.array(self.ballots[0][1], np.float64), labels
-        ranks = rankings.consensus_ranks(order).astype(np.float64)
+        tolerance = 1e-9 if self.strengths is None else 1e-4  # shares of whole votes are exact, a fit is not
+        ranks = rankings.consensus_ranks(order, tolerance=tolerance).astype(np.float64)
         return np.where(games.any(axis=1), ranks, np.nan), labels
 
 
@@ -103,25 +122,20 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
         DroppedRow: fewer than two responses that are neither null nor empty.
         UserError: a missing field, a wrong type, or ranks that are no ranking.
     """
-    if "ranking" in row:
-        return row["ranking"]
     kind = kind_of(row)
-    if kind.endswith("stepwise supervision"):
-        raise bad_row(
-            row, "stepwise supervision labels parts of one answer; give whole answers, such as {chosen, rejected}"
-        )
+    if kind == JOINED_KIND:
+        return row[JOINED]
     if kind.endswith("unpaired preference"):
-        answer = sft_row({**row, "label": True})
+        answer = answer_of(row)
         ranks = [0.0 if flag_of(row, "label") else 1.0]
-        ids, said = [answer.get("ids")], [(_rater(row), ranks)]
-        return Ranking(
-            answer["prompt"], [answer["response"]], [answer["finished"]], said, where_of(row), [{}], ids=ids
-        )
-    if "responses" not in row:
+        only, ids = [answer["response"]], [answer.get("ids")]
+        said = [(_rater(row), ranks)]
+        return Ranking(answer["prompt"], only, [answer["finished"]], said, where_of(row), [{}], ids=ids)
+    if not kind.endswith("ranking"):
         pair = preference_row(row)
-        both = [pair["chosen"], pair["rejected"]]
-        said = _votes(row)
-        return Ranking(pair["prompt"], both, pair["finished"], said, where_of(row), [{}, {}], ids=pair["ids"])
+        both, (said, times) = [pair["chosen"], pair["rejected"]], _votes(row)
+        more = {"ids": pair["ids"], "times": times}
+        return Ranking(pair["prompt"], both, pair["finished"], said, where_of(row), [{}, {}], **more)
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
@@ -173,7 +187,7 @@ def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
     for name, sign in (("rank", 1.0), ("score", -1.0)):
         values = row.get(f"{name}s", [item.get(name) for item in items])
         if f"{name}s" in row or any(name in item for item in items):
-            return [(_rater(row), [sign * rank for rank in _ranks(row, values, len(items))])]
+            return [(_rater(row), _ranks(row, values, len(items), sign))]
     raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
 
 
@@ -188,15 +202,15 @@ def _said(row: Row, one: Row, size: int) -> list[list[float]]:
     return [[{**pair, j: 1.0}.get(i, float("nan")) for i in range(size)] for j in range(size) if j != best]
 
 
-def _ranks(row: Row, values: Any, size: int) -> list[float]:
-    """A rank for each response, NaN for null."""
+def _ranks(row: Row, values: Any, size: int, sign: float = 1.0) -> list[float]:
+    """A rank for each response, NaN for null; `sign` is -1 where a higher value is better."""
     if not isinstance(values, list) or len(values) != size:
         shown = len(values) if isinstance(values, list) else type_of(values)
         raise bad_row(row, f"ranks are {shown} for {size} responses; give one number, or null, for each")
     for value in values:
         if value is not None and not is_number(value):
             raise bad_row(row, f"the rank {value!r} is no finite number; number responses from 0, the best")
-    return [float("nan") if value is None else float(value) for value in values]
+    return in_order([None if value is None else number_of(value) for value in values], sign)
 
 
 def _rater(row: Row, outer: Row | None = None) -> str:
@@ -206,22 +220,22 @@ def _rater(row: Row, outer: Row | None = None) -> str:
     return name
 
 
-def _votes(row: Row) -> list[Ballot]:
-    """The ballots of a preference row: the counts of `votes`, or the one of its rater."""
+def _votes(row: Row) -> tuple[list[Ballot], list[float]]:
+    """(the ballots of a preference row, how often each counts): as `votes` says, or the one of its rater."""
     votes = row.get("votes")
     if votes is None:
-        return [(_rater(row), [0.0, 1.0])]
-    if any(count != int(count) for count in votes):
-        raise bad_row(row, f'"votes" is {votes!r}; aggregation counts whole raters, so give whole numbers')
+        return [(_rater(row), [0.0, 1.0])], [1.0]
     said = ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0])
-    return [("", ranks) for count, ranks in zip(votes, said, strict=True) for _ in range(int(count))]
+    given = [(("", ranks), float(count)) for count, ranks in zip(votes, said, strict=True) if count]
+    return [ballot for ballot, _ in given], [count for _, count in given]
 
 
 def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior: float) -> tuple[list[Row], str]:
     """(rows, those of one prompt joined to one {prompt, ranking: Ranking}; what to say about it).
 
     aggregate = votes joins unpaired preferences only. bradley_terry, plackett_luce and crowd_bt join all rows of a
-    prompt, equal responses once, and fit strengths to all ballots; a row with nothing to learn stays as it is.
+    prompt, equal responses once, and fit strengths to all ballots of each of its `parts`; a row with nothing to learn
+    stays as it is.
     """
     together: list[Ranking] = []
     others: list[Row] = []
@@ -235,74 +249,143 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
             others.append(row)
     if not together:
         return others, ""
-    count, together = len(together), join(together, key)
-    said = [f"{count} rows joined to {len(together)} prompts"]
+    joined = join(together, key)
+    said = [f"{len(together)} rows joined to {len(joined)} prompts"]
     if aggregate != "votes":
-        together, raters, facts = fit(together, method=aggregate, prior=prior)
-        said += describe(raters, facts)
-    others += [{"prompt": one.prompt, "ranking": one, "_where": one.where} for one in together]
+        apart, gaps = taken_apart(joined)
+        fitted, raters, facts = fit(apart, method=aggregate, prior=prior)
+        said += [*describe(raters, facts), *gaps]
+    else:
+        fitted = joined
+    margins = sum(row.get("margin") is not None and kind_of(row).startswith("preference") for row in rows)
+    said += [f"margins of {margins} joined rows not used"] if margins and aggregate != "votes" else []
+    others += [{"prompt": one.prompt, JOINED: one, "_where": one.where} for one in fitted]
     return others, "; ".join(said)
 
 
-def join(together: list[Ranking], key: Callable[[Row], str]) -> list[Ranking]:
-    """One ranking per prompt: `key` of {prompt} is equal for rows of one."""
+Identity = Callable[[Response, bool, Row], Any]
+"""(response, whether it is finished, its other fields) -> what is equal for responses that are one."""
+
+
+def same_text(response: Response, done: bool, extra: Row) -> Any:
+    """Responses of one text are one; a whole one and one that was cut off are two."""
+    return text_of(response), done
+
+
+def join(together: list[Ranking], key: Callable[[Row], str], identity: Identity = same_text) -> list[Ranking]:
+    """One ranking per prompt, in which responses that are one stand once: `key` of {prompt} is equal for its rows."""
     of_prompt: dict[str, list[Ranking]] = defaultdict(list)
     for ranking in together:
         of_prompt[key({"prompt": ranking.prompt})].append(ranking)
-    return [_join(members) for members in of_prompt.values()]
+    return [_join(members, identity) for members in of_prompt.values()]
 
 
-def _join(members: list[Ranking]) -> Ranking:
-    """All rows of one prompt as one, equal responses once."""
-    places: dict[tuple[str, bool], int] = {}
-    first = members[0]
-    responses: list[Response] = []
-    finished: list[bool] = []
-    extra: list[Row] = []
-    ids: list[list[int] | None] = []
+def _join(members: list[Ranking], identity: Identity) -> Ranking:
+    """All rows of one prompt as one. Every verdict on a response counts for what it is one with."""
+    places: dict[Any, int] = {}
+    kept: list[tuple[Response, bool, Row, Any]] = []
+    found: list[tuple[str, dict[int, float], float, int]] = []  # rater, ranks by place, times, unit
+    of_one: dict[str, dict[int, list[float]]] = {}  # what a rater said of single responses is one ballot
+    unit = 0
     for member in members:
-        columns = zip(member.responses, member.finished, member.extra, member.ids, strict=True)
-        for response, done, more, sampled in columns:
-            if places.setdefault((text_of(response), done), len(responses)) == len(responses):
-                responses.append(response)
-                finished.append(done)
-                extra.append(more)
-                ids.append(sampled)
-    ballots: list[Ballot] = []
-    of_one: dict[str, list[float]] = {}  # what a rater said of single responses is one ballot
-    for member in members:
-        at = [places[text_of(r), done] for r, done in zip(member.responses, member.finished, strict=True)]
-        for rater, ranks in member.ballots:
-            ballot = of_one.setdefault(rater, []) if len(at) == 1 else []
-            if not ballot:
-                ballot += [float("nan")] * len(responses)
-                ballots.append((rater, ballot))
-            for place, rank in zip(at, ranks, strict=True):
-                ballot[place] = rank
-    return replace(first, responses=responses, finished=finished, extra=extra, ballots=ballots, ids=ids)
+        given = list(zip(member.responses, member.finished, member.extra, member.ids, strict=True))
+        for one in given:
+            if places.setdefault(identity(*one[:3]), len(kept)) == len(kept):
+                kept.append(one)
+        at = [places[identity(*one[:3])] for one in given]
+        own = member.units or range(len(member.ballots))
+        for (rater, ranks), count, part in zip(member.ballots, member.counts(), own, strict=True):
+            if len(at) == 1:
+                of_one.setdefault(rater, {}).setdefault(at[0], []).append(ranks[0])
+            else:
+                found += [(rater, by_place, float(count), unit + part) for by_place in _by_place(at, ranks)]
+        unit += max(own, default=-1) + 1
+    for number, (rater, told) in enumerate(of_one.items()):
+        # Of several labels of one response, that of a named rater is the last, a change of mind; else their mean.
+        means = {place: said[-1] if rater else float(np.mean(said)) for place, said in told.items()}
+        found.append((rater, means, 1.0, unit + number))
+    return replace(
+        members[0],
+        responses=[one[0] for one in kept],
+        finished=[one[1] for one in kept],
+        extra=[one[2] for one in kept],
+        ids=[one[3] for one in kept],
+        ballots=[(rater, [ranks.get(i, float("nan")) for i in range(len(kept))]) for rater, ranks, _, _ in found],
+        times=[count for _, _, count, _ in found],
+        units=[part for *_, part in found],
+    )
+
+
+def _by_place(at: list[int], ranks: list[float]) -> list[dict[int, float]]:
+    """The ranks of responses as ranks of the places `at` which they stand: one ballot, or, where several responses
+    have one place, a ballot for each two that have not: every verdict counts, and none overwrites another."""
+    if len(set(at)) == len(at):
+        return [dict(zip(at, ranks, strict=True))]
+    known = [(place, rank) for place, rank in zip(at, ranks, strict=True) if not np.isnan(rank)]
+    return [{i: a, j: b} for (i, a), (j, b) in combinations(known, 2) if i != j]
+
+
+def parts(one: Ranking) -> list[Ranking]:
+    """What comparisons link, each part as a ranking of its own; a response that nobody compared is in none.
+
+    Strengths of two parts say nothing of one another. A ranking without any comparison stays as it is.
+    """
+    wins = one.wins()
+    side = rankings.components(wins)
+    groups = [np.flatnonzero(side == number) for number in np.unique(side)]
+    groups = [group for group in groups if len(group) > 1]
+    if not groups or len(groups[0]) == len(side):
+        return [one]
+    units = one.units or list(range(len(one.ballots)))
+    found = []
+    for group in groups:
+        ballots = [(rater, [ranks[i] for i in group]) for rater, ranks in one.ballots]
+        own = [n for n, (_, ranks) in enumerate(ballots) if np.count_nonzero(~np.isnan(ranks)) > 1]
+        part = {name: [getattr(one, name)[i] for i in group] for name in ("responses", "finished", "extra", "ids")}
+        counts, told = one.counts(), [ballots[n] for n in own]
+        found.append(replace(one, **part, ballots=told, times=[counts[n] for n in own], units=[units[n] for n in own]))
+    return found
+
+
+def taken_apart(joined: list[Ranking]) -> tuple[list[Ranking], list[str]]:
+    """(the `parts` of all rankings, what to say about gaps)."""
+    found = [parts(one) for one in joined]
+    apart = [pieces for pieces in found if len(pieces) > 1]
+    left = sum(len(one.responses) for one in joined) - sum(len(part.responses) for own in found for part in own)
+    said = []
+    if apart:
+        said.append(f"{len(apart)} of them fall apart into {sum(map(len, apart))} parts, no label across")
+    if left:
+        said.append(f"{left} responses that nobody compared are left out")
+    return [part for pieces in found for part in pieces], said
 
 
 def fit(
     together: list[Ranking], *, method: str, prior: float
 ) -> tuple[list[Ranking], dict[str, float], dict[str, float]]:
     """(rankings with strengths, rater -> reliability, facts) by `rankings.aggregate`, raters known by name."""
-    ballots, names = numbered(together)
+    ballots, names, times, _ = numbered(together)
     try:
-        found = rankings.aggregate(ballots, num_raters=len(names), method=method, prior=prior)
+        found = rankings.aggregate(ballots, num_raters=len(names), method=method, prior=prior, times=times)
     except ValueError as error:
         raise UserError(f"{error}; aggregate with bradley_terry or crowd_bt") from error
     fitted = [replace(r, strengths=found.strengths[g, : len(r.responses)]) for g, r in enumerate(together)]
     return fitted, dict(zip(names, found.reliability.tolist(), strict=True)), found.facts
 
 
-def numbered(together: list[Ranking]) -> tuple[list[rankings.Ballot], list[str]]:
-    """(the ballots of all rankings, with numbers for groups and raters; the names of the raters)."""
+def numbered(together: list[Ranking]) -> tuple[list[rankings.Ballot], list[str], list[float], list[int]]:
+    """(ballots of all rankings, with numbers for groups and raters; names of the raters; times and units)."""
     names = sorted({rater for ranking in together for rater, _ in ranking.ballots})
     number = {name: i for i, name in enumerate(names)}
     ballots: list[rankings.Ballot] = [
         (g, number[rater], ranks) for g, ranking in enumerate(together) for rater, ranks in ranking.ballots
     ]
-    return ballots, names
+    times = [count for ranking in together for count in ranking.counts().tolist()]
+    units: list[int] = []
+    for ranking in together:
+        start = max(units, default=-1) + 1
+        units += [start + unit for unit in ranking.units or range(len(ranking.ballots))]
+    return ballots, names, times, units
 
 
 def describe(raters: dict[str, float], facts: dict[str, float]) -> list[str]:
