@@ -13,15 +13,15 @@ import traceback
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from rlhf_jax import __version__, config
+from rlhf_jax import __version__, config, files, yamls
 from rlhf_jax.config.settings import words
-from rlhf_jax.errors import Stopped, UserError, shown, tell
+from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
+from rlhf_jax.yamls import texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -97,20 +97,6 @@ options:
 """
 
 
-class Texts(yaml.BaseLoader):
-    """YAML whose values stay text, so that the option's type decides what `off`, `1e-3` and `123` mean."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in names[:i]:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep=True)
-
-
-texts = functools.partial(yaml.load, Loader=Texts)
-
-
 def help_text() -> str:
     """What `rlhf-jax --help` prints."""
     about = {name: command[-1] for name, command in [*COMMANDS.items(), *DIRECTORY_COMMANDS.items()]}
@@ -141,16 +127,8 @@ def nearest(word: str, known: list[str], command: str) -> str:
 
 def read(path: str, option: str = "--config") -> tuple[str, dict[str, Any]]:
     """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        found = texts(text)
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", "not UTF-8 text")
-        raise UserError(f"{option} {path}: {problem}; check the path") from error
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: invalid YAML ({' '.join(problem.split())}); correct it") from error
+    text = files.read_text(path, option)
+    found = yamls.read(text, path)
     if not isinstance(found, dict):
         what = "empty" if found is None else "a list" if isinstance(found, list) else "plain text"
         raise UserError(f"{path}: the file is {what}; write options such as `data: {{batch_size: 8}}`")
@@ -257,6 +235,8 @@ def parse(command: str, arguments: list[str]) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+    except Exception as error:  # whatever the parser makes of odd input
+        raise UserError(f"the options cannot be read ({type(error).__name__}: {reason(error)})") from error
     return cls(**{name: found[name] for name in fields(cls)})
 
 

@@ -18,9 +18,10 @@ from typing import IO, Any
 
 import yaml
 
+from rlhf_jax import yamls
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
 from rlhf_jax.errors import UserError, printable, tell
-from rlhf_jax.files import Lines, check_writable, replace, to_json
+from rlhf_jax.files import Lines, check_writable, read_text, replace, to_json
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -113,10 +114,13 @@ def earlier_summary(
     if config.overwrite or not found:
         return None
     cure = "choose another directory or pass --overwrite true"
-    text = (path / "config.yaml").read_text() if "config.yaml" in found else ""
+    text = read_text(path / "config.yaml") if "config.yaml" in found else ""
     if not text.startswith(f"# rlhf-jax {command} "):
         raise UserError(f"output_dir {path} holds another run ({found[0]}); {cure}")
-    differ = changes(config, {"config": as_json(yaml.safe_load(text))})
+    then = yamls.read(text, str(path / "config.yaml"), yamls.Values)
+    if not isinstance(then, dict):
+        raise UserError(f"output_dir {path}: config.yaml holds no settings; {cure}")
+    differ = changes(config, {"config": as_json(then)})
     if differ:
         shown = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in differ.items())
         raise UserError(f"output_dir {path} holds {command} with another config: {shown}; {cure}")
@@ -245,8 +249,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return record
     try:
         header, _, text = (path / "config.yaml").read_text().partition("\n")
-        config = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        config = yamls.load(text, yamls.Values)
+    except (OSError, ValueError, yaml.YAMLError):
         header, config = "", None
     saved = [_object(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path)]
     found: dict[str, Any] = next((each["run"] for each in reversed(saved) if each and "run" in each), {})

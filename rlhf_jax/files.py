@@ -99,6 +99,47 @@ def json_lines(rows: Sequence[Any]) -> bytes:
     return "".join(found).encode()
 
 
+LARGEST_TEXT = 1 << 24
+"""Bytes of a text file, such as one of options, that is read whole."""
+
+
+def read_text(path: str | os.PathLike[str], what: str = "") -> str:
+    """A text file that somebody else may have written; `what` is said before its name.
+
+    Raises:
+        UserError: it cannot be read, is not one, or is far too long.
+    """
+    said = f"{what} {os.fspath(path)}".strip()
+    try:
+        if is_stream(path):
+            raise UserError(f"{said}: a pipe or a device, not a file; write it to a file first")
+        if os.stat(path).st_size > LARGEST_TEXT:
+            raise UserError(f"{said}: more than {LARGEST_TEXT} bytes, which no such file has; check the path")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{said}: not UTF-8 text; check the path") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{said}: {reason(error)}; check the path") from error
+
+
+def read_object(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    text = read_text(path)
+    try:
+        found = from_json(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{os.fspath(path)} is broken ({reason(error)}); {cure}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{os.fspath(path)} is broken (a {type(found).__name__}, no JSON object); {cure}")
+    return found
+
+
 def is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether a path is written to rather than replaced: a device, a pipe or a socket, as /dev/stdout may be."""
     try:

@@ -36,8 +36,10 @@ FLOORS = {
         ],
         0,
     ),
-    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal", "attempts"], 1),
-    "contents": 1,
+    **dict.fromkeys(
+        ["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal", "attempts", "yamls"], 1
+    ),
+    **dict.fromkeys(["contents", "attempts"], 1),
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online", "supervised", "responses"], 2),
     **dict.fromkeys(["judge", "likelihood", "asking", "endpoint"], 2),
@@ -58,6 +60,7 @@ SAME_FLOOR = {
     "step": {"state"},
     "sampling": {"models"},
     "generate": {"stage"},
+    "directory": {"yamls"},
     "journal": {"directory"},
     "contents": {"directory", "models"},
     "asking": {"endpoint", "generate", "judge", "likelihood", "stage"},

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from rlhf_jax.data import tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
 from rlhf_jax.data.votes import join_votes
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.files import is_stream
 
 Row = dict[str, Any]
 
@@ -27,12 +28,12 @@ DOCUMENT_END = "<|endoftext|>"
 
 
 def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
-    """Rows of a path (see `read_rows`) or of a list of dicts, as new dicts; the caller's are never changed.
+    """Rows of a path (see `read_rows`) or of an iterable of dicts, as new dicts; the caller's are never changed.
 
     `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`).
 
-    Anything with `len` and integer indexing that yields dicts counts as a list (a Hugging Face dataset does). Rows of
-    a list get "_where" = "row i" with i the list index, from 0. Votes on one item become one row (`votes.join_votes`).
+    Lists, generators, arrays of objects, Hugging Face datasets and pandas frames will do. Rows get "_where" = "row i",
+    i from 0. Votes on one item become one row (`votes.join_votes`).
 
     Raises:
         UserError: nothing to read, or an element is not a dict.
@@ -42,17 +43,45 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
         return [map_row(row, wanted) for row in rows_from(source)]
     if isinstance(source, (str, os.PathLike)):
         return join_votes(read_rows(os.fspath(source)))
-    if isinstance(source, dict) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        raise UserError(f"rows come from a path or a list of dicts, not from a {type(source).__name__}")
-    if not len(source):
+    try:
+        rows = [_as_row(f"row {i}", row) for i, row in enumerate(_elements(source))]
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever a generator or a lazy data set raises
+        raise UserError(f"the rows cannot be read ({type(error).__name__}: {reason(error)})") from error
+    if not rows:
         raise UserError("the list of rows is empty; give at least one row")
-    rows = []
-    for index in range(len(source)):
-        row = source[index]
-        if not isinstance(row, dict):
-            raise UserError(f"row {index}: a {type(row).__name__}, not a dict; give rows such as {{'prompt': ...}}")
-        rows.append({"_where": f"row {index}", **row})
     return join_votes(rows)
+
+
+def _elements(source: Any) -> Iterable[Any]:
+    """The rows of what is no path."""
+    if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # a pandas frame, or a part of one
+        if not hasattr(source, "columns"):
+            raise UserError("a pandas Series is one column; give the frame, which has a name for each")
+        return source.to_dict("records")
+    if hasattr(source, "to_dicts") and hasattr(source, "columns"):  # polars
+        return source.to_dicts()
+    if isinstance(source, Mapping):
+        cure = "give one, as rows=data['train']" if all(hasattr(v, "column_names") for v in source.values()) else ""
+        what = f"splits {', '.join(map(str, source))}" if cure else "a dict, which is one row or one table"
+        raise UserError(f"rows are a list of dicts, not {what}; {cure or 'give [{...}, ...]'}")
+    if isinstance(source, (bytes, bytearray, Set)) or not (
+        isinstance(source, Iterable) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
+    ):
+        raise UserError(f"rows come from a path or a list of dicts, not from a {type(source).__name__}")
+    if getattr(source, "ndim", 1) != 1:
+        raise UserError(f"rows are a list of dicts, not an array of {source.ndim} dimensions")
+    return source if isinstance(source, Iterable) else (source[i] for i in range(len(source)))
+
+
+def _as_row(where: str, row: Any) -> Row:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: a {type(row).__name__}, not a dict; give rows such as {{'prompt': ...}}")
+    odd = next((name for name in row if not isinstance(name, str)), None)
+    if odd is not None:
+        raise UserError(f"{where}: the column {shown(odd)} has no name; give each a text")
+    return {"_where": where, **row}
 
 
 def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> list[Row]:
@@ -90,7 +119,21 @@ def read_rows(path: str) -> list[Row]:
     Raises:
         UserError: missing, empty, unreadable, truncated, not UTF-8, of unknown extension, or not one object per line.
     """
-    where, _, split = path.partition("@")
+    path = os.path.expanduser(path)
+    try:
+        rows = list(_read(path))
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a reader of some format, on bytes that nobody has thought of
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason(error)}); write it again") from error
+    if not rows:
+        raise UserError(f"{path}: the file is empty; give one with at least one row")
+    return rows
+
+
+def _read(path: str) -> Iterable[Row]:
+    """The rows of what a path names: the path itself if it is there, else what stands before its last @, a split."""
+    where, _, split = (path, "", "") if os.path.exists(path) or "@" not in path else path.rpartition("@")
     if path.startswith("tfds:"):
         return tfds_rows.read_builder(where.removeprefix("tfds:"), split or "train")
     if tfds_rows.is_prepared(where):
@@ -100,17 +143,18 @@ def read_rows(path: str) -> list[Row]:
     if not name.endswith(EXTENSIONS):
         raise UserError(f"{path}: unknown extension; known are {', '.join(EXTENSIONS)}")
     read = _parquet if name.endswith(".parquet") else _documents if name.endswith((".txt", ".txt.gz")) else _objects
-    rows = list(read(file))
-    if not rows:
-        raise UserError(f"{path}: the file is empty; give one with at least one row")
-    return rows
+    return read(file)
 
 
 def _existing(path: str) -> Path:
     """`path` as a Path to an existing file; the error names the closest file beside it."""
     if not path:
         raise UserError(f"no path of a data file is given; set data.path to a {' or '.join(EXTENSIONS)} file")
-    file = Path(path).expanduser()
+    file = Path(path)
+    if "\0" in path:
+        raise UserError(f"{path}: a file has no such name; check the path")
+    if is_stream(file):
+        raise UserError(f"{path}: a pipe or a device, which is read once at most; write it to a file first")
     if file.is_dir():
         raise UserError(f"{path}: a directory without a TFDS dataset; name one {', '.join(EXTENSIONS)} file in it")
     if file.is_file():
@@ -151,9 +195,9 @@ def _objects(file: Path) -> Iterator[Row]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            message = f"{where}: not JSON ({error.msg} at column {error.colno}); write one object per line"
-            raise UserError(message) from error
+        except (ValueError, RecursionError) as error:  # nested too deeply, too long a number
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            raise UserError(f"{where}: not JSON ({why}); write one object per line") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON {type(row).__name__}, not an object; write one object per line")
         yield {**row, "_where": where}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from rlhf_jax.errors import UserError, reason
 from rlhf_jax.recipe.reading import Stage
 
 FILE = "recipe.json"
+
+ENTRY = {"command", "status", "output", "inputs", "config"}
 
 OF_NO_ACCOUNT = ("overwrite", "progress", "output", "out")
 """Settings, besides those of a run directory, that say nothing about what a stage makes."""
@@ -54,13 +55,10 @@ class Record:
         Raises:
             UserError: it is broken.
         """
-        try:
-            self.entries = json.loads(self.path.read_text()) if self.path.exists() else {}
-        except ValueError as error:
-            raise UserError(
-                f"{self.path} is broken ({reason(error)}); delete it: runs are then taken as they are, "
-                "and other outputs made anew with --overwrite true"
-            ) from error
+        cure = "delete it: runs are then taken as they are, and other outputs made anew with --overwrite true"
+        self.entries = files.read_object(self.path, cure) if self.path.exists() else {}
+        if not all(isinstance(entry, dict) and set(entry) >= ENTRY for entry in self.entries.values()):
+            raise UserError(f"{self.path} is broken (an entry is no stage); {cure}")
 
     def actions(self, stages: Sequence[Stage], *, overwrite: bool) -> dict[str, Action]:
         """What to do about each stage: leave it as it is, start or continue it, or make it anew.

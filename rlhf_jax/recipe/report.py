@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.directory import flat
+from rlhf_jax.files import read_object
 from rlhf_jax.recipe.reading import Stage, as_argument
 from rlhf_jax.recipe.record import Action
 from rlhf_jax.tasks.report import text_table
@@ -50,7 +50,7 @@ def figures_of(stage: Stage, result: Any) -> dict[str, Any]:
         found["rows"] = len(result)
     beside = Path(stage.output).with_suffix(".summary.json")
     if beside.is_file():
-        found |= json.loads(beside.read_text())
+        found |= read_object(beside, "make the stage anew")
     return {
         name: value for name, value in flat(found) if isinstance(value, (int, float)) and not isinstance(value, bool)
     }

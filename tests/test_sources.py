@@ -1,0 +1,203 @@
+"""Rows from anywhere: whatever a file, a directory or a Python object is instead of rows, it is one line."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import tfds_rows
+from rlhf_jax.data.sources import read_rows, rows_from
+from rlhf_jax.errors import UserError
+
+ROW = {"prompt": "p", "response": "r"}
+LINE = json.dumps(ROW).encode() + b"\n"
+
+
+def refused(call) -> str:
+    with pytest.raises(UserError) as error:
+        call()
+    assert len(str(error.value)) < 1100 and str(error.value).isprintable()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.jsonl", LINE + b"[" * 100_000, ":2: not JSON"),
+        ("a.jsonl", LINE + b'{"a": ' + b"9" * 5000 + b"}", ":2: not JSON"),
+        ("a.jsonl", LINE + b'{"a": "' + b"x" * 30_000, ":2: not JSON"),
+        ("a.jsonl", LINE + b"\xff\n", ":2: not UTF-8"),
+        ("a.jsonl", "{}".encode("utf-16"), ":1: not UTF-8"),
+        ("a.jsonl", b"\0" * 100, ":1: not JSON"),
+        ("a.jsonl", b"1\n", ":1: a JSON int, not an object"),
+        ("a.jsonl", b"\n \n", "the file is empty"),
+        ("a.jsonl.gz", LINE, "broken gzip after line 0"),
+        ("a.jsonl.gz", gzip.compress(LINE * 1000)[:-9], "broken gzip after line"),
+        ("a.jsonl.gz", gzip.compress(LINE) + b"rest", "broken gzip after line 1"),
+        ("a.jsonl.gz", b"", "the file is empty"),
+        ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "Parquet"),
+        ("a.parquet", b"", "Parquet"),
+        ("a.csv", LINE, "unknown extension"),
+        ("a", LINE, "unknown extension"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    line = refused(lambda: read_rows(str(tmp_path / name)))
+    assert words in line and name in line
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") * 2)
+    assert [row["prompt"] for row in read_rows(str(tmp_path / "a.jsonl"))] == ["p", "p"]
+
+
+def test_what_is_no_file_is_said_at_once(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    os.mkfifo(tmp_path / "b.jsonl")
+    for path, words in {
+        tmp_path / "a.jsonl": "a directory",
+        tmp_path / "b.jsonl": "a pipe or a device",
+        "/dev/zero": "a pipe or a device",
+        "a\0b.jsonl": "no such name",
+        tmp_path / ("x" * 5000): "no such file|too long",
+        "": "no path",
+    }.items():
+        found: list[str] = []
+        call = functools.partial(read_rows, str(path))
+        thread = threading.Thread(target=lambda call=call, found=found: found.append(refused(call)))
+        thread.daemon = True
+        thread.start()
+        thread.join(5)
+        assert found and any(word in found[0] for word in words.split("|"))
+
+
+def test_home_and_at_signs_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    odd = tmp_path / "me@home"
+    odd.mkdir()
+    (odd / "a@b.jsonl").write_bytes(LINE)
+    assert len(rows_from("~/me@home/a@b.jsonl")) == len(rows_from(odd / "a@b.jsonl")) == 1
+    assert "a@c.jsonl: no such file; did you mean" in refused(lambda: rows_from("~/me@home/a@c.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    rows = [tfds_rows.stored({**ROW, "_where": f"a:{i}"}, "sft") for i in range(4)]
+    return tfds_rows.prepare(
+        {"train": rows, "test": rows[:1]}, "sft", str(tmp_path_factory.mktemp("tfds") / "at@home")
+    )
+
+
+def test_a_prepared_directory_below_an_at_sign_is_found_with_its_split(prepared):
+    assert [len(read_rows(f"{prepared}{split}")) for split in ("", "@train", "@test", "@train[:50%]")] == [4, 4, 1, 2]
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "zeros", "gone", "info", "features", "split"])
+def test_a_broken_prepared_directory_is_one_line(prepared, tmp_path, harm):
+    there = tmp_path / "copy" / "feedback" / "sft" / "1.0.0"
+    there.mkdir(parents=True)
+    for path in prepared.iterdir():
+        (there / path.name).write_bytes(path.read_bytes())
+    (shard,) = there.glob("*train.array_record*")
+    data = shard.read_bytes()
+    if harm == "gone":
+        shard.unlink()
+    elif harm in ("info", "features"):
+        name = {"info": "dataset_info.json", "features": "features.json"}[harm]
+        (there / name).write_text((there / name).read_text()[: 40 if harm == "info" else 200])
+    elif harm == "split":
+        assert "no such split" in refused(lambda: read_rows(f"{there}@nothing"))
+        return
+    else:
+        shard.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "zeros": b"\0" * len(data)}[harm])
+    assert str(there) in refused(lambda: read_rows(str(there)))
+
+
+class Frame:
+    """As pandas frames are."""
+
+    iloc, columns = None, ["prompt", "response"]
+
+    def to_dict(self, how):
+        assert how == "records"
+        return [ROW, ROW]
+
+
+class Series:
+    iloc = None
+
+    def to_dict(self):
+        return {0: "p"}
+
+
+class Split:
+    column_names = ("prompt",)
+
+
+class Lazy:
+    """As some data sets are: no iterator, but len and indexing."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        assert isinstance(i, int)
+        return ROW
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda: [ROW, ROW],
+        lambda: (ROW for _ in range(2)),
+        lambda: iter((ROW, ROW)),
+        lambda: {1: ROW, 2: ROW}.values(),
+        lambda: np.array([ROW, ROW], object),
+        Frame,
+        Lazy,
+    ],
+)
+def test_whatever_yields_dicts_is_rows(rows):
+    assert rows_from(rows()) == [{"_where": "row 0", **ROW}, {"_where": "row 1", **ROW}]
+
+
+def test_pandas_and_datasets_are_rows():
+    pandas = pytest.importorskip("pandas")
+    assert rows_from(pandas.DataFrame([ROW, ROW]))[1]["prompt"] == "p"
+    assert "Series" in refused(lambda: rows_from(pandas.Series(["p"])))
+
+
+def failing():
+    yield ROW
+    raise OSError("the disk went away")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"train": Split(), "test": Split()}, "splits train, test; give one, as rows=data['train']"),
+        (ROW, "a dict, which is one row or one table"),
+        (Series(), "a pandas Series"),
+        ({"p"}, "not from a set"),
+        (b"rows", "not from a bytes"),
+        (7, "not from a int"),
+        (np.ones((2, 2)), "an array of 2 dimensions"),
+        (np.ones(2), "row 0: a float64, not a dict"),
+        (["p"], "row 0: a str, not a dict"),
+        ([ROW, None], "row 1: a NoneType"),
+        ([{0: "p"}], "row 0: the column 0 has no name"),
+        ([], "empty"),
+        (iter(()), "empty"),
+        (failing, "OSError: the disk went away"),
+    ],
+)
+def test_what_is_no_rows_is_one_line(rows, words):
+    assert words in refused(lambda: rows_from(rows() if callable(rows) else rows))
