@@ -21,6 +21,7 @@ from chats import (  # fmt: skip
     user,
 )
 
+from rlhf_jax.data import lint
 from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import prompt_examples, sft_examples
 from rlhf_jax.data.sources import rows_from
@@ -389,3 +390,28 @@ def test_two_texts_with_a_common_beginning_are_tokenised_as_they_stand(chosen, r
         assert found["prompt_length"] > 0 and np.array_equal(
             *(found[side][: found["prompt_length"]] for side in ("chosen", "rejected"))
         )
+
+
+# ---- data inspect
+
+
+def test_inspect_marks_what_a_tokenizer_makes_of_the_rows_otherwise_than_they_stand():
+    rows = [
+        {"messages": [user("hi <|im_end|>"), answer("yes<eos>")]},
+        {"messages": [{**user("hi"), "name": "Ann"}, answer("y<|user|>s")]},
+        {"prompt": [user("hi")], "chosen": "yes", "rejected": "no", "chosen_ids": [3, 4]},
+        {"text": "a document<eos>"},
+        {"prompt": "plain", "response": "fine"},
+    ]
+    text = "\n".join(lint.lines(lint.inspect(rows_from(rows), [], tokenizer_of(DEEPSEEK), 100, 200)))
+    for part in (
+        "! 1 prompts in which <|im_end|> is written out and read as the token: row 0",
+        "! 1 responses or documents in which <|user|> is written out and read as the token: row 1",
+        "! 2 responses or documents that already ended in a stop token's text: row 0, row 3",
+        f"! 4 {FOLLOWS}: row 0, row 1, row 2",
+        '! 1 prompts or answers whose "name" is not written: row 1',
+        "! 1 responses whose ids were not of their text: row 2",
+    ):
+        assert part in text
+    clean = "\n".join(lint.lines(lint.inspect(rows_from(rows[4:]), [], tokenizer_of(CHATML), 100, 200)))
+    assert "!" not in clean

@@ -1,7 +1,11 @@
 """What a model sampled is written as text and ids; read again, it is the same tokens: on every kind of tokenizer."""
 
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import byte_tokenizer, metaspace_tokenizer, word_tokenizer
 
 from rlhf_jax.data.answers import rating_examples, unpaired_examples
@@ -130,3 +134,59 @@ def test_a_response_is_the_continuation_that_its_text_says(scheme):
         assert tokenizer.response_text(ids, "two") == text
         assert "▁" not in tokenizer.hf.convert_ids_to_tokens(ids)[: 1 - text.startswith(" ")]
     assert tokenizer.encode_response(" yes") == tokenizer.hf.convert_tokens_to_ids(["▁yes", "</s>"])
+
+
+# ---- any row: rows -> tokens -> text -> rows
+
+LAWS = settings(derandomize=True, deadline=None, max_examples=25)
+SAID = st.text(st.sampled_from("yes it, two'.\n\t 茶é😀ab7") | st.characters(codec="utf-8"), min_size=1, max_size=12)
+
+
+@each_kind
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "messages"])
+@LAWS
+@given(data=st.data())
+def test_whatever_is_drawn_is_trained(tokenizer, prompt, data):
+    """Ids of a sampler -> text and ids in a row -> tokens of an example: the same ids; and the text stays."""
+    finished = data.draw(st.booleans())
+    free = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.eos_ids]
+    ids = data.draw(st.lists(st.sampled_from(free), min_size=1, max_size=12))
+    ids = ids + [data.draw(st.sampled_from(tokenizer.eos_ids))] * finished
+    row = json.loads(json.dumps(written(tokenizer, prompt, ids, finished)))
+    if not row["response"].strip():
+        return
+    [example], report = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")
+    assert example["tokens"].tolist() == tokenizer.encode_prompt(prompt) + ids and not report.remarks
+    assert written(tokenizer, prompt, example["tokens"][example["loss_mask"]].tolist(), finished) == row
+
+
+@each_kind
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "messages"])
+@LAWS
+@given(text=SAID, finished=st.booleans())
+def test_ids_that_the_tokenizer_makes_come_back_from_their_text_alone(tokenizer, prompt, text, finished):
+    """Text -> ids -> text -> ids, without ids in the row; and round by round nothing is added to the text."""
+    if not text.strip():
+        return
+    row = {"prompt": prompt, "response": text, "finished": finished}
+    rounds = []
+    for _ in range(3):
+        [example], _ = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")
+        rounds.append(example["tokens"][example["loss_mask"]].tolist())
+        row = {**row, "response": tokenizer.response_text(rounds[-1], prompt)}
+        if not row["response"].strip():
+            return
+    assert rounds[1] == rounds[2] and (rounds[0] == rounds[1] or tokenizer.hf.unk_token_id in rounds[0])
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("WordPiece", "white space")])
+@LAWS
+@given(text=SAID, before=SAID)
+def test_prompt_and_response_say_their_texts_side_by_side(name, text, before):
+    tokenizer, before = (
+        Tokenizer(KINDS[name]()),
+        "two" + before,
+    )  # a blank at a prompt's start is the tokenizer's affair
+    ids = tokenizer.encode_response(text)
+    assert tokenizer.response_text(ids, before) == text
+    assert tokenizer.decode([*tokenizer.encode_prompt(before), *ids]) == before + text

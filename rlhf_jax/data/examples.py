@@ -265,7 +265,7 @@ def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:
     try:
         return encoder(row[name])
     except UserError as error:
-        raise UserError(f"{row['_where']}: {error}") from error
+        raise UserError(f"{schemas.where_of(row)}: {error}") from error
 
 
 def _is_learned(row: Row, loss_on: str) -> bool:

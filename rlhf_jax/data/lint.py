@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from rlhf_jax import rankings
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.examples import prompt_key, sft_examples
-from rlhf_jax.data.schemas import DroppedRow, Messages, Row, kind_of, prompt_row, sft_row, text_row
+from rlhf_jax.data.comparisons import Answer
+from rlhf_jax.data.examples import encode, prompt_key, sft_examples
+from rlhf_jax.data.schemas import DroppedRow, Messages, Row, kind_of, prompt_row, sft_row, text_of, text_row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable
 
@@ -32,15 +34,20 @@ def inspect(
     dropped: dict[str, list[str]] = defaultdict(list)
     lengths: dict[str, list[int]] = {"prompt": [], "response": [], "whole": []}
     compared: list[Ranking] = []
+    remarks, places = Counter[str](), defaultdict[str, list[str]](list)
     for row in rows:
         try:
-            prompt, responses, ranking = _parts(row)
+            prompt, answers, ranking = _parts(row)
         except DroppedRow as drop:
             dropped[drop.reason].append(row["_where"])
             continue
         compared += [ranking] if ranking is not None else []
-        size = _length(prompt, tokenizer, "prompt")
-        sizes = [_length(response, tokenizer, "response") for response in responses]
+        said = Counter[str]()
+        size = _prompt_length(row, prompt, tokenizer, said)
+        sizes = [_answer_length(row, prompt, answer, tokenizer, said) for answer in answers]
+        remarks += said
+        for remark in +said:
+            places[remark].append(row["_where"])
         lengths["prompt"].append(size)
         lengths["response"] += sizes
         lengths["whole"].append(size + max(sizes, default=0))
@@ -49,6 +56,7 @@ def inspect(
         "held_out": len(held_out),
         "kinds": dict(Counter(map(kind_of, rows))),
         "dropped": {reason: (len(where), where[:3]) for reason, where in dropped.items()},
+        "remarks": {remark: (count, places[remark][:3]) for remark, count in remarks.items()},
         "unit": "characters" if tokenizer is None else "tokens",
         "lengths": {k: np.percentile(v, PERCENTILES).round().astype(int).tolist() for k, v in lengths.items() if v},
         "cut_prompts": float(np.mean(np.array(lengths["prompt"] or [0]) > max_prompt_length)),
@@ -76,7 +84,7 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
     """How much length alone says about who is preferred, and how often raters agree."""
     differences, preferred = [], []
     for ranking in compared:
-        sizes = [_length(response, tokenizer, "response") for response in ranking.responses]
+        sizes = [_answer_length({}, ranking.prompt, answer, tokenizer, Counter()) for answer in _answers(ranking)]
         _, labels = ranking.consensus()
         for i, j in combinations(range(len(sizes)), 2):
             if not np.isnan(labels[i, j]):
@@ -96,25 +104,49 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
     }
 
 
-def _parts(row: Row) -> tuple[str | Messages, list[str | Messages], Ranking | None]:
-    """(prompt, responses, what raters said, if they did) of any kind of row."""
+def _parts(row: Row) -> tuple[str | Messages, list[Answer], Ranking | None]:
+    """(prompt, answers, what raters said, if they did) of any kind of row; the prompt of a document is empty."""
     if {"chosen", "responses"} & set(row):
         ranking = ranking_row(row)
-        return ranking.prompt, ranking.responses, ranking
+        return ranking.prompt, _answers(ranking), ranking
     if {"response", "completion", "messages"} & set(row):
         row = sft_row({**row, "label": True} if "label" in row else row)
-        return row["prompt"], [row["response"]], None
+        return row["prompt"], [(row["response"], row["finished"], row.get("ids"))], None
     if "text" in row and "prompt" not in row:
-        return "", [text_row(row)["text"]], None
+        return "", [(text_row(row)["text"], True, None)], None
     return prompt_row(row)["prompt"], [], None
 
 
-def _length(text: str | Messages, tokenizer: Tokenizer | None, what: str) -> int:
+def _answers(ranking: Ranking) -> list[Answer]:
+    return list(zip(ranking.responses, ranking.finished, ranking.ids, strict=True))
+
+
+def _prompt_length(row: Row, prompt: str | Messages, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
     if tokenizer is None:
-        return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
-    if not text:
-        return 0
-    return len(tokenizer.encode_prompt(text) if what == "prompt" else tokenizer.encode_response(text))
+        return len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
+    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    for name in [name for text in texts for name in tokenizer.written_out(text)]:
+        remarks[f"prompts in which {name} is written out and read as the token"] += 1
+    return (
+        len(encode(partial(tokenizer.encode_prompt, remarks=remarks), {**row, "prompt": prompt}, "prompt"))
+        if prompt
+        else 0
+    )
+
+
+def _answer_length(
+    row: Row, prompt: str | Messages, answer: Answer, tokenizer: Tokenizer | None, remarks: Counter[str]
+) -> int:
+    response, finished, ids = answer
+    if tokenizer is None:
+        return len(text_of(response))
+    for name in tokenizer.written_out(text_of(response)):
+        remarks[f"responses or documents in which {name} is written out and read as the token"] += 1
+    told: Row = {"prompt": prompt, "finished": finished, "ids": ids, "remarks": remarks}
+    encoder = (
+        partial(tokenizer.encode_response, **told) if prompt else partial(tokenizer.encode_document, remarks=remarks)
+    )
+    return len(encode(encoder, {**row, "response": response}, "response"))
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -123,6 +155,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = [f"  {found['rows']} training rows, {found['held_out']} held out: {kinds}"]
     for reason, (count, where) in found["dropped"].items():
         said.append(f"! {count} {reason}, dropped: {', '.join(where)}{', ...' if count > len(where) else ''}")
+    for remark, (count, where) in found["remarks"].items():
+        said.append(f"! {count} {remark}: {', '.join(where)}{', ...' if count > len(where) else ''}")
     said.append(f"  {found['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
     said += [f"  {name:<12}" + "".join(f"{v:>8}" for v in values) for name, values in found["lengths"].items()]
     for name, value, limit in zip(
@@ -148,8 +182,8 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
     """A row as the model sees it; what is trained on is green (red if it is worse), or in [[ ]] without colour."""
     head = printable(f"--- {row['_where']}: {kind_of(row)}")
     try:
-        prompt, responses, ranking = _parts(row)
-        if ranking is None and responses:
+        prompt, answers, ranking = _parts(row)
+        if ranking is None and answers:
             wide = {"max_prompt_length": 10**9, "max_length": 10**9 + 1, "too_long": "error"}
             examples, _ = sft_examples([row], tokenizer, **wide, loss_on=loss_on)  # type: ignore[arg-type]
             return "\n".join(
@@ -160,8 +194,8 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
             f"{DIM if color else ''}{printable(tokenizer.prompt_text(prompt), lines=True)}{PLAIN if color else ''}",
         ]
         ranks = ranking.consensus()[0] if ranking is not None else np.zeros(0)
-        for response, rank in zip(responses, ranks, strict=True):
-            ids = np.array(tokenizer.encode_response(response))
+        for (response, finished, sampled), rank in zip(answers, ranks, strict=True):
+            ids = np.array(tokenizer.encode_response(response, prompt, finished=finished, ids=sampled))
             tone = GREEN if rank == np.nanmin(ranks) else RED
             shown.append(f"rank {rank:g}: " + _marked(ids, np.ones(len(ids), bool), tokenizer, tone, color))
         return "\n".join(shown)

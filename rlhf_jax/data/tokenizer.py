@@ -257,6 +257,12 @@ class Tokenizer:
         """What the model is shown for a prompt, as text: a reward function gets the same."""
         return prompt if isinstance(prompt, str) else self.chat.prompt(self._stopped_once(prompt))
 
+    def written_out(self, text: str) -> list[str]:
+        """The special tokens whose text stands in a text, each once; a stop token at its end is none of them."""
+        ids = dict.fromkeys(_plain_ids(self.hf, self._without_stop(text, None)))
+        special = {*self.hf.all_special_ids, *(i for i, t in self.hf.added_tokens_decoder.items() if t.special)}
+        return self.hf.convert_ids_to_tokens([i for i in ids if i in special and i != self.hf.unk_token_id])
+
     def save(self, directory: str) -> None:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""
         self.hf.save_pretrained(directory)
