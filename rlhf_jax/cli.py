@@ -317,7 +317,12 @@ def directory_command(command: str, rest: list[str]) -> None:
         return
     if not rest or rest[0].startswith("--"):
         raise UserError("resume needs a run directory; write rlhf-jax resume RUN_DIR")
-    run_command(*config.resolve(where)(os.path.expanduser(rest[0]), rest[1:]))
+    directory = Path(os.path.expanduser(rest[0]))
+    with config.no_code_below(directory):
+        stage, options = config.resolve(where)(str(directory), rest[1:])
+        if "run" not in fields(COMMANDS.get(stage, (None,))[0]):
+            raise UserError(f"{directory} says that it holds a run of {shown(stage)}, which is no stage of ours")
+        run_command(stage, options)
 
 
 def run_command(command: str, arguments: list[str]) -> None:

@@ -245,7 +245,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     that does not say it either.
     """
     record = _object(path / RECORD)
-    if record is not None and {"stage", "config", "status"} <= record.keys():
+    kinds = {"stage": str, "config": dict, "status": str, "cwd": str, "given": list}
+    record = record and {"cwd": ".", "given": [], **record}
+    if record is not None and all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return record
     try:
         header, _, text = (path / "config.yaml").read_text().partition("\n")

@@ -14,10 +14,10 @@ import jax
 
 from rlhf_jax import cli, reward
 from rlhf_jax.checkpoint import Checkpoints, damage
-from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig
+from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig, ModelConfig, no_code_below, to_dict
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
-from rlhf_jax.errors import UserError, tell
+from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.files import check_writable, written
 from rlhf_jax.models import Model, hf, hub
 from rlhf_jax.models.config_json import find_family
@@ -231,7 +231,11 @@ def _checkpoint(run: Path, step: int) -> Found:
     record = read_record(run)
     if record is None:
         raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
-    settings, stage, where = record["config"]["model"], record["stage"], Path(record["cwd"])
+    stage, where = record["stage"], Path(record["cwd"])
+    try:
+        settings = to_dict(ModelConfig(**record["config"]["model"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / RECORD} does not say what model the run trains ({reason(error)})") from error
     if any(record["config"].get(group, {}).get(name) for group, name in PARTIAL):
         raise UserError(
             f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
@@ -270,6 +274,7 @@ def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params,
         return params
     model = replace(model, length=config.data.max_length)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are
-    with contextlib.chdir(record["cwd"]), jax.set_mesh(mesh):
+    where = record["cwd"] if Path(record["cwd"]).is_dir() else "."
+    with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh):
         train_set, _, collate = reward.load_sets(config, tokenizer)
         return reward.as_saved(config, model, params, params, mesh, train_set, collate)

@@ -11,7 +11,7 @@ from rlhf_jax.config.checks import key_of
 from rlhf_jax.config.datasets import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun
 from rlhf_jax.config.evaluate import EvaluateRun
 from rlhf_jax.config.feedback import CollectRun, DrawRun, JudgeConfig, JudgeRun, RateRun, SourceConfig, SourcesRun
-from rlhf_jax.config.functions import bind, resolve, to_dict
+from rlhf_jax.config.functions import bind, no_code_below, resolve, to_dict
 from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
 from rlhf_jax.config.label import LabelRun
 from rlhf_jax.config.online import OnlineConfig
@@ -105,6 +105,7 @@ __all__ = [
     "SourcesRun",
     "bind",
     "key_of",
+    "no_code_below",
     "resolve",
     "to_dict",
 ]

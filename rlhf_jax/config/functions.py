@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError, reason
+
+
+class _Guard:
+    """Finds no module, but refuses those at or below a directory."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory.resolve()
+
+    def holds(self, place: str) -> bool:
+        return Path(place).resolve().is_relative_to(self.directory)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        spec = PathFinder.find_spec(name, path, target)
+        places = [*(spec.submodule_search_locations or ()), *[spec.origin] * spec.has_location] if spec else []
+        if any(place and self.holds(place) for place in places):
+            raise UserError(
+                f"module {name} lies in {self.directory}, and a run directory is data, not code; install the module, "
+                "or move it to the directory that you are in"
+            )
+
+
+@contextlib.contextmanager
+def no_code_below(directory: Path) -> Iterator[None]:
+    """Import nothing from a directory, which may be anybody's: functions that it names are looked for in installed
+    packages and in the working directory of this moment, unless that is a part of it.
+    """
+    guard, path = _Guard(directory), list(sys.path)
+    sys.path[:] = [str(Path.cwd()), *(place for place in path if place)]
+    sys.path[:] = [place for place in sys.path if not guard.holds(place)]
+    sys.meta_path.insert(0, guard)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(guard)
+        sys.path[:] = path
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -22,10 +60,13 @@ def resolve(name: str) -> Callable[..., Any]:
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute) or module_name.startswith("."):
         raise UserError(f'{name!r} names no function; write it as "package.module:function"')
-    if "" not in sys.path:
+    guarded = any(isinstance(finder, _Guard) for finder in sys.meta_path)
+    if "" not in sys.path and not guarded and module_name.partition(".")[0] != "rlhf_jax":
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         raise UserError(f"{name!r}: {error}; check the spelling or run where the module lies") from error
     except (Exception, SystemExit) as error:  # whatever the module's code raises

@@ -81,7 +81,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises anything from OSError to KeyError
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             message = f"{path}: unusable tokenizer ({reason}); check that tokenizer_config.json names its class"
