@@ -23,6 +23,9 @@ from rlhf_jax.errors import UserError, reason
 
 UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
+DESCRIPTORS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+"""Paths that are what a descriptor is open on, which may be a file."""
+
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
@@ -141,7 +144,9 @@ def read_object(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is written to rather than replaced: a device, a pipe or a socket, as /dev/stdout may be."""
+    """Whether a path is written to rather than replaced: a device, a pipe, a socket, or a descriptor."""
+    if os.path.abspath(path).startswith(DESCRIPTORS):
+        return True
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -163,11 +168,11 @@ def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> 
     asides: list[tuple[Path, Path]] = []
     try:
         for path, data in files:
+            if is_stream(path):
+                _write_new(Path(path), os.O_WRONLY | os.O_APPEND, data)
+                continue
             target = Path(os.path.realpath(path))  # the file, not the link to it
             aside = target.with_name(f".{target.name}.new")
-            if is_stream(target):
-                _write_new(target, os.O_WRONLY, data)
-                continue
             asides.append((aside, target))
             _write_new(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, data, sync=True)
             with contextlib.suppress(OSError):  # no such file, or not ours

@@ -65,10 +65,12 @@ def train(
     mesh: Mesh,
     key: jax.Array,
     on_eval: Callable[[Run, int, Params], None] | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> tuple[Params, Evaluate]:
     """Train `loaded` (its parameters are donated) on batches[out.start], ... up to out.total.
 
     The held-out loss decides which parameters are kept. `on_eval(out, step, params)` follows every evaluation.
+    `identity` is what a continued run must find unchanged, beside the rows and what is frozen.
     Returns the kept parameters and the evaluation of such. With a frozen base all this is of the adapters and heads;
     only on_eval gets all parameters.
     """
@@ -92,7 +94,7 @@ def train(
     state = create_state(loaded.params, tx, mesh)
     compiled = make_train_step(loss_fn, tx, settings.accumulate, mesh=mesh, state=state, frozen=frozen)
     step = compiled if frozen is None else lambda *args: compiled(*args, frozen)
-    identity = {"training rows": batches.cursor(), "held-out rows": fingerprint(held_out)}
+    identity = {"training rows": batches.cursor(), "held-out rows": fingerprint(held_out), **(identity or {})}
     if frozen is not None:
         identity["weights of the frozen model"] = digest(frozen)
     tree, _ = out.restore({"state": state}, identity)

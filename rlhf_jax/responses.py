@@ -22,6 +22,7 @@ from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import put_batch
 from rlhf_jax.stage import Rows, limits, load_rows, make_examples
+from rlhf_jax.state import digest
 from rlhf_jax.supervised import Stage, run_stage
 from rlhf_jax.types import LossFn, Params
 
@@ -42,10 +43,10 @@ def response_logprobs(model: Model, params: Params, batch: Any) -> Float[Array, 
     return jnp.sum(jnp.where(targets[:, :, 1:], logprobs, 0.0), axis=-1)
 
 
-def add_reference(stage: Stage) -> None:
+def add_reference(stage: Stage) -> dict[str, Any]:
     """Put `ref_logprobs` float32[K] into every example: what the model that training starts from says.
 
-    Computed once, so that no reference is in memory while the policy is trained.
+    Computed once, so that no reference is in memory while the policy is trained; returns its digest, by name.
     """
     forward = jax.jit(partial(response_logprobs, stage.loaded.model))
     params = stage.loaded.whole(stage.loaded.params)
@@ -57,6 +58,7 @@ def add_reference(stage: Stage) -> None:
         found = to_host(forward(params, put_batch(stage.mesh, batch)))
         for example, logprobs in zip(rows, found[: len(rows)], strict=True):
             example["ref_logprobs"] = logprobs
+    return {"weights of the reference model": digest(params)}
 
 
 def columns_read(loss: Callable[..., Any]) -> list[str]:

@@ -69,7 +69,7 @@ def run_stage(
     given: tuple[str, ...],
     group: str = "",
     head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
-    prepare: Callable[[Stage], None] | None = None,
+    prepare: Callable[[Stage], dict[str, Any]] | None = None,
     watch: Callable[[Stage], Callable[[Run, int, Params], None]] | None = None,
     conclude: Callable[[Stage, Params, Evaluate], tuple[Params, dict[str, Any]]] | None = None,
 ) -> Any:
@@ -84,7 +84,8 @@ def run_stage(
         shown: metrics of the progress bar.
         given: names of the arguments that replaced parts of the config.
         head: as for `stage.load_model`.
-        prepare: adds to the examples what the untrained model makes of them.
+        prepare: adds to the examples what the untrained model makes of them; returns what of it a continued run must
+            find unchanged.
         watch: makes what follows every evaluation, (out, step, params) -> None.
         conclude: (the parameters to save, the summary) of the kept ones, with a frozen base those of the adapters and
             heads; without it these and their evaluation.
@@ -105,14 +106,12 @@ def run_stage(
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
         check_length(loaded.model.arch, data.max_length, "data.max_length")
         stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, branch(key, "evaluation"))
-        if prepare is not None:
-            prepare(stage)
+        identity = prepare(stage) if prepare is not None else {}
         held_out = held_out_batches(data, held_out_set, collate)
         loss_fn, on_eval = objective(stage), watch(stage) if watch else None
         with Run(name, config, total=num_steps(settings, batches), shown=tuple(shown), given=given) as out:
-            params, evaluate = train(
-                out, config, settings, loaded, loss_fn, batches, held_out, mesh=mesh, key=key, on_eval=on_eval
-            )
+            parts: dict[str, Any] = {"mesh": mesh, "key": key, "on_eval": on_eval, "identity": identity}
+            params, evaluate = train(out, config, settings, loaded, loss_fn, batches, held_out, **parts)
             params, results = conclude(stage, params, evaluate) if conclude else (params, evaluate(params))
             save_model(out.dir / "model", loaded, params, tokenizer)
             return out.finish(results)
