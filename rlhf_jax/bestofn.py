@@ -11,6 +11,7 @@ from rlhf_jax.advantages import best_of_n_kl
 from rlhf_jax.collecting import claim, end
 from rlhf_jax.config import BestOfNRun
 from rlhf_jax.data.examples import prompt_key
+from rlhf_jax.data.labels import answer_fields
 from rlhf_jax.data.schemas import Row
 from rlhf_jax.directory import names_given
 from rlhf_jax.drawing import Phases, Sources, check_rewards, digest, prompts_of
@@ -56,10 +57,10 @@ def run(
 
 
 def best_row(prompt: Row, responses: Sequence[Row], scores: np.ndarray, golds: np.ndarray | None) -> Row:
-    """An sft row {prompt, response, finished, score, gold?} of the best response, of equals the first."""
+    """An sft row, with score and perhaps gold, of the best response, of equals the first."""
     i = int(scores.argmax())
     kept = {name: prompt[name] for name in ("id",) if name in prompt}
-    row = {**kept, "prompt": prompt["prompt"], "response": responses[i]["text"], "finished": responses[i]["finished"]}
+    row = {**kept, "prompt": prompt["prompt"], **answer_fields(responses[i])}
     return {**row, "score": float(scores[i]), **({} if golds is None else {"gold": float(golds[i])})}
 
 

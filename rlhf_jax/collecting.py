@@ -31,7 +31,6 @@ from rlhf_jax.drawing import (
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
-from rlhf_jax.scoring import plain
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.summaries import describe, gold_agreement, label_agreement, lines
 
@@ -63,7 +62,7 @@ class Collection:
         work = self.work
         key = jax.random.fold_in(jax.random.key(self.config.seed), len(work.sources))
         make_one = (lambda: judge) if judge else partial(make_judge, self.config.judge, work.mesh)
-        groups = lambda i: [(plain(self.prompts[i]["prompt"]), [item["text"] for item in work.responses(i)])]  # noqa: E731
+        groups = lambda i: [(self.prompts[i]["prompt"], [item["text"] for item in work.responses(i)])]  # noqa: E731
         return Phase(len(self.prompts), work.rows_at_once, partial(verdicts, make_one, groups, key))
 
     def label(self, i: int) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None)
     given = given[: config.limit or None]
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to compare; give ranking or preference rows")
-    groups = [(plain(one.prompt), [text_of(response) for response in one.responses]) for one in given]
+    groups = [(one.prompt, [text_of(response) for response in one.responses]) for one in given]
     decided_by = {"rows": digest(groups), "given in Python": names_given(judge=judge)}
     with claim(config, decided_by) as journal:
         make_one = (lambda: judge) if judge else partial(make_judge, config.judge, make_mesh(config.mesh))
@@ -191,8 +190,5 @@ def judged_shares(verdicts: Sequence[Verdict]) -> labels.Shares:
 def ranking_of(one: Ranking, verdicts: Sequence[Verdict]) -> Row:
     """A ranking row by a judge."""
     places = judging.ranks(len(one.responses), verdicts)
-    items = [
-        {"text": text_of(response), "rank": place, "finished": done, **more}
-        for response, place, done, more in zip(one.responses, places, one.finished, one.extra, strict=True)
-    ]
+    items = [{**item, "rank": place} for item, place in zip(one.items(), places, strict=True)]
     return {"prompt": one.prompt, "responses": items, "rater": "judge"}

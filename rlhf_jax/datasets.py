@@ -163,9 +163,8 @@ def _row(ranking: Ranking, bound: np.ndarray | None) -> Row:
     """A ranking row {prompt, responses: [{text, rank, strength, interval?, ...}]}."""
     ranks, _ = ranking.consensus()
     items = []
-    for i, response in enumerate(ranking.responses):
-        rank = None if np.isnan(ranks[i]) else int(ranks[i])
-        item = {"text": text_of(response), "rank": rank, "finished": ranking.finished[i], **ranking.extra[i]}
+    for i, given in enumerate(ranking.items()):
+        item = {**given, "rank": None if np.isnan(ranks[i]) else int(ranks[i])}
         if ranking.strengths is not None:
             item["strength"] = round(float(ranking.strengths[i]), 4)
         if bound is not None:

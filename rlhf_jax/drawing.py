@@ -14,23 +14,24 @@ import jax
 from tqdm import tqdm
 
 from rlhf_jax import hosts
-from rlhf_jax.config import DrawRun, SourceConfig, resolve, to_dict
+from rlhf_jax.config import DrawRun, ModelConfig, SourceConfig, resolve, to_dict
 from rlhf_jax.contents import OPTIONS, contents
+from rlhf_jax.data.examples import columns_of, prompt_examples
 from rlhf_jax.data.schemas import Row, prompt_row, sft_row, where_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import flat
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.generate import Generator, Response, total_length
 from rlhf_jax.interrupts import Interrupts
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
 from rlhf_jax.keys import branch
-from rlhf_jax.rewards import RewardFailure, call_reward, check_columns, functions_of
+from rlhf_jax.rewards import RewardFailure, call_reward, columns_for, functions_of
 from rlhf_jax.sampling import SamplingLaw
-from rlhf_jax.scoring import Scorer, columns, columns_of, plain
+from rlhf_jax.scoring import Scorer, function_inputs, plain
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import Loaded, check_vocabulary, load_model, load_tokenizer
+from rlhf_jax.stage import Loaded, check_vocabulary, load_model, load_tokenizer, same_ids
 
 Make = Callable[[int, int], list[dict[str, Any]]]
 """(start, stop) -> the journal's rows for the things start .. stop - 1."""
@@ -122,6 +123,7 @@ class Sources:
     Attributes:
         sources: those given, or the config's model alone.
         each: responses of each to a prompt.
+        columns: what reward functions get beside each prompt.
     """
 
     def __init__(self, config: DrawRun, prompts: Sequence[Row], phases: Phases, sources: Sequence[SourceConfig] = ()):
@@ -131,6 +133,7 @@ class Sources:
             UserError: two sources have one name.
         """
         self.config, self.prompts, self.phases = config, prompts, phases
+        self.columns = _columns([], prompts)
         self.sources = list(sources) or [SourceConfig()]
         self.names = [name_of(source) for source in self.sources]
         if len(set(self.names)) < len(self.names):  # as runs/a/model and runs/b/model have
@@ -141,7 +144,7 @@ class Sources:
         self._drawn: list[int] = []
 
     def responses(self, i: int) -> list[Row]:
-        """All responses to prompt i, as {text, finished, ..., source}."""
+        """All responses to prompt i, as {text, ids, finished, ..., source}."""
         return [
             {**item, "source": name}
             for name, number in zip(self.names, self._drawn, strict=True)
@@ -149,7 +152,11 @@ class Sources:
         ]
 
     def draw(self, number: int, begin: Callable[[Drawer], Measure] | None = None) -> None:
-        """Add the phase of a source, of rows {responses: [{text, finished}]}; `begin` makes what adds columns."""
+        """Add the phase of a source, of rows {shown, prompt_ids, responses: [{text, ids, finished}]}.
+
+        `begin` makes what adds columns to the responses. `shown` and `prompt_ids` are the prompt, without
+        demonstrations before it, as the source's model is shown it.
+        """
         size = max(self.config.batch_size // self.each[number], 1)
         phase = Phase(len(self.prompts), size, partial(self._sampler, number, size, begin))
         self._drawn.append(self.phases.add(phase))
@@ -159,6 +166,13 @@ class Sources:
         rows = [with_shots(row, shots_of(source)) for row in self.prompts]
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         drawer = self.drawer(source)
+        limits: dict[str, Any] = {"max_prompt_length": self.config.max_prompt_length, "too_long": "truncate"}
+        seen, report = prompt_examples(list(self.prompts), drawer.tokenizer, **limits)
+        if len(seen) != len(self.prompts):
+            raise UserError(f"prompts: {report}; remove the empty ones")
+        _, report = prompt_examples(rows, drawer.tokenizer, **limits)
+        if report.truncated:
+            tell(f"{self.names[number]}: prompts: {report}")
         with jax.set_mesh(self.mesh):
             measure = begin(drawer) if begin else lambda drawn: [{} for _ in drawn]
 
@@ -167,18 +181,25 @@ class Sources:
             noise = jax.random.fold_in(key, start)  # of the batch's first prompt
             with jax.set_mesh(self.mesh):
                 drawn = drawer.generator.responses(drawer.loaded.params, repeated, noise, batch_size=size * each)
-                if len(drawn) != len(repeated):
-                    raise UserError(f"{rows[start]['_where']} or one soon after it has no tokens; remove it")
                 more = measure(drawn)
-            items = [{"text": one.text, "finished": one.finished, **m} for one, m in zip(drawn, more, strict=True)]
-            return [{"responses": items[i : i + each]} for i in range(0, len(items), each)]
+            items = [
+                {"text": one.text, "ids": one.ids.tolist(), "finished": one.finished, **m}
+                for one, m in zip(drawn, more, strict=True)
+            ]
+            return [
+                {
+                    "shown": example["prompt"],
+                    "prompt_ids": example["tokens"].tolist(),
+                    "responses": items[i * each : (i + 1) * each],
+                }
+                for i, example in enumerate(seen[start:stop])
+            ]
 
         return make
 
     def drawer(self, source: SourceConfig) -> Drawer:
         """The sampler of a source; one that differs in temperature alone shares model and program with the last."""
-        config = self.config
-        settings = replace(config.model, path=source.path, arch=None) if source.path else config.model
+        config, settings = self.config, self._model(source)
         law: dict[str, Any] = {"temperature": source.temperature, "top_p": source.top_p}
         sampling = replace(config.sampling, **{name: value for name, value in law.items() if value is not None})
         program = (settings.path, sampling.top_p < 1)
@@ -195,6 +216,10 @@ class Sources:
         drawer.generator.law = SamplingLaw.from_config(sampling)
         return replace(drawer, temperature=sampling.temperature)
 
+    def _model(self, source: SourceConfig) -> ModelConfig:
+        model = self.config.model
+        return replace(model, path=source.path, arch=None) if source.path else model
+
     def score(self, functions: Sequence[Callable[..., Any]] | None) -> int:
         """Add a phase of rows {scores} by config.reward; null where it failed and reward.on_failure is skip."""
         return self.phases.add(Phase(len(self.prompts), self.rows_at_once, partial(self._scorer, functions)))
@@ -208,38 +233,62 @@ class Sources:
         config, longest = self.config, self.config.max_prompt_length
         limits = {"max_prompt_length": longest, "max_length": longest + config.sampling.max_new_tokens}
         scorer = Scorer(config.reward, self.mesh, **limits, batch_size=config.batch_size, functions=functions)
+        reads = [scorer.model is not None and self._reads(scorer.model.tokenizer, source) for source in self.sources]
 
         def make(start: int, stop: int) -> list[dict[str, Any]]:
-            groups = [self.responses(i) for i in range(start, stop)]
+            groups = [self._scored(i, reads) for i in range(start, stop)]
+            rows = [row for each in groups for row in each]
             try:
-                found: list[float | None] = scorer(scored_rows(self.prompts[start:stop], groups)).tolist()
+                found: list[float | None] = scorer(rows).tolist()
             except RewardFailure:
                 if config.reward.on_failure == "stop":
                     raise
-                found = [None] * sum(map(len, groups))
+                found = [None] * len(rows)
             left = iter(found)
-            return [{"scores": [next(left) for _ in items]} for items in groups]
+            return [{"scores": [next(left) for _ in each]} for each in groups]
 
         return make
 
     def gold(self, function: Callable[..., Any] | None) -> list[list[float]]:
         """The gold reward of every response, by `function` or config.reward.gold."""
-        config, groups = self.config.reward, [self.responses(i) for i in range(len(self.prompts))]
-        rows = scored_rows(self.prompts, groups)
-        texts = [plain(row["prompt"]) for row in rows], [row["response"] for row in rows]
+        config, groups = self.config.reward, [self._scored(i, []) for i in range(len(self.prompts))]
+        inputs = function_inputs([row for each in groups for row in each])
         calls: dict[str, Any] = {"timeout": config.timeout, "retries": config.retries}
-        left = iter(call_reward(function or resolve(config.gold), *texts, columns(rows), **calls).tolist())
-        return [[next(left) for _ in items] for items in groups]
+        left = iter(call_reward(function or resolve(config.gold), *inputs, **calls).tolist())
+        return [[next(left) for _ in each] for each in groups]
+
+    def _reads(self, tokenizer: Tokenizer, source: SourceConfig) -> bool:
+        """Whether a source's ids mean the same to another tokenizer; if not, texts are read, and it is said."""
+        if same_ids(load_tokenizer(self._model(source)), tokenizer):
+            return True
+        tell(f"{name_of(source)}: the reward model has another tokenizer, so it reads the texts of responses anew")
+        return False
+
+    def _scored(self, i: int, reads: Sequence[bool]) -> list[Row]:
+        """All responses to prompt i as `Scorer` takes them, with ids of the sources that the reward model `reads`."""
+        found = []
+        for s, number in enumerate(self._drawn):
+            drawn = self.phases.row(number, i)
+            of_prompt = {"prompt": self.prompts[i]["prompt"], "shown": drawn["shown"], "columns": self.columns[i]}
+            for item in drawn["responses"]:
+                row = {**of_prompt, "response": item["text"], "finished": item["finished"]}
+                if s < len(reads) and reads[s]:
+                    row |= {"prompt_ids": drawn["prompt_ids"], "ids": item["ids"]}
+                found.append(row)
+        return found
 
 
 def verdicts(
-    make_one: Callable[[], Judge], groups_of: Callable[[int], list[tuple[str, list[str]]]], key: jax.Array
+    make_one: Callable[[], Judge], groups_of: Callable[[int], list[tuple[Any, list[str]]]], key: jax.Array
 ) -> Make:
-    """Makes rows {verdicts} on all pairs of the responses of each group (prompt, responses) that a thing has."""
+    """Makes rows {verdicts} on all pairs of the responses of each group (prompt, responses) that a thing has.
+
+    A judge reads messages as a transcript, since the models that it compares may be shown them in different templates.
+    """
     judge = make_one()
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
-        groups = [groups_of(i) for i in range(start, stop)]
+        groups = [[(plain(prompt), texts) for prompt, texts in groups_of(i)] for i in range(start, stop)]
         found = iter(judge.verdicts([one for each in groups for one in each], jax.random.fold_in(key, start)))
         return [{"verdicts": [asdict(v) for _ in each for v in next(found)]} for each in groups]
 
@@ -262,6 +311,7 @@ def open_journal(config: Any, output: str | Path, decided_by: dict[str, Any]) ->
         made_of["sources"] = [
             {**each, "name": name_of(source)} for each, source in zip(plainly, config.sources, strict=True)
         ]
+    made_of["rows"] = "with ids"  # earlier versions wrote none
     return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
 
 
@@ -285,8 +335,12 @@ def check_rewards(
     asked = functions_of(config.reward, functions)
     if gold is not None or config.reward.gold:
         asked.append(gold or resolve(config.reward.gold))
-    for fn in asked:
-        check_columns(fn, [columns_of(row) for row in prompts], [where_of(row) for row in prompts])
+    _columns(asked, prompts)
+
+
+def _columns(functions: Sequence[Callable[..., Any]], prompts: Sequence[Row]) -> list[Row]:
+    where = [where_of(row) for row in prompts]
+    return columns_for(functions, [row["prompt"] for row in prompts], [columns_of(row) for row in prompts], where)
 
 
 def digest(rows: Sequence[Any]) -> str:
@@ -320,12 +374,3 @@ def with_shots(row: Row, shots: Sequence[Row]) -> Row:
         before = shot["prompt"] + shot["response"]
         prompt = f"{before}\n\n{prompt}" if isinstance(prompt, str) else before + prompt
     return {**row, "prompt": prompt}
-
-
-def scored_rows(prompts: Sequence[Row], groups: Sequence[list[Row]]) -> list[Row]:
-    """Rows {prompt, response, finished, ...} of all responses."""
-    return [
-        {**prompt, "response": item["text"], "finished": item["finished"]}
-        for prompt, items in zip(prompts, groups, strict=True)
-        for item in items
-    ]

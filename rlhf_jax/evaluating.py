@@ -40,7 +40,6 @@ from rlhf_jax.generate import Response, total_length
 from rlhf_jax.journal import Journal
 from rlhf_jax.judge import Judge, Verdict
 from rlhf_jax.likelihood import Likelihood, example_of
-from rlhf_jax.scoring import plain
 from rlhf_jax.stage import Loaded, check_same_tokenizer, load_model
 
 RESPONSES = "responses.jsonl"
@@ -135,9 +134,9 @@ class Evaluation:
         key = jax.random.fold_in(jax.random.key(self.config.seed), len(self.sources.sources))
         return Phase(len(self.prompts), self.sources.rows_at_once, partial(verdicts, make_one, self._groups, key))
 
-    def _groups(self, i: int) -> list[tuple[str, list[str]]]:
+    def _groups(self, i: int) -> list[tuple[Any, list[str]]]:
         """(prompt, [a response of another source, one of the baseline]), source by source."""
-        prompt, items = plain(self.prompts[i]["prompt"]), self.sources.responses(i)
+        prompt, items = self.prompts[i]["prompt"], self.sources.responses(i)
         texts = {name: [item["text"] for item in items if item["source"] == name] for name in self.sources.names}
         base = texts.pop(self.sources.names[self.baseline])
         return [(prompt, [a, b]) for own in texts.values() for a, b in zip(own, base, strict=False)]

@@ -50,7 +50,7 @@ class Response(NamedTuple):
     Attributes:
         prompt: as text.
         prompt_ids: int32[p], what the model saw of it.
-        text: of the response, special tokens left out.
+        text: of the response, as rows hold it (`Tokenizer.response_text`).
         ids: int32[n], of the response, the stop id included.
         finished: it ended in a stop id, and was not cut off.
     """
@@ -72,13 +72,13 @@ class Generator:
     def __init__(
         self, model: Model, tokenizer: Tokenizer, config: SamplingConfig, mesh: Mesh, *, max_prompt_length: int
     ):
-        """Prompts are padded to config.prompt_buckets, or to max_prompt_length.
+        """Prompts lose their start over max_prompt_length; they are padded to config.prompt_buckets, or to that.
 
         Raises:
             UserError: prompt and response are longer than the model's positions.
         """
         self.tokenizer, self.mesh, self.microbatch = tokenizer, mesh, config.microbatch
-        self.buckets = tuple(config.prompt_buckets or [max_prompt_length])
+        self.longest, self.buckets = max_prompt_length, tuple(config.prompt_buckets or [max_prompt_length])
         check_length(model.arch, total_length(config, max_prompt_length), "prompt length + sampling.max_new_tokens =")
         self.law = SamplingLaw.from_config(config)
         model = of_length(model, total_length(config, max_prompt_length))  # one law in all buckets
@@ -91,9 +91,7 @@ class Generator:
 
         Batch i gets the noise of fold_in(key, first + i).
         """
-        examples, _ = prompt_examples(
-            list(rows), self.tokenizer, max_prompt_length=self.buckets[-1], too_long="truncate"
-        )
+        examples, _ = prompt_examples(list(rows), self.tokenizer, max_prompt_length=self.longest, too_long="truncate")
         multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
         size = -(-(batch_size or len(examples)) // multiple) * multiple
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
@@ -104,10 +102,10 @@ class Generator:
                 params, placed["tokens"], placed["mask"], jax.random.fold_in(key, first + i), self.law
             )
             tokens, mask, finished = to_host((rollout.tokens, rollout.mask, rollout.finished))
-            texts = self.tokenizer.decode_batch(tokens, mask)
             for row, example in enumerate(examples[i * size : (i + 1) * size]):  # the last batch is filled up
                 ids = tokens[row][mask[row]]
-                found.append(Response(example["prompt"], example["tokens"], texts[row], ids, bool(finished[row])))
+                text = self.tokenizer.response_text(ids.tolist(), example["given"])
+                found.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
         return found
 
     def texts(
@@ -117,12 +115,24 @@ class Generator:
         found = self.responses(params, rows, key, batch_size=batch_size)
         return [one.prompt for one in found], [one.text for one in found], [one.finished for one in found]
 
-    def table(self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array) -> list[dict[str, str]]:
-        """Rows {prompt, response} for samples.jsonl."""
-        prompts, responses, _ = self.texts(params, rows, key)
-        return [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
+    def rows(
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+    ) -> list[dict[str, Any]]:
+        """Rows {prompt, response, response_ids, finished}, which read as what was sampled; all `rows` have tokens."""
+        found = self.responses(params, rows, key, batch_size=batch_size)
+        return [
+            sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)
+            for row, one in zip(rows, found, strict=True)
+        ]
 
 
-def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
-    """The responses of a rollout as text, special tokens left out."""
-    return tokenizer.decode_batch(*to_host((rollout.tokens, rollout.mask)))
+def sampled_row(prompt: Any, response: str, ids: list[int], finished: bool) -> dict[str, Any]:
+    """An sft row of what was sampled; `ids` with the stop id, if it finished."""
+    return {"prompt": prompt, "response": response, "response_ids": ids, "finished": finished}
+
+
+def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[Any]) -> list[str]:
+    """The responses of a rollout to `prompts` (texts or messages), as rows and reward functions have them."""
+    tokens, mask = to_host((rollout.tokens, rollout.mask))
+    rows = zip(tokens, mask, prompts, strict=True)
+    return [tokenizer.response_text(ids[kept].tolist(), prompt) for ids, kept, prompt in rows]

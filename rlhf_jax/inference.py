@@ -13,7 +13,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.drawing import Make, Phase, Phases, digest, open_journal
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.files import json_lines, write_output
-from rlhf_jax.generate import Generator, total_length
+from rlhf_jax.generate import Generator, sampled_row, total_length
 from rlhf_jax.hosts import is_first
 from rlhf_jax.keys import branch
 from rlhf_jax.scoring import RewardModel
@@ -34,15 +34,16 @@ def report_cut(report: Report) -> None:
 
 
 def run_sample(config: SampleRun) -> list[dict[str, Any]]:
-    """num_samples responses to every prompt, rows {prompt, response, finished}; written or printed, and returned."""
+    """num_samples responses to every prompt, as sft rows with `response_ids`; written or printed, and returned."""
     rows: list[dict[str, Any]] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     rows += rows_from(config.data_path) if config.data_path else []
     if not rows:
         raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
     rows = [prompt_row(row) for row in rows]
     tokenizer = load_tokenizer(config.model)
-    limit = max([config.max_prompt_length, *config.sampling.prompt_buckets])
-    examples, report = prompt_examples(rows, tokenizer, max_prompt_length=limit, too_long="truncate")
+    examples, report = prompt_examples(
+        rows, tokenizer, max_prompt_length=config.max_prompt_length, too_long="truncate"
+    )
     if len(examples) != len(rows):
         raise UserError(f"prompts: {report}; remove the empty ones")
     report_cut(report)
@@ -62,8 +63,10 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
             part = repeated[start:stop]
             with jax.set_mesh(mesh):
                 found = generator.responses(loaded.params, part, key, batch_size=size, first=start // size)
-            answers = zip(part, found, strict=True)
-            return [{"prompt": row["prompt"], "response": one.text, "finished": one.finished} for row, one in answers]
+            return [
+                sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)
+                for row, one in zip(part, found, strict=True)
+            ]
 
         return make
 

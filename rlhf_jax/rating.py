@@ -9,14 +9,17 @@ import numpy as np
 
 from rlhf_jax.config import RateRun, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.schemas import DroppedRow, Row, text_of
+from rlhf_jax.data.chat import Transcript
+from rlhf_jax.data.labels import answer_fields
+from rlhf_jax.data.schemas import DroppedRow, Messages, Row, text_of
 from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.files import check_output
 from rlhf_jax.inference import write_rows
 from rlhf_jax.rankings import consensus_ranks
-from rlhf_jax.rewards import call_reward
-from rlhf_jax.scoring import plain
+from rlhf_jax.rewards import call_reward, columns_for
+from rlhf_jax.scoring import function_inputs
 
 TIMEOUT, RETRIES = 600.0, 0
 """Seconds that a call of the function may take, and further attempts."""
@@ -37,11 +40,7 @@ def run(config: RateRun, *, rows: Any = None, function: Callable[..., Any] | Non
             dropped += 1
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to rate; give ranking or preference rows")
-    prompts = [plain(one.prompt) for one in given for _ in one.responses]
-    responses = [text_of(response) for one in given for response in one.responses]
-    values = call_reward(
-        function or resolve(config.function), prompts, responses, {}, timeout=TIMEOUT, retries=RETRIES
-    )
+    values = values_of(function or resolve(config.function), given, config.tokenizer)
     errors = np.random.default_rng(config.seed).standard_normal((len(values), config.raters))
     seen = values[:, None] + config.noise * values.std() * errors
     if config.verdict == "rating":
@@ -55,6 +54,23 @@ def run(config: RateRun, *, rows: Any = None, function: Callable[..., Any] | Non
     return out
 
 
+def values_of(function: Callable[..., Any], given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
+    """float32, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
+    shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
+    own = columns_for([function], [one.prompt for one in given], [{}] * len(given), [one.where for one in given])
+    rows = [
+        {"shown": shown(one.prompt), "response": text_of(response), "columns": columns}
+        for one, columns in zip(given, own, strict=True)
+        for response in one.responses
+    ]
+    return call_reward(function, *function_inputs(rows), timeout=TIMEOUT, retries=RETRIES)
+
+
+def in_transcript(prompt: str | Messages) -> str:
+    """A prompt as a model without a chat template is shown it."""
+    return prompt if isinstance(prompt, str) else Transcript().prompt(prompt)
+
+
 def levels(seen: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
     """1 to `count`: the piece, of equal ones that part [low, high], that a value lies in."""
     width = (high - low) / count or 1.0
@@ -63,16 +79,12 @@ def levels(seen: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
 
 def ranked_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
     """A ranking row with each rater's ranks; `seen` [K, raters]."""
-    texts = zip(one.responses, one.finished, one.extra, strict=True)
-    items = [{"text": text_of(response), "finished": done, **more} for response, done, more in texts]
+    items = one.items()
     verdicts = [{"rater": f"rater {r}", "ranks": consensus_ranks(column).tolist()} for r, column in enumerate(seen.T)]
     return [{"prompt": one.prompt, "responses": items, "raters": verdicts}]
 
 
 def ratings_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
     """A row {prompt, response, finished, rating} for each response; `seen` [K, raters]."""
-    answers = zip(one.responses, one.finished, seen.mean(axis=1), strict=True)
-    return [
-        {"prompt": one.prompt, "response": response, "finished": done, "rating": float(rating)}
-        for response, done, rating in answers
-    ]
+    rated = zip(one.items(), seen.mean(axis=1), strict=True)
+    return [{"prompt": one.prompt, **answer_fields(item), "rating": float(rating)} for item, rating in rated]

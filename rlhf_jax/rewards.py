@@ -1,4 +1,10 @@
-"""Rewards from Python functions. Floor 2."""
+"""Rewards from Python functions. Floor 2.
+
+A function gets the same in every command and stage: `prompts`, the texts that the model is shown, with what the chat
+template writes (`Tokenizer.prompt_text`); `responses`, the texts that it wrote (`Tokenizer.response_text`); and as
+columns the other fields that all prompt rows have, with `messages` added where prompts are messages: their list, or
+None beside a text.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.attempts import Failed, persist
 from rlhf_jax.config import RewardSourceConfig, resolve
+from rlhf_jax.data.schemas import turns_of
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts import any_of, several
 from rlhf_jax.sharding import own_rows
@@ -128,6 +135,34 @@ def check_call(fn: Callable[..., Any], columns: Iterable[str], where: str = "") 
         raise UserError(
             f"{at}reward function {name}: {error}; define it as fn(prompts, responses, **columns)"
         ) from error
+
+
+def columns_for(
+    functions: Sequence[Callable[..., Any]],
+    prompts: Sequence[Any],
+    columns: Sequence[Mapping[str, Any]],
+    where: Sequence[str],
+) -> list[dict[str, Any]]:
+    """What functions get of each row of a data set as columns: the fields that all rows have, and perhaps `messages`.
+
+    `prompts` are texts or messages, `columns` the other fields of their rows, `where` the rows' places.
+
+    Raises:
+        UserError: a row has a field `messages` where prompts are messages, or a function does not take its columns.
+    """
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        for row, place in zip(columns, where, strict=True):
+            if "messages" in row:
+                raise UserError(
+                    f'{place}: the field "messages" has the name by which reward functions get a prompt of messages; '
+                    "rename it by data.fields"
+                )
+        said = [None if isinstance(prompt, str) else turns_of(prompt) for prompt in prompts]
+        columns = [{**row, "messages": turns} for row, turns in zip(columns, said, strict=True)]
+    for fn in functions:
+        check_columns(fn, columns, where)
+    names = [name for name in columns[0] if all(name in row for row in columns)]
+    return [{name: row[name] for name in names} for row in columns]
 
 
 def check_columns(fn: Callable[..., Any], columns: Sequence[Mapping[str, Any]], where: Sequence[str]) -> None:

@@ -14,8 +14,9 @@ from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.batches import collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import Row, prompt_row, sft_row, transcript
+from rlhf_jax.data.schemas import Row, flag_of, ids_of, prompt_row, sft_row, transcript
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import tell
 from rlhf_jax.hosts import to_host
 from rlhf_jax.reward import score_sequences
 from rlhf_jax.rewards import combine
@@ -30,15 +31,23 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
         UserError: a missing field or a wrong type.
     """
     if isinstance(row.get("response"), str) and not row["response"].strip():
-        row, response = prompt_row(row), [tokenizer.eos_ids[0]] * row.get("finished", True)
+        row, ids = prompt_row({"finished": True, **row}), ids_of(row, "response_ids")
+        finished, said = flag_of(row, "finished"), row["response"]
+        response = [tokenizer.eos_ids[0]] * finished
+        if ids is not None:  # such as special tokens alone
+            said = said if isinstance(row["prompt"], str) else [{"role": "assistant", "content": said}]
+            response = tokenizer.encode_response(said, finished=finished, ids=ids)
     else:
         row = sft_row(row)
         said = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
         response = tokenizer.encode_response(row["response"], **said)
     prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
-    tokens = np.asarray(prompt + response, np.int32)
-    return {"tokens": tokens, "loss_mask": np.ones(len(tokens), bool), "cut": cut or cut_prompt}
+    return _example(prompt + response, cut or cut_prompt)
+
+
+def _example(tokens: list[int], cut: bool) -> Example:
+    return {"tokens": np.asarray(tokens, np.int32), "loss_mask": np.ones(len(tokens), bool), "cut": cut}
 
 
 class RewardModel:
@@ -59,6 +68,12 @@ class RewardModel:
     def example(self, row: Row) -> Example:
         """The tokens of a {prompt, response, finished?} row."""
         return score_example(row, self.tokenizer, self.limits)
+
+    def sampled(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Example:
+        """A prompt as a model saw it and what it wrote, in ids of the vocabulary that is this model's, too."""
+        prompt, cut_prompt = self.limits.prompt({}, list(prompt_ids), self.tokenizer.bos_id)
+        response, cut = self.limits.response({}, len(prompt), list(ids))
+        return _example(prompt + response, cut or cut_prompt)
 
     def scores(self, examples: Sequence[Example], length: int) -> list[float]:
         """The scores of examples, padded to `length` tokens."""
@@ -93,33 +108,39 @@ class Scorer:
         self.model = RewardModel(ModelConfig(path=config.model), mesh, **sizes) if config.model else None
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
-        """float32[N] for rows {prompt, response, finished, ...}; other columns that all rows have go to functions.
+        """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?}.
+
+        `shown` is the prompt as text and `columns` are what functions get beside it. `prompt_ids` and `ids` are of a
+        sampler whose vocabulary is the reward model's, and just these are scored; without them texts are read.
 
         Raises:
             RewardFailure: a function raised or ran out of time.
         """
         scores = np.zeros(len(rows), np.float32)
         if self.model is not None:
-            found = self.model.scores([self.model.example(row) for row in rows], self.length)
+            examples = [self._example(self.model, row) for row in rows]
+            if cut := sum(example["cut"] for example in examples):
+                tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
+            found = self.model.scores(examples, self.length)
             scores += np.float32(self.weight) * np.asarray(found, np.float32)
         if self.functions is not None:
-            scores += self.functions(
-                [plain(row["prompt"]) for row in rows], [row["response"] for row in rows], columns(rows)
-            )
+            scores += self.functions(*function_inputs(rows))
         return scores
 
+    @staticmethod
+    def _example(model: RewardModel, row: Row) -> Example:
+        if "prompt_ids" in row:
+            return model.sampled(row["prompt_ids"], row["ids"])
+        text = {name: row[name] for name in ("prompt", "response", "finished")}
+        return model.example({**text, "_where": "a response"})
 
-def columns_of(row: Row) -> Row:
-    """The columns of a row that reward functions get: all but prompt, response and what is ours."""
-    return {name: value for name, value in row.items() if name not in ("prompt", "response", "finished", "_where")}
 
-
-def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Those that all rows have."""
-    each = [columns_of(row) for row in rows]
-    return {name: [row[name] for row in each] for name in each[0] if all(name in row for row in each)}
+def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+    """(prompts, responses, columns) for reward functions, of rows {shown, response, columns}."""
+    columns = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
+    return [row["shown"] for row in rows], [row["response"] for row in rows], columns
 
 
 def plain(prompt: Any) -> str:
-    """A prompt as text; messages become a transcript."""
+    """A prompt as a judge reads it; messages become a transcript."""
     return prompt if isinstance(prompt, str) else transcript(prompt).strip()

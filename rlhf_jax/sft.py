@@ -71,7 +71,7 @@ def run(
 
         def on_eval(out: Run, step: int, params: Any) -> None:
             if generator is not None:
-                out.samples(step, generator.table(params, sampled, jax.random.fold_in(stage.key, step)))
+                out.samples(step, generator.rows(params, sampled, jax.random.fold_in(stage.key, step)))
 
         return on_eval
 

@@ -80,11 +80,15 @@ def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
     directory = hf.model_directory(hub.local_directory(path))
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    other = Tokenizer.load(str(directory)).hf
-    theirs, ours = other.get_vocab(), tokenizer.hf.get_vocab()
-    own = {other.pad_token, tokenizer.hf.pad_token} & (theirs.keys() ^ ours.keys())  # padding of a reward model
-    if dict(theirs.items() ^ ours.items()).keys() - own:
+    if not same_ids(Tokenizer.load(str(directory)), tokenizer):
         raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether ids mean the same to two tokenizers; a token for padding may be one's own, as a reward model's is."""
+    theirs, ours = a.hf.get_vocab(), b.hf.get_vocab()
+    own = {a.hf.pad_token, b.hf.pad_token} & (theirs.keys() ^ ours.keys())
+    return not dict(theirs.items() ^ ours.items()).keys() - own
 
 
 def check_length(arch: ArchConfig, length: int, what: str) -> None:

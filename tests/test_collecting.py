@@ -204,7 +204,7 @@ def test_a_reward_model_labels_as_score_does(tmp_path):
     from rlhf_jax.config import ScoreRun
 
     flat = [
-        {"prompt": row["prompt"], "response": r["text"], "finished": r["finished"]}
+        {"prompt": row["prompt"], "response": r["text"], "response_ids": r["ids"], "finished": r["finished"]}
         for row in rows
         for r in row["responses"]
     ]
@@ -220,7 +220,7 @@ def test_a_reward_model_labels_as_score_does(tmp_path):
 
 def test_unlabelled_rows_wait_for_people_and_a_judge_labels_them_later(tmp_path):
     rows = run_collect(settings(tmp_path / "a.jsonl"), rows=PROMPTS)
-    assert all(set(r) == {"text", "finished", "source"} for row in rows for r in row["responses"])
+    assert all(set(r) == {"text", "ids", "finished", "source"} for row in rows for r in row["responses"])
     judged = run_judge(JudgeRun(path=str(tmp_path / "a.jsonl"), output=str(tmp_path / "b.jsonl"), progress=False,
                                 judge=JudgeConfig(function="test_collecting:more_vowels")))  # fmt: skip
     at_once = settings(tmp_path / "c.jsonl", label="judge", judge=JudgeConfig(function="test_collecting:more_vowels"))

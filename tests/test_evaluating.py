@@ -134,8 +134,9 @@ def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse)
     config = settings(tmp_path / "e", sources=sources, reward=RewardSourceConfig(model=model))
     found = run_evaluate(config, rows=PROMPTS[:8])["models"]["terse"]
     rows = read(tmp_path / "e" / "responses.jsonl")
-    items = [{**item, "prompt": row["prompt"], "response": item["text"]} for row in rows for item in row["responses"]]
-    write_rows([{name: item[name] for name in ("prompt", "response", "finished")} for item in items], flat)
+    items = [{**item, "prompt": row["prompt"]} for row in rows for item in row["responses"]]
+    names = {"prompt": "prompt", "response": "text", "response_ids": "ids", "finished": "finished"}
+    write_rows([{name: item[of] for name, of in names.items()} for item in items], flat)
     scored = run_score(
         ScoreRun(ModelConfig(path=model), flat, max_prompt_length=2, max_length=8, output=str(tmp_path / "s.jsonl"))
     )

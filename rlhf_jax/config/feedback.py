@@ -259,6 +259,8 @@ class RateRun:
         path: ranking or preference rows, labelled or not, as `rlhf-jax collect` writes them.
         fields: a field map, as data.fields of a stage.
         function: what raters value, fn(prompts, responses, **columns) -> list of floats, as "module:name".
+        tokenizer: a directory whose chat template writes prompts of messages, as the model is shown them; empty writes
+            a transcript.
         raters: how many judge every row.
         noise: standard deviation of a rater's error on a response, in standard deviations of the function's values.
         verdict: ranks of the responses to a prompt, by each rater (ranks), or a row for each response with the mean of
@@ -272,6 +274,7 @@ class RateRun:
     path: PathText = ""
     fields: list[str] = field(default_factory=list)
     function: str = ""
+    tokenizer: str = ""
     raters: int = 1
     noise: float = 0.0
     verdict: Literal["ranks", "rating"] = "ranks"

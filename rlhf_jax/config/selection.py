@@ -14,8 +14,8 @@ class BestOfNRun(DrawRun):
 
     Args:
         num_samples: N, responses to each prompt; rewards are reported of the best of n = 1, 2, 4 .. N of them.
-        output: the .jsonl file to write, a row {prompt, response, finished, score} per prompt. Until it is whole,
-            OUTPUT.part holds what there is; the same command goes on.
+        output: the .jsonl file to write, a row {prompt, response, response_ids, finished, score} per prompt. Until it
+            is whole, OUTPUT.part holds what there is; the same command goes on.
     """
 
     num_samples: int = 16

@@ -83,6 +83,14 @@ class Ranking:
         c = rankings.comparisons(ballots, num_raters=1)
         return c.wins(np.append(1.0, self.counts())[c.ballots], c.shares)[0]
 
+    def items(self) -> list[Row]:
+        """The responses as rows hold them: {text, ids?, finished, ...}, without who is better."""
+        columns = zip(self.responses, self.ids, self.finished, self.extra, strict=True)
+        return [
+            {"text": text_of(response), **({} if ids is None else {"ids": ids}), "finished": done, **more}
+            for response, ids, done, more in columns
+        ]
+
     def consensus(self) -> tuple[np.ndarray, np.ndarray]:
         """(ranks float[K], NaN for what nobody ranked; labels float[K, K], share that prefers i to j, NaN if unknown).
 

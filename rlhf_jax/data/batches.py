@@ -126,11 +126,12 @@ class Batches:
 def fingerprint(examples: Sequence[Example]) -> str:
     """16 hexadecimal digits that change with the examples and their order, but not with where they come from.
 
-    Nor with `ref_logprobs`, which a model makes of them, maybe to another last bit on other devices.
+    Nor with `ref_logprobs`, which a model makes of them, maybe to another last bit on other devices, or with `given`,
+    of which a prompt's text and tokens are made.
     """
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
-        for name in sorted(set(example) - {"where", "ref_logprobs"}):
+        for name in sorted(set(example) - {"where", "ref_logprobs", "given"}):
             arrays = example[name] if name == "responses" else [example[name]]
             for value in arrays:
                 if isinstance(value, np.ndarray):
@@ -256,9 +257,10 @@ def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad
 
 
 def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_id: int = 0) -> Batch:
-    """tokens i32[B, P] and mask bool[B, P] (True on real tokens), prompts list[str], columns {name: list}.
+    """tokens i32[B, P] and mask bool[B, P] (True on real tokens), prompts list[str], given, columns {name: list}.
 
-    Left-padded to P, the smallest bucket that holds the longest prompt. A column is there if every row has it.
+    Left-padded to P, the smallest bucket that holds the longest prompt. `given` are the prompts as texts or messages.
+    A column is there if every row has it.
 
     Raises:
         UserError: a prompt longer than the largest bucket.
@@ -278,7 +280,8 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
         mask[row, start:] = True
     shared = [name for name in examples[0]["columns"] if all(name in example["columns"] for example in examples)]
     columns = {name: [example["columns"][name] for example in examples] for name in shared}
-    return {"tokens": tokens, "mask": mask, "prompts": [example["prompt"] for example in examples], "columns": columns}
+    texts = {name: [example[key] for example in examples] for name, key in (("prompts", "prompt"), ("given", "given"))}
+    return {"tokens": tokens, "mask": mask, **texts, "columns": columns}
 
 
 def repeat_rows(batch: Batch, times: int) -> Batch:

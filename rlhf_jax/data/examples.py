@@ -101,7 +101,10 @@ def sft_examples(
 def prompt_examples(
     rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, too_long: str, strict: bool = False
 ) -> tuple[list[Example], Report]:
-    """[{tokens int32[n], prompt: str, columns: dict}]; `prompt` is the whole prompt as text, even if cut.
+    """[{tokens int32[n], prompt: str, given, columns: dict}].
+
+    `prompt` is the whole prompt as text, even if cut; `given` is it as the row has it, a text or messages; `columns`
+    are the row's other fields.
 
     Raises:
         UserError: a bad row, a prompt too long under too_long = error, or no row left.
@@ -114,11 +117,15 @@ def prompt_examples(
         tokens, cut = limits.prompt(row, encode(encoder, row, "prompt"), tokenizer.bos_id)
         if not tokens:
             raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
-        columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
-        text = tokenizer.prompt_text(row["prompt"])
-        return [{"tokens": np.asarray(tokens, np.int32), "prompt": text, "columns": columns}], cut
+        shown = {"prompt": tokenizer.prompt_text(row["prompt"]), "given": row["prompt"], "columns": columns_of(row)}
+        return [{"tokens": np.asarray(tokens, np.int32), **shown}], cut
 
     return collect(rows, build, strict=strict, remarks=remarks)
+
+
+def columns_of(row: Row) -> Row:
+    """The fields of a prompt row that reward functions get as columns: all but the prompt."""
+    return {name: value for name, value in row.items() if name not in ("prompt", "_where")}
 
 
 def prompt_key(row: Row) -> str:

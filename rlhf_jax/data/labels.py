@@ -63,7 +63,9 @@ def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
     """A preference row."""
     row = rows[pair.group]
     both = [row["responses"][pair.chosen], row["responses"][pair.rejected]]
-    made = {"prompt": row["prompt"], "chosen": both[0]["text"], "rejected": both[1]["text"]}
+    made: Row = {"prompt": row["prompt"]}
+    for name, item in zip(("chosen", "rejected"), both, strict=True):
+        made |= {name: item["text"], **({f"{name}_ids": item["ids"]} if item.get("ids") is not None else {})}
     made["finished"] = [item["finished"] for item in both]
     if pair.share < 1:
         made["votes"] = [round(pair.share, 4), round(1 - pair.share, 4), 0]
@@ -76,7 +78,13 @@ def demonstration_of(row: Row) -> Row | None:
     if not known:
         return None
     best = min(known, key=lambda item: _place(item) or 0.0)
-    return {"prompt": row["prompt"], "response": best["text"], "finished": best["finished"]}
+    return {"prompt": row["prompt"], **answer_fields(best)}
+
+
+def answer_fields(item: Row) -> Row:
+    """An item {text, ids?, finished} of a ranking as the answer of an sft row: {response, response_ids?, finished}."""
+    ids = {} if item.get("ids") is None else {"response_ids": item["ids"]}
+    return {"response": item["text"], **ids, "finished": item["finished"]}
 
 
 def lengths(rows: Sequence[Row], pairs: Sequence[Pair]) -> np.ndarray:

@@ -179,8 +179,13 @@ def text_row(row: Row) -> Row:
 
 def transcript(messages: Messages) -> str:
     """Messages as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH form), without an open last turn."""
-    said = [turn for turn in messages if turn["role"] != TEMPLATE]
+    said = turns_of(messages)
     return "".join(f"\n\n{SPEAKERS.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in said)
+
+
+def turns_of(messages: Messages) -> Messages:
+    """What was said: messages without what a chat template is given beside them."""
+    return [turn for turn in messages if turn["role"] != TEMPLATE]
 
 
 def split_transcript(text: str) -> Messages:
@@ -210,6 +215,8 @@ def prompt_of(row: Row, value: Any) -> str | Messages:
     messages = _messages(row, "prompt", value)
     if messages[-1]["role"] == "assistant":
         raise bad_row(row, '"prompt" ends in an assistant turn; move that turn to the response')
+    if given and messages[0]["role"] == TEMPLATE:  # a row that was read before
+        return [{**messages[0], **given[0]}, *messages[1:]]
     return given + messages
 
 

@@ -45,8 +45,7 @@ class Item:
 
     def responses(self) -> list[Row]:
         """The responses as the file of answers holds them."""
-        columns = zip(self.ranking.responses, self.ranking.finished, self.ranking.extra, strict=True)
-        return [{"text": text_of(response), "finished": done, **extra} for response, done, extra in columns]
+        return self.ranking.items()
 
     def shown(self, order: list[int]) -> dict[str, Any]:
         """What a rater sees; where a response comes from is not said."""

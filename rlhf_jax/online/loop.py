@@ -57,7 +57,7 @@ def train(out: Run, online: Online, notes: dict[str, Any]) -> dict[str, Any]:
         show = done is not None and settings.num_samples and (i + 1) % settings.sample_every == 0
         if done is not None and (show or (i + 1) % config.run.log_every == 0 or i + 1 == total):
             metrics, host, table = done
-            prompts = online.batch(i)["prompts"] if show else []
+            prompts = online.batch(i)["given"] if show else []
             write = lambda fetched, i=i, prompts=prompts: out.samples(i + 1, online.table(fetched, prompts))  # noqa: E731
             host["optim/lr"] = rates[i]
             new = tokens * (i + 1 - logged)

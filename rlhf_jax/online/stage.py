@@ -16,14 +16,14 @@ from rlhf_jax.config import OnlineConfig, resolve
 from rlhf_jax.data.batches import Batches, collate_prompts, fingerprint, repeat_rows
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import decode, total_length
+from rlhf_jax.generate import decode, sampled_row, total_length
 from rlhf_jax.hosts import to_host
 from rlhf_jax.intervals import mean_and_error
 from rlhf_jax.keys import NUMBERS
 from rlhf_jax.nans import first_nan
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
-from rlhf_jax.rewards import call_reward, check_columns, combine, functions_of, of_own_rows
+from rlhf_jax.rewards import call_reward, columns_for, combine, functions_of, of_own_rows
 from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import put, put_batch, replicated, tree_shardings
 from rlhf_jax.stage import Rows, check_length, held_out_batches, load_rows, load_tokenizer, make_examples, save_model
@@ -87,9 +87,9 @@ class Online:
             strict=data.strict,
         )
         train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
-        for fn in asked:
-            for part in (train, held_out):
-                check_columns(fn, [one["columns"] for one in part], [one["where"] for one in part])
+        given, columns, where = ([one[name] for one in (*train, *held_out)] for name in ("given", "columns", "where"))
+        for example, own in zip((*train, *held_out), columns_for(asked, given, columns, where), strict=True):
+            example["columns"] = own
         self.buckets = tuple(self.config.sampling.prompt_buckets or [data.max_prompt_length])
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
         batches = Batches(train, batch_size=data.batch_size // self.group_size, seed=seed, collate=collate)
@@ -132,7 +132,8 @@ class Online:
         """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device if needed."""
         host, gold = np.zeros(len(batch["prompts"]), np.float32), None
         if self.python_reward is not None or self.gold is not None:
-            source, rows = self.config.reward, (batch["prompts"], decode(self.tokenizer, rollout), batch["columns"])
+            source, texts = self.config.reward, decode(self.tokenizer, rollout, batch["given"])
+            rows = batch["prompts"], texts, batch["columns"]
             if self.python_reward is not None:
                 host = of_own_rows(self.python_reward, self.mesh, *rows)
             if self.gold is not None:
@@ -185,7 +186,7 @@ class Online:
             prompts += [prompt for prompt, valid in zip(batch["prompts"], batch["valid"], strict=True) if valid]
             if len(samples) < self.settings.num_samples:
                 table = to_host({"rollout": rollout, **per_row})
-                samples += self.table(table, batch["prompts"])[: self.settings.num_samples]
+                samples += self.table(table, batch["given"])[: self.settings.num_samples]
         rows = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         reward = objective = rows["reward"]
         if "kl" in rows:
@@ -201,20 +202,14 @@ class Online:
             metrics["eval/gold"] = float(np.average(golds, weights=weights))
         return metrics, samples
 
-    def table(self, host: Any, prompts: list[str]) -> list[dict[str, Any]]:
-        """Rows {prompt, response, reward, kl, finished} of a fetched rollout; no kl where there is no reference."""
-        rollout, num = host["rollout"], self.settings.num_samples
-        texts = self.tokenizer.decode_batch(rollout.tokens[:num], rollout.mask[:num])
-        numbers = {name: host[name] for name in ("reward", "kl") if name in host}
-        return [
-            {
-                "prompt": prompt,
-                "response": text,
-                **{name: float(x[i]) for name, x in numbers.items()},
-                "finished": bool(rollout.finished[i]),
-            }
-            for i, (prompt, text) in enumerate(zip(prompts, texts, strict=False))
-        ]
+    def table(self, host: Any, prompts: list[Any]) -> list[dict[str, Any]]:
+        """sft rows, with reward and, where there is a reference, kl, of a fetched rollout; `prompts` as given."""
+        rollout, found = host["rollout"], []
+        for i, prompt in enumerate(prompts[: self.settings.num_samples]):
+            ids = rollout.tokens[i][rollout.mask[i]].tolist()
+            row = sampled_row(prompt, self.tokenizer.response_text(ids, prompt), ids, bool(rollout.finished[i]))
+            found.append({**row, **{name: float(host[name][i]) for name in ("reward", "kl") if name in host}})
+        return found
 
     def tree(self) -> dict[str, Any]:
         """All arrays that an iteration changes: what a checkpoint holds."""
