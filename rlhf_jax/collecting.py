@@ -76,12 +76,10 @@ class Collection:
             items = [{**item, "rank": self.work.names.index(item["source"])} for item in items]
         if "scores" in label:
             items = [{**item, "score": score} for item, score in zip(items, label["scores"], strict=True)]
-        if "verdicts" in label:
-            places = judging.ranks(len(items), verdicts_of(label))
-            items = [{**item, "rank": place} for item, place in zip(items, places, strict=True)]
-        kept = {name: self.prompts[i][name] for name in ("id",) if name in self.prompts[i]}
         rater = {"rater": self.config.label} if self.config.label != "none" else {}
-        return {**kept, "prompt": self.prompts[i]["prompt"], "responses": items, **rater}
+        said = judged(items, verdicts_of(label)) if "verdicts" in label else {"responses": items, **rater}
+        kept = {name: self.prompts[i][name] for name in ("id",) if name in self.prompts[i]}
+        return {**kept, "prompt": self.prompts[i]["prompt"], **said}
 
 
 def run_collect(
@@ -108,10 +106,10 @@ def run_collect(
         work = Collection(config, prompts, journal, functions, judge)
         work.phases.fill("collect", progress=config.progress)
         ranked = [work.ranked(i) for i in range(len(prompts))]
-        judged = [verdicts_of(work.label(i)) for i in range(len(prompts))]
+        found = [verdicts_of(work.label(i)) for i in range(len(prompts))]
         shares = [
             judged_shares(v) if config.label == "judge" else labels.shares_of(r)
-            for v, r in zip(judged, ranked, strict=True)
+            for v, r in zip(found, ranked, strict=True)
         ]
         pairs = labels.pairs_of(ranked, shares)
         kept = labels.FILTERS[config.length_filter](ranked, pairs)
@@ -123,7 +121,10 @@ def run_collect(
             out = [best for row in ranked if (best := labels.demonstration_of(row)) is not None]
         summary = describe(config, ranked, pairs, kept)
         if config.label == "judge":
-            summary["judge"] = judging.report([verdict for each in judged for verdict in each])
+            summary["judge"] = judging.report([verdict for each in found for verdict in each])
+            summary["apart"] = sum("raters" in row for row in ranked)
+        if config.schema == "sft":
+            summary["without_best"] = len(ranked) - len(out)
         if gold is not None or config.reward.gold:
             summary["gold"] = gold_agreement(prompts, kept, work.work.gold(gold))
         return end("collect", config, journal, out, summary)
@@ -154,11 +155,11 @@ def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None)
         phases = Phases(journal)
         phases.add(Phase(len(groups), config.batch_size, partial(verdicts, make_one, lambda i: [groups[i]], key)))
         phases.fill("judge", progress=config.progress)
-        judged = [verdicts_of(row) for row in journal.rows]
-        out = [ranking_of(one, found) for one, found in zip(given, judged, strict=True)]
-        summary: dict[str, Any] = {"rows": len(out), "dropped": dropped}
-        summary["judge"] = judging.report([verdict for each in judged for verdict in each])
-        summary |= {"labels": label_agreement(given, judged)} if any(one.ballots for one in given) else {}
+        found = [verdicts_of(row) for row in journal.rows]
+        out = [ranking_of(one, each) for one, each in zip(given, found, strict=True)]
+        summary: dict[str, Any] = {"rows": len(out), "dropped": dropped, "apart": sum("raters" in row for row in out)}
+        summary["judge"] = judging.report([verdict for each in found for verdict in each])
+        summary |= {"labels": label_agreement(given, found)} if any(one.ballots for one in given) else {}
         return end("judge", config, journal, out, summary)
 
 
@@ -187,8 +188,15 @@ def judged_shares(verdicts: Sequence[Verdict]) -> labels.Shares:
     return {(v.first, v.second): v.share for v in verdicts if v.share is not None}
 
 
+def judged(items: Sequence[Row], verdicts: Sequence[Verdict]) -> Row:
+    """{responses, rater} with a judge's ranks, or {responses, raters} where its verdicts do not link all responses:
+    a ranking of each part, so that nothing is said of two that are not linked."""
+    parts = judging.ranks_by_part(len(items), verdicts) or [[None] * len(items)]
+    if len(parts) > 1:
+        return {"responses": list(items), "raters": [{"rater": "judge", "ranks": ranks} for ranks in parts]}
+    return {"responses": [{**item, "rank": r} for item, r in zip(items, parts[0], strict=True)], "rater": "judge"}
+
+
 def ranking_of(one: Ranking, verdicts: Sequence[Verdict]) -> Row:
     """A ranking row by a judge."""
-    places = judging.ranks(len(one.responses), verdicts)
-    items = [{**item, "rank": place} for item, place in zip(one.items(), places, strict=True)]
-    return {"prompt": one.prompt, "responses": items, "rater": "judge"}
+    return {"prompt": one.prompt, **judged(one.items(), verdicts)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +98,17 @@ def run_aggregate(config: DataAggregateRun) -> list[Row]:
             together.append(ballots.ranking_row(row))
         except DroppedRow:
             dropped += 1
-    joined = ballots.join(together, prompt_key)
-    if config.by:
-        joined = [_by_field(joined, config.by)]
-    fitted, raters, facts = ballots.fit(joined, method=config.method, prior=config.prior)
-    tell(
-        "; ".join([f"{len(together)} rows, {dropped} dropped, {len(fitted)} groups", *ballots.describe(raters, facts)])
+    if all(len(one.responses) < 2 for one in ballots.join(together, prompt_key)):
+        raise UserError(f"{config.path}: no prompt has two responses to compare ({dropped} rows dropped); give more")
+    joined = [_by_field(together, config.by)] if config.by else ballots.join(together, prompt_key)
+    apart = [ballots.parts(one) for one in joined]
+    fitted, raters, facts = ballots.fit(
+        [part for own in apart for part in own], method=config.method, prior=config.prior
     )
+    counted = f"{len(together)} rows, {dropped} dropped, {len(joined)} groups"
+    equal = sum(len(one.responses) for one in together) - sum(len(one.responses) for one in joined)
+    said = [f"{equal} responses are equal to another of their prompt"] if equal and not config.by else []
+    tell("; ".join([counted, *ballots.describe(raters, facts), *ballots.gaps(joined, apart), *said]))
     bounds = _intervals(fitted, config) if config.intervals else [None] * len(fitted)
     if config.method == "crowd_bt" and len(raters) > 1:
         tell("rater  reliability")
@@ -113,32 +119,42 @@ def run_aggregate(config: DataAggregateRun) -> list[Row]:
             )
         )
     if config.by:
-        _show(fitted[0], bounds[0])
+        for ranking, bound in zip(fitted, bounds, strict=True):
+            _show(ranking, bound)
     out = [_row(ranking, bound) for ranking, bound in zip(fitted, bounds, strict=True)]
     if config.output:
         write_rows(out, config.output)
     return out
 
 
-def _by_field(joined: Sequence[Ranking], name: str) -> Ranking:
-    """All rankings as one group whose items are the values of a field of the responses, such as the model."""
-    missing = next((r for r in joined if not all(name in more for more in r.extra)), None)
-    if missing is not None:
-        raise UserError(f'{missing.where}: a response has no field "{name}"; correct --by')
-    names = sorted({str(more[name]) for ranking in joined for more in ranking.extra})
-    ballots_: list[ballots.Ballot] = []
-    for ranking in joined:
-        at = [names.index(str(more[name])) for more in ranking.extra]
-        for rater, ranks in ranking.ballots:
-            ballot = np.full(len(names), np.nan)
-            ballot[at] = ranks
-            ballots_.append((rater, ballot.tolist()))
-    return Ranking(name, list(names), [True] * len(names), ballots_, joined[0].where, [{} for _ in names])
+def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
+    """All rankings as one whose items are the values of a field of the responses, such as the model.
+
+    Each verdict on two responses counts for their values, also where responses to one prompt have one text or one
+    value; two responses of one value are not compared.
+    """
+    for ranking in together:
+        if not all(name in more for more in ranking.extra):
+            raise UserError(f'{ranking.where}: a response has no field "{name}"; correct --by')
+    value = lambda response, done, more: _value(more[name])  # noqa: E731
+    of_prompts = ballots.join(list(together), prompt_key, lambda *one: (ballots.same_text(*one), value(*one)))
+    [joined] = ballots.join([one for one in of_prompts if len(one.responses) > 1], lambda row: "", value)
+    names = [_value(more[name]) for more in joined.extra]
+    order, size = sorted(range(len(names)), key=names.__getitem__), len(names)
+    told = [(rater, [ranks[i] for i in order]) for rater, ranks in joined.ballots]
+    items: list[ballots.Response] = [names[i] for i in order]
+    shown = replace(joined, prompt=name, responses=items, finished=[True] * size, extra=[{}] * size, ids=[])
+    return replace(shown, ballots=told)
+
+
+def _value(found: Any) -> str:
+    """A value of a field as it is shown."""
+    return found if isinstance(found, str) else json.dumps(found, default=repr)
 
 
 def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarray]:
     """[2, K] lower and upper ends of the 95% intervals of each group's strengths."""
-    voted, names = ballots.numbered(fitted)
+    voted, names, times, units = ballots.numbered(fitted)
     ends = rankings.bootstrap_intervals(
         voted,
         num_raters=len(names),
@@ -147,6 +163,8 @@ def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarr
         num_samples=config.intervals,
         level=0.95,
         seed=config.seed,
+        times=times,
+        units=units,
     )
     return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
 

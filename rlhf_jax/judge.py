@@ -205,6 +205,16 @@ def ranks(size: int, verdicts: Sequence[Verdict]) -> list[int | None]:
     return [None if rank is None else int(rank) for rank in order]
 
 
+def ranks_by_part(size: int, verdicts: Sequence[Verdict]) -> list[list[int | None]]:
+    """The `ranks` within each part of the responses that verdicts link; none says anything of another part's."""
+    decided = [v for v in verdicts if v.share is not None]
+    games = np.zeros((size, size))
+    for v in decided:
+        games[v.first, v.second] = 1
+    side = rankings.components(games)
+    return [ranks(size, [v for v in decided if side[v.first] == n]) for n in sorted({side[v.first] for v in decided})]
+
+
 def report(verdicts: Sequence[Verdict]) -> dict[str, float | int | None]:
     """What a judge did and what it likes: counts, and shares that are None where nothing tells.
 

@@ -14,7 +14,7 @@ from rlhf_jax.keys import branch
 from rlhf_jax.nans import first_nan
 from rlhf_jax.run import Run
 from rlhf_jax.sharding import put_batch
-from rlhf_jax.stage import Loaded, describe
+from rlhf_jax.stage import Loaded, check_trained, describe
 from rlhf_jax.state import (
     Schedule,
     TrainState,
@@ -111,6 +111,7 @@ def train(
         evaluate=evaluate_and_report,
         explain=partial(first_nan, partial(accumulated_grads, on_whole, num=settings.accumulate)),
     )
+    check_trained(out.skipped, out.total, out.dir)
     best = out.restore_best({"state": {"params": state.params}})
     return best["state"]["params"], lambda params: evaluate(loaded.whole(params))
 

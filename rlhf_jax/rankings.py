@@ -108,7 +108,11 @@ def bradley_terry(
 
 
 def plackett_luce(
-    ballots: Sequence[Sequence[float]], *, prior: float, times: Sequence[float] | None = None, num_steps: int = 100
+    ballots: Sequence[Sequence[float]],
+    *,
+    prior: float,
+    times: Sequence[float] | np.ndarray | None = None,
+    num_steps: int = 100,
 ) -> np.ndarray:
     """Maximum-likelihood Plackett-Luce strengths float64[M], mean 0, of one group of M items from whole rankings.
 
@@ -237,14 +241,16 @@ def bootstrap_intervals(
 ) -> tuple[Float[np.ndarray, "G K"], Float[np.ndarray, "G K"]]:
     """(lower, upper) percentile intervals of `aggregate`'s strengths, ballots drawn with replacement (Efron 1979).
 
-    Whole ballots are drawn, since the pairs of one ranking are not independent; ballots with the same number in `units`
-    are parts of one. Each group draws as many of its own as it has, so that none is left with none. A ballot that
-    counts several `times` is as many ballots.
+    Whole ballots are drawn, since the pairs of one ranking are not independent; those with one number in `units` are
+    parts of one. Each group draws as many of its own as it has, so that none is left with none; a ballot that counts
+    several `times` is as many ballots. The interval of a group of one ballot has no width.
     """
     c, rng = comparisons(ballots, num_raters=num_raters), np.random.default_rng(seed)
     counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
     start = _fit(ballots, c, counts, method, prior, None)
-    _, first, unit = np.unique(np.arange(len(ballots)) if units is None else units, return_index=True, return_inverse=True)
+    _, first, unit = np.unique(
+        np.arange(len(ballots)) if units is None else units, return_index=True, return_inverse=True
+    )
     group_of, size_of = np.array([ballots[i][0] for i in first]), counts[first]
     drawn = np.zeros((num_samples, len(first)))
     for group in np.unique(group_of):
@@ -306,7 +312,8 @@ def agreement(verdicts: Comparisons, weights: Float[np.ndarray, " N"] | None = N
     of_item = of_item.reshape(-1)
     _, of_said = np.unique(np.stack([of_item, (2 * shares).astype(np.int64)], 1), axis=0, return_inverse=True)
     pairs, same = (
-        sum(n * max(n - 1, 0.0) / 2 for n in np.bincount(of, weights).tolist()) for of in (of_item, of_said.reshape(-1))
+        sum(n * max(n - 1, 0.0) / 2 for n in np.bincount(of, weights).tolist())
+        for of in (of_item, of_said.reshape(-1))
     )
     return (same / pairs if pairs else float("nan")), round(pairs)
 

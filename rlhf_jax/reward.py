@@ -16,8 +16,10 @@ from rlhf_jax.config import RewardConfig, RewardRun, bind
 from rlhf_jax.data.answers import rating_examples
 from rlhf_jax.data.batches import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.schemas import layout_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import to_host
 from rlhf_jax.intervals import share_and_interval
 from rlhf_jax.loop import Evaluate
@@ -105,8 +107,10 @@ def kind_of_rows(settings: RewardConfig, rows: Sequence[Any]) -> str:
     """pairs, rankings or ratings; auto: rankings or ratings if every row is one."""
     if settings.comparisons != "auto":
         return settings.comparisons
-    kinds = (("rankings", "responses"), ("ratings", "rating"))
-    return next((kind for kind, name in kinds if all(name in row for row in rows)), "pairs")
+    kinds = {layout_of(row) for row in rows}
+    if kinds == {"unpaired preference"} and all("rating" in row for row in rows):
+        raise UserError("rows have both label and rating; set reward.comparisons to pairs (of labels) or to ratings")
+    return "rankings" if kinds == {"ranking"} else "ratings" if kinds == {"rating"} else "pairs"
 
 
 def make_collate(kind: str, examples: Sequence[Any], *, length: int, pad_id: int) -> Collate:

@@ -14,7 +14,7 @@ from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.batches import collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import Row, flag_of, ids_of, prompt_row, sft_row, transcript
+from rlhf_jax.data.schemas import Row, answer_of, flag_of, ids_of, prompt_row, transcript
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import tell
 from rlhf_jax.hosts import to_host
@@ -30,17 +30,18 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
     Raises:
         UserError: a missing field or a wrong type.
     """
-    if isinstance(row.get("response"), str) and not row["response"].strip():
+    text = row.get("response", row.get("completion"))
+    if isinstance(text, str) and not text.strip():
         row, ids = prompt_row({"finished": True, **row}), ids_of(row, "response_ids")
-        finished, said = flag_of(row, "finished"), row["response"]
+        finished = flag_of(row, "finished")
         response = [tokenizer.eos_ids[0]] * finished
         if ids is not None:  # such as special tokens alone
-            said = said if isinstance(row["prompt"], str) else [{"role": "assistant", "content": said}]
+            said = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             response = tokenizer.encode_response(said, finished=finished, ids=ids)
     else:
-        row = sft_row(row)
-        said = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
-        response = tokenizer.encode_response(row["response"], **said)
+        row = answer_of(row)
+        told = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
+        response = tokenizer.encode_response(row["response"], **told)
     prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
     return _example(prompt + response, cut or cut_prompt)

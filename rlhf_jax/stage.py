@@ -289,6 +289,16 @@ def make_examples(
     return examples, eval_examples
 
 
+def check_trained(skipped: int, updates: int, directory: Path) -> None:
+    """Raise a UserError if all updates of a run were skipped as not finite; call it before a model is written."""
+    if skipped >= updates > 0:
+        raise UserError(
+            f"none of {updates} updates had a finite loss and gradient: nothing was trained, no model is written; "
+            f"{directory} keeps the metrics; lower optim.learning_rate, scale the numbers of the rows, or find the "
+            "operation with --faults.debug_nans true"
+        )
+
+
 def say(text: str) -> None:
     """Print a line, once for all processes."""
     if is_first():

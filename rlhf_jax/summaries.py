@@ -95,6 +95,11 @@ def lines(summary: dict[str, Any]) -> list[str]:
             told = ["unknown" if of[k] is None else f"{of[k]:.3f}" for k in ("longer_wins", "length_correlation")]
             said.append(f"  {of['pairs']} {what}: the longer wins {told[0]}, correlation with the label {told[1]}")
     said += judging.lines(summary["judge"]) if "judge" in summary else []
+    for name, what in (
+        ("apart", "rows fall apart where the judge gave no verdict; each part is ranked by itself"),
+        ("without_best", "prompts give no row: nothing says which response is the best"),
+    ):
+        said += [f"! {summary[name]} {what}"] if summary.get(name) else []
     said += [curve_table(summary["curve"])] if "curve" in summary else []
     for name, what in (("gold", "the gold reward"), ("labels", "the labels of the rows")):
         if name in summary and not summary[name]["pairs"]:

@@ -145,7 +145,12 @@ def test_missing_files_name_the_nearest(tmp_path):
     ]:
         with pytest.raises(UserError, match=expected):
             sources.read_rows(str(path))
-    wrong = [([], "empty"), (["a"], "row 0: a str"), ({"prompt": "a"}, "not a dict, which is one row"), (7, "not from a int")]
+    wrong = [
+        ([], "empty"),
+        (["a"], "row 0: a str"),
+        ({"prompt": "a"}, "not a dict, which is one row"),
+        (7, "not from a int"),
+    ]
     for source, expected in wrong:
         with pytest.raises(UserError, match=expected):
             sources.rows_from(source)

@@ -5,8 +5,19 @@ import json
 import pytest
 from tiny import toy_directory
 
-from rlhf_jax import sft
-from rlhf_jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig, SFTConfig, SFTRun
+from rlhf_jax import reward, sft
+from rlhf_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    RewardRun,
+    RunConfig,
+    SamplingConfig,
+    SFTConfig,
+    SFTRun,
+)
+from rlhf_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}
 
@@ -40,3 +51,13 @@ def test_sft_runs_with_its_defaults_on_every_kind_of_row(kind, tmp_path):
     prompted = {"text": 0, "both": 8, "unpaired": 8}.get(kind, 16)
     assert len(samples) == min(prompted, SFTConfig().num_samples)
     assert all(json.loads(line)["prompt"] for line in samples)
+
+
+def test_a_run_without_a_finite_step_is_an_error_and_keeps_what_it_has(tmp_path):
+    """Ratings whose squares are infinite in float32."""
+    rows = [{"prompt": "a", "response": "b", "rating": 1e30}, {"prompt": "b", "response": "c", "rating": -1e30}] * 8
+    config = RewardRun(**settings(tmp_path / "run"), reward=RewardConfig(steps=3))
+    with pytest.raises(UserError, match="none of 3 updates had a finite loss and gradient: nothing was trained"):
+        reward.run(config, rows=rows, eval_rows=rows)
+    assert '"optim/skipped": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import urllib.parse
@@ -13,8 +12,8 @@ from rlhf_jax.errors import UserError, shown
 
 SEEDS = "between 0 and 2**32 - 1"
 
-LARGEST = 3.4e38
-"""About the largest number of float32, in which all is computed."""
+SMALLEST, LARGEST = 1.2e-38, 3.4e38
+"""About the smallest and the largest number of float32, in which all is computed."""
 
 HOLDS: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda x: x >= 0,
@@ -45,7 +44,8 @@ def check(config: Any, group: str, rules: dict[str, str]) -> None:
         for name in names.split():
             value = getattr(config, name)
             if not _fits(value) and rule != SEEDS:
-                cure = "less than 2**31" if isinstance(value, int) else "finite"
+                small = f"0, or at least {SMALLEST:g}, below which float32 has nothing"
+                cure = "less than 2**31" if isinstance(value, int) else small if abs(value) < 1 else "finite"
                 raise UserError(f"{group}{name} is {shown(value)}; make it {cure}")
             if not HOLDS[rule](value):
                 raise UserError(f"{group}{name} is {shown(value)}; make it {rule}")
@@ -70,7 +70,9 @@ def check_list(config: Any, name: str, group: str, rule: str = "finite", *, asce
 
 def _fits(value: float) -> bool:
     """Whether int32 or float32 holds a number."""
-    return abs(value) < 2**31 if isinstance(value, int) else math.isfinite(value) and abs(value) <= LARGEST
+    if isinstance(value, int):
+        return abs(value) < 2**31
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST  # which a NaN is not
 
 
 VISIBLE, VARIABLE = re.compile(r"[\x21-\x7e]+"), re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

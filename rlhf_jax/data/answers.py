@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data.comparisons import response_tokens
 from rlhf_jax.data.examples import Example, Report, collect, prompt_key
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import DroppedRow, Row, bad_row, flag_of, is_number, preference_row, require, sft_row
+from rlhf_jax.data.schemas import (
+    PREFERENCES,
+    DroppedRow,
+    Row,
+    answer_of,
+    bad_row,
+    flag_of,
+    float32_of,
+    is_number,
+    layout_of,
+    number_of,
+    preference_row,
+    require,
+)
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -36,7 +51,7 @@ def unpaired_examples(
     limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        if "chosen" in row:
+        if layout_of(row) in PREFERENCES:
             pair = preference_row(row)
             if pair["label"] == 0.5:
                 raise DroppedRow(f"{pair['_where']}: the raters are divided", "on which the raters are divided")
@@ -44,7 +59,7 @@ def unpaired_examples(
             labels = [float(pair["label"] > 0.5), float(pair["label"] < 0.5)]
         else:
             require(row, ("label",), "an unpaired preference is {prompt, response, label}")
-            pair = sft_row({**row, "label": True})
+            pair = answer_of(row)
             answers, labels = [(pair["response"], pair["finished"], pair.get("ids"))], [float(flag_of(row, "label"))]
         tokens, length, cut = response_tokens(pair, answers, tokenizer, limits, remarks)
         shared = {"prompt_length": length, "prompt_key": prompt_key(pair)}
@@ -80,15 +95,21 @@ def rating_examples(
         UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
     """
     limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
+    ratings: set[Any] = set()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         require(row, ("rating",), "a rating row is {prompt, response, rating}")
         if not is_number(row["rating"]):
             raise bad_row(row, f'"rating" is {row["rating"]!r}; give a finite number')
-        answer = sft_row(row)
+        answer = answer_of(row)
         answers = [(answer["response"], answer["finished"], answer.get("ids"))]
         [tokens], length, cut = response_tokens(answer, answers, tokenizer, limits, remarks)
         shared = {"prompt_length": length, "prompt_key": prompt_key(answer)}
-        return [{"response": tokens, "rating": float(row["rating"]), **shared}], cut
+        rating = float32_of(row, "rating", row["rating"])
+        ratings.add(number_of(row["rating"]))
+        return [{"response": tokens, "rating": rating, **shared}], cut
 
-    return collect(rows, build, strict=strict, remarks=remarks)
+    examples, report = collect(rows, build, strict=strict, remarks=remarks)
+    lost = len(ratings) - len({float(np.float32(rating)) for rating in ratings})
+    said = {"ratings that float32 cannot tell from another": lost} if lost else {}
+    return examples, replace(report, remarks={**report.remarks, **said})

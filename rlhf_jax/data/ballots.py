@@ -13,7 +13,6 @@ import numpy as np
 from rlhf_jax import rankings
 from rlhf_jax.data.schemas import (
     JOINED,
-    JOINED_KIND,
     DroppedRow,
     Messages,
     Row,
@@ -24,7 +23,7 @@ from rlhf_jax.data.schemas import (
     ids_of,
     in_order,
     is_number,
-    kind_of,
+    layout_of,
     number_of,
     preference_row,
     prompt_of,
@@ -123,23 +122,25 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     `raters`: [{rater, ranks or best}, ...].
 
     A preference row is a ranking of two, and its votes are ballots. An unpaired preference {prompt, completion, label}
-    is one response with rank 0 or 1, to be joined with others by `gather`; what that made is taken as it is.
+    is one response with rank 0 or 1, to be joined with others by `gather`.
     `unlabelled` also takes responses that nobody has compared.
 
     Raises:
         DroppedRow: fewer than two responses that are neither null nor empty.
         UserError: a missing field, a wrong type, or ranks that are no ranking.
     """
-    kind = kind_of(row)
-    if kind == JOINED_KIND:
-        return row[JOINED]
-    if kind.endswith("unpaired preference"):
+    kind = layout_of(row)
+    if kind == "unpaired preference":
         answer = answer_of(row)
         ranks = [0.0 if flag_of(row, "label") else 1.0]
         only, ids = [answer["response"]], [answer.get("ids")]
         said = [(_rater(row), ranks)]
         return Ranking(answer["prompt"], only, [answer["finished"]], said, where_of(row), [{}], ids=ids)
-    if not kind.endswith("ranking"):
+    if kind == "stepwise supervision":
+        raise bad_row(
+            row, "stepwise supervision labels parts of one answer; give whole answers, such as {chosen, rejected}"
+        )
+    if kind != "ranking":
         pair = preference_row(row)
         both, (said, times) = [pair["chosen"], pair["rejected"]], _votes(row)
         more = {"ids": pair["ids"], "times": times}
@@ -161,6 +162,11 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
         [{k: v for k, v in items[i].items() if k not in ("text", "rank", "score", "finished", "ids")} for i in kept],
         ids=[ids_of({**items[i], "_where": f"{where_of(row)}: responses {i}"}, "ids") for i in kept],
     )
+
+
+def rankings_of(row: Row) -> list[Ranking]:
+    """The `ranking_row` of a row, or the parts of the one that `gather` has made of several."""
+    return row[JOINED] if layout_of(row) == "joined ranking" else [ranking_row(row)]
 
 
 def _items(row: Row) -> list[Row]:
@@ -192,7 +198,7 @@ def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
         return [(_rater(one, row), ranks) for one in row["raters"] for ranks in _said(row, one, len(items))]
     if "best" in row:
         return [(_rater(row), ranks) for ranks in _said(row, row, len(items))]
-    for name, sign in (("rank", 1.0), ("score", -1.0)):
+    for name, sign in (("rank", 1), ("score", -1)):
         values = row.get(f"{name}s", [item.get(name) for item in items])
         if f"{name}s" in row or any(name in item for item in items):
             return [(_rater(row), _ranks(row, values, len(items), sign))]
@@ -210,7 +216,7 @@ def _said(row: Row, one: Row, size: int) -> list[list[float]]:
     return [[{**pair, j: 1.0}.get(i, float("nan")) for i in range(size)] for j in range(size) if j != best]
 
 
-def _ranks(row: Row, values: Any, size: int, sign: float = 1.0) -> list[float]:
+def _ranks(row: Row, values: Any, size: int, sign: int = 1) -> list[float]:
     """A rank for each response, NaN for null; `sign` is -1 where a higher value is better."""
     if not isinstance(values, list) or len(values) != size:
         shown = len(values) if isinstance(values, list) else type_of(values)
@@ -239,7 +245,7 @@ def _votes(row: Row) -> tuple[list[Ballot], list[float]]:
 
 
 def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior: float) -> tuple[list[Row], str]:
-    """(rows, those of one prompt joined to one {prompt, ranking: Ranking}; what to say about it).
+    """(rows, those of one prompt joined to one, for `rankings_of`; what to say about it).
 
     aggregate = votes joins unpaired preferences only. bradley_terry, plackett_luce and crowd_bt join all rows of a
     prompt, equal responses once, and fit strengths to all ballots of each of its `parts`; a row with nothing to learn
@@ -248,7 +254,7 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
     together: list[Ranking] = []
     others: list[Row] = []
     for row in rows:
-        if aggregate == "votes" and not kind_of(row).endswith("unpaired preference"):
+        if aggregate == "votes" and layout_of(row) != "unpaired preference":
             others.append(row)
             continue
         try:
@@ -259,15 +265,16 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
         return others, ""
     joined = join(together, key)
     said = [f"{len(together)} rows joined to {len(joined)} prompts"]
+    apart = [[one] for one in joined]
     if aggregate != "votes":
-        apart, gaps = taken_apart(joined)
-        fitted, raters, facts = fit(apart, method=aggregate, prior=prior)
-        said += [*describe(raters, facts), *gaps]
-    else:
-        fitted = joined
-    margins = sum(row.get("margin") is not None and kind_of(row).startswith("preference") for row in rows)
-    said += [f"margins of {margins} joined rows not used"] if margins and aggregate != "votes" else []
-    others += [{"prompt": one.prompt, JOINED: one, "_where": one.where} for one in fitted]
+        apart = [parts(one) for one in joined]
+        fitted, raters, facts = fit([part for pieces in apart for part in pieces], method=aggregate, prior=prior)
+        each = iter(fitted)
+        apart = [[next(each) for _ in pieces] for pieces in apart]
+        said += [*describe(raters, facts), *gaps(joined, apart)]
+    others += [
+        {"prompt": one.prompt, JOINED: own, "_where": one.where} for one, own in zip(joined, apart, strict=True)
+    ]
     return others, "; ".join(said)
 
 
@@ -349,23 +356,20 @@ def parts(one: Ranking) -> list[Ranking]:
     for group in groups:
         ballots = [(rater, [ranks[i] for i in group]) for rater, ranks in one.ballots]
         own = [n for n, (_, ranks) in enumerate(ballots) if np.count_nonzero(~np.isnan(ranks)) > 1]
-        part = {name: [getattr(one, name)[i] for i in group] for name in ("responses", "finished", "extra", "ids")}
+        part: dict[str, Any] = {
+            name: [getattr(one, name)[i] for i in group] for name in ("responses", "finished", "extra", "ids")
+        }
         counts, told = one.counts(), [ballots[n] for n in own]
         found.append(replace(one, **part, ballots=told, times=[counts[n] for n in own], units=[units[n] for n in own]))
     return found
 
 
-def taken_apart(joined: list[Ranking]) -> tuple[list[Ranking], list[str]]:
-    """(the `parts` of all rankings, what to say about gaps)."""
-    found = [parts(one) for one in joined]
-    apart = [pieces for pieces in found if len(pieces) > 1]
-    left = sum(len(one.responses) for one in joined) - sum(len(part.responses) for own in found for part in own)
-    said = []
-    if apart:
-        said.append(f"{len(apart)} of them fall apart into {sum(map(len, apart))} parts, no label across")
-    if left:
-        said.append(f"{left} responses that nobody compared are left out")
-    return [part for pieces in found for part in pieces], said
+def gaps(joined: list[Ranking], apart: list[list[Ranking]]) -> list[str]:
+    """What to say about rankings and the `parts` of each."""
+    sizes = [len(own) for own in apart if len(own) > 1]
+    left = sum(len(one.responses) for one in joined) - sum(len(part.responses) for own in apart for part in own)
+    said = [f"{len(sizes)} fall apart into {sum(sizes)} parts that nobody compared, no label across"] if sizes else []
+    return said + ([f"{left} responses that nobody compared are left out"] if left else [])
 
 
 def fit(

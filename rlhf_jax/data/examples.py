@@ -75,7 +75,7 @@ def sft_examples(
     limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        if "text" in row and not {"prompt", "messages"} & set(row):
+        if schemas.layout_of(row) == "text":
             encoder = partial(tokenizer.encode_document, remarks=remarks)
             return _windows(encode(encoder, schemas.text_row(row), "text"), max_length), False
         row = schemas.sft_row(row)
@@ -130,14 +130,15 @@ def columns_of(row: Row) -> Row:
 
 def prompt_key(row: Row) -> str:
     """A text that is equal for rows with the same prompt, whatever the kind of row; never raises."""
+    kind = schemas.layout_of(row)
     try:
-        if "messages" in row and not {"response", "completion"} & set(row):
-            prompt = schemas.sft_row(row)["prompt"]
-        elif "prompt" in row:
-            prompt = row["prompt"]
+        if kind == "text":
+            prompt = row["text"]
+        elif kind in schemas.ANSWERS:
+            prompt = schemas.answer_of(row)["prompt"]
         else:
-            prompt = row["text"] if "text" in row else schemas.preference_row(row)["prompt"]
-    except (UserError, KeyError):  # a bad row: the loader that wants it reports it
+            prompt = row["prompt"] if "prompt" in row else schemas.preference_row(row)["prompt"]
+    except UserError:  # a bad row: the loader that wants it reports it
         prompt = {name: value for name, value in row.items() if name != "_where"}
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr)
 
@@ -155,7 +156,7 @@ def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[l
         raise UserError(f"eval_fraction {eval_fraction} must be at least 0 and below 1; set data.eval_fraction")
     if eval_fraction == 0:
         return list(rows), []
-    if len(rows) == 1 and isinstance(rows[0].get("text"), str):
+    if len(rows) == 1 and schemas.layout_of(rows[0]) == "text" and isinstance(rows[0]["text"], str):
         return _cut_document(rows[0], eval_fraction)
     train: list[Row] = []
     held_out: list[Row] = []

@@ -68,7 +68,7 @@ def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
         made |= {name: item["text"], **({f"{name}_ids": item["ids"]} if item.get("ids") is not None else {})}
     made["finished"] = [item["finished"] for item in both]
     if pair.share < 1:
-        made["votes"] = [round(pair.share, 4), round(1 - pair.share, 4), 0]
+        made["votes"] = [pair.share, 1 - pair.share, 0]
     return {**made, "sources": [item.get("source", "") for item in both]}
 
 

@@ -11,10 +11,23 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax import rankings
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking, numbered, ranking_row
 from rlhf_jax.data.comparisons import Answer
 from rlhf_jax.data.examples import encode, prompt_key, sft_examples
-from rlhf_jax.data.schemas import DroppedRow, Messages, Row, kind_of, prompt_row, sft_row, text_of, text_row
+from rlhf_jax.data.schemas import (
+    ANSWERS,
+    PREFERENCES,
+    DroppedRow,
+    Messages,
+    Row,
+    answer_of,
+    flag_of,
+    kind_of,
+    layout_of,
+    prompt_row,
+    text_of,
+    text_row,
+)
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable
 
@@ -92,10 +105,12 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
                 preferred.append(labels[i, j] - 0.5)
     p = np.array(preferred)
     correlation, longer_wins = rankings.length_bias(np.array(differences, float), p)
-    ballots = [(g, 0, ranks) for g, ranking in enumerate(compared) for _, ranks in ranking.ballots]
-    share, pairs = rankings.agreement(rankings.comparisons(ballots, num_raters=1))
+    ballots, names, times, _ = numbered(compared)
+    verdicts = rankings.comparisons(ballots, num_raters=len(names))
+    share, pairs = rankings.agreement(verdicts, np.array(times)[verdicts.ballots])
     return {
         "pairs": len(p),
+        "gaps": sum(len(ranking.responses) * (len(ranking.responses) - 1) // 2 for ranking in compared) - len(p),
         "ties": int((p == 0).sum()),
         "length_correlation": correlation or 0.0,
         "longer_wins": float("nan") if longer_wins is None else longer_wins,
@@ -106,13 +121,14 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
 
 def _parts(row: Row) -> tuple[str | Messages, list[Answer], Ranking | None]:
     """(prompt, answers, what raters said, if they did) of any kind of row; the prompt of a document is empty."""
-    if {"chosen", "responses"} & set(row):
+    kind = layout_of(row)
+    if kind in ("ranking", "stepwise supervision", *PREFERENCES):
         ranking = ranking_row(row)
         return ranking.prompt, _answers(ranking), ranking
-    if {"response", "completion", "messages"} & set(row):
-        row = sft_row({**row, "label": True} if "label" in row else row)
+    if kind in ANSWERS:
+        row = answer_of(row)
         return row["prompt"], [(row["response"], row["finished"], row.get("ids"))], None
-    if "text" in row and "prompt" not in row:
+    if kind == "text":
         return "", [(text_row(row)["text"], True, None)], None
     return prompt_row(row)["prompt"], [], None
 
@@ -169,6 +185,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if "pairs" in found:
         r, wins = found["length_correlation"], found["longer_wins"]
         said.append(f"  {found['pairs']} compared pairs, {found['ties']} tied, {found['raters']} named raters")
+        said += [f"  {found['gaps']} pairs of one row that nobody compared have no label"] if found["gaps"] else []
         mark = "!" if abs(r) > 0.2 else " "
         said.append(
             f"{mark} length: the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
@@ -185,10 +202,11 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
         prompt, answers, ranking = _parts(row)
         if ranking is None and answers:
             wide = {"max_prompt_length": 10**9, "max_length": 10**9 + 1, "too_long": "error"}
+            bad = layout_of(row) == "unpaired preference" and not flag_of(row, "label")
+            row = {**row, "label": True} if bad else row  # sft drops it, but it is there to be looked at
             examples, _ = sft_examples([row], tokenizer, **wide, loss_on=loss_on)  # type: ignore[arg-type]
-            return "\n".join(
-                [head, *[_marked(e["tokens"], e["loss_mask"], tokenizer, GREEN, color) for e in examples]]
-            )
+            tone = RED if bad else GREEN
+            return "\n".join([head, *[_marked(e["tokens"], e["loss_mask"], tokenizer, tone, color) for e in examples]])
         shown = [
             head,
             f"{DIM if color else ''}{printable(tokenizer.prompt_text(prompt), lines=True)}{PLAIN if color else ''}",

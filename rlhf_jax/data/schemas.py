@@ -10,7 +10,12 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any, cast
+
+import numpy as np
 
 from rlhf_jax.errors import UserError, shown
 
@@ -27,24 +32,39 @@ SAID = frozenset(
     ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
 )
 """Fields of a message that say something: what does not write them would train something else."""
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+"""Sizes of what float32 holds; smaller numbers than the latter count as 0 on some devices."""
 TURN = re.compile(r"\n\n(System|Human|Assistant):")
 
 
+JOINED = "_ranking"
+"""The field of a row that `ballots.gather` has made of several."""
+
 LAYOUTS = (
+    ("joined ranking", {JOINED}),
     ("ranking", {"responses"}),
-    ("ranking, joined", {"ranking"}),
     ("preference", {"prompt", "chosen", "rejected"}),
     ("preference with its prompt in both", {"chosen", "rejected"}),
     ("stepwise supervision", {"completions", "labels"}),
     ("unpaired preference", {"prompt", "completion", "label"}),
-    ("rating", {"prompt", "rating"}),
-    ("messages", {"messages"}),
+    ("unpaired preference", {"prompt", "response", "label"}),
+    ("unpaired preference", {"messages", "label"}),
+    ("rating", {"prompt", "completion", "rating"}),
+    ("rating", {"prompt", "response", "rating"}),
+    ("rating", {"messages", "rating"}),
     ("prompt-completion", {"prompt", "completion"}),
     ("prompt-completion", {"prompt", "response"}),
-    ("text", {"text"}),
+    ("messages", {"messages"}),
     ("prompt-only", {"prompt"}),
+    ("text", {"text"}),
 )
-"""Kind of row -> its fields; the first that a row has all of. The names are those of TRL's dataset types."""
+"""Kind of row -> its fields; the first that a row has all of, and its other fields are no part of it. The names are
+those of TRL's dataset types."""
+
+RANKINGS = ("joined ranking", "ranking")
+PREFERENCES = ("preference", "preference with its prompt in both")
+ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")
+"""Kinds of rows with one answer to a prompt."""
 
 
 class DroppedRow(UserError):
@@ -60,33 +80,53 @@ class DroppedRow(UserError):
         self.reason = reason
 
 
+def layout_of(row: Row) -> str:
+    """The kind of a row: the one place that says what a row is by its fields. "unknown" if it is none."""
+    return next((name for name, names in LAYOUTS if names <= set(row)), "unknown")
+
+
 def kind_of(row: Row) -> str:
-    """What a row looks like, for reports: such as "conversational preference" or "preference of HH transcripts"."""
-    kind = next((name for name, names in LAYOUTS if names <= set(row)), "unknown")
+    """`layout_of` in words, for reports: such as "conversational preference" or "preference of HH transcripts"."""
+    kind = layout_of(row)
     told = next((row[name] for name in ("prompt", "chosen", "messages") if name in row), None)
     if isinstance(told, list):
         return f"conversational {kind}" if kind != "messages" else kind
-    if "prompt" not in row and isinstance(told, str) and split_transcript(told):
+    if kind == "preference with its prompt in both" and isinstance(told, str) and split_transcript(told):
         return "preference of HH transcripts"
     return kind
 
 
 def sft_row(row: Row) -> Row:
-    """A demonstration -> {prompt, response, finished, ids?}.
-
-    {prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn. With `finished` false the
-    response was cut off, so no stop id belongs to it. `ids` are the row's `response_ids`, as sampled. With
-    `label`, as in TRL's unpaired preferences, only those that are true are demonstrations.
+    """A demonstration -> {prompt, response, finished, ids?}: `answer_of`, but of TRL's unpaired preferences only those
+    whose `label` is true.
 
     Raises:
-        DroppedRow: null response, an empty turn, or a false label.
+        DroppedRow, UserError: as `answer_of`, and a false label.
+    """
+    answer = answer_of(row)
+    if layout_of(row) == "unpaired preference" and not flag_of(row, "label"):
+        raise empty_row(row, '"label" is false, an answer not to learn', "labelled as bad")
+    return answer
+
+
+def answer_of(row: Row) -> Row:
+    """The prompt and the one answer of a row -> {prompt, response, finished, ids?}.
+
+    {prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn; a row with all of these is
+    the former. With `finished` false the response was cut off, so no stop id belongs to it. `ids` are the row's
+    `response_ids`, as sampled.
+
+    Raises:
+        DroppedRow: null response, or an empty turn.
         UserError: a missing field, a wrong type, or a row that is made for something else.
     """
-    if {"chosen", "responses"} & set(row) and "response" not in row:
+    if layout_of(row) in (*RANKINGS, *PREFERENCES):
         raise bad_row(
             row,
             f'a {kind_of(row)} row has no one answer to learn; map one with data.fields, as "response={{chosen}}"',
         )
+    if {"response", "completion"} <= set(row) and row["response"] != row["completion"]:
+        raise bad_row(row, '"response" and "completion" differ; map the one to learn with data.fields')
     if "messages" in row and not {"response", "completion"} & set(row):
         turns = _messages(row, "messages", row["messages"])
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
@@ -97,8 +137,6 @@ def sft_row(row: Row) -> Row:
         require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
         prompt = prompt_of(row, row["prompt"])
         response = response_of(row, name, row[name], prompt)
-    if "label" in row and not flag_of(row, "label"):
-        raise empty_row(row, '"label" is false, an answer not to learn', "labelled as bad")
     finished = flag_of(row, "finished") if "finished" in row else True
     ids = ids_of(row, "response_ids")
     sampled = {} if ids is None else {"ids": ids}
@@ -170,6 +208,8 @@ def text_row(row: Row) -> Row:
         UserError: a missing field or a wrong type.
     """
     require(row, ("text",), "a text row is {text}")
+    if {"response", "completion"} & set(row):
+        raise bad_row(row, 'an answer, but no "prompt", beside "text"; say what they are with data.fields')
     if not isinstance(row["text"], str):
         raise bad_row(row, f'"text" is {type_of(row["text"])}; give a string')
     if not row["text"].strip():
@@ -320,15 +360,24 @@ def _given(row: Row, names: tuple[str, ...] = ("tools", "documents")) -> Message
 
 
 def _label(row: Row) -> float:
-    """The share of raters that prefer `chosen`, ties counted half."""
+    """The share of raters that prefer `chosen`, ties counted half; as float32 holds it, but 1/2 for a tie alone."""
     votes = row.get("votes")
     if votes is None:
         return 1.0
     if not isinstance(votes, list) or len(votes) != 3 or not all(is_number(v) and v >= 0 for v in votes):
         raise bad_row(row, f'"votes" is {votes!r}; give three counts [chosen, rejected, ties]')
-    if not sum(votes):
+    for count in votes:
+        float32_of(row, "votes", count)
+    if not any(votes):
         raise bad_row(row, '"votes" are all zero; leave the field out if nobody voted')
-    return float((votes[0] + votes[2] / 2) / sum(votes))
+    won, lost, tied = (Fraction(number_of(count)) for count in votes)
+    share = (won + tied / 2) / (won + lost + tied)
+    return float(share) if share == Fraction(1, 2) else off_centre(float(share), won > lost)
+
+
+def off_centre(share: float, more: bool) -> float:
+    """A share that is above 1/2 if `more`, else below it, also where float32 would round it to 1/2."""
+    return share if np.float32(share) != 0.5 else float(np.nextafter(np.float32(0.5), np.float32(more)))
 
 
 def _common_prompt(row: Row) -> tuple[str, str, str]:
@@ -352,14 +401,15 @@ def _margin(row: Row) -> float:
         return 0.0
     if not is_number(margin):
         raise bad_row(row, f'"margin" is {margin!r}; give a finite number')
-    return float(margin)
+    return float32_of(row, "margin", margin)
 
 
 def flag_of(row: Row, name: str) -> bool:
     """A field that must be true or false; 0 and 1 will do."""
-    if row[name] not in (0, 1):
-        raise bad_row(row, f'"{name}" is {row[name]!r}; give true or false')
-    return bool(row[name])
+    value = row[name].item() if isinstance(row[name], np.generic) else row[name]
+    if value not in (0, 1):
+        raise bad_row(row, f'"{name}" is {value!r}; give true or false')
+    return bool(value)
 
 
 def ids_of(row: Row, name: str) -> list[int] | None:
@@ -371,7 +421,42 @@ def ids_of(row: Row, name: str) -> list[int] | None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, of Python or numpy; an integer may be of any size."""
+    value = number_of(value)
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+
+
+def number_of(value: Any) -> Any:
+    """A number of numpy as one of Python, anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def float32_of(row: Row, name: str, value: Any) -> float:
+    """A number of a row that is computed with in float32.
+
+    Raises:
+        UserError: it is infinite there.
+    """
+    try:
+        fits = abs(number_of(value)) <= LARGEST
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise bad_row(row, f'"{name}" is over {LARGEST:.2g}, the largest number of float32; scale it')
+    return float(value)
+
+
+def in_order(values: Sequence[Any], sign: int = 1) -> list[float]:
+    """sign * values, to be compared in float32, NaN for None: their places from 0 where float32 loses their order.
+
+    1700000001 and 1700000000 are one number there, and 1e39 is infinite; their places are not.
+    """
+    signed = [None if value is None else sign * value for value in values]
+    known = sorted({value for value in signed if value is not None})
+    held = [float(np.float32(v)) if abs(v) <= LARGEST else math.inf for v in known]
+    kept = all(a < b for a, b in pairwise(held)) and all(v == 0 or SMALLEST <= abs(v) < math.inf for v in held)
+    place = {value: float(value) if kept else float(i) for i, value in enumerate(known)}
+    return [math.nan if value is None else place[value] for value in signed]
 
 
 def text_of(response: str | Messages) -> str:

@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_jax.data.ballots import Ranking, join, ranking_row
-from rlhf_jax.data.schemas import DroppedRow, Messages, Row, bad_row, empty_row, kind_of, split_transcript, text_of
+from rlhf_jax.data.schemas import (
+    PREFERENCES,
+    DroppedRow,
+    Messages,
+    Row,
+    bad_row,
+    empty_row,
+    kind_of,
+    layout_of,
+    split_transcript,
+    text_of,
+)
 from rlhf_jax.errors import UserError
 
 MOST = 12
@@ -73,12 +84,12 @@ def item_of(row: Row) -> Item:
         DroppedRow: fewer than two different responses.
         UserError: a malformed row, or more responses than a person can rank.
     """
-    if not ({"responses", "chosen"} & set(row)):
+    if layout_of(row) not in ("ranking", *PREFERENCES):
         raise bad_row(
             row,
             f"a {kind_of(row)} row has no responses to compare; give {{prompt, responses}}, as `sample` rows joined",
         )
-    ranking = replace(ranking_row({**row, "raters": []}), ballots=[])
+    ranking = replace(ranking_row({**row, "raters": []}), ballots=[], times=[])
     ranking = join([ranking], lambda _: "")[0]
     size = len(ranking.responses)
     if size < 2:

@@ -12,7 +12,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.online.stage import Online
 from rlhf_jax.rewards import RewardFailure
 from rlhf_jax.run import Run, check_output_dir
-from rlhf_jax.stage import describe
+from rlhf_jax.stage import check_trained, describe
 from rlhf_jax.state import learning_rates
 
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
@@ -37,6 +37,8 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
             online.put_tree(tree)
             out.rows_of = online.batches.where
             notes = train(out, online, notes)
+            updates = total * online.settings.epochs * online.settings.minibatches
+            check_trained(out.skipped, updates, out.dir)
             online.save(out.dir, out.restore_best(online.to_save()))
             return out.finish({"iterations": total, **notes, "kl_coef": float(online.kl_coef)})
 
