@@ -77,8 +77,7 @@ def train(
     frozen = loaded.frozen
     schedule = make_schedule(config.optim, out.total)
     tx = make_optimizer(config.optim, schedule)
-    tokens = batches[0]["tokens"].size
-    facts = {"steps": out.total, "tokens_per_step": tokens, "epoch_steps": len(batches)}
+    facts = {"steps": out.total, "tokens_per_step": batches[0]["tokens"].size, "epoch_steps": len(batches)}
     facts["rows_left_over_by_each_epoch"] = batches.left_over
     describe(out.stage, mesh, loaded, **facts)
     evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"))

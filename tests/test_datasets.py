@@ -32,19 +32,22 @@ def write(path, rows):
 
 ROWS = {
     "sft": [
-        {"prompt": "é a", "response": "b", "finished": False},
+        {"prompt": "é a", "response": "b", "finished": False, "response_ids": [7, 2]},
         {"prompt": USER, "response": [turn("assistant", "yes")]},
     ],
     "preference": [
-        {"prompt": USER, "chosen": "b", "rejected": "c", "votes": [2, 0, 1], "margin": 0.5},
+        {"prompt": USER, "chosen": "b", "rejected": "c", "votes": [2, 0, 1], "margin": 0.5, "rejected_ids": [5, 6]},
         {"prompt": "a", "chosen": "b", "rejected": "c", "finished": [True, False], "rater": "ann"},
     ],
     "ranking": [
-        {"prompt": "a", "responses": ["b", "c", "d"], "ranks": [0, None, 1], "rater": "ann"},
+        {
+            "prompt": "a", "responses": [{"text": "b", "ids": [5, 1]}, "c", {"text": "d", "ids": []}],
+            "ranks": [0, None, 1], "rater": "ann",
+        },
         {"prompt": USER, "responses": ["b", "c"], "raters": [{"rater": "x", "ranks": [0, 1]}, {"ranks": [1, 1]}]},
     ],
     "prompts": [{"prompt": "a", "answer": "7", "id": 3}, {"prompt": USER, "answer": None}],
-}
+}  # fmt: skip
 NORMAL = {
     "sft": schemas.sft_row,
     "preference": schemas.preference_row,

@@ -9,21 +9,23 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 TEXT, FLAGS, NUMBERS = tfds.features.Text(), tfds.features.Sequence(np.bool_), tfds.features.Sequence(np.float64)
+IDS = {"ids": tfds.features.Sequence(np.int64), "num_ids": tfds.features.Sequence(np.int64)}
 MESSAGES = tfds.features.Sequence({"role": TEXT, "content": TEXT})
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "sft": {"prompt": MESSAGES, "response": TEXT, "finished": np.bool_},
+    "sft": {"prompt": MESSAGES, "response": TEXT, "finished": np.bool_, **IDS},
     "preference": {
         "prompt": MESSAGES, "chosen": TEXT, "rejected": TEXT, "finished": FLAGS, "votes": NUMBERS,
-        "margin": np.float64, "rater": TEXT,
+        "margin": np.float64, "rater": TEXT, **IDS,
     },
     "ranking": {
         "prompt": MESSAGES, "responses": tfds.features.Sequence(TEXT), "finished": FLAGS,
-        "raters": tfds.features.Sequence(TEXT), "ranks": NUMBERS,
+        "raters": tfds.features.Sequence(TEXT), "ranks": NUMBERS, **IDS,
     },
     "prompts": {"prompt": MESSAGES, "columns": TEXT},
 }  # fmt: skip
-"""Schema -> features. A prompt that is a string is one message of no role; ranks are those of all raters in a row."""
+"""Schema -> features. A prompt that is a string is one message of no role; ranks are those of all raters in a row.
+`ids` are those of all responses in a row, `num_ids` how many each has, -1 where none are known."""
 
 
 class Feedback(tfds.core.GeneratorBasedBuilder):

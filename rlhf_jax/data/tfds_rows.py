@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import logging
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +137,14 @@ def stored(row: Row, schema: str) -> Row:
     """
     if schema == "sft":
         row = sft_row(row)
-        return {"prompt": _turns(row["prompt"]), "response": text_of(row["response"]), "finished": row["finished"]}
+        said = {"response": text_of(row["response"]), "finished": row["finished"]}
+        return {"prompt": _turns(row["prompt"]), **said, **_flat([row.get("ids")])}
     if schema == "preference":
         found = preference_row(row)
         texts = {name: text_of(found[name]) for name in ("chosen", "rejected")}
         kept = {"finished": found["finished"], "margin": found["margin"]}
         votes = {"votes": [float(count) for count in row.get("votes") or []], "rater": row.get("rater") or ""}
-        return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes}
+        return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes, **_flat(found["ids"])}
     if schema == "ranking":
         ranking = ranking_row(row)
         return {
@@ -150,6 +153,7 @@ def stored(row: Row, schema: str) -> Row:
             "finished": ranking.finished,
             "raters": [rater for rater, _ in ranking.ballots],
             "ranks": [rank for _, ranks in ranking.ballots for rank in ranks],
+            **_flat(ranking.ids),
         }
     row = prompt_row(row)
     columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
@@ -160,6 +164,18 @@ def _turns(prompt: str | Messages) -> Messages:
     return [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def _flat(ids: Sequence[list[int] | None]) -> Row:
+    """The ids of several responses side by side, and how many each has; -1 where there are none."""
+    counts = [-1 if each is None else len(each) for each in ids]
+    return {"ids": [i for each in ids for i in each or []], "num_ids": counts}
+
+
+def _split(row: Row) -> list[list[int] | None]:
+    """The inverse of `_flat`."""
+    left = iter(row["ids"])
+    return [None if count < 0 else list(islice(left, count)) for count in row["num_ids"]]
+
+
 def _restored(row: Row) -> Row:
     """A stored row as `rlhf_jax.data.schemas` takes it; the inverse of `stored`."""
     where = row["_where"]
@@ -167,15 +183,23 @@ def _restored(row: Row) -> Row:
     row = {**row, "prompt": turns[0]["content"] if [t["role"] for t in turns] == [""] else turns}
     if "columns" in row:
         return {**json.loads(row["columns"]), "prompt": row["prompt"], "_where": where}
+    size = len(row["responses"]) if "raters" in row else 1 + ("votes" in row)
+    ids = _split(row) if "num_ids" in row else [None] * size  # earlier versions stored none
+    row = {name: value for name, value in row.items() if name not in ("ids", "num_ids")}
+    names = ("chosen_ids", "rejected_ids") if "votes" in row else ("response_ids",)
+    if "raters" not in row:
+        row |= {name: own for name, own in zip(names, ids, strict=True) if own is not None}
     if "votes" in row:
         optional = {name: row[name] for name in ("votes", "rater") if row[name]}
         return {k: v for k, v in row.items() if k not in ("votes", "rater")} | optional
     if "raters" in row:
-        size = len(row["responses"])
         table = [
             [None if r != r else r for r in row["ranks"][i : i + size]] for i in range(0, len(row["ranks"]), size)
         ]
-        items = [{"text": t, "finished": done} for t, done in zip(row["responses"], row["finished"], strict=True)]
+        items = [
+            {"text": text, "finished": done, **({} if own is None else {"ids": own})}
+            for text, done, own in zip(row["responses"], row["finished"], ids, strict=True)
+        ]
         raters = [{"rater": name, "ranks": ranks} for name, ranks in zip(row["raters"], table, strict=True)]
         return {"prompt": row["prompt"], "responses": items, "raters": raters, "_where": where}
     return row
