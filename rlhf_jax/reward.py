@@ -16,7 +16,7 @@ from rlhf_jax.config import RewardConfig, RewardRun, bind
 from rlhf_jax.data.answers import rating_examples
 from rlhf_jax.data.batches import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
-from rlhf_jax.data.schemas import layout_of
+from rlhf_jax.data.layouts import layout_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.directory import names_given
 from rlhf_jax.errors import UserError

@@ -10,21 +10,10 @@ import numpy as np
 
 from rlhf_jax.data.comparisons import response_tokens
 from rlhf_jax.data.examples import Example, Report, collect, prompt_key
+from rlhf_jax.data.layouts import PREFERENCES, layout_of
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import (
-    PREFERENCES,
-    DroppedRow,
-    Row,
-    answer_of,
-    bad_row,
-    flag_of,
-    float32_of,
-    is_number,
-    layout_of,
-    number_of,
-    preference_row,
-    require,
-)
+from rlhf_jax.data.numbers import is_number, number_of
+from rlhf_jax.data.schemas import DroppedRow, Row, answer_of, bad_row, flag_of, float32_of, preference_row, require
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax import rankings
+from rlhf_jax.data.layouts import JOINED, layout_of
+from rlhf_jax.data.numbers import in_order, is_number, number_of
 from rlhf_jax.data.schemas import (
-    JOINED,
     DroppedRow,
     Messages,
     Row,
@@ -21,10 +22,6 @@ from rlhf_jax.data.schemas import (
     empty_row,
     flag_of,
     ids_of,
-    in_order,
-    is_number,
-    layout_of,
-    number_of,
     preference_row,
     prompt_of,
     require,

@@ -12,18 +12,10 @@ import numpy as np
 
 from rlhf_jax.data.ballots import Ranking, gather, rankings_of
 from rlhf_jax.data.examples import Example, Report, collect, encode, prompt_key
+from rlhf_jax.data.layouts import PREFERENCES, layout_of
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import (
-    PREFERENCES,
-    SMALLEST,
-    DroppedRow,
-    Row,
-    in_order,
-    is_number,
-    layout_of,
-    off_centre,
-    preference_row,
-)
+from rlhf_jax.data.numbers import SMALLEST, in_order, is_number, off_centre
+from rlhf_jax.data.schemas import DroppedRow, Row, preference_row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.rankings import components
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data import schemas
+from rlhf_jax.data.layouts import ANSWERS, layout_of
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.schemas import DroppedRow, Row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ def sft_examples(
     limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        if schemas.layout_of(row) == "text":
+        if layout_of(row) == "text":
             encoder = partial(tokenizer.encode_document, remarks=remarks)
             return _windows(encode(encoder, schemas.text_row(row), "text"), max_length), False
         row = schemas.sft_row(row)
@@ -130,11 +131,11 @@ def columns_of(row: Row) -> Row:
 
 def prompt_key(row: Row) -> str:
     """A text that is equal for rows with the same prompt, whatever the kind of row; never raises."""
-    kind = schemas.layout_of(row)
+    kind = layout_of(row)
     try:
         if kind == "text":
             prompt = row["text"]
-        elif kind in schemas.ANSWERS:
+        elif kind in ANSWERS:
             prompt = schemas.answer_of(row)["prompt"]
         else:
             prompt = row["prompt"] if "prompt" in row else schemas.preference_row(row)["prompt"]
@@ -156,7 +157,7 @@ def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[l
         raise UserError(f"eval_fraction {eval_fraction} must be at least 0 and below 1; set data.eval_fraction")
     if eval_fraction == 0:
         return list(rows), []
-    if len(rows) == 1 and schemas.layout_of(rows[0]) == "text" and isinstance(rows[0]["text"], str):
+    if len(rows) == 1 and layout_of(rows[0]) == "text" and isinstance(rows[0]["text"], str):
         return _cut_document(rows[0], eval_fraction)
     train: list[Row] = []
     held_out: list[Row] = []

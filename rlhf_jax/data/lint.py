@@ -14,20 +14,8 @@ from rlhf_jax import rankings
 from rlhf_jax.data.ballots import Ranking, numbered, ranking_row
 from rlhf_jax.data.comparisons import Answer
 from rlhf_jax.data.examples import encode, prompt_key, sft_examples
-from rlhf_jax.data.schemas import (
-    ANSWERS,
-    PREFERENCES,
-    DroppedRow,
-    Messages,
-    Row,
-    answer_of,
-    flag_of,
-    kind_of,
-    layout_of,
-    prompt_row,
-    text_of,
-    text_row,
-)
+from rlhf_jax.data.layouts import ANSWERS, PREFERENCES, layout_of
+from rlhf_jax.data.schemas import DroppedRow, Messages, Row, answer_of, flag_of, kind_of, prompt_row, text_of, text_row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
-from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any, cast
 
-import numpy as np
-
+from rlhf_jax.data.layouts import PREFERENCES, RANKINGS, layout_of
+from rlhf_jax.data.numbers import LARGEST, is_number, number_of, off_centre
 from rlhf_jax.errors import UserError, shown
 
 Row = dict[str, Any]
@@ -32,39 +29,7 @@ SAID = frozenset(
     ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
 )
 """Fields of a message that say something: what does not write them would train something else."""
-LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-"""Sizes of what float32 holds; smaller numbers than the latter count as 0 on some devices."""
 TURN = re.compile(r"\n\n(System|Human|Assistant):")
-
-
-JOINED = "_ranking"
-"""The field of a row that `ballots.gather` has made of several."""
-
-LAYOUTS = (
-    ("joined ranking", {JOINED}),
-    ("ranking", {"responses"}),
-    ("preference", {"prompt", "chosen", "rejected"}),
-    ("preference with its prompt in both", {"chosen", "rejected"}),
-    ("stepwise supervision", {"completions", "labels"}),
-    ("unpaired preference", {"prompt", "completion", "label"}),
-    ("unpaired preference", {"prompt", "response", "label"}),
-    ("unpaired preference", {"messages", "label"}),
-    ("rating", {"prompt", "completion", "rating"}),
-    ("rating", {"prompt", "response", "rating"}),
-    ("rating", {"messages", "rating"}),
-    ("prompt-completion", {"prompt", "completion"}),
-    ("prompt-completion", {"prompt", "response"}),
-    ("messages", {"messages"}),
-    ("prompt-only", {"prompt"}),
-    ("text", {"text"}),
-)
-"""Kind of row -> its fields; the first that a row has all of, and its other fields are no part of it. The names are
-those of TRL's dataset types."""
-
-RANKINGS = ("joined ranking", "ranking")
-PREFERENCES = ("preference", "preference with its prompt in both")
-ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")
-"""Kinds of rows with one answer to a prompt."""
 
 
 class DroppedRow(UserError):
@@ -78,11 +43,6 @@ class DroppedRow(UserError):
     def __init__(self, message: str, reason: str):
         super().__init__(message)
         self.reason = reason
-
-
-def layout_of(row: Row) -> str:
-    """The kind of a row: the one place that says what a row is by its fields. "unknown" if it is none."""
-    return next((name for name, names in LAYOUTS if names <= set(row)), "unknown")
 
 
 def kind_of(row: Row) -> str:
@@ -375,11 +335,6 @@ def _label(row: Row) -> float:
     return float(share) if share == Fraction(1, 2) else off_centre(float(share), won > lost)
 
 
-def off_centre(share: float, more: bool) -> float:
-    """A share that is above 1/2 if `more`, else below it, also where float32 would round it to 1/2."""
-    return share if np.float32(share) != 0.5 else float(np.nextafter(np.float32(0.5), np.float32(more)))
-
-
 def _common_prompt(row: Row) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two texts: "The sky is blue" and "The sky is grey" give "The sky is", " blue"."""
     chosen, rejected = row["chosen"], row["rejected"]
@@ -406,7 +361,7 @@ def _margin(row: Row) -> float:
 
 def flag_of(row: Row, name: str) -> bool:
     """A field that must be true or false; 0 and 1 will do."""
-    value = row[name].item() if isinstance(row[name], np.generic) else row[name]
+    value = number_of(row[name])
     if value not in (0, 1):
         raise bad_row(row, f'"{name}" is {value!r}; give true or false')
     return bool(value)
@@ -418,17 +373,6 @@ def ids_of(row: Row, name: str) -> list[int] | None:
     if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
         raise bad_row(row, f'"{name}" is {type_of(ids)}; give a list of token ids, or leave it out')
     return ids
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, of Python or numpy; an integer may be of any size."""
-    value = number_of(value)
-    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
-
-
-def number_of(value: Any) -> Any:
-    """A number of numpy as one of Python, anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def float32_of(row: Row, name: str, value: Any) -> float:
@@ -444,19 +388,6 @@ def float32_of(row: Row, name: str, value: Any) -> float:
     if not fits:
         raise bad_row(row, f'"{name}" is over {LARGEST:.2g}, the largest number of float32; scale it')
     return float(value)
-
-
-def in_order(values: Sequence[Any], sign: int = 1) -> list[float]:
-    """sign * values, to be compared in float32, NaN for None: their places from 0 where float32 loses their order.
-
-    1700000001 and 1700000000 are one number there, and 1e39 is infinite; their places are not.
-    """
-    signed = [None if value is None else sign * value for value in values]
-    known = sorted({value for value in signed if value is not None})
-    held = [float(np.float32(v)) if abs(v) <= LARGEST else math.inf for v in known]
-    kept = all(a < b for a, b in pairwise(held)) and all(v == 0 or SMALLEST <= abs(v) < math.inf for v in held)
-    place = {value: float(value) if kept else float(i) for i, value in enumerate(known)}
-    return [math.nan if value is None else place[value] for value in signed]
 
 
 def text_of(response: str | Messages) -> str:

@@ -10,18 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_jax.data.ballots import Ranking, join, ranking_row
-from rlhf_jax.data.schemas import (
-    PREFERENCES,
-    DroppedRow,
-    Messages,
-    Row,
-    bad_row,
-    empty_row,
-    kind_of,
-    layout_of,
-    split_transcript,
-    text_of,
-)
+from rlhf_jax.data.layouts import PREFERENCES, layout_of
+from rlhf_jax.data.schemas import DroppedRow, Messages, Row, bad_row, empty_row, kind_of, split_transcript, text_of
 from rlhf_jax.errors import UserError
 
 MOST = 12

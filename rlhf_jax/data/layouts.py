@@ -1,0 +1,39 @@
+"""What a row is by the fields that it has: the one place that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+JOINED = "_ranking"
+"""The field of a row that `ballots.gather` has made of several."""
+
+LAYOUTS = (
+    ("joined ranking", {JOINED}),
+    ("ranking", {"responses"}),
+    ("preference", {"prompt", "chosen", "rejected"}),
+    ("preference with its prompt in both", {"chosen", "rejected"}),
+    ("stepwise supervision", {"completions", "labels"}),
+    ("unpaired preference", {"prompt", "completion", "label"}),
+    ("unpaired preference", {"prompt", "response", "label"}),
+    ("unpaired preference", {"messages", "label"}),
+    ("rating", {"prompt", "completion", "rating"}),
+    ("rating", {"prompt", "response", "rating"}),
+    ("rating", {"messages", "rating"}),
+    ("prompt-completion", {"prompt", "completion"}),
+    ("prompt-completion", {"prompt", "response"}),
+    ("messages", {"messages"}),
+    ("prompt-only", {"prompt"}),
+    ("text", {"text"}),
+)
+"""Kind of row -> its fields; the first that a row has all of, and its other fields are no part of it. The names are
+those of TRL's dataset types."""
+
+RANKINGS = ("joined ranking", "ranking")
+PREFERENCES = ("preference", "preference with its prompt in both")
+ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")
+"""Kinds of rows with one answer to a prompt."""
+
+
+def layout_of(row: dict[str, Any]) -> str:
+    """The kind of a row; "unknown" if it is none."""
+    return next((name for name, names in LAYOUTS if names <= set(row)), "unknown")
