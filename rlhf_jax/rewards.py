@@ -143,7 +143,9 @@ def columns_for(
     columns: Sequence[Mapping[str, Any]],
     where: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What functions get of each row of a data set as columns: the fields that all rows have, and perhaps `messages`.
+    """What functions get of each row of a data set as columns: the fields of any row, and perhaps `messages`.
+
+    So a function gets the same columns in every batch; a row that lacks one, which no function needs, has None there.
 
     `prompts` are texts or messages, `columns` the other fields of their rows, `where` the rows' places.
 
@@ -161,8 +163,8 @@ def columns_for(
         columns = [{**row, "messages": turns} for row, turns in zip(columns, said, strict=True)]
     for fn in functions:
         check_columns(fn, columns, where)
-    names = [name for name in columns[0] if all(name in row for row in columns)]
-    return [{name: row[name] for name in names} for row in columns]
+    names = dict.fromkeys(name for row in columns for name in row)
+    return [{name: row.get(name) for name in names} for row in columns]
 
 
 def check_columns(fn: Callable[..., Any], columns: Sequence[Mapping[str, Any]], where: Sequence[str]) -> None:

@@ -260,7 +260,7 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
     """tokens i32[B, P] and mask bool[B, P] (True on real tokens), prompts list[str], given, columns {name: list}.
 
     Left-padded to P, the smallest bucket that holds the longest prompt. `given` are the prompts as texts or messages.
-    A column is there if every row has it.
+    A column is there if every row has it; `rewards.columns_for` gives all rows of a data set the same.
 
     Raises:
         UserError: a prompt longer than the largest bucket.
@@ -280,8 +280,9 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
         mask[row, start:] = True
     shared = [name for name in examples[0]["columns"] if all(name in example["columns"] for example in examples)]
     columns = {name: [example["columns"][name] for example in examples] for name in shared}
-    texts = {name: [example[key] for example in examples] for name, key in (("prompts", "prompt"), ("given", "given"))}
-    return {"tokens": tokens, "mask": mask, **texts, "columns": columns}
+    prompts = [example["prompt"] for example in examples]
+    given = [example.get("given", example["prompt"]) for example in examples]
+    return {"tokens": tokens, "mask": mask, "prompts": prompts, "given": given, "columns": columns}
 
 
 def repeat_rows(batch: Batch, times: int) -> Batch:
