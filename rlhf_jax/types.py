@@ -37,7 +37,11 @@ class PolicyLoss(Protocol):
 
 
 class RewardFn(Protocol):
-    """A plain Python reward: one number per response; columns are the other fields of the prompts' rows."""
+    """A plain Python reward: one number per response.
+
+    Prompts are what the model is shown, responses what it wrote, as text; columns are the other fields that all prompt
+    rows have, and `messages` where prompts are messages (None beside a text). See `rewards`.
+    """
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]: ...
 

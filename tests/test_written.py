@@ -182,6 +182,44 @@ def test_what_was_sampled_is_scored_written_and_trained(models, tmp_path, drawn)
     assert {tuple(ids) for ids in trained(sft_examples, one_each, tokenizer, "tokens", loss_on="response")} <= spoken
 
 
+LOSSLESS = [kind for kind in KINDS if kind not in ("WordPiece", "white space")]
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_rounds_of_sampling_and_training_grow_no_blank(kind):
+    """A policy that has learned its own best text writes that text, round after round; with ids or read anew."""
+    tokenizer = Tokenizer(KINDS[kind]())
+    for row in PROMPTS:
+        for text in ("it is", " it is", "  it is", "it is ", ", yes", "'s"):
+            said = text
+            for _ in range(3):
+                response = said if isinstance(row["prompt"], str) else [{"role": "assistant", "content": said}]
+                ids = tokenizer.encode_response(response)
+                said = tokenizer.response_text(ids, row["prompt"])
+                assert said == text and tokenizer.encode_response(response, ids=ids) == ids
+
+
+def test_an_evaluation_measures_what_was_sampled(chat_models, tmp_path, drawn):
+    """Scores, log-probs and tokens in responses.jsonl are of the ids beside them; the KL to itself is 0."""
+    reward = RewardSourceConfig(model=str(chat_models / "reward"))
+    config = settings(EvaluateRun, chat_models, output_dir=str(tmp_path / "e"), reward=reward)
+    found = evaluating.run_evaluate(replace(config, reference=config.model.path), rows=PROMPTS)
+    items = [item for row in read(tmp_path / "e" / "responses.jsonl") for item in row["responses"]]
+    assert [item["ids"] for item in items] == [one.ids.tolist() for one in drawn]
+    assert [item["tokens"] for item in items] == [len(one.ids) for one in drawn]
+    np.testing.assert_allclose([item["score"] for item in items], scores_of_ppo(chat_models, drawn), atol=1e-5)
+    loaded = load_model(config.model, make_mesh(MeshConfig(), devices=ONE), jax.random.key(0))
+    tokenizer = Tokenizer.load(str(chat_models / "tokenizer"))
+    for item, one in list(zip(items, drawn, strict=True))[::4]:
+        tokens = jnp.asarray([*one.prompt_ids, *one.ids])[None]
+        hidden = loaded.model.apply(loaded.params, tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+        each = loaded.model.logprobs(loaded.params, hidden[:, :-1], tokens[:, 1:])[0][0]
+        assert item["logprob"] == pytest.approx(float(each[len(one.prompt_ids) - 1 :].sum()), rel=1e-4)
+        assert item["text"] == one.text == tokenizer.response_text(item["ids"], "it is")  # ChatML puts nothing before
+    [of] = found["models"].values()
+    assert of["kl"]["mean"] == 0
+
+
 def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
     """`judge`, `rate`, `data aggregate` and the labelling page."""
     tokenizer = Tokenizer.load(str(chat_models / "tokenizer"))
