@@ -2,8 +2,8 @@
 
 A function gets the same in every command and stage: `prompts`, the texts that the model is shown, with what the chat
 template writes (`Tokenizer.prompt_text`); `responses`, the texts that it wrote (`Tokenizer.response_text`); and as
-columns the other fields that all prompt rows have, with `messages` added where prompts are messages: their list, or
-None beside a text.
+columns the other fields of the prompts' rows (None in a row that lacks one). Where prompts are messages, a function
+that takes it gets `messages` too: their list, or None beside a text.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def call_reward(
         RewardFailure: it raised or ran out of time.
         UserError: not one number per response that float32 holds.
     """
-    name = name_of(fn)
+    name, columns = name_of(fn), dict(_asked(fn, columns))
     check_call(fn, columns)
 
     def call() -> tuple[np.ndarray, str]:
@@ -122,7 +122,7 @@ def check_call(fn: Callable[..., Any], columns: Iterable[str], where: str = "") 
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # of C code without one
         return
-    taken = _taken(fn)
+    taken, columns = _taken(fn), list(_asked(fn, columns))
     for column in columns:
         if column in taken:
             raise UserError(
@@ -135,6 +135,18 @@ def check_call(fn: Callable[..., Any], columns: Iterable[str], where: str = "") 
         raise UserError(
             f"{at}reward function {name}: {error}; define it as fn(prompts, responses, **columns)"
         ) from error
+
+
+def _asked(fn: Callable[..., Any], columns: Any) -> Any:
+    """Columns without `messages`, which is ours and no field of a row, for a function that does not ask for it."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # of C code without one
+        return columns
+    if "messages" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return columns
+    left = [name for name in columns if name != "messages"]
+    return {name: columns[name] for name in left} if isinstance(columns, Mapping) else left
 
 
 def columns_for(
@@ -190,7 +202,9 @@ def check_columns(fn: Callable[..., Any], columns: Sequence[Mapping[str, Any]], 
             )
         if not taken.isdisjoint(row):
             check_call(fn, row, place)
-    check_call(fn, set(columns[0]).intersection(*columns), where[0])
+    places = {frozenset(row): place for row, place in zip(reversed(columns), reversed(where), strict=True)}
+    for names, place in reversed(places.items()):  # in the order of the rows
+        check_call(fn, names, place)
 
 
 def _taken(fn: Any) -> set[str]:

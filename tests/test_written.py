@@ -37,12 +37,14 @@ from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import sft_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.group import train as group_train
 from rlhf_jax.judge import Judge
 from rlhf_jax.label.items import item_of
 from rlhf_jax.models import Model
 from rlhf_jax.online import core
 from rlhf_jax.ppo import train as ppo_train
+from rlhf_jax.rewards import call_reward, columns_for
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import Loaded, load_model, save_model
 from rlhf_jax.types import Rollout
@@ -257,6 +259,27 @@ def online(models) -> dict:
     data = DataConfig(batch_size=9, max_prompt_length=LONGEST, max_length=LONGEST + 6, too_long="truncate")
     mesh = MeshConfig(data=1)
     return {"model": ModelConfig(path=str(models / "policy")), "data": data, "sampling": SAMPLING, "mesh": mesh}
+
+
+def test_messages_are_a_column_for_functions_that_take_it():
+    """The same for all rows of a data set: None beside a text; what a template is given beside them is not said."""
+    tools = {"role": "template", "content": "", "tools": [{"name": "f"}]}
+    said = PROMPTS[1]["prompt"]
+    found = columns_for([], ["a", said, [tools, *said]], [{"k": 1}, {}, {"k": 2}], ["x:1", "x:2", "x:3"])
+    assert found == [{"k": 1, "messages": None}, {"k": None, "messages": said}, {"k": 2, "messages": said}]
+    assert columns_for([], ["a", "b"], [{"k": 1}, {"k": 2}], ["x:1", "x:2"]) == [{"k": 1}, {"k": 2}]
+    with pytest.raises(UserError, match='x:2: the field "messages" has the name by which'):
+        columns_for([], [said, said], [{}, {"messages": 3}], ["x:1", "x:2"])
+    both = {"k": [1, 2], "messages": [None, said]}
+    for fn in (
+        lambda prompts, responses, k: k,
+        lambda prompts, responses, k, messages: [len(turns or "") + k[0] for turns in messages],
+        lambda prompts, responses, **columns: [len(columns) - 1, 1],
+    ):
+        assert len(call_reward(fn, ["a", "b"], ["c", "d"], both, timeout=0, retries=0)) == 2
+        columns_for([fn], ["a", said], [{"k": 1}, {"k": 2}], ["x:1", "x:2"])
+    with pytest.raises(UserError, match=r"x:2: reward function .* 'z'"):
+        columns_for([lambda prompts, responses, k: k], ["a", "b"], [{"k": 1}, {"k": 2, "z": 3}], ["x:1", "x:2"])
 
 
 class Watched:
