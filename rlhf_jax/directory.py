@@ -38,9 +38,11 @@ VOID = "void"
 
 
 def check_name(path: Path, what: str) -> None:
-    """Raise a UserError, about `what`, if a path is one that files of text and command lines cannot hold."""
-    if printable(name := str(path.absolute())) != name:
-        raise UserError(f"{what}: its path has control characters or bytes that are no UTF-8; choose another name")
+    """Raise a UserError, about `what`, if a path is one that files of text or orbax's checkpoints cannot hold."""
+    name = str(path.absolute())
+    if printable(name) != name or "\\" in name or "[" in name:
+        found = "control characters or bytes that are no UTF-8" if printable(name) != name else "\\ or ["
+        raise UserError(f"{what}: its path has {found}, below which no run can be saved; choose another name")
 
 
 def check_output_dir(
