@@ -13,6 +13,7 @@ import traceback
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
