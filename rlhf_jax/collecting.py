@@ -13,7 +13,7 @@ from rlhf_jax.asking import make_judge
 from rlhf_jax.config import BestOfNRun, CollectRun, JudgeRun
 from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.schemas import DroppedRow, Row, text_of
+from rlhf_jax.data.schemas import DroppedRow, Row, key_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.directory import names_given
 from rlhf_jax.drawing import (
@@ -147,7 +147,7 @@ def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None)
     given = given[: config.limit or None]
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to compare; give ranking or preference rows")
-    groups = [(one.prompt, [text_of(response) for response in one.responses]) for one in given]
+    groups = [(one.prompt, [key_of(response) for response in one.responses]) for one in given]
     decided_by = {"rows": digest(groups), "given in Python": names_given(judge=judge)}
     with claim(config, decided_by) as journal:
         make_one = (lambda: judge) if judge else partial(make_judge, config.judge, make_mesh(config.mesh))

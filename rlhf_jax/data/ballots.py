@@ -14,6 +14,7 @@ from rlhf_jax import rankings
 from rlhf_jax.data.layouts import JOINED, layout_of
 from rlhf_jax.data.numbers import in_order, is_number, number_of
 from rlhf_jax.data.schemas import (
+    SAID,
     DroppedRow,
     Messages,
     Row,
@@ -22,13 +23,14 @@ from rlhf_jax.data.schemas import (
     empty_row,
     flag_of,
     ids_of,
+    key_of,
     preference_row,
     prompt_of,
     require,
     response_of,
-    text_of,
     type_of,
     where_of,
+    written,
 )
 from rlhf_jax.errors import UserError
 
@@ -83,7 +85,7 @@ class Ranking:
         """The responses as rows hold them: {text, ids?, finished, ...}, without who is better."""
         columns = zip(self.responses, self.ids, self.finished, self.extra, strict=True)
         return [
-            {"text": text_of(response), **({} if ids is None else {"ids": ids}), "finished": done, **more}
+            {"text": written(response), **({} if ids is None else {"ids": ids}), "finished": done, **more}
             for response, ids, done, more in columns
         ]
 
@@ -184,6 +186,8 @@ def _items(row: Row) -> list[Row]:
 
 def _has_text(value: Any) -> bool:
     if isinstance(value, list) and value and isinstance(value[-1], dict):
+        if any(value[-1].get(name) for name in SAID):
+            return True
         value = value[-1].get("content")
     return value is not None and bool(str(value).strip())
 
@@ -281,7 +285,7 @@ Identity = Callable[[Response, bool, Row], Any]
 
 def same_text(response: Response, done: bool, extra: Row) -> Any:
     """Responses of one text are one; a whole one and one that was cut off are two."""
-    return text_of(response), done
+    return key_of(response), done
 
 
 def join(together: list[Ranking], key: Callable[[Row], str], identity: Identity = same_text) -> list[Ranking]:

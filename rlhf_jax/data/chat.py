@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any
@@ -36,11 +37,11 @@ class Transcript:
 
     def answer(self, messages: Messages, prompt: str, turn: Message, remarks: Counter[str], *, closed: bool) -> str:
         """What follows `prompt`, that of the messages; nothing closes it."""
-        self.check([turn], remarks)
+        self.check([turn], prompt, remarks)
         return " " + turn["content"]
 
-    def check(self, messages: Messages, remarks: Counter[str]) -> None:
-        """Count fields that are not written; raise a UserError at what only a chat template could say."""
+    def check(self, messages: Messages, prompt: str, remarks: Counter[str]) -> None:
+        """Count fields that are not in `prompt`; raise a UserError at what only a chat template could say."""
         for turn in messages:
             if turn["role"] not in SPEAKERS:
                 what = '"tools" and the like' if turn["role"] == TEMPLATE else f"messages of role {turn['role']}"
@@ -143,7 +144,7 @@ class ChatTemplate:
         else:
             remarks[FOLLOWS] += 1
             rest = self._following(prompt, messages, turn, whole)
-        self._check_fields([*messages, turn], [len(messages)], whole, remarks, answer_next=False)
+        self._check_fields([*messages, turn], [len(messages)], lambda bare: self._text(bare) != whole, remarks)
         if rest.endswith(self._after):
             rest = rest.removesuffix(self._after)
         elif self._closing in rest:
@@ -177,39 +178,40 @@ class ChatTemplate:
             )
         return self._lead + inner + after
 
-    def check(self, messages: Messages, remarks: Counter[str]) -> None:
-        """Count what the template does not write of a prompt.
+    def check(self, messages: Messages, prompt: str, remarks: Counter[str]) -> None:
+        """Count what of messages is not in `prompt`, their text.
 
         Raises:
             UserError: that is a field that says something, such as tools.
         """
-        given, _ = _split(messages)
-        words = _words(self.hf.get_chat_template(tools=given.get("tools")))
+        given, turns = _split(messages)
+        words = _words(self.hf.get_chat_template(tools=given.get("tools"))) if given else set()
         if unread := [name for name in given if name not in words]:
             raise UserError(f'the chat template does not read "{unread[0]}", which the row has; leave it out')
-        text, turns = (self._text(each, answer_next=True) for each in (messages, _split(messages)[1]))
-        for name in {"tools", "documents"} & set(given) if text == turns else ():
+        for name in {"tools", "documents"} & set(given) if given and self.prompt(turns) == prompt else ():
             remarks[_unseen(name)] += 1
-        self._check_fields(messages, list(range(len(messages))), text, remarks, answer_next=True)
-        remarks[CHANGED] += sum(_squeezed(turn["content"]) not in _squeezed(text) for turn in messages)
+        places = list(range(len(messages)))
+        self._check_fields(messages, places, lambda bare: self.prompt(bare) != prompt, remarks)
+        shown = _squeezed(prompt)
+        remarks[CHANGED] += sum(_squeezed(turn["content"]) not in shown for turn in messages)
 
     def _check_fields(
-        self, messages: Messages, places: list[int], text: str, remarks: Counter[str], *, answer_next: bool
+        self, messages: Messages, places: list[int], changes: Callable[[Messages], bool], remarks: Counter[str]
     ) -> None:
-        """The fields of the messages at these places: whether `text`, their rendering, would be the same without."""
+        """The fields of the messages at these places: whether the text `changes` without them."""
         for name in sorted({name for i in places for name in _extras(messages[i])}):
             bare = [
                 {k: v for k, v in turn.items() if k != name} if i in places else turn
                 for i, turn in enumerate(messages)
             ]
             try:
-                shown = self._text(bare, answer_next=answer_next) != text
+                written = changes(bare)
             except UserError:
-                shown = True
+                written = True
             names = REASONING if name in REASONING else {name}
-            if not shown and name in SAID and not names & _words(self.hf.get_chat_template()):
+            if not written and name in SAID and not names & _words(self.hf.get_chat_template()):
                 raise UserError(f'the chat template does not write "{name}", which a message has; leave it out')
-            if not shown:
+            if not written:
                 remarks[_unseen(name)] += 1
 
     def spans(self, messages: Messages) -> list[tuple[int, int]]:

@@ -130,7 +130,7 @@ def preference_row(row: Row) -> Row:
         other, rejected = _conversation(row, "rejected")
         if prompt != other:
             raise empty_row(row, "chosen and rejected answer different prompts", "whose two prompts differ")
-    if _key(chosen) == _key(rejected):
+    if key_of(chosen).strip() == key_of(rejected).strip():
         raise empty_row(row, "chosen and rejected are the same text", "with chosen equal to rejected")
     finished = row.get("finished", [True, True])
     if not (isinstance(finished, list) and [type(f) for f in finished] == [bool, bool]):
@@ -400,10 +400,10 @@ def written(response: str | Messages) -> str | Messages:
     return text_of(response) if plain else response
 
 
-def _key(response: str | Messages) -> str:
-    """A text that is equal for equal responses, but for white space around them."""
+def key_of(response: str | Messages) -> str:
+    """A text that is equal for equal responses: theirs, where they are nothing else."""
     found = written(response)
-    return found.strip() if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
+    return found if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
 
 
 def require(row: Row, names: tuple[str, ...], expected: str) -> None:

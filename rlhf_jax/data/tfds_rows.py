@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.fields import catalogue, map_row
-from rlhf_jax.data.schemas import Messages, Row, preference_row, prompt_row, sft_row, text_of
+from rlhf_jax.data.schemas import Messages, Row, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError
 
 NAME = "feedback"
@@ -137,11 +137,11 @@ def stored(row: Row, schema: str) -> Row:
     """
     if schema == "sft":
         row = sft_row(row)
-        said = {"response": text_of(row["response"]), "finished": row["finished"]}
+        said = {"response": _text(row["response"]), "finished": row["finished"]}
         return {"prompt": _turns(row["prompt"]), **said, **_flat([row.get("ids")])}
     if schema == "preference":
         found = preference_row(row)
-        texts = {name: text_of(found[name]) for name in ("chosen", "rejected")}
+        texts = {name: _text(found[name]) for name in ("chosen", "rejected")}
         kept = {"finished": found["finished"], "margin": found["margin"]}
         votes = {"votes": [float(count) for count in row.get("votes") or []], "rater": row.get("rater") or ""}
         return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes, **_flat(found["ids"])}
@@ -149,7 +149,7 @@ def stored(row: Row, schema: str) -> Row:
         ranking = ranking_row(row)
         return {
             "prompt": _turns(ranking.prompt),
-            "responses": [text_of(response) for response in ranking.responses],
+            "responses": [_text(response) for response in ranking.responses],
             "finished": ranking.finished,
             "raters": [rater for rater, _ in ranking.ballots],
             "ranks": [rank for _, ranks in ranking.ballots for rank in ranks],
@@ -161,7 +161,15 @@ def stored(row: Row, schema: str) -> Row:
 
 
 def _turns(prompt: str | Messages) -> Messages:
-    return [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        return [{"role": "", "content": prompt}]
+    if more := {name for turn in prompt for name in turn} - {"role", "content"}:
+        raise UserError(f'a message has "{min(more)}", and TFDS rows keep role and content alone; use JSON lines')
+    return prompt
+
+
+def _text(response: str | Messages) -> str:
+    return response if isinstance(response, str) else _turns(response)[-1]["content"]
 
 
 def _flat(ids: Sequence[list[int] | None]) -> Row:

@@ -101,8 +101,9 @@ class Tokenizer:
         """
         if isinstance(prompt, str):
             return self._with_prefix(_plain_ids(self.hf, prompt))
-        self.chat.check(prompt, Counter() if remarks is None else remarks)
-        return list(self._shown(prompt)[1])
+        shown, ids = self._shown(prompt)
+        self.chat.check(self._stopped_once(prompt), shown, Counter() if remarks is None else remarks)
+        return list(ids)
 
     def encode_document(self, text: str, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a document, with leading special tokens and one stop id at its end."""

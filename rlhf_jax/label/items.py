@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.data.ballots import Ranking, join, ranking_row
 from rlhf_jax.data.layouts import PREFERENCES, layout_of
-from rlhf_jax.data.schemas import DroppedRow, Messages, Row, bad_row, empty_row, kind_of, split_transcript, text_of
+from rlhf_jax.data.schemas import DroppedRow, Messages, Row, bad_row, empty_row, key_of, kind_of, split_transcript
 from rlhf_jax.errors import UserError
 
 MOST = 12
@@ -55,7 +55,7 @@ class Item:
             "item": self.key,
             "turns": turns_of(self.ranking.prompt),
             "responses": [
-                {"name": self.names[i], "text": text_of(texts[i]).strip(), "finished": finished[i]} for i in order
+                {"name": self.names[i], "text": key_of(texts[i]).strip(), "finished": finished[i]} for i in order
             ],
         }
 
@@ -86,7 +86,7 @@ def item_of(row: Row) -> Item:
         raise empty_row(row, "all responses are the same", "with fewer than two different responses")
     if size > MOST:
         raise bad_row(row, f"{size} responses are more than a person can rank; give at most {MOST}")
-    texts = [[text_of(response), done] for response, done in zip(ranking.responses, ranking.finished, strict=True)]
+    texts = [[key_of(response), done] for response, done in zip(ranking.responses, ranking.finished, strict=True)]
     return Item(digest(ranking.prompt, texts), [digest(each) for each in texts], ranking)
 
 
