@@ -33,11 +33,9 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
     text = row.get("response", row.get("completion"))
     if isinstance(text, str) and not text.strip():
         row, ids = prompt_row({"finished": True, **row}), ids_of(row, "response_ids")
-        finished = flag_of(row, "finished")
-        response = [tokenizer.eos_ids[0]] * finished
-        if ids is not None:  # such as special tokens alone
-            said = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            response = tokenizer.encode_response(said, finished=finished, ids=ids)
+        said = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        told = {"prompt": row["prompt"], "finished": flag_of(row, "finished"), "ids": ids}  # such as special tokens
+        response = tokenizer.encode_response(said, **told)
     else:
         row = answer_of(row)
         told = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
