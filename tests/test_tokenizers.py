@@ -149,7 +149,7 @@ def test_the_prompt_that_is_trained_on_is_the_prompt_that_is_sampled_from(name):
     tokenizer = tokenizer_of(name)
     merged = 0
     for prompt, response in EDGES:
-        row = {"prompt": prompt, "response": response, "chosen": response, "rejected": response + "!"}
+        row = {"prompt": prompt, "response": response}
         prompts, _ = prompt_examples(rows_from([row]), tokenizer, max_prompt_length=64, too_long="error")
         batch, given = collate_prompts(prompts, buckets=[64], pad_id=tokenizer.pad_id), prompts[0]["tokens"].tolist()
         assert batch["tokens"][batch["mask"]].tolist() == given  # nothing is added on the way to the sampler
@@ -157,7 +157,8 @@ def test_the_prompt_that_is_trained_on_is_the_prompt_that_is_sampled_from(name):
         sft = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")[0][0]
         assert sft["tokens"].tolist() == given + own
         assert sft["tokens"][sft["loss_mask"]].tolist() == own
-        pair = preference_examples(rows_from([row]), tokenizer, **LIMITS)[0][0]
+        both = {"prompt": prompt, "chosen": response, "rejected": response + "!"}
+        pair = preference_examples(rows_from([both]), tokenizer, **LIMITS)[0][0]
         assert pair["chosen"].tolist() == given + own
         assert tokenizer.decode(own) == response  # what a reward function reads
         merged += tokenizer.encode_response(prompt + response) != tokenizer.encode_response(prompt)[:-1] + own
