@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, reason, shown
 
 UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
@@ -86,6 +86,27 @@ def from_json(text: str | bytes) -> Any:
     return json.loads(text, object_hook=restored)
 
 
+def strict_json(text: str | bytes) -> Any:
+    """JSON of somebody else, in which no name comes twice and every number is one.
+
+    Raises:
+        ValueError: it is something else, or a number is too long.
+        RecursionError: it is too deep.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ValueError(f"{shown(twice)} comes twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+
+
 def json_lines(rows: Sequence[Any]) -> bytes:
     """Rows as JSON, a line each.
 
@@ -141,6 +162,22 @@ def read_object(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{os.fspath(path)} is broken (a {type(found).__name__}, no JSON object); {cure}")
     return found
+
+
+def read_strict(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
+    """A JSON object that another program wrote, by `strict_json`.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    text = read_text(path)
+    try:
+        found = strict_json(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{os.fspath(path)} holds no JSON object ({reason(error)}); {cure}") from error
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:

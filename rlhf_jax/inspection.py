@@ -20,7 +20,7 @@ from rlhf_jax.directory import CHECKPOINTS, RECORD, read_record
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.files import check_writable, written
 from rlhf_jax.models import Model, hf, hub
-from rlhf_jax.models.config_json import find_family
+from rlhf_jax.models.config_json import find_family, understood
 from rlhf_jax.models.layout import leaf_shapes
 from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.models.weights import quantized
@@ -216,7 +216,8 @@ def _directory(source: Path, dtype: str) -> Found:
     ids: dict[str, Any] = {} if score_head and tokenizer else {"pad_id": None}  # that of config.json
     if tokenizer is None:
         eos = raw.get("eos_token_id")
-        ids["eos_ids"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        with understood(folder / "config.json"):
+            ids["eos_ids"] = [int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos])]
     return Found(arch, raw, params, tokenizer, hf.read_generation(folder), ids)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
 from rlhf_jax.data.schemas import Messages, text_of
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.files import read_strict
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 NO_BLANK: dict[str, dict[str, Any]] = {
@@ -76,17 +77,23 @@ class Tokenizer:
             raise UserError(f"{path or 'tokenizer'}: no such directory; set model.tokenizer to a local directory")
         if not any((directory / name).is_file() for name in FILES):
             raise UserError(f"{path}: holds no tokenizer; it needs {', '.join(FILES[:2])} or vocab files")
+        for name in ("config.json", "tokenizer_config.json"):  # transformers would not say which file is broken
+            if (directory / name).is_file():
+                read_strict(directory / name, "download or save it again")
         # Without this, importing transformers tells every user that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         try:
             hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises anything from OSError to KeyError
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            message = f"{path}: unusable tokenizer ({reason}); check that tokenizer_config.json names its class"
+            return cls(hf, eos_ids, None if eos_ids else _declared_eos(directory))
+        except UserError:
+            raise
+        except BaseException as error:  # transformers raises anything, its Rust parts a kind of exception of their own
+            if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                raise
+            message = f"{path}: unusable tokenizer ({reason(error)}); check that tokenizer_config.json names its class"
             raise UserError(message) from error
-        return cls(hf, eos_ids, None if eos_ids else _declared_eos(directory))
 
     def encode_prompt(self, prompt: str | Messages, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a prompt, ready for the response's first token.
@@ -291,14 +298,15 @@ def _as_ids(declared: int | Sequence[int] | None) -> list[int]:
 def _declared_eos(directory: Path) -> int | list[int] | None:
     """eos_token_id of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
-        try:
-            found = json.loads((directory / name).read_text("utf-8")).get("eos_token_id")
-        except FileNotFoundError:
+        if not (directory / name).is_file():
             continue
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{directory / name}: not a JSON object ({error}); write it again") from error
-        if found is not None:
-            return found
+        found = read_strict(directory / name, "write it again").get("eos_token_id")
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{directory / name}: eos_token_id is {shown(found)}, which are no token ids; correct it")
+        return found
     return None
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.config import ArchConfig, RopeScaling
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.files import read_strict
 from rlhf_jax.models import hub
 from rlhf_jax.models.families import FAMILIES, Family
+from rlhf_jax.models.rotary import check_law
 
 ADAPTER = "adapter_config.json"
 """What makes a directory one of a PEFT adapter."""
+MOST_LAYERS = 8
+"""Adapters that may stand on one another."""
+MOST = 2**31
+"""No size in a config.json is as large."""
+MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
@@ -42,10 +50,19 @@ _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; a UserError if the file holds none."""
+    return read_strict(file, "download or save it again")
+
+
+@contextlib.contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """Around what reads values that may be of any type: what it stumbles over becomes a UserError about the file."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{file} holds no JSON object ({error}); download or save it again") from error
+        yield
+    except UserError as error:
+        raise error if str(file) in str(error) else UserError(f"{file}: {error}") from error
+    except Exception as error:  # whatever a wrong type leads to
+        said = f"a value of the wrong type or size ({type(error).__name__}: {reason(error)})"
+        raise UserError(f"{file} holds {said}; download or save it again") from error
 
 
 def stands_on(folder: Path) -> Path | None:
@@ -57,8 +74,9 @@ def stands_on(folder: Path) -> Path | None:
     if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return None
     raw = read_json(folder / ADAPTER)
-    name = raw.get("base_model_name_or_path") or "none"
-    found = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
+    with understood(folder / ADAPTER):
+        name = _typed(raw.get("base_model_name_or_path") or "none", str, "base_model_name_or_path", folder / ADAPTER)
+        found = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
     if found is None:
         cure = "download that model, or write its directory into base_model_name_or_path"
         raise UserError(f"{folder / ADAPTER} stands on {name}, which is neither a directory nor downloaded; {cure}")
@@ -67,10 +85,24 @@ def stands_on(folder: Path) -> Path | None:
 
 def model_directory(path: str | os.PathLike[str]) -> Path:
     """The path itself, or of a PEFT adapter the directory of the model that it stands on."""
-    folder = Path(path)
-    while (below := stands_on(folder)) is not None:
-        folder = below
-    return folder
+    return layers_of(path)[-1]
+
+
+def layers_of(path: str | os.PathLike[str]) -> list[Path]:
+    """The directory of a model and, before it, those of the adapters that stand on one another on it.
+
+    Raises:
+        UserError: one stands on itself, by whatever way, or there are more than anybody makes.
+    """
+    found, seen = [Path(path)], {os.path.realpath(path)}
+    while (below := stands_on(found[-1])) is not None:
+        if os.path.realpath(below) in seen or len(found) == MOST_LAYERS:
+            what = "stands on itself" if os.path.realpath(below) in seen else f"stands on {MOST_LAYERS} others"
+            cure = "write the model's own directory into base_model_name_or_path"
+            raise UserError(f"{Path(path) / ADAPTER} {what} ({found[-1]} names {below}); {cure}")
+        found.append(below)
+        seen.add(os.path.realpath(below))
+    return found
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any]]:
@@ -112,15 +144,16 @@ def family_of(raw: Mapping[str, Any], where: Path) -> Family:
     Raises:
         UserError: an unknown family, or an architecture that is neither language nor reward model.
     """
-    family = FAMILIES.get(raw.get("model_type") or "")
+    name = raw.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        name, supported = raw.get("model_type"), ", ".join(FAMILIES)
+        supported = ", ".join(FAMILIES)
         experts = "mixture-of-experts, " if any("experts" in key for key in raw) else ""
-        raise UserError(f"{where}: no support for {experts}model_type {name!r}; use one of: {supported}")
+        raise UserError(f"{where}: no support for {experts}model_type {shown(name)}; use one of: {supported}")
     found = raw.get("architectures") or [family.causal]
-    if not {family.causal, family.classifier} & set(found):
-        supported = f"{family.causal}, {family.classifier}"
-        raise UserError(f"{where}: no support for architecture {found[0]!r}; use one of: {supported}")
+    if not isinstance(found, list) or not any(name in found for name in (family.causal, family.classifier)):
+        supported, first = f"{family.causal}, {family.classifier}", found[0] if isinstance(found, list) else found
+        raise UserError(f"{where}: no support for architecture {shown(first)}; use one of: {supported}")
     return family
 
 
@@ -130,17 +163,26 @@ def to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
     Raises:
         UserError: a value is missing, of the wrong type, or beyond the decoder.
     """
+    with understood(where):
+        return _to_arch(raw, family, where)
+
+
+def _to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
     refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
     if raw.get("quantization_config") is not None:
         refused["quantization_config"] = raw["quantization_config"]
     for key, value in refused.items():
-        raise UserError(f"{where}: no support for {key} {value!r}; choose a checkpoint without it")
+        raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
     fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
+    if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
+        raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
     fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
     fields |= _windows(raw, family, where, fields["num_layers"])
     if fields["positions"] == "rotary":
         fields |= _rope(raw, family, where, fields["max_positions"])
-    return ArchConfig(**fields)
+    arch = ArchConfig(**fields)
+    check_law(arch)
+    return arch
 
 
 def _default(key: str, family: Family, raw: Mapping[str, Any]) -> Any:
@@ -170,7 +212,9 @@ def _typed(value: Any, kind: type, key: str, where: Path) -> Any:
     if kind is tuple and isinstance(value, list) and all(type(x) in (int, float) for x in value):
         return tuple(float(x) for x in value)
     if type(value) is not kind:
-        raise UserError(f"{where}: {key} is {value!r}, which is no {kind.__name__}; correct it")
+        raise UserError(f"{where}: {key} is {shown(value)}, which is no {kind.__name__}; correct it")
+    if isinstance(value, (int, float)) and not abs(value) < (MOST if kind is int else math.inf):
+        raise UserError(f"{where}: {key} is {shown(value)}, which no model has; correct it")
     return value
 
 
@@ -180,8 +224,8 @@ def _windows(raw: Mapping[str, Any], family: Family, where: Path, layers: int) -
     if "use_sliding_window" in raw or family.model_type.startswith("qwen"):
         window = window if raw.get("use_sliding_window", False) else None
     if kinds is not None and (len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}):
-        raise UserError(f"{where}: no support for layer_types {kinds}; they must be {layers} of sliding_attention and "
-                        "full_attention")  # fmt: skip
+        raise UserError(f"{where}: no support for layer_types {shown(kinds)}; they must be {layers} of "
+                        "sliding_attention and full_attention")  # fmt: skip
     if family.windows == "none" and ("sliding_attention" in (kinds or ()) or window is not None):
         raise UserError(f"{where}: no support for sliding windows in {family.model_type}; choose a checkpoint without")
     if not window or family.windows == "none":

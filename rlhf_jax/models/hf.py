@@ -21,7 +21,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.files import replacing
 from rlhf_jax.hosts import barrier, is_first, to_host
 from rlhf_jax.models.config_json import (
@@ -104,12 +104,40 @@ def load_params(
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
     if mesh is not None:
         shardings = flattened(tree_shardings(mesh, nested(specs)))
-    leaves = {}
+    leaves, seen = {}, _Seen(arch)
     for leaf, spec in specs.items():
         parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
-        read = functools.partial(_read_shard, parts, stored, layout, spec)
+        read = functools.partial(_read_shard, parts, stored, layout, spec, seen)
         leaves[leaf] = _placed(read, spec, shardings[leaf])
+    seen.report(folder)
     return nested(leaves)
+
+
+class _Seen:
+    """What the weights that this process reads hold: tensors with values that are not finite, and such without others
+    than zero where no model has them.
+    """
+
+    def __init__(self, arch: ArchConfig):
+        self.offset, self.broken, self.some = arch.norm_offset, set[str](), dict[str, bool]()
+
+    def look(self, name: str, leaf: str, values: np.ndarray) -> None:
+        """Take a part of a tensor into account."""
+        with np.errstate(all="ignore"):
+            total = values.sum(dtype=np.float32)  # a tenth of the time of looking at each value
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            self.broken.add(name)
+        if not (leaf.endswith("bias") or (self.offset and "norm" in leaf)):
+            self.some[name] = self.some.get(name, False) or bool(total != 0 or values.any())
+
+    def report(self, folder: Path) -> None:
+        """Say on standard error, which keeps rows on standard output clean, what no trained model has."""
+        zero = [name for name, some in self.some.items() if not some]
+        for names, what in ((sorted(self.broken), "are not finite"), (zero, "are all zero")):
+            if names and is_first():
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                said = f"weights of {len(names)} tensors {what}: {', '.join(names[:3])}{more}"
+                tell(f"{folder}: {said}", error=True)
 
 
 def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.Array:
@@ -124,7 +152,9 @@ def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
-def _read_shard(parts: _Wanted, stored: Tensors, layout: Layout, spec: Any, index: tuple[slice, ...]) -> np.ndarray:
+def _read_shard(
+    parts: _Wanted, stored: Tensors, layout: Layout, spec: Any, seen: _Seen, index: tuple[slice, ...]
+) -> np.ndarray:
     """The part of a leaf at `index`, read from the files."""
     bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
     out = np.zeros([len(bound) for bound in bounds], spec.dtype)
@@ -142,6 +172,7 @@ def _read_shard(parts: _Wanted, stored: Tensors, layout: Layout, spec: Any, inde
                 sources.append(slice(first - shift, max(last - shift, first - shift)))
                 targets.append(slice(first - bound.start, max(last, first) - bound.start))
             target[tuple(targets)] = piece[tuple(sources)]
+            seen.look(name, tensor.leaf, target[tuple(targets)])
     return out
 
 

@@ -41,5 +41,5 @@ def cached_directory(name: str, revision: str | None = None) -> str | None:
 
     try:
         return str(snapshot_download(name, revision=revision, allow_patterns=_WANTED, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None

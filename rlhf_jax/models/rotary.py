@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import ArchConfig, RopeScaling
+from rlhf_jax.errors import UserError
 
 Tables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 """Cosines and sines."""
@@ -44,6 +45,15 @@ def rotate(x: Float[Array, "B K G T N"], tables: Tables) -> Float[Array, "B K G 
 def _powers(theta: float, dim: int) -> np.ndarray:
     """theta^(2i/dim) in float32, as the models were trained with."""
     return np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+
+
+def check_law(arch: ArchConfig) -> None:
+    """Raise a UserError, or whatever arithmetic does, unless the frequencies of short and long texts are numbers."""
+    for length in (1, arch.max_positions) if arch.positions == "rotary" else ():
+        with np.errstate(all="ignore"):
+            found, gain = _frequencies(arch.rope_scaling, arch.rope_theta, arch.rotary_dim, arch.max_positions, length)
+        if not np.isfinite(found).all() or not np.isfinite(gain):
+            raise UserError(f"rope_theta {arch.rope_theta} and the rotary scaling give angles that are no numbers")
 
 
 def _frequencies(

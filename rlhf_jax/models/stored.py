@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.models.config_json import ADAPTER, read_json, stands_on
+from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.files import strict_json
+from rlhf_jax.models.config_json import ADAPTER, layers_of, read_json, understood
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -79,28 +80,35 @@ def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
     Raises:
         UserError: a file is missing or cut short, or an adapter is of a kind or model that does not fit.
     """
-    if (below := stands_on(path)) is not None:
-        return _with_adapter(path, stored_tensors(below))
+    *adapters, path = layers_of(path)
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if not files[0].is_file() and index.is_file():
-        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        with understood(index):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if bad := [name for name in names if name in ("", ".", "..") or Path(name).name != name]:
+                raise UserError(f"{index} names {shown(bad[0])}, which is no file beside it; download it again")
+        files = [path / name for name in names]
     found: dict[str, Stored | Summed] = {}
     for file in files:
         found |= _read_header(file)
+    for folder in reversed(adapters):
+        with understood(folder / ADAPTER):
+            found = _with_adapter(folder, found)
     return found
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{file} is missing; download or save the model again")
     try:
         with safe_open(file, framework="numpy"):  # checks the header against the file's length
             pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no complete safetensors file ({error}); download or save it again") from error
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = strict_json(handle.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        said = f"{file} is no complete safetensors file ({reason(error)})"
+        raise UserError(f"{said}; download or save it again") from error
     header.pop("__metadata__", None)
     return {
         name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
@@ -113,7 +121,7 @@ def _with_adapter(folder: Path, base: dict[str, Stored | Summed]) -> dict[str, S
     where, raw = folder / ADAPTER_WEIGHTS, read_json(folder / ADAPTER)
     for key, allowed in _ONLY.items():
         if raw.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{folder / ADAPTER}: no support for {key} {raw[key]!r}; {_MERGE}")
+            raise UserError(f"{folder / ADAPTER}: no support for {key} {shown(raw[key])}; {_MERGE}")
     out, pairs = dict(base), {}  # type: tuple[dict[str, Stored | Summed], dict[str, dict[str, Stored]]]
     for name, tensor in _read_header(where).items():
         if found := _LOW_RANK.fullmatch(name):
@@ -139,8 +147,12 @@ def _name_in(base: Tensors, name: str) -> str:
 def _summed(raw: Mapping[str, Any], module: str, base: Stored | Summed, a: Stored, b: Stored, where: Path) -> Summed:
     rank, transposed = a.shape[0], bool(raw.get("fan_in_fan_out"))
     patterns = raw.get("alpha_pattern") or {}
+    if odd := [key for key in patterns if not re.fullmatch(r"[\w.]*", key)]:  # which could run for ever
+        raise UserError(f"alpha_pattern has the regular expression {shown(odd[0])}; {_MERGE}")
     alphas = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = next(alphas, raw["lora_alpha"])
+    alpha = float(next(alphas, raw["lora_alpha"]))
+    if not abs(alpha) < 1e9:
+        raise UserError(f"lora_alpha is {shown(alpha)}, which no adapter has")
     product = (b.shape[0], a.shape[1])
     if base.shape != (product[::-1] if transposed else product) or b.shape[1] != rank:
         raise UserError(
