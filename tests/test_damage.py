@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import struct
 import time
@@ -172,6 +173,14 @@ def test_an_index_names_files_beside_it_alone(tmp_path, name):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     said = read(path)
     assert str(path) in said and ("index.json" in said or "is missing" in said)
+
+
+@pytest.mark.parametrize("first", ["os.system('touch ran')#", "LlamaForCausalLM; 1 / 0", 3])
+def test_the_command_that_a_line_offers_has_nothing_of_the_directory(tmp_path, first):
+    path = write(tmp_path / "it's", golden("llama/smollm"), architectures=[first, "LlamaForCausalLM"])
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    command = shlex.split(read(path).partition("run ")[2])
+    assert command[:2] == ["python", "-c"] and f"t.LlamaForCausalLM.from_pretrained({str(path)!r})" in command[2]
 
 
 def chain(folder, count, end):

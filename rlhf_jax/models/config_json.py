@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,10 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any
     raw = read_json(where)
     family = family_of(raw, where)
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        kind = (raw.get("architectures") or [family.causal])[0]
-        convert = f"import transformers as t; t.{kind}.from_pretrained('{path}').save_pretrained('{path}')"
-        raise UserError(f'{folder} has .bin weights only; where torch is installed, run python -c "{convert}"')
+        kind = family.classifier if family.classifier in (raw.get("architectures") or ()) else family.causal
+        convert = f"import transformers as t; t.{kind}.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        command = f"python -c {shlex.quote(convert)}"
+        raise UserError(f"{folder} has .bin weights only, which are pickles; where torch is installed, run {command}")
     return to_arch(raw, family, where), raw
 
 
