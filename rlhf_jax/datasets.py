@@ -55,7 +55,7 @@ def run_prepare(config: DataPrepareRun) -> Path:
         if path or split == "train":
             rows = rows_from(path, config.fields)
             build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
-            kept, report = collect(rows, build, strict=config.strict)
+            kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
             splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
             tell(f"{split}: {report}")
     with written(f"out {config.out}"), scratch(Path(config.out)) as place, replacing(directory) as new:

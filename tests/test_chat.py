@@ -349,6 +349,23 @@ def test_names_and_the_like_are_counted_and_changed_turns_too():
     assert report.remarks[CHANGED] == 1 and f"1 {CHANGED}" in str(report)
 
 
+def test_fields_that_nothing_reads_are_counted_by_name():
+    tokenizer = tokenizer_of(CHATML)
+    rows = [{"prompt": "a", "response": "b", "system": "Be brief.", "id": 1}]
+    rows += [{"prompt": "a", "response": "c", "id": 2}]
+        {"prompt": "a", "response": "b", "system": "Be brief.", "id": 1},
+        {"prompt": "a", "response": "c", "id": 2},
+    ]
+    _, report = sft_examples(rows_from(rows), tokenizer, **LIMITS, loss_on="response")
+    assert report.unread == {"system": 1, "id": 2} and "fields not read: 'system' of 1, 'id' of 2" in str(report)
+    assert "fields not read: 'system' of 1" in "\n".join(lint.lines(lint.inspect(rows_from(rows), [], None, 9, 9)))
+    _, report = prompt_examples(rows_from(rows), tokenizer, max_prompt_length=9, too_long="error")
+    assert not report.unread  # they are columns for reward functions
+    pair = {"prompt": [user("a")], "chosen": [answer("b", weight=0)], "rejected": "c"}
+    with pytest.raises(UserError, match='row 0: a response has a "weight", which only sft knows'):
+        preference_examples(rows_from([pair]), tokenizer, **LIMITS)
+
+
 def test_nulls_say_nothing_and_parts_of_text_are_a_text():
     tokenizer = tokenizer_of(CHATML)
     plain = {"messages": [user("ab"), answer("c")]}

@@ -17,6 +17,7 @@ from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.numbers import SMALLEST, in_order, is_number, off_centre
 from rlhf_jax.data.schemas import DroppedRow, Row, preference_row
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.rankings import components
 
 Answer = tuple[Any, bool, list[int] | None]
@@ -221,6 +222,8 @@ def response_tokens(
     prompt, cut = limits.prompt(row, encode(encoder, row, "prompt"), tokenizer.bos_id)
     found = []
     for response, done, sampled in answers:
+        if not isinstance(response, str) and "weight" in response[-1]:
+            raise UserError(f'{row["_where"]}: a response has a "weight", which only sft knows; leave it out')
         said = {"prompt": row["prompt"], "finished": done, "ids": sampled, "remarks": remarks}
         tokens = encode(partial(tokenizer.encode_response, **said), {**row, "response": response}, "response")
         tokens, cut_response = limits.response(row, len(prompt), tokens)

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data import schemas
-from rlhf_jax.data.layouts import ANSWERS, layout_of
+from rlhf_jax.data.layouts import ANSWERS, READ, layout_of
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.schemas import DroppedRow, Row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown
 
 Example = dict[str, Any]
 OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every row looks at all of them
@@ -32,7 +32,8 @@ OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every
 class Report:
     """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were.
 
-    `remarks` counts what tokenising had to say, such as "responses whose ids were not of their text".
+    `remarks` counts what tokenising had to say, such as "responses whose ids were not of their text"; `unread` the
+    rows that have a field that nothing reads, by its name.
     """
 
     kept: int
@@ -41,6 +42,7 @@ class Report:
     kinds: dict[str, int] = field(default_factory=dict)
     note: str = ""
     remarks: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
@@ -50,6 +52,8 @@ class Report:
         if self.kinds:
             said.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
         said += [f"{count} {remark}" for remark, count in self.remarks.items()]
+        if self.unread:
+            said.append("fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in self.unread.items()))
         return "; ".join([*said, self.note] if self.note else said)
 
 
@@ -121,7 +125,7 @@ def prompt_examples(
         shown = {"prompt": tokenizer.prompt_text(row["prompt"]), "given": row["prompt"], "columns": columns_of(row)}
         return [{"tokens": np.asarray(tokens, np.int32), **shown}], cut
 
-    return collect(rows, build, strict=strict, remarks=remarks)
+    return collect(rows, build, strict=strict, remarks=remarks, columns=True)
 
 
 def columns_of(row: Row) -> Row:
@@ -234,10 +238,11 @@ def collect(
     strict: bool,
     note: str = "",
     remarks: Counter[str] | None = None,
+    columns: bool = False,
 ) -> tuple[list[Example], Report]:
     """Examples of all rows and their report; build(row) -> (examples, whether something was cut).
 
-    `remarks` is what `build` counts into.
+    `remarks` is what `build` counts into. With `columns` all fields of a row are of use.
 
     Raises:
         UserError: a bad row, a dropped one if `strict`, or no row left.
@@ -263,10 +268,16 @@ def collect(
         dict(kinds),
         note,
         dict(+remarks) if remarks else {},
+        {} if columns else unread_in(rows),
     )
     if not examples:
         raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
     return examples, report
+
+
+def unread_in(rows: Sequence[Any]) -> dict[str, int]:
+    """Names of fields that nothing reads -> how many rows have them."""
+    return dict(Counter(str(name) for row in rows if isinstance(row, dict) for name in row if name not in READ))
 
 
 def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:

@@ -28,6 +28,12 @@ LAYOUTS = (
 """Kind of row -> its fields; the first that a row has all of, and its other fields are no part of it. The names are
 those of TRL's dataset types."""
 
+READ = frozenset().union(*(names for _, names in LAYOUTS)) | {
+    *("votes", "margin", "finished", "rater", "raters", "ranks", "scores", "best"),
+    *("response_ids", "chosen_ids", "rejected_ids", "tools", "documents", "chat_template_kwargs", "_where"),
+}
+"""The fields that some kind of row has: what else a row has is not read, but for prompts, whose fields are columns."""
+
 RANKINGS = ("joined ranking", "ranking")
 PREFERENCES = ("preference", "preference with its prompt in both")
 ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")

@@ -13,11 +13,11 @@ import numpy as np
 from rlhf_jax import rankings
 from rlhf_jax.data.ballots import Ranking, numbered, ranking_row
 from rlhf_jax.data.comparisons import Answer
-from rlhf_jax.data.examples import encode, prompt_key, sft_examples
+from rlhf_jax.data.examples import encode, prompt_key, sft_examples, unread_in
 from rlhf_jax.data.layouts import ANSWERS, PREFERENCES, layout_of
 from rlhf_jax.data.schemas import DroppedRow, Messages, Row, answer_of, flag_of, kind_of, prompt_row, text_of, text_row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import printable
+from rlhf_jax.errors import printable, shown
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 GREEN, RED, DIM, PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
@@ -58,6 +58,7 @@ def inspect(
         "kinds": dict(Counter(map(kind_of, rows))),
         "dropped": {reason: (len(where), where[:3]) for reason, where in dropped.items()},
         "remarks": {remark: (count, places[remark][:3]) for remark, count in remarks.items()},
+        "unread": unread_in([row for row in rows if not kind_of(row).endswith("prompt-only")]),
         "unit": "characters" if tokenizer is None else "tokens",
         "lengths": {k: np.percentile(v, PERCENTILES).round().astype(int).tolist() for k, v in lengths.items() if v},
         "cut_prompts": float(np.mean(np.array(lengths["prompt"] or [0]) > max_prompt_length)),
@@ -159,6 +160,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = [f"  {found['rows']} training rows, {found['held_out']} held out: {kinds}"]
     for reason, (count, where) in found["dropped"].items():
         said.append(f"! {count} {reason}, dropped: {', '.join(where)}{', ...' if count > len(where) else ''}")
+    if found["unread"]:
+        said.append("  fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in found["unread"].items()))
     for remark, (count, where) in found["remarks"].items():
         said.append(f"! {count} {remark}: {', '.join(where)}{', ...' if count > len(where) else ''}")
     said.append(f"  {found['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
