@@ -201,7 +201,7 @@ def ranks(size: int, verdicts: Sequence[Verdict]) -> list[int | None]:
             np.add.at(games, [v.first, v.second], 1)
     order = np.full(size, None, object)
     known = np.flatnonzero(games)
-    order[known] = rankings.consensus_ranks(won[known] / games[known])
+    order[known] = rankings.consensus_ranks(won[known] / games[known], tolerance=1e-9)
     return [None if rank is None else int(rank) for rank in order]
 
 

@@ -80,7 +80,10 @@ def levels(seen: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
 def ranked_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
     """A ranking row with each rater's ranks; `seen` [K, raters]."""
     items = one.items()
-    verdicts = [{"rater": f"rater {r}", "ranks": consensus_ranks(column).tolist()} for r, column in enumerate(seen.T)]
+    verdicts = [
+        {"rater": f"rater {r}", "ranks": consensus_ranks(column, tolerance=0.0).tolist()}
+        for r, column in enumerate(seen.T)
+    ]
     return [{"prompt": one.prompt, "responses": items, "raters": verdicts}]
 
 

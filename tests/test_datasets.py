@@ -297,6 +297,84 @@ def test_aggregate_ranks_models_and_names_the_liar(tmp_path, capsys):
         datasets.run_aggregate(DataAggregateRun(path=path, by="size"))
 
 
+def item(text, model, rank):
+    return {"text": text, "model": model, "rank": rank}
+
+
+BY_MODEL = {
+    "one text of two models": (
+        [
+            {"prompt": "a", "responses": [item("x", "m", 0), item("y", "n", 1)]},
+            {"prompt": "a", "responses": [item("x", "n", 0), item("y", "m", 1)]},
+        ],
+        [("m", "n")],
+        [("n", "m")],
+    ),
+    "two responses of one model": (
+        [{"prompt": "a", "responses": [item("x", "m", 0), item("y", "n", 1), item("z", "m", 2)]}],
+        [("m", "n")],
+        [("n", "m")],
+    ),
+    "one text twice in a row": (
+        [{"prompt": "a", "responses": [item("x", "m", 0), item("x", "n", 0), item("y", "o", 1)]}],
+        [("m", "o"), ("n", "o")],
+        [],
+    ),
+    "one text of one model, ranked twice": (
+        [{"prompt": "a", "responses": [item("x", "m", 0), item("x", "m", 2), item("y", "n", 1)]}],
+        [("m", "n")],
+        [("n", "m")],
+    ),
+    "three against one": (
+        [{"prompt": "a", "responses": [item("x", "m", 0), item("y", "n", 1), item("z", "n", 1), item("w", "n", 2)]}],
+        [("m", "n")] * 3,
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["bradley_terry", "plackett_luce", "crowd_bt"])
+@pytest.mark.parametrize("case", BY_MODEL)
+def test_every_response_counts_for_its_own_model(case, method, tmp_path):
+    """As if each verdict on two of them were a row of its own."""
+    rows, won, lost = BY_MODEL[case]
+    path = write(tmp_path / "r.jsonl", rows)
+    pairs = won + lost
+    single = [{"prompt": str(i), "responses": [item("x", a, 0), item("y", b, 1)]} for i, (a, b) in enumerate(pairs)]
+    if case == "one text twice in a row":
+        single.append({"prompt": "tie", "responses": [item("x", "m", 0), item("y", "n", 0)]})
+    other = write(tmp_path / "s.jsonl", single)
+    [found], [wanted] = (
+        datasets.run_aggregate(DataAggregateRun(path=p, by="model", method=method, intervals=0)) for p in (path, other)
+    )
+    if method != "bradley_terry":  # a ranking of three is more than its pairs, three ballots more reliable than one
+        found, wanted = ({i["text"]: i["rank"] for i in row["responses"]} for row in (found, wanted))
+    assert found == wanted
+
+
+def test_the_verdicts_on_one_text_that_stands_twice_all_count(tmp_path):
+    rows = [{"prompt": "a", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]}]
+    [row] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), intervals=20))
+    assert [(i["text"], i["rank"]) for i in row["responses"]] == [("x", 0), ("y", 0)]
+    labels = [("x", True), ("x", False), ("y", False)]
+    rows = [{"prompt": "a", "completion": text, "label": good} for text, good in labels]
+    [row] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "s.jsonl", rows), intervals=0))
+    assert [(i["text"], i["rank"]) for i in row["responses"]] == [("x", 0), ("y", 1)]
+
+
+def test_votes_count_as_ballots_and_fractions_as_parts_of_one(tmp_path):
+    """Thirty thousand votes are no more work than three."""
+    votes = [[30_000, 10_000, 0], [3, 1, 0], [0.75, 0.25, 0]]
+    rows = [{"prompt": f"p{i}", "chosen": "x", "rejected": "y", "votes": v} for i, v in enumerate(votes)]
+    out = datasets.run_aggregate(
+        DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), prior=1e-6, method="bradley_terry", intervals=50)
+    )
+    for row in out:
+        assert row["responses"][0]["strength"] == pytest.approx(np.log(3) / 2, abs=1e-3)
+    wide = [np.ptp(row["responses"][0]["interval"]) for row in out]
+    assert wide[0] < 0.05 < wide[1]
+
+
 def test_data_commands_run_from_the_command_line(tmp_path):
     path = write(tmp_path / "r.jsonl", ROWS["ranking"])
     call = lambda *a: subprocess.run(  # noqa: E731

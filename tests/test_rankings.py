@@ -261,6 +261,26 @@ def test_bootstrap_intervals_are_of_the_strengths_that_aggregate_gives(method):
     np.testing.assert_allclose(again, twice.strengths, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["bradley_terry", "plackett_luce", "crowd_bt"])
+@pytest.mark.parametrize("others", [0, 20])
+def test_intervals_of_a_small_group_do_not_depend_on_how_many_groups_there_are(method, others):
+    """Its two raters agree, so that no draw of its ballots makes its items equal."""
+    ballots = [(0, 0, [0, 1]), (0, 1, [0, 1])] + [(g, g % 2, [1, 0]) for g in range(1, others + 1)]
+    given = {"num_raters": 2, "method": method, "prior": 0.5}
+    lower, upper = bootstrap_intervals(ballots, **given, num_samples=40, level=0.99, seed=0)
+    assert lower[0, 0] > 0.3 and upper[0, 1] < -0.3
+
+
+@pytest.mark.parametrize("method", ["bradley_terry", "plackett_luce", "crowd_bt"])
+def test_a_ballot_that_counts_several_times_is_as_many_ballots(method):
+    ballots, times = [(0, 0, [0, 1, 2]), (0, 1, [1, 0, 1]), (1, 0, [1, 0, 2])], [3, 1, 2]
+    spelled = [ballot for ballot, count in zip(ballots, times, strict=True) for _ in range(count)]
+    given = {"num_raters": 2, "method": method, "prior": 0.5}
+    once, many = aggregate(ballots, **given, times=times), aggregate(spelled, **given)
+    np.testing.assert_allclose(once.strengths, many.strengths, atol=1e-9)
+    assert once.facts == pytest.approx(many.facts, nan_ok=True)
+
+
 def test_disconnected_comparisons_warn_and_are_counted():
     ballots = [(0, 0, [0, 1, NAN, NAN]), (0, 0, [NAN, NAN, 0, 1]), (1, 1, [0, 1, 2])]
     with pytest.warns(UserWarning, match="do not link all items in 1 of 2 groups"):

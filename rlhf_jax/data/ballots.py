@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax import rankings
-from rlhf_jax.data.layouts import JOINED, layout_of
+from rlhf_jax.data.layouts import Joined, layout_of
 from rlhf_jax.data.numbers import in_order, is_number, number_of
 from rlhf_jax.data.schemas import (
     SAID,
@@ -106,7 +106,7 @@ class Ranking:
             order = self.strengths
         if self.strengths is None and len(self.ballots) == 1:
             return np.array(self.ballots[0][1], np.float64), labels
-        tolerance = 1e-9 if self.strengths is None else 1e-4  # shares of whole votes are exact, a fit is not
+        tolerance = 1e-12 if self.strengths is None else 1e-4  # shares of whole votes are exact, a fit is not
         ranks = rankings.consensus_ranks(order, tolerance=tolerance).astype(np.float64)
         return np.where(games.any(axis=1), ranks, np.nan), labels
 
@@ -133,7 +133,7 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
         answer = answer_of(row)
         ranks = [0.0 if flag_of(row, "label") else 1.0]
         only, ids = [answer["response"]], [answer.get("ids")]
-        said = [(_rater(row), ranks)]
+        said = [(rater_of(row), ranks)]
         return Ranking(answer["prompt"], only, [answer["finished"]], said, where_of(row), [{}], ids=ids)
     if kind == "stepwise supervision":
         raise bad_row(
@@ -165,7 +165,7 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
 
 def rankings_of(row: Row) -> list[Ranking]:
     """The `ranking_row` of a row, or the parts of the one that `gather` has made of several."""
-    return row[JOINED] if layout_of(row) == "joined ranking" else [ranking_row(row)]
+    return row.rankings if isinstance(row, Joined) else [ranking_row(row)]
 
 
 def _items(row: Row) -> list[Row]:
@@ -196,13 +196,13 @@ def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
     if "raters" in row:
         if not isinstance(row["raters"], list) or not all(isinstance(one, dict) for one in row["raters"]):
             raise bad_row(row, f'"raters" is {type_of(row["raters"])}; give a list of {{rater, ranks}}')
-        return [(_rater(one, row), ranks) for one in row["raters"] for ranks in _said(row, one, len(items))]
+        return [(rater_of(one, row), ranks) for one in row["raters"] for ranks in _said(row, one, len(items))]
     if "best" in row:
-        return [(_rater(row), ranks) for ranks in _said(row, row, len(items))]
+        return [(rater_of(row), ranks) for ranks in _said(row, row, len(items))]
     for name, sign in (("rank", 1), ("score", -1)):
         values = row.get(f"{name}s", [item.get(name) for item in items])
         if f"{name}s" in row or any(name in item for item in items):
-            return [(_rater(row), _ranks(row, values, len(items), sign))]
+            return [(rater_of(row), _ranks(row, values, len(items), sign))]
     raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
 
 
@@ -228,8 +228,9 @@ def _ranks(row: Row, values: Any, size: int, sign: int = 1) -> list[float]:
     return in_order([None if value is None else number_of(value) for value in values], sign)
 
 
-def _rater(row: Row, outer: Row | None = None) -> str:
-    name = row.get("rater", "")
+def rater_of(row: Row, outer: Row | None = None) -> str:
+    """The name of who said it, "" for anybody."""
+    name = "" if row.get("rater") is None else row["rater"]
     if not isinstance(name, str):
         raise bad_row(outer or row, f'"rater" is {type_of(name)}; give a name')
     return name
@@ -239,7 +240,7 @@ def _votes(row: Row) -> tuple[list[Ballot], list[float]]:
     """(the ballots of a preference row, how often each counts): as `votes` says, or the one of its rater."""
     votes = row.get("votes")
     if votes is None:
-        return [(_rater(row), [0.0, 1.0])], [1.0]
+        return [(rater_of(row), [0.0, 1.0])], [1.0]
     said = ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0])
     given = [(("", ranks), float(count)) for count, ranks in zip(votes, said, strict=True) if count]
     return [ballot for ballot, _ in given], [count for _, count in given]
@@ -273,9 +274,8 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
         each = iter(fitted)
         apart = [[next(each) for _ in pieces] for pieces in apart]
         said += [*describe(raters, facts), *gaps(joined, apart)]
-    others += [
-        {"prompt": one.prompt, JOINED: own, "_where": one.where} for one, own in zip(joined, apart, strict=True)
-    ]
+    for one, own in zip(joined, apart, strict=True):
+        others.append(Joined({"prompt": one.prompt, "_where": one.where}, own))
     return others, "; ".join(said)
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-JOINED = "_ranking"
-"""The field of a row that `ballots.gather` has made of several."""
+
+class Joined(dict[str, Any]):
+    """A row {prompt} that `ballots.gather` has made of several; no field that a file holds can make one.
+
+    Attributes:
+        rankings: its rankings, of type `ballots.Ranking`.
+    """
+
+    def __init__(self, fields: dict[str, Any], rankings: list[Any]):
+        super().__init__(fields)
+        self.rankings = rankings
+
 
 LAYOUTS = (
-    ("joined ranking", {JOINED}),
     ("ranking", {"responses"}),
     ("preference", {"prompt", "chosen", "rejected"}),
     ("preference with its prompt in both", {"chosen", "rejected"}),
@@ -42,4 +51,6 @@ ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")
 
 def layout_of(row: dict[str, Any]) -> str:
     """The kind of a row; "unknown" if it is none."""
+    if isinstance(row, Joined):
+        return "joined ranking"
     return next((name for name, names in LAYOUTS if names <= set(row)), "unknown")

@@ -39,4 +39,4 @@ def in_order(values: Sequence[Any], sign: int = 1) -> list[float]:
 
 def off_centre(share: float, more: bool) -> float:
     """A share that is above 1/2 if `more`, else below it, also where float32 would round it to 1/2."""
-    return share if np.float32(share) != 0.5 else float(np.nextafter(np.float32(0.5), np.float32(more)))
+    return share if np.float32(share) != 0.5 else 0.5 + 2.0**-24 * (1 if more else -1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.ballots import ranking_row
+from rlhf_jax.data.ballots import ranking_row, rater_of
 from rlhf_jax.data.fields import catalogue, map_row
 from rlhf_jax.data.schemas import Messages, Row, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError
@@ -143,7 +143,7 @@ def stored(row: Row, schema: str) -> Row:
         found = preference_row(row)
         texts = {name: _text(found[name]) for name in ("chosen", "rejected")}
         kept = {"finished": found["finished"], "margin": found["margin"]}
-        votes = {"votes": [float(count) for count in row.get("votes") or []], "rater": row.get("rater") or ""}
+        votes = {"votes": [float(count) for count in row.get("votes") or []], "rater": rater_of(row)}
         return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes, **_flat(found["ids"])}
     if schema == "ranking":
         ranking = ranking_row(row)
