@@ -683,7 +683,7 @@ def test_sample_and_score_on_saved_models(here, call):
     assert (code, out, err) == (0, "", "")
     rows = rows_of((here / "made" / "rows.jsonl").read_text())
     assert [row["prompt"] for row in rows] == ["b", "b", "c d", "c d"]
-    assert all(set(row) == {"prompt", "response", "finished"} for row in rows)
+    assert all(set(row) == {"prompt", "response", "response_ids", "finished"} for row in rows)
     assert {row["finished"] for row in rows} == {True, False}
     assert len({row["response"] for row in rows}) > 1
 
@@ -701,7 +701,7 @@ def test_sample_and_score_on_saved_models(here, call):
     params = hf.load_params("rm", ARCH, score_head=True)
     tokenizer = walks.make_tokenizer()
     for row in scored:
-        ids = tokenizer.encode(f"{row['prompt']} {row['response']}") + [1] * row.get("finished", True)
+        ids = tokenizer.encode(row["prompt"]) + row.get("response_ids", [1])
         tokens = jax.numpy.asarray([ids])
         hidden = model.apply(params, tokens, jax.numpy.arange(len(ids))[None], jax.numpy.ones_like(tokens))
         expected = model.scores(params["score"], hidden)[0, -1]
