@@ -351,10 +351,10 @@ def test_names_and_the_like_are_counted_and_changed_turns_too():
 
 def test_fields_that_nothing_reads_are_counted_by_name():
     tokenizer = tokenizer_of(CHATML)
-    rows = [{"prompt": "a", "response": "b", "system": "Be brief.", "id": 1}]
-    rows += [{"prompt": "a", "response": "c", "id": 2}]
+    rows = [{"prompt": "a", "response": "b", "system": "Be brief.", "lang": 1}]
+    rows += [{"prompt": "a", "response": "c", "lang": 2}]
     _, report = sft_examples(rows_from(rows), tokenizer, **LIMITS, loss_on="response")
-    assert report.unread == {"system": 1, "id": 2} and "fields not read: 'system' of 1, 'id' of 2" in str(report)
+    assert report.unread == {"system": 1, "lang": 2} and "fields not read: 'system' of 1, 'lang' of 2" in str(report)
     assert "fields not read: 'system' of 1" in "\n".join(lint.lines(lint.inspect(rows_from(rows), [], None, 9, 9)))
     _, report = prompt_examples(rows_from(rows), tokenizer, max_prompt_length=9, too_long="error")
     assert not report.unread  # they are columns for reward functions

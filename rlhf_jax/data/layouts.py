@@ -40,8 +40,10 @@ those of TRL's dataset types."""
 READ = frozenset().union(*(names for _, names in LAYOUTS)) | {
     *("votes", "margin", "finished", "rater", "raters", "ranks", "scores", "best"),
     *("response_ids", "chosen_ids", "rejected_ids", "tools", "documents", "chat_template_kwargs", "_where"),
+    *("id", "item"),
 }
-"""The fields that some kind of row has: what else a row has is not read, but for prompts, whose fields are columns."""
+"""The fields that some kind of row has, and names of rows: what else a row has is not read, but for prompts, whose
+fields are columns."""
 
 RANKINGS = ("joined ranking", "ranking")
 PREFERENCES = ("preference", "preference with its prompt in both")
