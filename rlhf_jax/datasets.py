@@ -131,14 +131,15 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
     """All rankings as one whose items are the values of a field of the responses, such as the model.
 
     Each verdict on two responses counts for their values, also where responses to one prompt have one text or one
-    value; two responses of one value are not compared.
+    value; two responses of one value are not compared. All that is said of one prompt is a unit of the bootstrap.
     """
     for ranking in together:
         if not all(name in more for more in ranking.extra):
             raise UserError(f'{ranking.where}: a response has no field "{name}"; correct --by')
     value = lambda response, done, more: _value(more[name])  # noqa: E731
     of_prompts = ballots.join(list(together), prompt_key, lambda *one: (ballots.same_text(*one), value(*one)))
-    [joined] = ballots.join([one for one in of_prompts if len(one.responses) > 1], lambda row: "", value)
+    compared = [replace(one, units=[0] * len(one.ballots)) for one in of_prompts if len(one.responses) > 1]
+    [joined] = ballots.join(compared, lambda row: "", value)
     names = [_value(more[name]) for more in joined.extra]
     order, size = sorted(range(len(names)), key=names.__getitem__), len(names)
     told = [(rater, [ranks[i] for i in order]) for rater, ranks in joined.ballots]
@@ -165,6 +166,7 @@ def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarr
         seed=config.seed,
         times=times,
         units=units,
+        whole=bool(config.by),
     )
     return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
 

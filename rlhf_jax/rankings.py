@@ -238,12 +238,14 @@ def bootstrap_intervals(
     seed: int,
     times: Sequence[float] | None = None,
     units: Sequence[int] | None = None,
+    whole: bool = False,
 ) -> tuple[Float[np.ndarray, "G K"], Float[np.ndarray, "G K"]]:
     """(lower, upper) percentile intervals of `aggregate`'s strengths, ballots drawn with replacement (Efron 1979).
 
     Whole ballots are drawn, since the pairs of one ranking are not independent; those with one number in `units` are
     parts of one. Each group draws as many of its own as it has, so that none is left with none; a ballot that counts
-    several `times` is as many ballots. The interval of a group of one ballot has no width.
+    several `times` is as many ballots, unless units are drawn as a `whole`, each as one. The interval of a group of
+    one ballot has no width.
     """
     c, rng = comparisons(ballots, num_raters=num_raters), np.random.default_rng(seed)
     counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
@@ -251,7 +253,7 @@ def bootstrap_intervals(
     _, first, unit = np.unique(
         np.arange(len(ballots)) if units is None else units, return_index=True, return_inverse=True
     )
-    group_of, size_of = np.array([ballots[i][0] for i in first]), counts[first]
+    group_of, size_of = np.array([ballots[i][0] for i in first]), np.ones(len(first)) if whole else counts[first]
     drawn = np.zeros((num_samples, len(first)))
     for group in np.unique(group_of):
         own = np.flatnonzero(group_of == group)

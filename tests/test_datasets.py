@@ -76,6 +76,30 @@ def test_a_prepared_dataset_gives_its_rows_back_in_order(tmp_path, schema, capsy
         datasets.run_prepare(DataPrepareRun(path=path, schema=schema, out=str(tmp_path / "out")))
 
 
+def test_elo_intervals_take_the_votes_on_a_prompt_as_one(tmp_path):
+    """Ten raters who say the same of a prompt, or ten votes on it, tell as much about the models as one does."""
+    rng = np.random.default_rng(0)
+    won = rng.random(40) < 0.6
+    items = lambda first: [{"text": "x", "model": "ab"[not first]}, {"text": "y", "model": "ab"[first]}]  # noqa: E731
+
+    def width(raters):
+        rows = [
+            {
+                "prompt": f"p{n}",
+                "responses": items(first),
+                "raters": [{"rater": f"{r}", "ranks": [0, 1]} for r in raters],
+            }
+            for n, first in enumerate(won.tolist())
+        ]
+        path = write(tmp_path / "rows.jsonl", rows)
+        config = DataAggregateRun(path=path, by="model", intervals=200, prior=1e-6)
+        return [item["interval"] for item in datasets.run_aggregate(config)[0]["responses"]]
+
+    np.testing.assert_allclose(width(range(10)), width([0]), atol=2e-3)
+    low, high = width(range(10))[0]
+    assert high - low > 0.4  # in nats, half the difference: 2 * 1.96 * sqrt(1 / (40 * .24)) / 2
+
+
 def test_tfds_opens_what_we_prepare_without_us_and_without_tensorflow(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS["preference"])
     out = datasets.run_prepare(DataPrepareRun(path=path, schema="preference", out=str(tmp_path)))
