@@ -1,7 +1,8 @@
-"""Calls of what is not ours, functions of users and servers: within a time limit, tried again. Floor 1."""
+"""Calls of what is not ours, functions of users and servers: within a time limit, tried again. Floor 0."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -69,3 +70,75 @@ def persist(
             if i < retries:
                 time.sleep(RETRY_WAIT * 2**i)
     raise Failed from last
+
+
+class _Late(BaseException):
+    """Raised by the watch in a thread whose time is over; no `except Exception` on the way stops it."""
+
+
+class _Watch:
+    """A thread that looks after the calls of `limited`."""
+
+    EVERY = 0.1
+    """Seconds between two looks."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ends: dict[int, float] = {}
+        self.needed = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def enter(self, thread: int, seconds: float) -> None:
+        """Look after a thread from now on."""
+        with self.lock:
+            self.ends[thread] = _spent(thread) + seconds
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
+                self.thread.start()
+        self.needed.set()
+
+    def leave(self, thread: int) -> None:
+        """Leave it alone, and take back an end that is on its way."""
+        with self.lock:
+            self.ends.pop(thread, None)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def look(self) -> None:
+        """End those whose time is over."""
+        while True:
+            self.needed.wait()
+            time.sleep(self.EVERY)
+            with self.lock:
+                for thread in [thread for thread, end in self.ends.items() if _spent(thread) > end]:
+                    del self.ends[thread]
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
+                if not self.ends:
+                    self.needed.clear()
+
+
+_watch = _Watch()
+
+
+def _spent(thread: int) -> float:
+    """Seconds that a thread has computed; where that is not known, of the clock."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
+    return time.monotonic()
+
+
+def limited(fn: Callable[[], Any], seconds: float) -> Any:
+    """fn(), in this thread, which may be any, for at most so many seconds of computing in Python.
+
+    Raises:
+        TimeoutError: it was not done by then, and has been ended.
+    """
+    thread = threading.get_ident()
+    try:
+        try:
+            _watch.enter(thread, seconds)
+            return fn()
+        finally:
+            _watch.leave(thread)
+    except _Late:  # of which each call has one at most, here or within `leave`
+        _watch.leave(thread)
+        raise TimeoutError(f"not done in {seconds:g} s") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rlhf_jax import hosts
+from rlhf_jax import clock, hosts
 from rlhf_jax.directory import as_json
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.files import Lines, check_output, is_stream, json_lines, replace_all, to_json, write_output
@@ -47,9 +47,12 @@ class Journal:
         self.output = str(output)
         self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
         self._file: IO[bytes] | None = None
-        self._header = as_json({"made of": made_of, **({"overwrite": True} if overwrite else {})})
+        header = {"made of": made_of, "time": clock.begin(), **({"overwrite": True} if overwrite else {})}
+        self._header = as_json(header)
         try:
-            self.rows: list[dict[str, Any]] = hosts.from_first(lambda: self._open(overwrite))
+            self.rows: list[dict[str, Any]]
+            self.rows, time = hosts.from_first(lambda: (self._open(overwrite), clock.time()))
+            clock.begin(time)
         except BaseException:
             self.close()
             raise
@@ -75,6 +78,8 @@ class Journal:
         data = path.read_bytes()
         lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
         header = _loaded(lines[0]) if lines else None
+        if header is not None and header.get("time"):
+            self._header["time"] = clock.begin(header["time"])  # chat templates see when it was begun
         begun = START.startswith(data[: len(START)])  # else it is somebody else's
         if (not lines and begun) or (header != self._header and "overwrite" in self._header):
             os.truncate(path, 0)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 from tqdm import tqdm
 
-from rlhf_jax import directory, hosts
+from rlhf_jax import clock, directory, hosts
 from rlhf_jax.checkpoint import Checkpoints, reason_of
 from rlhf_jax.contents import contents
 from rlhf_jax.errors import Stopped, UserError, printable
@@ -41,8 +41,19 @@ def close_bars() -> None:
 
 
 def check_output_dir(stage: str, config: Any, given: Sequence[str] = ()) -> dict[str, Any] | None:
-    """`directory.check_output_dir` as process 0 finds it, since it holds the directory soon after."""
-    return hosts.from_first(lambda: directory.check_output_dir(stage, config, given, contents(config)))
+    """`directory.check_output_dir` as process 0 finds it, since it holds the directory soon after.
+
+    Chat templates see the time at which the run that is there began, else that of now.
+    """
+
+    def find() -> tuple[dict[str, Any] | None, str]:
+        found = directory.check_output_dir(stage, config, given, contents(config))
+        there = None if config.run.overwrite else directory.read_record(Path(config.run.output_dir))
+        return found, clock.begin((there or {}).get("time"))
+
+    found, time = hosts.from_first(find)
+    clock.begin(time)
+    return found
 
 
 class Run:
@@ -145,7 +156,7 @@ class Run:
     def _about(self) -> dict[str, Any]:
         """What run.json and every checkpoint say of the run."""
         about = {"stage": self.stage, "total": self.total, "given": list(self.given), "cwd": str(Path.cwd())}
-        return {**about, "files": self._files, "config": directory.plain(self.settings)}
+        return {**about, "time": clock.time(), "files": self._files, "config": directory.plain(self.settings)}
 
     def __enter__(self) -> Run:
         return self

@@ -20,6 +20,8 @@ FLOORS = {
     **dict.fromkeys(
         [
             "errors",
+            "attempts",
+            "clock",
             "config",
             "types",
             "tokens",
@@ -39,7 +41,7 @@ FLOORS = {
     **dict.fromkeys(
         ["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal", "attempts", "yamls"], 1
     ),
-    **dict.fromkeys(["contents", "attempts"], 1),
+    "contents": 1,
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online", "supervised", "responses"], 2),
     **dict.fromkeys(["judge", "likelihood", "asking", "endpoint"], 2),

@@ -13,6 +13,8 @@ from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any
 
+from rlhf_jax import clock
+from rlhf_jax.attempts import limited
 from rlhf_jax.data.schemas import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript
 from rlhf_jax.errors import UserError
 
@@ -20,10 +22,16 @@ MARKER, QUESTION = "0x5EED", "0x7EA"  # what is said where a chat template is pr
 ASKED: Messages = [{"role": "user", "content": QUESTION}]
 OPENS = re.compile(r"(?P<tag><[\w:.-]+>|\[[\w:.-]+\]|◁[\w:.-]+▷)(?P<space>\s*)$")  # a thought, at a prompt's end
 LONGEST_TAG = 64
+LONGEST_RENDERING = 5.0
+"""Seconds that a chat template may compute for one conversation."""
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers hands over as all
 FOLLOWS = "answers to a prompt that the chat template writes otherwise once they are there"
 MERGED = "answers whose start and the prompt's end would be one token, had they been one text"
 CHANGED = "turns whose text the chat template changes or leaves out"
+
+
+class Endless(UserError):
+    """A chat template that does not end."""
 
 
 class Transcript:
@@ -77,6 +85,8 @@ class ChatTemplate:
         try:
             prompt, bare = (self._text(ASKED, answer_next=flag) for flag in (True, False))
             before, found, self._after = self._text([*ASKED, _answer(MARKER)]).partition(MARKER)
+        except Endless:
+            raise
         except UserError:
             return  # a template for other roles; the first real prompt reports it with its row
         self._silent = not found
@@ -241,19 +251,28 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         given, turns = _split(messages)
         source = self.hf.get_chat_template(tools=given.get("tools"))
         marks = _marks_answers(source)
-        try:
-            rendered: Any = render_jinja_template(
+
+        def run() -> Any:
+            _compile_jinja_template(source).globals["strftime_now"] = clock.strftime_now  # of the cached template
+            return render_jinja_template(
                 conversations=[turns],
                 chat_template=source,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=answer_next,
                 **{**self.hf.special_tokens_map, **given},
             )
+
+        try:
+            rendered = limited(run, LONGEST_RENDERING)
+        except TimeoutError:
+            raise Endless(
+                f"the chat template has not ended after {LONGEST_RENDERING:g} s of computing; use another"
+            ) from None
         except Exception as error:  # templates raise their own errors, for instance on two user turns in a row
             raise UserError(f"the chat template refuses these messages ({error}); change their roles") from error
         texts, spans = rendered
