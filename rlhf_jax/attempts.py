@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -110,7 +111,7 @@ class _Watch:
             time.sleep(self.EVERY)
             with self.lock:
                 for thread in [thread for thread, end in self.ends.items() if _spent(thread) > end]:
-                    del self.ends[thread]
+                    self.ends[thread] = _spent(thread) + 1.0  # once more, should code that ignores errors have had it
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
                 if not self.ends:
                     self.needed.clear()
@@ -132,13 +133,17 @@ def limited(fn: Callable[[], Any], seconds: float) -> Any:
     Raises:
         TimeoutError: it was not done by then, and has been ended.
     """
-    thread = threading.get_ident()
+    thread, collects = threading.get_ident(), gc.isenabled()
     try:
         try:
+            gc.disable()  # callbacks of a collection, where the end may strike, print errors and go on
             _watch.enter(thread, seconds)
             return fn()
         finally:
             _watch.leave(thread)
-    except _Late:  # of which each call has one at most, here or within `leave`
+    except _Late:  # the next one is a second of computing away
         _watch.leave(thread)
         raise TimeoutError(f"not done in {seconds:g} s") from None
+    finally:
+        if collects:
+            gc.enable()

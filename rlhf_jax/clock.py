@@ -1,4 +1,4 @@
-"""The time that chat templates read: it belongs to what is made, so a run that goes on renders as it began. Floor 0."""
+"""The time that chat templates read. It belongs to what is made: a run that goes on renders as it began. Floor 0."""
 
 from __future__ import annotations
 

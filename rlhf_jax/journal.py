@@ -78,10 +78,9 @@ class Journal:
         data = path.read_bytes()
         lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
         header = _loaded(lines[0]) if lines else None
-        if header is not None and header.get("time"):
-            self._header["time"] = clock.begin(header["time"])  # chat templates see when it was begun
+        same = header is not None and {**header, "time": None} == {**self._header, "time": None}
         begun = START.startswith(data[: len(START)])  # else it is somebody else's
-        if (not lines and begun) or (header != self._header and "overwrite" in self._header):
+        if (not lines and begun) or (not same and "overwrite" in self._header):
             os.truncate(path, 0)
             self._lines.add([self._header], sync=True)
             return []
@@ -90,6 +89,8 @@ class Journal:
             raise UserError(
                 f"{path} {_difference(made_of, self._header['made of'])}; give the same, or pass --overwrite true"
             )
+        if header is not None:
+            clock.begin(header.get("time"))  # chat templates see when it was begun
         found = [_loaded(line) for line in lines[1:]]
         count = next((i for i, row in enumerate(found) if row is None or WRITTEN in row), len(found))
         if count < len(found) and found[count] is None:
