@@ -18,8 +18,8 @@ from rlhf_jax.directory import names_given
 from rlhf_jax.drawing import digest, prompts_of
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.files import replacing
-from rlhf_jax.run import Run, check_output_dir
-from rlhf_jax.stage import replace
+from rlhf_jax.run import Run
+from rlhf_jax.stage import check_output_dir, replace
 
 BEST = "best.jsonl"
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -38,22 +38,6 @@ def close_bars() -> None:
     """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
     for bar in BARS:
         bar.close()
-
-
-def check_output_dir(stage: str, config: Any, given: Sequence[str] = ()) -> dict[str, Any] | None:
-    """`directory.check_output_dir` as process 0 finds it, since it holds the directory soon after.
-
-    Chat templates see the time at which the run that is there began, else that of now.
-    """
-
-    def find() -> tuple[dict[str, Any] | None, str]:
-        found = directory.check_output_dir(stage, config, given, contents(config))
-        there = None if config.run.overwrite else directory.read_record(Path(config.run.output_dir))
-        return found, clock.begin((there or {}).get("time"))
-
-    found, time = hosts.from_first(find)
-    clock.begin(time)
-    return found
 
 
 class Run:

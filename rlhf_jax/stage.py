@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax import clock, directory, hosts
 from rlhf_jax.config import ArchConfig, DataConfig, LoRAConfig, ModelConfig
+from rlhf_jax.contents import contents
 from rlhf_jax.data.batches import Batch, Collate, eval_batches
 from rlhf_jax.data.examples import Report, split_by_prompt
 from rlhf_jax.data.padding import with_own_padding
@@ -55,6 +57,22 @@ class Loaded:
     def whole(self, params: Params) -> Params:
         """All parameters of the model whose trained ones are `params`; no array is copied."""
         return joined(self.frozen, params)
+
+
+def check_output_dir(stage: str, config: Any, given: Sequence[str] = ()) -> dict[str, Any] | None:
+    """`directory.check_output_dir` as process 0 finds it, since it holds the directory soon after.
+
+    Chat templates see the time at which the run that is there began, else that of now.
+    """
+
+    def find() -> tuple[dict[str, Any] | None, str]:
+        found = directory.check_output_dir(stage, config, given, contents(config))
+        there = None if config.run.overwrite else directory.read_record(Path(config.run.output_dir))
+        return found, clock.begin((there or {}).get("time"))
+
+    found, time = hosts.from_first(find)
+    clock.begin(time)
+    return found
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:

@@ -14,11 +14,12 @@ from rlhf_jax.data.examples import Example
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.keys import branch
 from rlhf_jax.loop import Evaluate, num_steps, train
-from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.run import Run
 from rlhf_jax.sharding import check_rows, make_mesh
 from rlhf_jax.stage import (
     Loaded,
     check_length,
+    check_output_dir,
     check_vocabulary,
     held_out_batches,
     length_buckets,

@@ -38,9 +38,7 @@ FLOORS = {
         ],
         0,
     ),
-    **dict.fromkeys(
-        ["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal", "attempts", "yamls"], 1
-    ),
+    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal", "yamls"], 1),
     "contents": 1,
     **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
     **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online", "supervised", "responses"], 2),

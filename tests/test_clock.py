@@ -16,7 +16,8 @@ from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.journal import Journal
-from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.run import Run
+from rlhf_jax.stage import check_output_dir
 
 DATED = (
     "{{ strftime_now('%d %b %Y, %H:%M:%S') }}|{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

@@ -11,8 +11,8 @@ from rlhf_jax.directory import names_given
 from rlhf_jax.errors import UserError
 from rlhf_jax.online.stage import Online
 from rlhf_jax.rewards import RewardFailure
-from rlhf_jax.run import Run, check_output_dir
-from rlhf_jax.stage import check_trained, describe
+from rlhf_jax.run import Run
+from rlhf_jax.stage import check_output_dir, check_trained, describe
 from rlhf_jax.state import learning_rates
 
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
