@@ -168,3 +168,12 @@ def test_a_judge_without_some_verdicts_ranks_what_it_has_linked():
     assert ranks_by_part(4, said) == [[0, 1, None, None], [None, None, 1, 0]]
     assert ranks_by_part(4, [*said, verdict(1, 3, 1.0)]) == [[0, 1, 3, 2]]
     assert ranks_by_part(3, [verdict(0, 1, None)]) == []
+
+
+def test_a_row_that_a_mixture_repeats_is_no_more_ballots():
+    rows = sources.rows_from(in_rows({"b": 0, "c": 1}) + in_rows({"b": 0, "c": 1}, prompt="d"))
+    once, _ = preference_examples(rows, TOKENIZER, **LIMITS, aggregate="bradley_terry")
+    mixed, report = preference_examples([*rows, rows[1], rows[1]], TOKENIZER, **LIMITS, aggregate="bradley_terry")
+    assert [example["label"] for example in mixed] == [once[0]["label"]] * 4
+    assert [TOKENIZER.decode(example["chosen"][:1]) for example in mixed] == ["a", "d", "d", "d"]
+    assert "2 verdicts" in str(report)

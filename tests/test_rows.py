@@ -116,7 +116,7 @@ def examples_of(build, **settings):
 
 def inspected(row):
     found = lint.inspect([row], [], TOKENIZER, 8, 16)
-    return {**found, "kinds": None}, lint.render(row, TOKENIZER, loss_on="response", color=False)
+    return {**found, "kinds": None, "unread": None}, lint.render(row, TOKENIZER, loss_on="response", color=False)
 
 
 READERS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -251,18 +251,22 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
 
     aggregate = votes joins unpaired preferences only. bradley_terry, plackett_luce and crowd_bt join all rows of a
     prompt, equal responses once, and fit strengths to all ballots of each of its `parts`; a row with nothing to learn
-    stays as it is.
+    stays as it is. Ballots of a row that a mixture has several times count once, and what is joined is there as often.
     """
     together: list[Ranking] = []
     others: list[Row] = []
-    for row in rows:
+    times = Counter(map(id, rows))
+    copies: dict[str, int] = {}  # prompt -> how often a mixture has its rows
+    for row in {id(row): row for row in rows}.values():
         if aggregate == "votes" and layout_of(row) != "unpaired preference":
-            others.append(row)
+            others += [row] * times[id(row)]
             continue
         try:
             together.append(ranking_row(row))
+            prompt = key({"prompt": together[-1].prompt})
+            copies[prompt] = max(copies.get(prompt, 1), times[id(row)])
         except DroppedRow:
-            others.append(row)
+            others += [row] * times[id(row)]
     if not together:
         return others, ""
     joined = join(together, key)
@@ -275,7 +279,7 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
         apart = [[next(each) for _ in pieces] for pieces in apart]
         said += [*describe(raters, facts), *gaps(joined, apart)]
     for one, own in zip(joined, apart, strict=True):
-        others.append(Joined({"prompt": one.prompt, "_where": one.where}, own))
+        others += [Joined({"prompt": one.prompt, "_where": one.where}, own)] * copies[key({"prompt": one.prompt})]
     return others, "; ".join(said)
 
 

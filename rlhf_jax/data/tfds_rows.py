@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.data.ballots import ranking_row, rater_of
 from rlhf_jax.data.fields import catalogue, map_row
-from rlhf_jax.data.schemas import Messages, Row, preference_row, prompt_row, sft_row
+from rlhf_jax.data.schemas import Messages, Row, bad_row, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError
 
 NAME = "feedback"
@@ -147,12 +147,17 @@ def stored(row: Row, schema: str) -> Row:
         return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes, **_flat(found["ids"])}
     if schema == "ranking":
         ranking = ranking_row(row)
+        if any(count % 1 for count in ranking.counts()):
+            raise bad_row(
+                row, '"votes" are no whole numbers, and a ranking is stored as whole ballots; store a preference'
+            )
+        told = [one for one, n in zip(ranking.ballots, ranking.counts(), strict=True) for _ in range(int(n))]
         return {
             "prompt": _turns(ranking.prompt),
             "responses": [_text(response) for response in ranking.responses],
             "finished": ranking.finished,
-            "raters": [rater for rater, _ in ranking.ballots],
-            "ranks": [rank for _, ranks in ranking.ballots for rank in ranks],
+            "raters": [rater for rater, _ in told],
+            "ranks": [rank for _, ranks in told for rank in ranks],
             **_flat(ranking.ids),
         }
     row = prompt_row(row)
