@@ -30,13 +30,13 @@ NONSENSE, NO_ANSWER = "nonsense", "no answer"
 CHANCE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 _NAME = r"(?:(?i:response|answer|option|choice|candidate|completion|assistant)\s+)?[\"'(\[]?([AB])[\"')\]]?"
 _BETTER = r"(?:better|best|superior|preferable|preferred|stronger|the winner|more \w+)"
-_ENDS = r"(?=\s*(?:[.,;:!)\n]|$)|\s+(?:over|to|because|since|as|is|has|for|due)\b)"
+_ENDS = r"(?=\s*(?:[.,;:!)}\n]|$)|\s+(?:over|to|because|since|as|is|has|for|due)\b)"
 BRACKETED = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 WHOLE = re.compile(
     r"(?:(?:so|therefore|thus|overall|final)[\s,]+)*(?:(?:my|the|your|i'd say|i say|it is|it's|this is|call it)\s+)*"
     r"(?:(?:final|better|best|preferred)\s+)*"
     r"(?:(?:response|answer|option|choice|candidate|completion|assistant|verdict|winner|preference|one|judgment)\s*)?"
-    r"(?:is\b|[:=])?\s*(?:(?:response|answer|option|assistant)\s+)?"
+    r"(?:is\b|[:=\uff1a])?\s*(?:(?:response|answer|option|assistant)\s+)?"
     r"[\"'(\[]*(?:a\s+(?=tie))?(A|B|tie)[\"')\]]*[\s.!)]*$",
     re.IGNORECASE,
 )
@@ -47,7 +47,7 @@ STATED = (
     re.compile(
         rf"\b(?i:prefer|choose|chose|pick|select|favou?r|go with|vote for|think|say|better is|best is) {_NAME}{_ENDS}"
     ),
-    re.compile(rf"(?:\b(?i:is|winner|verdict|answer|choice|preference)\b:?|[:=]) ?{_NAME}{_ENDS}"),
+    re.compile(rf"(?:\b(?i:is|winner|verdict|answer|choice|preference)\b:?|(?<![AB])[:=]) ?{_NAME}{_ENDS}"),
     re.compile(r"\b(?:a|an even|is|:) (tie)\b(?!-)"),
 )
 _NOT = "not? never neither nor hardly less least worse worst weaker inferior los\\w+ wrong bad if whether unless"

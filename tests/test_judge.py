@@ -41,7 +41,7 @@ SAID = {
         "A is better than B.", "A is more helpful than B", "A is better because B is not relevant.", "I think A.",
         "I'd go with A.", "I prefer A over B.", "A wins.", "A\n\nResponse A is shorter than B.", "A. It is shorter.",
         "A, because it answers.", "A because it is right", "My final answer: A", "Winner: A", "[[a]]",
-        "Long talk about B and A.\n\nAnswer: A", 1, True,
+        '{"winner": "A"}', "Long talk about B and A.\n\nAnswer: A", 1, True,
     ],
     0.0: [
         "B", "b", " B.", "**B**", "A is vague and B is wrong, so [[B]]", "A good answer is B", "A better answer is B.",
@@ -57,7 +57,7 @@ SAID = {
         "A is not better.", "A isn't better than B", "I don't think A is better", "The worse response is A.",
         "A better answer would say more.", "A: 7/10. B: 9/10", "A. Blue\nB. Green", "As an AI, A model cannot choose",
         "If A is better, say so", "The better response is A or B", "It is not a tie", "A tie-breaker is needed", "C",
-        1.5, -0.1, None, float("nan"), ["A"],
+        "A=B", "A: B", 1.5, -0.1, None, float("nan"), ["A"],
     ],
 }  # fmt: skip
 """What an answer means -> answers."""
