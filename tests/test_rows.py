@@ -182,8 +182,9 @@ def test_rows_that_may_be_two_things_are_refused_by_name(reader, row, expected):
 
 @pytest.mark.parametrize("fields", [{}, {"label": True}, {"label": 0.4}, {"rating": 2, "label": 1}, {"text": "x"}])
 def test_margins_and_votes_are_those_of_the_row_whatever_else_it_has(fields):
-    [example], _ = preference_examples([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, **SMALL)
+    [example], report = preference_examples([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, **SMALL)
     assert (example["label"], example["margin"]) == (pytest.approx(0.7), 0.5)
+    assert report.unread == dict.fromkeys(fields, 1)
     for build in (ranking_examples, partial(preference_examples, aggregate="crowd_bt")):
         assert "1 margins not used" in str(build([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, **SMALL)[1])
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data import schemas
-from rlhf_jax.data.layouts import ANSWERS, READ, layout_of
+from rlhf_jax.data.layouts import ANSWERS, layout_of, unread_of
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.schemas import DroppedRow, Row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -277,7 +277,7 @@ def collect(
 
 def unread_in(rows: Sequence[Any]) -> dict[str, int]:
     """Names of fields that nothing reads -> how many rows have them."""
-    return dict(Counter(str(name) for row in rows if isinstance(row, dict) for name in row if name not in READ))
+    return dict(Counter(name for row in rows if isinstance(row, dict) for name in unread_of(row)))
 
 
 def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:

@@ -37,14 +37,6 @@ LAYOUTS = (
 """Kind of row -> its fields; the first that a row has all of, and its other fields are no part of it. The names are
 those of TRL's dataset types."""
 
-READ = frozenset().union(*(names for _, names in LAYOUTS)) | {
-    *("votes", "margin", "finished", "rater", "raters", "ranks", "scores", "best"),
-    *("response_ids", "chosen_ids", "rejected_ids", "tools", "documents", "chat_template_kwargs", "_where"),
-    *("id", "item"),
-}
-"""The fields that some kind of row has, and names of rows: what else a row has is not read, but for prompts, whose
-fields are columns."""
-
 RANKINGS = ("joined ranking", "ranking")
 PREFERENCES = ("preference", "preference with its prompt in both")
 ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")
@@ -56,3 +48,22 @@ def layout_of(row: dict[str, Any]) -> str:
     if isinstance(row, Joined):
         return "joined ranking"
     return next((name for name, names in LAYOUTS if names <= set(row)), "unknown")
+
+
+ALWAYS = {"prompt", "id", "item", "tools", "documents", "chat_template_kwargs", "_where"}
+SAID = {
+    **{kind: {"votes", "margin", "finished", "rater", "chosen_ids", "rejected_ids"} for kind in PREFERENCES},
+    **{kind: {"finished", "response_ids", "rater"} for kind in ANSWERS},
+    "ranking": {"rater", "raters", "ranks", "scores", "best"},
+}
+READ = {
+    kind: ALWAYS.union(SAID.get(kind, set()), *(names for name, names in LAYOUTS if name == kind))
+    for kind in {name for name, _ in LAYOUTS}
+}
+"""Kind of row -> the fields that are read of it, and names of rows: others are not, but of prompts, whose fields are
+columns."""
+
+
+def unread_of(row: dict[str, Any]) -> list[str]:
+    """The fields of a row that nothing reads; none of a row of unknown kind, which is refused."""
+    return [str(name) for name in row if name not in READ.get(layout_of(row), row)]
