@@ -154,7 +154,7 @@ class Model:
     def _tables(self, positions: Int[Array, "B T"], *, local: bool) -> Tables | None:
         if self.arch.positions != "rotary":
             return None
-        return rotary_tables(positions, self.arch, self.length or positions.shape[1], local=local)
+        return rotary_tables(positions, self.arch, self.length, local=local)
 
     def _attend(self, segment_ids: Int[Array, "B T"], *, local: bool) -> Attend:
         """Attention of a layer with or without (`local`) the full view, all of a text at once."""

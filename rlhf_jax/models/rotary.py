@@ -17,16 +17,19 @@ BY_LENGTH = ("dynamic", "longrope")
 """Kinds of scaling whose frequencies depend on the length of a sequence."""
 
 
-def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, length: int, *, local: bool = False) -> Tables:
+def rotary_tables(
+    positions: Int[Array, "B T"], arch: ArchConfig, length: int = 0, *, local: bool = False
+) -> Tables:
     """Cosines and sines of positions * frequencies, float32, for layers with or without (`local`) the full view.
 
     `length` is the tokens of a whole sequence, prompt and response, by which dynamic and longrope choose their
-    frequencies. Layers with a theta of their own (`rope_local_theta`) are not stretched.
+    frequencies; 0 takes T. Layers with a theta of their own (`rope_local_theta`) are not stretched.
     """
     if local and arch.rope_local_theta:
         scaling, theta = RopeScaling(), arch.rope_local_theta
     else:
         scaling, theta = arch.rope_scaling, arch.rope_theta
+    length = length or positions.shape[1]
     frequencies, gain = _frequencies(scaling, theta, arch.rotary_dim, arch.max_positions, length)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     return jnp.cos(angles) * gain, jnp.sin(angles) * gain
