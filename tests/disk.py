@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Collection
 
 SEAMS = ("open", "write", "fsync", "ftruncate", "truncate", "rename", "replace", "unlink", "rmdir", "mkdir")
@@ -41,15 +42,16 @@ class Killed(BaseException):
 
 
 class Kill:
-    """A kill at the `at`th change of a file, from 0 on: that one and all later ones do not happen.
+    """A kill at a change of a file: that one and all later ones do not happen.
 
     Attributes:
         count: changes seen.
-        log: what they were.
+        log: what they were: the function of `os`, and the last two parts of the path, digits as #.
     """
 
-    def __init__(self, patch, at: int | None):
-        self.at, self.count, self.log = at, 0, []
+    def __init__(self, patch, at: int | tuple[str, str] | None):
+        """`at` is the number of the change, from 0 on, or what it is, as in `log`; None kills nothing."""
+        self.at, self.count, self.log, self.dead = at, 0, [], False
         for name in SEAMS:
             patch.setattr(os, name, self._seam(name, getattr(os, name)))
 
@@ -58,10 +60,14 @@ class Kill:
             flags = args[1] if name == "open" and len(args) > 1 else 0
             if name == "open" and not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return real(*args, **kwargs)
+            seen = (name, re.sub(r"\d+", "#", "/".join(str(path_of(args[0])).split("/")[-2:])))
             self.count += 1
-            if self.at is not None and self.count > self.at:
-                raise Killed(f"{name} {args[:1]}")
-            self.log.append((name, args[0]))
+            self.dead |= (
+                seen == self.at if isinstance(self.at, tuple) else self.at is not None and self.count > self.at
+            )
+            if self.dead:
+                raise Killed(seen)
+            self.log.append(seen)
             return real(*args, **kwargs)
 
         return call
