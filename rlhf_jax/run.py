@@ -111,11 +111,13 @@ class Run:
             step = self.checkpoints.newest_intact(self.say) if found else None
             self.resumed, self.start = step is not None, step or 0
             self._prepare()
-        except OSError as error:
-            raise UserError(f"run.output_dir {self.dir}: {error.strerror}; choose another place") from error
+        except BaseException as error:
+            getattr(self._lock, "close", int)()
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(f"run.output_dir {self.dir}: {reason_of(error)}; choose another place") from error
         if found:
-            continuing = f"continuing after step {self.start} of {self.total}"
-            where = continuing if self.resumed else "no checkpoint yet, starting anew"
+            where = f"continuing after step {step} of {self.total}" if self.resumed else "no checkpoint, starting anew"
             broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
             self.say(f"{self.stage}: {self.dir}: {where}{broken}")
         return step
@@ -134,8 +136,8 @@ class Run:
             self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=purge)
 
     def _record(self, status: str, note: str = "", step: int | None = None) -> None:
-        step = self.start if step is None else step
-        directory.write_record(self.dir, {**self._about(), "status": status, "note": note, "step": step})
+        at = {"status": status, "note": note, "step": self.start if step is None else step}
+        directory.write_record(self.dir, {**self._about(), **at})
 
     def _about(self) -> dict[str, Any]:
         """What run.json and every checkpoint say of the run."""
@@ -154,12 +156,10 @@ class Run:
         if self._writer is not None:
             self._writer.close()
         if self.is_writer:
-            if error is not None:
-                status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
-                step = (self.checkpoints.steps() or [0])[-1]
-                with contextlib.suppress(OSError):  # the disk that is full is what the error is about
-                    self._record(status, f"{type(error).__name__}: {error}", step)
-            self._lock.close()
+            with contextlib.closing(self._lock), contextlib.suppress(OSError):  # which may be what the error is about
+                if error is not None:
+                    status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+                    self._record(status, f"{type(error).__name__}: {error}", (self.checkpoints.steps() or [0])[-1])
         if isinstance(error, OSError) or ("No space left" in str(error) and not isinstance(error, UserError)):
             where, reason = getattr(error, "filename", None) or self.dir, reason_of(error or OSError())
             raise UserError(f"{where}: {reason}; mend that, then {self.how_to_continue()}") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -68,7 +70,6 @@ def old(tmp_path) -> Path:
     return tmp_path / "old"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the dead close no files
 def test_a_kill_at_any_change_of_a_file_leaves_what_the_same_command_goes_on_from(tmp_path, old, monkeypatch):
     """In the wipe of an earlier run, in saves, while checkpoints are deleted, in the last save, and after it."""
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # the thread that saves dies with the process
@@ -84,10 +85,11 @@ def test_a_kill_at_any_change_of_a_file_leaves_what_the_same_command_goes_on_fro
     assert files >= {".run.json.new", ".config.yaml.new", ".record.json.new", ".model.new", ".summary.json.new"}
     for number, moment in enumerate(moments, 1):
         path = Path(shutil.copytree(old, tmp_path / str(number) / "run"))
-        with pytest.MonkeyPatch.context() as patch:
+        with warnings.catch_warnings(action="ignore"), pytest.MonkeyPatch.context() as patch:
             kill = Kill(patch, moment)
             with contextlib.suppress(Killed, UserError):
                 stage(config(path, run__overwrite=True))
+            gc.collect()  # files that the dead did not close
         try:
             stage(config(path))
         except UserError as error:  # nothing of the old run was touched yet

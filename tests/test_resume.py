@@ -238,7 +238,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_overwrite_alwa
     assert batches.asked[0] == 0 and [row["step"] for row in rows_of(tmp_path / "run")][:STEPS] == [
         *range(1, STEPS + 1)
     ]
-    assert "no checkpoint yet, starting anew" in capsys.readouterr().out
+    assert "no checkpoint, starting anew" in capsys.readouterr().out
     batches = Rows()
     run_fit(replace(config, run__overwrite=True), batches=batches)
     assert batches.asked[0] == 0
