@@ -387,3 +387,38 @@ def test_a_damaged_line_of_a_part_costs_what_follows_it(tmp_path, capsys):
     with Journal(output, {"x": 1}, overwrite=False) as journal:
         assert journal.rows == [{"n": 0}, {"n": 1}]
     assert "line 4 is damaged; going on from there" in capsys.readouterr().out
+
+
+# --- signals
+
+HANGS_UP = """
+import os, signal, sys, time
+from rlhf_jax.interrupts import Interrupts
+said = []
+found = Interrupts(said.append)
+for number in map(int, sys.argv[1:]):
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+found.close()
+os.write(3, (found.received + " " + str(len(said))).encode())
+"""
+
+
+@pytest.mark.parametrize(("ignored", "signals", "expected"), [
+    (False, [signal.SIGHUP], "SIGHUP 1"),
+    (False, [signal.SIGHUP, signal.SIGHUP], "SIGHUP 1"),  # the kernel's and the shell's
+    (False, [signal.SIGTERM, signal.SIGHUP], "SIGTERM 1"),  # as systemd ends a service
+    (True, [signal.SIGHUP], " 0"),  # nohup
+])  # fmt: skip
+def test_a_lost_terminal_saves_like_sigterm_and_nohup_ignores_it(ignored, signals, expected):
+    reader, writer = os.pipe()
+
+    def begin():
+        os.dup2(writer, 3)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    command = [sys.executable, "-c", HANGS_UP, *(str(int(number)) for number in signals)]
+    with subprocess.Popen(command, preexec_fn=begin, pass_fds=(3,) if writer == 3 else (), close_fds=False):
+        os.close(writer)
+        with open(reader) as file:
+            assert file.read() == expected
