@@ -295,12 +295,6 @@ def test_a_saved_tokenizer_loads_the_same(tmp_path, chat):
     assert again.encode_prompt(USER) == chat.encode_prompt(USER)
 
 
-def test_decode_batch_keeps_what_the_mask_keeps(tokenizer):
-    ids = np.array([[*tokenizer.encode_response("a b"), 5], [6, 7, 8, 9]])
-    mask = np.array([[True, True, True, False], [False, True, True, True]])
-    assert tokenizer.decode_batch(ids, mask) == ["a b", "c d e"]
-
-
 def test_tokenizer_errors(tmp_path, tokenizer):
     with pytest.raises(UserError, match="no such directory"):
         Tokenizer.load(str(tmp_path / "gone"))

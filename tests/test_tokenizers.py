@@ -16,6 +16,7 @@ from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import prompt_examples, sft_examples
 from rlhf_jax.data.sources import read_rows, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.generate import decode
 from rlhf_jax.sampling import SamplingLaw, sample
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -215,7 +216,7 @@ def test_training_on_sampled_text_sees_the_sampled_tokens(name):
         )
     )(batch["tokens"], batch["mask"])  # fmt: skip
     assert 3 < int(rollout.finished.sum()) < 16
-    said = tokenizer.decode_batch(rollout.tokens, rollout.mask)
+    said = decode(tokenizer, rollout, [""] * len(rollout.tokens))
     rows = [
         {"prompt": text, "response": response, "finished": bool(done)}
         for text, response, done in zip(texts * 4, said, rollout.finished, strict=True)

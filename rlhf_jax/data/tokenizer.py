@@ -256,11 +256,6 @@ class Tokenizer:
         """The text of some ids, special tokens left out."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def decode_batch(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-        """The texts of tokens i32[B, T] where mask bool[B, T] is set."""
-        rows = zip(np.asarray(tokens), np.asarray(mask, bool), strict=True)
-        return [self.decode(row[keep]) for row, keep in rows]
-
     def prompt_text(self, prompt: str | Messages) -> str:
         """What the model is shown for a prompt, as text: a reward function gets the same."""
         return prompt if isinstance(prompt, str) else self.chat.prompt(self._stopped_once(prompt))
