@@ -144,7 +144,9 @@ def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None)
             given.append(ranking_row(row, unlabelled=True))
         except DroppedRow:
             dropped += 1
-    given = given[: config.limit or None]
+    several = [one for one in given if len(one.responses) > 1]  # a row of one labelled answer has nothing to compare
+    dropped += len(given) - len(several)
+    given = several[: config.limit or None]
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to compare; give ranking or preference rows")
     groups = [(one.prompt, [key_of(response) for response in one.responses]) for one in given]

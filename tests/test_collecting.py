@@ -246,6 +246,23 @@ def test_a_judge_is_compared_with_the_labels_of_people(tmp_path):
     assert summary["rows"] == 13 and summary["dropped"] == 1 and summary["judge"]["consistency"] == 1
 
 
+def test_a_judge_says_nothing_of_what_its_verdicts_do_not_link(tmp_path):
+    """It has no opinion of a pair with one response of each side; a row of one answer has no pair."""
+    sides = {"aa": 0, "a": 0, "bb": 1, "b": 1}
+    config = JudgeRun(output=str(tmp_path / "a.jsonl"), progress=False)
+    ask = lambda questions, key: [  # noqa: E731
+        float(len(a) > len(b)) if sides[a] == sides[b] else "nonsense" for _, a, b in questions
+    ]
+    rows = [{"prompt": "p", "responses": ["a", "bb", "aa", "b"]}, {"prompt": "p", "completion": "a", "label": True}]
+    [row] = run_judge(config, rows=rows, judge=Judge(ask))
+    said = [{"rater": "judge", "ranks": [1, None, 0, None]}, {"rater": "judge", "ranks": [None, 0, None, 1]}]
+    assert row["raters"] == said and not any("rank" in item for item in row["responses"])
+    labels = ranking_row(row).consensus()[1]
+    assert np.argwhere(labels > 0.5).tolist() == [[1, 3], [2, 0]] and np.isnan(labels[0, 1])
+    summary = json.loads((tmp_path / "a.summary.json").read_text())
+    assert (summary["rows"], summary["dropped"], summary["apart"]) == (1, 1, 1)
+
+
 def test_pairs_and_demonstrations_of_labels(tmp_path):
     ranked = run_collect(settings(tmp_path / "r.jsonl", label="reward"), rows=PROMPTS, functions=[vowels])
     pairs = run_collect(

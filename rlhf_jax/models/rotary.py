@@ -17,9 +17,7 @@ BY_LENGTH = ("dynamic", "longrope")
 """Kinds of scaling whose frequencies depend on the length of a sequence."""
 
 
-def rotary_tables(
-    positions: Int[Array, "B T"], arch: ArchConfig, length: int = 0, *, local: bool = False
-) -> Tables:
+def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, length: int = 0, *, local: bool = False) -> Tables:
     """Cosines and sines of positions * frequencies, float32, for layers with or without (`local`) the full view.
 
     `length` is the tokens of a whole sequence, prompt and response, by which dynamic and longrope choose their
