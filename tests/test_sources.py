@@ -121,6 +121,14 @@ def test_a_broken_prepared_directory_is_one_line(prepared, tmp_path, harm):
     assert str(there) in refused(lambda: read_rows(str(there)))
 
 
+def test_a_dataset_that_cannot_be_written_is_one_line(tmp_path):
+    row = tfds_rows.stored({"prompt": "half \ud83d", "_where": "a:1"}, "prompts")
+    assert "could not be written" in refused(lambda: tfds_rows.prepare({"train": [row]}, "prompts", str(tmp_path)))
+    (tmp_path / "file").write_text("in the way")
+    row = tfds_rows.stored({"prompt": "whole", "_where": "a:1"}, "prompts")
+    assert "written" in refused(lambda: tfds_rows.prepare({"train": [row]}, "prompts", str(tmp_path / "file")))
+
+
 class Frame:
     """As pandas frames are."""
 

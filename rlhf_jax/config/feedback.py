@@ -274,7 +274,7 @@ class RateRun:
     path: PathText = ""
     fields: list[str] = field(default_factory=list)
     function: str = ""
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     raters: int = 1
     noise: float = 0.0
     verdict: Literal["ranks", "rating"] = "ranks"

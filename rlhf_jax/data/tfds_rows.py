@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_jax.data.ballots import ranking_row, rater_of
 from rlhf_jax.data.fields import catalogue, map_row
 from rlhf_jax.data.schemas import Messages, Row, bad_row, preference_row, prompt_row, sft_row
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, reason
 
 NAME = "feedback"
 """Name of our builder; its configs are the schemas."""
@@ -116,6 +116,9 @@ def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
     """Write normalised rows (see `stored`) as a TFDS dataset in array_record; returns its directory.
 
     `tfds.builder_from_directory` opens it anywhere, with or without this package.
+
+    Raises:
+        UserError: the disk is full, or a text is no Unicode.
     """
     import tensorflow_datasets as tfds
 
@@ -124,9 +127,21 @@ def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
     tfds.disable_progress_bar()
     builder = Feedback(config=schema, data_dir=out, file_format="array_record")
     builder.rows = splits
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except Exception as error:  # TFDS wraps what the disk or a codec says in errors of its own
+        raise UserError(
+            f"{out}: the dataset could not be written ({reason(_first(error))}); nothing is there"
+        ) from error
     return Path(builder.data_dir)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error was made of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def stored(row: Row, schema: str) -> Row:
