@@ -219,7 +219,8 @@ class ChatTemplate:
             except UserError:
                 written = True
             names = REASONING if name in REASONING else {name}
-            if not written and name in SAID and not names & _words(self.hf.get_chat_template()):
+            words = _words(self.hf.get_chat_template(tools=_split(messages)[0].get("tools")))
+            if not written and name in SAID and not names & words:
                 raise UserError(f'the chat template does not write "{name}", which a message has; leave it out')
             if not written:
                 remarks[_unseen(name)] += 1

@@ -60,7 +60,8 @@ class Tokenizer:
         self._prefix = _prefix_specials(hf)
         self._inner = _continuing(hf)
         self._last: tuple[Messages, str, list[int]] | None = None
-        self._stops = [hf.convert_ids_to_tokens(i) for i in self.eos_ids if i in specials(hf)]
+        self._special = specials(hf)
+        self._stops = [hf.convert_ids_to_tokens(i) for i in self.eos_ids if i in self._special]
         if isinstance(self.chat, ChatTemplate):
             self.chat.close_with(closing if closing in self.eos_ids else None)
         self._lead, self._tail = self._around_an_answer()
@@ -193,10 +194,16 @@ class Tokenizer:
     def _after(self, shown: str, given: list[int], written: str) -> list[int] | None:
         """Ids of what follows a prompt, where prompt and answer as one text begin with the prompt's ids.
 
-        Some vocabularies put a blank after the special token that ends a prompt.
+        Some vocabularies put a blank after the special token that ends a prompt. What stands before the prompt's last
+        special token changes nothing of what follows, so it is left out.
         """
-        whole = _plain_ids(self.hf, shown + written) if isinstance(self.chat, ChatTemplate) else []
-        return whole[len(given) :] if whole and whole[: len(given)] == given else None
+        if not isinstance(self.chat, ChatTemplate):
+            return None
+        last = next((n for n in range(len(given) - 1, -1, -1) if given[n] in self._special), 0)
+        start = shown.rfind(self.hf.convert_ids_to_tokens(given[last])) if given else 0
+        tail, end = (shown[start:], given[last:]) if last and start > 0 else (shown, given)
+        whole = _plain_ids(self.hf, tail + written)
+        return whole[len(end) :] if whole[: len(end)] == end else None
 
     def _shown(self, messages: Messages) -> tuple[str, list[int]]:
         """(text, ids) of a prompt of messages; those of the last one are kept, since its responses ask for it."""
