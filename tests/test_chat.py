@@ -229,6 +229,35 @@ def test_the_tag_marks_answers_in_whatever_form(tag):
         tokens_of(silent, row, "assistant")
 
 
+BLANK = (  # the prompt ends in a blank, which is one token with the word that follows
+    "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|done|>' }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("said", ["y", "yes", " yes", "\nyes", "no", "茶"])
+def test_the_token_that_an_earlier_answer_shares_with_its_header_is_learned(marked, said):
+    """Else an answer of one word is not learned at all; transformers' mask of {% generation %} is the oracle."""
+    source = BLANK if marked else BLANK.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer, talk = tokenizer_of(source), [user("a"), answer(said), user("b")]
+    whole = chat_tokenizer(BLANK).apply_chat_template(
+        talk, add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert tokenizer.encode_prompt(talk) == whole["input_ids"]
+    assert tokenizer.answers_in(talk).tolist() == [bool(mask) for mask in whole["assistant_masks"]]
+
+
+@pytest.mark.parametrize("template", ["chatml", "default system", "llama", "two close", "deaf", "mistral"])
+def test_an_answer_that_starts_the_conversation_is_learned(template):
+    source = TEMPLATES[template] + "{% if not messages[0] %}{{ raise_exception('no messages') }}{% endif %}"
+    tokenizer, talk = tokenizer_of(source), [answer("hello"), user("c"), answer("d")]
+    _, _, targets, _ = tokens_of(tokenizer, {"messages": talk}, "assistant")
+    wanted = [tokenizer.encode_response([turn]) for turn in talk[::2]]
+    assert targets == wanted[0] + wanted[1]
+
+
 def test_weights_say_which_answers_are_learned():
     tokenizer = tokenizer_of(CHATML)
     talk = [user("a"), answer("b"), user("c"), answer("d")]

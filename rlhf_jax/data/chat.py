@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_jax import clock
 from rlhf_jax.attempts import limited
-from rlhf_jax.data.schemas import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript
+from rlhf_jax.data.schemas import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript, turns_of
 from rlhf_jax.errors import UserError
 
 MARKER, QUESTION = "0x5EED", "0x7EA"  # what is said where a chat template is probed; it leaves such text alone
@@ -136,6 +136,8 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages.
         """
+        if not turns_of(messages):  # of a conversation that starts with an answer
+            return self._text([*messages, _answer(MARKER)]).partition(MARKER)[0].removesuffix(self._lead)
         text = self._text(messages, answer_next=True)
         return text if text.endswith(self._header) else text + self._header
 
@@ -337,18 +339,19 @@ def _unseen(name: str) -> str:
     return f'prompts or answers whose "{name}" is not written'
 
 
-@cache
 def _lexed(source: str) -> list[tuple[str, str]]:
     from jinja2 import Environment
 
     return [(kind, value) for _, kind, value in Environment().lex(source) if kind != "whitespace"]
 
 
+@cache
 def _words(source: str) -> set[str]:
     """The names and strings in a template's code."""
     return {value.strip("'\"") for kind, value in _lexed(source) if kind in ("name", "string")}
 
 
+@cache
 def _marks_answers(source: str) -> bool:
     """Whether a template has the tag {% generation %}."""
     tokens = _lexed(source)

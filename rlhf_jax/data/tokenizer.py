@@ -256,7 +256,8 @@ class Tokenizer:
         found = self.hf(
             self.prompt_text(prompt), add_special_tokens=False, verbose=False, return_offsets_mapping=True
         )["offset_mapping"]
-        inside = [any(start <= at < end for start, end in spans) for at, _ in found]
+        # A token that an answer shares with what stands before it is learned, as {% generation %} has it elsewhere.
+        inside = [any(start < max(to, at + 1) and at < end for start, end in spans) for at, to in found]
         return np.array([False] * (len(ids) - len(inside)) + inside)  # leading special tokens are in no text
 
     def decode(self, ids: Sequence[int]) -> str:
