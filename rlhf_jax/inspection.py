@@ -187,7 +187,7 @@ def run_convert(config: ConvertRun) -> Path:
             shard_bytes=int(config.shard_gb * 1e9),
             **found.token_ids,
         )
-    print(f"wrote {target}: {hf.find_family(found.arch, found.raw).model_type} in {config.dtype}")
+    tell(f"wrote {target}: {hf.find_family(found.arch, found.raw).model_type} in {config.dtype}")
     return target
 
 
@@ -259,7 +259,7 @@ def _checkpoint(run: Path, step: int) -> Found:
     place += ["policy"] if stage in ONLINE and place[0] == "state" else []
     tree = checkpoints.restore(found, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
     params = functools.reduce(lambda node, name: node[name], place, tree)
-    print(f"{run}: checkpoint of step {found}" + (", the average" if place == ["average"] else ""))
+    tell(f"{run}: checkpoint of step {found}" + (", the average" if place == ["average"] else ""))
     tokens = hf.model_directory(where / hub.local_directory(settings["tokenizer"] or settings["path"]))
     tokenizer = Tokenizer.load(str(tokens), eos_ids=tuple(settings["eos_ids"]))
     if stage == "reward":
@@ -271,7 +271,7 @@ def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params,
     """The parameters of a reward model with the head that the run would save, by scores of its training rows."""
     config = cli.parse("reward", ["--config", str((run / "config.yaml").absolute())])
     if config.reward.normalize != "off" and "rows" in record["given"]:
-        print(f"{run}: its rows came from Python, so the head is as trained, not normalised")
+        tell(f"{run}: its rows came from Python, so the head is as trained, not normalised")
         return params
     model = replace(model, length=config.data.max_length)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from rlhf_jax import clock, hosts
 from rlhf_jax.directory import as_json
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.files import Lines, check_output, is_stream, json_lines, replace_all, to_json, write_output
 
 START = b'{"made of"'
@@ -94,7 +94,7 @@ class Journal:
         found = [_loaded(line) for line in lines[1:]]
         count = next((i for i, row in enumerate(found) if row is None or WRITTEN in row), len(found))
         if count < len(found) and found[count] is None:
-            print(f"{path}: line {count + 2} is damaged; going on from there")
+            tell(f"{path}: line {count + 2} is damaged; going on from there")
         os.truncate(path, sum(map(len, lines[: count + 1])))
         return [row for row in found[:count] if row is not None]
 

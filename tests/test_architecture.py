@@ -178,6 +178,17 @@ def test_no_function_is_longer_than_a_screen(path):
     assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}
 
 
+def test_one_function_prints_so_that_no_text_of_others_acts_on_a_terminal():
+    """`errors.tell` does; `data inspect` prints colours of its own around texts that are escaped."""
+    calls = {
+        unit_of(path)
+        for path in FILES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert calls == {"errors", "datasets"}
+
+
 CONFIGS = [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
 
 

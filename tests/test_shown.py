@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from rlhf_jax import cli
 from rlhf_jax.errors import LONGEST_LINE, UserError, printable, reason, shown
 
 
@@ -52,3 +55,17 @@ def test_values_that_cannot_be_shown_have_a_type():
 )
 def test_the_reason_of_an_error_is_one_line(error, said):
     assert reason(error) == said
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["aggregate"], ["aggregate", "--by", "model"]])
+def test_rows_and_raters_are_printed_without_acting_on_the_terminal(tmp_path, capfd, command):
+    odd = "\x1b]0;mine\x07\x9b2J\u202e\ud83d"
+    responses = [{"text": f"{odd} {i}", "model": f"{odd} {i}", "rank": i} for i in range(2)]
+    rows = [{"prompt": f"{odd} {n}", "responses": responses, "rater": f"{odd} {n % 3}"} for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixed = ["--intervals", "2"] if command[0] == "aggregate" else ["--eval_fraction", "0.5"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["data", command[0], str(tmp_path / "rows.jsonl"), *command[1:], *fixed])
+    out, err = capfd.readouterr()
+    assert end.value.code == 0 and err == "" and set(out) & set("\x1b\x07\x9b\u202e") == set()
+    assert command[0] == "inspect" or r"\x1b]0;mine" in out
