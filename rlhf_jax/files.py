@@ -206,7 +206,7 @@ def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> 
     try:
         for path, data in files:
             if is_stream(path):
-                _write_new(Path(path), os.O_WRONLY | os.O_APPEND, data)
+                _write_stream(os.path.abspath(path), data)
                 continue
             target = Path(os.path.realpath(path))  # the file, not the link to it
             aside = target.with_name(f".{target.name}.new")
@@ -223,6 +223,18 @@ def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> 
         raise
     for folder in {target.parent for _, target in asides}:
         sync(folder)
+
+
+def _write_stream(path: str, data: str | bytes) -> None:
+    if not path.startswith(DESCRIPTORS):
+        return _write_new(Path(path), os.O_WRONLY | os.O_APPEND, data)
+    sys.stdout.flush()
+    number = {"stdout": 1, "stderr": 2}.get(name := os.path.basename(path), name)
+    descriptor = os.dup(int(number))  # to open a pipe whose reader has gone would wait for ever
+    try:
+        write_all(descriptor, data.encode() if isinstance(data, str) else data)
+    finally:
+        os.close(descriptor)
 
 
 def _write_new(path: Path, flags: int, data: str | bytes, *, sync: bool = False) -> None:
