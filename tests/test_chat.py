@@ -192,7 +192,20 @@ def test_a_text_that_ends_in_a_stop_tokens_text_gets_one_stop_id(name):
 
 def test_an_earlier_answer_with_its_stop_token_written_out_is_closed_once():
     tokenizer, talk = tokenizer_of(CHATML), [user("a"), answer("b<|im_end|>"), user("c")]
-    assert tokenizer.encode_prompt(talk) == tokenizer.encode_prompt(TALK)
+    remarks = Counter()
+    assert tokenizer.encode_prompt(talk, remarks) == tokenizer.encode_prompt(TALK)
+    assert +remarks == {"responses or documents that already ended in a stop token's text": 1}
+
+
+@pytest.mark.parametrize("prompt", ["a<|im_end|>", "a<eos>\n", [user("a<|im_end|>")], [*TALK[:2], user("<eos>")]])
+def test_a_stop_token_that_ends_a_question_stays_and_is_marked(prompt):
+    tokenizer = tokenizer_of(CHATML)
+    rows = rows_from([{"prompt": prompt, "response": "b"}])
+    said = lint.lines(lint.inspect(rows, [], tokenizer, 100, 100))
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    name = "<eos>" if "<eos>" in text else "<|im_end|>"
+    assert f"! 1 prompts in which {name} is written out and read as the token: row 0" in said
+    assert tokenizer.hf.convert_tokens_to_ids(name) in tokenizer.encode_prompt(prompt)
 
 
 # ---- all answers of a conversation
@@ -349,6 +362,10 @@ def test_what_is_written_with_tools_is_read_again():
         ({"messages": [user("a"), answer("b")], "tools": TOOLS}, '"tools"'),
         ({"messages": [user("a"), answer("b")], "documents": [{"title": "c", "text": "d"}]}, '"documents"'),
         ({"messages": [user("a"), answer("b")], "chat_template_kwargs": {"thinking": False}}, '"thinking"'),
+        (
+            {"messages": [user("a"), answer("b")], "chat_template_kwargs": {"add_generation_prompt": True}},
+            'row 0: "chat_template_kwargs" is',
+        ),
         ({"prompt": "a", "response": "b", "tools": TOOLS}, '"tools" needs a prompt of messages'),
         ({"prompt": "a", "response": [answer("b", **CALL)]}, '"tool_calls", which needs a prompt of messages'),
         ({"messages": [user([{"type": "image"}]), answer("b")]}, "part of type 'image'"),

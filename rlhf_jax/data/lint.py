@@ -129,9 +129,10 @@ def _answers(ranking: Ranking) -> list[Answer]:
 def _prompt_length(row: Row, prompt: str | Messages, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
     if tokenizer is None:
         return len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
-    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    for name in [name for text in texts for name in tokenizer.written_out(text)]:
-        remarks[f"prompts in which {name} is written out and read as the token"] += 1
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for turn in turns:
+        for name in tokenizer.written_out(turn["content"], closed=turn["role"] == "assistant"):
+            remarks[f"prompts in which {name} is written out and read as the token"] += 1
     return (
         len(encode(partial(tokenizer.encode_prompt, remarks=remarks), {**row, "prompt": prompt}, "prompt"))
         if prompt
@@ -145,7 +146,7 @@ def _answer_length(
     response, finished, ids = answer
     if tokenizer is None:
         return len(text_of(response))
-    for name in tokenizer.written_out(text_of(response)):
+    for name in tokenizer.written_out(text_of(response), closed=True):
         remarks[f"responses or documents in which {name} is written out and read as the token"] += 1
     told: Row = {"prompt": prompt, "finished": finished, "ids": ids, "remarks": remarks}
     encoder = (

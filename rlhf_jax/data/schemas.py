@@ -25,6 +25,8 @@ ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 OTHER_ROLES = ("developer", "tool")  # which only a chat template can write
 TEMPLATE = "template"  # role of a first turn with what a chat template is given beside the messages, such as tools
 GIVEN = ("tools", "documents", "chat_template_kwargs")
+NOT_GIVEN = {"role", "content", "messages", "weight", "conversations", "chat_template", "add_generation_prompt"}
+NOT_GIVEN |= {"continue_final_message", "return_assistant_tokens_mask"}  # what is decided for every rendering
 SAID = frozenset(
     ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
 )
@@ -314,7 +316,7 @@ def _given(row: Row, names: tuple[str, ...] = ("tools", "documents")) -> Message
             raise bad_row(row, f'"{name}" is {type_of(value)}; give a list of objects')
         found |= {name: value} if value else {}
     more = row.get("chat_template_kwargs") or {}
-    if not isinstance(more, dict) or {"role", "content", "messages", "weight"} & set(more):
+    if not isinstance(more, dict) or NOT_GIVEN & set(more):
         raise bad_row(row, f'"chat_template_kwargs" is {shown(more)}; give an object of what the template reads')
     return [{"role": TEMPLATE, "content": "", **found, **more}] if found or more else []
 

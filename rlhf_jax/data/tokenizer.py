@@ -109,8 +109,9 @@ class Tokenizer:
         """
         if isinstance(prompt, str):
             return self._with_prefix(_plain_ids(self.hf, prompt))
+        remarks = Counter() if remarks is None else remarks
         shown, ids = self._shown(prompt)
-        self.chat.check(self._stopped_once(prompt), shown, Counter() if remarks is None else remarks)
+        self.chat.check(self._stopped_once(prompt, remarks), shown, remarks)
         return list(ids)
 
     def encode_document(self, text: str, remarks: Counter[str] | None = None) -> list[int]:
@@ -231,10 +232,10 @@ class Tokenizer:
             remarks[STOPPED] += 1
         return kept
 
-    def _stopped_once(self, messages: Messages) -> Messages:
+    def _stopped_once(self, messages: Messages, remarks: Counter[str] | None = None) -> Messages:
         """Messages whose answers end in no stop token, since the template writes one."""
         return [
-            {**turn, "content": self._without_stop(turn["content"], None)} if turn["role"] == "assistant" else turn
+            {**turn, "content": self._without_stop(turn["content"], remarks)} if turn["role"] == "assistant" else turn
             for turn in messages
         ]
 
@@ -268,9 +269,9 @@ class Tokenizer:
         """What the model is shown for a prompt, as text: a reward function gets the same."""
         return prompt if isinstance(prompt, str) else self.chat.prompt(self._stopped_once(prompt))
 
-    def written_out(self, text: str) -> list[str]:
-        """The special tokens whose text stands in a text, each once; a stop token at its end is none of them."""
-        ids = dict.fromkeys(_plain_ids(self.hf, self._without_stop(text, None)))
+    def written_out(self, text: str, *, closed: bool) -> list[str]:
+        """The special tokens whose text stands in a text, each once; not what closes it, if it is `closed` by one."""
+        ids = dict.fromkeys(_plain_ids(self.hf, self._without_stop(text, None) if closed else text))
         special = {*self.hf.all_special_ids, *(i for i, t in self.hf.added_tokens_decoder.items() if t.special)}
         return self.hf.convert_ids_to_tokens([i for i in ids if i in special and i != self.hf.unk_token_id])
 
