@@ -21,8 +21,9 @@ from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, printable, tell
-from rlhf_jax.files import check_output, check_writable, replacing, scratch, sync, written
+from rlhf_jax.files import check_writable, replacing, scratch, sync, written
 from rlhf_jax.inference import write_rows
+from rlhf_jax.outputs import check_output
 
 
 def run_inspect(config: DataInspectRun) -> dict[str, Any]:

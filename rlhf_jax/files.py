@@ -14,7 +14,6 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,7 +210,7 @@ def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> 
             target = Path(os.path.realpath(path))  # the file, not the link to it
             aside = target.with_name(f".{target.name}.new")
             asides.append((aside, target))
-            _write_new(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, data, sync=True)
+            write_new(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, data, sync=True)
             with contextlib.suppress(OSError):  # no such file, or not ours
                 os.chmod(aside, stat.S_IMODE(os.stat(target).st_mode))
         for aside, target in asides:
@@ -227,7 +226,7 @@ def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> 
 
 def _write_stream(path: str, data: str | bytes) -> None:
     if not path.startswith(DESCRIPTORS):
-        return _write_new(Path(path), os.O_WRONLY | os.O_APPEND, data)
+        return write_new(Path(path), os.O_WRONLY | os.O_APPEND, data)
     sys.stdout.flush()
     number = {"stdout": 1, "stderr": 2}.get(name := os.path.basename(path), name)
     descriptor = os.dup(int(number))  # to open a pipe whose reader has gone would wait for ever
@@ -237,7 +236,8 @@ def _write_stream(path: str, data: str | bytes) -> None:
         os.close(descriptor)
 
 
-def _write_new(path: Path, flags: int, data: str | bytes, *, sync: bool = False) -> None:
+def write_new(path: Path, flags: int, data: str | bytes, *, sync: bool = False) -> None:
+    """Write a file that `flags` of os.open open; with `sync` it has reached the disk when this returns."""
     descriptor = os.open(path, flags, 0o666)
     try:
         write_all(descriptor, data.encode() if isinstance(data, str) else data)
@@ -368,34 +368,6 @@ def check_writable(directory: Path, what: str) -> None:
         raise UserError(f"{what}: {there} cannot be written to; choose another place or its permissions")
 
 
-def check_output(path: str, *, overwrite: bool) -> None:
-    """Raise a UserError if a file cannot be written as `replace` will, or exists and may not be replaced.
-
-    Its directory is made, and a file of another name in it for a moment, so that a full disk is found now.
-    """
-    if not path:
-        return
-    if Path(path).is_dir() or path.endswith("/"):
-        raise UserError(f"output {path} is a directory; name a .jsonl file")
-    if Path(path).exists() and not os.access(path, os.W_OK):
-        raise UserError(f"output {path} cannot be written to; choose another name or its permissions")
-    if is_stream(path):
-        return
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"output {path} exists; choose another name or pass --overwrite true")
-    target = Path(os.path.realpath(path))
-    check_writable(target.parent, f"output {path}")
-    probe = target.with_name(f".{target.name}.new")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_new(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, b"\n" * 4096, sync=True)
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output {path}: {reason(error)}; choose another place, or mend that") from error
-
-
 @contextlib.contextmanager
 def written(what: str) -> Iterator[None]:
     """Around what writes by other libraries: what the disk refuses becomes a UserError about `what`."""
@@ -419,43 +391,3 @@ def scratch(folder: Path) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def write_output(path: str, data: bytes) -> None:
-    """What a command has made, to the file that was asked for, or if none was to standard output.
-
-    Raises:
-        UserError: it cannot be written, and what was there is as it was; says where the data are instead.
-    """
-    try:
-        replace(path, data) if path else _print(data)
-    except OSError as error:
-        raise UserError(
-            f"{f'output {path}' if path else 'standard output'}: {reason(error)}; {rescued(data)}"
-        ) from error
-
-
-def _print(data: bytes) -> None:
-    out = getattr(sys.stdout, "buffer", None)  # bytes, since a terminal may have another encoding
-    try:
-        sys.stdout.flush()
-        out.write(data) if out is not None else sys.stdout.write(data.decode())
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again when Python ends
-        raise
-
-
-def rescued(data: bytes) -> str:
-    """Write data to a file of its own among the temporary ones, and say so."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="rlhf-jax-", suffix=".jsonl")
-        try:
-            write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        return f"nor could it be kept in {tempfile.gettempdir()} ({reason(error)}); free space and run it again"
-    return f"what was to be written is in {name}"

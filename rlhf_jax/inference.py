@@ -12,10 +12,11 @@ from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.drawing import Make, Phase, Phases, digest, open_journal
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.files import json_lines, write_output
+from rlhf_jax.files import json_lines
 from rlhf_jax.generate import Generator, sampled_row, total_length
 from rlhf_jax.hosts import is_first
 from rlhf_jax.keys import branch
+from rlhf_jax.outputs import write_output
 from rlhf_jax.scoring import RewardModel
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import check_vocabulary, load_model, load_tokenizer

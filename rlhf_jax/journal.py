@@ -15,7 +15,8 @@ from typing import IO, Any
 from rlhf_jax import clock, hosts
 from rlhf_jax.directory import as_json
 from rlhf_jax.errors import UserError, reason, tell
-from rlhf_jax.files import Lines, check_output, is_stream, json_lines, replace_all, to_json, write_output
+from rlhf_jax.files import Lines, is_stream, json_lines, replace_all, to_json
+from rlhf_jax.outputs import check_output, write_output
 
 START = b'{"made of"'
 """How OUTPUT.part begins."""

@@ -15,8 +15,8 @@ from rlhf_jax.data.schemas import DroppedRow, Messages, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.files import check_output
 from rlhf_jax.inference import write_rows
+from rlhf_jax.outputs import check_output
 from rlhf_jax.rankings import consensus_ranks
 from rlhf_jax.rewards import call_reward, columns_for
 from rlhf_jax.scoring import function_inputs

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import Lines, check_output, from_json, replace, replace_all, replacing, to_json, write_output
+from rlhf_jax.files import Lines, from_json, replace, replace_all, replacing, to_json
 from rlhf_jax.journal import Journal
+from rlhf_jax.outputs import check_output, write_output
 
 LONE = "a\udc80\ud800b\U0001f600\u2028"
 
