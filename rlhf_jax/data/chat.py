@@ -277,7 +277,7 @@ class ChatTemplate:
                 f"the chat template has not ended after {LONGEST_RENDERING:g} s of computing; use another"
             ) from None
         except Exception as error:  # templates raise their own errors, for instance on two user turns in a row
-            raise UserError(f"the chat template refuses these messages ({error}); change their roles") from error
+            raise UserError(f"the chat template refuses these messages ({error}); change them or the template") from error
         texts, spans = rendered
         return texts[0], spans[0] if marks else []
 
