@@ -149,7 +149,9 @@ class ChatTemplate:
                 answer has something to say that the template does not write.
         """
         if self._silent:
-            raise UserError("the chat template leaves out answers whose content is a text; use another")
+            raise UserError(
+                "the chat template leaves out answers whose content is a text, or rewrites all of it; use another"
+            )
         whole = self._text([*messages, turn])
         if whole.startswith(prompt):
             rest = whole[len(prompt) :]
@@ -277,7 +279,8 @@ class ChatTemplate:
                 f"the chat template has not ended after {LONGEST_RENDERING:g} s of computing; use another"
             ) from None
         except Exception as error:  # templates raise their own errors, for instance on two user turns in a row
-            raise UserError(f"the chat template refuses these messages ({error}); change them or the template") from error
+            message = f"the chat template refuses these messages ({error}); change them or the template"
+            raise UserError(message) from error
         texts, spans = rendered
         return texts[0], spans[0] if marks else []
 
