@@ -19,7 +19,8 @@ from rlhf_jax import directory
 from rlhf_jax.config import SFTRun
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import replace, replacing
-from rlhf_jax.run import Run, check_output_dir
+from rlhf_jax.run import Run
+from rlhf_jax.stage import check_output_dir
 from rlhf_jax.stage import replace as changed
 
 STEPS = 4
