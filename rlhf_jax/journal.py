@@ -101,8 +101,10 @@ class Journal:
 
     def _is_written(self) -> bool:
         """Whether OUTPUT is what OUTPUT.part was finished with: a kill came before that was removed."""
+        if self.path is None:  # a device may have no end
+            return False
         try:
-            *_, last = self.path.read_bytes().splitlines() if self.path else [b""]
+            *_, last = self.path.read_bytes().splitlines()
             digest = hashlib.sha256(Path(self.output).read_bytes()).hexdigest()
             return bool(json.loads(last).get(WRITTEN) == digest)
         except (OSError, ValueError, AttributeError):

@@ -243,6 +243,27 @@ def test_pipes_and_devices_are_written_to(tmp_path):
 KEPT = "No space left on device; what was to be written is in "
 
 
+@pytest.mark.parametrize("output", ["", "/dev/full", "/dev/stdout", "fifo"])
+def test_work_for_a_stream_is_in_memory_and_the_stream_is_never_read(tmp_path, monkeypatch, capfd, output):
+    """/dev/full gives zeros without end to who reads it, and a pipe waits for who writes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    os.mkfifo("fifo")
+    with Journal(output, {"x": 1}, overwrite=False) as journal:
+        journal.add([{"n": 0}])
+        if output == "/dev/full":
+            with pytest.raises(UserError, match=KEPT):
+                journal.finish(journal.rows, {"rows": 1})
+        elif output == "fifo":
+            with subprocess.Popen(["cat", output], stdout=subprocess.PIPE) as reader:
+                journal.finish(journal.rows, {"rows": 1})
+                assert reader.stdout.read() == b'{"n": 0}\n'
+        else:
+            journal.finish(journal.rows, {"rows": 1})
+            assert capfd.readouterr().out == '{"n": 0}\n'
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*summary*"))
+
+
 def test_what_a_full_device_refuses_is_kept_and_said(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(UserError, match=f"^output /dev/full: {KEPT}") as error:
