@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,9 @@ from rlhf_jax.files import from_json, replace, sync, to_json
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 LEFTOVERS = ("writing-", "deleting-")
+
+# What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line.
+logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(os.path.dirname(ocp.__file__)))
 
 
 class Checkpoints:
@@ -209,8 +213,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
-        return "No space left on device"
+    if code := re.search(r"os[ _]error\D{0,8}(\d+)", text):  # what tensorstore and safetensors make of one
+        return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 

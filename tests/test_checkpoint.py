@@ -180,19 +180,35 @@ def small_files():
     limit((soft, hard))
 
 
-def test_a_full_disk_fails_the_save_leaves_no_trace_and_the_one_before_intact(kept, small_files):
+def test_a_full_disk_fails_the_save_leaves_no_trace_and_the_one_before_intact(kept, small_files, caplog, capfd):
     saved(kept, 1)
     small_files()
     rng = np.random.default_rng(0)
     kept.save(2, {"head": {"kernel": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}}, record(2))
     kept.wait()
     step, reason = kept.failure
-    assert step == 2 and "\n" not in reason
+    assert (step, reason) == (2, "File too large")
+    assert not caplog.records and not "".join(capfd.readouterr())  # no traceback of orbax's around our line
     assert [path.name for path in kept.directory.iterdir()] == ["00000001"] and not damage(kept.path(1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     kept.failure = None
     saved(kept, 3)
     assert kept.steps() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("OUT_OF_RANGE: Failed to write 8 bytes to file 4 [os_error_code='28']", "No space left on device"),
+        ("Error while serializing: I/O error: Disk quota exceeded (os error 122)", "Disk quota exceeded"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory\n while trying",
+            "ValueError: RESOURCE_EXHAUSTED: Out of memory while trying",
+        ),
+    ],
+)
+def test_what_the_system_said_is_the_reason_whoever_passes_it_on(text, said):
+    assert checkpoint.reason_of(ValueError(text)) == said
 
 
 @pytest.mark.parametrize("where", ["mkdir", "rename"])

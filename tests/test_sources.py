@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,11 +133,24 @@ def test_a_dataset_that_cannot_be_written_is_one_line(tmp_path):
 class Frame:
     """As pandas frames are."""
 
-    iloc, columns = None, ["prompt", "response"]
+    iloc, to_dict, index = None, None, SimpleNamespace(names=[None])
 
-    def to_dict(self, how):
-        assert how == "records"
-        return [ROW, ROW]
+    def __init__(self, *columns):
+        self.columns, self.rows = columns or tuple(ROW), [{**ROW, "response": float("nan")}, ROW]
+
+    def notna(self):
+        return [[value == value for value in row.values()] for row in self.rows]
+
+    def astype(self, kind):
+        assert kind is object
+        return self
+
+    def where(self, keep, other):
+        kept = [
+            {name: value if yes else other for (name, value), yes in zip(row.items(), marks, strict=True)}
+            for row, marks in zip(self.rows, keep, strict=True)
+        ]
+        return SimpleNamespace(to_dict={"records": kept}.__getitem__)
 
 
 class Series:
@@ -169,7 +183,6 @@ class Lazy:
         lambda: iter((ROW, ROW)),
         lambda: {1: ROW, 2: ROW}.values(),
         lambda: np.array([ROW, ROW], object),
-        Frame,
         Lazy,
     ],
 )
@@ -177,9 +190,19 @@ def test_whatever_yields_dicts_is_rows(rows):
     assert rows_from(rows()) == [{"_where": "row 0", **ROW}, {"_where": "row 1", **ROW}]
 
 
-def test_pandas_and_datasets_are_rows():
+def test_what_a_frame_lacks_is_null_and_two_columns_of_one_name_are_refused():
+    assert [row["response"] for row in rows_from(Frame())] == [None, ROW["response"]]
+    assert "two columns 'prompt'" in refused(lambda: rows_from(Frame("label", "prompt", "prompt")))
+
+
+def test_pandas_frames_are_rows():
     pandas = pytest.importorskip("pandas")
-    assert rows_from(pandas.DataFrame([ROW, ROW]))[1]["prompt"] == "p"
+    frame = pandas.DataFrame([ROW, {**ROW, "response": None, "margin": 1.5}])
+    assert rows_from(frame) == [
+        {"_where": "row 0", **ROW, "margin": None},
+        {"_where": "row 1", **ROW, "response": None, "margin": 1.5},
+    ]
+    assert rows_from(frame.set_index("prompt"))[0]["prompt"] == "p"
     assert "Series" in refused(lambda: rows_from(pandas.Series(["p"])))
 
 

@@ -59,7 +59,11 @@ def _elements(source: Any) -> Iterable[Any]:
     if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # a pandas frame, or a part of one
         if not hasattr(source, "columns"):
             raise UserError("a pandas Series is one column; give the frame, which has a name for each")
-        return source.to_dict("records")
+        if any(name is not None for name in source.index.names):
+            source = source.reset_index()  # what groupby and set_index moved there is a column too
+        if len(names := list(source.columns)) > len(set(names)):
+            raise UserError(f"the frame has two columns {shown(max(names, key=names.count))}; rename one")
+        return source.astype(object).where(source.notna(), None).to_dict("records")  # NaN is pandas' null
     if hasattr(source, "to_dicts") and hasattr(source, "columns"):  # polars
         return source.to_dicts()
     if isinstance(source, Mapping):
