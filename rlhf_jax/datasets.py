@@ -20,7 +20,7 @@ from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
 from rlhf_jax.data.schemas import DroppedRow, Row, text_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError, printable, tell
+from rlhf_jax.errors import UserError, printable, shown, tell
 from rlhf_jax.files import check_writable, replacing, scratch, sync, written
 from rlhf_jax.inference import write_rows
 from rlhf_jax.outputs import check_output
@@ -142,11 +142,15 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
     compared = [replace(one, units=[0] * len(one.ballots)) for one in of_prompts if len(one.responses) > 1]
     [joined] = ballots.join(compared, lambda row: "", value)
     names = [_value(more[name]) for more in joined.extra]
+    if len(names) < 2:
+        raise UserError(
+            f'all responses have one "{name}", {shown(names[0])}; correct --by, or give responses of others'
+        )
     order, size = sorted(range(len(names)), key=names.__getitem__), len(names)
     told = [(rater, [ranks[i] for i in order]) for rater, ranks in joined.ballots]
     items: list[ballots.Response] = [names[i] for i in order]
-    shown = replace(joined, prompt=name, responses=items, finished=[True] * size, extra=[{}] * size, ids=[])
-    return replace(shown, ballots=told)
+    plain: dict[str, Any] = {"responses": items, "finished": [True] * size, "extra": [{}] * size, "ids": []}
+    return replace(joined, prompt=name, ballots=told, **plain)
 
 
 def _value(found: Any) -> str:
@@ -168,6 +172,7 @@ def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarr
         times=times,
         units=units,
         whole=bool(config.by),
+        sizes=[len(ranking.responses) for ranking in fitted],
     )
     return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import rankings
+from rlhf_jax.data.numbers import float_of
 
 Question = tuple[str, str, str]
 """(prompt, response A, response B)"""
@@ -30,7 +31,7 @@ NONSENSE, NO_ANSWER = "nonsense", "no answer"
 CHANCE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 _NAME = r"(?:(?i:response|answer|option|choice|candidate|completion|assistant)\s+)?[\"'(\[]?([AB])[\"')\]]?"
 _BETTER = r"(?:better|best|superior|preferable|preferred|stronger|the winner|more \w+)"
-_ENDS = r"(?=\s*(?:[.,;:!)}\n]|$)|\s+(?:over|to|because|since|as|is|has|for|due)\b)"
+_ENDS = r"(?=\s*(?:[.,;:!)}\n]|$)|\s+(?:over|to|because|since|as|for|due)\b)"
 BRACKETED = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 WHOLE = re.compile(
     r"(?:(?:so|therefore|thus|overall|final)[\s,]+)*(?:(?:my|the|your|i'd say|i say|it is|it's|this is|call it)\s+)*"
@@ -44,9 +45,8 @@ OPENING = re.compile(rf"{_NAME}(?:[.,;)]\s|\s+[-\u2013\u2014]\s|\s*\n|\s+(?:beca
 STATED = (
     re.compile(rf"\b{_NAME} (?:is|was|seems|looks|appears)(?: to be)?(?: \w+){{0,2}}? {_BETTER}\b"),
     re.compile(rf"\b{_NAME} (?:wins|won)\b"),
-    re.compile(
-        rf"\b(?i:prefer|choose|chose|pick|select|favou?r|go with|vote for|think|say|better is|best is) {_NAME}{_ENDS}"
-    ),
+    re.compile(rf"\b(?i:prefer|choose|chose|pick|select|favou?r|go with|vote for|better is|best is) {_NAME}{_ENDS}"),
+    re.compile(rf"\b(?i:think|say) {_NAME}(?=\s*(?:[.;!]|$)|,?\s+(?:because|since)\b)"),  # and not more of it
     re.compile(rf"(?:\b(?i:is|winner|verdict|answer|choice|preference)\b:?|(?<![AB])[:=]) ?{_NAME}{_ENDS}"),
     re.compile(r"\b(?:a|an even|is|:) (tie)\b(?!-)"),
 )
@@ -68,8 +68,8 @@ def parse(answer: Any) -> Answer:
     article "A".
     """
     if not isinstance(answer, str):
-        is_number = isinstance(answer, (bool, int, float, np.number))
-        return float(answer) if is_number and 0 <= answer <= 1 else NONSENSE
+        chance = float_of(answer)
+        return chance if chance is not None and 0 <= chance <= 1 else NONSENSE
     text = re.sub(r"[*_`#]", "", answer).strip()
     for said in (BRACKETED.findall(text), _lines(text), _opening(text), _stated(text)):
         if found := {CHANCE[name.upper()] for name in said}:
@@ -92,9 +92,11 @@ def _opening(text: str) -> list[str]:
 
 
 def _stated(text: str) -> list[str]:
-    """The choices of sentences that prefer one."""
+    """The choices of sentences that prefer one; a question prefers none."""
     said = []
     for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text):
+        if sentence.endswith("?"):
+            continue
         for pattern in STATED:
             found = pattern.finditer(sentence)
             said += [m[1] for m in found if not NEGATED.search(sentence[max(m.start() - 300, 0) : m.end()])]

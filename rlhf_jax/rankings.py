@@ -61,19 +61,23 @@ Ballot = tuple[int, int, Sequence[float]]
 """(group, rater, ranks of the group's items): lower is better, equal is a tie, NaN is not ranked."""
 
 
-def comparisons(ballots: Sequence[Ballot], *, num_raters: int) -> Comparisons:
-    """Every pair that a ballot ranks, as a verdict. Ballots of one group have the same length."""
+def comparisons(ballots: Sequence[Ballot], *, num_raters: int, sizes: Sequence[int] | None = None) -> Comparisons:
+    """Every pair that a ballot ranks, as a verdict. Ballots of one group have the same length.
+
+    `sizes` are the items of each group; without them, what the ballots say, and a group without one has none.
+    """
     rows = []
-    sizes: dict[int, int] = {}
+    told: dict[int, int] = {}
     for ballot, (group, rater, ranks) in enumerate(ballots):
-        sizes[group] = len(ranks)
+        told[group] = len(ranks)
         ranked = [(i, rank) for i, rank in enumerate(ranks) if not np.isnan(rank)]
         for (i, a), (j, b) in combinations(ranked, 2):
             rows.append((group, i, j, 1.0 if a < b else 0.0 if a > b else 0.5, rater, ballot))
     columns = np.array(rows, np.float64).reshape(-1, 6).T
     groups, first, second, raters, of_ballot = (columns[i].astype(np.int64) for i in (0, 1, 2, 4, 5))
-    of_group = np.array([sizes.get(g, 0) for g in range(max(sizes, default=-1) + 1)], np.int64)
-    return Comparisons(groups, first, second, columns[3], raters, of_ballot, of_group, num_raters)
+    if sizes is None:
+        sizes = [told.get(g, 0) for g in range(max(told, default=-1) + 1)]
+    return Comparisons(groups, first, second, columns[3], raters, of_ballot, np.array(sizes, np.int64), num_raters)
 
 
 def bradley_terry(
@@ -239,15 +243,16 @@ def bootstrap_intervals(
     times: Sequence[float] | None = None,
     units: Sequence[int] | None = None,
     whole: bool = False,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Float[np.ndarray, "G K"], Float[np.ndarray, "G K"]]:
     """(lower, upper) percentile intervals of `aggregate`'s strengths, ballots drawn with replacement (Efron 1979).
 
     Whole ballots are drawn, since the pairs of one ranking are not independent; those with one number in `units` are
     parts of one. Each group draws as many of its own as it has, so that none is left with none; a ballot that counts
     several `times` is as many ballots, unless units are drawn as a `whole`, each as one. The interval of a group of
-    one ballot has no width.
+    one ballot has no width. `sizes` as in `comparisons`.
     """
-    c, rng = comparisons(ballots, num_raters=num_raters), np.random.default_rng(seed)
+    c, rng = comparisons(ballots, num_raters=num_raters, sizes=sizes), np.random.default_rng(seed)
     counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
     start = _fit(ballots, c, counts, method, prior, None)
     _, first, unit = np.unique(
@@ -387,26 +392,32 @@ def best_of_n(proxy: Float[np.ndarray, "B N"], rewards: Float[np.ndarray, "B N"]
 
 
 def aggregate(
-    ballots: Sequence[Ballot], *, num_raters: int, method: str, prior: float, times: Sequence[float] | None = None
+    ballots: Sequence[Ballot],
+    *,
+    num_raters: int,
+    method: str,
+    prior: float,
+    times: Sequence[float] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Consensus:
     """Strengths of all items by bradley_terry, plackett_luce or crowd_bt, and what is odd about the ballots.
 
-    Each ballot counts `times`, else once. Warns if in some group the comparisons do not link all items: strengths
-    across the gap come from the prior alone.
+    Each ballot counts `times`, else once; `sizes` as in `comparisons`. Warns if some group has comparisons
+    that do not link all its items: strengths across the gap come from the prior alone.
     """
-    c = comparisons(ballots, num_raters=num_raters)
+    c = comparisons(ballots, num_raters=num_raters, sizes=sizes)
     counts = np.ones(len(ballots)) if times is None else np.asarray(times, np.float64)
     weights = counts[c.ballots]
     wins = c.wins(weights, c.shares)
     strengths, reliability = _fit(ballots, c, counts, method, prior, None)
-    apart = ((components(wins) != 0) & c.items).any(-1)
+    games = wins + np.swapaxes(wins, -1, -2)
+    apart = ((components(wins) != 0) & c.items).any(-1) & games.any((-1, -2))
     if apart.any():
         warnings.warn(
             f"comparisons do not link all items in {apart.sum()} of {len(c.sizes)} groups; across the gap the prior "
             "alone decides, so compare items of the two sides",
             stacklevel=2,
         )
-    games = wins + np.swapaxes(wins, -1, -2)
     facts = {
         "verdicts": round(weights.sum()),
         "ties": round(weights[c.shares == 0.5].sum()),

@@ -12,7 +12,6 @@ import copy
 import functools
 import inspect
 import itertools
-import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
@@ -23,6 +22,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.attempts import Failed, persist
 from rlhf_jax.config import RewardSourceConfig, resolve
+from rlhf_jax.data.numbers import float_of
 from rlhf_jax.data.schemas import turns_of
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts import any_of, several
@@ -93,7 +93,7 @@ def as_rewards(returned: Any, count: int) -> tuple[np.ndarray, str]:
         return nothing, f"{many} rewards for {count} responses; return one each"
     found = np.zeros(count, np.float32)
     for i, value in enumerate(values):
-        number = _number(value)
+        number = float_of(value)
         if number is None:
             return nothing, f"{shown(value)} for response {i}; return a number"
         with np.errstate(over="ignore"):
@@ -101,18 +101,6 @@ def as_rewards(returned: Any, count: int) -> tuple[np.ndarray, str]:
         if not np.isfinite(found[i]):
             return nothing, f"{shown(value)} for response {i}; return a finite number that float32 holds"
     return found, ""
-
-
-def _number(value: Any) -> float | None:
-    """A real number, or a scalar of any array library, as a float; None if it is something else."""
-    if getattr(value, "ndim", 0) == 0 and hasattr(value, "item"):
-        value = value.item()
-    if getattr(value, "ndim", 0) or not hasattr(type(value), "__float__"):  # numbers have it, texts do not
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def check_call(fn: Callable[..., Any], columns: Iterable[str], where: str = "") -> None:

@@ -16,6 +16,7 @@ from rlhf_jax import datasets
 from rlhf_jax.config import DataAggregateRun, DataConfig, DataInspectRun, DataPrepareRun
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
+from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.stage import load_rows
@@ -294,6 +295,14 @@ def test_inspect_prints_and_returns_its_findings(tmp_path, capsys):
     assert out.count("--- ") == 2 and "\033[" not in out and "8 prompt-completion" in out
 
 
+@pytest.mark.parametrize("field", ["label", "rating"])
+@pytest.mark.parametrize("value", ["yes", None, [1], float("nan")])
+def test_inspect_refuses_what_every_stage_refuses(field, value):
+    rows = sources.rows_from([{"prompt": "a", "response": "b", field: value}])
+    with pytest.raises(UserError, match=f'row 0: "{field}" is'):
+        lint.inspect(rows, [], None, 9, 9)
+
+
 # --- aggregate
 
 
@@ -374,6 +383,36 @@ def test_every_response_counts_for_its_own_model(case, method, tmp_path):
     if method != "bradley_terry":  # a ranking of three is more than its pairs, three ballots more reliable than one
         found, wanted = ({i["text"]: i["rank"] for i in row["responses"]} for row in (found, wanted))
     assert found == wanted
+
+
+@pytest.mark.parametrize("method", ["bradley_terry", "plackett_luce", "crowd_bt"])
+@pytest.mark.parametrize(
+    "silent",
+    [
+        {"responses": [{"text": "a", "rank": 0}, {"text": "a", "rank": 1}]},
+        {"responses": ["a", "b"], "raters": []},
+        {"responses": ["a", "b"], "ranks": [None, None]},
+    ],
+)
+def test_prompts_on_which_nobody_says_anything_stand_anywhere(silent, method, tmp_path):
+    """First, between others, last and alone: they change nothing of the others, in aggregation and in training."""
+    told = [{"prompt": p, "responses": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]} for p in "pq"]
+    limits = {"max_prompt_length": 98, "max_length": 99, "too_long": "error", "aggregate": method}
+    [wanted, _] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", told), method=method))
+    for place in (0, 1, 2):
+        rows = [*told[:place], {"prompt": "silent", **silent}, *told[place:]]
+        run = DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), method=method)
+        found = {row["prompt"]: row["responses"] for row in datasets.run_aggregate(run)}
+        assert [found[p] for p in "pq"] == [wanted["responses"]] * 2
+        assert all(one["rank"] is None for one in found["silent"])
+        examples, report = preference_examples(sources.rows_from(rows), Tokenizer(tiny()), **limits)
+        assert len(examples) == 2 and report.dropped == {"with fewer than two ranked responses": 1}
+
+
+def test_one_value_compares_nothing(tmp_path):
+    rows = [{"prompt": p, "responses": [item("x", "a", 0), item("y", "a", 1)]} for p in "pq"]
+    with pytest.raises(UserError, match='all responses have one "model"'):
+        datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), by="model"))
 
 
 def test_the_verdicts_on_one_text_that_stands_twice_all_count(tmp_path):

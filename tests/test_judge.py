@@ -8,8 +8,11 @@ import math
 import sys
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import ONE, byte_tokenizer, model_params
@@ -41,7 +44,8 @@ SAID = {
         "A is better than B.", "A is more helpful than B", "A is better because B is not relevant.", "I think A.",
         "I'd go with A.", "I prefer A over B.", "A wins.", "A\n\nResponse A is shorter than B.", "A. It is shorter.",
         "A, because it answers.", "A because it is right", "My final answer: A", "Winner: A", "[[a]]",
-        '{"winner": "A"}', "Long talk about B and A.\n\nAnswer: A", 1, True,
+        '{"winner": "A"}', "Long talk about B and A.\n\nAnswer: A", "I'd say A, because it is true.", 1, True,
+        np.True_, np.int64(1), jnp.asarray(1.0), Fraction(1), Decimal(1),
     ],
     0.0: [
         "B", "b", " B.", "**B**", "A is vague and B is wrong, so [[B]]", "A good answer is B", "A better answer is B.",
@@ -57,7 +61,9 @@ SAID = {
         "A is not better.", "A isn't better than B", "I don't think A is better", "The worse response is A.",
         "A better answer would say more.", "A: 7/10. B: 9/10", "A. Blue\nB. Green", "As an AI, A model cannot choose",
         "If A is better, say so", "The better response is A or B", "It is not a tie", "A tie-breaker is needed", "C",
-        "A=B", "A: B", 1.5, -0.1, None, float("nan"), ["A"],
+        "A=B", "A: B", "I think A is worse than B.", "I'd say A is wrong.", "Could it be that A wins?",
+        "Is A better than B? I cannot tell", "I think A, though short, is worse than B", np.ones(2),
+        1.5, -0.1, None, float("nan"), ["A"],
     ],
 }  # fmt: skip
 """What an answer means -> answers."""

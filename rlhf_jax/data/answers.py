@@ -69,6 +69,14 @@ def _other(examples: list[Example], i: int, max_length: int) -> np.ndarray:
     return np.concatenate(parts)[:max_length]
 
 
+def rating_of(row: Row) -> float:
+    """The rating of a row, a finite number that float32 holds."""
+    require(row, ("rating",), "a rating row is {prompt, response, rating}")
+    if not is_number(row["rating"]):
+        raise bad_row(row, f'"rating" is {row["rating"]!r}; give a finite number')
+    return float32_of(row, "rating", row["rating"])
+
+
 def rating_examples(
     rows: list[Row],
     tokenizer: Tokenizer,
@@ -87,14 +95,11 @@ def rating_examples(
     ratings: set[Any] = set()
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        require(row, ("rating",), "a rating row is {prompt, response, rating}")
-        if not is_number(row["rating"]):
-            raise bad_row(row, f'"rating" is {row["rating"]!r}; give a finite number')
+        rating = rating_of(row)
         answer = answer_of(row)
         answers = [(answer["response"], answer["finished"], answer.get("ids"))]
         [tokens], length, cut = response_tokens(answer, answers, tokenizer, limits, remarks)
         shared = {"prompt_length": length, "prompt_key": prompt_key(answer)}
-        rating = float32_of(row, "rating", row["rating"])
         ratings.add(number_of(row["rating"]))
         return [{"response": tokens, "rating": rating, **shared}], cut
 

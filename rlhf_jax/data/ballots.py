@@ -76,10 +76,9 @@ class Ranking:
 
     def wins(self) -> np.ndarray:
         """float[K, K], how often response i was preferred to j, a tie as half."""
-        ballots: list[rankings.Ballot] = [(0, 0, [float("nan")] * len(self.responses))]  # so that there is a group
-        ballots += [(0, 0, ranks) for _, ranks in self.ballots]
-        c = rankings.comparisons(ballots, num_raters=1)
-        return c.wins(np.append(1.0, self.counts())[c.ballots], c.shares)[0]
+        ballots = [(0, 0, ranks) for _, ranks in self.ballots]
+        c = rankings.comparisons(ballots, num_raters=1, sizes=[len(self.responses)])
+        return c.wins(self.counts()[c.ballots], c.shares)[0]
 
     def items(self) -> list[Row]:
         """The responses as rows hold them: {text, ids?, finished, ...}, without who is better."""
@@ -382,8 +381,9 @@ def fit(
 ) -> tuple[list[Ranking], dict[str, float], dict[str, float]]:
     """(rankings with strengths, rater -> reliability, facts) by `rankings.aggregate`, raters known by name."""
     ballots, names, times, _ = numbered(together)
+    told: dict[str, Any] = {"times": times, "sizes": [len(ranking.responses) for ranking in together]}
     try:
-        found = rankings.aggregate(ballots, num_raters=len(names), method=method, prior=prior, times=times)
+        found = rankings.aggregate(ballots, num_raters=len(names), method=method, prior=prior, **told)
     except ValueError as error:
         raise UserError(f"{error}; aggregate with bradley_terry or crowd_bt") from error
     fitted = [replace(r, strengths=found.strengths[g, : len(r.responses)]) for g, r in enumerate(together)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax import rankings
+from rlhf_jax.data.answers import rating_of
 from rlhf_jax.data.ballots import Ranking, numbered, ranking_row
 from rlhf_jax.data.comparisons import Answer
 from rlhf_jax.data.examples import encode, prompt_key, sft_examples, unread_in
@@ -115,6 +116,10 @@ def _parts(row: Row) -> tuple[str | Messages, list[Answer], Ranking | None]:
         ranking = ranking_row(row)
         return ranking.prompt, _answers(ranking), ranking
     if kind in ANSWERS:
+        if kind == "rating":
+            rating_of(row)
+        elif kind == "unpaired preference":
+            flag_of(row, "label")
         row = answer_of(row)
         return row["prompt"], [(row["response"], row["finished"], row.get("ids"))], None
     if kind == "text":

@@ -24,6 +24,18 @@ def number_of(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def float_of(value: Any) -> float | None:
+    """A real number, or a scalar of any array library, as a float; None if it is something else."""
+    if getattr(value, "ndim", 0) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if getattr(value, "ndim", 0) or not hasattr(type(value), "__float__"):  # numbers have it, texts do not
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def in_order(values: Sequence[Any], sign: int = 1) -> list[float]:
     """sign * values, to be compared in float32, NaN for None: their places from 0 where float32 loses their order.
 
