@@ -14,7 +14,7 @@ from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.batches import collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import Row, answer_of, flag_of, ids_of, prompt_row, transcript
+from rlhf_jax.data.schemas import Row, answer_of, finished_of, ids_of, prompt_row, transcript
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import tell
 from rlhf_jax.hosts import to_host
@@ -32,9 +32,9 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
     """
     text = row.get("response", row.get("completion"))
     if isinstance(text, str) and not text.strip():
-        row, ids = prompt_row({"finished": True, **row}), ids_of(row, "response_ids")
+        row, ids = prompt_row(row), ids_of(row, "response_ids")
         said = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        told = {"prompt": row["prompt"], "finished": flag_of(row, "finished"), "ids": ids}  # such as special tokens
+        told = {"prompt": row["prompt"], "finished": finished_of(row), "ids": ids}  # such as special tokens
         response = tokenizer.encode_response(said, **told)
     else:
         row = answer_of(row)

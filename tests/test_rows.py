@@ -26,6 +26,7 @@ from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import prompt_examples, prompt_key, sft_examples
 from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.label.items import item_of
@@ -266,3 +267,51 @@ def test_what_float32_takes_from_numbers_is_said():
         for r in (1700000001, 1700000000, 5, np.int64(5))
     ]
     assert "1 ratings that float32 cannot tell from another" in str(rating_examples(rated, TOKENIZER, **SMALL)[1])
+
+
+ANSWERED = {"prompt": "a", "response": "b", "label": True}
+COMPARED = [
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"prompt": "a", "responses": [{"text": "b", "rank": 0}, {"text": "c", "rank": 1}]},
+    {"prompt": "a", "responses": ["b", "c"], "scores": [1, 0]},
+    {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1]},
+    {"prompt": "a", "responses": ["b", "c"], "best": 0},
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "rows"),
+    [
+        (partial(sft_examples, loss_on="response"), [ANSWERED]),
+        (unpaired_examples, [ANSWERED, {**ANSWERED, "prompt": "d"}]),
+        (preference_examples, COMPARED),
+        (ranking_examples, COMPARED),
+    ],
+)
+def test_a_null_column_says_nothing(build, rows):
+    """Tables have null where a row lacks what others have: it is as if the column were not there."""
+    names = [
+        "finished",
+        "response_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "votes",
+        "margin",
+        "rater",
+        "raters",
+        "best",
+        "ranks",
+        "scores",
+        "tools",
+    ]
+    filled = [{**dict.fromkeys(names), **row} for row in rows]
+    for row in filled:
+        if any(isinstance(one, dict) for one in row.get("responses", [])):
+            row["responses"] = [{**one, "finished": None, "ids": None} for one in row["responses"]]
+    limits = {"max_prompt_length": 5, "max_length": 9, "too_long": "error"}
+    found, wanted = (build(rows_from(each), Tokenizer(tiny()), **limits)[0] for each in (filled, rows))
+    assert repr(found) == repr(wanted) and len(found) == len(rows)
+    if "response" in rows[0]:
+        score = partial(score_example, tokenizer=Tokenizer(tiny()), limits=Limits(5, 9, "error"))
+        blank, plain = ([repr(score({**row, "response": " "})) for row in each] for each in (filled, rows))
+        assert blank == plain

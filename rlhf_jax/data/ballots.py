@@ -21,6 +21,7 @@ from rlhf_jax.data.schemas import (
     answer_of,
     bad_row,
     empty_row,
+    finished_of,
     flag_of,
     ids_of,
     key_of,
@@ -146,7 +147,8 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
-    labels = {"raters", "ranks", "scores", "best"} & set(row) or any({"rank", "score"} & set(item) for item in items)
+    labels = any(row.get(name) is not None for name in ("raters", "ranks", "scores", "best"))
+    labels = labels or any({"rank", "score"} & set(item) for item in items)
     ballots = _ballots(row, items) if labels or not unlabelled else []
     kept = [i for i, item in enumerate(items) if _has_text(item["text"])]
     if len(kept) < 2:
@@ -154,7 +156,7 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     return Ranking(
         prompt,
         [response_of(row, f"responses {i}", items[i]["text"], prompt) for i in kept],
-        [flag_of({**items[i], "_where": where_of(row)}, "finished") for i in kept],
+        [finished_of({**items[i], "_where": where_of(row)}) for i in kept],
         [(rater, [ranks[i] for i in kept]) for rater, ranks in ballots],
         where_of(row),
         [{k: v for k, v in items[i].items() if k not in ("text", "rank", "score", "finished", "ids")} for i in kept],
@@ -168,7 +170,7 @@ def rankings_of(row: Row) -> list[Ranking]:
 
 
 def _items(row: Row) -> list[Row]:
-    """The responses as dicts with a "text" and "finished"."""
+    """The responses as dicts with a "text"."""
     found = row["responses"]
     if not isinstance(found, list):
         raise bad_row(row, f'"responses" is {type_of(found)}; give a list of {{text, rank}}')
@@ -177,9 +179,9 @@ def _items(row: Row) -> list[Row]:
         if isinstance(item, dict) and "role" not in item:
             if "text" not in item:
                 raise bad_row(row, f'responses {number} has no "text" (found: {", ".join(item) or "nothing"}); add it')
-            items.append({"finished": True, **item})
+            items.append(item)
         else:
-            items.append({"finished": True, "text": [item] if isinstance(item, dict) else item})
+            items.append({"text": [item] if isinstance(item, dict) else item})
     return items
 
 
@@ -192,15 +194,17 @@ def _has_text(value: Any) -> bool:
 
 
 def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
-    if "raters" in row:
+    if row.get("raters") is not None:
         if not isinstance(row["raters"], list) or not all(isinstance(one, dict) for one in row["raters"]):
             raise bad_row(row, f'"raters" is {type_of(row["raters"])}; give a list of {{rater, ranks}}')
         return [(rater_of(one, row), ranks) for one in row["raters"] for ranks in _said(row, one, len(items))]
-    if "best" in row:
+    if row.get("best") is not None:
         return [(rater_of(row), ranks) for ranks in _said(row, row, len(items))]
     for name, sign in (("rank", 1), ("score", -1)):
-        values = row.get(f"{name}s", [item.get(name) for item in items])
-        if f"{name}s" in row or any(name in item for item in items):
+        values = row.get(f"{name}s")
+        if values is None and any(name in item for item in items):
+            values = [item.get(name) for item in items]
+        if values is not None:
             return [(rater_of(row), _ranks(row, values, len(items), sign))]
     raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
 

@@ -99,10 +99,9 @@ def answer_of(row: Row) -> Row:
         require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
         prompt = prompt_of(row, row["prompt"])
         response = response_of(row, name, row[name], prompt)
-    finished = flag_of(row, "finished") if "finished" in row else True
     ids = ids_of(row, "response_ids")
     sampled = {} if ids is None else {"ids": ids}
-    return {"prompt": prompt, "response": response, "finished": finished, **sampled, "_where": where_of(row)}
+    return {"prompt": prompt, "response": response, "finished": finished_of(row), **sampled, "_where": where_of(row)}
 
 
 def preference_row(row: Row) -> Row:
@@ -134,7 +133,7 @@ def preference_row(row: Row) -> Row:
             raise empty_row(row, "chosen and rejected answer different prompts", "whose two prompts differ")
     if key_of(chosen).strip() == key_of(rejected).strip():
         raise empty_row(row, "chosen and rejected are the same text", "with chosen equal to rejected")
-    finished = row.get("finished", [True, True])
+    finished = [True, True] if row.get("finished") is None else row["finished"]
     if not (isinstance(finished, list) and [type(f) for f in finished] == [bool, bool]):
         raise bad_row(row, f'"finished" is {finished!r}; give [true or false of chosen, of rejected]')
     return {
@@ -367,6 +366,11 @@ def flag_of(row: Row, name: str) -> bool:
     if value not in (0, 1):
         raise bad_row(row, f'"{name}" is {value!r}; give true or false')
     return bool(value)
+
+
+def finished_of(row: Row) -> bool:
+    """Whether a response was not cut off; it was not if nothing says so."""
+    return row.get("finished") is None or flag_of(row, "finished")
 
 
 def ids_of(row: Row, name: str) -> list[int] | None:
