@@ -86,6 +86,7 @@ class _Watch:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ends: dict[int, float] = {}
+        self.ended: set[int] = set()
         self.needed = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -102,7 +103,9 @@ class _Watch:
         """Leave it alone, and take back an end that is on its way."""
         with self.lock:
             self.ends.pop(thread, None)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+            if thread in self.ended:  # else Python 3.11 looks for an end for ever after, and hangs under a profiler
+                self.ended.remove(thread)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
 
     def look(self) -> None:
         """End those whose time is over."""
@@ -111,6 +114,7 @@ class _Watch:
             time.sleep(self.EVERY)
             with self.lock:
                 for thread in [thread for thread, end in self.ends.items() if _spent(thread) > end]:
+                    self.ended.add(thread)
                     self.ends[thread] = _spent(thread) + 1.0  # once more, should code that ignores errors have had it
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
                 if not self.ends:
