@@ -155,7 +155,7 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
 
 def _value(found: Any) -> str:
     """A value of a field as it is shown."""
-    return found if isinstance(found, str) else json.dumps(found, default=repr)
+    return found if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
 
 
 def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarray]:

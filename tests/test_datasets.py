@@ -409,6 +409,14 @@ def test_prompts_on_which_nobody_says_anything_stand_anywhere(silent, method, tm
         assert len(examples) == 2 and report.dropped == {"with fewer than two ranked responses": 1}
 
 
+def test_values_that_are_equal_are_one(tmp_path):
+    """However their fields are ordered."""
+    made = [item("x", {"name": "a", "t": 1}, 0), item("y", "b", 1), item("z", {"t": 1, "name": "a"}, 2)]
+    rows = [{"prompt": "p", "responses": made}]
+    [row] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), by="model", intervals=0))
+    assert [one["strength"] for one in row["responses"]] == [0, 0]
+
+
 def test_one_value_compares_nothing(tmp_path):
     rows = [{"prompt": p, "responses": [item("x", "a", 0), item("y", "a", 1)]} for p in "pq"]
     with pytest.raises(UserError, match='all responses have one "model"'):
