@@ -377,6 +377,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail("interrupted", 130)
     except Stopped as stopped:
         tell(stopped)
+    except OSError as error:  # what the system refuses, such as a directory without permission, wherever that was
+        if debug:
+            raise
+        what = shown(type(error).__name__ if error.filename is None else error.filename)
+        fail(f"error: {UserError(f'{what}: {reason(error)}; mend that (--debug shows where it was)')}", 2)
     except Exception:
         traceback.print_exc()
         leave(1)

@@ -152,11 +152,15 @@ def owned(stage: str, path: Path) -> list[Path]:
     return [*(path / name for name in OURS), *rounds]
 
 
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises where links go in a circle
+
+
 def check_inputs(stage: str, config: Any) -> None:
     """Raise a UserError if the config reads something that starting its run would delete."""
-    replaced = [place.resolve() for place in owned(stage, Path(config.run.output_dir))]
+    replaced = [_real(place) for place in owned(stage, Path(config.run.output_dir))]
     for option, value in flat(to_dict(config)):
-        if isinstance(value, str) and value and any(Path(value).resolve().is_relative_to(path) for path in replaced):
+        if isinstance(value, str) and value and any(_real(value).is_relative_to(path) for path in replaced):
             raise UserError(
                 f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
             )

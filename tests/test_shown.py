@@ -69,3 +69,35 @@ def test_rows_and_raters_are_printed_without_acting_on_the_terminal(tmp_path, ca
     out, err = capfd.readouterr()
     assert end.value.code == 0 and err == "" and set(out) & set("\x1b\x07\x9b\u202e") == set()
     assert command[0] == "inspect" or r"\x1b]0;mine" in out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "mo\ndel"),
+        OSError(36, "File name too long", "x" * 9000),
+        OSError(5, "Input/output error"),
+        OSError("half a sentence\nand more"),
+    ],
+)
+def test_what_the_system_refuses_anywhere_is_one_line(error, monkeypatch, capsys):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "execute", refuse)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["inspect", "model"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("rlhf-jax: error: ") and err.count("\n") == 1 and len(err) < 500
+    assert (error.strerror or "half a sentence") in err
+    with pytest.raises(OSError, match=r"."):
+        cli.main(["inspect", "model", "--debug"])
+
+
+def test_a_directory_of_links_in_a_circle_is_no_traceback(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    for arguments in (["sft", "--data.path", "x.jsonl", "--run.output_dir"], ["resume"], ["ppo", "--run.output_dir"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*arguments, str(tmp_path / "loop")])
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
@@ -20,10 +21,10 @@ class _Guard:
     """Finds no module, but refuses those at or below a directory."""
 
     def __init__(self, directory: Path):
-        self.directory = directory.resolve()
+        self.directory = Path(os.path.realpath(directory))
 
     def holds(self, place: str) -> bool:
-        return Path(place).resolve().is_relative_to(self.directory)
+        return Path(os.path.realpath(place)).is_relative_to(self.directory)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         spec = PathFinder.find_spec(name, path, target)
