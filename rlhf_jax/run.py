@@ -90,7 +90,8 @@ class Run:
         place = self.dir / directory.CHECKPOINTS
         self.checkpoints = Checkpoints(place, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._lock: Any = None
-        step = self.checkpoints.last = hosts.from_first(self._take)
+        step, self._files = hosts.from_first(self._take)
+        self.checkpoints.last = step
         self.resumed, self.start = step is not None, step or 0
         hosts.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
         self.started = self._since = self._saved_at = time.time()
@@ -99,8 +100,8 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, desc=stage, disable=not shows, dynamic_ncols=True)
         BARS.add(self.bar)
 
-    def _take(self) -> int | None:
-        """Hold the directory, find the step to continue after and make the files ready; process 0 only."""
+    def _take(self) -> tuple[int | None, dict[str, str]]:
+        """Hold the directory and make its files ready: (the step to continue after, `contents`); process 0 only."""
         try:
             self._files = contents(self.settings)
             directory.check_output_dir(self.stage, self.settings, self.given, self._files)
@@ -120,7 +121,7 @@ class Run:
             where = f"continuing after step {step} of {self.total}" if self.resumed else "no checkpoint, starting anew"
             broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
             self.say(f"{self.stage}: {self.dir}: {where}{broken}")
-        return step
+        return step, self._files
 
     def _prepare(self) -> None:
         if not self.resumed:

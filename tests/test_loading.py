@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_bin_files_are_refused_with_their_conversion(tmp_path, score_head):
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     kind = "SequenceClassification" if score_head else "CausalLM"
     said = message(hf.read_config, path)
-    assert f'where torch is installed, run python -c "import transformers as t; t.LlamaFor{kind}.from_pre' in said
+    assert f"where torch is installed, run python -c 'import transformers as t; t.LlamaFor{kind}.from_pre" in said
 
 
 def test_the_conversion_of_bin_files_works(tmp_path):
@@ -214,8 +215,8 @@ def test_the_conversion_of_bin_files_works(tmp_path):
     tensors.pop("score.bias", None)
     torch.save(tensors, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
-    program = message(hf.read_config, path).split('-c "')[1].removesuffix('"')
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    command = shlex.split(message(hf.read_config, path).split(" run python ")[1])
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
     params["score"]["bias"] = np.float32(0)
     assert_equal(hf.load_params(path, arch, score_head=True), params)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shlex
@@ -128,7 +129,8 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any
     family = family_of(raw, where)
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         kind = family.classifier if family.classifier in (raw.get("architectures") or ()) else family.causal
-        convert = f"import transformers as t; t.{kind}.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        place = json.dumps(str(path), ensure_ascii=False)  # Python's string too, plain in a shell's quotes
+        convert = f"import transformers as t; t.{kind}.from_pretrained({place}).save_pretrained({place})"
         command = f"python -c {shlex.quote(convert)}"
         raise UserError(f"{folder} has .bin weights only, which are pickles; where torch is installed, run {command}")
     return to_arch(raw, family, where), raw
