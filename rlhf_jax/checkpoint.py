@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,6 +35,19 @@ LEFTOVERS = ("writing-", "deleting-")
 
 # What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line.
 logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(os.path.dirname(ocp.__file__)))
+
+
+def _without_late_reports(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A `sys.unraisablehook` that leaves out what threads of a save that failed report to its closed event loop."""
+
+    def unraisable(what: Any) -> None:
+        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+            hook(what)
+
+    return unraisable
+
+
+sys.unraisablehook = _without_late_reports(sys.unraisablehook)
 
 
 class Checkpoints:

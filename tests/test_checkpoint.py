@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -194,6 +196,30 @@ def test_a_full_disk_fails_the_save_leaves_no_trace_and_the_one_before_intact(ke
     kept.failure = None
     saved(kept, 3)
     assert kept.steps() == [1, 3]
+
+
+FAILING = """
+import resource, signal, sys
+import numpy as np
+from rlhf_jax.checkpoint import Checkpoints
+
+kept = Checkpoints(__import__("pathlib").Path(sys.argv[1]), keep_last=1, keep_every=0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
+rng = np.random.default_rng(0)
+for step in (1, 2):
+    kept.save(step, {f"x{i}": rng.normal(size=(99, 99)).astype(np.float32) for i in range(40)}, {"step": step})
+    kept.wait()
+    print(*kept.failure)
+"""
+
+
+def test_a_failed_save_of_many_arrays_says_its_line_alone(tmp_path):
+    """The threads of all arrays report to an event loop that ended with the first failure."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, str(tmp_path / "kept")], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("1 File too large\n2 File too large\n", "")
 
 
 @pytest.mark.parametrize(
