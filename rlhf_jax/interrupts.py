@@ -20,7 +20,8 @@ class Interrupts:
 
     A thread takes them, because Python's own handlers wait for the main thread to come back from a long call into
     XLA, such as a compilation. In a notebook the second one raises KeyboardInterrupt instead, as soon as it can.
-    Outside the main thread nothing is installed, nor for a signal that is ignored, as SIGHUP is under nohup.
+    Outside the main thread nothing is installed, nor for a SIGHUP that is ignored, as it is under nohup. A SIGINT is
+    taken even so: shells start background jobs with it ignored, and `kill -INT` should stop these too.
 
     Attributes:
         received: name of the first signal, or empty.
@@ -37,7 +38,8 @@ class Interrupts:
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        taken = [number for number in SIGNALS if not (number == signal.SIGHUP and nohup)]
         self._handlers = {number: signal.signal(number, self._in_main_thread) for number in taken}
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
