@@ -10,6 +10,7 @@ name either absent or complete. What is found damaged all the same is renamed to
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -32,6 +33,8 @@ from rlhf_jax.files import from_json, replace, sync, to_json
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 LEFTOVERS = ("writing-", "deleting-")
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+"""What the system says, in words, within errors that other libraries make of it."""
 
 # What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line.
 logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(os.path.dirname(ocp.__file__)))
@@ -229,6 +232,8 @@ def reason_of(error: BaseException) -> str:
     text = str(error)
     if code := re.search(r"os[ _]error\D{0,8}(\d+)", text):  # what tensorstore and safetensors make of one
         return os.strerror(int(code[1]))
+    if words := next((words for words in map(os.strerror, OF_THE_DISK) if words in text), ""):
+        return words
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 

@@ -8,6 +8,7 @@ import difflib
 import functools
 import io
 import os
+import signal
 import sys
 import traceback
 import typing
@@ -362,6 +363,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: exit code 0, also where a signal stopped a run and it saved; 2 with one line for what the user can
     mend; 130 when interrupted.
     """
+    own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
@@ -385,4 +387,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception:
         traceback.print_exc()
         leave(1)
+    if own_process:  # all is done: what comes while the interpreter ends is no death by a signal
+        signal.signal(signal.SIGINT, interrupted)
     sys.exit(0)
+
+
+def interrupted(number: int, frame: Any) -> NoReturn:
+    """End the process at once, as `KeyboardInterrupt` does earlier."""
+    os.write(2, b"rlhf-jax: interrupted\n")
+    os._exit(130)
