@@ -28,8 +28,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 
+from rlhf_jax.runs.curves import text_table
 from rlhf_jax.tasks import random_walks as walks
-from rlhf_jax.tasks.report import text_table
 
 STAGES = {"sft": "sft", "reward": "reward", "ppo": "ppo", "ppo_lora": "ppo"}
 """What is killed -> its command."""

@@ -42,7 +42,8 @@ def best_of(repeats: int, function: Callable[[], Any]) -> tuple[float, Any]:
 
 def pipeline(path: str, tokenizer: Any, repeats: int) -> list[dict[str, Any]]:
     """Throughput of tokenising and of batching the preference rows of a file."""
-    from rlhf_jax.data.batches import Batches, collate_preference
+    from rlhf_jax.data.batches import Batches
+    from rlhf_jax.data.collate import collate_preference
     from rlhf_jax.data.comparisons import preference_examples
     from rlhf_jax.data.sources import rows_from
 
@@ -139,7 +140,8 @@ def log_likelihoods(votes: np.ndarray, probability: Callable[[np.ndarray], np.nd
 
 def soft(prior: float) -> Callable[[np.ndarray], np.ndarray]:
     """Soft labels by Bradley-Terry with a prior, as `reward.aggregate: bradley_terry` makes them."""
-    from rlhf_jax.rankings import bradley_terry, soft_labels
+    from rlhf_jax.data.consensus import soft_labels
+    from rlhf_jax.data.rankings import bradley_terry
 
     def probability(others: np.ndarray) -> np.ndarray:
         wins = np.zeros((len(others), 2, 2))

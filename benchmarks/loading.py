@@ -47,8 +47,8 @@ def arch_of(num_bytes: float, itemsize: int) -> Any:
 
 def tensors_of(arch: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Stored names and random tensors, one at a time."""
-    from rlhf_jax.models.families import LLAMA
-    from rlhf_jax.models.layout import Layout, leaf_shapes
+    from rlhf_jax.models.hf.families import LLAMA
+    from rlhf_jax.models.hf.layout import Layout, leaf_shapes
 
     layout, leaves, rng = Layout(arch), leaf_shapes(arch, score_head=False), np.random.default_rng(0)
     for layer in [None, *range(arch.num_layers)]:
@@ -62,8 +62,8 @@ def write_checkpoint(folder: Path, gib: float, dtype: str, file_bytes: float = 5
     """(bytes of all tensors, of the largest) of a new directory, in several files with an index."""
     from safetensors.numpy import save_file
 
-    from rlhf_jax.models.config_json import to_json
-    from rlhf_jax.models.families import LLAMA
+    from rlhf_jax.models.hf.config_json import to_json
+    from rlhf_jax.models.hf.families import LLAMA
 
     arch, where, held, sizes = arch_of(gib * 2**30, DTYPES[dtype].itemsize), {}, {}, []
 
@@ -96,7 +96,6 @@ def load(folder: Path, dtype: str) -> dict[str, Any]:
     import jax
 
     from rlhf_jax.config import MeshConfig
-    from rlhf_jax.models import hf
     from rlhf_jax.sharding import make_mesh
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))

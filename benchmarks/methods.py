@@ -30,9 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import bestofn, dpo, group, kto, ppo, rejection, reward, rrhf, sft
-from rlhf_jax import quickstart as q
-from rlhf_jax.collecting import run_collect
+from rlhf_jax import group, ppo, preference, reward, sft
+from rlhf_jax.commands import bestofn, rejection
+from rlhf_jax.commands import quickstart as q
+from rlhf_jax.commands.collect import run_collect
 from rlhf_jax.config import (
     BestOfNRun,
     CollectRun,
@@ -56,17 +57,19 @@ from rlhf_jax.config import (
     RunConfig,
     SFTConfig,
 )
-from rlhf_jax.data.batches import collate_prompts
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.examples import prompt_examples, sft_examples
-from rlhf_jax.generate import Generator, decode
-from rlhf_jax.likelihood import Likelihood
+from rlhf_jax.data.loading import limits
+from rlhf_jax.inference.generate import Generator, decode
+from rlhf_jax.inference.likelihood import Likelihood
 from rlhf_jax.models import Model
+from rlhf_jax.models.loading import load_model, load_tokenizer
 from rlhf_jax.online.core import full_sequence, response_logprobs
+from rlhf_jax.runs.curves import text_table
 from rlhf_jax.sharding import make_mesh, put_batch
-from rlhf_jax.stage import limits, load_model, load_tokenizer, replace
 from rlhf_jax.tasks import random_walks as walks
 from rlhf_jax.tasks import write_rows
-from rlhf_jax.tasks.report import text_table
 from rlhf_jax.types import Params, Rollout
 
 RATE = OptimConfig(learning_rate=3e-4, schedule="linear")
@@ -170,13 +173,15 @@ def by_rejection(task: Task, out: Path) -> str:
 def by_dpo(task: Task, out: Path, **settings: Any) -> str:
     """DPO, or with another `loss` one of its kin."""
     config = DPORun(**task.settings(out), dpo=DPOConfig(steps=STEPS, **settings))
-    dpo.run(config, rows=task.pairs, eval_rows=task.held_out)
+    preference.run_dpo(config, rows=task.pairs, eval_rows=task.held_out)
     return str(out / "model")
 
 
 def by_kto(task: Task, out: Path) -> str:
     """KTO on the comparisons, taken apart: twice as many rows."""
-    kto.run(KTORun(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out)
+    preference.run_kto(
+        KTORun(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out
+    )
     return str(out / "model")
 
 
@@ -185,7 +190,7 @@ def by_rrhf(task: Task, out: Path) -> str:
     collect = CollectRun(**task.drawn(out / "ranked.jsonl"), num_samples=8, label="reward")
     rows = run_collect(collect, rows=walks.start_prompts() * 32)
     config = RRHFRun(**task.settings(out / "run"), rrhf=RRHFConfig(steps=STEPS))
-    rrhf.run(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
+    preference.run_rrhf(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
     return str(out / "run" / "model")
 
 

@@ -23,10 +23,11 @@ from benchmarks.stories import CONFIGS, drawn_from
 from rlhf_jax import ppo, reward
 from rlhf_jax.advantages import best_of_n_kl
 from rlhf_jax.cli import parse
+from rlhf_jax.commands.sample import run_score
 from rlhf_jax.config import ModelConfig, ScoreRun
-from rlhf_jax.inference import run_score
-from rlhf_jax.rankings import best_of_n
-from rlhf_jax.tasks import report, stories, write_rows
+from rlhf_jax.data.consensus import best_of_n
+from rlhf_jax.runs.curves import COLOUR_MAP, text_table
+from rlhf_jax.tasks import stories, write_rows
 
 METHODS = ("best-of-n", "PPO")
 FITS = {
@@ -167,7 +168,7 @@ def table(curves: list[Curve]) -> str:
         (a, b), ends = curve.fit(), curve.ends()
         rows.append([curve.method, curve.size, float(curve.d[-1]), ends["proxy_max"], ends["proxy_last"],
                      ends["gold_max"], ends["gold_last"], ends["se"], a, b, curve.peak()])  # fmt: skip
-    return report.text_table(headers, rows)
+    return text_table(headers, rows)
 
 
 def verdict(curves: list[Curve], method: str) -> str:
@@ -198,7 +199,7 @@ def draw(path: Path, curves: list[Curve]) -> None:
     from matplotlib.figure import Figure
 
     sizes = sorted({curve.size for curve in curves})
-    colours = dict(zip(sizes, colormaps[report.COLOUR_MAP](np.linspace(0.1, 0.8, len(sizes))), strict=True))
+    colours = dict(zip(sizes, colormaps[COLOUR_MAP](np.linspace(0.1, 0.8, len(sizes))), strict=True))
     figure = Figure(figsize=(10.5, 4.6), dpi=150, layout="constrained")
     for axes, method in zip(figure.subplots(1, 2), METHODS, strict=True):
         other = axes.twinx()

@@ -19,15 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
+from rlhf_jax.models.kernels import count
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.sft import objective
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
-from rlhf_jax.stage import count
-from rlhf_jax.state import TrainState, create_state, make_optimizer, make_schedule
-from rlhf_jax.step import make_train_step
+from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
+from rlhf_jax.training.step import make_train_step
 
 
 def run_steps(step: Any, state: TrainState, batch: Any, steps: int, every: int, kept: Checkpoints | None) -> Any:

@@ -88,8 +88,8 @@ def train_step(model: Any, mesh: Any, loss_fn: Any, batch: Any) -> Callable[[int
 
     from rlhf_jax.config import OptimConfig
     from rlhf_jax.sharding import put_batch, replicated
-    from rlhf_jax.state import create_state, make_optimizer, make_schedule
-    from rlhf_jax.step import make_train_step
+    from rlhf_jax.training.state import create_state, make_optimizer, make_schedule
+    from rlhf_jax.training.step import make_train_step
 
     config = OptimConfig(learning_rate=1e-4, weight_decay=0.01, clip_norm=1.0)
     tx = make_optimizer(config, make_schedule(config, 1000))
@@ -110,8 +110,8 @@ def make_generate(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str
     import numpy as np
 
     from rlhf_jax.config import SamplingConfig
-    from rlhf_jax.generate import make_sampler
-    from rlhf_jax.sampling import SamplingLaw
+    from rlhf_jax.inference.generate import make_sampler
+    from rlhf_jax.inference.sampling import SamplingLaw
     from rlhf_jax.sharding import put_batch
 
     config = SamplingConfig(max_new_tokens=128, min_new_tokens=128, top_p=0.9, top_k=50, chunk=64)
@@ -135,11 +135,12 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     import numpy as np
 
     from rlhf_jax.config import DataConfig, PPOConfig, PPORun, SamplingConfig
+    from rlhf_jax.inference.sampling import SamplingLaw
+    from rlhf_jax.models.loading import Loaded
     from rlhf_jax.ppo import core
-    from rlhf_jax.ppo.train import Networks, make_programs
-    from rlhf_jax.sampling import SamplingLaw
+    from rlhf_jax.ppo.networks import Networks
+    from rlhf_jax.ppo.train import make_programs
     from rlhf_jax.sharding import batch_sharding, put_batch, replicated
-    from rlhf_jax.stage import Loaded
 
     sampling = SamplingConfig(max_new_tokens=64, chunk=64)
     config = PPORun(sampling=sampling, data=DataConfig(batch_size=16), ppo=PPOConfig(epochs=4, minibatches=1))

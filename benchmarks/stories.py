@@ -17,10 +17,11 @@ import numpy as np
 from rlhf_jax import ppo, reward
 from rlhf_jax.cli import parse
 from rlhf_jax.config import MeshConfig, ModelConfig, SamplingConfig
-from rlhf_jax.generate import Generator
+from rlhf_jax.inference.generate import Generator
+from rlhf_jax.models.loading import load_model, load_tokenizer
+from rlhf_jax.runs.curves import learning_curves, text_table
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model, load_tokenizer
-from rlhf_jax.tasks import report, stories, write_rows
+from rlhf_jax.tasks import stories, write_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -84,11 +85,11 @@ def main() -> None:
         ["reward model accuracy", f"{rm['accuracy']:.3f} (n = {rm['n']})"],
         ["KL, nats per story", f"{tuned['after']['eval/kl']:.2f}"],
     ]
-    print("\n" + report.text_table(["256 held-out openings", "value"], table))
+    print("\n" + text_table(["256 held-out openings", "value"], table))
     for i in range(2):
         print(f"\n--- {texts[i]}\nbefore: {before[i].strip()}\nafter:  {after[i].strip()}")
     curves = [json.loads(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    report.learning_curves(path / "learning_curves.png", [c for c in curves if "rollout/gold" in c], "PPO on stories")
+    learning_curves(path / "learning_curves.png", [c for c in curves if "rollout/gold" in c], "PPO on stories")
     kl, gain = tuned["after"]["eval/kl"], float(gold[1].mean() - gold[0].mean())
     print(
         json.dumps(

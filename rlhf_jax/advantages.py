@@ -1,4 +1,4 @@
-"""From scores to advantages: KL estimators, shaped rewards, GAE, group baselines, whitening, controllers. Floor 0."""
+"""From scores to advantages: KL estimators, shaped rewards, GAE, group baselines, whitening, controllers."""
 
 from __future__ import annotations
 

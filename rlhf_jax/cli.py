@@ -20,22 +20,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from rlhf_jax import __version__, config, files, yamls
-from rlhf_jax.config.settings import words
-from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
-from rlhf_jax.yamls import texts
-
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+from rlhf_jax import __version__, config
+from rlhf_jax.config.settings import words
+from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
+from rlhf_jax.hosts import files, yamls
+from rlhf_jax.hosts.yamls import texts
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "quickstart": (config.QuickstartConfig, "rlhf_jax.quickstart:run", "the whole chain on a toy, in minutes"),
+    "quickstart": (
+        config.QuickstartConfig,
+        "rlhf_jax.commands.quickstart:run",
+        "the whole chain on a toy, in minutes",
+    ),
     "pretrain": (config.PretrainRun, "rlhf_jax.sft:run", "next-token training on packed text"),
     "sft": (config.SFTRun, "rlhf_jax.sft:run", "supervised fine-tuning on demonstrations"),
     "reward": (config.RewardRun, "rlhf_jax.reward:run", "a reward model from comparisons"),
-    "dpo": (config.DPORun, "rlhf_jax.dpo:run", "DPO, IPO, SimPO, ORPO and kin: a policy from pairs alone"),
-    "kto": (config.KTORun, "rlhf_jax.kto:run", "a policy from responses labelled good or bad"),
-    "rrhf": (config.RRHFRun, "rlhf_jax.rrhf:run", "a policy that ranks responses as the raters do"),
+    "dpo": (config.DPORun, "rlhf_jax.preference:run_dpo", "DPO, IPO, SimPO, ORPO and kin: a policy from pairs alone"),
+    "kto": (config.KTORun, "rlhf_jax.preference:run_kto", "a policy from responses labelled good or bad"),
+    "rrhf": (config.RRHFRun, "rlhf_jax.preference:run_rrhf", "a policy that ranks responses as the raters do"),
     "ppo": (config.PPORun, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
     "grpo": (
         config.GRPORun,
@@ -44,23 +48,51 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     ),
     "rloo": (config.RLOORun, "rlhf_jax.group:run", "RLOO: each response against the mean of the others"),
     "reinforce_pp": (config.ReinforcePPRun, "rlhf_jax.group:run", "REINFORCE++: one response a prompt, no critic"),
-    "bestofn": (config.BestOfNRun, "rlhf_jax.bestofn:run", "of several responses to a prompt the one a reward likes"),
-    "rejection": (config.RejectionRun, "rlhf_jax.rejection:run", "SFT on the best of n, in rounds"),
-    "sample": (config.SampleRun, "rlhf_jax.inference:run_sample", "responses of a model to prompts"),
-    "score": (config.ScoreRun, "rlhf_jax.inference:run_score", "a reward model's scores of responses"),
-    "label": (config.LabelRun, "rlhf_jax.label:run", "a local page on which people rank responses"),
-    "collect": (config.CollectRun, "rlhf_jax.collecting:run_collect", "several responses to a prompt, labelled"),
-    "judge": (config.JudgeRun, "rlhf_jax.collecting:run_judge", "a judge's verdicts on responses, and its biases"),
-    "rate": (config.RateRun, "rlhf_jax.rating:run", "verdicts of simulated raters, whose taste is a function"),
-    "recipe": (config.RecipeRun, "rlhf_jax.recipe:run", "stages chained with their artefacts, any number of rounds"),
-    "evaluate": (config.EvaluateRun, "rlhf_jax.evaluating:run_evaluate", "reward, wins, KL, perplexity over models"),
-    "inspect": (config.InspectRun, "rlhf_jax.inspection:run_inspect", "what a model is, and what it costs"),
-    "convert": (config.ConvertRun, "rlhf_jax.inspection:run_convert", "a model in another dtype or file size"),
-    "plan": (config.PlanRun, "rlhf_jax.planning:run", "what a stage needs on a TPU slice, compiled without one"),
-    "data inspect": (config.DataInspectRun, "rlhf_jax.datasets:run_inspect", "what rows hold and what is wrong"),
-    "data prepare": (config.DataPrepareRun, "rlhf_jax.datasets:run_prepare", "rows as a TFDS dataset"),
-    "data aggregate": (config.DataAggregateRun, "rlhf_jax.datasets:run_aggregate", "many raters, one ranking"),
-    "data make": (config.DataMakeRun, "rlhf_jax.datasets:run_make", "files that a Python function writes"),
+    "bestofn": (
+        config.BestOfNRun,
+        "rlhf_jax.commands.bestofn:run",
+        "of several responses to a prompt the one a reward likes",
+    ),
+    "rejection": (config.RejectionRun, "rlhf_jax.commands.rejection:run", "SFT on the best of n, in rounds"),
+    "sample": (config.SampleRun, "rlhf_jax.commands.sample:run_sample", "responses of a model to prompts"),
+    "score": (config.ScoreRun, "rlhf_jax.commands.sample:run_score", "a reward model's scores of responses"),
+    "label": (config.LabelRun, "rlhf_jax.commands.label:run", "a local page on which people rank responses"),
+    "collect": (config.CollectRun, "rlhf_jax.commands.collect:run_collect", "several responses to a prompt, labelled"),
+    "judge": (
+        config.JudgeRun,
+        "rlhf_jax.commands.collect:run_judge",
+        "a judge's verdicts on responses, and its biases",
+    ),
+    "rate": (config.RateRun, "rlhf_jax.commands.rate:run", "verdicts of simulated raters, whose taste is a function"),
+    "recipe": (
+        config.RecipeRun,
+        "rlhf_jax.commands.recipe:run",
+        "stages chained with their artefacts, any number of rounds",
+    ),
+    "evaluate": (
+        config.EvaluateRun,
+        "rlhf_jax.commands.evaluate:run_evaluate",
+        "reward, wins, KL, perplexity over models",
+    ),
+    "inspect": (config.InspectRun, "rlhf_jax.commands.inspection:run_inspect", "what a model is, and what it costs"),
+    "convert": (
+        config.ConvertRun,
+        "rlhf_jax.commands.inspection:run_convert",
+        "a model in another dtype or file size",
+    ),
+    "plan": (config.PlanRun, "rlhf_jax.commands.plan:run", "what a stage needs on a TPU slice, compiled without one"),
+    "data inspect": (
+        config.DataInspectRun,
+        "rlhf_jax.commands.datasets:run_inspect",
+        "what rows hold and what is wrong",
+    ),
+    "data prepare": (config.DataPrepareRun, "rlhf_jax.commands.datasets:run_prepare", "rows as a TFDS dataset"),
+    "data aggregate": (
+        config.DataAggregateRun,
+        "rlhf_jax.commands.datasets:run_aggregate",
+        "many raters, one ranking",
+    ),
+    "data make": (config.DataMakeRun, "rlhf_jax.commands.datasets:run_make", "files that a Python function writes"),
 }
 ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp"}
 ON_THE_MESH |= {"sample", "score", "recipe"}
@@ -81,8 +113,8 @@ POSITIONAL = {
 """Commands whose first argument may stand without its --name."""
 
 DIRECTORY_COMMANDS: dict[str, tuple[str, str]] = {
-    "resume": ("rlhf_jax.runs:resume", "continue a run that was stopped or killed: resume RUN_DIR [options]"),
-    "runs": ("rlhf_jax.runs:show", "the runs below a directory and how they stand: runs [DIR]"),
+    "resume": ("rlhf_jax.runs.listing:resume", "continue a run that was stopped or killed: resume RUN_DIR [options]"),
+    "runs": ("rlhf_jax.runs.listing:show", "the runs below a directory and how they stand: runs [DIR]"),
 }
 
 HELP = """usage: rlhf-jax COMMAND [--config FILE.yaml] [--dotted.option VALUE ...]
@@ -340,22 +372,22 @@ def execute(command: str, *settings: Any) -> Any:
     """What a command's function returns, in company of the other processes of the run if there are any."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
     if command in ON_THE_MESH:
-        config.resolve("rlhf_jax.hosts:initialize")()
+        config.resolve("rlhf_jax.hosts.processes:initialize")()
     return config.resolve(COMMANDS[command][1])(*settings)
 
 
 def fail(line: str, code: int) -> NoReturn:
     """Exit with a line on standard error, below the progress bar if there is one."""
-    if "rlhf_jax.run" in sys.modules:
-        sys.modules["rlhf_jax.run"].close_bars()
+    if "rlhf_jax.runs.run" in sys.modules:
+        sys.modules["rlhf_jax.runs.run"].close_bars()
     tell(f"rlhf-jax: {line}", error=True)
     leave(code)
 
 
 def leave(code: int) -> NoReturn:
     """Exit after an error; of several processes, without waiting for the others."""
-    if "rlhf_jax.hosts" in sys.modules:
-        sys.modules["rlhf_jax.hosts"].leave(code)
+    if "rlhf_jax.hosts.processes" in sys.modules:
+        sys.modules["rlhf_jax.hosts.processes"].leave(code)
     sys.exit(code)
 
 

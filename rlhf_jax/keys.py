@@ -1,4 +1,4 @@
-"""Where the random numbers of a run come from: every use has a branch of the run's key to itself. Floor 0.
+"""Where the random numbers of a run come from: every use has a branch of the run's key to itself.
 
 `split(key, n)[i]` is `fold_in(key, i)`, so a key is a path of integers from the seed, and two uses with one path would
 draw the same numbers. What counts something (steps, prompts, batches, layers) folds its number into a branch; the

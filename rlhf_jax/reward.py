@@ -1,4 +1,4 @@
-"""Reward models from pairs, from rankings of K responses in one forward pass, or from ratings. Floor 3."""
+"""Reward models from pairs, from rankings of K responses in one forward pass, or from ratings."""
 
 from __future__ import annotations
 
@@ -10,42 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rlhf_jax.config import RewardConfig, RewardRun, bind
-from rlhf_jax.data.answers import rating_examples
-from rlhf_jax.data.batches import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
+from rlhf_jax.data.collate import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.layouts import layout_of
+from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
+from rlhf_jax.data.singles import rating_examples
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.directory import names_given
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import to_host
-from rlhf_jax.intervals import share_and_interval
-from rlhf_jax.loop import Evaluate
+from rlhf_jax.hosts.processes import to_host
+from rlhf_jax.inference.intervals import share_and_interval
+from rlhf_jax.inference.scoring import score_sequences
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
+from rlhf_jax.runs.directory import names_given
 from rlhf_jax.sharding import put_batch
-from rlhf_jax.stage import Rows, limits, load_rows, make_examples
-from rlhf_jax.supervised import Stage, run_stage
+from rlhf_jax.training.loop import Evaluate
+from rlhf_jax.training.supervised import Stage, run_stage
 from rlhf_jax.types import LossFn, Params
 
 NORMALIZE_PAIRS = 1024
 """Training comparisons whose scores set the head's gain and bias."""
-
-
-def score_sequences(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
-    last: Int[Array, " B"],
-) -> Float[Array, " B"]:
-    """The reward of each sequence: the scalar head at index `last`, its last real token, the stop token if any."""
-    hidden = model.apply(params, tokens, positions, segment_ids)
-    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return model.scores(params["score"], at_last)[:, 0]
 
 
 def response_scores(model: Model, params: Params, batch: Any) -> Float[Array, "B K"]:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations, and pretraining on packed text. Floor 3."""
+"""Supervised fine-tuning on demonstrations, and pretraining on packed text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import PretrainRun, SFTRun, bind
-from rlhf_jax.data.batches import Collate, collate_sft
+from rlhf_jax.data.collate import Collate, collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
-from rlhf_jax.data.schemas import DroppedRow, Row, kind_of, sft_row, where_of
+from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
+from rlhf_jax.data.rows import DroppedRow, Row, where_of
+from rlhf_jax.data.schemas import kind_of, sft_row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.directory import names_given
-from rlhf_jax.generate import Generator
-from rlhf_jax.loop import Evaluate
+from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models import Model
-from rlhf_jax.run import Run
-from rlhf_jax.stage import Rows, count, limits, load_rows, make_examples
-from rlhf_jax.supervised import Stage, run_stage
+from rlhf_jax.models.kernels import count
+from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.run import Run
+from rlhf_jax.training.loop import Evaluate
+from rlhf_jax.training.supervised import Stage, run_stage
 from rlhf_jax.types import LossFn
 
 TokenLoss = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

@@ -1,4 +1,4 @@
-"""The device mesh, and where on it parameters, batches and activations lie. Floor 0."""
+"""The device mesh, and where on it parameters, batches and activations lie."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import MeshConfig
+from rlhf_jax.config.rules import MESH_AXES, SPLIT, Rules, Split, entry, parse_rules
 from rlhf_jax.errors import UserError
-from rlhf_jax.rules import MESH_AXES, SPLIT, Rules, Split, entry, parse_rules
 
 ROWS = P(("data", "fsdp"))
 """Batches: rows over both data axes."""
@@ -201,8 +201,8 @@ def own_rows(mesh: Mesh, count: int) -> np.ndarray:
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Pin the layout of an activation; nothing happens outside a `with jax.set_mesh(mesh)` block.
 
-    An axis is a mesh axis, several, None, or a letter of `rlhf_jax.rules`, split as parameters are over tensor: their
-    other mesh axes hold rows.
+    An axis is a mesh axis, several, None, or a letter of `rlhf_jax.config.rules`, split as parameters are over tensor:
+    their other mesh axes hold rows.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x

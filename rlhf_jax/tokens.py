@@ -1,4 +1,4 @@
-"""Masks, positions, weights, and log-probs of chosen tokens without the whole of the logits. Floor 0."""
+"""Masks, positions, weights, and log-probs of chosen tokens without the whole of the logits."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from rlhf_jax.config import LoRAConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf
-from rlhf_jax.models.layout import flattened
+from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.loading import load_model, load_tokenizer, save_model
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model, load_tokenizer, save_model
 
 GOLDEN = Path(__file__).with_name("golden")
 ARRAYS = np.load(GOLDEN / "adapters.npz")
@@ -184,7 +184,7 @@ def test_an_adapter_of_an_adapter_and_its_tokenizer_are_found(tmp_path):
 
 
 def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_does(tmp_path):
-    from rlhf_jax.models.peft import adapter_config
+    from rlhf_jax.models.hf.peft import adapter_config
 
     of = lambda base: adapter_config(LoRAConfig(rank=2), [], base=base, score_head=False)  # noqa: E731
     assert of(str(tmp_path))["base_model_name_or_path"] == str(tmp_path)

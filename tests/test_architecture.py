@@ -16,73 +16,19 @@ from rlhf_jax import config
 ROOT = Path(rlhf_jax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-FLOORS = {
-    **dict.fromkeys(
-        [
-            "errors",
-            "attempts",
-            "clock",
-            "config",
-            "types",
-            "tokens",
-            "losses",
-            "advantages",
-            "rankings",
-            "intervals",
-            "hosts",
-            "rules",
-            "keys",
-            "sharding",
-            "files",
-            "outputs",
-            "__init__",
-        ],
-        0,
-    ),
-    **dict.fromkeys(["state", "step", "nans", "checkpoint", "directory", "interrupts", "journal", "yamls"], 1),
-    "contents": 1,
-    **dict.fromkeys(["models", "sampling", "data", "tasks"], 1),
-    **dict.fromkeys(["run", "runs", "stage", "loop", "generate", "rewards", "online", "supervised", "responses"], 2),
-    **dict.fromkeys(["judge", "likelihood", "asking", "endpoint"], 2),
-    **dict.fromkeys(["sft", "reward", "dpo", "kto", "rrhf", "ppo", "group"], 3),
-    **dict.fromkeys(["cli", "quickstart", "inference", "datasets", "inspection", "planning", "label", "__main__"], 4),
-    **dict.fromkeys(["scoring", "drawing", "collecting", "evaluating", "summaries", "rating", "recipe"], 4),
-    **dict.fromkeys(["bestofn", "rejection"], 4),
-}
-"""Module or package of rlhf_jax -> its floor; it imports floors below and itself, and what SAME_FLOOR allows."""
-
-SAME_FLOOR = {
-    "config": {"errors", "rules"},
-    "rules": {"errors"},
-    "losses": {"errors", "types"},
-    "hosts": {"errors"},
-    "files": {"errors"},
-    "outputs": {"errors", "files"},
-    "sharding": {"config", "errors", "rules"},
-    "step": {"state"},
-    "sampling": {"models"},
-    "generate": {"stage"},
-    "directory": {"yamls"},
-    "journal": {"directory"},
-    "contents": {"directory", "models"},
-    "asking": {"endpoint", "generate", "judge", "likelihood", "stage"},
-    "inference": {"drawing", "scoring"},
-    "collecting": {"drawing", "summaries"},
-    "bestofn": {"collecting", "drawing", "summaries"},
-    "rejection": {"bestofn", "drawing"},
-    "drawing": {"scoring"},
-    "evaluating": {"drawing", "summaries"},
-    "loop": {"run", "stage"},
-    "online": {"generate", "rewards", "run", "stage"},
-    "supervised": {"loop", "run", "stage"},
-    "responses": {"stage", "supervised"},
-    "ppo": {"sft"},
-    "datasets": {"inference"},
-    "rating": {"inference", "scoring"},
-    "recipe": {"cli"},
-    "inspection": {"cli"},
-    "__main__": {"cli"},
-}
+ORDER = (
+    ("errors", "types", "tokens", "advantages", "keys"),
+    ("losses", "config", "hosts"),
+    ("cli", "sharding", "tasks", "data"),
+    ("models",),
+    ("runs", "inference"),
+    ("training",),
+    ("sft", "reward", "preference", "online", "feedback"),
+    ("ppo", "group"),
+    ("commands",),
+    ("__init__", "__main__"),
+)
+"""The entries of rlhf_jax. A file imports what stands before its own entry's line, or its own folder: nothing else."""
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 
@@ -93,7 +39,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def unit_of(path: Path) -> str:
-    """The name in FLOORS: the package for files of a package."""
+    """The name in ORDER: the folder for files of a folder."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -132,29 +78,29 @@ def test_the_reader_of_imports_sees_nested_ones_and_submodules():
     assert ours(names) == {"ppo", "sft"} and others(names) == {"a", "orbax"}
 
 
-def test_every_module_has_a_floor_and_every_floor_entry_a_module():
-    assert {unit_of(path) for path in FILES} == set(FLOORS)
+def test_the_order_lists_every_entry_once_and_a_reader_can_take_them_in():
+    named = [unit for line in ORDER for unit in line]
+    assert sorted(named) == sorted({unit_of(path) for path in FILES}) and len(named) <= 26
 
 
 @pytest.mark.parametrize("path", FILES, ids=id_of)
-def test_a_module_imports_only_floors_below_it(path):
+def test_a_file_imports_what_stands_before_it_or_its_own_folder(path):
     unit = unit_of(path)
-    allowed = {name for name, floor in FLOORS.items() if floor < FLOORS[unit]} | {unit} | SAME_FLOOR.get(unit, set())
+    place = next(i for i, line in enumerate(ORDER) if unit in line)
+    allowed = {name for line in ORDER[:place] for name in line} | ({unit} if path.parent != ROOT else set())
     assert ours(imports_of(tree_of(path))) <= allowed
 
 
-def test_the_table_of_same_floor_edges_holds_no_edge_that_is_not_there():
-    used: dict[str, set[str]] = {}
-    for path in FILES:
-        used.setdefault(unit_of(path), set()).update(ours(imports_of(tree_of(path))))
-    for unit, targets in SAME_FLOOR.items():
-        assert {FLOORS[t] for t in targets} == {FLOORS[unit]}
-        assert targets <= used[unit]
+@pytest.mark.parametrize("path", FILES, ids=id_of)
+def test_what_begins_with_an_underscore_is_used_in_its_own_file_alone(path):
+    imported = [name.split(".")[-1] for name in imports_of(tree_of(path)) if name.startswith("rlhf_jax.")]
+    assert [name for name in imported if name.startswith("_") and not name.startswith("__")] == []
 
 
-@pytest.mark.parametrize(("package", "owner"), [("orbax", "checkpoint"), ("flax", "models")])
-def test_one_place_alone_imports_a_framework(package, owner):
-    assert {unit_of(path) for path in FILES if package in others(imports_of(tree_of(path)))} == {owner}
+def test_one_place_alone_imports_a_framework():
+    importers = {p: {id_of(f) for f in FILES if p in others(imports_of(tree_of(f)))} for p in ("orbax", "flax")}
+    assert importers["orbax"] == {"runs/checkpoint.py"}
+    assert {path.split("/")[0] for path in importers["flax"]} == {"models"}
 
 
 @pytest.mark.parametrize("name", ["config", "errors"])
@@ -162,8 +108,8 @@ def test_the_config_imports_no_package_at_all(name):
     assert set().union(*[others(imports_of(tree_of(path))) for path in FILES if unit_of(path) == name]) == set()
 
 
-@pytest.mark.parametrize("name", sorted(n for n, floor in FLOORS.items() if floor == 0 and n != "config"))
-def test_floor_0_imports_jax_and_numpy_only(name):
+@pytest.mark.parametrize("name", ["types", "tokens", "advantages", "keys", "losses", "sharding"])
+def test_formulas_import_jax_and_numpy_alone(name):
     found = set().union(*[others(imports_of(tree_of(path))) for path in FILES if unit_of(path) == name])
     assert found <= {"jax", "numpy", "jaxtyping"}
 
@@ -183,12 +129,12 @@ def test_no_function_is_longer_than_a_screen(path):
 def test_one_function_prints_so_that_no_text_of_others_acts_on_a_terminal():
     """`errors.tell` does; `data inspect` prints colours of its own around texts that are escaped."""
     calls = {
-        unit_of(path)
+        id_of(path)
         for path in FILES
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert calls == {"errors", "datasets"}
+    assert calls == {"errors.py", "commands/datasets.py"}
 
 
 CONFIGS = [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]

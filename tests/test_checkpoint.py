@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint
-from rlhf_jax.checkpoint import Checkpoints, damage
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs.checkpoint import Checkpoints, damage
 from rlhf_jax.sharding import make_mesh, tree_shardings
 
 
@@ -201,7 +201,7 @@ def test_a_full_disk_fails_the_save_leaves_no_trace_and_the_one_before_intact(ke
 FAILING = """
 import resource, signal, sys
 import numpy as np
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.runs.checkpoint import Checkpoints
 
 kept = Checkpoints(__import__("pathlib").Path(sys.argv[1]), keep_last=1, keep_every=0)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf
-from rlhf_jax.models.config_json import to_arch
-from rlhf_jax.stage import Loaded, check_same_tokenizer, save_model
+from rlhf_jax.models.hf.config_json import to_arch
+from rlhf_jax.models.loading import Loaded, check_same_tokenizer, save_model
 
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma", "mistral", "phi3", "gpt_neox")
 TOKENIZERS = ("pad", "pad is eos", "no pad", "named", "unused rows")

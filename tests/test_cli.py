@@ -496,7 +496,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(here, refused, monkeypatch)
 
 
 def test_a_directory_that_fails_to_be_made_is_one_line_too(tmp_path, monkeypatch):
-    from rlhf_jax.run import Run
+    from rlhf_jax.runs.run import Run
 
     def mkdir(self, **_):
         raise OSError(28, "No space left on device")
@@ -508,7 +508,7 @@ def test_a_directory_that_fails_to_be_made_is_one_line_too(tmp_path, monkeypatch
 
 
 def test_tensorboard_without_tensorboardx_is_refused_at_once(here, refused, monkeypatch):
-    monkeypatch.setattr("rlhf_jax.directory.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_jax.runs.directory.find_spec", lambda name: None)
     line = refused("sft", "--config", "sft.yaml", "--run.tensorboard", "true")
     assert line == "run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX"
 
@@ -529,7 +529,7 @@ def test_a_run_directory_in_use_is_refused_and_stays_as_it_is(here, refused, com
     [("model.path", "out/model"), ("data.path", "out/samples.jsonl"), ("model.tokenizer", "out/checkpoints")],
 )
 def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, option, value):
-    from rlhf_jax.run import Run
+    from rlhf_jax.runs.run import Run
 
     monkeypatch.chdir(tmp_path)
     leave_run(tmp_path / "out")

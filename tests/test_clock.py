@@ -11,15 +11,16 @@ from datetime import datetime
 import pytest
 from tiny import byte_tokenizer
 
-from rlhf_jax import attempts, clock, directory
-from rlhf_jax.attempts import limited
 from rlhf_jax.config import RunConfig, SFTRun
 from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.journal import Journal
-from rlhf_jax.run import Run
-from rlhf_jax.stage import check_output_dir
+from rlhf_jax.hosts import attempts, clock
+from rlhf_jax.hosts.attempts import limited
+from rlhf_jax.runs import directory
+from rlhf_jax.runs.claim import claim_directory
+from rlhf_jax.runs.journal import Journal
+from rlhf_jax.runs.run import Run
 
 DATED = (
     "{{ strftime_now('%d %b %Y, %H:%M:%S') }}|{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -62,12 +63,12 @@ def test_a_run_that_goes_on_renders_at_the_time_when_it_began(tmp_path):
     with pytest.raises(KeyboardInterrupt), Run("sft", settings(tmp_path), total=3):
         raise KeyboardInterrupt
     clock.begin("2030-01-01T00:00:00")
-    assert check_output_dir("sft", settings(tmp_path)) is None and clock.time() == THEN
+    assert claim_directory("sft", settings(tmp_path)) is None and clock.time() == THEN
     with pytest.raises(KeyboardInterrupt), Run("sft", settings(tmp_path), total=3):
         raise KeyboardInterrupt
     record = directory.read_record(tmp_path / "run")
     assert record is not None and record["time"] == THEN
-    check_output_dir("sft", settings(tmp_path, overwrite=True))
+    claim_directory("sft", settings(tmp_path, overwrite=True))
     assert clock.time()[:4] > "2024"
 
 
@@ -159,7 +160,7 @@ def test_an_end_at_the_last_moment_strikes_nobody_else(monkeypatch):
 def test_a_program_that_rendered_goes_on_under_a_profiler(watcher):
     """A pending end that was taken back stays pending in Python 3.11, where a traced call then never begins."""
     code = (
-        "import sys; from rlhf_jax.attempts import limited; assert limited(lambda: 1, 5.0) == 1; "
+        "import sys; from rlhf_jax.hosts.attempts import limited; assert limited(lambda: 1, 5.0) == 1; "
         f"sys.{watcher}(lambda *seen: None); print((lambda: sum(range(3)))())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from tiny import ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import cli, collecting, drawing, journal, rankings
-from rlhf_jax.collecting import run_collect, run_judge
+from rlhf_jax import cli
+from rlhf_jax.commands import collect
+from rlhf_jax.commands.collect import run_collect, run_judge
+from rlhf_jax.commands.sample import print_rows, run_score
 from rlhf_jax.config import (
     CollectRun,
     JudgeConfig,
@@ -28,13 +30,16 @@ from rlhf_jax.config import (
     SamplingConfig,
     SourceConfig,
 )
-from rlhf_jax.data import labels
 from rlhf_jax.data.ballots import ranking_row
+from rlhf_jax.data.consensus import consensus_ranks
+from rlhf_jax.data.pairs import Pair, almost_filter, balance_filter, length_bias, pairs_of, shares_of
 from rlhf_jax.data.schemas import preference_row, sft_row
-from rlhf_jax.drawing import name_of, with_shots
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.inference import run_score, write_rows
-from rlhf_jax.judge import Judge
+from rlhf_jax.feedback import sources
+from rlhf_jax.feedback.judge import Judge
+from rlhf_jax.feedback.phases import name_of
+from rlhf_jax.feedback.sources import with_shots
+from rlhf_jax.runs import journal
 from rlhf_jax.sharding import make_mesh
 
 PROMPTS = TOY_ROWS["rows"][:7]
@@ -44,7 +49,7 @@ HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConf
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (collecting, drawing):
+    for module in (collect, sources):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -127,7 +132,7 @@ def test_every_byte_of_the_journal_may_be_the_last(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_signal_stops_after_a_batch_and_the_same_command_goes_on(tmp_path):
     """A real process, SIGTERM, exit code 0; then the output of the two together is that of one."""
-    write_rows(PROMPTS * 8, str(tmp_path / "prompts.jsonl"))
+    print_rows(PROMPTS * 8, str(tmp_path / "prompts.jsonl"))
     arguments = [
         "--model.path", str(toy_directory() / "policy"), "--data_path", str(tmp_path / "prompts.jsonl"),
         "--max_prompt_length", "2", "--sampling.max_new_tokens", "3", "--batch_size", "2", "--num_samples", "2",
@@ -208,7 +213,7 @@ def test_a_reward_model_labels_as_score_does(tmp_path):
         for row in rows
         for r in row["responses"]
     ]
-    write_rows(flat, str(tmp_path / "flat.jsonl"))
+    print_rows(flat, str(tmp_path / "flat.jsonl"))
     limits = {"max_prompt_length": 2, "max_length": 7, "mesh": MeshConfig()}
     config = ModelConfig(path=str(toy_directory() / "reward"))
     scored = run_score(
@@ -228,7 +233,7 @@ def test_unlabelled_rows_wait_for_people_and_a_judge_labels_them_later(tmp_path)
     assert texts(judged) == texts(run_collect(at_once, rows=PROMPTS))
     for row in judged:
         counts = vowels([], [r["text"] for r in row["responses"]])
-        order = rankings.consensus_ranks(
+        order = consensus_ranks(
             -np.array([sum(c < d for d in counts) + sum(c <= d for d in counts) for c in counts], float)
         )
         assert [r["rank"] for r in row["responses"]] == order.tolist()
@@ -294,7 +299,7 @@ def test_a_judges_doubt_becomes_a_soft_label(tmp_path):
 
 
 def test_a_failing_function_leaves_its_batch_without_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_jax.attempts.RETRY_WAIT", 0.0)
+    monkeypatch.setattr("rlhf_jax.hosts.attempts.RETRY_WAIT", 0.0)
 
     def moody(prompts, responses, **columns):
         if prompts[0] == PROMPTS[0]["prompt"]:
@@ -322,7 +327,7 @@ def test_demonstrations_stand_before_a_prompt_as_it_is_written():
 
 def test_a_source_changes_what_it_names(tmp_path):
     """Greedy samples are all the same, hot ones are not; shots change the prompt that is shown but not the row's."""
-    write_rows([{"prompt": "b", "response": " c d"}], str(tmp_path / "demos.jsonl"))
+    print_rows([{"prompt": "b", "response": " c d"}], str(tmp_path / "demos.jsonl"))
     sources = [
         SourceConfig(temperature=0.0), SourceConfig(temperature=3.0),
         SourceConfig(temperature=0.0, demonstrations=str(tmp_path / "demos.jsonl"), shots=1),
@@ -346,7 +351,7 @@ def made_pairs(seed: int, longer_wins: float, count: int = 400):
         sizes = np.sort(rng.permutation(np.arange(1, 60))[:2])[:: 1 if rng.random() < longer_wins else -1]
         items = [{"text": "x" * sizes[k], "rank": 1 - k, "finished": True} for k in (0, 1)]
         rows.append({"prompt": f"p{i}", "responses": items})
-    return rows, labels.pairs_of(rows, [labels.shares_of(row) for row in rows])
+    return rows, pairs_of(rows, [shares_of(row) for row in rows])
 
 
 def test_the_order_of_the_sources_is_the_label(tmp_path):
@@ -358,8 +363,8 @@ def test_the_order_of_the_sources_is_the_label(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_balancing_takes_the_length_out_of_the_labels(seed, longer_wins):
     rows, pairs = made_pairs(seed, longer_wins)
-    kept = labels.balance_filter(rows, pairs)
-    before, after = (labels.length_bias(rows, p) for p in (pairs, kept))
+    kept = balance_filter(rows, pairs)
+    before, after = (length_bias(rows, p) for p in (pairs, kept))
     assert abs(after["length_correlation"]) < min(0.05, abs(before["length_correlation"]) + 0.01)
     assert after["longer_wins"] == 0.5 and len(kept) >= 2 * 0.15 * len(pairs) and set(kept) <= set(pairs)
 
@@ -369,16 +374,16 @@ def test_almost_drops_pairs_whose_chosen_response_is_short():
     rows = [{"prompt": "p", "responses": items}]
     mean, spread = np.mean([10, 20, 30, 8]), np.std([10, 20, 30, 8])
     assert 10 < mean - spread / 2 < 20
-    pairs = [labels.Pair(0, *pair) for pair in [(0, 1), (1, 2), (0, 3), (3, 0), (2, 1)]]
-    assert labels.almost_filter(rows, pairs) == [pairs[1], pairs[2], pairs[4]]
+    pairs = [Pair(0, *pair) for pair in [(0, 1), (1, 2), (0, 3), (3, 0), (2, 1)]]
+    assert almost_filter(rows, pairs) == [pairs[1], pairs[2], pairs[4]]
 
 
 def test_almost_weakens_a_liking_for_short_responses_and_strengthens_one_for_long_ones():
     """What docs/data.md says: what it drops has a shorter chosen response, so the correlation rises."""
     for longer_wins in (0.2, 0.8):
         rows, pairs = made_pairs(0, longer_wins)
-        before = labels.length_bias(rows, pairs)["length_correlation"]
-        assert labels.length_bias(rows, labels.almost_filter(rows, pairs))["length_correlation"] > before
+        before = length_bias(rows, pairs)["length_correlation"]
+        assert length_bias(rows, almost_filter(rows, pairs))["length_correlation"] > before
 
 
 # --- mistakes
@@ -427,6 +432,6 @@ def test_stopped_is_what_an_interrupt_raises(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(drawing, "Interrupts", Pressed)
+    monkeypatch.setattr(sources, "Interrupts", Pressed)
     with pytest.raises(Stopped, match=r"stopped by SIGINT after 2 of 14 rows"):
         run_collect(settings(tmp_path / "a.jsonl"), rows=PROMPTS)

@@ -12,9 +12,11 @@ from test_data import CHATML, LIMITS, USER, tiny, turn
 from rlhf_jax import losses, reward
 from rlhf_jax.config import RewardConfig
 from rlhf_jax.data import ballots, schemas, sources
-from rlhf_jax.data.batches import collate_preference, collate_ranking, eval_batches
+from rlhf_jax.data.collate import collate_preference, collate_ranking, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import prompt_key, sft_examples
+from rlhf_jax.data.gathering import gather
+from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
@@ -62,7 +64,7 @@ def test_every_dataset_type_has_its_name(row, kind):
 def test_a_common_beginning_is_the_prompt_up_to_a_white_space():
     row = schemas.preference_row({"chosen": "The sky is blue.", "rejected": "The sky is black."})
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("The sky is", " blue.", " black.")
-    with pytest.raises(schemas.DroppedRow) as caught:
+    with pytest.raises(DroppedRow) as caught:
         schemas.preference_row({"chosen": "The sky is", "rejected": "The sky is black."})
     assert caught.value.reason == "with an empty turn"
     with pytest.raises(UserError, match="share no beginning"):
@@ -214,7 +216,7 @@ def test_an_adversary_among_raters_is_named(tokenizer):
         for name in ("ann", "bob", "cy", "eve"):
             ranks = (3 - truth if name == "eve" else truth).tolist()
             rows.append({"prompt": f"a {i}", "responses": list("bcde"), "ranks": ranks, "rater": name})
-    _, note = ballots.gather(sources.rows_from(rows), prompt_key, aggregate="crowd_bt", prior=0.5)
+    _, note = gather(sources.rows_from(rows), prompt_key, aggregate="crowd_bt", prior=0.5)
     assert "least reliable: eve 0.0" in note
 
 

@@ -18,6 +18,7 @@ from rlhf_jax.cli import main
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
+from rlhf_jax.models.hf import weights as hf_weights
 
 JSON = ("config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json")
 ODD = (
@@ -280,7 +281,7 @@ def test_a_disk_that_fails_in_convert_loses_nothing(tmp_path, capsys, monkeypatc
 
     with monkeypatch.context() as patch:
         if failing == "write":
-            patch.setattr(hf, "save_file", refuse_weights)
+            patch.setattr(hf_weights, "save_file", refuse_weights)
         else:
             patch.setattr(os, failing, refuse)
         with pytest.raises(SystemExit) as ended:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import schemas, sources
-from rlhf_jax.data.batches import (
-    Batches,
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.collate import (
     collate_preference,
     collate_prompts,
     collate_ranking,
@@ -19,13 +19,9 @@ from rlhf_jax.data.batches import (
     eval_batches,
 )
 from rlhf_jax.data.comparisons import preference_examples
-from rlhf_jax.data.examples import (
-    pack,
-    prompt_examples,
-    prompt_key,
-    sft_examples,
-    split_by_prompt,
-)
+from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
+from rlhf_jax.data.messages import transcript
+from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -185,7 +181,7 @@ def test_votes_become_a_soft_label():
 def test_raw_hh_transcripts_and_message_lists_split_at_the_last_turn():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = schemas.preference_row({"chosen": start + " yes", "rejected": start + " no"})
-    assert schemas.transcript(row["prompt"]) + "\n\nAssistant:" == start
+    assert transcript(row["prompt"]) + "\n\nAssistant:" == start
     assert (row["chosen"], row["rejected"]) == ([turn("assistant", "yes")], [turn("assistant", "no")])
     lists = {"chosen": USER + row["chosen"], "rejected": USER + row["rejected"]}
     assert schemas.preference_row(lists)["prompt"] == USER
@@ -222,7 +218,7 @@ def test_raw_hh_transcripts_and_message_lists_split_at_the_last_turn():
     ],
 )
 def test_rows_with_nothing_to_learn_are_drops_with_a_reason(kind, row, reason):
-    with pytest.raises(schemas.DroppedRow, match=r"^f:7: ") as caught:
+    with pytest.raises(DroppedRow, match=r"^f:7: ") as caught:
         getattr(schemas, f"{kind}_row")({**row, "_where": "f:7"})
     assert caught.value.reason == reason
 
@@ -250,7 +246,7 @@ def test_rows_with_nothing_to_learn_are_drops_with_a_reason(kind, row, reason):
 def test_wrong_rows_say_where_what_and_the_cure(kind, row, expected):
     with pytest.raises(UserError, match=f"^f:7: .*{expected}") as caught:
         getattr(schemas, f"{kind}_row")({**row, "_where": "f:7"})
-    assert not isinstance(caught.value, schemas.DroppedRow)
+    assert not isinstance(caught.value, DroppedRow)
 
 
 # --- tokenizer

@@ -12,15 +12,11 @@ from tiny import ARCH
 
 from benchmarks import data as bench
 from rlhf_jax.data import schemas, sources
-from rlhf_jax.data.batches import Batches, collate_preference, collate_prompts, collate_sft
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.collate import collate_preference, collate_prompts, collate_sft
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
-from rlhf_jax.data.examples import (
-    pack,
-    prompt_examples,
-    prompt_key,
-    sft_examples,
-    split_by_prompt,
-)
+from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
+from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
@@ -75,7 +71,7 @@ def test_an_answer_joins_its_prompt_as_in_the_whole_transcript(tokenizers, name)
     tokenizer = tokenizers[name]
     row = schemas.sft_row(rows("self_instruct_human.sft")[0])
     joined = tokenizer.encode_prompt(row["prompt"]) + tokenizer.encode_response(row["response"])
-    whole = schemas.transcript(row["prompt"] + row["response"])
+    whole = transcript(row["prompt"] + row["response"])
     assert tokenizer.hf(whole)["input_ids"] == joined[:-1]
 
 
@@ -133,9 +129,7 @@ def test_every_shared_file_loads_and_says_what_it_drops(tokenizers):
 
 def raw_hh(row):
     """A prepared HH row as Anthropic publishes it: two transcripts and no prompt."""
-    return {name: schemas.transcript(row["prompt"] + row[name]) for name in ("chosen", "rejected")} | {
-        "_where": row["_where"]
-    }
+    return {name: transcript(row["prompt"] + row[name]) for name in ("chosen", "rejected")} | {"_where": row["_where"]}
 
 
 def test_raw_hh_transcripts_split_as_the_prepared_rows_do(tokenizers):

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from test_data import CHATML, USER, tiny, turn
 
-from rlhf_jax import datasets
+from rlhf_jax.commands import datasets
 from rlhf_jax.config import DataAggregateRun, DataConfig, DataInspectRun, DataPrepareRun
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples
+from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.stage import load_rows
 
 NAN = float("nan")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax import attempts, cli
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import attempts
 
 KEY = "sk-Alpha7-Omega9"
 PARTS = (KEY, "Alpha7", "Omega9", "QWxwaGE3")  # as it is, in halves, and what base64 would begin with

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from tiny import ARCH, ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import cli, drawing, inference, summaries
+from rlhf_jax import cli
+from rlhf_jax.commands import sample
+from rlhf_jax.commands.evaluate import run_evaluate
+from rlhf_jax.commands.sample import print_rows, run_score
 from rlhf_jax.config import (
     EvaluateRun,
     JudgeConfig,
@@ -27,13 +30,13 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluating import run_evaluate
-from rlhf_jax.generate import Generator
-from rlhf_jax.inference import run_score, write_rows
-from rlhf_jax.judge import Judge
+from rlhf_jax.feedback import report, sources
+from rlhf_jax.feedback.judge import Judge
+from rlhf_jax.feedback.sources import Sources
+from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models import Model
+from rlhf_jax.models.loading import load_model, save_model
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model, save_model
 
 PROMPTS = TOY_ROWS["rows"][:20]
 TOY = str(toy_directory() / "policy")
@@ -42,7 +45,7 @@ TOY = str(toy_directory() / "policy")
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (drawing, inference):
+    for module in (sources, sample):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -136,14 +139,14 @@ def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse)
     rows = read(tmp_path / "e" / "responses.jsonl")
     items = [{**item, "prompt": row["prompt"]} for row in rows for item in row["responses"]]
     names = {"prompt": "prompt", "response": "text", "response_ids": "ids", "finished": "finished"}
-    write_rows([{name: item[of] for name, of in names.items()} for item in items], flat)
+    print_rows([{name: item[of] for name, of in names.items()} for item in items], flat)
     scored = run_score(
         ScoreRun(ModelConfig(path=model), flat, max_prompt_length=2, max_length=8, output=str(tmp_path / "s.jsonl"))
     )
     scores = np.array([row["score"] for row in scored]).reshape(8, 4)
     assert {item["finished"] for item in items} == {True, False} and scores.std() > 0.1
     np.testing.assert_allclose(np.reshape([item["score"] for item in items], (8, 4)), scores, rtol=1e-5, atol=1e-5)
-    assert found["wins"]["reward"]["rate"] == pytest.approx(summaries.wins(scores[:, 2:], scores[:, :2]).mean())
+    assert found["wins"]["reward"]["rate"] == pytest.approx(report.wins_over(scores[:, 2:], scores[:, :2]).mean())
     assert found["reward"]["mean"] == pytest.approx(scores[:, 2:].mean(), rel=1e-5)
 
 
@@ -180,7 +183,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
     shares = rng.binomial(3, chances) / 3
     held, widths = [], []
     for row in shares:
-        low, high = summaries.win_rate(row)["interval"]
+        low, high = report.win_rate(row)["interval"]
         held.append(low <= middle <= high)
         widths.append(high - low)
     assert np.mean(held) > 0.92
@@ -188,10 +191,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
 
 
 def test_a_win_rate_of_all_ties_or_all_wins_is_no_certainty():
-    assert summaries.win_rate(np.ones(20))["interval"][0] < 0.9
-    low, high = summaries.win_rate(np.full(20, 0.5))["interval"]
+    assert report.win_rate(np.ones(20))["interval"][0] < 0.9
+    low, high = report.win_rate(np.full(20, 0.5))["interval"]
     assert low < 0.5 < high
-    assert summaries.win_rate(np.full(3, np.nan)) == {"rate": None, "interval": None, "prompts": 0}
+    assert report.win_rate(np.full(3, np.nan)) == {"rate": None, "interval": None, "prompts": 0}
 
 
 # --- measures
@@ -199,7 +202,7 @@ def test_a_win_rate_of_all_ties_or_all_wins_is_no_certainty():
 
 def test_kl_and_perplexity_are_those_of_the_models(tmp_path, monkeypatch, terse):
     """Against log-probs of the very ids that were drawn, row by row, at another temperature than 1."""
-    write_rows([{"prompt": "b", "response": " c d a"}, {"prompt": "c", "response": " e"}], str(tmp_path / "t.jsonl"))
+    print_rows([{"prompt": "b", "response": " c d a"}, {"prompt": "c", "response": " e"}], str(tmp_path / "t.jsonl"))
     drawn, draw = [], Generator.responses
 
     def spy(self, *args, **kwargs):
@@ -238,12 +241,12 @@ def test_kl_and_perplexity_are_those_of_the_models(tmp_path, monkeypatch, terse)
 
 def test_standard_errors_are_of_prompts_not_of_responses():
     values = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 8, axis=1)  # eight equal responses tell no more
-    assert summaries.mean_of(values)["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
+    assert report.mean_of(values)["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
 
 
 def test_wins_count_every_pair_of_samples_and_ties_half():
     own, other = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 3.0]])
-    assert summaries.wins(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
+    assert report.wins_over(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
 
 
 # --- the directory
@@ -259,7 +262,7 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_pat
     assert set(files) == {"config.yaml", "responses.jsonl", "summary.json"}
     broken = Path(shutil.copytree(tmp_path / "e", tmp_path / "f"))
     with monkeypatch.context() as patch:
-        patch.setattr(drawing.Sources, "drawer", lambda *args: pytest.fail("it is finished"))
+        patch.setattr(Sources, "drawer", lambda *args: pytest.fail("it is finished"))
         assert run_evaluate(config, rows=PROMPTS, functions=[length]) == whole
         assert shown in capsys.readouterr().out
         with pytest.raises(UserError, match=r"holds evaluate with another config: seed 0 there, 1 here"):
@@ -267,7 +270,7 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_pat
         with pytest.raises(UserError, match="holds evaluate of other rows or functions"):
             run_evaluate(config, rows=PROMPTS[1:], functions=[length])
     again = replace(config, output_dir=str(broken), overwrite=True)
-    monkeypatch.setattr("rlhf_jax.journal.Journal.finish", lambda self, *_: None)
+    monkeypatch.setattr("rlhf_jax.runs.journal.Journal.finish", lambda self, *_: None)
     run_evaluate(again, rows=PROMPTS, functions=[length])
     monkeypatch.undo()
     part = broken / "responses.jsonl.part"
@@ -275,7 +278,7 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_pat
     part.write_bytes(lines[: len(lines) * 2 // 3])
     for name in ("summary.json", "responses.jsonl"):
         (broken / name).unlink()
-    monkeypatch.setattr(drawing, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+    monkeypatch.setattr(sources, "make_mesh", lambda config: make_mesh(config, devices=ONE))
     assert run_evaluate(replace(again, overwrite=False), rows=PROMPTS, functions=[length]) == whole
     assert (broken / "responses.jsonl").read_bytes() == files["responses.jsonl"]
 

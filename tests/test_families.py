@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file, save_file
 
+from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
-from rlhf_jax.sampling import SamplingLaw, sample
 from rlhf_jax.tokens import positions_from_mask
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -16,11 +16,11 @@ from tiny import BIGRAMS, make_experience
 
 from rlhf_jax import losses, ppo, sft
 from rlhf_jax.config import MeshConfig, PPOConfig, bind
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace
-from rlhf_jax.state import create_state
-from rlhf_jax.step import make_train_step
+from rlhf_jax.training.state import create_state
+from rlhf_jax.training.step import make_train_step
 
 X = make_experience(3, PARAMS)
 

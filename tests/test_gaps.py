@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from test_data import LIMITS, tiny
 from tiny import toy_directory
 
-from rlhf_jax import datasets, losses, reward
+from rlhf_jax import losses, reward
+from rlhf_jax.commands import datasets
 from rlhf_jax.config import DataAggregateRun, DataConfig, ModelConfig, OptimConfig, RewardConfig, RewardRun, RunConfig
 from rlhf_jax.data import sources
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.judge import Verdict, ranks_by_part
+from rlhf_jax.feedback.judge import Verdict, ranks_by_part
 
 AGGREGATES = ("votes", "bradley_terry", "plackett_luce", "crowd_bt")
 TOKENIZER = Tokenizer(tiny())

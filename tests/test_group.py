@@ -23,18 +23,19 @@ from rlhf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    QuickstartConfig,
     ReinforcePPRun,
     RewardSourceConfig,
     RLOORun,
     RunConfig,
     SamplingConfig,
-)  # fmt: skip
+)
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
-from rlhf_jax.run import Run
+from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace
-from rlhf_jax.state import TrainState
+from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
 
 KEY = jax.random.key(0)
@@ -430,14 +431,14 @@ def test_an_option_of_a_method_leaves_its_other_defaults():
 @pytest.mark.parametrize("method", RUNS)
 def test_a_method_walks_better_than_sft(tmp_path, method):
     """Optimality on random walks, by a reward that is exact; the policy starts from SFT on random walks."""
-    from rlhf_jax import quickstart as q
     from rlhf_jax import sft
+    from rlhf_jax.commands import quickstart as q
     from rlhf_jax.tasks import random_walks as walks
 
     graph, path = walks.make_graph(0), tmp_path / "chain"
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
     demos = walks.demonstrations(graph, 1100, 0)
-    config = q.QuickstartConfig(output_dir=str(path), progress=False)
+    config = QuickstartConfig(output_dir=str(path), progress=False)
     sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
     base = str(path / "sft" / "model")
 

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
+from rlhf_jax.models.hf import weights as hf_weights
+from rlhf_jax.models.hf.layout import flattened, leaf_shapes, nested
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "data" / "models" / "stories260K-hf"
@@ -48,12 +50,12 @@ def random_arch(rng):
 
 def random_params(arch, *, score_head=False, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = hf.leaf_shapes(arch, score_head=score_head)
-    return hf.nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
+    shapes = leaf_shapes(arch, score_head=score_head)
+    return nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
 
 
 def assert_same(tree, other):
-    tree, other = hf.flattened(tree), hf.flattened(other)
+    tree, other = flattened(tree), flattened(other)
     assert tree.keys() == other.keys()
     for leaf in tree:
         assert other[leaf].dtype == np.float32
@@ -100,13 +102,13 @@ def test_round_trip_is_bit_equal(tmp_path, seed):
 def test_bfloat16_rounds_once_and_jax_arrays_save_alike(tmp_path):
     jnp = pytest.importorskip("jax.numpy")
     params = random_params(TINY)
-    as_jax = hf.nested({leaf: jnp.asarray(array) for leaf, array in hf.flattened(params).items()})
+    as_jax = nested({leaf: jnp.asarray(array) for leaf, array in flattened(params).items()})
     hf.save_model(tmp_path / "m", TINY, as_jax, eos_ids=[2], dtype="bfloat16")
     with safe_open(tmp_path / "m" / "model.safetensors", framework="numpy") as handle:
         assert handle.metadata() == {"format": "pt"}
         assert handle.get_slice(Q0).get_dtype() == "BF16"
-    rounded = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in hf.flattened(params).items()}
-    assert_same(hf.nested(rounded), hf.load_params(tmp_path / "m", TINY, score_head=False))
+    rounded = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in flattened(params).items()}
+    assert_same(nested(rounded), hf.load_params(tmp_path / "m", TINY, score_head=False))
 
 
 def test_fused_layout(tmp_path):
@@ -147,7 +149,7 @@ def test_stories_checkpoint_loads():
     )
     params = hf.load_params(STORIES, arch, score_head=False)
     assert params["layers"]["attn"]["qkv"].shape == (5, 64, 4, 4, 8)
-    assert sum(leaf.size for leaf in hf.flattened(params).values()) == 260_032
+    assert sum(leaf.size for leaf in flattened(params).values()) == 260_032
     assert not hf.has_score_head(STORIES)
 
 
@@ -347,7 +349,7 @@ def test_interrupted_save_leaves_the_old_directory(tmp_path, monkeypatch, moment
 
     with monkeypatch.context() as patch:
         if moment == "write":
-            patch.setattr(hf, "save_file", failing)
+            patch.setattr(hf_weights, "save_file", failing)
         elif moment == "keep":
             patch.setattr(shutil, "copy2", failing)
         else:

@@ -14,8 +14,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from benchmarks import crash
-from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import processes
+from rlhf_jax.hosts.processes import GIVEN, LOST, glob, initialize
 
 MESHES = {"sft": {"data": 1, "fsdp": 8}, "reward": {"data": 8}, "ppo": {"data": 2, "fsdp": 2, "tensor": 2}}
 MAIN = "from rlhf_jax import cli, hosts; hosts.HEARTBEAT_SECONDS = 10; cli.main()"
@@ -32,7 +33,7 @@ def start(home, count, *arguments):
     for i in range(count):
         env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         if count > 1:
-            env |= dict(zip(hosts.GIVEN, (address, str(count), str(i)), strict=True))
+            env |= dict(zip(GIVEN, (address, str(count), str(i)), strict=True))
         with open(home / f"log{i}.txt", "w") as log:
             found.append(subprocess.Popen([sys.executable, "-c", MAIN, *arguments], env=env, stdout=log, stderr=log))
     return found
@@ -134,7 +135,7 @@ def test_a_killed_process_ends_the_others_with_a_clear_line(home, killed):
     wait_for(home / name, 3, processes)
     processes[killed].kill()
     found, logs = codes(processes, home)
-    assert found[killed] == -signal.SIGKILL and found[1 - killed] in (2, hosts.LOST), logs
+    assert found[killed] == -signal.SIGKILL and found[1 - killed] in (2, LOST), logs
     last = logs[1 - killed].strip().splitlines()[-1]
     assert last.startswith("rlhf-jax: error: ") and "another one of the run" in last, logs
 
@@ -149,18 +150,18 @@ def test_a_killed_process_ends_the_others_with_a_clear_line(home, killed):
     ],
 )
 def test_variables_that_name_no_process_are_refused(monkeypatch, values, line):
-    for name, value in zip(hosts.GIVEN, values, strict=True):
+    for name, value in zip(GIVEN, values, strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=line):
-        hosts.initialize()
+        initialize()
 
 
 def test_one_process_does_not_look_for_others(monkeypatch):
-    for name in hosts.GIVEN:
+    for name in GIVEN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("it looked"))
-    assert not hosts.initialize()
+    assert not initialize()
 
 
 RECIPE = """
@@ -203,9 +204,9 @@ def test_two_processes_run_a_recipe_and_refuse_what_only_one_can(home):
     ({}, False),
 ])  # fmt: skip
 def test_a_launcher_of_several_is_recognised(monkeypatch, found, looks):
-    for name in (*hosts.GIVEN, "SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+    for name in (*GIVEN, "SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in found.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hosts.glob, "glob", lambda _: [])
-    assert hosts._has_company() == looks
+    monkeypatch.setattr(glob, "glob", lambda _: [])
+    assert processes._has_company() == looks

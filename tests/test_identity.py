@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import bestofn, contents, directory, dpo, drawing, kto, recipe, rejection, runs, sft, supervised
+from rlhf_jax import preference, sft
+from rlhf_jax.commands import bestofn, recipe, rejection
 from rlhf_jax.config import (
     BestOfNRun,
     DataConfig,
@@ -29,10 +30,14 @@ from rlhf_jax.config import (
     SFTConfig,
     SFTRun,
 )
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.run import Run
+from rlhf_jax.feedback import sources
+from rlhf_jax.models import contents
+from rlhf_jax.runs import directory, listing
+from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace
+from rlhf_jax.training import supervised
 
 SAMPLING = SamplingConfig(max_new_tokens=4, chunk=4)
 DATA = DataConfig(batch_size=4, max_prompt_length=2, max_length=8, eval_fraction=0.3)
@@ -43,7 +48,7 @@ PAIRS = [{**{k: row[k] for k in ("prompt",)}, "chosen": "b c", "rejected": f"d {
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (drawing, supervised):
+    for module in (sources, supervised):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -122,8 +127,8 @@ def stages(model: Path, out: Path):
     shared = {"model": ModelConfig(path=str(model)), "data": DATA, "run": RunConfig(str(out), progress=False)}
     return {
         "sft": (sft, SFTRun(**shared, sft=SFTConfig(steps=4, num_samples=0)), DEMOS),
-        "dpo": (dpo, DPORun(**shared, dpo=DPOConfig(steps=4)), PAIRS),
-        "kto": (kto, KTORun(**shared, kto=KTOConfig(steps=4)), PAIRS),
+        "dpo": (preference, DPORun(**shared, dpo=DPOConfig(steps=4)), PAIRS),
+        "kto": (preference, KTORun(**shared, kto=KTOConfig(steps=4)), PAIRS),
     }
 
 
@@ -180,7 +185,7 @@ def test_a_run_without_run_json_goes_on_from_its_checkpoint(model, tmp_path, mon
         record = directory.read_record(tmp_path / "run")
         assert (record["stage"], record["status"], record["given"]) == ("sft", "crashed", ["rows"])
         with pytest.raises(UserError, match="got rows from Python"):
-            runs.resume(str(tmp_path / "run"), [])
+            listing.resume(str(tmp_path / "run"), [])
     (tmp_path / "run" / "config.yaml").unlink()
     sft.run(config, rows=rows)
     said = capsys.readouterr().out

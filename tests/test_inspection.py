@@ -15,13 +15,15 @@ from safetensors.numpy import load_file
 from tiny import ARCH, byte_tokenizer, toy_directory
 from transformers import AutoTokenizer
 
-from rlhf_jax import inspection
 from rlhf_jax.cli import main
+from rlhf_jax.commands import inspection
 from rlhf_jax.config import ConvertRun, InspectRun, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.models import hf, hub
+from rlhf_jax.models import hf
+from rlhf_jax.models.hf import hub
+from rlhf_jax.models.hf.layout import leaf_shapes, nested
+from rlhf_jax.models.loading import load_model
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model
 
 UNTIED = dataclasses.replace(ARCH, num_layers=3, num_kv_heads=1, tied_head=False, vocab_size=272)
 CHATML = (
@@ -32,8 +34,8 @@ CHATML = (
 
 def tree_of(arch, score_head, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = hf.leaf_shapes(arch, score_head=score_head)
-    return hf.nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
+    shapes = leaf_shapes(arch, score_head=score_head)
+    return nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
 
 
 def write(path, arch=UNTIED, *, score_head=False, tokenizer=None, **options):

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_jax.directory import as_json
-from rlhf_jax.files import Lines, from_json, to_json
+from rlhf_jax.hosts.files import Lines, from_json, to_json
+from rlhf_jax.runs.directory import as_json
 
 NAN, INF = float("nan"), float("inf")
 

@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 from tiny import ONE, byte_tokenizer, model_params
 
-from rlhf_jax import attempts, rankings
-from rlhf_jax import judge as judging
-from rlhf_jax.asking import ModelJudge, ask_function, ask_server, filled, make_judge
 from rlhf_jax.config import ArchConfig, JudgeConfig, MeshConfig, ModelConfig
+from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.judge import NO_ANSWER, NONSENSE, Judge, Verdict, parse, ranks, report
-from rlhf_jax.likelihood import Likelihood, example_of
+from rlhf_jax.feedback import judge as judging
+from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Judge, Verdict, parse, ranks, report
+from rlhf_jax.feedback.judges import ModelJudge, ask_function, ask_server, filled, make_judge
+from rlhf_jax.hosts import attempts
+from rlhf_jax.inference.likelihood import Likelihood, example_of
 from rlhf_jax.models import Model
+from rlhf_jax.models.loading import Loaded, save_model
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import Loaded, save_model
 
 KEY = jax.random.key(0)
 
@@ -134,10 +135,10 @@ def test_a_ranking_of_several_asks_every_pair_of_different_texts_in_both_orders(
 
 
 def test_length_bias_of_known_pairs():
-    correlation, wins = rankings.length_bias(np.array([3.0, -4.0, 0.0, 5.0]), np.array([0.5, 0.5, 0.5, 0.0]))
+    correlation, wins = length_bias(np.array([3.0, -4.0, 0.0, 5.0]), np.array([0.5, 0.5, 0.5, 0.0]))
     assert wins == 0.5  # of the two with a difference and a decision
     assert correlation == pytest.approx((1.5 - 2.0) / math.sqrt((9 + 16 + 25) * 0.75))
-    assert rankings.length_bias(np.zeros(2), np.ones(2)) == (None, None)
+    assert length_bias(np.zeros(2), np.ones(2)) == (None, None)
 
 
 def test_nonsense_and_hangs_are_counted_and_give_no_verdict(monkeypatch):

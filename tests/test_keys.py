@@ -10,11 +10,12 @@ from tiny import ARCH, ONE, TOY_ROWS, toy_run
 
 import rlhf_jax
 from rlhf_jax.config import LoRAConfig, MeshConfig, ModelConfig
+from rlhf_jax.config.functions import replace
 from rlhf_jax.keys import NUMBERS, branch
-from rlhf_jax.models.layout import flattened
+from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.loading import load_model
 from rlhf_jax.ppo.train import PPO
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model, replace
 
 RUN = jax.random.key(0)  # the run's seed is 0
 

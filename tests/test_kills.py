@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import pytest
 from disk import Kill, Killed
 
-from rlhf_jax import directory
 from rlhf_jax.config import SFTRun
+from rlhf_jax.config.functions import replace as changed
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import replace, replacing
-from rlhf_jax.run import Run
-from rlhf_jax.stage import check_output_dir
-from rlhf_jax.stage import replace as changed
+from rlhf_jax.hosts.files import replace, replacing
+from rlhf_jax.runs import directory
+from rlhf_jax.runs.claim import claim_directory
+from rlhf_jax.runs.run import Run
 
 STEPS = 4
 
@@ -33,7 +33,7 @@ def config(path: Path, **changes) -> SFTRun:
 
 def stage(settings: SFTRun) -> None:
     """A run that adds up numbers."""
-    if check_output_dir("sft", settings) is not None:
+    if claim_directory("sft", settings) is not None:
         return
     with Run("sft", settings, total=STEPS) as out:
         tree, _ = out.restore({"state": {"step": jnp.float32(settings.run.seed)}}, {"rows": 1})

@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax import rankings
+from rlhf_jax.commands.label.items import item_of, items_of, turns_of
+from rlhf_jax.commands.label.server import LOOPBACK, STATIC, Page, guard, make_app, make_server, run, summary
+from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.config import LabelRun
+from rlhf_jax.data import rankings
+from rlhf_jax.data.agreement import rater_taus
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.label.items import item_of, items_of, turns_of
-from rlhf_jax.label.server import LOOPBACK, STATIC, Page, guard, make_app, make_server, run, summary
-from rlhf_jax.label.votes import Votes
 
 TOKEN = "t0ken"
 ROWS = [
@@ -441,18 +442,16 @@ def test_rater_taus_are_kendalls():
     ranks = rng.integers(0, 3, (3, 4, 5)).astype(float)  # rater, item, response
     ranks[0, 1, 2] = ranks[2, 3] = np.nan
     order = [(g, r, ranks[r, g].tolist()) for g in range(4) for r in range(3)]
-    taus, pairs = rankings.rater_taus(rankings.comparisons(order, num_raters=4))
+    taus, pairs = rater_taus(rankings.comparisons(order, num_raters=4))
     for r in range(3):
         parts = np.sum([plain_tau(ranks[r, g], ranks[o, g]) for g in range(4) for o in range(3) if o != r], axis=0)
         np.testing.assert_allclose(taus[r], parts[0] / np.sqrt(parts[1] * parts[2]), atol=1e-12)
     assert np.isnan(taus[3]) and pairs[3] == 0 and pairs[2] == 10 + 6 + 10 + 10 + 10 + 10
     same = [(0, 0, [0, 1, 2]), (0, 1, [0, 1, 2]), (1, 0, [2, 0]), (1, 1, [1, 0])]
-    assert rankings.rater_taus(rankings.comparisons(same, num_raters=2))[0].tolist() == [1, 1]
+    assert rater_taus(rankings.comparisons(same, num_raters=2))[0].tolist() == [1, 1]
     scipy = pytest.importorskip("scipy.stats")
     two = rankings.comparisons([(0, 0, [1, 2, 2, 4, 0]), (0, 1, [0, 1, 3, 3, 2])], num_raters=2)
-    assert rankings.rater_taus(two)[0][0] == pytest.approx(
-        scipy.kendalltau([1, 2, 2, 4, 0], [0, 1, 3, 3, 2]).statistic
-    )
+    assert rater_taus(two)[0][0] == pytest.approx(scipy.kendalltau([1, 2, 2, 4, 0], [0, 1, 3, 3, 2]).statistic)
 
 
 def test_agreement_of_raters_is_told(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import ARCH, BIGRAMS, ONE, bigram_params, toy_directory
 
-from rlhf_jax import losses, ppo, reward, sft, supervised
+from rlhf_jax import losses, ppo, reward, sft
 from rlhf_jax.config import (
     DataConfig,
     MeshConfig,
@@ -26,15 +26,17 @@ from rlhf_jax.config import (
     SFTConfig,
     SFTRun,
 )
-from rlhf_jax.data import labels
-from rlhf_jax.data.batches import collate_sft
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.collate import collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
+from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.likelihood import Likelihood, next_logprobs
+from rlhf_jax.inference.likelihood import Likelihood, next_logprobs
+from rlhf_jax.inference.scoring import RewardModel
+from rlhf_jax.models.loading import load_model
 from rlhf_jax.ppo import train as ppo_train
-from rlhf_jax.scoring import RewardModel
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import load_model, replace
+from rlhf_jax.training import supervised
 
 LETTERS = "abcdefghijk"
 RATE = OptimConfig(learning_rate=1e-2, schedule="constant")
@@ -214,8 +216,8 @@ def test_a_reward_model_of_synthetic_feedback_knows_gold_pairs_better_than_its_l
         return {"text": text, "finished": True, "rank": rank}
 
     rows = [{"prompt": LETTERS[i % 5], "responses": [written(0.4, 1), written(0.6, 0)]} for i in range(1500)]
-    pairs = labels.pairs_of(rows, [labels.shares_of(row) for row in rows])
-    synthetic = [labels.preference_of(rows, pair) for pair in pairs]
+    pairs = pairs_of(rows, [shares_of(row) for row in rows])
+    synthetic = [preference_of(rows, pair) for pair in pairs]
     agreement = np.mean([gold(row["chosen"]) > gold(row["rejected"]) for row in synthetic])
     config = RewardRun(
         model=ModelConfig(path=pretrained[0]), data=replace(DATA, batch_size=64), reward=RewardConfig(steps=80),

@@ -19,11 +19,14 @@ from benchmarks import loading
 from rlhf_jax import ppo
 from rlhf_jax.cli import main
 from rlhf_jax.config import MeshConfig, ModelConfig, RewardSourceConfig
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
-from rlhf_jax.models.config_json import to_arch
+from rlhf_jax.models.hf import weights as hf_weights
+from rlhf_jax.models.hf.config_json import to_arch
+from rlhf_jax.models.hf.layout import flattened, leaf_shapes, nested
+from rlhf_jax.models.loading import load_model
 from rlhf_jax.sharding import make_mesh, replicated, tree_shardings
-from rlhf_jax.stage import load_model, replace
 
 SIZES = {  # divide by every mesh below
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -46,8 +49,8 @@ def arch_of(family, **changes):
 
 def tree_of(arch, *, score_head=False, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = hf.leaf_shapes(arch, score_head=score_head)
-    return hf.nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
+    shapes = leaf_shapes(arch, score_head=score_head)
+    return nested({leaf: rng.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()})
 
 
 def write(path, family="llama", *, score_head=False, dtype="float32", **changes):
@@ -101,8 +104,8 @@ def test_a_score_head_and_bfloat16_on_the_mesh(tmp_path):
     path, arch, params = write(tmp_path / "m", score_head=True)
     for mesh in (mesh_of(2, 2, 2), None):
         loaded = hf.load_params(path, arch, score_head=True, mesh=mesh, dtype="bfloat16")
-        for leaf, array in hf.flattened(loaded).items():
-            expected = hf.flattened(params)[leaf]
+        for leaf, array in flattened(loaded).items():
+            expected = flattened(params)[leaf]
             assert array.dtype == (np.float32 if leaf.startswith("score/") else ml_dtypes.bfloat16)
             np.testing.assert_array_equal(array, expected.astype(array.dtype), err_msg=leaf)
 
@@ -114,7 +117,7 @@ def test_param_dtype_is_the_dtype_of_loaded_and_of_fresh_weights(tmp_path, head)
     settings = ModelConfig(path=str(path), param_dtype="bfloat16")
     for config in (settings, replace(settings, path="", arch=arch)):
         params = load_model(config, mesh, KEY, head=head).params
-        found = {leaf.split("/")[0]: array.dtype for leaf, array in hf.flattened(params).items()}
+        found = {leaf.split("/")[0]: array.dtype for leaf, array in flattened(params).items()}
         assert found.pop("score", np.dtype(np.float32)) == np.float32
         assert set(found.values()) == {np.dtype(ml_dtypes.bfloat16)}
 
@@ -323,7 +326,7 @@ def test_reward_models_trained_elsewhere(tmp_path, family):
     assert raw["architectures"] == [hf.FAMILIES[family].classifier]
     del raw["num_labels"]
     (path / "config.json").write_text(json.dumps(raw))
-    final = hf.flattened(params)
+    final = flattened(params)
     stored = load_file(path / "model.safetensors")
     np.testing.assert_array_equal(stored["score.weight"], params["score"]["kernel"][None])
     loaded = load_model(ModelConfig(path=str(path)), mesh_of(1, 2, 4), KEY, head="trained").params
@@ -372,9 +375,9 @@ def test_the_host_holds_little_beside_the_shards(dtype):
 
 def test_a_copy_on_several_devices_is_read_once(tmp_path, monkeypatch):
     path, arch, _ = write(tmp_path / "m")
-    reads, read = [], hf._read_shard
-    monkeypatch.setattr(hf, "_read_shard", lambda *args: reads.append(args[-1]) or read(*args))
-    leaves = len(hf.leaf_shapes(arch, score_head=False))
+    reads, read = [], hf_weights._read_shard
+    monkeypatch.setattr(hf_weights, "_read_shard", lambda *args: reads.append(args[-1]) or read(*args))
+    leaves = len(leaf_shapes(arch, score_head=False))
     hf.load_params(path, arch, score_head=False, mesh=mesh_of(8, 1, 1))
     assert len(reads) == leaves
     reads.clear()

@@ -18,7 +18,8 @@ from test_preferences import settings as dpo_settings
 from test_step import assert_same_bits, differ
 from tiny import ONE, TOY_ROWS, V, model_params, toy_directory, toy_run
 
-from rlhf_jax import dpo, loop, losses, reward, sft, supervised
+from rlhf_jax import losses, preference, reward, sft
+from rlhf_jax.commands.inspection import run_convert
 from rlhf_jax.config import (
     ArchConfig,
     ConvertRun,
@@ -39,22 +40,23 @@ from rlhf_jax.config import (
     SFTRun,
     bind,
 )
-from rlhf_jax.data.batches import collate_preference
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.collate import collate_preference
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.group import train as group_train
-from rlhf_jax.inspection import run_convert
+from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
-from rlhf_jax.models.families import FAMILIES
-from rlhf_jax.models.layout import flattened
+from rlhf_jax.models.hf.families import FAMILIES
+from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.kernels import Stack, dense, joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
-from rlhf_jax.models.weights import Stack, dense, quantized
 from rlhf_jax.ppo import train as ppo_train
-from rlhf_jax.responses import response_logprobs
-from rlhf_jax.sampling import SamplingLaw, sample
+from rlhf_jax.preference import sequence_logprobs
 from rlhf_jax.sharding import make_mesh, put_batch, replicated, tree_shardings
-from rlhf_jax.stage import replace
-from rlhf_jax.state import create_state, make_optimizer, make_schedule
-from rlhf_jax.step import accumulated_grads, joined, make_train_step, make_update
+from rlhf_jax.training import loop, supervised
+from rlhf_jax.training.loop import train
+from rlhf_jax.training.state import create_state, make_optimizer, make_schedule
+from rlhf_jax.training.step import accumulated_grads, make_train_step, make_update
 
 KEY = jax.random.key(0)
 GROUPED = ArchConfig(
@@ -458,8 +460,8 @@ def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_pr
 
 def test_the_reference_of_dpo_is_the_frozen_model_bit_by_bit_so_its_first_loss_is_ln_2():
     whole, columns = joined(PARAMS, adapters(GROUPED, zero=True)), collate_preference(pair_examples(), length=9)
-    columns["ref_logprobs"] = jax.jit(functools.partial(response_logprobs, MODEL))(PARAMS, columns)
-    loss_fn = dpo.objective(ADAPTED, bind(losses.dpo_loss, DPOConfig()))
+    columns["ref_logprobs"] = jax.jit(functools.partial(sequence_logprobs, MODEL))(PARAMS, columns)
+    loss_fn = preference.objective(ADAPTED, bind(losses.dpo_loss, DPOConfig()))
     value, metrics = jax.jit(loss_fn)(whole, columns, KEY)
     assert float(value) == float(np.float32(np.log(2)))
     assert float(metrics["rewards/margin"]) == 0
@@ -474,10 +476,10 @@ def test_dpo_moves_the_adapters_alone_from_a_loss_of_ln_2(tmp_path, monkeypatch)
         seen["after"] = jax.device_get((loaded.frozen, params))
         return params, evaluate
 
-    supervised_train = supervised.train
+    supervised_train = train
     monkeypatch.setattr(supervised, "train", watched)
     config = replace(dpo_settings("dpo", tmp_path / "run"), lora=LoRAConfig(rank=2))
-    dpo.run(config, rows=preferences(32), eval_rows=preferences(8, 1))
+    preference.run_dpo(config, rows=preferences(32), eval_rows=preferences(8, 1))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "loss/preference" in line)
     assert first["loss/preference"] == pytest.approx(np.log(2), rel=1e-6)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ArchConfig
+from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, decoder, hf, rotary
-from rlhf_jax.sampling import SamplingLaw, sample
+from rlhf_jax.models.hf.layout import flattened, leaf_shapes, nested
 from rlhf_jax.tokens import positions_from_mask
 
 ROTARY = ArchConfig(
@@ -31,9 +32,9 @@ both = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def random_params(arch, *, score_head=False, seed=0):
     """Weights large enough that norms, biases and attention all matter."""
     rng, leaves = np.random.default_rng(seed), {}
-    for leaf, shape in hf.leaf_shapes(arch, score_head=score_head).items():
+    for leaf, shape in leaf_shapes(arch, score_head=score_head).items():
         leaves[leaf] = (0.4 * rng.standard_normal(shape) + ("scale" in leaf)).astype(np.float32)
-    return hf.nested(leaves)
+    return nested(leaves)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -328,8 +329,8 @@ def test_hidden_states_have_the_compute_dtype_logits_and_scores_are_float32():
 @both
 def test_fresh_parameters_have_the_shapes_of_the_tables(arch, score_head):
     shapes = jax.eval_shape(Model(arch, score_head=score_head).init, jax.random.key(0))
-    found = {leaf: value.shape for leaf, value in hf.flattened(shapes).items()}
-    assert found == hf.leaf_shapes(arch, score_head=score_head)
+    found = {leaf: value.shape for leaf, value in flattened(shapes).items()}
+    assert found == leaf_shapes(arch, score_head=score_head)
 
 
 def test_fresh_weights_follow_init_std_and_layers_differ():
@@ -358,7 +359,7 @@ def test_score_head_of_zeros():
 def test_with_score_puts_the_head_on_the_trunk():
     policy, score = random_params(LEARNED), {"kernel": np.arange(12, dtype=np.float32), "bias": np.float32(0.5)}
     params = Model(LEARNED, score_head=True).with_score(policy, score)
-    assert hf.flattened(params).keys() == hf.leaf_shapes(LEARNED, score_head=True).keys()
+    assert flattened(params).keys() == leaf_shapes(LEARNED, score_head=True).keys()
     assert params["layers"] is policy["layers"]
     model, (tokens, mask) = Model(LEARNED, score_head=True), padded(DOCUMENT, 0, 4)
     hidden = jax.jit(model.apply)(params, tokens, positions_from_mask(mask), mask.astype(np.int32))

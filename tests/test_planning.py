@@ -15,11 +15,11 @@ import pytest
 from test_programs import PRIME, largest_logits
 
 from rlhf_jax import cli
+from rlhf_jax.commands.plan import chips, flops, hlo, plan, programs
+from rlhf_jax.commands.plan.presets import PRESETS, find_preset
 from rlhf_jax.config import PPORun, SFTRun
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.layout import leaf_shapes
-from rlhf_jax.planning import chips, flops, hlo, plan, programs
-from rlhf_jax.planning.presets import PRESETS, find_preset
+from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import make_mesh
 
 WITHOUT_COMPILER = importlib.util.find_spec("libtpu") is None
@@ -304,7 +304,7 @@ def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
 @pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
 @pytest.mark.parametrize(("name", "count"), [("v5e:1x1", 1), ("v6e:1x1", 1)])
 def test_a_single_chip_is_a_topology_as_larger_slices_are(name, count):
-    program = f"from rlhf_jax.planning.chips import find_topology; print(len(find_topology({name!r})[1]))"
+    program = f"from rlhf_jax.commands.plan.chips import find_topology; print(len(find_topology({name!r})[1]))"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # in a process of its own, as the compiler wants
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600

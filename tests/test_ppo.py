@@ -30,14 +30,14 @@ from tiny import (
 from rlhf_jax import sft
 from rlhf_jax.config import OptimConfig, PPOConfig, PPORun, RewardSourceConfig, SamplingConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference.reward_functions import call_reward, combine
+from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.losses import clipped_policy_loss
 from rlhf_jax.models import Model
 from rlhf_jax.online import core as online_core
 from rlhf_jax.ppo import Models, core, make_ppo_step, make_ppo_update, make_score, objective
-from rlhf_jax.rewards import call_reward, combine
-from rlhf_jax.sampling import SamplingLaw, sample
-from rlhf_jax.state import TrainState
 from rlhf_jax.tokens import token_weights
+from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
 
 KEY = jax.random.key(0)

@@ -16,12 +16,14 @@ from test_ppo import PARAMS, batch_of, ppo_run, same_bits, score, updater
 from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, make_experience, make_rollout, toy_directory, toy_run
 
 from rlhf_jax.config import MeshConfig, PPOConfig, PPORun
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.models import hf
 from rlhf_jax.online import programs as programs_module
+from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import Models, core, objective, train
+from rlhf_jax.ppo.networks import Networks
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace
 from rlhf_jax.types import Rollout
 
 NAN = float("nan")
@@ -33,7 +35,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
 
 
-def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> train.Programs:
+def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> Programs:
     """Programs of an iteration that compute nothing: the update adds 1 to every parameter and notes its arguments."""
     seen = [] if seen is None else seen
     rows, num = config.data.batch_size, config.sampling.max_new_tokens
@@ -200,7 +202,7 @@ def test_batches_that_do_not_divide_over_the_mesh_are_refused_before_anything_is
 
 def test_a_reward_model_with_another_tokenizer_is_refused(one_device, tmp_path):
     from rlhf_jax.data.tokenizer import Tokenizer
-    from rlhf_jax.stage import check_same_tokenizer
+    from rlhf_jax.models.loading import check_same_tokenizer
     from rlhf_jax.tasks.random_walks import make_tokenizer
 
     make_tokenizer(9).save_pretrained(tmp_path)
@@ -451,7 +453,7 @@ def sampled(config: PPOConfig):
     full = Rollout(**{**vars(full), "tokens": tokens, "mask": jnp.ones_like(full.mask)})
     stops = []
     mesh = make_mesh(MeshConfig(), devices=ONE)
-    nets = train.Networks(BIGRAMS_ON_TOY, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
+    nets = Networks(BIGRAMS_ON_TOY, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             programs_module, "make_sampler", lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda: full)
@@ -476,7 +478,7 @@ def recomputes(config: PPOConfig) -> bool:
 def told_to_score(run: PPORun, dtype: str = "float32") -> dict:
     """The keyword arguments with which the stage makes its scoring program."""
     models = Models(BigramWithDtype(compute_dtype=jnp.dtype(dtype)), BigramWithDtype())
-    nets = train.Networks(models, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
+    nets = Networks(models, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
     asked = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "make_score", lambda *args, **kwargs: asked.update(kwargs) or (lambda: None))

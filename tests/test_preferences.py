@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import BIGRAMS, V, bigram_params, f64, log_softmax, toy_directory
 
-from rlhf_jax import dpo, kto, losses, responses, reward, rrhf
+from rlhf_jax import losses, preference, reward
 from rlhf_jax.config import (
     DataConfig,
     DPOConfig,
@@ -18,20 +18,22 @@ from rlhf_jax.config import (
     KTORun,
     ModelConfig,
     OptimConfig,
+    QuickstartConfig,
     RewardConfig,
     RewardRun,
     RRHFConfig,
     RRHFRun,
     RunConfig,
     bind,
-)  # fmt: skip
-from rlhf_jax.data.answers import rating_examples, unpaired_examples
-from rlhf_jax.data.batches import collate_preference, collate_ranking, collate_unpaired, eval_batches, fingerprint
+)
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.batches import fingerprint
+from rlhf_jax.data.collate import collate_preference, collate_ranking, collate_unpaired, eval_batches
+from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.responses import response_logprobs
-from rlhf_jax.run import Run
-from rlhf_jax.stage import replace
+from rlhf_jax.preference import sequence_logprobs
+from rlhf_jax.runs.run import Run
 
 MODEL, PARAMS = BIGRAMS.policy, bigram_params(0)["policy"]
 LIMITS = {"max_prompt_length": 4, "max_length": 12, "too_long": "drop"}
@@ -72,21 +74,21 @@ def expected_logprobs(params, examples):
 def test_the_log_prob_of_a_response_is_over_its_tokens_alone():
     examples = pair_examples()
     batch = collate_preference(examples, length=9)
-    np.testing.assert_allclose(response_logprobs(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5)
+    np.testing.assert_allclose(sequence_logprobs(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5)
     sizes = [[len(e[k]) - e["prompt_length"] for k in ("chosen", "rejected")] for e in examples]
     np.testing.assert_array_equal(batch["lengths"], sizes)
 
 
 def test_padding_and_the_prompts_own_tokens_change_no_log_prob_but_through_the_condition():
     examples = pair_examples()
-    short, long = (response_logprobs(MODEL, PARAMS, collate_preference(examples, length=n, pad_id=n)) for n in (9, 14))
+    short, long = (sequence_logprobs(MODEL, PARAMS, collate_preference(examples, length=n, pad_id=n)) for n in (9, 14))
     np.testing.assert_allclose(short, long, rtol=1e-6)
     for example in examples:
         if example["prompt_length"] > 1:  # a bigram does not see it
             example["chosen"], example["rejected"] = (example[k].copy() for k in ("chosen", "rejected"))
             example["chosen"][0] = example["rejected"][0] = 3
     np.testing.assert_allclose(
-        response_logprobs(MODEL, PARAMS, collate_preference(examples, length=9)), short, rtol=1e-6
+        sequence_logprobs(MODEL, PARAMS, collate_preference(examples, length=9)), short, rtol=1e-6
     )
 
 
@@ -114,7 +116,7 @@ def test_the_objective_is_the_loss_of_its_columns_plus_the_nll():
         example["ref_logprobs"] = row.astype(np.float32)
     batch = collate_preference(examples, length=9)
     config = DPOConfig(beta=0.3, sft_coef=0.5)
-    loss_fn = dpo.objective(MODEL, bind(config.loss, config), sft_coef=config.sft_coef)
+    loss_fn = preference.objective(MODEL, bind(config.loss, config), sft_coef=config.sft_coef)
     (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, batch, None)
     policy = expected_logprobs(PARAMS, examples)
     margin = 0.3 * ((policy - reference)[:, 0] - (policy - reference)[:, 1])
@@ -126,7 +128,7 @@ def test_the_objective_is_the_loss_of_its_columns_plus_the_nll():
 
 
 def test_a_loss_that_reads_what_no_batch_has_is_one_line():
-    loss_fn = dpo.objective(MODEL, lambda logprobs, colour: (logprobs.sum(), {}))
+    loss_fn = preference.objective(MODEL, lambda logprobs, colour: (logprobs.sum(), {}))
     with pytest.raises(UserError, match=r"the loss reads \['colour'\]"):
         loss_fn(PARAMS, collate_preference(pair_examples(), length=9), None)
 
@@ -139,8 +141,10 @@ def test_exo_without_label_smoothing_is_refused():
 def test_the_other_response_of_kto_gives_its_value_but_no_gradient():
     examples = [{**e, "response": e["chosen"], "other": e["rejected"]} for e in pair_examples()]
     batch = collate_unpaired(examples, length=9)
-    np.testing.assert_allclose(kto.own_and_other(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5)
-    grads = [jax.grad(lambda p, i=i: kto.own_and_other(MODEL, p, batch)[:, i].sum())(PARAMS) for i in range(2)]
+    np.testing.assert_allclose(
+        preference.own_and_other(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5
+    )
+    grads = [jax.grad(lambda p, i=i: preference.own_and_other(MODEL, p, batch)[:, i].sum())(PARAMS) for i in range(2)]
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads[0]))
     assert not any(g.any() for g in jax.tree.leaves(grads[1]))
 
@@ -222,9 +226,9 @@ def rankings(num, seed=0):
 
 
 STAGES = {
-    "dpo": (dpo.run, DPORun, "dpo", preferences),
-    "kto": (kto.run, KTORun, "kto", preferences),
-    "rrhf": (rrhf.run, RRHFRun, "rrhf", rankings),
+    "dpo": (preference.run_dpo, DPORun, "dpo", preferences),
+    "kto": (preference.run_kto, KTORun, "kto", preferences),
+    "rrhf": (preference.run_rrhf, RRHFRun, "rrhf", rankings),
 }
 
 
@@ -279,7 +283,7 @@ def test_a_stage_learns_what_it_is_shown(tmp_path, stage):
 
 @pytest.mark.parametrize("loss", ["simpo_loss", "orpo_loss", "cpo_loss"])
 def test_a_loss_that_names_no_reference_learns_and_costs_no_pass_over_the_rows(tmp_path, monkeypatch, loss):
-    monkeypatch.setattr(responses, "add_reference", lambda stage: pytest.fail("a reference pass"))
+    monkeypatch.setattr(preference, "add_reference", lambda stage: pytest.fail("a reference pass"))
     options = {"dpo__loss": f"rlhf_jax.losses:{loss}", "dpo__beta": 2.0}
     before = run_of("dpo", tmp_path / "start", **options, dpo__steps=1)
     after = run_of("dpo", tmp_path / "run", **options, dpo__steps=100)
@@ -290,7 +294,7 @@ def test_a_function_given_to_a_stage_is_what_trains(tmp_path, seen):
     def mine(logprobs, weights, *, beta):
         return -beta * jnp.sum(weights * logprobs[:, 0]), {"mine/loss": jnp.float32(beta)}
 
-    dpo.run(
+    preference.run_dpo(
         settings("dpo", tmp_path / "run", dpo__beta=0.25), rows=preferences(32), eval_rows=preferences(8), loss=mine
     )
     assert all(metrics["mine/loss"] == 0.25 for metrics in seen)
@@ -363,13 +367,13 @@ def test_rrhf_ranks_held_out_responses_as_the_raters_do(tmp_path):
 @pytest.mark.slow
 def test_dpo_and_rrhf_walk_better_than_sft(tmp_path):
     """Gold rewards on random walks, which training sees through noisy comparisons of SFT's own walks alone."""
-    from rlhf_jax import quickstart as q
     from rlhf_jax import sft
+    from rlhf_jax.commands import quickstart as q
     from rlhf_jax.tasks import random_walks as walks
 
     graph, path = walks.make_graph(0), tmp_path / "chain"
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    config = q.QuickstartConfig(output_dir=str(path), progress=False)
+    config = QuickstartConfig(output_dir=str(path), progress=False)
     demos = walks.demonstrations(graph, 1100, 0)
     sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
     base = str(path / "sft" / "model")
@@ -389,8 +393,10 @@ def test_dpo_and_rrhf_walk_better_than_sft(tmp_path):
     ]
     shared = {"model": ModelConfig(path=base), "data": q.DATA, "optim": OptimConfig(learning_rate=3e-4)}
     out = lambda name: {"run": RunConfig(str(path / name), progress=False, eval_every=20)}  # noqa: E731
-    dpo.run(DPORun(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
-    rrhf.run(RRHFRun(**shared, **out("rrhf"), rrhf=RRHFConfig(epochs=3)), rows=ranked[64:], eval_rows=ranked[:64])
+    preference.run_dpo(DPORun(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
+    preference.run_rrhf(
+        RRHFRun(**shared, **out("rrhf"), rrhf=RRHFConfig(epochs=3)), rows=ranked[64:], eval_rows=ranked[:64]
+    )
     before, error = gold(base)
     found = {name: gold(str(path / name / "model")) for name in ("dpo", "rrhf")}
     print({"sft": (before, error), **found})

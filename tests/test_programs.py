@@ -15,13 +15,14 @@ from tiny import TOY_ROWS, Bigram, make_experience, make_rollout, model_params, 
 from tiny import bigram_params as some_params
 
 from rlhf_jax.config import ArchConfig, SamplingConfig
+from rlhf_jax.config.functions import replace
+from rlhf_jax.hosts.processes import pack
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
 from rlhf_jax.ppo import Models, make_ppo_step, make_score, train
-from rlhf_jax.run import Run, pack
-from rlhf_jax.sampling import SamplingLaw
+from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh, replicated
-from rlhf_jax.stage import replace
-from rlhf_jax.state import TrainState
+from rlhf_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")

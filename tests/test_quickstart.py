@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.numpy import load_file
 
-from rlhf_jax import quickstart
+from rlhf_jax.commands import quickstart
 from rlhf_jax.config import QuickstartConfig
 
 

@@ -8,20 +8,10 @@ import pytest
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
-from rlhf_jax import rankings
-from rlhf_jax.rankings import (
-    aggregate,
-    agreement,
-    bootstrap_intervals,
-    bradley_terry,
-    comparisons,
-    components,
-    consensus_ranks,
-    crowd_bradley_terry,
-    elo,
-    plackett_luce,
-    soft_labels,
-)
+from rlhf_jax.data import consensus, rankings
+from rlhf_jax.data.agreement import agreement, elo
+from rlhf_jax.data.consensus import aggregate, best_of_n, bootstrap_intervals, consensus_ranks, soft_labels
+from rlhf_jax.data.rankings import bradley_terry, comparisons, components, crowd_bradley_terry, plackett_luce
 
 NAN = float("nan")
 
@@ -257,7 +247,7 @@ def test_bootstrap_intervals_are_of_the_strengths_that_aggregate_gives(method):
     twice = aggregate(ballots + ballots[:5], num_raters=3, method=method, prior=0.5)
     times = np.ones(60)
     times[:5] = 2
-    again, _ = rankings._fit(ballots, comparisons(ballots, num_raters=3), times, method, 0.5, None)
+    again, _ = consensus._fit(ballots, comparisons(ballots, num_raters=3), times, method, 0.5, None)
     np.testing.assert_allclose(again, twice.strengths, atol=1e-5)
 
 
@@ -328,10 +318,10 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n(n):
     for p, r in zip(proxy, rewards, strict=True):
         choices = [list(c) for c in itertools.combinations(range(6), n)]
         expected.append(np.mean([r[c][p[c] == p[c].max()].mean() for c in choices]))
-    np.testing.assert_allclose(rankings.best_of_n(proxy, rewards, n), expected, rtol=1e-12)
+    np.testing.assert_allclose(best_of_n(proxy, rewards, n), expected, rtol=1e-12)
 
 
 def test_best_of_all_samples_is_the_best_and_of_one_the_mean_with_any_number():
     proxy = np.random.default_rng(0).normal(size=(3, 2000))
-    np.testing.assert_allclose(rankings.best_of_n(proxy, proxy, 2000), proxy.max(1), rtol=1e-9)
-    np.testing.assert_allclose(rankings.best_of_n(proxy, proxy**2, 1), (proxy**2).mean(1), rtol=1e-9)
+    np.testing.assert_allclose(best_of_n(proxy, proxy, 2000), proxy.max(1), rtol=1e-9)
+    np.testing.assert_allclose(best_of_n(proxy, proxy**2, 1), (proxy**2).mean(1), rtol=1e-9)

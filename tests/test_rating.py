@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax import rating
+from rlhf_jax.commands import rate
+from rlhf_jax.commands.datasets import run_make
 from rlhf_jax.config import DataMakeRun, RateRun
 from rlhf_jax.data.ballots import ranking_row
-from rlhf_jax.datasets import run_make
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks import random_walks as walks
 
@@ -24,7 +24,7 @@ def length(prompts, responses, **columns):
 
 
 def test_without_noise_every_rater_says_what_the_function_says():
-    rows = rating.run(RateRun(raters=3), rows=ROWS, function=length)
+    rows = rate.run(RateRun(raters=3), rows=ROWS, function=length)
     assert len(rows) == 200
     assert [one["ranks"] for one in rows[0]["raters"]] == [[0, 2, 1, 2]] * 3
     assert [item["finished"] for item in rows[0]["responses"]] == [True, False, True, True]
@@ -32,26 +32,26 @@ def test_without_noise_every_rater_says_what_the_function_says():
 
 
 def test_noise_is_in_standard_deviations_and_each_raters_own():
-    rows = rating.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
+    rows = rate.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
     ranks = np.array([[one["ranks"] for one in row["raters"]] for row in rows])  # [rows, raters, K]
     right = (ranks[..., 0] < ranks[..., 2]).mean()  # lengths 3 and 2 differ by 1, the noise of both by sqrt(2) std
     std = np.std([3, 1, 2, 1])
     assert abs(right - 0.5 * (1 + np.vectorize(math.erf)(1 / (2 * std)))) < 0.06
     assert 0.1 < (ranks[:, 0] != ranks[:, 1]).mean() < 0.9
-    again = rating.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
-    assert again == rows and rating.run(RateRun(raters=2, noise=1.0, seed=2), rows=ROWS, function=length) != rows
+    again = rate.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
+    assert again == rows and rate.run(RateRun(raters=2, noise=1.0, seed=2), rows=ROWS, function=length) != rows
 
 
 def test_ratings_part_the_range_into_equal_levels():
-    rows = rating.run(RateRun(verdict="rating", levels=2), rows=ROWS[:1], function=length)
+    rows = rate.run(RateRun(verdict="rating", levels=2), rows=ROWS[:1], function=length)
     assert [(row["response"], row["rating"]) for row in rows] == [("ccc", 2.0), ("a", 1.0), ("bb", 2.0), ("a", 1.0)]
-    assert rating.levels(np.array([0.0, 0.19, 0.21, 1.0, 1.5, -3]), 0.0, 1.0, 5).tolist() == [1, 1, 2, 5, 5, 1]
-    assert rating.levels(np.array([4.0, 4.0]), 4.0, 4.0, 5).tolist() == [1, 1]  # all equal: no range to part
+    assert rate.levels(np.array([0.0, 0.19, 0.21, 1.0, 1.5, -3]), 0.0, 1.0, 5).tolist() == [1, 1, 2, 5, 5, 1]
+    assert rate.levels(np.array([4.0, 4.0]), 4.0, 4.0, 5).tolist() == [1, 1]  # all equal: no range to part
 
 
 def test_rows_without_two_responses_are_left_out():
     with pytest.raises(UserError, match="none of 1 rows has two responses"):
-        rating.run(RateRun(), rows=[{"prompt": "p", "responses": ["a", None]}], function=length)
+        rate.run(RateRun(), rows=[{"prompt": "p", "responses": ["a", None]}], function=length)
 
 
 def test_the_walks_by_name_are_those_of_graph_0(tmp_path):

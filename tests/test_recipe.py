@@ -11,10 +11,11 @@ import pytest
 import yaml
 from tiny import toy_directory
 
-from rlhf_jax import cli, recipe
+from rlhf_jax import cli
+from rlhf_jax.commands import recipe
+from rlhf_jax.commands.recipe.reading import read, replaced
 from rlhf_jax.config import RecipeRun
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.recipe.reading import read, replaced
 
 FILES = """
 import json

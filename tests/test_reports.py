@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from tiny import BIGRAMS, bigram_params, byte_tokenizer
 
-from rlhf_jax import cli, intervals, losses, reward, sft, summaries
+from rlhf_jax import cli, losses, reward, sft
 from rlhf_jax.data.ballots import ranking_row
-from rlhf_jax.data.batches import collate_sft, eval_batches
+from rlhf_jax.data.collate import collate_sft, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.judge import Verdict
-from rlhf_jax.loop import make_evaluate
-from rlhf_jax.run import Run
-from rlhf_jax.step import add_metrics, settled
+from rlhf_jax.feedback.judge import Verdict
+from rlhf_jax.feedback.report import label_agreement, lines, mean_of, share_of, win_rate
+from rlhf_jax.inference import intervals
+from rlhf_jax.runs.run import Run
+from rlhf_jax.training.loop import make_evaluate
+from rlhf_jax.training.step import add_metrics, settled
 
 NAN = float("nan")
 LIMITS = {"max_prompt_length": 16, "max_length": 32, "too_long": "error"}
@@ -54,7 +56,7 @@ def test_a_judge_agrees_on_labelled_pairs_alone():
     unlabelled = ranking_row({"prompt": "q", "responses": ["a", "b"]}, unlabelled=True)
     best = ranking_row({"prompt": "r", "responses": ["a", "b", "c"], "best": 1})
     pairs = [(0, 1), (0, 2), (1, 2)]
-    found = summaries.label_agreement(
+    found = label_agreement(
         [*given, unlabelled, best],
         [
             [verdict(0, 1, 1.0), verdict(0, 2, 1.0), verdict(1, 2, 0.0)],  # right, and two of no label
@@ -66,14 +68,14 @@ def test_a_judge_agrees_on_labelled_pairs_alone():
     )
     assert (found["agreement"], found["pairs"], found["prompts"]) == (2 / 3, 3, 3)
     assert (found["unlabelled"], found["no_verdict"], found["ties"]) == (5, 1, 2)
-    assert summaries.label_agreement(given[1:2], [[verdict(0, 1, 0.0)]])["agreement"] is None
+    assert label_agreement(given[1:2], [[verdict(0, 1, 0.0)]])["agreement"] is None
 
 
 def test_what_a_summary_says_of_an_agreement_names_what_it_left_out():
-    agreed = summaries.share_of([("p", True), ("q", False)])
-    [line] = summaries.lines({"labels": {**agreed, "unlabelled": 7, "ties": 1}})
+    agreed = share_of([("p", True), ("q", False)])
+    [line] = lines({"labels": {**agreed, "unlabelled": 7, "ties": 1}})
     assert "of 2 pairs of 2 prompts; 7 without a label; 1 tied" in line
-    [line] = summaries.lines({"labels": {"agreement": None, "pairs": 0, "prompts": 0, "unlabelled": 3}})
+    [line] = lines({"labels": {"agreement": None, "pairs": 0, "prompts": 0, "unlabelled": 3}})
     assert line.startswith("! no pair can be compared")
 
 
@@ -209,16 +211,12 @@ def test_what_repeats_a_prompt_tells_no_more():
     shares, prompts = rng.random(12), [f"p{n}" for n in range(12)]
     for times in (2, 5):
         again, names = np.repeat(shares, times), [name for name in prompts for _ in range(times)]
-        assert summaries.win_rate(again, names)["interval"] == pytest.approx(
-            summaries.win_rate(shares, prompts)["interval"]
+        assert win_rate(again, names)["interval"] == pytest.approx(win_rate(shares, prompts)["interval"])
+        assert mean_of(again[:, None], names)["se"] == pytest.approx(mean_of(shares[:, None], prompts)["se"])
+        assert share_of([(name, True) for name in names])["interval"] == pytest.approx(
+            share_of([(name, True) for name in prompts])["interval"]
         )
-        assert summaries.mean_of(again[:, None], names)["se"] == pytest.approx(
-            summaries.mean_of(shares[:, None], prompts)["se"]
-        )
-        assert summaries.share_of([(name, True) for name in names])["interval"] == pytest.approx(
-            summaries.share_of([(name, True) for name in prompts])["interval"]
-        )
-    assert summaries.mean_of(np.ones((4, 2)), ["p"] * 4) == {"mean": 1.0, "se": None}  # one prompt tells no spread
+    assert mean_of(np.ones((4, 2)), ["p"] * 4) == {"mean": 1.0, "se": None}  # one prompt tells no spread
 
 
 def test_a_weighted_mean_over_groups_is_that_of_its_definition():

@@ -21,25 +21,23 @@ from test_cli import call, here, home, refused  # noqa: F401 (fixtures)
 from test_ppo_stage import fakes, one_device  # noqa: F401
 from tiny import TOY_ROWS, bigram_params, toy_run
 
-from rlhf_jax import attempts, cli, directory, rewards, runs
-from rlhf_jax.config import (
-    ALWAYS_MAY_CHANGE,
-    MAY_CHANGE,
-    MeshConfig,
-    PPORun,
-    RewardSourceConfig,
-    SFTRun,
-)
+from rlhf_jax import cli
+from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, MeshConfig, PPORun, RewardSourceConfig, SFTRun
+from rlhf_jax.config.functions import flat, replace
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.loop import fit
-from rlhf_jax.nans import first_nan
+from rlhf_jax.hosts import attempts
+from rlhf_jax.inference import reward_functions
+from rlhf_jax.inference.reward_functions import RewardFailure, call_reward
 from rlhf_jax.ppo import train
-from rlhf_jax.rewards import RewardFailure, call_reward
-from rlhf_jax.run import Run
+from rlhf_jax.runs import directory
+from rlhf_jax.runs.listing import resume
+from rlhf_jax.runs.log import Log
+from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace
-from rlhf_jax.state import create_state, digest, make_optimizer, make_schedule
-from rlhf_jax.step import make_train_step
+from rlhf_jax.training.loop import fit
+from rlhf_jax.training.nans import first_nan
+from rlhf_jax.training.state import create_state, digest, make_optimizer, make_schedule
+from rlhf_jax.training.step import make_train_step
 
 STEPS = 12
 RNG = np.random.default_rng(0)
@@ -303,18 +301,18 @@ def test_damaged_best_weights_are_said_and_never_taken(tmp_path, capsys):
 
 
 def test_a_reward_that_fails_in_another_process_fails_here(monkeypatch):
-    monkeypatch.setattr(rewards, "several", lambda: True)
-    monkeypatch.setattr(rewards, "own_rows", lambda mesh, count: np.arange(count) < 1)
-    monkeypatch.setattr(rewards, "any_of", lambda flags: [True, True])
+    monkeypatch.setattr(reward_functions, "several", lambda: True)
+    monkeypatch.setattr(reward_functions, "own_rows", lambda mesh, count: np.arange(count) < 1)
+    monkeypatch.setattr(reward_functions, "any_of", lambda flags: [True, True])
     with pytest.raises(RewardFailure, match="failed in another process"):
-        rewards.of_own_rows(lambda *_: np.ones(1), None, ["a", "b"], ["c", "d"], {"id": [1, 2]})
+        reward_functions.of_own_rows(lambda *_: np.ones(1), None, ["a", "b"], ["c", "d"], {"id": [1, 2]})
 
 
 # --- configs
 
 
 def sections(cls) -> list[str]:
-    return [name for name, _ in directory.flat(directory.plain(cls()))]
+    return [name for name, _ in flat(directory.plain(cls()))]
 
 
 STAGES = ("sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp", "rejection")
@@ -460,7 +458,7 @@ def test_a_signal_whose_save_fails_is_an_error_not_a_promise(tmp_path, monkeypat
     def refuse(self, step, tree, record):
         self.last, self.failure = step, (step, "No space left on device")
 
-    monkeypatch.setattr("rlhf_jax.checkpoint.Checkpoints.save", refuse)
+    monkeypatch.setattr("rlhf_jax.runs.checkpoint.Checkpoints.save", refuse)
     with pytest.raises(
         UserError, match=r"step 4 could not be written \(No space left on device\); there is none before"
     ):
@@ -484,7 +482,7 @@ def test_an_evaluation_whose_save_failed_is_not_the_best(tmp_path, monkeypatch):
 
 
 def test_lines_that_a_full_disk_refuses_come_with_the_next_ones_whole_and_in_order(tmp_path, monkeypatch):
-    log = directory.Log(tmp_path / "metrics.jsonl")
+    log = Log(tmp_path / "metrics.jsonl")
     log.begin(None)
     log.add([{"step": 1}])
     with monkeypatch.context() as patch:
@@ -630,7 +628,7 @@ def test_a_reward_that_fails_stops_the_run_saved_and_it_continues_without_a_gap(
     train.run(ppo_config(tmp_path / "alone", "stop"), reward_functions=[flaky(set())], **TOY_ROWS)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [row["step"] for row in rows_of(tmp_path / "alone")]
     with pytest.raises(UserError, match=r"got reward_functions, rows, eval_rows from Python, which no file holds"):
-        runs.resume(str(tmp_path / "run"), [])
+        resume(str(tmp_path / "run"), [])
 
 
 # --- the command line

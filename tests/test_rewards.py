@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rlhf_jax import attempts
 from rlhf_jax.config import RewardSourceConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import RewardFailure, call_reward, check_columns, combine
+from rlhf_jax.hosts import attempts
+from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, check_columns, combine
 
 PROMPTS, RESPONSES = ["p", "q"], ["r", "s"]
 

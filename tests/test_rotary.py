@@ -13,14 +13,14 @@ from tiny import ARCH, ONE, model_params, toy_directory, toy_run
 from rlhf_jax import ppo
 from rlhf_jax.config import MeshConfig, ModelConfig, RopeScaling, SamplingConfig
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.generate import Generator
+from rlhf_jax.inference.generate import Generator
+from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model
+from rlhf_jax.models.loading import Loaded, load_model, save_model
 from rlhf_jax.models.model import of_length
 from rlhf_jax.models.rotary import rotary_tables
 from rlhf_jax.online.core import full_sequence, response_logprobs
-from rlhf_jax.sampling import SamplingLaw, sample
 from rlhf_jax.sharding import make_mesh, tree_shardings
-from rlhf_jax.stage import Loaded, load_model, save_model
 
 KEY = jax.random.key(0)
 NUM = ARCH.head_dim // 2

@@ -9,6 +9,7 @@ from test_data import tiny
 from tiny import toy_directory
 
 from rlhf_jax import reward, sft
+from rlhf_jax.commands.label.items import item_of
 from rlhf_jax.config import (
     DataConfig,
     ModelConfig,
@@ -21,16 +22,15 @@ from rlhf_jax.config import (
     SFTRun,
 )
 from rlhf_jax.data import lint, tfds_rows
-from rlhf_jax.data.answers import rating_examples, unpaired_examples
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import prompt_examples, prompt_key, sft_examples
 from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.label.items import item_of
-from rlhf_jax.scoring import score_example
+from rlhf_jax.inference.scoring import score_example
 
 USER, ANSWER = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}
 

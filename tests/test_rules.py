@@ -13,16 +13,16 @@ from tiny import STOP, D, V, model_params
 
 from rlhf_jax import cli, losses, sft
 from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig, SamplingConfig
+from rlhf_jax.config.rules import LEAVES, parse_rules
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import make_sampler
+from rlhf_jax.inference.generate import make_sampler
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
-from rlhf_jax.models.layout import leaf_shapes
-from rlhf_jax.rules import LEAVES, parse_rules
-from rlhf_jax.sampling import SamplingLaw
+from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
-from rlhf_jax.state import TrainState, create_state, make_optimizer, make_schedule
-from rlhf_jax.step import make_train_step, make_update
 from rlhf_jax.tokens import positions_from_mask
+from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
+from rlhf_jax.training.step import make_train_step, make_update
 
 ARCH = ArchConfig(  # 2 key-value heads, which 8 does not divide
     vocab_size=V,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ArchConfig, MeshConfig, SamplingConfig
-from rlhf_jax.models import Model, hf
-from rlhf_jax.sampling import SamplingLaw, draw, draw_from_logits, keep_top_k, keep_top_p, sample
+from rlhf_jax.inference.sampling import SamplingLaw, draw, draw_from_logits, keep_top_k, keep_top_p, sample
+from rlhf_jax.models import Model
+from rlhf_jax.models.hf.layout import leaf_shapes, nested
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
 from rlhf_jax.tokens import positions_from_mask
 
@@ -317,10 +318,8 @@ sampler = jax.jit(partial(sample, MODEL, **OPTIONS))
 
 def weights():
     rng = np.random.default_rng(3)
-    shapes = hf.leaf_shapes(ARCH, score_head=False)
-    return hf.nested(
-        {k: (0.6 * rng.standard_normal(s) + ("scale" in k)).astype(np.float32) for k, s in shapes.items()}
-    )
+    shapes = leaf_shapes(ARCH, score_head=False)
+    return nested({k: (0.6 * rng.standard_normal(s) + ("scale" in k)).astype(np.float32) for k, s in shapes.items()})
 
 
 PARAMS = weights()

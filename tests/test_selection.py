@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import ONE, TOY_ROWS, toy_directory
 
-from rlhf_jax import bestofn, cli, drawing, rejection, sft, supervised
+from rlhf_jax import cli, sft
+from rlhf_jax.commands import bestofn, rejection
 from rlhf_jax.config import (
     BestOfNRun,
     DataConfig,
@@ -22,10 +23,12 @@ from rlhf_jax.config import (
     RunConfig,
     SamplingConfig,
     SFTConfig,
-)  # fmt: skip
+)
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import sources
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import replace
+from rlhf_jax.training import supervised
 
 TOY = str(toy_directory() / "policy")
 SAMPLING = SamplingConfig(max_new_tokens=6, chunk=6)
@@ -34,7 +37,7 @@ SAMPLING = SamplingConfig(max_new_tokens=6, chunk=6)
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (drawing, supervised):
+    for module in (sources, supervised):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -146,7 +149,7 @@ def whole(tmp_path_factory):
     """The directory of two rounds without an end in between."""
     out = tmp_path_factory.mktemp("rejection") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for module in (drawing, supervised):
+        for module in (sources, supervised):
             patch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
         rejection.run(rejecting(out), rows=TOY_ROWS["rows"], functions=[doubtful], gold=short)
     return out

@@ -22,13 +22,15 @@ from rlhf_jax.config import (
     RewardSourceConfig,
     SamplingConfig,
 )
-from rlhf_jax.data.batches import Batches, collate_sft
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.collate import collate_sft
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
 from rlhf_jax.ppo import Models, make_score, train
-from rlhf_jax.sampling import SamplingLaw
+from rlhf_jax.ppo.networks import Networks
 from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, tree_shardings
-from rlhf_jax.state import TrainState, create_state, make_optimizer, make_schedule
-from rlhf_jax.step import make_train_step, make_update
+from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
+from rlhf_jax.training.step import make_train_step, make_update
 
 ARCH = ArchConfig(  # heads, widths and vocabulary divide by 8
     vocab_size=V, width=16, num_layers=1, num_heads=8, num_kv_heads=8, head_dim=2, ffn_width=16, max_positions=16
@@ -145,7 +147,7 @@ def ppo_iteration(mesh_name: str) -> dict:
     place = lambda params: jax.device_put(params, tree_shardings(mesh, params))  # noqa: E731
     params = {"policy": place(model_params(POLICY, 0)), "value": place(bigram_params(1)["value"])}
     ref, scorer = place(model_params(POLICY, 2)), place(bigram_params(3)["value"])
-    nets = train.Networks(Models(POLICY, BIGRAMS.value, BIGRAMS.reward), None, params, ref, scorer, None)
+    nets = Networks(Models(POLICY, BIGRAMS.value, BIGRAMS.reward), None, params, ref, scorer, None)
     rng = np.random.default_rng(1)
     prompt = {"tokens": rng.integers(2, V, (ROWS, PROMPT)).astype(np.int32), "mask": np.ones((ROWS, PROMPT), bool)}
     prompt["mask"][::3, 0] = False

@@ -16,8 +16,8 @@ from rlhf_jax import sft, sharding
 from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
-from rlhf_jax.state import TrainState, create_state, decay_mask, learning_rates, make_optimizer, make_schedule
-from rlhf_jax.step import accumulated_grads, make_train_step, make_update
+from rlhf_jax.training.state import TrainState, create_state, decay_mask, learning_rates, make_optimizer, make_schedule
+from rlhf_jax.training.step import accumulated_grads, make_train_step, make_update
 
 KEY = jax.random.key(0)
 POLICY = bigram_params(0)["policy"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks import label_pairs, report, stories
+from rlhf_jax.runs import curves
+from rlhf_jax.tasks import label_pairs, stories
 from rlhf_jax.tasks import random_walks as walks
 
 SEEDS = range(5)
@@ -290,7 +291,7 @@ def test_story_comparisons_prefer_the_happier_sample():
 
 
 def test_text_table_lines_up():
-    table = report.text_table(["seed", "task", "gold"], [[0, "walks", 0.123456], [11, "stories", None]])
+    table = curves.text_table(["seed", "task", "gold"], [[0, "walks", 0.123456], [11, "stories", None]])
     assert table.splitlines() == [
         "seed  task       gold",
         "----  -------  ------",
@@ -298,14 +299,14 @@ def test_text_table_lines_up():
         "  11  stories",
     ]
     with pytest.raises(UserError, match="row 0 has 1 cells for 2 headers"):
-        report.text_table(["a", "b"], [[1]])
+        curves.text_table(["a", "b"], [[1]])
 
 
 def test_smoothing_keeps_straight_lines_and_damps_noise():
     line = np.linspace(0.0, 5.0, 100)
-    np.testing.assert_allclose(report._smooth(line), line, atol=1e-12)
+    np.testing.assert_allclose(curves._smooth(line), line, atol=1e-12)
     noise = np.random.default_rng(0).normal(size=240)
-    assert report._smooth(noise)[20:-20].std() < 0.4 * noise.std()
+    assert curves._smooth(noise)[20:-20].std() < 0.4 * noise.std()
 
 
 @pytest.mark.parametrize("gold", [True, False])
@@ -315,7 +316,7 @@ def test_learning_curves_are_a_picture(tmp_path, gold):
         line = {"step": step, "rollout/reward": step / 10, "rollout/kl": step / 5}
         history.append(line | ({"rollout/gold": -step / 10} if gold else {}))
     path = tmp_path / "new" / "curves.png"
-    report.learning_curves(path, history, "made up")
+    curves.learning_curves(path, history, "made up")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(path.read_bytes()[at : at + 4], "big") for at in (16, 20))
     assert width > 1000 and height > 400 and path.stat().st_size > 10_000
@@ -327,7 +328,7 @@ def drawn(gold):
 
     lines = [{"step": s, "rollout/reward": 2.0 * s, "rollout/kl": 3.0 * s, "rollout/gold": 5.0 * s} for s in range(9)]
     figure = Figure()
-    report._draw_trade(figure, axes := figure.subplots(), lines, "rollout/gold" if gold else None)
+    curves._draw_trade(figure, axes := figure.subplots(), lines, "rollout/gold" if gold else None)
     return axes.collections[0]
 
 
@@ -341,7 +342,7 @@ def test_right_panel_draws_gold_on_proxy_or_proxy_on_kl():
 
 def test_learning_curves_need_a_rollout(tmp_path):
     with pytest.raises(UserError, match="rollout/reward"):
-        report.learning_curves(tmp_path / "x.png", [{"step": 0}], "empty")
+        curves.learning_curves(tmp_path / "x.png", [{"step": 0}], "empty")
 
 
 def test_a_judge_of_stories_prefers_the_happier_and_of_equals_the_first():

@@ -14,16 +14,17 @@ from test_step import assert_same_bits, differ
 from tiny import ARCH, ONE, STOP, TOY_ROWS, V, model_params, toy_directory, toy_run
 
 from rlhf_jax.config import LoRAConfig, MeshConfig
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model
-from rlhf_jax.models.layout import flattened
+from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.loading import Loaded, save_model
 from rlhf_jax.models.model import depth, stacks_of
 from rlhf_jax.online.core import full_sequence, response_logprobs
 from rlhf_jax.ppo import train
-from rlhf_jax.sampling import SamplingLaw, sample
 from rlhf_jax.sharding import make_mesh, tree_shardings
-from rlhf_jax.stage import Loaded, replace, save_model
 
 DEEP = dataclasses.replace(ARCH, num_layers=3, tied_head=False)
 WINDOWED = dataclasses.replace(DEEP, sliding_window=2, window_layers=(1,), tied_head=True)

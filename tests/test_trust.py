@@ -7,11 +7,11 @@ import shutil
 import pytest
 from tiny import byte_tokenizer, toy_directory, toy_run
 
-from rlhf_jax import directory
 from rlhf_jax.cli import main
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.stage import replace
+from rlhf_jax.runs import directory
 
 CODE = "open({marker!r}, 'w').close()\nclass Evil: pass\ndef reward(prompts, responses, **columns): return [0.0]\n"
 

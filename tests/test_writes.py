@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import Lines, from_json, replace, replace_all, replacing, to_json
-from rlhf_jax.journal import Journal
-from rlhf_jax.outputs import check_output, write_output
+from rlhf_jax.hosts.files import Lines, from_json, replace, replace_all, replacing, to_json
+from rlhf_jax.hosts.outputs import check_output, write_output
+from rlhf_jax.runs.journal import Journal
 
 LONE = "a\udc80\ud800b\U0001f600\u2028"
 
@@ -175,9 +175,9 @@ def test_a_real_limit_of_the_file_size_takes_back_the_half_line(tmp_path, sync):
 
 
 def test_a_vote_that_could_not_be_written_is_none_and_the_file_is_read_again(tmp_path):
+    from rlhf_jax.commands.label.items import items_of
+    from rlhf_jax.commands.label.votes import Votes
     from rlhf_jax.data.ballots import ranking_row
-    from rlhf_jax.label.items import items_of
-    from rlhf_jax.label.votes import Votes
 
     items, _ = items_of([{"prompt": LONE, "responses": [{"text": LONE}, {"text": "b"}], "_where": "x"}])
     assert ranking_row and items
@@ -415,7 +415,7 @@ def test_a_damaged_line_of_a_part_costs_what_follows_it(tmp_path, capsys):
 
 HANGS_UP = """
 import os, signal, sys, time
-from rlhf_jax.interrupts import Interrupts
+from rlhf_jax.runs.interrupts import Interrupts
 said = []
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] else signal.SIG_DFL)
 found = Interrupts(said.append)

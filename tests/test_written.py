@@ -13,7 +13,8 @@ import pytest
 from test_round_trip import KINDS
 from tiny import ARCH, ONE, model_params
 
-from rlhf_jax import bestofn, collecting, datasets, drawing, evaluating, generate, inference, rating
+from rlhf_jax.commands import bestofn, collect, datasets, evaluate, rate, sample
+from rlhf_jax.commands.label.items import item_of
 from rlhf_jax.config import (
     BestOfNRun,
     CollectRun,
@@ -32,21 +33,22 @@ from rlhf_jax.config import (
     SamplingConfig,
     ScoreRun,
 )
-from rlhf_jax.data import labels
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import sft_examples
+from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import sources
+from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.group import train as group_train
-from rlhf_jax.judge import Judge
-from rlhf_jax.label.items import item_of
+from rlhf_jax.inference import generate
+from rlhf_jax.inference.reward_functions import call_reward, columns_for
 from rlhf_jax.models import Model
+from rlhf_jax.models.loading import Loaded, load_model, save_model
 from rlhf_jax.online import core
 from rlhf_jax.ppo import train as ppo_train
-from rlhf_jax.rewards import call_reward, columns_for
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.stage import Loaded, load_model, save_model
 from rlhf_jax.types import Rollout
 
 SAMPLING = SamplingConfig(max_new_tokens=6, chunk=6)
@@ -67,7 +69,7 @@ PROMPTS = [
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (drawing, inference, collecting, ppo_train, group_train):
+    for module in (sources, sample, collect, ppo_train, group_train):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -160,7 +162,7 @@ def test_what_was_sampled_is_scored_written_and_trained(models, tmp_path, drawn)
     rows, tokenizer = read(tmp_path / "b.jsonl"), Tokenizer.load(str(models / "tokenizer"))
     np.testing.assert_allclose([row["score"] for row in rows], wanted.max(axis=1), atol=1e-5)
     files = {"data_path": str(tmp_path / "b.jsonl"), "output": str(tmp_path / "s.jsonl")}
-    again = inference.run_score(
+    again = sample.run_score(
         ScoreRun(ModelConfig(path=reward.model), max_prompt_length=LONGEST, max_length=LONGEST + 6, **files)
     )
     np.testing.assert_allclose([row["score"] for row in again], wanted.max(axis=1), atol=1e-5)
@@ -172,15 +174,15 @@ def test_what_was_sampled_is_scored_written_and_trained(models, tmp_path, drawn)
     assert any(len(one.prompt_ids) == LONGEST for one in drawn) == (tokenizer.vocab_size > 99)  # words are few
 
     config = settings(CollectRun, models, label="reward", reward=reward, output=str(tmp_path / "c.jsonl"))
-    [*ranked] = collecting.run_collect(config, rows=PROMPTS)
+    [*ranked] = collect.run_collect(config, rows=PROMPTS)
     items = [item for row in ranked for item in row["responses"]]
     np.testing.assert_allclose([item["score"] for item in items], wanted.reshape(-1), atol=1e-5)
     assert [item["ids"] for item in items] == [one.ids.tolist() for one in drawn[:9]]
     spoken = {tuple(ids) for ids, item in zip(whole, items, strict=False) if item["text"].strip()}
     assert {tuple(ids) for ids in trained(ranking_examples, ranked, tokenizer, "responses")} <= spoken
-    pairs = collecting.run_collect(replace(config, schema="preference", overwrite=True), rows=PROMPTS)
+    pairs = collect.run_collect(replace(config, schema="preference", overwrite=True), rows=PROMPTS)
     assert {tuple(ids) for ids in trained(preference_examples, pairs, tokenizer, "chosen", "rejected")} <= spoken
-    one_each = collecting.run_collect(replace(config, schema="sft", overwrite=True), rows=PROMPTS)
+    one_each = collect.run_collect(replace(config, schema="sft", overwrite=True), rows=PROMPTS)
     assert {tuple(ids) for ids in trained(sft_examples, one_each, tokenizer, "tokens", loss_on="response")} <= spoken
 
 
@@ -205,7 +207,7 @@ def test_an_evaluation_measures_what_was_sampled(chat_models, tmp_path, drawn):
     """Scores, log-probs and tokens in responses.jsonl are of the ids beside them; the KL to itself is 0."""
     reward = RewardSourceConfig(model=str(chat_models / "reward"))
     config = settings(EvaluateRun, chat_models, output_dir=str(tmp_path / "e"), reward=reward)
-    found = evaluating.run_evaluate(replace(config, reference=config.model.path), rows=PROMPTS)
+    found = evaluate.run_evaluate(replace(config, reference=config.model.path), rows=PROMPTS)
     items = [item for row in read(tmp_path / "e" / "responses.jsonl") for item in row["responses"]]
     assert [item["ids"] for item in items] == [one.ids.tolist() for one in drawn]
     assert [item["tokens"] for item in items] == [len(one.ids) for one in drawn]
@@ -232,10 +234,10 @@ def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
     ]
     rows = [{"prompt": PROMPTS[1]["prompt"], "responses": items}]
     judge = Judge(lambda questions, key: [float(len(a) > len(b)) for _, a, b in questions])
-    judged = collecting.run_judge(JudgeRun(output=str(tmp_path / "j.jsonl"), progress=False), rows=rows, judge=judge)
+    judged = collect.run_judge(JudgeRun(output=str(tmp_path / "j.jsonl"), progress=False), rows=rows, judge=judge)
     length = lambda prompts, responses, **columns: [len(text) for text in responses]  # noqa: E731
-    ranks = rating.run(RateRun(output=str(tmp_path / "r.jsonl")), rows=rows, function=length)
-    ratings = rating.run(RateRun(verdict="rating"), rows=rows, function=length)
+    ranks = rate.run(RateRun(output=str(tmp_path / "r.jsonl")), rows=rows, function=length)
+    ratings = rate.run(RateRun(verdict="rating"), rows=rows, function=length)
     (tmp_path / "c.jsonl").write_text(json.dumps(rows[0]))
     joined = datasets.run_aggregate(DataAggregateRun(path=str(tmp_path / "c.jsonl")))
     shown = [{**row, "responses": item_of(row).responses()} for row in rows_from(rows)]
@@ -243,7 +245,7 @@ def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
         assert [item["ids"] for item in found[0]["responses"]] == ids
         assert [item["model"] for item in found[0]["responses"]] == ["m"] * 3
     assert [row["response_ids"] for row in ratings] == ids
-    pairs = [labels.preference_of(judged, pair) for pair in labels.pairs_of(judged, [labels.shares_of(judged[0])])]
+    pairs = [preference_of(judged, pair) for pair in pairs_of(judged, [shares_of(judged[0])])]
     assert all(row["chosen_ids"] == ids[2] or row["rejected_ids"] == ids[1] for row in pairs)
 
 
@@ -301,11 +303,11 @@ def test_reward_functions_see_one_text_in_every_command_and_stage(chat_models, t
         "bestofn": lambda fn, gold, **options: bestofn.run(
             settings(BestOfNRun, chat_models, output=str(tmp_path / "b.jsonl")), functions=[fn], gold=gold, **options
         ),
-        "collect": lambda fn, gold, **options: collecting.run_collect(
+        "collect": lambda fn, gold, **options: collect.run_collect(
             settings(CollectRun, chat_models, output=str(tmp_path / "c.jsonl"), label="reward"),
             functions=[fn], gold=gold, **options,
         ),
-        "evaluate": lambda fn, gold, **options: evaluating.run_evaluate(
+        "evaluate": lambda fn, gold, **options: evaluate.run_evaluate(
             settings(EvaluateRun, chat_models, output_dir=str(tmp_path / "e")), functions=[fn], gold=gold, **options
         ),
     }  # fmt: skip

@@ -7,9 +7,10 @@ import os
 import pytest
 import yaml
 
-from rlhf_jax import cli, yamls
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import read_object
+from rlhf_jax.hosts import yamls
+from rlhf_jax.hosts.files import read_object
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -30,9 +30,9 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import Model
+from rlhf_jax.models.loading import Loaded, save_model
 from rlhf_jax.ppo import Experience, Models
 from rlhf_jax.sharding import make_mesh, tree_shardings
-from rlhf_jax.stage import Loaded, save_model
 from rlhf_jax.tasks import random_walks as walks
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Rollout

@@ -17,6 +17,24 @@ from typing import Any
 from rlhf_jax.errors import UserError, reason
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """A copy of a (nested, frozen) config; keys are dotted paths with __ for the dot: replace(cfg, run__seed=1)."""
+    for path, value in changes.items():
+        first, _, rest = path.partition("__")
+        value = replace(getattr(config, first), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: value})
+    return config
+
+
 class _Guard:
     """Finds no module, but refuses those at or below a directory."""
 

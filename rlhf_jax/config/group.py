@@ -6,11 +6,10 @@ from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
-from rlhf_jax.config.online import OnlineConfig
+from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig, check_buckets
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
-from rlhf_jax.config.stages import PPO_OPTIM, RewardSourceConfig, check_buckets
 from rlhf_jax.errors import UserError
 
 

@@ -2,11 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
-from rlhf_jax.config.checks import check
-from rlhf_jax.config.settings import settings
-from rlhf_jax.errors import UserError
+from rlhf_jax.config.checks import LARGEST, check
+from rlhf_jax.config.parts import OptimConfig, SamplingConfig
+from rlhf_jax.config.settings import PathText, settings
+from rlhf_jax.errors import UserError, shown
+
+
+@settings
+class RewardSourceConfig:
+    """What PPO maximises: weight * reward model + sum of weights * Python functions.
+
+    Args:
+        model: directory of a reward model, as `rlhf-jax reward` writes it; empty means none.
+        model_weight: factor of its score.
+        functions: Python functions fn(prompts, responses, **columns) -> list of floats, as "module:name".
+        function_weights: a factor for each function; empty means 1 for all.
+        gold: a function of the same form that is only logged, as rollout/gold; training never sees it.
+        timeout: seconds after which a call of a function has failed; 0 waits for ever and calls it in the main thread.
+        retries: further calls after one that raised or ran out of time.
+        on_failure: when these fail too, stop the run (saved first) or skip the batch, counted in rollout/skipped.
+    """
+
+    model: PathText = ""
+    model_weight: float = 1.0
+    functions: list[str] = field(default_factory=list)
+    function_weights: list[float] = field(default_factory=list)
+    gold: str = ""
+    timeout: float = 600.0
+    retries: int = 2
+    on_failure: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries"})
+        if any(not (weight and abs(weight) <= LARGEST) for weight in self.function_weights):
+            raise UserError(
+                f"reward.function_weights {shown(self.function_weights)} are not all finite and other than 0; leave "
+                "out a function that should not count, or make it reward.gold"
+            )
+        if any(not name.strip() for name in self.functions):
+            raise UserError(f"reward.functions {shown(self.functions)} has an empty text; name module:function")
+
+
+def check_buckets(sampling: SamplingConfig, name: str, longest: int) -> None:
+    """Raise a UserError unless the last prompt bucket holds prompts of the longest length, the option `name`."""
+    if sampling.prompt_buckets and sampling.prompt_buckets[-1] < longest:
+        raise UserError(
+            f"sampling.prompt_buckets {sampling.prompt_buckets} ends below {name} {longest}; "
+            f"append {longest} to it or lower {name}"
+        )
+
+
+PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule="linear", eps=1e-5)
 
 
 @settings

@@ -7,9 +7,9 @@ from typing import Literal
 
 from rlhf_jax.config.arch import ArchConfig
 from rlhf_jax.config.checks import LARGEST, SEEDS, check, check_list
+from rlhf_jax.config.rules import parse_rules
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
-from rlhf_jax.rules import parse_rules
 
 
 @settings

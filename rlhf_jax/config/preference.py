@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
-from rlhf_jax.config.checks import check
+from rlhf_jax.config.checks import check, check_divides
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
-from rlhf_jax.config.stages import check_divides
 
 POLICY_OPTIM = OptimConfig(learning_rate=1e-6, schedule="linear")
 

@@ -13,10 +13,10 @@ from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any
 
-from rlhf_jax import clock
-from rlhf_jax.attempts import limited
-from rlhf_jax.data.schemas import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript, turns_of
+from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript, turns_of
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import clock
+from rlhf_jax.hosts.attempts import limited
 
 MARKER, QUESTION = "0x5EED", "0x7EA"  # what is said where a chat template is probed; it leaves such text alone
 ASKED: Messages = [{"role": "user", "content": QUESTION}]

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.ballots import Ranking, gather, rankings_of
+from rlhf_jax.data.ballots import Ranking, rankings_of
 from rlhf_jax.data.examples import Example, Report, collect, encode, prompt_key
+from rlhf_jax.data.gathering import gather
 from rlhf_jax.data.layouts import PREFERENCES, layout_of
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.numbers import SMALLEST, in_order, is_number, off_centre
-from rlhf_jax.data.schemas import DroppedRow, Row, preference_row
+from rlhf_jax.data.rankings import components
+from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.schemas import preference_row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.rankings import components
 
 Answer = tuple[Any, bool, list[int] | None]
 """A response, whether it is finished, and the ids that were sampled for it, if any."""

@@ -20,7 +20,7 @@ import numpy as np
 from rlhf_jax.data import schemas
 from rlhf_jax.data.layouts import ANSWERS, layout_of, unread_of
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.schemas import DroppedRow, Row
+from rlhf_jax.data.rows import DroppedRow, Row, where_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, shown
 
@@ -285,7 +285,7 @@ def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:
     try:
         return encoder(row[name])
     except UserError as error:
-        raise UserError(f"{schemas.where_of(row)}: {error}") from error
+        raise UserError(f"{where_of(row)}: {error}") from error
 
 
 def _is_learned(row: Row, loss_on: str) -> bool:

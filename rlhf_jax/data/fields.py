@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_jax.data.schemas import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 
 PLACE = re.compile(r"\{([\w.]+)\}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_jax.data.schemas import DroppedRow, Row
+from rlhf_jax.data.rows import DroppedRow, Row
 from rlhf_jax.errors import UserError
 
 

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import rankings
-from rlhf_jax.data.answers import rating_of
-from rlhf_jax.data.ballots import Ranking, numbered, ranking_row
+from rlhf_jax.data import rankings
+from rlhf_jax.data.agreement import agreement, length_bias
+from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.comparisons import Answer
 from rlhf_jax.data.examples import encode, prompt_key, sft_examples, unread_in
+from rlhf_jax.data.gathering import numbered
 from rlhf_jax.data.layouts import ANSWERS, PREFERENCES, layout_of
-from rlhf_jax.data.schemas import DroppedRow, Messages, Row, answer_of, flag_of, kind_of, prompt_row, text_of, text_row
+from rlhf_jax.data.messages import Messages, text_of
+from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.schemas import answer_of, flag_of, kind_of, prompt_row, text_row
+from rlhf_jax.data.singles import rating_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable, shown
 
@@ -94,10 +98,10 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
                 differences.append(sizes[i] - sizes[j])
                 preferred.append(labels[i, j] - 0.5)
     p = np.array(preferred)
-    correlation, longer_wins = rankings.length_bias(np.array(differences, float), p)
+    correlation, longer_wins = length_bias(np.array(differences, float), p)
     ballots, names, times, _ = numbered(compared)
     verdicts = rankings.comparisons(ballots, num_raters=len(names))
-    share, pairs = rankings.agreement(verdicts, np.array(times)[verdicts.ballots])
+    share, pairs = agreement(verdicts, np.array(times)[verdicts.ballots])
     return {
         "pairs": len(p),
         "gaps": sum(len(ranking.responses) * (len(ranking.responses) - 1) // 2 for ranking in compared) - len(p),

@@ -1,4 +1,4 @@
-"""Padding of models that score: transformers reads a score at the last token that is not padding. Floor 1."""
+"""Padding of models that score: transformers reads a score at the last token that is not padding."""
 
 from __future__ import annotations
 

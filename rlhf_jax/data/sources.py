@@ -17,7 +17,7 @@ from rlhf_jax.data import tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
 from rlhf_jax.data.votes import join_votes
 from rlhf_jax.errors import UserError, reason, shown
-from rlhf_jax.files import is_stream
+from rlhf_jax.hosts.files import is_stream
 
 Row = dict[str, Any]
 

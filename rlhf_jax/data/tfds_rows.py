@@ -15,7 +15,9 @@ import numpy as np
 
 from rlhf_jax.data.ballots import ranking_row, rater_of
 from rlhf_jax.data.fields import catalogue, map_row
-from rlhf_jax.data.schemas import Messages, Row, bad_row, preference_row, prompt_row, sft_row
+from rlhf_jax.data.messages import Messages
+from rlhf_jax.data.rows import Row, bad_row
+from rlhf_jax.data.schemas import preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError, reason
 
 NAME = "feedback"
@@ -122,7 +124,7 @@ def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
     """
     import tensorflow_datasets as tfds
 
-    from rlhf_jax.data.feedback import Feedback
+    from rlhf_jax.data.tfds_builder import Feedback
 
     tfds.disable_progress_bar()
     builder = Feedback(config=schema, data_dir=out, file_format="array_record")

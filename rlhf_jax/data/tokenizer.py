@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
-from rlhf_jax.data.schemas import Messages, text_of
+from rlhf_jax.data.messages import Messages, text_of
 from rlhf_jax.errors import UserError, reason, shown
-from rlhf_jax.files import read_strict
+from rlhf_jax.hosts.files import read_strict
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 NO_BLANK: dict[str, dict[str, Any]] = {

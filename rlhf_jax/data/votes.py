@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_jax.data.schemas import Row, bad_row, where_of
+from rlhf_jax.data.rows import Row, bad_row, where_of
 
 VOTE = {"item", "rater", "prompt", "responses", "ranks"}
 """A row with all of these fields is a vote: one rater's ranks of the responses of one item."""

@@ -23,16 +23,11 @@ from rlhf_jax import advantages as adv
 from rlhf_jax.config import GroupConfig, OptimConfig, bind
 from rlhf_jax.losses import reference_kl_loss
 from rlhf_jax.models import Model
-from rlhf_jax.online.core import (
-    full_sequence,
-    make_epochs,
-    response_logprobs,
-    reward_scores,
-    rollout_metrics,
-)
-from rlhf_jax.state import Schedule, make_optimizer, make_schedule
-from rlhf_jax.step import Step, joined, make_update
+from rlhf_jax.models.kernels import joined
+from rlhf_jax.online.core import full_sequence, make_epochs, response_logprobs, reward_scores, rollout_metrics
 from rlhf_jax.tokens import map_microbatches, token_weights
+from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
+from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
 
 

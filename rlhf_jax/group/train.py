@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.config import GroupConfig, GroupRun
+from rlhf_jax.data.loading import Rows
 from rlhf_jax.group import core
 from rlhf_jax.group.checks import check, check_batches, settings_of
 from rlhf_jax.keys import branch
+from rlhf_jax.models.loading import Loaded, adapted, placed_init
 from rlhf_jax.online import loop
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
 from rlhf_jax.online.stage import Online
 from rlhf_jax.sharding import make_mesh, rollout_mesh, tree_shardings
-from rlhf_jax.stage import Loaded, Rows, adapted, placed_init
-from rlhf_jax.state import create_state
+from rlhf_jax.training.state import create_state
 from rlhf_jax.types import Params, PolicyLoss
 
 

@@ -1,16 +1,11 @@
-"""Every loss: arrays in, (scalar, metrics) out. Floor 0.
+"""Every loss: arrays in, (scalar, metrics) out.
 
 Log-probs are in nats. `weights` are zero off the response and sum to one over the optimiser batch (all microbatches,
 all hosts), so that losses and metrics of microbatches add up. Keyword-only arguments are filled from the config
 fields of the same name.
 """
 
-from rlhf_jax.losses.group import (
-    cispo_policy_loss,
-    reference_kl_loss,
-    sequence_mean_policy_loss,
-    sequence_policy_loss,
-)
+from rlhf_jax.losses.group import cispo_policy_loss, reference_kl_loss, sequence_mean_policy_loss, sequence_policy_loss
 from rlhf_jax.losses.policy import clipped_policy_loss, clipped_value_loss, next_token_loss
 from rlhf_jax.losses.preference import (
     apo_down_loss,

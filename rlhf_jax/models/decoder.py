@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import Attend
+from rlhf_jax.models.kernels import einsum
 from rlhf_jax.models.rotary import Tables, rotate
-from rlhf_jax.models.weights import einsum
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
+from rlhf_jax.config.rules import LEAVES
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.families import Family, Tensor
-from rlhf_jax.models.layout import Layout, nested
-from rlhf_jax.models.weights import KERNELS, SUFFIX, WHOLE
-from rlhf_jax.rules import LEAVES
+from rlhf_jax.models.hf.families import Family, Tensor
+from rlhf_jax.models.hf.layout import Layout, nested
+from rlhf_jax.models.kernels import KERNELS, SUFFIX, WHOLE
 from rlhf_jax.types import Params
 
 

@@ -17,8 +17,8 @@ from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
+from rlhf_jax.models.kernels import Chained, attached, is_composed, merged, stacks
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
-from rlhf_jax.models.weights import Chained, attached, is_composed, merged, stacks
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params

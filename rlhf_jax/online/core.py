@@ -14,9 +14,9 @@ from rlhf_jax.config import OnlineConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import ROWS, constrain
-from rlhf_jax.state import TrainState
-from rlhf_jax.step import Step
 from rlhf_jax.tokens import positions_from_mask
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.step import Step
 from rlhf_jax.types import Metrics, Params, Rollout
 
 

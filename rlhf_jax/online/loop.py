@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.directory import names_given
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference.reward_functions import RewardFailure
 from rlhf_jax.online.stage import Online
-from rlhf_jax.rewards import RewardFailure
-from rlhf_jax.run import Run
-from rlhf_jax.stage import check_output_dir, check_trained, describe
-from rlhf_jax.state import learning_rates
+from rlhf_jax.runs.claim import claim_directory
+from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.run import Run
+from rlhf_jax.training.loop import check_trained, describe
+from rlhf_jax.training.state import learning_rates
 
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
 
@@ -23,7 +24,7 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
 
     The summary has `before` and `after`: the first evaluation and that of the policy that is kept.
     """
-    if (finished := check_output_dir(stage, config, names_given(**overrides))) is not None:
+    if (finished := claim_directory(stage, config, names_given(**overrides))) is not None:
         return finished
     online = method(config, **overrides)
     total = online.settings.iterations

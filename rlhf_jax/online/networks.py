@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.stage import Loaded, check_same_tokenizer, check_vocabulary, load_model, replace
+from rlhf_jax.models.loading import Loaded, check_same_tokenizer, check_vocabulary, load_model
 
 
 def load_policy_and_reward(

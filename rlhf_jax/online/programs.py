@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.config import OnlineConfig
-from rlhf_jax.generate import make_sampler
+from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.models import Model
 from rlhf_jax.online import core
 from rlhf_jax.online.checks import filters
 from rlhf_jax.sharding import batch_sharding, replicated, rollout_mesh, tree_shardings
-from rlhf_jax.state import Schedule, TrainState
+from rlhf_jax.training.state import Schedule, TrainState
 from rlhf_jax.types import Rollout
 
 

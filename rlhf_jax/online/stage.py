@@ -13,21 +13,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import OnlineConfig, resolve
-from rlhf_jax.data.batches import Batches, collate_prompts, fingerprint, repeat_rows
+from rlhf_jax.data.batches import Batches, fingerprint
+from rlhf_jax.data.collate import collate_prompts, repeat_rows
 from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import decode, sampled_row, total_length
-from rlhf_jax.hosts import to_host
-from rlhf_jax.intervals import mean_and_error
+from rlhf_jax.hosts.processes import to_host
+from rlhf_jax.inference.generate import decode, sampled_row, total_length
+from rlhf_jax.inference.intervals import mean_and_error
+from rlhf_jax.inference.reward_functions import call_reward, columns_for, combine, functions_of, of_own_rows
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.keys import NUMBERS
-from rlhf_jax.nans import first_nan
+from rlhf_jax.models.loading import check_length, load_tokenizer, save_model
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
-from rlhf_jax.rewards import call_reward, columns_for, combine, functions_of, of_own_rows
-from rlhf_jax.sampling import SamplingLaw
 from rlhf_jax.sharding import put, put_batch, replicated, tree_shardings
-from rlhf_jax.stage import Rows, check_length, held_out_batches, load_rows, load_tokenizer, make_examples, save_model
-from rlhf_jax.state import TrainState, digest
+from rlhf_jax.training.nans import first_nan
+from rlhf_jax.training.state import TrainState, digest
 from rlhf_jax.types import Params, Rollout
 
 

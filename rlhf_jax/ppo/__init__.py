@@ -1,4 +1,4 @@
-"""PPO for language models: `core` is the algorithm as pure functions, `train` the stage that runs it. Floor 3."""
+"""PPO for language models: `core` is the algorithm as pure functions, `train` the stage that runs it."""
 
 from rlhf_jax.ppo.core import (
     Experience,

@@ -23,6 +23,7 @@ from rlhf_jax import advantages as adv
 from rlhf_jax.config import PPOConfig, PPORun, bind
 from rlhf_jax.losses import clipped_value_loss
 from rlhf_jax.models import Model
+from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     before_tokens,
     full_sequence,
@@ -32,9 +33,9 @@ from rlhf_jax.online.core import (
     rollout_metrics,
 )
 from rlhf_jax.sft import objective as sft_objective
-from rlhf_jax.state import Schedule, make_optimizer, make_schedule
-from rlhf_jax.step import Step, joined, make_update
 from rlhf_jax.tokens import map_microbatches, token_weights
+from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
+from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
 
 

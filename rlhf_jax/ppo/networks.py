@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.config import PPOConfig, PPORun
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.keys import Purpose, branch
+from rlhf_jax.models.loading import Loaded, adapted, placed_init
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.ppo import core
 from rlhf_jax.sharding import replicated, tree_shardings
-from rlhf_jax.stage import Loaded, adapted, placed_init, replace
-from rlhf_jax.state import placed_shapes
+from rlhf_jax.training.state import placed_shapes
 from rlhf_jax.types import Params
 
 

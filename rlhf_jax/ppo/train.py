@@ -12,10 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import PPORun
-from rlhf_jax.data.batches import Batches, collate_sft
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.collate import collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
+from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.sources import rows_from
+from rlhf_jax.hosts.processes import say
 from rlhf_jax.keys import branch
+from rlhf_jax.models.loading import save_model
 from rlhf_jax.online import loop
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
 from rlhf_jax.online.stage import Online
@@ -23,8 +27,7 @@ from rlhf_jax.ppo import core
 from rlhf_jax.ppo.checks import check, check_batches
 from rlhf_jax.ppo.networks import Networks, load_networks
 from rlhf_jax.sharding import make_mesh, put, replicated, rollout_mesh, tree_shardings
-from rlhf_jax.stage import Rows, save_model, say
-from rlhf_jax.state import create_state
+from rlhf_jax.training.state import create_state
 from rlhf_jax.types import PolicyLoss
 
 

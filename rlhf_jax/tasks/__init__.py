@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import json_lines, replace
+from rlhf_jax.hosts.files import json_lines, replace
 
 
 def label_pairs(

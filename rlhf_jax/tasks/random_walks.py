@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.tasks import label_pairs, write_rows
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+from rlhf_jax.errors import UserError
+from rlhf_jax.tasks import label_pairs, write_rows
 
 GOAL = 0
 NUM_NODES = 21

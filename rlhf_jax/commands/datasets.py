@@ -1,0 +1,200 @@
+"""`rlhf-jax data inspect`, `prepare`, `aggregate` and `make`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.commands.sample import print_rows
+from rlhf_jax.config import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun, resolve
+from rlhf_jax.data import ballots, lint, tfds_rows
+from rlhf_jax.data.agreement import elo
+from rlhf_jax.data.ballots import Ranking
+from rlhf_jax.data.consensus import bootstrap_intervals
+from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
+from rlhf_jax.data.gathering import describe, fit, gaps, join, numbered, parts, same_text
+from rlhf_jax.data.messages import text_of
+from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError, printable, shown, tell
+from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, written
+from rlhf_jax.hosts.outputs import check_output
+
+
+def run_inspect(config: DataInspectRun) -> dict[str, Any]:
+    """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings."""
+    train = rows_from(config.path, config.fields)
+    if config.eval_path:
+        held_out = rows_from(config.eval_path, config.fields)
+    else:
+        train, held_out = split_by_prompt(train, config.eval_fraction, config.seed)
+    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    found = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
+    tell("\n".join(lint.lines(found)))
+    color = sys.stdout.isatty() if config.color == "auto" else config.color == "always"
+    if tokenizer is not None and config.examples:
+        chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.examples]
+        print("\n".join(lint.render(train[i], tokenizer, loss_on=config.loss_on, color=color) for i in sorted(chosen)))
+    return found
+
+
+def run_prepare(config: DataPrepareRun) -> Path:
+    """Write the rows as a TFDS dataset; says what was dropped, and returns its directory."""
+    if not config.out:
+        raise UserError("no directory to write to; give --out DIR")
+    directory = Path(config.out) / tfds_rows.NAME / config.schema / "1.0.0"
+    if directory.exists() and not config.overwrite:
+        raise UserError(f"{directory} exists; choose another --out or pass --overwrite true")
+    check_writable(Path(config.out), f"out {config.out}")
+    splits = {}
+    for split, path in (("train", config.path), ("test", config.eval_path)):
+        if path or split == "train":
+            rows = rows_from(path, config.fields)
+            build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
+            kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
+            splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
+            tell(f"{split}: {report}")
+    with written(f"out {config.out}"), scratch(Path(config.out)) as place, replacing(directory) as new:
+        os.rename(tfds_rows.prepare(splits, config.schema, str(place)), new)
+    tell(f"{directory}: data.path of a stage, or tfds.builder_from_directory({str(directory)!r})")
+    return directory
+
+
+def run_make(config: DataMakeRun) -> list[str]:
+    """Have the function write its files, move them to config.out when it is done, and return their names."""
+    out, function = Path(config.out), resolve(config.function)
+    if not config.out:
+        raise UserError("no directory to write to; give --out DIR")
+    check_writable(out, f"out {out}")
+    with written(f"out {config.out}"), scratch(out) as place:
+        function(place, num=config.num, seed=config.seed)
+        made = sorted(place.iterdir())
+        there = [path.name for path in made if (out / path.name).exists()]
+        if there and not config.overwrite:
+            raise UserError(f"{out / there[0]} exists; choose another --out or pass --overwrite true")
+        for path in made:
+            if path.is_dir():
+                with replacing(out / path.name) as new:
+                    os.rename(path, new)
+            else:
+                sync(path)
+                os.replace(path, out / path.name)
+    names = [path.name for path in made]
+    tell(f"data make: {', '.join(names)} in {out}")
+    return names
+
+
+def run_aggregate(config: DataAggregateRun) -> list[Row]:
+    """One ranking per prompt from all raters; prints a summary, raters and what is compared, and writes the rows."""
+    check_output(config.output, overwrite=config.overwrite)
+    together: list[Ranking] = []
+    dropped = 0
+    for row in rows_from(config.path, config.fields):
+        try:
+            together.append(ballots.ranking_row(row))
+        except DroppedRow:
+            dropped += 1
+    if all(len(one.responses) < 2 for one in join(together, prompt_key)):
+        raise UserError(f"{config.path}: no prompt has two responses to compare ({dropped} rows dropped); give more")
+    joined = [_by_field(together, config.by)] if config.by else join(together, prompt_key)
+    apart = [parts(one) for one in joined]
+    fitted, raters, facts = fit([part for own in apart for part in own], method=config.method, prior=config.prior)
+    counted = f"{len(together)} rows, {dropped} dropped, {len(joined)} groups"
+    equal = sum(len(one.responses) for one in together) - sum(len(one.responses) for one in joined)
+    said = [f"{equal} responses are equal to another of their prompt"] if equal and not config.by else []
+    tell("; ".join([counted, *describe(raters, facts), *gaps(joined, apart), *said]))
+    bounds = _intervals(fitted, config) if config.intervals else [None] * len(fitted)
+    if config.method == "crowd_bt" and len(raters) > 1:
+        tell("rater  reliability")
+        tell(
+            "\n".join(
+                f"{printable(name) or 'unnamed'}  {raters[name]:.3f}"
+                for name in sorted(raters, key=raters.__getitem__)
+            )
+        )
+    if config.by:
+        for ranking, bound in zip(fitted, bounds, strict=True):
+            _show(ranking, bound)
+    out = [_row(ranking, bound) for ranking, bound in zip(fitted, bounds, strict=True)]
+    if config.output:
+        print_rows(out, config.output)
+    return out
+
+
+def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
+    """All rankings as one whose items are the values of a field of the responses, such as the model.
+
+    Each verdict on two responses counts for their values, also where responses to one prompt have one text or one
+    value; two responses of one value are not compared. All that is said of one prompt is a unit of the bootstrap.
+    """
+    for ranking in together:
+        if not all(name in more for more in ranking.extra):
+            raise UserError(f'{ranking.where}: a response has no field "{name}"; correct --by')
+    value = lambda response, done, more: _value(more[name])  # noqa: E731
+    of_prompts = join(list(together), prompt_key, lambda *one: (same_text(*one), value(*one)))
+    compared = [replace(one, units=[0] * len(one.ballots)) for one in of_prompts if len(one.responses) > 1]
+    [joined] = join(compared, lambda row: "", value)
+    names = [_value(more[name]) for more in joined.extra]
+    if len(names) < 2:
+        raise UserError(
+            f'all responses have one "{name}", {shown(names[0])}; correct --by, or give responses of others'
+        )
+    order, size = sorted(range(len(names)), key=names.__getitem__), len(names)
+    told = [(rater, [ranks[i] for i in order]) for rater, ranks in joined.ballots]
+    items: list[ballots.Response] = [names[i] for i in order]
+    plain: dict[str, Any] = {"responses": items, "finished": [True] * size, "extra": [{}] * size, "ids": []}
+    return replace(joined, prompt=name, ballots=told, **plain)
+
+
+def _value(found: Any) -> str:
+    """A value of a field as it is shown."""
+    return found if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
+
+
+def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarray]:
+    """[2, K] lower and upper ends of the 95% intervals of each group's strengths."""
+    voted, names, times, units = numbered(fitted)
+    ends = bootstrap_intervals(
+        voted,
+        num_raters=len(names),
+        method=config.method,
+        prior=config.prior,
+        num_samples=config.intervals,
+        level=0.95,
+        seed=config.seed,
+        times=times,
+        units=units,
+        whole=bool(config.by),
+        sizes=[len(ranking.responses) for ranking in fitted],
+    )
+    return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
+
+
+def _show(ranking: Ranking, bound: np.ndarray | None) -> None:
+    tell("Elo  95% interval  " + str(ranking.prompt))
+    strengths = ranking.strengths if ranking.strengths is not None else np.zeros(0)
+    for i in np.argsort(-strengths):
+        ends = "" if bound is None else "{:.0f} to {:.0f}".format(*elo(bound[:, i]))
+        tell(f"{elo(strengths[i]):.0f}  {ends}  {printable(text_of(ranking.responses[i]))}")
+
+
+def _row(ranking: Ranking, bound: np.ndarray | None) -> Row:
+    """A ranking row {prompt, responses: [{text, rank, strength, interval?, ...}]}."""
+    ranks, _ = ranking.consensus()
+    items = []
+    for i, given in enumerate(ranking.items()):
+        item = {**given, "rank": None if np.isnan(ranks[i]) else int(ranks[i])}
+        if ranking.strengths is not None:
+            item["strength"] = round(float(ranking.strengths[i]), 4)
+        if bound is not None:
+            item["interval"] = [round(float(end), 4) for end in bound[:, i]]
+        items.append(item)
+    return {"prompt": ranking.prompt, "responses": items}

@@ -1,0 +1,282 @@
+"""`rlhf-jax inspect` and `rlhf-jax convert`: a model looked at, or written in another form."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from rlhf_jax import cli, reward
+from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig, ModelConfig, no_code_below, to_dict
+from rlhf_jax.config.rules import MESH_AXES, Rules, parse_rules
+from rlhf_jax.data.tokenizer import FILES, Tokenizer
+from rlhf_jax.errors import UserError, reason, tell
+from rlhf_jax.hosts.files import check_writable, written
+from rlhf_jax.models import Model, hf
+from rlhf_jax.models.hf import hub
+from rlhf_jax.models.hf.config_json import find_family, understood
+from rlhf_jax.models.hf.layout import leaf_shapes
+from rlhf_jax.models.kernels import quantized
+from rlhf_jax.models.loading import save_directory
+from rlhf_jax.models.lora import adapter_shapes, sites
+from rlhf_jax.runs.checkpoint import Checkpoints, damage
+from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, read_record
+from rlhf_jax.sharding import make_mesh, mesh_sizes, shard_shape
+from rlhf_jax.types import Params
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
+"""Bytes per parameter: float32 weights, Adam's two moments, the gradient, a bfloat16 copy for decoding."""
+
+LORA_RANK = 16
+
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
+"""Stages whose state has the policy's parameters beside others."""
+
+PARTIAL = (("lora", "rank"), ("ppo", "trainable_layers"))
+"""Settings with which a checkpoint holds a part of the model."""
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that reads best."""
+    power = min(int(math.log(max(num_bytes, 1), 1024)), len(UNITS) - 1)
+    return f"{num_bytes / 1024**power:.4g} {UNITS[power]}"
+
+
+def cache_bytes(arch: ArchConfig, batch: int, length: int) -> int:
+    """Bytes of the KV cache in bfloat16."""
+    return 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim * 2
+
+
+def frozen_bytes(arch: ArchConfig, how: Literal["none", "int8", "nf4"]) -> int:
+    """Bytes of a frozen base as it is stored: kernels in codes with their scales, the rest in float32."""
+    base = jax.eval_shape(lambda: quantized(Model(arch).init(jax.random.key(0)), how))
+    return sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(base))
+
+
+def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[str, float]]:
+    """What the stages hold beside activations, all devices together."""
+    trained, cache = count * (MASTER + ADAM + GRADIENT), cache_bytes(arch, batch, length)
+    shapes = adapter_shapes(arch, sites(find_family(arch)), LORA_RANK)
+    adapters = sum(math.prod(shape) for shape in shapes.values()) * (MASTER + ADAM + GRADIENT)
+    return [
+        ("SFT or reward model: weights, Adam, gradient", trained),
+        ("PPO: policy and critic trained, reference and reward model kept", 2 * trained + 2 * count * MASTER),
+        ("GRPO, RLOO: no critic, reference and reward model kept", trained + 2 * count * MASTER),
+        ("PPO, critic on the policy's trunk, Python reward", trained + count * MASTER),
+        *(
+            (f"SFT with LoRA of rank {LORA_RANK}, base in {'float32' if how == 'none' else how}", base + adapters)
+            for how in ("none", "int8", "nf4")
+            for base in [frozen_bytes(arch, how)]
+        ),
+        (f"rollout: bfloat16 copy and KV cache of {batch} x {length} tokens", count * COPY + cache),
+    ]
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Lines on the tokenizer: its size, special ids and template."""
+    text = tokenizer.hf.convert_ids_to_tokens
+    stops = ", ".join(f"{i} {text(i)!r}" for i in tokenizer.eos_ids)
+    bos = "none" if tokenizer.bos_id is None else f"{tokenizer.bos_id} {text(tokenizer.bos_id)!r}"
+    note = "" if tokenizer.hf.pad_token_id is not None else " (it has none; a stop id fills in)"
+    template = "yes" if tokenizer.hf.chat_template else "none; messages become a Human/Assistant transcript"
+    return [
+        ("tokenizer", f"{type(tokenizer.hf).__name__}, {tokenizer.vocab_size:,} ids"),
+        ("begin", bos),
+        ("stop", stops),
+        ("pad", f"{tokenizer.pad_id} {text(tokenizer.pad_id)!r}{note}"),
+        ("chat template", template),
+    ]
+
+
+def describe(arch: ArchConfig) -> str:
+    """What sets the model apart, in words."""
+    plain, found = ArchConfig(), []
+    skip = {"vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "init_std"}
+    for field in dataclasses.fields(arch):
+        value = getattr(arch, field.name)
+        if field.name in skip or value == getattr(plain, field.name):
+            continue
+        if field.name == "rope_scaling":
+            value = f"{value.kind} x{value.factor:g}"
+        elif field.name == "window_layers":
+            value = f"{len(value)} of {arch.num_layers}"
+        found.append(field.name if value is True else f"{field.name} {value}")
+    return ", ".join(found)
+
+
+def layout_table(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], rules: Rules) -> list[str]:
+    """One line for every parameter: shape, mesh axes, bytes of its float32 shard on a device; and sums."""
+    rows, total = [("parameter", "shape", "sharded over", "bytes per device")], 0
+    for name, shape in shapes.items():
+        splits = rules.of(name, shape)
+        held = math.prod(shard_shape(name, shape, splits, sizes)) * MASTER
+        total += held
+        axes = ", ".join("+".join(split) or "-" for split in splits) or "-"
+        rows.append((name, " x ".join(map(str, shape)) or "scalar", axes, size(held)))
+    rows.append(("sum", "", "", size(total)))
+    rows.append(("with Adam and gradient", "", "", size(total * (MASTER + ADAM + GRADIENT) // MASTER)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def run_inspect(config: InspectRun) -> dict[str, Any]:
+    """Print what the model is, what it costs in training and rollout, and its tokenizer; returned as a dict too."""
+    path = Path(hub.local_directory(config.model))
+    arch, raw = hf.read_config(path)
+    weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.index.json")))
+    named = (raw.get("architectures") or [""])[0]
+    score_head = hf.has_score_head(path) if weights else named.endswith("SequenceClassification")
+    shapes = leaf_shapes(arch, score_head=score_head)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    kind = "scores (reward or value model)" if score_head else "logits (language model)"
+    lines = [
+        ("model", str(config.model)),
+        ("family", f"{raw['model_type']}, {kind}" + ("" if weights else "; no weights here")),
+        ("parameters", f"{count:,}"),
+        ("shape", f"{arch.num_layers} layers, width {arch.width}, {arch.num_heads} heads of {arch.head_dim} "
+                  f"({arch.num_kv_heads} key-value), MLP {arch.ffn_width}"),
+        ("vocabulary", f"{arch.vocab_size:,}, head {'tied' if arch.tied_head else 'untied'}"),
+        ("features", describe(arch) or "plain Llama"),
+    ]  # fmt: skip
+    tokens = hf.model_directory(path)
+    if any((tokens / name).is_file() for name in FILES):
+        lines += special_tokens(Tokenizer.load(str(tokens)))
+    needs = memory(arch, count, config.batch, config.length)
+    for name, value in lines:
+        tell(f"{name:<15}{value}")
+    tell("\nmemory, all devices together, without activations")
+    for name, held in needs:
+        tell(f"  {size(held):>10}  {name}")
+    if config.mesh != MeshConfig():
+        sizes = mesh_sizes(config.mesh)
+        tell(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES)}")
+        tell("\n".join(layout_table(shapes, sizes, parse_rules(config.mesh.rules))))
+    return {**dict(lines), "parameters": count, "memory": dict(needs)}
+
+
+def run_convert(config: ConvertRun) -> Path:
+    """Write the model as the config says; returns the directory."""
+    source, target = Path(hub.local_directory(config.model)), Path(config.output)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"output {target} is a file; name a directory")
+    check_writable(target.parent, f"output {target}")
+    if (target / "config.json").exists() and not config.overwrite:
+        raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
+    if (source / CHECKPOINTS).is_dir():
+        found = _checkpoint(source, config.step)
+    elif config.step:
+        raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
+    else:
+        found = _directory(source, config.dtype)
+    with written(f"output {target}"):
+        save_directory(
+            target,
+            found.arch,
+            found.params,
+            found.tokenizer,
+            score_head="score" in found.params,
+            dtype=config.dtype,
+            base_config=found.raw,
+            base_generation=found.generation,
+            shard_bytes=int(config.shard_gb * 1e9),
+            **found.token_ids,
+        )
+    tell(f"wrote {target}: {hf.find_family(found.arch, found.raw).model_type} in {config.dtype}")
+    return target
+
+
+class Found(NamedTuple):
+    """A model to be written.
+
+    Attributes:
+        raw: config.json of the model itself, or of that which its run began with.
+        generation: its generation_config.json.
+        token_ids: eos_ids and pad_id that are not the tokenizer's.
+    """
+
+    arch: ArchConfig
+    raw: dict[str, Any] | None
+    params: Params
+    tokenizer: Tokenizer | None
+    generation: dict[str, Any]
+    token_ids: dict[str, Any]
+
+
+def _directory(source: Path, dtype: str) -> Found:
+    arch, raw = hf.read_config(source)
+    score_head, folder = hf.has_score_head(source), hf.model_directory(source)
+    params = hf.load_params(source, arch, score_head=score_head, dtype=dtype)
+    tokenizer = Tokenizer.load(str(folder)) if any((folder / name).is_file() for name in FILES) else None
+    ids: dict[str, Any] = {} if score_head and tokenizer else {"pad_id": None}  # that of config.json
+    if tokenizer is None:
+        eos = raw.get("eos_token_id")
+        with understood(folder / "config.json"):
+            ids["eos_ids"] = [int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos])]
+    return Found(arch, raw, params, tokenizer, hf.read_generation(folder), ids)
+
+
+def _checkpoint(run: Path, step: int) -> Found:
+    """What a run's checkpoint would be saved as if the run ended there: of PPO and its kin the policy or its average.
+
+    `step` 0 is the newest one, not the best.
+
+    Raises:
+        UserError: no such run, it trains a part of the model, or the checkpoint is not there or not intact.
+    """
+    record = read_record(run)
+    if record is None:
+        raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
+    stage, where = record["stage"], Path(record["cwd"])
+    try:
+        settings = to_dict(ModelConfig(**record["config"]["model"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / RECORD} does not say what model the run trains ({reason(error)})") from error
+    if any(record["config"].get(group, {}).get(name) for group, name in PARTIAL):
+        raise UserError(
+            f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
+        )
+    base = where / hub.local_directory(settings["path"])
+    arch, raw = hf.read_config(base) if settings["path"] else (ArchConfig.from_plain(settings["arch"]), None)
+    checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
+    # Only looked at: the run may still be writing there.
+    steps = checkpoints.steps()
+    if step and step not in steps:
+        raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, steps)) or 'none'}")
+    tried = [step] if step else reversed(steps)
+    found = next((each for each in tried if not damage(checkpoints.path(each))), None)
+    if found is None:
+        raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
+    model = Model(arch, score_head=stage == "reward")
+    params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
+    # As the stages keep them: Online.tree, and the state of `loop.train`.
+    place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]
+    place += ["policy"] if stage in ONLINE and place[0] == "state" else []
+    tree = checkpoints.restore(found, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
+    params = functools.reduce(lambda node, name: node[name], place, tree)
+    tell(f"{run}: checkpoint of step {found}" + (", the average" if place == ["average"] else ""))
+    tokens = hf.model_directory(where / hub.local_directory(settings["tokenizer"] or settings["path"]))
+    tokenizer = Tokenizer.load(str(tokens), eos_ids=tuple(settings["eos_ids"]))
+    if stage == "reward":
+        params = _normalised(run, record, model, params, tokenizer)
+    return Found(arch, raw, params, tokenizer, hf.read_generation(base) if settings["path"] else {}, {})
+
+
+def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params, tokenizer: Tokenizer) -> Params:
+    """The parameters of a reward model with the head that the run would save, by scores of its training rows."""
+    config = cli.parse("reward", ["--config", str((run / "config.yaml").absolute())])
+    if config.reward.normalize != "off" and "rows" in record["given"]:
+        tell(f"{run}: its rows came from Python, so the head is as trained, not normalised")
+        return params
+    model = replace(model, length=config.data.max_length)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are
+    where = record["cwd"] if Path(record["cwd"]).is_dir() else "."
+    with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh):
+        train_set, _, collate = reward.load_sets(config, tokenizer)
+        return reward.as_saved(config, model, params, params, mesh, train_set, collate)

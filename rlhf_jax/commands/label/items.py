@@ -1,0 +1,115 @@
+"""Rows as items to rank: what a rater may see of them, and in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.gathering import join
+from rlhf_jax.data.layouts import PREFERENCES, layout_of
+from rlhf_jax.data.messages import Messages, key_of, split_transcript
+from rlhf_jax.data.rows import DroppedRow, Row, bad_row, empty_row
+from rlhf_jax.data.schemas import kind_of
+from rlhf_jax.errors import UserError
+
+MOST = 12
+"""Responses to one prompt: more than this nobody ranks, and Plackett-Luce takes no larger tie."""
+
+
+def digest(*parts: Any) -> str:
+    """A short name of some JSON, the same on every machine."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and its different responses.
+
+    Attributes:
+        key: a digest of both, equal for equal items.
+        names: a digest of each response, by which the page calls it. The place of a response on the page says nothing
+            about its place in the row, and nothing has to be turned back into row order.
+        ranking: the row, without verdicts.
+    """
+
+    key: str
+    names: list[str]
+    ranking: Ranking
+
+    def order(self, rater: str, seed: int) -> list[int]:
+        """The order in which a rater sees the responses: random, and the same every time."""
+        order = list(range(len(self.names)))
+        random.Random(f"{seed} {self.key} {rater}").shuffle(order)
+        return order
+
+    def responses(self) -> list[Row]:
+        """The responses as the file of answers holds them."""
+        return self.ranking.items()
+
+    def shown(self, order: list[int]) -> dict[str, Any]:
+        """What a rater sees; where a response comes from is not said."""
+        texts, finished = self.ranking.responses, self.ranking.finished
+        return {
+            "item": self.key,
+            "turns": turns_of(self.ranking.prompt),
+            "responses": [
+                {"name": self.names[i], "text": key_of(texts[i]).strip(), "finished": finished[i]} for i in order
+            ],
+        }
+
+
+def turns_of(prompt: str | Messages) -> Messages:
+    """A prompt as turns [{role, content}]; the role of plain text is "prompt"."""
+    turns = split_transcript(prompt) if isinstance(prompt, str) else prompt
+    turns = [turn for turn in turns if turn["content"]]  # an open "Assistant:" at the end
+    return turns or [{"role": "prompt", "content": str(prompt).strip()}]
+
+
+def item_of(row: Row) -> Item:
+    """The item of a row {prompt, responses} or a preference row; equal responses are one.
+
+    Raises:
+        DroppedRow: fewer than two different responses.
+        UserError: a malformed row, or more responses than a person can rank.
+    """
+    if layout_of(row) not in ("ranking", *PREFERENCES):
+        raise bad_row(
+            row,
+            f"a {kind_of(row)} row has no responses to compare; give {{prompt, responses}}, as `sample` rows joined",
+        )
+    ranking = replace(ranking_row({**row, "raters": []}), ballots=[], times=[])
+    ranking = join([ranking], lambda _: "")[0]
+    size = len(ranking.responses)
+    if size < 2:
+        raise empty_row(row, "all responses are the same", "with fewer than two different responses")
+    if size > MOST:
+        raise bad_row(row, f"{size} responses are more than a person can rank; give at most {MOST}")
+    texts = [[key_of(response), done] for response, done in zip(ranking.responses, ranking.finished, strict=True)]
+    return Item(digest(ranking.prompt, texts), [digest(each) for each in texts], ranking)
+
+
+def items_of(rows: list[Row]) -> tuple[list[Item], str]:
+    """(the different items of all rows, in their order; what to say about rows that are none).
+
+    Raises:
+        UserError: a malformed row, or no item at all.
+    """
+    items: dict[str, Item] = {}
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        try:
+            item = item_of(row)
+        except DroppedRow as drop:
+            dropped[drop.reason] += 1
+            continue
+        if items.setdefault(item.key, item) is not item:
+            dropped["there already"] += 1
+    note = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if not items:
+        raise UserError(f"no row has anything to rank: {note}; give rows with at least two different responses")
+    return list(items.values()), note

@@ -1,0 +1,167 @@
+"""The file of answers: appended and flushed to the disk one by one, mended after a crash, read back at the start."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections import defaultdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from rlhf_jax.commands.label.items import Item
+from rlhf_jax.data import rankings
+from rlhf_jax.data.agreement import agreement, rater_taus
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.sources import read_rows
+from rlhf_jax.data.votes import VOTE
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.files import Lines, check_writable
+
+START = b'{"item": "'
+"""How every line begins."""
+
+
+class Votes:
+    """The answers to some items, by item and rater; the last one counts.
+
+    Attributes:
+        latest: (item key, rater) -> the vote.
+        mended: bytes of a last line that a crash cut short, taken away.
+    """
+
+    def __init__(self, path: str, items: list[Item]):
+        """Open the file or make it.
+
+        Raises:
+            UserError: it cannot be written, another process writes it, or it holds something else.
+        """
+        self.items = {item.key: item for item in items}
+        self.latest: dict[tuple[str, str], Row] = {}
+        self._one_at_a_time = threading.Lock()
+        if Path(path).is_dir():
+            raise UserError(f"output {path} is a directory; name a .jsonl file")
+        check_writable(Path(path).parent, f"output {path}")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._held = hold(path)
+        try:
+            self.mended = mend(Path(path))
+            self._lines = Lines(Path(path))
+            for row in read_rows(path) if Path(path).stat().st_size else []:
+                self._check(row, path)
+                self.latest[row["item"], row["rater"]] = {name: row[name] for name in row if name != "_where"}
+        except UserError:
+            self.close()
+            raise
+
+    def _check(self, row: Row, path: str) -> None:
+        if not set(row) >= VOTE | {"order", "all_bad", "skipped", "comment"}:
+            raise UserError(f"{row['_where']}: not an answer of `rlhf-jax label`; choose another --output")
+        item = self.items.get(row["item"])
+        if item is None:
+            raise UserError(
+                f"{row['_where']}: an answer to an item that the rows do not hold; {path} belongs to other rows, so "
+                "choose another --output"
+            )
+        if not isinstance(row["ranks"], list) or len(row["ranks"]) != len(item.names):
+            raise UserError(f"{row['_where']}: no rank for each of {len(item.names)} responses; remove the line")
+
+    def add(self, vote: Row) -> None:
+        """Append a vote; it is on disk when this returns.
+
+        Raises:
+            OSError: it is not.
+        """
+        with self._one_at_a_time:
+            self._lines.add([vote], sync=True)
+            self.latest[vote["item"], vote["rater"]] = vote
+
+    def close(self) -> None:
+        """Let other processes have the file."""
+        self._held.close()
+
+    def of(self, rater: str) -> dict[str, Row]:
+        """Item key -> what a rater said."""
+        with self._one_at_a_time:
+            return {item: vote for (item, name), vote in self.latest.items() if name == rater}
+
+    def raters(self) -> list[str]:
+        """Who has answered anything, in the order of their first answer."""
+        with self._one_at_a_time:
+            return list(dict.fromkeys(rater for _, rater in self.latest))
+
+    def agreement(self) -> dict[str, Any]:
+        """How far raters agree.
+
+        {share, pairs} over all verdicts on the same two responses by two raters, and for each rater {answers, skipped,
+        tau, pairs}: Kendall's tau-b with all others together, and the pairs of verdicts behind it; None without any.
+        """
+        names = self.raters()
+        groups: dict[str, int] = {}
+        ballots: list[rankings.Ballot] = []
+        counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        with self._one_at_a_time:
+            for (item, rater), vote in self.latest.items():
+                counts[rater][bool(vote.get("skipped"))] += 1
+                ranks = [np.nan if rank is None else float(rank) for rank in vote["ranks"]]
+                ballots.append((groups.setdefault(item, len(groups)), names.index(rater), ranks))
+        verdicts = rankings.comparisons(ballots, num_raters=len(names))
+        share, total = agreement(verdicts)
+        taus, pairs = rater_taus(verdicts)
+        return {
+            "share": share if total else None,
+            "pairs": total,
+            "raters": [
+                {
+                    "rater": name,
+                    "answers": counts[name][0],
+                    "skipped": counts[name][1],
+                    "tau": None if np.isnan(taus[i]) else float(taus[i]),
+                    "pairs": int(pairs[i]),
+                }
+                for i, name in enumerate(names)
+            ],
+        }
+
+
+def hold(path: str) -> IO[bytes]:
+    """Claim the file for this process until it ends.
+
+    Raises:
+        UserError: another one holds it, or it cannot be written.
+    """
+    try:
+        file = open(path, "ab")  # noqa: SIM115 (it stays open)
+    except OSError as error:
+        raise UserError(f"output {path}: {error.strerror}; choose another --output") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(f"output {path} is being written by another `rlhf-jax label`; stop that one first") from error
+    return file
+
+
+def mend(path: Path) -> int:
+    """Give the last line its end, or take it away if a crash cut it short; returns the bytes taken away.
+
+    Raises:
+        UserError: it is no beginning of a vote, so the file is somebody else's.
+    """
+    data = path.read_bytes()
+    last = data[data.rfind(b"\n") + 1 :]
+    if not last:
+        return 0
+    if not (last.startswith(START) or START.startswith(last)):
+        raise UserError(f"output {path}: the last line is no answer of `rlhf-jax label`; choose another --output")
+    try:
+        json.loads(last)
+    except ValueError:
+        os.truncate(path, len(data) - len(last))
+        return len(last)
+    with open(path, "ab") as file:
+        file.write(b"\n")
+    return 0

@@ -1,0 +1,5 @@
+"""`rlhf-jax plan`: what every program of a stage costs on a TPU topology that need not be at hand."""
+
+from rlhf_jax.commands.plan.plan import run
+
+__all__ = ["run"]

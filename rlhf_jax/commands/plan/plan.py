@@ -1,0 +1,240 @@
+"""Compile every program of a stage for a topology, and say what it holds, moves and computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from typing import Any
+
+import jax
+
+from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology
+from rlhf_jax.commands.plan.flops import count_flops
+from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
+from rlhf_jax.commands.plan.programs import Program, programs_of
+from rlhf_jax.config import PlanRun
+from rlhf_jax.errors import UserError, tell
+from rlhf_jax.hosts.files import to_json
+from rlhf_jax.sharding import make_mesh
+
+RESERVED = 0.25 * GIB
+"""What the TPU runtime keeps of a chip's memory for itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One program, or a part of one, on the topology; sizes in bytes per device, seconds by the roofline.
+
+    Attributes:
+        name: of the program.
+        arguments: what it is given and keeps.
+        temporaries: the compiler's scratch.
+        peak: arguments, temporaries and results together.
+        flops: of all devices, recomputation included.
+        model_flops: the same without recomputation.
+        memory: bytes of device memory read and written.
+        collectives: bytes of each kind of collective.
+        largest_float32: shape of the largest float32 buffer.
+        seconds: compute, memory, network (and between slices, if there are several), each if it were alone.
+        tokens: of one run.
+        compile_s: seconds that the compiler took.
+    """
+
+    name: str
+    arguments: float
+    temporaries: float
+    peak: float
+    flops: float
+    model_flops: float
+    memory: float
+    collectives: dict[str, float]
+    largest_float32: tuple[int, ...]
+    seconds: dict[str, float]
+    tokens: int
+    compile_s: float
+
+    @property
+    def bound(self) -> str:
+        """What the roofline says it waits for."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def analyse(config: Any, chip: Chip, devices: list[Any], width: int = 2) -> list[Row]:
+    """Compile the programs of a stage's config, rankings of `width`; rollout is split into prefill and decode.
+
+    Raises:
+        UserError: what the stage would refuse.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    rows = []
+    with jax.set_mesh(mesh):
+        programs = programs_of(config, mesh, attention="splash", width=width)
+        counted = programs_of(config, mesh, attention="plain", width=width)
+        without = programs_of(plain, mesh, attention="plain", width=width)
+        for program, same, ideal in zip(programs, counted, without, strict=True):
+            started = time.monotonic()
+            compiled = program.function.trace(*program.arguments).lower().compile()
+            seconds = time.monotonic() - started
+            jaxprs = tuple(p.function.trace(*p.arguments).jaxpr for p in (same, ideal))
+            rows += _rows(program, compiled, seconds, jaxprs, chip, len(devices))
+    return rows
+
+
+def _rows(
+    program: Program, compiled: Any, compile_s: float, jaxprs: tuple[Any, Any], chip: Chip, count: int
+) -> list[Row]:
+    same, ideal = jaxprs  # as configured, and without remat
+    sizes, text = compiled.memory_analysis(), compiled.as_text()
+    arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    peak = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+
+    def row(name: str, flops: float, model_flops: float, moved: Traffic, tokens: int) -> Row:
+        seconds = {
+            "compute": flops / (count * chip.flops),
+            "memory": moved.memory / chip.bandwidth,
+            "network": (sum(moved.collectives.values()) - moved.collectives[BETWEEN_SLICES]) / chip.network,
+        }
+        if moved.collectives[BETWEEN_SLICES]:
+            seconds[BETWEEN_SLICES] = moved.collectives[BETWEEN_SLICES] / chip.between
+        collectives = {kind: float(size) for kind, size in moved.collectives.items() if size}
+        return Row(
+            name, arguments, temporaries, peak, flops, model_flops, moved.memory, collectives,
+            max(moved.buffers, key=math.prod, default=()), seconds, tokens, compile_s,
+        )  # fmt: skip
+
+    whole = traffic(text, unknown_trips=program.loops)
+    if program.loops == 1:
+        return [row(program.name, count_flops(same), count_flops(ideal), whole, program.tokens)]
+    before = traffic(text, unknown_trips=0)
+    loop = Traffic(memory=whole.memory - before.memory, buffers=whole.buffers)
+    loop.collectives.update({kind: size - before.collectives[kind] for kind, size in whole.collectives.items()})
+    once, all_ = (count_flops(same, unknown_trips=loops) for loops in (0, program.loops))
+    rows, length = program.arguments[1].shape
+    return [
+        row("prefill", once, once, before, rows * length),
+        row("decode", all_ - once, all_ - once, loop, program.tokens),
+    ]
+
+
+def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
+    """The table, the verdict and what to change; columns of what goes between slices only if anything does."""
+    apart = [BETWEEN_SLICES] if any(BETWEEN_SLICES in row.seconds for row in rows) else []
+    kinds, times = ["all-gather", "reduce-scatter", "all-reduce"], ["compute", "memory", "network", *apart]
+    head = ("program", "arguments", "temporaries", "peak", "of", "PFLOP", "HBM", "all-gather", "reduce-sc.",
+            "all-reduce", "other", *apart, *times, "bound", "tokens/s", "MFU", "compiled")  # fmt: skip
+    table: list[tuple[str, ...]] = [head]
+    for r in rows:
+        other = sum(size for kind, size in r.collectives.items() if kind not in (*kinds, BETWEEN_SLICES))
+        moved = [*(r.collectives.get(kind, 0) for kind in kinds), other, *(r.collectives.get(k, 0) for k in apart)]
+        seconds = max(r.seconds.values())
+        table.append((
+            r.name, _gib(r.arguments), _gib(r.temporaries), _gib(r.peak), f"{r.peak / chip.memory:.0%}",
+            f"{r.flops / 1e15:.3g}", _gib(r.memory), *map(_gib, moved),
+            *(f"{r.seconds.get(kind, 0) * 1e3:.3g} ms" for kind in times), r.bound,
+            f"{r.tokens / seconds:,.0f}", f"{r.model_flops / (seconds * count * chip.flops):.0%}",
+            f"{r.compile_s:.0f} s",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    return [*lines, "", verdict(rows, chip)]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.995 * GIB / 100 else f"{size / 2**20:.2g} MiB"
+
+
+def fits(rows: list[Row], chip: Chip) -> bool:
+    """Whether every program's peak is below what the runtime leaves of the chip's memory."""
+    return all(r.peak <= chip.memory - RESERVED for r in rows)
+
+
+def verdict(rows: list[Row], chip: Chip) -> str:
+    """Fits, or the worst program and what to change."""
+    worst = max(rows, key=lambda r: r.peak)
+    room = chip.memory - RESERVED
+    if fits(rows, chip):
+        return f"fits: the largest program, {worst.name}, needs {_gib(worst.peak)} of {_gib(room)}"
+    if worst.arguments > room / 2:
+        cure = "weights and optimiser fill it: raise mesh.fsdp or mesh.tensor, or take a larger slice"
+    elif worst.name in ("prefill", "decode"):
+        cure = "set sampling.microbatch, raise mesh.tensor, or lower data.batch_size"
+    elif worst.name == "score":
+        cure = "set score_microbatch or lower model.logprob_chunk"
+    elif worst.name == "reference":
+        cure = "lower data.batch_size or model.logprob_chunk"
+    else:
+        cure = "set model.remat to full, raise accumulate or minibatches, lower model.logprob_chunk"
+    return f"does not fit: {worst.name} needs {_gib(worst.peak)} of {_gib(room)}; {cure}"
+
+
+def records(rows: list[Row], **facts: Any) -> list[str]:
+    """One JSON object per program."""
+    return [to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows]
+
+
+def candidates(config: Any, count: int) -> list[Any]:
+    """The config on other meshes, and with the batch halved and doubled."""
+    sizes = [2**i for i in range(int(math.log2(count)) + 1)]
+    found = []
+    for tensor, fsdp in itertools.product(sizes, sizes):
+        if tensor <= 16 and count % (tensor * fsdp) == 0:
+            mesh = dataclasses.replace(config.mesh, data=count // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+            for factor in (0.5, 1, 2):
+                size = int(config.data.batch_size * factor)
+                data = dataclasses.replace(config.data, batch_size=size)
+                found.append(dataclasses.replace(config, mesh=mesh, data=data))
+    return found
+
+
+def seconds_per_token(rows: list[Row]) -> float:
+    """Roofline seconds of all programs for each token trained on or made."""
+    return sum(max(row.seconds.values()) for row in rows) / max(row.tokens for row in rows)
+
+
+def suggest(config: Any, chip: Chip, devices: list[Any], width: int) -> None:
+    """Compile the candidates and print those that fit, fastest first."""
+    found: list[tuple[float, str]] = []
+    for candidate in candidates(config, len(devices)):
+        mesh = candidate.mesh
+        name = f"mesh.data {mesh.data} mesh.fsdp {mesh.fsdp} mesh.tensor {mesh.tensor} "
+        name += f"data.batch_size {candidate.data.batch_size}"
+        try:
+            rows = analyse(candidate, chip, devices, width)
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            tell(f"  no     {name}: {str(error).splitlines()[0][:120]}")
+            continue
+        good, cost = fits(rows, chip), seconds_per_token(rows)
+        tell(
+            f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token",
+        )
+        if good:
+            found.append((cost, name))
+    tell("\nfastest by the roofline:" if found else "\nnone fits; take a larger slice")
+    for cost, name in sorted(found)[:5]:
+        tell(f"  {cost * 1e6:.3g} us per token  {name}")
+
+
+def run(plan: PlanRun, config: Any) -> bool:
+    """Print the plan of a stage's config; returns whether it fits.
+
+    Raises:
+        UserError: an unknown topology, or what the stage would refuse.
+    """
+    chip, devices = find_topology(plan.topology, config.mesh.slices)
+    if plan.suggest:
+        suggest(config, chip, devices, plan.responses)
+        return True
+    rows = analyse(config, chip, devices, plan.responses)
+    if plan.json:
+        tell("\n".join(records(rows, topology=plan.topology, devices=len(devices), fits=fits(rows, chip))))
+    else:
+        axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
+        slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
+        tell(
+            f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}, mesh {axes}; bytes are per chip\n"
+        )
+        tell("\n".join(shown(rows, chip, len(devices))))
+    return fits(rows, chip)

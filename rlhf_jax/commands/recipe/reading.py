@@ -1,0 +1,377 @@
+"""A recipe file to its stages: references filled in, rounds written out, every option checked. Nothing runs here."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_jax import cli
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.yamls import texts
+from rlhf_jax.runs.directory import OURS
+
+Tree = dict[str, Any]
+"""Nested dicts and lists of texts, as YAML's texts are before an option's type says what they mean."""
+
+TOP = ("output_dir", "variables", "defaults", "stages")
+OF_ROUNDS, OF_CARRY = ("rounds", "carry", "stages"), ("first", "then")
+OUTPUTS = ("run.output_dir", "output", "out", "output_dir")
+"""Options that say where a command writes; a stage's is set to a place of its name."""
+
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+PART = re.compile(r"\$(?:(\w+)|\{(\w+)\})/([\w.]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with all that it is told.
+
+    Attributes:
+        name: in the file.
+        round: from 1; 0 outside of rounds.
+        command: such as "data aggregate".
+        options: what the file says, references filled in.
+        config: of the command.
+        output: the file or directory that `$name` stands for.
+        inputs: labels of the stages whose artefacts it reads.
+    """
+
+    name: str
+    round: int
+    command: str
+    options: Tree
+    config: Any
+    output: str
+    inputs: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The name that no other stage has, such as round2/ppo."""
+        return label_of(self.name, self.round)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What `$name` stands for.
+
+    Attributes:
+        value: a text, a list, or a group of options.
+        stages: labels of the stages that it comes from.
+        run: whether it is the run directory of a stage.
+    """
+
+    value: Any
+    stages: frozenset[str] = frozenset()
+    run: bool = False
+
+
+Scope = dict[str, Known]
+
+
+def label_of(name: str, round_: int) -> str:
+    """See `Stage.label`."""
+    return f"round{round_}/{name}" if round_ else name
+
+
+def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
+    """All stages of all rounds, in order, and the directory of the recipe.
+
+    Args:
+        tree: the file, changed by what the command line replaces.
+        where: the file's name, for messages.
+        output_dir: replaces the file's unless empty.
+
+    Raises:
+        UserError: the first thing that does not fit, with the file and the stage.
+    """
+    check_names(tree, TOP, f"{where}: a recipe")
+    root = output_dir or tree.get("output_dir", "")
+    if not isinstance(root, str) or not root:
+        raise UserError(f"{where}: there is no output_dir; say where to write, as --output_dir runs/first")
+    recipe = Recipe(where, Path(root), as_group(tree.get("defaults", {}), f"{where}: defaults"))
+    names: Scope = {}
+    for name, value in as_group(tree.get("variables", {}), f"{where}: variables").items():
+        if value == "null":
+            raise UserError(f"{where}: variable {name} has no value; give --variables.{name} VALUE")
+        recipe.add(names, name, recipe.known(value, names, f"variables.{name}"))
+    stages = list(recipe.stages(tree.get("stages"), names))
+    recipe.check_defaults(stages)
+    return stages, Path(root)
+
+
+@dataclass
+class Recipe:
+    """What all stages share.
+
+    Attributes:
+        where: the file's name.
+        root: the directory of the recipe.
+        defaults: options for every stage that has them.
+    """
+
+    where: str
+    root: Path
+    defaults: Tree
+
+    def error(self, place: str, line: str) -> UserError:
+        """A UserError with the file's name and a place in it."""
+        return UserError(f"{self.where}: {place}: {line}")
+
+    def stages(self, entries: Any, names: Scope) -> Iterator[Stage]:
+        """The stages of a recipe; `names` gains what they make."""
+        for entry in self.entries(entries, "stages"):
+            if "rounds" in entry:
+                yield from self.rounds(entry, names)
+            else:
+                yield self.stage(entry, names, 0)
+
+    def entries(self, found: Any, place: str) -> list[Tree]:
+        """A list of stages or rounds."""
+        if not isinstance(found, list) or not found or not all(isinstance(entry, dict) for entry in found):
+            raise self.error(place, f"{found!r} is no list of stages; write [{{name: sft, command: sft, ...}}, ...]")
+        return found
+
+    def rounds(self, entry: Tree, names: Scope) -> Iterator[Stage]:
+        """The stages of every round. A carried name is `first` in round 1, and what `then` was in the round before."""
+        check_names(entry, OF_ROUNDS, f"{self.where}: rounds")
+        count = filled(entry["rounds"], names, f"{self.where}: rounds", set())
+        if not isinstance(count, str) or not count.isdigit() or count == "0":
+            raise self.error("rounds", f"{count!r} is no number of rounds; give a whole number of at least 1")
+        carry = as_group(entry.get("carry", {}), f"{self.where}: carry")
+        for name, both in carry.items():
+            check_names(both, OF_CARRY, f"{self.where}: carry.{name}", all_of_them=True)
+        carried = {name: self.known(both["first"], names, f"carry.{name}.first") for name, both in carry.items()}
+        for round_ in range(1, int(count) + 1):
+            scope = {**names, "round": Known(str(round_))}
+            for name, value in carried.items():
+                self.add(scope, name, value)
+            for one in self.entries(entry.get("stages"), "stages of rounds"):
+                yield self.stage(one, scope, round_)
+            carried = {name: self.known(both["then"], scope, f"carry.{name}.then") for name, both in carry.items()}
+        del scope["round"]
+        names |= scope | carried
+
+    def known(self, value: Any, names: Scope, place: str) -> Known:
+        """What a value with references stands for."""
+        stages: set[str] = set()
+        return Known(filled(value, names, f"{self.where}: {place}", stages), frozenset(stages))
+
+    def add(self, names: Scope, name: str, value: Known) -> None:
+        """Give a name a meaning."""
+        if not NAME.fullmatch(name) or name == "round":
+            raise self.error(f"name {name!r}", "give one of letters, digits and _ that is not round")
+        if name in names:
+            raise self.error(f"name {name}", "it comes twice; names of stages, variables and carry must differ")
+        names[name] = value
+
+    def stage(self, entry: Tree, names: Scope, round_: int) -> Stage:
+        """One stage; `names` gains what it makes."""
+        if "rounds" in entry:
+            raise self.error("rounds", "they stand in rounds; write them one after another")
+        command = entry.get("command")
+        name = entry.get("name", command)
+        if not isinstance(command, str) or not isinstance(name, str):
+            raise self.error(f"stage {name}", f"command is {command!r}; name one, as command: sft")
+        place = f"stage {name}"
+        if command not in cli.COMMANDS:
+            raise self.error(place, f"unknown command {command!r}{cli.nearest(command, list(cli.COMMANDS), '')}")
+        hints = hints_of(command)
+        target = next((option for option in OUTPUTS if option in hints), "")
+        if not target or command == "recipe":
+            raise self.error(place, f"{command} leaves nothing that another stage could read; leave it out")
+        options: Tree = {}
+        for option, value in cli.flat(self.defaults):
+            if option in hints and not isinstance(value, dict):
+                put(options, option, value)
+        options = merged(options, {key: value for key, value in entry.items() if key not in ("name", "command")})
+        used: set[str] = set()
+        options = filled(options, names, f"{self.where}: {place}", used)
+        here = self.root / label_of(name, round_)
+        output = at(options, target) or str(here) + (".jsonl" if target == "output" and command != "convert" else "")
+        put(options, target, output)
+        self.add(names, name, Known(output, frozenset([label_of(name, round_)]), target == "run.output_dir"))
+        try:
+            config = cli.parse(command, [f"--{key}={as_argument(value)}" for key, value in options.items()])
+        except UserError as error:
+            raise self.error(place, str(error)) from error
+        return Stage(name, round_, command, options, config, output, tuple(sorted(used)))
+
+    def check_defaults(self, stages: Sequence[Stage]) -> None:
+        """Raise a UserError if a default is an option of no stage."""
+        hints = {name: hint for stage in stages for name, hint in hints_of(stage.command).items()}
+        for option, value in cli.flat(self.defaults):
+            if option not in hints:
+                raise self.error(
+                    "defaults", f"no stage has an option {option!r}{cli.nearest(option, list(hints), '')}"
+                )
+            if isinstance(value, dict) != bool(cli.fields(hints[option])) and value != "null":
+                raise self.error("defaults", cli.misfit(option, value, hints[option]))
+
+
+def filled(value: Any, names: Scope, where: str, used: set[str]) -> Any:
+    """A value with its references filled in; `used` gains the stages that they come from.
+
+    Of a list, an item that is a reference to a list becomes the items of that one.
+    """
+    if isinstance(value, dict):
+        return {name: filled(inner, names, f"{where}: {name}", used) for name, inner in value.items()}
+    if isinstance(value, list):
+        out: list[Any] = []
+        for item in value:
+            found = filled(item, names, where, used)
+            out += found if isinstance(item, str) and isinstance(found, list) else [found]
+        return out
+    template = string.Template(value)
+    if not template.is_valid():
+        raise UserError(f"{where}: {value!r} has a $ that starts no name; write $$ for the sign itself")
+    wanted = template.get_identifiers()
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"{where}: {value!r}: there is no ${name} at this point{nearest_of(name, names)}")
+        used |= names[name].stages
+    for plain, braced, part in PART.findall(value):
+        name = plain or braced
+        if names[name].run and part not in OURS:
+            near = cli.nearest(part, list(OURS), "").partition("; `")[0]
+            raise UserError(f"{where}: {value!r}: the run directory of {name} has no {part}{near}")
+    if wanted and value in (f"${wanted[0]}", f"${{{wanted[0]}}}"):
+        return names[wanted[0]].value
+    if whole := next((name for name in wanted if not isinstance(names[name].value, str)), ""):
+        raise UserError(f"{where}: {value!r}: ${whole} is no text and cannot be part of one; let it stand alone")
+    return template.substitute({name: names[name].value for name in wanted})
+
+
+def nearest_of(name: str, names: Scope) -> str:
+    """ "; did you mean $x?" or all that there is."""
+    near = cli.nearest(name, list(names), "")
+    if near.startswith("; did you mean "):
+        return near.replace("mean ", "mean $")
+    return f"; there are {', '.join('$' + known for known in names)}" if names else "; nothing comes before it"
+
+
+def hints_of(command: str) -> dict[str, Any]:
+    """Dotted option -> type of a command."""
+    return dict(cli.flat(cli.fields(cli.COMMANDS[command][0])))
+
+
+def check_names(found: Any, known: Sequence[str], where: str, *, all_of_them: bool = False) -> None:
+    """Raise a UserError unless `found` is a group with none but known names."""
+    for name in as_group(found, where):
+        if name not in known:
+            raise UserError(f"{where} has no {name!r}; it has {', '.join(known)}")
+    missing = [name for name in known if name not in found]
+    if all_of_them and missing:
+        raise UserError(f"{where} has no {missing[0]}; give {', '.join(known)}")
+
+
+def as_group(found: Any, where: str) -> Tree:
+    """A mapping as it is."""
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is {found!r}; write names and values")
+    return found
+
+
+def at(tree: Tree, dotted: str) -> Any:
+    """What stands at a dotted name, or None."""
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None  # type: ignore[assignment]
+    return tree
+
+
+def put(tree: Tree, dotted: str, value: Any) -> None:
+    """Set what stands at a dotted name, making the groups on the way."""
+    *groups, last = dotted.split(".")
+    for part in groups:
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
+    tree[last] = value
+
+
+def merged(below: Tree, above: Tree) -> Tree:
+    """Two trees as one; where both have a value, that of `above`."""
+    both = {
+        name: merged(below[name], value) if isinstance(value, dict) and isinstance(below.get(name), dict) else value
+        for name, value in above.items()
+    }
+    return {**below, **both}
+
+
+def as_texts(value: Any) -> Any:
+    """A tree of Python's values as one of texts."""
+    if isinstance(value, Mapping):
+        return {str(name): as_texts(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_texts(inner) for inner in value]
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Plain(yaml.SafeDumper):
+    """YAML that does not quote texts because they look like numbers: `cli.Texts` reads them back as they are."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """The tag of a text is that of texts, whatever it looks like."""
+        return super().resolve(kind, value, implicit) if kind is not yaml.ScalarNode else self.DEFAULT_SCALAR_TAG
+
+
+def as_argument(value: Any) -> str:
+    """A tree as the text that the command line takes for it."""
+    if isinstance(value, str):
+        return value
+    return yaml.dump(value, Dumper=Plain, default_flow_style=True, width=10**9, sort_keys=False).strip()
+
+
+def replaced(tree: Tree, changes: Mapping[str, Any], where: str) -> Tree:
+    """A recipe with other values at variables.NAME, defaults.OPTION and stages.STAGE.OPTION.
+
+    Raises:
+        UserError: there is no such variable or stage.
+    """
+    tree = as_texts(tree)
+    for dotted, value in changes.items():
+        group, _, rest = dotted.partition(".")
+        new = as_texts(value)
+        if isinstance(new, str) and new[:1] in ("[", "{"):
+            try:
+                new = texts(new)
+            except yaml.YAMLError as error:
+                raise UserError(f"--{dotted} {new!r} is no list or group; close its brackets") from error
+        if group == "stages":
+            name, _, rest = rest.partition(".")
+            stage = find(tree.get("stages"), name)
+            if stage is None or not rest:
+                known = list(names_of(tree.get("stages")))
+                raise UserError(f"--{dotted}: {where} has no stage {name!r}{cli.nearest(name, known, '')}")
+            put(stage, rest, new)
+        elif group == "variables" and rest not in tree.get("variables", {}):
+            known = list(tree.get("variables", {}))
+            raise UserError(f"--{dotted}: {where} has no variable {rest!r}{cli.nearest(rest, known, '')}")
+        else:
+            put(tree, dotted, new)
+    return tree
+
+
+def entries_of(stages: Any) -> Iterator[Tree]:
+    """Every stage that stands in a list, in rounds too."""
+    for entry in stages if isinstance(stages, list) else []:
+        if isinstance(entry, dict) and "rounds" in entry:
+            yield from entries_of(entry.get("stages"))
+        elif isinstance(entry, dict):
+            yield entry
+
+
+def names_of(stages: Any) -> Iterator[str]:
+    """Their names."""
+    for entry in entries_of(stages):
+        yield str(entry.get("name", entry.get("command")))
+
+
+def find(stages: Any, name: str) -> Tree | None:
+    """The stage of a name."""
+    return next((e for e, found in zip(entries_of(stages), names_of(stages), strict=True) if found == name), None)

@@ -1,0 +1,146 @@
+"""What a recipe has done already: OUTPUT_DIR/recipe.json, and what follows from it. Process 0 only."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_jax.commands.recipe.reading import Stage
+from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts import files
+from rlhf_jax.models.contents import contents, digest_below
+from rlhf_jax.runs import directory
+
+FILE = "recipe.json"
+
+ENTRY = {"command", "status", "output", "inputs", "config"}
+
+OF_NO_ACCOUNT = ("overwrite", "progress", "output", "out")
+"""Settings, besides those of a run directory, that say nothing about what a stage makes."""
+
+GROWS = ("label",)
+"""Commands whose output may grow after their end."""
+
+Action = Literal["skip", "run", "replace"]
+
+
+class Record:
+    """The directory of a recipe, held by this process.
+
+    recipe.json maps the label of a stage to {command, status, output, inputs, files, config, replaces}: `inputs` are
+    the stages that it read from (label -> id of what they had made), `files` the contents of what it read, `replaces`
+    whether something was there before. Once it is finished, to {id, wall_s, figures, made} too, the last a digest.
+    """
+
+    def __init__(self, root: Path):
+        """Of the directory `root`; touches nothing."""
+        self.root, self.path = root, root / FILE
+        self.entries: dict[str, Any] = {}
+        self._lock: Any = None
+
+    def claim(self) -> None:
+        """Make the directory and keep other processes out until `close`.
+
+        Raises:
+            UserError: it cannot be written to, or another process holds it.
+        """
+        files.check_writable(self.root, f"output_dir {self.root}")
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = directory.hold(self.root)
+
+    def load(self) -> None:
+        """Read recipe.json, if there is one.
+
+        Raises:
+            UserError: it is broken.
+        """
+        cure = "delete it: runs are then taken as they are, and other outputs made anew with --overwrite true"
+        self.entries = files.read_object(self.path, cure) if self.path.exists() else {}
+        if not all(isinstance(entry, dict) and set(entry) >= ENTRY for entry in self.entries.values()):
+            raise UserError(f"{self.path} is broken (an entry is no stage); {cure}")
+
+    def actions(self, stages: Sequence[Stage], *, overwrite: bool) -> dict[str, Action]:
+        """What to do about each stage: leave it as it is, start or continue it, or make it anew.
+
+        Raises:
+            UserError: a stage has changed, or what it reads has, since it was made, and not `overwrite`.
+        """
+        found: dict[str, Action] = {}
+        for stage in stages:
+            entry = self.entries.get(stage.label)
+            why = self.changed(stage, found) if entry else ""
+            if why and not overwrite:
+                raise UserError(
+                    f"stage {stage.label}: {stage.output} {why}; pass --overwrite true to make it and what follows "
+                    "anew, or choose another output_dir"
+                )
+            output = Path(stage.output)
+            if why:
+                found[stage.label] = "replace"
+            elif entry and entry["status"] == "finished" and output.exists():
+                found[stage.label] = "skip"
+            else:  # a run directory knows itself what of it is this stage's work
+                begun = entry or overwrite
+                replaces = entry and entry.get("replaces") and not (output / directory.RECORD).exists()
+                found[stage.label] = "replace" if begun and (output.is_file() or replaces) else "run"
+        return found
+
+    def changed(self, stage: Stage, actions: dict[str, Action]) -> str:
+        """How a stage differs from what there is of it, in words; empty if it does not."""
+        entry = self.entries[stage.label]
+        if entry["command"] != stage.command:
+            return f"was made by {entry['command']}, not {stage.command}"
+        before, files = entry.get("files", {}), contents(stage.config)
+        same = {name for name in files if before.get(name) == files[name]} | set(OF_NO_ACCOUNT)
+        differ = {name: pair for name, pair in directory.changes(stage.config, entry).items() if name not in same}
+        keeps = getattr(stage.config, "checkpoint", None)
+        if differ and not (keeps is not None and keeps.allow_changes):
+            name, (then, now) = next(iter(differ.items()))
+            return f"was made with {name} {then}, not {now}"
+        for label in stage.inputs:
+            if actions[label] != "skip" or entry["inputs"].get(label) != self.entries[label]["id"]:
+                return f"was made of another {label}"
+        for name in files:
+            if before.get(name, files[name]) != files[name]:
+                return f"was made when {name} had other contents"
+        output, made = Path(stage.output), entry.get("made")
+        if made and output.exists() and stage.command not in GROWS and made != digest_below(output):
+            return "has changed since it was made"
+        return ""
+
+    def start(self, stage: Stage, action: Action) -> None:
+        """Write that a stage is under way; what it replaces is no longer taken for its work, whatever happens next."""
+        if action == "replace" and (Path(stage.output) / directory.RECORD).exists():
+            directory.mark_void(Path(stage.output))
+        inputs = {label: self.entries[label]["id"] for label in stage.inputs}
+        self.entries[stage.label] = {
+            "command": stage.command,
+            "status": "started",
+            "output": stage.output,
+            "inputs": inputs,
+            "files": contents(stage.config),
+            "config": directory.plain(stage.config),
+            "replaces": action == "replace",
+        }
+        self._write()
+
+    def finish(self, stage: Stage, wall_s: float, figures: dict[str, Any]) -> None:
+        """Write that it is done, and what came out."""
+        done = {"status": "finished", "id": secrets.token_hex(8), "wall_s": wall_s, "figures": figures}
+        done["made"] = digest_below(Path(stage.output))
+        self.entries[stage.label] |= done
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            files.replace(self.path, files.to_json(self.entries, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

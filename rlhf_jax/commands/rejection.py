@@ -1,0 +1,139 @@
+"""`rlhf-jax rejection`: rounds of best-of-n samples and SFT on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from rlhf_jax import sft
+from rlhf_jax.commands import bestofn
+from rlhf_jax.config import BestOfNRun, ModelConfig, RejectionRun, SFTRun
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.feedback.phases import digest
+from rlhf_jax.feedback.sources import prompts_of
+from rlhf_jax.hosts.files import replacing
+from rlhf_jax.runs.claim import claim_directory
+from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.run import Run
+
+BEST = "best.jsonl"
+
+
+def run(
+    config: RejectionRun,
+    *,
+    rows: Any = None,
+    functions: Sequence[Callable[..., Any]] | None = None,
+    gold: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Run the rounds and write the run directory, with the last round's model; returns its summary.
+
+    A round is a step of the run: it is saved when it ends, and within it sampling and SFT continue by themselves.
+    `rows` (dicts with a prompt), `functions` and `gold` replace those that the config names.
+    """
+    given = names_given(rows=rows, functions=functions, gold=gold)
+    if (finished := claim_directory("rejection", config, given)) is not None:
+        return finished
+    total, path = config.rejection.rounds, Path(config.run.output_dir)
+    prompts = prompts_of(sampling_of(config, 0), rows)
+    with Run("rejection", config, total=total, shown=("rollout/reward", "rollout/gold"), given=given) as out:
+        tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})
+        done = list(notes.get("rounds", []))
+        if not out.resumed:  # from here on what a round has left is of this very run
+            out.save_now(0, tree, {"rounds": done})
+        for k in range(out.start, total):
+            try:
+                done.append(one_round(config, k, rows, functions, gold))
+            except Stopped as stopped:
+                raise Stopped(f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}") from stopped
+            out.write(k + 1, metrics_of(done[-1]))
+            out.bar.update(1)
+            tree = {"round": jnp.asarray(k + 1, jnp.int32)}
+            out.save_now(k + 1, tree, {"rounds": done})
+            out.save_if_due(k + 1, tree, {"rounds": done})
+        with replacing(path / "model") as new:
+            shutil.copytree(place(config, total - 1) / "sft" / "model", new, dirs_exist_ok=True)
+        return out.finish({"rounds": done})
+
+
+def one_round(
+    config: RejectionRun,
+    k: int,
+    rows: Any,
+    functions: Sequence[Callable[..., Any]] | None,
+    gold: Callable[..., Any] | None,
+) -> dict[str, Any]:
+    """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss."""
+    best = sampling_of(config, k)
+    output = Path(best.output)
+    summary = finished(output)
+    if summary is None:
+        summary = bestofn.run(best, rows=rows, functions=functions, gold=gold)
+    chosen = [row for row in rows_from(str(output)) if row["response"].strip()]
+    if not chosen:
+        raise UserError(f"round {k + 1}: the best response to every prompt is empty; look at {output}")
+    trained = sft.run(training_of(config, k), rows=chosen)
+    return {**summary, "kept": len(chosen), "eval/total": trained["eval/total"]}
+
+
+def finished(output: Path) -> dict[str, Any] | None:
+    """The summary of samples that are all there; None if they are to be made."""
+    try:
+        summary: dict[str, Any] = json.loads(output.with_suffix(".summary.json").read_text())
+        return summary if len(output.read_bytes().splitlines()) == summary["prompts"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def place(config: RejectionRun, k: int) -> Path:
+    """The directory of round k."""
+    return Path(config.run.output_dir) / f"round{k + 1}"
+
+
+def policy_of(config: RejectionRun, k: int) -> ModelConfig:
+    """The model that round k samples from and trains."""
+    if k == 0:
+        return config.model
+    return replace(config.model, path=str(place(config, k - 1) / "sft" / "model"), arch=None, tokenizer="")
+
+
+def sampling_of(config: RejectionRun, k: int) -> BestOfNRun:
+    """What round k draws."""
+    return BestOfNRun(
+        model=policy_of(config, k),
+        data_path=config.data.path,
+        num_samples=config.rejection.num_samples,
+        sampling=config.sampling,
+        max_prompt_length=config.data.max_prompt_length,
+        batch_size=config.rejection.sample_batch_size,
+        reward=config.reward,
+        seed=(config.run.seed + k) % 2**32,
+        overwrite=True,
+        progress=config.run.progress,
+        mesh=config.mesh,
+        output=str(place(config, k) / BEST),
+    )
+
+
+def training_of(config: RejectionRun, k: int) -> SFTRun:
+    """What round k trains on that."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SFTRun)}
+    run = replace(config.run, output_dir=str(place(config, k) / "sft"), overwrite=False)
+    return SFTRun(**{**settings, "model": policy_of(config, k), "run": run})
+
+
+def metrics_of(summary: dict[str, Any]) -> dict[str, float]:
+    """The rewards of the policy that a round began with, and those of its best samples."""
+    one, best = summary["curve"][0], summary["curve"][-1]
+    found = {"rollout/reward": one["proxy"]["mean"], "rollout/best_reward": best["proxy"]["mean"]}
+    if "gold" in one:
+        found |= {"rollout/gold": one["gold"]["mean"], "rollout/best_gold": best["gold"]["mean"]}
+    return {**found, "eval/total": summary["eval/total"]}

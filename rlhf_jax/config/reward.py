@@ -1,0 +1,91 @@
+"""Reward models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlhf_jax.config.adapters import LoRAConfig, check_frozen
+from rlhf_jax.config.checks import check, check_divides
+from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
+from rlhf_jax.config.settings import settings
+from rlhf_jax.errors import UserError
+
+
+@settings
+class RewardConfig:
+    """A reward model from comparisons, pairs or rankings, or from ratings.
+
+    Args:
+        steps: optimiser steps; 0 means `epochs` over the rows.
+        epochs: passes over the comparisons when `steps` is 0.
+        accumulate: microbatches whose gradients are added up to one step.
+        head_init: the scalar head at the start: fresh from N(0, 1/(D+1)) (normal; Stiennon et al. 2020), fresh zeros,
+            or the trained one of the model directory, which must hold one.
+        comparisons: what a row of a batch is: pairs, rankings (all responses to a prompt, each run once; Ouyang et
+            al. 2022), or ratings (one response and a number). auto: rankings if every row is one, ratings if every
+            row has a "rating". Pairs of a ranking weigh as much together as one pair.
+        aggregate: what becomes of several raters' verdicts on a prompt: votes (shares of them), or strengths fitted to
+            them all by bradley_terry, plackett_luce or crowd_bt, which also finds how reliable each rater is.
+        aggregate_prior: wins and losses that fitted strengths start with against one of strength 0.
+        center_coef: weight of (s_chosen + s_rejected)^2, which keeps scores near zero (arXiv 2312.09244).
+        normalize: shift (mean) or shift and scale (mean_std) the scores of the training responses to mean 0 and
+            standard deviation 1 when training ends; saved within the head.
+        loss: for pairs, a function (chosen, rejected, weights, margins, labels) -> (scalar, metrics), as
+            "module:name".
+        kwise_loss: for rankings, one (scores, ranks, mask, weights) -> (scalar, metrics); plackett_luce_reward_loss
+            and best_of_n_reward_loss (Ziegler et al. 2019) are the others there are.
+        rating_loss: for ratings, one (scores, ratings, weights) -> (scalar, metrics); ordinal_rating_loss is the other
+            there is.
+        rating_low: lowest rating there can be, as ordinal_rating_loss sees it.
+        rating_high: highest one.
+    """
+
+    steps: int = 0
+    epochs: int = 1
+    accumulate: int = 1
+    head_init: Literal["normal", "zeros", "trained"] = "normal"
+    comparisons: Literal["auto", "pairs", "rankings", "ratings"] = "auto"
+    aggregate: Literal["votes", "bradley_terry", "plackett_luce", "crowd_bt"] = "votes"
+    aggregate_prior: float = 0.5
+    center_coef: float = 0.0
+    normalize: Literal["off", "mean", "mean_std"] = "mean_std"
+    loss: str = "rlhf_jax.losses:pairwise_reward_loss"
+    kwise_loss: str = "rlhf_jax.losses:kwise_reward_loss"
+    rating_loss: str = "rlhf_jax.losses:squared_rating_loss"
+    rating_low: float = 1.0
+    rating_high: float = 5.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "at least 0": "steps center_coef",
+            "at least 1": "epochs accumulate",
+            "above 0": "aggregate_prior",
+            "finite": "rating_low rating_high",
+        }
+        check(self, "reward.", rules)
+        if self.rating_low >= self.rating_high:
+            raise UserError(
+                f"reward.rating_low {self.rating_low:g} is not below reward.rating_high {self.rating_high:g}; give "
+                "the ends of the scale"
+            )
+
+
+@settings
+class RewardRun:
+    """All of `rlhf-jax reward`."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
+    lora: LoRAConfig = LoRAConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
+
+    def __post_init__(self) -> None:
+        self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
+        check_divides(self.data.batch_size, "reward.accumulate", self.reward.accumulate)

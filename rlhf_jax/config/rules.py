@@ -1,0 +1,164 @@
+"""Where parameters lie: the axes of every leaf by letter, and the mesh axes that each is split over. Floor 0, no jax.
+
+Letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head width,
+S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+LEAVES = {
+    "embed/tokens": "VD", "embed/positions": "PD",
+    "layers/attn_norm/scale": "LD", "layers/attn_norm/bias": "LD",
+    "layers/attn_post_norm/scale": "LD", "layers/attn_post_norm/bias": "LD",
+    "layers/attn/qkv": "LDKSN", "layers/attn/qkv_bias": "LKSN", "layers/attn/out": "LKGND",
+    "layers/attn/out_bias": "LD", "layers/attn/q_norm/scale": "LN", "layers/attn/k_norm/scale": "LN",
+    "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
+    "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
+    "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
+    "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "score/kernel": "D", "score/bias": "",
+}  # fmt: skip
+"""Every parameter by its path, and its axes."""
+
+WIDE_QK_NORM = {"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"}
+"""Axes that differ where all heads are normalised as one vector."""
+
+INPUTS = {"layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F"}
+"""The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
+
+Split = tuple[str, ...]
+"""The mesh axes that one axis of an array is split over; none is ()."""
+
+SPLIT: dict[str, Split] = {"D": ("fsdp",), "V": ("tensor",), "K": ("tensor",), "F": ("tensor",)}
+"""The default: D of matrices, and the others wherever they come; what is not named is whole on every device."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The table of a mesh.
+
+    Attributes:
+        letters: axis letter -> mesh axes.
+        leaves: (pattern of the end of a path, mesh axes of every dimension), the first match before all letters.
+    """
+
+    letters: Mapping[str, Split]
+    leaves: tuple[tuple[str, tuple[Split, ...]], ...] = ()
+
+    def of(self, path: str, shape: Sequence[int]) -> tuple[Split, ...]:
+        """Mesh axes for every dimension of a parameter, or of what an optimiser keeps for it. Scalars are whole.
+
+        Raises:
+            UserError: there is no such leaf.
+        """
+        if not shape:
+            return ()
+        path = path.removesuffix("/qvalue")  # the numbers of a quantised kernel lie as it would
+        for pattern, splits in self.leaves:
+            if _ends_in(path, pattern) and len(splits) == len(shape):
+                return splits
+        if len(axes := _beside_a_kernel(path)) == len(shape):
+            return tuple(self.letters.get(axis, ()) for axis in axes)
+        leaf = next((name for name in LEAVES if _ends_in(path, re.escape(name))), None)
+        if leaf is None:
+            raise UserError(
+                f"parameter {path} with shape {tuple(shape)} has no axes; name them in rlhf_jax.config.rules.LEAVES"
+            )
+        axes = LEAVES[leaf] if len(LEAVES[leaf]) == len(shape) else WIDE_QK_NORM.get(leaf, "")
+        if len(axes) != len(shape):
+            raise UserError(
+                f"parameter {path} with shape {tuple(shape)} should have the axes {' '.join(LEAVES[leaf])}"
+            )
+        if not set(axes) - set("LD"):  # norms, biases of the residual stream, scalar heads: small, and used whole
+            return ((),) * len(axes)
+        return tuple(self.letters.get(axis, ()) for axis in axes)
+
+
+def _beside_a_kernel(path: str) -> str:
+    """Letters of the scales of a quantised kernel, or of an adapter's a [L, inputs, R] and b [L, R, outputs].
+
+    1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
+    """
+    found = re.search(r"(?:^|/)(layers/(?:attn|mlp)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    if found is None or found[1] not in INPUTS:
+        return ""
+    inputs = INPUTS[found[1]]
+    outputs = LEAVES[found[1]].removeprefix("L" + inputs)
+    if found[2]:
+        return "L" + "1" * len(inputs) + outputs
+    return f"L{inputs}R" if found[3] == "a" else "LR" + re.sub("[SM]", "1", outputs)
+
+
+def _ends_in(path: str, pattern: str) -> bool:
+    return re.search(rf"(^|/)(?:{pattern})$", path) is not None
+
+
+def parse_rules(lines: Sequence[str]) -> Rules:
+    """The default table changed by lines LETTER=AXES or PATH=AXES, AXES, ...
+
+    AXES is a mesh axis, several joined by +, or - for none. LETTER changes an axis wherever it comes, in activations
+    too. PATH is a regular expression of the end of a parameter's path, and has AXES for every dimension of it:
+    `V=fsdp+tensor`, `K=-`, `embed/tokens=-,fsdp`.
+
+    Raises:
+        UserError: a line that is none of these, or a path that no parameter has.
+    """
+    letters, leaves = dict(SPLIT), []
+    for line in lines:
+        name, equals, right = (part.strip() for part in line.partition("="))
+        if not (name and equals):
+            raise UserError(
+                f"mesh.rules {line!r} is no rule; write LETTER=AXES or PATH=AXES,AXES: K=- or embed/tokens=-,fsdp"
+            )
+        splits = tuple(_split(text, line) for text in right.split(","))
+        used = [axis for split in splits for axis in split]
+        if len(used) != len(set(used)):
+            raise UserError(f"mesh.rules {line!r} uses a mesh axis twice; an array is split over each once at most")
+        if len(name) == 1:
+            if name not in set("".join(LEAVES.values())) or len(splits) != 1:
+                known = " ".join(sorted(set("".join(LEAVES.values()))))
+                raise UserError(
+                    f"mesh.rules {line!r} gives no axes to one letter of {known}; write for example D=fsdp"
+                )
+            letters[name] = splits[0]
+        else:
+            _check_path(name, len(splits), line)
+            leaves.append((name, splits))
+    return Rules(letters, tuple(leaves))
+
+
+def _split(text: str, line: str) -> Split:
+    axes = tuple(part.strip() for part in text.split("+"))
+    if axes == ("-",):
+        return ()
+    if unknown := [axis for axis in axes if axis not in MESH_AXES]:
+        raise UserError(f"mesh.rules {line!r}: {unknown[0]!r} is no mesh axis; use {', '.join(MESH_AXES)} or -")
+    return axes
+
+
+def _check_path(pattern: str, count: int, line: str) -> None:
+    try:
+        found = [name for name in LEAVES if _ends_in(name, pattern)]
+    except re.error as error:
+        raise UserError(f"mesh.rules {line!r}: {pattern!r} is no regular expression ({error}); correct it") from error
+    if not found:
+        raise UserError(f"mesh.rules {line!r} matches no parameter; `rlhf-jax inspect MODEL --mesh.fsdp 2` lists them")
+    for name in found:
+        if count not in {len(axes) for axes in (LEAVES[name], WIDE_QK_NORM.get(name, LEAVES[name]))}:
+            raise UserError(
+                f"mesh.rules {line!r} gives axes to {count} dimensions, but {name} has {len(LEAVES[name])}: "
+                f"{' '.join(LEAVES[name])}; write one for each, - for none"
+            )
+
+
+def entry(split: Split) -> Any:
+    """A mesh axis, a tuple of several, or None: as PartitionSpec takes it."""
+    return split[0] if len(split) == 1 else split or None

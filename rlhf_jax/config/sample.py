@@ -1,0 +1,80 @@
+"""`sample` and `score`."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.online import check_buckets
+from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.settings import PathText, settings
+from rlhf_jax.errors import UserError
+
+
+@settings
+class SampleRun:
+    """All of `rlhf-jax sample`: responses of a model to prompts.
+
+    Args:
+        model: which model.
+        prompts: prompts as text.
+        data_path: a file of prompt rows, instead of or besides `prompts`.
+        num_samples: responses to each prompt.
+        sampling: how responses are drawn.
+        max_prompt_length: longest prompt, in tokens; longer ones lose their start.
+        batch_size: prompts decoded at once.
+        seed: of the noise.
+        output: a .jsonl file to write {prompt, response, finished} rows to; finished: it ended by itself and was
+            not cut off. Empty prints them.
+        overwrite: replace `output`.
+        mesh: the devices.
+    """
+
+    model: ModelConfig = ModelConfig()
+    prompts: list[str] = field(default_factory=list)
+    data_path: PathText = ""
+    num_samples: int = 1
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_length: int = 256
+    batch_size: int = 64
+    seed: int = 0
+    output: PathText = ""
+    overwrite: bool = False
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
+        check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+
+
+@settings
+class ScoreRun:
+    """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows.
+
+    Args:
+        model: a reward model's directory.
+        data_path: rows {prompt, response}, as `rlhf-jax sample --output` writes them.
+        max_prompt_length: longest prompt, in tokens.
+        max_length: longest prompt and response together, in tokens; longer rows are cut.
+        batch_size: rows scored at once.
+        output: a .jsonl file to write the rows with "score" added to; empty prints them.
+        overwrite: replace `output`.
+        mesh: the devices.
+    """
+
+    model: ModelConfig = ModelConfig()
+    data_path: PathText = ""
+    max_prompt_length: int = 256
+    max_length: int = 512
+    batch_size: int = 64
+    output: PathText = ""
+    overwrite: bool = False
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        check(self, "", {"at least 1": "max_prompt_length max_length batch_size"})
+        if self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length {self.max_prompt_length} is not below max_length {self.max_length}, so a response "
+                "has no room; lower it or raise max_length"
+            )

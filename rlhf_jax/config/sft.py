@@ -1,0 +1,69 @@
+"""Supervised fine-tuning and pretraining."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlhf_jax.config.adapters import LoRAConfig, check_frozen
+from rlhf_jax.config.checks import check, check_divides
+from rlhf_jax.config.online import check_buckets
+from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
+from rlhf_jax.config.settings import settings
+
+
+@settings
+class SFTConfig:
+    """Next-token training on demonstrations or plain text.
+
+    Args:
+        steps: optimiser steps; 0 means `epochs` over the rows.
+        epochs: passes over the rows when `steps` is 0.
+        accumulate: microbatches whose gradients are added up to one step.
+        loss_on: the response only, all assistant turns, or all tokens.
+        loss_reduction: token (mean over the batch's tokens) or sequence (mean over rows of their means).
+        pack: several documents in one sequence, not attending to each other.
+        loss: a function (logprobs, weights) -> (scalar, metrics), as "module:name".
+        num_samples: continuations written to samples.jsonl after each evaluation.
+    """
+
+    steps: int = 0
+    epochs: int = 1
+    accumulate: int = 1
+    loss_on: Literal["response", "assistant", "all"] = "response"
+    loss_reduction: Literal["token", "sequence"] = "token"
+    pack: bool = False
+    loss: str = "rlhf_jax.losses:next_token_loss"
+    num_samples: int = 4
+
+    def __post_init__(self) -> None:
+        check(self, "sft.", {"at least 0": "steps num_samples", "at least 1": "epochs accumulate"})
+
+
+@settings
+class SFTRun:
+    """All of `rlhf-jax sft`."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sft: SFTConfig = SFTConfig()
+    lora: LoRAConfig = LoRAConfig()
+    optim: OptimConfig = OptimConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
+
+    def __post_init__(self) -> None:
+        self.optim.check("optim.")
+        check_frozen(self.model, self.lora)
+        check_divides(self.data.batch_size, "sft.accumulate", self.sft.accumulate)
+        check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
+
+
+@settings
+class PretrainRun(SFTRun):
+    """All of `rlhf-jax pretrain`: SFT with packing and the loss on all tokens."""
+
+    sft: SFTConfig = SFTConfig(pack=True, loss_on="all")

@@ -1,0 +1,67 @@
+"""Training and held-out rows of a config, as examples and batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf_jax.config import DataConfig
+from rlhf_jax.data.collate import Batch, Collate, eval_batches
+from rlhf_jax.data.examples import Report, split_by_prompt
+from rlhf_jax.data.sources import mix, rows_from
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.processes import say
+
+Rows = str | Sequence[dict[str, Any]]
+
+
+def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:
+    """Training and held-out rows, from the arguments where given, else from the paths of the config."""
+    if rows is None and not data.path:
+        raise UserError("data.path is empty; give a .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet file")
+    sources = [rows_from(source, data.fields) for source in (data.path if rows is None else rows, *data.mixture)]
+    train = [row for source in sources for row in source]
+    if eval_rows is not None or data.eval_path:
+        held_out = rows_from(data.eval_path if eval_rows is None else eval_rows, data.fields)
+    else:
+        train, held_out = split_by_prompt(train, data.eval_fraction, seed)
+    if data.mixture_weights:
+        kept = set(map(id, train))
+        parts = [[row for row in s if id(row) in kept] for s in sources]
+        train = mix(parts, data.mixture_weights, seed)
+        times = Counter(map(id, train))
+        said = ", ".join(f"{sum(times[id(row)] for row in part)} from {len(part)}" for part in parts)
+        say(f"mixture: rows of an epoch from rows of each source: {said}")
+    return train, held_out
+
+
+def held_out_batches(data: DataConfig, examples: list[Any], collate: Collate) -> list[Batch]:
+    """The held-out examples in order, at most data.eval_batches batches; says how many are never looked at."""
+    batches = eval_batches(examples, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
+    if (left := len(examples) - len(batches) * data.batch_size) > 0:
+        say(f"held-out examples: the last {left} of {len(examples)} are not evaluated (data.eval_batches)")
+    return batches
+
+
+def length_buckets(data: DataConfig) -> list[int]:
+    """The lengths that training batches are padded to, or none where all are padded to data.max_length."""
+    return [*data.length_buckets, data.max_length] if data.length_buckets else []
+
+
+def limits(data: DataConfig) -> dict[str, Any]:
+    """What the makers of token examples are told of lengths."""
+    return {name: getattr(data, name) for name in ("max_prompt_length", "max_length", "too_long", "strict")}
+
+
+def make_examples(
+    build: Callable[..., tuple[list[Any], Report]], train: list[Any], held_out: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Token examples of both splits; what was kept, dropped and cut is printed."""
+    examples, report = build(train)
+    say(f"training rows: {report}")
+    if not held_out:
+        return examples, []
+    eval_examples, report = build(held_out)
+    say(f"held-out rows: {report}")
+    return examples, eval_examples

@@ -1,0 +1,153 @@
+"""Calls of what is not ours, functions of users and servers: within a time limit, tried again."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+RETRY_WAIT = 1.0
+"""Seconds before the first further attempt; they double with each."""
+
+
+class Failed(Exception):
+    """Every attempt raised or ran out of time; the cause is what the last one raised."""
+
+
+def attempt(fn: Callable[[], Any], timeout: float, limit: str) -> Any:
+    """fn(), in a thread of its own if there is a timeout in seconds: whoever hangs there is left behind.
+
+    `limit` names the option that sets the timeout. What fn raises to end the program, as sys.exit does, is an error
+    like others; but Ctrl-C, which comes to a call without a timeout, is not.
+
+    Raises:
+        TimeoutError: it is not done by then.
+        Exception: whatever fn raises.
+    """
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def call() -> None:
+        try:
+            outcome.append((fn(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    if timeout:
+        thread = threading.Thread(target=call, name="attempt", daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if not outcome:
+            raise TimeoutError(f"no answer in {timeout:g} s ({limit})")
+    else:
+        call()
+    value, error = outcome[0]
+    if error is None or isinstance(error, Exception):
+        if error is not None:
+            raise error
+        return value
+    if isinstance(error, KeyboardInterrupt) and not timeout:
+        raise error
+    raise RuntimeError(f"it ended the program ({type(error).__name__} {error})") from error
+
+
+def persist(
+    fn: Callable[[], Any], *, timeout: float, retries: int, limit: str, final: tuple[type[Exception], ...] = ()
+) -> Any:
+    """attempt(fn), tried again `retries` times, but not after an error of a kind in `final`, which is raised.
+
+    Raises:
+        Failed: every attempt raised or ran out of time.
+    """
+    for i in range(retries + 1):
+        try:
+            return attempt(fn, timeout, limit)
+        except final:
+            raise
+        except Exception as error:
+            last = error
+            if i < retries:
+                time.sleep(RETRY_WAIT * 2**i)
+    raise Failed from last
+
+
+class _Late(BaseException):
+    """Raised by the watch in a thread whose time is over; no `except Exception` on the way stops it."""
+
+
+class _Watch:
+    """A thread that looks after the calls of `limited`."""
+
+    EVERY = 0.1
+    """Seconds between two looks."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ends: dict[int, float] = {}
+        self.ended: set[int] = set()
+        self.needed = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def enter(self, thread: int, seconds: float) -> None:
+        """Look after a thread from now on."""
+        with self.lock:
+            self.ends[thread] = _spent(thread) + seconds
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
+                self.thread.start()
+        self.needed.set()
+
+    def leave(self, thread: int) -> None:
+        """Leave it alone, and take back an end that is on its way."""
+        with self.lock:
+            self.ends.pop(thread, None)
+            if thread in self.ended:  # else Python 3.11 looks for an end for ever after, and hangs under a profiler
+                self.ended.remove(thread)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def look(self) -> None:
+        """End those whose time is over."""
+        while True:
+            self.needed.wait()
+            time.sleep(self.EVERY)
+            with self.lock:
+                for thread in [thread for thread, end in self.ends.items() if _spent(thread) > end]:
+                    self.ended.add(thread)
+                    self.ends[thread] = _spent(thread) + 1.0  # once more, should code that ignores errors have had it
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
+                if not self.ends:
+                    self.needed.clear()
+
+
+_watch = _Watch()
+
+
+def _spent(thread: int) -> float:
+    """Seconds that a thread has computed; where that is not known, of the clock."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
+    return time.monotonic()
+
+
+def limited(fn: Callable[[], Any], seconds: float) -> Any:
+    """fn(), in this thread, which may be any, for at most so many seconds of computing in Python.
+
+    Raises:
+        TimeoutError: it was not done by then, and has been ended.
+    """
+    thread, collects = threading.get_ident(), gc.isenabled()
+    try:
+        try:
+            gc.disable()  # callbacks of a collection, where the end may strike, print errors and go on
+            _watch.enter(thread, seconds)
+            return fn()
+        finally:
+            _watch.leave(thread)
+    except _Late:  # the next one is a second of computing away
+        _watch.leave(thread)
+        raise TimeoutError(f"not done in {seconds:g} s") from None
+    finally:
+        if collects:
+            gc.enable()

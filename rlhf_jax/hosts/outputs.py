@@ -1,0 +1,80 @@
+"""What a command was asked to write: tried before its work, and kept elsewhere if it cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts.files import check_writable, is_stream, replace, write_all, write_new
+
+
+def check_output(path: str, *, overwrite: bool) -> None:
+    """Raise a UserError if a file cannot be written as `replace` will, or exists and may not be replaced.
+
+    Its directory is made, and a file of another name in it for a moment, so that a full disk is found now.
+    """
+    if not path:
+        return
+    if Path(path).is_dir() or path.endswith("/"):
+        raise UserError(f"output {path} is a directory; name a .jsonl file")
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise UserError(f"output {path} cannot be written to; choose another name or its permissions")
+    if is_stream(path):
+        return
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"output {path} exists; choose another name or pass --overwrite true")
+    target = Path(os.path.realpath(path))
+    check_writable(target.parent, f"output {path}")
+    probe = target.with_name(f".{target.name}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_new(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, b"\n" * 4096, sync=True)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output {path}: {reason(error)}; choose another place, or mend that") from error
+
+
+def write_output(path: str, data: bytes) -> None:
+    """What a command has made, to the file that was asked for, or if none was to standard output.
+
+    Raises:
+        UserError: it cannot be written, and what was there is as it was; says where the data are instead.
+    """
+    try:
+        replace(path, data) if path else _print(data)
+    except OSError as error:
+        raise UserError(
+            f"{f'output {path}' if path else 'standard output'}: {reason(error)}; {rescued(data)}"
+        ) from error
+
+
+def _print(data: bytes) -> None:
+    out = getattr(sys.stdout, "buffer", None)  # bytes, since a terminal may have another encoding
+    try:
+        sys.stdout.flush()
+        out.write(data) if out is not None else sys.stdout.write(data.decode())
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again when Python ends
+        raise
+
+
+def rescued(data: bytes) -> str:
+    """Write data to a file of its own among the temporary ones, and say so."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="rlhf-jax-", suffix=".jsonl")
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"nor could it be kept in {tempfile.gettempdir()} ({reason(error)}); free space and run it again"
+    return f"what was to be written is in {name}"

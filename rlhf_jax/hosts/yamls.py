@@ -1,0 +1,85 @@
+"""YAML that somebody else wrote: every mistake in it, and every trick, is one kind of error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from rlhf_jax.errors import UserError, reason, shortened
+
+MOST_NODES = 100_000
+"""Values of a file, aliases written out."""
+
+
+class Bounded:
+    """Refuses what a few lines of aliases blow up to, before anything is made of it."""
+
+    def get_single_data(self: Any) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        size_of(node, {})
+        return self.construct_document(node)
+
+
+def size_of(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Values at and below a node; `sizes` has those of nodes that were seen, 0 while they are under way."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
+        sizes[id(node)] = 1 + sum(size_of(part, sizes) for part in flat)
+        if sizes[id(node)] > MOST_NODES:
+            raise yaml.MarkedYAMLError(problem="too many values, aliases counted", problem_mark=node.start_mark)
+    elif not sizes[id(node)]:
+        raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=node.start_mark)
+    return sizes[id(node)]
+
+
+class Texts(Bounded, yaml.BaseLoader):
+    """YAML whose values stay text, so that the option's type decides what `off`, `1e-3` and `123` mean."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in names[:i]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep=True)
+
+
+class Values(Bounded, yaml.SafeLoader):
+    """YAML with numbers, as `config.yaml` is written."""
+
+
+def load(text: str, loader: Any) -> Any:
+    """What a text says.
+
+    Raises:
+        yaml.YAMLError: nothing that can be read.
+    """
+    try:
+        return yaml.load(text, Loader=loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # no such date, too long a number
+        raise yaml.YAMLError(reason(error)) from None
+
+
+def texts(text: str) -> Any:
+    """`load` with all values as texts."""
+    return load(text, Texts)
+
+
+def read(text: str, where: str, loader: Any = Texts) -> Any:
+    """`load` of the file `where`.
+
+    Raises:
+        UserError: nothing that can be read, with the line.
+    """
+    try:
+        return load(text, loader)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: invalid YAML ({shortened(' '.join(problem.split()))}); correct it") from error

@@ -1,0 +1,1 @@
+"""Frozen models on text: samples, log-probs, scores, and rewards by Python functions."""

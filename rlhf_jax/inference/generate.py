@@ -1,0 +1,138 @@
+"""Text in, text out: prompts to responses through the sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import SamplingConfig
+from rlhf_jax.data.collate import collate_prompts, eval_batches
+from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.hosts.processes import to_host
+from rlhf_jax.inference.sampling import SamplingLaw, sample
+from rlhf_jax.models import Model
+from rlhf_jax.models.loading import check_length
+from rlhf_jax.models.model import of_length
+from rlhf_jax.sharding import put_batch
+from rlhf_jax.types import Params, Rollout
+
+
+def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]) -> Any:
+    """The sampler of this config: (params, prompt, prompt_mask, key, law) -> Rollout, not yet compiled."""
+    filtered = config.top_k > 0 or config.top_p < 1
+    return partial(
+        sample,
+        model,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=stop_ids,
+        chunk=config.chunk,
+        candidates=2 * config.top_k if filtered else 0,
+        filtered=filtered,
+        microbatch=config.microbatch,
+    )
+
+
+def total_length(config: SamplingConfig, max_prompt_length: int) -> int:
+    """Tokens of the longest prompt and response together; prompts without buckets have up to max_prompt_length."""
+    return max(config.prompt_buckets or [max_prompt_length]) + config.max_new_tokens
+
+
+class Response(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        prompt: as text.
+        prompt_ids: int32[p], what the model saw of it.
+        text: of the response, as rows hold it (`Tokenizer.response_text`).
+        ids: int32[n], of the response, the stop id included.
+        finished: it ended in a stop id, and was not cut off.
+    """
+
+    prompt: str
+    prompt_ids: np.ndarray
+    text: str
+    ids: np.ndarray
+    finished: bool
+
+
+class Generator:
+    """A compiled sampler with its tokenizer.
+
+    Attributes:
+        law: what is drawn from, for `rollout`.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, config: SamplingConfig, mesh: Mesh, *, max_prompt_length: int
+    ):
+        """Prompts lose their start over max_prompt_length; they are padded to config.prompt_buckets, or to that.
+
+        Raises:
+            UserError: prompt and response are longer than the model's positions.
+        """
+        self.tokenizer, self.mesh, self.microbatch = tokenizer, mesh, config.microbatch
+        self.longest, self.buckets = max_prompt_length, tuple(config.prompt_buckets or [max_prompt_length])
+        check_length(model.arch, total_length(config, max_prompt_length), "prompt length + sampling.max_new_tokens =")
+        self.law = SamplingLaw.from_config(config)
+        model = of_length(model, total_length(config, max_prompt_length))  # one law in all buckets
+        self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
+
+    def responses(
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0, first: int = 0
+    ) -> list[Response]:
+        """A response to each prompt that has tokens; `batch_size` rows at once (0: all).
+
+        Batch i gets the noise of fold_in(key, first + i).
+        """
+        examples, _ = prompt_examples(list(rows), self.tokenizer, max_prompt_length=self.longest, too_long="truncate")
+        multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
+        size = -(-(batch_size or len(examples)) // multiple) * multiple
+        collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
+        found: list[Response] = []
+        for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
+            placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
+            rollout = self.rollout(
+                params, placed["tokens"], placed["mask"], jax.random.fold_in(key, first + i), self.law
+            )
+            tokens, mask, finished = to_host((rollout.tokens, rollout.mask, rollout.finished))
+            for row, example in enumerate(examples[i * size : (i + 1) * size]):  # the last batch is filled up
+                ids = tokens[row][mask[row]]
+                text = self.tokenizer.response_text(ids.tolist(), example["given"])
+                found.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
+        return found
+
+    def texts(
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+    ) -> tuple[list[str], list[str], list[bool]]:
+        """Prompts as text, a response to each, whether it ended in a stop id; `batch_size` rows at once (0: all)."""
+        found = self.responses(params, rows, key, batch_size=batch_size)
+        return [one.prompt for one in found], [one.text for one in found], [one.finished for one in found]
+
+    def rows(
+        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+    ) -> list[dict[str, Any]]:
+        """Rows {prompt, response, response_ids, finished}, which read as what was sampled; all `rows` have tokens."""
+        found = self.responses(params, rows, key, batch_size=batch_size)
+        return [
+            sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)
+            for row, one in zip(rows, found, strict=True)
+        ]
+
+
+def sampled_row(prompt: Any, response: str, ids: list[int], finished: bool) -> dict[str, Any]:
+    """An sft row of what was sampled; `ids` with the stop id, if it finished."""
+    return {"prompt": prompt, "response": response, "response_ids": ids, "finished": finished}
+
+
+def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[Any]) -> list[str]:
+    """The responses of a rollout to `prompts` (texts or messages), as rows and reward functions have them."""
+    tokens, mask = to_host((rollout.tokens, rollout.mask))
+    rows = zip(tokens, mask, prompts, strict=True)
+    return [tokenizer.response_text(ids[kept].tolist(), prompt) for ids, kept, prompt in rows]

@@ -1,0 +1,56 @@
+"""Log-probs that a language model gives to texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from rlhf_jax.data.collate import Batch, collate_sft, eval_batches
+from rlhf_jax.data.examples import Example
+from rlhf_jax.hosts.processes import to_host
+from rlhf_jax.models import Model
+from rlhf_jax.sharding import put_batch
+from rlhf_jax.types import Params
+
+
+def next_logprobs(model: Model, params: Params, batch: Batch, temperature: float | Array = 1.0) -> Float[Array, "B T"]:
+    """Log-probs [B, S - 1] of tokens[:, 1:] given those before, of softmax(logits / temperature)."""
+    hidden = model.apply(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    return model.logprobs(params, hidden[:, :-1], batch["tokens"][:, 1:], temperature)[0]
+
+
+class Likelihood:
+    """A compiled model that reads texts; all batches have one shape per length."""
+
+    def __init__(self, model: Model, mesh: Mesh, *, pad_id: int, batch_size: int, multiple: int = 64):
+        """`batch_size` rows are read at once, padded to a multiple of `multiple` tokens."""
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.mesh, self.pad_id, self.multiple = mesh, pad_id, multiple
+        self.size, self.limit = -(-batch_size // ways) * ways, model.arch.max_positions
+        self.forward = jax.jit(partial(next_logprobs, model))
+
+    def targets(self, params: Params, examples: Sequence[Example], temperature: float = 1.0) -> list[np.ndarray]:
+        """Log-probs float32[n] of the n targets of each {tokens, loss_mask} example, in nats."""
+        longest = max(len(example["tokens"]) for example in examples)
+        length = max(longest, min(-(-longest // self.multiple) * self.multiple, self.limit))
+        collate = partial(collate_sft, length=length, reduction="token", pad_id=self.pad_id)
+        found: list[np.ndarray] = []
+        for batch in eval_batches(examples, batch_size=self.size, collate=collate):
+            arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+            found += list(to_host(self.forward(params, put_batch(self.mesh, arrays), np.float32(temperature))))
+        return [
+            row[: len(example["tokens"]) - 1][np.asarray(example["loss_mask"])[1:]]
+            for row, example in zip(found, examples, strict=False)  # the last batch is filled up
+        ]
+
+
+def example_of(prompt: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray) -> Example:
+    """{tokens, loss_mask} of a prompt and the response whose tokens are targets."""
+    tokens: Any = np.asarray([*prompt, *response], np.int32)
+    return {"tokens": tokens, "loss_mask": np.arange(len(tokens)) >= max(len(prompt), 1)}

@@ -1,0 +1,119 @@
+"""What the models and data files of a config hold, in a few digits: whether they are still what they were."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import to_dict
+from rlhf_jax.config.functions import flat
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.hf import config_json, hub
+
+OPTIONS = {"path", "model", "tokenizer", "reference", "mixture", "demonstrations"}
+OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
+"""Last parts of the names of options that say what to read."""
+
+OF_A_MODEL = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""Endings of the files that make up a model directory."""
+
+OF_NO_ACCOUNT = ("run.json", "config.yaml", "checkpoints", "tensorboard")
+"""What a run leaves that is no result."""
+
+SMALL, BLOCK, BLOCKS = 64 << 20, 4096, 4096
+"""Bytes of a file that is read whole; of larger ones so many blocks of such a size, evenly apart."""
+
+
+def contents(config: Any) -> dict[str, str]:
+    """Option -> a digest of what it names, for the models and data files that a config reads and that are there.
+
+    It changes with any byte of a file of up to 64 MiB. Of a larger one it takes the size and 4096 blocks of 4 KiB
+    evenly apart, of safetensors the header and two blocks of every tensor. Of a model directory it takes the files
+    that make up the model, and of an adapter those of its model too.
+    """
+    found: dict[str, str] = {}
+    for option, value in flat(to_dict(config)):
+        named = list(_named(option, value))
+        if named and all(named):
+            found[option] = named[0] if len(named) == 1 else hashlib.blake2b(" ".join(named).encode()).hexdigest()[:32]
+    return found
+
+
+def _named(option: str, value: Any) -> Iterator[str]:
+    """The digests of all that an option names; empty for what is not there."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _named(f"{option}.{name}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _named(option, inner)
+    elif isinstance(value, str) and value and option.rpartition(".")[2] in OPTIONS:
+        yield digest_of(value)
+
+
+def digest_of(name: str) -> str:
+    """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
+    try:
+        found = hub.local_directory(name)
+        places = [Path(place).expanduser() for place in (found, found.partition("@")[0])]
+        place = next((place for place in places if place.exists()), None)
+        return "" if place is None else _digest(place)
+    except (OSError, ValueError, RuntimeError):  # it is said where it is read
+        return ""
+
+
+def digest_below(place: Path) -> str:
+    """32 hexadecimal digits of an output: a file, or all files of a directory but what only going on with it needs."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    for file in files:
+        below = file.relative_to(place)
+        if not any(part in OF_NO_ACCOUNT or part.startswith(".") for part in below.parts):
+            digest.update(json.dumps(str(below)).encode())
+            _add(digest, file)
+    return digest.hexdigest()
+
+
+def _digest(place: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    if place.is_file():
+        _add(digest, place)
+        return digest.hexdigest()
+    is_data = (place / "dataset_info.json").is_file()
+    files = (file for file in place.glob("**/*" if is_data else "*") if file.is_file())
+    for file in sorted(file for file in files if is_data or file.suffix in OF_A_MODEL):
+        digest.update(json.dumps(str(file.relative_to(place))).encode())
+        _add(digest, file)
+    with contextlib.suppress(UserError):
+        if not is_data and (below := config_json.stands_on(place)) is not None:
+            digest.update(_digest(below).encode())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    digest.update(f" {size} ".encode())
+    with open(file, "rb") as stream:
+        if size <= SMALL:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            return
+        for start in _starts(file, size):
+            stream.seek(start)
+            digest.update(stream.read(BLOCK))
+
+
+def _starts(file: Path, size: int) -> list[int]:
+    """Where the blocks of a large file begin."""
+    if file.suffix != ".safetensors":
+        return [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, SMALL)))
+    ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    places = {8 + length + at for start, end in ends for at in (start, (start + end) // 2)}
+    return [*range(0, 8 + length, BLOCK), *sorted(places)]

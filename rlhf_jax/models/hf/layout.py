@@ -1,0 +1,107 @@
+"""How the tensors of a family lie in our leaves."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.config import ArchConfig
+from rlhf_jax.config.rules import LEAVES, WIDE_QK_NORM
+from rlhf_jax.models.hf.families import Tensor
+
+
+class Layout:
+    """Axes and sizes of every leaf of a shape; with `rank` and their `axes`, of adapters too."""
+
+    def __init__(self, arch: ArchConfig, *, rank: int = 0, axes: Mapping[str, str] | None = None):
+        group = arch.num_heads // arch.num_kv_heads
+        self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | dict(axes or {})
+        self.sizes = {
+            "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.max_positions, "G": group, "1": 1,
+            "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
+            "F": arch.ffn_width, "R": rank,
+        }  # fmt: skip
+        self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
+            "query": ("S", 0, group, "G"), "key": ("S", group, 1, "G"), "value": ("S", group + 1, 1, "G"),
+            "gate": ("M", 0, 1, "M"), "up": ("M", 1, 1, "M"),
+        }  # fmt: skip
+
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[dict[str, int], int, str, str]]:
+        """For every part: sizes of the stored axes, where it starts on the leaf's cut axis, that axis, its letter."""
+        for part in tensor.parts:
+            cut, start, count, letter = self._parts[part]
+            yield self.sizes | {letter: count}, start, cut, letter
+        if not tensor.parts:
+            yield self.sizes, 0, "", ""
+
+    def stored_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """Shape in the file: parts follow one another in the dimension of their own letter."""
+        shapes = [[math.prod(sizes[a] for a in dim) for dim in tensor.axes.split()]
+                  for sizes, *_ in self.pieces(tensor)]  # fmt: skip
+        along = self.along(tensor)
+        return tuple(sum(sizes) if i == along else sizes[0] for i, sizes in enumerate(zip(*shapes, strict=True)))
+
+    def along(self, tensor: Tensor) -> int:
+        """The stored dimension in which parts follow one another."""
+        letters = {letter for *_, letter in self.pieces(tensor)} - {""}
+        return next((i for i, dim in enumerate(tensor.axes.split()) if letters & set(dim)), 0)
+
+    def views(self, tensor: Tensor, stored: np.ndarray) -> Iterator[tuple[np.ndarray, int | None, int]]:
+        """Every part of a stored array with the axes of one layer's leaf, the index of its cut axis, and its start.
+
+        Views, which loading reads and saving fills.
+        """
+        axes, offset, along = self.axes[tensor.leaf].removeprefix("L"), 0, self.along(tensor)
+        for sizes, start, cut, letter in self.pieces(tensor):
+            dims = [[sizes[a] for a in dim] for dim in tensor.axes.split()]
+            count = math.prod(dims[along]) if dims else 1
+            piece = stored[(slice(None),) * along + (slice(offset, offset + count),)]
+            offset += count
+            letters = tensor.axes.replace(" ", "")
+            piece = piece.reshape(list(itertools.chain(*dims)))
+            order = [letters.index(letter if a == cut else a) for a in axes]
+            extra = tuple(i for i in range(len(letters)) if i not in order)  # the 1 of a score head
+            piece = piece.transpose([*order, *extra]).reshape([piece.shape[i] for i in order])
+            yield piece, axes.index(cut) if cut else None, start
+
+
+def leaf_shapes(arch: ArchConfig, *, score_head: bool | None) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
+    layout, biased = Layout(arch), arch.norm == "layer"
+    pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
+    optional = {
+        "embed/positions": arch.positions == "learned", "final_norm/bias": biased,
+        "layers/attn_norm/scale": pre, "layers/mlp_norm/scale": pre,
+        "layers/attn_norm/bias": pre and biased, "layers/mlp_norm/bias": pre and biased,
+        "layers/attn_post_norm/scale": post, "layers/mlp_post_norm/scale": post,
+        "layers/attn_post_norm/bias": post and biased, "layers/mlp_post_norm/bias": post and biased,
+        "layers/attn/q_norm/scale": arch.qk_norm != "none", "layers/attn/k_norm/scale": arch.qk_norm != "none",
+        "layers/attn/qkv_bias": arch.qkv_bias, "layers/attn/out_bias": arch.out_bias,
+        "layers/mlp/up_bias": arch.mlp_bias, "layers/mlp/down_bias": arch.mlp_bias,
+        "head/kernel": score_head is False and not arch.tied_head,
+        "score/kernel": score_head is True, "score/bias": score_head is True,
+    }  # fmt: skip
+    chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True)}
+    return {leaf: tuple(layout.sizes[a] for a in axes) for leaf, axes in chosen.items()}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by their paths, names with slashes between, as a nested dict."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
+    return tree
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dict by their paths."""
+    flat: dict[str, Any] = {}
+    for key, node in tree.items():
+        flat |= flattened(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {f"{prefix}{key}": node}
+    return flat

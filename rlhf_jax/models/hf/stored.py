@@ -1,0 +1,161 @@
+"""What the safetensors files of a directory hold; of a PEFT adapter, the weights of its model with it added."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.hosts.files import strict_json
+from rlhf_jax.models.hf.config_json import ADAPTER, layers_of, read_json, understood
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""Types that are read, by their names in a safetensors file."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of every tensor of the adapted model."""
+_LOW_RANK = re.compile(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight")
+_WHOLE = re.compile(re.escape(PREFIX) + r"((?!.*(?:lora_|base_layer)).*\.(?:weight|bias))")
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian"),
+    **dict.fromkeys(["use_dora", "use_qalora", "lora_bias"], (False, None)),
+    **dict.fromkeys(["layer_replication", "alora_invocation_tokens", "trainable_token_indices"], (None,)),
+    "target_parameters": (None, []),
+}  # fmt: skip
+"""Keys of adapter_config.json whose other values mean something that is not W + scale B A -> those that may stand."""
+_MERGE = "merge the adapter into its model with peft, and give that"
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def map(self) -> np.ndarray:
+        """The tensor as it lies in the file; only pages that are read come into memory, until the view is dropped."""
+        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A weight with an adapter: W + scale B A, or its transpose where the layer is Conv1D; read as a `Stored` is."""
+
+    base: Stored | Summed
+    a: Stored
+    b: Stored
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
+
+    def map(self) -> np.ndarray:
+        """The sum in float32."""
+        delta = self.scale * (self.b.map().astype(np.float32) @ self.a.map().astype(np.float32))
+        return self.base.map().astype(np.float32) + (delta.T if self.transposed else delta)
+
+
+Tensors = Mapping[str, Stored | Summed]
+
+
+def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
+    """What the safetensors files of a directory hold, by name.
+
+    Raises:
+        UserError: a file is missing or cut short, or an adapter is of a kind or model that does not fit.
+    """
+    *adapters, path = layers_of(path)
+    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
+    if not files[0].is_file() and index.is_file():
+        with understood(index):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if bad := [name for name in names if name in ("", ".", "..") or Path(name).name != name]:
+                raise UserError(f"{index} names {shown(bad[0])}, which is no file beside it; download it again")
+        files = [path / name for name in names]
+    found: dict[str, Stored | Summed] = {}
+    for file in files:
+        found |= _read_header(file)
+    for folder in reversed(adapters):
+        with understood(folder / ADAPTER):
+            found = _with_adapter(folder, found)
+    return found
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    if not os.path.isfile(file):
+        raise UserError(f"{file} is missing; download or save the model again")
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header against the file's length
+            pass
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = strict_json(handle.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        said = f"{file} is no complete safetensors file ({reason(error)})"
+        raise UserError(f"{said}; download or save it again") from error
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+    }
+
+
+def _with_adapter(folder: Path, base: dict[str, Stored | Summed]) -> dict[str, Stored | Summed]:
+    """The tensors of a model with those of an adapter: low-rank pairs added, whole modules in place of its own."""
+    where, raw = folder / ADAPTER_WEIGHTS, read_json(folder / ADAPTER)
+    for key, allowed in _ONLY.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{folder / ADAPTER}: no support for {key} {shown(raw[key])}; {_MERGE}")
+    out, pairs = dict(base), {}  # type: tuple[dict[str, Stored | Summed], dict[str, dict[str, Stored]]]
+    for name, tensor in _read_header(where).items():
+        if found := _LOW_RANK.fullmatch(name):
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+        elif found := _WHOLE.fullmatch(name):
+            out[_name_in(base, found[1])] = tensor
+        else:
+            raise UserError(f"{where}: no support for {name}; {_MERGE}")
+    for module, pair in pairs.items():
+        name = _name_in(base, f"{module}.weight")
+        if name not in base or len(pair) < 2:
+            raise UserError(f"{where}: {module} is not in the model that the adapter names, or half is missing")
+        out[name] = _summed(raw, module, base[name], pair["A"], pair["B"], where)
+    return out
+
+
+def _name_in(base: Tensors, name: str) -> str:
+    """The name of a tensor in `base`, which may be of the bare trunk."""
+    bare = name.partition(".")[2]
+    return bare if bare in base and name not in base else name
+
+
+def _summed(raw: Mapping[str, Any], module: str, base: Stored | Summed, a: Stored, b: Stored, where: Path) -> Summed:
+    rank, transposed = a.shape[0], bool(raw.get("fan_in_fan_out"))
+    patterns = raw.get("alpha_pattern") or {}
+    if odd := [key for key in patterns if not re.fullmatch(r"[\w.]*", key)]:  # which could run for ever
+        raise UserError(f"alpha_pattern has the regular expression {shown(odd[0])}; {_MERGE}")
+    alphas = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = float(next(alphas, raw["lora_alpha"]))
+    if not abs(alpha) < 1e9:
+        raise UserError(f"lora_alpha is {shown(alpha)}, which no adapter has")
+    product = (b.shape[0], a.shape[1])
+    if base.shape != (product[::-1] if transposed else product) or b.shape[1] != rank:
+        raise UserError(
+            f"{where}: {module} is for another shape than {list(base.shape)}; name the model it was made on"
+        )
+    return Summed(base, a, b, alpha / (rank**0.5 if raw.get("use_rslora") else rank), transposed)

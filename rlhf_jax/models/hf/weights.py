@@ -1,0 +1,342 @@
+"""Weights of a Hugging Face directory in and out, shard by shard, driven by `families.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors.numpy import save_file
+
+from rlhf_jax.config import ArchConfig
+from rlhf_jax.errors import UserError, tell
+from rlhf_jax.hosts.files import replacing
+from rlhf_jax.hosts.processes import barrier, is_first, to_host
+from rlhf_jax.models.hf.config_json import family_of, find_family, model_directory, read_json, to_json
+from rlhf_jax.models.hf.families import Family, Tensor
+from rlhf_jax.models.hf.layout import Layout, flattened, leaf_shapes, nested
+from rlhf_jax.models.hf.stored import DTYPES, Tensors, stored_tensors
+from rlhf_jax.sharding import tree_shardings
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file written, as in transformers."""
+
+_Wanted = dict[str, tuple[Tensor, int]]  # stored name -> tensor, layer
+
+
+def _names(family: Family, layout: Layout, leaves: Iterable[str]) -> _Wanted:
+    """Stored name -> (tensor, layer) of all that these leaves consist of."""
+    chosen = {name: tensor for name, tensor in family.tensors.items() if tensor.leaf in leaves}
+    layers = {name: range(layout.sizes["L"] if "{}" in name else 1) for name in chosen}
+    return {name.format(layer): (chosen[name], layer) for name in chosen for layer in layers[name]}
+
+
+def has_score_head(path: str | os.PathLike[str]) -> bool:
+    """Whether a Hugging Face directory holds the trained scalar head of a reward or value model."""
+    return "score.weight" in stored_tensors(Path(path))
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    arch: ArchConfig,
+    *,
+    score_head: bool | None,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The weights of a Hugging Face directory, whose shape `read_config` gives, as our tree of jax arrays.
+
+    Of a PEFT adapter they are its model's with the adapter merged. With `score_head` they have the scalar head of a
+    reward or value model and no vocabulary head, else the reverse; None loads the trunk alone. Every device's part of
+    a leaf is read from the files by itself, so the host holds one part and the pages of one stored tensor beside what
+    its devices keep.
+
+    Args:
+        mesh: where the arrays lie, by the rule table; None for the first device.
+        dtype: float32 or bfloat16; the scalar head is float32 all the same.
+
+    Raises:
+        UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
+    """
+    folder, layout = Path(path), Layout(arch)
+    config = model_directory(folder) / "config.json"
+    family = family_of(read_json(config), config)
+    stored = stored_tensors(folder)
+    if stored and not any(name.startswith(family.prefix) for name in stored):
+        trunk = {name for name in family.tensors if name.startswith(family.prefix)}
+        bare = {name.removeprefix(family.prefix): tensor for name, tensor in family.tensors.items() if name in trunk}
+        family = family._replace(tensors=bare | {n: t for n, t in family.tensors.items() if n not in trunk})
+    shapes = leaf_shapes(arch, score_head=score_head)
+    wanted = _names(family, layout, shapes)
+    _check_stored(folder, family, stored, wanted, layout)
+    _check_tied(folder, family, stored, arch)
+    specs = {
+        leaf: jax.ShapeDtypeStruct(shape, np.float32 if leaf.startswith("score/") else _DTYPES[dtype])
+        for leaf, shape in shapes.items()
+    }
+    shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
+    if mesh is not None:
+        shardings = flattened(tree_shardings(mesh, nested(specs)))
+    leaves, seen = {}, _Seen(arch)
+    for leaf, spec in specs.items():
+        parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
+        read = functools.partial(_read_shard, parts, stored, layout, spec, seen)
+        leaves[leaf] = _placed(read, spec, shardings[leaf])
+    seen.report(folder)
+    return nested(leaves)
+
+
+class _Seen:
+    """What the weights that this process reads hold: tensors with values that are not finite, and such without others
+    than zero where no model has them.
+    """
+
+    def __init__(self, arch: ArchConfig):
+        self.offset, self.broken, self.some = arch.norm_offset, set[str](), dict[str, bool]()
+
+    def look(self, name: str, leaf: str, values: np.ndarray) -> None:
+        """Take a part of a tensor into account."""
+        with np.errstate(all="ignore"):
+            total = values.sum(dtype=np.float32)  # a tenth of the time of looking at each value
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            self.broken.add(name)
+        if not (leaf.endswith("bias") or (self.offset and "norm" in leaf)):
+            self.some[name] = self.some.get(name, False) or bool(total != 0 or values.any())
+
+    def report(self, folder: Path) -> None:
+        """Say on standard error, which keeps rows on standard output clean, what no trained model has."""
+        zero = [name for name, some in self.some.items() if not some]
+        for names, what in ((sorted(self.broken), "are not finite"), (zero, "are all zero")):
+            if names and is_first():
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                said = f"weights of {len(names)} tensors {what}: {', '.join(names[:3])}{more}"
+                tell(f"{folder}: {said}", error=True)
+
+
+def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.Array:
+    """An array whose parts `read` gives; the host holds one at a time, and reads it once for all its copies."""
+    holders: dict[str, tuple[Any, list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    arrays = []
+    for index, devices in holders.values():
+        part = read(index)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+
+
+def _read_shard(
+    parts: _Wanted, stored: Tensors, layout: Layout, spec: Any, seen: _Seen, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part of a leaf at `index`, read from the files."""
+    bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
+    out = np.zeros([len(bound) for bound in bounds], spec.dtype)
+    for name, (tensor, layer) in parts.items():
+        target, inner = out, bounds
+        if layout.axes[tensor.leaf].startswith("L"):
+            if layer not in bounds[0]:
+                continue
+            target, inner = out[layer - bounds[0].start], bounds[1:]
+        for piece, cut, start in layout.views(tensor, stored[name].map()):
+            sources, targets = [], []
+            for axis, bound in enumerate(inner):
+                shift = start if axis == cut else 0
+                first, last = max(bound.start, shift), min(bound.stop, shift + piece.shape[axis])
+                sources.append(slice(first - shift, max(last - shift, first - shift)))
+                targets.append(slice(first - bound.start, max(last, first) - bound.start))
+            target[tuple(targets)] = piece[tuple(sources)]
+            seen.look(name, tensor.leaf, target[tuple(targets)])
+    return out
+
+
+def _check_tied(folder: Path, family: Family, stored: Tensors, arch: ArchConfig) -> None:
+    names = {tensor.leaf: name for name, tensor in family.tensors.items()}
+    head, embedding = stored.get(names["head/kernel"]), stored[names["embed/tokens"]]
+    if arch.tied_head and head and not np.array_equal(head.map(), embedding.map()):
+        cure = "set tie_word_embeddings to false in config.json"
+        raise UserError(f"{folder}: {names['head/kernel']} is not the tied embedding; {cure}")
+
+
+def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted, layout: Layout) -> None:
+    missing = {name: tensor.leaf for name, (tensor, _) in wanted.items() if name not in stored}
+    missing = {name: leaf for name, leaf in missing.items() if leaf != "score/bias"}
+    if "score/kernel" in missing.values():
+        raise UserError(f"{folder} holds no trained score head (score.weight); train one with `rlhf-jax reward`")
+    if set(missing.values()) == {"head/kernel"}:
+        cure = "give a language model, or set tie_word_embeddings to true in config.json if its head is tied"
+        raise UserError(f"{folder} holds no vocabulary head ({', '.join(missing)}); {cure}")
+    heads = {name for name, tensor in family.tensors.items() if tensor.leaf.startswith(("head/", "score/"))}
+    extra = [n for n in stored if n not in wanted and n not in heads and not re.search(family.ignored, n)]
+    shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
+    shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
+    typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in DTYPES]
+    again = "make config.json agree with the weights, or download the directory again"
+    if shaped and shaped[0].startswith("score.weight"):
+        raise UserError(f"{folder} does not give one score: {shaped[0]}; take a reward model with one label")
+    for items, what, cure in (
+        (list(missing), "lacks tensors that config.json asks for", again),
+        (extra, "has tensors that config.json does not mention", again),
+        (shaped, "has tensors of other shapes than config.json says", again),
+        (typed, "has quantized tensors", "save the model in bfloat16"),
+    ):
+        if items:
+            more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+            raise UserError(f"{folder} {what}: {', '.join(items[:3])}{more}; {cure}")
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    arch: ArchConfig,
+    params: Mapping[str, Any],
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int | None = None,
+    score_head: bool = False,
+    dtype: str = "float32",
+    base_config: Mapping[str, Any] | None = None,
+    base_generation: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes config.json, generation_config.json and safetensors; other files in `path` stay.
+
+    The directory is written beside `path` and renamed, so that an interruption leaves the old one as it was. The host
+    holds one layer of a leaf and the file being written. In a run of several hosts all of them call this, and the
+    first writes.
+
+    Args:
+        params: our tree, jax or numpy arrays.
+        score_head: a reward or value model. transformers' head has no bias, so ours goes into the final norm's where
+            there is one; else it is stored as score.bias, which transformers ignores.
+        dtype: float32 or bfloat16.
+        base_config: config.json of the model that training began with; gives the family, bos and (default) pad.
+        base_generation: its generation_config.json; what it says beside token ids is kept.
+        shard_bytes: the largest weight file; more of them come with an index.
+        write_more: writes further files, such as the tokenizer's, into the new directory.
+
+    Raises:
+        UserError: no family has this shape, or params do not have it.
+    """
+    family, leaves = find_family(arch, base_config), flattened(params)
+    shapes = leaf_shapes(arch, score_head=score_head)
+    if dtype not in _DTYPES:
+        raise UserError(f"cannot save in dtype {dtype!r}; use one of: {', '.join(_DTYPES)}")
+    wrong = {leaf: np.shape(array) for leaf, array in leaves.items()}.items() ^ shapes.items()
+    if wrong:
+        names = ", ".join(sorted({leaf for leaf, _ in wrong})[:3])
+        raise UserError(f"arch and params disagree about {names}; save params with the arch that they have")
+    if score_head:
+        leaves = _fold_score_bias(leaves)
+    tokens = _token_ids(eos_ids, pad_id, base_config or {}, score_head=score_head)
+    config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
+    generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
+    tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
+    if is_first():
+        with _replacing(Path(path)) as folder:
+            for name, content in {"config.json": config, "generation_config.json": generation}.items():
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _write_weights(folder, tensors, _plan_files(family, arch, leaves, _DTYPES[dtype], shard_bytes))
+            if write_more is not None:
+                write_more(folder)
+    else:
+        for _ in tensors:  # fetching shards takes all hosts
+            pass
+    barrier(f"saved {path}")
+
+
+def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
+    """A bias along the kernel, added to the final norm's, raises every score alike: b k / |k|^2."""
+    kernel, bias = (to_host(leaves[name]).astype(np.float64) for name in ("score/kernel", "score/bias"))
+    if bias == 0 or ("final_norm/bias" in leaves and kernel.any()):
+        leaves = dict(leaves)
+        del leaves["score/bias"]
+        if bias != 0:
+            shift = kernel * bias / (kernel @ kernel)
+            leaves["final_norm/bias"] = (to_host(leaves["final_norm/bias"]) + shift).astype(np.float32)
+    return leaves
+
+
+def _token_ids(
+    eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, Any], *, score_head: bool
+) -> dict[str, Any]:
+    eos, pad = [int(token) for token in eos_ids], base.get("pad_token_id") if pad_id is None else int(pad_id)
+    if score_head and pad in eos:
+        pad = None  # transformers would take the score before the stop token; without padding it refuses batches
+    stop = eos[0] if len(eos) == 1 else eos or None
+    return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
+
+
+def hf_tensors(family: Family, layout: Layout, leaves: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
+    """Stored names and arrays, one layer of a leaf at a time; scalar heads stay float32."""
+    for path, leaf in leaves.items():
+        by_layer: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, (tensor, layer) in _names(family, layout, [path]).items():
+            by_layer.setdefault(layer, []).append((name, tensor))
+        for layer, named in by_layer.items():
+            array = to_host(leaf[layer] if layout.axes[path].startswith("L") else leaf)
+            for name, tensor in named:
+                stored = np.empty(layout.stored_shape(tensor), np.float32 if path.startswith("score/") else dtype)
+                for piece, cut, start in layout.views(tensor, stored):
+                    part = (
+                        array
+                        if cut is None
+                        else array[(slice(None),) * cut + (slice(start, start + piece.shape[cut]),)]
+                    )
+                    piece[...] = part.reshape(piece.shape)
+                yield name, stored
+
+
+def _plan_files(
+    family: Family, arch: ArchConfig, leaves: dict[str, Any], dtype: Any, shard_bytes: int
+) -> list[list[str]]:
+    """Names of the tensors of every file, in the order in which they are made."""
+    layout, files, size = Layout(arch), [[]], 0  # type: tuple[Layout, list[list[str]], int]
+    for path in leaves:
+        entries = _names(family, layout, [path])
+        for name in sorted(entries, key=lambda name: entries[name][1]):
+            added = math.prod(layout.stored_shape(entries[name][0])) * dtype.itemsize
+            if files[-1] and size + added > shard_bytes:
+                files.append([])
+                size = 0
+            files[-1].append(name)
+            size += added
+    return files
+
+
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, Any]], files: list[list[str]]) -> None:
+    where: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        held = dict(itertools.islice(tensors, len(names)))
+        where |= dict.fromkeys(held, file)
+        total += sum(array.nbytes for array in held.values())
+        save_file(held, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # save_file makes it private
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """`files.replacing`, where the new directory gains those files of the old one that nothing supersedes."""
+    with replacing(path) as new:
+        yield new
+        for file in path.iterdir() if path.exists() else []:
+            if not (new / file.name).exists() and not _STALE.fullmatch(file.name):
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)

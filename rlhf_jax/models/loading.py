@@ -1,0 +1,232 @@
+"""Models and tokenizers of a config, on the mesh; and back to a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import ArchConfig, LoRAConfig, ModelConfig
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.padding import with_own_padding
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.processes import say, to_host
+from rlhf_jax.keys import branch
+from rlhf_jax.models import Model, hf
+from rlhf_jax.models.hf import hub, peft
+from rlhf_jax.models.kernels import joined, quantized
+from rlhf_jax.models.lora import init_adapters, scale_of, sites
+from rlhf_jax.sharding import replicated, tree_shardings
+from rlhf_jax.types import Params
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its parameters on the mesh, and the config.json and generation_config.json that it came from.
+
+    Attributes:
+        params: all parameters; of a model with a frozen base, its adapters and heads.
+        frozen: that base, never changed and never copied.
+        lora: the settings of the adapters; None without any.
+        path: the directory that the model was read from.
+    """
+
+    model: Model
+    params: Params
+    base_config: dict[str, Any] | None = None
+    base_generation: dict[str, Any] | None = None
+    frozen: Params | None = None
+    lora: LoRAConfig | None = None
+    path: str = ""
+
+    def whole(self, params: Params) -> Params:
+        """All parameters of the model whose trained ones are `params`; no array is copied."""
+        return joined(self.frozen, params)
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer that the config names, or the model directory's own; an adapter's is that of its model."""
+    path = config.tokenizer or config.path
+    if not path:
+        raise UserError("model.tokenizer and model.path are both empty; give one of them")
+    directory = hf.model_directory(hub.local_directory(path))
+    return Tokenizer.load(str(directory), eos_ids=tuple(config.eos_ids))
+
+
+def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
+    """Raise a UserError unless every id of the tokenizer has a row in the embedding."""
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise UserError(
+            f"{what}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {arch.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
+    """Raise a UserError if the directory, that of `what`, holds a tokenizer that maps text to other ids."""
+    directory = hf.model_directory(hub.local_directory(path))
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    if not same_ids(Tokenizer.load(str(directory)), tokenizer):
+        raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether ids mean the same to two tokenizers; a token for padding may be one's own, as a reward model's is."""
+    theirs, ours = a.hf.get_vocab(), b.hf.get_vocab()
+    own = {a.hf.pad_token, b.hf.pad_token} & (theirs.keys() ^ ours.keys())
+    return not dict(theirs.items() ^ ours.items()).keys() - own
+
+
+def check_length(arch: ArchConfig, length: int, what: str) -> None:
+    """Raise a UserError if sequences of `length` tokens, named by `what`, exceed the model's positions."""
+    if length > arch.max_positions:
+        raise UserError(f"{what} {length} is more than the model's {arch.max_positions} positions; lower it")
+
+
+def load_model(
+    config: ModelConfig,
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
+    lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (it is frozen)
+    length: int = 0,
+) -> Loaded:
+    """The model of a directory, or one with random weights in the shape config.arch, placed on the mesh.
+
+    `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
+    With adapters (lora.rank) all else but the head is frozen. `length` is that of the run's longest sequence, prompt
+    and response together (`Model.length`), `key` that of the weights (`keys.branch`).
+
+    Raises:
+        UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
+            Face family can hold.
+    """
+    if config.path and config.arch is not None:
+        raise UserError("model.path and model.arch are both given; leave one out (--model.arch null undoes a file's)")
+    if not config.path and config.arch is None:
+        raise UserError("model.path and model.arch are both empty; give a Hugging Face directory or a shape")
+    if head == "trained" and not config.path:
+        raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
+    arch = config.arch
+    loaded = _load_directory(config, mesh, key, head) if arch is None else _random(config, arch, mesh, key, head)
+    loaded = replace(loaded, model__length=length)
+    if config.quantize != "none":
+        small = quantized(loaded.params, config.quantize, free=True)
+        loaded = replace(loaded, params=jax.device_put(small, tree_shardings(mesh, small)))
+    return adapted(loaded, lora, placed_init(mesh, branch(key, "adapters")))
+
+
+def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
+    hf.find_family(arch)  # what could not be saved is refused before it is trained
+    model = Model.from_config(config, arch, score_head=head != "vocabulary")
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key, config.param_dtype)
+        return {**params, "score": model.init_score(key, zeros=True)} if head == "zeros" else params
+
+    shardings = tree_shardings(mesh, jax.eval_shape(init, key))
+    return Loaded(model, jax.jit(init, out_shardings=shardings)(key))
+
+
+def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
+    path = hub.local_directory(config.path)
+    arch, base = hf.read_config(path)
+    if head == "vocabulary" and hf.has_score_head(path):
+        raise UserError(f"{config.path} is a reward or value model; give a language model")
+    hf.find_family(arch, base)
+    score_head = {"vocabulary": False, "trained": True}.get(head)
+    params = hf.load_params(path, arch, score_head=score_head, mesh=mesh, dtype=config.param_dtype)
+    model = Model.from_config(config, arch, score_head=head != "vocabulary")
+    if score_head is None:
+        score = jax.jit(partial(model.init_score, zeros=head == "zeros"), out_shardings=replicated(mesh))(key)
+        params = model.with_score(params, score)
+    return Loaded(model, params, base, hf.read_generation(path), path=config.path)
+
+
+def adapted(loaded: Loaded, lora: LoRAConfig, make: Callable[[Callable[[jax.Array], Params]], Params]) -> Loaded:
+    """The model frozen, with adapters and its score head to train; as it is if lora.rank is 0.
+
+    `make` places what init(key) -> adapters returns.
+    """
+    if not lora.rank:
+        return loaded
+    arch = loaded.model.arch
+    chosen = sites(hf.find_family(arch, loaded.base_config), lora.targets)
+    adapters = make(partial(init_adapters, arch, chosen, lora.rank))
+    heads = {name: tree for name, tree in loaded.params.items() if name == "score"}
+    base = {name: tree for name, tree in loaded.params.items() if name != "score"}
+    model = replace(loaded.model, lora_scale=scale_of(lora))
+    return replace(loaded, model=model, params={**adapters, **heads}, frozen=base, lora=lora)
+
+
+def placed_init(mesh: Mesh, key: jax.Array) -> Callable[[Callable[[jax.Array], Params]], Params]:
+    """Runs init(key), its result sharded by the rule table."""
+    return lambda init: jax.jit(init, out_shardings=tree_shardings(mesh, jax.eval_shape(init, key)))(key)
+
+
+def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer) -> None:
+    """A Hugging Face directory with the tokenizer, written by process 0; all processes call it.
+
+    With adapters, `params` are these and the head: the model is saved with them merged, and `adapter` in it is a
+    directory that PEFT loads.
+    """
+    model, lora = loaded.model, loaded.lora
+    trained = to_host(params) if lora else {}  # takes all processes
+
+    def write_more(folder: Path) -> None:
+        if lora is not None:
+            family = hf.find_family(model.arch, loaded.base_config)
+            peft.save_adapter(folder / "adapter", model.arch, family, lora, trained, base=loaded.path)
+
+    save_directory(
+        path,
+        model.arch,
+        params if loaded.frozen is None else model.merged(loaded.whole(params)),
+        tokenizer,
+        score_head=model.score_head,
+        base_config=loaded.base_config,
+        base_generation=loaded.base_generation,
+        write_more=write_more,
+    )
+
+
+def save_directory(
+    path: Path,
+    arch: ArchConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    *,
+    score_head: bool,
+    write_more: Callable[[Path], None] = lambda folder: None,
+    **options: Any,
+) -> None:
+    """`hf.save_model` with the tokenizer, which in a model that scores has padding of its own; `options` are its."""
+    if tokenizer and score_head:
+        before, (tokenizer, rows) = tokenizer, with_own_padding(tokenizer, arch.vocab_size)
+        if tokenizer.pad_id != before.pad_id:
+            more = f", with {rows - arch.vocab_size} more rows of the embedding" if rows > arch.vocab_size else ""
+            say(
+                f"{path}: padding is {tokenizer.hf.pad_token} ({tokenizer.pad_id}){more}; the tokenizer's "
+                f"{before.pad_id} ends responses, and transformers reads a score at the last token that is no padding"
+            )
+        if rows > arch.vocab_size:
+            embedding = to_host(params["embed"]["tokens"])
+            wide = np.concatenate([embedding, np.zeros((rows - len(embedding), arch.width), embedding.dtype)])
+            arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], "tokens": wide}}
+
+    def write(folder: Path) -> None:
+        if tokenizer:
+            tokenizer.save(str(folder))
+        write_more(folder)
+
+    ids = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id} if tokenizer else {}
+    hf.save_model(path, arch, params, score_head=score_head, write_more=write, **{**ids, **options})

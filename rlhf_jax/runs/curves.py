@@ -1,0 +1,157 @@
+"""What a study shows at its end: a table in plain text and learning curves as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.files import replace
+
+GOLD_COLOUR = "#c27c0e"
+PROXY_COLOUR = "#2c6fad"
+COLOUR_MAP = "viridis"
+
+
+def text_table(headers: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in plain text: a line of headers, a rule, a line per row; numbers stand right, all else left.
+
+    Floats are written with four significant digits, None as nothing.
+
+    Raises:
+        UserError: a row has more or fewer cells than there are headers.
+    """
+    for index, row in enumerate(rows):
+        if len(row) != len(headers):
+            raise UserError(f"row {index} has {len(row)} cells for {len(headers)} headers; give one cell per header")
+    lines = [[str(header) for header in headers], *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    numeric = [
+        any(_is_number(row[column]) for row in rows)
+        and all(_is_number(row[column]) or row[column] is None for row in rows)
+        for column in range(len(headers))
+    ]
+    lines.insert(1, ["-" * width for width in widths])
+    formats = [f"{{:{'>' if right else '<'}{width}}}" for right, width in zip(numeric, widths, strict=True)]
+    return "\n".join("  ".join(formats).format(*line).rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """The text of one cell."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell is a number, a bool not being one."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def learning_curves(path_png: str | Path, history: Sequence[dict[str, Any]], title: str) -> None:
+    """Draws gold and proxy (reward-model) reward over a PPO run as a PNG of two panels.
+
+    Left, both rewards against the iteration, each with its own scale as their units differ: pale as measured, dark
+    smoothed. Right, gold against proxy reward, one dot per iteration coloured by KL, so that over-optimisation shows
+    as a bend downwards. Without gold, the left panel has the proxy alone and the right one draws it against KL.
+
+    Args:
+        path_png: the file; its directory is made if need be.
+        history: lines of metrics.jsonl, with "step", "rollout/reward", "rollout/kl" (nats) and perhaps
+            "rollout/gold"; lines without a rollout's reward are passed over.
+        title: above both panels.
+
+    Raises:
+        UserError: no line of `history` has a rollout's reward.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    lines = [line for line in history if "rollout/reward" in line]
+    if not lines:
+        raise UserError(f'none of {len(history)} history items has "rollout/reward"; pass the metrics of a PPO run')
+    gold = [line for line in lines if "rollout/gold" in line]
+    figure = Figure(figsize=(10.5, 4.2), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
+    figure.suptitle(title, fontsize=13)
+    left, right = figure.subplots(1, 2)
+    _draw_rewards(left, lines, gold)
+    _draw_trade(figure, right, gold or lines, "rollout/gold" if gold else None)
+    Path(path_png).parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    replace(path_png, drawn.getvalue())
+
+
+def _draw_rewards(axes: Axes, lines: list[dict[str, Any]], gold: list[dict[str, Any]]) -> None:
+    """The left panel: proxy reward, and gold on a second scale if there is any, against the iteration."""
+    from matplotlib.ticker import MaxNLocator
+
+    _tidy(axes, "PPO iteration", "reward-model reward")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves = [_draw_curve(axes, lines, "rollout/reward", PROXY_COLOUR, "reward model (proxy)")]
+    if gold:
+        axes.yaxis.label.set_color(PROXY_COLOUR)
+        axes.tick_params(axis="y", colors=PROXY_COLOUR)
+        other = axes.twinx()
+        _tidy(other, "", "gold reward")
+        other.grid(False)
+        other.spines["right"].set(visible=True, color="0.6")
+        other.spines["left"].set_visible(False)
+        other.yaxis.label.set_color(GOLD_COLOUR)
+        other.tick_params(axis="y", colors=GOLD_COLOUR)
+        curves.append(_draw_curve(other, gold, "rollout/gold", GOLD_COLOUR, "gold"))
+    axes.legend(handles=curves, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
+
+
+def _draw_curve(axes: Axes, lines: list[dict[str, Any]], key: str, colour: str, label: str) -> Any:
+    """One quantity against the step, pale as measured and dark as smoothed; returns the dark line."""
+    steps, values = (np.array([line[name] for line in lines], dtype=float) for name in ("step", key))
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    return axes.plot(steps, _smooth(values), color=colour, linewidth=2.0, label=label)[0]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Straight-line fits over windows of about a twelfth of the run, float[n]; unlike means unbiased at the ends."""
+    num, half = len(values), len(values) // 24
+    smooth = np.empty(num)
+    for index in range(num):
+        window = np.arange(max(0, index - half), min(num, index + half + 1))
+        offsets = window - window.mean()
+        slope = offsets @ values[window] / max(offsets @ offsets, 1)
+        smooth[index] = values[window].mean() + slope * (index - window.mean())
+    return smooth
+
+
+def _draw_trade(figure: Figure, axes: Axes, lines: list[dict[str, Any]], gold_key: str | None) -> None:
+    """The right panel: gold against proxy coloured by KL, or proxy against KL coloured by iteration."""
+    x_key, y_key, colour_key = (
+        ("rollout/reward", gold_key, "rollout/kl") if gold_key else ("rollout/kl", "rollout/reward", "step")
+    )
+    names = {
+        "rollout/reward": "reward-model reward",
+        "rollout/gold": "gold reward",
+        "rollout/kl": "KL from the reference (nats)",
+        "step": "PPO iteration",
+    }
+    _tidy(axes, names[x_key], names[y_key])
+    x, y, colour = (np.array([line[key] for line in lines], dtype=float) for key in (x_key, y_key, colour_key))
+    dots = axes.scatter(x, y, c=colour, cmap=COLOUR_MAP, s=26, alpha=0.85, linewidths=0.3, edgecolors="white")
+    bar = figure.colorbar(dots, ax=axes, label=names[colour_key], pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def _tidy(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, a faint grid, and no frame but the two scales."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.6")

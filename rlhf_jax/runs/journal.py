@@ -1,0 +1,203 @@
+"""A file that a long command fills piece by piece and goes on with after any end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rlhf_jax.errors import UserError, reason, tell
+from rlhf_jax.hosts import clock, processes
+from rlhf_jax.hosts.files import Lines, is_stream, json_lines, replace_all, to_json
+from rlhf_jax.hosts.outputs import check_output, write_output
+from rlhf_jax.runs.directory import as_json
+
+START = b'{"made of"'
+"""How OUTPUT.part begins."""
+
+WRITTEN = "written"
+"""Key of the line that comes before OUTPUT is written: the digest of that."""
+
+
+class Journal:
+    """OUTPUT.part while OUTPUT is being made: a line that says of what, then JSON lines in an order fixed beforehand.
+
+    A kill at any moment leaves whole lines and perhaps part of one, which is cut. So what is there says how far the
+    command came, and going on gives the same bytes as if nothing had happened. For an output that is a device, a pipe
+    or nothing at all there is no such file, and all is in memory. Process 0 writes.
+
+    Attributes:
+        rows: the lines after the first.
+    """
+
+    def __init__(self, output: str | Path, made_of: dict[str, Any], *, overwrite: bool):
+        """Claim OUTPUT.part and read it; `made_of` is all that decides its content.
+
+        With `overwrite` only what a command with `overwrite` began is gone on with.
+
+        Raises:
+            UserError: OUTPUT cannot be written, or is there and may not be replaced; another process writes
+                OUTPUT.part, or it is made of something else.
+        """
+        self.output = str(output)
+        self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
+        self._file: IO[bytes] | None = None
+        header = {"made of": made_of, "time": clock.begin(), **({"overwrite": True} if overwrite else {})}
+        self._header = as_json(header)
+        try:
+            self.rows: list[dict[str, Any]]
+            self.rows, time = processes.from_first(lambda: (self._open(overwrite), clock.time()))
+            clock.begin(time)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, overwrite: bool) -> list[dict[str, Any]]:
+        check_output(self.output, overwrite=overwrite or self._is_written())
+        if self.path is None:
+            return []
+        try:
+            self._file = open(self.path, "ab")  # noqa: SIM115 (it stays open, for the lock)
+            try:  # flock, since lockf would let go when `Lines` closes the file
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise UserError(f"{self.path} is being written by another process; wait for it, or stop it") from error
+            except OSError:  # a file system without locks
+                pass
+            self._lines = Lines(self.path)
+            return self._read(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        data = path.read_bytes()
+        lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+        header = _loaded(lines[0]) if lines else None
+        same = header is not None and {**header, "time": None} == {**self._header, "time": None}
+        begun = START.startswith(data[: len(START)])  # else it is somebody else's
+        if (not lines and begun) or (not same and "overwrite" in self._header):
+            os.truncate(path, 0)
+            self._lines.add([self._header], sync=True)
+            return []
+        made_of = header.get("made of") if header is not None else None
+        if made_of != self._header["made of"]:
+            raise UserError(
+                f"{path} {_difference(made_of, self._header['made of'])}; give the same, or pass --overwrite true"
+            )
+        if header is not None:
+            clock.begin(header.get("time"))  # chat templates see when it was begun
+        found = [_loaded(line) for line in lines[1:]]
+        count = next((i for i, row in enumerate(found) if row is None or WRITTEN in row), len(found))
+        if count < len(found) and found[count] is None:
+            tell(f"{path}: line {count + 2} is damaged; going on from there")
+        os.truncate(path, sum(map(len, lines[: count + 1])))
+        return [row for row in found[:count] if row is not None]
+
+    def _is_written(self) -> bool:
+        """Whether OUTPUT is what OUTPUT.part was finished with: a kill came before that was removed."""
+        if self.path is None:  # a device may have no end
+            return False
+        try:
+            *_, last = self.path.read_bytes().splitlines()
+            digest = hashlib.sha256(Path(self.output).read_bytes()).hexdigest()
+            return bool(json.loads(last).get(WRITTEN) == digest)
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` rows."""
+        self.rows = self.rows[:count]
+
+        path = self.path
+        if path is not None:
+            self._on_first(lambda: os.truncate(path, sum(map(len, path.read_bytes().splitlines(True)[: count + 1]))))
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows; they are on disk when this returns.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self.path is not None:
+            self._on_first(lambda: self._lines.add(rows, sync=True))
+        self.rows += as_json(rows)
+
+    def _on_first(self, change: Callable[[], None]) -> None:
+        def tried() -> None:
+            try:
+                change()
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: {reason(error)}; {len(self.rows)} rows are whole there; mend that, then give the "
+                    "same command again"
+                ) from error
+
+        processes.from_first(tried)
+
+    def finish(
+        self, rows: list[dict[str, Any]], summary: dict[str, Any] | None = None, to: Path | None = None
+    ) -> None:
+        """Write OUTPUT, to standard output if it is empty, and the summary if there is one; forget what led to them.
+
+        Args:
+            rows: of OUTPUT.
+            summary: of what they are.
+            to: where the summary goes; by default OUTPUT.summary.json, without OUTPUT's own ending.
+
+        Raises:
+            UserError: they cannot be written; what was there of them is as it was, and OUTPUT.part is whole.
+        """
+        processes.from_first(lambda: self._finish(json_lines(rows), summary, to))
+
+    def _finish(self, data: bytes, summary: dict[str, Any] | None, to: Path | None) -> None:
+        if self.path is None:
+            return write_output(self.output, data)
+        files: list[tuple[Path, str | bytes]] = [(Path(self.output), data)]
+        if summary is not None:
+            to = to or Path(self.output).with_suffix(".summary.json")
+            files.append((to, to_json(summary, indent=1) + "\n"))
+        try:
+            self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
+            replace_all(files)
+        except OSError as error:
+            raise UserError(
+                f"output {self.output}: {reason(error)}; what was computed is in {self.path}; mend that, then give "
+                "the same command again"
+            ) from error
+        with contextlib.suppress(OSError):  # it is of no account now, and gone on with next time
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        """Let other processes have OUTPUT.part."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def _loaded(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line; None if there is something else."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _difference(then: Any, now: dict[str, Any]) -> str:
+    """What OUTPUT.part is made of that is another now."""
+    if not isinstance(then, dict):
+        return "was not written by this command"
+    name = next(name for name in [*then, *now] if then.get(name) != now.get(name))
+    return f"is made with {name} {then.get(name, 'nothing')!r}, not {now.get(name, 'nothing')!r}"

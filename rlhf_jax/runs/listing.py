@@ -1,0 +1,104 @@
+"""`rlhf-jax resume` and `rlhf-jax runs`: run directories from outside. Floor 2; imports no jax."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError, tell
+from rlhf_jax.hosts.files import from_json
+from rlhf_jax.runs.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
+
+SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
+"""Metrics in the list, as far as a run has them."""
+
+
+def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
+    """The command and its arguments that continue a run; changes to the working directory that it was started in.
+
+    Raises:
+        UserError: it holds no run, or one that took something from Python.
+    """
+    path = Path(directory).absolute()
+    record = read_record(path)
+    if record is None or record["status"] == VOID:
+        raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
+    check_name(path, directory)
+    if not (path / "config.yaml").is_file():
+        write_config(path, record["stage"], record["config"])
+    if record["given"]:
+        raise UserError(
+            f"{directory} got {', '.join(record['given'])} from Python, which no file holds; call "
+            f"{record['stage']}.run with them and the same config again"
+        )
+    if Path(record["cwd"]).is_dir():
+        os.chdir(record["cwd"])
+    config = ["--config", str(path / "config.yaml"), "--run.output_dir", str(path), "--run.overwrite", "false"]
+    return record["stage"], [*config, *options]
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The newest value of every metric near the end of metrics.jsonl, and "step"."""
+    found: dict[str, Any] = {}
+    try:
+        with open(path / METRICS, "rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 65536, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            found.update(from_json(line))
+        except ValueError:  # the first one is cut, and the last one may be under way
+            continue
+    return found
+
+
+def status_of(path: Path, record: dict[str, Any]) -> str:
+    """running, finished, stopped (by a signal, saved), failed (with an error), or crashed (killed)."""
+    if is_held(path):
+        return "running"
+    return "crashed" if record["status"] in ("running", VOID) else record["status"]
+
+
+def age(seconds: float) -> str:
+    """Time gone by, in its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def describe(path: Path) -> list[str]:
+    """One row of the list."""
+    record = read_record(path)
+    if record is None:
+        return [str(path), "?", "unreadable", "", "", ""]
+    metrics = last_metrics(path)
+    values = [f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+    newest = max((f.stat().st_mtime for f in (path / RECORD, path / METRICS) if f.exists()), default=0.0)
+    step = f"{metrics.get('step', record['step'])}/{record['total']}"
+    since = age(max(time.time() - newest, 0))
+    return [str(path), record["stage"], status_of(path, record), step, since, ", ".join(values)]
+
+
+def show(directory: str = "runs") -> None:
+    """Print the runs at or below a directory, up to three levels down, the one written last at the end.
+
+    Raises:
+        UserError: no such directory.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UserError(f"{directory} is no directory; write rlhf-jax runs DIR")
+    found = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
+    if not found:
+        tell(f"no runs in {directory}")
+        return
+    order = sorted(found, key=lambda path: (path / RECORD).stat().st_mtime)
+    rows = [["run", "stage", "status", "step", "written", "last metrics"], *map(describe, order)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

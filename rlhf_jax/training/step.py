@@ -1,0 +1,131 @@
+"""One visible pure function per optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.processes import pack
+from rlhf_jax.models.kernels import joined
+from rlhf_jax.sharding import batch_sharding, replicated, tree_shardings
+from rlhf_jax.tokens import to_microbatches
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.types import LossFn, Metrics, Params
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+"""step(state, batch, key, frozen=None) -> (state, metrics)."""
+
+
+def add_metrics(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two microbatches of one batch: sums, and maxima for names that end in _max."""
+    return {name: (jnp.maximum if name.endswith("_max") else jnp.add)(a[name], b[name]) for name in a}
+
+
+def settled(metrics: Metrics) -> Metrics:
+    """Metrics that have been added up: NAME is divided by NAME_weight, which goes; NaN where that is 0."""
+    weights = {name for name in metrics if name.removesuffix("_weight") in metrics and name.endswith("_weight")}
+    return {
+        name: value / metrics[f"{name}_weight"] if f"{name}_weight" in weights else value
+        for name, value in metrics.items()
+        if name not in weights
+    }
+
+
+def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num: int) -> tuple[Any, Metrics]:
+    """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights.
+
+    Raises:
+        UserError: the rows do not divide into `num` microbatches.
+    """
+
+    def of(batch: Any, key: jax.Array) -> tuple[Any, Metrics]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        return grads, {"loss/total": loss, **metrics}
+
+    if num == 1:
+        return of(batch, key)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % num:
+        raise UserError(f"a batch of {rows} rows does not divide by accumulate = {num}; change one of them")
+
+    def add(total: Any, xs: Any) -> tuple[Any, None]:
+        grads, metrics = of(*xs)
+        return (jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], metrics)), None
+
+    inputs = (to_microbatches(batch, num), jax.random.split(key, num))
+    grads, metrics = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads)
+    lowest = {name: -jnp.inf if name.endswith("_max") else 0 for name in metrics}
+    nothing = {name: jnp.full(s.shape, lowest[name], s.dtype) for name, s in metrics.items()}
+    return jax.lax.scan(add, (zeros, nothing), inputs)[0]
+
+
+def make_update(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    *,
+    join: Callable[[Params, Params], Params] = joined,
+) -> Step:
+    """The pure step (state, batch, key, frozen=None) -> (state, metrics), not yet compiled; scan it or jit it.
+
+    With frozen parameters, loss_fn gets join(frozen, state.params); state.params alone is differentiated and trained.
+
+    A step whose loss or gradient is not finite changes neither parameters nor optimiser state; it is counted in
+    `optim/skipped`.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(state: TrainState, batch: Any, key: jax.Array, frozen: Params = None) -> tuple[TrainState, Metrics]:
+        whole = loss_fn if frozen is None else lambda params, *rest: loss_fn(join(frozen, params), *rest)
+        grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        return state, {**settled(metrics), "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
+
+    return update
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    *,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: Params = None,
+) -> Step:
+    """The compiled step over `mesh`: state sharded by the rule table and donated, rows over data and fsdp.
+
+    `state` and `frozen` may hold arrays or ShapeDtypeStructs; only their shapes are read. Usage:
+
+        step = make_train_step(loss_fn, tx, mesh=mesh, state=state)
+        state, metrics = step(state, batch, jax.random.fold_in(key, i))
+    """
+    shardings = tree_shardings(mesh, state)
+    more = () if frozen is None else (tree_shardings(mesh, frozen),)
+    return jax.jit(
+        make_update(loss_fn, tx, accumulate),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh), *more),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def fetch_scalars(metrics: Metrics) -> dict[str, float]:
+    """Metrics on the host, in one transfer."""
+    return dict(zip(metrics, map(float, jax.device_get(pack(tuple(metrics.values())))), strict=True))
