@@ -35,25 +35,25 @@ from rlhf_jax.commands import bestofn, rejection
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.commands.collect import run_collect
 from rlhf_jax.config import (
-    BestOfNRun,
-    CollectRun,
+    BestOfNArgs,
+    CollectArgs,
+    DPOArgs,
     DPOConfig,
-    DPORun,
-    GroupRun,
-    GRPORun,
+    GroupArgs,
+    GRPOArgs,
+    KTOArgs,
     KTOConfig,
-    KTORun,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    QuickstartConfig,
+    QuickstartArgs,
+    RejectionArgs,
     RejectionConfig,
-    RejectionRun,
     RewardSourceConfig,
-    RLOORun,
+    RLOOArgs,
+    RRHFArgs,
     RRHFConfig,
-    RRHFRun,
     RunConfig,
     SFTConfig,
 )
@@ -88,7 +88,7 @@ class Task:
         made: summaries of SFT and of the reward model.
     """
 
-    config: QuickstartConfig
+    config: QuickstartArgs
     path: Path
     graph: walks.Graph
     demos: list[dict[str, str]]
@@ -131,7 +131,7 @@ class Task:
 
 def make_task(seed: int, root: Path, **options: Any) -> Task:
     """The quickstart's first half; what an earlier call finished is taken as it is."""
-    config = QuickstartConfig(output_dir=str(root / f"seed_{seed}"), seed=seed, progress=False, **options)
+    config = QuickstartArgs(output_dir=str(root / f"seed_{seed}"), seed=seed, progress=False, **options)
     path, graph = Path(config.output_dir), walks.make_graph(seed)
     demos = walks.demonstrations(graph, 1100, seed)
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
@@ -152,7 +152,7 @@ def kept(config: Any) -> Any:
 
 def by_best_of(task: Task, out: Path) -> dict[str, float]:
     """The best of 16 of SFT's walks by the reward model; its KL is ln n - (n - 1) / n, and it has no NLL."""
-    config = BestOfNRun(**task.drawn(out / "best.jsonl"), num_samples=16)
+    config = BestOfNArgs(**task.drawn(out / "best.jsonl"), num_samples=16)
     gold = partial(walks.optimality, task.graph)
     last = bestofn.run(config, rows=walks.start_prompts() * 50, gold=gold)["curve"][-1]
     return {"gold": last["gold"]["mean"], "kl": last["kl"]}
@@ -161,7 +161,7 @@ def by_best_of(task: Task, out: Path) -> dict[str, float]:
 def by_rejection(task: Task, out: Path) -> str:
     """SFT on the best of 16 walks by the reward model, twice."""
     held_out = task.file("held_out", task.demos[1000:])  # only looked at: the last weights are kept
-    config = RejectionRun(
+    config = RejectionArgs(
         **task.settings(out), sampling=q.SAMPLING, reward=task.judge, sft=SFTConfig(steps=STEPS, num_samples=0),
         rejection=RejectionConfig(rounds=2, num_samples=16, sample_batch_size=1280),
     )  # fmt: skip
@@ -172,7 +172,7 @@ def by_rejection(task: Task, out: Path) -> str:
 
 def by_dpo(task: Task, out: Path, **settings: Any) -> str:
     """DPO, or with another `loss` one of its kin."""
-    config = DPORun(**task.settings(out), dpo=DPOConfig(steps=STEPS, **settings))
+    config = DPOArgs(**task.settings(out), dpo=DPOConfig(steps=STEPS, **settings))
     preference.run_dpo(config, rows=task.pairs, eval_rows=task.held_out)
     return str(out / "model")
 
@@ -180,16 +180,16 @@ def by_dpo(task: Task, out: Path, **settings: Any) -> str:
 def by_kto(task: Task, out: Path) -> str:
     """KTO on the comparisons, taken apart: twice as many rows."""
     preference.run_kto(
-        KTORun(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out
+        KTOArgs(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out
     )
     return str(out / "model")
 
 
 def by_rrhf(task: Task, out: Path) -> str:
     """RRHF on eight walks to each prompt, ranked by the reward model."""
-    collect = CollectRun(**task.drawn(out / "ranked.jsonl"), num_samples=8, label="reward")
+    collect = CollectArgs(**task.drawn(out / "ranked.jsonl"), num_samples=8, label="reward")
     rows = run_collect(collect, rows=walks.start_prompts() * 32)
-    config = RRHFRun(**task.settings(out / "run"), rrhf=RRHFConfig(steps=STEPS))
+    config = RRHFArgs(**task.settings(out / "run"), rrhf=RRHFConfig(steps=STEPS))
     preference.run_rrhf(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
     return str(out / "run" / "model")
 
@@ -208,7 +208,7 @@ def by_ppo_ptx(task: Task, out: Path) -> str:
     return by_ppo(task, out, data__max_length=q.DATA.max_length, **options)
 
 
-def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupRun], kl_coef: float) -> str:
+def by_group(task: Task, out: Path, name: str, make: Callable[..., GroupArgs], kl_coef: float) -> str:
     """GRPO or RLOO, with the rollouts and rates of the quickstart's PPO."""
     like = q.ppo_stage(task.config, task.path)
     config = make(model=like.model, data=like.data, reward=like.reward, sampling=like.sampling, optim=like.optim)
@@ -227,8 +227,8 @@ METHODS: dict[str, Callable[[Task, Path], str | dict[str, float]]] = {
     "KTO": by_kto,
     "ORPO": partial(by_dpo, loss="rlhf_jax.losses:orpo_loss", beta=1.0),
     "SimPO": partial(by_dpo, loss="rlhf_jax.losses:simpo_loss", beta=2.0),
-    "GRPO": partial(by_group, name="grpo", make=GRPORun, kl_coef=0.2),
-    "RLOO": partial(by_group, name="rloo", make=RLOORun, kl_coef=0.1),
+    "GRPO": partial(by_group, name="grpo", make=GRPOArgs, kl_coef=0.2),
+    "RLOO": partial(by_group, name="rloo", make=RLOOArgs, kl_coef=0.1),
     "PPO": by_ppo,
     "PPO-ptx": by_ppo_ptx,
     "LoRA-PPO": partial(by_ppo, lora=LoRAConfig(rank=8), optim__learning_rate=3e-3, value_optim__learning_rate=3e-3),

@@ -24,7 +24,7 @@ from rlhf_jax import ppo, reward
 from rlhf_jax.advantages import best_of_n_kl
 from rlhf_jax.cli import parse
 from rlhf_jax.commands.sample import run_score
-from rlhf_jax.config import ModelConfig, ScoreRun
+from rlhf_jax.config import ModelConfig, ScoreArgs
 from rlhf_jax.data.consensus import best_of_n
 from rlhf_jax.runs.curves import COLOUR_MAP, text_table
 from rlhf_jax.tasks import stories, write_rows
@@ -143,7 +143,7 @@ def study(args: argparse.Namespace, path: Path) -> list[Curve]:
                    "--run.eval_every", "16"]  # fmt: skip
         reward.run(parse("reward", options), rows=pairs[:size], eval_rows=test)
         model = str(where / "model")
-        scores = run_score(ScoreRun(ModelConfig(path=model, eos_ids=[1]), scored, output=str(path / "scores.jsonl"),
+        scores = run_score(ScoreArgs(ModelConfig(path=model, eos_ids=[1]), scored, output=str(path / "scores.jsonl"),
                                     max_prompt_length=32, max_length=96, batch_size=256, overwrite=True))  # fmt: skip
         proxies = np.array([row["score"] for row in scores]).reshape(args.n, -1).T
         curves.append(best_of_curve(size, proxies, golds))

@@ -134,7 +134,7 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     import jax.numpy as jnp
     import numpy as np
 
-    from rlhf_jax.config import DataConfig, PPOConfig, PPORun, SamplingConfig
+    from rlhf_jax.config import DataConfig, PPOArgs, PPOConfig, SamplingConfig
     from rlhf_jax.inference.sampling import SamplingLaw
     from rlhf_jax.models.loading import Loaded
     from rlhf_jax.ppo import core
@@ -143,7 +143,7 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     from rlhf_jax.sharding import batch_sharding, put_batch, replicated
 
     sampling = SamplingConfig(max_new_tokens=64, chunk=64)
-    config = PPORun(sampling=sampling, data=DataConfig(batch_size=16), ppo=PPOConfig(epochs=4, minibatches=1))
+    config = PPOArgs(sampling=sampling, data=DataConfig(batch_size=16), ppo=PPOConfig(epochs=4, minibatches=1))
     scalar = dataclasses.replace(model, score_head=True)
     keys = jax.random.split(jax.random.key(0), 3)
     policy, reward, value = (jax.jit(m.init)(k) for m, k in zip((model, scalar, scalar), keys, strict=True))

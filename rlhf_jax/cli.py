@@ -30,69 +30,73 @@ from rlhf_jax.hosts.yamls import texts
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "quickstart": (
-        config.QuickstartConfig,
+        config.QuickstartArgs,
         "rlhf_jax.commands.quickstart:run",
         "the whole chain on a toy, in minutes",
     ),
-    "pretrain": (config.PretrainRun, "rlhf_jax.sft:run", "next-token training on packed text"),
-    "sft": (config.SFTRun, "rlhf_jax.sft:run", "supervised fine-tuning on demonstrations"),
-    "reward": (config.RewardRun, "rlhf_jax.reward:run", "a reward model from comparisons"),
-    "dpo": (config.DPORun, "rlhf_jax.preference:run_dpo", "DPO, IPO, SimPO, ORPO and kin: a policy from pairs alone"),
-    "kto": (config.KTORun, "rlhf_jax.preference:run_kto", "a policy from responses labelled good or bad"),
-    "rrhf": (config.RRHFRun, "rlhf_jax.preference:run_rrhf", "a policy that ranks responses as the raters do"),
-    "ppo": (config.PPORun, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
+    "pretrain": (config.PretrainArgs, "rlhf_jax.sft:run", "next-token training on packed text"),
+    "sft": (config.SFTArgs, "rlhf_jax.sft:run", "supervised fine-tuning on demonstrations"),
+    "reward": (config.RewardArgs, "rlhf_jax.reward:run", "a reward model from comparisons"),
+    "dpo": (config.DPOArgs, "rlhf_jax.preference:run_dpo", "DPO, IPO, SimPO, ORPO and kin: a policy from pairs alone"),
+    "kto": (config.KTOArgs, "rlhf_jax.preference:run_kto", "a policy from responses labelled good or bad"),
+    "rrhf": (config.RRHFArgs, "rlhf_jax.preference:run_rrhf", "a policy that ranks responses as the raters do"),
+    "ppo": (config.PPOArgs, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
     "grpo": (
-        config.GRPORun,
+        config.GRPOArgs,
         "rlhf_jax.group:run",
         "GRPO and kin: responses to a prompt against one another, no critic",
     ),
-    "rloo": (config.RLOORun, "rlhf_jax.group:run", "RLOO: each response against the mean of the others"),
-    "reinforce_pp": (config.ReinforcePPRun, "rlhf_jax.group:run", "REINFORCE++: one response a prompt, no critic"),
+    "rloo": (config.RLOOArgs, "rlhf_jax.group:run", "RLOO: each response against the mean of the others"),
+    "reinforce_pp": (config.ReinforcePPArgs, "rlhf_jax.group:run", "REINFORCE++: one response a prompt, no critic"),
     "bestofn": (
-        config.BestOfNRun,
+        config.BestOfNArgs,
         "rlhf_jax.commands.bestofn:run",
         "of several responses to a prompt the one a reward likes",
     ),
-    "rejection": (config.RejectionRun, "rlhf_jax.commands.rejection:run", "SFT on the best of n, in rounds"),
-    "sample": (config.SampleRun, "rlhf_jax.commands.sample:run_sample", "responses of a model to prompts"),
-    "score": (config.ScoreRun, "rlhf_jax.commands.sample:run_score", "a reward model's scores of responses"),
-    "label": (config.LabelRun, "rlhf_jax.commands.label:run", "a local page on which people rank responses"),
-    "collect": (config.CollectRun, "rlhf_jax.commands.collect:run_collect", "several responses to a prompt, labelled"),
+    "rejection": (config.RejectionArgs, "rlhf_jax.commands.rejection:run", "SFT on the best of n, in rounds"),
+    "sample": (config.SampleArgs, "rlhf_jax.commands.sample:run_sample", "responses of a model to prompts"),
+    "score": (config.ScoreArgs, "rlhf_jax.commands.sample:run_score", "a reward model's scores of responses"),
+    "label": (config.LabelArgs, "rlhf_jax.commands.label:run", "a local page on which people rank responses"),
+    "collect": (
+        config.CollectArgs,
+        "rlhf_jax.commands.collect:run_collect",
+        "several responses to a prompt, labelled",
+    ),
     "judge": (
-        config.JudgeRun,
+        config.JudgeArgs,
         "rlhf_jax.commands.collect:run_judge",
         "a judge's verdicts on responses, and its biases",
     ),
-    "rate": (config.RateRun, "rlhf_jax.commands.rate:run", "verdicts of simulated raters, whose taste is a function"),
+    "rate": (config.RateArgs, "rlhf_jax.commands.rate:run", "verdicts of simulated raters, whose taste is a function"),
     "recipe": (
-        config.RecipeRun,
+        config.RecipeArgs,
         "rlhf_jax.commands.recipe:run",
         "stages chained with their artefacts, any number of rounds",
     ),
     "evaluate": (
-        config.EvaluateRun,
+        config.EvaluateArgs,
         "rlhf_jax.commands.evaluate:run_evaluate",
         "reward, wins, KL, perplexity over models",
     ),
-    "inspect": (config.InspectRun, "rlhf_jax.commands.inspection:run_inspect", "what a model is, and what it costs"),
+    "inspect": (config.InspectArgs, "rlhf_jax.commands.inspection:run_inspect", "what a model is, and what it costs"),
     "convert": (
-        config.ConvertRun,
+        config.ConvertArgs,
         "rlhf_jax.commands.inspection:run_convert",
         "a model in another dtype or file size",
     ),
-    "plan": (config.PlanRun, "rlhf_jax.commands.plan:run", "what a stage needs on a TPU slice, compiled without one"),
+    "plan": (config.PlanArgs, "rlhf_jax.commands.plan:run", "what a stage needs on a TPU slice, compiled without one"),
     "data inspect": (
-        config.DataInspectRun,
+        config.DataInspectArgs,
         "rlhf_jax.commands.datasets:run_inspect",
         "what rows hold and what is wrong",
     ),
-    "data prepare": (config.DataPrepareRun, "rlhf_jax.commands.datasets:run_prepare", "rows as a TFDS dataset"),
+    "data prepare": (config.DataPrepareArgs, "rlhf_jax.commands.datasets:run_prepare", "rows as a TFDS dataset"),
     "data aggregate": (
-        config.DataAggregateRun,
+        config.DataAggregateArgs,
         "rlhf_jax.commands.datasets:run_aggregate",
         "many raters, one ranking",
     ),
-    "data make": (config.DataMakeRun, "rlhf_jax.commands.datasets:run_make", "files that a Python function writes"),
+    "data make": (config.DataMakeArgs, "rlhf_jax.commands.datasets:run_make", "files that a Python function writes"),
 }
 ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp"}
 ON_THE_MESH |= {"sample", "score", "recipe"}
@@ -313,7 +317,7 @@ def plan_command(rest: list[str]) -> None:
     others: list[str] = []
     groups: set[str] = set()
     for name, text in pairs(rest):
-        (own if name in fields(config.PlanRun) else others).append(f"--{name}={text}")
+        (own if name in fields(config.PlanArgs) else others).append(f"--{name}={text}")
         groups |= set(read(text)[1]) if name == "config" else {name.split(".")[0]}
     plan = parse("plan", own)
     stage = plan.stage
@@ -322,7 +326,7 @@ def plan_command(rest: list[str]) -> None:
         known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")
         stage = next((name for name in known if name in groups), "auto")
     if stage == "auto":
-        stages = ", ".join(typing.get_args(fields(config.PlanRun)["stage"])[1:])
+        stages = ", ".join(typing.get_args(fields(config.PlanArgs)["stage"])[1:])
         raise UserError(f"the options do not say which stage this is; write --stage and one of {stages}")
     execute("plan", plan, parse(stage, others))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from rlhf_jax.config import DPORun, KTORun, RRHFRun, bind
+from rlhf_jax.config import DPOArgs, KTOArgs, RRHFArgs, bind
 from rlhf_jax.data.collate import Collate, collate_preference, collate_ranking, collate_unpaired
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
@@ -40,7 +40,7 @@ def own_and_other(model: Model, params: Params, batch: Any) -> jax.Array:
 
 
 def run_kto(
-    config: KTORun,
+    config: KTOArgs,
     *,
     rows: Rows | None = None,
     eval_rows: Rows | None = None,
@@ -54,7 +54,7 @@ def run_kto(
 
 
 def run_dpo(
-    config: DPORun,
+    config: DPOArgs,
     *,
     rows: Rows | None = None,
     eval_rows: Rows | None = None,
@@ -170,7 +170,7 @@ def collate_for(examples: Sequence[Any]) -> Collate:
 
 
 def run_rrhf(
-    config: RRHFRun,
+    config: RRHFArgs,
     *,
     rows: Rows | None = None,
     eval_rows: Rows | None = None,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from rlhf_jax.config import RewardConfig, RewardRun, bind
+from rlhf_jax.config import RewardArgs, RewardConfig, bind
 from rlhf_jax.data.collate import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.layouts import layout_of
@@ -189,7 +189,7 @@ KINDS = {
 
 
 def load_sets(
-    config: RewardRun, tokenizer: Tokenizer, *, rows: Rows | None = None, eval_rows: Rows | None = None
+    config: RewardArgs, tokenizer: Tokenizer, *, rows: Rows | None = None, eval_rows: Rows | None = None
 ) -> tuple[list[Any], list[Any], Collate]:
     """Training and held-out examples, of `rows` and `eval_rows` or the config's files, and what batches them."""
     settings, split = config.reward, load_rows(config.data, rows, eval_rows, config.run.seed)
@@ -203,7 +203,7 @@ def load_sets(
 
 
 def as_saved(
-    config: RewardRun,
+    config: RewardArgs,
     model: Model,
     params: Params,
     whole: Params,
@@ -220,7 +220,7 @@ def as_saved(
 
 
 def run(
-    config: RewardRun,
+    config: RewardArgs,
     *,
     rows: Rows | None = None,
     eval_rows: Rows | None = None,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import PretrainRun, SFTRun, bind
+from rlhf_jax.config import PretrainArgs, SFTArgs, bind
 from rlhf_jax.data.collate import Collate, collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
@@ -49,7 +49,7 @@ def objective(model: Model, loss: TokenLoss) -> LossFn:
 
 
 def run(
-    config: SFTRun, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: TokenLoss | None = None
+    config: SFTArgs, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: TokenLoss | None = None
 ) -> Any:
     """Train as configured and write the run directory; returns its summary.
 
@@ -83,7 +83,7 @@ def run(
         return params, {"parameters": count(stage.loaded.whole(params)), **results, "eval/perplexity": perplexity}
 
     return run_stage(
-        "pretrain" if isinstance(config, PretrainRun) else "sft",
+        "pretrain" if isinstance(config, PretrainArgs) else "sft",
         config,
         config.sft,
         group="sft",
@@ -110,7 +110,7 @@ def prompts_of(rows: list[Row], tokenizer: Tokenizer, num: int) -> list[Row]:
 
 
 def load_examples(
-    config: SFTRun, tokenizer: Tokenizer, train_rows: list[Any], held_out_rows: list[Any]
+    config: SFTArgs, tokenizer: Tokenizer, train_rows: list[Any], held_out_rows: list[Any]
 ) -> tuple[list[Any], list[Any], Collate]:
     """Training and held-out examples, packed if asked, and what makes batches of them."""
     data = config.data

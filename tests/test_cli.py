@@ -408,7 +408,7 @@ def test_notebooks_get_the_same_errors_from_the_classes():
     with pytest.raises(UserError, match=r"^sampling.top_p is 0; make it above 0 and at most 1$"):
         config.SamplingConfig(top_p=0)
     with pytest.raises(UserError, match=r"^value_optim.b1 is 2; make it at least 0 and below 1$"):
-        config.PPORun(value_optim=config.OptimConfig(b1=2))
+        config.PPOArgs(value_optim=config.OptimConfig(b1=2))
 
 
 # --- data, models, meshes -------------------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call
 
     # The config names every setting, and gives the same run again.
     saved = yaml.safe_load((made / "config.yaml").read_text())
-    flat = {option for option, _, _ in options(config.PPORun) if not option.startswith("model.arch.")}
+    flat = {option for option, _, _ in options(config.PPOArgs) if not option.startswith("model.arch.")}
     assert {name for name in flat if not known(saved, name)} == set()
     code, _, err = call("ppo", "--config", "out/config.yaml", "--run.output_dir", "again")
     assert code == 0, err

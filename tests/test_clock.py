@@ -11,7 +11,7 @@ from datetime import datetime
 import pytest
 from tiny import byte_tokenizer
 
-from rlhf_jax.config import RunConfig, SFTRun
+from rlhf_jax.config import RunConfig, SFTArgs
 from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -54,8 +54,8 @@ def test_the_clock_stands():
         assert clock.begin(broken) not in (THEN, "") and clock.time()[:4] > "2024"
 
 
-def settings(where, **options) -> SFTRun:
-    return SFTRun(run=RunConfig(output_dir=str(where / "run"), progress=False, **options))
+def settings(where, **options) -> SFTArgs:
+    return SFTArgs(run=RunConfig(output_dir=str(where / "run"), progress=False, **options))
 
 
 def test_a_run_that_goes_on_renders_at_the_time_when_it_began(tmp_path):

@@ -21,9 +21,9 @@ from rlhf_jax.commands import collect
 from rlhf_jax.commands.collect import run_collect, run_judge
 from rlhf_jax.commands.sample import print_rows, run_score
 from rlhf_jax.config import (
-    CollectRun,
+    CollectArgs,
+    JudgeArgs,
     JudgeConfig,
-    JudgeRun,
     MeshConfig,
     ModelConfig,
     RewardSourceConfig,
@@ -53,8 +53,8 @@ def one_device(monkeypatch):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
-def settings(output: Path, **changes) -> CollectRun:
-    config = CollectRun(
+def settings(output: Path, **changes) -> CollectArgs:
+    config = CollectArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
         sampling=SamplingConfig(max_new_tokens=5, chunk=5),
         sources=[HOT, COLD],
@@ -206,7 +206,7 @@ def test_rows_hold_every_source_and_are_read_by_the_reward_stage(tmp_path):
 def test_a_reward_model_labels_as_score_does(tmp_path):
     reward = RewardSourceConfig(model=str(toy_directory() / "reward"), model_weight=2.0)
     rows = run_collect(settings(tmp_path / "a.jsonl", label="reward", reward=reward), rows=PROMPTS[:3])
-    from rlhf_jax.config import ScoreRun
+    from rlhf_jax.config import ScoreArgs
 
     flat = [
         {"prompt": row["prompt"], "response": r["text"], "response_ids": r["ids"], "finished": r["finished"]}
@@ -217,7 +217,7 @@ def test_a_reward_model_labels_as_score_does(tmp_path):
     limits = {"max_prompt_length": 2, "max_length": 7, "mesh": MeshConfig()}
     config = ModelConfig(path=str(toy_directory() / "reward"))
     scored = run_score(
-        ScoreRun(model=config, data_path=str(tmp_path / "flat.jsonl"), output=str(tmp_path / "s"), **limits)
+        ScoreArgs(model=config, data_path=str(tmp_path / "flat.jsonl"), output=str(tmp_path / "s"), **limits)
     )
     mine = [r["score"] for row in rows for r in row["responses"]]
     np.testing.assert_allclose(mine, [2 * row["score"] for row in scored], rtol=1e-5, atol=1e-5)
@@ -226,7 +226,7 @@ def test_a_reward_model_labels_as_score_does(tmp_path):
 def test_unlabelled_rows_wait_for_people_and_a_judge_labels_them_later(tmp_path):
     rows = run_collect(settings(tmp_path / "a.jsonl"), rows=PROMPTS)
     assert all(set(r) == {"text", "ids", "finished", "source"} for row in rows for r in row["responses"])
-    judged = run_judge(JudgeRun(path=str(tmp_path / "a.jsonl"), output=str(tmp_path / "b.jsonl"), progress=False,
+    judged = run_judge(JudgeArgs(path=str(tmp_path / "a.jsonl"), output=str(tmp_path / "b.jsonl"), progress=False,
                                 judge=JudgeConfig(function="test_collecting:more_vowels")))  # fmt: skip
     at_once = settings(tmp_path / "c.jsonl", label="judge", judge=JudgeConfig(function="test_collecting:more_vowels"))
     texts = lambda rows: [[(r["text"], r["rank"]) for r in row["responses"] if r["text"]] for row in rows]  # noqa: E731
@@ -242,7 +242,7 @@ def test_unlabelled_rows_wait_for_people_and_a_judge_labels_them_later(tmp_path)
 def test_a_judge_is_compared_with_the_labels_of_people(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "a" * (i % 3 + 1), "rejected": "b" * 5} for i in range(12)]
     rows += [{"prompt": "q", "chosen": "bb", "rejected": "aa"}, {"prompt": "r", "chosen": "x", "rejected": None}]
-    config = JudgeRun(
+    config = JudgeArgs(
         output=str(tmp_path / "a.jsonl"), progress=False, judge=JudgeConfig(function="test_collecting:more_vowels")
     )
     run_judge(config, rows=rows)
@@ -254,7 +254,7 @@ def test_a_judge_is_compared_with_the_labels_of_people(tmp_path):
 def test_a_judge_says_nothing_of_what_its_verdicts_do_not_link(tmp_path):
     """It has no opinion of a pair with one response of each side; a row of one answer has no pair."""
     sides = {"aa": 0, "a": 0, "bb": 1, "b": 1}
-    config = JudgeRun(output=str(tmp_path / "a.jsonl"), progress=False)
+    config = JudgeArgs(output=str(tmp_path / "a.jsonl"), progress=False)
     ask = lambda questions, key: [  # noqa: E731
         float(len(a) > len(b)) if sides[a] == sides[b] else "nonsense" for _, a, b in questions
     ]

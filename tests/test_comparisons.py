@@ -346,7 +346,7 @@ def test_a_reward_model_learns_from_rankings(tmp_path, loss):
     """Three raters rank four walks by how many steps they have; one of them says the opposite."""
     from tiny import toy_directory
 
-    from rlhf_jax.config import DataConfig, ModelConfig, OptimConfig, RewardRun, RunConfig
+    from rlhf_jax.config import DataConfig, ModelConfig, OptimConfig, RewardArgs, RunConfig
 
     rows = []
     for first in "abcdefgh":
@@ -357,7 +357,7 @@ def test_a_reward_model_learns_from_rankings(tmp_path, loss):
             rows.append({"prompt": f"{first} {second}", "responses": texts[: 3 + len(rows) % 2], "raters": raters})
             for rater in raters:
                 rater["ranks"] = rater["ranks"][: 3 + (len(rows) - 1) % 2]
-    config = RewardRun(
+    config = RewardArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=8, max_prompt_length=4, max_length=12, length_buckets=[8]),
         reward=RewardConfig(steps=30, aggregate="crowd_bt", kwise_loss=f"rlhf_jax.losses:{loss}"),

@@ -13,7 +13,7 @@ import pytest
 from test_data import CHATML, USER, tiny, turn
 
 from rlhf_jax.commands import datasets
-from rlhf_jax.config import DataAggregateRun, DataConfig, DataInspectRun, DataPrepareRun
+from rlhf_jax.config import DataAggregateArgs, DataConfig, DataInspectArgs, DataPrepareArgs
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples
@@ -65,7 +65,7 @@ def plain(row):
 @pytest.mark.parametrize("schema", ROWS)
 def test_a_prepared_dataset_gives_its_rows_back_in_order(tmp_path, schema, capsys):
     path = write(tmp_path / "rows.jsonl", ROWS[schema] * 3)
-    out = datasets.run_prepare(DataPrepareRun(path=path, schema=schema, out=str(tmp_path / "out"), eval_path=path))
+    out = datasets.run_prepare(DataPrepareArgs(path=path, schema=schema, out=str(tmp_path / "out"), eval_path=path))
     assert "train: kept 6 of 6 rows" in capsys.readouterr().out
     back = sources.read_rows(str(out))
     wanted = [plain(NORMAL[schema](row)) for row in sources.read_rows(path)]
@@ -74,7 +74,7 @@ def test_a_prepared_dataset_gives_its_rows_back_in_order(tmp_path, schema, capsy
     assert [plain(NORMAL[schema](row)) for row in half] == wanted[:3]
     assert half[0]["_where"] == f"{out}@test[:50%]:0"
     with pytest.raises(UserError, match="exists; choose another --out or pass"):
-        datasets.run_prepare(DataPrepareRun(path=path, schema=schema, out=str(tmp_path / "out")))
+        datasets.run_prepare(DataPrepareArgs(path=path, schema=schema, out=str(tmp_path / "out")))
 
 
 def test_elo_intervals_take_the_votes_on_a_prompt_as_one(tmp_path):
@@ -93,7 +93,7 @@ def test_elo_intervals_take_the_votes_on_a_prompt_as_one(tmp_path):
             for n, first in enumerate(won.tolist())
         ]
         path = write(tmp_path / "rows.jsonl", rows)
-        config = DataAggregateRun(path=path, by="model", intervals=200, prior=1e-6)
+        config = DataAggregateArgs(path=path, by="model", intervals=200, prior=1e-6)
         return [item["interval"] for item in datasets.run_aggregate(config)[0]["responses"]]
 
     np.testing.assert_allclose(width(range(10)), width([0]), atol=2e-3)
@@ -103,7 +103,7 @@ def test_elo_intervals_take_the_votes_on_a_prompt_as_one(tmp_path):
 
 def test_tfds_opens_what_we_prepare_without_us_and_without_tensorflow(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS["preference"])
-    out = datasets.run_prepare(DataPrepareRun(path=path, schema="preference", out=str(tmp_path)))
+    out = datasets.run_prepare(DataPrepareArgs(path=path, schema="preference", out=str(tmp_path)))
     code = (
         "import sys, tensorflow_datasets as tfds\n"
         f"b = tfds.builder_from_directory({str(out)!r})\n"
@@ -116,7 +116,7 @@ def test_tfds_opens_what_we_prepare_without_us_and_without_tensorflow(tmp_path):
 
 def test_rows_that_are_dropped_are_not_prepared(tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}])
-    config = DataPrepareRun(path=path, schema="sft", out=str(tmp_path / "out"))
+    config = DataPrepareArgs(path=path, schema="sft", out=str(tmp_path / "out"))
     with pytest.raises(UserError, match=r'r.jsonl:2: "response" is empty'):
         datasets.run_prepare(dataclasses.replace(config, strict=True))
     out = datasets.run_prepare(config)
@@ -135,7 +135,7 @@ def test_builders_that_are_not_prepared_fail_at_once_with_the_cure(tmp_path):
 
 def test_split_errors_name_the_splits_there_are(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS["sft"])
-    out = datasets.run_prepare(DataPrepareRun(path=path, schema="sft", out=str(tmp_path)))
+    out = datasets.run_prepare(DataPrepareArgs(path=path, schema="sft", out=str(tmp_path)))
     with pytest.raises(UserError, match=r"@dev: no such split, or an empty one; there are train, and slices"):
         sources.read_rows(f"{out}@dev")
     with pytest.raises(UserError, match="or an empty one"):
@@ -288,7 +288,7 @@ def test_inspect_prints_and_returns_its_findings(tmp_path, capsys):
     tiny(CHATML).save_pretrained(tmp_path / "tok")
     path = write(tmp_path / "r.jsonl", [{"prompt": f"a {w}", "response": w} for w in "abcdefgh"])
     found = datasets.run_inspect(
-        DataInspectRun(path=path, tokenizer=str(tmp_path / "tok"), eval_fraction=0.4, examples=2)
+        DataInspectArgs(path=path, tokenizer=str(tmp_path / "tok"), eval_fraction=0.4, examples=2)
     )
     out = capsys.readouterr().out
     assert found["rows"] + found["held_out"] == 8
@@ -316,18 +316,18 @@ def test_aggregate_ranks_models_and_names_the_liar(tmp_path, capsys):
             models = [{"text": f"{m} {i}", "model": m, "rank": r} for m, r in zip("xyz", ranks, strict=True)]
             rows.append({"prompt": f"p{i}", "responses": models, "rater": rater})
     path, output = write(tmp_path / "r.jsonl", rows), str(tmp_path / "out.jsonl")
-    datasets.run_aggregate(DataAggregateRun(path=path, output=output, intervals=20))
+    datasets.run_aggregate(DataAggregateArgs(path=path, output=output, intervals=20))
     merged = sources.read_rows(output)
     assert len(merged) == 30
     assert np.mean([[item["rank"] for item in row["responses"]] == [0, 1, 2] for row in merged]) > 0.8
     assert all(item["interval"][0] <= item["interval"][1] for item in merged[0]["responses"])
     assert "least reliable: eve 0.1" in capsys.readouterr().out
-    [row] = datasets.run_aggregate(DataAggregateRun(path=path, by="model", intervals=50))
+    [row] = datasets.run_aggregate(DataAggregateArgs(path=path, by="model", intervals=50))
     assert [(item["text"], item["rank"]) for item in row["responses"]] == [("x", 0), ("y", 1), ("z", 2)]
     table = capsys.readouterr().out.split("Elo ")[1].splitlines()
     assert [line.split()[-1] for line in table[1:4]] == ["x", "y", "z"]
     with pytest.raises(UserError, match=r'r.jsonl:1: a response has no field "size"; correct --by'):
-        datasets.run_aggregate(DataAggregateRun(path=path, by="size"))
+        datasets.run_aggregate(DataAggregateArgs(path=path, by="size"))
 
 
 def item(text, model, rank):
@@ -378,7 +378,8 @@ def test_every_response_counts_for_its_own_model(case, method, tmp_path):
         single.append({"prompt": "tie", "responses": [item("x", "m", 0), item("y", "n", 0)]})
     other = write(tmp_path / "s.jsonl", single)
     [found], [wanted] = (
-        datasets.run_aggregate(DataAggregateRun(path=p, by="model", method=method, intervals=0)) for p in (path, other)
+        datasets.run_aggregate(DataAggregateArgs(path=p, by="model", method=method, intervals=0))
+        for p in (path, other)
     )
     if method != "bradley_terry":  # a ranking of three is more than its pairs, three ballots more reliable than one
         found, wanted = ({i["text"]: i["rank"] for i in row["responses"]} for row in (found, wanted))
@@ -398,10 +399,10 @@ def test_prompts_on_which_nobody_says_anything_stand_anywhere(silent, method, tm
     """First, between others, last and alone: they change nothing of the others, in aggregation and in training."""
     told = [{"prompt": p, "responses": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]} for p in "pq"]
     limits = {"max_prompt_length": 98, "max_length": 99, "too_long": "error", "aggregate": method}
-    [wanted, _] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", told), method=method))
+    [wanted, _] = datasets.run_aggregate(DataAggregateArgs(path=write(tmp_path / "r.jsonl", told), method=method))
     for place in (0, 1, 2):
         rows = [*told[:place], {"prompt": "silent", **silent}, *told[place:]]
-        run = DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), method=method)
+        run = DataAggregateArgs(path=write(tmp_path / "r.jsonl", rows), method=method)
         found = {row["prompt"]: row["responses"] for row in datasets.run_aggregate(run)}
         assert [found[p] for p in "pq"] == [wanted["responses"]] * 2
         assert all(one["rank"] is None for one in found["silent"])
@@ -413,23 +414,23 @@ def test_values_that_are_equal_are_one(tmp_path):
     """However their fields are ordered."""
     made = [item("x", {"name": "a", "t": 1}, 0), item("y", "b", 1), item("z", {"t": 1, "name": "a"}, 2)]
     rows = [{"prompt": "p", "responses": made}]
-    [row] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), by="model", intervals=0))
+    [row] = datasets.run_aggregate(DataAggregateArgs(path=write(tmp_path / "r.jsonl", rows), by="model", intervals=0))
     assert [one["strength"] for one in row["responses"]] == [0, 0]
 
 
 def test_one_value_compares_nothing(tmp_path):
     rows = [{"prompt": p, "responses": [item("x", "a", 0), item("y", "a", 1)]} for p in "pq"]
     with pytest.raises(UserError, match='all responses have one "model"'):
-        datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), by="model"))
+        datasets.run_aggregate(DataAggregateArgs(path=write(tmp_path / "r.jsonl", rows), by="model"))
 
 
 def test_the_verdicts_on_one_text_that_stands_twice_all_count(tmp_path):
     rows = [{"prompt": "a", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]}]
-    [row] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), intervals=20))
+    [row] = datasets.run_aggregate(DataAggregateArgs(path=write(tmp_path / "r.jsonl", rows), intervals=20))
     assert [(i["text"], i["rank"]) for i in row["responses"]] == [("x", 0), ("y", 0)]
     labels = [("x", True), ("x", False), ("y", False)]
     rows = [{"prompt": "a", "completion": text, "label": good} for text, good in labels]
-    [row] = datasets.run_aggregate(DataAggregateRun(path=write(tmp_path / "s.jsonl", rows), intervals=0))
+    [row] = datasets.run_aggregate(DataAggregateArgs(path=write(tmp_path / "s.jsonl", rows), intervals=0))
     assert [(i["text"], i["rank"]) for i in row["responses"]] == [("x", 0), ("y", 1)]
 
 
@@ -438,7 +439,7 @@ def test_votes_count_as_ballots_and_fractions_as_parts_of_one(tmp_path):
     votes = [[30_000, 10_000, 0], [3, 1, 0], [0.75, 0.25, 0]]
     rows = [{"prompt": f"p{i}", "chosen": "x", "rejected": "y", "votes": v} for i, v in enumerate(votes)]
     out = datasets.run_aggregate(
-        DataAggregateRun(path=write(tmp_path / "r.jsonl", rows), prior=1e-6, method="bradley_terry", intervals=50)
+        DataAggregateArgs(path=write(tmp_path / "r.jsonl", rows), prior=1e-6, method="bradley_terry", intervals=50)
     )
     for row in out:
         assert row["responses"][0]["strength"] == pytest.approx(np.log(3) / 2, abs=1e-3)

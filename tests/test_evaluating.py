@@ -19,13 +19,13 @@ from rlhf_jax.commands import sample
 from rlhf_jax.commands.evaluate import run_evaluate
 from rlhf_jax.commands.sample import print_rows, run_score
 from rlhf_jax.config import (
-    EvaluateRun,
+    EvaluateArgs,
     JudgeConfig,
     MeshConfig,
     ModelConfig,
     RewardSourceConfig,
     SamplingConfig,
-    ScoreRun,
+    ScoreArgs,
     SourceConfig,
 )
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -63,8 +63,8 @@ def terse(tmp_path_factory) -> str:
     return str(path)
 
 
-def settings(output_dir: Path, **changes) -> EvaluateRun:
-    config = EvaluateRun(
+def settings(output_dir: Path, **changes) -> EvaluateArgs:
+    config = EvaluateArgs(
         model=ModelConfig(path=TOY),
         sampling=SamplingConfig(max_new_tokens=6, chunk=6),
         num_samples=2,
@@ -141,7 +141,7 @@ def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse)
     names = {"prompt": "prompt", "response": "text", "response_ids": "ids", "finished": "finished"}
     print_rows([{name: item[of] for name, of in names.items()} for item in items], flat)
     scored = run_score(
-        ScoreRun(ModelConfig(path=model), flat, max_prompt_length=2, max_length=8, output=str(tmp_path / "s.jsonl"))
+        ScoreArgs(ModelConfig(path=model), flat, max_prompt_length=2, max_length=8, output=str(tmp_path / "s.jsonl"))
     )
     scores = np.array([row["score"] for row in scored]).reshape(8, 4)
     assert {item["finished"] for item in items} == {True, False} and scores.std() > 0.1

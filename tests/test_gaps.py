@@ -13,7 +13,15 @@ from tiny import toy_directory
 
 from rlhf_jax import losses, reward
 from rlhf_jax.commands import datasets
-from rlhf_jax.config import DataAggregateRun, DataConfig, ModelConfig, OptimConfig, RewardConfig, RewardRun, RunConfig
+from rlhf_jax.config import (
+    DataAggregateArgs,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardArgs,
+    RewardConfig,
+    RunConfig,
+)
 from rlhf_jax.data import sources
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -132,7 +140,7 @@ def count_pairs(scores, ranks, mask, weights, *, center_coef):
 def test_a_reward_model_is_trained_on_what_was_compared(tmp_path):
     """8 prompts, each with two pairs that nobody compared with one another: a step of 8 rankings has 8 pairs."""
     rows = [row for p in "abcdefgh" for row in in_rows({"m": 0, "n": 1}, {"o": 0, "p": 1}, prompt=p)]
-    config = RewardRun(
+    config = RewardArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=8, max_prompt_length=4, max_length=8),
         reward=RewardConfig(steps=2, aggregate="bradley_terry"),
@@ -152,7 +160,7 @@ def test_aggregated_rows_say_nothing_across_a_gap_when_they_are_read_again(metho
     for name, ballots in APART.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in in_rows(*ballots)))
-        out = datasets.run_aggregate(DataAggregateRun(path=str(path), method=method, intervals=0))
+        out = datasets.run_aggregate(DataAggregateArgs(path=str(path), method=method, intervals=0))
         compared, parts = links(ballots)
         assert f"1 fall apart into {len(parts)} parts" in capsys.readouterr().out
         assert {frozenset(item["text"] for item in row["responses"]) for row in out} == set(parts)

@@ -19,14 +19,14 @@ from rlhf_jax.config import (
     RLOO,
     DataConfig,
     GroupConfig,
-    GRPORun,
+    GRPOArgs,
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    QuickstartConfig,
-    ReinforcePPRun,
+    QuickstartArgs,
+    ReinforcePPArgs,
     RewardSourceConfig,
-    RLOORun,
+    RLOOArgs,
     RunConfig,
     SamplingConfig,
 )
@@ -41,7 +41,7 @@ from rlhf_jax.types import Rollout
 KEY = jax.random.key(0)
 PARAMS, REF, REWARD = {"policy": bigram_params(0)["policy"]}, bigram_params(1)["policy"], bigram_params(2)["value"]
 MODELS = group.Models(BIGRAMS.policy, BIGRAMS.reward)
-RUNS = {"grpo": GRPORun, "rloo": RLOORun, "reinforce_pp": ReinforcePPRun}
+RUNS = {"grpo": GRPOArgs, "rloo": RLOOArgs, "reinforce_pp": ReinforcePPArgs}
 PLAIN = GroupConfig(group_size=4, scale_rewards="none", kl_coef=0.0)
 OPTIM = OptimConfig(learning_rate=0.05, schedule="linear", eps=1e-5)
 
@@ -438,7 +438,7 @@ def test_a_method_walks_better_than_sft(tmp_path, method):
     graph, path = walks.make_graph(0), tmp_path / "chain"
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
     demos = walks.demonstrations(graph, 1100, 0)
-    config = QuickstartConfig(output_dir=str(path), progress=False)
+    config = QuickstartArgs(output_dir=str(path), progress=False)
     sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
     base = str(path / "sft" / "model")
 

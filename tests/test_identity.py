@@ -15,20 +15,20 @@ from tiny import ONE, TOY_ROWS, toy_directory
 from rlhf_jax import preference, sft
 from rlhf_jax.commands import bestofn, recipe, rejection
 from rlhf_jax.config import (
-    BestOfNRun,
+    BestOfNArgs,
     DataConfig,
+    DPOArgs,
     DPOConfig,
-    DPORun,
+    KTOArgs,
     KTOConfig,
-    KTORun,
     ModelConfig,
-    RecipeRun,
+    RecipeArgs,
+    RejectionArgs,
     RejectionConfig,
-    RejectionRun,
     RunConfig,
     SamplingConfig,
+    SFTArgs,
     SFTConfig,
-    SFTRun,
 )
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
@@ -89,7 +89,7 @@ def stop_at(patch, step: int) -> None:
 
 def test_contents_change_with_any_byte_of_what_is_read_and_not_with_where_it_lies(model, tmp_path):
     rows = write(tmp_path / "rows.jsonl", DEMOS)
-    config = SFTRun(model=ModelConfig(path=str(model)), data=DataConfig(path=rows, mixture=[rows]))
+    config = SFTArgs(model=ModelConfig(path=str(model)), data=DataConfig(path=rows, mixture=[rows]))
     found = contents.contents(config)
     assert set(found) == {"model.path", "data.path", "data.mixture"} and found["data.path"] == found["data.mixture"]
     moved = Path(shutil.copytree(model, tmp_path / "moved"))
@@ -126,9 +126,9 @@ def test_of_a_large_file_a_change_in_any_tensor_is_seen(tmp_path, monkeypatch):
 def stages(model: Path, out: Path):
     shared = {"model": ModelConfig(path=str(model)), "data": DATA, "run": RunConfig(str(out), progress=False)}
     return {
-        "sft": (sft, SFTRun(**shared, sft=SFTConfig(steps=4, num_samples=0)), DEMOS),
-        "dpo": (preference, DPORun(**shared, dpo=DPOConfig(steps=4)), PAIRS),
-        "kto": (preference, KTORun(**shared, kto=KTOConfig(steps=4)), PAIRS),
+        "sft": (sft, SFTArgs(**shared, sft=SFTConfig(steps=4, num_samples=0)), DEMOS),
+        "dpo": (preference, DPOArgs(**shared, dpo=DPOConfig(steps=4)), PAIRS),
+        "kto": (preference, KTOArgs(**shared, kto=KTOConfig(steps=4)), PAIRS),
     }
 
 
@@ -204,7 +204,7 @@ def test_a_directory_below_which_nothing_can_be_saved_is_refused_at_the_start(tm
 
 
 def test_a_part_is_of_the_models_contents(model, tmp_path, monkeypatch):
-    config = BestOfNRun(
+    config = BestOfNArgs(
         model=ModelConfig(path=str(model)), num_samples=2, sampling=SAMPLING, max_prompt_length=2, batch_size=4,
         output=str(tmp_path / "best.jsonl"), progress=False,
     )  # fmt: skip
@@ -236,8 +236,8 @@ def short(prompts, responses, **columns):
     return [-float(len(text.split())) for text in responses]
 
 
-def rejecting(out: str, model: Path, **changes) -> RejectionRun:
-    config = RejectionRun(
+def rejecting(out: str, model: Path, **changes) -> RejectionArgs:
+    config = RejectionArgs(
         model=ModelConfig(path=str(model)),
         data=replace(DATA, max_length=8),
         sampling=SAMPLING,
@@ -314,10 +314,10 @@ def test_a_finished_stage_whose_output_or_input_has_changed_is_not_skipped(tmp_p
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": p, "responses": [{"text": "a b"}, {"text": "c"}]} for p in "xyz"]
     write(tmp_path / "rows.jsonl", rows)
-    run = lambda **options: recipe.run(RecipeRun(**options), recipe=RECIPE)  # noqa: E731
+    run = lambda **options: recipe.run(RecipeArgs(**options), recipe=RECIPE)  # noqa: E731
     whole = run()
     assert [stage["finished_before"] for stage in run()["stages"]] == [True, True]
-    absolute = recipe.run(RecipeRun(output_dir=str(tmp_path / "out")), recipe=RECIPE)
+    absolute = recipe.run(RecipeArgs(output_dir=str(tmp_path / "out")), recipe=RECIPE)
     assert [stage["finished_before"] for stage in absolute["stages"]] == [True, True]
     for harm in (b"", (tmp_path / "out" / "made.jsonl").read_bytes()[:-5]):
         (tmp_path / "out" / "made.jsonl").write_bytes(harm)

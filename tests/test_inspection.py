@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from rlhf_jax.cli import main
 from rlhf_jax.commands import inspection
-from rlhf_jax.config import ConvertRun, InspectRun, MeshConfig, ModelConfig
+from rlhf_jax.config import ConvertArgs, InspectArgs, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import hub
@@ -88,7 +88,7 @@ def test_inspect_counts_what_the_files_hold(tmp_path, capsys):
     assert lines["chat template"] == "yes"
     assert lines["begin"] == "none"
     assert "<|im_end|>" in lines["stop"]  # the template's closing token is one, too
-    found = inspection.run_inspect(InspectRun(str(path), batch=5, length=7))
+    found = inspection.run_inspect(InspectArgs(str(path), batch=5, length=7))
     cache = 2 * 2 * 3 * 5 * 7 * 1 * 8  # keys and values, bfloat16, 3 layers, 5 rows of 7 tokens, 1 head of 8
     sft, separate, group, shared, plain, int8, nf4, rollout = found["memory"].values()
     ends = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 32), (16, 32), (32, 16)]  # q, k, v, out, gate, up, down
@@ -265,7 +265,7 @@ def test_convert_in_place(tmp_path):
     """The source may be the target: it is read before it is replaced."""
     path = write(tmp_path / "m", tokenizer=byte_tokenizer())
     params = tree_of(UNTIED, False)
-    inspection.run_convert(ConvertRun(str(path), str(path), overwrite=True))
+    inspection.run_convert(ConvertArgs(str(path), str(path), overwrite=True))
     found = hf.load_params(path, UNTIED, score_head=False)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16)), found, params)
     assert Tokenizer.load(str(path)).eos_ids == (2,)
@@ -274,7 +274,7 @@ def test_convert_in_place(tmp_path):
 def test_what_a_run_wrote_converts_and_samples(tmp_path):
     """The model directory of a run: `toy_directory` is written by the same function as every stage's."""
     for name, head in (("policy", "vocabulary"), ("reward", "trained")):
-        path = inspection.run_convert(ConvertRun(str(toy_directory() / name), str(tmp_path / name)))
+        path = inspection.run_convert(ConvertArgs(str(toy_directory() / name), str(tmp_path / name)))
         mesh = make_mesh(MeshConfig())
         loaded = load_model(ModelConfig(path=str(path)), mesh, jax.random.key(0), head=head)
         before = load_model(ModelConfig(path=str(toy_directory() / name)), mesh, jax.random.key(0), head=head)

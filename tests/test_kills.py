@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from disk import Kill, Killed
 
-from rlhf_jax.config import SFTRun
+from rlhf_jax.config import SFTArgs
 from rlhf_jax.config.functions import replace as changed
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import replace, replacing
@@ -26,12 +26,12 @@ from rlhf_jax.runs.run import Run
 STEPS = 4
 
 
-def config(path: Path, **changes) -> SFTRun:
+def config(path: Path, **changes) -> SFTArgs:
     settings = {"run__progress": False, "checkpoint__every": 1, "checkpoint__keep_last": 1, **changes}
-    return changed(SFTRun(), run__output_dir=str(path), **settings)
+    return changed(SFTArgs(), run__output_dir=str(path), **settings)
 
 
-def stage(settings: SFTRun) -> None:
+def stage(settings: SFTArgs) -> None:
     """A run that adds up numbers."""
     if claim_directory("sft", settings) is not None:
         return

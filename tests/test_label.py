@@ -21,7 +21,7 @@ import pytest
 from rlhf_jax.commands.label.items import item_of, items_of, turns_of
 from rlhf_jax.commands.label.server import LOOPBACK, STATIC, Page, guard, make_app, make_server, run, summary
 from rlhf_jax.commands.label.votes import Votes
-from rlhf_jax.config import LabelRun
+from rlhf_jax.config import LabelArgs
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import rater_taus
 from rlhf_jax.data.ballots import ranking_row
@@ -48,7 +48,7 @@ def write_lines(path: Path, rows: list[dict]) -> str:
 def served(tmp_path: Path, rows=ROWS, **options):
     """(ask, page): a server of the rows in a thread; ask(method, path, body, **headers) -> (status, headers, text)."""
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    config = LabelRun(path=path, output=str(tmp_path / "votes.jsonl"), port=0, **options)
+    config = LabelArgs(path=path, output=str(tmp_path / "votes.jsonl"), port=0, **options)
     items, _ = items_of(rows_from(path))
     page = Page(items, Votes(config.output, items), config)
     server = make_server(config, guard(make_app(page), TOKEN, LOOPBACK))
@@ -257,7 +257,7 @@ def test_a_time_that_is_none_is_left_out(tmp_path, seconds):
 
 def test_forty_raters_may_come_before_the_first_is_served(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
-    config = LabelRun(path=path, output=str(tmp_path / "votes.jsonl"), port=0)
+    config = LabelArgs(path=path, output=str(tmp_path / "votes.jsonl"), port=0)
     with make_server(config, lambda *_: []) as server, contextlib.ExitStack() as stack:
         for _ in range(60):
             stack.enter_context(socket.create_connection(server.server_address, timeout=0.5))
@@ -481,7 +481,7 @@ def test_several_raters_may_answer_at_once(tmp_path):
 def test_bad_settings_are_one_line(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match="no such file"):
-        run(LabelRun(path=str(tmp_path / "row.jsonl"), output=str(tmp_path / "v.jsonl")))
+        run(LabelArgs(path=str(tmp_path / "row.jsonl"), output=str(tmp_path / "v.jsonl")))
     for bad, line in (
         ({"output": ""}, "output"),
         ({"output": "v.txt"}, "jsonl"),
@@ -494,14 +494,14 @@ def test_bad_settings_are_one_line(tmp_path):
         ({"port": 70000}, "port"),
     ):
         with pytest.raises(UserError, match=line):
-            LabelRun(**{"path": path, "output": "v.jsonl", **bad})
+            LabelArgs(**{"path": path, "output": "v.jsonl", **bad})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(
             UserError, match=r"cannot listen on 127\.0\.0\.1:\d+ \(address already in use\); give another --port"
         ):
-            run(LabelRun(path=path, output=str(tmp_path / "v.jsonl"), port=taken.getsockname()[1]))
+            run(LabelArgs(path=path, output=str(tmp_path / "v.jsonl"), port=taken.getsockname()[1]))
 
 
 @contextlib.contextmanager

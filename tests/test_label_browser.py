@@ -16,7 +16,7 @@ import pytest
 from tiny import toy_directory
 
 from rlhf_jax import reward
-from rlhf_jax.config import DataConfig, ModelConfig, OptimConfig, RewardConfig, RewardRun, RunConfig
+from rlhf_jax.config import DataConfig, ModelConfig, OptimConfig, RewardArgs, RewardConfig, RunConfig
 from rlhf_jax.data.sources import rows_from
 
 playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install "rlhf-jax[browser]"')
@@ -222,7 +222,7 @@ def train(tmp_path: Path) -> None:
     """A reward model on the file, which learns that short walks were preferred."""
     path = str(tmp_path / "votes.jsonl")
     summary = reward.run(
-        RewardRun(
+        RewardArgs(
             model=ModelConfig(path=str(toy_directory() / "policy")),
             data=DataConfig(path=path, eval_path=path, batch_size=8, max_prompt_length=4, max_length=12),
             reward=RewardConfig(steps=60, comparisons="pairs"),

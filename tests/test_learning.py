@@ -16,15 +16,15 @@ from rlhf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PPOArgs,
     PPOConfig,
-    PPORun,
-    PretrainRun,
+    PretrainArgs,
+    RewardArgs,
     RewardConfig,
-    RewardRun,
     RunConfig,
     SamplingConfig,
+    SFTArgs,
     SFTConfig,
-    SFTRun,
 )
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.collate import collate_sft
@@ -79,7 +79,7 @@ def run_in(path, **options):
 def pretrained(tmp_path_factory):
     """A language model of `documents`, and its summary."""
     path = tmp_path_factory.mktemp("pretrained")
-    config = PretrainRun(
+    config = PretrainArgs(
         model=ModelConfig(arch=ARCH, tokenizer=str(toy_directory() / "tokenizer")), data=DATA,
         optim=replace(RATE, schedule="cosine"), run=run_in(path / "run"),
     )  # fmt: skip
@@ -145,7 +145,7 @@ def test_sft_teaches_to_stop_where_a_response_is_finished(tmp_path, pretrained, 
     base, _ = pretrained
     rng = np.random.default_rng(0)
     rows = [{"prompt": LETTERS[i % 10], "response": f"{rng.choice(list('abcde'))} k"} for i in range(200)]
-    config = SFTRun(
+    config = SFTArgs(
         model=ModelConfig(path=base), data=DATA, sft=SFTConfig(steps=60, num_samples=0),
         optim=RATE, run=run_in(tmp_path / "run"),
     )  # fmt: skip
@@ -191,7 +191,7 @@ def preferences(num, seed):
 
 def test_a_reward_model_agrees_with_gold_and_is_normalised_on_fresh_samples_after_loading(tmp_path, pretrained):
     """And its scores depend neither on padding nor on what else is in the batch."""
-    config = RewardRun(
+    config = RewardArgs(
         model=ModelConfig(path=pretrained[0]), data=replace(DATA, batch_size=64), reward=RewardConfig(steps=80),
         optim=RATE, run=run_in(tmp_path / "run"),
     )  # fmt: skip
@@ -219,7 +219,7 @@ def test_a_reward_model_of_synthetic_feedback_knows_gold_pairs_better_than_its_l
     pairs = pairs_of(rows, [shares_of(row) for row in rows])
     synthetic = [preference_of(rows, pair) for pair in pairs]
     agreement = np.mean([gold(row["chosen"]) > gold(row["rejected"]) for row in synthetic])
-    config = RewardRun(
+    config = RewardArgs(
         model=ModelConfig(path=pretrained[0]), data=replace(DATA, batch_size=64), reward=RewardConfig(steps=80),
         optim=RATE, run=run_in(tmp_path / "run"),
     )  # fmt: skip
@@ -238,7 +238,7 @@ def many_as(prompts, responses, **columns):
 def ppo_from(base, path, iterations=40, rate=3e-3, **options):
     """A run on `many_as` of three to four letters, and the lines of its iterations."""
     optim = OptimConfig(learning_rate=rate, schedule="linear", eps=1e-5)
-    config = PPORun(
+    config = PPOArgs(
         model=ModelConfig(path=base),
         data=DataConfig(batch_size=64, max_prompt_length=2, max_length=12),
         sampling=SamplingConfig(max_new_tokens=4, chunk=4),

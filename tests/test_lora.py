@@ -22,22 +22,22 @@ from rlhf_jax import losses, preference, reward, sft
 from rlhf_jax.commands.inspection import run_convert
 from rlhf_jax.config import (
     ArchConfig,
-    ConvertRun,
+    ConvertArgs,
     DataConfig,
     DPOConfig,
     GroupConfig,
-    GRPORun,
+    GRPOArgs,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    RewardArgs,
     RewardConfig,
-    RewardRun,
     RewardSourceConfig,
     RunConfig,
     SamplingConfig,
+    SFTArgs,
     SFTConfig,
-    SFTRun,
     bind,
 )
 from rlhf_jax.config.functions import replace
@@ -297,8 +297,8 @@ def rows():
     return [{"prompt": row["prompt"], "response": "ABC"[: 1 + i % 3]} for i, row in enumerate(TOY_ROWS["rows"])]
 
 
-def sft_run(output_dir, *, steps=3, quantize="none", **lora) -> SFTRun:
-    return SFTRun(
+def sft_run(output_dir, *, steps=3, quantize="none", **lora) -> SFTArgs:
+    return SFTArgs(
         model=ModelConfig(path=str(toy_directory() / "policy"), quantize=quantize),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=8),
         sft=SFTConfig(steps=steps, num_samples=2),
@@ -311,9 +311,9 @@ def sft_run(output_dir, *, steps=3, quantize="none", **lora) -> SFTRun:
 
 def test_a_quantised_model_without_adapters_and_random_weights_with_them_are_refused():
     with pytest.raises(UserError, match=r"model.quantize nf4.*lora.rank"):
-        SFTRun(model=ModelConfig(path="x", quantize="nf4"))
+        SFTArgs(model=ModelConfig(path="x", quantize="nf4"))
     with pytest.raises(UserError, match=r"lora.rank 2.*random"):
-        SFTRun(model=ModelConfig(arch=GROUPED), lora=LoRAConfig(rank=2))
+        SFTArgs(model=ModelConfig(arch=GROUPED), lora=LoRAConfig(rank=2))
 
 
 def test_scale_is_alpha_over_the_rank_or_its_root():
@@ -345,7 +345,7 @@ def test_sft_with_adapters_learns_saves_them_merged_and_beside_and_continues_by_
         patch.setattr(loop, "put_batch", stopped)
         sft.run(sft_run(tmp_path / "stopped", quantize=quantize), rows=rows(), eval_rows=rows())
     with pytest.raises(UserError, match=r"trains adapters.*rlhf-jax resume"):
-        run_convert(ConvertRun(model=str(tmp_path / "stopped"), output=str(tmp_path / "half")))
+        run_convert(ConvertArgs(model=str(tmp_path / "stopped"), output=str(tmp_path / "half")))
     sft.run(sft_run(tmp_path / "stopped", quantize=quantize), rows=rows(), eval_rows=rows())
     for name in ("model/model.safetensors", "model/adapter/adapter_model.safetensors"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
@@ -356,7 +356,7 @@ def params_of(path, *, score_head=False):
 
 
 def test_a_reward_model_with_adapters_keeps_its_normalised_head(one_device, tmp_path):
-    config = RewardRun(
+    config = RewardArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=10),
         reward=RewardConfig(steps=4),
@@ -435,7 +435,7 @@ def test_ppo_with_adapters_stopped_and_continued_ends_as_one_left_alone_bit_by_b
 
 def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_price_of_its_kl(one_device):
     path = toy_directory()
-    config = GRPORun(
+    config = GRPOArgs(
         model=ModelConfig(path=str(path / "policy")),
         data=DataConfig(batch_size=16, max_prompt_length=2),
         reward=RewardSourceConfig(model=str(path / "reward")),

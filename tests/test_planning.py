@@ -17,7 +17,7 @@ from test_programs import PRIME, largest_logits
 from rlhf_jax import cli
 from rlhf_jax.commands.plan import chips, flops, hlo, plan, programs
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
-from rlhf_jax.config import PPORun, SFTRun
+from rlhf_jax.config import PPOArgs, SFTArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import make_mesh
@@ -141,7 +141,7 @@ def test_fsdp_moves_the_weights_that_theory_says():
     config = cli.parse("sft", [f"--model.arch={json.dumps({**TINY, 'tied_head': True})}", "--mesh.data=1",
                                "--mesh.fsdp=8", "--data.batch_size=8", "--data.max_length=32",
                                "--model.remat=full"])  # fmt: skip
-    assert isinstance(config, SFTRun)
+    assert isinstance(config, SFTArgs)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         [program] = programs.programs_of(config, mesh, attention="plain")
@@ -210,7 +210,7 @@ def test_a_ppo_config_gives_the_three_programs():
                                "--data.batch_size=8", "--data.max_prompt_length=8", "--sampling.max_new_tokens=8",
                                "--sampling.chunk=4", "--ppo.minibatches=2", "--mesh.rollout_tensor=1",
                                "--reward.functions=[tests.tiny:none]"])  # fmt: skip
-    assert isinstance(config, PPORun)
+    assert isinstance(config, PPOArgs)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         found = programs.programs_of(config, mesh, attention="plain")
@@ -364,6 +364,6 @@ def test_suggest_ranks_what_fits(monkeypatch, capsys):
         return [plan.Row("step", 0, 0, peak, 1, 1, 1, {}, (), {"compute": float(config.mesh.tensor)}, 1, 0)]
 
     monkeypatch.setattr(plan, "analyse", row)
-    plan.suggest(SFTRun(), chips.CHIPS["v5e"], [None] * 4, 2)
+    plan.suggest(SFTArgs(), chips.CHIPS["v5e"], [None] * 4, 2)
     best = capsys.readouterr().out.split("fastest by the roofline:\n")[1].splitlines()
     assert "mesh.tensor 1 " in best[0] and not any("mesh.fsdp 1 " in line for line in best)

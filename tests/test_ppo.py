@@ -28,7 +28,7 @@ from tiny import (
 )
 
 from rlhf_jax import sft
-from rlhf_jax.config import OptimConfig, PPOConfig, PPORun, RewardSourceConfig, SamplingConfig
+from rlhf_jax.config import OptimConfig, PPOArgs, PPOConfig, RewardSourceConfig, SamplingConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.reward_functions import call_reward, combine
 from rlhf_jax.inference.sampling import SamplingLaw, sample
@@ -47,9 +47,9 @@ NO_REWARD = Models(BIGRAMS.policy, BIGRAMS.value)
 ONCE = {"timeout": 0, "retries": 0}
 
 
-def ppo_run(rate: float = 0.05, **ppo) -> PPORun:
+def ppo_run(rate: float = 0.05, **ppo) -> PPOArgs:
     optim = OptimConfig(learning_rate=rate, schedule="constant", eps=1e-5)
-    return PPORun(ppo=PPOConfig(**ppo), optim=optim, value_optim=optim)
+    return PPOArgs(ppo=PPOConfig(**ppo), optim=optim, value_optim=optim)
 
 
 def score(config, rollout, *, params=PARAMS, ref=REF, host=None, kl_coef=0.1, temperature=1.0, **kwargs):
@@ -63,12 +63,12 @@ def score(config, rollout, *, params=PARAMS, ref=REF, host=None, kl_coef=0.1, te
 @functools.cache
 def compiled_update(ppo: PPOConfig, optim: OptimConfig, models: Models, policy_loss):
     """(the compiled update, its optimiser): compiling is most of the time here, so equal settings share it."""
-    run = PPORun(ppo=ppo, optim=optim, value_optim=optim)
+    run = PPOArgs(ppo=ppo, optim=optim, value_optim=optim)
     program, tx, _ = make_ppo_step(models, run, policy_loss)
     return jax.jit(program), tx
 
 
-def updater(run: PPORun, models=BIGRAMS, params=PARAMS, policy_loss=None):
+def updater(run: PPOArgs, models=BIGRAMS, params=PARAMS, policy_loss=None):
     """(a first state, the compiled update with the temperature filled in)."""
     program, tx = compiled_update(run.ppo, run.optim, models, policy_loss)
     state = TrainState.create(params, tx)
@@ -634,7 +634,7 @@ def test_accumulating_microbatches_equals_the_whole_minibatch():
         # A large epsilon keeps Adam's update smooth in the gradient: near 0 it is the sign, and rounding would decide.
         optim = OptimConfig(learning_rate=0.1, schedule="constant", eps=1e-2)
         config = PPOConfig(epochs=2, accumulate=accumulate)
-        state, update = updater(PPORun(ppo=config, optim=optim, value_optim=optim))
+        state, update = updater(PPOArgs(ppo=config, optim=optim, value_optim=optim))
         ends[accumulate] = update(state, x)
     assert_close(ends[1][0].params, ends[4][0].params, atol=1e-6)
     assert_close(ends[1][1], ends[4][1], atol=1e-5, rtol=1e-5)
@@ -729,7 +729,7 @@ def test_the_critic_learns_alone_while_it_warms_up():
 def test_learning_rates_go_by_the_iteration_and_not_by_the_optimiser_step():
     optim = OptimConfig(learning_rate=0.4, schedule="linear")
     value_optim = OptimConfig(learning_rate=0.2, schedule="constant")
-    run = PPORun(ppo=PPOConfig(iterations=4, epochs=3, minibatches=2), optim=optim, value_optim=value_optim)
+    run = PPOArgs(ppo=PPOConfig(iterations=4, epochs=3, minibatches=2), optim=optim, value_optim=value_optim)
     tx, schedule = core.make_ppo_optimizer(run)
     np.testing.assert_allclose([schedule(i) for i in range(4)], [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
     ones = jax.tree.map(jnp.ones_like, PARAMS)

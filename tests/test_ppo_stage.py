@@ -15,7 +15,7 @@ import pytest
 from test_ppo import PARAMS, batch_of, ppo_run, same_bits, score, updater
 from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, make_experience, make_rollout, toy_directory, toy_run
 
-from rlhf_jax.config import MeshConfig, PPOConfig, PPORun
+from rlhf_jax.config import MeshConfig, PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.models import hf
@@ -475,7 +475,7 @@ def recomputes(config: PPOConfig) -> bool:
     return told_to_score(replace(toy_run(), ppo=config))["recompute"]
 
 
-def told_to_score(run: PPORun, dtype: str = "float32") -> dict:
+def told_to_score(run: PPOArgs, dtype: str = "float32") -> dict:
     """The keyword arguments with which the stage makes its scoring program."""
     models = Models(BigramWithDtype(compute_dtype=jnp.dtype(dtype)), BigramWithDtype())
     nets = Networks(models, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)

@@ -13,16 +13,16 @@ from tiny import BIGRAMS, V, bigram_params, f64, log_softmax, toy_directory
 from rlhf_jax import losses, preference, reward
 from rlhf_jax.config import (
     DataConfig,
+    DPOArgs,
     DPOConfig,
-    DPORun,
-    KTORun,
+    KTOArgs,
     ModelConfig,
     OptimConfig,
-    QuickstartConfig,
+    QuickstartArgs,
+    RewardArgs,
     RewardConfig,
-    RewardRun,
+    RRHFArgs,
     RRHFConfig,
-    RRHFRun,
     RunConfig,
     bind,
 )
@@ -226,9 +226,9 @@ def rankings(num, seed=0):
 
 
 STAGES = {
-    "dpo": (preference.run_dpo, DPORun, "dpo", preferences),
-    "kto": (preference.run_kto, KTORun, "kto", preferences),
-    "rrhf": (preference.run_rrhf, RRHFRun, "rrhf", rankings),
+    "dpo": (preference.run_dpo, DPOArgs, "dpo", preferences),
+    "kto": (preference.run_kto, KTOArgs, "kto", preferences),
+    "rrhf": (preference.run_rrhf, RRHFArgs, "rrhf", rankings),
 }
 
 
@@ -334,7 +334,7 @@ def test_a_reward_model_of_ratings_orders_held_out_responses(tmp_path, loss):
         texts = [" ".join(rng.choice(list("fghij"), 7 - int(r))) for r in ratings]  # a shorter walk is rated higher
         return [{"prompt": "a", "response": t, "rating": int(r)} for t, r in zip(texts, ratings, strict=True)]
 
-    config = RewardRun(
+    config = RewardArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=32, max_prompt_length=2, max_length=10),
         reward=RewardConfig(steps=80, rating_loss=f"rlhf_jax.losses:{loss}"),
@@ -373,7 +373,7 @@ def test_dpo_and_rrhf_walk_better_than_sft(tmp_path):
 
     graph, path = walks.make_graph(0), tmp_path / "chain"
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    config = QuickstartConfig(output_dir=str(path), progress=False)
+    config = QuickstartArgs(output_dir=str(path), progress=False)
     demos = walks.demonstrations(graph, 1100, 0)
     sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
     base = str(path / "sft" / "model")
@@ -393,9 +393,9 @@ def test_dpo_and_rrhf_walk_better_than_sft(tmp_path):
     ]
     shared = {"model": ModelConfig(path=base), "data": q.DATA, "optim": OptimConfig(learning_rate=3e-4)}
     out = lambda name: {"run": RunConfig(str(path / name), progress=False, eval_every=20)}  # noqa: E731
-    preference.run_dpo(DPORun(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
+    preference.run_dpo(DPOArgs(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
     preference.run_rrhf(
-        RRHFRun(**shared, **out("rrhf"), rrhf=RRHFConfig(epochs=3)), rows=ranked[64:], eval_rows=ranked[:64]
+        RRHFArgs(**shared, **out("rrhf"), rrhf=RRHFConfig(epochs=3)), rows=ranked[64:], eval_rows=ranked[:64]
     )
     before, error = gold(base)
     found = {name: gold(str(path / name / "model")) for name in ("dpo", "rrhf")}

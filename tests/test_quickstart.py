@@ -6,13 +6,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from rlhf_jax.commands import quickstart
-from rlhf_jax.config import QuickstartConfig
+from rlhf_jax.config import QuickstartArgs
 
 
 @pytest.mark.slow
 def test_the_chain_runs_through_every_stage_and_round(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    quickstart.run(QuickstartConfig(output_dir="q", progress=False, rounds=2, comparisons=400, iterations=2))
+    quickstart.run(QuickstartArgs(output_dir="q", progress=False, rounds=2, comparisons=400, iterations=2))
     said = capsys.readouterr().out
     assert all(f"mean optimality, {stage}" in said for stage in ("data", "sft", "ppo"))
     assert (tmp_path / "q" / "learning_curves.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.commands import rate
 from rlhf_jax.commands.datasets import run_make
-from rlhf_jax.config import DataMakeRun, RateRun
+from rlhf_jax.config import DataMakeArgs, RateArgs
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks import random_walks as walks
@@ -24,7 +24,7 @@ def length(prompts, responses, **columns):
 
 
 def test_without_noise_every_rater_says_what_the_function_says():
-    rows = rate.run(RateRun(raters=3), rows=ROWS, function=length)
+    rows = rate.run(RateArgs(raters=3), rows=ROWS, function=length)
     assert len(rows) == 200
     assert [one["ranks"] for one in rows[0]["raters"]] == [[0, 2, 1, 2]] * 3
     assert [item["finished"] for item in rows[0]["responses"]] == [True, False, True, True]
@@ -32,18 +32,18 @@ def test_without_noise_every_rater_says_what_the_function_says():
 
 
 def test_noise_is_in_standard_deviations_and_each_raters_own():
-    rows = rate.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
+    rows = rate.run(RateArgs(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
     ranks = np.array([[one["ranks"] for one in row["raters"]] for row in rows])  # [rows, raters, K]
     right = (ranks[..., 0] < ranks[..., 2]).mean()  # lengths 3 and 2 differ by 1, the noise of both by sqrt(2) std
     std = np.std([3, 1, 2, 1])
     assert abs(right - 0.5 * (1 + np.vectorize(math.erf)(1 / (2 * std)))) < 0.06
     assert 0.1 < (ranks[:, 0] != ranks[:, 1]).mean() < 0.9
-    again = rate.run(RateRun(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
-    assert again == rows and rate.run(RateRun(raters=2, noise=1.0, seed=2), rows=ROWS, function=length) != rows
+    again = rate.run(RateArgs(raters=2, noise=1.0, seed=1), rows=ROWS, function=length)
+    assert again == rows and rate.run(RateArgs(raters=2, noise=1.0, seed=2), rows=ROWS, function=length) != rows
 
 
 def test_ratings_part_the_range_into_equal_levels():
-    rows = rate.run(RateRun(verdict="rating", levels=2), rows=ROWS[:1], function=length)
+    rows = rate.run(RateArgs(verdict="rating", levels=2), rows=ROWS[:1], function=length)
     assert [(row["response"], row["rating"]) for row in rows] == [("ccc", 2.0), ("a", 1.0), ("bb", 2.0), ("a", 1.0)]
     assert rate.levels(np.array([0.0, 0.19, 0.21, 1.0, 1.5, -3]), 0.0, 1.0, 5).tolist() == [1, 1, 2, 5, 5, 1]
     assert rate.levels(np.array([4.0, 4.0]), 4.0, 4.0, 5).tolist() == [1, 1]  # all equal: no range to part
@@ -51,11 +51,11 @@ def test_ratings_part_the_range_into_equal_levels():
 
 def test_rows_without_two_responses_are_left_out():
     with pytest.raises(UserError, match="none of 1 rows has two responses"):
-        rate.run(RateRun(), rows=[{"prompt": "p", "responses": ["a", None]}], function=length)
+        rate.run(RateArgs(), rows=[{"prompt": "p", "responses": ["a", None]}], function=length)
 
 
 def test_the_walks_by_name_are_those_of_graph_0(tmp_path):
-    run_make(DataMakeRun(function="rlhf_jax.tasks.random_walks:write", out=str(tmp_path / "t"), num=30))
+    run_make(DataMakeArgs(function="rlhf_jax.tasks.random_walks:write", out=str(tmp_path / "t"), num=30))
     read = lambda name: [json.loads(line) for line in (tmp_path / "t" / name).read_text().splitlines()]  # noqa: E731
     demos, held_out = read("demonstrations.jsonl"), read("held_out.jsonl")
     assert [len(demos), len(held_out), len(read("prompts.jsonl")), len(read("eval_prompts.jsonl"))] == [30, 3, 30, 240]
@@ -80,12 +80,12 @@ def test_files_are_made_whole_or_not_at_all(tmp_path):
     out = tmp_path / "out"
     settings = {"function": f"{__name__}:make", "out": str(out)}
     with pytest.raises(UserError, match="no such seed"):
-        run_make(DataMakeRun(**settings, seed=1))
+        run_make(DataMakeArgs(**settings, seed=1))
     assert list(out.iterdir()) == []
     (out / "notes.txt").write_text("mine")
-    assert run_make(DataMakeRun(**settings, num=3)) == ["rows.jsonl"]
+    assert run_make(DataMakeArgs(**settings, num=3)) == ["rows.jsonl"]
     with pytest.raises(UserError, match=r"rows.jsonl exists; choose another --out or pass --overwrite true"):
-        run_make(DataMakeRun(**settings, num=4))
+        run_make(DataMakeArgs(**settings, num=4))
     assert (out / "rows.jsonl").read_text() == "xxx"
-    run_make(DataMakeRun(**settings, num=4, overwrite=True))
+    run_make(DataMakeArgs(**settings, num=4, overwrite=True))
     assert (out / "rows.jsonl").read_text() == "xxxx" and (out / "notes.txt").read_text() == "mine"

@@ -14,7 +14,7 @@ from tiny import toy_directory
 from rlhf_jax import cli
 from rlhf_jax.commands import recipe
 from rlhf_jax.commands.recipe.reading import read, replaced
-from rlhf_jax.config import RecipeRun
+from rlhf_jax.config import RecipeArgs
 from rlhf_jax.errors import Stopped, UserError
 
 FILES = """
@@ -69,12 +69,12 @@ def tree(text: str) -> dict:
 
 
 def run(text: str, changes=None, **options):
-    return recipe.run(RecipeRun(**options), changes, recipe=tree(text))
+    return recipe.run(RecipeArgs(**options), changes, recipe=tree(text))
 
 
 def stages(text: str, changes=None) -> dict:
     """label -> stage."""
-    found, _ = recipe.stages_of(RecipeRun(), changes, tree(text))
+    found, _ = recipe.stages_of(RecipeArgs(), changes, tree(text))
     return {one.label: one for one in found}
 
 
@@ -310,7 +310,7 @@ def tiny(path: Path) -> dict:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_that_we_ship_fits_its_commands(path, tmp_path):
-    found, _ = recipe.stages_of(RecipeRun(path=str(path), output_dir=str(tmp_path)), tiny(path))
+    found, _ = recipe.stages_of(RecipeArgs(path=str(path), output_dir=str(tmp_path)), tiny(path))
     assert len(found) >= 4 and not list(tmp_path.iterdir())
 
 

@@ -22,7 +22,7 @@ from test_ppo_stage import fakes, one_device  # noqa: F401
 from tiny import TOY_ROWS, bigram_params, toy_run
 
 from rlhf_jax import cli
-from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, MeshConfig, PPORun, RewardSourceConfig, SFTRun
+from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, MeshConfig, PPOArgs, RewardSourceConfig, SFTArgs
 from rlhf_jax.config.functions import flat, replace
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import attempts
@@ -62,8 +62,8 @@ def squares(params, batch, key):
     return jnp.mean((logits - batch["x"][:, :16]) ** 2), {}
 
 
-def settings(path: Path, *, log_every=1, eval_every=4, **kwargs) -> SFTRun:
-    config = replace(SFTRun(), run__output_dir=str(path), run__progress=False, run__log_every=log_every)
+def settings(path: Path, *, log_every=1, eval_every=4, **kwargs) -> SFTArgs:
+    config = replace(SFTArgs(), run__output_dir=str(path), run__progress=False, run__log_every=log_every)
     config = replace(config, run__eval_every=eval_every, optim__warmup_steps=3, optim__learning_rate=0.05)
     return replace(config, **kwargs)
 
@@ -73,7 +73,7 @@ def held_out_loss(kernel) -> float:
 
 
 def run_fit(
-    config: SFTRun,
+    config: SFTArgs,
     *,
     devices=8,
     batches=None,
@@ -600,7 +600,7 @@ def flaky(calls: set[int]):
     return reward
 
 
-def ppo_config(path: Path, on_failure: str) -> PPORun:
+def ppo_config(path: Path, on_failure: str) -> PPOArgs:
     config = replace(toy_run(path, reward_model=False), reward=RewardSourceConfig(on_failure=on_failure, retries=0))
     return replace(config, checkpoint__keep_finished=True)
 

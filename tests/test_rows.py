@@ -14,12 +14,12 @@ from rlhf_jax.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    RewardArgs,
     RewardConfig,
-    RewardRun,
     RunConfig,
     SamplingConfig,
+    SFTArgs,
     SFTConfig,
-    SFTRun,
 )
 from rlhf_jax.data import lint, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
@@ -57,7 +57,7 @@ DEMONSTRATIONS = {
 def test_sft_runs_with_its_defaults_on_every_kind_of_row(kind, tmp_path):
     """The table of samples has the prompts that there are; it is written, or not, before the model is saved."""
     rows = [DEMONSTRATIONS[kind](i) for i in range(16)]
-    config = SFTRun(**settings(tmp_path / "run"), sft=SFTConfig(steps=1), sampling=SamplingConfig(max_new_tokens=2))
+    config = SFTArgs(**settings(tmp_path / "run"), sft=SFTConfig(steps=1), sampling=SamplingConfig(max_new_tokens=2))
     sft.run(config, rows=rows, eval_rows=rows)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
@@ -69,7 +69,7 @@ def test_sft_runs_with_its_defaults_on_every_kind_of_row(kind, tmp_path):
 def test_a_run_without_a_finite_step_is_an_error_and_keeps_what_it_has(tmp_path):
     """Ratings whose squares are infinite in float32."""
     rows = [{"prompt": "a", "response": "b", "rating": 1e30}, {"prompt": "b", "response": "c", "rating": -1e30}] * 8
-    config = RewardRun(**settings(tmp_path / "run"), reward=RewardConfig(steps=3))
+    config = RewardArgs(**settings(tmp_path / "run"), reward=RewardConfig(steps=3))
     with pytest.raises(UserError, match="none of 3 updates had a finite loss and gradient: nothing was trained"):
         reward.run(config, rows=rows, eval_rows=rows)
     assert '"optim/skipped": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()

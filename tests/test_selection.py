@@ -14,12 +14,12 @@ from tiny import ONE, TOY_ROWS, toy_directory
 from rlhf_jax import cli, sft
 from rlhf_jax.commands import bestofn, rejection
 from rlhf_jax.config import (
-    BestOfNRun,
+    BestOfNArgs,
     DataConfig,
     ModelConfig,
     OptimConfig,
+    RejectionArgs,
     RejectionConfig,
-    RejectionRun,
     RunConfig,
     SamplingConfig,
     SFTConfig,
@@ -60,7 +60,7 @@ def rows_in(path):
 
 
 def sampling(path, **changes):
-    config = BestOfNRun(
+    config = BestOfNArgs(
         model=ModelConfig(path=TOY), num_samples=6, sampling=SAMPLING, max_prompt_length=2, batch_size=24,
         output=str(path), progress=False,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def test_a_best_of_n_without_a_reward_is_refused(tmp_path):
 
 
 def rejecting(path, **changes):
-    config = RejectionRun(
+    config = RejectionArgs(
         model=ModelConfig(path=TOY),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=10, eval_fraction=0.3),
         sampling=SAMPLING,
@@ -206,7 +206,7 @@ def test_rounds_that_were_killed_go_on_to_the_same_bits(tmp_path, whole, monkeyp
 
 def test_a_run_of_rejection_is_a_command_and_its_options_are_checked():
     config = cli.parse("rejection", ["--rejection.rounds", "3", "--sft.epochs", "2", "--reward.functions", "[a:b]"])
-    assert isinstance(config, RejectionRun) and (config.rejection.rounds, config.sft.epochs) == (3, 2)
+    assert isinstance(config, RejectionArgs) and (config.rejection.rounds, config.sft.epochs) == (3, 2)
     with pytest.raises(UserError, match=r"rejection\.rounds is 0; make it at least 1"):
         cli.parse("rejection", ["--rejection.rounds", "0"])
     assert jax.tree.leaves(config.reward.functions) == ["a:b"]

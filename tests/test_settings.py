@@ -101,8 +101,8 @@ WRONG: dict[Any, list[Any]] = {
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_values_of_another_type_are_one_line_wherever_settings_are_made(cls):
-    given = {"LabelRun": {"output": "v.jsonl"}, "InspectRun": {"model": "m"}, "PlanRun": {"topology": "v5e:4x4"}}
-    given["ConvertRun"] = {"model": "m", "output": "o"}
+    given = {"LabelArgs": {"output": "v.jsonl"}, "InspectArgs": {"model": "m"}, "PlanArgs": {"topology": "v5e:4x4"}}
+    given["ConvertArgs"] = {"model": "m", "output": "o"}
     for name, hint in typing.get_type_hints(cls).items():
         kind = typing.get_origin(hint) or hint
         wrong = ["", "no such", None, 1] if kind is Literal else WRONG.get(kind, [])
@@ -121,7 +121,7 @@ def test_every_path_has_the_home_directory(cls, monkeypatch, tmp_path):
     assert {name for name in hints if name in (*names, "tokenizer", "reference", "demonstrations")} <= set(paths)
     for name in paths:
         many = hints[name] is not PathText
-        needed = {"LabelRun": {"output": "v.jsonl"}, "ConvertRun": {"model": "m", "output": "o"}}
+        needed = {"LabelArgs": {"output": "v.jsonl"}, "ConvertArgs": {"model": "m", "output": "o"}}
         needed |= {"PPOConfig": {"ptx_coef": 1.0}, "SourceConfig": {"shots": 1, "demonstrations": "d"}}
         given = {**needed.get(cls.__name__, {}), name: ["~/x.jsonl", Path("~")] if many else "~/x.jsonl"}
         found = getattr(cls(**given), name)

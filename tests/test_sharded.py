@@ -17,8 +17,8 @@ from rlhf_jax.config import (
     DataConfig,
     MeshConfig,
     OptimConfig,
+    PPOArgs,
     PPOConfig,
-    PPORun,
     RewardSourceConfig,
     SamplingConfig,
 )
@@ -134,7 +134,7 @@ def ppo_iteration(mesh_name: str) -> dict:
 
     Critic and reward are bigrams, to compile less; the scalar decoder is in the supervised reward step.
     """
-    config = PPORun(
+    config = PPOArgs(
         data=DataConfig(batch_size=ROWS),
         reward=RewardSourceConfig(model="given"),
         sampling=SamplingConfig(max_new_tokens=NEW, chunk=3),

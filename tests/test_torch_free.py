@@ -29,14 +29,14 @@ from pathlib import Path
 sys.modules["torch"] = None
 from rlhf_jax import sft
 from rlhf_jax.cli import main
-from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig, RunConfig, SFTConfig, SFTRun
+from rlhf_jax.config import ArchConfig, DataConfig, ModelConfig, RunConfig, SFTConfig, SFTArgs
 from rlhf_jax.tasks import random_walks as walks
 home = Path(sys.argv[1])
 walks.make_tokenizer().save_pretrained(home / "tokenizer")
 rows = walks.demonstrations(walks.make_graph(0), 40, 0)
 arch = ArchConfig(vocab_size=24, width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, ffn_width=8,
                   max_positions=96)
-sft.run(SFTRun(model=ModelConfig(arch=arch, tokenizer=str(home / "tokenizer")), sft=SFTConfig(steps=2),
+sft.run(SFTArgs(model=ModelConfig(arch=arch, tokenizer=str(home / "tokenizer")), sft=SFTConfig(steps=2),
                data=DataConfig(batch_size=8, max_prompt_length=2, max_length=14, eval_fraction=0.2),
                run=RunConfig(output_dir=str(home / "run"), progress=False)), rows=rows)
 assert sys.modules["torch"] is None

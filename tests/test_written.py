@@ -16,22 +16,22 @@ from tiny import ARCH, ONE, model_params
 from rlhf_jax.commands import bestofn, collect, datasets, evaluate, rate, sample
 from rlhf_jax.commands.label.items import item_of
 from rlhf_jax.config import (
-    BestOfNRun,
-    CollectRun,
-    DataAggregateRun,
+    BestOfNArgs,
+    CollectArgs,
+    DataAggregateArgs,
     DataConfig,
-    EvaluateRun,
+    EvaluateArgs,
     GroupConfig,
-    GRPORun,
-    JudgeRun,
+    GRPOArgs,
+    JudgeArgs,
     MeshConfig,
     ModelConfig,
+    PPOArgs,
     PPOConfig,
-    PPORun,
-    RateRun,
+    RateArgs,
     RewardSourceConfig,
     SamplingConfig,
-    ScoreRun,
+    ScoreArgs,
 )
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import sft_examples
@@ -156,14 +156,14 @@ def trained(build, rows, tokenizer, *names, **options) -> list[list[int]]:
 def test_what_was_sampled_is_scored_written_and_trained(models, tmp_path, drawn):
     """bestofn, `score` of its rows and PPO say one number, and every reader sees the ids; cut prompts as they were."""
     reward = RewardSourceConfig(model=str(models / "reward"))
-    bestofn.run(settings(BestOfNRun, models, output=str(tmp_path / "b.jsonl"), reward=reward), rows=PROMPTS)
+    bestofn.run(settings(BestOfNArgs, models, output=str(tmp_path / "b.jsonl"), reward=reward), rows=PROMPTS)
     wanted, whole = scores_of_ppo(models, drawn).reshape(len(PROMPTS), -1), sampled(drawn)
     best = [3 * i + int(scores.argmax()) for i, scores in enumerate(wanted)]
     rows, tokenizer = read(tmp_path / "b.jsonl"), Tokenizer.load(str(models / "tokenizer"))
     np.testing.assert_allclose([row["score"] for row in rows], wanted.max(axis=1), atol=1e-5)
     files = {"data_path": str(tmp_path / "b.jsonl"), "output": str(tmp_path / "s.jsonl")}
     again = sample.run_score(
-        ScoreRun(ModelConfig(path=reward.model), max_prompt_length=LONGEST, max_length=LONGEST + 6, **files)
+        ScoreArgs(ModelConfig(path=reward.model), max_prompt_length=LONGEST, max_length=LONGEST + 6, **files)
     )
     np.testing.assert_allclose([row["score"] for row in again], wanted.max(axis=1), atol=1e-5)
     spoken = [i for i, row in enumerate(rows) if row["response"].strip()]
@@ -173,7 +173,7 @@ def test_what_was_sampled_is_scored_written_and_trained(models, tmp_path, drawn)
         assert tokenizer.response_text(row["response_ids"], row["prompt"]) == row["response"] == drawn[i].text
     assert any(len(one.prompt_ids) == LONGEST for one in drawn) == (tokenizer.vocab_size > 99)  # words are few
 
-    config = settings(CollectRun, models, label="reward", reward=reward, output=str(tmp_path / "c.jsonl"))
+    config = settings(CollectArgs, models, label="reward", reward=reward, output=str(tmp_path / "c.jsonl"))
     [*ranked] = collect.run_collect(config, rows=PROMPTS)
     items = [item for row in ranked for item in row["responses"]]
     np.testing.assert_allclose([item["score"] for item in items], wanted.reshape(-1), atol=1e-5)
@@ -206,7 +206,7 @@ def test_rounds_of_sampling_and_training_grow_no_blank(kind):
 def test_an_evaluation_measures_what_was_sampled(chat_models, tmp_path, drawn):
     """Scores, log-probs and tokens in responses.jsonl are of the ids beside them; the KL to itself is 0."""
     reward = RewardSourceConfig(model=str(chat_models / "reward"))
-    config = settings(EvaluateRun, chat_models, output_dir=str(tmp_path / "e"), reward=reward)
+    config = settings(EvaluateArgs, chat_models, output_dir=str(tmp_path / "e"), reward=reward)
     found = evaluate.run_evaluate(replace(config, reference=config.model.path), rows=PROMPTS)
     items = [item for row in read(tmp_path / "e" / "responses.jsonl") for item in row["responses"]]
     assert [item["ids"] for item in items] == [one.ids.tolist() for one in drawn]
@@ -234,12 +234,12 @@ def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
     ]
     rows = [{"prompt": PROMPTS[1]["prompt"], "responses": items}]
     judge = Judge(lambda questions, key: [float(len(a) > len(b)) for _, a, b in questions])
-    judged = collect.run_judge(JudgeRun(output=str(tmp_path / "j.jsonl"), progress=False), rows=rows, judge=judge)
+    judged = collect.run_judge(JudgeArgs(output=str(tmp_path / "j.jsonl"), progress=False), rows=rows, judge=judge)
     length = lambda prompts, responses, **columns: [len(text) for text in responses]  # noqa: E731
-    ranks = rate.run(RateRun(output=str(tmp_path / "r.jsonl")), rows=rows, function=length)
-    ratings = rate.run(RateRun(verdict="rating"), rows=rows, function=length)
+    ranks = rate.run(RateArgs(output=str(tmp_path / "r.jsonl")), rows=rows, function=length)
+    ratings = rate.run(RateArgs(verdict="rating"), rows=rows, function=length)
     (tmp_path / "c.jsonl").write_text(json.dumps(rows[0]))
-    joined = datasets.run_aggregate(DataAggregateRun(path=str(tmp_path / "c.jsonl")))
+    joined = datasets.run_aggregate(DataAggregateArgs(path=str(tmp_path / "c.jsonl")))
     shown = [{**row, "responses": item_of(row).responses()} for row in rows_from(rows)]
     for found in (judged, ranks, joined, shown):
         assert [item["ids"] for item in found[0]["responses"]] == ids
@@ -250,11 +250,11 @@ def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
 
 
 def ppo(models, **overrides):
-    return ppo_train.PPO(PPORun(**online(models), ppo=PPOConfig(num_samples=9)), **overrides)
+    return ppo_train.PPO(PPOArgs(**online(models), ppo=PPOConfig(num_samples=9)), **overrides)
 
 
 def grpo(models, **overrides):
-    return group_train.Group(GRPORun(**online(models), grpo=GroupConfig(group_size=3, num_samples=9)), **overrides)
+    return group_train.Group(GRPOArgs(**online(models), grpo=GroupConfig(group_size=3, num_samples=9)), **overrides)
 
 
 def online(models) -> dict:
@@ -301,14 +301,14 @@ def test_reward_functions_see_one_text_in_every_command_and_stage(chat_models, t
     tokenizer = Tokenizer.load(str(chat_models / "tokenizer"))
     commands = {
         "bestofn": lambda fn, gold, **options: bestofn.run(
-            settings(BestOfNRun, chat_models, output=str(tmp_path / "b.jsonl")), functions=[fn], gold=gold, **options
+            settings(BestOfNArgs, chat_models, output=str(tmp_path / "b.jsonl")), functions=[fn], gold=gold, **options
         ),
         "collect": lambda fn, gold, **options: collect.run_collect(
-            settings(CollectRun, chat_models, output=str(tmp_path / "c.jsonl"), label="reward"),
+            settings(CollectArgs, chat_models, output=str(tmp_path / "c.jsonl"), label="reward"),
             functions=[fn], gold=gold, **options,
         ),
         "evaluate": lambda fn, gold, **options: evaluate.run_evaluate(
-            settings(EvaluateRun, chat_models, output_dir=str(tmp_path / "e")), functions=[fn], gold=gold, **options
+            settings(EvaluateArgs, chat_models, output_dir=str(tmp_path / "e")), functions=[fn], gold=gold, **options
         ),
     }  # fmt: skip
     asked = {row["id"]: row["prompt"] for row in PROMPTS}

@@ -22,8 +22,8 @@ from rlhf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PPOArgs,
     PPOConfig,
-    PPORun,
     RewardSourceConfig,
     RunConfig,
     SamplingConfig,
@@ -264,10 +264,10 @@ def toy_directory() -> Path:
 TOY_ROWS = {"rows": walks.start_prompts() * 2, "eval_rows": walks.start_prompts()[:5]}
 
 
-def toy_run(output_dir: Path | str = "", *, reward_model: bool = True, **ppo) -> PPORun:
+def toy_run(output_dir: Path | str = "", *, reward_model: bool = True, **ppo) -> PPOArgs:
     """A PPO run on `toy_directory`: 16 prompts of 2 columns, 6 new tokens."""
     path, optim = toy_directory(), OptimConfig(learning_rate=1e-2, schedule="linear", eps=1e-5)
-    return PPORun(
+    return PPOArgs(
         model=ModelConfig(path=str(path / "policy")),
         data=DataConfig(batch_size=16, max_prompt_length=2, max_length=8),
         reward=RewardSourceConfig(model=str(path / "reward") if reward_model else ""),

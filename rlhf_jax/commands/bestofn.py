@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.advantages import best_of_n_kl
 from rlhf_jax.commands.collect import claim, end
-from rlhf_jax.config import BestOfNRun
+from rlhf_jax.config import BestOfNArgs
 from rlhf_jax.data.consensus import best_of_n
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.pairs import answer_fields
@@ -22,7 +22,7 @@ from rlhf_jax.runs.directory import names_given
 
 
 def run(
-    config: BestOfNRun,
+    config: BestOfNArgs,
     *,
     rows: Any = None,
     functions: Sequence[Callable[..., Any]] | None = None,

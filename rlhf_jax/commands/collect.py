@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.config import BestOfNRun, CollectRun, JudgeRun
+from rlhf_jax.config import BestOfNArgs, CollectArgs, JudgeArgs
 from rlhf_jax.data import pairs
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.messages import key_of
@@ -32,7 +32,7 @@ class Collection:
 
     def __init__(
         self,
-        config: CollectRun,
+        config: CollectArgs,
         prompts: Sequence[Row],
         journal: Journal,
         functions: Sequence[Callable[..., Any]] | None,
@@ -75,7 +75,7 @@ class Collection:
 
 
 def run_collect(
-    config: CollectRun,
+    config: CollectArgs,
     *,
     rows: Any = None,
     functions: Sequence[Callable[..., Any]] | None = None,
@@ -121,7 +121,7 @@ def run_collect(
         return end("collect", config, journal, out, summary)
 
 
-def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None) -> list[Row]:
+def run_judge(config: JudgeArgs, *, rows: Any = None, judge: Judge | None = None) -> list[Row]:
     """Have the responses of rows compared and write config.output; prints a report, and returns the rankings.
 
     `rows` and `judge` replace those that the config names. Labels that are there are compared with the verdicts.
@@ -156,7 +156,7 @@ def run_judge(config: JudgeRun, *, rows: Any = None, judge: Judge | None = None)
         return end("judge", config, journal, out, summary)
 
 
-def claim(config: BestOfNRun | CollectRun | JudgeRun, decided_by: dict[str, Any]) -> Journal:
+def claim(config: BestOfNArgs | CollectArgs | JudgeArgs, decided_by: dict[str, Any]) -> Journal:
     """OUTPUT.part.
 
     Raises:
@@ -168,7 +168,7 @@ def claim(config: BestOfNRun | CollectRun | JudgeRun, decided_by: dict[str, Any]
 
 
 def end(
-    name: str, config: BestOfNRun | CollectRun | JudgeRun, journal: Journal, out: list[Row], summary: dict[str, Any]
+    name: str, config: BestOfNArgs | CollectArgs | JudgeArgs, journal: Journal, out: list[Row], summary: dict[str, Any]
 ) -> list[Row]:
     """Write OUTPUT and the summary beside it, and print it."""
     journal.finish(out, summary)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.commands.sample import print_rows
-from rlhf_jax.config import DataAggregateRun, DataInspectRun, DataMakeRun, DataPrepareRun, resolve
+from rlhf_jax.config import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs, resolve
 from rlhf_jax.data import ballots, lint, tfds_rows
 from rlhf_jax.data.agreement import elo
 from rlhf_jax.data.ballots import Ranking
@@ -29,7 +29,7 @@ from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, writt
 from rlhf_jax.hosts.outputs import check_output
 
 
-def run_inspect(config: DataInspectRun) -> dict[str, Any]:
+def run_inspect(config: DataInspectArgs) -> dict[str, Any]:
     """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings."""
     train = rows_from(config.path, config.fields)
     if config.eval_path:
@@ -46,7 +46,7 @@ def run_inspect(config: DataInspectRun) -> dict[str, Any]:
     return found
 
 
-def run_prepare(config: DataPrepareRun) -> Path:
+def run_prepare(config: DataPrepareArgs) -> Path:
     """Write the rows as a TFDS dataset; says what was dropped, and returns its directory."""
     if not config.out:
         raise UserError("no directory to write to; give --out DIR")
@@ -68,7 +68,7 @@ def run_prepare(config: DataPrepareRun) -> Path:
     return directory
 
 
-def run_make(config: DataMakeRun) -> list[str]:
+def run_make(config: DataMakeArgs) -> list[str]:
     """Have the function write its files, move them to config.out when it is done, and return their names."""
     out, function = Path(config.out), resolve(config.function)
     if not config.out:
@@ -92,7 +92,7 @@ def run_make(config: DataMakeRun) -> list[str]:
     return names
 
 
-def run_aggregate(config: DataAggregateRun) -> list[Row]:
+def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     """One ranking per prompt from all raters; prints a summary, raters and what is compared, and writes the rows."""
     check_output(config.output, overwrite=config.overwrite)
     together: list[Ranking] = []
@@ -159,7 +159,7 @@ def _value(found: Any) -> str:
     return found if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
 
 
-def _intervals(fitted: list[Ranking], config: DataAggregateRun) -> list[np.ndarray]:
+def _intervals(fitted: list[Ranking], config: DataAggregateArgs) -> list[np.ndarray]:
     """[2, K] lower and upper ends of the 95% intervals of each group's strengths."""
     voted, names, times, units = numbered(fitted)
     ends = bootstrap_intervals(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.config import EvaluateRun, SourceConfig
+from rlhf_jax.config import EvaluateArgs, SourceConfig
 from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
@@ -46,7 +46,7 @@ class Evaluation:
 
     def __init__(
         self,
-        config: EvaluateRun,
+        config: EvaluateArgs,
         prompts: Sequence[Row],
         text: Sequence[Row],
         journal: Journal,
@@ -215,7 +215,7 @@ def _share_won(found: Sequence[Verdict]) -> float:
 
 
 def run_evaluate(
-    config: EvaluateRun,
+    config: EvaluateArgs,
     *,
     rows: Any = None,
     text_rows: Any = None,
@@ -246,7 +246,7 @@ def run_evaluate(
 
 
 def _evaluate(
-    config: EvaluateRun,
+    config: EvaluateArgs,
     prompts: Sequence[Row],
     text: Sequence[Row],
     made_of: dict[str, Any],

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from rlhf_jax import cli, reward
-from rlhf_jax.config import ArchConfig, ConvertRun, InspectRun, MeshConfig, ModelConfig, no_code_below, to_dict
+from rlhf_jax.config import ArchConfig, ConvertArgs, InspectArgs, MeshConfig, ModelConfig, no_code_below, to_dict
 from rlhf_jax.config.rules import MESH_AXES, Rules, parse_rules
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.errors import UserError, reason, tell
@@ -126,7 +126,7 @@ def layout_table(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], rule
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def run_inspect(config: InspectRun) -> dict[str, Any]:
+def run_inspect(config: InspectArgs) -> dict[str, Any]:
     """Print what the model is, what it costs in training and rollout, and its tokenizer; returned as a dict too."""
     path = Path(hub.local_directory(config.model))
     arch, raw = hf.read_config(path)
@@ -161,7 +161,7 @@ def run_inspect(config: InspectRun) -> dict[str, Any]:
     return {**dict(lines), "parameters": count, "memory": dict(needs)}
 
 
-def run_convert(config: ConvertRun) -> Path:
+def run_convert(config: ConvertArgs) -> Path:
     """Write the model as the config says; returns the directory."""
     source, target = Path(hub.local_directory(config.model)), Path(config.output)
     if target.exists() and not target.is_dir():

@@ -18,16 +18,16 @@ from rlhf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PPOArgs,
     PPOConfig,
-    PPORun,
-    QuickstartConfig,
+    QuickstartArgs,
+    RewardArgs,
     RewardConfig,
-    RewardRun,
     RewardSourceConfig,
     RunConfig,
     SamplingConfig,
+    SFTArgs,
     SFTConfig,
-    SFTRun,
 )
 from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.hosts import files, processes
@@ -46,7 +46,7 @@ DATA = DataConfig(batch_size=64, max_prompt_length=2, max_length=14, eval_batche
 STAGES = ("tokenizer", "sft", "reward_model", "ppo", "learning_curves.png")
 
 
-def prepare_directory(config: QuickstartConfig) -> dict[str, Any] | None:
+def prepare_directory(config: QuickstartArgs) -> dict[str, Any] | None:
     """The summary, if this quickstart is finished in its directory; else None, and the directory is there, empty.
 
     Raises:
@@ -83,7 +83,7 @@ def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0)
         return generator.texts(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))[:2]
 
 
-def collect(graph: walks.Graph, policy: str, config: QuickstartConfig, round_: int) -> list[dict[str, str]]:
+def collect(graph: walks.Graph, policy: str, config: QuickstartArgs, round_: int) -> list[dict[str, str]]:
     """Comparisons for one round: walks of the latest policy against others of its own, as likely and hotter ones.
 
     The hotter walks hold errors that a policy would otherwise exploit, because no rater ever saw them.
@@ -98,7 +98,7 @@ def collect(graph: walks.Graph, policy: str, config: QuickstartConfig, round_: i
     return pairs
 
 
-def run(config: QuickstartConfig) -> dict[str, Any]:
+def run(config: QuickstartArgs) -> dict[str, Any]:
     """SFT on random walks, then rounds of comparisons by a noisy rater, reward model and PPO; prints a table.
 
     Returns the summary, which summary.json holds too. A later round labels walks of the policy of the one before
@@ -110,7 +110,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         raise KeyboardInterrupt from stopped
 
 
-def run_chain(config: QuickstartConfig) -> dict[str, Any]:
+def run_chain(config: QuickstartArgs) -> dict[str, Any]:
     """`run` without its end by a signal."""
     started, path = time.time(), Path(config.output_dir)
     if (finished := processes.from_first(lambda: prepare_directory(config))) is not None:
@@ -139,14 +139,14 @@ def run_chain(config: QuickstartConfig) -> dict[str, Any]:
     return report(config, path, graph, demos, reward_summary, ppo_summary, started)
 
 
-def run_in(config: QuickstartConfig, path: Path, eval_every: int) -> RunConfig:
+def run_in(config: QuickstartArgs, path: Path, eval_every: int) -> RunConfig:
     """The run settings of a stage; a later round replaces the stages of the one before."""
     return RunConfig(str(path), True, config.seed, eval_every=eval_every, progress=config.progress)
 
 
-def sft_stage(config: QuickstartConfig, path: Path) -> SFTRun:
+def sft_stage(config: QuickstartArgs, path: Path) -> SFTArgs:
     """SFT from random weights."""
-    return SFTRun(
+    return SFTArgs(
         model=ModelConfig(arch=ARCH, tokenizer=str(path / "tokenizer")),
         data=DATA,
         sft=SFTConfig(steps=300),
@@ -156,9 +156,9 @@ def sft_stage(config: QuickstartConfig, path: Path) -> SFTRun:
     )
 
 
-def reward_stage(config: QuickstartConfig, path: Path) -> RewardRun:
+def reward_stage(config: QuickstartArgs, path: Path) -> RewardArgs:
     """A reward model on the SFT model's trunk."""
-    return RewardRun(
+    return RewardArgs(
         model=ModelConfig(path=str(path / "sft" / "model")),
         data=DATA,
         reward=RewardConfig(epochs=4),
@@ -167,10 +167,10 @@ def reward_stage(config: QuickstartConfig, path: Path) -> RewardRun:
     )
 
 
-def ppo_stage(config: QuickstartConfig, path: Path) -> PPORun:
+def ppo_stage(config: QuickstartArgs, path: Path) -> PPOArgs:
     """PPO from the SFT model."""
     rate = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
-    return PPORun(
+    return PPOArgs(
         model=ModelConfig(path=str(path / "sft" / "model")),
         data=DataConfig(batch_size=128, max_prompt_length=DATA.max_prompt_length),
         reward=RewardSourceConfig(model=str(path / "reward_model" / "model")),
@@ -183,7 +183,7 @@ def ppo_stage(config: QuickstartConfig, path: Path) -> PPORun:
 
 
 def report(
-    config: QuickstartConfig,
+    config: QuickstartArgs,
     path: Path,
     graph: walks.Graph,
     demos: list[dict[str, str]],

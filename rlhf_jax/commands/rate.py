@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.commands.sample import print_rows
-from rlhf_jax.config import RateRun, resolve
+from rlhf_jax.config import RateArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.chat import Transcript
 from rlhf_jax.data.consensus import consensus_ranks
@@ -26,7 +26,7 @@ TIMEOUT, RETRIES = 600.0, 0
 """Seconds that a call of the function may take, and further attempts."""
 
 
-def run(config: RateRun, *, rows: Any = None, function: Callable[..., Any] | None = None) -> list[Row]:
+def run(config: RateArgs, *, rows: Any = None, function: Callable[..., Any] | None = None) -> list[Row]:
     """Rate as configured, write or print the rows, and return them; `rows` and `function` replace the config's.
 
     Rater r sees value + noise * std(values) * e, e from N(0, 1), anew for every response of every row.

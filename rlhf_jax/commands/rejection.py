@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import sft
 from rlhf_jax.commands import bestofn
-from rlhf_jax.config import BestOfNRun, ModelConfig, RejectionRun, SFTRun
+from rlhf_jax.config import BestOfNArgs, ModelConfig, RejectionArgs, SFTArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import Stopped, UserError
@@ -28,7 +28,7 @@ BEST = "best.jsonl"
 
 
 def run(
-    config: RejectionRun,
+    config: RejectionArgs,
     *,
     rows: Any = None,
     functions: Sequence[Callable[..., Any]] | None = None,
@@ -65,7 +65,7 @@ def run(
 
 
 def one_round(
-    config: RejectionRun,
+    config: RejectionArgs,
     k: int,
     rows: Any,
     functions: Sequence[Callable[..., Any]] | None,
@@ -93,21 +93,21 @@ def finished(output: Path) -> dict[str, Any] | None:
         return None
 
 
-def place(config: RejectionRun, k: int) -> Path:
+def place(config: RejectionArgs, k: int) -> Path:
     """The directory of round k."""
     return Path(config.run.output_dir) / f"round{k + 1}"
 
 
-def policy_of(config: RejectionRun, k: int) -> ModelConfig:
+def policy_of(config: RejectionArgs, k: int) -> ModelConfig:
     """The model that round k samples from and trains."""
     if k == 0:
         return config.model
     return replace(config.model, path=str(place(config, k - 1) / "sft" / "model"), arch=None, tokenizer="")
 
 
-def sampling_of(config: RejectionRun, k: int) -> BestOfNRun:
+def sampling_of(config: RejectionArgs, k: int) -> BestOfNArgs:
     """What round k draws."""
-    return BestOfNRun(
+    return BestOfNArgs(
         model=policy_of(config, k),
         data_path=config.data.path,
         num_samples=config.rejection.num_samples,
@@ -123,11 +123,11 @@ def sampling_of(config: RejectionRun, k: int) -> BestOfNRun:
     )
 
 
-def training_of(config: RejectionRun, k: int) -> SFTRun:
+def training_of(config: RejectionArgs, k: int) -> SFTArgs:
     """What round k trains on that."""
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SFTRun)}
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SFTArgs)}
     run = replace(config.run, output_dir=str(place(config, k) / "sft"), overwrite=False)
-    return SFTRun(**{**settings, "model": policy_of(config, k), "run": run})
+    return SFTArgs(**{**settings, "model": policy_of(config, k), "run": run})
 
 
 def metrics_of(summary: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.config import SampleRun, ScoreRun
+from rlhf_jax.config import SampleArgs, ScoreArgs
 from rlhf_jax.data.examples import Report, prompt_examples
 from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
@@ -34,7 +34,7 @@ def report_cut(report: Report) -> None:
         tell(f"rows: {report}", error=True)
 
 
-def run_sample(config: SampleRun) -> list[dict[str, Any]]:
+def run_sample(config: SampleArgs) -> list[dict[str, Any]]:
     """num_samples responses to every prompt, as sft rows with `response_ids`; written or printed, and returned."""
     rows: list[dict[str, Any]] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     rows += rows_from(config.data_path) if config.data_path else []
@@ -74,7 +74,7 @@ def run_sample(config: SampleRun) -> list[dict[str, Any]]:
     return in_batches("sample", config, {"prompts": digest(rows)}, Phase(len(repeated), size, begin))
 
 
-def run_score(config: ScoreRun) -> list[dict[str, Any]]:
+def run_score(config: ScoreArgs) -> list[dict[str, Any]]:
     """The rows of data_path with "score" added; written or printed, and returned."""
     if not config.data_path:
         raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows")
@@ -100,7 +100,7 @@ def run_score(config: ScoreRun) -> list[dict[str, Any]]:
 
 
 def in_batches(
-    name: str, config: SampleRun | ScoreRun, decided_by: dict[str, Any], phase: Phase
+    name: str, config: SampleArgs | ScoreArgs, decided_by: dict[str, Any], phase: Phase
 ) -> list[dict[str, Any]]:
     """The rows of a phase, which OUTPUT.part gathers; written or printed, and returned."""
     with open_journal(config, config.output, decided_by) as journal:

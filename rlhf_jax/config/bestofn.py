@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rlhf_jax.config.feedback import DrawRun
+from rlhf_jax.config.feedback import DrawArgs
 from rlhf_jax.config.settings import PathText, settings
 
 
 @settings
-class BestOfNRun(DrawRun):
+class BestOfNArgs(DrawArgs):
     """All of `rlhf-jax bestofn`: several responses to every prompt, of which a reward chooses one.
 
     Args:

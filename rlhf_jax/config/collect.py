@@ -6,14 +6,14 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
-from rlhf_jax.config.feedback import JudgeConfig, SourcesRun
+from rlhf_jax.config.feedback import JudgeConfig, SourcesArgs
 from rlhf_jax.config.parts import MeshConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
 
 @settings
-class CollectRun(SourcesRun):
+class CollectArgs(SourcesArgs):
     """All of `rlhf-jax collect`: several responses to every prompt, and who is better among them.
 
     Args:
@@ -45,7 +45,7 @@ class CollectRun(SourcesRun):
 
 
 @settings
-class JudgeRun:
+class JudgeArgs:
     """All of `rlhf-jax judge ROWS`: a judge's verdicts on responses that are there, and how far it can be trusted.
 
     Args:

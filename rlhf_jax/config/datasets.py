@@ -10,7 +10,7 @@ from rlhf_jax.config.settings import PathText, settings
 
 
 @settings
-class DataPrepareRun:
+class DataPrepareArgs:
     """All of `rlhf-jax data prepare ROWS --schema NAME --out DIR`: rows as a TFDS dataset.
 
     Args:
@@ -33,7 +33,7 @@ class DataPrepareRun:
 
 
 @settings
-class DataInspectRun:
+class DataInspectArgs:
     """All of `rlhf-jax data inspect ROWS`: what is in the rows and what may be wrong with them.
 
     Args:
@@ -73,7 +73,7 @@ class DataInspectRun:
 
 
 @settings
-class DataAggregateRun:
+class DataAggregateArgs:
     """All of `rlhf-jax data aggregate ROWS --output FILE.jsonl`: several raters' verdicts as one ranking per prompt.
 
     Args:
@@ -104,7 +104,7 @@ class DataAggregateRun:
 
 
 @settings
-class DataMakeRun:
+class DataMakeArgs:
     """All of `rlhf-jax data make MODULE:NAME --out DIR`: files of rows, and what else a Python function makes.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rlhf_jax.config.checks import check
-from rlhf_jax.config.feedback import SourcesRun
+from rlhf_jax.config.feedback import SourcesArgs
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
 
 @settings
-class EvaluateRun(SourcesRun):
+class EvaluateArgs(SourcesArgs):
     """All of `rlhf-jax evaluate`: how good models are, one beside the other, and how often each beats a baseline.
 
     Args:

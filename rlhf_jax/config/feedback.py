@@ -136,7 +136,7 @@ class SourceConfig:
 
 
 @settings
-class DrawRun:
+class DrawArgs:
     """What the commands share that draw several responses to every prompt.
 
     Args:
@@ -173,7 +173,7 @@ class DrawRun:
 
 
 @settings
-class SourcesRun(DrawRun):
+class SourcesArgs(DrawArgs):
     """What the commands share that have several models respond to the same prompts.
 
     Args:

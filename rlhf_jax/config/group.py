@@ -82,7 +82,7 @@ REINFORCE_PP = GroupConfig(
 
 
 @settings
-class GroupRun:
+class GroupArgs:
     """What grpo, rloo and reinforce_pp have in common."""
 
     model: ModelConfig = ModelConfig()
@@ -106,7 +106,7 @@ class GroupRun:
 
 
 @settings
-class GRPORun(GroupRun):
+class GRPOArgs(GroupArgs):
     """All of `rlhf-jax grpo`."""
 
     grpo: GroupConfig = GroupConfig()
@@ -116,7 +116,7 @@ class GRPORun(GroupRun):
 
 
 @settings
-class RLOORun(GroupRun):
+class RLOOArgs(GroupArgs):
     """All of `rlhf-jax rloo`."""
 
     rloo: GroupConfig = RLOO
@@ -126,7 +126,7 @@ class RLOORun(GroupRun):
 
 
 @settings
-class ReinforcePPRun(GroupRun):
+class ReinforcePPArgs(GroupArgs):
     """All of `rlhf-jax reinforce_pp`."""
 
     reinforce_pp: GroupConfig = REINFORCE_PP

@@ -11,7 +11,7 @@ from rlhf_jax.errors import UserError
 
 
 @settings
-class InspectRun:
+class InspectArgs:
     """All of `rlhf-jax inspect MODEL`: what a model is and what it costs.
 
     Args:
@@ -33,7 +33,7 @@ class InspectRun:
 
 
 @settings
-class ConvertRun:
+class ConvertArgs:
     """All of `rlhf-jax convert MODEL --output DIR`: a model in another dtype or file size.
 
     Args:

@@ -15,7 +15,7 @@ EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 @settings
-class LabelRun:
+class LabelArgs:
     """All of `rlhf-jax label ROWS --output VOTES.jsonl`: a local page on which people rank responses.
 
     Args:

@@ -10,7 +10,7 @@ from rlhf_jax.errors import UserError
 
 
 @settings
-class PlanRun:
+class PlanArgs:
     """What `rlhf-jax plan` adds to the options of the stage that it plans.
 
     Args:

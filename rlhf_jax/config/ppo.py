@@ -79,7 +79,7 @@ class PPOConfig(OnlineConfig):
 
 
 @settings
-class PPORun:
+class PPOArgs:
     """All of `rlhf-jax ppo`; `optim` moves the policy, `value_optim` the critic."""
 
     model: ModelConfig = ModelConfig()

@@ -111,7 +111,7 @@ class RRHFConfig:
 
 
 @settings
-class PreferenceRun:
+class PreferenceArgs:
     """What dpo, kto and rrhf have in common."""
 
     model: ModelConfig = ModelConfig()
@@ -131,7 +131,7 @@ class PreferenceRun:
 
 
 @settings
-class DPORun(PreferenceRun):
+class DPOArgs(PreferenceArgs):
     """All of `rlhf-jax dpo`."""
 
     dpo: DPOConfig = DPOConfig()
@@ -141,7 +141,7 @@ class DPORun(PreferenceRun):
 
 
 @settings
-class KTORun(PreferenceRun):
+class KTOArgs(PreferenceArgs):
     """All of `rlhf-jax kto`."""
 
     kto: KTOConfig = KTOConfig()
@@ -151,7 +151,7 @@ class KTORun(PreferenceRun):
 
 
 @settings
-class RRHFRun(PreferenceRun):
+class RRHFArgs(PreferenceArgs):
     """All of `rlhf-jax rrhf`."""
 
     rrhf: RRHFConfig = RRHFConfig()

@@ -7,7 +7,7 @@ from rlhf_jax.config.settings import PathText, settings
 
 
 @settings
-class QuickstartConfig:
+class QuickstartArgs:
     """`rlhf-jax quickstart`: SFT, reward model and PPO on random walks, made on the fly.
 
     Args:

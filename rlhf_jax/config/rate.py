@@ -10,7 +10,7 @@ from rlhf_jax.config.settings import PathText, settings
 
 
 @settings
-class RateRun:
+class RateArgs:
     """All of `rlhf-jax rate ROWS`: verdicts of simulated raters, to rehearse a study before people are asked.
 
     Args:

@@ -6,7 +6,7 @@ from rlhf_jax.config.settings import PathText, settings
 
 
 @settings
-class RecipeRun:
+class RecipeArgs:
     """What `rlhf-jax recipe FILE.yaml` takes beside the file; docs/recipes.md has its format.
 
     `--variables.NAME`, `--defaults.OPTION` and `--stages.STAGE.OPTION` replace what the file says there.

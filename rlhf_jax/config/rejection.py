@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.online import RewardSourceConfig
 from rlhf_jax.config.settings import settings
-from rlhf_jax.config.sft import SFTRun
+from rlhf_jax.config.sft import SFTArgs
 
 
 @settings
@@ -27,7 +27,7 @@ class RejectionConfig:
 
 
 @settings
-class RejectionRun(SFTRun):
+class RejectionArgs(SFTArgs):
     """All of `rlhf-jax rejection`; data.path holds prompts, `sft` and `optim` are those of every round."""
 
     reward: RewardSourceConfig = RewardSourceConfig()

@@ -72,7 +72,7 @@ class RewardConfig:
 
 
 @settings
-class RewardRun:
+class RewardArgs:
     """All of `rlhf-jax reward`."""
 
     model: ModelConfig = ModelConfig()

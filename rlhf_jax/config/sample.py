@@ -12,7 +12,7 @@ from rlhf_jax.errors import UserError
 
 
 @settings
-class SampleRun:
+class SampleArgs:
     """All of `rlhf-jax sample`: responses of a model to prompts.
 
     Args:
@@ -48,7 +48,7 @@ class SampleRun:
 
 
 @settings
-class ScoreRun:
+class ScoreArgs:
     """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows.
 
     Args:

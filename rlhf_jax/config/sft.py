@@ -41,7 +41,7 @@ class SFTConfig:
 
 
 @settings
-class SFTRun:
+class SFTArgs:
     """All of `rlhf-jax sft`."""
 
     model: ModelConfig = ModelConfig()
@@ -63,7 +63,7 @@ class SFTRun:
 
 
 @settings
-class PretrainRun(SFTRun):
+class PretrainArgs(SFTArgs):
     """All of `rlhf-jax pretrain`: SFT with packing and the loss on all tokens."""
 
     sft: SFTConfig = SFTConfig(pack=True, loss_on="all")

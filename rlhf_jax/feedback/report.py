@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.config import CollectRun
+from rlhf_jax.config import CollectArgs
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.pairs import Pair, length_bias
@@ -21,7 +21,9 @@ LEFT_OUT = {"unlabelled": "without a label", "no_verdict": "labelled without a v
 """Pairs that an agreement leaves out -> what a summary says of them."""
 
 
-def describe(config: CollectRun, ranked: Sequence[Row], pairs: Sequence[Pair], kept: Sequence[Pair]) -> dict[str, Any]:
+def describe(
+    config: CollectArgs, ranked: Sequence[Row], pairs: Sequence[Pair], kept: Sequence[Pair]
+) -> dict[str, Any]:
     """Counts of responses by source, and what length tells of the labels before and after the filter."""
     items = [item for row in ranked for item in row["responses"]]
     sources = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.config import DrawRun, ModelConfig, SourceConfig, resolve
+from rlhf_jax.config import DrawArgs, ModelConfig, SourceConfig, resolve
 from rlhf_jax.data.examples import columns_of, prompt_examples
 from rlhf_jax.data.rows import Row, where_of
 from rlhf_jax.data.schemas import prompt_row, sft_row
@@ -50,7 +50,7 @@ class Sources:
         columns: what reward functions get beside each prompt.
     """
 
-    def __init__(self, config: DrawRun, prompts: Sequence[Row], phases: Phases, sources: Sequence[SourceConfig] = ()):
+    def __init__(self, config: DrawArgs, prompts: Sequence[Row], phases: Phases, sources: Sequence[SourceConfig] = ()):
         """Draws in phases that are added to `phases`.
 
         Raises:
@@ -224,7 +224,7 @@ def verdicts_of(row: dict[str, Any]) -> list[Verdict]:
     return [Verdict(**verdict) for verdict in row.get("verdicts", [])]
 
 
-def prompts_of(config: DrawRun, rows: Any) -> list[Row]:
+def prompts_of(config: DrawArgs, rows: Any) -> list[Row]:
     """The prompt rows of a config, or those given."""
     found: list[Row] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     source = config.data_path if rows is None else rows
@@ -235,7 +235,7 @@ def prompts_of(config: DrawRun, rows: Any) -> list[Row]:
 
 
 def check_rewards(
-    config: DrawRun,
+    config: DrawArgs,
     prompts: Sequence[Row],
     functions: Sequence[Callable[..., Any]] | None,
     gold: Callable[..., Any] | None,

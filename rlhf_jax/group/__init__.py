@@ -2,5 +2,3 @@
 
 from rlhf_jax.group.core import Experience, Models, advantages_of, make_group_step, make_score, objective
 from rlhf_jax.group.train import run
-
-__all__ = ["Experience", "Models", "advantages_of", "make_group_step", "make_score", "objective", "run"]

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from rlhf_jax.config import GroupConfig, GroupRun, GRPORun, ReinforcePPRun, RLOORun
+from rlhf_jax.config import GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.online import checks
 
 
-def settings_of(config: GroupRun) -> tuple[str, GroupConfig]:
+def settings_of(config: GroupArgs) -> tuple[str, GroupConfig]:
     """The method, which is the name of its command and of its group of the config; and that group."""
-    if isinstance(config, GRPORun):
+    if isinstance(config, GRPOArgs):
         return "grpo", config.grpo
-    if isinstance(config, RLOORun):
+    if isinstance(config, RLOOArgs):
         return "rloo", config.rloo
-    if isinstance(config, ReinforcePPRun):
+    if isinstance(config, ReinforcePPArgs):
         return "reinforce_pp", config.reinforce_pp
-    raise UserError(f"{type(config).__name__} is of no method; give a GRPORun, an RLOORun or a ReinforcePPRun")
+    raise UserError(f"{type(config).__name__} is of no method; give a GRPOArgs, an RLOOArgs or a ReinforcePPArgs")
 
 
-def check(config: GroupRun) -> None:
+def check(config: GroupArgs) -> None:
     """Raise a UserError for settings that contradict each other."""
     name, settings = settings_of(config)
     checks.check(config, settings, name)
@@ -31,7 +31,7 @@ def check(config: GroupRun) -> None:
         )
 
 
-def check_batches(config: GroupRun, mesh: Mesh) -> None:
+def check_batches(config: GroupArgs, mesh: Mesh) -> None:
     """Raise a UserError unless every batch and microbatch divides over the mesh."""
     name, settings = settings_of(config)
     checks.check_batches(config, settings, name, mesh)

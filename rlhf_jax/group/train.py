@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.config import GroupConfig, GroupRun
+from rlhf_jax.config import GroupArgs, GroupConfig
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.group import core
 from rlhf_jax.group.checks import check, check_batches, settings_of
@@ -58,7 +58,7 @@ def assemble(
 
 
 def make_programs(
-    config: GroupRun, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
+    config: GroupArgs, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
 ) -> Programs:
     """The sampler, score and update of `core`, and the first state; nets.params is donated."""
     _, settings = settings_of(config)
@@ -83,7 +83,7 @@ class Group(Online):
 
     def __init__(
         self,
-        config: GroupRun,
+        config: GroupArgs,
         *,
         rows: Rows | None = None,
         eval_rows: Rows | None = None,
@@ -107,7 +107,7 @@ class Group(Online):
             self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))
 
 
-def run(config: GroupRun, **overrides: Any) -> dict[str, Any]:
+def run(config: GroupArgs, **overrides: Any) -> dict[str, Any]:
     """Train as configured and write the run directory; returns its summary. The config's class names the method.
 
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`

@@ -1,5 +1,3 @@
 """One decoder for every family, its heads and cache, and Hugging Face directories."""
 
 from rlhf_jax.models.model import Model
-
-__all__ = ["Model"]

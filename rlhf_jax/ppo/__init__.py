@@ -10,14 +10,3 @@ from rlhf_jax.ppo.core import (
     objective,
 )
 from rlhf_jax.ppo.train import run
-
-__all__ = [
-    "Experience",
-    "Models",
-    "make_ppo_optimizer",
-    "make_ppo_step",
-    "make_ppo_update",
-    "make_score",
-    "objective",
-    "run",
-]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from rlhf_jax.config import PPORun
+from rlhf_jax.config import PPOArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.online import checks
 from rlhf_jax.sharding import check_rows
 
 
-def check(config: PPORun) -> None:
+def check(config: PPOArgs) -> None:
     """Raise a UserError for settings that contradict each other."""
     ppo = config.ppo
     checks.check(config, ppo, "ppo")
@@ -27,7 +27,7 @@ def check(config: PPORun) -> None:
         raise UserError("ppo.value_init reward_model needs reward.model, and ppo.shared_trunk false")
 
 
-def check_batches(config: PPORun, mesh: Mesh) -> None:
+def check_batches(config: PPOArgs, mesh: Mesh) -> None:
     """Raise a UserError unless every batch and microbatch divides over the mesh."""
     ppo = config.ppo
     if ppo.ptx_coef and ppo.ptx_batch_size % ppo.accumulate:

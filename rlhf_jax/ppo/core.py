@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages as adv
-from rlhf_jax.config import PPOConfig, PPORun, bind
+from rlhf_jax.config import PPOArgs, PPOConfig, bind
 from rlhf_jax.losses import clipped_value_loss
 from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import joined
@@ -256,7 +256,7 @@ def make_ppo_update(step: Step, config: PPOConfig) -> Callable[..., Any]:
     return make_epochs(step, config, minibatch)
 
 
-def make_ppo_optimizer(run: PPORun) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
+def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """One optimiser for {"policy", "value"}, each with its own settings, clip and schedule over PPO iterations.
 
     Also returns the policy's learning rate by iteration. It is zero during the critic's warm-up.
@@ -280,7 +280,7 @@ def make_ppo_optimizer(run: PPORun) -> tuple[optax.GradientTransformationExtraAr
 
 
 def make_ppo_step(
-    models: Models, run: PPORun, policy_loss: PolicyLoss | None = None
+    models: Models, run: PPOArgs, policy_loss: PolicyLoss | None = None
 ) -> tuple[Callable[..., Any], Any, Schedule]:
     """(update program, optimiser, policy learning rate by iteration) of a config."""
     tx, schedule = make_ppo_optimizer(run)

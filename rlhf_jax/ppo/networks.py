@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.config import PPOConfig, PPORun
+from rlhf_jax.config import PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -47,7 +47,7 @@ class Networks:
         return {**trunk, "score": params["value"]["score"]}
 
 
-def load_networks(config: PPORun, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array, length: int) -> Networks:
+def load_networks(config: PPOArgs, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array, length: int) -> Networks:
     """Policy, frozen reference, reward model if any, and critic, for sequences of `length`."""
     policy, reward = load_policy_and_reward(config, mesh, tokenizer, key, length)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import PPORun
+from rlhf_jax.config import PPOArgs
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
@@ -32,7 +32,7 @@ from rlhf_jax.types import PolicyLoss
 
 
 def make_programs(
-    config: PPORun, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
+    config: PPOArgs, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
 ) -> Programs:
     """The sampler, score and update of `core`, and the first state; nets.params is donated."""
     update, tx, schedule = core.make_ppo_step(nets.models, config, policy_loss)
@@ -57,7 +57,7 @@ class PPO(Online):
 
     def __init__(
         self,
-        config: PPORun,
+        config: PPOArgs,
         *,
         rows: Rows | None = None,
         eval_rows: Rows | None = None,
@@ -123,7 +123,7 @@ class PPO(Online):
             save_model(directory / "value_model", self.nets.value, self.nets.critic(params), self.tokenizer)
 
 
-def run(config: PPORun, **overrides: Any) -> dict[str, Any]:
+def run(config: PPOArgs, **overrides: Any) -> dict[str, Any]:
     """Train as configured and write the run directory; returns its summary.
 
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`

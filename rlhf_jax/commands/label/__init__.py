@@ -4,5 +4,3 @@
 """
 
 from rlhf_jax.commands.label.server import run
-
-__all__ = ["run"]

@@ -19,7 +19,7 @@ import bottle
 
 from rlhf_jax.commands.label.items import Item, items_of
 from rlhf_jax.commands.label.votes import Votes
-from rlhf_jax.config import LabelRun
+from rlhf_jax.config import LabelArgs
 from rlhf_jax.config.label import LONGEST_NAME
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
@@ -88,7 +88,7 @@ def _size_is_fine(environ: dict[str, Any]) -> bool:
 class Page:
     """What the page may ask, as plain functions of plain data."""
 
-    def __init__(self, items: list[Item], votes: Votes, config: LabelRun):
+    def __init__(self, items: list[Item], votes: Votes, config: LabelArgs):
         """`config` gives the seed and the names that raters may have."""
         self.items, self.votes, self.config = items, votes, config
         self.by_key = {item.key: item for item in items}
@@ -274,7 +274,7 @@ class QuietHandler(WSGIRequestHandler):
         return str(self.client_address[0])
 
 
-def make_server(config: LabelRun, app: WSGI) -> Server:
+def make_server(config: LabelArgs, app: WSGI) -> Server:
     """A server that listens where the config says.
 
     Raises:
@@ -307,7 +307,7 @@ def summary(votes: Votes, total: int) -> str:
     return "\n".join(lines)
 
 
-def run(config: LabelRun) -> None:
+def run(config: LabelArgs) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
     items, note = items_of(rows_from(config.path, config.fields))
     with contextlib.closing(Votes(config.output, items)) as votes:

@@ -14,7 +14,7 @@ from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology
 from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.commands.plan.programs import Program, programs_of
-from rlhf_jax.config import PlanRun
+from rlhf_jax.config import PlanArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import to_json
 from rlhf_jax.sharding import make_mesh
@@ -217,7 +217,7 @@ def suggest(config: Any, chip: Chip, devices: list[Any], width: int) -> None:
         tell(f"  {cost * 1e6:.3g} us per token  {name}")
 
 
-def run(plan: PlanRun, config: Any) -> bool:
+def run(plan: PlanArgs, config: Any) -> bool:
     """Print the plan of a stage's config; returns whether it fits.
 
     Raises:

@@ -18,15 +18,15 @@ from rlhf_jax import preference, reward, sft
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
 from rlhf_jax.config import (
     ArchConfig,
-    DPORun,
-    GroupRun,
-    KTORun,
+    DPOArgs,
+    GroupArgs,
+    KTOArgs,
     ModelConfig,
     OnlineConfig,
-    PPORun,
-    RewardRun,
-    RRHFRun,
-    SFTRun,
+    PPOArgs,
+    RewardArgs,
+    RRHFArgs,
+    SFTArgs,
     bind,
 )
 from rlhf_jax.data.collate import collate_preference, collate_ranking, collate_rated, collate_sft, collate_unpaired
@@ -111,9 +111,9 @@ def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> l
     Raises:
         UserError: what the stage itself would refuse: batches, lengths, heads that do not divide.
     """
-    if isinstance(config, PPORun):
+    if isinstance(config, PPOArgs):
         return _ppo(config, mesh, attention)
-    if isinstance(config, GroupRun):
+    if isinstance(config, GroupArgs):
         return _group(config, mesh, attention)
     return _training(config, mesh, attention, width)
 
@@ -151,7 +151,7 @@ class _Stage(NamedTuple):
 
 def _stage(config: Any, width: int) -> _Stage:
     text = np.zeros(2, np.int32)
-    if isinstance(config, SFTRun):
+    if isinstance(config, SFTArgs):
         collate = partial(collate_sft, reduction=config.sft.loss_reduction)
         document = {"tokens": text, "loss_mask": np.ones(2, bool)}
         return _Stage("sft", collate, document, lambda m: sft.objective(m, bind(config.sft.loss, config.sft)))
@@ -160,7 +160,7 @@ def _stage(config: Any, width: int) -> _Stage:
         "chosen": text, "rejected": text, "response": text, "other": text, "responses": [text] * width,
     }  # fmt: skip
     rankings: Callable[..., Any] = partial(collate_ranking, width=width)
-    if isinstance(config, RewardRun):
+    if isinstance(config, RewardArgs):
         settings = config.reward
         name = "pairs" if settings.comparisons == "auto" else settings.comparisons
         kind = reward.KINDS[name]
@@ -170,9 +170,9 @@ def _stage(config: Any, width: int) -> _Stage:
             "reward", of_kind[name], example, lambda m: kind.objective(m, bind(kind.loss(settings), settings))
         )
     kinds: dict[type, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-        DPORun: ("dpo", collate_preference, sequence_logprobs),
-        KTORun: ("kto", collate_unpaired, own_and_other),
-        RRHFRun: ("rrhf", rankings, sequence_logprobs),
+        DPOArgs: ("dpo", collate_preference, sequence_logprobs),
+        KTOArgs: ("kto", collate_unpaired, own_and_other),
+        RRHFArgs: ("rrhf", rankings, sequence_logprobs),
     }
     group, collate_for, logprobs = kinds[type(config)]
     own = getattr(config, group)
@@ -207,7 +207,7 @@ def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Progr
     return found
 
 
-def _policy_and_reward(config: PPORun | GroupRun, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
+def _policy_and_reward(config: PPOArgs | GroupArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
     length = total_length(config.sampling, config.data.max_prompt_length)
     policy = abstract_model(config.model, mesh, length, score_head=False, attention=attention)
     if not config.reward.model:
@@ -216,7 +216,7 @@ def _policy_and_reward(config: PPORun | GroupRun, mesh: Mesh, attention: str) ->
     return policy, abstract_model(named, mesh, length, score_head=True, attention=attention)
 
 
-def _group(config: GroupRun, mesh: Mesh, attention: str) -> list[Program]:
+def _group(config: GroupArgs, mesh: Mesh, attention: str) -> list[Program]:
     group_checks.check_batches(config, mesh)
     _, settings = group_checks.settings_of(config)
     policy, reward_model = _policy_and_reward(config, mesh, attention)
@@ -224,7 +224,7 @@ def _group(config: GroupRun, mesh: Mesh, attention: str) -> list[Program]:
     return _online(config, settings, mesh, nets, group_train.make_programs(config, nets, mesh, stop_ids=(0,)))
 
 
-def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
+def _ppo(config: PPOArgs, mesh: Mesh, attention: str) -> list[Program]:
     ppo_checks.check_batches(config, mesh)
     policy, reward_model = _policy_and_reward(config, mesh, attention)
 
@@ -251,7 +251,7 @@ def _ppo(config: PPORun, mesh: Mesh, attention: str) -> list[Program]:
 
 
 def _online(
-    config: PPORun | GroupRun, settings: OnlineConfig, mesh: Mesh, nets: Any, programs: Programs, ptx: Any = None
+    config: PPOArgs | GroupArgs, settings: OnlineConfig, mesh: Mesh, nets: Any, programs: Programs, ptx: Any = None
 ) -> list[Program]:
     """Rollout, score and update of a method that learns from its own samples."""
     size, new = config.data.batch_size, config.sampling.max_new_tokens

@@ -16,14 +16,12 @@ from rlhf_jax import cli
 from rlhf_jax.commands.recipe.reading import Stage, Tree, read, replaced
 from rlhf_jax.commands.recipe.record import Action, Record
 from rlhf_jax.commands.recipe.report import figures_of, planned, summary_of, table
-from rlhf_jax.config import RecipeRun, functions
+from rlhf_jax.config import RecipeArgs, functions
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import replace, to_json
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.runs.directory import SUMMARY
-
-__all__ = ["Stage", "run", "stages_of"]
 
 IN_ONE_PROCESS = {"rate", "convert", "data prepare", "data aggregate", "data make"}
 """Commands that process 0 runs while the others wait."""
@@ -33,7 +31,7 @@ WORDS: dict[Action, str] = {"skip": "finished before", "run": "to do", "replace"
 
 
 def stages_of(
-    config: RecipeRun, changes: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None
+    config: RecipeArgs, changes: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None
 ) -> tuple[list[Stage], Path]:
     """All stages of all rounds and the directory they go to, checked; see `run`."""
     tree: Tree
@@ -55,7 +53,7 @@ def stages_of(
 
 
 def run(
-    config: RecipeRun, changes: Mapping[str, Any] | None = None, *, recipe: Mapping[str, Any] | None = None
+    config: RecipeArgs, changes: Mapping[str, Any] | None = None, *, recipe: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Run the stages that are not finished, in order; prints a table, writes summary.json and returns the summary.
 

@@ -3,14 +3,3 @@
 from rlhf_jax.models.hf.config_json import find_family, model_directory, read_config, read_generation
 from rlhf_jax.models.hf.families import FAMILIES
 from rlhf_jax.models.hf.weights import has_score_head, load_params, save_model
-
-__all__ = [
-    "FAMILIES",
-    "find_family",
-    "has_score_head",
-    "load_params",
-    "model_directory",
-    "read_config",
-    "read_generation",
-    "save_model",
-]
