@@ -35,7 +35,7 @@ from rlhf_jax.data.consensus import consensus_ranks
 from rlhf_jax.data.pairs import Pair, almost_filter, balance_filter, length_bias, pairs_of, shares_of
 from rlhf_jax.data.schemas import preference_row, sft_row
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.feedback import sources
+from rlhf_jax.feedback import phases, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.phases import name_of
 from rlhf_jax.feedback.sources import with_shots
@@ -432,6 +432,6 @@ def test_stopped_is_what_an_interrupt_raises(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(sources, "Interrupts", Pressed)
+    monkeypatch.setattr(phases, "Interrupts", Pressed)
     with pytest.raises(Stopped, match=r"stopped by SIGINT after 2 of 14 rows"):
         run_collect(settings(tmp_path / "a.jsonl"), rows=PROMPTS)

@@ -253,8 +253,8 @@ def test_wins_count_every_pair_of_samples_and_ties_half():
 
 
 def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
-    sources = [SourceConfig(name="a"), SourceConfig(name="b", temperature=0.5)]
-    config = settings(tmp_path / "e", sources=sources, reference=TOY)
+    each = [SourceConfig(name="a"), SourceConfig(name="b", temperature=0.5)]
+    config = settings(tmp_path / "e", sources=each, reference=TOY)
     whole = run_evaluate(config, rows=PROMPTS, functions=[length])
     assert json.loads((tmp_path / "e" / "summary.json").read_text()) == whole
     shown = capsys.readouterr().out
