@@ -19,10 +19,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     ("errors", "types", "tokens", "advantages", "keys"),
     ("losses", "config", "hosts"),
-    ("cli", "sharding", "tasks", "data"),
+    ("cli", "sharding", "tasks", "data", "runs"),
     ("models",),
-    ("runs", "inference"),
-    ("training",),
+    ("inference", "training"),
     ("sft", "reward", "preference", "online", "feedback"),
     ("ppo", "group"),
     ("commands",),

@@ -18,9 +18,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import attempts, clock
 from rlhf_jax.hosts.attempts import limited
 from rlhf_jax.runs import directory
-from rlhf_jax.runs.claim import claim_directory
 from rlhf_jax.runs.journal import Journal
 from rlhf_jax.runs.run import Run
+from rlhf_jax.training.claim import claim_directory
 
 DATED = (
     "{{ strftime_now('%d %b %Y, %H:%M:%S') }}|{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_renders_at_the_time_when_it_began(tmp_path):
     with pytest.raises(KeyboardInterrupt), Run("sft", settings(tmp_path), total=3):
         raise KeyboardInterrupt
     clock.begin("2030-01-01T00:00:00")
-    assert claim_directory("sft", settings(tmp_path)) is None and clock.time() == THEN
+    assert claim_directory("sft", settings(tmp_path))[0] is None and clock.time() == THEN
     with pytest.raises(KeyboardInterrupt), Run("sft", settings(tmp_path), total=3):
         raise KeyboardInterrupt
     record = directory.read_record(tmp_path / "run")

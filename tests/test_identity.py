@@ -126,9 +126,9 @@ def test_of_a_large_file_a_change_in_any_tensor_is_seen(tmp_path, monkeypatch):
 def stages(model: Path, out: Path):
     shared = {"model": ModelConfig(path=str(model)), "data": DATA, "run": RunConfig(str(out), progress=False)}
     return {
-        "sft": (sft, SFTArgs(**shared, sft=SFTConfig(steps=4, num_samples=0)), DEMOS),
-        "dpo": (preference, DPOArgs(**shared, dpo=DPOConfig(steps=4)), PAIRS),
-        "kto": (preference, KTOArgs(**shared, kto=KTOConfig(steps=4)), PAIRS),
+        "sft": (sft.run, SFTArgs(**shared, sft=SFTConfig(steps=4, num_samples=0)), DEMOS),
+        "dpo": (preference.run_dpo, DPOArgs(**shared, dpo=DPOConfig(steps=4)), PAIRS),
+        "kto": (preference.run_kto, KTOArgs(**shared, kto=KTOConfig(steps=4)), PAIRS),
     }
 
 
@@ -136,24 +136,24 @@ def stages(model: Path, out: Path):
 def test_other_weights_at_the_same_path_do_not_continue_a_run_but_the_same_ones_elsewhere_do(
     model, tmp_path, monkeypatch, stage
 ):
-    module, config, rows = stages(model, tmp_path / "run")[stage]
+    run, config, rows = stages(model, tmp_path / "run")[stage]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 2)
-        module.run(config, rows=rows)
+        run(config, rows=rows)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     moved = shutil.copytree(model, tmp_path / "moved")
     changed(model)
     with pytest.raises(UserError, match=r"another config: model.path .*policy as it was there, with other"):
-        module.run(config, rows=rows)
+        run(config, rows=rows)
     shutil.rmtree(model)
-    module.run(replace(config, model__path=str(moved)), rows=rows)
+    run(replace(config, model__path=str(moved)), rows=rows)
     if stage != "sft":  # whoever forges run.json finds the reference in the checkpoint
         forged = json.loads((tmp_path / "copy" / "run.json").read_text())
         (tmp_path / "copy" / "run.json").write_text(json.dumps({**forged, "files": {}}))
         changed(moved)
         shutil.copytree(moved, model)
         with pytest.raises(UserError, match=r"the weights of the reference model are not those that it started with"):
-            module.run(replace(config, run__output_dir=str(tmp_path / "copy")), rows=rows)
+            run(replace(config, run__output_dir=str(tmp_path / "copy")), rows=rows)
 
 
 def test_a_finished_run_of_other_rows_or_of_functions_is_not_taken_for_this_one(model, tmp_path):

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_jax.hosts.files import Lines, from_json, to_json
+from rlhf_jax.hosts.files import Lines
+from rlhf_jax.hosts.json_text import from_json, to_json
 from rlhf_jax.runs.directory import as_json
 
 NAN, INF = float("nan"), float("inf")

@@ -20,8 +20,8 @@ from rlhf_jax.config.functions import replace as changed
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import replace, replacing
 from rlhf_jax.runs import directory
-from rlhf_jax.runs.claim import claim_directory
 from rlhf_jax.runs.run import Run
+from rlhf_jax.training.claim import claim_directory
 
 STEPS = 4
 
@@ -33,7 +33,7 @@ def config(path: Path, **changes) -> SFTArgs:
 
 def stage(settings: SFTArgs) -> None:
     """A run that adds up numbers."""
-    if claim_directory("sft", settings) is not None:
+    if claim_directory("sft", settings)[0] is not None:
         return
     with Run("sft", settings, total=STEPS) as out:
         tree, _ = out.restore({"state": {"step": jnp.float32(settings.run.seed)}}, {"rows": 1})

@@ -126,7 +126,7 @@ def test_the_static_files_are_in_the_wheel():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert "label/static/*" in project["tool"]["setuptools"]["package-data"]["rlhf_jax"]
+    assert "commands/label/static/*" in project["tool"]["setuptools"]["package-data"]["rlhf_jax"]
 
 
 def test_ranks_are_stored_in_row_order_whatever_the_order_on_the_page(tmp_path):

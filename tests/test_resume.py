@@ -643,8 +643,8 @@ def test_resume_names_what_is_missing(refused, tmp_path):  # noqa: F811
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf_jax import directory
-file = directory.hold(Path(sys.argv[1]))
+from rlhf_jax.runs import directory
+file = directory.claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -669,7 +669,7 @@ def test_runs_lists_stage_status_step_and_metrics_without_jax(tmp_path):
         with pytest.raises(UserError, match=rf"is being written by process {process.pid} on "):
             directory.check_output_dir("sft", replace(config, run__output_dir=str(tmp_path / "d")))
         with pytest.raises(UserError, match=r"is being written by process"):
-            directory.hold(tmp_path / "d")
+            directory.claim(tmp_path / "d")
         process.kill()
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     rows = {Path(row.split()[0]).name: row.split() for row in done.stdout.splitlines()[1:-1]}
@@ -677,7 +677,7 @@ def test_runs_lists_stage_status_step_and_metrics_without_jax(tmp_path):
     assert {name: row[2] for name, row in rows.items() if name != "g"} == expected
     assert rows["a"][1] == "sft" and rows["a"][3] == "6/9" and "nll 2.5, total 3.25" in " ".join(rows["a"])
     assert rows["g"][2] == "unreadable"
-    directory.hold(tmp_path / "d").close()  # the dead hold nothing
+    directory.claim(tmp_path / "d").close()  # the dead hold nothing
 
 
 SIGNALS = """

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import Lines, from_json, replace, replace_all, replacing, to_json
+from rlhf_jax.hosts.files import Lines, replace, replace_all, replacing
+from rlhf_jax.hosts.json_text import from_json, to_json
 from rlhf_jax.hosts.outputs import check_output, write_output
 from rlhf_jax.runs.journal import Journal
 

@@ -30,7 +30,9 @@ from rlhf_jax.config import (
     SFTConfig,
 )
 from rlhf_jax.errors import Stopped, UserError, tell
-from rlhf_jax.hosts import files, processes
+from rlhf_jax.hosts import processes
+from rlhf_jax.hosts.files import write_json
+from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models.loading import load_model, load_tokenizer
 from rlhf_jax.runs.curves import learning_curves, text_table
@@ -208,8 +210,8 @@ def report(
     }
     if not processes.is_first():
         return summary
-    files.replace(path / SUMMARY, files.to_json(summary, indent=1) + "\n")
-    history = [files.from_json(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    write_json(path / SUMMARY, summary)
+    history = [from_json(line) for line in (path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     learning_curves(path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks")
     rows = [[f"mean optimality, {name}", f"{means[name]:.3f}"] for name in means]
     rows += [

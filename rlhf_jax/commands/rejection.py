@@ -20,9 +20,9 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
 from rlhf_jax.feedback.sources import prompts_of
 from rlhf_jax.hosts.files import replacing
-from rlhf_jax.runs.claim import claim_directory
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
+from rlhf_jax.training.claim import claim_directory
 
 BEST = "best.jsonl"
 
@@ -40,11 +40,13 @@ def run(
     `rows` (dicts with a prompt), `functions` and `gold` replace those that the config names.
     """
     given = names_given(rows=rows, functions=functions, gold=gold)
-    if (finished := claim_directory("rejection", config, given)) is not None:
+    finished, files = claim_directory("rejection", config, given)
+    if finished is not None:
         return finished
     total, path = config.rejection.rounds, Path(config.run.output_dir)
     prompts = prompts_of(sampling_of(config, 0), rows)
-    with Run("rejection", config, total=total, shown=("rollout/reward", "rollout/gold"), given=given) as out:
+    shown = ("rollout/reward", "rollout/gold")
+    with Run("rejection", config, total=total, shown=shown, given=given, files=files) as out:
         tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})
         done = list(notes.get("rounds", []))
         if not out.resumed:  # from here on what a round has left is of this very run

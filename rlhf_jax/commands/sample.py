@@ -12,7 +12,7 @@ from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phase, Phases, digest, open_journal
-from rlhf_jax.hosts.files import json_lines
+from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
 from rlhf_jax.inference.generate import Generator, sampled_row, total_length

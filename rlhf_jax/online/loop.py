@@ -10,9 +10,9 @@ import jax
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.reward_functions import RewardFailure
 from rlhf_jax.online.stage import Online
-from rlhf_jax.runs.claim import claim_directory
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
+from rlhf_jax.training.claim import claim_directory
 from rlhf_jax.training.loop import check_trained, describe
 from rlhf_jax.training.state import learning_rates
 
@@ -24,16 +24,17 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
 
     The summary has `before` and `after`: the first evaluation and that of the policy that is kept.
     """
-    if (finished := claim_directory(stage, config, names_given(**overrides))) is not None:
+    given = names_given(**overrides)
+    finished, files = claim_directory(stage, config, given)
+    if finished is not None:
         return finished
     online = method(config, **overrides)
     total = online.settings.iterations
     tokens = config.data.batch_size * config.sampling.max_new_tokens
-    given = names_given(**overrides)
     with jax.set_mesh(online.mesh):
         facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": online.batches.left_over}
         describe(stage, online.mesh, online.nets.policy, iterations=total, **facts)
-        with Run(stage, config, total=total, shown=SHOWN, given=given, agree_every=1) as out:
+        with Run(stage, config, total=total, shown=SHOWN, given=given, files=files, agree_every=1) as out:
             tree, notes = out.restore(online.tree(), online.identity())
             online.put_tree(tree)
             out.rows_of = online.batches.where

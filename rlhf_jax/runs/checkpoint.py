@@ -29,7 +29,8 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import from_json, replace, sync, to_json
+from rlhf_jax.hosts.files import replace, sync
+from rlhf_jax.hosts.json_text import from_json, to_json
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 LEFTOVERS = ("writing-", "deleting-")

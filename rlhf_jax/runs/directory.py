@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -22,7 +22,8 @@ from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.hosts import yamls
-from rlhf_jax.hosts.files import check_writable, read_text, replace, to_json
+from rlhf_jax.hosts.files import check_writable, hold, read_text, replace, write_json
+from rlhf_jax.hosts.json_text import to_json
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -69,9 +70,7 @@ def check_output_dir(
         raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX")
     check_inputs(stage, config)
     if is_held(path):
-        raise UserError(
-            f"run.output_dir {path} is being written by {holder(path)}; stop that one or choose another directory"
-        )
+        raise in_use(path)
     found = [name for name in OURS if os.path.lexists(path / name) and name != LOCK]
     record = read_record(path)
     if run.overwrite or not found or (record is not None and record["status"] == VOID):
@@ -293,7 +292,7 @@ def drop_checkpoints(path: Path) -> None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace run.json."""
-    replace(path / RECORD, to_json({**record, "updated": time.time()}, indent=1) + "\n")
+    write_json(path / RECORD, {**record, "updated": time.time()})
 
 
 def write_config(path: Path, stage: str, config: Any, option: str = "run.output_dir") -> None:
@@ -317,26 +316,31 @@ def wipe(stage: str, path: Path) -> None:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
 
 
-def hold(path: Path) -> IO[str]:
-    """Claim a run directory for this process until the file is closed or the process ends, by kill -9 as well.
+def claim(path: Path) -> BinaryIO:
+    """Hold a run directory for this process until the file is closed or the process ends.
 
     Raises:
         UserError: another process holds it.
     """
-    file = open(path / LOCK, "a+")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise UserError(
-            f"run.output_dir {path} is being written by {holder(path)}; stop that one or choose another directory"
-        ) from error
-    except OSError:  # a file system without locks
-        return file
+    file = hold(path / LOCK, fcntl.lockf)
+    if file is None:
+        raise in_use(path)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     file.flush()
     return file
+
+
+def in_use(path: Path) -> UserError:
+    """Says who has claimed a run directory."""
+    try:
+        holder = (path / LOCK).read_text()
+    except OSError:
+        holder = ""
+    return UserError(
+        f"run.output_dir {path} is being written by {holder or 'another process'}; stop that one or choose another "
+        "directory"
+    )
 
 
 def is_held(path: Path) -> bool:
@@ -349,11 +353,3 @@ def is_held(path: Path) -> bool:
     except OSError:  # no such file, or a file system without locks
         return False
     return False
-
-
-def holder(path: Path) -> str:
-    """Who has claimed the directory, in words."""
-    try:
-        return (path / LOCK).read_text() or "another process"
-    except OSError:
-        return "another process"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.hosts import clock, processes
-from rlhf_jax.hosts.files import Lines, is_stream, json_lines, replace_all, to_json
+from rlhf_jax.hosts.files import Lines, hold, is_stream, replace_all
+from rlhf_jax.hosts.json_text import json_lines, to_json
 from rlhf_jax.hosts.outputs import check_output, write_output
 from rlhf_jax.runs.directory import as_json
 
@@ -47,7 +47,7 @@ class Journal:
         """
         self.output = str(output)
         self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
         header = {"made of": made_of, "time": clock.begin(), **({"overwrite": True} if overwrite else {})}
         self._header = as_json(header)
         try:
@@ -63,13 +63,9 @@ class Journal:
         if self.path is None:
             return []
         try:
-            self._file = open(self.path, "ab")  # noqa: SIM115 (it stays open, for the lock)
-            try:  # flock, since lockf would let go when `Lines` closes the file
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                raise UserError(f"{self.path} is being written by another process; wait for it, or stop it") from error
-            except OSError:  # a file system without locks
-                pass
+            self._file = hold(self.path)
+            if self._file is None:
+                raise UserError(f"{self.path} is being written by another process; wait for it, or stop it")
             self._lines = Lines(self.path)
             return self._read(self.path)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""`rlhf-jax resume` and `rlhf-jax runs`: run directories from outside. Floor 2; imports no jax."""
+"""`rlhf-jax resume` and `rlhf-jax runs`: run directories from outside. Imports no jax."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.files import from_json
+from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.runs.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")

@@ -10,7 +10,7 @@ import math
 import shlex
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from rlhf_jax.errors import Stopped, UserError, printable
 from rlhf_jax.hosts import clock, processes
-from rlhf_jax.hosts.files import replace, to_json
+from rlhf_jax.hosts.files import write_json
 from rlhf_jax.hosts.processes import pack
-from rlhf_jax.models.contents import contents
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.checkpoint import Checkpoints, reason_of
 from rlhf_jax.runs.interrupts import Interrupts
@@ -68,12 +67,13 @@ class Run:
         total: int,
         shown: tuple[str, ...] = (),
         given: tuple[str, ...] = (),
+        files: Mapping[str, str] | None = None,
         agree_every: int = AGREE_EVERY,
     ):
         """Claim config.run.output_dir and find where to continue.
 
         `shown` are the metrics on the progress bar; `given` names what the caller passed in Python, which
-        `rlhf-jax resume` cannot know.
+        `rlhf-jax resume` cannot know. `files` are the contents of the config, as `claim_directory` returns them.
         """
         self.settings, self.config, self.stage, self.total = config, config.run, stage, total
         self.dir, self.shown, self.given, self.agree_every = Path(config.run.output_dir), shown, given, agree_every
@@ -92,7 +92,8 @@ class Run:
         place = self.dir / directory.CHECKPOINTS
         self.checkpoints = Checkpoints(place, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._lock: Any = None
-        step, self._files = processes.from_first(self._take)
+        self._files = dict(files or {})
+        step = processes.from_first(self._take)
         self.checkpoints.last = step
         self.resumed, self.start = step is not None, step or 0
         processes.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
@@ -102,13 +103,12 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, desc=stage, disable=not shows, dynamic_ncols=True)
         BARS.add(self.bar)
 
-    def _take(self) -> tuple[int | None, dict[str, str]]:
-        """Hold the directory and make its files ready: (the step to continue after, `contents`); process 0 only."""
+    def _take(self) -> int | None:
+        """Hold the directory and make its files ready; the step to continue after, if any. Process 0 only."""
         try:
-            self._files = contents(self.settings)
             directory.check_output_dir(self.stage, self.settings, self.given, self._files)
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = directory.hold(self.dir)
+            self._lock = directory.claim(self.dir)
             record = directory.read_record(self.dir) or {"status": directory.VOID}
             found = record["status"] != directory.VOID and not self.config.overwrite
             step = self.checkpoints.newest_intact(self.say) if found else None
@@ -123,7 +123,7 @@ class Run:
             where = f"continuing after step {step} of {self.total}" if self.resumed else "no checkpoint, starting anew"
             broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
             self.say(f"{self.stage}: {self.dir}: {where}{broken}")
-        return step, self._files
+        return step
 
     def _prepare(self) -> None:
         if not self.resumed:
@@ -439,7 +439,7 @@ class Run:
             summary["best_step"] = self.best[0]
         self.checkpoints.wait()
         if self.is_writer:
-            replace(self.dir / directory.SUMMARY, to_json(summary, indent=1) + "\n")
+            write_json(self.dir / directory.SUMMARY, summary)
             self._record("finished", step=self.total)
             if not self.settings.checkpoint.keep_finished:
                 directory.drop_checkpoints(self.dir)

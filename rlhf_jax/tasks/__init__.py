@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import json_lines, replace
+from rlhf_jax.hosts.files import replace
+from rlhf_jax.hosts.json_text import json_lines
 
 
 def label_pairs(

@@ -16,9 +16,9 @@ from rlhf_jax.data.loading import held_out_batches, length_buckets
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_length, check_vocabulary, load_model, load_tokenizer, save_model
-from rlhf_jax.runs.claim import claim_directory
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import check_rows, make_mesh
+from rlhf_jax.training.claim import claim_directory
 from rlhf_jax.training.loop import Evaluate, num_steps, train
 from rlhf_jax.types import LossFn, Params
 
@@ -84,7 +84,8 @@ def run_stage(
         conclude: (the parameters to save, the summary) of the kept ones, with a frozen base those of the adapters and
             heads; without it these and their evaluation.
     """
-    if (finished := claim_directory(name, config, given)) is not None:
+    finished, files = claim_directory(name, config, given)
+    if finished is not None:
         return finished
     key = jax.random.key(config.run.seed)
     mesh, data = make_mesh(config.mesh), config.data
@@ -103,7 +104,8 @@ def run_stage(
         identity = prepare(stage) if prepare is not None else {}
         held_out = held_out_batches(data, held_out_set, collate)
         loss_fn, on_eval = objective(stage), watch(stage) if watch else None
-        with Run(name, config, total=num_steps(settings, batches), shown=tuple(shown), given=given) as out:
+        steps = num_steps(settings, batches)
+        with Run(name, config, total=steps, shown=tuple(shown), given=given, files=files) as out:
             parts: dict[str, Any] = {"mesh": mesh, "key": key, "on_eval": on_eval, "identity": identity}
             params, evaluate = train(out, config, settings, loaded, loss_fn, batches, held_out, **parts)
             params, results = conclude(stage, params, evaluate) if conclude else (params, evaluate(params))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
 from collections import defaultdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.data.votes import VOTE
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import Lines, check_writable
+from rlhf_jax.hosts.files import Lines, check_writable, hold
 
 START = b'{"item": "'
 """How every line begins."""
@@ -46,7 +45,13 @@ class Votes:
             raise UserError(f"output {path} is a directory; name a .jsonl file")
         check_writable(Path(path).parent, f"output {path}")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._held = hold(path)
+        try:
+            held = hold(Path(path))
+        except OSError as error:
+            raise UserError(f"output {path}: {error.strerror}; choose another --output") from error
+        if held is None:
+            raise UserError(f"output {path} is being written by another `rlhf-jax label`; stop that one first")
+        self._held = held
         try:
             self.mended = mend(Path(path))
             self._lines = Lines(Path(path))
@@ -125,24 +130,6 @@ class Votes:
                 for i, name in enumerate(names)
             ],
         }
-
-
-def hold(path: str) -> IO[bytes]:
-    """Claim the file for this process until it ends.
-
-    Raises:
-        UserError: another one holds it, or it cannot be written.
-    """
-    try:
-        file = open(path, "ab")  # noqa: SIM115 (it stays open)
-    except OSError as error:
-        raise UserError(f"output {path}: {error.strerror}; choose another --output") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UserError(f"output {path} is being written by another `rlhf-jax label`; stop that one first") from error
-    return file
 
 
 def mend(path: Path) -> int:

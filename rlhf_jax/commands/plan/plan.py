@@ -16,7 +16,7 @@ from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.commands.plan.programs import Program, programs_of
 from rlhf_jax.config import PlanArgs
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.files import to_json
+from rlhf_jax.hosts.json_text import to_json
 from rlhf_jax.sharding import make_mesh
 
 RESERVED = 0.25 * GIB

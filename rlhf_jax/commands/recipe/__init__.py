@@ -19,7 +19,7 @@ from rlhf_jax.commands.recipe.report import figures_of, planned, summary_of, tab
 from rlhf_jax.config import RecipeArgs, functions
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import replace, to_json
+from rlhf_jax.hosts.files import write_json
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.runs.directory import SUMMARY
 
@@ -115,7 +115,7 @@ def perform(one: Stage, action: Action, record: Record) -> None:
 def conclude(stages: Sequence[Stage], actions: Mapping[str, Action], record: Record) -> dict[str, Any]:
     """Write summary.json; returns what it holds."""
     summary = summary_of(stages, actions, record.entries)
-    replace(record.root / SUMMARY, to_json(summary, indent=1) + "\n")
+    write_json(record.root / SUMMARY, summary)
     return summary
 
 

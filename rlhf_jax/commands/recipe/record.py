@@ -48,7 +48,7 @@ class Record:
         """
         files.check_writable(self.root, f"output_dir {self.root}")
         self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = directory.hold(self.root)
+        self._lock = directory.claim(self.root)
 
     def load(self) -> None:
         """Read recipe.json, if there is one.
@@ -135,7 +135,7 @@ class Record:
 
     def _write(self) -> None:
         try:
-            files.replace(self.path, files.to_json(self.entries, indent=1) + "\n")
+            files.write_json(self.path, self.entries)
         except OSError as error:
             raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
 

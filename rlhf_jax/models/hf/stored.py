@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import UserError, reason, shown
-from rlhf_jax.hosts.files import strict_json
+from rlhf_jax.hosts.json_text import strict_json
 from rlhf_jax.models.hf.config_json import ADAPTER, layers_of, read_json, understood
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

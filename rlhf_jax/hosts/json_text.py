@@ -1,0 +1,110 @@
+"""JSON as this library writes it, ours and that of others as it reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_jax.errors import UserError, reason, shown
+
+UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
+
+NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as other programs read it too: every file of ours is written with this.
+
+    A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
+    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are, but those that
+    are not seen, lone surrogates among them, are escaped, and come back.
+    Arrays become lists, and dates the text of ISO 8601.
+
+    Raises:
+        UserError: JSON has no form for a part of it.
+    """
+    options: dict[str, Any] = {"indent": indent, "allow_nan": False, "ensure_ascii": False, "default": _plain}
+    try:
+        try:
+            text = json.dumps(value, **options)
+        except ValueError:
+            text = json.dumps(_finite(json.loads(json.dumps(value, default=_plain)))[0], **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"this cannot be written as JSON ({reason(error)})") from error
+    return UNSEEN_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _plain(value: Any) -> Any:
+    for method in ("tolist", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"a {type(value).__name__} has no form there")
+
+
+def _finite(value: Any) -> tuple[Any, str]:
+    """(a value with null for numbers that are not finite, what the first was of those that no field of it says)."""
+    if isinstance(value, float):
+        return (value, "") if math.isfinite(value) else (None, str(value))
+    if isinstance(value, list):
+        parts = [_finite(item) for item in value]
+        return [part for part, _ in parts], next((why for _, why in parts if why), "")
+    if isinstance(value, dict):
+        found: dict[Any, Any] = {}
+        for name, item in value.items():
+            found[name], why = _finite(item)
+            if why:
+                found.setdefault(f"{name}_is", why)
+        return found, ""
+    return value, ""
+
+
+def from_json(text: str | bytes) -> Any:
+    """What `to_json` was given, numbers that are not finite included (those within lists stay null)."""
+
+    def restored(found: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in found if found[name] is None and found.get(f"{name}_is") in NOT_FINITE]:
+            found[name] = float(found.pop(f"{name}_is"))
+        return found
+
+    return json.loads(text, object_hook=restored)
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON of somebody else, in which no name comes twice and every number is one.
+
+    Raises:
+        ValueError: it is something else, or a number is too long.
+        RecursionError: it is too deep.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ValueError(f"{shown(twice)} comes twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+
+
+def json_lines(rows: Sequence[Any]) -> bytes:
+    """Rows as JSON, a line each.
+
+    Raises:
+        UserError: JSON has no form for a part of a row, which is named if it knows where it came from.
+    """
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            found.append(to_json(row) + "\n")
+        except UserError as error:
+            where = row.get("_where", f"row {number}") if isinstance(row, dict) else f"row {number}"
+            raise UserError(f"{where}: {error}; leave it out or give it as text") from error
+    return "".join(found).encode()
