@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
-LIMITS: dict[str, Any] = {"max_prompt_length": 192, "max_length": 320, "too_long": "truncate"}
+from rlhf_jax.data.limits import Limits
+
+LIMITS = Limits(192, 320, "truncate")
 BATCH = 32
 
 
@@ -48,12 +50,12 @@ def pipeline(path: str, tokenizer: Any, repeats: int) -> list[dict[str, Any]]:
     from rlhf_jax.data.sources import rows_from
 
     rows, name = rows_from(path), Path(path).name
-    seconds, (examples, _) = best_of(repeats, lambda: preference_examples(rows, tokenizer, **LIMITS))
+    seconds, (examples, _) = best_of(repeats, lambda: preference_examples(rows, tokenizer, LIMITS))
     tokens = sum(len(example["chosen"]) + len(example["rejected"]) for example in examples)
     found = [{"what": "tokenise", "file": name, "rows": len(rows), "tokens": tokens, "rows_per_s": len(rows) / seconds,
               "tokens_per_s": tokens / seconds}]  # fmt: skip
-    collate = partial(collate_preference, length=LIMITS["max_length"], pad_id=tokenizer.pad_id)
-    for buckets in ([], [96, 160, 224, LIMITS["max_length"]]):
+    collate = partial(collate_preference, length=LIMITS.max_length, pad_id=tokenizer.pad_id)
+    for buckets in ([], [96, 160, 224, LIMITS.max_length]):
         batches = Batches(examples, batch_size=BATCH, seed=0, collate=collate, buckets=buckets)
         steps = len(batches)
         seconds, made = best_of(repeats, partial(lambda batches: [batches[i] for i in range(len(batches))], batches))
@@ -67,7 +69,7 @@ def pipeline(path: str, tokenizer: Any, repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def reward_batches(rows: list[Any], tokenizer: Any, limits: dict[str, Any]) -> dict[str, tuple[Any, Any, Any]]:
+def reward_batches(rows: list[Any], tokenizer: Any, limits: Limits) -> dict[str, tuple[Any, Any, Any]]:
     """Kind of comparison -> (objective of a model and a loss, loss, one batch of all rows)."""
     from rlhf_jax import losses, reward
     from rlhf_jax.data.comparisons import preference_examples, ranking_examples
@@ -77,8 +79,8 @@ def reward_batches(rows: list[Any], tokenizer: Any, limits: dict[str, Any]) -> d
         ("rankings", ranking_examples, reward.ranking_objective, losses.kwise_reward_loss),
         ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
     ):
-        examples, _ = build(rows, tokenizer, **limits)
-        collate = reward.make_collate(kind, examples, length=limits["max_length"], pad_id=tokenizer.pad_id)
+        examples, _ = build(rows, tokenizer, limits)
+        collate = reward.make_collate(kind, examples, length=limits.max_length, pad_id=tokenizer.pad_id)
         found[kind] = objective, partial(loss, center_coef=0.01), collate(examples)
     return found
 
@@ -99,7 +101,7 @@ def reward_steps(path: str, tokenizer: Any, repeats: int, num_prompts: int = 16)
     model, found = Model(arch, score_head=True), []
     params, tx = jax.jit(model.init)(jax.random.key(0)), optax.adam(1e-4)
     rows = rows_from(path)[:num_prompts]
-    limits = {"max_prompt_length": 64, "max_length": 192, "too_long": "truncate"}
+    limits = Limits(64, 192, "truncate")
     for kind, (objective, loss, batch) in reward_batches(rows, tokenizer, limits).items():
         step = jax.jit(make_step(objective(model, loss), tx))
         run = partial(lambda step, *rest: jax.block_until_ready(step(*rest)), step, params, tx.init(params), batch)

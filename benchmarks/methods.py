@@ -60,7 +60,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.examples import prompt_examples, sft_examples
-from rlhf_jax.data.loading import limits
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.inference.generate import Generator, decode
 from rlhf_jax.inference.likelihood import Likelihood
 from rlhf_jax.models import Model
@@ -247,9 +247,7 @@ class Meter:
             self.model = self.load(policy).model
             self.generator = Generator(self.model, self.tokenizer, q.SAMPLING, self.mesh, max_prompt_length=longest)
             self.reader = Likelihood(self.model, self.mesh, pad_id=self.tokenizer.pad_id, batch_size=100)
-        starts, _ = prompt_examples(
-            walks.start_prompts() * 50, self.tokenizer, max_prompt_length=longest, too_long="error"
-        )
+        starts, _ = prompt_examples(walks.start_prompts() * 50, self.tokenizer, Limits(longest, too_long="error"))
         self.batch = collate_prompts(starts, buckets=self.generator.buckets, pad_id=self.tokenizer.pad_id)
         self.logprobs = jax.jit(partial(walk_logprobs, self.model))
 
@@ -264,7 +262,7 @@ class Meter:
             key = jax.random.key(task.config.seed + 9)
             rollout = self.generator.rollout(ours, placed["tokens"], placed["mask"], key, self.generator.law)
             kl = self.logprobs(ours, rollout) - self.logprobs(reference, rollout)
-            held_out, _ = sft_examples(task.demos[1000:], self.tokenizer, **limits(q.DATA), loss_on="response")
+            held_out, _ = sft_examples(task.demos[1000:], self.tokenizer, Limits.of(q.DATA), loss_on="response")
             nll = -np.concatenate(self.reader.targets(ours, held_out))
         gold = walks.optimality(
             task.graph, self.batch["prompts"], decode(self.tokenizer, rollout, self.batch["given"])

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from rlhf_jax.config import DPOArgs, KTOArgs, RRHFArgs, bind
 from rlhf_jax.data.collate import Collate, collate_preference, collate_ranking, collate_unpaired
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
-from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.loading import Rows, load_rows, make_examples
 from rlhf_jax.data.singles import unpaired_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -148,7 +149,7 @@ def train_policy(
 
     def load(tokenizer: Tokenizer) -> tuple[list[Any], list[Any], Collate]:
         split = load_rows(config.data, rows["rows"], rows["eval_rows"], config.run.seed)
-        sets = make_examples(partial(build, tokenizer=tokenizer, **limits(config.data)), *split)
+        sets = make_examples(partial(build, tokenizer=tokenizer, limits=Limits.of(config.data)), *split)
         collate = partial(collate_for([*sets[0], *sets[1]]), length=config.data.max_length, pad_id=tokenizer.pad_id)
         return *sets, collate
 

@@ -16,7 +16,8 @@ from rlhf_jax.config import RewardArgs, RewardConfig, bind
 from rlhf_jax.data.collate import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.layouts import layout_of
-from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.loading import Rows, load_rows, make_examples
 from rlhf_jax.data.singles import rating_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -194,7 +195,7 @@ def load_sets(
     """Training and held-out examples, of `rows` and `eval_rows` or the config's files, and what batches them."""
     settings, split = config.reward, load_rows(config.data, rows, eval_rows, config.run.seed)
     name = kind_of_rows(settings, split[0])
-    build = partial(KINDS[name].build, tokenizer=tokenizer, **limits(config.data))
+    build = partial(KINDS[name].build, tokenizer=tokenizer, limits=Limits.of(config.data))
     if name != "ratings":
         build = partial(build, aggregate=settings.aggregate, prior=settings.aggregate_prior)
     sets = make_examples(build, *split)

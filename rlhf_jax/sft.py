@@ -14,7 +14,8 @@ import numpy as np
 from rlhf_jax.config import PretrainArgs, SFTArgs, bind
 from rlhf_jax.data.collate import Collate, collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
-from rlhf_jax.data.loading import Rows, limits, load_rows, make_examples
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.loading import Rows, load_rows, make_examples
 from rlhf_jax.data.rows import DroppedRow, Row, where_of
 from rlhf_jax.data.schemas import kind_of, sft_row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ def load_examples(
 ) -> tuple[list[Any], list[Any], Collate]:
     """Training and held-out examples, packed if asked, and what makes batches of them."""
     data = config.data
-    build = partial(sft_examples, tokenizer=tokenizer, **limits(data), loss_on=config.sft.loss_on)
+    build = partial(sft_examples, tokenizer=tokenizer, limits=Limits.of(data), loss_on=config.sft.loss_on)
     train_set, held_out_set = make_examples(build, train_rows, held_out_rows)
     if config.sft.pack:
         train_set, held_out_set = (pack(examples, data.max_length) for examples in (train_set, held_out_set))

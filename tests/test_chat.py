@@ -24,12 +24,13 @@ from chats import (  # fmt: skip
 from rlhf_jax.data import lint
 from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import prompt_examples, sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "chat.json").read_text())
-LIMITS = {"max_prompt_length": 400, "max_length": 800, "too_long": "error"}
+LIMITS = Limits(400, 800, "error")
 each_template = pytest.mark.parametrize("name", TEMPLATES)
 FOLLOWS = "answers to a prompt that the chat template writes otherwise once they are there"
 MERGED = "answers whose start and the prompt's end would be one token, had they been one text"
@@ -43,9 +44,9 @@ def tokenizer_of(template, **options):
 
 def tokens_of(tokenizer, row, loss_on="response"):
     """(prompt ids that are sampled from, tokens, targets, remarks) of a row."""
-    [example], report = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on=loss_on)
+    [example], report = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on=loss_on)
     prompts = row.get("prompt") or row["messages"][:-1]
-    [asked], _ = prompt_examples(rows_from([{"prompt": prompts}]), tokenizer, max_prompt_length=400, too_long="error")
+    [asked], _ = prompt_examples(rows_from([{"prompt": prompts}]), tokenizer, Limits(400, too_long="error"))
     tokens = example["tokens"].tolist()
     return asked["tokens"].tolist(), tokens, example["tokens"][example["loss_mask"]].tolist(), report.remarks
 
@@ -180,12 +181,12 @@ def test_a_text_that_ends_in_a_stop_tokens_text_gets_one_stop_id(name):
                 assert targets == wanted and sum(i in tokenizer.eos_ids for i in targets) == 1
                 assert remarks["responses or documents that already ended in a stop token's text"] == 1
                 pair = {"prompt": prompt, "chosen": "yes" + end, "rejected": "no"}
-                [found], _ = preference_examples(rows_from([pair]), tokenizer, **LIMITS)
+                [found], _ = preference_examples(rows_from([pair]), tokenizer, LIMITS)
                 for side in ("chosen", "rejected"):
                     ids = found[side][found["prompt_length"] :].tolist()
                     assert [i in tokenizer.eos_ids for i in ids] == [False] * (len(ids) - 1) + [True]
     for loss_on in ("response", "all"):
-        [document], report = sft_examples(rows_from([{"text": "yes<eos>\n"}]), tokenizer, **LIMITS, loss_on=loss_on)
+        [document], report = sft_examples(rows_from([{"text": "yes<eos>\n"}]), tokenizer, LIMITS, loss_on=loss_on)
         assert document["tokens"].tolist().count(tokenizer.eos_ids[0]) == 1 and report.remarks
     assert tokens_of(tokenizer, {"prompt": "hi", "response": "yes" + stops[0], "finished": False})[2] == wanted[:-1]
 
@@ -333,7 +334,7 @@ def test_tools_calls_and_results_are_what_the_template_writes():
         assert "add" in tokenizer.hf.decode(tokens)
     assert "<tool_call>" in tokenizer.hf.decode(targets)
     pair = {"prompt": USED[:1], "tools": TOOLS, "chosen": [USED[1]], "rejected": "no"}
-    [found], _ = preference_examples(rows_from([pair]), tokenizer, **LIMITS)
+    [found], _ = preference_examples(rows_from([pair]), tokenizer, LIMITS)
     assert "<tool_call>" in tokenizer.hf.decode(found["chosen"]) and '"add"' in tokenizer.hf.decode(found["rejected"])
 
 
@@ -341,7 +342,7 @@ def test_what_is_written_with_tools_is_read_again():
     """Prompts carry their tools wherever they go: as a first turn of role template."""
     tokenizer = tokenizer_of(WITH_TOOLS)
     [asked], _ = prompt_examples(
-        rows_from([{"prompt": USED[:1], "tools": TOOLS}]), tokenizer, max_prompt_length=400, too_long="error"
+        rows_from([{"prompt": USED[:1], "tools": TOOLS}]), tokenizer, Limits(400, too_long="error")
     )
     stored = [{"role": "template", "tools": TOOLS}, *USED[:1]]
     given, *_ = tokens_of(tokenizer, {"prompt": stored, "response": "2"})
@@ -375,7 +376,7 @@ def test_what_nobody_writes_is_refused_by_name(row, said):
     for template in (CHATML, None):
         tokenizer = tokenizer_of(template)
         with pytest.raises(UserError, match=r"^row 0: ") as caught:
-            sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")
+            sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")
         assert said in str(caught.value) or (template is None and "need" in str(caught.value))
 
 
@@ -391,7 +392,7 @@ def test_names_and_the_like_are_counted_and_changed_turns_too():
         "{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
     )
     rows = [{"messages": [{"role": "system", "content": "Be brief."}, user("a"), answer("b")]}]
-    _, report = sft_examples(rows_from(rows), deaf, **LIMITS, loss_on="response")
+    _, report = sft_examples(rows_from(rows), deaf, LIMITS, loss_on="response")
     assert report.remarks[CHANGED] == 1 and f"1 {CHANGED}" in str(report)
 
 
@@ -399,14 +400,14 @@ def test_fields_that_nothing_reads_are_counted_by_name():
     tokenizer = tokenizer_of(CHATML)
     rows = [{"prompt": "a", "response": "b", "system": "Be brief.", "lang": 1}]
     rows += [{"prompt": "a", "response": "c", "lang": 2}]
-    _, report = sft_examples(rows_from(rows), tokenizer, **LIMITS, loss_on="response")
+    _, report = sft_examples(rows_from(rows), tokenizer, LIMITS, loss_on="response")
     assert report.unread == {"system": 1, "lang": 2} and "fields not read: 'system' of 1, 'lang' of 2" in str(report)
     assert "fields not read: 'system' of 1" in "\n".join(lint.lines(lint.inspect(rows_from(rows), [], None, 9, 9)))
-    _, report = prompt_examples(rows_from(rows), tokenizer, max_prompt_length=9, too_long="error")
+    _, report = prompt_examples(rows_from(rows), tokenizer, Limits(9, too_long="error"))
     assert not report.unread  # they are columns for reward functions
     pair = {"prompt": [user("a")], "chosen": [answer("b", weight=0)], "rejected": "c"}
     with pytest.raises(UserError, match='row 0: a response has a "weight", which only sft knows'):
-        preference_examples(rows_from([pair]), tokenizer, **LIMITS)
+        preference_examples(rows_from([pair]), tokenizer, LIMITS)
 
 
 def test_nulls_say_nothing_and_parts_of_text_are_a_text():
@@ -420,9 +421,7 @@ def test_nulls_say_nothing_and_parts_of_text_are_a_text():
 def test_rows_with_a_prompt_and_messages_take_the_messages():
     tokenizer = tokenizer_of(CHATML)
     talk = [*TALK, answer("d")]
-    [example], _ = sft_examples(
-        rows_from([{"prompt": "a", "messages": talk}]), tokenizer, **LIMITS, loss_on="response"
-    )
+    [example], _ = sft_examples(rows_from([{"prompt": "a", "messages": talk}]), tokenizer, LIMITS, loss_on="response")
     assert example["tokens"].tolist() == tokens_of(tokenizer, {"messages": talk})[1]
 
 
@@ -444,7 +443,7 @@ def test_two_texts_with_a_common_beginning_are_tokenised_as_they_stand(chosen, r
 
     kinds = [chat_tokenizer(None), byte_tokenizer(), *map(metaspace_tokenizer, ("always", "first", "never", "legacy"))]
     for tokenizer in map(Tokenizer, kinds):
-        [found], _ = preference_examples(rows_from([{"chosen": chosen, "rejected": rejected}]), tokenizer, **LIMITS)
+        [found], _ = preference_examples(rows_from([{"chosen": chosen, "rejected": rejected}]), tokenizer, LIMITS)
         for side, text in (("chosen", chosen), ("rejected", rejected)):
             assert found[side].tolist() == [*tokenizer.encode_prompt(text), tokenizer.eos_ids[0]]
         assert found["prompt_length"] > 0 and np.array_equal(

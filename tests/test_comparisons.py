@@ -16,6 +16,7 @@ from rlhf_jax.data.collate import collate_preference, collate_ranking, eval_batc
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.gathering import gather
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -73,7 +74,7 @@ def test_a_common_beginning_is_the_prompt_up_to_a_white_space():
 
 def test_demonstrations_of_unpaired_preferences_are_the_good_ones(tokenizer):
     rows = [{"prompt": "a", "completion": text, "label": text == "b"} for text in "bcd"]
-    examples, report = sft_examples(sources.rows_from(rows), tokenizer, **LIMITS, loss_on="response")
+    examples, report = sft_examples(sources.rows_from(rows), tokenizer, LIMITS, loss_on="response")
     assert [tokenizer.decode(example["tokens"]) for example in examples] == ["a b"]
     assert report.dropped == {"labelled as bad": 2}
     assert report.kinds == {"unpaired preference": 3}
@@ -81,24 +82,24 @@ def test_demonstrations_of_unpaired_preferences_are_the_good_ones(tokenizer):
 
 def test_strict_makes_a_drop_an_error(tokenizer):
     rows = sources.rows_from([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}])
-    assert sft_examples(rows, tokenizer, **LIMITS, loss_on="all")[1].kept == 1
+    assert sft_examples(rows, tokenizer, LIMITS, loss_on="all")[1].kept == 1
     with pytest.raises(
         UserError, match=r'^row 1: "response" is empty; fix or remove the row \(data.strict is true\)$'
     ):
-        sft_examples(rows, tokenizer, **LIMITS, loss_on="all", strict=True)
+        sft_examples(rows, tokenizer, Limits(8, 16, "drop", strict=True), loss_on="all")
 
 
 def test_a_response_that_was_cut_off_gets_no_stop_id(tokenizer):
     stop = tokenizer.eos_ids[0]
     whole, cut = ({"prompt": "a", "response": "b c", "finished": done} for done in (True, False))
     rows = sources.rows_from([whole, cut, {"prompt": "a", "response": "b c"}])
-    examples, _ = sft_examples(rows, tokenizer, **LIMITS, loss_on="response")
+    examples, _ = sft_examples(rows, tokenizer, LIMITS, loss_on="response")
     assert [example["tokens"][-1] == stop for example in examples] == [True, False, True]
     pair = {"prompt": "a", "chosen": "b", "rejected": "c", "finished": [True, False]}
-    [example], _ = preference_examples(sources.rows_from([pair]), tokenizer, **LIMITS)
+    [example], _ = preference_examples(sources.rows_from([pair]), tokenizer, LIMITS)
     assert (example["chosen"][-1] == stop, example["rejected"][-1] == stop) == (True, False)
     items = [{"text": "b", "rank": 0, "finished": False}, {"text": "c", "rank": 1}]
-    [example], _ = ranking_examples([{"prompt": "a", "responses": items, "_where": "f:1"}], tokenizer, **LIMITS)
+    [example], _ = ranking_examples([{"prompt": "a", "responses": items, "_where": "f:1"}], tokenizer, LIMITS)
     assert [ids[-1] == stop for ids in example["responses"]] == [False, True]
     with pytest.raises(UserError, match="\"finished\" is 'no'; give true or false"):
         schemas.sft_row({**whole, "finished": "no"})
@@ -160,7 +161,7 @@ def test_rankings_with_nothing_to_learn_are_counted(tokenizer):
         ranking(0, 1, texts="bb"),
         ranking(0, None),
     ]
-    examples, report = ranking_examples(sources.rows_from(rows), tokenizer, **LIMITS)
+    examples, report = ranking_examples(sources.rows_from(rows), tokenizer, LIMITS)
     assert len(examples) == 1
     assert report.dropped == {
         "with all responses tied": 2,
@@ -170,7 +171,7 @@ def test_rankings_with_nothing_to_learn_are_counted(tokenizer):
 
 
 def test_equal_responses_are_one_and_unranked_ones_none(tokenizer):
-    [example], _ = ranking_examples(sources.rows_from([ranking(0, 1, None, 4, texts="bcdb")]), tokenizer, **LIMITS)
+    [example], _ = ranking_examples(sources.rows_from([ranking(0, 1, None, 4, texts="bcdb")]), tokenizer, LIMITS)
     assert [tokenizer.decode(ids) for ids in example["responses"]] == ["a b", "a c"]
     assert example["ranks"].tolist() == [2, 1]
 
@@ -185,11 +186,11 @@ def test_votes_of_raters_are_shares_and_their_mean_the_order(tokenizer):
         {"rater": "z", "ranks": [0, 1, 1]},
     ]
     row = {"prompt": "a", "responses": ["b", "c", "d"], "raters": raters, "_where": "f:1"}
-    [example], _ = ranking_examples([row], tokenizer, **LIMITS)
+    [example], _ = ranking_examples([row], tokenizer, LIMITS)
     assert example["ranks"].tolist() == [0, 1, 2]
     assert example["labels"][0, 1] == pytest.approx(2 / 3)
     assert example["labels"][1, 2] == pytest.approx((1 + 1 + 0.5) / 3)
-    pairs, _ = preference_examples([row], tokenizer, **LIMITS)
+    pairs, _ = preference_examples([row], tokenizer, LIMITS)
     assert sorted(p["label"] for p in pairs) == pytest.approx([2 / 3, 5 / 6, 1])
     assert [p["weight"] for p in pairs] == pytest.approx([1 / 3] * 3)
 
@@ -199,7 +200,7 @@ def test_rows_of_one_prompt_by_several_raters_become_one_ranking(tokenizer, aggr
     by = [("ann", [0, 1, 2]), ("bob", [0, 2, 1]), ("eve", [2, 1, 0])]
     rows = [{"prompt": "a", "responses": ["b", "c", "d"], "ranks": r, "rater": name} for name, r in by]
     rows += [{"prompt": "a", "chosen": "b", "rejected": "e", "votes": [2, 0, 1]}]
-    examples, report = ranking_examples(sources.rows_from(rows), tokenizer, **LIMITS, aggregate=aggregate, prior=0.5)
+    examples, report = ranking_examples(sources.rows_from(rows), tokenizer, LIMITS, aggregate=aggregate, prior=0.5)
     [example] = examples
     assert [tokenizer.decode(ids) for ids in example["responses"]] == ["a b", "a c", "a d", "a e"]
     assert example["ranks"].argmin() == 0
@@ -223,7 +224,7 @@ def test_an_adversary_among_raters_is_named(tokenizer):
 def test_unpaired_answers_to_one_prompt_are_compared(tokenizer):
     labels = [("a", "b", True), ("a", "c", False), ("a", "d", False), ("b", "c", True)]
     rows = [{"prompt": p, "completion": c, "label": good} for p, c, good in labels]
-    examples, report = preference_examples(sources.rows_from(rows), tokenizer, **LIMITS)
+    examples, report = preference_examples(sources.rows_from(rows), tokenizer, LIMITS)
     shown = {tuple(tokenizer.decode(e[name]) for name in ("chosen", "rejected")) for e in examples}
     assert shown == {("a b", "a c"), ("a b", "a d")}
     assert report.dropped == {"with fewer than two ranked responses": 1}
@@ -233,7 +234,7 @@ def test_unpaired_answers_to_one_prompt_are_compared(tokenizer):
 def test_a_tie_that_plackett_luce_does_not_take_says_so(tokenizer):
     tied = [{"prompt": "a", "responses": [f"b {c}" for c in "abcdefghijklm"], "ranks": [0] * 13}]
     with pytest.raises(UserError, match=r"a tie of 13 items .* aggregate with bradley_terry"):
-        ranking_examples(sources.rows_from(tied), tokenizer, **LIMITS, aggregate="plackett_luce")
+        ranking_examples(sources.rows_from(tied), tokenizer, LIMITS, aggregate="plackett_luce")
 
 
 # --- batches and losses
@@ -248,7 +249,7 @@ ROWS = [
 
 
 def test_ranking_batches_pad_places_and_mask_them(tokenizer):
-    examples, _ = ranking_examples(sources.rows_from(ROWS), tokenizer, **LIMITS)
+    examples, _ = ranking_examples(sources.rows_from(ROWS), tokenizer, LIMITS)
     batch = collate_ranking(examples, length=5, width=4, pad_id=tokenizer.pad_id)
     assert batch["mask"].sum(1).tolist() == [4, 3, 4, 2]
     assert batch["tokens"].shape == (4, 4, 5)
@@ -272,7 +273,7 @@ def test_rankings_and_their_pairs_have_equal_loss_and_gradient(tokenizer):
         ("rankings", ranking_examples, reward.ranking_objective, losses.kwise_reward_loss),
         ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
     ]:
-        examples, _ = build(rows, tokenizer, **LIMITS)
+        examples, _ = build(rows, tokenizer, LIMITS)
         collate = reward.make_collate(name, examples, length=8, pad_id=0)
         batch = collate(examples)
         loss_fn = objective(model, partial(loss, center_coef=0.01))
@@ -293,7 +294,7 @@ def test_rankings_are_chosen_when_all_rows_are():
 
 
 def test_order_accuracy_is_a_mean_over_prompts(tokenizer):
-    examples, _ = ranking_examples(sources.rows_from(ROWS), tokenizer, **LIMITS)
+    examples, _ = ranking_examples(sources.rows_from(ROWS), tokenizer, LIMITS)
     batches = eval_batches(examples, batch_size=3, collate=partial(collate_ranking, length=5, width=4))
     scores = np.array([[3, 2, 1, 0], [0, 1, 0, NAN], [5, 5, 5, 5], [0, 1, NAN, NAN]], float)
     found = reward.order_accuracy(scores, batches, [example["prompt_key"] for example in examples])
@@ -309,9 +310,9 @@ def test_a_choice_compares_the_chosen_one_with_each_of_the_others_and_them_not(t
     ranks, labels = ballots.ranking_row(rows[0]).consensus()
     assert ranks.tolist() == [1, 0, 1]
     np.testing.assert_array_equal(labels[~np.eye(3, dtype=bool)], [0, NAN, 1, 1, NAN, 0])
-    pairs, _ = preference_examples(rows, tokenizer, **LIMITS)
+    pairs, _ = preference_examples(rows, tokenizer, LIMITS)
     assert [tokenizer.decode(pair["chosen"][1:2]) for pair in pairs] == ["c", "c", "e"]
-    examples, _ = ranking_examples(rows, tokenizer, **LIMITS)
+    examples, _ = ranking_examples(rows, tokenizer, LIMITS)
     batch = collate_ranking(examples, length=8, width=3)
     scores = jnp.asarray([[0.1, 0.7, -0.3], [0.2, -1.0, 0.0]])
     arrays = [jnp.asarray(batch[name]) for name in ("ranks", "mask", "weights")]
@@ -324,10 +325,10 @@ def test_preferences_are_rankings_of_two(tokenizer):
     rows = sources.rows_from(
         [{"prompt": "a", "chosen": "b", "rejected": "c", "votes": v} for v in ([3, 0, 0], [1, 2, 0], [1, 1, 1])]
     )
-    examples, report = ranking_examples(rows, tokenizer, **LIMITS)
+    examples, report = ranking_examples(rows, tokenizer, LIMITS)
     assert [example["ranks"].tolist() for example in examples] == [[0, 1], [1, 0]]
     assert report.dropped == {"with all responses tied": 1}
-    pairs, _ = preference_examples(rows, tokenizer, **LIMITS)
+    pairs, _ = preference_examples(rows, tokenizer, LIMITS)
     assert [pair["label"] for pair in pairs] == pytest.approx([1, 2 / 3, 0.5])
     assert [tokenizer.decode(pair["chosen"][1:2]) for pair in pairs] == ["b", "c", "b"]  # the preferred one first
     batch = collate_preference(pairs, length=4)
@@ -337,7 +338,7 @@ def test_preferences_are_rankings_of_two(tokenizer):
 def test_chat_templates_close_each_response(tokenizer):
     chat = Tokenizer(tiny(CHATML))
     rows = sources.rows_from([{"prompt": USER, "responses": ["b", "c"], "ranks": [1, 0]}])
-    [example], _ = ranking_examples(rows, chat, **{**LIMITS, "max_prompt_length": 12})
+    [example], _ = ranking_examples(rows, chat, Limits(12, 16, "drop"))
     assert [ids[-1] for ids in example["responses"]] == [chat.end_id] * 2
 
 

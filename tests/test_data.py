@@ -20,6 +20,7 @@ from rlhf_jax.data.collate import (
 )
 from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ CHATML = (
     "{%- if add_generation_prompt %}{{ '<start> assistant ' }}{%- endif %}"
 )
 USER = [{"role": "user", "content": "a b"}]
-LIMITS = {"max_prompt_length": 8, "max_length": 16, "too_long": "drop"}
+LIMITS = Limits(8, 16, "drop")
 
 
 def tiny(template=None, add_bos=False, **special):
@@ -307,7 +308,7 @@ def test_tokenizer_errors(tmp_path, tokenizer):
         tokenizer.encode_prompt("a\ud83d")
     strict = Tokenizer(tiny("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(UserError, match=r"row 0: the chat template refuses .*roles must alternate"):
-        sft_examples(sources.rows_from([{"prompt": USER, "response": "a"}]), strict, **LIMITS, loss_on="response")
+        sft_examples(sources.rows_from([{"prompt": USER, "response": "a"}]), strict, LIMITS, loss_on="response")
 
 
 # --- examples
@@ -315,19 +316,19 @@ def test_tokenizer_errors(tmp_path, tokenizer):
 
 def test_loss_is_on_the_response_and_its_stop_id_only(tokenizer):
     rows = sources.rows_from([{"prompt": "a b", "response": "c"}, {"prompt": "a", "response": "c d"}])
-    for row, example in zip(rows, sft_examples(rows, tokenizer, **LIMITS, loss_on="response")[0], strict=True):
+    for row, example in zip(rows, sft_examples(rows, tokenizer, LIMITS, loss_on="response")[0], strict=True):
         batch = collate_sft([example], length=16, reduction="token", pad_id=tokenizer.pad_id)
         targets = batch["tokens"][batch["weights"] > 0].tolist()
         assert targets == tokenizer.encode_response(row["response"])
         assert targets[-1] == tokenizer.eos_ids[0] == tokenizer.pad_id
-    first = sft_examples(rows, tokenizer, **LIMITS, loss_on="all")[0][0]
+    first = sft_examples(rows, tokenizer, LIMITS, loss_on="all")[0][0]
     assert first["loss_mask"].tolist() == [False, True, True, True]
 
 
 def test_long_documents_become_consecutive_windows(tokenizer):
     text = "a b c d e f g"
-    limits = {"max_prompt_length": 8, "max_length": 3, "too_long": "drop"}
-    examples, report = sft_examples(sources.rows_from([{"text": text}]), tokenizer, **limits, loss_on="all")
+    limits = Limits(8, 3, "drop")
+    examples, report = sft_examples(sources.rows_from([{"text": text}]), tokenizer, limits, loss_on="all")
     joined = np.concatenate([example["tokens"] for example in examples])
     assert joined.tolist() == [*tokenizer.encode_prompt(text), tokenizer.eos_ids[0]]
     assert [len(example["tokens"]) for example in examples] == [3, 3, 2]
@@ -338,33 +339,33 @@ def test_long_documents_become_consecutive_windows(tokenizer):
 def test_too_long_rows_are_dropped_cut_or_refused(tokenizer):
     rows = sources.rows_from([{"prompt": "a b c d", "response": "e f g"}, {"prompt": "a", "response": "b"}])
     make = partial(sft_examples, rows, tokenizer, loss_on="response")
-    _, report = make(max_prompt_length=3, max_length=9, too_long="drop")
+    _, report = make(limits=Limits(3, 9, "drop"))
     assert (
         str(report)
         == "kept 1 of 2 rows; dropped 1 with a prompt over 3 tokens; truncated 0; read as 2 prompt-completion"
     )
-    _, report = make(max_prompt_length=4, max_length=7, too_long="drop")
+    _, report = make(limits=Limits(4, 7, "drop"))
     assert report.dropped == {"longer than 7 tokens": 1}
-    examples, report = make(max_prompt_length=2, max_length=4, too_long="truncate")
+    examples, report = make(limits=Limits(2, 4, "truncate"))
     assert tokenizer.decode(examples[0]["tokens"]) == "c d e f"  # the prompt's end, the response's start, no stop id
     assert examples[0]["tokens"][-1] != tokenizer.eos_ids[0]
     assert (report.kept, report.truncated) == (2, 1)
     with pytest.raises(UserError, match=r"row 0: a prompt of 4 tokens is over data.max_prompt_length = 3; raise it"):
-        make(max_prompt_length=3, max_length=9, too_long="error")
+        make(limits=Limits(3, 9, "error"))
     with pytest.raises(UserError, match=r"row 0: 8 tokens is over data.max_length = 7"):
-        make(max_prompt_length=4, max_length=7, too_long="error")
+        make(limits=Limits(4, 7, "error"))
     with pytest.raises(UserError, match="max_prompt_length 7 must be below max_length 7"):
-        make(max_prompt_length=7, max_length=7, too_long="drop")
+        make(limits=Limits(7, 7, "drop"))
     with pytest.raises(UserError, match="no row is left: kept 0 of 2 rows; dropped 2 longer than 2 tokens"):
-        sft_examples(rows[1:] * 2, tokenizer, max_prompt_length=1, max_length=2, too_long="drop", loss_on="all")
+        sft_examples(rows[1:] * 2, tokenizer, Limits(1, 2, "drop"), loss_on="all")
     with pytest.raises(UserError, match="too_long 'cut' is unknown"):
-        make(max_prompt_length=3, max_length=9, too_long="cut")
+        make(limits=Limits(3, 9, "cut"))
 
 
 def test_a_cut_prompt_keeps_its_bos():
     with_bos = Tokenizer(tiny(add_bos=True))
     rows = sources.rows_from([{"prompt": "a b c d"}])
-    [example], _ = prompt_examples(rows, with_bos, max_prompt_length=3, too_long="truncate")
+    [example], _ = prompt_examples(rows, with_bos, Limits(3, too_long="truncate"))
     assert example["tokens"].tolist() == [1, *with_bos.encode_prompt("c d")[1:]]
 
 
@@ -377,7 +378,7 @@ def test_preferences_count_drops_and_stop_at_wrong_rows(tokenizer):
             {"prompt": "a", "chosen": "b c d e", "rejected": "b c d f"},
         ]
     )
-    make = partial(preference_examples, tokenizer=tokenizer, max_prompt_length=2, max_length=4, too_long="truncate")
+    make = partial(preference_examples, tokenizer=tokenizer, limits=Limits(2, 4, "truncate"))
     [example], report = make(rows)
     assert example["chosen"].tolist() == tokenizer.encode_prompt("a") + tokenizer.encode_response(
         "c"
@@ -395,7 +396,7 @@ def test_preferences_count_drops_and_stop_at_wrong_rows(tokenizer):
 
 def test_prompts_keep_their_columns(chat):
     rows = sources.rows_from([{"prompt": USER, "answer": "7", "id": 1}])
-    [example], _ = prompt_examples(rows, chat, max_prompt_length=8, too_long="drop")
+    [example], _ = prompt_examples(rows, chat, Limits(8, too_long="drop"))
     assert example["columns"] == {"answer": "7", "id": 1}
     assert example["prompt"] == chat.prompt_text(USER)
     assert example["tokens"].tolist() == chat.encode_prompt(USER)
@@ -741,15 +742,15 @@ def test_answers_in_a_transcript_are_the_words_alone(tokenizer):
 
 def test_loss_on_the_assistant_is_on_every_answer(chat):
     row = {"messages": [*TALK, turn("assistant", "h")], "_where": "f:1"}
-    wide = {"max_prompt_length": 40, "max_length": 60, "too_long": "drop"}
+    wide = Limits(40, 60, "drop")
     masks = {}
     for loss_on in ("response", "assistant", "all"):
-        [example], _ = sft_examples([row], chat, **wide, loss_on=loss_on)
+        [example], _ = sft_examples([row], chat, wide, loss_on=loss_on)
         masks[loss_on] = example["loss_mask"]
     assert chat.decode(example["tokens"][masks["assistant"]]) == "c d f h"
     assert (masks["response"] <= masks["assistant"]).all() and (masks["assistant"] <= masks["all"]).all()
-    cut = {"max_prompt_length": 10, "max_length": 60, "too_long": "truncate"}
-    [example], report = sft_examples([row], chat, **cut, loss_on="assistant")
+    cut = Limits(10, 60, "truncate")
+    [example], report = sft_examples([row], chat, cut, loss_on="assistant")
     assert chat.decode(example["tokens"][example["loss_mask"]]) == "f h" and report.truncated == 1
 
 

@@ -16,6 +16,7 @@ from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import collate_preference, collate_prompts, collate_sft
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -25,7 +26,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
 
 NAMES = {"gpt2": "tokenizers/gpt2", "bpe4k": "tokenizers/rlhf-tiny-bpe4k", "stories": "models/stories260K-hf"}
-LOOSE = {"max_prompt_length": 4096, "max_length": 8192, "too_long": "error"}
+LOOSE = Limits(4096, 8192, "error")
 
 
 def rows(name):
@@ -90,7 +91,7 @@ def test_a_space_that_the_template_puts_before_an_answer_belongs_to_it():
 
 def test_eos_has_weight_where_pad_is_eos(tokenizers):
     gpt2 = tokenizers["gpt2"]
-    examples, report = sft_examples(rows("self_instruct_human.sft"), gpt2, **LOOSE, loss_on="response")
+    examples, report = sft_examples(rows("self_instruct_human.sft"), gpt2, LOOSE, loss_on="response")
     short = [example for example in examples if len(example["tokens"]) <= 128][:32]
     batch = collate_sft(short, length=128, reduction="token", pad_id=gpt2.pad_id)
     eos = (batch["tokens"] == gpt2.eos_ids[0]) & (batch["segment_ids"] > 0)
@@ -105,15 +106,15 @@ def test_every_shared_file_loads_and_says_what_it_drops(tokenizers):
     bpe = tokenizers["bpe4k"]
     reports = {}
     for name in ("gsm8k_test.sft", "self_instruct_human.sft", "qa_feedback_dev.sft"):
-        reports[name] = sft_examples(rows(name), bpe, **LOOSE, loss_on="response")[1]
+        reports[name] = sft_examples(rows(name), bpe, LOOSE, loss_on="response")[1]
     for name in ("hh_harmless_test.pref", "pandalm_human.pref"):
-        reports[name] = preference_examples(rows(name), bpe, **LOOSE)[1]
+        reports[name] = preference_examples(rows(name), bpe, LOOSE)[1]
     for name in ("qa_feedback_dev.rank", "gsm8k_solutions.rank"):
-        reports[name] = ranking_examples(rows(name), bpe, **LOOSE)[1]
+        reports[name] = ranking_examples(rows(name), bpe, LOOSE)[1]
     assert reports["qa_feedback_dev.rank"].dropped == {"with all responses tied": 12}
     assert reports["gsm8k_solutions.rank"].dropped == {"with all responses tied": 432 + 156}  # all wrong or all right
     del reports["gsm8k_solutions.rank"]
-    reports["mixed.prompts"] = prompt_examples(rows("mixed.prompts"), bpe, max_prompt_length=4096, too_long="error")[1]
+    reports["mixed.prompts"] = prompt_examples(rows("mixed.prompts"), bpe, Limits(4096, too_long="error"))[1]
     totals = {name: report.kept + sum(report.dropped.values()) for name, report in reports.items()}
     assert totals == {
         "gsm8k_test.sft": 1319, "self_instruct_human.sft": 427, "qa_feedback_dev.sft": 500,
@@ -135,9 +136,9 @@ def raw_hh(row):
 def test_raw_hh_transcripts_split_as_the_prepared_rows_do(tokenizers):
     prepared = rows("hh_harmless_test.pref")[:300]
     raw = [raw_hh(row) for row in prepared]
-    limits = {"max_prompt_length": 1024, "max_length": 2048, "too_long": "truncate"}
-    wanted, wanted_report = preference_examples(prepared, tokenizers["bpe4k"], **limits)
-    got, report = preference_examples(raw, tokenizers["bpe4k"], **limits)
+    limits = Limits(1024, 2048, "truncate")
+    wanted, wanted_report = preference_examples(prepared, tokenizers["bpe4k"], limits)
+    got, report = preference_examples(raw, tokenizers["bpe4k"], limits)
     assert replace(report, kinds={}) == replace(wanted_report, kinds={})
     assert report.kinds == {"preference of HH transcripts": 300}
     assert wanted_report.kinds == {"conversational preference": 300}
@@ -150,7 +151,7 @@ def test_hh_traps_are_counted_drops(tokenizers):
     raw[1]["chosen"] = raw[2]["chosen"]
     raw[3]["rejected"] = raw[3]["rejected"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:"
     raw[4]["rejected"] = raw[4]["chosen"]
-    examples, report = preference_examples(raw, tokenizers["bpe4k"], **LOOSE)
+    examples, report = preference_examples(raw, tokenizers["bpe4k"], LOOSE)
     assert report.dropped == {
         "whose two prompts differ": 1,
         "with an empty turn": 1,
@@ -163,7 +164,7 @@ def test_pandalm_votes_nulls_and_repeated_prompts(tokenizers):
     data = rows("pandalm_human.pref")
     data[5]["rejected"] = None
     data[6]["chosen"] = [{"role": "assistant", "content": None}]
-    examples, report = preference_examples(data, tokenizers["bpe4k"], **LOOSE)
+    examples, report = preference_examples(data, tokenizers["bpe4k"], LOOSE)
     assert report.dropped["with a null response"] == 2
     labels = [example["label"] for example in examples]
     assert min(labels) < 1 == max(labels)
@@ -176,8 +177,8 @@ def test_pandalm_votes_nulls_and_repeated_prompts(tokenizers):
 
 def test_preference_batches_agree_with_their_rows(tokenizers):
     gpt2 = tokenizers["gpt2"]
-    limits = {"max_prompt_length": 192, "max_length": 256, "too_long": "drop"}
-    examples, _ = preference_examples(rows("pandalm_human.pref"), gpt2, **limits)
+    limits = Limits(192, 256, "drop")
+    examples, _ = preference_examples(rows("pandalm_human.pref"), gpt2, limits)
     collate = partial(collate_preference, length=256, pad_id=gpt2.pad_id)
     batch = Batches(examples, batch_size=16, seed=0, collate=collate)[3]
     ends = np.take_along_axis(batch["tokens"], batch["last"][..., None], axis=-1)[..., 0]
@@ -188,7 +189,7 @@ def test_preference_batches_agree_with_their_rows(tokenizers):
 
 def test_prompt_batches_decode_to_their_prompts(tokenizers):
     gpt2 = tokenizers["gpt2"]
-    examples, _ = prompt_examples(rows("mixed.prompts"), gpt2, max_prompt_length=256, too_long="drop")
+    examples, _ = prompt_examples(rows("mixed.prompts"), gpt2, Limits(256, too_long="drop"))
     collate = partial(collate_prompts, buckets=[64, 128, 256], pad_id=gpt2.pad_id)
     batch = Batches(examples, batch_size=8, seed=0, collate=collate)[0]
     pairs = zip(batch["tokens"], batch["mask"], strict=True)
@@ -201,8 +202,8 @@ def test_plain_text_packs_full(tokenizers):
     bpe = tokenizers["bpe4k"]
     document = sources.read_rows(str(DATA / "text" / "tinyshakespeare.txt.gz"))
     train, held_out = split_by_prompt(document, 0.05, seed=0)
-    limits = {"max_prompt_length": 256, "max_length": 256, "too_long": "drop"}
-    examples, report = sft_examples(train, bpe, **limits, loss_on="all")
+    limits = Limits(256, 256, "drop")
+    examples, report = sft_examples(train, bpe, limits, loss_on="all")
     assert str(report) == "kept 1 of 1 rows; dropped 0; truncated 0; read as 1 text"
     packed = pack(examples, 256)
     text = bpe.decode(np.concatenate([row["tokens"] for row in packed]))
@@ -212,8 +213,8 @@ def test_plain_text_packs_full(tokenizers):
 
 def test_rankings_and_their_pairs_hold_the_same_comparisons(tokenizers):
     bpe = tokenizers["bpe4k"]
-    rankings, _ = ranking_examples(rows("qa_feedback_dev.rank"), bpe, **LOOSE)
-    pairs, _ = preference_examples(rows("qa_feedback_dev.rank"), bpe, **LOOSE)
+    rankings, _ = ranking_examples(rows("qa_feedback_dev.rank"), bpe, LOOSE)
+    pairs, _ = preference_examples(rows("qa_feedback_dev.rank"), bpe, LOOSE)
     of_rankings = {
         (a.tobytes(), b.tobytes())
         for r in rankings
@@ -236,22 +237,20 @@ def test_real_rankings_and_their_pairs_have_one_loss_and_a_forward_pass_per_resp
     bpe, found = tokenizers["bpe4k"], {}
     model = Model(dataclasses.replace(ARCH, vocab_size=bpe.vocab_size, max_positions=192), score_head=True)
     params = model.init(jax.random.key(0))
-    limits = {"max_prompt_length": 64, "max_length": 192, "too_long": "truncate"}
+    limits = Limits(64, 192, "truncate")
     for kind, (objective, loss, batch) in bench.reward_batches(rows("qa_feedback_dev.rank")[:16], bpe, limits).items():
         value, grads = jax.jit(jax.value_and_grad(objective(model, loss), has_aux=True))(params, batch, None)
         found[kind] = value[0], jax.tree.leaves(grads), int((batch["last"] > 0).sum())
     for a, b in zip(*(jax.tree.leaves(found[kind][:2]) for kind in ("rankings", "pairs")), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
-    kept, _ = ranking_examples(rows("qa_feedback_dev.rank")[:16], bpe, **limits)
+    kept, _ = ranking_examples(rows("qa_feedback_dev.rank")[:16], bpe, limits)
     assert found["rankings"][2] == sum(len(example["responses"]) for example in kept) < found["pairs"][2] / 2
 
 
 def test_all_answers_of_real_conversations_are_those_that_transformers_marks(tokenizers):
     bpe = tokenizers["bpe4k"]
     talks = [row["prompt"] + row["chosen"] for row in rows("hh_harmless_test.pref")[:200]]
-    examples, _ = sft_examples(
-        [{"messages": talk, "_where": "hh"} for talk in talks], bpe, **LOOSE, loss_on="assistant"
-    )
+    examples, _ = sft_examples([{"messages": talk, "_where": "hh"} for talk in talks], bpe, LOOSE, loss_on="assistant")
     assert max(len(talk) for talk in talks) > 4
     for talk, example in zip(talks, examples, strict=True):
         wanted = bpe.hf.apply_chat_template(talk, return_assistant_tokens_mask=True, return_dict=True)

@@ -17,6 +17,7 @@ from rlhf_jax.config import DataAggregateArgs, DataConfig, DataInspectArgs, Data
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -398,7 +399,7 @@ def test_every_response_counts_for_its_own_model(case, method, tmp_path):
 def test_prompts_on_which_nobody_says_anything_stand_anywhere(silent, method, tmp_path):
     """First, between others, last and alone: they change nothing of the others, in aggregation and in training."""
     told = [{"prompt": p, "responses": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]} for p in "pq"]
-    limits = {"max_prompt_length": 98, "max_length": 99, "too_long": "error", "aggregate": method}
+    limits = Limits(98, 99, "error")
     [wanted, _] = datasets.run_aggregate(DataAggregateArgs(path=write(tmp_path / "r.jsonl", told), method=method))
     for place in (0, 1, 2):
         rows = [*told[:place], {"prompt": "silent", **silent}, *told[place:]]
@@ -406,7 +407,7 @@ def test_prompts_on_which_nobody_says_anything_stand_anywhere(silent, method, tm
         found = {row["prompt"]: row["responses"] for row in datasets.run_aggregate(run)}
         assert [found[p] for p in "pq"] == [wanted["responses"]] * 2
         assert all(one["rank"] is None for one in found["silent"])
-        examples, report = preference_examples(sources.rows_from(rows), Tokenizer(tiny()), **limits)
+        examples, report = preference_examples(sources.rows_from(rows), Tokenizer(tiny()), limits, aggregate=method)
         assert len(examples) == 2 and report.dropped == {"with fewer than two ranked responses": 1}
 
 

@@ -50,7 +50,7 @@ def in_rows(*ballots, prompt="a"):
 
 def trained(rows, build, aggregate):
     """{(preferred, other): weight} of all pairs that enter the loss, as the loss counts them; what the report says."""
-    examples, report = build(sources.rows_from(rows), TOKENIZER, **LIMITS, aggregate=aggregate)
+    examples, report = build(sources.rows_from(rows), TOKENIZER, LIMITS, aggregate=aggregate)
     found: dict = {}
     for example in examples:
         if "responses" not in example:
@@ -181,8 +181,8 @@ def test_a_judge_without_some_verdicts_ranks_what_it_has_linked():
 
 def test_a_row_that_a_mixture_repeats_is_no_more_ballots():
     rows = sources.rows_from(in_rows({"b": 0, "c": 1}) + in_rows({"b": 0, "c": 1}, prompt="d"))
-    once, _ = preference_examples(rows, TOKENIZER, **LIMITS, aggregate="bradley_terry")
-    mixed, report = preference_examples([*rows, rows[1], rows[1]], TOKENIZER, **LIMITS, aggregate="bradley_terry")
+    once, _ = preference_examples(rows, TOKENIZER, LIMITS, aggregate="bradley_terry")
+    mixed, report = preference_examples([*rows, rows[1], rows[1]], TOKENIZER, LIMITS, aggregate="bradley_terry")
     assert [example["label"] for example in mixed] == [once[0]["label"]] * 4
     assert [TOKENIZER.decode(example["chosen"][:1]) for example in mixed] == ["a", "d", "d", "d"]
     assert "2 verdicts" in str(report)

@@ -29,6 +29,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.collate import collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.likelihood import Likelihood, next_logprobs
@@ -90,7 +91,7 @@ def pretrained(tmp_path_factory):
 def nll(model, tokenizer, rows):
     """Nats per token of documents."""
     mesh = one_device_mesh()
-    examples, _ = sft_examples(rows, tokenizer, max_prompt_length=2, max_length=12, too_long="error", loss_on="all")
+    examples, _ = sft_examples(rows, tokenizer, Limits(2, 12, "error"), loss_on="all")
     with jax.set_mesh(mesh):
         loaded = load_model(ModelConfig(path=model), mesh, jax.random.key(0))
         reader = Likelihood(loaded.model, mesh, pad_id=0, batch_size=len(examples))
@@ -109,9 +110,7 @@ def test_pretraining_lowers_the_held_out_loss_towards_what_there_is_to_guess(pre
 
 
 def test_the_loss_of_packed_documents_is_that_of_each_alone(pretrained, tokenizer):
-    examples, _ = sft_examples(
-        documents(40, 2), tokenizer, max_prompt_length=2, max_length=12, too_long="error", loss_on="all"
-    )
+    examples, _ = sft_examples(documents(40, 2), tokenizer, Limits(2, 12, "error"), loss_on="all")
     model, mesh = pretrained[0], one_device_mesh()
     with jax.set_mesh(mesh):
         loaded = load_model(ModelConfig(path=model), mesh, jax.random.key(0))
@@ -131,9 +130,7 @@ def test_a_prompt_tokens_label_changes_nothing(tokenizer):
 
     def found(prompt, loss_on):
         row = {"prompt": prompt, "response": "e f"}
-        examples, _ = sft_examples(
-            [row], tokenizer, max_prompt_length=4, max_length=8, too_long="error", loss_on=loss_on
-        )
+        examples, _ = sft_examples([row], tokenizer, Limits(4, 8, "error"), loss_on=loss_on)
         return of(policy, collate_sft(examples, length=8, reduction="token"))
 
     jax.tree.map(np.testing.assert_array_equal, found("a b c", "response"), found("a d c", "response"))

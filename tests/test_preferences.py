@@ -29,6 +29,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.batches import fingerprint
 from rlhf_jax.data.collate import collate_preference, collate_ranking, collate_unpaired, eval_batches
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -36,7 +37,7 @@ from rlhf_jax.preference import sequence_logprobs
 from rlhf_jax.runs.run import Run
 
 MODEL, PARAMS = BIGRAMS.policy, bigram_params(0)["policy"]
-LIMITS = {"max_prompt_length": 4, "max_length": 12, "too_long": "drop"}
+LIMITS = Limits(4, 12, "drop")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ UNPAIRED = [
 
 
 def test_unpaired_rows_get_the_response_of_the_next_row_with_another_prompt(tokenizer):
-    examples, _ = unpaired_examples(UNPAIRED, tokenizer, **LIMITS)
+    examples, _ = unpaired_examples(UNPAIRED, tokenizer, LIMITS)
     assert [example["label"] for example in examples] == [1.0, 0.0, 1.0]
     words = lambda text: [*tokenizer.encode_prompt(text), tokenizer.eos_ids[0]]  # noqa: E731
     assert [e["response"].tolist() for e in examples] == [words("a b c"), words("a d"), words("e f g h")]
@@ -188,22 +189,22 @@ def test_preferences_are_unpaired_rows_too_and_what_divides_the_raters_is_droppe
         {"prompt": "d", "chosen": "e", "rejected": "f", "votes": [1, 1, 0]},
         {"prompt": "g", "chosen": "h", "rejected": "i"},
     ]
-    examples, report = unpaired_examples(rows, tokenizer, **LIMITS)
+    examples, report = unpaired_examples(rows, tokenizer, LIMITS)
     assert [example["label"] for example in examples] == [0.0, 1.0, 1.0, 0.0]
     assert report.dropped == {"on which the raters are divided": 1}
 
 
 def test_kto_needs_two_prompts_and_a_label(tokenizer):
     with pytest.raises(UserError, match="all rows have one prompt"):
-        unpaired_examples(UNPAIRED[:2], tokenizer, **LIMITS)
+        unpaired_examples(UNPAIRED[:2], tokenizer, LIMITS)
     with pytest.raises(UserError, match='no field "label"'):
-        unpaired_examples([{"prompt": "a", "response": "b"}], tokenizer, **LIMITS)
+        unpaired_examples([{"prompt": "a", "response": "b"}], tokenizer, LIMITS)
 
 
 @pytest.mark.parametrize("rating", [None, "good", float("nan"), True])
 def test_a_rating_is_a_number(tokenizer, rating):
     with pytest.raises(UserError, match='"rating" is'):
-        rating_examples([{"prompt": "a", "response": "b", "rating": rating}], tokenizer, **LIMITS)
+        rating_examples([{"prompt": "a", "response": "b", "rating": rating}], tokenizer, LIMITS)
 
 
 # ---- stages

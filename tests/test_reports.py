@@ -16,6 +16,7 @@ from rlhf_jax import cli, losses, reward, sft
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.collate import collate_sft, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.feedback.judge import Verdict
@@ -26,7 +27,7 @@ from rlhf_jax.training.loop import make_evaluate
 from rlhf_jax.training.step import add_metrics, settled
 
 NAN = float("nan")
-LIMITS = {"max_prompt_length": 16, "max_length": 32, "too_long": "error"}
+LIMITS = Limits(16, 32, "error")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_the_accuracy_of_the_summary_is_that_of_the_evaluation(tokenizer, kind, 
     """Rankings of 4, 2 and 3, a tie of votes, votes that turn a pair; equal scores; batches that are filled up."""
     rows = rows_from(ROWS if kind == "pairs" else [row for row in ROWS if "responses" in row])
     build = {"pairs": preference_examples, "rankings": ranking_examples}[kind]
-    examples, _ = build(rows, tokenizer, **LIMITS)
+    examples, _ = build(rows, tokenizer, LIMITS)
     batches = eval_batches(examples, batch_size=3, collate=reward.make_collate(kind, examples, length=32, pad_id=0))
     width = batches[0]["tokens"].shape[1]
     scores = np.random.default_rng(seed).integers(0, 3, (len(examples), width)).astype(np.float32)
@@ -137,7 +138,7 @@ def test_the_accuracy_of_the_summary_is_that_of_the_evaluation(tokenizer, kind, 
 def test_rankings_weigh_the_same_as_pairs_and_as_rankings(tokenizer):
     """Six pairs of one prompt wrong, the one of another right: 1/2 of the prompts, not 1/7 of the pairs."""
     rows = rows_from(ROWS[:2])
-    examples, _ = preference_examples(rows, tokenizer, **LIMITS)
+    examples, _ = preference_examples(rows, tokenizer, LIMITS)
     batches = eval_batches(examples, batch_size=7, collate=reward.make_collate("pairs", examples, length=32, pad_id=0))
     scores = np.array([[0, 1]] * 6 + [[1, 0]], np.float32)
     keys = [example["prompt_key"] for example in examples]
@@ -149,7 +150,7 @@ def test_rankings_weigh_the_same_as_pairs_and_as_rankings(tokenizer):
 def test_a_tied_label_is_no_win_and_a_tied_score_is_half(tokenizer):
     votes = [[1, 1, 0], [0, 0, 2], [2, 1, 0], [0, 1, 0], [3, 0, 0]]  # two ties; the fourth turns its pair
     rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "votes": each} for n, each in enumerate(votes)]
-    examples, _ = preference_examples(rows_from(rows), tokenizer, **LIMITS)
+    examples, _ = preference_examples(rows_from(rows), tokenizer, LIMITS)
     batches = eval_batches(examples, batch_size=5, collate=reward.make_collate("pairs", examples, length=32, pad_id=0))
     scores = np.array([[1, 0], [1, 0], [1, 0], [0, 1], [2, 2]], np.float32)
     found = reward.pair_accuracy(scores, batches, [f"p{n}" for n in range(5)])

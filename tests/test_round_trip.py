@@ -10,6 +10,7 @@ from tiny import byte_tokenizer, metaspace_tokenizer, word_tokenizer
 
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ KINDS = {
     "blank, always": lambda: metaspace_tokenizer("always", SPACED),
     "blank, legacy": lambda: metaspace_tokenizer("legacy", SPACED),
 }
-LIMITS = {"max_prompt_length": 200, "max_length": 400, "too_long": "error"}
+LIMITS = Limits(200, 400, "error")
 each_kind = pytest.mark.parametrize("tokenizer", [Tokenizer(make()) for make in KINDS.values()], ids=list(KINDS))
 MESSAGES = [{"role": "user", "content": "yes, it is"}]
 PROMPTS = ["it is", MESSAGES]
@@ -70,7 +71,7 @@ def test_sampled_ids_are_what_is_trained(tokenizer, prompt):
         if not row["response"].strip():
             continue
         seen += 1
-        [example], report = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")
+        [example], report = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")
         assert example["tokens"][example["loss_mask"]].tolist() == ids
         assert not report.remarks
     assert seen > 20
@@ -83,20 +84,20 @@ def test_pairs_rankings_and_labelled_answers_carry_their_ids_too(tokenizer):
         texts = [tokenizer.response_text(ids, prompt) for ids in (a, b)]
         given = tokenizer.encode_prompt(prompt)
         pair = {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], "chosen_ids": a, "rejected_ids": b}
-        [found], _ = preference_examples(rows_from([pair]), tokenizer, **LIMITS)
+        [found], _ = preference_examples(rows_from([pair]), tokenizer, LIMITS)
         assert found["chosen"].tolist() == given + a and found["rejected"].tolist() == given + b
         items = [
             {"text": text, "rank": rank, "ids": ids}
             for rank, (text, ids) in enumerate(zip(texts, (a, b), strict=True))
         ]
         for rows in ([pair], [{"prompt": prompt, "responses": items}]):
-            [found], _ = ranking_examples(rows_from(rows), tokenizer, **LIMITS)
+            [found], _ = ranking_examples(rows_from(rows), tokenizer, LIMITS)
             assert [ids.tolist() for ids in found["responses"]] == [given + a, given + b]
         one = written(tokenizer, prompt, a, True)
-        [found], _ = rating_examples(rows_from([{**one, "rating": 3}]), tokenizer, **LIMITS)
+        [found], _ = rating_examples(rows_from([{**one, "rating": 3}]), tokenizer, LIMITS)
         assert found["response"].tolist() == given + a
         rows = [{**one, "label": True}, {**one, "prompt": "another", "label": False}]
-        assert unpaired_examples(rows_from(rows), tokenizer, **LIMITS)[0][0]["response"].tolist() == given + a
+        assert unpaired_examples(rows_from(rows), tokenizer, LIMITS)[0][0]["response"].tolist() == given + a
 
 
 @each_kind
@@ -105,7 +106,7 @@ def test_ids_of_another_text_are_left_and_counted(tokenizer):
     row = written(tokenizer, "it is", ids, True)
     changed = [{**row, "response": row["response"] + " two"}, {**row, "finished": False}]
     changed += [{**row, "response_ids": [*ids[:-1], ids[-1], ids[-1]]}, {**row, "response_ids": [10**6, *ids]}]
-    examples, report = sft_examples(rows_from(changed), tokenizer, **LIMITS, loss_on="response")
+    examples, report = sft_examples(rows_from(changed), tokenizer, LIMITS, loss_on="response")
     assert report.remarks == {"responses whose ids were not of their text": 4}
     assert "4 responses whose ids were not of their text" in str(report)
     for row, example in zip(changed, examples, strict=True):
@@ -118,7 +119,7 @@ def test_ids_that_are_none_are_a_bad_row(ids):
     tokenizer = Tokenizer(byte_tokenizer())
     rows = rows_from([{"prompt": "a", "response": "b", "response_ids": ids}])
     with pytest.raises(UserError, match=r'row 0: "response_ids" is a .*; give a list of token ids, or leave it out'):
-        sft_examples(rows, tokenizer, **LIMITS, loss_on="response")
+        sft_examples(rows, tokenizer, LIMITS, loss_on="response")
 
 
 TEXTS = [" it is", ", yes", "'s", "\n", "  two", "yes", " 茶", "😀 it", "it\n", " "]
@@ -155,7 +156,7 @@ def test_whatever_is_drawn_is_trained(tokenizer, prompt, data):
     row = json.loads(json.dumps(written(tokenizer, prompt, ids, finished)))
     if not row["response"].strip():
         return
-    [example], report = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")
+    [example], report = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")
     assert example["tokens"].tolist() == tokenizer.encode_prompt(prompt) + ids and not report.remarks
     assert written(tokenizer, prompt, example["tokens"][example["loss_mask"]].tolist(), finished) == row
 
@@ -171,7 +172,7 @@ def test_ids_that_the_tokenizer_makes_come_back_from_their_text_alone(tokenizer,
     row = {"prompt": prompt, "response": text, "finished": finished}
     rounds = []
     for _ in range(3):
-        [example], _ = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")
+        [example], _ = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")
         rounds.append(example["tokens"][example["loss_mask"]].tolist())
         row = {**row, "response": tokenizer.response_text(rounds[-1], prompt)}
         if not row["response"].strip():

@@ -78,7 +78,7 @@ def test_a_run_without_a_finite_step_is_an_error_and_keeps_what_it_has(tmp_path)
 
 # --- what else a row holds
 
-SMALL = {"max_prompt_length": 8, "max_length": 16, "too_long": "drop"}
+SMALL = Limits(8, 16, "drop")
 PREFERENCE = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5, "votes": [0.7, 0.3, 0]}
 ROWS = {
     "preference": PREFERENCE,
@@ -112,7 +112,7 @@ OTHER = {"prompt": "z", "completion": "y", "label": True, "_where": "other"}
 
 
 def examples_of(build, **settings):
-    return lambda row: build([row], TOKENIZER, **SMALL, **settings)[0]
+    return lambda row: build([row], TOKENIZER, SMALL, **settings)[0]
 
 
 def inspected(row):
@@ -127,11 +127,10 @@ READERS = {
     "reward rankings": examples_of(ranking_examples),
     "reward ratings": examples_of(rating_examples),
     "reward auto": lambda row: reward.kind_of_rows(RewardConfig(), [row]),
-    "kto": lambda row: unpaired_examples([row, OTHER], TOKENIZER, **SMALL)[0][:-1],
+    "kto": lambda row: unpaired_examples([row, OTHER], TOKENIZER, SMALL)[0][:-1],
     "score": lambda row: score_example(row, TOKENIZER, Limits(8, 16, "truncate")),
     "ppo": lambda row: [
-        {**example, "columns": None}
-        for example in prompt_examples([row], TOKENIZER, max_prompt_length=8, too_long="drop")[0]
+        {**example, "columns": None} for example in prompt_examples([row], TOKENIZER, Limits(8, too_long="drop"))[0]
     ],
     "judge": lambda row: vars(ranking_row(row, unlabelled=True)),
     "label": lambda row: item_of(row).key,
@@ -183,11 +182,11 @@ def test_rows_that_may_be_two_things_are_refused_by_name(reader, row, expected):
 
 @pytest.mark.parametrize("fields", [{}, {"label": True}, {"label": 0.4}, {"rating": 2, "label": 1}, {"text": "x"}])
 def test_margins_and_votes_are_those_of_the_row_whatever_else_it_has(fields):
-    [example], report = preference_examples([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, **SMALL)
+    [example], report = preference_examples([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, SMALL)
     assert (example["label"], example["margin"]) == (pytest.approx(0.7), 0.5)
     assert report.unread == dict.fromkeys(fields, 1)
     for build in (ranking_examples, partial(preference_examples, aggregate="crowd_bt")):
-        assert "1 margins not used" in str(build([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, **SMALL)[1])
+        assert "1 margins not used" in str(build([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, SMALL)[1])
 
 
 # --- numbers
@@ -211,10 +210,10 @@ def test_the_order_of_scores_and_ranks_is_that_of_the_exact_numbers(high, low):
         {"responses": ["b", "c"], "raters": [{"rater": "x", "ranks": [high, low]}]},
     ]
     for row in ways:
-        [example], _ = ranking_examples([{"prompt": "a", **row, "_where": "f:1"}], TOKENIZER, **SMALL)
+        [example], _ = ranking_examples([{"prompt": "a", **row, "_where": "f:1"}], TOKENIZER, SMALL)
         assert example["ranks"].dtype == np.float32 and np.isfinite(example["ranks"]).all()
         assert example["ranks"][1] < example["ranks"][0]
-        [pair], _ = preference_examples([{"prompt": "a", **row, "_where": "f:1"}], TOKENIZER, **SMALL)
+        [pair], _ = preference_examples([{"prompt": "a", **row, "_where": "f:1"}], TOKENIZER, SMALL)
         assert TOKENIZER.decode(pair["chosen"]).endswith("c")
 
 
@@ -230,11 +229,11 @@ def test_the_order_of_scores_and_ranks_is_that_of_the_exact_numbers(high, low):
 )
 def test_the_side_of_uneven_votes_survives_float32(votes):
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "votes": votes, "_where": "f:1"}
-    [example], _ = preference_examples([row], TOKENIZER, **SMALL)
+    [example], _ = preference_examples([row], TOKENIZER, SMALL)
     assert np.float32(example["label"]) > 0.5
     assert TOKENIZER.decode(example["chosen"]).endswith("b" if votes[0] > votes[1] else "c")
     if abs(votes[0] - votes[1]) > 1e-11 * sum(votes):
-        [ranking], _ = ranking_examples([row], TOKENIZER, **SMALL)
+        [ranking], _ = ranking_examples([row], TOKENIZER, SMALL)
         assert (ranking["ranks"][0] < ranking["ranks"][1]) == (votes[0] > votes[1])
 
 
@@ -259,14 +258,14 @@ def test_what_float32_cannot_hold_is_refused_with_its_row(reader, fields, expect
 
 def test_what_float32_takes_from_numbers_is_said():
     rows = [{**PREFERENCE, "margin": margin, "_where": "f:1"} for margin in (1e-50, 0, -1e-45, np.float32(2))]
-    examples, report = preference_examples(rows, TOKENIZER, **SMALL)
+    examples, report = preference_examples(rows, TOKENIZER, SMALL)
     assert "2 margins that are 0 in float32" in str(report)
     assert examples[3]["margin"] == 2
     rated = [
         {"prompt": "a", "response": "b", "rating": r, "_where": "f:1"}
         for r in (1700000001, 1700000000, 5, np.int64(5))
     ]
-    assert "1 ratings that float32 cannot tell from another" in str(rating_examples(rated, TOKENIZER, **SMALL)[1])
+    assert "1 ratings that float32 cannot tell from another" in str(rating_examples(rated, TOKENIZER, SMALL)[1])
 
 
 ANSWERED = {"prompt": "a", "response": "b", "label": True}
@@ -308,8 +307,8 @@ def test_a_null_column_says_nothing(build, rows):
     for row in filled:
         if any(isinstance(one, dict) for one in row.get("responses", [])):
             row["responses"] = [{**one, "finished": None, "ids": None} for one in row["responses"]]
-    limits = {"max_prompt_length": 5, "max_length": 9, "too_long": "error"}
-    found, wanted = (build(rows_from(each), Tokenizer(tiny()), **limits)[0] for each in (filled, rows))
+    limits = Limits(5, 9, "error")
+    found, wanted = (build(rows_from(each), Tokenizer(tiny()), limits)[0] for each in (filled, rows))
     assert repr(found) == repr(wanted) and len(found) == len(rows)
     if "response" in rows[0]:
         score = partial(score_example, tokenizer=Tokenizer(tiny()), limits=Limits(5, 9, "error"))

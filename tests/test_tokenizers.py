@@ -14,6 +14,7 @@ from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, collate_sft
 from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.examples import prompt_examples, sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import read_rows, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import decode
@@ -25,7 +26,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZE = 261  # <pad> <bos> <eos>, 256 bytes, ChatML's two
-LIMITS = {"max_prompt_length": 64, "max_length": 256, "too_long": "error"}
+LIMITS = Limits(64, 256, "error")
 KINDS = {
     "plain": {},
     "bos": {"bos": True},
@@ -78,7 +79,7 @@ def test_ids(name):
 def test_the_stop_id_is_learned_and_padding_is_not(name):
     tokenizer = tokenizer_of(name)
     rows = [{"prompt": "ab", "response": "c"}, {"prompt": "a", "response": "bcdef"}]
-    examples, _ = sft_examples(rows_from(rows), tokenizer, **LIMITS, loss_on="response")
+    examples, _ = sft_examples(rows_from(rows), tokenizer, LIMITS, loss_on="response")
     batch = collate_sft(examples, length=12, reduction="token", pad_id=tokenizer.pad_id)
     for row, tokens, weights, segments in zip(
         rows, *map(batch.get, ("tokens", "weights", "segment_ids")), strict=True
@@ -96,8 +97,8 @@ def test_padding_side_and_length_limit_of_the_tokenizer_change_nothing():
     batches = []
     for name in ("plain", "left", "right"):
         tokenizer = tokenizer_of(name)
-        prompts, _ = prompt_examples(rows_from(rows), tokenizer, max_prompt_length=64, too_long="error")
-        examples, _ = sft_examples(rows_from(rows), tokenizer, **LIMITS, loss_on="response")
+        prompts, _ = prompt_examples(rows_from(rows), tokenizer, Limits(64, too_long="error"))
+        examples, _ = sft_examples(rows_from(rows), tokenizer, LIMITS, loss_on="response")
         batches.append((collate_prompts(prompts, buckets=[16]), collate_sft(examples, length=24, reduction="token")))
     for other in batches[1:]:
         jax.tree.map(np.testing.assert_array_equal, {"b": [b["tokens"] for b in other]},
@@ -151,15 +152,15 @@ def test_the_prompt_that_is_trained_on_is_the_prompt_that_is_sampled_from(name):
     merged = 0
     for prompt, response in EDGES:
         row = {"prompt": prompt, "response": response}
-        prompts, _ = prompt_examples(rows_from([row]), tokenizer, max_prompt_length=64, too_long="error")
+        prompts, _ = prompt_examples(rows_from([row]), tokenizer, Limits(64, too_long="error"))
         batch, given = collate_prompts(prompts, buckets=[64], pad_id=tokenizer.pad_id), prompts[0]["tokens"].tolist()
         assert batch["tokens"][batch["mask"]].tolist() == given  # nothing is added on the way to the sampler
         own = tokenizer.encode_response(response)
-        sft = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")[0][0]
+        sft = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")[0][0]
         assert sft["tokens"].tolist() == given + own
         assert sft["tokens"][sft["loss_mask"]].tolist() == own
         both = {"prompt": prompt, "chosen": response, "rejected": response + "!"}
-        pair = preference_examples(rows_from([both]), tokenizer, **LIMITS)[0][0]
+        pair = preference_examples(rows_from([both]), tokenizer, LIMITS)[0][0]
         assert pair["chosen"].tolist() == given + own
         assert tokenizer.decode(own) == response  # what a reward function reads
         merged += tokenizer.encode_response(prompt + response) != tokenizer.encode_response(prompt)[:-1] + own
@@ -172,10 +173,8 @@ def test_the_chat_prompt_that_is_trained_on_is_the_one_that_is_sampled_from(name
     messages = [{"role": "user", "content": "tea?"}]
     for answer in ("Yes.", "no", "1 2", "naïve"):
         row = {"prompt": messages, "response": answer}
-        given = prompt_examples(rows_from([row]), tokenizer, max_prompt_length=64, too_long="error")[0][0][
-            "tokens"
-        ].tolist()
-        found = sft_examples(rows_from([row]), tokenizer, **LIMITS, loss_on="response")[0][0]
+        given = prompt_examples(rows_from([row]), tokenizer, Limits(64, too_long="error"))[0][0]["tokens"].tolist()
+        found = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")[0][0]
         assert found["tokens"].tolist()[: len(given)] == given
         assert not found["loss_mask"][: len(given)].any() and found["loss_mask"][len(given) :].all()
         assert found["tokens"][-1] in tokenizer.eos_ids
@@ -205,8 +204,9 @@ def test_training_on_sampled_text_sees_the_sampled_tokens(name):
     table[:, ascii_ids] = np.random.default_rng(0).standard_normal((SIZE, len(ascii_ids)))
     table[:, tokenizer.eos_ids[0]] = 3.0
     texts = ["a", "Tell me about tea. ", "x\n", "naïve 茶"]
-    prompts, _ = prompt_examples(rows_from([{"prompt": text} for text in texts * 4]), tokenizer, max_prompt_length=32,
-                                 too_long="error")  # fmt: skip
+    prompts, _ = prompt_examples(
+        rows_from([{"prompt": text} for text in texts * 4]), tokenizer, Limits(32, too_long="error")
+    )
     batch = collate_prompts(prompts, buckets=[32], pad_id=tokenizer.pad_id)
     law = SamplingLaw.from_config(SamplingConfig(temperature=1.0))
     rollout = jax.jit(
@@ -222,7 +222,7 @@ def test_training_on_sampled_text_sees_the_sampled_tokens(name):
         for text, response, done in zip(texts * 4, said, rollout.finished, strict=True)
         if response
     ]
-    examples, report = sft_examples(rows_from(rows), tokenizer, **LIMITS, loss_on="response")
+    examples, report = sft_examples(rows_from(rows), tokenizer, LIMITS, loss_on="response")
     assert report.kept == len(rows) > 10
     used = [i for i, response in enumerate(said) if response]
     for i, example in zip(used, examples, strict=True):
@@ -246,6 +246,6 @@ def test_answers_of_real_rows_come_back_token_by_token(name):
 def test_rows_made_in_python_need_not_say_where_they_come_from():
     """As the quickstart's: {prompt} alone, straight into `prompt_examples`."""
     examples, report = prompt_examples(
-        [{"prompt": "a"}, {"prompt": "bc"}], Tokenizer(byte_tokenizer()), max_prompt_length=8, too_long="truncate"
+        [{"prompt": "a"}, {"prompt": "bc"}], Tokenizer(byte_tokenizer()), Limits(8, too_long="truncate")
     )
     assert [example["where"] for example in examples] == ["", ""] and report.kept == 2

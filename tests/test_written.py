@@ -35,6 +35,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.examples import sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ from rlhf_jax.types import Rollout
 
 SAMPLING = SamplingConfig(max_new_tokens=6, chunk=6)
 LONGEST = 24
-LIMITS = {"max_prompt_length": LONGEST, "max_length": LONGEST + 6, "too_long": "truncate"}
+LIMITS = Limits(LONGEST, LONGEST + 6, "truncate")
 ANSWERED = [
     {"role": "user", "content": "is it two, yes or no"},
     {"role": "assistant", "content": "yes, it is"},
@@ -147,7 +148,7 @@ def sampled(drawn) -> list[list[int]]:
 
 def trained(build, rows, tokenizer, *names, **options) -> list[list[int]]:
     """The token sequences of all examples; nothing may be read anew."""
-    examples, report = build(rows_from(rows), tokenizer, **LIMITS, **options)
+    examples, report = build(rows_from(rows), tokenizer, LIMITS, **options)
     assert not report.remarks
     found = [example[name] for example in examples for name in names]
     return [ids.tolist() for each in found for ids in (each if isinstance(each, list) else [each])]

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_jax.config import EvaluateArgs, SourceConfig
 from rlhf_jax.data.examples import prompt_key, sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
@@ -104,14 +105,8 @@ class Evaluation:
     def _reader(self, source: SourceConfig) -> Make:
         """Makes the row {nll, tokens} of all held-out rows."""
         drawer, config = self.sources.drawer(source), self.config
-        examples, report = sft_examples(
-            list(self.text),
-            drawer.tokenizer,
-            max_prompt_length=config.max_prompt_length,
-            max_length=config.max_length,
-            too_long="truncate",
-            loss_on="response",
-        )
+        limits = Limits(config.max_prompt_length, config.max_length)
+        examples, report = sft_examples(list(self.text), drawer.tokenizer, limits, loss_on="response")
         tell(f"{name_of(source)}: held-out rows: {report}")
         model = replace(drawer.loaded.model, length=config.max_length)  # as `sft` on rows of this length has it
         loaded = replace(drawer.loaded, model=model)

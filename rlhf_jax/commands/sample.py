@@ -8,6 +8,7 @@ import jax
 
 from rlhf_jax.config import SampleArgs, ScoreArgs
 from rlhf_jax.data.examples import Report, prompt_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.schemas import prompt_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
@@ -42,9 +43,7 @@ def run_sample(config: SampleArgs) -> list[dict[str, Any]]:
         raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
     rows = [prompt_row(row) for row in rows]
     tokenizer = load_tokenizer(config.model)
-    examples, report = prompt_examples(
-        rows, tokenizer, max_prompt_length=config.max_prompt_length, too_long="truncate"
-    )
+    examples, report = prompt_examples(rows, tokenizer, Limits(config.max_prompt_length))
     if len(examples) != len(rows):
         raise UserError(f"prompts: {report}; remove the empty ones")
     report_cut(report)

@@ -29,11 +29,8 @@ Answer = tuple[Any, bool, list[int] | None]
 def preference_examples(
     rows: list[Row],
     tokenizer: Tokenizer,
+    limits: Limits,
     *,
-    max_prompt_length: int,
-    max_length: int,
-    too_long: str,
-    strict: bool = False,
     aggregate: str = "votes",
     prior: float = 0.5,
 ) -> tuple[list[Example], Report]:
@@ -45,9 +42,9 @@ def preference_examples(
     preferred one first, whose weights sum to one, so that a prompt weighs the same however many responses it has.
 
     Raises:
-        UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
+        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
+    remarks = Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if layout_of(row) not in PREFERENCES:
@@ -68,17 +65,14 @@ def preference_examples(
 
     gathered, note = gather(rows, prompt_key, aggregate=aggregate, prior=prior)
     _count_margins(rows, aggregate, remarks, used=True)
-    return collect(gathered, build, strict=strict, note=note, remarks=remarks)
+    return collect(gathered, build, strict=limits.strict, note=note, remarks=remarks)
 
 
 def ranking_examples(
     rows: list[Row],
     tokenizer: Tokenizer,
+    limits: Limits,
     *,
-    max_prompt_length: int,
-    max_length: int,
-    too_long: str,
-    strict: bool = False,
     aggregate: str = "votes",
     prior: float = 0.5,
 ) -> tuple[list[Example], Report]:
@@ -90,16 +84,16 @@ def ranking_examples(
     that comparisons link, and no two responses of one of them are in order without a label. Their weights sum to one.
 
     Raises:
-        UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
+        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
+    remarks = Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         return _rankings(row, tokenizer, limits, remarks)
 
     gathered, note = gather(rows, prompt_key, aggregate=aggregate, prior=prior)
     _count_margins(rows, aggregate, remarks, used=False)
-    return collect(gathered, build, strict=strict, note=note, remarks=remarks)
+    return collect(gathered, build, strict=limits.strict, note=note, remarks=remarks)
 
 
 def _rankings(row: Row, tokenizer: Tokenizer, limits: Limits, remarks: Counter[str]) -> tuple[list[Example], bool]:

@@ -1,8 +1,8 @@
 """Rows to token examples, once, when data is loaded: what is dropped or cut is counted and said.
 
 An example is a dict of small numpy arrays, and "where", the file and line it comes from. Lengths are in tokens; the
-stop id counts. `too_long` is drop (counted), truncate (a prompt loses its start, a response its end and with it the
-stop id), or error.
+stop id counts. `Limits.too_long` is drop (counted), truncate (a prompt loses its start, a response its end and with it
+the stop id), or error.
 """
 
 from __future__ import annotations
@@ -58,14 +58,7 @@ class Report:
 
 
 def sft_examples(
-    rows: list[Row],
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_length: int,
-    max_length: int,
-    too_long: str,
-    loss_on: str,
-    strict: bool = False,
+    rows: list[Row], tokenizer: Tokenizer, limits: Limits, *, loss_on: str
 ) -> tuple[list[Example], Report]:
     """[{tokens int32[n], loss_mask bool[n]}] of sft or text rows; loss_mask[i]: token i is a target.
 
@@ -75,14 +68,14 @@ def sft_examples(
     one token has no target and is left).
 
     Raises:
-        UserError: a bad row, a row too long under too_long = error, or no row left.
+        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
+    remarks = Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if layout_of(row) == "text":
             encoder = partial(tokenizer.encode_document, remarks=remarks)
-            return _windows(encode(encoder, schemas.text_row(row), "text"), max_length), False
+            return _windows(encode(encoder, schemas.text_row(row), "text"), limits.max_length), False
         row = schemas.sft_row(row)
         ids = encode(partial(tokenizer.encode_prompt, remarks=remarks), row, "prompt")
         prompt, cut_prompt = limits.prompt(row, ids, tokenizer.bos_id)
@@ -100,21 +93,19 @@ def sft_examples(
             raise UserError(f"{row['_where']}: no token of it is learned with sft.loss_on {loss_on}; remove the row")
         return [example], cut_prompt or cut_response
 
-    return collect(rows, build, strict=strict, remarks=remarks)
+    return collect(rows, build, strict=limits.strict, remarks=remarks)
 
 
-def prompt_examples(
-    rows: list[Row], tokenizer: Tokenizer, *, max_prompt_length: int, too_long: str, strict: bool = False
-) -> tuple[list[Example], Report]:
+def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
     """[{tokens int32[n], prompt: str, given, columns: dict}].
 
     `prompt` is the whole prompt as text, even if cut; `given` is it as the row has it, a text or messages; `columns`
     are the row's other fields.
 
     Raises:
-        UserError: a bad row, a prompt too long under too_long = error, or no row left.
+        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    limits, remarks = Limits(max_prompt_length, 0, too_long), Counter[str]()
+    remarks = Counter[str]()
     encoder = partial(tokenizer.encode_prompt, remarks=remarks)
 
     def build(row: Row) -> tuple[list[Example], bool]:
@@ -125,7 +116,7 @@ def prompt_examples(
         shown = {"prompt": tokenizer.prompt_text(row["prompt"]), "given": row["prompt"], "columns": columns_of(row)}
         return [{"tokens": np.asarray(tokens, np.int32), **shown}], cut
 
-    return collect(rows, build, strict=strict, remarks=remarks, columns=True)
+    return collect(rows, build, strict=limits.strict, remarks=remarks, columns=True)
 
 
 def columns_of(row: Row) -> Row:

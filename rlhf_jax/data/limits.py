@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_jax.config import DataConfig
 from rlhf_jax.data.rows import DroppedRow, Row
 from rlhf_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Limits:
-    """data.max_prompt_length and data.max_length in tokens, and data.too_long: drop, truncate or error."""
+    """How long rows may be, and what becomes of those that are longer: the fields of `data` of these names.
+
+    Attributes:
+        max_prompt_length: of a prompt, in tokens.
+        max_length: of prompt and response together; 0 where there are prompts alone.
+        too_long: drop, truncate or error.
+        strict: whether a dropped row is an error, for whatever reason it is dropped.
+    """
 
     max_prompt_length: int
-    max_length: int
-    too_long: str
+    max_length: int = 0
+    too_long: str = "truncate"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.too_long not in ("drop", "truncate", "error"):
             raise UserError(f"too_long {self.too_long!r} is unknown; set data.too_long to drop, truncate or error")
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Limits:
+        """Those of a config."""
+        return cls(data.max_prompt_length, data.max_length, data.too_long, data.strict)
 
     def prompt(self, row: Row, ids: list[int], bos_id: int | None) -> tuple[list[int], bool]:
         """(prompt ids within the limit, whether they were cut); the start is cut, but a leading bos survives.

@@ -17,6 +17,7 @@ from rlhf_jax.data.comparisons import Answer
 from rlhf_jax.data.examples import encode, prompt_key, sft_examples, unread_in
 from rlhf_jax.data.gathering import numbered
 from rlhf_jax.data.layouts import ANSWERS, PREFERENCES, layout_of
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import Messages, text_of
 from rlhf_jax.data.rows import DroppedRow, Row
 from rlhf_jax.data.schemas import answer_of, flag_of, kind_of, prompt_row, text_row
@@ -202,10 +203,10 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
     try:
         prompt, answers, ranking = _parts(row)
         if ranking is None and answers:
-            wide = {"max_prompt_length": 10**9, "max_length": 10**9 + 1, "too_long": "error"}
+            wide = Limits(10**9, 10**9 + 1, "error")
             bad = layout_of(row) == "unpaired preference" and not flag_of(row, "label")
             row = {**row, "label": True} if bad else row  # sft drops it, but it is there to be looked at
-            examples, _ = sft_examples([row], tokenizer, **wide, loss_on=loss_on)  # type: ignore[arg-type]
+            examples, _ = sft_examples([row], tokenizer, wide, loss_on=loss_on)
             tone = RED if bad else GREEN
             return "\n".join([head, *[_marked(e["tokens"], e["loss_mask"], tokenizer, tone, color) for e in examples]])
         shown = [

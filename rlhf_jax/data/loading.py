@@ -49,11 +49,6 @@ def length_buckets(data: DataConfig) -> list[int]:
     return [*data.length_buckets, data.max_length] if data.length_buckets else []
 
 
-def limits(data: DataConfig) -> dict[str, Any]:
-    """What the makers of token examples are told of lengths."""
-    return {name: getattr(data, name) for name in ("max_prompt_length", "max_length", "too_long", "strict")}
-
-
 def make_examples(
     build: Callable[..., tuple[list[Any], Report]], train: list[Any], held_out: list[Any]
 ) -> tuple[list[Any], list[Any]]:

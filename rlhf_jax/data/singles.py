@@ -19,26 +19,17 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
 
-def unpaired_examples(
-    rows: list[Row],
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_length: int,
-    max_length: int,
-    too_long: str,
-    strict: bool = False,
-) -> tuple[list[Example], Report]:
+def unpaired_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
     """[{response int32[n], other int32[m], prompt_length, label 0 or 1, prompt_key}], each array with its prompt.
 
     Of rows {prompt, response, label}, and of preferences, whose two responses then count one by one. `other` is the
-    same prompt with the response of the next example that has another prompt, its end cut to `max_length`: what KTO
-    measures the KL by.
+    same prompt with the response of the next example that has another prompt, its end cut, by
+    which KTO measures the KL.
 
     Raises:
-        UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, no row left, or one
-            prompt only.
+        UserError: a bad row, one that the limits refuse, no row left, or one prompt only.
     """
-    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
+    remarks = Counter[str]()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if layout_of(row) in PREFERENCES:
@@ -55,10 +46,10 @@ def unpaired_examples(
         shared = {"prompt_length": length, "prompt_key": prompt_key(pair)}
         return [{"response": t, "label": label, **shared} for t, label in zip(tokens, labels, strict=True)], cut
 
-    examples, report = collect(rows, build, strict=strict, remarks=remarks)
+    examples, report = collect(rows, build, strict=limits.strict, remarks=remarks)
     if len({example["prompt_key"] for example in examples}) < 2:
         raise UserError("all rows have one prompt, but KTO needs responses to other prompts; give rows of two or more")
-    return [{**example, "other": _other(examples, i, max_length)} for i, example in enumerate(examples)], report
+    return [{**example, "other": _other(examples, i, limits.max_length)} for i, example in enumerate(examples)], report
 
 
 def _other(examples: list[Example], i: int, max_length: int) -> np.ndarray:
@@ -78,21 +69,13 @@ def rating_of(row: Row) -> float:
     return float32_of(row, "rating", row["rating"])
 
 
-def rating_examples(
-    rows: list[Row],
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_length: int,
-    max_length: int,
-    too_long: str,
-    strict: bool = False,
-) -> tuple[list[Example], Report]:
+def rating_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
     """[{response int32[n], prompt_length, rating, prompt_key}] of rows {prompt, response, rating}.
 
     Raises:
-        UserError: a bad row, a row too long under too_long = error, a dropped one if `strict`, or no row left.
+        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    limits, remarks = Limits(max_prompt_length, max_length, too_long), Counter[str]()
+    remarks = Counter[str]()
     ratings: set[Any] = set()
 
     def build(row: Row) -> tuple[list[Example], bool]:
@@ -104,7 +87,7 @@ def rating_examples(
         ratings.add(number_of(row["rating"]))
         return [{"response": tokens, "rating": rating, **shared}], cut
 
-    examples, report = collect(rows, build, strict=strict, remarks=remarks)
+    examples, report = collect(rows, build, strict=limits.strict, remarks=remarks)
     lost = len(ratings) - len({float(np.float32(rating)) for rating in ratings})
     said = {"ratings that float32 cannot tell from another": lost} if lost else {}
     return examples, replace(report, remarks={**report.remarks, **said})

@@ -11,6 +11,7 @@ import jax
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SourceConfig, resolve
 from rlhf_jax.data.examples import columns_of, prompt_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import Row, where_of
 from rlhf_jax.data.schemas import prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
@@ -90,11 +91,11 @@ class Sources:
         rows = [with_shots(row, shots_of(source)) for row in self.prompts]
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         drawer = self.drawer(source)
-        limits: dict[str, Any] = {"max_prompt_length": self.config.max_prompt_length, "too_long": "truncate"}
-        seen, report = prompt_examples(list(self.prompts), drawer.tokenizer, **limits)
+        limits = Limits(self.config.max_prompt_length)
+        seen, report = prompt_examples(list(self.prompts), drawer.tokenizer, limits)
         if len(seen) != len(self.prompts):
             raise UserError(f"prompts: {report}; remove the empty ones")
-        _, report = prompt_examples(rows, drawer.tokenizer, **limits)
+        _, report = prompt_examples(rows, drawer.tokenizer, limits)
         if report.truncated:
             tell(f"{self.names[number]}: prompts: {report}")
         with jax.set_mesh(self.mesh):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, eval_batches
 from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.sampling import SamplingLaw, sample
@@ -78,7 +79,7 @@ class Generator:
             UserError: prompt and response are longer than the model's positions.
         """
         self.tokenizer, self.mesh, self.microbatch = tokenizer, mesh, config.microbatch
-        self.longest, self.buckets = max_prompt_length, tuple(config.prompt_buckets or [max_prompt_length])
+        self.limits, self.buckets = Limits(max_prompt_length), tuple(config.prompt_buckets or [max_prompt_length])
         check_length(model.arch, total_length(config, max_prompt_length), "prompt length + sampling.max_new_tokens =")
         self.law = SamplingLaw.from_config(config)
         model = of_length(model, total_length(config, max_prompt_length))  # one law in all buckets
@@ -91,7 +92,7 @@ class Generator:
 
         Batch i gets the noise of fold_in(key, first + i).
         """
-        examples, _ = prompt_examples(list(rows), self.tokenizer, max_prompt_length=self.longest, too_long="truncate")
+        examples, _ = prompt_examples(list(rows), self.tokenizer, self.limits)
         multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
         size = -(-(batch_size or len(examples)) // multiple) * multiple
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)

@@ -61,7 +61,7 @@ class RewardModel:
         """Load it; `batch_size` rows are scored at once."""
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.mesh, self.size = mesh, -(-batch_size // ways) * ways
-        self.limits = Limits(max_prompt_length, max_length, "truncate")
+        self.limits = Limits(max_prompt_length, max_length)
         self.tokenizer = load_tokenizer(config)
         with jax.set_mesh(mesh):
             self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=max_length)

@@ -16,6 +16,7 @@ from rlhf_jax.config import OnlineConfig, resolve
 from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import collate_prompts, repeat_rows
 from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
@@ -81,13 +82,7 @@ class Online:
         self, rows: Rows | None, eval_rows: Rows | None, asked: Sequence[Callable[..., Any]]
     ) -> tuple[Batches, list[Any]]:
         data, seed = self.config.data, self.config.run.seed
-        build = partial(
-            prompt_examples,
-            tokenizer=self.tokenizer,
-            max_prompt_length=data.max_prompt_length,
-            too_long=data.too_long,
-            strict=data.strict,
-        )
+        build = partial(prompt_examples, tokenizer=self.tokenizer, limits=Limits.of(data))
         train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
         given, columns, where = ([one[name] for one in (*train, *held_out)] for name in ("given", "columns", "where"))
         for example, own in zip((*train, *held_out), columns_for(asked, given, columns, where), strict=True):

@@ -15,6 +15,7 @@ from rlhf_jax.config import PPOArgs
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.hosts.processes import say
@@ -80,15 +81,7 @@ class PPO(Online):
 
     def _text_batches(self) -> Batches:
         data, ppo = self.config.data, self.config.ppo
-        text, report = sft_examples(
-            rows_from(ppo.ptx_path),
-            self.tokenizer,
-            max_prompt_length=data.max_prompt_length,
-            max_length=data.max_length,
-            too_long=data.too_long,
-            strict=data.strict,
-            loss_on="all",
-        )
+        text, report = sft_examples(rows_from(ppo.ptx_path), self.tokenizer, Limits.of(data), loss_on="all")
         say(f"ptx rows: {report}")
         collate = partial(collate_sft, length=data.max_length, reduction="token", pad_id=self.tokenizer.pad_id)
         text = pack(text, data.max_length)
