@@ -382,8 +382,8 @@ def execute(command: str, *settings: Any) -> Any:
 
 def fail(line: str, code: int) -> NoReturn:
     """Exit with a line on standard error, below the progress bar if there is one."""
-    if "rlhf_jax.runs.run" in sys.modules:
-        sys.modules["rlhf_jax.runs.run"].close_bars()
+    if "rlhf_jax.runs.metrics" in sys.modules:
+        sys.modules["rlhf_jax.runs.metrics"].close_bars()
     tell(f"rlhf-jax: {line}", error=True)
     leave(code)
 

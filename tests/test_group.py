@@ -33,7 +33,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
-from rlhf_jax.runs.run import Run
+from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
@@ -375,17 +375,17 @@ class Killed(BaseException):
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, one_device, method):
     changes = {"checkpoint__every": 1, "checkpoint__minutes": 0.0, f"{method}__iterations": 4, "run__eval_every": 0}
     group.run(run_config(method, tmp_path / "whole", **changes), **TOY_ROWS)
-    advance = Run.advance
+    advance = RunMetrics.advance
 
     def kill(self, step, *args):
         if step == 3:
-            self.checkpoints.wait()
+            self.skips.checkpoints.wait()
             self._pending = None  # what was not written is lost
             raise Killed
         advance(self, step, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "advance", kill)
+        patch.setattr(RunMetrics, "advance", kill)
         group.run(run_config(method, tmp_path / "killed", **changes), **TOY_ROWS)
     group.run(run_config(method, tmp_path / "killed", **changes), **TOY_ROWS)
     whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))

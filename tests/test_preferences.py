@@ -34,7 +34,7 @@ from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.preference import sequence_logprobs
-from rlhf_jax.runs.run import Run
+from rlhf_jax.runs.metrics import RunMetrics
 
 MODEL, PARAMS = BIGRAMS.policy, bigram_params(0)["policy"]
 LIMITS = Limits(4, 12, "drop")
@@ -252,13 +252,13 @@ def run_of(stage, path, num=32, **changes):
 def seen(monkeypatch):
     """The metrics of every logged step."""
     found = []
-    log = Run.log
+    log = RunMetrics.log
 
     def watching(self, step, metrics, *args, **kwargs):
         found.append(jax.device_get(metrics))
         log(self, step, metrics, *args, **kwargs)
 
-    monkeypatch.setattr(Run, "log", watching)
+    monkeypatch.setattr(RunMetrics, "log", watching)
     return found
 
 
@@ -310,17 +310,17 @@ def test_a_killed_stage_continues_to_the_same_bits(tmp_path, monkeypatch, stage)
     """The reference is that of the start, although the policy has moved on."""
     kwargs = {"checkpoint__every": 2, "checkpoint__minutes": 0.0}
     run_of(stage, tmp_path / "whole", **kwargs)
-    advance = Run.advance
+    advance = RunMetrics.advance
 
     def kill(self, step, skipped):
         if step == 5:
-            self.checkpoints.wait()
+            self.skips.checkpoints.wait()
             self._pending = None  # what was not written is lost
             raise Killed
         advance(self, step, skipped)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "advance", kill)
+        patch.setattr(RunMetrics, "advance", kill)
         run_of(stage, tmp_path / "killed", **kwargs)
     run_of(stage, tmp_path / "killed", **kwargs)
     whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))

@@ -163,7 +163,7 @@ def kill_at(step):
     def kill(out, i):
         if i == step:
             out.checkpoints.wait()
-            out._pending = None  # what was not written is lost
+            out.metrics._pending = None  # what was not written is lost
             raise Killed
 
     return kill
@@ -290,7 +290,7 @@ def test_damaged_best_weights_are_said_and_never_taken(tmp_path, capsys):
     def harm(out, i):
         if i == STEPS - 1:
             out.checkpoints.wait()
-            for path in out.checkpoints.path(out.best[0]).rglob("*"):
+            for path in out.checkpoints.path(out.best.step).rglob("*"):
                 if path.is_file():
                     path.write_bytes(path.read_bytes()[:-1])
 

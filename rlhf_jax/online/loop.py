@@ -110,4 +110,4 @@ def _evaluate(out: Run, online: Online, step: int) -> tuple[dict[str, float], bo
     out.write(step, results)
     out.samples(step, samples)
     best = out.keep_if_best(step, results["eval/objective"])
-    return results, best or out.best is None
+    return results, best or out.best.step is None

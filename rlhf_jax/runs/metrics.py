@@ -1,0 +1,224 @@
+"""The numbers of a run, from the devices to metrics.jsonl, the progress bar and TensorBoard; its samples."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+
+import jax
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+from rlhf_jax.config.saving import StageArgs
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import processes
+from rlhf_jax.runs.checkpoint import reason_of
+from rlhf_jax.runs.directory import METRICS, SAMPLES
+from rlhf_jax.runs.log import Log
+from rlhf_jax.runs.skips import Noted, Skips
+from rlhf_jax.types import Metrics
+
+Table = TypeVar("Table")
+"""A pytree of arrays, which come to the host as numpy's."""
+
+BARS: weakref.WeakSet[tqdm] = weakref.WeakSet()
+
+
+def close_bars() -> None:
+    """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
+    for bar in BARS:
+        bar.close()
+
+
+class Pending(NamedTuple):
+    """What was given to `log` last. Names and packed values are those of the metrics."""
+
+    step: int
+    names: tuple[str, ...]
+    values: jax.Array
+    host: Mapping[str, float]
+    tokens: int
+    table: object
+    on_table: Callable[[Any], None]
+    noted: list[Noted]
+
+
+class RunMetrics:
+    """What a run reports of its steps. Device metrics are fetched one step late: logging never stalls the devices.
+
+    Process 0 writes.
+
+    Attributes:
+        last: the newest value of every metric.
+        started: when the run would have begun had it never stood still, in seconds of the clock.
+        bar: the progress bar.
+    """
+
+    def __init__(
+        self,
+        settings: StageArgs,
+        stage: str,
+        *,
+        shown: Sequence[str],
+        skips: Skips,
+        say: Callable[[str], None],
+        cure: str,
+    ):
+        """Touches nothing. `shown` are the metrics on the progress bar, `cure` says how a stopped run goes on."""
+        self.settings, self.stage, self.shown, self.skips, self.say, self.cure = (
+            settings, stage, shown, skips, say, cure
+        )  # fmt: skip
+        self.is_writer = processes.is_first()
+        self.last: dict[str, float] = {}
+        self.started = self._since = time.time()
+        self._pending: Pending | None = None
+        self._metrics, self._samples = (Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES))
+        self._disk_full = False
+        self._events: SummaryWriter | None = None
+
+    @property
+    def logs(self) -> tuple[Log, Log]:
+        """The files of metrics and samples."""
+        return self._metrics, self._samples
+
+    def prepare(self, step: int | None) -> None:
+        """Make the files ready, of a run that goes on after `step` if there is one; process 0 only."""
+        for log in self.logs:
+            log.begin(step)
+        if self.settings.run.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            purge = None if step is None else step + 1
+            self._events = SummaryWriter(str(Path(self.settings.run.output_dir, "tensorboard")), purge_step=purge)
+
+    def start(self, step: int, total: int) -> None:
+        """Start the clock and the progress bar."""
+        self.started = self._since = time.time()
+        hidden = not (self.settings.run.progress and self.is_writer)
+        self.bar = tqdm(total=total, initial=step, desc=self.stage, disable=hidden, dynamic_ncols=True)
+        BARS.add(self.bar)
+
+    def restore(self, record: Mapping[str, Any], step: int) -> None:
+        """Go on where a checkpoint's record says that the run stood after `step`; says which lines are lost."""
+        self.skips.total, self.skips.streak = record["skipped"], record["streak"]
+        self.last = record["metrics"]
+        for log in self.logs:
+            written = record.get("lines", {}).get(log.path.name, log.count)
+            if log.count != written:
+                line = f"has {log.count} whole lines up to step {step}, but {written} were written"
+                self.say(f"{self.stage}: {log.path} {line}; what is missing is lost")
+        self.started = time.time() - record["elapsed_s"]
+
+    def advance(self, step: int, skipped: jax.Array, updates: int = 1) -> None:
+        """One step of the progress bar; `skipped` of its `updates` were not finite and changed nothing."""
+        self.skips.note(step, skipped, updates)
+        self.bar.update(1)
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        host: Mapping[str, float],
+        *,
+        tokens: int,
+        table: Table | None = None,
+        on_table: Callable[[Table], None] = lambda table: None,
+    ) -> None:
+        """Device metrics and host numbers of a step; written when the next ones arrive, or at the end.
+
+        `tokens` were processed since the last call. `table` comes to the host in the same transfer, for `on_table`.
+        """
+        values = processes.pack(tuple(metrics.values()))
+        pending = Pending(step, tuple(metrics), values, host, tokens, table, on_table, self.skips.take())
+        self.flush()
+        self._pending = pending
+
+    def flush(self) -> None:
+        """Fetch and write the metrics that are still pending.
+
+        Raises:
+            UserError: no update was finite for faults.max_skipped steps.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        on_devices = (pending.values, pending.table, [each.skipped for each in pending.noted])
+        values, table, counts = processes.to_host(on_devices)
+        now = time.time()
+        speed = {"time/tokens_per_s": round(pending.tokens / (now - self._since), 1)}
+        self._since = now
+        metrics = dict(zip(pending.names, map(float, values), strict=True))
+        self.write(pending.step, {**metrics, **pending.host, **speed})
+        if table is not None:
+            pending.on_table(table)
+        self.skips.count(pending.noted, counts)
+
+    def settle(self) -> None:
+        """`flush`, and count the skipped updates of steps that were not logged."""
+        self.flush()
+        self.skips.settle()
+
+    def report_nan(self, step: int, operation: str) -> NoReturn:
+        """Stop at a step whose loss or gradient is not finite, because of `operation` (faults.debug_nans)."""
+        self.flush()
+        raise UserError(f"step {step}: {operation}; rows {self.skips.rows(step)}")
+
+    def restart_clock(self) -> None:
+        """Leave what happened until now (an evaluation) out of time/tokens_per_s."""
+        self._since = time.time()
+
+    def elapsed(self) -> float:
+        """Seconds that the run took so far."""
+        return time.time() - self.started
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write host numbers at once."""
+        self.last = {**self.last, **metrics}
+        if not self.is_writer:
+            return
+        self._append(self._metrics, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+        self.bar.set_postfix({n.split("/")[-1]: f"{self.last[n]:.3g}" for n in self.shown if n in self.last})
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, of text and numbers, to samples.jsonl."""
+        if self.is_writer and rows:
+            self._append(self._samples, [{"step": step, **row} for row in rows])
+
+    def _append(self, log: Log, rows: list[dict[str, Any]]) -> None:
+        try:
+            log.add(rows)
+            self._disk_full = False
+        except OSError as error:
+            text = f"{log.path} could not be written ({reason_of(error)})"
+            if self.settings.checkpoint.on_failure == "stop":
+                raise UserError(f"{text}; free space, then {self.cure}") from error
+            if not self._disk_full:
+                self.say(f"{self.stage}: {text}; training continues, its lines are tried again with the next ones")
+            self._disk_full = True
+
+    def sync(self) -> dict[str, int]:
+        """Have all lines reach the disk; how many each file has, those that a full disk refused included."""
+        if self.is_writer:
+            for log in self.logs:
+                log.sync()
+        return {log.path.name: log.count for log in self.logs}
+
+    def finish(self) -> None:
+        """Write what is pending, and what a full disk had refused."""
+        self.flush()
+        if self.is_writer:
+            for log in self.logs:
+                log.add([], sync=True)
+
+    def close(self) -> None:
+        """End the progress bar and TensorBoard's file."""
+        self.bar.close()
+        if self._events is not None:
+            self._events.close()
