@@ -243,7 +243,7 @@ class Meter:
         """`policy` is a model of the shape that all have."""
         self.mesh, settings = make_mesh(MeshConfig()), ModelConfig(path=policy)
         self.tokenizer, longest = load_tokenizer(settings), q.DATA.max_prompt_length
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             self.model = self.load(policy).model
             self.generator = Generator(self.model, self.tokenizer, q.SAMPLING, self.mesh, max_prompt_length=longest)
             self.reader = Likelihood(self.model, self.mesh, pad_id=self.tokenizer.pad_id, batch_size=100)
@@ -256,7 +256,7 @@ class Meter:
 
     def __call__(self, task: Task, policy: str) -> dict[str, float]:
         """Gold reward, KL to SFT and NLL of a policy."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             ours, reference = self.load(policy).params, self.load(task.base).params
             placed = put_batch(self.mesh, {name: self.batch[name] for name in ("tokens", "mask")})
             key = jax.random.key(task.config.seed + 9)

@@ -64,7 +64,7 @@ def main() -> None:
     positions = np.broadcast_to(np.arange(args.length, dtype=np.int32), shape)
     weights = np.full(shape, 1 / tokens.size, np.float32)
     batch = {"tokens": tokens, "positions": positions, "segment_ids": np.ones(shape, np.int32), "weights": weights}
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(mesh.grid), tempfile.TemporaryDirectory() as folder:
         model = Model(arch)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         params = jax.jit(model.init, out_shardings=tree_shardings(mesh, shapes))(jax.random.key(0))

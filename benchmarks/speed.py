@@ -185,10 +185,10 @@ def measure(task: str, size: str, repeats: int, dtype: str) -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiles.append(name) if name.endswith("backend_compile_duration") else None
     )
-    model = Model.from_config(ModelConfig(compute_dtype=dtype), ArchConfig(**SIZES[size]))
     mesh = make_mesh(MeshConfig())
+    model = Model.from_config(ModelConfig(compute_dtype=dtype), ArchConfig(**SIZES[size]), mesh.rules)
     makers = {"sft": make_sft, "reward": make_reward, "generate": make_generate, "ppo": make_ppo}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         run, shape = makers[task](model, mesh)
         times = []
         for i in range(WARMUP + repeats):

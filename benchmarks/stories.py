@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def drawn_from(model: str, rows: list[dict[str, str]], seeds: list[int]) -> list[tuple[list[str], list[bool]]]:
     """Per seed a response to every row, and which of them ended by themselves."""
     settings, mesh = ModelConfig(path=model, eos_ids=[1]), make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         loaded = load_model(settings, mesh, jax.random.key(0))
         sampling = SamplingConfig(max_new_tokens=64)
         generator = Generator(loaded.model, load_tokenizer(settings), sampling, mesh, max_prompt_length=32)

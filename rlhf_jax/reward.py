@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from rlhf_jax.config import RewardArgs, RewardConfig, bind
@@ -27,7 +26,7 @@ from rlhf_jax.inference.scoring import score_sequences
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import names_given
-from rlhf_jax.sharding import put_batch
+from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.loop import Evaluate
 from rlhf_jax.training.supervised import Stage, run_stage
 from rlhf_jax.types import LossFn, Params

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import AxisType, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import MeshConfig
-from rlhf_jax.config.rules import MESH_AXES, SPLIT, Rules, Split, entry, parse_rules
+from rlhf_jax.config.rules import MESH_AXES, Rules, Split, entry, over_tensor, parse_rules
 from rlhf_jax.errors import UserError
 
 ROWS = P(("data", "fsdp"))
 """Batches: rows over both data axes."""
 
-_RULES: dict[tuple[tuple[str, int], ...], Rules] = {}
-"""By the shape of a mesh, the rules of the config that made it last: a mesh of JAX carries nothing of ours, and inside
-jit there is no more to see of it than its shape."""
+
+@dataclass(frozen=True)
+class Mesh:
+    """The devices in a grid of named axes, and the table that says where on it parameters lie.
+
+    Attributes:
+        grid: jax's mesh, as `jax.set_mesh` takes it.
+        rules: the table. A model that runs here is given it too (`Model.rules`): inside jit there is only the grid.
+    """
+
+    grid: jax.sharding.Mesh
+    rules: Rules
+
+    @property
+    def shape(self) -> Mapping[str, int]:
+        """Size of every axis."""
+        return self.grid.shape
 
 
 def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
@@ -62,15 +77,14 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"mesh.slices is {config.slices}, but the devices are in {known} TPU slice(s); set it to {known}"
         )
     if config.slices == 1:
-        mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        grid = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     else:
-        mesh = _mesh_of(_in_slices(config, sizes, devices or jax.devices(), known > 0))
-    _RULES[_shape(mesh)] = parse_rules(config.rules)
-    return mesh
+        grid = _grid_of(_in_slices(config, sizes, devices or jax.devices(), known > 0))
+    return Mesh(grid, parse_rules(config.rules))
 
 
-def _mesh_of(devices: np.ndarray) -> Mesh:
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def _grid_of(devices: np.ndarray) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _in_slices(config: MeshConfig, sizes: dict[str, int], devices: list[Any], known: bool) -> np.ndarray:
@@ -87,15 +101,6 @@ def _in_slices(config: MeshConfig, sizes: dict[str, int], devices: list[Any], kn
     return np.array(devices).reshape(tuple(sizes.values()))
 
 
-def _shape(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
-    return tuple(mesh.shape.items())
-
-
-def rules_of(mesh: Mesh | AbstractMesh) -> Rules:
-    """The table of a mesh."""
-    return _RULES.get(_shape(mesh), Rules(SPLIT))
-
-
 def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
     """The same devices, in the same order, with tensor = rollout_tensor; `mesh` itself where that is 0 or no change.
 
@@ -107,15 +112,14 @@ def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
     ways = config.rollout_tensor
     if ways in (0, mesh.shape["tensor"]):
         return mesh
-    if ways < 0 or mesh.size % ways:
+    if ways < 0 or mesh.grid.size % ways:
         raise UserError(
-            f"mesh.rollout_tensor {ways} does not divide the {mesh.size} devices; choose a divisor or 0 (mesh.tensor)"
+            f"mesh.rollout_tensor {ways} does not divide the {mesh.grid.size} devices; "
+            "choose a divisor or 0 (mesh.tensor)"
         )
     rest = mesh.shape["fsdp"] * mesh.shape["tensor"]
     shape = (-1, rest // ways, ways) if rest % ways == 0 else (-1, 1, ways)
-    other = _mesh_of(mesh.devices.reshape(shape))
-    _RULES[_shape(other)] = rules_of(mesh)
-    return other
+    return replace(mesh, grid=_grid_of(mesh.grid.devices.reshape(shape)))
 
 
 def shard_shape(
@@ -148,24 +152,23 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     Raises:
         UserError: a leaf has no rule, or a sharded dimension does not divide by its mesh axes.
     """
-    rules = rules_of(mesh)
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name, splits = path_name(path), rules.of(path_name(path), leaf.shape)
+        name, splits = path_name(path), mesh.rules.of(path_name(path), leaf.shape)
         shard_shape(name, tuple(leaf.shape), splits, mesh.shape)
-        return NamedSharding(mesh, P(*map(entry, splits)))
+        return NamedSharding(mesh.grid, P(*map(entry, splits)))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """One copy on every device."""
-    return NamedSharding(mesh, P())
+    return NamedSharding(mesh.grid, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
-    return NamedSharding(mesh, ROWS)
+    return NamedSharding(mesh.grid, ROWS)
 
 
 def check_rows(mesh: Mesh, rows: int, what: str) -> None:
@@ -192,44 +195,25 @@ def own_rows(mesh: Mesh, count: int) -> np.ndarray:
     """bool[count]: the rows of a batch that this process answers for; of several that hold a row, the first does."""
     owner = np.full(count, jax.process_count())
     places = batch_sharding(mesh).devices_indices_map((count,))
-    for device in mesh.devices.flat:
+    for device in mesh.grid.devices.flat:
         (rows,) = places[device]
         owner[rows] = np.minimum(owner[rows], device.process_index)
     return owner == jax.process_index()
 
 
-def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """Pin the layout of an activation; nothing happens outside a `with jax.set_mesh(mesh)` block.
-
-    An axis is a mesh axis, several, None, or a letter of `rlhf_jax.config.rules`, split as parameters are over tensor:
-    their other mesh axes hold rows.
-    """
+def constrain(x: jax.Array, *axes: str | Split | None) -> jax.Array:
+    """Pin an activation's axes to mesh axes (one, several or None); nothing happens outside a `jax.set_mesh` block."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*map(_activation_axis, axes)))
+    return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def _activation_axis(axis: Any) -> Any:
-    return over_tensor(axis) if axis in SPLIT else axis
-
-
-def over_tensor(letter: str) -> str | None:
-    """The tensor axis if activations are split over it along that axis, for use in a `jax.set_mesh` block."""
-    return _tensor_alone(rules_of(jax.sharding.get_abstract_mesh()).letters[letter])
-
-
-def _tensor_alone(split: Split) -> str | None:
-    return "tensor" if "tensor" in split else None
-
-
-def constrain_gathered(path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
+def constrain_gathered(rules: Rules, path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
     """Pin a weight as decoding reads it: whole over data and fsdp, sharded over tensor alone.
 
     `stacked` leaves come without their leading L here.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    splits = rules_of(mesh).of(path, (1, *x.shape) if stacked else x.shape)
-    splits = splits[1 if stacked else 0 :]
+    splits = rules.of(path, (1, *x.shape) if stacked else x.shape)[1 if stacked else 0 :]
     # From many ways over fsdp to some over tensor: first within the groups, then a gather of tensor's parts alone.
     x = constrain(x, *map(entry, splits))
-    return constrain(x, *map(_tensor_alone, splits))
+    return constrain(x, *map(over_tensor, splits))

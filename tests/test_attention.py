@@ -40,7 +40,7 @@ def test_the_splash_kernel_is_plain_attention_in_values_and_gradients(window, so
     wanted_change = np.random.default_rng(1).standard_normal((ROWS, KV_HEADS, GROUPS, LENGTH, WIDTH))
 
     def loss(args, kind, dtype):
-        attend = make_attend(kind, jnp.asarray(ids), window=window, scale=0.3, softcap=softcap)
+        attend = make_attend(kind, jnp.asarray(ids), window=window, scale=0.3, softcap=softcap, heads_over=None)
         out = attend(*(jnp.asarray(x, dtype) for x in args)).astype(jnp.float32)
         return jnp.sum(jnp.where(real, out * wanted_change, 0)), jnp.where(real, out, 0)
 
@@ -74,7 +74,7 @@ def test_a_model_with_the_kernel_is_the_plain_model_on_one_device_and_on_a_mesh(
     if mesh is None:
         found = jax.jit(jax.value_and_grad(lambda p: loss(kernel, p)))(params)
     else:
-        with jax.set_mesh(make_mesh(mesh)):
+        with jax.set_mesh(make_mesh(mesh).grid):
             found = jax.jit(jax.value_and_grad(lambda p: loss(kernel, p)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), found, expected)
 

@@ -148,7 +148,7 @@ def test_a_loss_of_ones_own_trains_without_any_of_ppo():
     batch = {"tokens": X.tokens, "weights": jnp.linspace(0.0, 1.0, 8)}
     gradient = jax.grad(lambda params: my_loss(params, batch, KEY)[0])(policy)
     state = create_state(jax.tree.map(jnp.copy, policy), tx, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         state, metrics = make_train_step(my_loss, tx, mesh=mesh, state=state)(state, batch, KEY)
     assert calls and np.isfinite(metrics["mine/loss"]) and metrics["optim/skipped"] == 0
     assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, policy, gradient), atol=2e-6)

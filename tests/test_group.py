@@ -351,7 +351,7 @@ def iteration_on(mesh_name):
         if not mesh_name:
             patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
         stage = train.Group(config, **TOY_ROWS)
-        with jax.set_mesh(stage.mesh):
+        with jax.set_mesh(stage.mesh.grid):
             metrics, _, rows = stage.iteration(0)
     return jax.device_get((stage.state.params, metrics, rows))
 

@@ -92,7 +92,7 @@ def nll(model, tokenizer, rows):
     """Nats per token of documents."""
     mesh = one_device_mesh()
     examples, _ = sft_examples(rows, tokenizer, Limits(2, 12, "error"), loss_on="all")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         loaded = load_model(ModelConfig(path=model), mesh, jax.random.key(0))
         reader = Likelihood(loaded.model, mesh, pad_id=0, batch_size=len(examples))
         return -np.concatenate(reader.targets(loaded.params, examples)).mean()
@@ -112,7 +112,7 @@ def test_pretraining_lowers_the_held_out_loss_towards_what_there_is_to_guess(pre
 def test_the_loss_of_packed_documents_is_that_of_each_alone(pretrained, tokenizer):
     examples, _ = sft_examples(documents(40, 2), tokenizer, Limits(2, 12, "error"), loss_on="all")
     model, mesh = pretrained[0], one_device_mesh()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         loaded = load_model(ModelConfig(path=model), mesh, jax.random.key(0))
         found = []
         for rows, length in ((pack(examples, 24), 24), (examples, 12)):
@@ -153,7 +153,7 @@ def test_sft_teaches_to_stop_where_a_response_is_finished(tmp_path, pretrained, 
         mesh = one_device_mesh()
         tokens = [tokenizer.encode_prompt(f"{row['prompt']} {row['response']}") for row in rows[160:]]
         tokens = jnp.asarray([[*row, tokenizer.eos_ids[0]] for row in tokens])
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             loaded = load_model(ModelConfig(path=model), mesh, jax.random.key(0))
             hidden = loaded.model.apply(loaded.params, tokens, jnp.arange(4)[None] + 0 * tokens, jnp.ones_like(tokens))
             return jax.nn.softmax(loaded.model.project(loaded.params, hidden))[:, :3, tokenizer.eos_ids[0]].mean(0)

@@ -221,7 +221,7 @@ def test_sharded_equals_unsharded(how):
     base, x = quantized(PARAMS, how), batch(rows=8)
     results = []
     for mesh in (make_mesh(MeshConfig(), devices=ONE), make_mesh(MeshConfig(2, 2, 2))):
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             frozen = jax.device_put(base, tree_shardings(mesh, base))
             state = create_state(jax.tree.map(jnp.copy, adapters(GROUPED)), tx, mesh)
             step = make_train_step(LOSS, tx, mesh=mesh, state=state, frozen=frozen)
@@ -412,7 +412,7 @@ def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change_of_which_t
     frozen = jax.tree.map(np.array, stage.nets.frozen)
     before = jax.tree.map(np.array, stage.state.params)
     kls = []
-    with jax.set_mesh(stage.mesh):
+    with jax.set_mesh(stage.mesh.grid):
         for i in range(2):
             metrics, _, _ = stage.iteration(i)
             kls.append((float(metrics["rollout/kl"]), float(metrics["rollout/kl_k3"])))
@@ -446,7 +446,7 @@ def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_pr
     )
     stage = group_train.Group(config, **TOY_ROWS)
     frozen, before = (jax.tree.map(np.array, tree) for tree in (stage.nets.frozen, stage.state.params))
-    with jax.set_mesh(stage.mesh):
+    with jax.set_mesh(stage.mesh.grid):
         kls = [float(stage.iteration(i)[0]["rollout/kl_k3"]) for i in range(2)]
     assert kls[0] == 0 and kls[1] > 1e-6
     assert stage.nets.ref is stage.nets.frozen

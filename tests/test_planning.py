@@ -143,7 +143,7 @@ def test_fsdp_moves_the_weights_that_theory_says():
                                "--model.remat=full"])  # fmt: skip
     assert isinstance(config, SFTArgs)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         [program] = programs.programs_of(config, mesh, attention="plain")
         text = program.function.trace(*program.arguments).lower().compile().as_text()
     arch = config.model.arch
@@ -166,7 +166,7 @@ def test_no_program_holds_the_logits_of_a_batch(stage):
                                *(["--data.max_prompt_length=32", "--sampling.max_new_tokens=32", "--ppo.minibatches=1",
                                   "--reward.functions=[tests.tiny:none]"] if stage == "ppo" else [])])  # fmt: skip
     mesh, texts = make_mesh(config.mesh), {}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         for program in programs.programs_of(config, mesh, attention="plain"):
             texts[program.name] = program.function.trace(*program.arguments).lower().compile().as_text()
     length = 32 if stage == "ppo" else 63
@@ -212,7 +212,7 @@ def test_a_ppo_config_gives_the_three_programs():
                                "--reward.functions=[tests.tiny:none]"])  # fmt: skip
     assert isinstance(config, PPOArgs)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         found = programs.programs_of(config, mesh, attention="plain")
         texts = {p.name: p.function.trace(*p.arguments).lower().compile().as_text() for p in found}
     assert [(p.name, p.tokens, p.loops) for p in found] == [("rollout", 64, 2), ("score", 128, 1), ("update", 512, 1)]
@@ -234,7 +234,7 @@ def test_weights_move_to_the_rollouts_layout_without_ever_being_whole(sizes):
                                "--reward.functions=[tests.tiny:none]",
                                *(f"--mesh.{axis}={size}" for axis, size in axes)])  # fmt: skip
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         rollout = programs.programs_of(config, mesh, attention="plain")[0]
         text = rollout.function.trace(*rollout.arguments).lower().compile().as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)}
@@ -258,7 +258,7 @@ def test_a_grpo_config_gives_the_programs_of_ppo_without_a_critic(tmp_path, opti
                                 "--sampling.chunk=4", "--grpo.group_size=4", "--reward.functions=[tests.tiny:none]",
                                 *options])  # fmt: skip
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         found = programs.programs_of(config, mesh, attention="plain")
         assert all(p.function.trace(*p.arguments).jaxpr.eqns for p in found)
     tokens = [("rollout", 64), ("score", 128), ("update", 128 * config.grpo.epochs)]
@@ -284,7 +284,7 @@ def test_the_programs_of_stages_that_train_one_model(stage, options, expected):
     config = cli.parse(stage, [f"--model.arch={json.dumps(TINY)}", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2",
                                "--data.batch_size=8", "--data.max_length=16", *options])  # fmt: skip
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         found = programs.programs_of(config, mesh, attention="plain", width=3)
         traced = [program.function.trace(*program.arguments) for program in found]
     assert [(program.name, program.tokens) for program in found] == expected
@@ -296,7 +296,7 @@ def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
                                "--data.batch_size=64", "--ppo.minibatches=2",
                                "--reward.functions=[tests.tiny:none]"])  # fmt: skip
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"layers/attn/out .* dimension 2 .* tensor = 4"):
+    with jax.set_mesh(mesh.grid), pytest.raises(UserError, match=r"layers/attn/out .* dimension 2 .* tensor = 4"):
         programs.programs_of(config, mesh, attention="plain")
 
 

@@ -146,7 +146,7 @@ def test_the_reward_model_is_weighed_as_the_config_says():
 def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_device):
     """The sampler's law gives stop ids no mass there; paid as a KL to the reference, it would be one at step 0."""
     ppo = train.PPO(replace(toy_run(), sampling__min_new_tokens=4), **TOY_ROWS)
-    with jax.set_mesh(ppo.mesh):
+    with jax.set_mesh(ppo.mesh.grid):
         rollout, scored, _ = ppo.roll_out(ppo.state.params["policy"], ppo.batches[0], ppo.key)
     assert scored[2]["rollout/logprob_gap_max"] > 1e-3
     assert scored[2]["rollout/kl"] == scored[2]["rollout/kl_k3"] == 0.0

@@ -40,7 +40,7 @@ def with_temperature(ppo: train.PPO, temperature: float) -> None:
 def test_every_program_compiles_once_while_temperature_kl_coefficient_and_learning_rate_change(ppo):
     programs, coefs, temperatures = ppo.programs, [], np.linspace(0.5, 2.0, 20)
     packed = pack._cache_size()
-    with jax.set_mesh(ppo.mesh):
+    with jax.set_mesh(ppo.mesh.grid):
         for i, temperature in enumerate(temperatures):
             with_temperature(ppo, temperature)
             metrics, _, _ = ppo.iteration(i)
@@ -96,7 +96,7 @@ def test_an_iteration_fetches_once_from_the_devices_and_sends_nothing_unasked(pp
     config = replace(ppo.config, run__output_dir=str(tmp_path / "run"))
     out = Run("ppo", config, total=8)
     tables = []
-    with jax.set_mesh(ppo.mesh):
+    with jax.set_mesh(ppo.mesh.grid):
         ppo.iteration(20)
         fetches = Fetches(monkeypatch)
         with jax.transfer_guard("disallow"):

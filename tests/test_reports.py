@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import BIGRAMS, bigram_params, byte_tokenizer
+from tiny import BIGRAMS, ONE, bigram_params, byte_tokenizer
 
 from rlhf_jax import cli, losses, reward, sft
+from rlhf_jax.config import MeshConfig
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.collate import collate_sft, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
@@ -23,6 +24,7 @@ from rlhf_jax.feedback.judge import Verdict
 from rlhf_jax.feedback.report import label_agreement, lines, mean_of, share_of, win_rate
 from rlhf_jax.inference import intervals
 from rlhf_jax.runs.run import Run
+from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.loop import make_evaluate
 from rlhf_jax.training.step import add_metrics, settled
 
@@ -242,10 +244,10 @@ def test_a_perplexity_is_over_tokens_whatever_is_trained(reduction, size):
     examples = [
         {"tokens": rng.integers(2, 24, n).astype(np.int32), "loss_mask": np.arange(n) >= 2} for n in (3, 12, 4, 9, 3)
     ]
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = make_mesh(MeshConfig(), devices=ONE)
     collate = partial(collate_sft, length=12, reduction=reduction)
     loss = sft.objective(BIGRAMS.policy, losses.next_token_loss)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         evaluate = make_evaluate(
             loss, mesh, eval_batches(examples, batch_size=size, collate=collate), jax.random.key(0)
         )

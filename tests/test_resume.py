@@ -87,7 +87,7 @@ def run_fit(
     schedule = make_schedule(config.optim, total)
     tx = make_optimizer(config.optim, schedule)
     batches = batches or Rows()
-    with jax.set_mesh(mesh), Run("sft", config, total=total) as out:
+    with jax.set_mesh(mesh.grid), Run("sft", config, total=total) as out:
         state = create_state({"head": {"kernel": jnp.asarray(bigram_params(0)["policy"]["head"]["kernel"])}}, tx, mesh)
         compiled = make_train_step(loss, tx, mesh=mesh, state=state)
         tree, _ = out.restore({"state": state}, {"training rows": {"seed": 0}})
@@ -262,7 +262,7 @@ def test_the_digest_of_a_model_sees_one_bit_and_a_swap_but_no_mesh():
     ):
         assert digest({**params, "policy": {**params["policy"], "head": {"kernel": changed}}}) != first
     mesh = make_mesh(MeshConfig(tensor=8, data=1))
-    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
+    where = jax.sharding.NamedSharding(mesh.grid, jax.sharding.PartitionSpec(None, "tensor"))
     assert digest(jax.device_put(kernel, where)) == digest(kernel)
 
 

@@ -128,7 +128,7 @@ def directory(tmp_path_factory):
 def test_all_buckets_of_a_generator_have_one_law(directory):
     """A bucket of 2 and 4 new tokens stay within the original length, one of 4 does not: the law is that of 8."""
     mesh = make_mesh(MeshConfig(), devices=ONE)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         loaded = load_model(ModelConfig(path=str(directory / "policy")), mesh, KEY, length=8)
         tokenizer = Tokenizer.load(str(directory / "policy"))
         sampling = SamplingConfig(max_new_tokens=4, chunk=4, prompt_buckets=[2, 4])

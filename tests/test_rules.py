@@ -19,7 +19,7 @@ from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import leaf_shapes
-from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
+from rlhf_jax.sharding import Mesh, make_mesh, put_batch, rollout_mesh, tree_shardings
 from rlhf_jax.tokens import positions_from_mask
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step, make_update
@@ -73,12 +73,6 @@ def test_rules_move_parameters_and_their_moments():
         }
         assert tree["layers"]["attn"]["qkv"] == P(None, None, "tensor", None, None)
         assert tree["final_norm"]["scale"] == P("data") and tree["layers"]["attn_norm"]["scale"] == P(None, None)
-
-
-def test_the_next_mesh_of_the_same_shape_has_its_own_rules():
-    changed = specs(MeshConfig(fsdp=8, data=1, rules=["D=-"])).params["embed"]["tokens"]
-    plain = specs(MeshConfig(fsdp=8, data=1)).params["embed"]["tokens"]
-    assert (changed, plain) == (P("tensor", None), P("tensor", "fsdp"))
 
 
 @pytest.mark.parametrize(
@@ -135,10 +129,11 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_a_step_is_the_same_under_every_rule(name):
     """To 2e-6, as on every mesh."""
-    params, batch, loss_fn = model_params(MODEL, 0), text_batch(), sft.objective(MODEL, losses.next_token_loss)
+    params, batch, mesh = model_params(MODEL, 0), text_batch(), make_mesh(RULES[name])
+    loss_fn = sft.objective(MODEL, losses.next_token_loss)
     expected, metrics = jax.jit(make_update(loss_fn, TX))(TrainState.create(params, TX), batch, KEY)
-    mesh = make_mesh(RULES[name])
-    with jax.set_mesh(mesh):
+    loss_fn = sft.objective(dataclasses.replace(MODEL, rules=mesh.rules), losses.next_token_loss)
+    with jax.set_mesh(mesh.grid):
         state = create_state(jax.tree.map(np.asarray, params), TX, mesh)
         step = make_train_step(loss_fn, TX, mesh=mesh, state=state)
         state, found = step(state, put_batch(mesh, batch), KEY)
@@ -157,7 +152,8 @@ def test_greedy_tokens_are_the_same_under_every_rule(name):
     sample, law = make_sampler(MODEL, config, (STOP,)), SamplingLaw.from_config(config)
     expected = jax.jit(sample)(params, prompt, mask, KEY, law)
     mesh = make_mesh(RULES[name])
-    with jax.set_mesh(mesh):
+    sample = make_sampler(dataclasses.replace(MODEL, rules=mesh.rules), config, (STOP,))
+    with jax.set_mesh(mesh.grid):
         placed = jax.device_put(params, tree_shardings(mesh, params))
         found = jax.jit(sample)(placed, *put_batch(mesh, (prompt, mask)), KEY, law)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
@@ -185,11 +181,11 @@ def chips(slices: int, each: int) -> list:
 
 
 def test_the_data_axis_goes_over_slices_first_and_all_else_stays_within_one(monkeypatch):
-    monkeypatch.setattr("rlhf_jax.sharding._mesh_of", lambda devices: SimpleNamespace(
+    monkeypatch.setattr("rlhf_jax.sharding._grid_of", lambda devices: SimpleNamespace(
         devices=devices, shape=dict(zip(("data", "fsdp", "tensor"), devices.shape, strict=True))))  # fmt: skip
     mesh = make_mesh(MeshConfig(slices=2, data=4, fsdp=-1, tensor=2), chips(2, 8))
     assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 2}
-    where = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    where = np.vectorize(lambda chip: chip.slice_index)(mesh.grid.devices)
     np.testing.assert_array_equal(where, np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 2, 2)))
 
 
@@ -207,16 +203,47 @@ def test_the_table_names_no_axis_twice():
     assert all(len(set(axes)) == len(axes) for axes in LEAVES.values())
 
 
-def test_logits_lie_over_the_vocabulary_and_the_cache_over_its_heads():
-    mesh, params = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), model_params(MODEL, 0)
+def lies_in(mesh: Mesh) -> tuple:
+    """Shape of a device's part of logits, of the cache [B, K, ...], and where splash has [B, K, G, T, N]."""
+    model, params = Model(ARCH, rules=mesh.rules), model_params(MODEL, 0)
     tokens, mask = put_batch(mesh, (np.full((8, 3), 2, np.int32), np.ones((8, 3), bool)))
 
-    def both(params, tokens, mask):
+    def both(model, params, tokens, mask):
         at = positions_from_mask(mask)
-        logits = MODEL.project(params, MODEL.apply(params, tokens, at, mask.astype(np.int32)))
-        return logits, MODEL.prefill(MODEL.decoding_params(params), tokens, mask, at)[1]
+        logits = model.project(params, model.apply(params, tokens, at, mask.astype(np.int32)))
+        return logits, model.prefill(model.decoding_params(params), tokens, mask, at)[1]
 
-    with jax.set_mesh(mesh):
-        logits, cache = jax.jit(both)(jax.device_put(params, tree_shardings(mesh, params)), tokens, mask)
-    assert logits.addressable_shards[0].data.shape == (2, 3, V // 2)
-    assert {x.addressable_shards[0].data.shape[:2] for x in jax.tree.leaves(cache)} == {(2, 1)}
+    with jax.set_mesh(mesh.grid):
+        args = jax.device_put(params, tree_shardings(mesh, params)), tokens, mask
+        logits, cache = jax.jit(both, static_argnums=0)(model, *args)
+        program = jax.make_jaxpr(both, static_argnums=0)(
+            dataclasses.replace(model, attention="splash_interpret"), *args
+        )
+    (cached,) = {x.addressable_shards[0].data.shape[:2] for x in jax.tree.leaves(cache)}
+    (kernel,) = {e.params["out_specs"] for e in program.eqns if e.primitive.name == "shard_map"}
+    return logits.addressable_shards[0].data.shape, cached, kernel[0]
+
+
+def test_logits_lie_over_the_vocabulary_and_cache_and_attention_over_heads():
+    where = lies_in(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert where == ((2, 3, V // 2), (2, 1), P(("data", "fsdp"), "tensor", None, None, None))
+
+
+def test_two_meshes_of_one_shape_each_follow_their_own_rules():
+    """Both are made before either is used: parameters, and within jit logits, cache and attention."""
+    configs = [MeshConfig(data=2, fsdp=2, tensor=2, rules=rules) for rules in ([], ["D=-", "K=-", "V=-"])]
+    split, whole = (make_mesh(config) for config in configs)
+    assert split.grid is whole.grid
+    table = {"embed": {"tokens": jax.ShapeDtypeStruct((V, D), np.float32)}}
+    places = [tree_shardings(mesh, table)["embed"]["tokens"].spec for mesh in (split, whole)]
+    assert places == [P("tensor", "fsdp"), P(None, None)]
+    assert lies_in(whole) == ((2, 3, V), (2, 2), P(("data", "fsdp"), None, None, None, None))
+    assert lies_in(split)[0] == (2, 3, V // 2)
+
+
+def test_a_rollout_mesh_has_the_rules_of_its_own_config():
+    configs = [MeshConfig(data=2, fsdp=2, tensor=2, rollout_tensor=4, rules=rules) for rules in ([], ["V=-"])]
+    meshes = [(config, make_mesh(config)) for config in configs]
+    split, whole = (rollout_mesh(config, mesh) for config, mesh in meshes)
+    assert split.grid is whole.grid and split.shape["tensor"] == 4 and split.rules != whole.rules
+    assert whole.rules == meshes[1][1].rules

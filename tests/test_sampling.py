@@ -404,7 +404,7 @@ def test_a_mesh_changes_nothing():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = jax.device_put(PARAMS, tree_shardings(mesh, PARAMS))
     batch = put_batch(mesh, {"prompt": PROMPT, "mask": PROMPT_MASK})
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         rollout = jax.jit(unfiltered)(params, batch["prompt"], batch["mask"], KEY, law())
     assert len(rollout.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(rollout.tokens, rollout_of({}).tokens)

@@ -28,7 +28,7 @@ from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
 from rlhf_jax.ppo import Models, make_score, train
 from rlhf_jax.ppo.networks import Networks
-from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, batch_sharding, make_mesh, put_batch, replicated, tree_shardings
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step, make_update
 
@@ -43,7 +43,7 @@ OPTIM = OptimConfig(learning_rate=0.01, schedule="constant", eps=1e-2)
 MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 
 
-def mesh_of(name: str) -> jax.sharding.Mesh:
+def mesh_of(name: str) -> Mesh:
     data, fsdp, tensor = MESHES[name]
     return make_mesh(MeshConfig(data, fsdp, tensor), devices=ONE if name == "1x1x1" else None)
 
@@ -97,7 +97,7 @@ def test_a_supervised_step_is_the_same_on_every_mesh(kind, mesh_name):
     """Sums over devices run in another order: 1e-6 in the metrics, 2e-6 in the parameters."""
     loss_fn, params, batch = supervised(kind)
     mesh, tx = mesh_of(mesh_name), make_optimizer(OPTIM, make_schedule(OPTIM, 1))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         state = create_state(params, tx, mesh)
         step = make_train_step(loss_fn, tx, mesh=mesh, state=state)
         state, metrics = step(state, put_batch(mesh, batch), KEY)
@@ -112,7 +112,7 @@ def assert_split(state: TrainState, mesh) -> None:
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(tree_shardings(mesh, state)), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
         shards = leaf.addressable_shards
-        assert len(shards) == mesh.size
+        assert len(shards) == mesh.grid.size
         assert {shard.data.shape for shard in shards} == {place.shard_shape(leaf.shape)}
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     params = state.params.get("policy", state.params)
@@ -152,7 +152,7 @@ def ppo_iteration(mesh_name: str) -> dict:
     prompt = {"tokens": rng.integers(2, V, (ROWS, PROMPT)).astype(np.int32), "mask": np.ones((ROWS, PROMPT), bool)}
     prompt["mask"][::3, 0] = False
     whole = functools.partial(jax.device_put, device=replicated(mesh))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         programs = train.make_programs(config, nets, mesh, (STOP, 2, 3, 4))
         prompt = put_batch(mesh, prompt)
         law = lambda t: whole(SamplingLaw.from_config(SamplingConfig(temperature=t)))  # noqa: E731
@@ -225,7 +225,7 @@ def test_whitening_is_over_the_whole_rollout_and_not_per_device(mesh_name):
     )
     rows = batch_sharding(mesh)
     host = jax.device_put(10.0 * np.arange(8, dtype=np.float32), rows)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         score = jax.jit(program, out_shardings=(rows, replicated(mesh), replicated(mesh), rows))
         x = score(params, params["policy"], None, put_batch(mesh, rollout), host, jnp.float32(0.0), jnp.float32(1.0))[
             0
@@ -260,11 +260,11 @@ def test_what_any_number_of_hosts_place_is_the_global_batch(hosts):
     collate = functools.partial(collate_sft, length=8, reduction="token")
     batches = Batches(examples, batch_size=16, seed=3, collate=collate, buckets=[4, 8])
     mesh = make_mesh(MeshConfig())
-    devices = np.array_split(mesh.devices.flatten(), hosts)
+    devices = np.array_split(mesh.grid.devices.flatten(), hosts)
     for step in range(3 * len(batches)):
         batch = batches[step]
         for name, array in put_batch(mesh, batch).items():
             own = [[shard for shard in array.addressable_shards if shard.device in set(some)] for some in devices]
-            assert [len(shards) for shards in own] == [mesh.size // hosts] * hosts
+            assert [len(shards) for shards in own] == [mesh.grid.size // hosts] * hosts
             rows = [np.asarray(s.data) for shards in own for s in sorted(shards, key=lambda s: s.index[0].start)]
             np.testing.assert_array_equal(np.concatenate(rows), batch[name])

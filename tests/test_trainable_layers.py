@@ -127,7 +127,7 @@ def test_training_moves_the_top_alone_and_the_reference_stays_a_full_copy_of_the
     stage = train.PPO(run, **TOY_ROWS)
     frozen, before = (jax.tree.map(np.array, tree) for tree in (stage.nets.frozen, stage.state.params))
     kls = []
-    with jax.set_mesh(stage.mesh):
+    with jax.set_mesh(stage.mesh.grid):
         for i in range(2):
             metrics, _, table = stage.iteration(i)
             kls.append(float(metrics["rollout/kl_k3"]))
@@ -158,7 +158,7 @@ def test_the_top_layers_step_is_the_one_they_take_when_all_layers_are_trained(on
     found = []
     for top in (2, 0):
         stage = train.PPO(config(top=top, **options), **TOY_ROWS)
-        with jax.set_mesh(stage.mesh):
+        with jax.set_mesh(stage.mesh.grid):
             stage.iteration(0)
         found.append(stage.state.params)
     part, whole = found
@@ -174,7 +174,7 @@ def test_sharded_equals_unsharded(monkeypatch):
     for devices, mesh in ((ONE, MeshConfig()), (jax.devices(), MeshConfig(2, 2, 2))):
         monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=devices))
         stage = train.PPO(config(mesh=mesh, **options), **TOY_ROWS)
-        with jax.set_mesh(stage.mesh):
+        with jax.set_mesh(stage.mesh.grid):
             metrics, _, table = stage.iteration(0)
             found.append(jax.device_get((stage.state.params, metrics["rollout/reward"], table["rollout"].tokens)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), *found)

@@ -136,7 +136,7 @@ def scores_of_ppo(models, drawn) -> np.ndarray:
     """What the reward model says of rollouts, by the function of PPO's score program."""
     mesh, rollout = make_mesh(MeshConfig(), devices=ONE), rollout_of(drawn)
     loaded = load_model(ModelConfig(path=str(models / "reward")), mesh, jax.random.key(0), head="trained")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         score = jax.jit(lambda params, x: core.reward_scores(loaded.model, params, core.full_sequence(x), x))
         return np.asarray(score(loaded.params, rollout))
 

@@ -113,7 +113,7 @@ class Evaluation:
         reader = self._likelihood(loaded, drawer.tokenizer.pad_id)
 
         def make(start: int, stop: int) -> list[dict[str, Any]]:
-            with jax.set_mesh(self.sources.mesh):
+            with jax.set_mesh(self.sources.mesh.grid):
                 logprobs = np.concatenate(reader.targets(drawer.loaded.params, examples))
             return [{"nll": float(-logprobs.sum(dtype=np.float64)), "tokens": len(logprobs)}]
 

@@ -277,6 +277,6 @@ def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params,
     model = replace(model, length=config.data.max_length)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are
     where = record["cwd"] if Path(record["cwd"]).is_dir() else "."
-    with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh):
+    with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh.grid):
         train_set, _, collate = reward.load_sets(config, tokenizer)
         return reward.as_saved(config, model, params, params, mesh, train_set, collate)

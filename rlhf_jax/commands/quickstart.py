@@ -76,7 +76,7 @@ def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0)
     mesh = make_mesh(MeshConfig())
     settings = ModelConfig(path=model)
     tokenizer = load_tokenizer(settings)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         loaded = load_model(settings, mesh, jax.random.key(seed))
         sampling = SamplingConfig(
             max_new_tokens=SAMPLING.max_new_tokens, chunk=SAMPLING.chunk, temperature=temperature

@@ -53,7 +53,7 @@ def run_sample(config: SampleArgs) -> list[dict[str, Any]]:
     mesh = make_mesh(config.mesh)
 
     def begin() -> Make:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             length, key = total_length(config.sampling, longest), jax.random.key(config.seed)
             loaded = load_model(config.model, mesh, branch(key, "sampler's weights"), length=length)
             check_vocabulary(loaded.model.arch, tokenizer, config.model.path)
@@ -61,7 +61,7 @@ def run_sample(config: SampleArgs) -> list[dict[str, Any]]:
 
         def make(start: int, stop: int) -> list[dict[str, Any]]:
             part = repeated[start:stop]
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh.grid):
                 found = generator.responses(loaded.params, part, key, batch_size=size, first=start // size)
             return [
                 sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)

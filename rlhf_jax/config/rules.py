@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from rlhf_jax.errors import UserError
 
@@ -50,7 +49,7 @@ class Rules:
         leaves: (pattern of the end of a path, mesh axes of every dimension), the first match before all letters.
     """
 
-    letters: Mapping[str, Split]
+    letters: Mapping[str, Split] = field(default_factory=lambda: SPLIT, hash=False)
     leaves: tuple[tuple[str, tuple[Split, ...]], ...] = ()
 
     def of(self, path: str, shape: Sequence[int]) -> tuple[Split, ...]:
@@ -159,6 +158,11 @@ def _check_path(pattern: str, count: int, line: str) -> None:
             )
 
 
-def entry(split: Split) -> Any:
+def entry(split: Split) -> str | Split | None:
     """A mesh axis, a tuple of several, or None: as PartitionSpec takes it."""
     return split[0] if len(split) == 1 else split or None
+
+
+def over_tensor(split: Split) -> str | None:
+    """The tensor axis if it is among the mesh axes: activations leave the others to rows."""
+    return "tensor" if "tensor" in split else None

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from rlhf_jax.config import JudgeConfig, SamplingConfig, key_of, resolve
 from rlhf_jax.errors import UserError, reason
@@ -20,6 +19,7 @@ from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.inference.likelihood import Likelihood, example_of
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
+from rlhf_jax.sharding import Mesh
 
 PLACES = re.compile(r"\{(?:prompt|a|b)\}")
 
@@ -151,7 +151,7 @@ class ModelJudge:
         """
         self.config, self.mesh = config, mesh
         self.tokenizer = tokenizer = load_tokenizer(config.model)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             length = config.max_prompt_length + (config.max_new_tokens if config.answer == "sample" else 0)
             self.loaded = load_model(config.model, mesh, jax.random.key(0), length=length)
         model = self.loaded.model
@@ -183,7 +183,7 @@ class ModelJudge:
                 f"a question to the judge has {longest} tokens, more than judge.max_prompt_length {limit}; raise it, "
                 "or judge shorter responses"
             )
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             if self.config.answer == "sample":
                 rows = [{"prompt": prompt, "_where": "a question"} for prompt in prompts]
                 size = self.config.batch_size

@@ -98,13 +98,13 @@ class Sources:
         _, report = prompt_examples(rows, drawer.tokenizer, limits)
         if report.truncated:
             tell(f"{self.names[number]}: prompts: {report}")
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             measure = begin(drawer) if begin else lambda drawn: [{} for _ in drawn]
 
         def make(start: int, stop: int) -> list[dict[str, Any]]:
             repeated = [row for row in rows[start:stop] for _ in range(each)]
             noise = jax.random.fold_in(key, start)  # of the batch's first prompt
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh.grid):
                 drawn = drawer.generator.responses(drawer.loaded.params, repeated, noise, batch_size=size * each)
                 more = measure(drawn)
             items = [
@@ -131,7 +131,7 @@ class Sources:
         if self._last is None or self._last[0] != program:
             self._last = None  # frees the model before the next one is loaded
             tokenizer, longest = load_tokenizer(settings), config.max_prompt_length
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh.grid):
                 key, length = branch(jax.random.key(config.seed), "sampler's weights"), total_length(sampling, longest)
                 loaded = load_model(settings, self.mesh, key, length=length)
                 check_vocabulary(loaded.model.arch, tokenizer, settings.path)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh
-
 from rlhf_jax.config import GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.online import checks
+from rlhf_jax.sharding import Mesh
 
 
 def settings_of(config: GroupArgs) -> tuple[str, GroupConfig]:

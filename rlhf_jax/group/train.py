@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rlhf_jax.config import GroupArgs, GroupConfig
 from rlhf_jax.data.loading import Rows
@@ -21,7 +20,7 @@ from rlhf_jax.online import loop
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
 from rlhf_jax.online.stage import Online
-from rlhf_jax.sharding import make_mesh, rollout_mesh, tree_shardings
+from rlhf_jax.sharding import Mesh, make_mesh, rollout_mesh, tree_shardings
 from rlhf_jax.training.state import create_state
 from rlhf_jax.types import Params, PolicyLoss
 
@@ -98,7 +97,7 @@ class Group(Online):
         check_batches(config, mesh)
         given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "reward_functions": reward_functions}
         super().__init__(config, settings, mesh, group_size=settings.group_size, gold=gold, **given)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             key = branch(self.key, "weights")
             policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, key, self.length)
             policy = adapted(policy, config.lora, placed_init(mesh, branch(key, "adapters")))

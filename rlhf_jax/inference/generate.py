@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, eval_batches
@@ -21,7 +20,7 @@ from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import check_length
 from rlhf_jax.models.model import of_length
-from rlhf_jax.sharding import put_batch
+from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params, Rollout
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from rlhf_jax.data.collate import Batch, collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.models import Model
-from rlhf_jax.sharding import put_batch
+from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from rlhf_jax.config import RewardSourceConfig, resolve
 from rlhf_jax.data.messages import turns_of
@@ -26,7 +25,7 @@ from rlhf_jax.data.numbers import float_of
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.hosts.processes import any_of, several
-from rlhf_jax.sharding import own_rows
+from rlhf_jax.sharding import Mesh, own_rows
 
 
 class RewardFailure(UserError):

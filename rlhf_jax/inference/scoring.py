@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import ModelConfig, RewardSourceConfig
@@ -25,7 +24,7 @@ from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.reward_functions import combine
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
-from rlhf_jax.sharding import put_batch
+from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params
 
 
@@ -63,7 +62,7 @@ class RewardModel:
         self.mesh, self.size = mesh, -(-batch_size // ways) * ways
         self.limits = Limits(max_prompt_length, max_length)
         self.tokenizer = load_tokenizer(config)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=max_length)
         self.arch = self.loaded.model.arch
         check_vocabulary(self.arch, self.tokenizer, config.path)
@@ -84,7 +83,7 @@ class RewardModel:
         check_length(self.arch, length, "length of the longest row (after max_length)")
         collate = partial(collate_sft, length=length, reduction="token", pad_id=self.tokenizer.pad_id)
         found: list[float] = []
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             for batch in eval_batches(examples, batch_size=self.size, collate=collate):
                 arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
                 arrays["last"] = (batch["segment_ids"] > 0).sum(axis=1, dtype=np.int32) - 1

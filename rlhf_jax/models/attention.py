@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.sharding import ROWS, over_tensor
+from rlhf_jax.sharding import ROWS
 
 Attend = Callable[[Array, Array, Array], Array]
 """(q [B K G T N], k [B K S N], v [B K S N]) -> [B K G T N]: attention with mask, scale and cap closed over."""
@@ -82,11 +82,12 @@ def splash_attention(
     window: int,
     scale: float,
     softcap: float,
+    heads_over: str | None,
     interpret: bool = False,
 ) -> Float[Array, "B K G T N"]:
     """Causal attention within segments by the splash kernel, whose memory grows with T instead of its square.
 
-    Rows over data and fsdp, key-value heads over tensor unless `mesh.rules` keep them whole: the kernel runs on each
+    Rows lie over data and fsdp, key-value heads over the mesh axis `heads_over`, if any: the kernel runs on each
     device's share. `window` > 0 sees that many tokens, the query's own included.
     """
     length, pad = q.shape[3], -q.shape[3] % LANES
@@ -98,8 +99,7 @@ def splash_attention(
         return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)  # over B, K
 
     if not jax.sharding.get_abstract_mesh().empty:
-        over = over_tensor("K")
-        heads, keys = P(*ROWS, over, None, None, None), P(*ROWS, over, None, None)
+        heads, keys = P(*ROWS, heads_over, None, None, None), P(*ROWS, heads_over, None, None)
         rows = jax.shard_map(rows, in_specs=(heads, keys, keys, P(*ROWS, None)), out_specs=heads, check_vma=False)
     return rows(q, k, v, ids)[:, :, :, :length].astype(q.dtype)
 
@@ -128,7 +128,15 @@ def causal_mask(segment_ids: Int[Array, "B T"], window: int) -> Bool[Array, "B T
     return (segment_ids[:, :, None] == segment_ids[:, None, :]) & near[None]
 
 
-def make_attend(kind: str, segment_ids: Int[Array, "B T"], *, window: int, scale: float, softcap: float) -> Attend:
+def make_attend(
+    kind: str,
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+    heads_over: str | None,
+) -> Attend:
     """Causal attention within segments by `kind`: plain, splash, splash_interpret (on CPU, slow) or cudnn.
 
     cuDNN has neither float32 nor soft-caps; such a call is plain.
@@ -140,6 +148,7 @@ def make_attend(kind: str, segment_ids: Int[Array, "B T"], *, window: int, scale
             window=window,
             scale=scale,
             softcap=softcap,
+            heads_over=heads_over,
             interpret=kind == "splash_interpret",
         )
     mask = causal_mask(segment_ids, window)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from rlhf_jax.config import ArchConfig, LoRAConfig, ModelConfig
 from rlhf_jax.config.functions import replace
@@ -23,7 +22,7 @@ from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub, peft
 from rlhf_jax.models.kernels import joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
-from rlhf_jax.sharding import replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, replicated, tree_shardings
 from rlhf_jax.types import Params
 
 
@@ -127,7 +126,7 @@ def load_model(
 
 def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
     hf.find_family(arch)  # what could not be saved is refused before it is trained
-    model = Model.from_config(config, arch, score_head=head != "vocabulary")
+    model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary")
 
     def init(key: jax.Array) -> Params:
         params = model.init(key, config.param_dtype)
@@ -145,7 +144,7 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) 
     hf.find_family(arch, base)
     score_head = {"vocabulary": False, "trained": True}.get(head)
     params = hf.load_params(path, arch, score_head=score_head, mesh=mesh, dtype=config.param_dtype)
-    model = Model.from_config(config, arch, score_head=head != "vocabulary")
+    model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary")
     if score_head is None:
         score = jax.jit(partial(model.init_score, zeros=head == "zeros"), out_shardings=replicated(mesh))(key)
         params = model.with_score(params, score)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
+from rlhf_jax.config.rules import Rules, over_tensor
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
@@ -90,6 +91,7 @@ class Model:
         length: tokens of the longest sequence of the run, prompt and response together. It alone decides a rotary law
             that depends on length (dynamic, longrope), so that samples, log-probs and scores of a run have one law; 0
             takes the width of the arrays.
+        rules: where parameters lie on the mesh that it runs on (`Mesh.rules`); activations are pinned by it.
     """
 
     arch: ArchConfig
@@ -100,12 +102,15 @@ class Model:
     attention: str = "plain"
     lora_scale: float = 1.0
     length: int = 0
+    rules: Rules = field(default_factory=Rules)
 
     @classmethod
-    def from_config(cls, config: ModelConfig, arch: ArchConfig, *, score_head: bool = False, length: int = 0) -> Model:
-        """The model that `config` describes, with the shape `arch`, for sequences of `length` tokens."""
+    def from_config(
+        cls, config: ModelConfig, arch: ArchConfig, rules: Rules, *, score_head: bool = False, length: int = 0
+    ) -> Model:
+        """The model that `config` describes, with the shape `arch`, a mesh of these rules and texts of `length`."""
         dtype, kind = platform_dtype(config.compute_dtype), platform_attention(config.attention)
-        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, length=length)
+        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, length=length, rules=rules)
 
     @cached_property
     def _embed(self) -> Any:
@@ -160,8 +165,17 @@ class Model:
         """Attention of a layer with or without (`local`) the full view, all of a text at once."""
         window = self.arch.sliding_window if local else 0
         return make_attend(
-            self.attention, segment_ids, window=window, scale=self.scale, softcap=self.arch.attn_softcap
+            self.attention,
+            segment_ids,
+            window=window,
+            scale=self.scale,
+            softcap=self.arch.attn_softcap,
+            heads_over=self._over("K"),
         )
+
+    def _over(self, letter: str) -> str | None:
+        """The mesh axis that an axis of activations is split over, beside rows."""
+        return over_tensor(self.rules.letters[letter])
 
     @property
     def scale(self) -> float:
@@ -213,7 +227,7 @@ class Model:
         logits = jnp.einsum(
             letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
         )
-        return constrain(softcapped(logits, self.arch.logit_softcap), *ROWS, None, "V")
+        return constrain(softcapped(logits, self.arch.logit_softcap), *ROWS, None, self._over("V"))
 
     def logprobs(
         self,
@@ -260,7 +274,8 @@ class Model:
 
         def copy(path: Any, x: Array, *, stacked: bool) -> Array:
             name = path_name(path)
-            return constrain_gathered("layers/" + name if stacked else name, cast(path, x), stacked=stacked)
+            name = "layers/" + name if stacked else name
+            return constrain_gathered(self.rules, name, cast(path, x), stacked=stacked)
 
         layers = [
             jax.tree_util.tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
@@ -325,7 +340,7 @@ class Model:
             view = views[i in self.arch.window_layers]
             x, entry = self._block[1](layer, x, *view, cache[i] if cache is not None else None, index)
             x = constrain(x, *ROWS, None, None)
-            new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, "K", None, None), entry))
+            new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), None, None), entry))
         hidden = self._norm[1](params["final_norm"], x[:, -1:])
         logits = self.project(params, hidden)[:, 0]
         return constrain(logits, *ROWS, None), new_cache  # whole rows, since drawing looks at all of the vocabulary

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax.sharding import Mesh
-
 from rlhf_jax.config import OnlineConfig, SamplingConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.sharding import check_rows
+from rlhf_jax.sharding import Mesh, check_rows
 
 
 def filters(sampling: SamplingConfig) -> bool:

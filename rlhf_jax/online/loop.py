@@ -31,7 +31,7 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
     online = method(config, **overrides)
     total = online.settings.iterations
     tokens = config.data.batch_size * config.sampling.max_new_tokens
-    with jax.set_mesh(online.mesh):
+    with jax.set_mesh(online.mesh.grid):
         facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": online.batches.left_over}
         describe(stage, online.mesh, online.nets.policy, iterations=total, **facts)
         with Run(stage, config, total=total, shown=SHOWN, given=given, files=files, agree_every=1) as out:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, check_vocabulary, load_model
+from rlhf_jax.sharding import Mesh
 
 
 def load_policy_and_reward(

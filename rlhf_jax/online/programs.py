@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rlhf_jax.config import OnlineConfig
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.models import Model
 from rlhf_jax.online import core
 from rlhf_jax.online.checks import filters
-from rlhf_jax.sharding import batch_sharding, replicated, rollout_mesh, tree_shardings
+from rlhf_jax.sharding import Mesh, batch_sharding, replicated, rollout_mesh, tree_shardings
 from rlhf_jax.training.state import Schedule, TrainState
 from rlhf_jax.types import Rollout
 
@@ -89,10 +88,10 @@ class OnMesh:
         self.mesh, self.function = mesh, function
 
     def __call__(self, *args: Any) -> Any:
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             return self.function(*args)
 
     def trace(self, *args: Any) -> Any:
         """As of a jitted function."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh.grid):
             return self.function.trace(*args)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from rlhf_jax.config import OnlineConfig, resolve
 from rlhf_jax.data.batches import Batches, fingerprint
@@ -28,7 +27,7 @@ from rlhf_jax.keys import NUMBERS
 from rlhf_jax.models.loading import check_length, load_tokenizer, save_model
 from rlhf_jax.online import core
 from rlhf_jax.online.programs import Programs
-from rlhf_jax.sharding import put, put_batch, replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, put, put_batch, replicated, tree_shardings
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.state import TrainState, digest
 from rlhf_jax.types import Params, Rollout

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh
-
 from rlhf_jax.config import PPOArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.online import checks
-from rlhf_jax.sharding import check_rows
+from rlhf_jax.sharding import Mesh, check_rows
 
 
 def check(config: PPOArgs) -> None:

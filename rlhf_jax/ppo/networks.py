@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rlhf_jax.config import PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
@@ -18,7 +17,7 @@ from rlhf_jax.keys import Purpose, branch
 from rlhf_jax.models.loading import Loaded, adapted, placed_init
 from rlhf_jax.online.networks import load_policy_and_reward
 from rlhf_jax.ppo import core
-from rlhf_jax.sharding import replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, replicated, tree_shardings
 from rlhf_jax.training.state import placed_shapes
 from rlhf_jax.types import Params
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from rlhf_jax.config import PPOArgs
 from rlhf_jax.data.batches import Batches
@@ -27,7 +26,7 @@ from rlhf_jax.online.stage import Online
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.checks import check, check_batches
 from rlhf_jax.ppo.networks import Networks, load_networks
-from rlhf_jax.sharding import make_mesh, put, replicated, rollout_mesh, tree_shardings
+from rlhf_jax.sharding import Mesh, make_mesh, put, replicated, rollout_mesh, tree_shardings
 from rlhf_jax.training.state import create_state
 from rlhf_jax.types import PolicyLoss
 
@@ -74,7 +73,7 @@ class PPO(Online):
             config, config.ppo, mesh, rows=rows, eval_rows=eval_rows, reward_functions=reward_functions, gold=gold
         )
         self.ptx = self._text_batches() if config.ppo.ptx_coef else None
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh.grid):
             nets = load_networks(config, mesh, self.tokenizer, branch(self.key, "weights"), self.length)
             self.check_lengths(nets.models.policy, nets.models.reward)
             self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import fingerprint
 from rlhf_jax.errors import UserError, tell
@@ -17,7 +16,7 @@ from rlhf_jax.keys import branch
 from rlhf_jax.models.kernels import count
 from rlhf_jax.models.loading import Loaded
 from rlhf_jax.runs.run import Run
-from rlhf_jax.sharding import put_batch
+from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.state import (
     Schedule,
@@ -177,7 +176,7 @@ def describe(stage: str, mesh: Mesh, loaded: Loaded, **facts: Any) -> None:
         return
     kind = jax.devices()[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    tell(f"{stage}: {mesh.size} device(s) ({kind}), mesh {axes}")
+    tell(f"{stage}: {mesh.grid.size} device(s) ({kind}), mesh {axes}")
     layers, dtype = loaded.model.arch.num_layers, loaded.model.compute_dtype.name
     trained = "" if loaded.frozen is None else f", of which {count(loaded.params):,} are trained"
     tell(f"model: {count(loaded.whole(loaded.params)):,} parameters{trained}, {layers} layers, computing in {dtype}")

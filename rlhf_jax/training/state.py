@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from rlhf_jax.config import OptimConfig
-from rlhf_jax.sharding import tree_shardings
+from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
 
 Schedule = Callable[[Any], jax.Array]

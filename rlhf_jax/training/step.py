@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import pack
 from rlhf_jax.models.kernels import joined
-from rlhf_jax.sharding import batch_sharding, replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, batch_sharding, replicated, tree_shardings
 from rlhf_jax.tokens import to_microbatches
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import LossFn, Metrics, Params

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
@@ -17,7 +16,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_length, check_vocabulary, load_model, load_tokenizer, save_model
 from rlhf_jax.runs.run import Run
-from rlhf_jax.sharding import check_rows, make_mesh
+from rlhf_jax.sharding import Mesh, check_rows, make_mesh
 from rlhf_jax.training.claim import claim_directory
 from rlhf_jax.training.loop import Evaluate, num_steps, train
 from rlhf_jax.types import LossFn, Params
@@ -95,7 +94,7 @@ def run_stage(
     batches = Batches(
         train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         options: dict[str, Any] = {"head": head, "lora": config.lora, "length": data.max_length}
         loaded = load_model(config.model, mesh, branch(key, "weights"), **options)
         check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")

@@ -70,7 +70,7 @@ def analyse(config: Any, chip: Chip, devices: list[Any], width: int = 2) -> list
     mesh = make_mesh(config.mesh, devices)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     rows = []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh.grid):
         programs = programs_of(config, mesh, attention="splash", width=width)
         counted = programs_of(config, mesh, attention="plain", width=width)
         without = programs_of(plain, mesh, attention="plain", width=width)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from rlhf_jax import preference, reward, sft
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
@@ -44,7 +43,7 @@ from rlhf_jax.ppo import checks as ppo_checks
 from rlhf_jax.ppo import networks as ppo_networks
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.preference import own_and_other, sequence_logprobs
-from rlhf_jax.sharding import batch_sharding, check_rows, replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, replicated, tree_shardings
 from rlhf_jax.training.state import create_state, make_optimizer, make_schedule, placed_shapes
 from rlhf_jax.training.step import make_train_step
 from rlhf_jax.types import LossFn, Params, Rollout
@@ -90,7 +89,7 @@ def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: 
     if config.compute_dtype == "auto":
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     model = dataclasses.replace(
-        Model.from_config(config, arch, score_head=score_head, length=length), attention=attention
+        Model.from_config(config, arch, mesh.rules, score_head=score_head, length=length), attention=attention
     )
     return Loaded(model, _abstract(mesh, lambda key: quantized(model.init(key, config.param_dtype), config.quantize)))
 
@@ -106,7 +105,7 @@ def _adapted(loaded: Loaded, config: Any, mesh: Mesh) -> Loaded:
 
 
 def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
-    """The programs of a stage's config over a mesh, rankings of `width`; call it inside `jax.set_mesh(mesh)`.
+    """The programs of a stage's config over a mesh, rankings of `width`; call it inside `jax.set_mesh(mesh.grid)`.
 
     Raises:
         UserError: what the stage itself would refuse: batches, lengths, heads that do not divide.

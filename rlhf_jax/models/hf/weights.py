@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
@@ -28,7 +28,7 @@ from rlhf_jax.models.hf.config_json import family_of, find_family, model_directo
 from rlhf_jax.models.hf.families import Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, flattened, leaf_shapes, nested
 from rlhf_jax.models.hf.stored import DTYPES, Tensors, stored_tensors
-from rlhf_jax.sharding import tree_shardings
+from rlhf_jax.sharding import Mesh, tree_shardings
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
