@@ -13,10 +13,10 @@ import sys
 import traceback
 import typing
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import FrameType, NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import yaml
 
@@ -26,100 +26,81 @@ from rlhf_jax import __version__, config
 from rlhf_jax.config.settings import words
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
 from rlhf_jax.hosts import files, yamls
-from rlhf_jax.hosts.yamls import texts
+from rlhf_jax.hosts.yamls import Tree, texts
 
-COMMANDS: dict[str, tuple[type, str, str]] = {
-    "quickstart": (
-        config.QuickstartArgs,
-        "rlhf_jax.commands.quickstart:run",
-        "the whole chain on a toy, in minutes",
-    ),
-    "pretrain": (config.PretrainArgs, "rlhf_jax.sft:run", "next-token training on packed text"),
-    "sft": (config.SFTArgs, "rlhf_jax.sft:run", "supervised fine-tuning on demonstrations"),
-    "reward": (config.RewardArgs, "rlhf_jax.reward:run", "a reward model from comparisons"),
-    "dpo": (config.DPOArgs, "rlhf_jax.preference:run_dpo", "DPO, IPO, SimPO, ORPO and kin: a policy from pairs alone"),
-    "kto": (config.KTOArgs, "rlhf_jax.preference:run_kto", "a policy from responses labelled good or bad"),
-    "rrhf": (config.RRHFArgs, "rlhf_jax.preference:run_rrhf", "a policy that ranks responses as the raters do"),
-    "ppo": (config.PPOArgs, "rlhf_jax.ppo:run", "PPO against a reward model or Python functions"),
-    "grpo": (
-        config.GRPOArgs,
-        "rlhf_jax.group:run",
-        "GRPO and kin: responses to a prompt against one another, no critic",
-    ),
-    "rloo": (config.RLOOArgs, "rlhf_jax.group:run", "RLOO: each response against the mean of the others"),
-    "reinforce_pp": (config.ReinforcePPArgs, "rlhf_jax.group:run", "REINFORCE++: one response a prompt, no critic"),
-    "bestofn": (
-        config.BestOfNArgs,
-        "rlhf_jax.commands.bestofn:run",
-        "of several responses to a prompt the one a reward likes",
-    ),
-    "rejection": (config.RejectionArgs, "rlhf_jax.commands.rejection:run", "SFT on the best of n, in rounds"),
-    "sample": (config.SampleArgs, "rlhf_jax.commands.sample:run_sample", "responses of a model to prompts"),
-    "score": (config.ScoreArgs, "rlhf_jax.commands.sample:run_score", "a reward model's scores of responses"),
-    "label": (config.LabelArgs, "rlhf_jax.commands.label:run", "a local page on which people rank responses"),
-    "collect": (
-        config.CollectArgs,
-        "rlhf_jax.commands.collect:run_collect",
-        "several responses to a prompt, labelled",
-    ),
-    "judge": (
-        config.JudgeArgs,
-        "rlhf_jax.commands.collect:run_judge",
-        "a judge's verdicts on responses, and its biases",
-    ),
-    "rate": (config.RateArgs, "rlhf_jax.commands.rate:run", "verdicts of simulated raters, whose taste is a function"),
-    "recipe": (
-        config.RecipeArgs,
-        "rlhf_jax.commands.recipe:run",
-        "stages chained with their artefacts, any number of rounds",
-    ),
-    "evaluate": (
-        config.EvaluateArgs,
-        "rlhf_jax.commands.evaluate:run_evaluate",
-        "reward, wins, KL, perplexity over models",
-    ),
-    "inspect": (config.InspectArgs, "rlhf_jax.commands.inspection:run_inspect", "what a model is, and what it costs"),
-    "convert": (
-        config.ConvertArgs,
-        "rlhf_jax.commands.inspection:run_convert",
-        "a model in another dtype or file size",
-    ),
-    "plan": (config.PlanArgs, "rlhf_jax.commands.plan:run", "what a stage needs on a TPU slice, compiled without one"),
-    "data inspect": (
-        config.DataInspectArgs,
-        "rlhf_jax.commands.datasets:run_inspect",
-        "what rows hold and what is wrong",
-    ),
-    "data prepare": (config.DataPrepareArgs, "rlhf_jax.commands.datasets:run_prepare", "rows as a TFDS dataset"),
-    "data aggregate": (
-        config.DataAggregateArgs,
-        "rlhf_jax.commands.datasets:run_aggregate",
-        "many raters, one ranking",
-    ),
-    "data make": (config.DataMakeArgs, "rlhf_jax.commands.datasets:run_make", "files that a Python function writes"),
-}
-ON_THE_MESH = {"quickstart", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp"}
-ON_THE_MESH |= {"sample", "score", "recipe"}
-"""Commands that several processes run together."""
+Hint = Any
+"""What stands behind the colon of a field: a type, or what `typing` makes of several."""
 
-POSITIONAL = {
-    "label": "path",
-    "inspect": "model",
-    "convert": "model",
-    "judge": "path",
-    "data inspect": "path",
-    "data prepare": "path",
-    "data aggregate": "path",
-    "data make": "function",
-    "rate": "path",
-    "recipe": "path",
-}
-"""Commands whose first argument may stand without its --name."""
 
-DIRECTORY_COMMANDS: dict[str, tuple[str, str]] = {
-    "resume": ("rlhf_jax.runs.listing:resume", "continue a run that was stopped or killed: resume RUN_DIR [options]"),
-    "runs": ("rlhf_jax.runs.listing:show", "the runs below a directory and how they stand: runs [DIR]"),
+class Command(NamedTuple):
+    """What a command is.
+
+    Attributes:
+        args: the class of its settings.
+        where: its function, as module:function of this package; with a dot before it, of `commands`.
+        about: a line for the help.
+        first: the option whose value may stand first, without its --name.
+        joint: whether several processes run it together.
+    """
+
+    args: type[Any]
+    where: str
+    about: str
+    first: str = ""
+    joint: bool = False
+
+    @property
+    def options(self) -> dict[str, Hint]:
+        """Dotted name -> type of every option; of a group, the group first."""
+        return dict(dotted(fields(self.args)))
+
+
+Joint = functools.partial(Command, joint=True)
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Joint(config.QuickstartArgs, ".quickstart:run", "the whole chain on a toy, in minutes"),
+    "pretrain": Joint(config.PretrainArgs, "sft:run", "next-token training on packed text"),
+    "sft": Joint(config.SFTArgs, "sft:run", "supervised fine-tuning on demonstrations"),
+    "reward": Joint(config.RewardArgs, "reward:run", "a reward model from comparisons"),
+    "dpo": Joint(config.DPOArgs, "preference:run_dpo", "DPO, IPO, SimPO, ORPO and kin: a policy from pairs alone"),
+    "kto": Joint(config.KTOArgs, "preference:run_kto", "a policy from responses labelled good or bad"),
+    "rrhf": Joint(config.RRHFArgs, "preference:run_rrhf", "a policy that ranks responses as the raters do"),
+    "ppo": Joint(config.PPOArgs, "ppo:run", "PPO against a reward model or Python functions"),
+    "grpo": Joint(config.GRPOArgs, "group:run", "GRPO and kin: responses to a prompt against one another, no critic"),
+    "rloo": Joint(config.RLOOArgs, "group:run", "RLOO: each response against the mean of the others"),
+    "reinforce_pp": Joint(config.ReinforcePPArgs, "group:run", "REINFORCE++: one response a prompt, no critic"),
+    "bestofn": Command(config.BestOfNArgs, ".bestofn:run", "of several responses to a prompt the one a reward likes"),
+    "rejection": Command(config.RejectionArgs, ".rejection:run", "SFT on the best of n, in rounds"),
+    "sample": Joint(config.SampleArgs, ".sample:run_sample", "responses of a model to prompts"),
+    "score": Joint(config.ScoreArgs, ".sample:run_score", "a reward model's scores of responses"),
+    "label": Command(config.LabelArgs, ".label:run", "a local page on which people rank responses", "path"),
+    "collect": Command(config.CollectArgs, ".collect:run_collect", "several responses to a prompt, labelled"),
+    "judge": Command(
+        config.JudgeArgs, ".collect:run_judge", "a judge's verdicts on responses, and its biases", "path"
+    ),
+    "rate": Command(config.RateArgs, ".rate:run", "verdicts of simulated raters, whose taste is a function", "path"),
+    "recipe": Joint(
+        config.RecipeArgs, ".recipe:run", "stages chained with their artefacts, any number of rounds", "path"
+    ),
+    "evaluate": Command(config.EvaluateArgs, ".evaluate:run_evaluate", "reward, wins, KL, perplexity over models"),
+    "inspect": Command(config.InspectArgs, ".inspection:run_inspect", "what a model is, and what it costs", "model"),
+    "convert": Command(
+        config.ConvertArgs, ".inspection:run_convert", "a model in another dtype or file size", "model"
+    ),
+    "plan": Command(config.PlanArgs, ".plan:run", "what a stage needs on a TPU slice, compiled without one"),
+    "data inspect": Command(
+        config.DataInspectArgs, ".datasets:run_inspect", "what rows hold and what is wrong", "path"
+    ),
+    "data prepare": Command(config.DataPrepareArgs, ".datasets:run_prepare", "rows as a TFDS dataset", "path"),
+    "data aggregate": Command(config.DataAggregateArgs, ".datasets:run_aggregate", "many raters, one ranking", "path"),
+    "data make": Command(config.DataMakeArgs, ".datasets:run_make", "files that a Python function writes", "function"),
 }
+
+OF_A_RUN = {
+    "resume": "continue a run that was stopped or killed: resume RUN_DIR [options]",
+    "runs": "the runs below a directory and how they stand: runs [DIR]",
+}
+"""Commands that take a run directory and have no settings of their own."""
 
 HELP = """usage: rlhf-jax COMMAND [--config FILE.yaml] [--dotted.option VALUE ...]
 
@@ -137,22 +118,22 @@ options:
 
 def help_text() -> str:
     """What `rlhf-jax --help` prints."""
-    about = {name: command[-1] for name, command in [*COMMANDS.items(), *DIRECTORY_COMMANDS.items()]}
+    about = {name: command.about for name, command in COMMANDS.items()} | OF_A_RUN
     return HELP.format(commands="\n".join(f"  {name:<14} {what}" for name, what in about.items()))
 
 
-def fields(hint: Any) -> dict[str, Any]:
+def fields(hint: Hint) -> dict[str, Hint]:
     """Field -> type of the config class that a type is, or is if it is not null; empty for all other types."""
     parts = () if typing.get_origin(hint) is list else typing.get_args(hint)
     group = next((part for part in (hint, *parts) if dataclasses.is_dataclass(part)), None)
     return typing.get_type_hints(group) if group else {}
 
 
-def flat(level: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(level: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of nested dicts, or (dotted name, type) of `fields`; of a group, the group first."""
     for name, value in level.items():
         yield prefix + name, value
-        yield from flat(value if isinstance(value, dict) else fields(value), f"{prefix}{name}.")
+        yield from dotted(value if isinstance(value, dict) else fields(value), f"{prefix}{name}.")
 
 
 def nearest(word: str, known: list[str], command: str) -> str:
@@ -163,14 +144,14 @@ def nearest(word: str, known: list[str], command: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; `rlhf-jax {command}--help` lists all"
 
 
-def read(path: str, option: str = "--config") -> tuple[str, dict[str, Any]]:
+def read(path: str, option: str = "--config") -> tuple[str, Tree]:
     """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
     text = files.read_text(path, option)
-    found = yamls.read(text, path)
-    if not isinstance(found, dict):
-        what = "empty" if found is None else "a list" if isinstance(found, list) else "plain text"
+    tree = yamls.read(text, path)
+    if not isinstance(tree, dict):
+        what = "empty" if tree is None else "a list" if isinstance(tree, list) else "plain text"
         raise UserError(f"{path}: the file is {what}; write options such as `data: {{batch_size: 8}}`")
-    return text, found
+    return text, tree
 
 
 def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
@@ -186,7 +167,7 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def misfit(name: str, value: Any, hint: Any) -> str:
+def misfit(name: str, value: object, hint: Hint) -> str:
     """Says that a value does not fit its option."""
     if fields(hint):
         return f"{name} is {value!r}; it is a group of options, such as {name}.{next(iter(fields(hint)))}"
@@ -197,21 +178,15 @@ def misfit(name: str, value: Any, hint: Any) -> str:
     return f"{name} is {value!r}; give {words(hint)}"
 
 
-def nothing(value: str) -> bool:
-    """Whether YAML sees nothing in a text: it is blank, or a comment."""
-    try:
-        return texts(value) is None
-    except yaml.YAMLError:
-        return False
-
-
-def refusal(name: str, value: Any, hints: dict[str, Any], command: str) -> str:
+def refusal(name: str, value: object, hints: Mapping[str, Hint], command: str) -> str:
     """Says that there is no such option, or that it is or is not a group, or cannot be null; else empty."""
     if name not in hints:
         return f"unknown option {name!r}{nearest(name, list(hints), command + ' ')}"
     hint = hints[name]
-    if isinstance(value, str) and hint is not str and value != "null" and nothing(value):
-        return misfit(name, value, hint)
+    if isinstance(value, str) and hint is not str and value != "null":
+        with contextlib.suppress(yaml.YAMLError):
+            if texts(value) is None:  # blank, or a comment
+                return misfit(name, value, hint)
     fits = NoneType in typing.get_args(hint) if value == "null" else isinstance(value, dict) == bool(fields(hint))
     return "" if fits else misfit(name, value, hint)
 
@@ -221,15 +196,15 @@ def parser_of(command: str) -> ArgumentParser:
     """The parser of a command's options; what its help says comes from the docstrings of the config classes."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
-    cls, _, about = COMMANDS[command]
     set_loader("texts", texts, (yaml.YAMLError,))
     prog, usage = f"rlhf-jax {command}", "%(prog)s [--config FILE.yaml] [--dotted.option VALUE ...]"
     parser = ArgumentParser(
-        prog=prog, usage=usage, description=about, parser_mode="texts", exit_on_error=False, print_config=None
-    )
+        prog=prog, usage=usage, description=COMMANDS[command].about, parser_mode="texts", exit_on_error=False,
+        print_config=None,
+    )  # fmt: skip
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; what comes later wins")
-    parser.add_class_arguments(cls, None, as_group=False)
-    hints = dict(flat(fields(cls)))
+    parser.add_class_arguments(COMMANDS[command].args, None, as_group=False)
+    hints = COMMANDS[command].options
     for action in parser._actions:  # its own text offers a file for each group, which `refusal` does not know
         if fields(hints.get(action.dest)) and action.metavar:
             action.metavar, action.help = "{NAME: VALUE, ...}", "several of the following at once"
@@ -242,25 +217,26 @@ def parse(command: str, arguments: list[str]) -> Any:
     Raises:
         UserError: anything in the arguments or the file that does not fit.
     """
-    cls = COMMANDS[command][0]
-    hints, given, plain = dict(flat(fields(cls))), [], []
+    cls, hints = COMMANDS[command].args, COMMANDS[command].options
+    given: list[tuple[str, str, Any]] = []
+    plain: list[str] = []
     hints |= {f"{name}+": hint for name, hint in hints.items() if typing.get_origin(hint) is list}  # appends
     for name, text in pairs(arguments):
-        where, tree = "", {name: text}
+        where, tree = "", Tree({name: text})
         if name == "config":
             where = f"{text}: "
             text, tree = read(text)
         elif fields(hints.get(name)):
             with contextlib.suppress(yaml.YAMLError):
                 tree = {name: texts(text)}
-        given += [(where, option, value) for option, value in flat(tree)]
+        given += [(where, option, value) for option, value in dotted(tree)]
         plain.append(f"--{name}={text}")
     for where, option, value in given:
         if line := refusal(option, value, hints, command):
             raise UserError(where + line)
     parser = parser_of(command)
     try:
-        found = parser.instantiate(parser.parse_args(plain))
+        parsed = parser.instantiate(parser.parse_args(plain))
     except ArgumentError as error:
         for where, option, value in given:
             try:
@@ -275,7 +251,7 @@ def parse(command: str, arguments: list[str]) -> Any:
         raise
     except Exception as error:  # whatever the parser makes of odd input
         raise UserError(f"the options cannot be read ({type(error).__name__}: {reason(error)})") from error
-    return cls(**{name: found[name] for name in fields(cls)})
+    return cls(**{name: parsed[name] for name in fields(cls)})
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -285,21 +261,19 @@ def dispatch(arguments: list[str]) -> None:
         UserError: what the user can mend.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        tell(help_text())
-        return
+        return tell(help_text())
     if arguments[0] == "--version":
-        tell(__version__)
-        return
+        return tell(__version__)
     if " ".join(arguments[:2]) in COMMANDS:  # such as "data inspect"
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     command, *rest = arguments
-    if command in DIRECTORY_COMMANDS:
-        return directory_command(command, rest)
+    if command in OF_A_RUN:
+        return run_directory(command, rest)
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *DIRECTORY_COMMANDS], '')}")
-    if command in POSITIONAL and rest and not rest[0].startswith("-"):
-        rest = [f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
-    hints = flat(fields(COMMANDS[command][0]))
+        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *OF_A_RUN], '')}")
+    if (first := COMMANDS[command].first) and rest and not rest[0].startswith("-"):
+        rest = [f"--{first}={rest[0]}", *rest[1:]]
+    hints = COMMANDS[command].options.items()
     groups = (name for name, hint in hints if any(t is NoneType or fields(t) for t in typing.get_args(hint)))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in groups)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
@@ -308,7 +282,7 @@ def dispatch(arguments: list[str]) -> None:
     elif command == "recipe":
         recipe_command(rest)
     else:
-        run_command(command, rest)
+        execute(command, parse(command, rest))
 
 
 def plan_command(rest: list[str]) -> None:
@@ -342,42 +316,32 @@ def recipe_command(rest: list[str]) -> None:
     execute("recipe", parse("recipe", own), others)
 
 
-def directory_command(command: str, rest: list[str]) -> None:
+def run_directory(command: str, rest: list[str]) -> None:
     """`resume RUN_DIR [options]` or `runs [DIR]`."""
-    where, about = DIRECTORY_COMMANDS[command]
     if {"-h", "--help"} & set(rest):
-        tell(about)
-        return
+        return tell(OF_A_RUN[command])
     if command == "runs":
         if len(rest) > 1:
             raise UserError(f"unexpected argument {shown(rest[1])}; write rlhf-jax runs DIR")
-        config.resolve(where)(*map(os.path.expanduser, rest))
+        config.resolve("rlhf_jax.runs.listing:show")(*map(os.path.expanduser, rest))
         return
     if not rest or rest[0].startswith("--"):
         raise UserError("resume needs a run directory; write rlhf-jax resume RUN_DIR")
     directory = Path(os.path.expanduser(rest[0]))
     with config.no_code_below(directory):
-        stage, options = config.resolve(where)(str(directory), rest[1:])
-        if "run" not in fields(COMMANDS.get(stage, (None,))[0]):
+        stage, options = config.resolve("rlhf_jax.runs.listing:resume")(str(directory), rest[1:])
+        if stage not in COMMANDS or "run" not in COMMANDS[stage].options:
             raise UserError(f"{directory} says that it holds a run of {shown(stage)}, which is no stage of ours")
-        run_command(stage, options)
-
-
-def run_command(command: str, arguments: list[str]) -> None:
-    """Run a command that has a config.
-
-    Raises:
-        UserError: what the user can mend.
-    """
-    execute(command, parse(command, arguments))
+        execute(stage, parse(stage, options))
 
 
 def execute(command: str, *settings: Any) -> Any:
     """What a command's function returns, in company of the other processes of the run if there are any."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that PyTorch is missing
-    if command in ON_THE_MESH:
+    if COMMANDS[command].joint:
         config.resolve("rlhf_jax.hosts.processes:initialize")()
-    return config.resolve(COMMANDS[command][1])(*settings)
+    where = COMMANDS[command].where
+    return config.resolve(f"rlhf_jax{'.commands' if where[0] == '.' else '.'}{where}")(*settings)
 
 
 def fail(line: str, code: int) -> NoReturn:
@@ -428,7 +392,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def interrupted(number: int, frame: Any) -> NoReturn:
+def interrupted(number: int, frame: FrameType | None) -> NoReturn:
     """End the process at once, as `KeyboardInterrupt` does earlier."""
     os.write(2, b"rlhf-jax: interrupted\n")
     os._exit(130)

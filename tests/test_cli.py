@@ -182,8 +182,8 @@ def test_python_m_is_the_same_program():
 def test_the_help_names_every_command(call):
     code, out, err = call("--help")
     assert code == 0 and not err
-    for name, (_, _, about) in cli.COMMANDS.items():
-        assert f"{name} " in out and about in out
+    for name, command in cli.COMMANDS.items():
+        assert f"{name} " in out and command.about in out
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -195,7 +195,7 @@ def test_the_help_of_a_command_lists_every_option_with_its_description(call, com
         assert code == 0 and not err and max(map(len, arch.splitlines())) <= 119
         out += arch
     flat = "".join(out.split())  # words may be broken at hyphens
-    for option, name, cls in options(cli.COMMANDS[command][0]):
+    for option, name, cls in options(cli.COMMANDS[command].args):
         docs = "".join(base.__doc__ or "" for base in cls.__mro__)
         about = re.search(rf"\n        {name}: (.*(?:\n            .*)*)", docs).group(1)
         about = re.escape("".join(about.split()))
@@ -321,7 +321,7 @@ def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command
         "label": {"output": "votes.jsonl"},
     }
     given = required.get(command, {})
-    settings = cli.COMMANDS[command][0](**given)
+    settings = cli.COMMANDS[command].args(**given)
     assert cli.parse(command, [f"--{name}={value}" for name, value in given.items()]) == settings
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(settings)))

@@ -21,7 +21,7 @@ def test_a_preset_is_short_and_its_command_reads_it(path):
     command = re.search(rf"^#   rlhf-jax (\w+) --config configs/{re.escape(path.name)}", text, re.MULTILINE)
     assert command, head
     config = cli.parse(command[1], ["--config", str(path)])
-    assert type(config) is cli.COMMANDS[command[1]][0]
+    assert type(config) is cli.COMMANDS[command[1]].args
 
 
 def test_there_are_presets_of_real_sizes():

@@ -319,7 +319,7 @@ STAGES = ("sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinfor
 
 
 def test_every_setting_that_may_change_exists():
-    known = {name for stage in (*STAGES, "recipe", "collect") for name in sections(cli.COMMANDS[stage][0])}
+    known = {name for stage in (*STAGES, "recipe", "collect") for name in sections(cli.COMMANDS[stage].args)}
     for name in (*MAY_CHANGE, *ALWAYS_MAY_CHANGE):
         assert name in known or any(other.startswith(name) for other in known if name.endswith("."))
 
@@ -331,7 +331,7 @@ def other_value(value):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_changed_setting_is_refused_by_name_unless_it_is_safe_and_that_is_allowed(tmp_path, stage):
-    cls = cli.COMMANDS[stage][0]
+    cls = cli.COMMANDS[stage].args
     config = replace(cls(), run__output_dir=str(tmp_path))
     record = {"stage": stage, "status": "stopped", "config": directory.plain(config)}
     directory.check_same(stage, config, record)

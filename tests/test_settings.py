@@ -50,10 +50,10 @@ def values_of(hint: Any) -> st.SearchStrategy:
 @DERANDOMISED
 @given(data=st.data())
 def test_settings_come_back_from_yaml_as_they_were(command, data, tmp_path_factory):
-    cls = cli.COMMANDS[command][0]
+    cls = cli.COMMANDS[command].args
     hints = {
         name: hint
-        for name, hint in cli.flat(cli.fields(cls))
+        for name, hint in cli.dotted(cli.fields(cls))
         if not cli.fields(hint) and name.split(".")[0] not in ("sources",) and type(None) not in typing.get_args(hint)
     }
     name = data.draw(st.sampled_from(sorted(name for name in hints if ".arch." not in name)))
@@ -136,7 +136,7 @@ ODD = ["", "-1", "9" * 5000, "nan", "[", "{a: 1}", "[[1]]", "# c", "x" * 9000, "
 @pytest.mark.parametrize("command", ["ppo", "collect", "plan"])
 def test_odd_values_of_any_option_are_taken_or_one_line(command, capfd, monkeypatch):
     monkeypatch.setattr(cli, "execute", lambda command, *settings: None)
-    names = [name for name, _ in cli.flat(cli.fields(cli.COMMANDS[command][0]))]
+    names = list(cli.COMMANDS[command].options)
     fixed = ["--topology=v5e:4x4", "--stage=sft"] if command == "plan" else []
     for i, name in enumerate(names[:: 1 + len(names) // 8]):
         for value in ODD[i % 3 :: 3]:

@@ -8,6 +8,9 @@ import yaml
 
 from rlhf_jax.errors import UserError, reason, shortened
 
+Tree = dict[str, Any]
+"""Nested dicts and lists of texts: YAML before an option's type says what a text means."""
+
 MOST_NODES = 100_000
 """Values of a file, aliases written out."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import cli
-from rlhf_jax.commands.recipe.reading import Stage, Tree, read, replaced
+from rlhf_jax.commands.recipe.reading import Stage, read, replaced
 from rlhf_jax.commands.recipe.record import Action, Record
 from rlhf_jax.commands.recipe.report import figures_of, planned, summary_of, table
 from rlhf_jax.config import RecipeArgs, functions
@@ -21,6 +21,7 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import write_json
 from rlhf_jax.hosts.processes import say
+from rlhf_jax.hosts.yamls import Tree
 from rlhf_jax.runs.directory import SUMMARY
 
 IN_ONE_PROCESS = {"rate", "convert", "data prepare", "data aggregate", "data make"}
@@ -44,7 +45,7 @@ def stages_of(
     stages, root = read(replaced(tree, changes or {}, where), where, config.output_dir)
     if processes.several():
         for one in stages:
-            if one.command not in cli.ON_THE_MESH | IN_ONE_PROCESS:
+            if not cli.COMMANDS[one.command].joint and one.command not in IN_ONE_PROCESS:
                 raise UserError(
                     f"stage {one.label}: {one.command} runs in one process only, and this recipe has "
                     "several; run it without the others, then start all of them"

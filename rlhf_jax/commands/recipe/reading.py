@@ -13,11 +13,8 @@ import yaml
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.yamls import texts
+from rlhf_jax.hosts.yamls import Tree, texts
 from rlhf_jax.runs.directory import OURS
-
-Tree = dict[str, Any]
-"""Nested dicts and lists of texts, as YAML's texts are before an option's type says what they mean."""
 
 TOP = ("output_dir", "variables", "defaults", "stages")
 OF_ROUNDS, OF_CARRY = ("rounds", "carry", "stages"), ("first", "then")
@@ -181,12 +178,12 @@ class Recipe:
         place = f"stage {name}"
         if command not in cli.COMMANDS:
             raise self.error(place, f"unknown command {command!r}{cli.nearest(command, list(cli.COMMANDS), '')}")
-        hints = hints_of(command)
+        hints = cli.COMMANDS[command].options
         target = next((option for option in OUTPUTS if option in hints), "")
         if not target or command == "recipe":
             raise self.error(place, f"{command} leaves nothing that another stage could read; leave it out")
         options: Tree = {}
-        for option, value in cli.flat(self.defaults):
+        for option, value in cli.dotted(self.defaults):
             if option in hints and not isinstance(value, dict):
                 put(options, option, value)
         options = merged(options, {key: value for key, value in entry.items() if key not in ("name", "command")})
@@ -204,8 +201,8 @@ class Recipe:
 
     def check_defaults(self, stages: Sequence[Stage]) -> None:
         """Raise a UserError if a default is an option of no stage."""
-        hints = {name: hint for stage in stages for name, hint in hints_of(stage.command).items()}
-        for option, value in cli.flat(self.defaults):
+        hints = {name: hint for stage in stages for name, hint in cli.COMMANDS[stage.command].options.items()}
+        for option, value in cli.dotted(self.defaults):
             if option not in hints:
                 raise self.error(
                     "defaults", f"no stage has an option {option!r}{cli.nearest(option, list(hints), '')}"
@@ -253,11 +250,6 @@ def nearest_of(name: str, names: Scope) -> str:
     if near.startswith("; did you mean "):
         return near.replace("mean ", "mean $")
     return f"; there are {', '.join('$' + known for known in names)}" if names else "; nothing comes before it"
-
-
-def hints_of(command: str) -> dict[str, Any]:
-    """Dotted option -> type of a command."""
-    return dict(cli.flat(cli.fields(cli.COMMANDS[command][0])))
 
 
 def check_names(found: Any, known: Sequence[str], where: str, *, all_of_them: bool = False) -> None:
