@@ -17,7 +17,6 @@ import pytest
 from tiny import ONE, TOY_ROWS, toy_directory
 
 from rlhf_jax import cli
-from rlhf_jax.commands import collect
 from rlhf_jax.commands.collect import run_collect, run_judge
 from rlhf_jax.commands.sample import print_rows, run_score
 from rlhf_jax.config import (
@@ -35,10 +34,10 @@ from rlhf_jax.data.consensus import consensus_ranks
 from rlhf_jax.data.pairs import Pair, almost_filter, balance_filter, length_bias, pairs_of, shares_of
 from rlhf_jax.data.schemas import preference_row, sft_row
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.feedback import phases, sources
+from rlhf_jax.feedback import judges, phases, sources
 from rlhf_jax.feedback.judge import Judge
-from rlhf_jax.feedback.phases import name_of
-from rlhf_jax.feedback.sources import with_shots
+from rlhf_jax.feedback.phases import source_name
+from rlhf_jax.feedback.prompts import with_shots
 from rlhf_jax.runs import journal
 from rlhf_jax.sharding import make_mesh
 
@@ -49,7 +48,7 @@ HOT, COLD = SourceConfig(name="hot", temperature=2.0, num_samples=3), SourceConf
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (collect, sources):
+    for module in (judges, sources):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -337,7 +336,7 @@ def test_a_source_changes_what_it_names(tmp_path):
     of = lambda s: [[r["text"] for r in row["responses"]][4 * s : 4 * s + 4] for row in rows]  # noqa: E731
     assert all(len(set(texts)) == 1 for texts in of(0)) and any(len(set(texts)) > 1 for texts in of(1))
     assert of(2) != of(0) and [row["prompt"] for row in rows] == [row["prompt"] for row in PROMPTS]
-    assert [name_of(s) for s in sources] == ["temperature=0", "temperature=3", "temperature=0 shots=1"]
+    assert [source_name(s) for s in sources] == ["temperature=0", "temperature=3", "temperature=0 shots=1"]
 
 
 # --- rules and filters (ALMoST)

@@ -30,7 +30,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import report, sources
+from rlhf_jax.feedback import comparison, judges, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.sources import Sources
 from rlhf_jax.inference.generate import Generator
@@ -40,12 +40,14 @@ from rlhf_jax.sharding import make_mesh
 
 PROMPTS = TOY_ROWS["rows"][:20]
 TOY = str(toy_directory() / "policy")
+ALONE = [str(i) for i in range(50)]
+"""Prompts of which each is in one row."""
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (sources, sample):
+    for module in (judges, sources, sample):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 
@@ -146,7 +148,7 @@ def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse)
     scores = np.array([row["score"] for row in scored]).reshape(8, 4)
     assert {item["finished"] for item in items} == {True, False} and scores.std() > 0.1
     np.testing.assert_allclose(np.reshape([item["score"] for item in items], (8, 4)), scores, rtol=1e-5, atol=1e-5)
-    assert found["wins"]["reward"]["rate"] == pytest.approx(report.wins_over(scores[:, 2:], scores[:, :2]).mean())
+    assert found["wins"]["reward"]["rate"] == pytest.approx(comparison.wins_over(scores[:, 2:], scores[:, :2]).mean())
     assert found["reward"]["mean"] == pytest.approx(scores[:, 2:].mean(), rel=1e-5)
 
 
@@ -183,7 +185,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
     shares = rng.binomial(3, chances) / 3
     held, widths = [], []
     for row in shares:
-        low, high = report.win_rate(row)["interval"]
+        low, high = comparison.win_rate(row, ALONE[:40])["interval"]
         held.append(low <= middle <= high)
         widths.append(high - low)
     assert np.mean(held) > 0.92
@@ -191,10 +193,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
 
 
 def test_a_win_rate_of_all_ties_or_all_wins_is_no_certainty():
-    assert report.win_rate(np.ones(20))["interval"][0] < 0.9
-    low, high = report.win_rate(np.full(20, 0.5))["interval"]
+    assert comparison.win_rate(np.ones(20), ALONE[:20])["interval"][0] < 0.9
+    low, high = comparison.win_rate(np.full(20, 0.5), ALONE[:20])["interval"]
     assert low < 0.5 < high
-    assert report.win_rate(np.full(3, np.nan)) == {"rate": None, "interval": None, "prompts": 0}
+    assert comparison.win_rate(np.full(3, np.nan), ALONE[:3]) == {"rate": None, "interval": None, "prompts": 0}
 
 
 # --- measures
@@ -241,12 +243,12 @@ def test_kl_and_perplexity_are_those_of_the_models(tmp_path, monkeypatch, terse)
 
 def test_standard_errors_are_of_prompts_not_of_responses():
     values = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 8, axis=1)  # eight equal responses tell no more
-    assert report.mean_of(values)["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
+    assert comparison.mean_of(values, ALONE[:50])["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
 
 
 def test_wins_count_every_pair_of_samples_and_ties_half():
     own, other = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 3.0]])
-    assert report.wins_over(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
+    assert comparison.wins_over(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
 
 
 # --- the directory
@@ -278,7 +280,7 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_pat
     part.write_bytes(lines[: len(lines) * 2 // 3])
     for name in ("summary.json", "responses.jsonl"):
         (broken / name).unlink()
-    monkeypatch.setattr(sources, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+    monkeypatch.setattr("rlhf_jax.feedback.sources.make_mesh", lambda config: make_mesh(config, devices=ONE))
     assert run_evaluate(replace(again, overwrite=False), rows=PROMPTS, functions=[length]) == whole
     assert (broken / "responses.jsonl").read_bytes() == files["responses.jsonl"]
 

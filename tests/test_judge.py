@@ -21,9 +21,10 @@ from rlhf_jax.config import ArchConfig, JudgeConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import judge as judging
-from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Judge, Verdict, parse, ranks, report
+from rlhf_jax.feedback.answers import NO_ANSWER, NONSENSE, parse
+from rlhf_jax.feedback.judge import Judge, Verdict, ranks
 from rlhf_jax.feedback.judges import ModelJudge, ask_function, ask_server, filled, make_judge
+from rlhf_jax.feedback.report import judge_lines, judge_report
 from rlhf_jax.hosts import attempts
 from rlhf_jax.inference.likelihood import Likelihood, example_of
 from rlhf_jax.models import Model
@@ -83,11 +84,11 @@ def test_a_liking_for_a_place_shows_and_cancels(bias):
     rng = np.random.default_rng(0)
     pairs = [("p", [f"{n} a", f"{n} b"]) for n in range(6000)]
     biased = lambda prompt, a, b: "A" if rng.random() < 0.5 + bias else "B"  # noqa: E731
-    found = report([v for each in judge_of(biased).verdicts(pairs, KEY) for v in each])
+    found = judge_report([v for each in judge_of(biased).verdicts(pairs, KEY) for v in each])
     assert found["raw_first"] == pytest.approx(0.5 + bias, abs=0.02)
     assert found["slot_a"] == pytest.approx(0.5 + bias, abs=0.02)
     assert found["first"] == pytest.approx(0.5, abs=0.02)
-    one_order = report([v for each in judge_of(biased, both_orders=False).verdicts(pairs, KEY) for v in each])
+    one_order = judge_report([v for each in judge_of(biased, both_orders=False).verdicts(pairs, KEY) for v in each])
     assert one_order["first"] == pytest.approx(0.5 + bias, abs=0.02) and one_order["consistency"] is None
 
 
@@ -114,7 +115,7 @@ def test_votes_are_averaged_within_an_order():
     said = iter(["A", "A", "B", "?", "B", "B"])  # 2/3 for x, then (without nonsense) 1 for x
     verdict = judge_of(lambda *question: next(said), votes=3).verdicts([("p", ["x", "y"])], KEY)[0][0]
     assert verdict.share == pytest.approx((2 / 3 + 1) / 2)
-    assert report([verdict])["nonsense"] == 1 and report([verdict])["answers"] == 6
+    assert judge_report([verdict])["nonsense"] == 1 and judge_report([verdict])["answers"] == 6
 
 
 def test_a_ranking_of_several_asks_every_pair_of_different_texts_in_both_orders():
@@ -128,10 +129,10 @@ def test_a_ranking_of_several_asks_every_pair_of_different_texts_in_both_orders(
     verdicts = judge_of(longest).verdicts([("p", texts), ("q", ["z"])], KEY)
     assert ranks(5, verdicts[0]) == [1, 2, 0, 1, 2] and verdicts[1] == [] and ranks(1, []) == [None]
     assert len(asked) == 2 * 9 and len(set(asked)) == 2 * 6 and ("a", "a") not in asked  # a is there twice
-    found = report(verdicts[0])
+    found = judge_report(verdicts[0])
     assert found["equal"] == 1 and found["ties"] == 1 and found["consistency"] == 1 and found["slot_a"] == 0.5
     assert found["longer_wins"] == 1 and found["length_correlation"] > 0.9
-    assert any("!" in line and "length" in line for line in judging.lines(found))
+    assert any("!" in line and "length" in line for line in judge_lines(found))
 
 
 def test_length_bias_of_known_pairs():
@@ -157,10 +158,10 @@ def test_nonsense_and_hangs_are_counted_and_give_no_verdict(monkeypatch):
     ]
     assert [v.share for v in verdicts] == [None, None, 1.0]
     assert verdicts[0].forward == [NO_ANSWER] and calls.count("hang") == 4  # two orders, one retry each
-    found = report(verdicts)
+    found = judge_report(verdicts)
     assert (found["no_answer"], found["nonsense"], found["no_verdict"], found["answers"]) == (2, 2, 2, 6)
-    assert any("!" in line and "nonsense" in line for line in judging.lines(found))
-    assert report([])["slot_a"] is None and judging.lines(report([]))
+    assert any("!" in line and "nonsense" in line for line in judge_lines(found))
+    assert judge_report([])["slot_a"] is None and judge_lines(judge_report([]))
 
 
 def test_a_judge_that_raises_is_an_error():
@@ -338,7 +339,7 @@ def test_what_a_model_writes_is_parsed_and_random_text_is_nonsense(language_mode
     groups = [(f"Number {n}?", ["one", "two", "three"]) for n in range(3)]
     first, again = (judge.verdicts(groups, KEY) for _ in range(2))
     assert first == again  # the key decides
-    found = report([v for each in first for v in each])
+    found = judge_report([v for each in first for v in each])
     assert found["answers"] == 3 * 3 * 4 and found["nonsense"] > 18
 
 

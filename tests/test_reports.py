@@ -20,8 +20,9 @@ from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.feedback.comparison import mean_of, win_rate
 from rlhf_jax.feedback.judge import Verdict
-from rlhf_jax.feedback.report import label_agreement, lines, mean_of, share_of, win_rate
+from rlhf_jax.feedback.report import label_agreement, share_of, summary_lines
 from rlhf_jax.inference import intervals
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh
@@ -76,9 +77,9 @@ def test_a_judge_agrees_on_labelled_pairs_alone():
 
 def test_what_a_summary_says_of_an_agreement_names_what_it_left_out():
     agreed = share_of([("p", True), ("q", False)])
-    [line] = lines({"labels": {**agreed, "unlabelled": 7, "ties": 1}})
+    [line] = summary_lines({"labels": {**agreed, "unlabelled": 7, "ties": 1}})
     assert "of 2 pairs of 2 prompts; 7 without a label; 1 tied" in line
-    [line] = lines({"labels": {"agreement": None, "pairs": 0, "prompts": 0, "unlabelled": 3}})
+    [line] = summary_lines({"labels": {"agreement": None, "pairs": 0, "prompts": 0, "unlabelled": 3}})
     assert line.startswith("! no pair can be compared")
 
 

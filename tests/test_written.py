@@ -40,7 +40,7 @@ from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import sources
+from rlhf_jax.feedback import judges, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference import generate
@@ -70,7 +70,7 @@ PROMPTS = [
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Compiling for eight costs more than these tests are worth."""
-    for module in (sources, sample, collect, ppo_train, group_train):
+    for module in (sources, sample, judges, ppo_train, group_train):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, devices=ONE))
 
 

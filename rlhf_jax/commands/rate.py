@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from rlhf_jax.commands.sample import print_rows
 from rlhf_jax.config import RateArgs, resolve
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.chat import Transcript
 from rlhf_jax.data.consensus import consensus_ranks
 from rlhf_jax.data.messages import Messages, text_of
 from rlhf_jax.data.pairs import answer_fields
-from rlhf_jax.data.rows import DroppedRow, Row
-from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.feedback.prompts import rankings_given
 from rlhf_jax.hosts.outputs import check_output
 from rlhf_jax.inference.reward_functions import call_reward, columns_for
 from rlhf_jax.inference.scoring import function_inputs
+from rlhf_jax.types import RewardFn
 
 TIMEOUT, RETRIES = 600.0, 0
 """Seconds that a call of the function may take, and further attempts."""
 
 
-def run(config: RateArgs, *, rows: Any = None, function: Callable[..., Any] | None = None) -> list[Row]:
+def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = None) -> list[Row]:
     """Rate as configured, write or print the rows, and return them; `rows` and `function` replace the config's.
 
     Rater r sees value + noise * std(values) * e, e from N(0, 1), anew for every response of every row.
     """
     check_output(config.output, overwrite=config.overwrite)
-    given: list[Ranking] = []
-    dropped = 0
-    for row in rows_from(config.path if rows is None else rows, config.fields):
-        try:
-            given.append(ranking_row(row, unlabelled=True))
-        except DroppedRow:
-            dropped += 1
+    given, dropped = rankings_given(config, rows)
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to rate; give ranking or preference rows")
     values = values_of(function or resolve(config.function), given, config.tokenizer)
@@ -55,7 +49,7 @@ def run(config: RateArgs, *, rows: Any = None, function: Callable[..., Any] | No
     return out
 
 
-def values_of(function: Callable[..., Any], given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
+def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
     """float32, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
     shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
     own = columns_for([function], [one.prompt for one in given], [{}] * len(given), [one.where for one in given])

@@ -6,20 +6,24 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import jax
 
-from rlhf_jax.config import JudgeConfig, SamplingConfig, key_of, resolve
+from rlhf_jax.config import JudgeArgs, JudgeConfig, SamplingConfig, SourcesArgs, key_of, resolve
+from rlhf_jax.data.messages import Messages, transcript
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, reason
+from rlhf_jax.feedback.answers import NO_ANSWER, Answer, parse
 from rlhf_jax.feedback.endpoint import Endpoint, Unanswered
-from rlhf_jax.feedback.judge import NO_ANSWER, Answer, Ask, Judge, Question, parse
+from rlhf_jax.feedback.judge import Ask, Judge, Question
+from rlhf_jax.feedback.phases import Make
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.inference.likelihood import Likelihood, example_of
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
-from rlhf_jax.sharding import Mesh
+from rlhf_jax.sharding import Mesh, make_mesh
 
 PLACES = re.compile(r"\{(?:prompt|a|b)\}")
 
@@ -28,8 +32,37 @@ LIMIT = "judge.timeout"
 MOST_FAILURES = 16
 """So many questions in a row without an answer end the command."""
 
+JudgeFn = Callable[[str, str, str], object]
+"""(prompt, a, b) -> what `parse` reads."""
 
-def make_judge(config: JudgeConfig, mesh: Mesh, function: Callable[..., Any] | None = None) -> Judge:
+Group = tuple[str | Messages, list[str]]
+"""(prompt, responses)"""
+
+
+def verdicts(
+    config: SourcesArgs | JudgeArgs, judge: Judge | None, groups_of: Callable[[int], list[Group]], key: jax.Array
+) -> Make:
+    """Makes rows {verdicts} on all pairs of the responses of each group that a thing has; `judge` replaces config's.
+
+    A judge reads messages as a transcript, since the models that it compares may be shown them in different templates.
+    """
+    judge = judge or make_judge(config.judge, make_mesh(config.mesh))
+
+    def make(start: int, stop: int) -> list[Row]:
+        groups = [[(plain(prompt), texts) for prompt, texts in groups_of(i)] for i in range(start, stop)]
+        noise = jax.random.fold_in(key, start)
+        of_groups = iter(judge.verdicts([one for each in groups for one in each], noise))
+        return [{"verdicts": [asdict(v) for _ in each for v in next(of_groups)]} for each in groups]
+
+    return make
+
+
+def plain(prompt: str | Messages) -> str:
+    """A prompt as a judge reads it; messages become a transcript."""
+    return prompt if isinstance(prompt, str) else transcript(prompt).strip()
+
+
+def make_judge(config: JudgeConfig, mesh: Mesh, function: JudgeFn | None = None) -> Judge:
     """The judge that the config names; `function` replaces its function."""
     if function is None:
         config.check_one()
@@ -40,7 +73,7 @@ def make_judge(config: JudgeConfig, mesh: Mesh, function: Callable[..., Any] | N
     return Judge(ask, votes=config.votes, both_orders=config.both_orders, inconsistent=config.inconsistent)
 
 
-def ask_function(fn: Callable[[str, str, str], Any], *, timeout: float, retries: int) -> Ask:
+def ask_function(fn: JudgeFn, *, timeout: float, retries: int) -> Ask:
     """fn(prompt, a, b), one question after another, each within `timeout` seconds (0: any).
 
     Raises:
@@ -57,42 +90,9 @@ def ask_function(fn: Callable[[str, str, str], Any], *, timeout: float, retries:
             raise UserError(f"judge function {name}: {type(error).__name__}: {reason(error)}; mend it") from error
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
-        calls: dict[str, Any] = {"timeout": timeout, "retries": retries, "limit": LIMIT}
-        return _counted(f"judge function {name}", (_persist(partial(one, q), **calls) for q in questions))
+        return _counted(f"judge function {name}", (_persist(partial(one, q), timeout, retries) for q in questions))
 
     return ask
-
-
-def _persist(call: Callable[[], Answer], **calls: Any) -> Answer | Failed:
-    """The answer, or, if all attempts failed, the last failure; UserErrors are raised at once."""
-    try:
-        return persist(call, final=(UserError,), **calls)
-    except Failed as failure:
-        return failure
-
-
-def _counted(whom: str, answers: Iterable[Answer | Failed]) -> list[Answer]:
-    """The answers, failures as NO_ANSWER.
-
-    Raises:
-        UserError: all of them are failures, or MOST_FAILURES in a row are: whoever is asked has gone.
-    """
-    found: list[Answer] = []
-    in_a_row = 0
-    last: BaseException | None = None
-    for answer in answers:
-        failed = isinstance(answer, Failed)
-        in_a_row = in_a_row + 1 if failed else 0
-        last = answer.__cause__ if isinstance(answer, Failed) else last
-        found.append(NO_ANSWER if isinstance(answer, Failed) else answer)
-        if in_a_row == MOST_FAILURES:
-            break
-    if last is not None and (in_a_row == MOST_FAILURES or in_a_row == len(found)):
-        raise UserError(
-            f"{whom}: {in_a_row} questions in a row had no answer ({reason(last)}); mend that, then give the same "
-            "command again, which goes on here"
-        )
-    return found
 
 
 def ask_server(config: JudgeConfig) -> Ask:
@@ -119,8 +119,7 @@ def ask_server(config: JudgeConfig) -> Ask:
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
         with ThreadPoolExecutor(config.workers) as pool:  # the endpoint keeps the time itself
-            calls: dict[str, Any] = {"timeout": 0, "retries": config.retries, "limit": LIMIT}
-            waiting = [pool.submit(_persist, partial(one, question), **calls) for question in questions]
+            waiting = [pool.submit(_persist, partial(one, question), 0, config.retries) for question in questions]
             try:
                 return _counted("judge.url", (answer.result() for answer in waiting))
             except BaseException:
@@ -130,10 +129,44 @@ def ask_server(config: JudgeConfig) -> Ask:
     return ask
 
 
+def _persist(call: Callable[[], Answer], timeout: float, retries: int) -> Answer | Failed:
+    """The answer, or, if all attempts failed, the last failure; UserErrors are raised at once."""
+    try:
+        return persist(call, timeout=timeout, retries=retries, limit=LIMIT, final=(UserError,))
+    except Failed as failure:
+        return failure
+
+
+def _counted(whom: str, answers: Iterable[Answer | Failed]) -> list[Answer]:
+    """The answers, failures as NO_ANSWER.
+
+    Raises:
+        UserError: all of them are failures, or MOST_FAILURES in a row are: whoever is asked has gone.
+    """
+    counted: list[Answer] = []
+    in_a_row = 0
+    last: BaseException | None = None
+    for answer in answers:
+        if isinstance(answer, Failed):
+            in_a_row, last = in_a_row + 1, answer.__cause__
+            counted.append(NO_ANSWER)
+        else:
+            in_a_row = 0
+            counted.append(answer)
+        if in_a_row == MOST_FAILURES:
+            break
+    if last is not None and (in_a_row == MOST_FAILURES or in_a_row == len(counted)):
+        raise UserError(
+            f"{whom}: {in_a_row} questions in a row had no answer ({reason(last)}); mend that, then give the same "
+            "command again, which goes on here"
+        )
+    return counted
+
+
 def filled(template: str, question: Question) -> str:
     """The template with a question in it; braces within the texts stay as they are."""
     parts = dict(zip(("{prompt}", "{a}", "{b}"), question, strict=True))
-    return PLACES.sub(lambda found: parts[found[0]], template)
+    return PLACES.sub(lambda place: parts[place[0]], template)
 
 
 class ModelJudge:
@@ -190,9 +223,9 @@ class ModelJudge:
                 _, texts, _ = self.generator.texts(self.loaded.params, rows, key, batch_size=size)
                 return [parse(text) for text in texts]
             examples = [example_of(prompt, letter) for prompt in ids for letter in self.letters]
-            found = [float(logprobs.sum()) for logprobs in self.likelihood.targets(self.loaded.params, examples)]
-        return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in zip(found[::2], found[1::2], strict=True)]
+            said = [float(logprobs.sum()) for logprobs in self.likelihood.targets(self.loaded.params, examples)]
+        return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in zip(said[::2], said[1::2], strict=True)]
 
-    def _prompt(self, question: Question) -> Any:
+    def _prompt(self, question: Question) -> str | Messages:
         text = filled(self.config.template, question)
         return [{"role": "user", "content": text}] if self.tokenizer.hf.chat_template else text

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from rlhf_jax.config import SourceConfig, to_dict
+from rlhf_jax.config import (
+    BestOfNArgs,
+    CollectArgs,
+    DrawArgs,
+    JudgeArgs,
+    SampleArgs,
+    ScoreArgs,
+    SourceConfig,
+    SourcesArgs,
+    to_dict,
+)
 from rlhf_jax.config.functions import flat
-from rlhf_jax.errors import Stopped
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.models.contents import OPTIONS, contents
 from rlhf_jax.runs.interrupts import Interrupts
 from rlhf_jax.runs.journal import Journal
 
-Make = Callable[[int, int], list[dict[str, Any]]]
+Make = Callable[[int, int], list[Row]]
 """(start, stop) -> the journal's rows for the things start .. stop - 1."""
 
 UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
@@ -31,11 +41,25 @@ UNMADE |= {"judge.workers", "judge.api_key_env", "mesh.data", "mesh.fsdp", "mesh
 
 @dataclass(frozen=True)
 class Phase:
-    """A pass over `count` things, `size` of them at once; `begin` loads what it needs when its turn comes."""
+    """A pass over `count` things, `size` of them at once. Once it is made, phase[i] is the row of thing i.
+
+    Attributes:
+        begin: loads what the pass needs, when its turn comes, and says how rows are made.
+        journal, start: the rows are those of the journal from `start` on.
+    """
 
     count: int
     size: int
     begin: Callable[[], Make]
+    journal: Journal
+    start: int
+
+    def __getitem__(self, i: int) -> Row:
+        return self.journal.rows[self.start + i]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.journal.rows[self.start : self.start + self.count]
 
 
 class Phases:
@@ -43,17 +67,16 @@ class Phases:
 
     def __init__(self, journal: Journal):
         self.journal, self.phases = journal, list[Phase]()
-        self.starts = [0]
 
-    def add(self, phase: Phase) -> int:
-        """The number of the phase, by which `row` knows it."""
-        self.phases.append(phase)
-        self.starts.append(self.starts[-1] + phase.count)
-        return len(self.phases) - 1
+    @property
+    def total(self) -> int:
+        """Rows of all passes."""
+        return sum(phase.count for phase in self.phases)
 
-    def row(self, number: int, i: int) -> dict[str, Any]:
-        """What phase `number` made of its thing i."""
-        return self.journal.rows[self.starts[number] + i]
+    def add(self, count: int, size: int, begin: Callable[[], Make]) -> Phase:
+        """A further pass."""
+        self.phases.append(Phase(count, size, begin, self.journal, self.total))
+        return self.phases[-1]
 
     def fill(self, name: str, *, progress: bool) -> None:
         """Make the rows that the journal lacks.
@@ -63,16 +86,16 @@ class Phases:
         Raises:
             Stopped: a signal came; the batch that was being made is on disk.
         """
-        journal, total = self.journal, self.starts[-1]
+        journal, total = self.journal, self.total
         interrupts = Interrupts(tqdm.write, install=journal.path is not None)
         bar = tqdm(total=total, initial=len(journal.rows), desc=name, disable=not progress, dynamic_ncols=True)
         try:
-            for begins, phase in zip(self.starts, self.phases, strict=False):
-                done = len(journal.rows) - begins
+            for phase in self.phases:
+                done = len(journal.rows) - phase.start
                 if done >= phase.count:
                     continue
                 first = done // phase.size * phase.size
-                journal.cut(begins + first)
+                journal.cut(phase.start + first)
                 make = phase.begin()
                 for start in range(first, phase.count, phase.size):
                     journal.add(make(start, min(start + phase.size, phase.count)))
@@ -89,29 +112,42 @@ class Phases:
             interrupts.close()
 
 
-def open_journal(config: Any, output: str | Path, decided_by: dict[str, Any]) -> Journal:
+def open_journal(
+    config: DrawArgs | JudgeArgs | SampleArgs | ScoreArgs, output: str | Path, decided_by: Mapping[str, object]
+) -> Journal:
     """OUTPUT.part, made of the config and of `decided_by`; models count by their contents, wherever they lie."""
     options = {name: value for name, value in flat(to_dict(config)) if name not in UNMADE}
-    files = {name: digest for name, digest in contents(config).items() if name in options}
-    made_of = {name: value for name, value in options.items() if name not in files}
-    made_of |= {f"contents of {name}": digest for name, digest in files.items()}
-    if sources := options.get("sources"):
-        plainly = [{k: v for k, v in each.items() if k not in OPTIONS} for each in sources]
+    digests = {name: digest for name, digest in contents(config).items() if name in options}
+    made_of = {name: value for name, value in options.items() if name not in digests}
+    made_of |= {f"contents of {name}": digest for name, digest in digests.items()}
+    if isinstance(config, SourcesArgs) and config.sources:
+        plainly = [{k: v for k, v in each.items() if k not in OPTIONS} for each in options["sources"]]
         made_of["sources"] = [
-            {**each, "name": name_of(source)} for each, source in zip(plainly, config.sources, strict=True)
+            {**each, "name": source_name(source)} for each, source in zip(plainly, config.sources, strict=True)
         ]
     made_of["rows"] = "with ids"  # earlier versions wrote none
     return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
 
 
-def digest(rows: Sequence[Any]) -> str:
+def named_output(config: BestOfNArgs | CollectArgs | JudgeArgs) -> str:
+    """The file that the command writes.
+
+    Raises:
+        UserError: none is named.
+    """
+    if not config.output:
+        raise UserError("output is empty; name the .jsonl file to write, as --output rows.jsonl")
+    return config.output
+
+
+def digest(rows: Sequence[object]) -> str:
     """16 hexadecimal digits that change with rows, but not with where they come from."""
     told = [{k: v for k, v in row.items() if k != "_where"} if isinstance(row, dict) else row for row in rows]
     return hashlib.blake2b(json.dumps(told, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
 
 
-def name_of(source: SourceConfig) -> str:
+def source_name(source: SourceConfig) -> str:
     """What rows call a source."""
-    shown = {"temperature": source.temperature, "top_p": source.top_p, "shots": source.shots or None}
-    parts = [Path(source.path).name, *(f"{name}={value:g}" for name, value in shown.items() if value is not None)]
+    law = {"temperature": source.temperature, "top_p": source.top_p, "shots": source.shots or None}
+    parts = [Path(source.path).name, *(f"{name}={value:g}" for name, value in law.items() if value is not None)]
     return source.name or " ".join(part for part in parts if part) or "model"

@@ -15,7 +15,6 @@ from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.collate import collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import answer_of, finished_of, ids_of, prompt_row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -142,11 +141,6 @@ def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], dict[str
     """(prompts, responses, columns) for reward functions, of rows {shown, response, columns}."""
     columns = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
     return [row["shown"] for row in rows], [row["response"] for row in rows], columns
-
-
-def plain(prompt: Any) -> str:
-    """A prompt as a judge reads it; messages become a transcript."""
-    return prompt if isinstance(prompt, str) else transcript(prompt).strip()
 
 
 def score_sequences(
