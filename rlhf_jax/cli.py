@@ -28,7 +28,7 @@ from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
 from rlhf_jax.hosts import files, yamls
 from rlhf_jax.hosts.yamls import Tree, texts
 
-Hint = Any
+Hint = object
 """What stands behind the colon of a field: a type, or what `typing` makes of several."""
 
 

@@ -18,7 +18,7 @@ from disk import Kill, Killed
 from rlhf_jax.config import SFTArgs
 from rlhf_jax.config.functions import replace as changed
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import replace, replacing
+from rlhf_jax.hosts.files import replace_file, replacing
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.run import Run
 from rlhf_jax.training.claim import claim_directory
@@ -46,7 +46,7 @@ def stage(settings: SFTArgs) -> None:
                 out.keep_if_best(i + 1, value)
             out.save_if_due(i + 1, {"state": {"step": jnp.float32(value)}})
         with replacing(out.dir / "model") as new:
-            replace(new / "weights", str(value))
+            replace_file(new / "weights", str(value))
         out.finish({"value": value})
 
 

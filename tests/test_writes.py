@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import Lines, replace, replace_all, replacing
+from rlhf_jax.hosts.files import Lines, replace_file, replace_files, replacing
 from rlhf_jax.hosts.json_text import from_json, to_json
 from rlhf_jax.hosts.outputs import check_output, write_output
 from rlhf_jax.runs.journal import Journal
@@ -210,7 +210,7 @@ def test_a_file_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch, name
         (tmp_path / file).write_text("old")
     with monkeypatch.context() as patch, pytest.raises(OSError):
         fails(patch, name, {call}, of=".b.new" if name == "replace" else ".a.new", code=code)
-        replace_all([(tmp_path / "b", "new"), (tmp_path / "a", "new")])
+        replace_files([(tmp_path / "b", "new"), (tmp_path / "a", "new")])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
 
 
@@ -220,12 +220,12 @@ def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path):
     target.write_text("old")
     target.chmod(0o640)
     (tmp_path / "link").symlink_to(target)
-    replace(tmp_path / "link", LONE.encode("utf-8", "replace"))
+    replace_file(tmp_path / "link", LONE.encode("utf-8", "replace"))
     assert (tmp_path / "link").is_symlink() and stat.S_IMODE(target.stat().st_mode) == 0o640
     assert [path.name for path in target.parent.iterdir()] == ["x"]
     (tmp_path / "dangling").symlink_to(tmp_path / "new")
     check_output(str(tmp_path / "dangling"), overwrite=False)
-    replace(tmp_path / "dangling", "x")
+    replace_file(tmp_path / "dangling", "x")
     assert (tmp_path / "new").read_text() == "x"
 
 
@@ -296,7 +296,7 @@ def test_a_directory_is_replaced_whole_wherever_a_kill_comes(tmp_path):
     def make(path, text):
         with replacing(path) as new:
             for name in ("a", "b"):
-                replace(new / name, text)
+                replace_file(new / name, text)
 
     def content(path):
         return {file.name: file.read_text() for file in path.iterdir()}

@@ -6,7 +6,6 @@ import os
 import re
 import urllib.parse
 from collections.abc import Callable
-from typing import Any
 
 from rlhf_jax.errors import UserError, shown
 
@@ -22,7 +21,7 @@ SEEDS = "between 0 and 2**32 - 1"
 SMALLEST, LARGEST = 1.2e-38, 3.4e38
 """About the smallest and the largest number of float32, in which all is computed."""
 
-HOLDS: dict[str, Callable[[Any], bool]] = {
+HOLDS: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
     "above 0": lambda x: x > 0,
@@ -41,7 +40,7 @@ HOLDS: dict[str, Callable[[Any], bool]] = {
 """A rule in words, as the error says it -> whether a value keeps it."""
 
 
-def check(config: Any, group: str, rules: dict[str, str]) -> None:
+def check(config: object, group: str, rules: dict[str, str]) -> None:
     """Check fields of a config: `rules` maps a rule to the names of fields, `group` is their dotted prefix.
 
     Raises:
@@ -58,7 +57,7 @@ def check(config: Any, group: str, rules: dict[str, str]) -> None:
                 raise UserError(f"{group}{name} is {shown(value)}; make it {rule}")
 
 
-def check_list(config: Any, name: str, group: str, rule: str = "finite", *, ascending: bool = False) -> None:
+def check_list(config: object, name: str, group: str, rule: str = "finite", *, ascending: bool = False) -> None:
     """Check a field that is a list: different entries, each of which keeps a rule, and if `ascending` in order.
 
     Raises:

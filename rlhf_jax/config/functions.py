@@ -9,15 +9,19 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
+from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError, reason
 
+Config = TypeVar("Config", bound=Settings)
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of nested dicts."""
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -26,7 +30,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def replace(config: Any, **changes: Any) -> Any:
+def replace(config: Config, **changes: object) -> Config:
     """A copy of a (nested, frozen) config; keys are dotted paths with __ for the dot: replace(cfg, run__seed=1)."""
     for path, value in changes.items():
         first, _, rest = path.partition("__")
@@ -44,7 +48,7 @@ class _Guard:
     def holds(self, place: str) -> bool:
         return Path(os.path.realpath(place)).is_relative_to(self.directory)
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         spec = PathFinder.find_spec(name, path, target)
         places = [*(spec.submodule_search_locations or ()), *[spec.origin] * spec.has_location] if spec else []
         if any(place and self.holds(place) for place in places):
@@ -90,13 +94,13 @@ def resolve(name: str) -> Callable[..., Any]:
         raise UserError(f"{name!r}: {error}; check the spelling or run where the module lies") from error
     except (Exception, SystemExit) as error:  # whatever the module's code raises
         raise UserError(f"{name!r}: importing it failed ({type(error).__name__}: {reason(error)}); mend it") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
+    function = getattr(module, attribute, None)
+    if not callable(function):
         raise UserError(f"{name!r}: module {module_name} has no function {attribute!r}; check the spelling")
-    return found
+    return function
 
 
-def bind(function: str | Callable[..., Any], config: Any) -> Callable[..., Any]:
+def bind(function: str | Callable[..., object], config: Settings) -> Callable[..., Any]:
     """A loss by name or as it is, its keyword-only arguments filled from the config fields of the same name.
 
     Raises:
@@ -118,6 +122,6 @@ def bind(function: str | Callable[..., Any], config: Any) -> Callable[..., Any]:
     return functools.partial(function, **filled)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Settings) -> dict[str, Any]:
     """A config as nested plain dicts, every field present; `config.yaml` of a run is this."""
     return dataclasses.asdict(config)

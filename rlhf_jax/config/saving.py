@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.parts import RunConfig
-from rlhf_jax.config.settings import settings
+from rlhf_jax.config.settings import Settings, settings
 
 
 @settings
@@ -54,7 +54,7 @@ class FaultConfig:
         check(self, "faults.", {"at least 0": "max_skipped"})
 
 
-class StageArgs(Protocol):
+class StageArgs(Settings, Protocol):
     """What the settings of every command with a run directory have."""
 
     @property

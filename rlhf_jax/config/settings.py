@@ -7,14 +7,14 @@ import functools
 import numbers
 import os
 import typing
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, dataclass_transform
 
 from rlhf_jax.errors import UserError, shown
 
 PathText = Annotated[str, "a path"]
 """A path, as text. A leading ~ or ~user becomes the home directory where the settings are made."""
 
-KINDS: dict[Any, str] = {
+KINDS: dict[object, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -29,7 +29,13 @@ KINDS: dict[Any, str] = {
 Class = TypeVar("Class", bound=type)
 
 
-def words(hint: Any) -> str:
+class Settings(Protocol):
+    """An instance of a class that `settings` made."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def words(hint: object) -> str:
     """What to give for a type."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
@@ -40,7 +46,7 @@ def words(hint: Any) -> str:
 
 
 @functools.cache
-def hints_of(cls: Any) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, object]:
     """Field -> type, paths told apart from other texts."""
     return typing.get_type_hints(cls, include_extras=True)
 
@@ -68,7 +74,7 @@ def settings(cls: Class) -> Class:
     return cast(Class, dataclasses.dataclass(frozen=True)(cls))
 
 
-def fitted(value: Any, hint: Any) -> Any:
+def fitted(value: Any, hint: object) -> object:
     """The value as a type has it.
 
     Raises:

@@ -7,7 +7,9 @@ import gc
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 RETRY_WAIT = 1.0
 """Seconds before the first further attempt; they double with each."""
@@ -17,7 +19,7 @@ class Failed(Exception):
     """Every attempt raised or ran out of time; the cause is what the last one raised."""
 
 
-def attempt(fn: Callable[[], Any], timeout: float, limit: str) -> Any:
+def attempt(fn: Callable[[], Result], timeout: float, limit: str) -> Result:
     """fn(), in a thread of its own if there is a timeout in seconds: whoever hangs there is left behind.
 
     `limit` names the option that sets the timeout. What fn raises to end the program, as sys.exit does, is an error
@@ -27,35 +29,34 @@ def attempt(fn: Callable[[], Any], timeout: float, limit: str) -> Any:
         TimeoutError: it is not done by then.
         Exception: whatever fn raises.
     """
-    outcome: list[tuple[Any, BaseException | None]] = []
+    results: list[Result] = []
+    errors: list[BaseException] = []
 
     def call() -> None:
         try:
-            outcome.append((fn(), None))
+            results.append(fn())
         except BaseException as error:
-            outcome.append((None, error))
+            errors.append(error)
 
     if timeout:
         thread = threading.Thread(target=call, name="attempt", daemon=True)
         thread.start()
         thread.join(timeout)
-        if not outcome:
+        if not (results or errors):
             raise TimeoutError(f"no answer in {timeout:g} s ({limit})")
     else:
         call()
-    value, error = outcome[0]
-    if error is None or isinstance(error, Exception):
-        if error is not None:
-            raise error
-        return value
-    if isinstance(error, KeyboardInterrupt) and not timeout:
+    if results:
+        return results[0]
+    (error,) = errors
+    if isinstance(error, Exception) or (isinstance(error, KeyboardInterrupt) and not timeout):
         raise error
     raise RuntimeError(f"it ended the program ({type(error).__name__} {error})") from error
 
 
 def persist(
-    fn: Callable[[], Any], *, timeout: float, retries: int, limit: str, final: tuple[type[Exception], ...] = ()
-) -> Any:
+    fn: Callable[[], Result], *, timeout: float, retries: int, limit: str, final: tuple[type[Exception], ...] = ()
+) -> Result:
     """attempt(fn), tried again `retries` times, but not after an error of a kind in `final`, which is raised.
 
     Raises:
@@ -131,7 +132,7 @@ def _spent(thread: int) -> float:
     return time.monotonic()
 
 
-def limited(fn: Callable[[], Any], seconds: float) -> Any:
+def limited(fn: Callable[[], Result], seconds: float) -> Result:
     """fn(), in this thread, which may be any, for at most so many seconds of computing in Python.
 
     Raises:

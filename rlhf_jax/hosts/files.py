@@ -12,21 +12,24 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from rlhf_jax.errors import UserError, reason
-from rlhf_jax.hosts.json_text import from_json, json_lines, strict_json, to_json
+from rlhf_jax.hosts.json_text import JsonObject, from_json, json_lines, strict_json, to_json
 
 DESCRIPTORS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 """Paths that are what a descriptor is open on, which may be a file."""
+
+Place = str | os.PathLike[str]
+"""A path."""
 
 LARGEST_TEXT = 1 << 24
 """Bytes of a text file, such as one of options, that is read whole."""
 
 
-def read_text(path: str | os.PathLike[str], what: str = "") -> str:
+def read_text(path: Place, what: str = "") -> str:
     """A text file that somebody else may have written; `what` is said before its name.
 
     Raises:
@@ -47,7 +50,7 @@ def read_text(path: str | os.PathLike[str], what: str = "") -> str:
         raise UserError(f"{said}: {reason(error)}; check the path") from error
 
 
-def read_object(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
+def read_object(path: Place, cure: str) -> JsonObject:
     """A file that holds one JSON object.
 
     Raises:
@@ -55,15 +58,15 @@ def read_object(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        found = from_json(text)
+        value = from_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{os.fspath(path)} is broken ({reason(error)}); {cure}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{os.fspath(path)} is broken (a {type(found).__name__}, no JSON object); {cure}")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"{os.fspath(path)} is broken (a {type(value).__name__}, no JSON object); {cure}")
+    return value
 
 
-def read_strict(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
+def read_strict(path: Place, cure: str) -> JsonObject:
     """A JSON object that another program wrote, by `strict_json`.
 
     Raises:
@@ -71,15 +74,15 @@ def read_strict(path: str | os.PathLike[str], cure: str) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        found = strict_json(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
-        return found
+        value = strict_json(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}")
+        return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{os.fspath(path)} holds no JSON object ({reason(error)}); {cure}") from error
 
 
-def is_stream(path: str | os.PathLike[str]) -> bool:
+def is_stream(path: Place) -> bool:
     """Whether a path is written to rather than replaced: a device, a pipe, a socket, or a descriptor."""
     if os.path.abspath(path).startswith(DESCRIPTORS):
         return True
@@ -90,17 +93,17 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def replace(path: str | os.PathLike[str], data: str | bytes) -> None:
+def replace_file(path: Place, data: str | bytes) -> None:
     """Write a file in one step: a failure or a kill leaves the old or the new one, whole. A stream is written to.
 
     Raises:
         OSError: it is not written, and what was there is as it was.
     """
-    replace_all([(path, data)])
+    replace_files([(path, data)])
 
 
-def replace_all(files: Sequence[tuple[str | os.PathLike[str], str | bytes]]) -> None:
-    """`replace` several files: all are whole on the disk under other names before the first takes its own."""
+def replace_files(files: Sequence[tuple[Place, str | bytes]]) -> None:
+    """`replace_file` several files: all are whole on the disk under other names before the first takes its own."""
     asides: list[tuple[Path, Path]] = []
     try:
         for path, data in files:
@@ -154,7 +157,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def sync(path: str | os.PathLike[str]) -> None:
+def sync(path: Place) -> None:
     """Have a file, or the names in a directory, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -213,7 +216,7 @@ class Lines:
         self.path = path
         self._end: int | None = None  # of what was reported as written
 
-    def add(self, rows: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
+    def add(self, rows: Sequence[Mapping[str, object]], *, sync: bool = False) -> None:
         """Append rows; with `sync` they have reached the disk when this returns.
 
         Raises:
@@ -252,16 +255,16 @@ def whole_end(descriptor: int) -> int:
     at = os.fstat(descriptor).st_size
     while at > 0:
         start = max(at - 65536, 0)
-        found = os.pread(descriptor, at - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        last = os.pread(descriptor, at - start, start).rfind(b"\n")
+        if last >= 0:
+            return start + last + 1
         at = start
     return 0
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """`replace` a file by a value as JSON, spread over lines for people."""
-    replace(path, to_json(value, indent=1) + "\n")
+def write_json(path: Place, value: object) -> None:
+    """`replace_file` a file by a value as JSON, spread over lines for people."""
+    replace_file(path, to_json(value, indent=1) + "\n")
 
 
 def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> BinaryIO | None:

@@ -13,10 +13,13 @@ from rlhf_jax.errors import UserError, reason, shown
 UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
 
+JsonObject = dict[str, Any]
+"""A JSON object as Python's dict."""
+
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: object, indent: int | None = None) -> str:
     """JSON as other programs read it too: every file of ours is written with this.
 
     A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
@@ -35,10 +38,10 @@ def to_json(value: Any, indent: int | None = None) -> str:
             text = json.dumps(_finite(json.loads(json.dumps(value, default=_plain)))[0], **options)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"this cannot be written as JSON ({reason(error)})") from error
-    return UNSEEN_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return UNSEEN_IN_JSON.sub(lambda unseen: f"\\u{ord(unseen[0]):04x}", text)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     for method in ("tolist", "isoformat"):
         if hasattr(value, method):
             return getattr(value, method)()
@@ -46,29 +49,30 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> tuple[Any, str]:
-    """(a value with null for numbers that are not finite, what the first was of those that no field of it says)."""
+    """A value of JSON with null for numbers that are not finite; "nan", "inf" or "-inf" if one of them stood in it
+    outside of any field, for the field that it is the value of to say so."""
     if isinstance(value, float):
         return (value, "") if math.isfinite(value) else (None, str(value))
     if isinstance(value, list):
         parts = [_finite(item) for item in value]
         return [part for part, _ in parts], next((why for _, why in parts if why), "")
     if isinstance(value, dict):
-        found: dict[Any, Any] = {}
+        fields: JsonObject = {}
         for name, item in value.items():
-            found[name], why = _finite(item)
+            fields[name], why = _finite(item)
             if why:
-                found.setdefault(f"{name}_is", why)
-        return found, ""
+                fields.setdefault(f"{name}_is", why)
+        return fields, ""
     return value, ""
 
 
 def from_json(text: str | bytes) -> Any:
     """What `to_json` was given, numbers that are not finite included (those within lists stay null)."""
 
-    def restored(found: dict[str, Any]) -> dict[str, Any]:
-        for name in [name for name in found if found[name] is None and found.get(f"{name}_is") in NOT_FINITE]:
-            found[name] = float(found.pop(f"{name}_is"))
-        return found
+    def restored(fields: JsonObject) -> JsonObject:
+        for name in [name for name in fields if fields[name] is None and fields.get(f"{name}_is") in NOT_FINITE]:
+            fields[name] = float(fields.pop(f"{name}_is"))
+        return fields
 
     return json.loads(text, object_hook=restored)
 
@@ -81,30 +85,30 @@ def strict_json(text: str | bytes) -> Any:
         RecursionError: it is too deep.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def once(pairs: list[tuple[str, object]]) -> JsonObject:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
             raise ValueError(f"{shown(twice)} comes twice")
-        return found
+        return fields
 
-    def refuse(constant: str) -> Any:
+    def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
     return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
 
 
-def json_lines(rows: Sequence[Any]) -> bytes:
+def json_lines(rows: Sequence[object]) -> bytes:
     """Rows as JSON, a line each.
 
     Raises:
         UserError: JSON has no form for a part of a row, which is named if it knows where it came from.
     """
-    found = []
+    lines = []
     for number, row in enumerate(rows):
         try:
-            found.append(to_json(row) + "\n")
+            lines.append(to_json(row) + "\n")
         except UserError as error:
             where = row.get("_where", f"row {number}") if isinstance(row, dict) else f"row {number}"
             raise UserError(f"{where}: {error}; leave it out or give it as text") from error
-    return "".join(found).encode()
+    return "".join(lines).encode()

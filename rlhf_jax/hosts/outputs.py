@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 
 from rlhf_jax.errors import UserError, reason
-from rlhf_jax.hosts.files import check_writable, is_stream, replace, write_all, write_new
+from rlhf_jax.hosts.files import check_writable, is_stream, replace_file, write_all, write_new
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
-    """Raise a UserError if a file cannot be written as `replace` will, or exists and may not be replaced.
+    """Raise a UserError if a file cannot be written as `replace_file` will, or exists and may not be replaced.
 
     Its directory is made, and a file of another name in it for a moment, so that a full disk is found now.
     """
@@ -47,7 +47,7 @@ def write_output(path: str, data: bytes) -> None:
         UserError: it cannot be written, and what was there is as it was; says where the data are instead.
     """
     try:
-        replace(path, data) if path else _print(data)
+        replace_file(path, data) if path else _print(data)
     except OSError as error:
         raise UserError(
             f"{f'output {path}' if path else 'standard output'}: {reason(error)}; {rescued(data)}"

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import UserError, tell
+
+Value = TypeVar("Value")
 
 
 @jax.jit
@@ -133,7 +135,7 @@ def _explain_abort() -> None:
     ctypes.CDLL(None).signal(int(signal.SIGABRT), explain)
 
 
-_explain: Any = None
+_explain: object = None
 
 
 def several() -> bool:
@@ -178,7 +180,7 @@ def check_shared(file: Path, what: str) -> None:
         )
 
 
-def from_first(function: Callable[[], Any]) -> Any:
+def from_first(function: Callable[[], Value]) -> Value:
     """What `function()` returns in process 0, a JSON value, in all of them.
 
     Raises:
@@ -195,16 +197,16 @@ def from_first(function: Callable[[], Any]) -> Any:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(answer))))
     padded = np.zeros(length, np.uint8)
     padded[: len(answer)] = np.frombuffer(answer, np.uint8)
-    found = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
-    if "error" in found:
-        raise UserError(found["error"])
-    return found["value"]
+    said = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: object) -> Any:
     """Arrays as numpy, whole, in every process; where parts lie in other processes, they are gathered."""
 
-    def whole(x: Any) -> Any:
+    def whole(x: object) -> object:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             return multihost_utils.process_allgather(x, tiled=True)
         return x

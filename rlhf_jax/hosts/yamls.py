@@ -18,7 +18,7 @@ MOST_NODES = 100_000
 class Bounded:
     """Refuses what a few lines of aliases blow up to, before anything is made of it."""
 
-    def get_single_data(self: Any) -> Any:
+    def get_single_data(self: Any) -> object:
         node = self.get_single_node()
         if node is None:
             return None

@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax.config import to_dict
 from rlhf_jax.config.functions import flat
+from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf import config_json, hub
 
@@ -28,22 +28,24 @@ SMALL, BLOCK, BLOCKS = 64 << 20, 4096, 4096
 """Bytes of a file that is read whole; of larger ones so many blocks of such a size, evenly apart."""
 
 
-def contents(config: Any) -> dict[str, str]:
+def contents(config: Settings) -> dict[str, str]:
     """Option -> a digest of what it names, for the models and data files that a config reads and that are there.
 
     It changes with any byte of a file of up to 64 MiB. Of a larger one it takes the size and 4096 blocks of 4 KiB
     evenly apart, of safetensors the header and two blocks of every tensor. Of a model directory it takes the files
     that make up the model, and of an adapter those of its model too.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for option, value in flat(to_dict(config)):
         named = list(_named(option, value))
         if named and all(named):
-            found[option] = named[0] if len(named) == 1 else hashlib.blake2b(" ".join(named).encode()).hexdigest()[:32]
-    return found
+            digests[option] = (
+                named[0] if len(named) == 1 else hashlib.blake2b(" ".join(named).encode()).hexdigest()[:32]
+            )
+    return digests
 
 
-def _named(option: str, value: Any) -> Iterator[str]:
+def _named(option: str, value: object) -> Iterator[str]:
     """The digests of all that an option names; empty for what is not there."""
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -58,8 +60,8 @@ def _named(option: str, value: Any) -> Iterator[str]:
 def digest_of(name: str) -> str:
     """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
     try:
-        found = hub.local_directory(name)
-        places = [Path(place).expanduser() for place in (found, found.partition("@")[0])]
+        local = hub.local_directory(name)
+        places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
         place = next((place for place in places if place.exists()), None)
         return "" if place is None else _digest(place)
     except (OSError, ValueError, RuntimeError):  # it is said where it is read
@@ -94,7 +96,7 @@ def _digest(place: Path) -> str:
     return digest.hexdigest()
 
 
-def _add(digest: Any, file: Path) -> None:
+def _add(digest: hashlib.blake2b, file: Path) -> None:
     size = file.stat().st_size
     digest.update(f" {size} ".encode())
     with open(file, "rb") as stream:

@@ -22,15 +22,18 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import replace, sync
-from rlhf_jax.hosts.json_text import from_json, to_json
+from rlhf_jax.hosts.files import replace_file, sync
+from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
+
+Tree = TypeVar("Tree")
+"""A pytree of arrays."""
 
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 LEFTOVERS = ("writing-", "deleting-")
@@ -41,10 +44,13 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(os.path.dirname(ocp.__file__)))
 
 
-def _without_late_reports(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+Hook = Callable[["sys.UnraisableHookArgs"], object]
+
+
+def _without_late_reports(hook: Hook) -> Hook:
     """A `sys.unraisablehook` that leaves out what threads of a save that failed report to its closed event loop."""
 
-    def unraisable(what: Any) -> None:
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
         if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
             hook(what)
 
@@ -79,7 +85,7 @@ class Checkpoints:
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d{8,}", path.name))
 
-    def save(self, step: int, tree: Any, record: dict[str, Any]) -> None:
+    def save(self, step: int, tree: object, record: JsonObject) -> None:
         """Copy the arrays of `tree` to the host and write them and `record` in the background.
 
         Waits for the save before it. When it returns the arrays may be donated. What fails ends up in `failure`.
@@ -141,7 +147,7 @@ class Checkpoints:
             return step
         return step if best is None else best
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> JsonObject:
         """What `save` was given beside the arrays."""
         return from_json((self.path(step) / RECORD).read_text())
 
@@ -155,13 +161,13 @@ class Checkpoints:
         """
         for leftover in self._named(LEFTOVERS):
             shutil.rmtree(leftover)
-        found = next((step for step in reversed(self.steps()) if self.check(step, say)), None)
-        if found is None and any(self._named(("",), "*.damaged*")):
+        newest = next((step for step in reversed(self.steps()) if self.check(step, say)), None)
+        if newest is None and any(self._named(("",), "*.damaged*")):
             raise UserError(
                 f"{self.directory} holds damaged checkpoints only; start anew with --run.overwrite true, or put an "
                 "intact copy there"
             )
-        return found
+        return newest
 
     def _named(self, prefixes: tuple[str, ...], pattern: str = "*") -> Iterator[Path]:
         for prefix in prefixes:
@@ -186,7 +192,7 @@ class Checkpoints:
         say(f"checkpoint of step {step} is damaged: {wrong}; set aside as {aside}, the one before it is used")
         return False
 
-    def restore(self, step: int, like: Any) -> Any:
+    def restore(self, step: int, like: Tree) -> Tree:
         """The arrays of `like` (all or a part of what was saved) as they were at `step`; `like` is freed first.
 
         They get the shapes, dtypes and shardings of `like`, on whatever mesh these are.
@@ -204,10 +210,10 @@ class Checkpoints:
         )
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                found = checkpointer.restore(self.path(step) / STATE, args=args)
-            if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found)):
+                tree: Tree = checkpointer.restore(self.path(step) / STATE, args=args)
+            if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
                 raise KeyError("it lacks arrays")  # orbax leaves their descriptions in their place
-            return found
+            return tree
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f"checkpoint {self.path(step)} does not fit this run ({reason_of(error)}); continue with the version "
@@ -215,12 +221,12 @@ class Checkpoints:
             ) from error
 
 
-def begin(writing: Path, record: dict[str, Any]) -> str:
+def begin(writing: Path, record: JsonObject) -> str:
     """Make the directory of a new checkpoint, with its record; why that is not possible, or nothing."""
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        replace(writing / RECORD, to_json(record))
+        replace_file(writing / RECORD, to_json(record))
     except OSError as error:
         return reason_of(error)
     return ""
@@ -274,9 +280,9 @@ def damage(directory: Path) -> str:
     for name, size, digest in entries:
         try:
             with open(directory / name, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size:
-                    return f"{name} has {found} bytes instead of {size}"
+                there = os.fstat(file.fileno()).st_size
+                if there != size:
+                    return f"{name} has {there} bytes instead of {size}"
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return f"{name} has changed (checksum)"
         except OSError as error:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import replace
+from rlhf_jax.hosts.files import replace_file
 
 GOLD_COLOUR = "#c27c0e"
 PROXY_COLOUR = "#2c6fad"
 COLOUR_MAP = "viridis"
 
+History = Sequence[Mapping[str, float]]
+"""Lines of metrics.jsonl."""
 
-def text_table(headers: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+
+def text_table(headers: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A table in plain text: a line of headers, a rule, a line per row; numbers stand right, all else left.
 
     Floats are written with four significant digits, None as nothing.
@@ -43,19 +47,19 @@ def text_table(headers: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(formats).format(*line).rstrip() for line in lines)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """The text of one cell."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Whether a cell is a number, a bool not being one."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def learning_curves(path_png: str | Path, history: Sequence[dict[str, Any]], title: str) -> None:
+def learning_curves(path_png: str | Path, history: History, title: str) -> None:
     """Draws gold and proxy (reward-model) reward over a PPO run as a PNG of two panels.
 
     Left, both rewards against the iteration, each with its own scale as their units differ: pale as measured, dark
@@ -86,10 +90,10 @@ def learning_curves(path_png: str | Path, history: Sequence[dict[str, Any]], tit
     Path(path_png).parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    replace(path_png, drawn.getvalue())
+    replace_file(path_png, drawn.getvalue())
 
 
-def _draw_rewards(axes: Axes, lines: list[dict[str, Any]], gold: list[dict[str, Any]]) -> None:
+def _draw_rewards(axes: Axes, lines: History, gold: History) -> None:
     """The left panel: proxy reward, and gold on a second scale if there is any, against the iteration."""
     from matplotlib.ticker import MaxNLocator
 
@@ -110,7 +114,7 @@ def _draw_rewards(axes: Axes, lines: list[dict[str, Any]], gold: list[dict[str, 
     axes.legend(handles=curves, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
 
 
-def _draw_curve(axes: Axes, lines: list[dict[str, Any]], key: str, colour: str, label: str) -> Any:
+def _draw_curve(axes: Axes, lines: History, key: str, colour: str, label: str) -> Line2D:
     """One quantity against the step, pale as measured and dark as smoothed; returns the dark line."""
     steps, values = (np.array([line[name] for line in lines], dtype=float) for name in ("step", key))
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
@@ -129,7 +133,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smooth
 
 
-def _draw_trade(figure: Figure, axes: Axes, lines: list[dict[str, Any]], gold_key: str | None) -> None:
+def _draw_trade(figure: Figure, axes: Axes, lines: History, gold_key: str | None) -> None:
     """The right panel: gold against proxy coloured by KL, or proxy against KL coloured by iteration."""
     x_key, y_key, colour_key = (
         ("rollout/reward", gold_key, "rollout/kl") if gold_key else ("rollout/kl", "rollout/reward", "step")

@@ -14,16 +14,18 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import yaml
 
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
 from rlhf_jax.config.functions import flat
+from rlhf_jax.config.saving import StageArgs
+from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.hosts import yamls
-from rlhf_jax.hosts.files import check_writable, hold, read_text, replace, write_json
-from rlhf_jax.hosts.json_text import to_json
+from rlhf_jax.hosts.files import check_writable, hold, read_text, replace_file, write_json
+from rlhf_jax.hosts.json_text import JsonObject, to_json
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -35,6 +37,23 @@ OURS = (
 OWNED = {"rejection": ("round[0-9]*",)}
 """Stage -> patterns of what it writes besides."""
 
+Record = JsonObject
+"""What run.json holds, or a checkpoint's record says of its run; see `read_record`."""
+
+Summary = JsonObject
+"""What summary.json holds: how a run or command ended."""
+
+
+class OutputArgs(Settings, Protocol):
+    """What the settings of a command have that lays out its directory itself."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+    @property
+    def overwrite(self) -> bool: ...
+
+
 VOID = "void"
 """Status of a run that is being deleted; whoever comes next starts anew."""
 
@@ -43,13 +62,13 @@ def check_name(path: Path, what: str) -> None:
     """Raise a UserError, about `what`, if a path is one that files of text or orbax's checkpoints cannot hold."""
     name = str(path.absolute())
     if printable(name) != name or "\\" in name or "[" in name:
-        found = "control characters or bytes that are no UTF-8" if printable(name) != name else "\\ or ["
-        raise UserError(f"{what}: its path has {found}, below which no run can be saved; choose another name")
+        odd = "control characters or bytes that are no UTF-8" if printable(name) != name else "\\ or ["
+        raise UserError(f"{what}: its path has {odd}, below which no run can be saved; choose another name")
 
 
 def check_output_dir(
-    stage: str, config: Any, given: Sequence[str] | None = None, files: Mapping[str, str] | None = None
-) -> dict[str, Any] | None:
+    stage: str, config: StageArgs, given: Sequence[str] | None = None, files: Mapping[str, str] | None = None
+) -> Summary | None:
     """The summary, if output_dir holds this very run and it is finished; None if the run may start or continue there.
 
     Touches nothing, but checkpoints that a kill has left in a finished run. `given` names what the caller passed in
@@ -71,13 +90,13 @@ def check_output_dir(
     check_inputs(stage, config)
     if is_held(path):
         raise in_use(path)
-    found = [name for name in OURS if os.path.lexists(path / name) and name != LOCK]
+    there = [name for name in OURS if os.path.lexists(path / name) and name != LOCK]
     record = read_record(path)
-    if run.overwrite or not found or (record is not None and record["status"] == VOID):
+    if run.overwrite or not there or (record is not None and record["status"] == VOID):
         return None
     if record is None:
         raise UserError(
-            f"run.output_dir {path} holds another run ({found[0]}); choose another directory or pass "
+            f"run.output_dir {path} holds another run ({there[0]}); choose another directory or pass "
             "--run.overwrite true"
         )
     same = check_same(stage, config, record, given, files)
@@ -97,8 +116,8 @@ def check_output_dir(
 
 
 def earlier_summary(
-    command: str, config: Any, files: Sequence[str], made_of: dict[str, Any] | None = None
-) -> dict[str, Any] | None:
+    command: str, config: OutputArgs, files: Sequence[str], made_of: Mapping[str, object] | None = None
+) -> Summary | None:
     """The summary, if config.output_dir holds all `files` of this very command, which is then finished; else None.
 
     For commands whose directory is their own to lay out, with config.yaml and summary.json. `made_of` is what decides
@@ -112,13 +131,13 @@ def earlier_summary(
     path = Path(config.output_dir)
     check_name(path, f"output_dir {path}")
     check_writable(path, f"output_dir {path}")
-    found = [name for name in ("config.yaml", *files) if (path / name).exists()]
-    if config.overwrite or not found:
+    there = [name for name in ("config.yaml", *files) if (path / name).exists()]
+    if config.overwrite or not there:
         return None
     cure = "choose another directory or pass --overwrite true"
-    text = read_text(path / "config.yaml") if "config.yaml" in found else ""
+    text = read_text(path / "config.yaml") if "config.yaml" in there else ""
     if not text.startswith(f"# rlhf-jax {command} "):
-        raise UserError(f"output_dir {path} holds another run ({found[0]}); {cure}")
+        raise UserError(f"output_dir {path} holds another run ({there[0]}); {cure}")
     then = yamls.read(text, str(path / "config.yaml"), yamls.Values)
     if not isinstance(then, dict):
         raise UserError(f"output_dir {path}: config.yaml holds no settings; {cure}")
@@ -135,20 +154,16 @@ def earlier_summary(
     return summary
 
 
-def read_summary(path: Path, cure: str) -> dict[str, Any]:
+def read_summary(path: Path, cure: str) -> Summary:
     """summary.json of a finished run."""
-    try:
-        found = json.loads((path / SUMMARY).read_text())
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError, RecursionError):
-        pass
+    if (summary := _object(path / SUMMARY)) is not None:
+        return summary
     raise UserError(f"{path} is finished, but its {SUMMARY} is missing or broken; pass {cure} to run it again")
 
 
 def owned(stage: str, path: Path) -> list[Path]:
     """What a run of a stage writes, or has written, in its directory; run.json first."""
-    rounds = sorted(found for pattern in OWNED.get(stage, ()) for found in path.glob(pattern))
+    rounds = sorted(place for pattern in OWNED.get(stage, ()) for place in path.glob(pattern))
     return [*(path / name for name in OURS), *rounds]
 
 
@@ -156,7 +171,7 @@ def _real(path: str | Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises where links go in a circle
 
 
-def check_inputs(stage: str, config: Any) -> None:
+def check_inputs(stage: str, config: StageArgs) -> None:
     """Raise a UserError if the config reads something that starting its run would delete."""
     replaced = [_real(place) for place in owned(stage, Path(config.run.output_dir))]
     for option, value in flat(to_dict(config)):
@@ -166,36 +181,36 @@ def check_inputs(stage: str, config: Any) -> None:
             )
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> Any:
     """A value as JSON gives it back."""
     return json.loads(to_json(value))
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: Settings) -> JsonObject:
     """A config as JSON gives it back."""
     return as_json(to_dict(config))
 
 
-def changes(config: Any, record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(config: Settings, record: Record) -> dict[str, tuple[object, object]]:
     """Dotted name -> (value of the recorded run, value now) of settings that matter and differ.
 
     Settings that the recorded version did not know are left out.
     """
     then, now = dict(flat(record["config"])), dict(flat(plain(config)))
     names = [name for name in then if name not in ALWAYS_MAY_CHANGE]
-    found = {name: (then[name], now.get(name, "nothing")) for name in names}  # nothing: a group is null on one side
-    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+    pairs = {name: (then[name], now.get(name, "nothing")) for name in names}  # nothing: a group is null on one side
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def names_given(**arguments: Any) -> tuple[str, ...]:
+def names_given(**arguments: object) -> tuple[str, ...]:
     """The names of arguments that are not None: what the caller of a stage passed in Python."""
     return tuple(name for name, value in arguments.items() if value is not None)
 
 
 def check_same(
     stage: str,
-    config: Any,
-    record: dict[str, Any],
+    config: StageArgs,
+    record: Record,
     given: Sequence[str] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> bool:
@@ -235,7 +250,7 @@ def check_same(
     raise UserError(f"run.output_dir {path} holds a run with another config: {shown}; {why}; {cure}")
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> Record | None:
     """run.json: stage, config, files, cwd, given, status, step, total, note, updated.
 
     If it is missing or broken, what the newest checkpoint and config.yaml say of the same, with "recovered"; None if
@@ -252,24 +267,24 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):
         header, config = "", None
     saved = [_object(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path)]
-    found: dict[str, Any] = next((each["run"] for each in reversed(saved) if each and "run" in each), {})
+    about: Record = next((each["run"] for each in reversed(saved) if each and "run" in each), {})
     if isinstance(config, dict) and header.startswith("# rlhf-jax ") and " --config " in header:
         stage = header.removeprefix("# rlhf-jax ").partition(" --config ")[0]
-        found = {"cwd": str(Path.cwd()), "given": [], "step": 0, "total": 0, **found, "stage": stage}
-        found["config"] = as_json(config)
-    if not {"stage", "config"} <= found.keys():
+        about = {"cwd": str(Path.cwd()), "given": [], "step": 0, "total": 0, **about, "stage": stage}
+        about["config"] = as_json(config)
+    if not {"stage", "config"} <= about.keys():
         return None
     status = "finished" if _object(path / SUMMARY) is not None else "crashed"
-    return {**found, "status": status, "recovered": True}
+    return {**about, "status": status, "recovered": True}
 
 
-def _object(file: Path) -> dict[str, Any] | None:
+def _object(file: Path) -> JsonObject | None:
     """The JSON object in a file, or None."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def steps_in(path: Path) -> list[int]:
@@ -290,16 +305,16 @@ def drop_checkpoints(path: Path) -> None:
             folder.rmdir()
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Replace run.json."""
     write_json(path / RECORD, {**record, "updated": time.time()})
 
 
-def write_config(path: Path, stage: str, config: Any, option: str = "run.output_dir") -> None:
+def write_config(path: Path, stage: str, config: Settings | dict[str, Any], option: str = "run.output_dir") -> None:
     """Replace config.yaml; `option` is what the command calls its directory."""
     header = f"# rlhf-jax {stage} --config {printable(path / 'config.yaml')} --{option} ANOTHER\n"
     plainly = config if isinstance(config, dict) else to_dict(config)
-    replace(path / "config.yaml", header + yaml.safe_dump(plainly, sort_keys=False))
+    replace_file(path / "config.yaml", header + yaml.safe_dump(plainly, sort_keys=False))
 
 
 def mark_void(path: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -45,7 +45,7 @@ class Interrupts:
         self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
         self._thread.start()
 
-    def _in_main_thread(self, number: int, frame: Any) -> None:
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._interactive and self._count > 1:
             raise KeyboardInterrupt

@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.hosts import clock, processes
-from rlhf_jax.hosts.files import Lines, hold, is_stream, replace_all
-from rlhf_jax.hosts.json_text import json_lines, to_json
+from rlhf_jax.hosts.files import Lines, hold, is_stream, replace_files
+from rlhf_jax.hosts.json_text import JsonObject, json_lines, to_json
 from rlhf_jax.hosts.outputs import check_output, write_output
 from rlhf_jax.runs.directory import as_json
 
@@ -36,7 +36,7 @@ class Journal:
         rows: the lines after the first.
     """
 
-    def __init__(self, output: str | Path, made_of: dict[str, Any], *, overwrite: bool):
+    def __init__(self, output: str | Path, made_of: Mapping[str, object], *, overwrite: bool):
         """Claim OUTPUT.part and read it; `made_of` is all that decides its content.
 
         With `overwrite` only what a command with `overwrite` began is gone on with.
@@ -51,14 +51,14 @@ class Journal:
         header = {"made of": made_of, "time": clock.begin(), **({"overwrite": True} if overwrite else {})}
         self._header = as_json(header)
         try:
-            self.rows: list[dict[str, Any]]
+            self.rows: list[JsonObject]
             self.rows, time = processes.from_first(lambda: (self._open(overwrite), clock.time()))
             clock.begin(time)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, overwrite: bool) -> list[dict[str, Any]]:
+    def _open(self, overwrite: bool) -> list[JsonObject]:
         check_output(self.output, overwrite=overwrite or self._is_written())
         if self.path is None:
             return []
@@ -71,7 +71,7 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
 
-    def _read(self, path: Path) -> list[dict[str, Any]]:
+    def _read(self, path: Path) -> list[JsonObject]:
         data = path.read_bytes()
         lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
         header = _loaded(lines[0]) if lines else None
@@ -88,12 +88,12 @@ class Journal:
             )
         if header is not None:
             clock.begin(header.get("time"))  # chat templates see when it was begun
-        found = [_loaded(line) for line in lines[1:]]
-        count = next((i for i, row in enumerate(found) if row is None or WRITTEN in row), len(found))
-        if count < len(found) and found[count] is None:
+        rows = [_loaded(line) for line in lines[1:]]
+        count = next((i for i, row in enumerate(rows) if row is None or WRITTEN in row), len(rows))
+        if count < len(rows) and rows[count] is None:
             tell(f"{path}: line {count + 2} is damaged; going on from there")
         os.truncate(path, sum(map(len, lines[: count + 1])))
-        return [row for row in found[:count] if row is not None]
+        return [row for row in rows[:count] if row is not None]
 
     def _is_written(self) -> bool:
         """Whether OUTPUT is what OUTPUT.part was finished with: a kill came before that was removed."""
@@ -109,12 +109,11 @@ class Journal:
     def cut(self, count: int) -> None:
         """Keep the first `count` rows."""
         self.rows = self.rows[:count]
-
         path = self.path
         if path is not None:
             self._on_first(lambda: os.truncate(path, sum(map(len, path.read_bytes().splitlines(True)[: count + 1]))))
 
-    def add(self, rows: list[dict[str, Any]]) -> None:
+    def add(self, rows: Sequence[JsonObject]) -> None:
         """Append rows; they are on disk when this returns.
 
         Raises:
@@ -137,7 +136,7 @@ class Journal:
         processes.from_first(tried)
 
     def finish(
-        self, rows: list[dict[str, Any]], summary: dict[str, Any] | None = None, to: Path | None = None
+        self, rows: Sequence[JsonObject], summary: Mapping[str, object] | None = None, to: Path | None = None
     ) -> None:
         """Write OUTPUT, to standard output if it is empty, and the summary if there is one; forget what led to them.
 
@@ -151,7 +150,7 @@ class Journal:
         """
         processes.from_first(lambda: self._finish(json_lines(rows), summary, to))
 
-    def _finish(self, data: bytes, summary: dict[str, Any] | None, to: Path | None) -> None:
+    def _finish(self, data: bytes, summary: Mapping[str, object] | None, to: Path | None) -> None:
         if self.path is None:
             return write_output(self.output, data)
         files: list[tuple[Path, str | bytes]] = [(Path(self.output), data)]
@@ -160,7 +159,7 @@ class Journal:
             files.append((to, to_json(summary, indent=1) + "\n"))
         try:
             self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
-            replace_all(files)
+            replace_files(files)
         except OSError as error:
             raise UserError(
                 f"output {self.output}: {reason(error)}; what was computed is in {self.path}; mend that, then give "
@@ -182,16 +181,16 @@ class Journal:
         self.close()
 
 
-def _loaded(line: bytes) -> dict[str, Any] | None:
+def _loaded(line: bytes) -> JsonObject | None:
     """The JSON object on a line; None if there is something else."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def _difference(then: Any, now: dict[str, Any]) -> str:
+def _difference(then: object, now: JsonObject) -> str:
     """What OUTPUT.part is made of that is another now."""
     if not isinstance(then, dict):
         return "was not written by this command"

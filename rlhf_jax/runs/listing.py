@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.json_text import from_json
-from rlhf_jax.runs.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
+from rlhf_jax.runs.directory import METRICS, RECORD, VOID, Record, check_name, is_held, read_record, write_config
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""
@@ -39,9 +38,9 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     return record["stage"], [*config, *options]
 
 
-def last_metrics(path: Path) -> dict[str, Any]:
+def last_metrics(path: Path) -> dict[str, float]:
     """The newest value of every metric near the end of metrics.jsonl, and "step"."""
-    found: dict[str, Any] = {}
+    newest: dict[str, float] = {}
     try:
         with open(path / METRICS, "rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 65536, 0))
@@ -50,13 +49,13 @@ def last_metrics(path: Path) -> dict[str, Any]:
         return {}
     for line in lines:
         try:
-            found.update(from_json(line))
+            newest.update(from_json(line))
         except ValueError:  # the first one is cut, and the last one may be under way
             continue
-    return found
+    return newest
 
 
-def status_of(path: Path, record: dict[str, Any]) -> str:
+def status_of(path: Path, record: Record) -> str:
     """running, finished, stopped (by a signal, saved), failed (with an error), or crashed (killed)."""
     if is_held(path):
         return "running"
@@ -93,11 +92,11 @@ def show(directory: str = "runs") -> None:
     root = Path(directory)
     if not root.is_dir():
         raise UserError(f"{directory} is no directory; write rlhf-jax runs DIR")
-    found = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
-    if not found:
+    runs = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
+    if not runs:
         tell(f"no runs in {directory}")
         return
-    order = sorted(found, key=lambda path: (path / RECORD).stat().st_mtime)
+    order = sorted(runs, key=lambda path: (path / RECORD).stat().st_mtime)
     rows = [["run", "stage", "status", "step", "written", "last metrics"], *map(describe, order)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

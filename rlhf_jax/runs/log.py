@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from rlhf_jax.hosts.files import Lines, replace
+from rlhf_jax.hosts.files import Lines, replace_file
 
 
 class Log:
@@ -21,14 +20,14 @@ class Log:
     def __init__(self, path: Path):
         """Touches nothing."""
         self.path, self.count = path, 0
-        self._lines, self._waiting = Lines(path), list[dict[str, Any]]()
+        self._lines, self._waiting = Lines(path), list[Mapping[str, object]]()
 
     def begin(self, step: int | None) -> None:
         """Make the file, or leave in it what belongs to steps up to `step`."""
         self.count = 0 if step is None else cut_after(self.path, step)
         self._lines.add([])
 
-    def add(self, rows: Sequence[dict[str, Any]], *, sync: bool = False) -> None:
+    def add(self, rows: Sequence[Mapping[str, object]], *, sync: bool = False) -> None:
         """Append rows; with `sync` they have reached the disk when this returns.
 
         Raises:
@@ -53,5 +52,5 @@ def cut_after(path: Path, step: int) -> int:
                 kept.append(line.decode())
         except (ValueError, KeyError, TypeError):  # a line that a kill cut short, or that we did not write
             continue
-    replace(path, "".join(kept))
+    replace_file(path, "".join(kept))
     return len(kept)

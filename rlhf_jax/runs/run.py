@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -22,13 +22,10 @@ from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.files import write_json
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.best import Best
-from rlhf_jax.runs.checkpoint import Checkpoints, reason_of
+from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
 from rlhf_jax.runs.interrupts import Interrupts
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.runs.skips import Skips
-
-Tree = TypeVar("Tree")
-"""A pytree of arrays."""
 
 AGREE_EVERY = 10
 """Steps after which several processes ask one another whether to save or stop; asking waits for the devices."""
@@ -146,7 +143,7 @@ class Run:
         at = {"status": status, "note": note, "step": self.start if step is None else step}
         directory.write_record(self.dir, {**self._about(), **at})
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> directory.Record:
         """What run.json and every checkpoint say of the run."""
         about = {"stage": self.stage, "total": self.total, "given": list(self.given), "cwd": str(Path.cwd())}
         return {**about, "time": clock.time(), "files": self._files, "config": directory.plain(self.settings)}
@@ -293,7 +290,7 @@ class Run:
             self.best.forget(step)
         return like
 
-    def finish(self, summary: Mapping[str, object]) -> dict[str, Any]:
+    def finish(self, summary: Mapping[str, object]) -> directory.Summary:
         """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept."""
         self.metrics.finish()
         summary = {"stage": self.stage, **summary, "skipped": self.skips.total}

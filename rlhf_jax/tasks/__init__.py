@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import replace
+from rlhf_jax.hosts.files import replace_file
 from rlhf_jax.hosts.json_text import json_lines
 
 
@@ -61,4 +61,4 @@ def label_pairs(
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as JSON lines."""
-    replace(path, json_lines(rows))
+    replace_file(path, json_lines(rows))

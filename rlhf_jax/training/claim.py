@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from rlhf_jax.config.saving import StageArgs
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.models.contents import contents
-from rlhf_jax.runs.directory import check_output_dir, read_record
+from rlhf_jax.runs.directory import Summary, check_output_dir, read_record
 
 
-def claim_directory(
-    stage: str, config: Any, given: Sequence[str] = ()
-) -> tuple[dict[str, Any] | None, dict[str, str]]:
+def claim_directory(stage: str, config: StageArgs, given: Sequence[str] = ()) -> tuple[Summary | None, dict[str, str]]:
     """(`check_output_dir`, the `contents` of the config, which `Run` takes), as process 0 finds them.
 
     Chat templates see the time at which the run that is there began, else that of now.
     """
 
-    def claim() -> tuple[dict[str, Any] | None, dict[str, str], str]:
+    def claim() -> tuple[Summary | None, dict[str, str], str]:
         files = contents(config)
         summary = check_output_dir(stage, config, given, files)
         there = None if config.run.overwrite else read_record(Path(config.run.output_dir))
