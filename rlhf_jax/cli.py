@@ -129,7 +129,7 @@ def fields(hint: Hint) -> dict[str, Hint]:
     return typing.get_type_hints(group) if group else {}
 
 
-def dotted(level: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(level: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of nested dicts, or (dotted name, type) of `fields`; of a group, the group first."""
     for name, value in level.items():
         yield prefix + name, value

@@ -8,7 +8,8 @@ import yaml
 
 from rlhf_jax.errors import UserError, reason, shortened
 
-Tree = dict[str, Any]
+Value = str | list["Value"] | dict[str, "Value"]
+Tree = dict[str, Value]
 """Nested dicts and lists of texts: YAML before an option's type says what a text means."""
 
 MOST_NODES = 100_000

@@ -7,7 +7,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.gathering import join
@@ -16,12 +15,13 @@ from rlhf_jax.data.messages import Messages, key_of, split_transcript
 from rlhf_jax.data.rows import DroppedRow, Row, bad_row, empty_row
 from rlhf_jax.data.schemas import kind_of
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.json_text import JsonObject
 
 MOST = 12
 """Responses to one prompt: more than this nobody ranks, and Plackett-Luce takes no larger tie."""
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """A short name of some JSON, the same on every machine."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -51,7 +51,7 @@ class Item:
         """The responses as the file of answers holds them."""
         return self.ranking.items()
 
-    def shown(self, order: list[int]) -> dict[str, Any]:
+    def shown(self, order: list[int]) -> JsonObject:
         """What a rater sees; where a response comes from is not said."""
         texts, finished = self.ranking.responses, self.ranking.finished
         return {

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import bottle
 
@@ -24,6 +25,7 @@ from rlhf_jax.config.label import LONGEST_NAME
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, printable, reason, tell
+from rlhf_jax.hosts.json_text import JsonObject
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,8 +39,6 @@ HEADERS = [
 ]  # fmt: skip
 LONGEST_COMMENT, LARGEST_POST = 10_000, 100_000
 
-WSGI = Callable[..., Iterable[bytes]]
-
 
 class Refused(Exception):
     """What the page asked for cannot be: an HTTP status and a line for the rater."""
@@ -48,15 +48,15 @@ class Refused(Exception):
         self.status = status
 
 
-def guard(app: WSGI, token: str, hosts: tuple[str, ...]) -> WSGI:
+def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIApplication:
     """Answers only below /TOKEN/ and only under a known name, and adds the headers that keep the page to itself.
 
     A page of another site cannot know the token; that it cannot reach us under a name of its own (DNS rebinding) is
     what the Host header is for. Its port may be another, since ports are forwarded.
     """
 
-    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Callable[[bytes], object]:
             return start_response(status, [*headers, *HEADERS], *rest)
 
         name = environ.get("HTTP_HOST", "").lower()
@@ -77,7 +77,7 @@ def guard(app: WSGI, token: str, hosts: tuple[str, ...]) -> WSGI:
     return guarded
 
 
-def _size_is_fine(environ: dict[str, Any]) -> bool:
+def _size_is_fine(environ: WSGIEnvironment) -> bool:
     """Whether a request says how many bytes it brings, and they are not too many."""
     size = environ.get("CONTENT_LENGTH") or "0"
     return (
@@ -93,7 +93,7 @@ class Page:
         self.items, self.votes, self.config = items, votes, config
         self.by_key = {item.key: item for item in items}
 
-    def start(self) -> dict[str, Any]:
+    def start(self) -> JsonObject:
         """What the entry shows: the rows, who may or did answer, and how many items there are."""
         names = self.config.raters or self.votes.raters()
         return {
@@ -103,7 +103,7 @@ class Page:
             "total": len(self.items),
         }
 
-    def rater(self, name: Any) -> str:
+    def rater(self, name: object) -> str:
         """A rater's name, without white space around it."""
         name = name.strip() if isinstance(name, str) else ""
         if not 0 < len(name) <= LONGEST_NAME:
@@ -114,7 +114,7 @@ class Page:
             raise Refused(400, f"{name} is not among the raters of this project.")
         return name
 
-    def item(self, rater: str, at: int | None = None) -> dict[str, Any]:
+    def item(self, rater: str, at: int | None = None) -> JsonObject:
         """The item at a place, by default the first that the rater has not answered, as this rater sees it."""
         rater = self.rater(rater)
         done = self.votes.of(rater)
@@ -132,7 +132,7 @@ class Page:
             answer = {"ranks": ranks, **{name: vote[name] for name in ("comment", "all_bad", "skipped")}}
         return {"at": at, "states": states, "answer": answer, **item.shown(order)}
 
-    def answer(self, said: Any) -> dict[str, Any]:
+    def answer(self, said: object) -> JsonObject:
         """Keep an answer {rater, item, ranks: {name: place}, all_bad, skipped, comment, seconds}."""
         if not isinstance(said, dict):
             raise Refused(400, "An answer is a JSON object.")
@@ -166,11 +166,11 @@ def _state(vote: Row | None) -> str:
     return "" if vote is None else "skipped" if vote["skipped"] else "done"
 
 
-def _seconds(said: Any) -> float | None:
+def _seconds(said: object) -> float | None:
     return round(float(said), 1) if isinstance(said, (int, float)) and 0 <= said < 1e9 else None
 
 
-def ranks_of(item: Item, said: dict[str, Any]) -> list[int | None]:
+def ranks_of(item: Item, said: JsonObject) -> list[int | None]:
     """Ranks in row order, 0 the best, none left out; all null if skipped, all 0 if all are bad and none is ranked.
 
     Raises:
@@ -191,7 +191,7 @@ def make_app(page: Page) -> bottle.Bottle:
     """The routes of the page; every answer but files is JSON, errors are {"error": line}."""
     app = bottle.Bottle()
 
-    def as_json(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def as_json(call: Callable[[], JsonObject]) -> JsonObject:
         try:
             return call()
         except Refused as refused:
@@ -199,31 +199,31 @@ def make_app(page: Page) -> bottle.Bottle:
             return {"error": str(refused)}
 
     @app.get("/")
-    def index() -> Any:
+    def index() -> bottle.HTTPResponse:
         return bottle.static_file("page.html", root=STATIC)
 
     @app.get("/<name:re:[a-z]+\\.(css|js|svg)>")
-    def static(name: str) -> Any:
+    def static(name: str) -> bottle.HTTPResponse:
         return bottle.static_file(name, root=STATIC)
 
     @app.get("/api/start")
-    def start() -> dict[str, Any]:
+    def start() -> JsonObject:
         return page.start()
 
     @app.get("/api/item")
-    def item() -> dict[str, Any]:
+    def item() -> JsonObject:
         at = bottle.request.query.get("at", type=int)
         return as_json(lambda: page.item(bottle.request.query.getunicode("rater"), at))
 
     @app.get("/api/agreement")
-    def agreement() -> dict[str, Any]:
+    def agreement() -> JsonObject:
         return page.votes.agreement()
 
     @app.post("/api/answer")
-    def answer() -> dict[str, Any]:
+    def answer() -> JsonObject:
         return as_json(lambda: page.answer(posted()))
 
-    def posted() -> Any:
+    def posted() -> object:
         try:
             return bottle.request.json
         except RecursionError:
@@ -255,7 +255,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
-    def handle_error(self, *args: Any) -> None:
+    def handle_error(self, *args: object) -> None:
         """Says nothing of a client that went away or was too slow."""
 
 
@@ -264,17 +264,17 @@ class QuietHandler(WSGIRequestHandler):
 
     timeout = 60
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, *args: object) -> None:
         pass
 
-    def get_stderr(self) -> Any:
+    def get_stderr(self) -> io.StringIO:
         return io.StringIO()  # the app says what went wrong in a line of its own
 
     def address_string(self) -> str:
         return str(self.client_address[0])
 
 
-def make_server(config: LabelArgs, app: WSGI) -> Server:
+def make_server(config: LabelArgs, app: WSGIApplication) -> Server:
     """A server that listens where the config says.
 
     Raises:
@@ -295,11 +295,11 @@ def make_server(config: LabelArgs, app: WSGI) -> Server:
 
 def summary(votes: Votes, total: int) -> str:
     """What was gathered, in lines."""
-    found = votes.agreement()
-    lines = [f"{sum(one['answers'] for one in found['raters'])} answers by {len(found['raters'])} raters"]
-    if found["share"] is not None:
-        lines[0] += f"; two raters agree on {found['share']:.1%} of {found['pairs']} pairs"
-    for one in found["raters"]:
+    said = votes.agreement()
+    lines = [f"{sum(one['answers'] for one in said['raters'])} answers by {len(said['raters'])} raters"]
+    if said["share"] is not None:
+        lines[0] += f"; two raters agree on {said['share']:.1%} of {said['pairs']} pairs"
+    for one in said["raters"]:
         tau = "" if one["tau"] is None else f", Kendall's tau with the others {one['tau']:+.2f}"
         lines.append(
             f"  {printable(one['rater'])}: {one['answers']} of {total} answered, {one['skipped']} skipped{tau}"

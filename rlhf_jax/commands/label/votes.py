@@ -7,7 +7,6 @@ import os
 import threading
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from rlhf_jax.data.sources import read_rows
 from rlhf_jax.data.votes import VOTE
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import Lines, check_writable, hold
+from rlhf_jax.hosts.json_text import JsonObject
 
 START = b'{"item": "'
 """How every line begins."""
@@ -98,7 +98,7 @@ class Votes:
         with self._one_at_a_time:
             return list(dict.fromkeys(rater for _, rater in self.latest))
 
-    def agreement(self) -> dict[str, Any]:
+    def agreement(self) -> JsonObject:
         """How far raters agree.
 
         {share, pairs} over all verdicts on the same two responses by two raters, and for each rater {answers, skipped,

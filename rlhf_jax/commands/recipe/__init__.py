@@ -10,19 +10,18 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax import cli
 from rlhf_jax.commands.recipe.reading import Stage, read, replaced
 from rlhf_jax.commands.recipe.record import Action, Record
-from rlhf_jax.commands.recipe.report import figures_of, planned, summary_of, table
+from rlhf_jax.commands.recipe.report import Figures, figures_of, planned, summary_of, table
 from rlhf_jax.config import RecipeArgs, functions
+from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import write_json
 from rlhf_jax.hosts.processes import say
-from rlhf_jax.hosts.yamls import Tree
-from rlhf_jax.runs.directory import SUMMARY
+from rlhf_jax.runs.directory import SUMMARY, Summary
 
 IN_ONE_PROCESS = {"rate", "convert", "data prepare", "data aggregate", "data make"}
 """Commands that process 0 runs while the others wait."""
@@ -32,12 +31,12 @@ WORDS: dict[Action, str] = {"skip": "finished before", "run": "to do", "replace"
 
 
 def stages_of(
-    config: RecipeArgs, changes: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None
+    config: RecipeArgs, changes: Mapping[str, object] | None = None, recipe: Mapping[str, object] | None = None
 ) -> tuple[list[Stage], Path]:
     """All stages of all rounds and the directory they go to, checked; see `run`."""
-    tree: Tree
+    tree: Mapping[str, object]
     if recipe is not None:
-        where, tree = "recipe", dict(recipe)
+        where, tree = "recipe", recipe
     elif config.path:
         where, (_, tree) = config.path, cli.read(config.path, "recipe")
     else:
@@ -54,8 +53,8 @@ def stages_of(
 
 
 def run(
-    config: RecipeArgs, changes: Mapping[str, Any] | None = None, *, recipe: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+    config: RecipeArgs, changes: Mapping[str, object] | None = None, *, recipe: Mapping[str, object] | None = None
+) -> Summary:
     """Run the stages that are not finished, in order; prints a table, writes summary.json and returns the summary.
 
     Args:
@@ -86,7 +85,7 @@ def run(
             say(f"\n[{number}/{len(stages)}] {one.label}: {one.command}, {WORDS[actions[one.label]]}")
             if actions[one.label] != "skip":
                 perform(one, actions[one.label], record)
-        summary: dict[str, Any] = processes.from_first(lambda: conclude(stages, actions, record))
+        summary = processes.from_first(lambda: conclude(stages, actions, record))
     finally:
         record.close()
     say("\n" + table(summary) + f"\n\nrecipe: {root / SUMMARY}")
@@ -99,7 +98,7 @@ def perform(one: Stage, action: Action, record: Record) -> None:
     processes.from_first(lambda: record.start(one, action))
     started = time.time()
 
-    def call() -> dict[str, Any]:
+    def call() -> Figures:
         return figures_of(one, cli.execute(one.command, settings))
 
     try:
@@ -113,14 +112,14 @@ def perform(one: Stage, action: Action, record: Record) -> None:
     gc.collect()  # models in reference cycles would stay on the devices while the next stage loads its own
 
 
-def conclude(stages: Sequence[Stage], actions: Mapping[str, Action], record: Record) -> dict[str, Any]:
+def conclude(stages: Sequence[Stage], actions: Mapping[str, Action], record: Record) -> Summary:
     """Write summary.json; returns what it holds."""
     summary = summary_of(stages, actions, record.entries)
     write_json(record.root / SUMMARY, summary)
     return summary
 
 
-def with_overwrite(config: Any) -> Any:
+def with_overwrite(config: Settings) -> Settings:
     """The config of a command that may replace what it made before."""
     if hasattr(config, "run"):
         return functions.replace(config, run__overwrite=True)

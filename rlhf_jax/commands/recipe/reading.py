@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from rlhf_jax import cli
+from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.yamls import Tree, texts
+from rlhf_jax.hosts.yamls import Tree, Value, texts
 from rlhf_jax.runs.directory import OURS
 
 TOP = ("output_dir", "variables", "defaults", "stages")
@@ -43,7 +44,7 @@ class Stage:
     round: int
     command: str
     options: Tree
-    config: Any
+    config: Settings
     output: str
     inputs: tuple[str, ...]
 
@@ -63,7 +64,7 @@ class Known:
         run: whether it is the run directory of a stage.
     """
 
-    value: Any
+    value: Value
     stages: frozenset[str] = frozenset()
     run: bool = False
 
@@ -87,7 +88,7 @@ def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
     Raises:
         UserError: the first thing that does not fit, with the file and the stage.
     """
-    check_names(tree, TOP, f"{where}: a recipe")
+    group_of(tree, TOP, f"{where}: a recipe")
     root = output_dir or tree.get("output_dir", "")
     if not isinstance(root, str) or not root:
         raise UserError(f"{where}: there is no output_dir; say where to write, as --output_dir runs/first")
@@ -120,7 +121,7 @@ class Recipe:
         """A UserError with the file's name and a place in it."""
         return UserError(f"{self.where}: {place}: {line}")
 
-    def stages(self, entries: Any, names: Scope) -> Iterator[Stage]:
+    def stages(self, entries: object, names: Scope) -> Iterator[Stage]:
         """The stages of a recipe; `names` gains what they make."""
         for entry in self.entries(entries, "stages"):
             if "rounds" in entry:
@@ -128,21 +129,22 @@ class Recipe:
             else:
                 yield self.stage(entry, names, 0)
 
-    def entries(self, found: Any, place: str) -> list[Tree]:
+    def entries(self, value: object, place: str) -> list[Tree]:
         """A list of stages or rounds."""
-        if not isinstance(found, list) or not found or not all(isinstance(entry, dict) for entry in found):
-            raise self.error(place, f"{found!r} is no list of stages; write [{{name: sft, command: sft, ...}}, ...]")
-        return found
+        if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
+            raise self.error(place, f"{value!r} is no list of stages; write [{{name: sft, command: sft, ...}}, ...]")
+        return value
 
     def rounds(self, entry: Tree, names: Scope) -> Iterator[Stage]:
         """The stages of every round. A carried name is `first` in round 1, and what `then` was in the round before."""
-        check_names(entry, OF_ROUNDS, f"{self.where}: rounds")
+        group_of(entry, OF_ROUNDS, f"{self.where}: rounds")
         count = filled(entry["rounds"], names, f"{self.where}: rounds", set())
         if not isinstance(count, str) or not count.isdigit() or count == "0":
             raise self.error("rounds", f"{count!r} is no number of rounds; give a whole number of at least 1")
-        carry = as_group(entry.get("carry", {}), f"{self.where}: carry")
-        for name, both in carry.items():
-            check_names(both, OF_CARRY, f"{self.where}: carry.{name}", all_of_them=True)
+        carry = {
+            name: group_of(both, OF_CARRY, f"{self.where}: carry.{name}", all_of_them=True)
+            for name, both in as_group(entry.get("carry", {}), f"{self.where}: carry").items()
+        }
         carried = {name: self.known(both["first"], names, f"carry.{name}.first") for name, both in carry.items()}
         for round_ in range(1, int(count) + 1):
             scope = {**names, "round": Known(str(round_))}
@@ -154,7 +156,7 @@ class Recipe:
         del scope["round"]
         names |= scope | carried
 
-    def known(self, value: Any, names: Scope, place: str) -> Known:
+    def known(self, value: Value, names: Scope, place: str) -> Known:
         """What a value with references stands for."""
         stages: set[str] = set()
         return Known(filled(value, names, f"{self.where}: {place}", stages), frozenset(stages))
@@ -188,9 +190,10 @@ class Recipe:
                 put(options, option, value)
         options = merged(options, {key: value for key, value in entry.items() if key not in ("name", "command")})
         used: set[str] = set()
-        options = filled(options, names, f"{self.where}: {place}", used)
+        options = {key: filled(value, names, f"{self.where}: {place}: {key}", used) for key, value in options.items()}
         here = self.root / label_of(name, round_)
-        output = at(options, target) or str(here) + (".jsonl" if target == "output" and command != "convert" else "")
+        ending = ".jsonl" if target == "output" and command != "convert" else ""
+        output = dict(cli.dotted(options)).get(target) or f"{here}{ending}"
         put(options, target, output)
         self.add(names, name, Known(output, frozenset([label_of(name, round_)]), target == "run.output_dir"))
         try:
@@ -211,7 +214,7 @@ class Recipe:
                 raise self.error("defaults", cli.misfit(option, value, hints[option]))
 
 
-def filled(value: Any, names: Scope, where: str, used: set[str]) -> Any:
+def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
     """A value with its references filled in; `used` gains the stages that they come from.
 
     Of a list, an item that is a reference to a list becomes the items of that one.
@@ -219,11 +222,11 @@ def filled(value: Any, names: Scope, where: str, used: set[str]) -> Any:
     if isinstance(value, dict):
         return {name: filled(inner, names, f"{where}: {name}", used) for name, inner in value.items()}
     if isinstance(value, list):
-        out: list[Any] = []
+        items: list[Value] = []
         for item in value:
-            found = filled(item, names, where, used)
-            out += found if isinstance(item, str) and isinstance(found, list) else [found]
-        return out
+            new = filled(item, names, where, used)
+            items += new if isinstance(item, str) and isinstance(new, list) else [new]
+        return items
     template = string.Template(value)
     if not template.is_valid():
         raise UserError(f"{where}: {value!r} has a $ that starts no name; write $$ for the sign itself")
@@ -252,50 +255,46 @@ def nearest_of(name: str, names: Scope) -> str:
     return f"; there are {', '.join('$' + known for known in names)}" if names else "; nothing comes before it"
 
 
-def check_names(found: Any, known: Sequence[str], where: str, *, all_of_them: bool = False) -> None:
-    """Raise a UserError unless `found` is a group with none but known names."""
-    for name in as_group(found, where):
+def group_of(value: object, known: Sequence[str], where: str, *, all_of_them: bool = False) -> Tree:
+    """A group as it is; UserError if it is none, or has other names than the known ones, or not all of them."""
+    group = as_group(value, where)
+    for name in group:
         if name not in known:
             raise UserError(f"{where} has no {name!r}; it has {', '.join(known)}")
-    missing = [name for name in known if name not in found]
+    missing = [name for name in known if name not in group]
     if all_of_them and missing:
         raise UserError(f"{where} has no {missing[0]}; give {', '.join(known)}")
+    return group
 
 
-def as_group(found: Any, where: str) -> Tree:
-    """A mapping as it is."""
-    if not isinstance(found, dict):
-        raise UserError(f"{where} is {found!r}; write names and values")
-    return found
+def as_group(value: object, where: str) -> Tree:
+    """A group as it is; UserError if it is none."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}; write names and values")
+    return value
 
 
-def at(tree: Tree, dotted: str) -> Any:
-    """What stands at a dotted name, or None."""
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None  # type: ignore[assignment]
-    return tree
-
-
-def put(tree: Tree, dotted: str, value: Any) -> None:
+def put(tree: Tree, dotted: str, value: Value) -> None:
     """Set what stands at a dotted name, making the groups on the way."""
     *groups, last = dotted.split(".")
-    for part in groups:
-        if not isinstance(tree.get(part), dict):
-            tree[part] = {}
-        tree = tree[part]
+    for group in groups:
+        inner = tree.get(group)
+        if not isinstance(inner, dict):
+            inner = tree[group] = {}
+        tree = inner
     tree[last] = value
 
 
 def merged(below: Tree, above: Tree) -> Tree:
     """Two trees as one; where both have a value, that of `above`."""
     both = {
-        name: merged(below[name], value) if isinstance(value, dict) and isinstance(below.get(name), dict) else value
-        for name, value in above.items()
+        name: merged(under, over) if isinstance(under := below.get(name), dict) and isinstance(over, dict) else over
+        for name, over in above.items()
     }
     return {**below, **both}
 
 
-def as_texts(value: Any) -> Any:
+def as_texts(value: object) -> Value:
     """A tree of Python's values as one of texts."""
     if isinstance(value, Mapping):
         return {str(name): as_texts(inner) for name, inner in value.items()}
@@ -307,25 +306,25 @@ def as_texts(value: Any) -> Any:
 class Plain(yaml.SafeDumper):
     """YAML that does not quote texts because they look like numbers: `cli.Texts` reads them back as they are."""
 
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
         """The tag of a text is that of texts, whatever it looks like."""
         return super().resolve(kind, value, implicit) if kind is not yaml.ScalarNode else self.DEFAULT_SCALAR_TAG
 
 
-def as_argument(value: Any) -> str:
+def as_argument(value: Value) -> str:
     """A tree as the text that the command line takes for it."""
     if isinstance(value, str):
         return value
     return yaml.dump(value, Dumper=Plain, default_flow_style=True, width=10**9, sort_keys=False).strip()
 
 
-def replaced(tree: Tree, changes: Mapping[str, Any], where: str) -> Tree:
+def replaced(tree: Mapping[str, object], changes: Mapping[str, object], where: str) -> Tree:
     """A recipe with other values at variables.NAME, defaults.OPTION and stages.STAGE.OPTION.
 
     Raises:
         UserError: there is no such variable or stage.
     """
-    tree = as_texts(tree)
+    recipe = {str(name): as_texts(value) for name, value in tree.items()}
     for dotted, value in changes.items():
         group, _, rest = dotted.partition(".")
         new = as_texts(value)
@@ -336,34 +335,23 @@ def replaced(tree: Tree, changes: Mapping[str, Any], where: str) -> Tree:
                 raise UserError(f"--{dotted} {new!r} is no list or group; close its brackets") from error
         if group == "stages":
             name, _, rest = rest.partition(".")
-            stage = find(tree.get("stages"), name)
-            if stage is None or not rest:
-                known = list(names_of(tree.get("stages")))
-                raise UserError(f"--{dotted}: {where} has no stage {name!r}{cli.nearest(name, known, '')}")
-            put(stage, rest, new)
-        elif group == "variables" and rest not in tree.get("variables", {}):
-            known = list(tree.get("variables", {}))
-            raise UserError(f"--{dotted}: {where} has no variable {rest!r}{cli.nearest(rest, known, '')}")
+            stages = {str(one.get("name", one.get("command"))): one for one in entries_of(recipe.get("stages"))}
+            if name not in stages or not rest:
+                raise UserError(f"--{dotted}: {where} has no stage {name!r}{cli.nearest(name, list(stages), '')}")
+            put(stages[name], rest, new)
+        elif group == "variables" and rest not in (variables := recipe.get("variables", {})):
+            raise UserError(
+                f"--{dotted}: {where} has no variable {rest!r}{cli.nearest(rest, [*map(str, variables)], '')}"
+            )
         else:
-            put(tree, dotted, new)
-    return tree
+            put(recipe, dotted, new)
+    return recipe
 
 
-def entries_of(stages: Any) -> Iterator[Tree]:
+def entries_of(stages: object) -> Iterator[Tree]:
     """Every stage that stands in a list, in rounds too."""
     for entry in stages if isinstance(stages, list) else []:
         if isinstance(entry, dict) and "rounds" in entry:
             yield from entries_of(entry.get("stages"))
         elif isinstance(entry, dict):
             yield entry
-
-
-def names_of(stages: Any) -> Iterator[str]:
-    """Their names."""
-    for entry in entries_of(stages):
-        yield str(entry.get("name", entry.get("command")))
-
-
-def find(stages: Any, name: str) -> Tree | None:
-    """The stage of a name."""
-    return next((e for e, found in zip(entries_of(stages), names_of(stages), strict=True) if found == name), None)

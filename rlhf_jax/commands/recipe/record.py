@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO, Literal
 
 from rlhf_jax.commands.recipe.reading import Stage
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts import files
+from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.models.contents import contents, digest_below
 from rlhf_jax.runs import directory
 
@@ -37,8 +38,8 @@ class Record:
     def __init__(self, root: Path):
         """Of the directory `root`; touches nothing."""
         self.root, self.path = root, root / FILE
-        self.entries: dict[str, Any] = {}
-        self._lock: Any = None
+        self.entries: JsonObject = {}
+        self._lock: BinaryIO | None = None
 
     def claim(self) -> None:
         """Make the directory and keep other processes out until `close`.
@@ -67,10 +68,10 @@ class Record:
         Raises:
             UserError: a stage has changed, or what it reads has, since it was made, and not `overwrite`.
         """
-        found: dict[str, Action] = {}
+        actions: dict[str, Action] = {}
         for stage in stages:
             entry = self.entries.get(stage.label)
-            why = self.changed(stage, found) if entry else ""
+            why = self.changed(stage, actions) if entry else ""
             if why and not overwrite:
                 raise UserError(
                     f"stage {stage.label}: {stage.output} {why}; pass --overwrite true to make it and what follows "
@@ -78,14 +79,14 @@ class Record:
                 )
             output = Path(stage.output)
             if why:
-                found[stage.label] = "replace"
+                actions[stage.label] = "replace"
             elif entry and entry["status"] == "finished" and output.exists():
-                found[stage.label] = "skip"
+                actions[stage.label] = "skip"
             else:  # a run directory knows itself what of it is this stage's work
                 begun = entry or overwrite
                 replaces = entry and entry.get("replaces") and not (output / directory.RECORD).exists()
-                found[stage.label] = "replace" if begun and (output.is_file() or replaces) else "run"
-        return found
+                actions[stage.label] = "replace" if begun and (output.is_file() or replaces) else "run"
+        return actions
 
     def changed(self, stage: Stage, actions: dict[str, Action]) -> str:
         """How a stage differs from what there is of it, in words; empty if it does not."""
@@ -126,11 +127,15 @@ class Record:
         }
         self._write()
 
-    def finish(self, stage: Stage, wall_s: float, figures: dict[str, Any]) -> None:
+    def finish(self, stage: Stage, wall_s: float, figures: Mapping[str, float]) -> None:
         """Write that it is done, and what came out."""
-        done = {"status": "finished", "id": secrets.token_hex(8), "wall_s": wall_s, "figures": figures}
-        done["made"] = digest_below(Path(stage.output))
-        self.entries[stage.label] |= done
+        self.entries[stage.label] |= {
+            "status": "finished",
+            "id": secrets.token_hex(8),
+            "wall_s": wall_s,
+            "figures": figures,
+            "made": digest_below(Path(stage.output)),
+        }
         self._write()
 
     def _write(self) -> None:

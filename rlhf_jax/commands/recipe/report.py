@@ -6,13 +6,17 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax.commands.recipe.reading import Stage, as_argument
 from rlhf_jax.commands.recipe.record import Action
 from rlhf_jax.config.functions import flat
 from rlhf_jax.hosts.files import read_object
+from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.runs.curves import text_table
+from rlhf_jax.runs.directory import Summary
+
+Figures = dict[str, float]
+"""Dotted name -> a number of what a command returned or wrote."""
 
 GOLD = re.compile(r"after\.eval/gold|models\..*\.gold\.mean")
 """Figures that are the gold reward of what a stage made; of several models that it evaluated, the last one's."""
@@ -43,22 +47,20 @@ def planned(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
     return "\n".join(lines)
 
 
-def figures_of(stage: Stage, result: Any) -> dict[str, Any]:
+def figures_of(stage: Stage, result: object) -> Figures:
     """The numbers of what a command returned, dotted, and of the summary beside its output if there is one."""
-    found = dict(result) if isinstance(result, Mapping) else {}
+    told = dict(result) if isinstance(result, Mapping) else {}
     if isinstance(result, list):
-        found["rows"] = len(result)
+        told["rows"] = len(result)
     beside = Path(stage.output).with_suffix(".summary.json")
     if beside.is_file():
-        found |= read_object(beside, "make the stage anew")
+        told |= read_object(beside, "make the stage anew")
     return {
-        name: value for name, value in flat(found) if isinstance(value, (int, float)) and not isinstance(value, bool)
+        name: value for name, value in flat(told) if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 
 
-def summary_of(
-    stages: Sequence[Stage], actions: Mapping[str, Action], entries: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def summary_of(stages: Sequence[Stage], actions: Mapping[str, Action], entries: Mapping[str, JsonObject]) -> Summary:
     """{stages, rounds, wall_s}: of every stage label, command, output, wall time and figures; of every round its gold
     reward, which is that of its last stage that has one. A stage that was finished before counts with its time then.
     """
@@ -82,13 +84,13 @@ def summary_of(
     return {"stages": rows, "rounds": list(rounds.values()), "wall_s": round(sum(row["wall_s"] for row in rows), 2)}
 
 
-def table(summary: Mapping[str, Any]) -> str:
+def table(summary: Summary) -> str:
     """A line per stage, and the gold reward of every round."""
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for row in summary["stages"]:
         told = {what: row["figures"][name] for name, what in SHOWN.items() if name in row["figures"]}
         models = [re.fullmatch(r"models\.(.*)\.(gold|kl)\.mean", name) for name in row["figures"]]
-        told |= {f"{found[2]} of {found[1]}": row["figures"][found[0]] for found in models if found}
+        told |= {f"{name[2]} of {name[1]}": row["figures"][name[0]] for name in models if name}
         said = ", ".join(f"{what} {value:.4g}" for what, value in told.items())
         rows.append([row["stage"], row["command"], row["wall_s"], said])
     lines = [text_table(["stage", "command", "wall s", "figures"], [*rows, ["total", "", summary["wall_s"], ""]])]
