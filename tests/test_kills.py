@@ -55,7 +55,7 @@ def left(path: Path) -> dict:
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return {
         "names": sorted(str(file.relative_to(path)) for file in path.rglob("*") if "checkpoints/" not in str(file)),
-        "steps": directory.steps_in(path),
+        "steps": directory.steps_in(path / directory.CHECKPOINTS),
         "metrics": [(row["step"], row["value"]) for row in rows],
         "samples": (path / "samples.jsonl").read_text(),
         "weights": (path / "model" / "weights").read_text(),

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import replace_file, sync
 from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
+from rlhf_jax.runs.directory import steps_in
 
 Tree = TypeVar("Tree")
 """A pytree of arrays."""
@@ -81,9 +82,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint is on disk, ascending; damaged ones that nobody has read yet count."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d{8,}", path.name))
+        return steps_in(self.directory)
 
     def save(self, step: int, tree: object, record: JsonObject) -> None:
         """Copy the arrays of `tree` to the host and write them and `record` in the background.
@@ -159,19 +158,15 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but all are damaged.
         """
-        for leftover in self._named(LEFTOVERS):
+        for leftover in [path for path in self.directory.glob("*") if path.name.startswith(LEFTOVERS)]:
             shutil.rmtree(leftover)
         newest = next((step for step in reversed(self.steps()) if self.check(step, say)), None)
-        if newest is None and any(self._named(("",), "*.damaged*")):
+        if newest is None and any(self.directory.glob("*.damaged*")):
             raise UserError(
                 f"{self.directory} holds damaged checkpoints only; start anew with --run.overwrite true, or put an "
                 "intact copy there"
             )
         return newest
-
-    def _named(self, prefixes: tuple[str, ...], pattern: str = "*") -> Iterator[Path]:
-        for prefix in prefixes:
-            yield from list(self.directory.glob(prefix + pattern))
 
     def holds(self, step: int, say: Callable[[str], None]) -> bool:
         """Whether there is an intact checkpoint of a step. Process 0 only."""
@@ -183,11 +178,10 @@ class Checkpoints:
         wrong = damage(path)
         if not wrong:
             return True
-        aside = path.with_name(f"{path.name}.damaged")
-        for i in range(1, 1000):
-            if not aside.exists():
-                break
-            aside = path.with_name(f"{path.name}.damaged-{i}")
+        places = (
+            path.with_name(f"{path.name}.damaged{ending}") for ending in ("", *(f"-{i}" for i in range(1, 1000)))
+        )
+        aside = next(place for place in places if not place.exists())
         path.rename(aside)
         say(f"checkpoint of step {step} is damaged: {wrong}; set aside as {aside}, the one before it is used")
         return False
@@ -274,9 +268,8 @@ def damage(directory: Path) -> str:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    if {name for name, _, _ in entries} != {str(path.relative_to(directory)) for path in files_of(directory)}:
-        names = {name for name, _, _ in entries} ^ {str(p.relative_to(directory)) for p in files_of(directory)}
-        return f"{min(names)} is missing, or does not belong there"
+    if odd := {name for name, _, _ in entries} ^ {str(path.relative_to(directory)) for path in files_of(directory)}:
+        return f"{min(odd)} is missing, or does not belong there"
     for name, size, digest in entries:
         try:
             with open(directory / name, "rb") as file:

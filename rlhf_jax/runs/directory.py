@@ -107,7 +107,7 @@ def check_output_dir(
     if same:
         tell(f"{stage}: {path} is finished; --run.overwrite true would run it again")
         return read_summary(path, "--run.overwrite true")
-    if not steps_in(path):
+    if not steps_in(path / CHECKPOINTS):
         raise UserError(
             f"run.output_dir {path} is finished and its checkpoints are gone; start a new run with model.path "
             f"{path / 'model'}, or set checkpoint.keep_finished true another time"
@@ -266,7 +266,7 @@ def read_record(path: Path) -> Record | None:
         config = yamls.load(text, yamls.Values)
     except (OSError, ValueError, yaml.YAMLError):
         header, config = "", None
-    saved = [_object(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path)]
+    saved = [_object(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path / CHECKPOINTS)]
     about: Record = next((each["run"] for each in reversed(saved) if each and "run" in each), {})
     if isinstance(config, dict) and header.startswith("# rlhf-jax ") and " --config " in header:
         stage = header.removeprefix("# rlhf-jax ").partition(" --config ")[0]
@@ -287,9 +287,8 @@ def _object(file: Path) -> JsonObject | None:
     return value if isinstance(value, dict) else None
 
 
-def steps_in(path: Path) -> list[int]:
-    """Steps of the checkpoints of a run, ascending."""
-    folder = path / CHECKPOINTS
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in their directory, ascending."""
     names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit() and len(name) >= 8)
 

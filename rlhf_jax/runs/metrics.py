@@ -76,18 +76,13 @@ class RunMetrics:
         self.last: dict[str, float] = {}
         self.started = self._since = time.time()
         self._pending: Pending | None = None
-        self._metrics, self._samples = (Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES))
+        self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
         self._disk_full = False
         self._events: SummaryWriter | None = None
 
-    @property
-    def logs(self) -> tuple[Log, Log]:
-        """The files of metrics and samples."""
-        return self._metrics, self._samples
-
     def prepare(self, step: int | None) -> None:
         """Make the files ready, of a run that goes on after `step` if there is one; process 0 only."""
-        for log in self.logs:
+        for log in self._logs.values():
             log.begin(step)
         if self.settings.run.tensorboard:
             from tensorboardX import SummaryWriter
@@ -106,8 +101,8 @@ class RunMetrics:
         """Go on where a checkpoint's record says that the run stood after `step`; says which lines are lost."""
         self.skips.total, self.skips.streak = record["skipped"], record["streak"]
         self.last = record["metrics"]
-        for log in self.logs:
-            written = record.get("lines", {}).get(log.path.name, log.count)
+        for name, log in self._logs.items():
+            written = record.get("lines", {}).get(name, log.count)
             if log.count != written:
                 line = f"has {log.count} whole lines up to step {step}, but {written} were written"
                 self.say(f"{self.stage}: {log.path} {line}; what is missing is lost")
@@ -180,7 +175,7 @@ class RunMetrics:
         self.last = {**self.last, **metrics}
         if not self.is_writer:
             return
-        self._append(self._metrics, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])
+        self._append(METRICS, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
@@ -189,9 +184,10 @@ class RunMetrics:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, of text and numbers, to samples.jsonl."""
         if self.is_writer and rows:
-            self._append(self._samples, [{"step": step, **row} for row in rows])
+            self._append(SAMPLES, [{"step": step, **row} for row in rows])
 
-    def _append(self, log: Log, rows: list[dict[str, Any]]) -> None:
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        log = self._logs[name]
         try:
             log.add(rows)
             self._disk_full = False
@@ -206,15 +202,15 @@ class RunMetrics:
     def sync(self) -> dict[str, int]:
         """Have all lines reach the disk; how many each file has, those that a full disk refused included."""
         if self.is_writer:
-            for log in self.logs:
+            for log in self._logs.values():
                 log.sync()
-        return {log.path.name: log.count for log in self.logs}
+        return {name: log.count for name, log in self._logs.items()}
 
     def finish(self) -> None:
         """Write what is pending, and what a full disk had refused."""
         self.flush()
         if self.is_writer:
-            for log in self.logs:
+            for log in self._logs.values():
                 log.add([], sync=True)
 
     def close(self) -> None:
