@@ -1,4 +1,4 @@
-"""What every class of settings is: frozen, its fields of the types that they say, the home directory in its paths."""
+"""The decorator of every class of settings: a frozen dataclass that checks the types of its values."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def hints_of(cls: type) -> dict[str, object]:
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: Class) -> Class:
-    """Makes a frozen dataclass whose values are those of its types, in notebooks too, where no command line looks.
+    """Make a frozen dataclass that checks its values against its types, in notebooks too, without a command line.
 
-    Lists and tuples may be given for each other, whole numbers for numbers, and path objects for paths.
+    A list may be given for a tuple and the other way round, a whole number for a number, a path object for a path.
     """
     check = cls.__post_init__ if hasattr(cls, "__post_init__") else None
 
@@ -75,10 +75,10 @@ def settings(cls: Class) -> Class:
 
 
 def fitted(value: Any, hint: object) -> object:
-    """The value as a type has it.
+    """A value as an instance of a type.
 
     Raises:
-        TypeError: it is of another.
+        TypeError: it does not fit.
     """
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is PathText:

@@ -1,4 +1,4 @@
-"""Calls of what is not ours, functions of users and servers: within a time limit, tried again."""
+"""Calls of code that is not ours, such as users' functions and servers: with a time limit, and tried again."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Failed(Exception):
 
 
 def attempt(fn: Callable[[], Result], timeout: float, limit: str) -> Result:
-    """fn(), in a thread of its own if there is a timeout in seconds: whoever hangs there is left behind.
+    """fn(). With a timeout (seconds; 0: none) it runs in a thread of its own, which is left behind if it hangs.
 
-    `limit` names the option that sets the timeout. What fn raises to end the program, as sys.exit does, is an error
-    like others; but Ctrl-C, which comes to a call without a timeout, is not.
+    `limit` names the option that sets the timeout. If fn ends the program, as sys.exit does, that is an error like
+    others; but a Ctrl-C during a call without a timeout stays what it is.
 
     Raises:
-        TimeoutError: it is not done by then.
+        TimeoutError: fn is not done in time.
         Exception: whatever fn raises.
     """
     results: list[Result] = []
@@ -57,7 +57,7 @@ def attempt(fn: Callable[[], Result], timeout: float, limit: str) -> Result:
 def persist(
     fn: Callable[[], Result], *, timeout: float, retries: int, limit: str, final: tuple[type[Exception], ...] = ()
 ) -> Result:
-    """attempt(fn), tried again `retries` times, but not after an error of a kind in `final`, which is raised.
+    """attempt(fn), with up to `retries` further attempts; an error of a kind in `final` is raised at once.
 
     Raises:
         Failed: every attempt raised or ran out of time.
@@ -75,7 +75,7 @@ def persist(
 
 
 class _Late(BaseException):
-    """Raised by the watch in a thread whose time is over; no `except Exception` on the way stops it."""
+    """Raised in a thread whose time is over; not an Exception, so that fn's own handlers let it pass."""
 
 
 class _Watch:
@@ -126,14 +126,14 @@ _watch = _Watch()
 
 
 def _spent(thread: int) -> float:
-    """Seconds that a thread has computed; where that is not known, of the clock."""
+    """Seconds for which a thread has computed; where the system does not tell, seconds of the clock."""
     if hasattr(time, "pthread_getcpuclockid"):
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
     return time.monotonic()
 
 
 def limited(fn: Callable[[], Result], seconds: float) -> Result:
-    """fn(), in this thread, which may be any, for at most so many seconds of computing in Python.
+    """fn(), in the calling thread, ended after so many seconds of computing in Python.
 
     Raises:
         TimeoutError: it was not done by then, and has been ended.

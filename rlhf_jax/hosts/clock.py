@@ -9,7 +9,7 @@ _began: datetime | None = None
 
 
 def begin(text: str | None = None) -> str:
-    """Have the clock stand, at a time that `time` gave or now; returns `time`."""
+    """Set the clock to a text that `time` returned, else to now; it stands still there. Returns `time()`."""
     global _began
     _began = None
     with contextlib.suppress(ValueError, TypeError):
@@ -18,12 +18,12 @@ def begin(text: str | None = None) -> str:
 
 
 def time() -> str:
-    """Where the clock stands, in ISO 8601 and local time, to the second; at first it is now."""
+    """Where the clock stands, local, to the second, in ISO 8601; unless it was set, at the time of the first call."""
     global _began
     _began = _began or datetime.now().replace(microsecond=0)
     return _began.isoformat()
 
 
 def strftime_now(form: str) -> str:
-    """What templates call."""
+    """The time as a template wants it; templates call this."""
     return datetime.fromisoformat(time()).strftime(form)

@@ -206,9 +206,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 class Lines:
-    """Appends JSON objects to a file, a whole line each; all of a call, or after a failure nothing of it.
+    """Appends JSON objects to a file, a line each; if a call fails, nothing of it stays in the file.
 
-    Where even that cannot be taken back, as on a disk that fails, the next call takes it back first.
+    If even that fails, as on a broken disk, the next call first takes away what is left.
     """
 
     def __init__(self, path: Path):
@@ -295,7 +295,7 @@ def check_writable(directory: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def written(what: str) -> Iterator[None]:
-    """Around what writes by other libraries: what the disk refuses becomes a UserError about `what`."""
+    """Around writing by other libraries: what the disk refuses becomes a UserError about `what`."""
     try:
         yield
     except UserError:
@@ -308,7 +308,7 @@ def written(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A directory in `folder`, which is made, to work in; it is gone afterwards, after a kill with the next one."""
+    """A directory to work in, below `folder`; deleted afterwards, or if a kill left it, by the next call."""
     place = folder / ".making"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

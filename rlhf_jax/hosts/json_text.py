@@ -11,7 +11,8 @@ from typing import Any
 from rlhf_jax.errors import UserError, reason, shown
 
 UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What JSON need not escape, but terminals, readers of lines and UTF-8 would have it; see `errors.UNSEEN`."""
+"""Characters that JSON may leave as they are, but that trouble terminals, readers of lines and UTF-8; see
+`errors.UNSEEN`."""
 
 JsonObject = dict[str, Any]
 """A JSON object as Python's dict."""
@@ -22,10 +23,10 @@ NOT_FINITE = ("nan", "inf", "-inf")
 def to_json(value: object, indent: int | None = None) -> str:
     """JSON as other programs read it too: every file of ours is written with this.
 
-    A number that is not finite is null, and a neighbouring field says which it was: {"loss": null, "loss_is": "nan"};
-    of a list the first one, {"losses": [0.5, null], "losses_is": "nan"}. Characters stay as they are, but those that
-    are not seen, lone surrogates among them, are escaped, and come back.
-    Arrays become lists, and dates the text of ISO 8601.
+    A number that is not finite is null, and another field beside it says which it was: {"loss": null, "loss_is":
+    "nan"}. For a list that field tells of the first such number: {"losses": [0.5, null], "losses_is": "nan"}.
+    Characters that cannot be seen, lone surrogates among them, are escaped; all others stay as they are. Arrays
+    become lists, and dates the text of ISO 8601.
 
     Raises:
         UserError: JSON has no form for a part of it.
@@ -78,7 +79,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON of somebody else, in which no name comes twice and every number is one.
+    """JSON that somebody else wrote. No name may come twice, and NaN or Infinity is no number.
 
     Raises:
         ValueError: it is something else, or a number is too long.

@@ -1,4 +1,4 @@
-"""A file that a long command fills piece by piece and goes on with after any end."""
+"""A file that a long command fills piece by piece, and continues after it was stopped or killed."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ WRITTEN = "written"
 
 
 class Journal:
-    """OUTPUT.part while OUTPUT is being made: a line that says of what, then JSON lines in an order fixed beforehand.
+    """OUTPUT.part, in which rows gather until OUTPUT is written: a header that says what they are made of, then JSON
+    lines in an order fixed beforehand.
 
-    A kill at any moment leaves whole lines and perhaps part of one, which is cut. So what is there says how far the
-    command came, and going on gives the same bytes as if nothing had happened. For an output that is a device, a pipe
-    or nothing at all there is no such file, and all is in memory. Process 0 writes.
+    A kill at any moment leaves whole lines and perhaps part of one, which is cut. So the file says how far the command
+    came, and going on gives the same bytes as if nothing had happened. Where the output is a device, a pipe or nothing
+    at all, there is no such file, and the rows are in memory. Process 0 writes.
 
     Attributes:
         rows: the lines after the first.
     """
 
     def __init__(self, output: str | Path, made_of: Mapping[str, object], *, overwrite: bool):
-        """Claim OUTPUT.part and read it; `made_of` is all that decides its content.
+        """Claim OUTPUT.part and read it; `made_of` is all that decides the rows.
 
-        With `overwrite` only what a command with `overwrite` began is gone on with.
+        With `overwrite` it continues only what was begun with `overwrite` too.
 
         Raises:
             UserError: OUTPUT cannot be written, or is there and may not be replaced; another process writes
@@ -138,15 +139,15 @@ class Journal:
     def finish(
         self, rows: Sequence[JsonObject], summary: Mapping[str, object] | None = None, to: Path | None = None
     ) -> None:
-        """Write OUTPUT, to standard output if it is empty, and the summary if there is one; forget what led to them.
+        """Write OUTPUT (empty: standard output) and the summary, if there is one, and delete OUTPUT.part.
 
         Args:
             rows: of OUTPUT.
-            summary: of what they are.
+            summary: of the rows.
             to: where the summary goes; by default OUTPUT.summary.json, without OUTPUT's own ending.
 
         Raises:
-            UserError: they cannot be written; what was there of them is as it was, and OUTPUT.part is whole.
+            UserError: they cannot be written; earlier files of these names are as they were, OUTPUT.part is whole.
         """
         processes.from_first(lambda: self._finish(json_lines(rows), summary, to))
 
