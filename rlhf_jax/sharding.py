@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.config.rules import MESH_AXES, Rules, Split, entry, over_tensor, parse_rules
 from rlhf_jax.errors import UserError
+from rlhf_jax.types import Batch
 
 ROWS = P(("data", "fsdp"))
 """Batches: rows over both data axes."""
@@ -61,7 +63,7 @@ def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
     return dict(zip(MESH_AXES, sizes, strict=True))
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices, with the rules of its config; one axis may be -1 for the rest.
 
     The data axis leads from slice to slice first, and all else stays within one.
@@ -87,7 +89,7 @@ def _grid_of(devices: np.ndarray) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _in_slices(config: MeshConfig, sizes: dict[str, int], devices: list[Any], known: bool) -> np.ndarray:
+def _in_slices(config: MeshConfig, sizes: dict[str, int], devices: Sequence[jax.Device], known: bool) -> np.ndarray:
     """Devices [data, fsdp, tensor], data from slice to slice first; where slices are not known, cut in order."""
     if sizes["data"] % config.slices:
         raise UserError(
@@ -142,18 +144,19 @@ def shard_shape(
     return tuple(out)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: KeyPath) -> str:
+    """A leaf's path in its tree, names with slashes between."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
     """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs: parameters, gradients, optimisers.
 
     Raises:
         UserError: a leaf has no rule, or a sharded dimension does not divide by its mesh axes.
     """
 
-    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def of_leaf(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name, splits = path_name(path), mesh.rules.of(path_name(path), leaf.shape)
         shard_shape(name, tuple(leaf.shape), splits, mesh.shape)
         return NamedSharding(mesh.grid, P(*map(entry, splits)))
@@ -178,7 +181,7 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
         raise UserError(f"{what} {rows} is not divisible by data*fsdp = {ways}; set it to a multiple of {ways}")
 
 
-def put(tree: Any, sharding: Sharding) -> Any:
+def put(tree: PyTree[np.ndarray], sharding: Sharding) -> PyTree[jax.Array]:
     """Host arrays, the same in every process, onto the mesh: each process transfers what its devices hold.
 
     Explicit, so a transfer guard lets it pass.
@@ -186,7 +189,7 @@ def put(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, np.shape(x)), tree)
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
+def put_batch(mesh: Mesh, batch: PyTree[np.ndarray]) -> Batch:
     """A global batch onto the mesh, rows sharded."""
     return put(batch, batch_sharding(mesh))
 

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,9 +22,10 @@ from rlhf_jax.hosts.files import check_writable, written
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import find_family, understood
+from rlhf_jax.models.hf.families import ConfigJson
 from rlhf_jax.models.hf.layout import leaf_shapes
-from rlhf_jax.models.kernels import quantized
-from rlhf_jax.models.loading import save_directory
+from rlhf_jax.models.kernels import Quantization, quantized
+from rlhf_jax.models.loading import padded
 from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.runs.checkpoint import Checkpoints, damage
 from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, read_record
@@ -54,7 +56,7 @@ def cache_bytes(arch: ArchConfig, batch: int, length: int) -> int:
     return 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim * 2
 
 
-def frozen_bytes(arch: ArchConfig, how: Literal["none", "int8", "nf4"]) -> int:
+def frozen_bytes(arch: ArchConfig, how: Quantization) -> int:
     """Bytes of a frozen base as it is stored: kernels in codes with their scales, the rest in float32."""
     base = jax.eval_shape(lambda: quantized(Model(arch).init(jax.random.key(0)), how))
     return sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(base))
@@ -97,7 +99,7 @@ def special_tokens(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 def describe(arch: ArchConfig) -> str:
     """What sets the model apart, in words."""
-    plain, found = ArchConfig(), []
+    plain, words = ArchConfig(), []
     skip = {"vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "init_std"}
     for field in dataclasses.fields(arch):
         value = getattr(arch, field.name)
@@ -107,8 +109,8 @@ def describe(arch: ArchConfig) -> str:
             value = f"{value.kind} x{value.factor:g}"
         elif field.name == "window_layers":
             value = f"{len(value)} of {arch.num_layers}"
-        found.append(field.name if value is True else f"{field.name} {value}")
-    return ", ".join(found)
+        words.append(field.name if value is True else f"{field.name} {value}")
+    return ", ".join(words)
 
 
 def layout_table(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], rules: Rules) -> list[str]:
@@ -170,59 +172,67 @@ def run_convert(config: ConvertArgs) -> Path:
     if (target / "config.json").exists() and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
     if (source / CHECKPOINTS).is_dir():
-        found = _checkpoint(source, config.step)
+        model = _of_checkpoint(source, config.step)
     elif config.step:
         raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
     else:
-        found = _directory(source, config.dtype)
+        model = _of_directory(source, config.dtype)
+    arch, params, tokenizer, pad_id = model.arch, model.params, model.tokenizer, model.pad_id
     with written(f"output {target}"):
-        save_directory(
+        if tokenizer and "score" in params:
+            arch, params, tokenizer = padded(target, arch, params, tokenizer)
+            pad_id = tokenizer.pad_id
+        hf.save_model(
             target,
-            found.arch,
-            found.params,
-            found.tokenizer,
-            score_head="score" in found.params,
+            arch,
+            params,
+            eos_ids=model.eos_ids,
+            pad_id=pad_id,
+            score_head="score" in params,
             dtype=config.dtype,
-            base_config=found.raw,
-            base_generation=found.generation,
+            base_config=model.raw,
+            base_generation=model.generation,
             shard_bytes=int(config.shard_gb * 1e9),
-            **found.token_ids,
+            write_more=(lambda folder: tokenizer.save(str(folder))) if tokenizer else None,
         )
-    tell(f"wrote {target}: {hf.find_family(found.arch, found.raw).model_type} in {config.dtype}")
+    tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {config.dtype}")
     return target
 
 
-class Found(NamedTuple):
+class Source(NamedTuple):
     """A model to be written.
 
     Attributes:
         raw: config.json of the model itself, or of that which its run began with.
         generation: its generation_config.json.
-        token_ids: eos_ids and pad_id that are not the tokenizer's.
+        eos_ids: of the tokenizer, or of config.json where there is none.
+        pad_id: of the tokenizer that a run padded by; None for that of config.json.
     """
 
     arch: ArchConfig
-    raw: dict[str, Any] | None
+    raw: ConfigJson | None
     params: Params
     tokenizer: Tokenizer | None
-    generation: dict[str, Any]
-    token_ids: dict[str, Any]
+    generation: ConfigJson
+    eos_ids: Sequence[int]
+    pad_id: int | None = None
 
 
-def _directory(source: Path, dtype: str) -> Found:
+def _of_directory(source: Path, dtype: str) -> Source:
     arch, raw = hf.read_config(source)
     score_head, folder = hf.has_score_head(source), hf.model_directory(source)
     params = hf.load_params(source, arch, score_head=score_head, dtype=dtype)
     tokenizer = Tokenizer.load(str(folder)) if any((folder / name).is_file() for name in FILES) else None
-    ids: dict[str, Any] = {} if score_head and tokenizer else {"pad_id": None}  # that of config.json
-    if tokenizer is None:
+    if tokenizer is not None:
+        ids = tokenizer.eos_ids
+    else:
         eos = raw.get("eos_token_id")
         with understood(folder / "config.json"):
-            ids["eos_ids"] = [int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos])]
-    return Found(arch, raw, params, tokenizer, hf.read_generation(folder), ids)
+            ids = tuple(int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos]))
+    return Source(arch, raw, params, tokenizer, hf.read_generation(folder), ids)
 
 
-def _checkpoint(run: Path, step: int) -> Found:
+def _of_checkpoint(run: Path, step: int) -> Source:
     """What a run's checkpoint would be saved as if the run ended there: of PPO and its kin the policy or its average.
 
     `step` 0 is the newest one, not the best.
@@ -250,22 +260,23 @@ def _checkpoint(run: Path, step: int) -> Found:
     if step and step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}, but of {', '.join(map(str, steps)) or 'none'}")
     tried = [step] if step else reversed(steps)
-    found = next((each for each in tried if not damage(checkpoints.path(each))), None)
-    if found is None:
+    chosen = next((each for each in tried if not damage(checkpoints.path(each))), None)
+    if chosen is None:
         raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
     model = Model(arch, score_head=stage == "reward")
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
     # As the stages keep them: Online.tree, and the state of `loop.train`.
     place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]
     place += ["policy"] if stage in ONLINE and place[0] == "state" else []
-    tree = checkpoints.restore(found, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
+    tree = checkpoints.restore(chosen, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
     params = functools.reduce(lambda node, name: node[name], place, tree)
-    tell(f"{run}: checkpoint of step {found}" + (", the average" if place == ["average"] else ""))
+    tell(f"{run}: checkpoint of step {chosen}" + (", the average" if place == ["average"] else ""))
     tokens = hf.model_directory(where / hub.local_directory(settings["tokenizer"] or settings["path"]))
     tokenizer = Tokenizer.load(str(tokens), eos_ids=tuple(settings["eos_ids"]))
     if stage == "reward":
         params = _normalised(run, record, model, params, tokenizer)
-    return Found(arch, raw, params, tokenizer, hf.read_generation(base) if settings["path"] else {}, {})
+    generation = hf.read_generation(base) if settings["path"] else {}
+    return Source(arch, raw, params, tokenizer, generation, tokenizer.eos_ids, tokenizer.pad_id)
 
 
 def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params, tokenizer: Tokenizer) -> Params:

@@ -165,10 +165,10 @@ class ArchConfig:
                 "leave out the others"
             )
         for name in ("short_factor", "long_factor"):
-            found = len(getattr(self.rope_scaling, name))
-            if self.rope_scaling.kind == "longrope" and found != self.rotary_dim // 2:
+            count = len(getattr(self.rope_scaling, name))
+            if self.rope_scaling.kind == "longrope" and count != self.rotary_dim // 2:
                 raise UserError(
-                    f"model.arch.rope_scaling.{name} has {found} numbers; give {self.rotary_dim // 2}, one for every "
+                    f"model.arch.rope_scaling.{name} has {count} numbers; give {self.rotary_dim // 2}, one for every "
                     "pair of rotary dimensions"
                 )
 

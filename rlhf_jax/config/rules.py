@@ -1,4 +1,4 @@
-"""Where parameters lie: the axes of every leaf by letter, and the mesh axes that each is split over. Floor 0, no jax.
+"""Where parameters lie: the axes of every leaf by letter, and the mesh axes that each is split over; no jax here.
 
 Letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head width,
 S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width.
@@ -86,14 +86,15 @@ def _beside_a_kernel(path: str) -> str:
 
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
-    found = re.search(r"(?:^|/)(layers/(?:attn|mlp)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
-    if found is None or found[1] not in INPUTS:
+    match = re.search(r"(?:^|/)(layers/(?:attn|mlp)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    if match is None or match[1] not in INPUTS:
         return ""
-    inputs = INPUTS[found[1]]
-    outputs = LEAVES[found[1]].removeprefix("L" + inputs)
-    if found[2]:
+    kernel, scale, adapter = match.groups()
+    inputs = INPUTS[kernel]
+    outputs = LEAVES[kernel].removeprefix("L" + inputs)
+    if scale:
         return "L" + "1" * len(inputs) + outputs
-    return f"L{inputs}R" if found[3] == "a" else "LR" + re.sub("[SM]", "1", outputs)
+    return f"L{inputs}R" if adapter == "a" else "LR" + re.sub("[SM]", "1", outputs)
 
 
 def _ends_in(path: str, pattern: str) -> bool:
@@ -145,12 +146,12 @@ def _split(text: str, line: str) -> Split:
 
 def _check_path(pattern: str, count: int, line: str) -> None:
     try:
-        found = [name for name in LEAVES if _ends_in(name, pattern)]
+        names = [name for name in LEAVES if _ends_in(name, pattern)]
     except re.error as error:
         raise UserError(f"mesh.rules {line!r}: {pattern!r} is no regular expression ({error}); correct it") from error
-    if not found:
+    if not names:
         raise UserError(f"mesh.rules {line!r} matches no parameter; `rlhf-jax inspect MODEL --mesh.fsdp 2` lists them")
-    for name in found:
+    for name in names:
         if count not in {len(axes) for axes in (LEAVES[name], WIDE_QK_NORM.get(name, LEAVES[name]))}:
             raise UserError(
                 f"mesh.rules {line!r} gives axes to {count} dimensions, but {name} has {len(LEAVES[name])}: "

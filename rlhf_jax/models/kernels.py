@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ def count(params: Params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
+Quantization = Literal["none", "int8", "nf4"]
 SUFFIX = "_lora"
 WHOLE = "whole"
 CUT_AXIS = {"qkv": 2, "up": 1}
@@ -63,17 +64,21 @@ class Adapted:
     b: Array
     scale: float
 
-    def __getitem__(self, index: Any) -> Adapted:
+    def __getitem__(self, index: object) -> Adapted:
         """Itself, for the `[...]` by which flax reads a parameter."""
         return self
 
 
-def einsum(letters: str, x: Array, kernel: Any) -> Array:
+Kernel = Array | qwix.QArray | Adapted
+
+
+def einsum(letters: str, x: Array, kernel: Kernel) -> Array:
     """A product in x's dtype; float32 means float32 on TPU too, whose default would round the inputs to bfloat16.
 
     Of an `Adapted` kernel x W + scale (x A) B, which never makes the product A B.
     """
     if isinstance(kernel, Adapted):
+        # btd,dkgn->btkgn is btd,dr->btr and then btr,rkgn->btkgn: through the rank R, which is small.
         inputs, weight, outputs = re.split(",|->", letters)
         summed, kept = ("".join(c for c in weight if (c in outputs) == out) for out in (False, True))
         rows = "".join(c for c in inputs if c not in summed)
@@ -97,14 +102,14 @@ def dense(kernel: Array | qwix.QArray) -> Array:
 
 def _nf4_values(codes: Array) -> Array:
     """The values of 4-bit codes by selects, bit by bit: looking them up would be a gather, which a TPU does slowly."""
-    values: list[Any] = list(NF4)
+    values: list[Array] = list(NF4)
     for bit in range(4):
         is_set = (codes.astype(jnp.int32) >> bit) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
     return values[0]
 
 
-def multiplied_out(kernel: Any) -> Array:
+def multiplied_out(kernel: Kernel) -> Array:
     """The array that a kernel of any kind stands for, W + scale A B."""
     if not isinstance(kernel, Adapted):
         return dense(kernel)
@@ -165,7 +170,7 @@ class Stack:
     def shape(self) -> tuple[int, ...]:
         return self.layers[self.name].shape
 
-    def __getitem__(self, index: Any) -> Array:
+    def __getitem__(self, index: int | slice) -> Array:
         """The array of one layer."""
         return _merged(jax.tree.map(lambda x: x[index], self.layers), self.scale)[self.name]
 
@@ -201,7 +206,7 @@ def stacks(layers: Params, scale: float) -> Params:
     return out
 
 
-def _is_kernel(node: Any) -> bool:
+def _is_kernel(node: object) -> bool:
     return isinstance(node, (Adapted, qwix.QArray))
 
 
@@ -221,7 +226,7 @@ def merged(layer: Params, scale: float) -> Params:
 _merged = jax.jit(merged, static_argnames="scale")
 
 
-def quantized(params: Params, how: Literal["none", "int8", "nf4"], *, free: bool = False) -> Params:
+def quantized(params: Params, how: Quantization, *, free: bool = False) -> Params:
     """The kernels of all layers as QArrays, other leaves as they are; with `free` each original is then deleted.
 
     int8: w = q s with s = max |w| / 127.5 over the inputs of each output. nf4: the 16 quantiles of a normal

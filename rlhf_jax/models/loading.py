@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -20,10 +20,16 @@ from rlhf_jax.hosts.processes import say, to_host
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub, peft
+from rlhf_jax.models.hf.families import ConfigJson
 from rlhf_jax.models.kernels import joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
 from rlhf_jax.sharding import Mesh, replicated, tree_shardings
 from rlhf_jax.types import Params
+
+Head = Literal["vocabulary", "trained", "normal", "zeros"]
+"""That of a language model, or the scalar one of a directory, or a fresh scalar one, drawn or zero."""
+Init = Callable[[jax.Array], Params]
+"""init(key) -> fresh parameters."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Loaded:
 
     model: Model
     params: Params
-    base_config: dict[str, Any] | None = None
-    base_generation: dict[str, Any] | None = None
+    base_config: ConfigJson | None = None
+    base_generation: ConfigJson | None = None
     frozen: Params | None = None
     lora: LoRAConfig | None = None
     path: str = ""
@@ -95,7 +101,7 @@ def load_model(
     mesh: Mesh,
     key: jax.Array,
     *,
-    head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
+    head: Head = "vocabulary",
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (it is frozen)
     length: int = 0,
 ) -> Loaded:
@@ -124,7 +130,7 @@ def load_model(
     return adapted(loaded, lora, placed_init(mesh, branch(key, "adapters")))
 
 
-def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
+def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: Head) -> Loaded:
     hf.find_family(arch)  # what could not be saved is refused before it is trained
     model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary")
 
@@ -136,7 +142,7 @@ def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, h
     return Loaded(model, jax.jit(init, out_shardings=shardings)(key))
 
 
-def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) -> Loaded:
+def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head) -> Loaded:
     path = hub.local_directory(config.path)
     arch, base = hf.read_config(path)
     if head == "vocabulary" and hf.has_score_head(path):
@@ -151,7 +157,7 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: str) 
     return Loaded(model, params, base, hf.read_generation(path), path=config.path)
 
 
-def adapted(loaded: Loaded, lora: LoRAConfig, make: Callable[[Callable[[jax.Array], Params]], Params]) -> Loaded:
+def adapted(loaded: Loaded, lora: LoRAConfig, make: Callable[[Init], Params]) -> Loaded:
     """The model frozen, with adapters and its score head to train; as it is if lora.rank is 0.
 
     `make` places what init(key) -> adapters returns.
@@ -167,7 +173,7 @@ def adapted(loaded: Loaded, lora: LoRAConfig, make: Callable[[Callable[[jax.Arra
     return replace(loaded, model=model, params={**adapters, **heads}, frozen=base, lora=lora)
 
 
-def placed_init(mesh: Mesh, key: jax.Array) -> Callable[[Callable[[jax.Array], Params]], Params]:
+def placed_init(mesh: Mesh, key: jax.Array) -> Callable[[Init], Params]:
     """Runs init(key), its result sharded by the rule table."""
     return lambda init: jax.jit(init, out_shardings=tree_shardings(mesh, jax.eval_shape(init, key)))(key)
 
@@ -179,18 +185,23 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
     directory that PEFT loads.
     """
     model, lora = loaded.model, loaded.lora
-    trained = to_host(params) if lora else {}  # takes all processes
+    arch, trained = model.arch, to_host(params) if lora else {}  # takes all processes
+    whole = params if loaded.frozen is None else model.merged(loaded.whole(params))
+    if model.score_head:
+        arch, whole, tokenizer = padded(path, arch, whole, tokenizer)
 
     def write_more(folder: Path) -> None:
+        tokenizer.save(str(folder))
         if lora is not None:
             family = hf.find_family(model.arch, loaded.base_config)
             peft.save_adapter(folder / "adapter", model.arch, family, lora, trained, base=loaded.path)
 
-    save_directory(
+    hf.save_model(
         path,
-        model.arch,
-        params if loaded.frozen is None else model.merged(loaded.whole(params)),
-        tokenizer,
+        arch,
+        whole,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
         score_head=model.score_head,
         base_config=loaded.base_config,
         base_generation=loaded.base_generation,
@@ -198,34 +209,20 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
     )
 
 
-def save_directory(
-    path: Path,
-    arch: ArchConfig,
-    params: Params,
-    tokenizer: Tokenizer | None,
-    *,
-    score_head: bool,
-    write_more: Callable[[Path], None] = lambda folder: None,
-    **options: Any,
-) -> None:
-    """`hf.save_model` with the tokenizer, which in a model that scores has padding of its own; `options` are its."""
-    if tokenizer and score_head:
-        before, (tokenizer, rows) = tokenizer, with_own_padding(tokenizer, arch.vocab_size)
-        if tokenizer.pad_id != before.pad_id:
-            more = f", with {rows - arch.vocab_size} more rows of the embedding" if rows > arch.vocab_size else ""
-            say(
-                f"{path}: padding is {tokenizer.hf.pad_token} ({tokenizer.pad_id}){more}; the tokenizer's "
-                f"{before.pad_id} ends responses, and transformers reads a score at the last token that is no padding"
-            )
-        if rows > arch.vocab_size:
-            embedding = to_host(params["embed"]["tokens"])
-            wide = np.concatenate([embedding, np.zeros((rows - len(embedding), arch.width), embedding.dtype)])
-            arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], "tokens": wide}}
+def padded(path: Path, arch: ArchConfig, params: Params, tokenizer: Tokenizer) -> tuple[ArchConfig, Params, Tokenizer]:
+    """A model that scores and its tokenizer as they are saved in `path`: padding is a token of its own.
 
-    def write(folder: Path) -> None:
-        if tokenizer:
-            tokenizer.save(str(folder))
-        write_more(folder)
-
-    ids = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id} if tokenizer else {}
-    hf.save_model(path, arch, params, score_head=score_head, write_more=write, **{**ids, **options})
+    Where no id is free for that, the embedding gets more rows.
+    """
+    own, rows = with_own_padding(tokenizer, arch.vocab_size)
+    if own.pad_id != tokenizer.pad_id:
+        more = f", with {rows - arch.vocab_size} more rows of the embedding" if rows > arch.vocab_size else ""
+        say(
+            f"{path}: padding is {own.hf.pad_token} ({own.pad_id}){more}; the tokenizer's {tokenizer.pad_id} ends "
+            "responses, and transformers reads a score at the last token that is no padding"
+        )
+    if rows > arch.vocab_size:
+        embedding = to_host(params["embed"]["tokens"])
+        wide = np.concatenate([embedding, np.zeros((rows - len(embedding), arch.width), embedding.dtype)])
+        arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], "tokens": wide}}
+    return arch, params, own

@@ -79,16 +79,16 @@ def sites(family: Family, targets: Sequence[str] = ()) -> list[Site]:
     Raises:
         UserError: a target that no layer has.
     """
-    found = []
+    layers = []
     for name, tensor in family.tensors.items():
         if tensor.leaf in KERNELS:
             part = tensor.parts[0] if len(tensor.parts) == 1 else WHOLE
-            found.append(Site(name.removesuffix(".weight"), tensor, part))
-    known = {site.module.partition("{}.")[2] for site in found}
+            layers.append(Site(name.removesuffix(".weight"), tensor, part))
+    known = {site.module.partition("{}.")[2] for site in layers}
     for target in targets:
         if not any(_ends_in(name, target) for name in known):
             raise UserError(f"lora.targets names {target}, which this model lacks; it has {', '.join(sorted(known))}")
-    return [site for site in found if not targets or any(_ends_in(site.module, target) for target in targets)]
+    return [site for site in layers if not targets or any(_ends_in(site.module, target) for target in targets)]
 
 
 def _ends_in(module: str, target: str) -> bool:

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import KeyPath, tree_map_with_path
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
@@ -29,10 +30,18 @@ _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 STACKS = ("lower", "layers")
 """Where layers lie in a tree of parameters: all in "layers", or the lower ones, frozen, in "lower/layers"."""
 REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
+_M = TypeVar("_M")
 
 
-def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
-    """(init, apply) of a module: init(key) -> nested dict of arrays, apply(params, *args) -> outputs."""
+class Pure(NamedTuple):
+    """A module as two functions: init(key) -> nested dict of arrays, apply(that, *args) -> what the module returns."""
+
+    init: Callable[[Array], Params]
+    apply: Callable[..., Any]
+
+
+def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> Pure:
+    """The functions of the module that `build` makes."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(key: Array) -> Params:
@@ -41,7 +50,7 @@ def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Array], Par
     def apply(params: Params, *args: Any) -> Any:
         return nnx.merge(graph, params)(*args)
 
-    return init, apply
+    return Pure(init, apply)
 
 
 def stacks_of(params: Params) -> list[Params]:
@@ -87,7 +96,7 @@ class Model:
         remat: none, dots or full.
         logprob_chunk: positions whose logits are alive at once.
         attention: plain, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
-        lora_scale: factor of the adapters that lie beside kernels, if any do (models/weights.py).
+        lora_scale: factor of the adapters that lie beside kernels, if any do (`kernels`).
         length: tokens of the longest sequence of the run, prompt and response together. It alone decides a rotary law
             that depends on length (dynamic, longrope), so that samples, log-probs and scores of a run have one law; 0
             takes the width of the arrays.
@@ -113,37 +122,37 @@ class Model:
         return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, length=length, rules=rules)
 
     @cached_property
-    def _embed(self) -> Any:
+    def _embed(self) -> Pure:
         return pure(lambda rngs: decoder.Embedding(self.arch, rngs=rngs))
 
     @cached_property
-    def _block(self) -> Any:
+    def _block(self) -> Pure:
         return pure(lambda rngs: decoder.Block(self.arch, rngs=rngs))
 
     @cached_property
-    def _norm(self) -> Any:
+    def _norm(self) -> Pure:
         return pure(lambda _: decoder.Norm(self.arch, (self.arch.width,), centered=self.arch.norm == "layer"))
 
     @cached_property
-    def _head(self) -> Any:
+    def _head(self) -> Pure:
         return pure(lambda rngs: decoder.VocabularyHead(self.arch, rngs=rngs))
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
         """Fresh parameters in `dtype`, a scalar head in float32; the layers come from one vmapped trace."""
         embed, layers, norm, head = jax.random.split(key, 4)
         params = {
-            "embed": self._embed[0](embed),
-            "layers": jax.vmap(self._block[0])(jax.random.split(layers, self.arch.num_layers)),
-            "final_norm": self._norm[0](norm),
+            "embed": self._embed.init(embed),
+            "layers": jax.vmap(self._block.init)(jax.random.split(layers, self.arch.num_layers)),
+            "final_norm": self._norm.init(norm),
         }
         if not (self.score_head or self.arch.tied_head):
-            params["head"] = self._head[0](head)
+            params["head"] = self._head.init(head)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return {**params, "score": self.init_score(head, zeros=False)} if self.score_head else params
 
     def init_score(self, key: Array, *, zeros: bool) -> Params:
         """A fresh scalar head, float32: kernel [D], bias []."""
-        return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=zeros, rngs=rngs))[0](key)
+        return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=zeros, rngs=rngs)).init(key)
 
     def with_score(self, params: Params, score: Params) -> Params:
         """The parameters of a scalar model on the trunk of `params`."""
@@ -190,7 +199,8 @@ class Model:
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Final hidden states; a token sees itself and what is before it in its own segment. 0 marks padding."""
-        x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
+        # Rotary tables and attention are the same for all layers of a kind: with the full view, or `local`.
+        x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         kinds = [i in self.arch.window_layers for i in range(self.arch.num_layers)]
         views = {
             local: (self._tables(positions, local=local), self._attend(segment_ids, local=local))
@@ -198,8 +208,9 @@ class Model:
         }
 
         def block(local: bool, x: Array, params: Params) -> Array:
-            return self._block[1](attached(params, self.lora_scale), x, *views[local])[0]
+            return self._block.apply(attached(params, self.lora_scale), x, *views[local])[0]  # [B, S, D]
 
+        # One layer is compiled, and scanned over the stacked leaves [L, ...] beside its kind bool[L].
         def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
             params, local = inputs
             if len(views) == 1:
@@ -211,14 +222,15 @@ class Model:
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         first = 0
-        for stack in stacks_of(params):
+        for stack in stacks_of(params):  # one, or the frozen lower layers and those above
             last = first + depth(stack)
             x, _ = jax.lax.scan(layer, x, (stack, jnp.array(kinds[first:last], bool)))
             first = last
-        return self._norm[1](params["final_norm"], x)
+        return self._norm.apply(params["final_norm"], x)
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32, sharded over the vocabulary."""
+        # [B, T, D] with [D, V], or with a tied embedding [V, D]; summed in float32 whatever the inputs are.
         precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
         if "head" in params:
             letters, kernel = "btd,dv->btv", params["head"]["kernel"]
@@ -250,41 +262,37 @@ class Model:
 
     def scores(self, score: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The scalar head `score` at every position, float32."""
-        return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=True, rngs=rngs))[1](score, hidden)
+        return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=True, rngs=rngs)).apply(score, hidden)
 
     def decoding_params(self, params: Params) -> Params:
-        """A copy for decoding: compute dtype, one dict per layer, every weight whole but for the tensor axis.
+        """A copy for decoding: compute dtype, one dict per layer, every weight split over the tensor axis alone.
 
-        Adapters are merged and quantised kernels dense, so that a token costs what it costs without them.
-
-        Make it once per rollout, not per token: it is here that fsdp shards are gathered. Norms stay as they are,
-        since training computes them in float32, too. A tied head is laid out as [D, V], which a product with few rows
-        reads a third faster than [V, D].
+        Make it once per rollout, not per token: it is here that fsdp shards are gathered, adapters merged and
+        quantised kernels made dense. Norms stay as they are, since training computes them in float32, too.
         """
 
-        def cast(path: Any, x: Array) -> Array:
+        def cast(path: KeyPath, x: Array) -> Array:
             return x if "_norm" in path_name(path) else x.astype(self.compute_dtype)
 
         def dense(stack: Params) -> Params:
-            """In a loop, which compiles one layer; plain layers are left to `copy`, which copies them once."""
+            """Layers [L, ...] as plain arrays, by a loop that compiles one; `copy` sees to those that are plain."""
             if not is_composed(stack):
                 return stack
-            each = lambda layer: jax.tree_util.tree_map_with_path(cast, merged(layer, self.lora_scale))  # noqa: E731
-            return jax.lax.map(each, stack)
+            return jax.lax.map(lambda layer: tree_map_with_path(cast, merged(layer, self.lora_scale)), stack)
 
-        def copy(path: Any, x: Array, *, stacked: bool) -> Array:
-            name = path_name(path)
-            name = "layers/" + name if stacked else name
+        def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array:
+            name = "layers/" + path_name(path) if stacked else path_name(path)
             return constrain_gathered(self.rules, name, cast(path, x), stacked=stacked)
 
+        # [L, ...] -> L dicts; then what is not of a layer.
         layers = [
-            jax.tree_util.tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
+            tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
             for stack in map(dense, stacks_of(params))
             for i in range(depth(stack))
         ]
         rest = {name: tree for name, tree in params.items() if name not in STACKS}
-        rest = jax.tree_util.tree_map_with_path(partial(copy, stacked=False), rest)
-        if self.arch.tied_head:
+        rest = tree_map_with_path(partial(copy, stacked=False), rest)
+        if self.arch.tied_head:  # [V, D] -> [D, V], which a product with few rows reads a third faster
             rest["head"] = {"kernel": jax.lax.optimization_barrier(rest["embed"]["tokens"].T)}
         return {**rest, "layers": layers}
 
@@ -317,6 +325,7 @@ class Model:
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
         """One token per row, written to column `index` of the cache: logits of the next. `mask` includes it."""
+        # The only query is column `index`: it sees the columns [B, 1, S] of its mask, in a local layer the last ones.
         apart, window = index - jnp.arange(mask.shape[1]), self.arch.sliding_window
         masks = mask[:, None, :], mask[:, None, :] & (apart < window)[None, None]
         attends = [partial(attention, mask=m, scale=self.scale, softcap=self.arch.attn_softcap) for m in masks]
@@ -328,24 +337,26 @@ class Model:
         tokens: Array,
         positions: Array,
         attends: Sequence[Attend],
-        cache: list | None,
+        cache: list[decoder.Cache] | None,
         index: Array | None,
     ) -> tuple[Array, list[decoder.Cache]]:
+        """Logits [B, V] after the last of `tokens` [B, T], and the cache; layer by layer, each with its own arrays."""
         if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
             raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
         views = [(self._tables(positions, local=local), attends[local]) for local in (False, True)]
-        x = constrain(self._embed[1](params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
+        x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         new_cache = []
         for i, layer in enumerate(params["layers"]):
             view = views[i in self.arch.window_layers]
-            x, entry = self._block[1](layer, x, *view, cache[i] if cache is not None else None, index)
+            x, entry = self._block.apply(layer, x, *view, cache[i] if cache is not None else None, index)
             x = constrain(x, *ROWS, None, None)
+            # Keys and values [B, K, S, N]: rows over the data axes, heads over tensor.
             new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), None, None), entry))
-        hidden = self._norm[1](params["final_norm"], x[:, -1:])
+        hidden = self._norm.apply(params["final_norm"], x[:, -1:])  # [B, 1, D]
         logits = self.project(params, hidden)[:, 0]
         return constrain(logits, *ROWS, None), new_cache  # whole rows, since drawing looks at all of the vocabulary
 
 
-def of_length(model: Any, length: int) -> Any:
+def of_length(model: _M, length: int) -> _M:
     """The model for sequences of `length` tokens, unless it has a length; a decoder of another kind as it is."""
     return dataclasses.replace(model, length=length) if isinstance(model, Model) and not model.length else model

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import read_strict
 from rlhf_jax.models.hf import hub
-from rlhf_jax.models.hf.families import FAMILIES, Family
+from rlhf_jax.models.hf.families import FAMILIES, ConfigJson, Family
 from rlhf_jax.models.rotary import check_law
 
+Fields = dict[str, Any]
+"""Fields of ArchConfig by name, each of its own type."""
 ADAPTER = "adapter_config.json"
 """What makes a directory one of a PEFT adapter."""
 MOST_LAYERS = 8
@@ -50,7 +52,7 @@ _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "l
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> ConfigJson:
     """A JSON object; a UserError if the file holds none."""
     return read_strict(file, "download or save it again")
 
@@ -78,11 +80,11 @@ def stands_on(folder: Path) -> Path | None:
     raw = read_json(folder / ADAPTER)
     with understood(folder / ADAPTER):
         name = _typed(raw.get("base_model_name_or_path") or "none", str, "base_model_name_or_path", folder / ADAPTER)
-        found = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
-    if found is None:
+        folder_of_base = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
+    if folder_of_base is None:
         cure = "download that model, or write its directory into base_model_name_or_path"
         raise UserError(f"{folder / ADAPTER} stands on {name}, which is neither a directory nor downloaded; {cure}")
-    return Path(found)
+    return Path(folder_of_base)
 
 
 def model_directory(path: str | os.PathLike[str]) -> Path:
@@ -96,18 +98,18 @@ def layers_of(path: str | os.PathLike[str]) -> list[Path]:
     Raises:
         UserError: one stands on itself, by whatever way, or there are more than anybody makes.
     """
-    found, seen = [Path(path)], {os.path.realpath(path)}
-    while (below := stands_on(found[-1])) is not None:
-        if os.path.realpath(below) in seen or len(found) == MOST_LAYERS:
+    folders, seen = [Path(path)], {os.path.realpath(path)}
+    while (below := stands_on(folders[-1])) is not None:
+        if os.path.realpath(below) in seen or len(folders) == MOST_LAYERS:
             what = "stands on itself" if os.path.realpath(below) in seen else f"stands on {MOST_LAYERS} others"
             cure = "write the model's own directory into base_model_name_or_path"
-            raise UserError(f"{Path(path) / ADAPTER} {what} ({found[-1]} names {below}); {cure}")
-        found.append(below)
+            raise UserError(f"{Path(path) / ADAPTER} {what} ({folders[-1]} names {below}); {cure}")
+        folders.append(below)
         seen.add(os.path.realpath(below))
-    return found
+    return folders
 
 
-def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any]]:
+def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
     """The shape of the model in a Hugging Face directory (or of a config.json alone), and its config.json.
 
     Of a PEFT adapter, those of the model that it stands on.
@@ -136,13 +138,13 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, dict[str, Any
     return to_arch(raw, family, where), raw
 
 
-def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_generation(path: str | os.PathLike[str]) -> ConfigJson:
     """generation_config.json of a directory; empty if there is none."""
     file = model_directory(path) / "generation_config.json"
     return read_json(file) if file.is_file() else {}
 
 
-def family_of(raw: Mapping[str, Any], where: Path) -> Family:
+def family_of(raw: ConfigJson, where: Path) -> Family:
     """The family that config.json names.
 
     Raises:
@@ -154,14 +156,15 @@ def family_of(raw: Mapping[str, Any], where: Path) -> Family:
         supported = ", ".join(FAMILIES)
         experts = "mixture-of-experts, " if any("experts" in key for key in raw) else ""
         raise UserError(f"{where}: no support for {experts}model_type {shown(name)}; use one of: {supported}")
-    found = raw.get("architectures") or [family.causal]
-    if not isinstance(found, list) or not any(name in found for name in (family.causal, family.classifier)):
-        supported, first = f"{family.causal}, {family.classifier}", found[0] if isinstance(found, list) else found
+    named = raw.get("architectures") or [family.causal]
+    if not isinstance(named, list) or not any(name in named for name in (family.causal, family.classifier)):
+        first = named[0] if isinstance(named, list) else named
+        supported = f"{family.causal}, {family.classifier}"
         raise UserError(f"{where}: no support for architecture {shown(first)}; use one of: {supported}")
     return family
 
 
-def to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
+def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
     """The shape that a config.json describes.
 
     Raises:
@@ -171,13 +174,13 @@ def to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
         return _to_arch(raw, family, where)
 
 
-def _to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
+def _to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
     refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
     if raw.get("quantization_config") is not None:
         refused["quantization_config"] = raw["quantization_config"]
     for key, value in refused.items():
         raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
-    fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
+    fields: Fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
     if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
         raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
     fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
@@ -189,12 +192,12 @@ def _to_arch(raw: Mapping[str, Any], family: Family, where: Path) -> ArchConfig:
     return arch
 
 
-def _default(key: str, family: Family, raw: Mapping[str, Any]) -> Any:
+def _default(key: str, family: Family, raw: ConfigJson) -> object:
     value = family.defaults.get(key)
     return value(raw) if callable(value) else value
 
 
-def _value(field: str, key: str, family: Family, raw: Mapping[str, Any], where: Path) -> Any:
+def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -> object:
     value = raw.get(key)
     if value is None and key not in family.defaults:
         raise UserError(f"{where} lacks {key!r}; download or save it again")
@@ -211,7 +214,7 @@ def _value(field: str, key: str, family: Family, raw: Mapping[str, Any], where: 
     return names[value]
 
 
-def _typed(value: Any, kind: type, key: str, where: Path) -> Any:
+def _typed(value: object, kind: type, key: str, where: Path) -> Any:
     value = float(value) if kind is float and type(value) is int else value
     if kind is tuple and isinstance(value, list) and all(type(x) in (int, float) for x in value):
         return tuple(float(x) for x in value)
@@ -222,7 +225,7 @@ def _typed(value: Any, kind: type, key: str, where: Path) -> Any:
     return value
 
 
-def _windows(raw: Mapping[str, Any], family: Family, where: Path, layers: int) -> dict[str, Any]:
+def _windows(raw: ConfigJson, family: Family, where: Path, layers: int) -> Fields:
     kinds = raw.get("layer_types")
     window = raw["sliding_window"] if "sliding_window" in raw else _default("sliding_window", family, raw)
     if "use_sliding_window" in raw or family.model_type.startswith("qwen"):
@@ -243,7 +246,7 @@ def _windows(raw: Mapping[str, Any], family: Family, where: Path, layers: int) -
     return {"sliding_window": _typed(window, int, "sliding_window", where), "window_layers": chosen} if chosen else {}
 
 
-def _rope(raw: Mapping[str, Any], family: Family, where: Path, max_positions: int) -> dict[str, Any]:
+def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> Fields:
     """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     local = given.get("sliding_attention")
@@ -270,11 +273,11 @@ def _rope(raw: Mapping[str, Any], family: Family, where: Path, max_positions: in
     return typed | {"rope_scaling": _scaling(given, raw, where, max_positions)}
 
 
-def _first(*values: Any) -> Any:
+def _first(*values: object) -> object:
     return next((value for value in values if value is not None), None)
 
 
-def _scaling(given: Mapping[str, Any], raw: Mapping[str, Any], where: Path, max_positions: int) -> RopeScaling:
+def _scaling(given: ConfigJson, raw: ConfigJson, where: Path, max_positions: int) -> RopeScaling:
     kind = given.get("rope_type", given.get("type", "default"))
     if raw["model_type"] == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # its first names
@@ -300,12 +303,12 @@ def _scaling(given: Mapping[str, Any], raw: Mapping[str, Any], where: Path, max_
     if lacking:
         raise UserError(f"{where}: rope scaling {kind!r} lacks {lacking[0]!r}; download or save it again")
     plain = RopeScaling()
-    found = {field: numbers[key] for field, key in keys.items() if numbers.get(key) is not None}
-    typed = {f: _typed(v, type(getattr(plain, f)), keys[f], where) for f, v in found.items()}
+    given_here = {field: key for field, key in keys.items() if numbers.get(key) is not None}
+    typed = {f: _typed(numbers[key], type(getattr(plain, f)), key, where) for f, key in given_here.items()}
     return RopeScaling(kind=kind, **typed)
 
 
-def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> dict[str, Any]:
+def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson:
     """config.json of a shape; `to_arch` reads the same shape from it if the family can hold it."""
     values = {key: getattr(arch, field) for field, key in family.config.items()}
     values[family.config["activation"]] = ACTIVATIONS[arch.activation]
@@ -330,16 +333,16 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> dict[str, 
     return {"architectures": [architecture], "model_type": family.model_type} | values
 
 
-def _rope_json(family: Family, arch: ArchConfig) -> dict[str, Any]:
+def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
     """What transformers 5 reads (rope_parameters), and the plain keys that 4 does."""
     scaling = arch.rope_scaling
     kind = "default" if scaling.kind == "none" else scaling.kind
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": arch.rope_theta}
+    rope: ConfigJson = {"rope_type": kind, "rope_theta": arch.rope_theta}
     numbers = {key: getattr(scaling, field) for field, key in _SCALING_KEYS.get(scaling.kind, {}).items()}
     numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
     optional = {"attention_factor", "mscale", "mscale_all_dim"}
     numbers = {k: v for k, v in numbers.items() if v != 0 or k not in optional}
-    values: dict[str, Any] = {"rope_theta": arch.rope_theta}
+    values: ConfigJson = {"rope_theta": arch.rope_theta}
     if family.model_type == "phi3":
         original = scaling.original_max_positions or arch.max_positions
         values["original_max_position_embeddings"] = original
@@ -360,7 +363,7 @@ def _rope_json(family: Family, arch: ArchConfig) -> dict[str, Any]:
     return values
 
 
-def find_family(arch: ArchConfig, base_config: Mapping[str, Any] | None = None) -> Family:
+def find_family(arch: ArchConfig, base_config: ConfigJson | None = None) -> Family:
     """The family that can hold this shape, preferably that of `base_config`; call it before training, too.
 
     Raises:

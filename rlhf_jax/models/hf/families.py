@@ -5,8 +5,14 @@ Axis letters as in `rlhf_jax.config.rules`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+_T = TypeVar("_T")
+ConfigJson = dict[str, Any]
+"""config.json, or another JSON object beside it, as it was read: values are of any type until they are checked."""
+Derived = Callable[[ConfigJson], object]
+"""What a config.json makes of a setting that it leaves out."""
 
 
 class Tensor(NamedTuple):
@@ -45,21 +51,21 @@ class Family(NamedTuple):
     classifier: str
     prefix: str
     config: dict[str, str]
-    defaults: dict[str, Any]
-    fixed: dict[str, Any]
+    defaults: dict[str, object | Derived]
+    fixed: dict[str, object | Derived]
     tensors: dict[str, Tensor]
     windows: Literal["none", "all", "types"] = "none"
-    window_rule: Any = None
+    window_rule: Callable[[ConfigJson, int], bool] = lambda raw, layer: False
     activations: dict[str, str] = {}  # noqa: RUF012
-    only: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
+    only: dict[str, tuple[object, ...]] = {}  # noqa: RUF012
     ignored: str = r"rotary_emb\.inv_freq$"
 
 
-def _head_dim(raw: Mapping[str, Any]) -> int:
+def _head_dim(raw: ConfigJson) -> int:
     return raw["hidden_size"] // raw["num_attention_heads"]
 
 
-def _without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+def _without(table: Mapping[str, _T], *keys: str) -> dict[str, _T]:
     return {key: value for key, value in table.items() if key not in keys}
 
 
@@ -118,7 +124,7 @@ MISTRAL = LLAMA._replace(
 )
 
 
-def _from_max_window_layers(raw: Mapping[str, Any], layer: int) -> bool:
+def _from_max_window_layers(raw: ConfigJson, layer: int) -> bool:
     return layer >= raw.get("max_window_layers", 28)
 
 
@@ -158,11 +164,11 @@ GEMMA = LLAMA._replace(
 )
 
 
-def _even_layers(raw: Mapping[str, Any], layer: int) -> bool:
+def _even_layers(raw: ConfigJson, layer: int) -> bool:
     return layer % 2 == 0
 
 
-def _by_pattern(raw: Mapping[str, Any], layer: int) -> bool:
+def _by_pattern(raw: ConfigJson, layer: int) -> bool:
     return (layer + 1) % raw.get("sliding_window_pattern", 6) != 0
 
 

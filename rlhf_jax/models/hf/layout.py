@@ -6,13 +6,17 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+import jax
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.config.rules import LEAVES, WIDE_QK_NORM
 from rlhf_jax.models.hf.families import Tensor
+from rlhf_jax.types import Params
+
+Leaves = dict[str, jax.Array | np.ndarray]
+"""Parameters by their paths, names with slashes between."""
 
 
 class Layout:
@@ -90,18 +94,18 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None) -> dict[str, tuple
     return {leaf: tuple(layout.sizes[a] for a in axes) for leaf, axes in chosen.items()}
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, object]) -> Params:
     """Leaves by their paths, names with slashes between, as a nested dict."""
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
         functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
     return tree
 
 
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: Params, prefix: str = "") -> Leaves:
     """The leaves of a nested dict by their paths."""
-    flat: dict[str, Any] = {}
+    flat: Leaves = {}
     for key, node in tree.items():
         flat |= flattened(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {f"{prefix}{key}": node}
     return flat

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,14 +12,15 @@ from safetensors.numpy import save_file
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.models.hf import weights as hf_weights
 from rlhf_jax.models.hf.config_json import ADAPTER
-from rlhf_jax.models.hf.families import Family
+from rlhf_jax.models.hf.families import ConfigJson, Family
 from rlhf_jax.models.hf.hub import PREFIX as HUB
 from rlhf_jax.models.hf.layout import Layout, flattened
 from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX
 from rlhf_jax.models.lora import Site, sites
+from rlhf_jax.types import Params
 
 
-def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool) -> dict[str, Any]:
+def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool) -> ConfigJson:
     """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub."""
     name, _, revision = base.removeprefix(HUB).partition("@")
     return {
@@ -41,7 +41,7 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
 
 
 def save_adapter(
-    folder: Path, arch: ArchConfig, family: Family, lora: LoRAConfig, params: Mapping[str, Any], *, base: str
+    folder: Path, arch: ArchConfig, family: Family, lora: LoRAConfig, params: Params, *, base: str
 ) -> None:
     """Write what was trained of a model: adapters, and its score head if it has one, in `params`, host arrays.
 
@@ -55,7 +55,9 @@ def save_adapter(
         del leaves["score/bias"]
     axes = {path: letters for site in chosen for path, letters in site.axes().items()}
     layout = Layout(arch, rank=lora.rank, axes=axes)
-    stored = dict(hf_weights.hf_tensors(family._replace(tensors=tensors | heads), layout, leaves, np.float32))
+    stored = dict(
+        hf_weights.hf_tensors(family._replace(tensors=tensors | heads), layout, leaves, np.dtype(np.float32))
+    )
     folder.mkdir()
     save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = adapter_config(lora, chosen, base=base, score_head=score_head)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.json_text import strict_json
 from rlhf_jax.models.hf.config_json import ADAPTER, layers_of, read_json, understood
+from rlhf_jax.models.hf.families import ConfigJson
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -24,7 +25,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor of the adapted model."""
 _LOW_RANK = re.compile(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight")
 _WHOLE = re.compile(re.escape(PREFIX) + r"((?!.*(?:lora_|base_layer)).*\.(?:weight|bias))")
-_ONLY: dict[str, tuple[Any, ...]] = {
+_ONLY: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian"),
     **dict.fromkeys(["use_dora", "use_qalora", "lora_bias"], (False, None)),
     **dict.fromkeys(["layer_replication", "alora_invocation_tokens", "trainable_token_indices"], (None,)),
@@ -88,13 +89,13 @@ def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
             if bad := [name for name in names if name in ("", ".", "..") or Path(name).name != name]:
                 raise UserError(f"{index} names {shown(bad[0])}, which is no file beside it; download it again")
         files = [path / name for name in names]
-    found: dict[str, Stored | Summed] = {}
+    tensors: dict[str, Stored | Summed] = {}
     for file in files:
-        found |= _read_header(file)
+        tensors |= _read_header(file)
     for folder in reversed(adapters):
         with understood(folder / ADAPTER):
-            found = _with_adapter(folder, found)
-    return found
+            tensors = _with_adapter(folder, tensors)
+    return tensors
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -124,10 +125,10 @@ def _with_adapter(folder: Path, base: dict[str, Stored | Summed]) -> dict[str, S
             raise UserError(f"{folder / ADAPTER}: no support for {key} {shown(raw[key])}; {_MERGE}")
     out, pairs = dict(base), {}  # type: tuple[dict[str, Stored | Summed], dict[str, dict[str, Stored]]]
     for name, tensor in _read_header(where).items():
-        if found := _LOW_RANK.fullmatch(name):
-            pairs.setdefault(found[1], {})[found[2]] = tensor
-        elif found := _WHOLE.fullmatch(name):
-            out[_name_in(base, found[1])] = tensor
+        if match := _LOW_RANK.fullmatch(name):
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        elif match := _WHOLE.fullmatch(name):
+            out[_name_in(base, match[1])] = tensor
         else:
             raise UserError(f"{where}: no support for {name}; {_MERGE}")
     for module, pair in pairs.items():
@@ -144,7 +145,7 @@ def _name_in(base: Tensors, name: str) -> str:
     return bare if bare in base and name not in base else name
 
 
-def _summed(raw: Mapping[str, Any], module: str, base: Stored | Summed, a: Stored, b: Stored, where: Path) -> Summed:
+def _summed(raw: ConfigJson, module: str, base: Stored | Summed, a: Stored, b: Stored, where: Path) -> Summed:
     rank, transposed = a.shape[0], bool(raw.get("fan_in_fan_out"))
     patterns = raw.get("alpha_pattern") or {}
     if odd := [key for key in patterns if not re.fullmatch(r"[\w.]*", key)]:  # which could run for ever

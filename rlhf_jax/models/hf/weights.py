@@ -10,14 +10,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
@@ -25,16 +24,19 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
 from rlhf_jax.models.hf.config_json import family_of, find_family, model_directory, read_json, to_json
-from rlhf_jax.models.hf.families import Family, Tensor
-from rlhf_jax.models.hf.layout import Layout, flattened, leaf_shapes, nested
+from rlhf_jax.models.hf.families import ConfigJson, Family, Tensor
+from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
 from rlhf_jax.models.hf.stored import DTYPES, Tensors, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
+from rlhf_jax.types import Params
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
 SHARD_BYTES = 5 * 10**9
 """Largest weight file written, as in transformers."""
 
+Index = tuple[slice, ...]
+"""Where a part of an array lies in it."""
 _Wanted = dict[str, tuple[Tensor, int]]  # stored name -> tensor, layer
 
 
@@ -57,7 +59,7 @@ def load_params(
     score_head: bool | None,
     mesh: Mesh | None = None,
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> Params:
     """The weights of a Hugging Face directory, whose shape `read_config` gives, as our tree of jax arrays.
 
     Of a PEFT adapter they are its model's with the adapter merged. With `score_head` they have the scalar head of a
@@ -127,10 +129,11 @@ class _Seen:
                 tell(f"{folder}: {said}", error=True)
 
 
-def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.Array:
+def _placed(read: Callable[[Index], np.ndarray], spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
     """An array whose parts `read` gives; the host holds one at a time, and reads it once for all its copies."""
-    holders: dict[str, tuple[Any, list[Any]]] = {}
+    holders: dict[str, tuple[Index, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        assert index is not None  # a device that holds a part, as all of these do
         holders.setdefault(str(index), (index, []))[1].append(device)
     arrays = []
     for index, devices in holders.values():
@@ -140,7 +143,7 @@ def _placed(read: Callable[[Any], np.ndarray], spec: Any, sharding: Any) -> jax.
 
 
 def _read_shard(
-    parts: _Wanted, stored: Tensors, layout: Layout, spec: Any, seen: _Seen, index: tuple[slice, ...]
+    parts: _Wanted, stored: Tensors, layout: Layout, spec: jax.ShapeDtypeStruct, seen: _Seen, index: Index
 ) -> np.ndarray:
     """The part of a leaf at `index`, read from the files."""
     bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
@@ -201,14 +204,14 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
 def save_model(
     path: str | os.PathLike[str],
     arch: ArchConfig,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     eos_ids: Sequence[int],
     pad_id: int | None = None,
     score_head: bool = False,
     dtype: str = "float32",
-    base_config: Mapping[str, Any] | None = None,
-    base_generation: Mapping[str, Any] | None = None,
+    base_config: ConfigJson | None = None,
+    base_generation: ConfigJson | None = None,
     shard_bytes: int = SHARD_BYTES,
     write_more: Callable[[Path], None] | None = None,
 ) -> None:
@@ -258,7 +261,7 @@ def save_model(
     barrier(f"saved {path}")
 
 
-def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
+def _fold_score_bias(leaves: Leaves) -> Leaves:
     """A bias along the kernel, added to the final norm's, raises every score alike: b k / |k|^2."""
     kernel, bias = (to_host(leaves[name]).astype(np.float64) for name in ("score/kernel", "score/bias"))
     if bias == 0 or ("final_norm/bias" in leaves and kernel.any()):
@@ -270,9 +273,7 @@ def _fold_score_bias(leaves: dict[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def _token_ids(
-    eos_ids: Sequence[int], pad_id: int | None, base: Mapping[str, Any], *, score_head: bool
-) -> dict[str, Any]:
+def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: ConfigJson, *, score_head: bool) -> ConfigJson:
     eos, pad = [int(token) for token in eos_ids], base.get("pad_token_id") if pad_id is None else int(pad_id)
     if score_head and pad in eos:
         pad = None  # transformers would take the score before the stop token; without padding it refuses batches
@@ -280,7 +281,7 @@ def _token_ids(
     return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
 
 
-def hf_tensors(family: Family, layout: Layout, leaves: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
+def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Stored names and arrays, one layer of a leaf at a time; scalar heads stay float32."""
     for path, leaf in leaves.items():
         by_layer: dict[int, list[tuple[str, Tensor]]] = {}
@@ -301,7 +302,7 @@ def hf_tensors(family: Family, layout: Layout, leaves: dict[str, Any], dtype: An
 
 
 def _plan_files(
-    family: Family, arch: ArchConfig, leaves: dict[str, Any], dtype: Any, shard_bytes: int
+    family: Family, arch: ArchConfig, leaves: Leaves, dtype: np.dtype, shard_bytes: int
 ) -> list[list[str]]:
     """Names of the tensors of every file, in the order in which they are made."""
     layout, files, size = Layout(arch), [[]], 0  # type: tuple[Layout, list[list[str]], int]
@@ -317,7 +318,7 @@ def _plan_files(
     return files
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, Any]], files: list[list[str]]) -> None:
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], files: list[list[str]]) -> None:
     where: dict[str, str] = {}
     total = 0
     for number, names in enumerate(files, start=1):
