@@ -245,12 +245,13 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from rlhf_jax.models import hf
-save, calls = hf.save_file, []
+from rlhf_jax.models.hf import weights
+save, calls = weights.save_file, []
 def dying(*args, **options):
     calls.append(save(*args, **options))
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-hf.save_file = dying
+weights.save_file = dying
 path = Path(sys.argv[1])
 arch, raw = hf.read_config(path)
 params = hf.load_params(path, arch, score_head=False)

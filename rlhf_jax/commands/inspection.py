@@ -223,13 +223,11 @@ def _of_directory(source: Path, dtype: str) -> Source:
     score_head, folder = hf.has_score_head(source), hf.model_directory(source)
     params = hf.load_params(source, arch, score_head=score_head, dtype=dtype)
     tokenizer = Tokenizer.load(str(folder)) if any((folder / name).is_file() for name in FILES) else None
-    if tokenizer is not None:
-        ids = tokenizer.eos_ids
-    else:
-        eos = raw.get("eos_token_id")
-        with understood(folder / "config.json"):
-            ids = tuple(int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos]))
-    return Source(arch, raw, params, tokenizer, hf.read_generation(folder), ids)
+    eos = raw.get("eos_token_id")
+    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    with understood(folder / "config.json"):
+        eos_ids = tokenizer.eos_ids if tokenizer else tuple(int(i) for i in stops)
+    return Source(arch, raw, params, tokenizer, hf.read_generation(folder), eos_ids)
 
 
 def _of_checkpoint(run: Path, step: int) -> Source:

@@ -44,9 +44,11 @@ def attention(
     comes after the product with the values, on [T, N] instead of [T, S]: with its backward pass that is a third faster
     on CPU than softmax then product.
     """
+    # [B, K, G, T, S] in float32; masked scores are the least there is.
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("bkgtn,bksn->bkgts", q * scale, k, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], softcapped(scores, softcap), jnp.finfo(jnp.float32).min)
+    # exp(scores - max) v, then over the sum of exp: [B, K, G, T, N].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     mixed = jnp.einsum("bkgts,bksn->bkgtn", weights.astype(q.dtype), v, precision=precision)
     return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
@@ -90,6 +92,7 @@ def splash_attention(
     Rows lie over data and fsdp, key-value heads over the mesh axis `heads_over`, if any: the kernel runs on each
     device's share. `window` > 0 sees that many tokens, the query's own included.
     """
+    # T is padded to a multiple of the lanes; padding has segment 0, as the prompt's has.
     length, pad = q.shape[3], -q.shape[3] % LANES
     q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q * scale, k, v))
     ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))

@@ -42,6 +42,7 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        # The trailing axes of x that scale has too are one vector; the leading ones of `wide` broadcast.
         scale = self.scale[...].astype(jnp.float32)
         axes, y = tuple(range(x.ndim - scale.ndim, x.ndim)), x.astype(jnp.float32)
         wide = (1,) * (x.ndim - scale.ndim) + scale.shape
@@ -80,19 +81,23 @@ class Attention(nnx.Module):
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Without a cache T = S. With one, T new columns are written at `index`; `attend` covers all of it."""
+        # [B, T, D] -> [B, T, K, G + 2, N], cut into q [B, T, K, G, N] and k, v [B, T, K, 1, N].
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
         q, k, v = jnp.split(qkv, [self.groups, self.groups + 1], axis=3)  # its gradient is one concatenation
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (jnp.moveaxis(a, 1, 3) for a in (q, k, v))  # B K . T N
+        # [B, K, ., T, N], turned by position; k and v lose their 1.
+        q, k, v = (jnp.moveaxis(a, 1, 3) for a in (q, k, v))
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         k, v = k[:, :, 0], v[:, :, 0]
+        # Into the cache [B, K, S, N], which is then attended to.
         if cache is not None and index is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+        # [B, K, G, T, N] -> [B, T, D].
         y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v), 3, 1), self.out[...])
         if hasattr(self, "out_bias"):
             y = y + self.out_bias[None, None].astype(x.dtype)
@@ -113,9 +118,10 @@ class MLP(nnx.Module):
             self.down_bias = nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = einsum("btd,dmf->btmf", x, self.up[...])
+        up = einsum("btd,dmf->btmf", x, self.up[...])  # gate and up, or up alone
         if hasattr(self, "up_bias"):
             up = up + self.up_bias[None, None].astype(x.dtype)
+        # M arrays [B, T, F]; the first goes through the nonlinearity.
         gate, *rest = (part[..., 0, :] for part in jnp.split(up, up.shape[-2], axis=-2))
         act = ACTIVATIONS[self.activation](gate)
         y = einsum("btf,fd->btd", act * rest[0] if rest else act, self.down[...])

@@ -69,10 +69,7 @@ class Adapted:
         return self
 
 
-Kernel = Array | qwix.QArray | Adapted
-
-
-def einsum(letters: str, x: Array, kernel: Kernel) -> Array:
+def einsum(letters: str, x: Array, kernel: Array | qwix.QArray | Adapted) -> Array:
     """A product in x's dtype; float32 means float32 on TPU too, whose default would round the inputs to bfloat16.
 
     Of an `Adapted` kernel x W + scale (x A) B, which never makes the product A B.
@@ -109,7 +106,7 @@ def _nf4_values(codes: Array) -> Array:
     return values[0]
 
 
-def multiplied_out(kernel: Kernel) -> Array:
+def multiplied_out(kernel: Array | qwix.QArray | Adapted) -> Array:
     """The array that a kernel of any kind stands for, W + scale A B."""
     if not isinstance(kernel, Adapted):
         return dense(kernel)
@@ -126,6 +123,7 @@ def side_by_side(name: str, parts: Mapping[str, Params], size: int) -> tuple[Arr
     """
     if WHOLE in parts:
         return parts[WHOLE]["a"], parts[WHOLE]["b"]
+    # Every B lies in the slots of its part and is zero in the others, so that (x A) B adds each to its own.
     axis, blocks = CUT_AXIS[name], []
     for part in sorted(parts):
         b = parts[part]["b"]

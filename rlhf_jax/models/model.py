@@ -160,9 +160,8 @@ class Model:
 
     def split(self, params: Params, top: int) -> Params:
         """The same parameters with all but the `top` layers in "lower/layers"."""
-        lower, upper = (
-            jax.tree.map(lambda x, part=part: x[part], params["layers"]) for part in (slice(-top), slice(-top, None))
-        )
+        lower = jax.tree.map(lambda x: x[:-top], params["layers"])
+        upper = jax.tree.map(lambda x: x[-top:], params["layers"])
         return {**params, "lower": {"layers": lower}, "layers": upper}
 
     def _tables(self, positions: Int[Array, "B T"], *, local: bool) -> Tables | None:
@@ -251,14 +250,8 @@ class Model:
         with_entropy: bool = False,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """Log-probs in nats of targets[:, t] given hidden[:, t] at a temperature; the entropy if asked, else 0."""
-        return token_logprobs(
-            lambda h: self.project(params, h),
-            hidden,
-            targets,
-            temperature,
-            chunk=self.logprob_chunk,
-            with_entropy=with_entropy,
-        )
+        project, chunk = partial(self.project, params), self.logprob_chunk
+        return token_logprobs(project, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy)
 
     def scores(self, score: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The scalar head `score` at every position, float32."""

@@ -52,9 +52,8 @@ def check_law(arch: ArchConfig) -> None:
     """Raise a UserError, or whatever arithmetic does, unless the frequencies of short and long texts are numbers."""
     for length in (1, arch.max_positions) if arch.positions == "rotary" else ():
         with np.errstate(all="ignore"):
-            frequencies, gain = _frequencies(
-                arch.rope_scaling, arch.rope_theta, arch.rotary_dim, arch.max_positions, length
-            )
+            law = arch.rope_scaling, arch.rope_theta, arch.rotary_dim, arch.max_positions
+            frequencies, gain = _frequencies(*law, length)
         if not np.isfinite(frequencies).all() or not np.isfinite(gain):
             raise UserError(f"rope_theta {arch.rope_theta} and the rotary scaling give angles that are no numbers")
 

@@ -59,7 +59,7 @@ def read_json(file: Path) -> ConfigJson:
 
 @contextlib.contextmanager
 def understood(file: Path) -> Iterator[None]:
-    """Around what reads values that may be of any type: what it stumbles over becomes a UserError about the file."""
+    """A block that reads values of any type: whatever error they cause becomes a UserError that names the file."""
     try:
         yield
     except UserError as error:

@@ -55,23 +55,26 @@ class Layout:
         letters = {letter for *_, letter in self.pieces(tensor)} - {""}
         return next((i for i, dim in enumerate(tensor.axes.split()) if letters & set(dim)), 0)
 
-    def views(self, tensor: Tensor, stored: np.ndarray) -> Iterator[tuple[np.ndarray, int | None, int]]:
-        """Every part of a stored array with the axes of one layer's leaf, the index of its cut axis, and its start.
+    def views(self, tensor: Tensor, stored: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
+        """Every part of a stored array, with the axes of one layer's leaf, and where in that leaf it lies.
 
-        Views, which loading reads and saving fills.
+        Parts are views, which loading reads and saving fills.
         """
         axes, offset, along = self.axes[tensor.leaf].removeprefix("L"), 0, self.along(tensor)
         for sizes, start, cut, letter in self.pieces(tensor):
+            # The part's rows (or columns) of the file, every dimension as its axes: "KGN D" as [K, G, N, D].
             dims = [[sizes[a] for a in dim] for dim in tensor.axes.split()]
             count = math.prod(dims[along]) if dims else 1
             piece = stored[(slice(None),) * along + (slice(offset, offset + count),)]
             offset += count
-            letters = tensor.axes.replace(" ", "")
             piece = piece.reshape(list(itertools.chain(*dims)))
+            # Then the axes in the leaf's order: [D, K, G, N].
+            letters = tensor.axes.replace(" ", "")
             order = [letters.index(letter if a == cut else a) for a in axes]
             extra = tuple(i for i in range(len(letters)) if i not in order)  # the 1 of a score head
             piece = piece.transpose([*order, *extra]).reshape([piece.shape[i] for i in order])
-            yield piece, axes.index(cut) if cut else None, start
+            starts = [start if a == cut else 0 for a in axes]
+            yield piece, tuple(slice(first, first + size) for first, size in zip(starts, piece.shape, strict=True))
 
 
 def leaf_shapes(arch: ArchConfig, *, score_head: bool | None) -> dict[str, tuple[int, ...]]:

@@ -103,9 +103,7 @@ def load_params(
 
 
 class _Seen:
-    """What the weights that this process reads hold: tensors with values that are not finite, and such without others
-    than zero where no model has them.
-    """
+    """Of the weights that this process reads: tensors with values that are not finite, and tensors of zeros alone."""
 
     def __init__(self, arch: ArchConfig):
         self.offset, self.broken, self.some = arch.norm_offset, set[str](), dict[str, bool]()
@@ -120,7 +118,7 @@ class _Seen:
             self.some[name] = self.some.get(name, False) or bool(total != 0 or values.any())
 
     def report(self, folder: Path) -> None:
-        """Say on standard error, which keeps rows on standard output clean, what no trained model has."""
+        """Say what no trained model has, on standard error, since rows may go to standard output."""
         zero = [name for name, some in self.some.items() if not some]
         for names, what in ((sorted(self.broken), "are not finite"), (zero, "are all zero")):
             if names and is_first():
@@ -154,13 +152,13 @@ def _read_shard(
             if layer not in bounds[0]:
                 continue
             target, inner = out[layer - bounds[0].start], bounds[1:]
-        for piece, cut, start in layout.views(tensor, stored[name].map()):
+        for piece, place in layout.views(tensor, stored[name].map()):
             sources, targets = [], []
-            for axis, bound in enumerate(inner):
-                shift = start if axis == cut else 0
-                first, last = max(bound.start, shift), min(bound.stop, shift + piece.shape[axis])
-                sources.append(slice(first - shift, max(last - shift, first - shift)))
-                targets.append(slice(first - bound.start, max(last, first) - bound.start))
+            for bound, lies in zip(inner, place, strict=True):  # of every axis what both have
+                first = max(bound.start, lies.start)
+                last = max(min(bound.stop, lies.stop), first)
+                sources.append(slice(first - lies.start, last - lies.start))
+                targets.append(slice(first - bound.start, last - bound.start))
             target[tuple(targets)] = piece[tuple(sources)]
             seen.look(name, tensor.leaf, target[tuple(targets)])
     return out
@@ -291,13 +289,8 @@ def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) 
             array = to_host(leaf[layer] if layout.axes[path].startswith("L") else leaf)
             for name, tensor in named:
                 stored = np.empty(layout.stored_shape(tensor), np.float32 if path.startswith("score/") else dtype)
-                for piece, cut, start in layout.views(tensor, stored):
-                    part = (
-                        array
-                        if cut is None
-                        else array[(slice(None),) * cut + (slice(start, start + piece.shape[cut]),)]
-                    )
-                    piece[...] = part.reshape(piece.shape)
+                for piece, place in layout.views(tensor, stored):
+                    piece[...] = array[place]
                 yield name, stored
 
 
