@@ -17,7 +17,7 @@ import pytest
 from rlhf_jax.config import RewardSourceConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import attempts
-from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, check_columns, combine
+from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, columns_for, combine
 
 PROMPTS, RESPONSES = ["p", "q"], ["r", "s"]
 
@@ -245,21 +245,21 @@ def chosen(scale, prompts, responses, bias=0, **columns):
 def test_a_column_that_clashes_with_an_argument_is_named_with_its_row(fn, column):
     rows, where = [{"id": 1}, {"id": 2, column: 3}], ["a.jsonl:1", "a.jsonl:2"]
     with pytest.raises(UserError, match=f'^a.jsonl:2: the column "{column}" has the name of an argument'):
-        check_columns(fn, rows, where)
+        columns_for([fn], PROMPTS, rows, where)
     with pytest.raises(UserError, match=f'^the column "{column}"'):
         call_reward(fn, PROMPTS, RESPONSES, {column: [1, 2]}, timeout=9, retries=0)
 
 
 @pytest.mark.parametrize("fn", [plain, Object(), Object().method, functools.partial(chosen, 2.0), max])
 def test_other_columns_are_taken(fn):
-    check_columns(fn, [{"id": 1, "answer": 2}, {"id": 1}], ["a", "b"])
+    columns_for([fn], PROMPTS, [{"id": 1, "answer": 2}, {"id": 1}], ["a", "b"])
 
 
 def test_a_column_that_is_asked_for_is_in_every_row():
     asking = lambda prompts, responses, answer, *, unit, hint="", **columns: [0.0] * len(prompts)  # noqa: E731
     whole = {"answer": 1, "unit": 2}
-    check_columns(asking, [whole, whole], ["a", "b"])
+    columns_for([asking], PROMPTS, [whole, whole], ["a", "b"])
     for lacks in whole:
         row = {name: 1 for name in whole if name != lacks}
         with pytest.raises(UserError, match=f'^rows.jsonl:7: no field "{lacks}", which reward function'):
-            check_columns(asking, [whole, row], ["rows.jsonl:6", "rows.jsonl:7"])
+            columns_for([asking], PROMPTS, [whole, row], ["rows.jsonl:6", "rows.jsonl:7"])

@@ -13,38 +13,44 @@ import functools
 import inspect
 import itertools
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax.config import RewardSourceConfig, resolve
-from rlhf_jax.data.messages import turns_of
+from rlhf_jax.data.messages import Messages, turns_of
 from rlhf_jax.data.numbers import float_of
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.hosts.processes import any_of, several
 from rlhf_jax.sharding import Mesh, own_rows
+from rlhf_jax.types import RewardFn
+
+Columns = dict[str, list[Any]]
+"""What a function gets beside prompts and responses: name -> a value for each row."""
+
+ScoreFn = Callable[[list[str], list[str], Columns], np.ndarray]
+"""(prompts, responses, columns) -> float32[B]."""
 
 
 class RewardFailure(UserError):
     """A reward function raised or ran out of time in every attempt."""
 
 
-def name_of(fn: Callable[..., Any]) -> str:
+class NoRewards(Exception):
+    """What a function returned is not one number per response; the text says what it is."""
+
+
+def function_name(fn: RewardFn) -> str:
     """What messages call a function."""
     return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or shown(fn)
 
 
 def call_reward(
-    fn: Callable[..., Any],
-    prompts: list[str],
-    responses: list[str],
-    columns: dict[str, list[Any]],
-    *,
-    timeout: float,
-    retries: int,
+    fn: RewardFn, prompts: list[str], responses: list[str], columns: Columns, *, timeout: float, retries: int
 ) -> np.ndarray:
     """float32[B] from fn(prompts, responses, **columns), within `timeout` seconds (0: any) and so many retries.
 
@@ -54,15 +60,17 @@ def call_reward(
         RewardFailure: it raised or ran out of time.
         UserError: not one number per response that float32 holds.
     """
-    name, columns = name_of(fn), dict(_asked(fn, columns))
     check_call(fn, columns)
+    name, columns = function_name(fn), {column: columns[column] for column in _asked(fn, columns)}
 
-    def call() -> tuple[np.ndarray, str]:
-        own = copy.deepcopy((prompts, responses, columns))
-        return as_rewards(fn(own[0], own[1], **own[2]), len(responses))
+    def call() -> np.ndarray:
+        own_prompts, own_responses, own_columns = copy.deepcopy((prompts, responses, columns))
+        return as_rewards(fn(own_prompts, own_responses, **own_columns), len(responses))
 
     try:
-        found, wrong = persist(call, timeout=timeout, retries=retries, limit="reward.timeout")
+        return persist(call, timeout=timeout, retries=retries, limit="reward.timeout", final=(NoRewards,))
+    except NoRewards as wrong:
+        raise UserError(f"reward function {name} returned {wrong}") from None
     except Failed as failure:
         last = failure.__cause__ or failure
         frames = traceback.extract_tb((last.__cause__ or last).__traceback__)
@@ -71,77 +79,42 @@ def call_reward(
             f"reward function {name} failed {retries + 1} times: {type(last).__name__}: {reason(last)}"
             f"{'' if isinstance(last, TimeoutError) else place}; mend it, or set reward.on_failure skip"
         ) from last
-    if wrong:
-        raise UserError(f"reward function {name} returned {wrong}")
-    return found
 
 
-def as_rewards(returned: Any, count: int) -> tuple[np.ndarray, str]:
-    """(float32[count], "") of a list, generator, array or tensor of numbers; what is wrong with it in words else.
+def as_rewards(returned: object, count: int) -> np.ndarray:
+    """float32[count] of a list, generator, array or tensor of numbers.
 
     Numbers are those of Python (fractions and decimals too) and what array libraries call so, of any dtype.
+
+    Raises:
+        NoRewards: it is something else.
     """
-    nothing = np.zeros(0, np.float32)
     if isinstance(returned, (str, bytes, bytearray, Mapping, Set)) or not isinstance(returned, Iterable):
-        return nothing, f"{shown(returned)}; return a list, one number per response"
-    if getattr(returned, "ndim", 1) != 1:
-        return nothing, f"an array of {returned.ndim} dimensions; return a list, one number per response"  # type: ignore[attr-defined]
+        raise NoRewards(f"{shown(returned)}; return a list, one number per response")
+    if (dimensions := getattr(returned, "ndim", 1)) != 1:
+        raise NoRewards(f"an array of {dimensions} dimensions; return a list, one number per response")
     values = list(itertools.islice(returned, count + 1))  # an endless generator ends here
     if len(values) != count:
         many = len(returned) if isinstance(returned, Sized) else len(values) if len(values) < count else "more"
-        return nothing, f"{many} rewards for {count} responses; return one each"
-    found = np.zeros(count, np.float32)
+        raise NoRewards(f"{many} rewards for {count} responses; return one each")
+    rewards = np.zeros(count, np.float32)
     for i, value in enumerate(values):
         number = float_of(value)
         if number is None:
-            return nothing, f"{shown(value)} for response {i}; return a number"
+            raise NoRewards(f"{shown(value)} for response {i}; return a number")
         with np.errstate(over="ignore"):
-            found[i] = number
-        if not np.isfinite(found[i]):
-            return nothing, f"{shown(value)} for response {i}; return a finite number that float32 holds"
-    return found, ""
-
-
-def check_call(fn: Callable[..., Any], columns: Iterable[str], where: str = "") -> None:
-    """Raise a UserError unless fn(prompts, responses, **columns) is a call that fn takes; `where` is whose columns."""
-    name, at = name_of(fn), where and f"{where}: "
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # of C code without one
-        return
-    taken, columns = _taken(fn), list(_asked(fn, columns))
-    for column in columns:
-        if column in taken:
-            raise UserError(
-                f'{at}the column "{column}" has the name of an argument that reward function {name} gets already; '
-                f"rename one of them, the column by data.fields"
-            )
-    try:
-        signature.bind([], [], **{name: [] for name in columns})
-    except TypeError as error:
-        raise UserError(
-            f"{at}reward function {name}: {error}; define it as fn(prompts, responses, **columns)"
-        ) from error
-
-
-def _asked(fn: Callable[..., Any], columns: Any) -> Any:
-    """Columns without `messages`, which is ours and no field of a row, for a function that does not ask for it."""
-    try:
-        parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):  # of C code without one
-        return columns
-    if "messages" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return columns
-    left = [name for name in columns if name != "messages"]
-    return {name: columns[name] for name in left} if isinstance(columns, Mapping) else left
+            rewards[i] = number
+        if not np.isfinite(rewards[i]):
+            raise NoRewards(f"{shown(value)} for response {i}; return a finite number that float32 holds")
+    return rewards
 
 
 def columns_for(
-    functions: Sequence[Callable[..., Any]],
-    prompts: Sequence[Any],
+    functions: Sequence[RewardFn],
+    prompts: Sequence[str | Messages],
     columns: Sequence[Mapping[str, Any]],
     where: Sequence[str],
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """What functions get of each row of a data set as columns: the fields of any row, and perhaps `messages`.
 
     So a function gets the same columns in every batch; a row that lacks one, which no function needs, has None there.
@@ -160,61 +133,71 @@ def columns_for(
                 )
         said = [None if isinstance(prompt, str) else turns_of(prompt) for prompt in prompts]
         columns = [{**row, "messages": turns} for row, turns in zip(columns, said, strict=True)]
+    kinds: dict[frozenset[str], tuple[Collection[str], str]] = {}  # names of columns -> the first row that has these
+    for row, place in zip(columns, where, strict=True):
+        kinds.setdefault(frozenset(row), (row, place))
     for fn in functions:
-        check_columns(fn, columns, where)
+        for fields, place in kinds.values():
+            check_call(fn, fields, place)
     names = dict.fromkeys(name for row in columns for name in row)
     return [{name: row.get(name) for name in names} for row in columns]
 
 
-def check_columns(fn: Callable[..., Any], columns: Sequence[Mapping[str, Any]], where: Sequence[str]) -> None:
-    """Raise a UserError, with its place, for the first row whose columns fn does not take, or that lacks one it needs.
-
-    Args:
-        fn: a reward function.
-        columns: of each row, name -> value.
-        where: each row's place.
-    """
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):  # of C code without one
+def check_call(fn: RewardFn, columns: Collection[str], where: str = "") -> None:
+    """Raise a UserError unless fn takes the call fn(prompts, responses, **columns); `where` is the place of a row."""
+    signature = _signature(fn)
+    if signature is None:
         return
-    passed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in list(parameters)[2:] if p.default is p.empty and p.kind in passed]
-    taken = _taken(fn)
-    for row, place in zip(columns, where, strict=True):
-        lacks = next((name for name in needed if name not in row), None)
-        if lacks is not None:
+    name, at, asked, taken = function_name(fn), where and f"{where}: ", _asked(fn, columns), _taken(fn)
+    for p in list(signature.parameters.values())[2:]:
+        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if where and needed and p.name not in columns:
+            raise UserError(f'{at}no field "{p.name}", which reward function {name} asks for; give it to every row')
+    for column in asked:
+        if column in taken:
             raise UserError(
-                f'{place}: no field "{lacks}", which reward function {name_of(fn)} asks for; give it to every row'
+                f'{at}the column "{column}" has the name of an argument that reward function {name} gets already; '
+                f"rename one of them, the column by data.fields"
             )
-        if not taken.isdisjoint(row):
-            check_call(fn, row, place)
-    places = {frozenset(row): place for row, place in zip(reversed(columns), reversed(where), strict=True)}
-    for names, place in reversed(places.items()):  # in the order of the rows
-        check_call(fn, names, place)
+    try:
+        signature.bind([], [], **{column: [] for column in asked})
+    except TypeError as error:
+        raise UserError(
+            f"{at}reward function {name}: {error}; define it as fn(prompts, responses, **columns)"
+        ) from error
 
 
-def _taken(fn: Any) -> set[str]:
+def _signature(fn: RewardFn) -> inspect.Signature | None:
+    """How a function is called; None of C code that does not say."""
+    try:
+        return inspect.signature(fn)
+    except (TypeError, ValueError):
+        return None
+
+
+def _asked(fn: RewardFn, columns: Iterable[str]) -> list[str]:
+    """Columns without `messages`, which is ours and no field of a row, for a function that does not ask for it."""
+    signature = _signature(fn)
+    parameters = signature.parameters.values() if signature else []
+    asks = not signature or any(p.name == "messages" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return [column for column in columns if asks or column != "messages"]
+
+
+def _taken(fn: Callable[..., object]) -> set[str]:
     """Names of arguments that a column cannot pass: the first two, an object's own, and those a partial has chosen."""
     names = lambda of, count: set(list(inspect.signature(of).parameters)[:count])  # noqa: E731
-    found = names(fn, 2)
+    taken = names(fn, 2)
     while isinstance(fn, functools.partial):
-        found |= set(fn.keywords) | names(fn.func, len(fn.args))
+        taken |= set(fn.keywords) | names(fn.func, len(fn.args))
         fn = fn.func
     if inspect.ismethod(fn):
-        found |= names(fn.__func__, 1)
+        taken |= names(fn.__func__, 1)
     elif not (inspect.isroutine(fn) or isinstance(fn, type)):
-        found |= names(type(fn).__call__, 1)
-    return found
+        taken |= names(type(fn).__call__, 1)
+    return taken
 
 
-def of_own_rows(
-    score: Callable[..., np.ndarray],
-    mesh: Mesh,
-    prompts: list[str],
-    responses: list[str],
-    columns: dict[str, list[Any]],
-) -> np.ndarray:
+def of_own_rows(score: ScoreFn, mesh: Mesh, prompts: list[str], responses: list[str], columns: Columns) -> np.ndarray:
     """float32[B] from score(prompts, responses, columns); of several processes, each asks for rows of its own.
 
     Raises:
@@ -225,10 +208,10 @@ def of_own_rows(
         return score(prompts, responses, columns)
     own = own_rows(mesh, len(prompts))
     chosen = np.flatnonzero(own)
-    found, wrong = np.zeros(len(prompts), np.float32), None
+    scores, wrong = np.zeros(len(prompts), np.float32), None
     mine = [[values[i] for i in chosen] for values in (prompts, responses, *columns.values())]
     try:
-        found[own] = score(mine[0], mine[1], dict(zip(columns, mine[2:], strict=True))) if len(chosen) else []
+        scores[own] = score(mine[0], mine[1], dict(zip(columns, mine[2:], strict=True))) if len(chosen) else []
     except Exception as error:  # the others wait for an answer
         wrong = error
     failed, broken = any_of([isinstance(wrong, RewardFailure), wrong is not None])
@@ -237,40 +220,39 @@ def of_own_rows(
     if broken:
         kind = RewardFailure if failed else UserError
         raise kind("the reward function failed in another process, whose output says why")
-    return multihost_utils.process_allgather(found).sum(axis=0, dtype=np.float32)  # one process has each row
+    return multihost_utils.process_allgather(scores).sum(axis=0, dtype=np.float32)  # one process has each row
 
 
-def functions_of(
-    config: RewardSourceConfig, functions: Sequence[Callable[..., Any]] | None
-) -> list[Callable[..., Any]]:
+def functions_of(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) -> list[RewardFn]:
     """The Python rewards: `functions`, which replace the config's names, or those."""
     return list(functions) if functions is not None else [resolve(name) for name in config.functions]
 
 
-def combine(
-    config: RewardSourceConfig, functions: Sequence[Callable[..., Any]] | None
-) -> Callable[..., np.ndarray] | None:
-    """(prompts, responses, columns) -> float32[B], the weighted sum of the Python rewards; None if there are none.
+def combine(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) -> ScoreFn | None:
+    """The weighted sum of the Python rewards; None if there are none. `functions` replace the config's names.
 
-    `functions` replace the config's names. Raises UserError when the weights do not match the functions.
+    Raises:
+        UserError: the weights do not match the functions.
     """
-    found = functions_of(config, functions)
-    weights = config.function_weights or [1.0] * len(found)
-    if len(weights) != len(found):
+    rewards = functions_of(config, functions)
+    weights = config.function_weights or [1.0] * len(rewards)
+    if len(weights) != len(rewards):
         raise UserError(
-            f"reward.function_weights has {len(weights)} entries for {len(found)} functions; give one each, or none"
+            f"reward.function_weights has {len(weights)} entries for {len(rewards)} functions; give one each, or none"
         )
-    if not found:
+    if not rewards:
         return None
 
-    def total(prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> np.ndarray:
-        calls: dict[str, Any] = {"timeout": config.timeout, "retries": config.retries}
-        parts = [call_reward(fn, prompts, responses, columns, **calls) for fn in found]
+    def total(prompts: list[str], responses: list[str], columns: Columns) -> np.ndarray:
+        parts = [
+            call_reward(fn, prompts, responses, columns, timeout=config.timeout, retries=config.retries)
+            for fn in rewards
+        ]
         with np.errstate(over="ignore", invalid="ignore"):
             weighted = [w * part for w, part in zip(weights, parts, strict=True)]
-            rewards = np.stack(weighted).sum(axis=0, dtype=np.float32)
-        if not np.isfinite(rewards).all():
+            summed = np.stack(weighted).sum(axis=0, dtype=np.float32)
+        if not np.isfinite(summed).all():
             raise UserError(f"reward.function_weights {weights} make rewards that float32 does not hold; lower them")
-        return rewards
+        return summed
 
     return total

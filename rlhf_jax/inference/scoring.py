@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,11 @@ from rlhf_jax.data.schemas import answer_of, finished_of, ids_of, prompt_row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import tell
 from rlhf_jax.hosts.processes import to_host
-from rlhf_jax.inference.reward_functions import combine
+from rlhf_jax.inference.reward_functions import Columns, combine
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
 from rlhf_jax.sharding import Mesh, put_batch
-from rlhf_jax.types import Params
+from rlhf_jax.types import Params, RewardFn
 
 
 def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
@@ -81,13 +80,13 @@ class RewardModel:
         """The scores of examples, padded to `length` tokens."""
         check_length(self.arch, length, "length of the longest row (after max_length)")
         collate = partial(collate_sft, length=length, reduction="token", pad_id=self.tokenizer.pad_id)
-        found: list[float] = []
+        scores: list[float] = []
         with jax.set_mesh(self.mesh.grid):
             for batch in eval_batches(examples, batch_size=self.size, collate=collate):
                 arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
                 arrays["last"] = (batch["segment_ids"] > 0).sum(axis=1, dtype=np.int32) - 1
-                found += to_host(self.forward(self.loaded.params, **put_batch(self.mesh, arrays))).tolist()
-        return found[: len(examples)]
+                scores += to_host(self.forward(self.loaded.params, **put_batch(self.mesh, arrays))).tolist()
+        return scores[: len(examples)]
 
 
 class Scorer:
@@ -101,7 +100,7 @@ class Scorer:
         max_prompt_length: int,
         max_length: int,
         batch_size: int,
-        functions: Sequence[Callable[..., Any]] | None = None,
+        functions: Sequence[RewardFn] | None = None,
     ):
         """`functions` replace the config's."""
         self.weight, self.length = config.model_weight, max_length
@@ -123,8 +122,8 @@ class Scorer:
             examples = [self._example(self.model, row) for row in rows]
             if cut := sum(example["cut"] for example in examples):
                 tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
-            found = self.model.scores(examples, self.length)
-            scores += np.float32(self.weight) * np.asarray(found, np.float32)
+            by_model = np.asarray(self.model.scores(examples, self.length), np.float32)
+            scores += np.float32(self.weight) * by_model
         if self.functions is not None:
             scores += self.functions(*function_inputs(rows))
         return scores
@@ -137,7 +136,7 @@ class Scorer:
         return model.example({**text, "_where": "a response"})
 
 
-def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]:
     """(prompts, responses, columns) for reward functions, of rows {shown, response, columns}."""
     columns = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
     return [row["shown"] for row in rows], [row["response"] for row in rows], columns
