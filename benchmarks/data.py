@@ -80,7 +80,7 @@ def reward_batches(rows: list[Any], tokenizer: Any, limits: Limits) -> dict[str,
         ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
     ):
         examples, _ = build(rows, tokenizer, limits)
-        collate = reward.make_collate(kind, examples, length=limits.max_length, pad_id=tokenizer.pad_id)
+        collate = partial(reward.KINDS[kind].collate(examples), length=limits.max_length, pad_id=tokenizer.pad_id)
         found[kind] = objective, partial(loss, center_coef=0.01), collate(examples)
     return found
 

@@ -173,13 +173,13 @@ def by_rejection(task: Task, out: Path) -> str:
 def by_dpo(task: Task, out: Path, **settings: Any) -> str:
     """DPO, or with another `loss` one of its kin."""
     config = DPOArgs(**task.settings(out), dpo=DPOConfig(steps=STEPS, **settings))
-    preference.run_dpo(config, rows=task.pairs, eval_rows=task.held_out)
+    preference.run(config, rows=task.pairs, eval_rows=task.held_out)
     return str(out / "model")
 
 
 def by_kto(task: Task, out: Path) -> str:
     """KTO on the comparisons, taken apart: twice as many rows."""
-    preference.run_kto(
+    preference.run(
         KTOArgs(**task.settings(out), kto=KTOConfig(steps=2 * STEPS)), rows=task.pairs, eval_rows=task.held_out
     )
     return str(out / "model")
@@ -190,7 +190,7 @@ def by_rrhf(task: Task, out: Path) -> str:
     collect = CollectArgs(**task.drawn(out / "ranked.jsonl"), num_samples=8, label="reward")
     rows = run_collect(collect, rows=walks.start_prompts() * 32)
     config = RRHFArgs(**task.settings(out / "run"), rrhf=RRHFConfig(steps=STEPS))
-    preference.run_rrhf(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
+    preference.run(replace(config, data__batch_size=16), rows=rows[20:], eval_rows=rows[:20])
     return str(out / "run" / "model")
 
 

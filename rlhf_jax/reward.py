@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +12,35 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax.config import RewardArgs, RewardConfig, bind
-from rlhf_jax.data.collate import Collate, collate_preference, collate_ranking, collate_rated, eval_batches
+from rlhf_jax.data.collate import (
+    Batch,
+    Collate,
+    collate_preference,
+    collate_rated,
+    eval_batches,
+    of_most_responses,
+)
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.examples import Example
 from rlhf_jax.data.layouts import layout_of
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.loading import Rows, load_rows, make_examples
+from rlhf_jax.data.loading import Rows
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.singles import rating_examples
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.intervals import share_and_interval
 from rlhf_jax.inference.scoring import score_sequences
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
-from rlhf_jax.runs.directory import names_given
 from rlhf_jax.sharding import Mesh, put_batch
-from rlhf_jax.training.loop import Evaluate
-from rlhf_jax.training.supervised import Stage, run_stage
-from rlhf_jax.types import LossFn, Params
+from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
+from rlhf_jax.types import Loss, LossFn, Metrics, Params, Summary
 
 NORMALIZE_PAIRS = 1024
 """Training comparisons whose scores set the head's gain and bias."""
 
 
-def response_scores(model: Model, params: Params, batch: Any) -> Float[Array, "B K"]:
+def response_scores(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
     """Scores of the K responses to each prompt, of pairs (chosen, rejected), in one forward pass of B K rows."""
     flat = {
         name: batch[name].reshape(-1, *batch[name].shape[2:])
@@ -44,29 +49,29 @@ def response_scores(model: Model, params: Params, batch: Any) -> Float[Array, "B
     return score_sequences(model, params, **flat).reshape(batch["last"].shape)
 
 
-def objective(model: Model, loss: Callable[..., Any]) -> LossFn:
+def objective(model: Model, loss: Loss) -> LossFn:
     """loss(chosen, rejected, weights, margins, labels), each [B], over a batch of `collate_preference`."""
 
-    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         scores = response_scores(model, params, batch)
         return loss(scores[:, 0], scores[:, 1], batch["weights"], batch["margins"], batch["labels"])
 
     return loss_fn
 
 
-def ranking_objective(model: Model, loss: Callable[..., Any]) -> LossFn:
+def ranking_objective(model: Model, loss: Loss) -> LossFn:
     """loss(scores, ranks, mask, weights), [B, K] and weights [B], over a batch of `collate_ranking`."""
 
-    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         return loss(response_scores(model, params, batch), batch["ranks"], batch["mask"], batch["weights"])
 
     return loss_fn
 
 
-def rating_objective(model: Model, loss: Callable[..., Any]) -> LossFn:
+def rating_objective(model: Model, loss: Loss) -> LossFn:
     """loss(scores, ratings, weights), each [B], over a batch of `collate_rated`."""
 
-    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         return loss(response_scores(model, params, batch)[:, 0], batch["ratings"], batch["weights"])
 
     return loss_fn
@@ -76,21 +81,21 @@ class Kind(NamedTuple):
     """What a row of a batch is, and what follows from it.
 
     Attributes:
-        build: makes examples.
-        column: what an example of this kind alone has.
+        build: of the settings, what makes examples.
+        collate: (all examples) -> what makes batches of them.
         objective: of a model and the loss.
         loss: what the config calls it.
         agreement: what the summary says of scores [N, K], the batches that they are of and their rows' prompts [N].
     """
 
-    build: Callable[..., Any]
-    column: str
-    objective: Callable[..., LossFn]
+    build: Callable[[RewardConfig], Build]
+    collate: Callable[[Sequence[Example]], Collate]
+    objective: Callable[[Model, Loss], LossFn]
     loss: Callable[[RewardConfig], str]
-    agreement: Callable[[np.ndarray, list[Any], Sequence[str]], dict[str, Any]]
+    agreement: Callable[[np.ndarray, list[Batch], Sequence[str]], Summary]
 
 
-def kind_of_rows(settings: RewardConfig, rows: Sequence[Any]) -> str:
+def kind_of_rows(settings: RewardConfig, rows: Sequence[Row]) -> str:
     """pairs, rankings or ratings; auto: rankings or ratings if every row is one."""
     if settings.comparisons != "auto":
         return settings.comparisons
@@ -100,22 +105,14 @@ def kind_of_rows(settings: RewardConfig, rows: Sequence[Any]) -> str:
     return "rankings" if kinds == {"ranking"} else "ratings" if kinds == {"rating"} else "pairs"
 
 
-def make_collate(kind: str, examples: Sequence[Any], *, length: int, pad_id: int) -> Collate:
-    """Examples of a kind to batches; K of rankings is the most responses that one of `examples` has."""
-    if kind == "rankings":
-        width = max(len(example["responses"]) for example in examples)
-        return partial(collate_ranking, length=length, width=width, pad_id=pad_id)
-    return partial({"pairs": collate_preference, "ratings": collate_rated}[kind], length=length, pad_id=pad_id)
-
-
-def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Any]) -> np.ndarray:
+def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Batch]) -> np.ndarray:
     """Scores [N, K] of all rows of `eval_batches`, fillers left out; NaN where there is no response."""
     forward = jax.jit(partial(response_scores, model))
-    found = []
+    parts = []
     for batch in batches:
         scores = to_host(forward(params, put_batch(mesh, batch)))
-        found.append(np.where(batch.get("mask", True), scores, np.nan)[batch["weights"] > 0])
-    return np.concatenate(found)
+        parts.append(np.where(batch.get("mask", True), scores, np.nan)[batch["weights"] > 0])
+    return np.concatenate(parts)
 
 
 def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
@@ -131,40 +128,37 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     return {**params, "score": head}
 
 
-def pair_accuracy(scores: np.ndarray, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+def pair_accuracy(scores: np.ndarray, batches: list[Batch], prompts: Sequence[str]) -> Summary:
     """How many of the pairs [N, 2] have the higher score where the label says; as `losses.pairwise_reward_loss`."""
-    return _accuracy(
-        *pairs_right(jnp.asarray(scores[:, 0] - scores[:, 1]), _real(batches, "labels")), batches, prompts
-    )
+    labels = jnp.asarray(_real(batches, "labels"))
+    return _accuracy(*pairs_right(jnp.asarray(scores[:, 0] - scores[:, 1]), labels), batches, prompts)
 
 
-def order_accuracy(scores: np.ndarray, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+def order_accuracy(scores: np.ndarray, batches: list[Batch], prompts: Sequence[str]) -> Summary:
     """How far the scores of rankings [N, K] are in the raters' order; as `losses.kwise_reward_loss`."""
-    better, mean = ordered_pairs(_real(batches, "ranks"), _real(batches, "mask"))
+    better, mean = ordered_pairs(*(jnp.asarray(_real(batches, name)) for name in ("ranks", "mask")))
     margin = jnp.asarray(scores[:, :, None] - scores[:, None, :])
     return _accuracy(*order_right(margin, better, mean), batches, prompts)
 
 
-def _real(batches: list[Any], name: str) -> Any:
+def _real(batches: list[Batch], name: str) -> np.ndarray:
     """A column of all rows of `eval_batches`, fillers left out."""
     return np.concatenate([batch[name][batch["weights"] > 0] for batch in batches])
 
 
-def _accuracy(right: Any, counts: Any, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+def _accuracy(right: Array, counts: Array, batches: list[Batch], prompts: Sequence[str]) -> Summary:
     """{accuracy, accuracy_interval, n rows that count, prompts, ties}: the mean over the rows of a label, weighed.
 
     The same as eval/accuracy. Rows of one prompt (equal in `prompts` [N]) are not independent in the interval.
     """
-    counts, weights = np.asarray(counts), _real(batches, "weights")
-    own = [prompt for prompt, kept in zip(prompts, counts, strict=True) if kept]
-    found: dict[str, Any] = {"accuracy": None, "accuracy_interval": None}
-    if own:
-        share, interval = share_and_interval(np.asarray(right)[counts], own, weights[counts])
-        found = {"accuracy": share, "accuracy_interval": interval}
-    return {**found, "n": len(own), "prompts": len(set(own)), "ties": int((~counts).sum())}
+    kept, weights = np.asarray(counts), _real(batches, "weights")
+    own = [prompt for prompt, counted in zip(prompts, kept, strict=True) if counted]
+    share, interval = share_and_interval(np.asarray(right)[kept], own, weights[kept]) if own else (None, None)
+    about = {"n": len(own), "prompts": len(set(own)), "ties": int((~kept).sum())}
+    return {"accuracy": share, "accuracy_interval": interval, **about}
 
 
-def rating_agreement(scores: np.ndarray, batches: list[Any], prompts: Sequence[str]) -> dict[str, Any]:
+def rating_agreement(scores: np.ndarray, batches: list[Batch], prompts: Sequence[str]) -> Summary:
     """Spearman's correlation of scores [N, 1] and ratings: Pearson's of their ranks, ties at their mean rank."""
     ratings = _real(batches, "ratings")
     ranks = _mean_ranks(scores[:, 0]), _mean_ranks(ratings)
@@ -178,28 +172,41 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
 
 
 KINDS = {
-    "pairs": Kind(preference_examples, "chosen", objective, lambda settings: settings.loss, pair_accuracy),
+    "pairs": Kind(
+        lambda s: partial(preference_examples, aggregate=s.aggregate, prior=s.aggregate_prior),
+        lambda _: collate_preference,
+        objective,
+        lambda s: s.loss,
+        pair_accuracy,
+    ),
     "rankings": Kind(
-        ranking_examples, "ranks", ranking_objective, lambda settings: settings.kwise_loss, order_accuracy
+        lambda s: partial(ranking_examples, aggregate=s.aggregate, prior=s.aggregate_prior),
+        of_most_responses,
+        ranking_objective,
+        lambda s: s.kwise_loss,
+        order_accuracy,
     ),
     "ratings": Kind(
-        rating_examples, "rating", rating_objective, lambda settings: settings.rating_loss, rating_agreement
+        lambda _: rating_examples,
+        lambda _: collate_rated,
+        rating_objective,
+        lambda s: s.rating_loss,
+        rating_agreement,
     ),
 }
 
 
-def load_sets(
-    config: RewardArgs, tokenizer: Tokenizer, *, rows: Rows | None = None, eval_rows: Rows | None = None
-) -> tuple[list[Any], list[Any], Collate]:
-    """Training and held-out examples, of `rows` and `eval_rows` or the config's files, and what batches them."""
-    settings, split = config.reward, load_rows(config.data, rows, eval_rows, config.run.seed)
-    name = kind_of_rows(settings, split[0])
-    build = partial(KINDS[name].build, tokenizer=tokenizer, limits=Limits.of(config.data))
-    if name != "ratings":
-        build = partial(build, aggregate=settings.aggregate, prior=settings.aggregate_prior)
-    sets = make_examples(build, *split)
-    collate = make_collate(name, [*sets[0], *sets[1]], length=config.data.max_length, pad_id=tokenizer.pad_id)
-    return *sets, collate
+def task_of(config: RewardArgs, kind: Kind | None = None, loss: Loss | None = None) -> Task:
+    """A reward model of rows of a kind, else of that which the config names; `loss` replaces the config's."""
+    settings, kind = config.reward, kind or KINDS[kind_of_rows(config.reward, [])]
+    return Task(
+        "reward",
+        kind.build(settings),
+        kind.collate,
+        objective=lambda model: kind.objective(model, bind(loss or kind.loss(settings), settings)),
+        shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
+        head=settings.head_init,
+    )
 
 
 def as_saved(
@@ -208,7 +215,7 @@ def as_saved(
     params: Params,
     whole: Params,
     mesh: Mesh,
-    train_set: Sequence[Any],
+    train_set: Sequence[Example],
     collate: Collate,
 ) -> Params:
     """`params`, of the model `whole`, as a run saves them: the head normalised by scores of training comparisons."""
@@ -220,43 +227,24 @@ def as_saved(
 
 
 def run(
-    config: RewardArgs,
-    *,
-    rows: Rows | None = None,
-    eval_rows: Rows | None = None,
-    loss: Callable[..., Any] | None = None,
-) -> Any:
+    config: RewardArgs, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: Loss | None = None
+) -> Summary:
     """Train as configured and write the run directory; returns its summary.
 
     `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss. eval/* in the summary are of
     the kept parameters before their head is normalised.
     """
-    settings = config.reward
-
-    def kind_of(stage: Stage) -> Kind:
-        return next(kind for kind in KINDS.values() if kind.column in stage.train_set[0])
-
-    def objective_of(stage: Stage) -> LossFn:
-        kind = kind_of(stage)
-        return kind.objective(stage.loaded.model, bind(loss or kind.loss(settings), settings))
-
-    def conclude(stage: Stage, params: Params, evaluate: Evaluate) -> tuple[Params, dict[str, Any]]:
-        model, whole = stage.loaded.model, stage.loaded.whole(params)
-        results, held_out = evaluate(params), stage.in_batches(stage.held_out_set, config.data.eval_batches)
-        scores = score_all(model, whole, stage.mesh, held_out)
-        prompts = [example["prompt_key"] for example in stage.held_out_set[: len(scores)]]
-        agreement = kind_of(stage).agreement(scores, held_out, prompts)
-        saved = as_saved(config, model, params, whole, stage.mesh, stage.train_set, stage.collate)
-        return saved, {**agreement, **results}
-
-    return run_stage(
-        "reward",
-        config,
-        settings,
-        load=partial(load_sets, config, rows=rows, eval_rows=eval_rows),
-        objective=objective_of,
-        head=settings.head_init,
-        shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
-        given=names_given(rows=rows, eval_rows=eval_rows, loss=loss),
-        conclude=conclude,
-    )
+    claim = begin("reward", config, "reward", rows=rows, eval_rows=eval_rows, loss=loss)
+    if isinstance(claim, dict):  # it is finished
+        return claim
+    kind, mesh = KINDS[kind_of_rows(config.reward, claim.rows)], claim.mesh
+    with jax.set_mesh(mesh.grid):
+        work = setup(task_of(config, kind, loss), claim)
+        with work.open() as out:
+            params = fit(work, out)
+            model, whole = work.loaded.model, work.loaded.whole(params)
+            results, scores = work.evaluate(params), score_all(model, whole, mesh, work.held_out)
+            prompts = [example["prompt_key"] for example in work.held_out_set[: len(scores)]]
+            agreement = kind.agreement(scores, work.held_out, prompts)
+            saved = as_saved(config, model, params, whole, mesh, work.train_set, work.collate)
+            return finish(work, out, saved, {**agreement, **results})

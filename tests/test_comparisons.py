@@ -274,7 +274,7 @@ def test_rankings_and_their_pairs_have_equal_loss_and_gradient(tokenizer):
         ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
     ]:
         examples, _ = build(rows, tokenizer, LIMITS)
-        collate = reward.make_collate(name, examples, length=8, pad_id=0)
+        collate = partial(reward.KINDS[name].collate(examples), length=8, pad_id=0)
         batch = collate(examples)
         loss_fn = objective(model, partial(loss, center_coef=0.01))
         (value, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, None)

@@ -127,8 +127,8 @@ def stages(model: Path, out: Path):
     shared = {"model": ModelConfig(path=str(model)), "data": DATA, "run": RunConfig(str(out), progress=False)}
     return {
         "sft": (sft.run, SFTArgs(**shared, sft=SFTConfig(steps=4, num_samples=0)), DEMOS),
-        "dpo": (preference.run_dpo, DPOArgs(**shared, dpo=DPOConfig(steps=4)), PAIRS),
-        "kto": (preference.run_kto, KTOArgs(**shared, kto=KTOConfig(steps=4)), PAIRS),
+        "dpo": (preference.run, DPOArgs(**shared, dpo=DPOConfig(steps=4)), PAIRS),
+        "kto": (preference.run, KTOArgs(**shared, kto=KTOConfig(steps=4)), PAIRS),
     }
 
 

@@ -32,7 +32,7 @@ from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.inference.likelihood import Likelihood, next_logprobs
+from rlhf_jax.inference.likelihood import Likelihood
 from rlhf_jax.inference.scoring import RewardModel
 from rlhf_jax.models.loading import load_model
 from rlhf_jax.ppo import train as ppo_train
@@ -117,7 +117,8 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(pretrained, tokenize
         found = []
         for rows, length in ((pack(examples, 24), 24), (examples, 12)):
             batch = {name: jnp.asarray(x) for name, x in collate_sft(rows, length=length, reduction="token").items()}
-            logprobs = next_logprobs(loaded.model, loaded.params, batch)
+            read = (batch["tokens"], batch["positions"], batch["segment_ids"])
+            logprobs = loaded.model.next_logprobs(loaded.params, *read)
             found.append(-float(jnp.sum(batch["weights"][:, 1:] * logprobs)))
     assert len(pack(examples, 24)) < len(examples) / 2
     assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -54,7 +54,6 @@ from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.preference import sequence_logprobs
 from rlhf_jax.sharding import make_mesh, put_batch, replicated, tree_shardings
 from rlhf_jax.training import loop, supervised
-from rlhf_jax.training.loop import train
 from rlhf_jax.training.state import create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import accumulated_grads, make_train_step, make_update
 
@@ -470,16 +469,16 @@ def test_the_reference_of_dpo_is_the_frozen_model_bit_by_bit_so_its_first_loss_i
 def test_dpo_moves_the_adapters_alone_from_a_loss_of_ln_2(tmp_path, monkeypatch):
     seen = {}
 
-    def watched(out, config, settings, loaded, *args, **kwargs):
+    def watched(work, out):
+        loaded = work.loaded
         seen["frozen"], seen["before"] = loaded.frozen, jax.device_get((loaded.frozen, loaded.params))
-        params, evaluate = supervised_train(out, config, settings, loaded, *args, **kwargs)
+        params = supervised.fit(work, out)
         seen["after"] = jax.device_get((loaded.frozen, params))
-        return params, evaluate
+        return params
 
-    supervised_train = train
-    monkeypatch.setattr(supervised, "train", watched)
+    monkeypatch.setattr(preference, "fit", watched)
     config = replace(dpo_settings("dpo", tmp_path / "run"), lora=LoRAConfig(rank=2))
-    preference.run_dpo(config, rows=preferences(32), eval_rows=preferences(8, 1))
+    preference.run(config, rows=preferences(32), eval_rows=preferences(8, 1))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "loss/preference" in line)
     assert first["loss/preference"] == pytest.approx(np.log(2), rel=1e-6)

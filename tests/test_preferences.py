@@ -35,6 +35,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.preference import sequence_logprobs
 from rlhf_jax.runs.metrics import RunMetrics
+from rlhf_jax.training import supervised
 
 MODEL, PARAMS = BIGRAMS.policy, bigram_params(0)["policy"]
 LIMITS = Limits(4, 12, "drop")
@@ -227,14 +228,14 @@ def rankings(num, seed=0):
 
 
 STAGES = {
-    "dpo": (preference.run_dpo, DPOArgs, "dpo", preferences),
-    "kto": (preference.run_kto, KTOArgs, "kto", preferences),
-    "rrhf": (preference.run_rrhf, RRHFArgs, "rrhf", rankings),
+    "dpo": (DPOArgs, preferences),
+    "kto": (KTOArgs, preferences),
+    "rrhf": (RRHFArgs, rankings),
 }
 
 
 def settings(stage, path, **changes):
-    config = STAGES[stage][1](
+    config = STAGES[stage][0](
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=10),
         optim=OptimConfig(learning_rate=1e-2),
@@ -244,8 +245,8 @@ def settings(stage, path, **changes):
 
 
 def run_of(stage, path, num=32, **changes):
-    run, _, _, make = STAGES[stage]
-    return run(settings(stage, path, **changes), rows=make(num), eval_rows=make(8, 1))
+    _, make = STAGES[stage]
+    return preference.run(settings(stage, path, **changes), rows=make(num), eval_rows=make(8, 1))
 
 
 @pytest.fixture
@@ -284,7 +285,7 @@ def test_a_stage_learns_what_it_is_shown(tmp_path, stage):
 
 @pytest.mark.parametrize("loss", ["simpo_loss", "orpo_loss", "cpo_loss"])
 def test_a_loss_that_names_no_reference_learns_and_costs_no_pass_over_the_rows(tmp_path, monkeypatch, loss):
-    monkeypatch.setattr(preference, "add_reference", lambda stage: pytest.fail("a reference pass"))
+    monkeypatch.setattr(supervised, "add_reference", lambda *args: pytest.fail("a reference pass"))
     options = {"dpo__loss": f"rlhf_jax.losses:{loss}", "dpo__beta": 2.0}
     before = run_of("dpo", tmp_path / "start", **options, dpo__steps=1)
     after = run_of("dpo", tmp_path / "run", **options, dpo__steps=100)
@@ -295,7 +296,7 @@ def test_a_function_given_to_a_stage_is_what_trains(tmp_path, seen):
     def mine(logprobs, weights, *, beta):
         return -beta * jnp.sum(weights * logprobs[:, 0]), {"mine/loss": jnp.float32(beta)}
 
-    preference.run_dpo(
+    preference.run(
         settings("dpo", tmp_path / "run", dpo__beta=0.25), rows=preferences(32), eval_rows=preferences(8), loss=mine
     )
     assert all(metrics["mine/loss"] == 0.25 for metrics in seen)
@@ -394,8 +395,8 @@ def test_dpo_and_rrhf_walk_better_than_sft(tmp_path):
     ]
     shared = {"model": ModelConfig(path=base), "data": q.DATA, "optim": OptimConfig(learning_rate=3e-4)}
     out = lambda name: {"run": RunConfig(str(path / name), progress=False, eval_every=20)}  # noqa: E731
-    preference.run_dpo(DPOArgs(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
-    preference.run_rrhf(
+    preference.run(DPOArgs(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
+    preference.run(
         RRHFArgs(**shared, **out("rrhf"), rrhf=RRHFConfig(epochs=3)), rows=ranked[64:], eval_rows=ranked[:64]
     )
     before, error = gold(base)

@@ -15,7 +15,7 @@ from tiny import BIGRAMS, ONE, bigram_params, byte_tokenizer
 from rlhf_jax import cli, losses, reward, sft
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.data.ballots import ranking_row
-from rlhf_jax.data.collate import collate_sft, eval_batches
+from rlhf_jax.data.collate import collate_preference, collate_sft, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import rows_from
@@ -123,7 +123,9 @@ def test_the_accuracy_of_the_summary_is_that_of_the_evaluation(tokenizer, kind, 
     rows = rows_from(ROWS if kind == "pairs" else [row for row in ROWS if "responses" in row])
     build = {"pairs": preference_examples, "rankings": ranking_examples}[kind]
     examples, _ = build(rows, tokenizer, LIMITS)
-    batches = eval_batches(examples, batch_size=3, collate=reward.make_collate(kind, examples, length=32, pad_id=0))
+    batches = eval_batches(
+        examples, batch_size=3, collate=partial(reward.KINDS[kind].collate(examples), length=32, pad_id=0)
+    )
     width = batches[0]["tokens"].shape[1]
     scores = np.random.default_rng(seed).integers(0, 3, (len(examples), width)).astype(np.float32)
     mask = np.concatenate([b.get("mask", b["last"] >= 0) for b in batches])[: len(examples)]
@@ -142,7 +144,7 @@ def test_rankings_weigh_the_same_as_pairs_and_as_rankings(tokenizer):
     """Six pairs of one prompt wrong, the one of another right: 1/2 of the prompts, not 1/7 of the pairs."""
     rows = rows_from(ROWS[:2])
     examples, _ = preference_examples(rows, tokenizer, LIMITS)
-    batches = eval_batches(examples, batch_size=7, collate=reward.make_collate("pairs", examples, length=32, pad_id=0))
+    batches = eval_batches(examples, batch_size=7, collate=partial(collate_preference, length=32))
     scores = np.array([[0, 1]] * 6 + [[1, 0]], np.float32)
     keys = [example["prompt_key"] for example in examples]
     found = reward.pair_accuracy(scores, batches, keys)
@@ -154,15 +156,13 @@ def test_a_tied_label_is_no_win_and_a_tied_score_is_half(tokenizer):
     votes = [[1, 1, 0], [0, 0, 2], [2, 1, 0], [0, 1, 0], [3, 0, 0]]  # two ties; the fourth turns its pair
     rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "votes": each} for n, each in enumerate(votes)]
     examples, _ = preference_examples(rows_from(rows), tokenizer, LIMITS)
-    batches = eval_batches(examples, batch_size=5, collate=reward.make_collate("pairs", examples, length=32, pad_id=0))
+    batches = eval_batches(examples, batch_size=5, collate=partial(collate_preference, length=32))
     scores = np.array([[1, 0], [1, 0], [1, 0], [0, 1], [2, 2]], np.float32)
     found = reward.pair_accuracy(scores, batches, [f"p{n}" for n in range(5)])
     assert found["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3) and (found["n"], found["ties"]) == (3, 2)
     metric = losses_over(losses.pairwise_reward_loss, batches, scores, of_pairs)["reward_model/accuracy"]
     assert metric == pytest.approx(0.5)
-    none = eval_batches(
-        examples[:2], batch_size=2, collate=reward.make_collate("pairs", examples, length=32, pad_id=0)
-    )
+    none = eval_batches(examples[:2], batch_size=2, collate=partial(collate_preference, length=32))
     assert reward.pair_accuracy(scores[:2], none, ["p0", "p1"])["accuracy"] is None
     assert np.isnan(losses_over(losses.pairwise_reward_loss, none, scores, of_pairs)["reward_model/accuracy"])
 

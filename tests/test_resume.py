@@ -34,9 +34,9 @@ from rlhf_jax.runs.listing import resume
 from rlhf_jax.runs.log import Log
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.training.loop import fit
+from rlhf_jax.training.loop import run_steps
 from rlhf_jax.training.nans import first_nan
-from rlhf_jax.training.state import create_state, digest, make_optimizer, make_schedule
+from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
 
 STEPS = 12
@@ -53,7 +53,7 @@ class Rows:
 
     def __getitem__(self, step):
         self.asked.append(step)
-        return {"x": DATA[step] * (np.nan if step in self.bad else 1)}
+        return {"x": DATA[step] * (np.nan if step in self.bad else 1), "tokens": np.zeros(8, np.int32)}
 
 
 def squares(params, batch, key):
@@ -82,7 +82,7 @@ def run_fit(
     loss=squares,
     measure=held_out_loss,
 ):
-    """A stage without models: `fit` on a matrix; returns the final state and the kept parameters."""
+    """A stage without models: `run_steps` on a matrix; returns the final state and the kept parameters."""
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:devices])
     schedule = make_schedule(config.optim, total)
     tx = make_optimizer(config.optim, schedule)
@@ -101,8 +101,8 @@ def run_fit(
             return {"eval/total": measure(np.asarray(params["head"]["kernel"]))}
 
         key = jax.random.key(0)
-        state = fit(
-            out, step, tree["state"], batches, mesh=mesh, key=key, schedule=schedule, tokens_of=lambda batch: 8,
+        state = run_steps(
+            out, step, tree["state"], batches, key, mesh=mesh, rates=learning_rates(schedule, total),
             evaluate=evaluate, explain=partial(first_nan, jax.grad(lambda p, b, k: loss(p, b, k)[0])),
         )  # fmt: skip
         final = jax.device_get(state)

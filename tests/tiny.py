@@ -60,6 +60,10 @@ class Bigram:
         chunk = self.logprob_chunk
         return token_logprobs(project, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy)
 
+    def next_logprobs(self, params, tokens, positions, segment_ids, temperature=1.0):
+        hidden = self.apply(params, tokens, positions, segment_ids)
+        return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+
     def scores(self, score, hidden):
         return hidden @ score["kernel"] + score["bias"]
 

@@ -16,6 +16,7 @@ import jax
 from rlhf_jax import cli, reward
 from rlhf_jax.config import ArchConfig, ConvertArgs, InspectArgs, MeshConfig, ModelConfig, no_code_below, to_dict
 from rlhf_jax.config.rules import MESH_AXES, Rules, parse_rules
+from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.hosts.files import check_writable, written
@@ -30,6 +31,7 @@ from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.runs.checkpoint import Checkpoints, damage
 from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, read_record
 from rlhf_jax.sharding import make_mesh, mesh_sizes, shard_shape
+from rlhf_jax.training.supervised import examples_of
 from rlhf_jax.types import Params
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -287,5 +289,7 @@ def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params,
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are
     where = record["cwd"] if Path(record["cwd"]).is_dir() else "."
     with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh.grid):
-        train_set, _, collate = reward.load_sets(config, tokenizer)
+        split = load_rows(config.data, None, None, config.run.seed)
+        kind = reward.KINDS[reward.kind_of_rows(config.reward, split[0])]
+        train_set, _, collate = examples_of(reward.task_of(config, kind), config.data, tokenizer, *split)
         return reward.as_saved(config, model, params, params, mesh, train_set, collate)

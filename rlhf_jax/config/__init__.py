@@ -21,7 +21,7 @@ from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from rlhf_jax.config.plan import PlanArgs
 from rlhf_jax.config.ppo import PPOArgs, PPOConfig
-from rlhf_jax.config.preference import DPOArgs, DPOConfig, KTOArgs, KTOConfig, RRHFArgs, RRHFConfig
+from rlhf_jax.config.preference import DPOArgs, DPOConfig, KTOArgs, KTOConfig, PreferenceArgs, RRHFArgs, RRHFConfig
 from rlhf_jax.config.quickstart import QuickstartArgs
 from rlhf_jax.config.rate import RateArgs
 from rlhf_jax.config.recipe import RecipeArgs

@@ -7,6 +7,7 @@ is said by segment_ids (0 = padding), mask and last, never by token ids: pad_id 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,21 @@ def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad
     batch = _responses(examples, responses, np.arange(width) == best[:, None], length, pad_id)
     ranks = _right_pad([example["ranks"] for example in examples], width, 0, np.float32)
     return {**batch, "ranks": ranks, "mask": batch["lengths"] > 0}
+
+
+def of_most_responses(examples: Sequence[Example]) -> Collate:
+    """`collate_ranking` for rankings of which one of `examples` has the most responses."""
+    return partial(collate_ranking, width=max(len(example["responses"]) for example in examples))
+
+
+def example_of_all(width: int) -> Example:
+    """The fields of every kind of example that becomes a batch: sequences of two tokens, `width` responses."""
+    ids = np.zeros(2, np.int32)
+    return {
+        "tokens": ids, "loss_mask": np.ones(2, bool), "prompt_length": 1, "label": 1.0, "margin": 0.0, "rating": 1.0,
+        "chosen": ids, "rejected": ids, "response": ids, "other": ids,
+        "responses": [ids] * width, "ranks": list(range(width)),
+    }  # fmt: skip
 
 
 def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_id: int = 0) -> Batch:

@@ -8,20 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
 
-from rlhf_jax.data.collate import Batch, collate_sft, eval_batches
+from rlhf_jax.data.collate import collate_sft, eval_batches
 from rlhf_jax.data.examples import Example
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params
-
-
-def next_logprobs(model: Model, params: Params, batch: Batch, temperature: float | Array = 1.0) -> Float[Array, "B T"]:
-    """Log-probs [B, S - 1] of tokens[:, 1:] given those before, of softmax(logits / temperature)."""
-    hidden = model.apply(params, batch["tokens"], batch["positions"], batch["segment_ids"])
-    return model.logprobs(params, hidden[:, :-1], batch["tokens"][:, 1:], temperature)[0]
 
 
 class Likelihood:
@@ -32,20 +25,20 @@ class Likelihood:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.mesh, self.pad_id, self.multiple = mesh, pad_id, multiple
         self.size, self.limit = -(-batch_size // ways) * ways, model.arch.max_positions
-        self.forward = jax.jit(partial(next_logprobs, model))
+        self.forward = jax.jit(model.next_logprobs)
 
     def targets(self, params: Params, examples: Sequence[Example], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probs float32[n] of the n targets of each {tokens, loss_mask} example, in nats."""
         longest = max(len(example["tokens"]) for example in examples)
         length = max(longest, min(-(-longest // self.multiple) * self.multiple, self.limit))
         collate = partial(collate_sft, length=length, reduction="token", pad_id=self.pad_id)
-        found: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
         for batch in eval_batches(examples, batch_size=self.size, collate=collate):
-            arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-            found += list(to_host(self.forward(params, put_batch(self.mesh, arrays), np.float32(temperature))))
+            arrays = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "positions", "segment_ids")})
+            rows += list(to_host(self.forward(params, **arrays, temperature=np.float32(temperature))))
         return [
             row[: len(example["tokens"]) - 1][np.asarray(example["loss_mask"])[1:]]
-            for row, example in zip(found, examples, strict=False)  # the last batch is filled up
+            for row, example in zip(rows, examples, strict=False)  # the last batch is filled up
         ]
 
 

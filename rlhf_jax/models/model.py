@@ -253,6 +253,18 @@ class Model:
         project, chunk = partial(self.project, params), self.logprob_chunk
         return token_logprobs(project, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy)
 
+    def next_logprobs(
+        self,
+        params: Params,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        temperature: Float[Array, ""] | float = 1.0,
+    ) -> Float[Array, "B S-1"]:
+        """Log-probs in nats of tokens[:, 1:], each given those before it in its segment, at a temperature."""
+        hidden = self.apply(params, tokens, positions, segment_ids)
+        return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+
     def scores(self, score: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The scalar head `score` at every position, float32."""
         return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=True, rngs=rngs)).apply(score, hidden)

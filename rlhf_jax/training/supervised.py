@@ -1,112 +1,264 @@
-"""A stage that trains one model on rows that stay as they are, from its config to its summary."""
+"""Training one model on rows that stay as they are. A method's `run` reads begin -> setup -> fit -> finish."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import jax
+from tqdm import tqdm
 
-from rlhf_jax.data.batches import Batches
+from rlhf_jax.config import DataConfig, PreferenceArgs, RewardArgs, SFTArgs
+from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
-from rlhf_jax.data.examples import Example
-from rlhf_jax.data.loading import held_out_batches, length_buckets
+from rlhf_jax.data.examples import Example, Report
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.loading import Rows, held_out_batches, length_buckets, load_rows, make_examples
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.hosts.processes import is_first, to_host
 from rlhf_jax.keys import branch
-from rlhf_jax.models.loading import Loaded, check_length, check_vocabulary, load_model, load_tokenizer, save_model
+from rlhf_jax.models import Model
+from rlhf_jax.models.loading import (
+    Head,
+    Loaded,
+    check_length,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
+from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
-from rlhf_jax.sharding import Mesh, check_rows, make_mesh
+from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
 from rlhf_jax.training.claim import claim_directory
-from rlhf_jax.training.loop import Evaluate, num_steps, train
-from rlhf_jax.types import LossFn, Params
+from rlhf_jax.training.loop import Evaluate, check_trained, describe, make_evaluate, run_steps
+from rlhf_jax.training.nans import first_nan
+from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
+from rlhf_jax.training.step import accumulated_grads, make_train_step
+from rlhf_jax.types import Loss, LossFn, Metrics, Params, Summary
+
+TrainArgs = SFTArgs | RewardArgs | PreferenceArgs
+
+
+class Steps(Protocol):
+    """What the settings of every method have."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+
+
+class Build(Protocol):
+    """Makes token examples of rows; the report says what became of each row."""
+
+    def __call__(self, rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]: ...
 
 
 @dataclass(frozen=True)
-class Stage:
+class Task:
+    """What a method is. The module of its command has a `task_of(config)`, from which `rlhf-jax plan` knows it, too.
+
+    Attributes:
+        group: name of its settings in the config.
+        build: makes examples.
+        collate: (all examples) -> what makes a batch of some of them, given length= and pad_id=.
+        objective: of a model, what to minimise.
+        shown: metrics of the progress bar.
+        head: as for `load_model`.
+        reference: (model, params, batch) -> f32[B, K]: what the model says of every example before it is trained,
+            which the example has as ref_logprobs from then on.
+    """
+
+    group: str
+    build: Build
+    collate: Callable[[Sequence[Example]], Collate]
+    objective: Callable[[Model], LossFn]
+    shown: tuple[str, ...]
+    head: Head = "vocabulary"
+    reference: Callable[[Model, Params, Batch], jax.Array] | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run that has its directory, devices, tokenizer and rows.
+
+    Attributes:
+        name: of the command.
+        settings: the group of `config` that is the method's own.
+        given: names of the arguments that replaced parts of the config.
+        files: contents of the files that the config names.
+        key: the run's.
+    """
+
+    name: str
+    config: TrainArgs
+    settings: Steps
+    given: tuple[str, ...]
+    files: Mapping[str, str]
+    mesh: Mesh
+    key: jax.Array
+    tokenizer: Tokenizer
+    rows: list[Row]
+    held_out_rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Work:
     """What is there before the first step.
 
     Attributes:
-        config: all of the command.
-        mesh: the devices.
-        tokenizer: the model's.
-        loaded: the model; training donates its parameters.
-        train_set, held_out_set: token examples.
-        collate: makes batches of them.
-        key: for what is random beside training.
+        loaded: the model; `fit` donates its parameters.
+        batches: of the training examples, by step.
+        held_out: batches of the held-out examples.
+        loss_fn: of all parameters.
+        evaluate: the held-out loss and its metrics, of parameters as they are trained (`Loaded.params`).
+        identity: what a continued run must find unchanged, beside the rows and what is frozen.
     """
 
-    config: Any
-    mesh: Mesh
-    tokenizer: Tokenizer
+    task: Task
+    claim: Claim
     loaded: Loaded
     train_set: list[Example]
     held_out_set: list[Example]
     collate: Collate
-    key: jax.Array
+    batches: Batches
+    held_out: list[Batch]
+    loss_fn: LossFn
+    evaluate: Evaluate
+    identity: dict[str, int | None] = field(default_factory=dict)
 
-    def in_batches(self, examples: list[Example], limit: int = 0) -> list[Batch]:
-        """Examples in order, in batches of the training's size; `limit` caps their number, 0 takes all."""
-        size = self.config.data.batch_size
-        return eval_batches(examples, batch_size=size, collate=self.collate, limit=limit)
+    def open(self) -> Run:
+        """The run, to be entered; as many steps as the settings say, else as their epochs have."""
+        claim, settings = self.claim, self.claim.settings
+        total = settings.steps or settings.epochs * len(self.batches)
+        return Run(claim.name, claim.config, total=total, shown=self.task.shown, given=claim.given, files=claim.files)
 
 
-def run_stage(
-    name: str,
-    config: Any,
-    settings: Any,
-    *,
-    load: Callable[[Tokenizer], tuple[list[Example], list[Example], Collate]],
-    objective: Callable[[Stage], LossFn],
-    shown: Sequence[str],
-    given: tuple[str, ...],
-    group: str = "",
-    head: Literal["vocabulary", "trained", "normal", "zeros"] = "vocabulary",
-    prepare: Callable[[Stage], dict[str, Any]] | None = None,
-    watch: Callable[[Stage], Callable[[Run, int, Params], None]] | None = None,
-    conclude: Callable[[Stage, Params, Evaluate], tuple[Params, dict[str, Any]]] | None = None,
-) -> Any:
-    """Train as configured and write the run directory; returns its summary.
+def begin(
+    name: str, config: TrainArgs, group: str, *, rows: Rows | None, eval_rows: Rows | None, loss: Loss | None
+) -> Claim | Summary:
+    """Claim the run directory and load all but the model; the summary of a run that is finished there already.
 
-    Args:
-        name: of the command.
-        config: all of it.
-        settings: the part of `config` that holds steps, epochs and accumulate; `group` is its name, if not `name`.
-        load: training and held-out examples, and what makes batches of them.
-        objective: what to minimise.
-        shown: metrics of the progress bar.
-        given: names of the arguments that replaced parts of the config.
-        head: as for `stage.load_model`.
-        prepare: adds to the examples what the untrained model makes of them; returns what of it a continued run must
-            find unchanged.
-        watch: makes what follows every evaluation, (out, step, params) -> None.
-        conclude: (the parameters to save, the summary) of the kept ones, with a frozen base those of the adapters and
-            heads; without it these and their evaluation.
+    `rows` and `eval_rows` replace the config's files, `loss` its loss. `group` is the name of the method's settings.
     """
+    given = names_given(rows=rows, eval_rows=eval_rows, loss=loss)
     finished, files = claim_directory(name, config, given)
     if finished is not None:
         return finished
-    key = jax.random.key(config.run.seed)
-    mesh, data = make_mesh(config.mesh), config.data
-    check_rows(mesh, data.batch_size // settings.accumulate, f"data.batch_size / {group or name}.accumulate =")
+    key, mesh, settings = jax.random.key(config.run.seed), make_mesh(config.mesh), getattr(config, group)
+    check_rows(mesh, config.data.batch_size // settings.accumulate, f"data.batch_size / {group}.accumulate =")
     tokenizer = load_tokenizer(config.model)
-    train_set, held_out_set, collate = load(tokenizer)
+    split = load_rows(config.data, rows, eval_rows, config.run.seed)
+    return Claim(name, config, settings, given, files, mesh, key, tokenizer, *split)
+
+
+def examples_of(
+    task: Task, data: DataConfig, tokenizer: Tokenizer, rows: list[Row], held_out_rows: list[Row]
+) -> tuple[list[Example], list[Example], Collate]:
+    """Training and held-out examples, and what makes batches of them."""
+    build = partial(task.build, tokenizer=tokenizer, limits=Limits.of(data))
+    train_set, held_out_set = make_examples(build, rows, held_out_rows)
+    collate = partial(task.collate([*train_set, *held_out_set]), length=data.max_length, pad_id=tokenizer.pad_id)
+    return train_set, held_out_set, collate
+
+
+def setup(task: Task, claim: Claim) -> Work:
+    """Examples, batches, the model on the mesh and what the reference says; call it inside `jax.set_mesh`."""
+    config, data, mesh, key = claim.config, claim.config.data, claim.mesh, claim.key
+    train_set, held_out_set, collate = examples_of(task, data, claim.tokenizer, claim.rows, claim.held_out_rows)
     batches = Batches(
         train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
     )
-    with jax.set_mesh(mesh.grid):
-        options: dict[str, Any] = {"head": head, "lora": config.lora, "length": data.max_length}
-        loaded = load_model(config.model, mesh, branch(key, "weights"), **options)
-        check_vocabulary(loaded.model.arch, tokenizer, config.model.path or "model.arch")
-        check_length(loaded.model.arch, data.max_length, "data.max_length")
-        stage = Stage(config, mesh, tokenizer, loaded, train_set, held_out_set, collate, branch(key, "evaluation"))
-        identity = prepare(stage) if prepare is not None else {}
-        held_out = held_out_batches(data, held_out_set, collate)
-        loss_fn, on_eval = objective(stage), watch(stage) if watch else None
-        steps = num_steps(settings, batches)
-        with Run(name, config, total=steps, shown=tuple(shown), given=given, files=files) as out:
-            parts: dict[str, Any] = {"mesh": mesh, "key": key, "on_eval": on_eval, "identity": identity}
-            params, evaluate = train(out, config, settings, loaded, loss_fn, batches, held_out, **parts)
-            params, results = conclude(stage, params, evaluate) if conclude else (params, evaluate(params))
-            save_model(out.dir / "model", loaded, params, tokenizer)
-            return out.finish(results)
+    loaded = load_model(
+        config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, length=data.max_length
+    )
+    check_vocabulary(loaded.model.arch, claim.tokenizer, config.model.path or "model.arch")
+    check_length(loaded.model.arch, data.max_length, "data.max_length")
+    identity = {}
+    if task.reference is not None:
+        forward = jax.jit(partial(task.reference, loaded.model))
+        identity = add_reference(forward, loaded, claim, [train_set, held_out_set], collate)
+    held_out, loss_fn = held_out_batches(data, held_out_set, collate), task.objective(loaded.model)
+    evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"))
+    of_trained = lambda params: evaluate(loaded.whole(params))  # noqa: E731
+    return Work(
+        task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity
+    )
+
+
+def add_reference(
+    forward: Callable[[Params, Batch], jax.Array],
+    loaded: Loaded,
+    claim: Claim,
+    sets: Sequence[list[Example]],
+    collate: Collate,
+) -> dict[str, int | None]:
+    """Put `ref_logprobs` float32[K] into every example; returns the digest of the model that said them, by name.
+
+    Computed once, so that no reference is in memory while the policy is trained.
+    """
+    params, size = loaded.whole(loaded.params), claim.config.data.batch_size
+    parts = [examples[i : i + size] for examples in sets for i in range(0, len(examples), size)]
+    shows = claim.config.run.progress and is_first()
+    for examples in tqdm(parts, desc="reference", disable=not shows, dynamic_ncols=True):
+        [batch] = eval_batches(examples, batch_size=size, collate=collate)
+        said = to_host(forward(params, put_batch(claim.mesh, batch)))
+        for example, logprobs in zip(examples, said[: len(examples)], strict=True):
+            example["ref_logprobs"] = logprobs
+    return {"weights of the reference model": digest(params)}
+
+
+def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | None = None) -> Params:
+    """Train on batches[run.start] .. up to run.total, from the run's checkpoint if it has one; the kept parameters.
+
+    The held-out loss decides which are kept. `at_evaluation(step, params)` comes before each evaluation. With a frozen
+    base what is trained and kept are the adapters and heads; only at_evaluation gets all parameters.
+    """
+    claim, loaded, batches, frozen = work.claim, work.loaded, work.batches, work.loaded.frozen
+    mesh, optim, accumulate = claim.mesh, claim.config.optim, claim.settings.accumulate
+    facts = {"steps": run.total, "tokens_per_step": batches[0]["tokens"].size, "epoch_steps": len(batches)}
+    facts["rows_left_over_by_each_epoch"] = batches.left_over
+    describe(run.stage, mesh, loaded, **facts)
+    schedule = make_schedule(optim, run.total)
+    tx = make_optimizer(optim, schedule)
+    state = create_state(loaded.params, tx, mesh)
+    compiled = make_train_step(work.loss_fn, tx, accumulate, mesh=mesh, state=state, frozen=frozen)
+    identity = {"training rows": batches.cursor(), "held-out rows": fingerprint(work.held_out), **work.identity}
+    if frozen is not None:
+        identity["weights of the frozen model"] = digest(frozen)
+    tree, _ = run.restore({"state": state}, identity)
+    run.rows_of = batches.where
+
+    def evaluate(step: int, params: Params) -> dict[str, float]:
+        if at_evaluation is not None:
+            at_evaluation(step, loaded.whole(params))
+        return work.evaluate(params)
+
+    def on_whole(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return work.loss_fn(loaded.whole(params), batch, key)
+
+    state = run_steps(
+        run,
+        compiled if frozen is None else lambda *args: compiled(*args, frozen),
+        tree["state"],
+        batches,
+        branch(claim.key, "training"),
+        mesh=mesh,
+        rates=learning_rates(schedule, run.total),
+        evaluate=evaluate,
+        explain=partial(first_nan, partial(accumulated_grads, on_whole, num=accumulate)),
+    )
+    check_trained(run.skipped, run.total, run.dir)
+    return run.restore_best({"state": {"params": state.params}})["state"]["params"]
+
+
+def finish(work: Work, run: Run, params: Params, summary: Summary) -> Summary:
+    """Write the model of the kept parameters and the summary, which is returned."""
+    save_model(run.dir / "model", work.loaded, params, work.claim.tokenizer)
+    return run.finish(summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,24 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlhf_jax import preference, reward, sft
+from rlhf_jax.cli import COMMANDS
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
-from rlhf_jax.config import (
-    ArchConfig,
-    DPOArgs,
-    GroupArgs,
-    KTOArgs,
-    ModelConfig,
-    OnlineConfig,
-    PPOArgs,
-    RewardArgs,
-    RRHFArgs,
-    SFTArgs,
-    bind,
-)
-from rlhf_jax.data.collate import collate_preference, collate_ranking, collate_rated, collate_sft, collate_unpaired
+from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineConfig, PPOArgs
+from rlhf_jax.data.collate import example_of_all
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import checks as group_checks
 from rlhf_jax.group import train as group_train
@@ -42,11 +30,11 @@ from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import checks as ppo_checks
 from rlhf_jax.ppo import networks as ppo_networks
 from rlhf_jax.ppo import train as ppo_train
-from rlhf_jax.preference import own_and_other, sequence_logprobs
 from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, replicated, tree_shardings
 from rlhf_jax.training.state import create_state, make_optimizer, make_schedule, placed_shapes
 from rlhf_jax.training.step import make_train_step
-from rlhf_jax.types import LossFn, Params, Rollout
+from rlhf_jax.training.supervised import Task, TrainArgs
+from rlhf_jax.types import Params, Rollout
 
 
 class Program(NamedTuple):
@@ -130,80 +118,34 @@ def _key(mesh: Mesh) -> Any:
     return _whole(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-class _Stage(NamedTuple):
-    """What is particular to a stage that trains one model: its group of settings, batches and loss.
-
-    Attributes:
-        group: name of its settings in the config.
-        collate: makes a batch of examples.
-        example: one, of two tokens.
-        objective: of a model.
-        reference: what the untrained model is asked of every batch before training, (model, params, batch).
-    """
-
-    group: str
-    collate: Callable[..., Any]
-    example: dict[str, Any]
-    objective: Callable[[Model], LossFn]
-    reference: Callable[..., Any] | None = None
+def task_of(config: TrainArgs) -> Task:
+    """The method whose settings these are, as the module of its command describes it."""
+    where = next(command.where for command in COMMANDS.values() if command.args is type(config))
+    task: Task = importlib.import_module(f"rlhf_jax.{where.partition(':')[0]}").task_of(config)
+    return task
 
 
-def _stage(config: Any, width: int) -> _Stage:
-    text = np.zeros(2, np.int32)
-    if isinstance(config, SFTArgs):
-        collate = partial(collate_sft, reduction=config.sft.loss_reduction)
-        document = {"tokens": text, "loss_mask": np.ones(2, bool)}
-        return _Stage("sft", collate, document, lambda m: sft.objective(m, bind(config.sft.loss, config.sft)))
-    example: dict[str, Any] = {
-        "prompt_length": 1, "label": 1.0, "margin": 0.0, "rating": 1.0, "ranks": list(range(width)),
-        "chosen": text, "rejected": text, "response": text, "other": text, "responses": [text] * width,
-    }  # fmt: skip
-    rankings: Callable[..., Any] = partial(collate_ranking, width=width)
-    if isinstance(config, RewardArgs):
-        settings = config.reward
-        name = "pairs" if settings.comparisons == "auto" else settings.comparisons
-        kind = reward.KINDS[name]
-        of_kind: dict[str, Callable[..., Any]]
-        of_kind = {"pairs": collate_preference, "rankings": rankings, "ratings": collate_rated}
-        return _Stage(
-            "reward", of_kind[name], example, lambda m: kind.objective(m, bind(kind.loss(settings), settings))
-        )
-    kinds: dict[type, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-        DPOArgs: ("dpo", collate_preference, sequence_logprobs),
-        KTOArgs: ("kto", collate_unpaired, own_and_other),
-        RRHFArgs: ("rrhf", rankings, sequence_logprobs),
-    }
-    group, collate_for, logprobs = kinds[type(config)]
-    own = getattr(config, group)
-    loss = bind(own.loss, own)
-    read = "ref_logprobs" in preference.columns_read(loss)
-    if read:
-        example["ref_logprobs"] = np.zeros(width if group == "rrhf" else 2, np.float32)
-    objective = partial(preference.objective, loss=loss, sft_coef=own.sft_coef, logprobs=logprobs)
-    return _Stage(group, collate_for, example, objective, sequence_logprobs if read else None)
-
-
-def _training(config: Any, mesh: Mesh, attention: str, width: int) -> list[Program]:
-    """The step of a stage that trains one model on rows, after what it asks of the untrained one."""
-    stage, size, length = _stage(config, width), config.data.batch_size, config.data.max_length
-    accumulate = getattr(config, stage.group).accumulate
-    check_rows(mesh, size // accumulate, f"data.batch_size / {stage.group}.accumulate =")
-    loaded = abstract_model(config.model, mesh, length, score_head=stage.group == "reward", attention=attention)
-    loaded = _adapted(loaded, config, mesh)
+def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int) -> list[Program]:
+    """The step of a method that trains one model on rows, after what it asks of the untrained one."""
+    task, size, length = task_of(config), config.data.batch_size, config.data.max_length
+    accumulate = getattr(config, task.group).accumulate
+    check_rows(mesh, size // accumulate, f"data.batch_size / {task.group}.accumulate =")
+    scalar = task.head != "vocabulary"
+    loaded = _adapted(abstract_model(config.model, mesh, length, score_head=scalar, attention=attention), config, mesh)
     check_length(loaded.model.arch, length, "data.max_length")
-    one = stage.collate([stage.example], length=length)
+    example = [example_of_all(width)]
+    one = task.collate(example)(example, length=length)
     batch = _rows(mesh, **{name: ((size, *x.shape[1:]), x.dtype) for name, x in one.items()})
+    programs, tokens = [], math.prod(batch["tokens"].shape)
+    if task.reference is not None:
+        forward = jax.jit(partial(task.reference, loaded.model))
+        programs.append(Program("reference", forward, (loaded.whole(loaded.params), batch), tokens))
+        batch = {**batch, **_rows(mesh, ref_logprobs=(batch["tokens"].shape[:2], jnp.float32))}
     tx = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     state, frozen = create_state(loaded.params, tx, mesh), loaded.frozen
-    step = make_train_step(stage.objective(loaded.model), tx, accumulate, mesh=mesh, state=state, frozen=frozen)
-    tokens = math.prod(batch["tokens"].shape)
+    step = make_train_step(task.objective(loaded.model), tx, accumulate, mesh=mesh, state=state, frozen=frozen)
     arguments = (state, batch, _key(mesh)) if frozen is None else (state, batch, _key(mesh), frozen)
-    found = [Program("step", step, arguments, tokens)]
-    if stage.reference is not None:
-        asked = {name: x for name, x in batch.items() if name != "ref_logprobs"}
-        forward = jax.jit(partial(stage.reference, loaded.model))
-        found.insert(0, Program("reference", forward, (loaded.whole(loaded.params), asked), tokens))
-    return found
+    return [*programs, Program("step", step, arguments, tokens)]
 
 
 def _policy_and_reward(config: PPOArgs | GroupArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
