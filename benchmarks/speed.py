@@ -137,8 +137,8 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     from rlhf_jax.config import DataConfig, PPOArgs, PPOConfig, SamplingConfig
     from rlhf_jax.inference.sampling import SamplingLaw
     from rlhf_jax.models.loading import Loaded
+    from rlhf_jax.online.networks import Networks
     from rlhf_jax.ppo import core
-    from rlhf_jax.ppo.networks import Networks
     from rlhf_jax.ppo.train import make_programs
     from rlhf_jax.sharding import batch_sharding, put_batch, replicated
 
@@ -148,15 +148,13 @@ def make_ppo(model: Any, mesh: Any) -> tuple[Callable[[int], Any], dict[str, int
     keys = jax.random.split(jax.random.key(0), 3)
     policy, reward, value = (jax.jit(m.init)(k) for m, k in zip((model, scalar, scalar), keys, strict=True))
     params = {"policy": jax.tree.map(jnp.copy, policy), "value": value}
-    nets = Networks(
-        core.Models(model, scalar, scalar), Loaded(model, policy), params, policy, reward, Loaded(scalar, reward)
-    )
-    programs = make_programs(config, nets, mesh, ())  # no stop ids: exactly 64 tokens
+    nets = Networks(core.Models(model, scalar, scalar), Loaded(model, policy), policy, reward, None)
+    programs, first = make_programs(config, nets, params, mesh, ())  # no stop ids: exactly 64 tokens
     law = jax.device_put(SamplingLaw.from_config(sampling), replicated(mesh))
     prompt = put_batch(mesh, token_batch(16, 64, model.arch.vocab_size)["tokens"])
     mask = put_batch(mesh, np.ones((16, 64), bool))
     host = jax.device_put(np.zeros(16, np.float32), batch_sharding(mesh))
-    box = [programs.state, jax.device_put(np.float32(0.05), replicated(mesh))]
+    box = [first, jax.device_put(np.float32(0.05), replicated(mesh))]
 
     def run(i: int) -> Any:
         k1, k2 = jax.random.split(jax.device_put(jax.random.key(i), replicated(mesh)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, Sharding
@@ -162,6 +163,28 @@ def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
         return NamedSharding(mesh.grid, P(*map(entry, splits)))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def placed(mesh: Mesh, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), jitted, laid out by the rule table; of abstract arguments, as a key, the shapes of that."""
+    shapes = jax.eval_shape(function, *args)
+    places = tree_shardings(mesh, shapes)
+    return placed_shapes(shapes, places) if abstract(args) else jax.jit(function, out_shardings=places)(*args)
+
+
+def placed_shapes(shapes: Any, places: Any) -> Any:
+    """ShapeDtypeStructs with shardings: arguments for `.lower()` without a byte of memory."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def abstract(tree: Any) -> bool:
+    """Whether some of its leaves are ShapeDtypeStructs: nothing may run, since its chips do not exist."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def copied(tree: Any) -> Any:
+    """Arrays with buffers of their own, which may be donated; ShapeDtypeStructs as they are."""
+    return tree if abstract(tree) else jax.tree.map(jnp.copy, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -630,12 +630,12 @@ def test_an_sft_run_with_tensorboard_and_without_a_bar(here, call):
 )
 def test_a_reward_function_that_returns_something_else_is_one_line(here, refused, monkeypatch, name, says):
     # Sampling has nothing to do with it, and compiling it for each case would take a minute.
-    from rlhf_jax.ppo import train
+    from rlhf_jax.online import iteration
 
-    def roll_out(self, params, batch, key):
-        return self.python_reward(batch["prompts"], ["b"] * len(batch["prompts"]), batch["columns"])
+    def roll_out(method, loop, policy, batch, key):
+        return method.inputs.reward(batch["prompts"], ["b"] * len(batch["prompts"]), batch["columns"])
 
-    monkeypatch.setattr(train.PPO, "roll_out", roll_out)
+    monkeypatch.setattr(iteration, "roll_out", roll_out)
     arguments = ["--reward.functions", f"[cli_rewards:{name}]", "--run.progress", "false"]
     line = refused("ppo", "--config", "ppo.yaml", *arguments)
     assert re.fullmatch(rf"reward function {name} {says}", line)

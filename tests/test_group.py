@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import BIGRAMS, ONE, TOY_ROWS, bigram_logprobs, bigram_params, f64, make_rollout, toy_directory
+from tiny import BIGRAMS, ONE, TOY_ROWS, bigram_logprobs, bigram_params, f64, iteration, make_rollout, toy_directory
 
 from rlhf_jax import cli, group
 from rlhf_jax.config import (
@@ -33,7 +33,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
-from rlhf_jax.runs.metrics import RunMetrics
+from rlhf_jax.online.iteration import roll_out
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
@@ -299,17 +299,17 @@ def test_a_run_from_start_to_finish(tmp_path, one_device, method):
 
 @pytest.mark.parametrize(("method", "size"), [("grpo", 8), ("rloo", 4), ("reinforce_pp", 1)])
 def test_rows_of_a_batch_are_whole_groups_of_one_prompt(one_device, method, size):
-    stage = train.Group(run_config(method), **TOY_ROWS)
-    prompts = stage.batch(0)["prompts"]
+    grpo, loop = train.setup(run_config(method), **TOY_ROWS)
+    prompts = grpo.batch(0)["prompts"]
     groups = [prompts[i : i + size] for i in range(0, 16, size)]
     assert all(len(set(each)) == 1 for each in groups) and len(set(prompts)) > 1
-    rollout, _, _ = stage.roll_out(stage.state.params["policy"], stage.batch(0), KEY)
+    rollout, _, _ = roll_out(grpo, loop, loop.policy, grpo.batch(0), KEY)
     assert size == 1 or len({tuple(row) for row in np.asarray(rollout.tokens[:size]).tolist()}) > 1
 
 
 def test_without_a_price_no_reference_is_loaded_nor_a_kl_reported(tmp_path, one_device):
     config = run_config("grpo", tmp_path / "run", grpo__kl_coef=0.0)
-    assert train.Group(config, **TOY_ROWS).nets.ref is None
+    assert train.setup(config, **TOY_ROWS)[0].nets.ref is None
     summary = group.run(config, **TOY_ROWS)
     assert "eval/kl" not in summary["after"] and not any("rollout/kl" in line for line in logged(tmp_path / "run"))
 
@@ -335,8 +335,8 @@ def test_python_rewards_a_loss_and_a_gold_function_can_be_passed(tmp_path, one_d
 
 def test_named_losses_are_those_of_the_papers(one_device):
     for name in ("sequence_mean_policy_loss", "cispo_policy_loss", "sequence_policy_loss"):
-        stage = train.Group(run_config("grpo", grpo__policy_loss=f"rlhf_jax.losses:{name}"), **TOY_ROWS)
-        metrics, _, _ = stage.iteration(0)
+        method, loop = train.setup(run_config("grpo", grpo__policy_loss=f"rlhf_jax.losses:{name}"), **TOY_ROWS)
+        _, metrics, _ = iteration(method, loop, 0)
         assert float(metrics["policy/ratio_max"]) == pytest.approx(1, abs=1e-5) and not float(metrics["optim/skipped"])
 
 
@@ -350,10 +350,10 @@ def iteration_on(mesh_name):
     with pytest.MonkeyPatch.context() as patch:
         if not mesh_name:
             patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
-        stage = train.Group(config, **TOY_ROWS)
-        with jax.set_mesh(stage.mesh.grid):
-            metrics, _, rows = stage.iteration(0)
-    return jax.device_get((stage.state.params, metrics, rows))
+        method, loop = train.setup(config, **TOY_ROWS)
+        with jax.set_mesh(method.mesh.grid):
+            loop, metrics, table = iteration(method, loop, 0)
+    return jax.device_get((loop.state.params, metrics, table))
 
 
 @pytest.mark.parametrize("mesh_name", MESHES)
@@ -419,7 +419,7 @@ def test_settings_that_contradict_each_other_are_one_line(line):
 
 def test_a_batch_that_is_no_whole_groups_is_refused():
     with pytest.raises(UserError, match=r"data\.batch_size 16, .* is not divisible by grpo\.group_size 3"):
-        train.Group(run_config("grpo", grpo__group_size=3), **TOY_ROWS)
+        train.setup(run_config("grpo", grpo__group_size=3), **TOY_ROWS)
 
 
 def test_an_option_of_a_method_leaves_its_other_defaults():

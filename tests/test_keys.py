@@ -14,7 +14,7 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.keys import NUMBERS, branch
 from rlhf_jax.models.hf.layout import flattened
 from rlhf_jax.models.loading import load_model
-from rlhf_jax.ppo.train import PPO
+from rlhf_jax.ppo import train
 from rlhf_jax.sharding import make_mesh
 
 RUN = jax.random.key(0)  # the run's seed is 0
@@ -49,8 +49,8 @@ def fresh(*trees):
 def test_adapters_have_numbers_that_no_loop_draws(stage):
     lora, mesh = LoRAConfig(rank=2), make_mesh(MeshConfig(), devices=ONE)
     if stage == "ppo":
-        online = PPO(replace(toy_run("unused"), lora=lora), **TOY_ROWS)
-        leaves = fresh(online.state.params["policy"], online.state.params["value"])
+        _, loop = train.setup(replace(toy_run("unused"), lora=lora), **TOY_ROWS)
+        leaves = fresh(loop.state.params["policy"], loop.state.params["value"])
     else:
         leaves = fresh(load_model(ModelConfig(arch=ARCH), mesh, branch(RUN, "weights"), lora=lora).params)
     assert len(leaves) >= 4

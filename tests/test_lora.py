@@ -16,7 +16,7 @@ from test_ppo_stage import assert_stopped_and_continued_is_left_alone
 from test_preferences import pair_examples, preferences
 from test_preferences import settings as dpo_settings
 from test_step import assert_same_bits, differ
-from tiny import ONE, TOY_ROWS, V, model_params, toy_directory, toy_run
+from tiny import ONE, TOY_ROWS, V, iteration, model_params, toy_directory, toy_run
 
 from rlhf_jax import losses, preference, reward, sft
 from rlhf_jax.commands.inspection import run_convert
@@ -386,8 +386,8 @@ def pointers(tree) -> set[int]:
     ("ppo", "base"), [({}, "reward"), ({"value_init": "zeros"}, "ref"), ({"shared_trunk": True}, None)], ids=str
 )
 def test_the_reference_is_the_policys_base_and_the_critic_stands_on_a_base_that_is_there(one_device, ppo, base):
-    stage = ppo_train.PPO(ppo_stage(ppo=ppo), **TOY_ROWS)
-    nets, params = stage.nets, stage.state.params
+    method, loop = ppo_train.setup(ppo_stage(ppo=ppo), **TOY_ROWS)
+    nets, params = method.nets, loop.state.params
     whole = nets.models.whole(params, nets.frozen)
     assert nets.ref["layers"]["attn"]["qkv"] is whole["policy"]["layers"]["attn"]["qkv"]
     assert set(params["policy"]) == {"layers"} and set(params["value"]) <= {"layers", "score"}
@@ -407,21 +407,21 @@ def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change_of_which_t
     one_device, tmp_path, quantize
 ):
     config = ppo_stage(ppo={"old_logprobs": "recompute", "save_value_model": True}, model__quantize=quantize)
-    stage = ppo_train.PPO(config, **TOY_ROWS)
-    frozen = jax.tree.map(np.array, stage.nets.frozen)
-    before = jax.tree.map(np.array, stage.state.params)
+    method, loop = ppo_train.setup(config, **TOY_ROWS)
+    frozen = jax.tree.map(np.array, method.nets.frozen)
+    before = jax.tree.map(np.array, loop.state.params)
     kls = []
-    with jax.set_mesh(stage.mesh.grid):
+    with jax.set_mesh(method.mesh.grid):
         for i in range(2):
-            metrics, _, _ = stage.iteration(i)
+            loop, metrics, _ = iteration(method, loop, i)
             kls.append((float(metrics["rollout/kl"]), float(metrics["rollout/kl_k3"])))
-        stage.save(tmp_path, stage.to_save())
+        method.save(tmp_path, loop.kept(method))
     assert kls[0] == (0, 0) and kls[1][1] > 1e-6
-    assert_same_bits(frozen, stage.nets.frozen)
-    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(stage.state.params), strict=True):
+    assert_same_bits(frozen, method.nets.frozen)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(loop.state.params), strict=True):
         assert differ(x, y)
     assert_same_bits(
-        params_of(tmp_path / "value_model", score_head=True)["score"], stage.state.params["value"]["score"]
+        params_of(tmp_path / "value_model", score_head=True)["score"], loop.state.params["value"]["score"]
     )
 
 
@@ -443,14 +443,17 @@ def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_pr
         lora=LoRAConfig(rank=2),
         optim=OptimConfig(learning_rate=0.05),
     )
-    stage = group_train.Group(config, **TOY_ROWS)
-    frozen, before = (jax.tree.map(np.array, tree) for tree in (stage.nets.frozen, stage.state.params))
-    with jax.set_mesh(stage.mesh.grid):
-        kls = [float(stage.iteration(i)[0]["rollout/kl_k3"]) for i in range(2)]
+    method, loop = group_train.setup(config, **TOY_ROWS)
+    frozen, before = (jax.tree.map(np.array, tree) for tree in (method.nets.frozen, loop.state.params))
+    kls = []
+    with jax.set_mesh(method.mesh.grid):
+        for i in range(2):
+            loop, metrics, _ = iteration(method, loop, i)
+            kls.append(float(metrics["rollout/kl_k3"]))
     assert kls[0] == 0 and kls[1] > 1e-6
-    assert stage.nets.ref is stage.nets.frozen
-    assert_same_bits(frozen, stage.nets.frozen)
-    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(stage.state.params), strict=True):
+    assert method.nets.ref is method.nets.frozen
+    assert_same_bits(frozen, method.nets.frozen)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(loop.state.params), strict=True):
         assert differ(x, y)
 
 

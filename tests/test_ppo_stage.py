@@ -13,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_ppo import PARAMS, batch_of, ppo_run, same_bits, score, updater
-from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, make_experience, make_rollout, toy_directory, toy_run
+from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, iteration, make_experience, make_rollout, toy_directory, toy_run
 
 from rlhf_jax.config import MeshConfig, PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.models import hf
+from rlhf_jax.online import loop as online_loop
 from rlhf_jax.online import programs as programs_module
+from rlhf_jax.online.iteration import LoopState, evaluate, iterate, key_at, roll_out
+from rlhf_jax.online.method import Method
+from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import Models, core, objective, train
-from rlhf_jax.ppo.networks import Networks
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import Rollout
 
@@ -35,12 +38,10 @@ def one_device(monkeypatch):
     monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
 
 
-def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> Programs:
+def fake_programs(method: Method, seen: list) -> Programs:
     """Programs of an iteration that compute nothing: the update adds 1 to every parameter and notes its arguments."""
-    seen = [] if seen is None else seen
-    rows, num = config.data.batch_size, config.sampling.max_new_tokens
+    rows, num = method.config.data.batch_size, method.config.sampling.max_new_tokens
     drawn = make_rollout(0, PARAMS["policy"], rows=rows, prompt_len=2, num=num)
-    real = train_make_programs(config, nets, mesh, stop_ids, policy_loss)
 
     def rollout(params, tokens, mask, key, law):
         seen.append(("rollout", params, key))
@@ -58,35 +59,42 @@ def fake_programs(config, nets, mesh, stop_ids, policy_loss=None, seen=None) -> 
             "optim/skipped": jnp.zeros(()),
         }
 
-    return dataclasses.replace(real, rollout=rollout, score=scores, update=update)
+    return dataclasses.replace(method.programs, rollout=rollout, score=scores, update=update)
 
 
-train_make_programs = train.make_programs
+real_setup = train.setup
+
+
+def fake_setup(config, seen=None, **overrides):
+    """`train.setup` with fake programs."""
+    method, loop = real_setup(config, **overrides)
+    return dataclasses.replace(method, programs=fake_programs(method, [] if seen is None else seen)), loop
 
 
 @pytest.fixture
 def fakes(monkeypatch, one_device):
     """A list of what the fake programs have been called with."""
     seen: list = []
-    monkeypatch.setattr(train, "make_programs", functools.partial(fake_programs, seen=seen))
+    monkeypatch.setattr(train, "setup", functools.partial(fake_setup, seen=seen))
     return seen
 
 
 # --- networks
 
 
-def networks(**ppo) -> tuple[train.PPO, dict]:
+def networks(**ppo) -> tuple[Networks, dict]:
+    """The networks and what is trained."""
     reward_model = ppo.pop("reward_model", True)
     functions = None if reward_model else [lambda prompts, responses, **columns: [0.5] * len(prompts)]
-    stage_ = train.PPO(toy_run(reward_model=reward_model, **ppo), reward_functions=functions, **TOY_ROWS)
-    return stage_, stage_.state.params["value"]
+    method, loop = train.setup(toy_run(reward_model=reward_model, **ppo), reward_functions=functions, **TOY_ROWS)
+    return method.nets, loop.state.params
 
 
 @pytest.mark.parametrize("value_init", ["auto", "reward_model"])
 def test_the_critic_starts_as_the_reward_model(one_device, value_init):
-    ppo, value = networks(value_init=value_init)
-    assert same_bits(value, ppo.nets.reward)
-    pairs = zip(jax.tree.leaves(value), jax.tree.leaves(ppo.nets.reward), strict=True)
+    nets, params = networks(value_init=value_init)
+    assert same_bits(params["value"], nets.reward)
+    pairs = zip(jax.tree.leaves(params["value"]), jax.tree.leaves(nets.reward), strict=True)
     assert not any(
         a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in pairs
     )  # training donates its own
@@ -94,26 +102,27 @@ def test_the_critic_starts_as_the_reward_model(one_device, value_init):
 
 @pytest.mark.parametrize("changes", [{"value_init": "zeros"}, {"reward_model": False}])
 def test_the_critic_starts_as_the_policy_with_a_zero_head(one_device, changes):
-    ppo, value = networks(**changes)
+    _, params = networks(**changes)
+    value = params["value"]
     trunk = {name: tree for name, tree in value.items() if name != "score"}
-    assert same_bits(trunk, {name: ppo.state.params["policy"][name] for name in trunk})
+    assert same_bits(trunk, {name: params["policy"][name] for name in trunk})
     assert trunk.keys() == {"embed", "layers", "final_norm"}
     assert not any(leaf.any() for leaf in jax.tree.leaves(value["score"]))
 
 
 def test_on_a_shared_trunk_the_critic_is_a_head_alone(one_device):
-    ppo, value = networks(shared_trunk=True)
-    assert value.keys() == {"score"} and not value["score"]["kernel"].any()
-    assert ppo.nets.models.shared_trunk
+    nets, params = networks(shared_trunk=True)
+    assert params["value"].keys() == {"score"} and not params["value"]["score"]["kernel"].any()
+    assert nets.models.shared_trunk
 
 
 def test_the_reference_is_the_first_policy_and_no_alias_of_the_trained_one(one_device):
-    ppo, _ = networks()
-    assert same_bits(ppo.nets.ref, ppo.state.params["policy"])
-    donated = jax.tree.map(lambda x: x + 0, ppo.state.params)
-    for leaf in jax.tree.leaves(ppo.state.params):
+    nets, params = networks()
+    assert same_bits(nets.ref, params["policy"])
+    donated = jax.tree.map(lambda x: x + 0, params)
+    for leaf in jax.tree.leaves(params):
         leaf.delete()
-    assert same_bits(ppo.nets.ref, donated["policy"])
+    assert same_bits(nets.ref, donated["policy"])
 
 
 # --- the law that is sampled from and the law that is trained
@@ -145,9 +154,9 @@ def test_the_reward_model_is_weighed_as_the_config_says():
 @pytest.mark.slow
 def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_device):
     """The sampler's law gives stop ids no mass there; paid as a KL to the reference, it would be one at step 0."""
-    ppo = train.PPO(replace(toy_run(), sampling__min_new_tokens=4), **TOY_ROWS)
+    ppo, loop = train.setup(replace(toy_run(), sampling__min_new_tokens=4), **TOY_ROWS)
     with jax.set_mesh(ppo.mesh.grid):
-        rollout, scored, _ = ppo.roll_out(ppo.state.params["policy"], ppo.batches[0], ppo.key)
+        rollout, scored, _ = roll_out(ppo, loop, loop.policy, ppo.batch(0), ppo.inputs.key)
     assert scored[2]["rollout/logprob_gap_max"] > 1e-3
     assert scored[2]["rollout/kl"] == scored[2]["rollout/kl_k3"] == 0.0
     assert np.asarray(rollout.mask).sum(1).min() >= 5
@@ -179,7 +188,7 @@ def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_devi
 )
 def test_settings_that_contradict_each_other_are_one_line_with_the_values_and_the_cure(one_device, ppo, other, words):
     with pytest.raises(UserError) as error:
-        train.PPO(replace(toy_run(**ppo), **other), **TOY_ROWS)
+        train.setup(replace(toy_run(**ppo), **other), **TOY_ROWS)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
@@ -196,7 +205,7 @@ def test_settings_that_contradict_each_other_are_one_line_with_the_values_and_th
 def test_batches_that_do_not_divide_over_the_mesh_are_refused_before_anything_is_loaded(ppo, other, words):
     """On 8 devices along data."""
     with pytest.raises(UserError) as error:
-        train.PPO(replace(toy_run(**ppo), model__path="nowhere", **other), **TOY_ROWS)
+        train.setup(replace(toy_run(**ppo), model__path="nowhere", **other), **TOY_ROWS)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
@@ -214,14 +223,14 @@ def test_a_reward_model_with_another_tokenizer_is_refused(one_device, tmp_path):
 
 
 def test_no_two_rollouts_updates_or_evaluations_share_noise_except_evaluations_of_the_same_prompts(fakes):
-    ppo = train.PPO(toy_run(), **TOY_ROWS)
+    ppo, loop = train.setup(toy_run(), **TOY_ROWS)
     for i in range(5):
-        ppo.iteration(i)
+        loop, _, _ = iteration(ppo, loop, i)
     trained = [jax.random.key_data(key).tolist() for _, _, key in fakes]
     assert len(trained) == 10 and len({tuple(key) for key in trained}) == 10
     del fakes[:]
-    ppo.evaluate()
-    ppo.evaluate()
+    evaluate(ppo, loop)
+    evaluate(ppo, loop)
     first, second = ([tuple(jax.random.key_data(k).tolist()) for _, _, k in part] for part in (fakes[:1], fakes[1:]))
     assert first == second and not set(first) & {tuple(key) for key in trained}
 
@@ -236,27 +245,27 @@ def test_python_rewards_get_prompts_responses_and_columns_row_by_row_and_gold_is
 
     gold = lambda prompts, responses, **columns: [100.0] * len(prompts)  # noqa: E731
     config = replace(toy_run(reward_model=False), reward__function_weights=[0.5])
-    ppo = train.PPO(config, rows=rows, eval_rows=rows[:5], reward_functions=[my_reward], gold=gold)
-    metrics, host, _ = ppo.iteration(0)
+    ppo, loop = train.setup(config, rows=rows, eval_rows=rows[:5], reward_functions=[my_reward], gold=gold)
+    _, metrics, _ = iteration(ppo, loop, 0)
     ((prompts, responses, answers),) = calls
     assert answers == [prompt.upper() for prompt in prompts] and len(responses) == len(prompts) == 16
-    assert prompts == ppo.batches[0]["prompts"]
+    assert prompts == ppo.batch(0)["prompts"]
     np.testing.assert_allclose(metrics["rollout/reward"], np.mean([ord(a) / 14 for a in answers]), rtol=1e-6)
-    assert host == {"rollout/gold": 100.0}
+    assert metrics["rollout/gold"] == 100.0
 
 
 def test_an_iteration_samples_from_the_newest_policy_and_evaluates_the_averaged_one(fakes):
-    ppo = train.PPO(toy_run(ema_decay=0.75), **TOY_ROWS)
+    ppo, loop = train.setup(toy_run(ema_decay=0.75), **TOY_ROWS)
     leaf = lambda tree: float(tree["final_norm"]["scale"][0])  # noqa: E731
-    start = leaf(ppo.state.params["policy"])
+    start = leaf(loop.state.params["policy"])
     for i in range(2):
-        ppo.iteration(i)
+        loop, _, _ = iteration(ppo, loop, i)
     sampled_from = [leaf(params) - start for what, params, _ in fakes if what == "rollout"]
     np.testing.assert_allclose(sampled_from, [0.0, 1.0], atol=1e-6)
     average = 0.75 * (0.75 * 0.0 + 0.25 * 1.0) + 0.25 * 2.0
-    np.testing.assert_allclose(leaf(ppo.policy()) - start, average, atol=1e-6)
+    np.testing.assert_allclose(leaf(loop.policy) - start, average, atol=1e-6)
     del fakes[:]
-    ppo.evaluate()
+    evaluate(ppo, loop)
     np.testing.assert_allclose(leaf(fakes[0][1]) - start, average, atol=1e-6)
 
 
@@ -269,15 +278,39 @@ def write_text(path) -> str:
 
 def test_every_optimiser_step_gets_pretraining_text_of_its_own(fakes, tmp_path):
     text = write_text(tmp_path / "text.jsonl")
-    ppo = train.PPO(toy_run(ptx_coef=1.0, ptx_path=text, ptx_batch_size=4, minibatches=2), **TOY_ROWS)
+    ppo, loop = train.setup(toy_run(ptx_coef=1.0, ptx_path=text, ptx_batch_size=4, minibatches=2), **TOY_ROWS)
     for i in range(2):
-        ppo.iteration(i)
+        loop, _, _ = iteration(ppo, loop, i)
     batches = [jax.device_get(ptx) for what, ptx, _ in fakes if what == "update"]
     assert [batch["tokens"].shape for batch in batches] == [(4, 4, 8)] * 2  # epochs * minibatches, rows, length
     np.testing.assert_allclose(batches[0]["weights"].sum((1, 2)), 1.0, rtol=1e-6)
     for i in range(2):
         for j in range(4):
-            np.testing.assert_array_equal(batches[i]["tokens"][j], ppo.ptx[i * 4 + j]["tokens"])
+            np.testing.assert_array_equal(batches[i]["tokens"][j], ppo.text[i * 4 + j]["tokens"])
+
+
+def test_iterations_by_hand_are_those_of_the_stage_bit_for_bit(one_device, tmp_path):
+    """An iteration is a function of the method, the loop's state, a batch and a key: nothing else is carried."""
+    config = replace(
+        toy_run(tmp_path / "run", iterations=2, ema_decay=0.5, save_value_model=True), run__keep_best=False
+    )
+    method, loop = train.setup(config, **TOY_ROWS)
+    with jax.set_mesh(method.mesh.grid):
+        for i in range(2):
+            loop, metrics, table = iterate(method, loop, method.batch(i), key_at(method, "training", i))
+        assert table["rollout"].tokens.shape == (16, 6)
+        results, samples = evaluate(method, loop)
+        method.save(tmp_path / "hand", loop.kept(method))
+    summary = train.run(config, **TOY_ROWS)
+    assert results == summary["after"] and float(loop.kl_coef) == summary["kl_coef"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (written,) = [line for line in lines if line["step"] == 2 and "policy/loss" in line]
+    assert {name: float(value) for name, value in metrics.items()}.items() <= written.items()
+    assert len(samples) == config.ppo.num_samples
+    for name in ("model", "value_model"):
+        by_hand, by_stage = (tmp_path / place / name / "model.safetensors" for place in ("hand", "run"))
+        assert by_hand.read_bytes() == by_stage.read_bytes()
+    assert LoopState(**loop.tree()) == loop and loop.tree().keys() == {"state", "kl_coef", "average"}
 
 
 # --- what is written
@@ -305,13 +338,13 @@ def test_actor_and_critic_are_saved_from_the_same_iteration_the_best_one(fakes, 
 )
 def test_an_evaluation_that_is_not_finite_is_never_the_best(fakes, tmp_path, monkeypatch, objectives, best, after):
     """`before` is the first one whatever it is, `after` that of the saved policy: the last if none is finite."""
-    found = iter(zip((0, 2, 4), objectives, strict=True))
+    results = iter(zip((0, 2, 4), objectives, strict=True))
 
-    def evaluate(self):
-        step, objective = next(found)
+    def scripted(method, loop):
+        step, objective = next(results)
         return {"eval/objective": objective, "eval/reward": float(step)}, []
 
-    monkeypatch.setattr(train.PPO, "evaluate", evaluate)
+    monkeypatch.setattr(online_loop, "evaluate", scripted)
     summary = train.run(toy_run(tmp_path / "run"), **TOY_ROWS)
     assert summary.get("best_step") == best
     assert (summary["before"]["eval/reward"], summary["after"]["eval/reward"]) == (0, after)
@@ -336,16 +369,20 @@ def load(path, head: bool):
 def assert_stopped_and_continued_is_left_alone(config):
     """config(name) is a run; SIGTERM comes in the third iteration of "stopped". The models have the same bits."""
     train.run(config("alone"), **TOY_ROWS)
-    calls, real = iter(range(100)), train.PPO.iteration
+    calls = iter(range(100))
 
-    def interrupted(self, i):
-        if next(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return real(self, i)
+    def interrupted(config, **overrides):
+        method, loop = train.setup(config, **overrides)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train.PPO, "iteration", interrupted)
-        train.run(config("stopped"), **TOY_ROWS)
+        def update(*args):
+            if next(calls) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return method.programs.update(*args)
+
+        return dataclasses.replace(method, programs=dataclasses.replace(method.programs, update=update)), loop
+
+    with pytest.raises(Stopped):
+        online_loop.run("ppo", config("stopped"), interrupted, **TOY_ROWS)
     train.run(config("stopped"), **TOY_ROWS)
     models = [Path(config(name).run.output_dir) / "model" for name in ("alone", "stopped")]
     files = sorted(path.name for path in models[0].glob("*.safetensors"))
@@ -453,12 +490,13 @@ def sampled(config: PPOConfig):
     full = Rollout(**{**vars(full), "tokens": tokens, "mask": jnp.ones_like(full.mask)})
     stops = []
     mesh = make_mesh(MeshConfig(), devices=ONE)
-    nets = Networks(BIGRAMS_ON_TOY, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
+    nets = Networks(BIGRAMS_ON_TOY, None, None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             programs_module, "make_sampler", lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda: full)
         )
-        programs = train.make_programs(replace(toy_run(), ppo=config), nets, mesh, (STOP,))
+        params = jax.tree.map(jnp.copy, PARAMS)
+        programs, _ = train.make_programs(replace(toy_run(), ppo=config), nets, params, mesh, (STOP,))
     return stops, programs.rollout()
 
 
@@ -478,11 +516,10 @@ def recomputes(config: PPOConfig) -> bool:
 def told_to_score(run: PPOArgs, dtype: str = "float32") -> dict:
     """The keyword arguments with which the stage makes its scoring program."""
     models = Models(BigramWithDtype(compute_dtype=jnp.dtype(dtype)), BigramWithDtype())
-    nets = Networks(models, None, jax.tree.map(jnp.copy, PARAMS), None, None, None)
-    asked = {}
+    nets, params, asked = Networks(models, None, None, None, None), jax.tree.map(jnp.copy, PARAMS), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "make_score", lambda *args, **kwargs: asked.update(kwargs) or (lambda: None))
-        train.make_programs(run, nets, make_mesh(MeshConfig(), devices=ONE), (STOP,))
+        train.make_programs(run, nets, params, make_mesh(MeshConfig(), devices=ONE), (STOP,))
     return asked
 
 
@@ -492,8 +529,8 @@ def staged(config: PPOConfig):
         config = replace(config, ptx_path=write_text(toy_directory() / config.ptx_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
-        ppo = train.PPO(replace(toy_run(), ppo=config), **TOY_ROWS)
-    return ppo.state.params, ppo.average, ppo.kl_coef, ppo.ptx and ppo.ptx[0]
+        method, loop = train.setup(replace(toy_run(), ppo=config), **TOY_ROWS)
+    return loop.state.params, loop.average, loop.kl_coef, method.text and method.text[0]
 
 
 def written(config: PPOConfig):
@@ -501,7 +538,7 @@ def written(config: PPOConfig):
     out = toy_directory() / f"run_{abs(hash(config))}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
-        patch.setattr(train, "make_programs", fake_programs)
+        patch.setattr(train, "setup", fake_setup)
         train.run(replace(toy_run(out), ppo=config, run__overwrite=True), **TOY_ROWS)
     return sorted(p.name for p in out.iterdir()), (out / "samples.jsonl").read_text().count("\n")
 

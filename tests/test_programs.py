@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
-from tiny import TOY_ROWS, Bigram, make_experience, make_rollout, model_params, toy_run
+from tiny import TOY_ROWS, Bigram, iteration, make_experience, make_rollout, model_params, toy_run
 from tiny import bigram_params as some_params
 
 from rlhf_jax.config import ArchConfig, SamplingConfig
@@ -19,6 +20,8 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.hosts.processes import pack
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
+from rlhf_jax.online.iteration import evaluate, sample_rows
+from rlhf_jax.online.method import Method
 from rlhf_jax.ppo import Models, make_ppo_step, make_score, train
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh, replicated
@@ -26,33 +29,34 @@ from rlhf_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
-def ppo() -> train.PPO:
-    """PPO with a reward model on all 8 devices; the tests share it, since compiling takes most of their time."""
-    return train.PPO(toy_run(iterations=40, kl_target=0.01, kl_horizon=100.0, ema_decay=0.9), **TOY_ROWS)
+def ppo() -> list:
+    """PPO with a reward model on all 8 devices, and what its loop carries, which the tests put back: they share it,
+    since compiling takes most of their time.
+    """
+    return [*train.setup(toy_run(iterations=40, kl_target=0.01, kl_horizon=100.0, ema_decay=0.9), **TOY_ROWS)]
 
 
-def with_temperature(ppo: train.PPO, temperature: float) -> None:
+def with_temperature(method: Method, temperature: float) -> Method:
     law = SamplingLaw.from_config(SamplingConfig(max_new_tokens=6, temperature=temperature))
-    ppo.law = jax.device_put(law, replicated(ppo.mesh))
+    return dataclasses.replace(method, law=jax.device_put(law, replicated(method.mesh)))
 
 
 @pytest.mark.slow
 def test_every_program_compiles_once_while_temperature_kl_coefficient_and_learning_rate_change(ppo):
-    programs, coefs, temperatures = ppo.programs, [], np.linspace(0.5, 2.0, 20)
-    packed = pack._cache_size()
-    with jax.set_mesh(ppo.mesh.grid):
+    method, coefs, temperatures = ppo[0], [], np.linspace(0.5, 2.0, 20)
+    programs, packed = method.programs, pack._cache_size()
+    with jax.set_mesh(method.mesh.grid):
         for i, temperature in enumerate(temperatures):
-            with_temperature(ppo, temperature)
-            metrics, _, _ = ppo.iteration(i)
+            ppo[1], metrics, _ = iteration(with_temperature(method, temperature), ppo[1], i)
             pack(tuple(metrics.values()))
             coefs.append(float(metrics["ppo/kl_coef"]))
             if i == 10:
-                ppo.evaluate()
+                evaluate(method, ppo[1])
     assert len(set(coefs)) > 10  # the adaptive controller was at work
     rates = [float(programs.schedule(i)) for i in range(20)]
     assert len(set(rates)) == 20
-    sizes = {name: getattr(programs, name)._cache_size() for name in ("rollout", "score", "update")}
-    assert {**sizes, "ema": ppo._ema._cache_size()} == {"rollout": 1, "score": 1, "update": 1, "ema": 1}
+    sizes = {name: getattr(programs, name)._cache_size() for name in ("rollout", "score", "update", "average")}
+    assert sizes == {"rollout": 1, "score": 1, "update": 1, "average": 1}
     assert pack._cache_size() - packed <= 1  # 0 where an earlier test packed as many scalars
 
 
@@ -93,28 +97,30 @@ def test_the_counter_sees_every_way_to_the_host(monkeypatch):
 
 @pytest.mark.slow
 def test_an_iteration_fetches_once_from_the_devices_and_sends_nothing_unasked(ppo, tmp_path, monkeypatch):
-    config = replace(ppo.config, run__output_dir=str(tmp_path / "run"))
+    method, loop = ppo
+    config = replace(method.config, run__output_dir=str(tmp_path / "run"))
     out = Run("ppo", config, total=8)
     tables = []
-    with jax.set_mesh(ppo.mesh.grid):
-        ppo.iteration(20)
+    with jax.set_mesh(method.mesh.grid):
+        loop, _, _ = iteration(method, loop, 20)
         fetches = Fetches(monkeypatch)
         with jax.transfer_guard("disallow"):
             for i in range(8):
-                metrics, host, table = ppo.iteration(21 + i)
+                loop, metrics, table = iteration(method, loop, 21 + i)
                 show = i % 4 == 3  # a sample table travels with the metrics of its iteration
                 table = table if show else None
-                out.log(i + 1, metrics, host, tokens=96, table=table, on_table=tables.append)
+                out.log(i + 1, metrics, {}, tokens=96, table=table, on_table=tables.append)
                 assert fetches.count == i  # metrics are fetched while the next iteration runs
             out.flush()
         assert fetches.count == 8
     monkeypatch.undo()
+    ppo[1] = loop
     out.finish({})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[0].keys() >= {"rollout/reward", "rollout/kl", "policy/first_ratio_max", "value/explained_variance"}
     assert all(abs(line["policy/first_ratio_max"] - 1) < 2e-6 for line in lines)
-    assert len(tables) == 2 and len(ppo.table(tables[0], ["p"] * 16)) == ppo.config.ppo.num_samples
+    assert len(tables) == 2 and len(sample_rows(method, tables[0], ["p"] * 16)) == config.ppo.num_samples
 
 
 # --- memory

@@ -26,9 +26,9 @@ from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import collate_sft
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
+from rlhf_jax.online.networks import Networks
 from rlhf_jax.ppo import Models, make_score, train
-from rlhf_jax.ppo.networks import Networks
-from rlhf_jax.sharding import Mesh, batch_sharding, make_mesh, put_batch, replicated, tree_shardings
+from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, tree_shardings
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step, make_update
 
@@ -147,24 +147,24 @@ def ppo_iteration(mesh_name: str) -> dict:
     place = lambda params: jax.device_put(params, tree_shardings(mesh, params))  # noqa: E731
     params = {"policy": place(model_params(POLICY, 0)), "value": place(bigram_params(1)["value"])}
     ref, scorer = place(model_params(POLICY, 2)), place(bigram_params(3)["value"])
-    nets = Networks(Models(POLICY, BIGRAMS.value, BIGRAMS.reward), None, params, ref, scorer, None)
+    nets = Networks(Models(POLICY, BIGRAMS.value, BIGRAMS.reward), None, ref, scorer, None)
     rng = np.random.default_rng(1)
     prompt = {"tokens": rng.integers(2, V, (ROWS, PROMPT)).astype(np.int32), "mask": np.ones((ROWS, PROMPT), bool)}
     prompt["mask"][::3, 0] = False
     whole = functools.partial(jax.device_put, device=replicated(mesh))
     with jax.set_mesh(mesh.grid):
-        programs = train.make_programs(config, nets, mesh, (STOP, 2, 3, 4))
+        programs, state = train.make_programs(config, nets, params, mesh, (STOP, 2, 3, 4))
         prompt = put_batch(mesh, prompt)
         law = lambda t: whole(SamplingLaw.from_config(SamplingConfig(temperature=t)))  # noqa: E731
         drawn, greedy = (
-            programs.rollout(programs.state.params["policy"], prompt["tokens"], prompt["mask"], whole(KEY), law(t))
+            programs.rollout(state.params["policy"], prompt["tokens"], prompt["mask"], whole(KEY), law(t))
             for t in (1.0, 0.0)
         )
         host = jax.device_put(np.linspace(-1, 1, ROWS).astype(np.float32), batch_sharding(mesh))
         scored = programs.score(
-            programs.state.params, nets.ref, nets.reward, greedy, host, whole(np.float32(0.1)), whole(np.float32(1.0))
+            state.params, nets.ref, nets.reward, greedy, host, whole(np.float32(0.1)), whole(np.float32(1.0))
         )
-        state, metrics = programs.update(programs.state, scored[0], whole(KEY), whole(np.float32(1.0)), None)
+        state, metrics = programs.update(state, scored[0], whole(KEY), whole(np.float32(1.0)), None)
     assert_split(state, mesh)
     rows = ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])
     assert greedy.tokens.addressable_shards[0].data.shape == (rows, NEW)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_ppo_stage import assert_stopped_and_continued_is_left_alone, load
 from test_step import assert_same_bits, differ
-from tiny import ARCH, ONE, STOP, TOY_ROWS, V, model_params, toy_directory, toy_run
+from tiny import ARCH, ONE, STOP, TOY_ROWS, V, iteration, model_params, toy_directory, toy_run
 
 from rlhf_jax.config import LoRAConfig, MeshConfig
 from rlhf_jax.config.functions import replace
@@ -103,8 +103,9 @@ def test_the_sampler_draws_the_same_from_two_stacks(arch):
     ("ppo", "base"), [({}, "reward"), ({"value_init": "zeros"}, "ref"), ({"shared_trunk": True}, None)], ids=str
 )
 def test_the_frozen_trunk_is_there_once(one_device, ppo, base):
-    stage = train.PPO(replace(config(), **{f"ppo__{name}": value for name, value in ppo.items()}), **TOY_ROWS)
-    nets, params = stage.nets, stage.state.params
+    changed = replace(config(), **{f"ppo__{name}": value for name, value in ppo.items()})
+    method, loop = train.setup(changed, **TOY_ROWS)
+    nets, params = method.nets, loop.state.params
     whole = nets.models.whole(params, nets.frozen)
     assert set(params["policy"]) == {"layers", "final_norm", "head"} and depth(params["policy"]["layers"]) == 2
     for name in TRUNK:
@@ -118,33 +119,33 @@ def test_the_frozen_trunk_is_there_once(one_device, ppo, base):
         assert jax.tree.leaves(on["lower"])[0] is jax.tree.leaves(whole["value"]["lower"])[0]
     pointers = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
     assert not pointers(params) & (pointers(nets.ref) | pointers(nets.reward))  # the state is donated, these are not
-    moments = [x for x in jax.tree.leaves(stage.state.opt_state) if x.ndim]
+    moments = [x for x in jax.tree.leaves(loop.state.opt_state) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(params) if x.ndim)
 
 
 def test_training_moves_the_top_alone_and_the_reference_stays_a_full_copy_of_the_start(one_device, tmp_path):
     run = config(tmp_path / "run", ppo__old_logprobs="recompute", ppo__save_value_model=True, run__keep_best=False)
-    stage = train.PPO(run, **TOY_ROWS)
-    frozen, before = (jax.tree.map(np.array, tree) for tree in (stage.nets.frozen, stage.state.params))
+    method, loop = train.setup(run, **TOY_ROWS)
+    frozen, before = (jax.tree.map(np.array, tree) for tree in (method.nets.frozen, loop.state.params))
     kls = []
-    with jax.set_mesh(stage.mesh.grid):
+    with jax.set_mesh(method.mesh.grid):
         for i in range(2):
-            metrics, _, table = stage.iteration(i)
+            loop, metrics, table = iteration(method, loop, i)
             kls.append(float(metrics["rollout/kl_k3"]))
             assert metrics["rollout/logprob_gap_max"] < 1e-5  # the sampler reads the same two stacks
             assert abs(metrics["policy/first_ratio_max"] - 1) < 2e-6
-        stage.save(tmp_path / "run", stage.to_save())
+        method.save(tmp_path / "run", loop.kept(method))
     assert kls[0] == 0 and kls[1] > 1e-6
-    assert_same_bits(frozen, stage.nets.frozen)
-    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(stage.state.params), strict=True):
+    assert_same_bits(frozen, method.nets.frozen)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(loop.state.params), strict=True):
         assert differ(x, y)
     model, full = Model(DEEP), load(f"{directory()}/policy", False)
     sequence, num = full_sequence(table["rollout"]), table["rollout"].tokens.shape[1]
     logprobs = jax.jit(lambda tree: response_logprobs(model, tree, sequence, jnp.ones(()), num)[0])
-    np.testing.assert_allclose(logprobs(stage.nets.ref), logprobs(full), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(logprobs(method.nets.ref), logprobs(full), rtol=1e-6, atol=1e-6)
     # What is written is the whole policy, and the whole critic.
     saved, critic = (load(tmp_path / "run" / name, head) for name, head in (("model", False), ("value_model", True)))
-    whole = stage.nets.policy.whole(stage.state.params["policy"])
+    whole = method.nets.policy.whole(loop.policy)
     assert_same_layers(model.merged(whole), saved)
     lower = lambda tree: jax.tree.map(lambda x: np.asarray(x)[:1], tree["layers"])  # noqa: E731
     assert_same_bits(lower(saved), lower(full))
@@ -157,10 +158,10 @@ def test_the_top_layers_step_is_the_one_they_take_when_all_layers_are_trained(on
     options = {"ppo__epochs": 1, "optim__clip_norm": 0.0, "value_optim__clip_norm": 0.0}
     found = []
     for top in (2, 0):
-        stage = train.PPO(config(top=top, **options), **TOY_ROWS)
-        with jax.set_mesh(stage.mesh.grid):
-            stage.iteration(0)
-        found.append(stage.state.params)
+        method, loop = train.setup(config(top=top, **options), **TOY_ROWS)
+        with jax.set_mesh(method.mesh.grid):
+            loop, _, _ = iteration(method, loop, 0)
+        found.append(loop.state.params)
     part, whole = found
     for name in ("policy", "value"):
         upper = jax.tree.map(lambda x: x[1:], whole[name]["layers"])
@@ -173,10 +174,10 @@ def test_sharded_equals_unsharded(monkeypatch):
     found = []
     for devices, mesh in ((ONE, MeshConfig()), (jax.devices(), MeshConfig(2, 2, 2))):
         monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=devices))
-        stage = train.PPO(config(mesh=mesh, **options), **TOY_ROWS)
-        with jax.set_mesh(stage.mesh.grid):
-            metrics, _, table = stage.iteration(0)
-            found.append(jax.device_get((stage.state.params, metrics["rollout/reward"], table["rollout"].tokens)))
+        method, loop = train.setup(config(mesh=mesh, **options), **TOY_ROWS)
+        with jax.set_mesh(method.mesh.grid):
+            loop, metrics, table = iteration(method, loop, 0)
+            found.append(jax.device_get((loop.state.params, metrics["rollout/reward"], table["rollout"].tokens)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), *found)
 
 
@@ -188,6 +189,6 @@ def test_a_run_stopped_and_continued_ends_as_one_left_alone_bit_by_bit(one_devic
 
 def test_more_layers_than_there_are_and_adapters_beside_them_are_refused(one_device):
     with pytest.raises(UserError, match=r"ppo\.trainable_layers 4 is more than the 3 layers"):
-        train.PPO(config(top=4), **TOY_ROWS)
+        train.setup(config(top=4), **TOY_ROWS)
     with pytest.raises(UserError, match=r"ppo\.trainable_layers 2 and lora\.rank 2"):
-        train.PPO(replace(config(), lora=LoRAConfig(rank=2)), **TOY_ROWS)
+        train.setup(replace(config(), lora=LoRAConfig(rank=2)), **TOY_ROWS)

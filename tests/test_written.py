@@ -48,6 +48,7 @@ from rlhf_jax.inference.reward_functions import call_reward, columns_for
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, load_model, save_model
 from rlhf_jax.online import core
+from rlhf_jax.online.iteration import python_rewards, sample_rows
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import Rollout
@@ -251,11 +252,11 @@ def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
 
 
 def ppo(models, **overrides):
-    return ppo_train.PPO(PPOArgs(**online(models), ppo=PPOConfig(num_samples=9)), **overrides)
+    return ppo_train.setup(PPOArgs(**online(models), ppo=PPOConfig(num_samples=9)), **overrides)[0]
 
 
 def grpo(models, **overrides):
-    return group_train.Group(GRPOArgs(**online(models), grpo=GroupConfig(group_size=3, num_samples=9)), **overrides)
+    return group_train.setup(GRPOArgs(**online(models), grpo=GroupConfig(group_size=3, num_samples=9)), **overrides)[0]
 
 
 def online(models) -> dict:
@@ -321,16 +322,17 @@ def test_reward_functions_see_one_text_in_every_command_and_stage(chat_models, t
         found[name] = reward.seen
     nine = drawn[:9]  # the same seed, the same samples
     of = {row["id"]: nine[3 * i : 3 * i + 3] for i, row in enumerate(PROMPTS)}
-    for name, stage_of, rows in (("ppo", ppo, PROMPTS * 3), ("grpo", grpo, PROMPTS)):
+    for name, method_of, rows in (("ppo", ppo, PROMPTS * 3), ("grpo", grpo, PROMPTS)):
         reward, gold = Watched(), Watched()
-        stage = stage_of(chat_models, rows=rows, eval_rows=PROMPTS[:1], reward_functions=[reward], gold=gold)
-        batch, left = stage.batch(0), {name: list(each) for name, each in of.items()}
+        method = method_of(chat_models, rows=rows, eval_rows=PROMPTS[:1], reward_functions=[reward], gold=gold)
+        batch, left = method.batch(0), {name: list(each) for name, each in of.items()}
         ours = [left[name].pop() for name in batch["columns"]["id"]]
         rollout = rollout_of(ours)
-        stage.rewards_from_python(batch, rollout)
+        python_rewards(method, batch, rollout)
         assert gold.seen == reward.seen
         found[name] = reward.seen
-        table = stage.table({"rollout": jax.tree.map(np.asarray, rollout), "reward": np.zeros(9)}, batch["given"])
+        table = {"rollout": jax.tree.map(np.asarray, rollout), "reward": np.zeros(9)}
+        table = sample_rows(method, table, batch["given"])
         spoken = [i for i, row in enumerate(table) if row["response"].strip()]
         wanted = [sampled(ours)[i] for i in spoken]
         kept = [table[i] for i in spoken]

@@ -31,6 +31,8 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, save_model
+from rlhf_jax.online.iteration import LoopState, iterate, key_at
+from rlhf_jax.online.method import Method
 from rlhf_jax.ppo import Experience, Models
 from rlhf_jax.sharding import make_mesh, tree_shardings
 from rlhf_jax.tasks import random_walks as walks
@@ -281,3 +283,8 @@ def toy_run(output_dir: Path | str = "", *, reward_model: bool = True, **ppo) ->
         value_optim=optim,
         run=RunConfig(output_dir=str(output_dir), progress=False, eval_every=2),
     )
+
+
+def iteration(method: Method, loop: LoopState, i: int):
+    """Iteration i of a method, as the loop calls it: (the next state, metrics, table)."""
+    return iterate(method, loop, method.batch(i), key_at(method, "training", i))

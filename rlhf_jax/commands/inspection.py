@@ -265,7 +265,7 @@ def _of_checkpoint(run: Path, step: int) -> Source:
         raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
     model = Model(arch, score_head=stage == "reward")
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
-    # As the stages keep them: Online.tree, and the state of `loop.train`.
+    # As the stages keep them: LoopState.tree, and the state of `loop.train`.
     place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]
     place += ["policy"] if stage in ONLINE and place[0] == "state" else []
     tree = checkpoints.restore(chosen, functools.reduce(lambda node, name: {name: node}, reversed(place), params))

@@ -30,3 +30,6 @@ from rlhf_jax.config.reward import RewardArgs, RewardConfig
 from rlhf_jax.config.sample import SampleArgs, ScoreArgs
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
 from rlhf_jax.config.sft import PretrainArgs, SFTArgs, SFTConfig
+
+OnlineArgs = PPOArgs | GroupArgs
+"""All of a method that learns from its own samples."""

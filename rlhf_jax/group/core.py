@@ -10,13 +10,13 @@ into any minibatch. Every detail is a field of `config.GroupConfig`; docs/algori
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages as adv
@@ -24,7 +24,15 @@ from rlhf_jax.config import GroupConfig, OptimConfig, bind
 from rlhf_jax.losses import reference_kl_loss
 from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import joined
-from rlhf_jax.online.core import full_sequence, make_epochs, response_logprobs, reward_scores, rollout_metrics
+from rlhf_jax.online.core import (
+    Score,
+    Update,
+    full_sequence,
+    make_epochs,
+    response_logprobs,
+    reward_scores,
+    rollout_metrics,
+)
 from rlhf_jax.tokens import map_microbatches, token_weights
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
@@ -146,9 +154,7 @@ def advantages_of(
     return jnp.where(mask, advantages, 0.0)
 
 
-def make_score(
-    models: Models, config: GroupConfig, *, recompute: bool, model_weight: float = 1.0
-) -> Callable[..., Any]:
+def make_score(models: Models, config: GroupConfig, *, recompute: bool, model_weight: float = 1.0) -> Score:
     """The scoring program, not yet compiled.
 
     score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
@@ -208,7 +214,7 @@ def reward_metrics(rewards: Float[Array, " B"], group_size: int) -> Metrics:
     return metrics
 
 
-def make_group_update(step: Step, config: GroupConfig) -> Callable[..., Any]:
+def make_group_update(step: Step, config: GroupConfig) -> Update:
     """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
 
     def minibatch(x: Experience, temperature: Array) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def make_group_update(step: Step, config: GroupConfig) -> Callable[..., Any]:
 
 def make_group_step(
     models: Models, config: GroupConfig, optim: OptimConfig, policy_loss: PolicyLoss | None = None
-) -> tuple[Callable[..., Any], Any, Schedule]:
+) -> tuple[Update, optax.GradientTransformationExtraArgs, Schedule]:
     """(update program, optimiser, learning rate by iteration) of a config."""
     per_iteration, schedule = config.epochs * config.minibatches, make_schedule(optim, config.iterations)
     tx = make_optimizer(optim, lambda step: schedule(step // per_iteration))

@@ -2,108 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from rlhf_jax.config import GroupArgs, GroupConfig
+from rlhf_jax.config import GroupArgs
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.group import core
 from rlhf_jax.group.checks import check, check_batches, settings_of
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.keys import branch
-from rlhf_jax.models.loading import Loaded, adapted, placed_init
+from rlhf_jax.models.loading import Loaded, adapted
 from rlhf_jax.online import loop
-from rlhf_jax.online.networks import load_policy_and_reward
+from rlhf_jax.online.iteration import LoopState, first_state
+from rlhf_jax.online.method import Method, read_inputs
+from rlhf_jax.online.networks import Networks, load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
-from rlhf_jax.online.stage import Online
-from rlhf_jax.sharding import Mesh, make_mesh, rollout_mesh, tree_shardings
-from rlhf_jax.training.state import create_state
-from rlhf_jax.types import Params, PolicyLoss
+from rlhf_jax.sharding import Mesh, copied, make_mesh, replicated
+from rlhf_jax.training.state import TrainState, create_state
+from rlhf_jax.types import Params, PolicyLoss, RewardFn
 
 
-@dataclass(frozen=True)
-class Networks:
-    """What the methods compute with; reference and reward parameters are frozen, params start the training state."""
+def make_networks(
+    config: GroupArgs, mesh: Mesh, policy: Loaded, reward: Loaded | None, key: jax.Array
+) -> tuple[Networks[core.Models], Params]:
+    """(the networks, what is trained at its start) of policy and reward model; of an abstract key, shapes.
 
-    models: core.Models
-    policy: Loaded
-    params: Params
-    ref: Params | None
-    reward: Params | None
-
-    @property
-    def frozen(self) -> Params | None:
-        """What trained adapters stand on; None where all of the policy is trained."""
-        return self.policy.frozen
-
-
-def assemble(
-    settings: GroupConfig, policy: Loaded, reward: Loaded | None, *, copy: Callable[[Params], Params]
-) -> Networks:
-    """Policy and reward model, and with a price of the KL the policy as it is now for a reference.
-
-    With adapters the reference is the frozen model that they stand on, which is there anyway.
+    With a price of the KL the reference is the policy as it is now; with adapters, the frozen model that they stand
+    on, which is there anyway.
     """
-    ref = policy.frozen
-    if ref is None and settings.kl_coef:
-        ref = policy.params
-    params = copy(policy.params) if ref is policy.params else policy.params
+    policy = adapted(policy, config.lora, mesh, key)
+    ref, params = policy.frozen, policy.params
+    if ref is None and settings_of(config)[1].kl_coef:
+        ref, params = params, copied(params)
     models = core.Models(policy.model, reward.model if reward else None, policy.frozen is not None)
-    return Networks(models, policy, {"policy": params}, ref, reward.params if reward else None)
+    nets = Networks(models, policy, ref, reward.params if reward else None, policy.frozen)
+    return nets, {"policy": params}
 
 
 def make_programs(
-    config: GroupArgs, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
-) -> Programs:
-    """The sampler, score and update of `core`, and the first state; nets.params is donated."""
+    config: GroupArgs,
+    nets: Networks[core.Models],
+    params: Params,
+    mesh: Mesh,
+    stop_ids: tuple[int, ...],
+    policy_loss: PolicyLoss | None = None,
+) -> tuple[Programs, TrainState]:
+    """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
     _, settings = settings_of(config)
     update, tx, schedule = core.make_group_step(nets.models, settings, config.optim, policy_loss)
-    tree_shardings(rollout_mesh(config.mesh, mesh), nets.frozen)  # adapters may lack the heads that must divide
     recompute = recomputes(config, settings, nets.models.policy)
-    return compile_programs(
-        config,
-        settings,
-        mesh,
-        nets.models.policy,
-        stop_ids,
-        score=core.make_score(nets.models, settings, recompute=recompute, model_weight=config.reward.model_weight),
-        update=update,
-        state=create_state(nets.params, tx, mesh),
-        schedule=schedule,
+    score = core.make_score(nets.models, settings, recompute=recompute, model_weight=config.reward.model_weight)
+    state = create_state(params, tx, mesh)
+    parts = compile_programs(
+        config, settings, nets, state, mesh, stop_ids, score=score, update=update, schedule=schedule
     )
+    return parts, state
 
 
-class Group(Online):
-    """The parts of a method without a critic."""
-
-    def __init__(
-        self,
-        config: GroupArgs,
-        *,
-        rows: Rows | None = None,
-        eval_rows: Rows | None = None,
-        reward_functions: Sequence[Callable[..., Any]] | None = None,
-        gold: Callable[..., Any] | None = None,
-        policy_loss: PolicyLoss | None = None,
-    ):
-        """Read the data, load the networks, build the programs; writes nothing."""
-        check(config)
-        _, settings = settings_of(config)
-        mesh = make_mesh(config.mesh)
-        check_batches(config, mesh)
-        given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "reward_functions": reward_functions}
-        super().__init__(config, settings, mesh, group_size=settings.group_size, gold=gold, **given)
-        with jax.set_mesh(mesh.grid):
-            key = branch(self.key, "weights")
-            policy, reward = load_policy_and_reward(config, mesh, self.tokenizer, key, self.length)
-            policy = adapted(policy, config.lora, placed_init(mesh, branch(key, "adapters")))
-            nets = assemble(settings, policy, reward, copy=partial(jax.tree.map, jnp.copy))
-            self.check_lengths(policy.model, nets.models.reward)
-            self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))
+def setup(
+    config: GroupArgs,
+    *,
+    rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    reward_functions: Sequence[RewardFn] | None = None,
+    gold: RewardFn | None = None,
+    policy_loss: PolicyLoss | None = None,
+) -> tuple[Method, LoopState]:
+    """The method of a config, and what its loop carries at first; writes nothing."""
+    check(config)
+    _, settings = settings_of(config)
+    mesh, size = make_mesh(config.mesh), settings.group_size
+    check_batches(config, mesh)
+    inputs = read_inputs(
+        config, mesh, group_size=size, rows=rows, eval_rows=eval_rows, reward_functions=reward_functions, gold=gold
+    )
+    with jax.set_mesh(mesh.grid):
+        key = branch(inputs.key, "weights")
+        policy, reward = load_policy_and_reward(config, mesh, inputs.tokenizer, key)
+        nets, params = make_networks(config, mesh, policy, reward, key)
+        programs, state = make_programs(config, nets, params, mesh, inputs.tokenizer.eos_ids, policy_loss)
+        law = SamplingLaw.from_config(config.sampling, replicated(mesh))
+        method = Method(config, settings, mesh, inputs, nets, programs, law, group_size=size)
+        return method, first_state(method, state)
 
 
 def run(config: GroupArgs, **overrides: Any) -> dict[str, Any]:
@@ -112,4 +94,4 @@ def run(config: GroupArgs, **overrides: Any) -> dict[str, Any]:
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
     (Python functions) and `policy_loss`.
     """
-    return loop.run(settings_of(config)[0], config, Group, **overrides)
+    return loop.run(settings_of(config)[0], config, setup, **overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +16,17 @@ from rlhf_jax.data.padding import with_own_padding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say, to_host
-from rlhf_jax.keys import branch
+from rlhf_jax.keys import Purpose, branch
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub, peft
 from rlhf_jax.models.hf.families import ConfigJson
 from rlhf_jax.models.kernels import joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
-from rlhf_jax.sharding import Mesh, replicated, tree_shardings
+from rlhf_jax.sharding import Mesh, placed, replicated, tree_shardings
 from rlhf_jax.types import Params
 
 Head = Literal["vocabulary", "trained", "normal", "zeros"]
 """That of a language model, or the scalar one of a directory, or a fresh scalar one, drawn or zero."""
-Init = Callable[[jax.Array], Params]
-"""init(key) -> fresh parameters."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def load_model(
     if config.quantize != "none":
         small = quantized(loaded.params, config.quantize, free=True)
         loaded = replace(loaded, params=jax.device_put(small, tree_shardings(mesh, small)))
-    return adapted(loaded, lora, placed_init(mesh, branch(key, "adapters")))
+    return adapted(loaded, lora, mesh, key)
 
 
 def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: Head) -> Loaded:
@@ -138,8 +135,7 @@ def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, h
         params = model.init(key, config.param_dtype)
         return {**params, "score": model.init_score(key, zeros=True)} if head == "zeros" else params
 
-    shardings = tree_shardings(mesh, jax.eval_shape(init, key))
-    return Loaded(model, jax.jit(init, out_shardings=shardings)(key))
+    return Loaded(model, placed(mesh, init, key))
 
 
 def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head) -> Loaded:
@@ -157,25 +153,20 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head)
     return Loaded(model, params, base, hf.read_generation(path), path=config.path)
 
 
-def adapted(loaded: Loaded, lora: LoRAConfig, make: Callable[[Init], Params]) -> Loaded:
+def adapted(loaded: Loaded, lora: LoRAConfig, mesh: Mesh, key: jax.Array, purpose: Purpose = "adapters") -> Loaded:
     """The model frozen, with adapters and its score head to train; as it is if lora.rank is 0.
 
-    `make` places what init(key) -> adapters returns.
+    Of an abstract key, the shapes of that.
     """
     if not lora.rank:
         return loaded
     arch = loaded.model.arch
     chosen = sites(hf.find_family(arch, loaded.base_config), lora.targets)
-    adapters = make(partial(init_adapters, arch, chosen, lora.rank))
+    adapters = placed(mesh, lambda key: init_adapters(arch, chosen, lora.rank, branch(key, purpose)), key)
     heads = {name: tree for name, tree in loaded.params.items() if name == "score"}
     base = {name: tree for name, tree in loaded.params.items() if name != "score"}
     model = replace(loaded.model, lora_scale=scale_of(lora))
     return replace(loaded, model=model, params={**adapters, **heads}, frozen=base, lora=lora)
-
-
-def placed_init(mesh: Mesh, key: jax.Array) -> Callable[[Init], Params]:
-    """Runs init(key), its result sharded by the rule table."""
-    return lambda init: jax.jit(init, out_shardings=tree_shardings(mesh, jax.eval_shape(init, key)))(key)
 
 
 def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from rlhf_jax.config import OnlineConfig, SamplingConfig
+from rlhf_jax.config import OnlineArgs, OnlineConfig, SamplingConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import Mesh, check_rows
 
@@ -14,7 +12,7 @@ def filters(sampling: SamplingConfig) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_new_tokens > 0
 
 
-def check(config: Any, settings: OnlineConfig, group: str) -> None:
+def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
     """Raise a UserError for settings that contradict each other."""
     sampling, size = config.sampling, config.data.batch_size
     if sampling.temperature <= 0:
@@ -53,7 +51,7 @@ def check(config: Any, settings: OnlineConfig, group: str) -> None:
         raise UserError(f"{group}.missing_eos_value {value}, subtracted, is a reward; make it positive")
 
 
-def check_batches(config: Any, settings: OnlineConfig, group: str, mesh: Mesh) -> None:
+def check_batches(config: OnlineArgs, settings: OnlineConfig, group: str, mesh: Mesh) -> None:
     """Raise a UserError unless every batch and microbatch divides over the mesh."""
     size, steps = config.data.batch_size, settings.minibatches * settings.accumulate
     check_rows(mesh, size, "data.batch_size")

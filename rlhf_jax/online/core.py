@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,38 @@ from rlhf_jax.sharding import ROWS, constrain
 from rlhf_jax.tokens import positions_from_mask
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.training.step import Step
-from rlhf_jax.types import Metrics, Params, Rollout
+from rlhf_jax.types import Batch, Metrics, Params, Rollout
+
+Sequences = dict[str, Array]
+"""Prompt and response as tokens, positions and segment_ids, int32[B, S] each; S = P + T."""
+
+Scored = tuple[Any, Array, Metrics, dict[str, Array]]
+"""What scoring returns: a method's experience, kl_coef of the next iteration, metrics, numbers per row by name."""
+
+Score = Callable[[Params, Params, Params, Rollout, Array, Array, Array], Scored]
+"""score(params, ref, reward, rollout, host rewards f32[B], kl_coef, temperature), a program that is not yet compiled.
+
+ref and reward are None where there is none."""
+
+
+class Update(Protocol):
+    """The update program, not yet compiled: it returns (state, metrics).
+
+    Args:
+        experience: what the method's scoring returns.
+        ptx: a batch of `collate_sft` with a leading axis of epochs * minibatches, which is added to the batches.
+        frozen: what the step reads and does not train.
+    """
+
+    def __call__(
+        self,
+        state: TrainState,
+        experience: Any,
+        key: Array,
+        temperature: Array,
+        ptx: Batch | None = None,
+        frozen: Params | None = None,
+    ) -> tuple[TrainState, Metrics]: ...
 
 
 def before_tokens(hidden: Float[Array, "B S D"], num_tokens: int) -> Float[Array, "B T D"]:
@@ -29,7 +60,7 @@ def before_tokens(hidden: Float[Array, "B S D"], num_tokens: int) -> Float[Array
 
 
 def response_logprobs(
-    model: Model, params: Params, sequence: dict[str, Array], temperature: Array, num_tokens: int, **kwargs: Any
+    model: Model, params: Params, sequence: Sequences, temperature: Array, num_tokens: int, **kwargs: Any
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B S D"]]:
     """Log-probs and entropies of the last T tokens, and all hidden states; `sequence` as `full_sequence` makes it."""
     hidden = model.apply(params, **sequence)
@@ -38,7 +69,7 @@ def response_logprobs(
     return logprobs, entropy, hidden
 
 
-def reward_scores(model: Model, params: Params, sequence: dict[str, Array], rollout: Rollout) -> Float[Array, " B"]:
+def reward_scores(model: Model, params: Params, sequence: Sequences, rollout: Rollout) -> Float[Array, " B"]:
     """A reward model's scores of a rollout, whose `full_sequence` is given."""
     # The last real token of [prompt; response]: prompts are left-padded, so it is at P + length - 1.
     last = rollout.prompt.shape[1] + rollout.mask.sum(axis=1, dtype=jnp.int32) - 1
@@ -47,8 +78,8 @@ def reward_scores(model: Model, params: Params, sequence: dict[str, Array], roll
     return model.scores(params["score"], at_last)[:, 0]
 
 
-def full_sequence(rollout: Rollout) -> dict[str, Array]:
-    """Prompt and response as tokens, positions and segment_ids, each [B, P + T]."""
+def full_sequence(rollout: Rollout) -> Sequences:
+    """Prompt and response of every row side by side."""
     mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
     return {
         "tokens": jnp.concatenate([rollout.prompt, rollout.tokens], axis=1),
@@ -84,57 +115,70 @@ def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metr
     }
 
 
-def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Array], dict[str, Any]]) -> Any:
-    """The update program, not yet compiled: update(state, experience, key, temperature, ptx, frozen).
+def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Array], dict[str, Any]]) -> Update:
+    """The update program of a method: every epoch goes over the rows of its experience in a fresh order.
 
-    It returns (state, metrics); `frozen` is what the step reads and does not train, or None. `step` is
-    `step.make_update` of a method's objective, `minibatch(rows of the experience, temperature)` its batch. Every epoch
-    goes over the rows in a fresh order; the metrics are means over the optimiser steps, and policy/first_* are those
-    of the first step, whose ratio should be 1. `ptx` is None or a batch of `collate_sft` with a leading axis of
-    epochs * minibatches, which is added to the batches.
+    `step` is `step.make_update` of the method's objective, `minibatch(rows of the experience, temperature)` its batch.
+    Metrics are means over the optimiser steps; policy/first_* are those of the first step, whose ratio should be 1.
     """
     num = config.epochs * config.minibatches
 
     def update(
-        state: TrainState, experience: Any, key: Array, temperature: Array, ptx: Any = None, frozen: Params = None
+        state: TrainState,
+        experience: Any,
+        key: Array,
+        temperature: Array,
+        ptx: Batch | None = None,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
+        # orders: int32[num, B / minibatches], the rows of every step.
         num_rows = experience.mask.shape[0]
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
         orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys).reshape(num, -1)
 
         def take(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
-            rows, number, ptx = xs
+            rows, number, text = xs
             x = jax.tree.map(lambda leaf: constrain(leaf[rows], *ROWS), experience)
             batch = minibatch(x, temperature)
-            batch = batch if ptx is None else {**batch, "ptx": ptx}
+            batch = batch if text is None else {**batch, "ptx": text}
             return step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)
 
-        def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, tuple[Metrics, Array]]:
-            state, stopped = carry
-            shapes = jax.eval_shape(take, state, xs)[1]
-            if "policy/approx_kl" not in shapes:
-                raise UserError("target_kl needs the metric policy/approx_kl; let the policy loss return it")
-
-            def skip(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
-                return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            new, metrics = jax.lax.cond(stopped, skip, take, state, xs)
-            measured = ~stopped
-            # approx KL is that of the policy before this step: where it is too large the step is not taken.
-            stopped = stopped | (metrics["policy/approx_kl"] > config.target_kl)
-            state = jax.tree.map(lambda n, o: jnp.where(stopped, o, n), new, state)
-            return (state, stopped), ({**metrics, "policy/epochs_taken": ~stopped / config.minibatches}, measured)
-
-        xs = (orders, jnp.arange(num), ptx)
-        start = state.step
+        xs, start = (orders, jnp.arange(num), ptx), state.step
         if config.target_kl:
-            (state, _), (metrics, measured) = jax.lax.scan(maybe_take, (state, jnp.zeros((), bool)), xs)
+            (state, _), (metrics, measured) = jax.lax.scan(stopping(take, config), (state, jnp.zeros((), bool)), xs)
         else:
             (state, metrics), measured = jax.lax.scan(take, state, xs), jnp.ones(num, bool)
         state = TrainState(start + num, state.params, state.opt_state)  # skipped steps count: the schedule goes on
         return state, summarise(metrics, measured)
 
     return update
+
+
+def stopping(
+    take: Callable[[TrainState, Any], tuple[TrainState, Metrics]], config: OnlineConfig
+) -> Callable[..., Any]:
+    """A step of `make_epochs` that takes no more once approx KL exceeds config.target_kl.
+
+    It carries (state, whether steps have ended) and returns (metrics, whether they were measured).
+    """
+
+    def maybe_take(carry: tuple[TrainState, Array], xs: Any) -> tuple[Any, tuple[Metrics, Array]]:
+        state, stopped = carry
+        shapes = jax.eval_shape(take, state, xs)[1]
+        if "policy/approx_kl" not in shapes:
+            raise UserError("target_kl needs the metric policy/approx_kl; let the policy loss return it")
+
+        def skip(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
+            return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        new, metrics = jax.lax.cond(stopped, skip, take, state, xs)
+        measured = ~stopped
+        # approx KL is that of the policy before this step: where it is too large the step is not taken.
+        stopped = stopped | (metrics["policy/approx_kl"] > config.target_kl)
+        state = jax.tree.map(lambda n, o: jnp.where(stopped, o, n), new, state)
+        return (state, stopped), ({**metrics, "policy/epochs_taken": ~stopped / config.minibatches}, measured)
+
+    return maybe_take
 
 
 def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 
+from rlhf_jax.config import OnlineArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.reward_functions import RewardFailure
-from rlhf_jax.online.stage import Online
+from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, iterate, key_at, sample_rows
+from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
 from rlhf_jax.training.claim import claim_directory
@@ -19,8 +22,10 @@ from rlhf_jax.training.state import learning_rates
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
 
 
-def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any) -> dict[str, Any]:
-    """Train `method(config, **overrides)` and write the run directory; returns its summary.
+def run(
+    stage: str, config: OnlineArgs, setup: Callable[..., tuple[Method, LoopState]], **overrides: Any
+) -> dict[str, Any]:
+    """Train the method of `setup(config, **overrides)` and write the run directory; returns its summary.
 
     The summary has `before` and `after`: the first evaluation and that of the policy that is kept.
     """
@@ -28,72 +33,75 @@ def run(stage: str, config: Any, method: Callable[..., Online], **overrides: Any
     finished, files = claim_directory(stage, config, given)
     if finished is not None:
         return finished
-    online = method(config, **overrides)
-    total = online.settings.iterations
+    method, loop = setup(config, **overrides)
+    total, batches = method.settings.iterations, method.inputs.batches
     tokens = config.data.batch_size * config.sampling.max_new_tokens
-    with jax.set_mesh(online.mesh.grid):
-        facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": online.batches.left_over}
-        describe(stage, online.mesh, online.nets.policy, iterations=total, **facts)
+    with jax.set_mesh(method.mesh.grid):
+        facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": batches.left_over}
+        describe(stage, method.mesh, method.nets.policy, iterations=total, **facts)
         with Run(stage, config, total=total, shown=SHOWN, given=given, files=files, agree_every=1) as out:
-            tree, notes = out.restore(online.tree(), online.identity())
-            online.put_tree(tree)
-            out.rows_of = online.batches.where
-            notes = train(out, online, notes)
-            updates = total * online.settings.epochs * online.settings.minibatches
-            check_trained(out.skipped, updates, out.dir)
-            online.save(out.dir, out.restore_best(online.to_save()))
-            return out.finish({"iterations": total, **notes, "kl_coef": float(online.kl_coef)})
+            tree, notes = out.restore(loop.tree(), method.facts())
+            out.rows_of = batches.where
+            loop, notes = train(out, method, LoopState(**tree), notes)
+            check_trained(out.skipped, total * method.steps, out.dir)
+            method.save(out.dir, out.restore_best(loop.kept(method)))
+            return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)})
 
 
-def train(out: Run, online: Online, notes: dict[str, Any]) -> dict[str, Any]:
+def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> tuple[LoopState, dict[str, Any]]:
     """The iterations from out.start on. `notes` {before, after}: the first evaluation and that of the kept policy."""
-    config, settings, total = online.config, online.settings, out.total
+    config, settings, total = method.config, method.settings, out.total
     tokens = config.data.batch_size * config.sampling.max_new_tokens
-    rates = learning_rates(online.programs.schedule, total)
+    rates = learning_rates(method.programs.schedule, total)
     if not notes:
-        before, _ = _evaluate(out, online, 0)
+        before, _ = _evaluate(out, method, loop, 0)
         notes = {"before": before, "after": before}
-        out.save_if_due(0, online.tree(), notes)
+        out.save_if_due(0, loop.tree(), notes)
     out.restart_clock()
     logged = out.start
     for i in range(out.start, total):
-        done = _iterate(out, online, i, notes)
-        show = done is not None and settings.num_samples and (i + 1) % settings.sample_every == 0
-        if done is not None and (show or (i + 1) % config.run.log_every == 0 or i + 1 == total):
-            metrics, host, table = done
-            prompts = online.batch(i)["given"] if show else []
-            write = lambda fetched, i=i, prompts=prompts: out.samples(i + 1, online.table(fetched, prompts))  # noqa: E731
-            host["optim/lr"] = rates[i]
-            new = tokens * (i + 1 - logged)
-            out.log(i + 1, metrics, host, tokens=new, table=table if show else None, on_table=write)
-            logged = i + 1
-        if i + 1 == total or (config.run.eval_every and (i + 1) % config.run.eval_every == 0):
-            results, kept = _evaluate(out, online, i + 1)
+        batch, step = method.batch(i), i + 1
+        try:
+            loop, metrics, table = iterate(method, loop, batch, key_at(method, "training", i))
+        except RewardFailure as error:
+            loop = _without_reward(out, method, loop, i, notes, error)
+        except NotFinite as error:
+            raise UserError(f"step {step}: {error}; rows {', '.join(out.rows_of(i))}") from error.__cause__
+        else:
+            out.advance(step, metrics["optim/skipped"], method.steps)
+            show = settings.num_samples > 0 and step % settings.sample_every == 0
+            if show or step % config.run.log_every == 0 or step == total:
+                host, new = {"optim/lr": rates[i]}, tokens * (step - logged)
+                write = partial(_write_samples, out, method, step, batch["given"])
+                out.log(step, metrics, host, tokens=new, table=table if show else None, on_table=write)
+                logged = step
+        if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
+            results, kept = _evaluate(out, method, loop, step)
             notes = {**notes, "after": results if kept else notes["after"]}
             out.restart_clock()
-        out.save_if_due(i + 1, online.tree(), notes)
-    return notes
+        out.save_if_due(step, loop.tree(), notes)
+    return loop, notes
 
 
-def _iterate(out: Run, online: Online, i: int, notes: dict[str, Any]) -> tuple[Any, dict[str, float], Any] | None:
-    """Iteration i, or None if its reward failed and the batch is to be skipped."""
-    try:
-        done = online.iteration(i)
-    except RewardFailure as error:
-        if online.config.reward.on_failure == "stop":
-            out.save_now(i, online.tree(), notes)
-            raise UserError(f"iteration {i + 1}: {error}; then {out.how_to_continue()}") from error
-        out.flush()
-        out.write(i + 1, {"rollout/skipped": 1.0})
-        out.say(f"{out.stage}: iteration {i + 1} is skipped: {error}")
-        online.skip_update()
-        out.bar.update(1)
-        return None
-    out.advance(i + 1, done[0]["optim/skipped"], online.settings.epochs * online.settings.minibatches)
-    return done
+def _write_samples(out: Run, method: Method, step: int, prompts: list[Any], table: Table) -> None:
+    out.samples(step, sample_rows(method, table, prompts))
 
 
-def _evaluate(out: Run, online: Online, step: int) -> tuple[dict[str, float], bool]:
+def _without_reward(
+    out: Run, method: Method, loop: LoopState, i: int, notes: dict[str, Any], error: RewardFailure
+) -> LoopState:
+    """What follows iteration i, whose reward failed: its batch is skipped, or the run ends, saved."""
+    if method.config.reward.on_failure == "stop":
+        out.save_now(i, loop.tree(), notes)
+        raise UserError(f"iteration {i + 1}: {error}; then {out.how_to_continue()}") from error
+    out.flush()
+    out.write(i + 1, {"rollout/skipped": 1.0})
+    out.say(f"{out.stage}: iteration {i + 1} is skipped: {error}")
+    out.bar.update(1)
+    return loop.skip(method)
+
+
+def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dict[str, float], bool]:
     """Log an evaluation and its samples; returns it and whether its policy is the one to keep.
 
     The best one has the highest reward less KL at the configured kl_coef: reward alone would pick the most
@@ -101,9 +109,9 @@ def _evaluate(out: Run, online: Online, step: int) -> tuple[dict[str, float], bo
     """
     out.flush()
     try:
-        results, samples = online.evaluate()
+        results, samples = evaluate(method, loop)
     except RewardFailure as error:
-        if online.config.reward.on_failure == "stop":
+        if method.config.reward.on_failure == "stop":
             raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
         out.say(f"{out.stage}: the evaluation after iteration {step} is skipped: {error}")
         return {}, False

@@ -1,31 +1,60 @@
-"""The networks that every method needs: policy, and a reward model if the config names one."""
+"""The networks of a method: the policy and what it is compared with and judged by."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import jax
 
+from rlhf_jax.config import OnlineArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.models.loading import Loaded, check_same_tokenizer, check_vocabulary, load_model
+from rlhf_jax.inference.generate import total_length
+from rlhf_jax.models.loading import Loaded, check_length, check_same_tokenizer, check_vocabulary, load_model
 from rlhf_jax.sharding import Mesh
+from rlhf_jax.types import Params
+
+Models = TypeVar("Models")
+
+
+@dataclass(frozen=True)
+class Networks(Generic[Models]):
+    """What never changes of a method's networks; what is trained is in the training state.
+
+    Attributes:
+        models: the method's `core.Models`, which compute.
+        policy: the model; its parameters may have been donated to training.
+        ref: parameters of the reference; None without any.
+        reward: parameters of the reward model; None without any.
+        frozen: what trained adapters or layers stand on, as `models.whole` and the update take it; None if all is
+            trained.
+    """
+
+    models: Models
+    policy: Loaded
+    ref: Params | None
+    reward: Params | None
+    frozen: Params | None
 
 
 def load_policy_and_reward(
-    config: Any, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array, length: int
+    config: OnlineArgs, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array
 ) -> tuple[Loaded, Loaded | None]:
-    """config.model and config.reward.model, which must know the tokenizer's ids, for sequences of `length`.
+    """config.model and config.reward.model, which must know the tokenizer's ids and hold prompt and response.
 
     Raises:
-        UserError: a vocabulary that is too small, or a reward model with another tokenizer.
+        UserError: a vocabulary or positions that are too few, or a reward model with another tokenizer.
     """
-    policy = load_model(config.model, mesh, key, length=length)
+    length = total_length(config.sampling, config.data.max_prompt_length)
+    policy, reward = load_model(config.model, mesh, key, length=length), None
     check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
-    if not config.reward.model:
-        return policy, None
-    named = replace(config.model, path=config.reward.model, arch=None)
-    reward = load_model(named, mesh, key, head="trained", length=length)
-    check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
-    check_same_tokenizer(tokenizer, config.reward.model, "reward model")
+    if config.reward.model:
+        named = replace(config.model, path=config.reward.model, arch=None)
+        reward = load_model(named, mesh, key, head="trained", length=length)
+        check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
+        check_same_tokenizer(tokenizer, config.reward.model, "reward model")
+    for loaded in (policy, reward):
+        if loaded is not None:
+            check_length(loaded.model.arch, length, "prompt length + sampling.max_new_tokens =")
     return policy, reward

@@ -9,7 +9,7 @@ Every implementation detail is a field of `config.PPOConfig`; docs/algorithms.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,9 @@ from rlhf_jax.losses import clipped_value_loss
 from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
+    Score,
+    Sequences,
+    Update,
     before_tokens,
     full_sequence,
     make_epochs,
@@ -88,7 +91,7 @@ class Models:
 
 
 def forward(
-    models: Models, params: Params, sequence: dict[str, Array], temperature: Array, num_tokens: int, **kwargs: Any
+    models: Models, params: Params, sequence: Sequences, temperature: Array, num_tokens: int, **kwargs: Any
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs, entropies and values of the last T tokens; `sequence` has tokens, positions, segment_ids [B, S]."""
     logprobs, entropy, hidden = response_logprobs(
@@ -98,7 +101,7 @@ def forward(
 
 
 def values_of(
-    models: Models, params: Params, sequence: dict[str, Array], num_tokens: int, policy_hidden: Array | None = None
+    models: Models, params: Params, sequence: Sequences, num_tokens: int, policy_hidden: Array | None = None
 ) -> Float[Array, "B T"]:
     """Values of the states before each of the last T tokens, from the critic or from a head on the policy's trunk."""
     if not models.shared_trunk:
@@ -176,7 +179,7 @@ def score_slots(mask: Bool[Array, "B T"], score_at: str) -> tuple[Int[Array, " B
     return slots, jnp.arange(mask.shape[1])[None, :] <= slots[:, None]
 
 
-def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weight: float = 1.0) -> Callable[..., Any]:
+def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weight: float = 1.0) -> Score:
     """The scoring program, not yet compiled.
 
     score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
@@ -242,7 +245,7 @@ def experience_metrics(x: Experience, rollout: Rollout) -> Metrics:
     }
 
 
-def make_ppo_update(step: Step, config: PPOConfig) -> Callable[..., Any]:
+def make_ppo_update(step: Step, config: PPOConfig) -> Update:
     """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
 
     def minibatch(x: Experience, temperature: Array) -> dict[str, Any]:
@@ -281,7 +284,7 @@ def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraA
 
 def make_ppo_step(
     models: Models, run: PPOArgs, policy_loss: PolicyLoss | None = None
-) -> tuple[Callable[..., Any], Any, Schedule]:
+) -> tuple[Update, optax.GradientTransformationExtraArgs, Schedule]:
     """(update program, optimiser, policy learning rate by iteration) of a config."""
     tx, schedule = make_ppo_optimizer(run)
     join = lambda frozen, params: models.whole(params, frozen)  # noqa: E731

@@ -1,97 +1,58 @@
-"""The networks of PPO: policy, frozen reference, reward model and critic, loaded and checked."""
+"""The networks of PPO: a critic and a frozen reference, made of the policy and the reward model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
-from rlhf_jax.config import PPOArgs, PPOConfig
+from rlhf_jax.config import PPOArgs
 from rlhf_jax.config.functions import replace
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.keys import Purpose, branch
-from rlhf_jax.models.loading import Loaded, adapted, placed_init
-from rlhf_jax.online.networks import load_policy_and_reward
+from rlhf_jax.models.loading import Loaded, adapted
+from rlhf_jax.online.networks import Networks
 from rlhf_jax.ppo import core
-from rlhf_jax.sharding import Mesh, replicated, tree_shardings
-from rlhf_jax.training.state import placed_shapes
+from rlhf_jax.sharding import Mesh, copied, placed
 from rlhf_jax.types import Params
 
 
-@dataclass(frozen=True)
-class Networks:
-    """All that PPO computes with; reference and reward parameters are frozen, params start the training state."""
+def make_networks(
+    config: PPOArgs, mesh: Mesh, policy: Loaded, reward: Loaded | None, key: jax.Array
+) -> tuple[Networks[core.Models], Params, Loaded]:
+    """(the networks, what is trained at its start, the critic) of policy and reward model; of an abstract key, shapes.
 
-    models: core.Models
-    policy: Loaded
-    params: Params
-    ref: Params
-    reward: Params | None
-    value: Loaded
-
-    @property
-    def frozen(self) -> dict[str, Params] | None:
-        """What trained adapters stand on; None where all of policy and critic is trained."""
-        return {"ref": self.ref, "reward": self.reward} if self.models.bases else None
-
-    def critic(self, params: Params) -> Params:
-        """What is trained of the critic among `params`, its trunk included where the policy's is its own."""
-        if not self.models.shared_trunk:
-            return params["value"]
-        trunk = {name: tree for name, tree in params["policy"].items() if name != "head"}
-        return {**trunk, "score": params["value"]["score"]}
-
-
-def load_networks(config: PPOArgs, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array, length: int) -> Networks:
-    """Policy, frozen reference, reward model if any, and critic, for sequences of `length`."""
-    policy, reward = load_policy_and_reward(config, mesh, tokenizer, key, length)
-
-    def fresh_score() -> Params:
-        return jax.jit(partial(policy.model.init_score, zeros=True), out_shardings=replicated(mesh))(key)
-
-    def adapt(loaded: Loaded, purpose: Purpose) -> Loaded:
-        return adapted(loaded, config.lora, placed_init(mesh, branch(key, purpose)))
-
-    copy = partial(jax.tree.map, jnp.copy)
-    return assemble(config.ppo, mesh, policy, reward, fresh_score=fresh_score, copy=copy, adapt=adapt)
-
-
-def assemble(
-    ppo: PPOConfig,
-    mesh: Mesh,
-    policy: Loaded,
-    reward: Loaded | None,
-    *,
-    fresh_score: Callable[[], Params],
-    copy: Callable[[Params], Params],
-    adapt: Callable[[Loaded, Purpose], Loaded],
-) -> Networks:
-    """The critic that the config asks for, beside policy and reward model; what is trained is a copy.
-
-    Where a part of a model is trained, adapters (`adapt(model, purpose)`) or top layers, its frozen rest is shared:
-    the policy stands on the reference, and the critic on that or on the reward model.
+    Where a part of a model is trained, adapters or top layers, its frozen rest is shared: the policy stands on the
+    reference, and the critic on that or on the reward model. What is trained is a copy.
     """
+    ppo = config.ppo
     policy = split_layers(policy, ppo.trainable_layers, mesh)
     ref = policy.params
     if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
         reward = split_layers(reward, ppo.trainable_layers, mesh)
         value, base = reward, "reward"
     else:
-        scored = policy.model.with_score(policy.params, fresh_score())
-        model = replace(policy.model, score_head=True)
-        value, base = Loaded(model, scored, policy.base_config, path=policy.path), "ref"
-    value, policy = adapt(frozen_below(value), "critic's adapters"), adapt(frozen_below(policy), "adapters")
-    trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
+        head = placed(mesh, lambda key: {"score": policy.model.init_score(key, zeros=True)}, key)["score"]
+        scored = policy.model.with_score(policy.params, head)
+        value = Loaded(replace(policy.model, score_head=True), scored, policy.base_config, path=policy.path)
+        base = "ref"
+    value = adapted(frozen_below(value), config.lora, mesh, key, "critic's adapters")
+    policy = adapted(frozen_below(policy), config.lora, mesh, key)
     bases = {}
     if policy.frozen is not None:
         bases = {"policy": "ref"} if ppo.shared_trunk else {"policy": "ref", "value": base}
     models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk, bases)
-    params = {"policy": copy(policy.params), "value": copy(trained)}
-    return Networks(models, policy, params, ref, reward.params if reward else None, value)
+    frozen = {"ref": ref, "reward": reward.params if reward else None}
+    nets = Networks(models, policy, **frozen, frozen=frozen if bases else None)
+    trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
+    return nets, copied({"policy": policy.params, "value": trained}), value
+
+
+def whole_critic(shared_trunk: bool, params: Params) -> Params:
+    """What is trained of the critic among `params`, its trunk included where that is the policy's."""
+    if not shared_trunk:
+        return params["value"]
+    trunk = {name: tree for name, tree in params["policy"].items() if name != "head"}
+    return {**trunk, "score": params["value"]["score"]}
 
 
 def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:
@@ -105,12 +66,7 @@ def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:
     if top > loaded.model.arch.num_layers:
         layers = loaded.model.arch.num_layers
         raise UserError(f"ppo.trainable_layers {top} is more than the {layers} layers of a model; lower it")
-    split = partial(loaded.model.split, top=top)
-    shapes = jax.eval_shape(split, loaded.params)
-    places = tree_shardings(mesh, shapes)
-    if isinstance(jax.tree.leaves(loaded.params)[0], jax.ShapeDtypeStruct):
-        return replace(loaded, params=placed_shapes(shapes, places))
-    return replace(loaded, params=jax.jit(split, out_shardings=places)(loaded.params))
+    return replace(loaded, params=placed(mesh, partial(loaded.model.split, top=top), loaded.params))
 
 
 def frozen_below(loaded: Loaded) -> Loaded:

@@ -2,117 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rlhf_jax.config import PPOArgs
 from rlhf_jax.data.batches import Batches
-from rlhf_jax.data.collate import collate_sft
+from rlhf_jax.data.collate import Collate, collate_sft
 from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.hosts.processes import say
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.keys import branch
-from rlhf_jax.models.loading import save_model
 from rlhf_jax.online import loop
+from rlhf_jax.online.iteration import LoopState, first_state
+from rlhf_jax.online.method import Critic, Method, read_inputs
+from rlhf_jax.online.networks import Networks, load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
-from rlhf_jax.online.stage import Online
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.checks import check, check_batches
-from rlhf_jax.ppo.networks import Networks, load_networks
-from rlhf_jax.sharding import Mesh, make_mesh, put, replicated, rollout_mesh, tree_shardings
-from rlhf_jax.training.state import create_state
-from rlhf_jax.types import PolicyLoss
+from rlhf_jax.ppo.networks import make_networks, whole_critic
+from rlhf_jax.sharding import Mesh, make_mesh, replicated
+from rlhf_jax.training.state import TrainState, create_state
+from rlhf_jax.types import Params, PolicyLoss, RewardFn
 
 
 def make_programs(
-    config: PPOArgs, nets: Networks, mesh: Mesh, stop_ids: tuple[int, ...], policy_loss: PolicyLoss | None = None
-) -> Programs:
-    """The sampler, score and update of `core`, and the first state; nets.params is donated."""
-    update, tx, schedule = core.make_ppo_step(nets.models, config, policy_loss)
-    tree_shardings(rollout_mesh(config.mesh, mesh), nets.ref)  # adapters may lack the heads that must divide
-    recompute = recomputes(config, config.ppo, nets.models.policy)
-    score = core.make_score(nets.models, config.ppo, recompute=recompute, model_weight=config.reward.model_weight)
-    return compile_programs(
-        config,
-        config.ppo,
-        mesh,
-        nets.models.policy,
-        stop_ids,
-        score=score,
-        update=update,
-        state=create_state(nets.params, tx, mesh),
-        schedule=schedule,
+    config: PPOArgs,
+    nets: Networks[core.Models],
+    params: Params,
+    mesh: Mesh,
+    stop_ids: tuple[int, ...],
+    policy_loss: PolicyLoss | None = None,
+) -> tuple[Programs, TrainState]:
+    """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
+    ppo, models = config.ppo, nets.models
+    update, tx, schedule = core.make_ppo_step(models, config, policy_loss)
+    recompute = recomputes(config, ppo, models.policy)
+    score = core.make_score(models, ppo, recompute=recompute, model_weight=config.reward.model_weight)
+    state = create_state(params, tx, mesh)
+    parts = compile_programs(config, ppo, nets, state, mesh, stop_ids, score=score, update=update, schedule=schedule)
+    return parts, state
+
+
+def collate_text(config: PPOArgs, pad_id: int = 0) -> Collate:
+    """Makes batches of pretraining text."""
+    return partial(collate_sft, length=config.data.max_length, reduction="token", pad_id=pad_id)
+
+
+def text_batches(config: PPOArgs, tokenizer: Tokenizer) -> Batches:
+    """Pretraining text, packed, for one optimiser step after the other."""
+    text, report = sft_examples(rows_from(config.ppo.ptx_path), tokenizer, Limits.of(config.data), loss_on="all")
+    say(f"ptx rows: {report}")
+    collate, seed = collate_text(config, tokenizer.pad_id), config.run.seed
+    return Batches(
+        pack(text, config.data.max_length), batch_size=config.ppo.ptx_batch_size, seed=seed, collate=collate
     )
 
 
-class PPO(Online):
-    """PPO's parts: a critic beside the policy, and pretraining text if it is asked for."""
-
-    def __init__(
-        self,
-        config: PPOArgs,
-        *,
-        rows: Rows | None = None,
-        eval_rows: Rows | None = None,
-        reward_functions: Sequence[Callable[..., Any]] | None = None,
-        gold: Callable[..., Any] | None = None,
-        policy_loss: PolicyLoss | None = None,
-    ):
-        """Read the data, load the networks, build the programs; writes nothing."""
-        check(config)
-        mesh = make_mesh(config.mesh)
-        check_batches(config, mesh)
-        super().__init__(
-            config, config.ppo, mesh, rows=rows, eval_rows=eval_rows, reward_functions=reward_functions, gold=gold
-        )
-        self.ptx = self._text_batches() if config.ppo.ptx_coef else None
-        with jax.set_mesh(mesh.grid):
-            nets = load_networks(config, mesh, self.tokenizer, branch(self.key, "weights"), self.length)
-            self.check_lengths(nets.models.policy, nets.models.reward)
-            self.start(nets, make_programs(config, nets, mesh, self.tokenizer.eos_ids, policy_loss))
-
-    def _text_batches(self) -> Batches:
-        data, ppo = self.config.data, self.config.ppo
-        text, report = sft_examples(rows_from(ppo.ptx_path), self.tokenizer, Limits.of(data), loss_on="all")
-        say(f"ptx rows: {report}")
-        collate = partial(collate_sft, length=data.max_length, reduction="token", pad_id=self.tokenizer.pad_id)
-        text = pack(text, data.max_length)
-        return Batches(text, batch_size=ppo.ptx_batch_size, seed=self.config.run.seed, collate=collate)
-
-    def text(self, i: int) -> Any:
-        """Pretraining text for every optimiser step of iteration i, on the devices; None without any."""
-        if self.ptx is None:
-            return None
-        num = self.config.ppo.epochs * self.config.ppo.minibatches
-        stacked = jax.tree.map(lambda *xs: np.stack(xs), *[self.ptx[i * num + j] for j in range(num)])
-        return put(stacked, replicated(self.mesh))
-
-    def identity(self) -> dict[str, Any]:
-        """What a continued run must find unchanged, beside the config."""
-        return {**super().identity(), "ptx rows": self.ptx and self.ptx.cursor()}
-
-    def to_save(self) -> dict[str, Any]:
-        """What the results need of `tree`: the policy that is evaluated, and the critic's half if it is asked for."""
-        tree, params = super().to_save(), self.state.params
-        if not self.config.ppo.save_value_model:
-            return tree
-        halves = params if self.config.ppo.shared_trunk else {"value": params["value"]}
-        kept = tree.get("state", {"params": {}})["params"]
-        return {**tree, "state": {"params": {**kept, **halves}}}
-
-    def save(self, directory: Path, tree: dict[str, Any]) -> None:
-        """Write the models in a tree of the form of `to_save`."""
-        super().save(directory, tree)
-        params = tree.get("state", {"params": {}})["params"]
-        if "value" in params:
-            save_model(directory / "value_model", self.nets.value, self.nets.critic(params), self.tokenizer)
+def setup(
+    config: PPOArgs,
+    *,
+    rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    reward_functions: Sequence[RewardFn] | None = None,
+    gold: RewardFn | None = None,
+    policy_loss: PolicyLoss | None = None,
+) -> tuple[Method, LoopState]:
+    """PPO of a config, and what its loop carries at first; writes nothing."""
+    check(config)
+    mesh, ppo = make_mesh(config.mesh), config.ppo
+    check_batches(config, mesh)
+    inputs = read_inputs(config, mesh, rows=rows, eval_rows=eval_rows, reward_functions=reward_functions, gold=gold)
+    tokenizer, key = inputs.tokenizer, branch(inputs.key, "weights")
+    text = text_batches(config, tokenizer) if ppo.ptx_coef else None
+    with jax.set_mesh(mesh.grid):
+        policy, reward = load_policy_and_reward(config, mesh, tokenizer, key)
+        nets, params, value = make_networks(config, mesh, policy, reward, key)
+        programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, policy_loss)
+        critic = None
+        if ppo.save_value_model:
+            halves = ("policy", "value") if ppo.shared_trunk else ("value",)
+            critic = Critic(value, halves, partial(whole_critic, ppo.shared_trunk))
+        law = SamplingLaw.from_config(config.sampling, replicated(mesh))
+        facts = {"ptx rows": text and text.cursor()}
+        method = Method(config, ppo, mesh, inputs, nets, programs, law, text=text, critic=critic, identity=facts)
+        return method, first_state(method, state)
 
 
 def run(config: PPOArgs, **overrides: Any) -> dict[str, Any]:
@@ -121,4 +101,4 @@ def run(config: PPOArgs, **overrides: Any) -> dict[str, Any]:
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
     (Python functions) and `policy_loss`.
     """
-    return loop.run("ppo", config, PPO, **overrides)
+    return loop.run("ppo", config, setup, **overrides)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.config import OptimConfig
-from rlhf_jax.sharding import Mesh, tree_shardings
+from rlhf_jax.sharding import Mesh, abstract, placed_shapes, tree_shardings
 from rlhf_jax.types import Params
 
 Schedule = Callable[[Any], jax.Array]
@@ -44,15 +44,10 @@ def create_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -
     create = partial(TrainState.create, tx=tx)
     shapes = jax.eval_shape(create, params)
     shardings = tree_shardings(mesh, shapes)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+    if abstract(params):
         return placed_shapes(shapes, shardings)
     placed = jax.device_put(params, shardings.params)  # where they lie there already, this copies nothing
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(placed)
-
-
-def placed_shapes(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs with shardings: arguments for `.lower()` without a byte of memory."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def make_schedule(config: OptimConfig, total: int) -> Schedule:

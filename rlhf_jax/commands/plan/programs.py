@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from rlhf_jax.cli import COMMANDS
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
-from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineConfig, PPOArgs
+from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs
 from rlhf_jax.data.collate import example_of_all
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import checks as group_checks
@@ -26,15 +26,17 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.hf import config_json
 from rlhf_jax.models.kernels import quantized
 from rlhf_jax.models.loading import Loaded, adapted, check_length
+from rlhf_jax.online.method import stacked
+from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import checks as ppo_checks
-from rlhf_jax.ppo import networks as ppo_networks
 from rlhf_jax.ppo import train as ppo_train
-from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, replicated, tree_shardings
-from rlhf_jax.training.state import create_state, make_optimizer, make_schedule, placed_shapes
+from rlhf_jax.ppo.networks import make_networks
+from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicated
+from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
 from rlhf_jax.training.supervised import Task, TrainArgs
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.types import Batch
 
 
 class Program(NamedTuple):
@@ -79,17 +81,8 @@ def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: 
     model = dataclasses.replace(
         Model.from_config(config, arch, mesh.rules, score_head=score_head, length=length), attention=attention
     )
-    return Loaded(model, _abstract(mesh, lambda key: quantized(model.init(key, config.param_dtype), config.quantize)))
-
-
-def _abstract(mesh: Mesh, init: Callable[[jax.Array], Params]) -> Params:
-    """Shapes of init(key) on the mesh; nothing may run, since its chips do not exist."""
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-    return placed_shapes(shapes, tree_shardings(mesh, shapes))
-
-
-def _adapted(loaded: Loaded, config: Any, mesh: Mesh) -> Loaded:
-    return adapted(loaded, config.lora, partial(_abstract, mesh))
+    init = lambda key: quantized(model.init(key, config.param_dtype), config.quantize)  # noqa: E731
+    return Loaded(model, placed(mesh, init, _key(mesh)))
 
 
 def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
@@ -114,6 +107,11 @@ def _whole(mesh: Mesh, dtype: Any) -> Any:
     return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
 
 
+def _shapes(tree: Any, sharding: NamedSharding) -> Any:
+    """The shapes of arrays of one layout."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def _key(mesh: Mesh) -> Any:
     return _whole(mesh, jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
@@ -131,7 +129,8 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int) -> list
     accumulate = getattr(config, task.group).accumulate
     check_rows(mesh, size // accumulate, f"data.batch_size / {task.group}.accumulate =")
     scalar = task.head != "vocabulary"
-    loaded = _adapted(abstract_model(config.model, mesh, length, score_head=scalar, attention=attention), config, mesh)
+    loaded = abstract_model(config.model, mesh, length, score_head=scalar, attention=attention)
+    loaded = adapted(loaded, config.lora, mesh, _key(mesh))
     check_length(loaded.model.arch, length, "data.max_length")
     example = [example_of_all(width)]
     one = task.collate(example)(example, length=length)
@@ -148,7 +147,7 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int) -> list
     return [*programs, Program("step", step, arguments, tokens)]
 
 
-def _policy_and_reward(config: PPOArgs | GroupArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
+def _policy_and_reward(config: OnlineArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
     length = total_length(config.sampling, config.data.max_prompt_length)
     policy = abstract_model(config.model, mesh, length, score_head=False, attention=attention)
     if not config.reward.model:
@@ -159,70 +158,50 @@ def _policy_and_reward(config: PPOArgs | GroupArgs, mesh: Mesh, attention: str) 
 
 def _group(config: GroupArgs, mesh: Mesh, attention: str) -> list[Program]:
     group_checks.check_batches(config, mesh)
-    _, settings = group_checks.settings_of(config)
-    policy, reward_model = _policy_and_reward(config, mesh, attention)
-    nets = group_train.assemble(settings, _adapted(policy, config, mesh), reward_model, copy=lambda params: params)
-    return _online(config, settings, mesh, nets, group_train.make_programs(config, nets, mesh, stop_ids=(0,)))
+    nets, params = group_train.make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
+    programs, state = group_train.make_programs(config, nets, params, mesh, stop_ids=(0,))
+    return _online(config, group_checks.settings_of(config)[1], mesh, nets, programs, state)
 
 
 def _ppo(config: PPOArgs, mesh: Mesh, attention: str) -> list[Program]:
     ppo_checks.check_batches(config, mesh)
-    policy, reward_model = _policy_and_reward(config, mesh, attention)
-
-    def fresh_score() -> Params:
-        shapes = jax.eval_shape(lambda: policy.model.init_score(jax.random.key(0), zeros=True))
-        return placed_shapes(shapes, tree_shardings(mesh, {"score": shapes})["score"])
-
-    nets = ppo_networks.assemble(
-        config.ppo,
-        mesh,
-        policy,
-        reward_model,
-        fresh_score=fresh_score,
-        copy=lambda params: params,
-        adapt=lambda loaded, _: _adapted(loaded, config, mesh),
-    )
-    ptx = None
+    nets, params, _ = make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
+    programs, state = ppo_train.make_programs(config, nets, params, mesh, stop_ids=(0,))
+    text = None
     if config.ppo.ptx_coef:
-        num, rows = config.ppo.epochs * config.ppo.minibatches, config.ppo.ptx_batch_size
-        ids = jax.ShapeDtypeStruct((num, rows, config.data.max_length), jnp.int32, sharding=replicated(mesh))
-        weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=replicated(mesh))
-        ptx = {"tokens": ids, "positions": ids, "segment_ids": ids, "weights": weights}
-    return _online(config, config.ppo, mesh, nets, ppo_train.make_programs(config, nets, mesh, stop_ids=(0,)), ptx)
+        batch = ppo_train.collate_text(config)([example_of_all(2)] * config.ppo.ptx_batch_size)
+        text = _shapes(stacked([batch] * (config.ppo.epochs * config.ppo.minibatches)), replicated(mesh))
+    return _online(config, config.ppo, mesh, nets, programs, state, text)
 
 
 def _online(
-    config: PPOArgs | GroupArgs, settings: OnlineConfig, mesh: Mesh, nets: Any, programs: Programs, ptx: Any = None
+    config: OnlineArgs,
+    settings: OnlineConfig,
+    mesh: Mesh,
+    nets: Networks[Any],
+    programs: Programs,
+    state: TrainState,
+    text: Batch | None = None,
 ) -> list[Program]:
-    """Rollout, score and update of a method that learns from its own samples."""
+    """Rollout, score and update of a method that learns from its own samples; each is given what the one before makes.
+
+    `text` is for PPO's updates.
+    """
     size, new = config.data.batch_size, config.sampling.max_new_tokens
     length = max(config.sampling.prompt_buckets or [config.data.max_prompt_length])
     check_length(nets.policy.model.arch, length + new, "prompt length + sampling.max_new_tokens =")
-    state, key = programs.state, _key(mesh)
-    number = _whole(mesh, jnp.float32)
-    law = SamplingLaw(number, _whole(mesh, jnp.int32), number, _whole(mesh, jnp.int32))
+    key, number, rows = _key(mesh), _whole(mesh, jnp.float32), batch_sharding(mesh)
+    law = _shapes(SamplingLaw.from_config(config.sampling), replicated(mesh))
     prompt = _rows(mesh, tokens=((size, length), jnp.int32), mask=((size, length), jnp.bool_))
-    drawn = _rows(
-        mesh, tokens=((size, new), jnp.int32), mask=((size, new), jnp.bool_), logprobs=((size, new), jnp.float32),
-        finished=((size,), jnp.bool_), host=((size,), jnp.float32),
-    )  # fmt: skip
-    host = drawn.pop("host")
-    rollout = Rollout(prompt=prompt["tokens"], prompt_mask=prompt["mask"], **drawn)
+    drawn_from = (nets.policy.whole(state.params["policy"]), *prompt.values(), key, law)
+    rollout = _shapes(programs.rollout.trace(*drawn_from).out_info, rows)
+    host = _rows(mesh, host=((size,), jnp.float32))["host"]
     scored = (state.params, nets.ref, nets.reward, rollout, host, number, number)
-    experience = jax.eval_shape(programs.score, *scored)[0]
-    experience = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), experience
-    )
-    chunks = -(-new // min(config.sampling.chunk, new))
-    everything, seen = (length + new) * size, settings.epochs
+    experience = _shapes(programs.score.trace(*scored).out_info[0], rows)
+    chunks, everything = -(-new // min(config.sampling.chunk, new)), (length + new) * size
+    updated = (state, experience, key, number, text, nets.frozen)
     return [
-        Program(
-            "rollout",
-            programs.rollout,
-            (nets.policy.whole(state.params["policy"]), *prompt.values(), key, law),
-            new * size,
-            chunks,
-        ),
+        Program("rollout", programs.rollout, drawn_from, new * size, chunks),
         Program("score", programs.score, scored, everything),
-        Program("update", programs.update, (state, experience, key, number, ptx, nets.frozen), seen * everything),
+        Program("update", programs.update, updated, settings.epochs * everything),
     ]

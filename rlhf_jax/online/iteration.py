@@ -1,0 +1,180 @@
+"""One iteration of a method, and its evaluation: functions of the method and of what the loop carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.collate import Batch
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.processes import to_host
+from rlhf_jax.inference.generate import decode, sampled_row
+from rlhf_jax.inference.intervals import mean_and_error
+from rlhf_jax.inference.reward_functions import call_reward, of_own_rows
+from rlhf_jax.keys import NUMBERS, Purpose
+from rlhf_jax.online.core import Scored
+from rlhf_jax.online.method import Method
+from rlhf_jax.sharding import put, put_batch, replicated
+from rlhf_jax.training.nans import first_nan
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.types import Metrics, Params, Rollout
+
+Table = dict[str, Any]
+"""What a table of samples is made of: "rollout" and numbers per row by name, as "reward"."""
+
+
+class NotFinite(UserError):
+    """An update with a loss or gradient that is not finite, under faults.debug_nans; says which operation made it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoopState:
+    """All arrays that an iteration changes.
+
+    Attributes:
+        state: the training state; its parameters are {"policy": ...} and what else the method trains.
+        kl_coef: float32[], the price of a nat.
+        average: the averaged policy; None without `ema_decay`.
+    """
+
+    state: TrainState
+    kl_coef: jax.Array
+    average: Params | None = None
+
+    @property
+    def policy(self) -> Params:
+        """The policy that is evaluated and saved: the average if there is one."""
+        return self.state.params["policy"] if self.average is None else self.average
+
+    def tree(self) -> dict[str, Any]:
+        """What a checkpoint holds; LoopState(**tree) is the way back."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def kept(self, method: Method) -> dict[str, Any]:
+        """The part of `tree` that the models at the end are made of."""
+        names = method.critic.halves if method.critic is not None else ()
+        names = names if self.average is not None else ("policy", *(name for name in names if name != "policy"))
+        tree = {} if self.average is None else {"average": self.average}
+        return {**tree, **({"state": {"params": {name: self.state.params[name] for name in names}}} if names else {})}
+
+    def skip(self, method: Method) -> LoopState:
+        """After an iteration without updates, which are counted, so that the learning rate goes on."""
+        state = TrainState(self.state.step + method.steps, self.state.params, self.state.opt_state)
+        return LoopState(state, self.kl_coef, self.average)
+
+
+def first_state(method: Method, state: TrainState) -> LoopState:
+    """What the loop carries at first; `state` becomes a part of it."""
+    average = jax.tree.map(jnp.copy, state.params["policy"]) if method.settings.ema_decay else None
+    return LoopState(state, put(np.float32(method.settings.kl_coef), replicated(method.mesh)), average)
+
+
+def key_at(method: Method, purpose: Purpose, index: int) -> jax.Array:
+    """The key of an iteration or of a held-out batch; integers go to the device explicitly, for transfer guards."""
+    key = method.inputs.key
+    for number in (NUMBERS[purpose], index):
+        key = jax.random.fold_in(key, put(np.uint32(number), key.sharding))
+    return key
+
+
+def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tuple[LoopState, Metrics, Table]:
+    """Rollout, score, update, averaged policy: (the next state, metrics, the arrays of a table of samples).
+
+    `batch` is of `method.batch`. The arrays of `loop` are donated; all that is returned lies on the devices.
+
+    Raises:
+        RewardFailure: a Python reward failed; `loop` is as it was.
+        NotFinite: under faults.debug_nans.
+    """
+    rollout_key, update_key = jax.random.split(key)
+    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key)
+    experience, kl_coef, metrics, per_row = scored
+    temperature, update = method.law.temperature, method.programs.update
+    arguments = (loop.state, experience, update_key, temperature, batch.get("ptx"), method.nets.frozen)
+    state, updates = update(*arguments)
+    if method.config.faults.debug_nans and updates["optim/skipped"] > 0:
+        raise NotFinite(first_nan(update, *arguments))
+    average = loop.average
+    if average is not None:
+        average = method.programs.average(average, state.params["policy"])
+    metrics = {**metrics, **updates}
+    if gold is not None:
+        metrics["rollout/gold"] = put(np.float32(gold), replicated(method.mesh))
+    return LoopState(state, kl_coef, average), metrics, {"rollout": rollout, **per_row}
+
+
+def roll_out(
+    method: Method, loop: LoopState, policy: Params, batch: Batch, key: jax.Array
+) -> tuple[Rollout, Scored, float | None]:
+    """A rollout of a batch of prompts with `policy`, its score, and its mean gold reward."""
+    nets, programs, law = method.nets, method.programs, method.law
+    placed = put_batch(method.mesh, {name: batch[name] for name in ("tokens", "mask")})
+    rollout = programs.rollout(nets.policy.whole(policy), placed["tokens"], placed["mask"], key, law)
+    host, gold = python_rewards(method, batch, rollout)
+    params = {**loop.state.params, "policy": policy}
+    scored = programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, law.temperature)
+    return rollout, scored, gold
+
+
+def python_rewards(method: Method, batch: Batch, rollout: Rollout) -> tuple[jax.Array, float | None]:
+    """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device if needed."""
+    inputs, source, mesh = method.inputs, method.config.reward, method.mesh
+    rewards, gold = np.zeros(len(batch["prompts"]), np.float32), None
+    if inputs.reward is not None or inputs.gold is not None:
+        rows = batch["prompts"], decode(inputs.tokenizer, rollout, batch["given"]), batch["columns"]
+        if inputs.reward is not None:
+            rewards = of_own_rows(inputs.reward, mesh, *rows)
+        if inputs.gold is not None:
+            of_gold = partial(call_reward, inputs.gold, timeout=source.timeout, retries=source.retries)
+            golds = of_own_rows(of_gold, mesh, *rows)
+            gold = float(golds[np.asarray(batch.get("valid", np.ones(len(golds), bool)))].mean())
+    return put_batch(mesh, rewards), gold
+
+
+def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Row]]:
+    """eval/reward, kl, objective and gold over the held-out prompts, the same noise every time; and samples."""
+    parts: list[dict[str, np.ndarray]] = []
+    golds, weights, prompts = [], [], list[str]()
+    samples: list[Row] = []
+    for i, batch in enumerate(method.inputs.held_out):
+        key, _ = jax.random.split(key_at(method, "evaluation", i))  # as in `iterate`, so that nothing compiles anew
+        rollout, (_, _, _, per_row), gold = roll_out(method, loop, loop.policy, batch, key)
+        parts.append({name: x[batch["valid"]] for name, x in to_host(per_row).items()})
+        golds.append(gold or 0.0)
+        weights.append(batch["valid"].sum())
+        prompts += [prompt for prompt, valid in zip(batch["prompts"], batch["valid"], strict=True) if valid]
+        if len(samples) < method.settings.num_samples:
+            table = to_host({"rollout": rollout, **per_row})
+            samples += sample_rows(method, table, batch["given"])[: method.settings.num_samples]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    reward = objective = rows["reward"]
+    if "kl" in rows:
+        objective = reward - method.settings.kl_coef * rows["kl"]
+    mean, error = mean_and_error(reward, prompts)
+    metrics = {
+        "eval/reward": mean,
+        "eval/reward_se": float("nan") if error is None else error,
+        **({"eval/kl": float(rows["kl"].mean())} if "kl" in rows else {}),
+        "eval/objective": float(objective.mean()),
+    }
+    if method.inputs.gold is not None:
+        metrics["eval/gold"] = float(np.average(golds, weights=weights))
+    return metrics, samples
+
+
+def sample_rows(method: Method, table: Table, prompts: list[Any]) -> list[Row]:
+    """sft rows, with reward and, where there is a reference, kl, of a fetched table; `prompts` as given."""
+    rollout, rows = table["rollout"], list[Row]()
+    for i, prompt in enumerate(prompts[: method.settings.num_samples]):
+        ids = rollout.tokens[i][rollout.mask[i]].tolist()
+        text = method.inputs.tokenizer.response_text(ids, prompt)
+        row = sampled_row(prompt, text, ids, bool(rollout.finished[i]))
+        rows.append({**row, **{name: float(table[name][i]) for name in ("reward", "kl") if name in table}})
+    return rows

@@ -1,0 +1,166 @@
+"""What a method that learns from its own samples is made of. Nothing of it changes while it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.config import OnlineArgs, OnlineConfig, resolve
+from rlhf_jax.data.batches import Batches, fingerprint
+from rlhf_jax.data.collate import Batch, collate_prompts, repeat_rows
+from rlhf_jax.data.examples import Example, prompt_examples
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference.reward_functions import columns_for, combine, functions_of
+from rlhf_jax.inference.sampling import SamplingLaw
+from rlhf_jax.models.loading import Loaded, load_tokenizer, save_model
+from rlhf_jax.online.networks import Networks
+from rlhf_jax.online.programs import Programs
+from rlhf_jax.sharding import Mesh, put, replicated
+from rlhf_jax.training.state import digest
+from rlhf_jax.types import Params, RewardFn
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is there before any network.
+
+    Attributes:
+        tokenizer: the policy's.
+        batches: the prompts of an iteration, each once.
+        held_out: the prompts of an evaluation, in batches.
+        reward: (prompts, responses, columns) -> float32[B], the sum of the Python rewards; None without any.
+        gold: what is only logged.
+        key: the run's, on every device.
+    """
+
+    tokenizer: Tokenizer
+    batches: Batches
+    held_out: list[Batch]
+    reward: Callable[[list[str], list[str], dict[str, list[Any]]], np.ndarray] | None
+    gold: RewardFn | None
+    key: jax.Array
+
+
+def read_inputs(
+    config: OnlineArgs,
+    mesh: Mesh,
+    *,
+    group_size: int = 1,
+    rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    reward_functions: Sequence[RewardFn] | None = None,
+    gold: RewardFn | None = None,
+) -> Inputs:
+    """The inputs of a config, whose sources the other arguments replace; `group_size` responses answer each prompt.
+
+    Raises:
+        UserError: there is no reward, or something is wrong with the rows.
+    """
+    data, seed = config.data, config.run.seed
+    reward = combine(config.reward, reward_functions)
+    gold = gold or (resolve(config.reward.gold) if config.reward.gold else None)
+    if reward is None and not config.reward.model:
+        raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
+    tokenizer = load_tokenizer(config.model)
+    asked = functions_of(config.reward, reward_functions) + ([gold] if gold else [])
+    build = partial(prompt_examples, tokenizer=tokenizer, limits=Limits.of(data))
+    train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
+    _give_columns([*train, *held_out], asked)
+    buckets = tuple(config.sampling.prompt_buckets or [data.max_prompt_length])
+    collate = partial(collate_prompts, buckets=buckets, pad_id=tokenizer.pad_id)
+    batches = Batches(train, batch_size=data.batch_size // group_size, seed=seed, collate=collate)
+    key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
+    return Inputs(tokenizer, batches, held_out_batches(data, held_out, collate), reward, gold, key)
+
+
+def _give_columns(examples: Sequence[Example], asked: Sequence[Callable[..., Any]]) -> None:
+    """Put the columns that the functions `asked` get into the examples."""
+    given, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
+    for example, own in zip(examples, columns_for(asked, given, columns, where), strict=True):
+        example["columns"] = own
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Batches of arrays as one, with a leading axis of their number: the text of an iteration's optimiser steps."""
+    return jax.tree.map(lambda *xs: np.stack(xs), *batches)
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A critic that is written to output_dir/value_model.
+
+    Attributes:
+        loaded: the model.
+        halves: the names in the trained parameters that it is made of.
+        of: these -> its parameters.
+    """
+
+    loaded: Loaded
+    halves: tuple[str, ...]
+    of: Callable[[Params], Params]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with all that it computes with; `setup` of its own module makes it, with the first `LoopState`.
+
+    Attributes:
+        settings: the method's group of the config.
+        law: what is sampled from, on the devices.
+        group_size: responses to each prompt.
+        text: pretraining text for every optimiser step; None without any.
+        critic: None if none is written.
+        identity: what a continued run must find unchanged, beside the config, the rows and the frozen models.
+    """
+
+    config: OnlineArgs
+    settings: OnlineConfig
+    mesh: Mesh
+    inputs: Inputs
+    nets: Networks[Any]
+    programs: Programs
+    law: SamplingLaw
+    group_size: int = 1
+    text: Batches | None = None
+    critic: Critic | None = None
+    identity: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an iteration."""
+        return self.settings.epochs * self.settings.minibatches
+
+    def batch(self, i: int) -> Batch:
+        """What iteration i reads: its prompts, each `group_size` times in a row, and as "ptx" a step's text each."""
+        batch = repeat_rows(self.inputs.batches[i], self.group_size)
+        if self.text is None:
+            return batch
+        text = stacked([self.text[i * self.steps + j] for j in range(self.steps)])
+        return {**batch, "ptx": put(text, replicated(self.mesh))}
+
+    def facts(self) -> dict[str, object]:
+        """What a continued run must find unchanged, beside the config."""
+        return {
+            "training rows": self.inputs.batches.cursor(),
+            "held-out rows": fingerprint(self.inputs.held_out),
+            "weights of the reference model": digest(self.nets.ref),
+            "weights of the reward model": digest(self.nets.reward),
+            **self.identity,
+        }
+
+    def save(self, directory: Path, tree: Mapping[str, Any]) -> None:
+        """Write the models; `tree` is what `LoopState.kept` makes, or a checkpoint's part of that form."""
+        params = tree.get("state", {"params": {}})["params"]
+        policy = tree["average"] if "average" in tree else params["policy"]
+        save_model(directory / "model", self.nets.policy, policy, self.inputs.tokenizer)
+        if self.critic is not None:
+            save_model(directory / "value_model", self.critic.loaded, self.critic.of(params), self.inputs.tokenizer)
