@@ -47,7 +47,7 @@ class RewardFn(Protocol):
     """A plain Python reward: one number per response.
 
     Prompts are what the model is shown, responses what it wrote, as text; columns are the other fields of the prompts'
-    rows, and `messages` where prompts are messages, if it is taken (None beside a text). See `rewards`.
+    rows, and `messages` where prompts are messages, if it is taken (None beside a text). See `reward_functions`.
     """
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]: ...

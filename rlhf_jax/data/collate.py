@@ -153,7 +153,7 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
     """tokens i32[B, P] and mask bool[B, P] (True on real tokens), prompts list[str], given, columns {name: list}.
 
     Left-padded to P, the smallest bucket that holds the longest prompt. `given` are the prompts as texts or messages.
-    A column is there if every row has it; `rewards.columns_for` gives all rows of a data set the same.
+    A column is there if every row has it; `reward_functions.columns_for` gives all rows of a data set the same.
 
     Raises:
         UserError: a prompt longer than the largest bucket.

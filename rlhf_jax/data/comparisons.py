@@ -37,7 +37,7 @@ def preference_examples(
     """[{chosen int32[n], rejected int32[m], prompt_length, label, margin, weight, prompt_key}].
 
     `chosen` and `rejected` are prompt and response in one array. `label` is the share of raters that prefer `chosen`,
-    or what aggregation (`ballots.gather`) makes of them; where it is below 1/2 the two change places.
+    or what aggregation (`gathering.gather`) makes of them; where it is below 1/2 the two change places.
     `prompt_key` is equal for rows of one prompt. A ranking gives all pairs that were compared and are not tied, the
     preferred one first, whose weights sum to one, so that a prompt weighs the same however many responses it has.
 

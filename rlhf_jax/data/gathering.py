@@ -153,7 +153,7 @@ def gaps(joined: list[Ranking], apart: list[list[Ranking]]) -> list[str]:
 def fit(
     together: list[Ranking], *, method: str, prior: float
 ) -> tuple[list[Ranking], dict[str, float], dict[str, float]]:
-    """(rankings with strengths, rater -> reliability, facts) by `rankings.aggregate`, raters known by name."""
+    """(rankings with strengths, rater -> reliability, facts) by `consensus.aggregate`, raters known by name."""
     ballots, names, times, _ = numbered(together)
     told: dict[str, Any] = {"times": times, "sizes": [len(ranking.responses) for ranking in together]}
     try:

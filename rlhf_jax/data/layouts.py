@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Joined(dict[str, Any]):
-    """A row {prompt} that `ballots.gather` has made of several; no field that a file holds can make one.
+    """A row {prompt} that `gathering.gather` has made of several; no field that a file holds can make one.
 
     Attributes:
         rankings: its rankings, of type `ballots.Ranking`.

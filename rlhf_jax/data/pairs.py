@@ -138,7 +138,7 @@ FILTERS: dict[str, Callable[[Sequence[Row], Sequence[Pair]], list[Pair]]] = {
 
 
 def length_bias(rows: Sequence[Row], pairs: Sequence[Pair]) -> dict[str, Any]:
-    """How much length alone tells of the label, as `rankings.length_bias`."""
+    """How much length alone tells of the label, as `agreement.length_bias`."""
     sizes = lengths(rows, pairs)
     preferred = np.array([pair.share - 0.5 for pair in pairs])
     correlation, wins = agreement.length_bias((sizes[:, 0] - sizes[:, 1]).astype(float), preferred)

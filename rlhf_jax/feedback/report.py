@@ -55,7 +55,7 @@ def judge_report(verdicts: Sequence[Verdict]) -> dict[str, float | int | None]:
     slot_a: share of the answers for the response in place A; 1/2 is no liking for a place.
     raw_first, first: win rate of the response that comes first in the rows, by the first order alone and by the
     verdicts. consistency: share of the pairs whose two orders do not contradict each other. longer_wins and
-    length_correlation: as `rankings.length_bias`, of the verdicts.
+    length_correlation: as `agreement.length_bias`, of the verdicts.
     """
     asked = [v for v in verdicts if v.forward]
     said = [a for v in asked for a in (*v.forward, *v.backward)]

@@ -1,4 +1,4 @@
-"""Means and shares over prompts, and how sure they are: rows of one prompt are not independent. Floor 0; numpy."""
+"""Means and shares over prompts, and how sure they are: rows of one prompt are not independent."""
 
 from __future__ import annotations
 

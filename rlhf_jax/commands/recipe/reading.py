@@ -304,7 +304,7 @@ def as_texts(value: object) -> Value:
 
 
 class Plain(yaml.SafeDumper):
-    """YAML that does not quote texts because they look like numbers: `cli.Texts` reads them back as they are."""
+    """YAML that does not quote texts because they look like numbers: `yamls.Texts` reads them back as they are."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
         """The tag of a text is that of texts, whatever it looks like."""
