@@ -152,11 +152,6 @@ class RunMetrics:
             pending.on_table(table)
         self.skips.count(pending.noted, counts)
 
-    def settle(self) -> None:
-        """`flush`, and count the skipped updates of steps that were not logged."""
-        self.flush()
-        self.skips.settle()
-
     def report_nan(self, step: int, operation: str) -> NoReturn:
         """Stop at a step whose loss or gradient is not finite, because of `operation` (faults.debug_nans)."""
         self.flush()

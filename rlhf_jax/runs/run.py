@@ -119,7 +119,11 @@ class Run:
             goes_on = record["status"] != directory.VOID and not self.config.overwrite
             step = self.checkpoints.newest_intact(self.say) if goes_on else None
             self.resumed, self.start = step is not None, step or 0
-            self._prepare()
+            if not self.resumed:
+                directory.wipe(self.stage, self.dir)
+            directory.write_config(self.dir, self.stage, self.settings)
+            self.metrics.prepare(step)
+            self._record("running")
         except BaseException as error:
             if self._lock is not None:
                 self._lock.close()
@@ -131,13 +135,6 @@ class Run:
             broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
             self.say(f"{self.stage}: {self.dir}: {where}{broken}")
         return step
-
-    def _prepare(self) -> None:
-        if not self.resumed:
-            directory.wipe(self.stage, self.dir)
-        directory.write_config(self.dir, self.stage, self.settings)
-        self.metrics.prepare(self.start if self.resumed else None)
-        self._record("running")
 
     def _record(self, status: str, note: str = "", step: int | None = None) -> None:
         at = {"status": status, "note": note, "step": self.start if step is None else step}
@@ -237,7 +234,8 @@ class Run:
         return processes.any_of([bool(self.interrupts.received), clock, self.checkpoints.failure is not None])
 
     def _save(self, step: int, tree: object, notes: Mapping[str, object]) -> None:
-        self.metrics.settle()
+        self.metrics.flush()
+        self.skips.settle()
         record = {
             "step": step,
             "best": self.best.step,
