@@ -18,8 +18,9 @@ from rlhf_jax.data.singles import unpaired_examples
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
+from rlhf_jax.runs.directory import Summary
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
-from rlhf_jax.types import Batch, Loss, LossFn, Metrics, Params, Summary
+from rlhf_jax.types import ArrayLoss, Batch, LossFn, Metrics, Params
 
 Logprobs = Callable[[Model, Params, Batch], Float[Array, "B K"]]
 """What a model says of the K responses of every row of a batch."""
@@ -49,14 +50,14 @@ def own_and_other(model: Model, params: Params, batch: Batch) -> Float[Array, "B
     return jnp.concatenate(both, axis=1)
 
 
-def columns_read(loss: Loss) -> list[str]:
+def columns_read(loss: ArrayLoss) -> list[str]:
     """The arguments of a loss that come from a batch: those without a default."""
     return [name for name, p in inspect.signature(loss).parameters.items() if p.default is p.empty]
 
 
 def objective(
     model: Model,
-    loss: Loss,
+    loss: ArrayLoss,
     *,
     sft_coef: float = 0.0,
     logprobs: Logprobs = sequence_logprobs,
@@ -77,7 +78,7 @@ def objective(
     return loss_fn
 
 
-def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: Loss | None = None) -> Task:
+def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None) -> Task:
     """The method whose settings these are; `loss` replaces the config's."""
     if isinstance(config, KTOArgs):
         return _task("kto", config.kto, loss, unpaired_examples, lambda _: collate_unpaired, own_and_other)
@@ -89,7 +90,7 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: Loss | None = None) -> T
 def _task(
     group: str,
     settings: DPOConfig | KTOConfig | RRHFConfig,
-    loss: Loss | None,
+    loss: ArrayLoss | None,
     build: Build,
     collate: Callable[[Sequence[Example]], Collate],
     logprobs: Logprobs,
@@ -110,7 +111,7 @@ def run(
     *,
     rows: Rows | None = None,
     eval_rows: Rows | None = None,
-    loss: Loss | None = None,
+    loss: ArrayLoss | None = None,
 ) -> Summary:
     """Train as configured and write the run directory; returns its summary.
 

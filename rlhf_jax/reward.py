@@ -32,9 +32,10 @@ from rlhf_jax.inference.intervals import share_and_interval
 from rlhf_jax.inference.scoring import score_sequences
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
+from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
-from rlhf_jax.types import Loss, LossFn, Metrics, Params, Summary
+from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
 NORMALIZE_PAIRS = 1024
 """Training comparisons whose scores set the head's gain and bias."""
@@ -49,7 +50,7 @@ def response_scores(model: Model, params: Params, batch: Batch) -> Float[Array, 
     return score_sequences(model, params, **flat).reshape(batch["last"].shape)
 
 
-def objective(model: Model, loss: Loss) -> LossFn:
+def objective(model: Model, loss: ArrayLoss) -> LossFn:
     """loss(chosen, rejected, weights, margins, labels), each [B], over a batch of `collate_preference`."""
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
@@ -59,7 +60,7 @@ def objective(model: Model, loss: Loss) -> LossFn:
     return loss_fn
 
 
-def ranking_objective(model: Model, loss: Loss) -> LossFn:
+def ranking_objective(model: Model, loss: ArrayLoss) -> LossFn:
     """loss(scores, ranks, mask, weights), [B, K] and weights [B], over a batch of `collate_ranking`."""
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
@@ -68,7 +69,7 @@ def ranking_objective(model: Model, loss: Loss) -> LossFn:
     return loss_fn
 
 
-def rating_objective(model: Model, loss: Loss) -> LossFn:
+def rating_objective(model: Model, loss: ArrayLoss) -> LossFn:
     """loss(scores, ratings, weights), each [B], over a batch of `collate_rated`."""
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
@@ -90,7 +91,7 @@ class Kind(NamedTuple):
 
     build: Callable[[RewardConfig], Build]
     collate: Callable[[Sequence[Example]], Collate]
-    objective: Callable[[Model, Loss], LossFn]
+    objective: Callable[[Model, ArrayLoss], LossFn]
     loss: Callable[[RewardConfig], str]
     agreement: Callable[[np.ndarray, list[Batch], Sequence[str]], Summary]
 
@@ -196,7 +197,7 @@ KINDS = {
 }
 
 
-def task_of(config: RewardArgs, kind: Kind | None = None, loss: Loss | None = None) -> Task:
+def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None = None) -> Task:
     """A reward model of rows of a kind, else of that which the config names; `loss` replaces the config's."""
     settings, kind = config.reward, kind or KINDS[kind_of_rows(config.reward, [])]
     return Task(
@@ -227,7 +228,7 @@ def as_saved(
 
 
 def run(
-    config: RewardArgs, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: Loss | None = None
+    config: RewardArgs, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: ArrayLoss | None = None
 ) -> Summary:
     """Train as configured and write the run directory; returns its summary.
 

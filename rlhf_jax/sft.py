@@ -22,8 +22,9 @@ from rlhf_jax.inference.generate import Generator
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import count
+from rlhf_jax.runs.directory import Summary
 from rlhf_jax.training.supervised import Task, begin, finish, fit, setup
-from rlhf_jax.types import Batch, LossFn, Metrics, Params, Summary
+from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
 TokenLoss = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
 

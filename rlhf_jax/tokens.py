@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+Tree = TypeVar("Tree")
 
 
 def positions_from_mask(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
@@ -75,7 +77,7 @@ def token_logprobs(
     return logprobs, entropy
 
 
-def to_microbatches(tree: Any, num: int) -> Any:
+def to_microbatches(tree: Tree, num: int) -> Tree:
     """Every leaf [B, ...] as [num, B / num, ...], row i in microbatch i % num.
 
     This order leaves every device its own rows; reshape(num, -1) would insert an all-gather of the batch.
@@ -83,7 +85,7 @@ def to_microbatches(tree: Any, num: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def from_microbatches(tree: Any) -> Any:
+def from_microbatches(tree: Tree) -> Tree:
     """Undo `to_microbatches`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 

@@ -24,11 +24,8 @@ LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 """(params, batch, key) -> (scalar, metrics), what `step.make_train_step` takes."""
 
 
-Loss = Callable[..., tuple[Array, Metrics]]
+ArrayLoss = Callable[..., tuple[Array, Metrics]]
 """A loss of arrays, (what it names of a batch) -> (scalar, metrics); `losses` has the library's own."""
-
-Summary = dict[str, Any]
-"""What summary.json of a run holds."""
 
 
 class PolicyLoss(Protocol):

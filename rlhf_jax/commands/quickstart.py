@@ -6,7 +6,6 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +35,7 @@ from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models.loading import load_model, load_tokenizer
 from rlhf_jax.runs.curves import learning_curves, text_table
-from rlhf_jax.runs.directory import SUMMARY, earlier_summary, write_config
+from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, write_config
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tasks import random_walks as walks
 
@@ -48,7 +47,7 @@ DATA = DataConfig(batch_size=64, max_prompt_length=2, max_length=14, eval_batche
 STAGES = ("tokenizer", "sft", "reward_model", "ppo", "learning_curves.png")
 
 
-def prepare_directory(config: QuickstartArgs) -> dict[str, Any] | None:
+def prepare_directory(config: QuickstartArgs) -> Summary | None:
     """The summary, if this quickstart is finished in its directory; else None, and the directory is there, empty.
 
     Raises:
@@ -58,13 +57,13 @@ def prepare_directory(config: QuickstartArgs) -> dict[str, Any] | None:
     if summary is not None:
         return summary
     path = Path(config.output_dir)
-    found = [name for name in (*STAGES, "config.yaml", SUMMARY) if (path / name).exists()]
-    if found and not config.overwrite:
+    there = [name for name in (*STAGES, "config.yaml", SUMMARY) if (path / name).exists()]
+    if there and not config.overwrite:
         raise UserError(
             f"output_dir {path} holds a quickstart that was stopped, which cannot go on; choose another directory or "
             "pass --overwrite true"
         )
-    for name in found:
+    for name in there:
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     path.mkdir(parents=True, exist_ok=True)
     write_config(path, "quickstart", config, "output_dir")
@@ -100,7 +99,7 @@ def collect(graph: walks.Graph, policy: str, config: QuickstartArgs, round_: int
     return pairs
 
 
-def run(config: QuickstartArgs) -> dict[str, Any]:
+def run(config: QuickstartArgs) -> Summary:
     """SFT on random walks, then rounds of comparisons by a noisy rater, reward model and PPO; prints a table.
 
     Returns the summary, which summary.json holds too. A later round labels walks of the policy of the one before
@@ -112,7 +111,7 @@ def run(config: QuickstartArgs) -> dict[str, Any]:
         raise KeyboardInterrupt from stopped
 
 
-def run_chain(config: QuickstartArgs) -> dict[str, Any]:
+def run_chain(config: QuickstartArgs) -> Summary:
     """`run` without its end by a signal."""
     started, path = time.time(), Path(config.output_dir)
     if (finished := processes.from_first(lambda: prepare_directory(config))) is not None:
@@ -189,10 +188,10 @@ def report(
     path: Path,
     graph: walks.Graph,
     demos: list[dict[str, str]],
-    reward_summary: dict[str, Any],
-    ppo_summary: dict[str, Any],
+    reward_summary: Summary,
+    ppo_summary: Summary,
     started: float,
-) -> dict[str, Any]:
+) -> Summary:
     """Print the table and a few walks, draw the curves, write summary.json."""
     gold = partial(walks.optimality, graph)
     prompts, before = sample_walks(str(path / "sft" / "model"), 50, config.seed + 9)

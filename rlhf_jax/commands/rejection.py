@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -20,9 +19,10 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
 from rlhf_jax.feedback.prompts import prompts_of
 from rlhf_jax.hosts.files import replacing
-from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
 from rlhf_jax.training.claim import claim_directory
+from rlhf_jax.types import RewardFn
 
 BEST = "best.jsonl"
 
@@ -30,10 +30,10 @@ BEST = "best.jsonl"
 def run(
     config: RejectionArgs,
     *,
-    rows: Any = None,
-    functions: Sequence[Callable[..., Any]] | None = None,
-    gold: Callable[..., Any] | None = None,
-) -> dict[str, Any]:
+    rows: object = None,
+    functions: Sequence[RewardFn] | None = None,
+    gold: RewardFn | None = None,
+) -> Summary:
     """Run the rounds and write the run directory, with the last round's model; returns its summary.
 
     A round is a step of the run: it is saved when it ends, and within it sampling and SFT continue by themselves.
@@ -69,10 +69,10 @@ def run(
 def one_round(
     config: RejectionArgs,
     k: int,
-    rows: Any,
-    functions: Sequence[Callable[..., Any]] | None,
-    gold: Callable[..., Any] | None,
-) -> dict[str, Any]:
+    rows: object,
+    functions: Sequence[RewardFn] | None,
+    gold: RewardFn | None,
+) -> Summary:
     """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss."""
     best = sampling_of(config, k)
     output = Path(best.output)
@@ -86,10 +86,10 @@ def one_round(
     return {**summary, "kept": len(chosen), "eval/total": trained["eval/total"]}
 
 
-def finished(output: Path) -> dict[str, Any] | None:
+def finished(output: Path) -> Summary | None:
     """The summary of samples that are all there; None if they are to be made."""
     try:
-        summary: dict[str, Any] = json.loads(output.with_suffix(".summary.json").read_text())
+        summary: Summary = json.loads(output.with_suffix(".summary.json").read_text())
         return summary if len(output.read_bytes().splitlines()) == summary["prompts"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -132,10 +132,10 @@ def training_of(config: RejectionArgs, k: int) -> SFTArgs:
     return SFTArgs(**{**settings, "model": policy_of(config, k), "run": run})
 
 
-def metrics_of(summary: dict[str, Any]) -> dict[str, float]:
+def metrics_of(summary: Summary) -> dict[str, float]:
     """The rewards of the policy that a round began with, and those of its best samples."""
     one, best = summary["curve"][0], summary["curve"][-1]
-    found = {"rollout/reward": one["proxy"]["mean"], "rollout/best_reward": best["proxy"]["mean"]}
+    metrics = {"rollout/reward": one["proxy"]["mean"], "rollout/best_reward": best["proxy"]["mean"]}
     if "gold" in one:
-        found |= {"rollout/gold": one["gold"]["mean"], "rollout/best_gold": best["gold"]["mean"]}
-    return {**found, "eval/total": summary["eval/total"]}
+        metrics |= {"rollout/gold": one["gold"]["mean"], "rollout/best_gold": best["gold"]["mean"]}
+    return {**metrics, "eval/total": summary["eval/total"]}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
-from rlhf_jax.data.examples import Report, split_by_prompt
+from rlhf_jax.data.examples import Example, Report, split_by_prompt
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
 
-Rows = str | Sequence[dict[str, Any]]
+Rows = str | Sequence[Row]
 
 
-def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Any], list[Any]]:
+def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, from the arguments where given, else from the paths of the config."""
     if rows is None and not data.path:
         raise UserError("data.path is empty; give a .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet file")
@@ -36,7 +36,7 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
     return train, held_out
 
 
-def held_out_batches(data: DataConfig, examples: list[Any], collate: Collate) -> list[Batch]:
+def held_out_batches(data: DataConfig, examples: list[Example], collate: Collate) -> list[Batch]:
     """The held-out examples in order, at most data.eval_batches batches; says how many are never looked at."""
     batches = eval_batches(examples, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
     if (left := len(examples) - len(batches) * data.batch_size) > 0:
@@ -50,8 +50,8 @@ def length_buckets(data: DataConfig) -> list[int]:
 
 
 def make_examples(
-    build: Callable[..., tuple[list[Any], Report]], train: list[Any], held_out: list[Any]
-) -> tuple[list[Any], list[Any]]:
+    build: Callable[[list[Row]], tuple[list[Example], Report]], train: list[Row], held_out: list[Row]
+) -> tuple[list[Example], list[Example]]:
     """Token examples of both splits; what was kept, dropped and cut is printed."""
     examples, report = build(train)
     say(f"training rows: {report}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -44,5 +43,5 @@ class Likelihood:
 
 def example_of(prompt: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray) -> Example:
     """{tokens, loss_mask} of a prompt and the response whose tokens are targets."""
-    tokens: Any = np.asarray([*prompt, *response], np.int32)
+    tokens: np.ndarray = np.asarray([*prompt, *response], np.int32)
     return {"tokens": tokens, "loss_mask": np.arange(len(tokens)) >= max(len(prompt), 1)}

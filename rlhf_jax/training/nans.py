@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import checkify
@@ -12,15 +11,15 @@ from jax.experimental import checkify
 JAX = str(Path(jax.__file__).parent)
 
 
-def first_nan(fn: Callable[..., Any], *args: Any) -> str:
+def first_nan(fn: Callable[..., object], *args: object) -> str:
     """The operation, file and line where fn(*args) first makes a NaN, inside scans, remat and the backward pass too.
 
     `checkify` adds a test after every operation, so this is slow, and for debugging.
     """
     error, _ = jax.jit(checkify.checkify(fn, errors=checkify.nan_checks))(*args)
-    found = error.get_exception()
-    if found is None:
+    nan = error.get_exception()
+    if nan is None:
         return "no operation made a NaN, so a value overflowed to infinity; lower optim.learning_rate"
-    place = next((frame for frame in found.traceback_info.frames if not frame.file_name.startswith(JAX)), None)
+    place = next((frame for frame in nan.traceback_info.frames if not frame.file_name.startswith(JAX)), None)
     where = f" in {place.function_name} at {place.file_name}:{place.line_num}" if place else ""
-    return f"the first NaN came from {found.prim}{where}"
+    return f"the first NaN came from {nan.prim}{where}"

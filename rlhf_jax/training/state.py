@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from rlhf_jax.config import OptimConfig
 from rlhf_jax.sharding import Mesh, abstract, placed_shapes, tree_shardings
 from rlhf_jax.types import Params
 
-Schedule = Callable[[Any], jax.Array]
+Schedule = Callable[[jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +30,7 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    opt_state: Any
+    opt_state: optax.OptState
 
     @classmethod
     def create(cls, params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -75,7 +74,7 @@ def learning_rates(schedule: Schedule, total: int) -> list[float]:
 def decay_mask(params: Params) -> Params:
     """True for matrices; norms, biases and scalar heads are not decayed."""
 
-    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+    def is_matrix(path: jax.tree_util.KeyPath, _: object) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return not name.endswith("bias") and "_norm" not in name and "score" not in name
 
@@ -89,7 +88,9 @@ def scale_by_adam_tf(b1: float, b2: float, eps: float) -> optax.GradientTransfor
     """
     inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         _, state = inner.update(updates, state, params)
         count = state.count.astype(jnp.float32)
         scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
@@ -104,7 +105,14 @@ def scale_by_learning_rate_of_step(schedule: Schedule) -> optax.GradientTransfor
     A schedule that counts its own calls would lag after skipped updates and early-stopped epochs.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        step: jax.Array,
+        **_: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
         rate = schedule(step)
         return jax.tree.map(lambda u: -rate * u, updates), state
 
@@ -122,7 +130,7 @@ def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTra
 
 
 @jax.jit
-def _bits(tree: Any) -> jax.Array:
+def _bits(tree: Params) -> jax.Array:
     def of(i: int, leaf: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
         mixed = words + jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(i)
@@ -133,7 +141,7 @@ def _bits(tree: Any) -> jax.Array:
     return jnp.stack([of(i, leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]).sum(dtype=jnp.uint32)
 
 
-def digest(tree: Any) -> int | None:
+def digest(tree: Params) -> int | None:
     """A number that any change of the parameters would change but by a chance of 2**-32, the same on every mesh.
 
     None for no parameters. Sums modulo 2**32 are exact in any order.

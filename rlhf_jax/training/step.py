@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from rlhf_jax.models.kernels import joined
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, tree_shardings
 from rlhf_jax.tokens import to_microbatches
 from rlhf_jax.training.state import TrainState
-from rlhf_jax.types import LossFn, Metrics, Params
+from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 """step(state, batch, key, frozen=None) -> (state, metrics)."""
@@ -36,14 +35,16 @@ def settled(metrics: Metrics) -> Metrics:
     }
 
 
-def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num: int) -> tuple[Any, Metrics]:
+def accumulated_grads(
+    loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array, num: int
+) -> tuple[Params, Metrics]:
     """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights.
 
     Raises:
         UserError: the rows do not divide into `num` microbatches.
     """
 
-    def of(batch: Any, key: jax.Array) -> tuple[Any, Metrics]:
+    def of(batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
         return grads, {"loss/total": loss, **metrics}
 
@@ -53,7 +54,7 @@ def accumulated_grads(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, 
     if rows % num:
         raise UserError(f"a batch of {rows} rows does not divide by accumulate = {num}; change one of them")
 
-    def add(total: Any, xs: Any) -> tuple[Any, None]:
+    def add(total: tuple[Params, Metrics], xs: tuple[Batch, jax.Array]) -> tuple[tuple[Params, Metrics], None]:
         grads, metrics = of(*xs)
         return (jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], metrics)), None
 
@@ -81,7 +82,7 @@ def make_update(
     """
     tx = optax.with_extra_args_support(tx)
 
-    def update(state: TrainState, batch: Any, key: jax.Array, frozen: Params = None) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch, key: jax.Array, frozen: Params = None) -> tuple[TrainState, Metrics]:
         whole = loss_fn if frozen is None else lambda params, *rest: loss_fn(join(frozen, params), *rest)
         grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)

@@ -30,7 +30,7 @@ from rlhf_jax.models.loading import (
     load_tokenizer,
     save_model,
 )
-from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
 from rlhf_jax.training.claim import claim_directory
@@ -38,7 +38,7 @@ from rlhf_jax.training.loop import Evaluate, check_trained, describe, make_evalu
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
 from rlhf_jax.training.step import accumulated_grads, make_train_step
-from rlhf_jax.types import Loss, LossFn, Metrics, Params, Summary
+from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
 TrainArgs = SFTArgs | RewardArgs | PreferenceArgs
 
@@ -141,7 +141,7 @@ class Work:
 
 
 def begin(
-    name: str, config: TrainArgs, group: str, *, rows: Rows | None, eval_rows: Rows | None, loss: Loss | None
+    name: str, config: TrainArgs, group: str, *, rows: Rows | None, eval_rows: Rows | None, loss: ArrayLoss | None
 ) -> Claim | Summary:
     """Claim the run directory and load all but the model; the summary of a run that is finished there already.
 

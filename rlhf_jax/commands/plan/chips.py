@@ -39,7 +39,7 @@ CHIPS = {
 }
 
 
-def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
+def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     """The chip and the devices of slices of a topology such as v5e:4x4, from the TPU compiler; no TPU is needed.
 
     Raises:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from jax.extend.core import ClosedJaxpr
 
-def count_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
+
+def count_flops(jaxpr: ClosedJaxpr, *, unknown_trips: int = 1) -> float:
     """Two per multiply-add of all dot products, recomputation included; a while loop runs `unknown_trips` times."""
     return _of_jaxpr(jaxpr.jaxpr, unknown_trips)
 

@@ -53,8 +53,8 @@ class _Instruction:
 
     def called(self, part: str) -> str:
         """Name of the computation that it uses as calls, body or condition."""
-        found = re.search(part + r"=%?([\w.\-]+)", self.rest)
-        return found[1] if found else ""
+        name = re.search(part + r"=%?([\w.\-]+)", self.rest)
+        return name[1] if name else ""
 
 
 _Computations = dict[str, list[_Instruction]]
@@ -72,20 +72,20 @@ def _parse(text: str) -> tuple[_Computations, str]:
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(_Instruction(*found.groups()))
+        elif current is not None and (parts := _INSTRUCTION.match(line)):
+            current.append(_Instruction(*parts.groups()))
     return computations, entry
 
 
 def _trips(loop: _Instruction, computations: _Computations) -> int | None:
     """How often a loop runs whose condition is counter < constant, from 0; None if it is anything else."""
-    found = list(computations.get(loop.called("condition"), ()))
-    for i in found:  # it grows: a fusion's instructions belong to the condition
+    counting = list(computations.get(loop.called("condition"), ()))
+    for i in counting:  # it grows: a fusion's instructions belong to the condition
         if i.op == "fusion":
-            found += computations.get(i.called("calls"), ())
-    if not {i.op for i in found} <= _COUNTING:
+            counting += computations.get(i.called("calls"), ())
+    if not {i.op for i in counting} <= _COUNTING:
         return None
-    numbers = [i for i in found if i.shape.startswith(("s32[]", "u32[]"))]
+    numbers = [i for i in counting if i.shape.startswith(("s32[]", "u32[]"))]
     limit = max((int(i.rest.split(")")[0]) for i in numbers if i.op == "constant"), default=1)
     places = [re.search(r"index=(\d+)", i.rest) for i in numbers if i.op == "get-tuple-element"]
     steps = [_step(computations.get(loop.called("body"), []), int(place[1])) for place in places if place]

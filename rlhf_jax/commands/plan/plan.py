@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 import math
 import time
-from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr
 
 from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology
 from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
-from rlhf_jax.commands.plan.programs import Program, programs_of
+from rlhf_jax.commands.plan.programs import Program, StageArgs, programs_of
 from rlhf_jax.config import PlanArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.json_text import to_json
@@ -61,7 +61,7 @@ class Row:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def analyse(config: Any, chip: Chip, devices: list[Any], width: int = 2) -> list[Row]:
+def analyse(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int = 2) -> list[Row]:
     """Compile the programs of a stage's config, rankings of `width`; rollout is split into prefill and decode.
 
     Raises:
@@ -84,7 +84,12 @@ def analyse(config: Any, chip: Chip, devices: list[Any], width: int = 2) -> list
 
 
 def _rows(
-    program: Program, compiled: Any, compile_s: float, jaxprs: tuple[Any, Any], chip: Chip, count: int
+    program: Program,
+    compiled: Any,
+    compile_s: float,
+    jaxprs: tuple[ClosedJaxpr, ...],
+    chip: Chip,
+    count: int,
 ) -> list[Row]:
     same, ideal = jaxprs  # as configured, and without remat
     sizes, text = compiled.memory_analysis(), compiled.as_text()
@@ -170,23 +175,23 @@ def verdict(rows: list[Row], chip: Chip) -> str:
     return f"does not fit: {worst.name} needs {_gib(worst.peak)} of {_gib(room)}; {cure}"
 
 
-def records(rows: list[Row], **facts: Any) -> list[str]:
+def records(rows: list[Row], **facts: object) -> list[str]:
     """One JSON object per program."""
     return [to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows]
 
 
-def candidates(config: Any, count: int) -> list[Any]:
+def candidates(config: StageArgs, count: int) -> list[StageArgs]:
     """The config on other meshes, and with the batch halved and doubled."""
     sizes = [2**i for i in range(int(math.log2(count)) + 1)]
-    found = []
+    configs: list[StageArgs] = []
     for tensor, fsdp in itertools.product(sizes, sizes):
         if tensor <= 16 and count % (tensor * fsdp) == 0:
             mesh = dataclasses.replace(config.mesh, data=count // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
             for factor in (0.5, 1, 2):
                 size = int(config.data.batch_size * factor)
                 data = dataclasses.replace(config.data, batch_size=size)
-                found.append(dataclasses.replace(config, mesh=mesh, data=data))
-    return found
+                configs.append(dataclasses.replace(config, mesh=mesh, data=data))
+    return configs
 
 
 def seconds_per_token(rows: list[Row]) -> float:
@@ -194,9 +199,9 @@ def seconds_per_token(rows: list[Row]) -> float:
     return sum(max(row.seconds.values()) for row in rows) / max(row.tokens for row in rows)
 
 
-def suggest(config: Any, chip: Chip, devices: list[Any], width: int) -> None:
+def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int) -> None:
     """Compile the candidates and print those that fit, fastest first."""
-    found: list[tuple[float, str]] = []
+    fitting: list[tuple[float, str]] = []
     for candidate in candidates(config, len(devices)):
         mesh = candidate.mesh
         name = f"mesh.data {mesh.data} mesh.fsdp {mesh.fsdp} mesh.tensor {mesh.tensor} "
@@ -211,13 +216,13 @@ def suggest(config: Any, chip: Chip, devices: list[Any], width: int) -> None:
             f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token",
         )
         if good:
-            found.append((cost, name))
-    tell("\nfastest by the roofline:" if found else "\nnone fits; take a larger slice")
-    for cost, name in sorted(found)[:5]:
+            fitting.append((cost, name))
+    tell("\nfastest by the roofline:" if fitting else "\nnone fits; take a larger slice")
+    for cost, name in sorted(fitting)[:5]:
         tell(f"  {cost * 1e6:.3g} us per token  {name}")
 
 
-def run(plan: PlanArgs, config: Any) -> bool:
+def run(plan: PlanArgs, config: StageArgs) -> bool:
     """Print the plan of a stage's config; returns whether it fits.
 
     Raises:

@@ -38,6 +38,8 @@ from rlhf_jax.training.step import make_train_step
 from rlhf_jax.training.supervised import Task, TrainArgs
 from rlhf_jax.types import Batch
 
+StageArgs = TrainArgs | PPOArgs | GroupArgs
+
 
 class Program(NamedTuple):
     """A jitted function and its abstract arguments.
@@ -85,7 +87,7 @@ def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: 
     return Loaded(model, placed(mesh, init, _key(mesh)))
 
 
-def programs_of(config: Any, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
+def programs_of(config: StageArgs, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
     """The programs of a stage's config over a mesh, rankings of `width`; call it inside `jax.set_mesh(mesh.grid)`.
 
     Raises:
