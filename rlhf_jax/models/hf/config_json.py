@@ -171,25 +171,21 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
         UserError: a value is missing, of the wrong type, or beyond the decoder.
     """
     with understood(where):
-        return _to_arch(raw, family, where)
-
-
-def _to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
-    refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
-    if raw.get("quantization_config") is not None:
-        refused["quantization_config"] = raw["quantization_config"]
-    for key, value in refused.items():
-        raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
-    fields: Fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
-    if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
-        raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
-    fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
-    fields |= _windows(raw, family, where, fields["num_layers"])
-    if fields["positions"] == "rotary":
-        fields |= _rope(raw, family, where, fields["max_positions"])
-    arch = ArchConfig(**fields)
-    check_law(arch)
-    return arch
+        refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
+        if raw.get("quantization_config") is not None:
+            refused["quantization_config"] = raw["quantization_config"]
+        for key, value in refused.items():
+            raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
+        fields: Fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
+        if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
+            raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
+        fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
+        fields |= _windows(raw, family, where, fields["num_layers"])
+        if fields["positions"] == "rotary":
+            fields |= _rope(raw, family, where, fields["max_positions"])
+        arch = ArchConfig(**fields)
+        check_law(arch)
+        return arch
 
 
 def _default(key: str, family: Family, raw: ConfigJson) -> object:
