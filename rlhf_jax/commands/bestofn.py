@@ -14,7 +14,7 @@ from rlhf_jax.data.pairs import answer_fields
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.comparison import mean_of
-from rlhf_jax.feedback.phases import Phases, digest, named_output, open_journal
+from rlhf_jax.feedback.phases import Phases, digest, named, open_journal
 from rlhf_jax.feedback.prompts import check_rewards, kept_fields, prompts_of
 from rlhf_jax.feedback.report import Summary, write_and_tell
 from rlhf_jax.feedback.sources import Sources
@@ -38,7 +38,7 @@ def run(
     prompts = prompts_of(config, rows)
     check_rewards(config, prompts, functions, gold)
     decided_by = {"prompts": digest(prompts), "given in Python": names_given(functions=functions)}
-    with open_journal(config, named_output(config), decided_by) as journal:
+    with open_journal(config, named(config.output), decided_by) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases)
         sources.draw(0)
@@ -56,7 +56,7 @@ def run(
             best_row(prompts[i], sources.responses(i), proxy[i], None if golds is None else golds[i]) for i in known
         ]
         summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
-        write_and_tell("bestofn", config, journal, out, summary)
+        write_and_tell("bestofn", journal, out, summary)
     return summary
 
 

@@ -21,18 +21,11 @@ from rlhf_jax.data.pairs import (
 )
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import report
 from rlhf_jax.feedback.judge import Judge, Verdict, judged, verdicts_of
 from rlhf_jax.feedback.judges import Group, verdicts
-from rlhf_jax.feedback.phases import Phase, Phases, digest, named_output, open_journal
+from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
 from rlhf_jax.feedback.prompts import check_rewards, kept_fields, prompts_of, rankings_given, shots_of
-from rlhf_jax.feedback.report import (
-    Summary,
-    gold_agreement,
-    judge_report,
-    label_agreement,
-    source_counts,
-    write_and_tell,
-)
 from rlhf_jax.feedback.sources import Sources
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.types import RewardFn
@@ -61,13 +54,14 @@ def run_collect(
         "demonstrations": [digest(shots_of(source)) for source in config.sources],
         "given in Python": names_given(functions=functions, judge=judge),
     }
-    with open_journal(config, named_output(config), decided_by) as journal:
+    with open_journal(config, named(config.output), decided_by) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases, config.sources)
         for number in range(len(sources.names)):
             sources.draw(number)
         scored = sources.score(functions) if config.label == "reward" else None
-        compared = compare_all(config, phases, sources, judge) if config.label == "judge" else None
+        all_of = lambda i, items: [(prompts[i]["prompt"], [item["text"] for item in items])]  # noqa: E731
+        compared = sources.judge(config, judge, all_of) if config.label == "judge" else None
         phases.fill("collect", progress=config.progress)
 
         ranked = [ranked_row(config, sources, scored, compared, i) for i in range(len(prompts))]
@@ -76,30 +70,20 @@ def run_collect(
         pairs = pairs_of(ranked, shares)
         kept = FILTERS[config.length_filter](ranked, pairs)
         out = in_schema(config, ranked, kept)
-        summary: Summary = {"prompts": len(ranked), "sources": source_counts(ranked)}
+        summary: report.Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked)}
         if config.label != "none":
             summary["pairs"] = length_bias(ranked, pairs)
         if config.length_filter != "off":
             summary["pairs_kept"] = length_bias(ranked, kept)
         if compared:
-            summary["judge"] = judge_report([verdict for each in decided for verdict in each])
+            summary["judge"] = report.judge_report([verdict for each in decided for verdict in each])
             summary["apart"] = sum("raters" in row for row in ranked)
         if config.schema == "sft":
             summary["without_best"] = len(ranked) - len(out)
         if (golds := sources.gold(gold)) is not None:
-            summary["gold"] = gold_agreement(prompts, kept, golds)
-        write_and_tell("collect", config, journal, out, summary)
+            summary["gold"] = report.gold_agreement(prompts, kept, golds)
+        report.write_and_tell("collect", journal, out, summary)
     return out
-
-
-def compare_all(config: CollectArgs, phases: Phases, sources: Sources, judge: Judge | None) -> Phase:
-    """Add the phase of rows {verdicts} on all pairs of the responses to a prompt."""
-    key = jax.random.fold_in(jax.random.key(config.seed), len(sources.names))
-
-    def groups_of(i: int) -> list[Group]:
-        return [(sources.prompts[i]["prompt"], [item["text"] for item in sources.responses(i)])]
-
-    return phases.add(len(sources.prompts), sources.rows_at_once, partial(verdicts, config, judge, groups_of, key))
 
 
 def ranked_row(config: CollectArgs, sources: Sources, scored: Phase | None, compared: Phase | None, i: int) -> Row:
@@ -144,7 +128,7 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
     given = several[: config.limit or None]
     groups: list[Group] = [(one.prompt, [key_of(response) for response in one.responses]) for one in given]
     decided_by = {"rows": digest(groups), "given in Python": names_given(judge=judge)}
-    with open_journal(config, named_output(config), decided_by) as journal:
+    with open_journal(config, named(config.output), decided_by) as journal:
         phases = Phases(journal)
         begin = partial(verdicts, config, judge, lambda i: [groups[i]], jax.random.key(config.seed))
         compared = phases.add(len(groups), config.batch_size, begin)
@@ -152,9 +136,9 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
 
         decided = [verdicts_of(row) for row in compared.rows]
         out = [{"prompt": one.prompt, **judged(one.items(), each)} for one, each in zip(given, decided, strict=True)]
-        summary: Summary = {"rows": len(out), "dropped": dropped, "apart": sum("raters" in row for row in out)}
-        summary["judge"] = judge_report([verdict for each in decided for verdict in each])
+        summary: report.Summary = {"rows": len(out), "dropped": dropped, "apart": sum("raters" in row for row in out)}
+        summary["judge"] = report.judge_report([verdict for each in decided for verdict in each])
         if any(one.ballots for one in given):
-            summary["labels"] = label_agreement(given, decided)
-        write_and_tell("judge", config, journal, out, summary)
+            summary["labels"] = report.label_agreement(given, decided)
+        report.write_and_tell("judge", journal, out, summary)
     return out

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from rlhf_jax.config import EvaluateArgs
@@ -15,7 +14,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.comparison import compare, evaluation_lines
 from rlhf_jax.feedback.judge import Judge, verdicts_of
-from rlhf_jax.feedback.judges import Group, verdicts
+from rlhf_jax.feedback.judges import Group
 from rlhf_jax.feedback.measures import held_out, measuring
 from rlhf_jax.feedback.phases import Phase, Phases, digest, open_journal
 from rlhf_jax.feedback.prompts import check_rewards, kept_fields, prompts_of, shots_of
@@ -72,7 +71,10 @@ def _evaluate(
     with open_journal(config, path / RESPONSES, made_of) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases, config.sources)
-        baseline = place_of_baseline(config, sources.names)
+        if config.baseline and config.baseline not in sources.names:
+            named = ", ".join(sources.names)
+            raise UserError(f"baseline {config.baseline!r} is none of the sources: {named}; name one")
+        baseline = sources.names.index(config.baseline) if config.baseline else 0
         measure, read = measuring(config, sources), []
         for number, source in enumerate(sources.sources):
             sources.draw(number, measure)
@@ -81,7 +83,8 @@ def _evaluate(
         scores = functions or config.reward.model or config.reward.functions
         scored = sources.score(functions) if scores else None
         judges = judge or config.judge.named()
-        compared = compare_with(config, phases, sources, baseline, judge) if judges else None
+        pairs_of = partial(beside_baseline, sources, baseline)
+        compared = sources.judge(config, judge, pairs_of) if judges else None
         write_config(path, "evaluate", config, "output_dir")
         phases.fill("evaluate", progress=config.progress)
 
@@ -97,28 +100,11 @@ def _evaluate(
     return summary
 
 
-def place_of_baseline(config: EvaluateArgs, names: Sequence[str]) -> int:
-    """The number of the source that the others are compared with.
-
-    Raises:
-        UserError: none has its name.
-    """
-    if config.baseline and config.baseline not in names:
-        raise UserError(f"baseline {config.baseline!r} is none of the sources: {', '.join(names)}; name one")
-    return names.index(config.baseline) if config.baseline else 0
-
-
-def compare_with(config: EvaluateArgs, phases: Phases, sources: Sources, baseline: int, judge: Judge | None) -> Phase:
-    """Add the phase of rows {verdicts} on the responses of each other source beside those of the baseline."""
-    key = jax.random.fold_in(jax.random.key(config.seed), len(sources.names))
-
-    def groups_of(i: int) -> list[Group]:
-        prompt, items = sources.prompts[i]["prompt"], sources.responses(i)
-        texts = {name: [item["text"] for item in items if item["source"] == name] for name in sources.names}
-        base = texts.pop(sources.names[baseline])
-        return [(prompt, [a, b]) for own in texts.values() for a, b in zip(own, base, strict=False)]
-
-    return phases.add(len(sources.prompts), sources.rows_at_once, partial(verdicts, config, judge, groups_of, key))
+def beside_baseline(sources: Sources, baseline: int, i: int, items: list[Row]) -> list[Group]:
+    """Of the responses to prompt i: (prompt, [one of another source, one of the baseline]), source by source."""
+    texts = {name: [item["text"] for item in items if item["source"] == name] for name in sources.names}
+    base = texts.pop(sources.names[baseline])
+    return [(sources.prompts[i]["prompt"], [a, b]) for own in texts.values() for a, b in zip(own, base, strict=False)]
 
 
 def row_of(

@@ -97,8 +97,8 @@ class JudgeConfig:
         """Raise a UserError unless exactly one kind of judge is named."""
         named = self.named()
         if len(named) != 1:
-            found = "none is" if not named else " and ".join(f"judge.{name}" for name in named) + " are"
-            raise UserError(f"{found} given; name one judge: judge.function, judge.model.path or judge.url")
+            what = "none is" if not named else " and ".join(f"judge.{name}" for name in named) + " are"
+            raise UserError(f"{what} given; name one judge: judge.function, judge.model.path or judge.url")
 
 
 @settings

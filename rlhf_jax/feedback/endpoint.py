@@ -53,8 +53,8 @@ class Endpoint:
         data, error = json.dumps(body).encode(), None
         try:
             return json.loads(attempt(lambda: self._whole(data), self.timeout, self.limit))
-        except Exception as found:
-            error = found
+        except Exception as raised:
+            error = raised
         raise self._in_our_words(error)  # outside of `except`, so that no traceback shows the other one
 
     def _whole(self, data: bytes) -> bytes:

@@ -10,17 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_jax.config import (
-    BestOfNArgs,
-    CollectArgs,
-    DrawArgs,
-    JudgeArgs,
-    SampleArgs,
-    ScoreArgs,
-    SourceConfig,
-    SourcesArgs,
-    to_dict,
-)
+from rlhf_jax.config import DrawArgs, JudgeArgs, SampleArgs, ScoreArgs, SourceConfig, SourcesArgs, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import Stopped, UserError
@@ -129,15 +119,11 @@ def open_journal(
     return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
 
 
-def named_output(config: BestOfNArgs | CollectArgs | JudgeArgs) -> str:
-    """The file that the command writes.
-
-    Raises:
-        UserError: none is named.
-    """
-    if not config.output:
+def named(output: str) -> str:
+    """The output of a command, or a UserError if it is empty."""
+    if not output:
         raise UserError("output is empty; name the .jsonl file to write, as --output rows.jsonl")
-    return config.output
+    return output
 
 
 def digest(rows: Sequence[object]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.config import BestOfNArgs, CollectArgs, JudgeArgs
 from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.examples import prompt_key
@@ -27,12 +26,10 @@ LEFT_OUT = {"unlabelled": "without a label", "no_verdict": "labelled without a v
 """Pairs that an agreement leaves out -> what a summary says of them."""
 
 
-def write_and_tell(
-    name: str, config: BestOfNArgs | CollectArgs | JudgeArgs, journal: Journal, rows: list[Row], summary: Summary
-) -> None:
+def write_and_tell(name: str, journal: Journal, rows: list[Row], summary: Summary) -> None:
     """Write OUTPUT and the summary beside it, and print it."""
     journal.finish(rows, summary)
-    tell("\n".join([*summary_lines(summary), f"{name}: {len(rows)} rows, {config.output}"]))
+    tell("\n".join([*summary_lines(summary), f"{name}: {len(rows)} rows, {journal.output}"]))
 
 
 def source_counts(ranked: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Responses of several models to the same prompts, and scores of them, piece by piece into a journal."""
+"""Responses of several models to the same prompts, their scores and verdicts, piece by piece into a journal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from functools import partial
 
 import jax
 
-from rlhf_jax.config import DrawArgs, ModelConfig, SamplingConfig, SourceConfig, resolve
+from rlhf_jax.config import DrawArgs, ModelConfig, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.feedback.judge import Judge
+from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
 from rlhf_jax.feedback.prompts import reward_columns, shots_of, with_shots
 from rlhf_jax.inference.generate import Generator, Response, total_length
@@ -158,7 +160,7 @@ class Sources:
         model = self.config.model
         return replace(model, path=source.path, arch=None) if source.path else model
 
-    # --- scores
+    # --- scores and verdicts
 
     def score(self, functions: Sequence[RewardFn] | None) -> Phase:
         """Add a phase of rows {scores} by config.reward; null where it failed and reward.on_failure is skip."""
@@ -182,6 +184,14 @@ class Sources:
             return [{"scores": [next(scores) for _ in each]} for each in groups]
 
         return make
+
+    def judge(
+        self, config: SourcesArgs, judge: Judge | None, groups_of: Callable[[int, list[Row]], list[Group]]
+    ) -> Phase:
+        """Add a phase of rows {verdicts}; groups_of(i, responses) are the responses to prompt i to be compared."""
+        key = jax.random.fold_in(jax.random.key(config.seed), len(self.sources))
+        groups = lambda i: groups_of(i, self.responses(i))  # noqa: E731
+        return self.phases.add(len(self.prompts), self.rows_at_once, partial(verdicts, config, judge, groups, key))
 
     def gold(self, function: RewardFn | None) -> list[list[float]] | None:
         """The gold reward of every response, by `function` or config.reward.gold; None if there is neither."""
