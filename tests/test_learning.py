@@ -196,11 +196,11 @@ def test_a_reward_model_agrees_with_gold_and_is_normalised_on_fresh_samples_afte
     summary = reward.run(config, rows=preferences(1500, 0), eval_rows=preferences(200, 10))
     assert summary["accuracy"] > 0.95
     saved = ModelConfig(path=str(tmp_path / "run" / "model"))
-    reader = RewardModel(saved, one_device_mesh(), max_prompt_length=2, max_length=12, batch_size=512)
+    reader = RewardModel(saved, one_device_mesh(), Limits(2, 12), batch_size=512)
     fresh = [reader.example({"prompt": p, "response": r}) for p, r in responses(4000, 20)]
     scores = np.array(reader.scores(fresh, 12))
     assert abs(scores.mean()) < 0.05 and abs(scores.std() - 1) < 0.05
-    alone = RewardModel(saved, one_device_mesh(), max_prompt_length=2, max_length=12, batch_size=8)
+    alone = RewardModel(saved, one_device_mesh(), Limits(2, 12), batch_size=8)
     np.testing.assert_allclose(alone.scores(fresh[40:47], 19), scores[40:47], atol=1e-5)
 
 

@@ -77,9 +77,10 @@ def run_score(config: ScoreArgs) -> list[Row]:
     json_lines(rows)  # what could not be written is found before it is scored
 
     def begin() -> Make:
-        limits = {"max_prompt_length": config.max_prompt_length, "max_length": config.max_length}
-        size = min(config.batch_size, len(rows))
-        reader = RewardModel(config.model, make_mesh(config.mesh), **limits, batch_size=size)
+        limits = Limits(config.max_prompt_length, config.max_length)
+        reader = RewardModel(
+            config.model, make_mesh(config.mesh), limits, batch_size=min(config.batch_size, len(rows))
+        )
         examples = [reader.example(row) for row in rows]
         report_cut(Report(len(rows), {}, sum(example["cut"] for example in examples)))
         longest = max(len(example["tokens"]) for example in examples)

@@ -168,8 +168,8 @@ class Sources:
 
     def _scoring(self, functions: Sequence[RewardFn] | None) -> Make:
         config, longest = self.config, self.config.max_prompt_length
-        limits = {"max_prompt_length": longest, "max_length": longest + config.sampling.max_new_tokens}
-        scorer = Scorer(config.reward, self.mesh, **limits, batch_size=config.batch_size, functions=functions)
+        limits = Limits(longest, longest + config.sampling.max_new_tokens)
+        scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
         reads = [scorer.model is not None and self._reads(scorer.model.tokenizer, source) for source in self.sources]
 
         def make(start: int, stop: int) -> list[Row]:

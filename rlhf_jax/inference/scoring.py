@@ -54,14 +54,13 @@ def _example(tokens: list[int], cut: bool) -> Example:
 class RewardModel:
     """A trained reward model that scores rows; longer ones than its limits are cut."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, max_prompt_length: int, max_length: int, batch_size: int):
+    def __init__(self, config: ModelConfig, mesh: Mesh, limits: Limits, *, batch_size: int):
         """Load it; `batch_size` rows are scored at once."""
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.mesh, self.size = mesh, -(-batch_size // ways) * ways
-        self.limits = Limits(max_prompt_length, max_length)
+        self.mesh, self.limits, self.size = mesh, limits, -(-batch_size // ways) * ways
         self.tokenizer = load_tokenizer(config)
         with jax.set_mesh(mesh.grid):
-            self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=max_length)
+            self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=limits.max_length)
         self.arch = self.loaded.model.arch
         check_vocabulary(self.arch, self.tokenizer, config.path)
         self.forward = jax.jit(partial(score_sequences, self.loaded.model))
@@ -96,17 +95,16 @@ class Scorer:
         self,
         config: RewardSourceConfig,
         mesh: Mesh,
+        limits: Limits,
         *,
-        max_prompt_length: int,
-        max_length: int,
         batch_size: int,
         functions: Sequence[RewardFn] | None = None,
     ):
         """`functions` replace the config's."""
-        self.weight, self.length = config.model_weight, max_length
+        self.weight, self.length = config.model_weight, limits.max_length
         self.functions = combine(config, functions)
-        sizes = {"max_prompt_length": max_prompt_length, "max_length": max_length, "batch_size": batch_size}
-        self.model = RewardModel(ModelConfig(path=config.model), mesh, **sizes) if config.model else None
+        model = ModelConfig(path=config.model)
+        self.model = RewardModel(model, mesh, limits, batch_size=batch_size) if config.model else None
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
         """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?}.
