@@ -88,7 +88,7 @@ def run(
 
             def sample(step: int, params: Params) -> None:
                 if sampler is not None:
-                    out.samples(step, sampler.rows(params, prompts, jax.random.fold_in(key, step)))
+                    out.metrics.samples(step, sampler.rows(params, prompts, jax.random.fold_in(key, step)))
 
             params = fit(work, out, sample)
             results = work.evaluate(params)

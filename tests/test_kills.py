@@ -40,10 +40,10 @@ def stage(settings: SFTArgs) -> None:
         value = float(tree["state"]["step"])
         for i in range(out.start, STEPS):
             value = value * 3 + i
-            out.write(i + 1, {"value": value})
-            out.samples(i + 1, [{"text": str(value)}])
+            out.metrics.write(i + 1, {"value": value})
+            out.metrics.samples(i + 1, [{"text": str(value)}])
             if i == 1:
-                out.keep_if_best(i + 1, value)
+                out.best.keep(i + 1, value)
             out.save_if_due(i + 1, {"state": {"step": jnp.float32(value)}})
         with replacing(out.dir / "model") as new:
             replace_file(new / "weights", str(value))

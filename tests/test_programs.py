@@ -109,9 +109,9 @@ def test_an_iteration_fetches_once_from_the_devices_and_sends_nothing_unasked(pp
                 loop, metrics, table = iteration(method, loop, 21 + i)
                 show = i % 4 == 3  # a sample table travels with the metrics of its iteration
                 table = table if show else None
-                out.log(i + 1, metrics, {}, tokens=96, table=table, on_table=tables.append)
+                out.metrics.log(i + 1, metrics, {}, tokens=96, table=table, on_table=tables.append)
                 assert fetches.count == i  # metrics are fetched while the next iteration runs
-            out.flush()
+            out.metrics.flush()
         assert fetches.count == 8
     monkeypatch.undo()
     ppo[1] = loop

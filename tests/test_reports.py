@@ -280,7 +280,7 @@ def test_what_is_not_finite_is_never_the_best(tmp_path, values):
     """Of any order of values the best is the first of the highest finite ones; of none of these, nothing."""
     with a_run(tmp_path / "run") as run:
         for step, value in enumerate(values, 1):
-            run.keep_if_best(step, value)
+            run.best.keep(step, value)
         finite = [(value, -step) for step, value in enumerate(values, 1) if math.isfinite(value)]
         assert run.best.improvements[-1:] == ([(-max(finite)[1], max(finite)[0])] if finite else [])
 
@@ -291,10 +291,10 @@ def test_a_run_that_began_with_a_nan_keeps_the_best_after_it_and_after_going_on(
     with a_run(tmp_path / "run") as run:
         run.restore(tree(0), {})
         for step, value in enumerate([first, -2.0, NAN], 1):
-            run.keep_if_best(step, value)
+            run.best.keep(step, value)
             run.save_now(step, tree(step), {})
         assert run.best.improvements[-1] == (2, -2.0)
     with a_run(tmp_path / "run") as run:
         assert run.start == 3 and run.restore(tree(0), {})[0]["x"][0] == 3
-        assert run.best.improvements[-1] == (2, -2.0) and not run.keep_if_best(4, NAN)
+        assert run.best.improvements[-1] == (2, -2.0) and not run.best.keep(4, NAN)
         assert run.restore_best(tree(4))["x"][0] == 2

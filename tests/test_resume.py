@@ -91,7 +91,7 @@ def run_fit(
         state = create_state({"head": {"kernel": jnp.asarray(bigram_params(0)["policy"]["head"]["kernel"])}}, tx, mesh)
         compiled = make_train_step(loss, tx, mesh=mesh, state=state)
         tree, _ = out.restore({"state": state}, {"training rows": {"seed": 0}})
-        out.rows_of = lambda i: [f"rows.jsonl:{i}"]
+        out.skips.rows_of = lambda i: [f"rows.jsonl:{i}"]
 
         def step(state, batch, key):
             before_step(out, int(np.asarray(state.step)))

@@ -56,8 +56,8 @@ def run(
                 done.append(one_round(config, k, rows, functions, gold))
             except Stopped as stopped:
                 raise Stopped(f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}") from stopped
-            out.write(k + 1, metrics_of(done[-1]))
-            out.bar.update(1)
+            out.metrics.write(k + 1, metrics_of(done[-1]))
+            out.metrics.bar.update(1)
             tree = {"round": jnp.asarray(k + 1, jnp.int32)}
             out.save_now(k + 1, tree, {"rounds": done})
             out.save_if_due(k + 1, tree, {"rounds": done})

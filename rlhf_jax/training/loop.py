@@ -58,23 +58,23 @@ def run_steps(
     """
     steps = run.total
     tokens = 0
-    run.restart_clock()
+    run.metrics.restart_clock()
     for i in range(run.start, steps):
         batch, step_key = put_batch(mesh, batches[i]), jax.random.fold_in(key, i)
         state, metrics = step(state, batch, step_key)
         tokens += batch["tokens"].size
         if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
-            run.report_nan(i + 1, explain(state.params, batch, step_key))
-        run.advance(i + 1, metrics["optim/skipped"])
+            run.metrics.report_nan(i + 1, explain(state.params, batch, step_key))
+        run.metrics.advance(i + 1, metrics["optim/skipped"])
         if (i + 1) % run.config.log_every == 0 or i + 1 == steps:
-            run.log(i + 1, metrics, {"optim/lr": rates[i]}, tokens=tokens)
+            run.metrics.log(i + 1, metrics, {"optim/lr": rates[i]}, tokens=tokens)
             tokens = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
-            run.flush()
+            run.metrics.flush()
             results = evaluate(i + 1, state.params)
-            run.write(i + 1, results)
-            run.keep_if_best(i + 1, -results["eval/total"])
-            run.restart_clock()
+            run.metrics.write(i + 1, results)
+            run.best.keep(i + 1, -results["eval/total"])
+            run.metrics.restart_clock()
         run.save_if_due(i + 1, {"state": state})
     return state
 

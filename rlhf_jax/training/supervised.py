@@ -233,7 +233,7 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
     if frozen is not None:
         identity["weights of the frozen model"] = digest(frozen)
     tree, _ = run.restore({"state": state}, identity)
-    run.rows_of = batches.where
+    run.skips.rows_of = batches.where
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
         if at_evaluation is not None:
@@ -254,7 +254,7 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
         evaluate=evaluate,
         explain=partial(first_nan, partial(accumulated_grads, on_whole, num=accumulate)),
     )
-    check_trained(run.skipped, run.total, run.dir)
+    check_trained(run.skips.total, run.total, run.dir)
     return run.restore_best({"state": {"params": state.params}})["state"]["params"]
 
 
