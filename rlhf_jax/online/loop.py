@@ -41,9 +41,9 @@ def run(
         describe(stage, method.mesh, method.nets.policy, iterations=total, **facts)
         with Run(stage, config, total=total, shown=SHOWN, given=given, files=files, agree_every=1) as out:
             tree, notes = out.restore(loop.tree(), method.facts())
-            out.rows_of = batches.where
+            out.skips.rows_of = batches.where
             loop, notes = train(out, method, LoopState(**tree), notes)
-            check_trained(out.skipped, total * method.steps, out.dir)
+            check_trained(out.skips.total, total * method.steps, out.dir)
             method.save(out.dir, out.restore_best(loop.kept(method)))
             return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)})
 
@@ -57,7 +57,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
         before, _ = _evaluate(out, method, loop, 0)
         notes = {"before": before, "after": before}
         out.save_if_due(0, loop.tree(), notes)
-    out.restart_clock()
+    out.metrics.restart_clock()
     logged = out.start
     for i in range(out.start, total):
         batch, step = method.batch(i), i + 1
@@ -66,25 +66,25 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
         except RewardFailure as error:
             loop = _without_reward(out, method, loop, i, notes, error)
         except NotFinite as error:
-            raise UserError(f"step {step}: {error}; rows {', '.join(out.rows_of(i))}") from error.__cause__
+            raise UserError(f"step {step}: {error}; rows {out.skips.rows(step)}") from error.__cause__
         else:
-            out.advance(step, metrics["optim/skipped"], method.steps)
+            out.metrics.advance(step, metrics["optim/skipped"], method.steps)
             show = settings.num_samples > 0 and step % settings.sample_every == 0
             if show or step % config.run.log_every == 0 or step == total:
                 host, new = {"optim/lr": rates[i]}, tokens * (step - logged)
                 write = partial(_write_samples, out, method, step, batch["given"])
-                out.log(step, metrics, host, tokens=new, table=table if show else None, on_table=write)
+                out.metrics.log(step, metrics, host, tokens=new, table=table if show else None, on_table=write)
                 logged = step
         if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
             results, kept = _evaluate(out, method, loop, step)
             notes = {**notes, "after": results if kept else notes["after"]}
-            out.restart_clock()
+            out.metrics.restart_clock()
         out.save_if_due(step, loop.tree(), notes)
     return loop, notes
 
 
 def _write_samples(out: Run, method: Method, step: int, prompts: list[Any], table: Table) -> None:
-    out.samples(step, sample_rows(method, table, prompts))
+    out.metrics.samples(step, sample_rows(method, table, prompts))
 
 
 def _without_reward(
@@ -94,10 +94,10 @@ def _without_reward(
     if method.config.reward.on_failure == "stop":
         out.save_now(i, loop.tree(), notes)
         raise UserError(f"iteration {i + 1}: {error}; then {out.how_to_continue()}") from error
-    out.flush()
-    out.write(i + 1, {"rollout/skipped": 1.0})
+    out.metrics.flush()
+    out.metrics.write(i + 1, {"rollout/skipped": 1.0})
     out.say(f"{out.stage}: iteration {i + 1} is skipped: {error}")
-    out.bar.update(1)
+    out.metrics.bar.update(1)
     return loop.skip(method)
 
 
@@ -107,7 +107,7 @@ def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dic
     The best one has the highest reward less KL at the configured kl_coef: reward alone would pick the most
     over-optimised policy. While none was finite, the last one is kept.
     """
-    out.flush()
+    out.metrics.flush()
     try:
         results, samples = evaluate(method, loop)
     except RewardFailure as error:
@@ -115,7 +115,7 @@ def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dic
             raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
         out.say(f"{out.stage}: the evaluation after iteration {step} is skipped: {error}")
         return {}, False
-    out.write(step, results)
-    out.samples(step, samples)
-    best = out.keep_if_best(step, results["eval/objective"])
+    out.metrics.write(step, results)
+    out.metrics.samples(step, samples)
+    best = out.best.keep(step, results["eval/objective"])
     return results, best or out.best.step is None

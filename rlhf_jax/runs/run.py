@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -76,11 +76,6 @@ class Run:
         self.best = Best(choose=config.run.keep_best)
         cure = self.how_to_continue()
         self.metrics = RunMetrics(config, stage, shown=shown, skips=self.skips, say=self.say, cure=cure)
-        self.log, self.flush, self.write, self.samples, self.advance, self.restart_clock, self.report_nan = (
-            self.metrics.log, self.metrics.flush, self.metrics.write, self.metrics.samples, self.metrics.advance,
-            self.metrics.restart_clock, self.metrics.report_nan,
-        )  # fmt: skip
-        self.keep_if_best = self.best.keep
         self._lock: BinaryIO | None = None
         step = processes.from_first(self._take)
         self.checkpoints.last = step
@@ -89,25 +84,6 @@ class Run:
         self._saved_at = time.time()
         self.interrupts = Interrupts(self.say)
         self.metrics.start(self.start, total)
-
-    @property
-    def skipped(self) -> int:
-        """Updates that were not finite."""
-        return self.skips.total
-
-    @property
-    def bar(self) -> tqdm:
-        """The progress bar."""
-        return self.metrics.bar
-
-    @property
-    def rows_of(self) -> Callable[[int], list[str]]:
-        """i -> where the rows of batch i come from, for messages; a stage sets it."""
-        return self.skips.rows_of
-
-    @rows_of.setter
-    def rows_of(self, rows_of: Callable[[int], list[str]]) -> None:
-        self.skips.rows_of = rows_of
 
     def _take(self) -> int | None:
         """Hold the directory and make its files ready; the step to continue after, if any. Process 0 only."""
