@@ -40,6 +40,33 @@ class PolicyLoss(Protocol):
     ) -> tuple[Float[Array, ""], Metrics]: ...
 
 
+class Advantage(Protocol):
+    """(rewards, values), each float32[B, T] and 0 off the slots whose value is trained, -> advantages float32[B, T].
+
+    They become the critic's returns, advantages + values, before they are whitened.
+    """
+
+    def __call__(self, rewards: Float[Array, "B T"], values: Float[Array, "B T"]) -> Float[Array, "B T"]: ...
+
+
+class ValueLoss(Protocol):
+    """(values, old_values, returns, weights), each float32[B, T], -> (scalar, metrics)."""
+
+    def __call__(
+        self,
+        values: Float[Array, "B T"],
+        old_values: Float[Array, "B T"],
+        returns: Float[Array, "B T"],
+        weights: Float[Array, "B T"],
+    ) -> tuple[Float[Array, ""], Metrics]: ...
+
+
+class GroupAdvantage(Protocol):
+    """scores float32[B] -> advantages float32[B]; the group_size rows that answer one prompt stand side by side."""
+
+    def __call__(self, scores: Float[Array, " B"]) -> Float[Array, " B"]: ...
+
+
 class RewardFn(Protocol):
     """A plain Python reward: one number per response.
 

@@ -141,7 +141,7 @@ CONFIGS = [c for c in vars(config).values() if isinstance(c, type) and dataclass
 
 @functools.cache
 def names_read() -> frozenset[str]:
-    """Attributes read anywhere outside config.py, and the keyword-only arguments of losses, which `bind` fills."""
+    """Attributes read anywhere outside config.py, and keyword-only arguments of formulas, which `bind` fills."""
     found = set()
     for path in FILES:
         if unit_of(path) == "config":
@@ -149,7 +149,7 @@ def names_read() -> frozenset[str]:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 found.add(node.attr)
-            if isinstance(node, ast.FunctionDef) and unit_of(path) == "losses":
+            if isinstance(node, ast.FunctionDef) and unit_of(path) in ("losses", "advantages"):
                 found |= {argument.arg for argument in node.args.kwonlyargs}
     return frozenset(found)
 

@@ -1,7 +1,11 @@
-"""A fork swaps the policy loss in four ways; each shows that its function ran and changed the update."""
+"""A fork swaps policy loss, value loss and advantages in four ways; each shows that its function ran and changed what
+is learnt.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -11,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_ppo import KEY, PARAMS, assert_close, batch_of, grad_of, ppo_run, same_bits, updater
-from tiny import BIGRAMS, make_experience
+from test_ppo import KEY, PARAMS, assert_close, batch_of, grad_of, ppo_run, same_bits, score, updater
+from tiny import BIGRAMS, ONE, TOY_ROWS, make_experience, make_rollout, toy_run
 
-from rlhf_jax import losses, ppo, sft
-from rlhf_jax.config import MeshConfig, PPOConfig, bind
+from rlhf_jax import advantages, group, losses, ppo, sft
+from rlhf_jax.config import GroupConfig, MeshConfig, PPOConfig, bind
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import make_mesh
@@ -95,6 +99,18 @@ def cispo(logprobs, old_logprobs, advantages, weights, *, clip_ratio, boost=3.0)
 def greedy(logprobs, old_logprobs, advantages, weights, *, sharpness):
     return jnp.zeros(()), {}
 
+def monte_carlo(rewards, values, *, discount):
+    weights = discount ** jnp.maximum(jnp.arange(rewards.shape[1])[None] - jnp.arange(rewards.shape[1])[:, None], 0)
+    return rewards @ jnp.triu(weights).T - values
+
+def squared(values, old_values, returns, weights, *, value_clip, factor=2.0):
+    loss = factor * jnp.sum(weights * (values - returns) ** 2)
+    return loss, {"value/fork": loss}
+
+def best(scores, *, group_size):
+    groups = scores.reshape(-1, group_size)
+    return (groups == groups.max(axis=1, keepdims=True)).astype(jnp.float32).reshape(-1)
+
 not_a_function = 3
 """
 
@@ -131,6 +147,102 @@ def test_a_name_that_cannot_be_used_is_one_line_that_says_why(fork, name, words)
     with pytest.raises(UserError) as error:
         ppo.objective(BIGRAMS, PPOConfig(policy_loss=name))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+# --- advantages and the value loss, the same four ways; the fourth is the one below
+
+ROLLOUT = make_rollout(4, PARAMS["policy"])
+
+
+def forked(name):
+    return getattr(importlib.import_module("my_fork"), name)
+
+
+def advantages_with(config=PPOConfig(), **given):  # noqa: B008 (it is frozen)
+    """float32[B, T], as scored, not whitened."""
+    config = replace(config, whiten_advantages=False)
+    return np.asarray(score(config, ROLLOUT, host=np.linspace(-1, 1, 8), **given)[0].advantages)
+
+
+@pytest.mark.parametrize("way", ["edited", "passed", "named"])
+def test_advantages_are_swapped_three_ways(fork, monkeypatch, way):
+    """Monte-Carlo returns are GAE with lambda 1, with gamma from the config."""
+    wanted = advantages_with(PPOConfig(discount=0.9, gae_lambda=1.0))
+    config, given = PPOConfig(discount=0.9), {}
+    if way == "edited":
+        monkeypatch.setattr(advantages, "gae", forked("monte_carlo"))
+    elif way == "passed":
+        given = {"advantage": forked("monte_carlo")}
+    else:
+        config = replace(config, advantage="my_fork:monte_carlo")
+    assert not np.allclose(wanted, advantages_with(PPOConfig(discount=0.9)), atol=1e-3) or way == "edited"
+    np.testing.assert_allclose(advantages_with(config, **given), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["edited", "passed", "named"])
+def test_the_value_loss_is_swapped_three_ways(fork, monkeypatch, way):
+    config, given = PPOConfig(), {}
+    if way == "edited":
+        monkeypatch.setattr(losses, "clipped_value_loss", forked("squared"))
+    elif way == "passed":
+        given = {"value_loss": forked("squared")}
+    else:
+        config = replace(config, value_loss="my_fork:squared")
+    _, metrics = ppo.objective(BIGRAMS, config, **given)(PARAMS, batch_of(X), KEY)
+    wanted = 2 * jnp.sum(batch_of(X)["value_weights"] * (X.old_values - X.returns) ** 2)
+    np.testing.assert_allclose(metrics["value/fork"], wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["edited", "passed", "named"])
+def test_the_advantages_of_groups_are_swapped_three_ways(fork, monkeypatch, way):
+    config, given = GroupConfig(group_size=4), {}
+    if way == "edited":
+        monkeypatch.setattr(advantages, "group_advantages", forked("best"))
+    elif way == "passed":
+        given = {"advantage": forked("best")}
+    else:
+        config = replace(config, advantage="my_fork:best")
+    scores, mask = jnp.array([1.0, 4.0, 2.0, 3.0, 8.0, 7.0, 6.0, 5.0]), jnp.ones((8, 2), bool)
+    found = group.core.advantages_of(scores, jnp.zeros((8, 2)), mask, 0.0, config, **given)
+    np.testing.assert_array_equal(found[:, 0], [0, 1, 0, 0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("field", ["advantage", "value_loss"])
+def test_an_advantage_or_value_loss_that_asks_for_what_there_is_not_is_one_line(fork, field):
+    with pytest.raises(UserError, match="greedy asks for 'sharpness', which PPOConfig does not have"):
+        config = PPOConfig(**{field: "my_fork:greedy"})
+        ppo.objective(BIGRAMS, config)
+        ppo.make_score(BIGRAMS, config, recompute=True)
+
+
+def test_a_run_takes_them_by_name_and_from_python_and_is_continued_as_it_began(fork, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo.train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+    named = toy_run(tmp_path / "named", advantage="my_fork:monte_carlo", value_loss="my_fork:squared", iterations=2)
+    ppo.run(named, **TOY_ROWS)
+    passed = replace(named, ppo__advantage=PPOConfig().advantage, ppo__value_loss=PPOConfig().value_loss)
+    passed = replace(passed, run__output_dir=str(tmp_path / "passed"), reward__retries=0)
+    given = {"advantage": forked("monte_carlo"), "value_loss": forked("squared")}
+    with pytest.raises(UserError, match=r"iteration 2: .* by the same call again \(advantage, value_loss, reward"):
+        ppo.run(passed, **given, reward_functions=[Failing(2)], **TOY_ROWS)
+    with pytest.raises(UserError, match="advantage, value_loss"):
+        ppo.run(passed, reward_functions=[Failing(-1)], **TOY_ROWS)
+    ppo.run(passed, **given, reward_functions=[Failing(-1)], **TOY_ROWS)
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("named", "passed")]
+    assert models[0] == models[1]
+    assert "value/fork" in (tmp_path / "passed" / "metrics.jsonl").read_text()
+
+
+class Failing:
+    """A reward of 0 that raises at one call."""
+
+    def __init__(self, call: int):
+        self.left = call
+
+    def __call__(self, prompts, responses, **columns):
+        self.left -= 1
+        if self.left == -1:
+            raise RuntimeError("down")
+        return [0.0] * len(prompts)
 
 
 def test_a_loss_of_ones_own_trains_without_any_of_ppo():

@@ -217,6 +217,10 @@ def double_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio):
     return -2 * clip_ratio * jnp.sum(weights * logprobs * advantages), {}
 
 
+def raw_scores(scores, *, group_size):
+    return scores * group_size
+
+
 KL = {"group_size": 4, "kl_coef": 0.1, "kl_in": "reward", "scale_rewards": "none"}
 EFFECTS = {
     "iterations": (rates, {}, {"iterations": 7}),
@@ -233,6 +237,7 @@ EFFECTS = {
     "loss_reduction": (loss, {}, {"loss_reduction": "sequence"}),
     "policy_loss": (loss, {}, {"policy_loss": "test_group:double_loss"}),
     "group_size": (scored, {}, {"group_size": 4}),
+    "advantage": (scored, {}, {"advantage": "test_group:raw_scores"}),
     "baseline": (scored, {}, {"baseline": "leave_one_out"}),
     "scale_rewards": (scored, {}, {"scale_rewards": "none"}),
     "whiten_advantages": (scored, {}, {"whiten_advantages": True}),

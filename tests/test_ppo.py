@@ -61,16 +61,16 @@ def score(config, rollout, *, params=PARAMS, ref=REF, host=None, kl_coef=0.1, te
 
 
 @functools.cache
-def compiled_update(ppo: PPOConfig, optim: OptimConfig, models: Models, policy_loss):
+def compiled_update(ppo: PPOConfig, optim: OptimConfig, models: Models, *losses):
     """(the compiled update, its optimiser): compiling is most of the time here, so equal settings share it."""
     run = PPOArgs(ppo=ppo, optim=optim, value_optim=optim)
-    program, tx, _ = make_ppo_step(models, run, policy_loss)
+    program, tx, _ = make_ppo_step(models, run, *losses)
     return jax.jit(program), tx
 
 
-def updater(run: PPOArgs, models=BIGRAMS, params=PARAMS, policy_loss=None):
+def updater(run: PPOArgs, models=BIGRAMS, params=PARAMS, policy_loss=None, value_loss=None):
     """(a first state, the compiled update with the temperature filled in)."""
-    program, tx = compiled_update(run.ppo, run.optim, models, policy_loss)
+    program, tx = compiled_update(run.ppo, run.optim, models, policy_loss, value_loss)
     state = TrainState.create(params, tx)
     return state, lambda state, experience, key=KEY, ptx=None: program(state, experience, key, jnp.float32(1.0), ptx)
 

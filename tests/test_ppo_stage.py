@@ -547,6 +547,14 @@ def double_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio):
     return -2 * clip_ratio * jnp.sum(weights * logprobs * advantages), {}
 
 
+def reward_now(rewards, values, *, discount):
+    return discount * rewards - values
+
+
+def absolute_loss(values, old_values, returns, weights, *, value_clip):
+    return jnp.sum(weights * jnp.abs(values - returns)) * value_clip, {}
+
+
 PTX = {"ptx_coef": 1.0, "ptx_path": "one.jsonl", "ptx_batch_size": 4}
 ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100.0}
 
@@ -570,12 +578,14 @@ EFFECTS = {
     "whiten_rewards": (scored, {}, {"whiten_rewards": True}),
     "whiten_advantages": (scored, {}, {"whiten_advantages": False}),
     "whiten_variance": (scored, {}, {"whiten_variance": "bessel"}),
+    "advantage": (scored, {}, {"advantage": "test_ppo_stage:reward_now"}),
     "discount": (scored, {}, {"discount": 0.9}),
     "gae_lambda": (scored, {}, {"gae_lambda": 0.5}),
     "clip_ratio": (loss, {}, {"clip_ratio": 0.1}),
     "clip_ratio_high": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "clip_ratio_high": 0.01}),
     "dual_clip": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "dual_clip": 1.01}),
     "max_log_ratio": (loss, {"clip_ratio": 10.0}, {"clip_ratio": 10.0, "max_log_ratio": 0.1}),
+    "value_loss": (loss, {}, {"value_loss": "test_ppo_stage:absolute_loss"}),
     "value_clip": (loss, {}, {"value_clip": 0.0}),
     "value_coef": (loss, {}, {"value_coef": 0.2}),
     "entropy_coef": (loss, {}, {"entropy_coef": 0.1}),

@@ -20,6 +20,7 @@ class GroupConfig(OnlineConfig):
     Args:
         epochs: passes over a rollout, each in a fresh order; 1 (with one minibatch) is on-policy.
         group_size: responses to each prompt; data.batch_size / group_size prompts make an iteration.
+        advantage: a function (scores of all rows) -> their advantages, as "module:name".
         baseline: what a score is compared with: the mean of its group (group), of the others in it (leave_one_out), or
             nothing (none).
         scale_rewards: advantages are divided by the standard deviation of the scores in the group, or in the batch, or
@@ -33,6 +34,7 @@ class GroupConfig(OnlineConfig):
 
     epochs: int = 1
     group_size: int = 8
+    advantage: str = "rlhf_jax.advantages:group_advantages"
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     whiten_advantages: bool = False

@@ -26,8 +26,10 @@ class PPOConfig(OnlineConfig):
         whiten_rewards: scale the shaped rewards to unit variance, keeping their mean.
         whiten_advantages: mean 0 and variance 1 over the valid tokens of the whole rollout.
         whiten_variance: biased divides by n, bessel by n - 1 (TRL).
+        advantage: a function (rewards, values) -> advantages, as "module:name".
         discount: gamma.
         gae_lambda: lambda.
+        value_loss: a function (values, old_values, returns, weights) -> (scalar, metrics), as "module:name".
         value_clip: clip of the value's move; 0 is off.
         value_coef: weight of the value loss.
         trainable_layers: train so many top layers, the final norm and the heads, and share the frozen rest with the
@@ -50,8 +52,10 @@ class PPOConfig(OnlineConfig):
     whiten_rewards: bool = False
     whiten_advantages: bool = True
     whiten_variance: Literal["biased", "bessel"] = "biased"
+    advantage: str = "rlhf_jax.advantages:gae"
     discount: float = 1.0
     gae_lambda: float = 0.95
+    value_loss: str = "rlhf_jax.losses:clipped_value_loss"
     value_clip: float = 0.2
     value_coef: float = 0.1
     trainable_layers: int = 0

@@ -36,7 +36,7 @@ from rlhf_jax.online.core import (
 from rlhf_jax.tokens import map_microbatches, token_weights
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
-from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
+from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
 
 
 @jax.tree_util.register_dataclass
@@ -132,18 +132,14 @@ def advantages_of(
     mask: Bool[Array, "B T"],
     kl_coef: Float[Array, ""] | float,
     config: GroupConfig,
+    advantage: GroupAdvantage | None = None,
 ) -> Float[Array, "B T"]:
     """Advantages, zero off the mask, of scores and of the KL (k1, 0 off the response) that the reward pays.
 
     The KL of a whole response lowers its score before the baseline (RLOO); with reward_to_go the KL from a token on
     lowers that token's advantage after it (REINFORCE++: A_t = r - kl_coef sum of kl_i over i >= t).
     """
-    compared = partial(
-        adv.group_advantages,
-        group_size=config.group_size,
-        baseline=config.baseline,
-        scale_rewards=config.scale_rewards,
-    )
+    compared = bind(advantage or config.advantage, config)
     if config.reward_to_go:
         to_go = jnp.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
         advantages = compared(scores)[:, None] - kl_coef * to_go
@@ -154,11 +150,17 @@ def advantages_of(
     return jnp.where(mask, advantages, 0.0)
 
 
-def make_score(models: Models, config: GroupConfig, *, recompute: bool, model_weight: float = 1.0) -> Score:
-    """The scoring program, not yet compiled.
+def make_score(
+    models: Models,
+    config: GroupConfig,
+    *,
+    recompute: bool,
+    model_weight: float = 1.0,
+    advantage: GroupAdvantage | None = None,
+) -> Score:
+    """The scoring program, not yet compiled; its numbers per row are "reward" and, with a reference, "kl".
 
-    score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
-        -> (Experience, kl_coef, metrics, {"reward", "kl" if there is a reference} per row)
+    Give `advantage` to replace the config's.
     """
 
     def score(
@@ -187,7 +189,7 @@ def make_score(models: Models, config: GroupConfig, *, recompute: bool, model_we
             mask=mask,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
-            advantages=advantages_of(scores, paid, mask, kl_coef, config),
+            advantages=advantages_of(scores, paid, mask, kl_coef, config, advantage),
         )
         metrics = {
             **reward_metrics(raw, config.group_size),

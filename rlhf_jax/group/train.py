@@ -21,7 +21,7 @@ from rlhf_jax.online.networks import Networks, load_policy_and_reward
 from rlhf_jax.online.programs import Programs, compile_programs, recomputes
 from rlhf_jax.sharding import Mesh, copied, make_mesh, replicated
 from rlhf_jax.training.state import TrainState, create_state
-from rlhf_jax.types import Params, PolicyLoss, RewardFn
+from rlhf_jax.types import GroupAdvantage, Params, PolicyLoss, RewardFn
 
 
 def make_networks(
@@ -48,12 +48,14 @@ def make_programs(
     mesh: Mesh,
     stop_ids: tuple[int, ...],
     policy_loss: PolicyLoss | None = None,
+    advantage: GroupAdvantage | None = None,
 ) -> tuple[Programs, TrainState]:
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
     _, settings = settings_of(config)
     update, tx, schedule = core.make_group_step(nets.models, settings, config.optim, policy_loss)
     recompute = recomputes(config, settings, nets.models.policy)
-    score = core.make_score(nets.models, settings, recompute=recompute, model_weight=config.reward.model_weight)
+    weight = config.reward.model_weight
+    score = core.make_score(nets.models, settings, recompute=recompute, model_weight=weight, advantage=advantage)
     state = create_state(params, tx, mesh)
     parts = compile_programs(
         config, settings, nets, state, mesh, stop_ids, score=score, update=update, schedule=schedule
@@ -69,6 +71,7 @@ def setup(
     reward_functions: Sequence[RewardFn] | None = None,
     gold: RewardFn | None = None,
     policy_loss: PolicyLoss | None = None,
+    advantage: GroupAdvantage | None = None,
 ) -> tuple[Method, LoopState]:
     """The method of a config, and what its loop carries at first; writes nothing."""
     check(config)
@@ -82,7 +85,8 @@ def setup(
         key = branch(inputs.key, "weights")
         policy, reward = load_policy_and_reward(config, mesh, inputs.tokenizer, key)
         nets, params = make_networks(config, mesh, policy, reward, key)
-        programs, state = make_programs(config, nets, params, mesh, inputs.tokenizer.eos_ids, policy_loss)
+        stop_ids = inputs.tokenizer.eos_ids
+        programs, state = make_programs(config, nets, params, mesh, stop_ids, policy_loss, advantage)
         law = SamplingLaw.from_config(config.sampling, replicated(mesh))
         method = Method(config, settings, mesh, inputs, nets, programs, law, group_size=size)
         return method, first_state(method, state)
@@ -92,6 +96,6 @@ def run(config: GroupArgs, **overrides: Any) -> dict[str, Any]:
     """Train as configured and write the run directory; returns its summary. The config's class names the method.
 
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
-    (Python functions) and `policy_loss`.
+    (Python functions), `policy_loss` and `advantage`.
     """
     return loop.run(settings_of(config)[0], config, setup, **overrides)

@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages as adv
 from rlhf_jax.config import PPOArgs, PPOConfig, bind
-from rlhf_jax.losses import clipped_value_loss
 from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
@@ -39,7 +38,7 @@ from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import map_microbatches, token_weights
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
-from rlhf_jax.types import LossFn, Metrics, Params, PolicyLoss, Rollout
+from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollout, ValueLoss
 
 
 @jax.tree_util.register_dataclass
@@ -111,13 +110,16 @@ def values_of(
     return models.value.scores(params["value"]["score"], before_tokens(hidden, num_tokens))
 
 
-def objective(models: Models, config: PPOConfig, policy_loss: PolicyLoss | None = None) -> LossFn:
+def objective(
+    models: Models, config: PPOConfig, policy_loss: PolicyLoss | None = None, value_loss: ValueLoss | None = None
+) -> LossFn:
     """The loss of one minibatch {"experience", "temperature", "ptx"?}: policy + value - entropy (+ gamma * LM).
 
-    Give `policy_loss` to replace the clipped surrogate. "temperature" is float32[B], constant, to travel with rows.
+    Give `policy_loss` or `value_loss` to replace the config's. "temperature" is float32[B], constant, to travel with
+    rows.
     """
     policy_loss = bind(policy_loss or config.policy_loss, config)
-    value_loss = bind(clipped_value_loss, config)
+    value_loss = bind(value_loss or config.value_loss, config)
     lm_loss = sft_objective(models.policy, lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
 
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
@@ -179,22 +181,32 @@ def score_slots(mask: Bool[Array, "B T"], score_at: str) -> tuple[Int[Array, " B
     return slots, jnp.arange(mask.shape[1])[None, :] <= slots[:, None]
 
 
-def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weight: float = 1.0) -> Score:
-    """The scoring program, not yet compiled.
+def make_score(
+    models: Models,
+    config: PPOConfig,
+    *,
+    recompute: bool,
+    model_weight: float = 1.0,
+    advantage: Advantage | None = None,
+) -> Score:
+    """The scoring program, not yet compiled; its numbers per row are "reward" and "kl".
 
-    score(params, ref_params, reward_params, rollout, host_scores f32[B], kl_coef, temperature)
-        -> (Experience, kl_coef of the next iteration, metrics, {"reward", "kl"} per row)
+    Give `advantage` to replace the config's.
     """
+    estimate: Advantage = bind(advantage or config.advantage, config)
 
     def score(
         params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
-    ) -> tuple[Experience, Array, Metrics, dict[str, Array]]:
+    ) -> Scored:
+        # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         whole = models.whole(params, {"ref": ref, "reward": reward})
         per_row = partial(run_networks, models, whole, ref, reward, temperature, recompute=recompute)
         nets = map_microbatches(per_row, rollout, config.score_microbatch)
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         mask = rollout.mask
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
+
+        # Rewards [B, T]: the price of each token's KL, and at a row's slot its score.
         k1, k3 = adv.kl_k1(old_logprobs, ref_logprobs), adv.kl_k3(old_logprobs, ref_logprobs)
         scores = adv.missing_eos_penalty(
             raw, rollout.finished, missing_eos=config.missing_eos, missing_eos_value=config.missing_eos_value
@@ -203,8 +215,10 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
         rewards = adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
         if config.whiten_rewards:
             rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
+
+        # Advantages and returns [B, T].
         values = jnp.where(value_mask, nets["values"], 0.0)
-        advantages = adv.gae(rewards, values, discount=config.discount, gae_lambda=config.gae_lambda)
+        advantages = estimate(rewards, values)
         returns = advantages + values
         if config.whiten_advantages:
             advantages = adv.whiten(advantages, mask, shift_mean=True, variance=config.whiten_variance)
@@ -217,28 +231,37 @@ def make_score(models: Models, config: PPOConfig, *, recompute: bool, model_weig
             advantages=jnp.where(mask, advantages, 0.0),
             returns=jnp.where(value_mask, returns, 0.0),
         )
+
+        # What is reported, and the price of the next iteration.
         kl = k1.sum(axis=1)
-        metrics = {
-            "rollout/reward": raw.mean(),
-            "rollout/reward_std": raw.std(),
-            "rollout/kl": kl.mean(),
-            "rollout/kl_k3": k3.sum(axis=1).mean(),
-            "rollout/objective": (scores - kl_coef * kl).mean(),
-            "ppo/kl_coef": kl_coef,
-            **experience_metrics(experience, rollout),
-        }
+        metrics = score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef)
         if config.kl_controller == "adaptive":
-            kl_coef = adv.adaptive_kl_coef(
-                kl_coef, kl.mean(), mask.shape[0], kl_target=config.kl_target, kl_horizon=config.kl_horizon
-            )
+            options = {"kl_target": config.kl_target, "kl_horizon": config.kl_horizon}
+            kl_coef = adv.adaptive_kl_coef(kl_coef, kl.mean(), mask.shape[0], **options)
         return experience, kl_coef, metrics, {"reward": raw, "kl": kl}
 
     return score
 
 
-def experience_metrics(x: Experience, rollout: Rollout) -> Metrics:
-    """How the rows ended, how far the sampler's log-probs are from the ones used, and how good the critic is."""
+def score_metrics(
+    x: Experience,
+    rollout: Rollout,
+    raw: Float[Array, " B"],
+    scores: Float[Array, " B"],
+    kl: Float[Array, " B"],
+    k3: Float[Array, "B T"],
+    kl_coef: Float[Array, ""],
+) -> Metrics:
+    """Rewards (`raw`, and with the penalty of a missing end `scores`) against the KL, how the rows ended, how far the
+    sampler's log-probs are from the ones used, and how good the critic is.
+    """
     return {
+        "rollout/reward": raw.mean(),
+        "rollout/reward_std": raw.std(),
+        "rollout/kl": kl.mean(),
+        "rollout/kl_k3": k3.sum(axis=1).mean(),
+        "rollout/objective": (scores - kl_coef * kl).mean(),
+        "ppo/kl_coef": kl_coef,
         **rollout_metrics(rollout, x.old_logprobs),
         "value/mean": jnp.sum(x.old_values * token_weights(x.value_mask, "token")),
         "value/explained_variance": adv.explained_variance(x.old_values, x.returns, x.value_mask),
@@ -283,10 +306,10 @@ def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraA
 
 
 def make_ppo_step(
-    models: Models, run: PPOArgs, policy_loss: PolicyLoss | None = None
+    models: Models, run: PPOArgs, policy_loss: PolicyLoss | None = None, value_loss: ValueLoss | None = None
 ) -> tuple[Update, optax.GradientTransformationExtraArgs, Schedule]:
     """(update program, optimiser, policy learning rate by iteration) of a config."""
     tx, schedule = make_ppo_optimizer(run)
     join = lambda frozen, params: models.whole(params, frozen)  # noqa: E731
-    step = make_update(objective(models, run.ppo, policy_loss), tx, run.ppo.accumulate, join=join)
+    step = make_update(objective(models, run.ppo, policy_loss, value_loss), tx, run.ppo.accumulate, join=join)
     return make_ppo_update(step, run.ppo), tx, schedule

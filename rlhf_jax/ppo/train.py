@@ -29,7 +29,7 @@ from rlhf_jax.ppo.checks import check, check_batches
 from rlhf_jax.ppo.networks import make_networks, whole_critic
 from rlhf_jax.sharding import Mesh, make_mesh, replicated
 from rlhf_jax.training.state import TrainState, create_state
-from rlhf_jax.types import Params, PolicyLoss, RewardFn
+from rlhf_jax.types import Advantage, Params, PolicyLoss, RewardFn, ValueLoss
 
 
 def make_programs(
@@ -39,12 +39,15 @@ def make_programs(
     mesh: Mesh,
     stop_ids: tuple[int, ...],
     policy_loss: PolicyLoss | None = None,
+    value_loss: ValueLoss | None = None,
+    advantage: Advantage | None = None,
 ) -> tuple[Programs, TrainState]:
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
     ppo, models = config.ppo, nets.models
-    update, tx, schedule = core.make_ppo_step(models, config, policy_loss)
+    update, tx, schedule = core.make_ppo_step(models, config, policy_loss, value_loss)
     recompute = recomputes(config, ppo, models.policy)
-    score = core.make_score(models, ppo, recompute=recompute, model_weight=config.reward.model_weight)
+    weight = config.reward.model_weight
+    score = core.make_score(models, ppo, recompute=recompute, model_weight=weight, advantage=advantage)
     state = create_state(params, tx, mesh)
     parts = compile_programs(config, ppo, nets, state, mesh, stop_ids, score=score, update=update, schedule=schedule)
     return parts, state
@@ -73,6 +76,8 @@ def setup(
     reward_functions: Sequence[RewardFn] | None = None,
     gold: RewardFn | None = None,
     policy_loss: PolicyLoss | None = None,
+    value_loss: ValueLoss | None = None,
+    advantage: Advantage | None = None,
 ) -> tuple[Method, LoopState]:
     """PPO of a config, and what its loop carries at first; writes nothing."""
     check(config)
@@ -84,7 +89,8 @@ def setup(
     with jax.set_mesh(mesh.grid):
         policy, reward = load_policy_and_reward(config, mesh, tokenizer, key)
         nets, params, value = make_networks(config, mesh, policy, reward, key)
-        programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, policy_loss)
+        swapped = policy_loss, value_loss, advantage
+        programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, *swapped)
         critic = None
         if ppo.save_value_model:
             halves = ("policy", "value") if ppo.shared_trunk else ("value",)
@@ -99,6 +105,6 @@ def run(config: PPOArgs, **overrides: Any) -> dict[str, Any]:
     """Train as configured and write the run directory; returns its summary.
 
     Keyword arguments replace what the config names: `rows`, `eval_rows` (lists of dicts), `reward_functions`, `gold`
-    (Python functions) and `policy_loss`.
+    (Python functions), `policy_loss`, `value_loss` and `advantage`.
     """
     return loop.run("ppo", config, setup, **overrides)
