@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, eval_batches
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.messages import Messages
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.sampling import SamplingLaw, sample
@@ -24,7 +26,7 @@ from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params, Rollout
 
 
-def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]) -> Any:
+def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]) -> Callable[..., Rollout]:
     """The sampler of this config: (params, prompt, prompt_mask, key, law) -> Rollout, not yet compiled."""
     filtered = config.top_k > 0 or config.top_p < 1
     return partial(
@@ -85,7 +87,7 @@ class Generator:
         self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
 
     def responses(
-        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0, first: int = 0
+        self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0, first: int = 0
     ) -> list[Response]:
         """A response to each prompt that has tokens; `batch_size` rows at once (0: all).
 
@@ -95,7 +97,7 @@ class Generator:
         multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
         size = -(-(batch_size or len(examples)) // multiple) * multiple
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
-        found: list[Response] = []
+        responses: list[Response] = []
         for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
             placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
             rollout = self.rollout(
@@ -105,33 +107,31 @@ class Generator:
             for row, example in enumerate(examples[i * size : (i + 1) * size]):  # the last batch is filled up
                 ids = tokens[row][mask[row]]
                 text = self.tokenizer.response_text(ids.tolist(), example["given"])
-                found.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
-        return found
+                responses.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
+        return responses
 
     def texts(
-        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
+        self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0
     ) -> tuple[list[str], list[str], list[bool]]:
         """Prompts as text, a response to each, whether it ended in a stop id; `batch_size` rows at once (0: all)."""
-        found = self.responses(params, rows, key, batch_size=batch_size)
-        return [one.prompt for one in found], [one.text for one in found], [one.finished for one in found]
+        responses = self.responses(params, rows, key, batch_size=batch_size)
+        return [one.prompt for one in responses], [one.text for one in responses], [one.finished for one in responses]
 
-    def rows(
-        self, params: Params, rows: Sequence[dict[str, Any]], key: jax.Array, *, batch_size: int = 0
-    ) -> list[dict[str, Any]]:
+    def rows(self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0) -> list[Row]:
         """Rows {prompt, response, response_ids, finished}, which read as what was sampled; all `rows` have tokens."""
-        found = self.responses(params, rows, key, batch_size=batch_size)
+        responses = self.responses(params, rows, key, batch_size=batch_size)
         return [
             sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)
-            for row, one in zip(rows, found, strict=True)
+            for row, one in zip(rows, responses, strict=True)
         ]
 
 
-def sampled_row(prompt: Any, response: str, ids: list[int], finished: bool) -> dict[str, Any]:
+def sampled_row(prompt: str | Messages, response: str, ids: list[int], finished: bool) -> Row:
     """An sft row of what was sampled; `ids` with the stop id, if it finished."""
     return {"prompt": prompt, "response": response, "response_ids": ids, "finished": finished}
 
 
-def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[Any]) -> list[str]:
+def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[str | Messages]) -> list[str]:
     """The responses of a rollout to `prompts` (texts or messages), as rows and reward functions have them."""
     tokens, mask = to_host((rollout.tokens, rollout.mask))
     rows = zip(tokens, mask, prompts, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,7 +54,7 @@ def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def _largest_threshold(keys: Int[Array, "B V"], enough: Any) -> Int[Array, "B 1"]:
+def _largest_threshold(keys: Int[Array, "B V"], enough: Callable[[Array], Array]) -> Int[Array, "B 1"]:
     """The largest int32 t with enough(keys >= t), by bisection: 32 passes, no sort, exact. `enough` falls with t."""
     low = jnp.full((keys.shape[0], 1), jnp.iinfo(jnp.int32).min, jnp.int32)
     high = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
@@ -191,19 +192,23 @@ def _sample_rows(
     candidates: int,
     filtered: bool,
 ) -> Rollout:
+    """`sample` of some rows: prompt and mask [B, P], uniforms [B, T]; `steps` >= T is whole chunks."""
     rows, prompt_len = prompt.shape
     num_chunks = -(-max_new_tokens // chunk)
     steps = num_chunks * chunk
     uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens)))
     logits, cache = model.prefill(params, prompt, prompt_mask, positions_from_mask(prompt_mask))
+    # logits [B, V] of the first token, and per layer keys and values [B, K, P, N], which grow to S = P + steps.
     # The last token is never fed back, so the cache needs steps - 1 more columns; one more keeps the writes in range.
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, steps), (0, 0))), cache)
+    # Columns of the cache: which hold the prompt, bool[B, S]; a row's next position is its length and the step.
     columns = jnp.arange(prompt_len + steps)
     prompt_columns = jnp.pad(prompt_mask, ((0, 0), (0, steps)))
     lengths = prompt_mask.sum(axis=-1, dtype=jnp.int32)
     stops = jnp.asarray(stop_ids, jnp.int32)
     is_stop_id = jnp.zeros(model.arch.vocab_size, bool).at[stops].set(True) if stop_ids else None
 
+    # One token of every row: (logits, cache, done [B]) -> the same after it, and (token, log-prob, kept), [B] each.
     def one_token(carry: Any, step: Array) -> tuple[Any, Any]:
         logits, cache, done = carry
         if is_stop_id is not None:
@@ -218,6 +223,7 @@ def _sample_rows(
         logits, cache = model.decode(params, out[0], lengths + step, mask, cache, index)
         return (logits, cache, done), out
 
+    # A chunk of tokens, written to out [steps, B] at its place.
     def one_chunk(state: Any) -> Any:
         number, carry, out = state
         carry, new = jax.lax.scan(one_token, carry, number * chunk + jnp.arange(chunk))
