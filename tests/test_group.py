@@ -34,6 +34,7 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
 from rlhf_jax.online.iteration import roll_out
+from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
