@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from rlhf_jax.config import DPOArgs, DPOConfig, KTOArgs, KTOConfig, RRHFArgs, RRHFConfig, bind
 from rlhf_jax.data.collate import Collate, collate_preference, collate_unpaired, of_most_responses
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
-from rlhf_jax.data.examples import Example
+from rlhf_jax.data.encoding import Example
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.singles import unpaired_examples
 from rlhf_jax.errors import UserError

@@ -21,7 +21,7 @@ from rlhf_jax.data.collate import (
     of_most_responses,
 )
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
-from rlhf_jax.data.examples import Example
+from rlhf_jax.data.encoding import Example
 from rlhf_jax.data.layouts import layout_of
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.rows import Row

@@ -12,7 +12,7 @@ import pytest
 from tiny import byte_tokenizer
 
 from rlhf_jax.config import RunConfig, SFTArgs
-from rlhf_jax.data import chat
+from rlhf_jax.data import rendering
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import attempts, clock
@@ -91,7 +91,7 @@ def test_an_output_that_is_gone_on_with_renders_at_the_time_when_it_was_begun(tm
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(chat, "LONGEST_RENDERING", 0.2)
+    monkeypatch.setattr(rendering, "LONGEST_RENDERING", 0.2)
 
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}" + "{% endfor %}" * 3

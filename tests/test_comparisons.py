@@ -118,13 +118,13 @@ def test_every_form_of_a_ranking_becomes_the_same():
         {"responses": [turn("assistant", t) for t in texts], "ranks": [0, 2, 1]},
     ]:
         found = ballots.ranking_row({"prompt": prompt, **row})
-        assert (found.responses, found.ballots) == (texts, wanted)
+        assert found.responses == texts and [(b.rater, b.ranks) for b in found.ballots] == wanted
     for row in [
         {"responses": texts, "scores": [0.5, -2, 0.1]},
         {"responses": [{"text": t, "score": s} for t, s in zip(texts, [0.5, -2, 0.1], strict=True)]},
     ]:
-        [(_, ranks)] = ballots.ranking_row({"prompt": prompt, **row}).ballots
-        assert np.argsort(ranks).tolist() == [0, 2, 1]
+        [ballot] = ballots.ranking_row({"prompt": prompt, **row}).ballots
+        assert np.argsort(ballot.ranks).tolist() == [0, 2, 1]
     chat = ballots.ranking_row({"prompt": USER, "responses": texts, "ranks": [0, None, 1], "rater": "ann"})
     assert chat.responses[0] == [turn("assistant", "b")]
     assert chat.ballots[0][0] == "ann"

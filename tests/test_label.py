@@ -150,7 +150,8 @@ def test_ranks_are_stored_in_row_order_whatever_the_order_on_the_page(tmp_path):
     (joined, *_) = rows_from(str(tmp_path / "votes.jsonl"))
     ranking = ranking_row(joined)
     assert ranking.responses == [f" answer {j} of 0" for j in range(4)]
-    assert ranking.ballots == [(rater, [2.0, 0.0, 1.0, 1.0]) for rater in ("anna", "ben", "cleo")]
+    verdicts = [(ballot.rater, ballot.ranks) for ballot in ranking.ballots]
+    assert verdicts == [(rater, [2.0, 0.0, 1.0, 1.0]) for rater in ("anna", "ben", "cleo")]
 
 
 def test_the_order_on_the_page_is_fair_and_a_function_of_seed_rater_and_item():

@@ -8,20 +8,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rlhf_jax.commands.sample import print_rows
 from rlhf_jax.config import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs, resolve
-from rlhf_jax.data import ballots, lint, tfds_rows
+from rlhf_jax.data import lint, tfds_rows
 from rlhf_jax.data.agreement import elo
-from rlhf_jax.data.ballots import Ranking
+from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.consensus import bootstrap_intervals
-from rlhf_jax.data.examples import collect, prompt_key, split_by_prompt
-from rlhf_jax.data.gathering import describe, fit, gaps, join, numbered, parts, same_text
+from rlhf_jax.data.encoding import collect
+from rlhf_jax.data.examples import prompt_key, split_by_prompt
+from rlhf_jax.data.gathering import describe, describe_parts, fit, join, linked_parts, numbered, same_text
 from rlhf_jax.data.messages import text_of
 from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, printable, shown, tell
@@ -29,7 +30,7 @@ from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, writt
 from rlhf_jax.hosts.outputs import check_output
 
 
-def run_inspect(config: DataInspectArgs) -> dict[str, Any]:
+def run_inspect(config: DataInspectArgs) -> lint.Findings:
     """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings."""
     train = rows_from(config.path, config.fields)
     if config.eval_path:
@@ -37,13 +38,13 @@ def run_inspect(config: DataInspectArgs) -> dict[str, Any]:
     else:
         train, held_out = split_by_prompt(train, config.eval_fraction, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    found = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
-    tell("\n".join(lint.lines(found)))
+    findings = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
+    tell("\n".join(lint.lines(findings)))
     color = sys.stdout.isatty() if config.color == "auto" else config.color == "always"
     if tokenizer is not None and config.examples:
         chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.examples]
         print("\n".join(lint.render(train[i], tokenizer, loss_on=config.loss_on, color=color) for i in sorted(chosen)))
-    return found
+    return findings
 
 
 def run_prepare(config: DataPrepareArgs) -> Path:
@@ -99,27 +100,23 @@ def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     dropped = 0
     for row in rows_from(config.path, config.fields):
         try:
-            together.append(ballots.ranking_row(row))
+            together.append(ranking_row(row))
         except DroppedRow:
             dropped += 1
-    if all(len(one.responses) < 2 for one in join(together, prompt_key)):
+    if all(len(one.answers) < 2 for one in join(together, prompt_key)):
         raise UserError(f"{config.path}: no prompt has two responses to compare ({dropped} rows dropped); give more")
     joined = [_by_field(together, config.by)] if config.by else join(together, prompt_key)
-    apart = [parts(one) for one in joined]
-    fitted, raters, facts = fit([part for own in apart for part in own], method=config.method, prior=config.prior)
+    parts = [linked_parts(ranking) for ranking in joined]
+    fitted, raters, facts = fit([part for each in parts for part in each], method=config.method, prior=config.prior)
     counted = f"{len(together)} rows, {dropped} dropped, {len(joined)} groups"
-    equal = sum(len(one.responses) for one in together) - sum(len(one.responses) for one in joined)
-    said = [f"{equal} responses are equal to another of their prompt"] if equal and not config.by else []
-    tell("; ".join([counted, *describe(raters, facts), *gaps(joined, apart), *said]))
+    equal = sum(len(ranking.answers) for ranking in together) - sum(len(ranking.answers) for ranking in joined)
+    notes = [f"{equal} responses are equal to another of their prompt"] if equal and not config.by else []
+    tell("; ".join([counted, *describe(raters, facts), *describe_parts(joined, parts), *notes]))
     bounds = _intervals(fitted, config) if config.intervals else [None] * len(fitted)
     if config.method == "crowd_bt" and len(raters) > 1:
+        names = sorted(raters, key=raters.__getitem__)
         tell("rater  reliability")
-        tell(
-            "\n".join(
-                f"{printable(name) or 'unnamed'}  {raters[name]:.3f}"
-                for name in sorted(raters, key=raters.__getitem__)
-            )
-        )
+        tell("\n".join(f"{printable(name) or 'unnamed'}  {raters[name]:.3f}" for name in names))
     if config.by:
         for ranking, bound in zip(fitted, bounds, strict=True):
             _show(ranking, bound)
@@ -136,34 +133,36 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
     value; two responses of one value are not compared. All that is said of one prompt is a unit of the bootstrap.
     """
     for ranking in together:
-        if not all(name in more for more in ranking.extra):
+        if not all(name in answer.extra for answer in ranking.answers):
             raise UserError(f'{ranking.where}: a response has no field "{name}"; correct --by')
-    value = lambda response, done, more: _value(more[name])  # noqa: E731
-    of_prompts = join(list(together), prompt_key, lambda *one: (same_text(*one), value(*one)))
-    compared = [replace(one, units=[0] * len(one.ballots)) for one in of_prompts if len(one.responses) > 1]
+    value = lambda answer: _value(answer.extra[name])  # noqa: E731
+    of_prompts = join(list(together), prompt_key, lambda answer: (same_text(answer), value(answer)))
+    compared = [
+        replace(ranking, ballots=[ballot._replace(unit=0) for ballot in ranking.ballots])
+        for ranking in of_prompts
+        if len(ranking.answers) > 1
+    ]
     [joined] = join(compared, lambda row: "", value)
-    names = [_value(more[name]) for more in joined.extra]
+    names = [value(answer) for answer in joined.answers]
     if len(names) < 2:
         raise UserError(
             f'all responses have one "{name}", {shown(names[0])}; correct --by, or give responses of others'
         )
-    order, size = sorted(range(len(names)), key=names.__getitem__), len(names)
-    told = [(rater, [ranks[i] for i in order]) for rater, ranks in joined.ballots]
-    items: list[ballots.Response] = [names[i] for i in order]
-    plain: dict[str, Any] = {"responses": items, "finished": [True] * size, "extra": [{}] * size, "ids": []}
-    return replace(joined, prompt=name, ballots=told, **plain)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    ballots = [ballot._replace(ranks=[ballot.ranks[i] for i in order]) for ballot in joined.ballots]
+    return replace(joined, prompt=name, answers=[Answer(names[i]) for i in order], ballots=ballots)
 
 
-def _value(found: Any) -> str:
+def _value(value: object) -> str:
     """A value of a field as it is shown."""
-    return found if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)
 
 
 def _intervals(fitted: list[Ranking], config: DataAggregateArgs) -> list[np.ndarray]:
     """[2, K] lower and upper ends of the 95% intervals of each group's strengths."""
-    voted, names, times, units = numbered(fitted)
+    ballots, names, times, units = numbered(fitted)
     ends = bootstrap_intervals(
-        voted,
+        ballots,
         num_raters=len(names),
         method=config.method,
         prior=config.prior,
@@ -173,12 +172,13 @@ def _intervals(fitted: list[Ranking], config: DataAggregateArgs) -> list[np.ndar
         times=times,
         units=units,
         whole=bool(config.by),
-        sizes=[len(ranking.responses) for ranking in fitted],
+        sizes=[len(ranking.answers) for ranking in fitted],
     )
-    return [np.stack(ends)[:, g, : len(ranking.responses)] for g, ranking in enumerate(fitted)]
+    return [np.stack(ends)[:, g, : len(ranking.answers)] for g, ranking in enumerate(fitted)]
 
 
 def _show(ranking: Ranking, bound: np.ndarray | None) -> None:
+    """Print the table of strengths, the best first."""
     tell("Elo  95% interval  " + str(ranking.prompt))
     strengths = ranking.strengths if ranking.strengths is not None else np.zeros(0)
     for i in np.argsort(-strengths):
@@ -190,8 +190,8 @@ def _row(ranking: Ranking, bound: np.ndarray | None) -> Row:
     """A ranking row {prompt, responses: [{text, rank, strength, interval?, ...}]}."""
     ranks, _ = ranking.consensus()
     items = []
-    for i, given in enumerate(ranking.items()):
-        item = {**given, "rank": None if np.isnan(ranks[i]) else int(ranks[i])}
+    for i, fields in enumerate(ranking.items()):
+        item = {**fields, "rank": None if np.isnan(ranks[i]) else int(ranks[i])}
         if ranking.strengths is not None:
             item["strength"] = round(float(ranking.strengths[i]), 4)
         if bound is not None:

@@ -19,16 +19,11 @@ def agreement(verdicts: Comparisons, weights: Float[np.ndarray, " N"] | None = N
     `weights` counts each verdict so often, else once.
     """
     weights = np.ones(len(verdicts.shares)) if weights is None else weights
-    flip = verdicts.first > verdicts.second
-    low, high = np.minimum(verdicts.first, verdicts.second), np.maximum(verdicts.first, verdicts.second)
-    shares = np.where(flip, 1 - verdicts.shares, verdicts.shares)
-    items = np.stack([verdicts.groups, low, high], 1)
-    _, of_item = np.unique(items, axis=0, return_inverse=True)
-    of_item = of_item.reshape(-1)
-    _, of_said = np.unique(np.stack([of_item, (2 * shares).astype(np.int64)], 1), axis=0, return_inverse=True)
+    of_pair, wins = _by_pair(verdicts)
+    _, of_verdict = np.unique(np.stack([of_pair, wins], 1), axis=0, return_inverse=True)
     pairs, same = (
-        sum(n * max(n - 1, 0.0) / 2 for n in np.bincount(of, weights).tolist())
-        for of in (of_item, of_said.reshape(-1))
+        sum(n * max(n - 1, 0.0) / 2 for n in np.bincount(number, weights).tolist())
+        for number in (of_pair, of_verdict.reshape(-1))
     )
     return (same / pairs if pairs else float("nan")), round(pairs)
 
@@ -39,19 +34,24 @@ def rater_taus(verdicts: Comparisons) -> tuple[Float[np.ndarray, " R"], Int[np.n
     With s = 1, 0, -1 for first, tie, second: sum s_a s_b / sqrt(sum s_a^2 sum s_b^2) over all pairs of items that
     rater a and a rater b judged (Kendall 1945). 1 is the same order everywhere, -1 the opposite, 0 chance.
     """
-    c = verdicts
-    flip = c.first > c.second
-    low, high = np.minimum(c.first, c.second), np.maximum(c.first, c.second)
-    pairs, of_pair = np.unique(np.stack([c.groups, low, high], 1), axis=0, return_inverse=True)
-    said = np.zeros((c.num_raters, len(pairs)))
-    judged = np.zeros((c.num_raters, len(pairs)))
-    said[c.raters, of_pair.reshape(-1)] = (2 * c.shares - 1) * np.where(flip, -1, 1)
-    judged[c.raters, of_pair.reshape(-1)] = 1
-    others, squares = said.sum(0) - said, (said**2).sum(0) - said**2
+    of_pair, wins = _by_pair(verdicts)
+    signs, judged = np.zeros((2, verdicts.num_raters, of_pair.max(initial=-1) + 1))  # each [rater, pair]
+    signs[verdicts.raters, of_pair] = wins - 1
+    judged[verdicts.raters, of_pair] = 1
+    others, squares = signs.sum(0) - signs, (signs**2).sum(0) - signs**2
     shared = judged * (judged.sum(0) - judged)
-    norm = np.sqrt((said**2 * shared).sum(1) * (judged * squares).sum(1))
-    tau = np.divide((said * others).sum(1), norm, out=np.full(c.num_raters, np.nan), where=norm > 0)
+    norm = np.sqrt((signs**2 * shared).sum(1) * (judged * squares).sum(1))
+    tau = np.divide((signs * others).sum(1), norm, out=np.full(verdicts.num_raters, np.nan), where=norm > 0)
     return tau, shared.sum(1).astype(np.int64)
+
+
+def _by_pair(verdicts: Comparisons) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the pair of items int[N], 2, 1 or 0: the lower item of it wins, ties, loses) of each verdict."""
+    first, second = verdicts.first, verdicts.second
+    items = np.stack([verdicts.groups, np.minimum(first, second), np.maximum(first, second)], 1)
+    _, of_pair = np.unique(items, axis=0, return_inverse=True)
+    wins = (2 * np.where(first > second, 1 - verdicts.shares, verdicts.shares)).astype(np.int64)
+    return of_pair.reshape(-1), wins
 
 
 def length_bias(

@@ -1,72 +1,66 @@
-"""Rankings of several responses by several raters: one row each, and all rows of a prompt together."""
+"""Rankings of several responses to one prompt by several raters, as rows give them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax.data import rankings
 from rlhf_jax.data.consensus import consensus_ranks, soft_labels
-from rlhf_jax.data.layouts import Joined, layout_of
-from rlhf_jax.data.messages import SAID, Messages, prompt_of, response_of, written
+from rlhf_jax.data.layouts import layout_of
+from rlhf_jax.data.messages import SAID, Text, prompt_of, response_of, written
 from rlhf_jax.data.numbers import in_order, is_number, number_of
 from rlhf_jax.data.rows import Row, bad_row, empty_row, require, type_of, where_of
-from rlhf_jax.data.schemas import answer_of, finished_of, flag_of, ids_of, preference_row
+from rlhf_jax.data.schemas import (
+    Answer,
+    answer_of,
+    both_answers,
+    finished_of,
+    flag_of,
+    ids_of,
+    preference_row,
+    single_answer,
+)
 
-Response = str | Messages
-Ballot = tuple[str, list[float]]
-"""(rater, ranks of the responses): lower is better, equal is a tie, NaN is not ranked. Rater "" is anybody."""
+
+class Ballot(NamedTuple):
+    """What one rater says of all responses to a prompt."""
+
+    rater: str  # a name, "" for anybody
+    ranks: list[float]  # lower is better, equal is a tie, NaN is not ranked
+    times: float = 1.0  # how often the ballot counts
+    unit: int = 0  # the bootstrap draws ballots of a ranking with one number together
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """K responses to a prompt and what raters think of them.
+    """K responses to a prompt and what raters think of them."""
 
-    Attributes:
-        prompt, responses: as in `schemas`, K responses.
-        finished: which of them were not cut off.
-        ids: the token ids that a model sampled for each, None where nothing says so.
-        ballots: the raters' verdicts.
-        where: file:line.
-        extra: fields of each response that are nobody's business here, such as "model".
-        strengths: float[K], once aggregated.
-        times: how often each ballot counts; empty where each counts once.
-        units: ballots with one number are parts of one, which the bootstrap draws together; empty where none are.
-    """
-
-    prompt: Response
-    responses: list[Response]
-    finished: list[bool]
+    prompt: Text
+    answers: list[Answer]
     ballots: list[Ballot]
-    where: str
-    extra: list[Row] = field(default_factory=list)
-    strengths: np.ndarray | None = None
-    ids: list[list[int] | None] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    units: list[int] = field(default_factory=list)
+    where: str  # file:line
+    strengths: np.ndarray | None = None  # float[K], once aggregated
 
-    def __post_init__(self) -> None:
-        if not self.ids:
-            object.__setattr__(self, "ids", [None] * len(self.responses))
-
-    def counts(self) -> np.ndarray:
-        """float[len(ballots)], how often each ballot counts."""
-        return np.array(self.times or [1.0] * len(self.ballots))
+    @property
+    def responses(self) -> list[Text]:
+        """The K responses alone, as texts or messages."""
+        return [answer.response for answer in self.answers]
 
     def wins(self) -> np.ndarray:
         """float[K, K], how often response i was preferred to j, a tie as half."""
-        ballots = [(0, 0, ranks) for _, ranks in self.ballots]
-        c = rankings.comparisons(ballots, num_raters=1, sizes=[len(self.responses)])
-        return c.wins(self.counts()[c.ballots], c.shares)[0]
+        ballots = [(0, 0, ballot.ranks) for ballot in self.ballots]
+        c = rankings.comparisons(ballots, num_raters=1, sizes=[len(self.answers)])
+        times = np.array([ballot.times for ballot in self.ballots])
+        return c.wins(times[c.ballots], c.shares)[0]
 
     def items(self) -> list[Row]:
         """The responses as rows hold them: {text, ids?, finished, ...}, without who is better."""
-        columns = zip(self.responses, self.ids, self.finished, self.extra, strict=True)
         return [
-            {"text": written(response), **({} if ids is None else {"ids": ids}), "finished": done, **more}
-            for response, ids, done, more in columns
+            {"text": written(response), **({} if ids is None else {"ids": ids}), "finished": finished, **extra}
+            for response, finished, ids, extra in self.answers
         ]
 
     def consensus(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,14 +73,14 @@ class Ranking:
         games = wins + wins.T
         if self.strengths is None:
             labels = np.divide(wins, games, out=np.full(wins.shape, np.nan), where=games > 0)
+            if len(self.ballots) == 1:
+                return np.array(self.ballots[0].ranks, np.float64), labels
             order = np.nansum(labels, axis=1) / np.maximum((games > 0).sum(axis=1), 1)
+            tolerance = 1e-12  # shares of whole votes are exact, a fit is not
         else:
-            side = rankings.components(wins)
-            labels = np.where(side[:, None] == side[None, :], soft_labels(self.strengths), np.nan)
-            order = self.strengths
-        if self.strengths is None and len(self.ballots) == 1:
-            return np.array(self.ballots[0][1], np.float64), labels
-        tolerance = 1e-12 if self.strengths is None else 1e-4  # shares of whole votes are exact, a fit is not
+            part = rankings.components(wins)
+            labels = np.where(part[:, None] == part[None, :], soft_labels(self.strengths), np.nan)
+            order, tolerance = self.strengths, 1e-4
         ranks = consensus_ranks(order, tolerance=tolerance).astype(np.float64)
         return np.where(games.any(axis=1), ranks, np.nan), labels
 
@@ -112,50 +106,43 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     if kind == "unpaired preference":
         answer = answer_of(row)
         ranks = [0.0 if flag_of(row, "label") else 1.0]
-        only, ids = [answer["response"]], [answer.get("ids")]
-        said = [(rater_of(row), ranks)]
-        return Ranking(answer["prompt"], only, [answer["finished"]], said, where_of(row), [{}], ids=ids)
+        return Ranking(answer["prompt"], [single_answer(answer)], [Ballot(rater_of(row), ranks)], where_of(row))
     if kind == "stepwise supervision":
         raise bad_row(
             row, "stepwise supervision labels parts of one answer; give whole answers, such as {chosen, rejected}"
         )
     if kind != "ranking":
         pair = preference_row(row)
-        both, (said, times) = [pair["chosen"], pair["rejected"]], _votes(row)
-        more = {"ids": pair["ids"], "times": times}
-        return Ranking(pair["prompt"], both, pair["finished"], said, where_of(row), [{}, {}], **more)
+        return Ranking(pair["prompt"], both_answers(pair), _ballots_of_votes(row), where_of(row))
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
-    labels = any(row.get(name) is not None for name in ("raters", "ranks", "scores", "best"))
-    labels = labels or any({"rank", "score"} & set(item) for item in items)
-    ballots = _ballots(row, items) if labels or not unlabelled else []
+    labelled = any(row.get(name) is not None for name in ("raters", "ranks", "scores", "best"))
+    labelled = labelled or any({"rank", "score"} & set(item) for item in items)
+    ballots = _ballots(row, items) if labelled or not unlabelled else []
     kept = [i for i, item in enumerate(items) if _has_text(item["text"])]
     if len(kept) < 2:
         raise empty_row(row, f"{len(kept)} of {len(items)} responses have a text", "with fewer than two responses")
-    return Ranking(
-        prompt,
+    columns = (
         [response_of(row, f"responses {i}", items[i]["text"], prompt) for i in kept],
         [finished_of({**items[i], "_where": where_of(row)}) for i in kept],
-        [(rater, [ranks[i] for i in kept]) for rater, ranks in ballots],
-        where_of(row),
+        [ids_of({**items[i], "_where": f"{where_of(row)}: responses {i}"}, "ids") for i in kept],
         [{k: v for k, v in items[i].items() if k not in ("text", "rank", "score", "finished", "ids")} for i in kept],
-        ids=[ids_of({**items[i], "_where": f"{where_of(row)}: responses {i}"}, "ids") for i in kept],
     )
-
-
-def rankings_of(row: Row) -> list[Ranking]:
-    """The `ranking_row` of a row, or the parts of the one that `gather` has made of several."""
-    return row.rankings if isinstance(row, Joined) else [ranking_row(row)]
+    return Ranking(
+        prompt,
+        [Answer(*fields) for fields in zip(*columns, strict=True)],
+        [Ballot(rater, [ranks[i] for i in kept], unit=unit) for unit, (rater, ranks) in enumerate(ballots)],
+        where_of(row),
+    )
 
 
 def _items(row: Row) -> list[Row]:
     """The responses as dicts with a "text"."""
-    found = row["responses"]
-    if not isinstance(found, list):
-        raise bad_row(row, f'"responses" is {type_of(found)}; give a list of {{text, rank}}')
+    if not isinstance(row["responses"], list):
+        raise bad_row(row, f'"responses" is {type_of(row["responses"])}; give a list of {{text, rank}}')
     items = []
-    for number, item in enumerate(found):
+    for number, item in enumerate(row["responses"]):
         if isinstance(item, dict) and "role" not in item:
             if "text" not in item:
                 raise bad_row(row, f'responses {number} has no "text" (found: {", ".join(item) or "nothing"}); add it')
@@ -165,7 +152,8 @@ def _items(row: Row) -> list[Row]:
     return items
 
 
-def _has_text(value: Any) -> bool:
+def _has_text(value: object) -> bool:
+    """Whether a response, a text or messages, says something."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         if any(value[-1].get(name) for name in SAID):
             return True
@@ -173,13 +161,18 @@ def _has_text(value: Any) -> bool:
     return value is not None and bool(str(value).strip())
 
 
-def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
+def _ballots(row: Row, items: list[Row]) -> list[tuple[str, list[float]]]:
+    """(rater, ranks of all items) of every ballot of a ranking row."""
     if row.get("raters") is not None:
-        if not isinstance(row["raters"], list) or not all(isinstance(one, dict) for one in row["raters"]):
+        if not isinstance(row["raters"], list) or not all(isinstance(verdict, dict) for verdict in row["raters"]):
             raise bad_row(row, f'"raters" is {type_of(row["raters"])}; give a list of {{rater, ranks}}')
-        return [(rater_of(one, row), ranks) for one in row["raters"] for ranks in _said(row, one, len(items))]
+        return [
+            (rater_of(verdict, row), ranks)
+            for verdict in row["raters"]
+            for ranks in _verdict_ranks(row, verdict, len(items))
+        ]
     if row.get("best") is not None:
-        return [(rater_of(row), ranks) for ranks in _said(row, row, len(items))]
+        return [(rater_of(row), ranks) for ranks in _verdict_ranks(row, row, len(items))]
     for name, sign in (("rank", 1), ("score", -1)):
         values = row.get(f"{name}s")
         if values is None and any(name in item for item in items):
@@ -189,18 +182,19 @@ def _ballots(row: Row, items: list[Row]) -> list[Ballot]:
     raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
 
 
-def _said(row: Row, one: Row, size: int) -> list[list[float]]:
-    """The ranks of a rater; of a choice, one against each of the others, which are not compared with one another."""
-    best = one.get("best")
+def _verdict_ranks(row: Row, verdict: Row, size: int) -> list[list[float]]:
+    """The ranks in a rater's verdict. A choice of the `best` is a pair with each of the others, which it does not
+    compare with one another."""
+    best = verdict.get("best")
     if best is None:
-        return [_ranks(row, one.get("ranks"), size)]
+        return [_ranks(row, verdict.get("ranks"), size)]
     if type(best) is not int or not 0 <= best < size:
         raise bad_row(row, f'"best" is {best!r}; give the place of one of the {size} responses, from 0')
-    pair = {best: 0.0}
-    return [[{**pair, j: 1.0}.get(i, float("nan")) for i in range(size)] for j in range(size) if j != best]
+    places = range(size)
+    return [[{best: 0.0, j: 1.0}.get(i, float("nan")) for i in places] for j in places if j != best]
 
 
-def _ranks(row: Row, values: Any, size: int, sign: int = 1) -> list[float]:
+def _ranks(row: Row, values: object, size: int, sign: int = 1) -> list[float]:
     """A rank for each response, NaN for null; `sign` is -1 where a higher value is better."""
     if not isinstance(values, list) or len(values) != size:
         shown = len(values) if isinstance(values, list) else type_of(values)
@@ -219,11 +213,10 @@ def rater_of(row: Row, outer: Row | None = None) -> str:
     return name
 
 
-def _votes(row: Row) -> tuple[list[Ballot], list[float]]:
-    """(the ballots of a preference row, how often each counts): as `votes` says, or the one of its rater."""
+def _ballots_of_votes(row: Row) -> list[Ballot]:
+    """The ballots of a preference row: as its `votes` count, or the one of its rater."""
     votes = row.get("votes")
     if votes is None:
-        return [(rater_of(row), [0.0, 1.0])], [1.0]
-    said = ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0])
-    given = [(("", ranks), float(count)) for count, ranks in zip(votes, said, strict=True) if count]
-    return [ballot for ballot, _ in given], [count for _, count in given]
+        return [Ballot(rater_of(row), [0.0, 1.0])]
+    counted = [(float(count), ranks) for count, ranks in zip(votes, ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0]), strict=True)]
+    return [Ballot("", ranks, count, unit) for unit, (count, ranks) in enumerate(c for c in counted if c[0])]

@@ -1,19 +1,14 @@
-"""Examples to numpy batches: B examples in, arrays of one shape out, the same for a step whenever it is asked for.
-
-Shapes: B rows, S = `length` tokens, P = prompt bucket. Sequences are right-padded, prompts left-padded. What is real
-is said by segment_ids (0 = padding), mask and last, never by token ids: pad_id may be a stop id.
-"""
+"""Examples to numpy batches: B examples in, arrays of one shape out, the same for a step whenever it is asked for."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data.collate import Batch, Collate
-from rlhf_jax.data.examples import Example
+from rlhf_jax.data.encoding import Example
 from rlhf_jax.errors import UserError
 
 
@@ -32,13 +27,7 @@ class Batches:
     __iter__ = None  # steps never end: iterating by [0], [1], ... would not stop
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        batch_size: int,
-        seed: int,
-        collate: Collate,
-        buckets: Sequence[int] = (),
+        self, examples: Sequence[Example], *, batch_size: int, seed: int, collate: Collate, buckets: Sequence[int] = ()
     ):
         """Check the sizes and build the grain pipeline.
 
@@ -56,8 +45,7 @@ class Batches:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} is outside 0 .. 2**32 - 1; set run.seed within it")
         self._steps, self.left_over = divmod(len(examples), batch_size)
-        self._examples, self._seed, self._size = examples, seed, batch_size
-        self._collate = collate
+        self._examples, self._seed, self._size, self._collate = examples, seed, batch_size, collate
         self._taken = self._steps * batch_size  # rows of an epoch
         self._order = grain.MapDataset.source(range(self._taken)).seed(seed).shuffle().repeat(reseed_each_epoch=True)
         self._round = np.random.default_rng(seed).permutation(len(examples)) if self.left_over else np.zeros(0, int)
@@ -110,7 +98,7 @@ class Batches:
         """The file and line of every row of the global batch of a step."""
         return [self._examples[i]["where"] for i in self._rows_of(step)[1]]
 
-    def cursor(self) -> dict[str, Any]:
+    def cursor(self) -> dict[str, int | str]:
         """What, with a step, says which batch comes next: seed, global_batch, num_records and their fingerprint."""
         return {
             "seed": self._seed,
@@ -143,7 +131,7 @@ def _bucket(example: Example, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds the longest sequence of an example."""
     sequences = [example[name] for name in ("tokens", "chosen", "rejected", "response", "other") if name in example]
     longest = max(len(ids) for ids in [*sequences, *example.get("responses", [])])
-    found = next((bucket for bucket in buckets if bucket >= longest), None)
-    if found is None:
+    smallest = next((bucket for bucket in buckets if bucket >= longest), None)
+    if smallest is None:
         raise UserError(f"an example of {longest} tokens fits no bucket of {list(buckets)}; raise the last one")
-    return found
+    return smallest

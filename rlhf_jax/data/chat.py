@@ -9,29 +9,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
-from itertools import pairwise, takewhile
-from typing import Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, TypeVar
 
+from rlhf_jax.data.backend import token_text
 from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript, turns_of
+from rlhf_jax.data.rendering import Endless, Span, Template, split_given
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import clock
-from rlhf_jax.hosts.attempts import limited
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MARKER, QUESTION = "0x5EED", "0x7EA"  # what is said where a chat template is probed; it leaves such text alone
 ASKED: Messages = [{"role": "user", "content": QUESTION}]
 OPENS = re.compile(r"(?P<tag><[\w:.-]+>|\[[\w:.-]+\]|◁[\w:.-]+▷)(?P<space>\s*)$")  # a thought, at a prompt's end
 LONGEST_TAG = 64
-LONGEST_RENDERING = 5.0
-"""Seconds that a chat template may compute for one conversation."""
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers hands over as all
 FOLLOWS = "answers to a prompt that the chat template writes otherwise once they are there"
 MERGED = "answers whose start and the prompt's end would be one token, had they been one text"
 CHANGED = "turns whose text the chat template changes or leaves out"
-
-
-class Endless(UserError):
-    """A chat template that does not end."""
 
 
 class Transcript:
@@ -56,40 +52,43 @@ class Transcript:
                 raise UserError(f"{what} need a chat template, which this tokenizer does not have; leave them out")
             for name in _extras(turn):
                 if name in SAID:
-                    raise UserError(
-                        f'"{name}" needs a chat template, which this tokenizer does not have; leave it out'
-                    )
+                    message = f'"{name}" needs a chat template, which this tokenizer does not have; leave it out'
+                    raise UserError(message)
                 remarks[_unseen(name)] += 1
 
-    def spans(self, messages: Messages) -> list[tuple[int, int]]:
+    def spans(self, messages: Messages) -> list[Span]:
         """(start, end) of earlier answers in `prompt(messages)`, in characters."""
-        return _spans(self, messages)
+        return _spans_by_difference(self, messages)
 
 
 class ChatTemplate:
     """A tokenizer's chat template, and how it sets off an answer.
 
+    What it writes around answers is found by probing it with a question and a marker for the answer:
+    question [header] [lead] MARKER [closing ...], where the closing begins what stands after the last answer. Messages
+    that the template refuses are a UserError.
+
     Attributes:
         closings: ids of special tokens with which it closes every answer, in their order; usually one or none.
     """
 
-    def __init__(self, hf: Any):
-        self.hf = hf
-        self.closings = ()
-        self._silent = False
-        self._header = self._lead = self._after = self._closing = ""
+    def __init__(self, hf: PreTrainedTokenizerBase):
+        """Probe the template; one that does not end is an error."""
+        self.hf, self._template = hf, Template(hf)
+        self.closings: tuple[int, ...] = ()
+        self._silent = False  # it leaves out, or rewrites, an answer that is a text
+        self._header = ""  # what it writes before an answer but not at the end of a prompt
+        self._lead = ""  # what it writes between a prompt and the answer's content
+        self._after = ""  # what it writes after the content of a last answer
+        self._closing = ""  # what of that closes an answer
         try:
-            hf.get_chat_template()
-        except ValueError as error:
-            raise UserError("the tokenizer has several chat templates and none named default; name one so") from error
-        try:
-            prompt, bare = (self._text(ASKED, answer_next=flag) for flag in (True, False))
-            before, found, self._after = self._text([*ASKED, _answer(MARKER)]).partition(MARKER)
+            prompt, bare = (self._template.text(ASKED, answer_next=flag) for flag in (True, False))
+            before, marker, self._after = self._template.text([*ASKED, _answer(MARKER)]).partition(MARKER)
         except Endless:
             raise
         except UserError:
             return  # a template for other roles; the first real prompt reports it with its row
-        self._silent = not found
+        self._silent = not marker
         if self._silent:
             return
         if before.startswith(prompt):
@@ -98,47 +97,43 @@ class ChatTemplate:
                 self._header = self._lead.rstrip(" ")
                 self._lead = self._lead.removeprefix(self._header)
         else:  # it writes the question otherwise once it is answered, but maybe the same after it
-            ends = [text.rpartition(QUESTION)[2] for text in (prompt, before)]
-            self._lead = ends[1].removeprefix(ends[0]) if ends[1].startswith(ends[0]) else ""
+            unanswered, answered = (text.rpartition(QUESTION)[2] for text in (prompt, before))
+            self._lead = answered.removeprefix(unanswered) if answered.startswith(unanswered) else ""
         self._find_closing()
 
     def _find_closing(self) -> None:
-        """What closes every answer: what follows one that is the last, and one that is not."""
-        always = self._after
+        """What closes every answer: what follows both one that is the last and one that is not."""
+        closing = self._after
         try:
-            text = self._text([*ASKED, _answer(MARKER), *ASKED])
-            _, found, later = text.partition(MARKER)
+            _, marker, later = self._template.text([*ASKED, _answer(MARKER), *ASKED]).partition(MARKER)
         except UserError:
-            found = later = ""
-        ids, others = (self.hf(one, add_special_tokens=False)["input_ids"] for one in (self._after, later))
+            marker = later = ""
+        ids, later_ids = (self.hf(text, add_special_tokens=False)["input_ids"] for text in (self._after, later))
         special = specials(self.hf)
-        if found and special & set(shared := _shared(ids, others)):
+        if marker and special & set(shared := _shared(ids, later_ids)):
             ids = shared
-        elif found:
-            always = _shared(self._after, later)
+        elif marker:
+            closing = _shared(self._after, later)
         places = [place for place, i in enumerate(ids) if i in special]
-        run = [place for n, place in enumerate(places) if place == places[0] + n]
-        self.closings = tuple(ids[place] for place in run)
-        self._closing = always.rstrip()
+        first_run = [place for n, place in enumerate(places) if place == places[0] + n]
+        self.closings = tuple(ids[place] for place in first_run)
+        self._closing = closing.rstrip()
 
     def close_with(self, stop: int | None) -> None:
         """Have answers end in this special token, one of those after them; None: in none, and their text alone."""
         if stop is not None:
-            name = self.hf.convert_ids_to_tokens(stop)
-            head, found, _ = self._after.partition(name)
-            self._closing = head + name if found else name
+            name = token_text(self.hf, stop)
+            before, there, _ = self._after.partition(name)
+            self._closing = before + name if there else name
         elif self.closings:
             self._closing = ""
 
     def prompt(self, messages: Messages) -> str:
-        """The conversation, open for an answer: with the header that the template writes before one.
-
-        Raises:
-            UserError: the template refuses the messages.
-        """
+        """The conversation, open for an answer: with the header that the template writes before one."""
         if not turns_of(messages):  # of a conversation that starts with an answer
-            return self._text([*messages, _answer(MARKER)]).partition(MARKER)[0].removesuffix(self._lead)
-        text = self._text(messages, answer_next=True)
+            before, _, _ = self._template.text([*messages, _answer(MARKER)]).partition(MARKER)
+            return before.removesuffix(self._lead)
+        text = self._template.text(messages, answer_next=True)
         return text if text.endswith(self._header) else text + self._header
 
     def answer(self, messages: Messages, prompt: str, turn: Message, remarks: Counter[str], *, closed: bool) -> str:
@@ -152,13 +147,14 @@ class ChatTemplate:
             raise UserError(
                 "the chat template leaves out answers whose content is a text, or rewrites all of it; use another"
             )
-        whole = self._text([*messages, turn])
+        whole = self._template.text([*messages, turn])
         if whole.startswith(prompt):
-            rest = whole[len(prompt) :]
+            rest = whole.removeprefix(prompt)
         else:
             remarks[FOLLOWS] += 1
             rest = self._following(prompt, messages, turn, whole)
-        self._check_fields([*messages, turn], [len(messages)], lambda bare: self._text(bare) != whole, remarks)
+        last = [len(messages)]
+        self._check_fields([*messages, turn], last, lambda bare: self._template.text(bare) != whole, remarks)
         if rest.endswith(self._after):
             rest = rest.removesuffix(self._after)
         elif self._closing in rest:
@@ -169,28 +165,39 @@ class ChatTemplate:
     def _following(self, prompt: str, messages: Messages, turn: Message, whole: str) -> str:
         """The answer to a prompt that is no beginning of the whole conversation.
 
-        Where the prompt opens a thought (as "<think>\\n") and the conversation goes on in it, the answer does so too.
-        Where the conversation has no thought there, an answer that has one goes on in it, and one that has none closes
-        it at once. Else the answer is what the template writes in the place of its content.
+        Where the prompt opens a thought (as "<think>\\n"), `_in_thought` may know how the answer goes on in it. Else
+        the answer is what the template writes in the place of its content.
         """
-        content, opens = turn["content"], OPENS.search(prompt)
-        if opens and whole.startswith(prompt[: opens.end("tag")]):
-            return whole[opens.end("tag") :].lstrip()
-        if opens and whole.startswith(prompt[: opens.start()]):
-            written = whole[opens.start() :].removesuffix(self._after)
-            content = content if content.endswith(written) else content.rstrip()  # a template that trims
-            if content.lstrip().startswith(opens["tag"]):
-                return content.lstrip().removeprefix(opens["tag"]).removeprefix(opens["space"]) + self._after
-            close = f"{opens['tag'][0]}/{opens['tag'][1:]}"
-            return content + self._after if close in content else f"\n{close}\n\n{content}{self._after}"
-        before, found, after = self._text([*messages, {**turn, "content": MARKER}]).rpartition(MARKER)
+        opens = OPENS.search(prompt)
+        in_thought = self._in_thought(prompt, opens, turn["content"], whole) if opens else None
+        if in_thought is not None:
+            return in_thought
+        marked = [*messages, {**turn, "content": MARKER}]
+        before, marker, after = self._template.text(marked).rpartition(MARKER)
         inner = whole.removeprefix(before).removesuffix(after)
-        if not found or before + inner + after != whole:
+        if not marker or before + inner + after != whole:
             raise UserError(
                 "the chat template writes the prompt otherwise once it is answered, and nothing shows where the "
                 "answer begins; use a template whose generation prompt is a beginning of the whole conversation"
             )
         return self._lead + inner + after
+
+    def _in_thought(self, prompt: str, opens: re.Match[str], content: str, whole: str) -> str | None:
+        """The answer that goes on in the thought that its prompt opens, or None if the prompt differs before it.
+
+        Where the whole conversation goes on in the thought, the answer does so too. Where it has no thought there, an
+        answer that has one goes on in it, and one that has none closes it at once.
+        """
+        if whole.startswith(prompt[: opens.end("tag")]):
+            return whole[opens.end("tag") :].lstrip()
+        if not whole.startswith(prompt[: opens.start()]):
+            return None
+        written = whole[opens.start() :].removesuffix(self._after)
+        content = content if content.endswith(written) else content.rstrip()  # a template that trims
+        if content.lstrip().startswith(opens["tag"]):
+            return content.lstrip().removeprefix(opens["tag"]).removeprefix(opens["space"]) + self._after
+        close = f"{opens['tag'][0]}/{opens['tag'][1:]}"
+        return content + self._after if close in content else f"\n{close}\n\n{content}{self._after}"
 
     def check(self, messages: Messages, prompt: str, remarks: Counter[str]) -> None:
         """Count what of messages is not in `prompt`, their text.
@@ -198,8 +205,8 @@ class ChatTemplate:
         Raises:
             UserError: that is a field that says something, such as tools.
         """
-        given, turns = _split(messages)
-        words = _words(self.hf.get_chat_template(tools=given.get("tools"))) if given else set()
+        given, turns = split_given(messages)
+        words = self._template.words(messages) if given else set()
         if unread := [name for name in given if name not in words]:
             raise UserError(f'the chat template does not read "{unread[0]}", which the row has; leave it out')
         for name in {"tools", "documents"} & set(given) if given and self.prompt(turns) == prompt else ():
@@ -212,7 +219,11 @@ class ChatTemplate:
     def _check_fields(
         self, messages: Messages, places: list[int], changes: Callable[[Messages], bool], remarks: Counter[str]
     ) -> None:
-        """The fields of the messages at these places: whether the text `changes` without them."""
+        """Count the fields of the messages at these places without which the text is the same: nothing `changes`.
+
+        Raises:
+            UserError: such a field says something, and the template does not know its name.
+        """
         for name in sorted({name for i in places for name in _extras(messages[i])}):
             bare = [
                 {k: v for k, v in turn.items() if k != name} if i in places else turn
@@ -222,14 +233,14 @@ class ChatTemplate:
                 written = changes(bare)
             except UserError:
                 written = True
+            if written:
+                continue
             names = REASONING if name in REASONING else {name}
-            words = _words(self.hf.get_chat_template(tools=_split(messages)[0].get("tools")))
-            if not written and name in SAID and not names & words:
+            if name in SAID and not names & self._template.words(messages):
                 raise UserError(f'the chat template does not write "{name}", which a message has; leave it out')
-            if not written:
-                remarks[_unseen(name)] += 1
+            remarks[_unseen(name)] += 1
 
-    def spans(self, messages: Messages) -> list[tuple[int, int]]:
+    def spans(self, messages: Messages) -> list[Span]:
         """(start, end) of earlier answers in `prompt(messages)`, in characters.
 
         Exact where the template marks answers with {% generation %}; else what it writes of each by itself.
@@ -237,64 +248,28 @@ class ChatTemplate:
         Raises:
             UserError: it changes earlier turns when later ones follow, or its marks are on none of these.
         """
-        given, _ = _split(messages)
-        if not _marks_answers(self.hf.get_chat_template(tools=given.get("tools"))):
-            return _spans(self, messages)
-        found = self.render(messages, answer_next=True)[1]
-        if not found:
+        if not self._template.marks_answers(messages):
+            return _spans_by_difference(self, messages)
+        spans = self._template.render(messages, answer_next=True)[1]
+        if not spans:
             raise UserError("the chat template marks none of these answers with {% generation %}; mend the template")
         weights = [turn.get("weight", 1) for turn in messages if turn["role"] == "assistant"]
         if set(weights) == {1}:
-            return found
-        if len(found) != len(weights):
+            return spans
+        if len(spans) != len(weights):
             raise UserError('the chat template marks other answers than those that have a "weight"; leave it out')
-        return [span for span, weight in zip(found, weights, strict=True) if weight]
-
-    def render(self, messages: Messages, *, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
-        """(text, spans that {% generation %} marks): the one place where a chat template runs.
-
-        Raises:
-            UserError: the template refuses the messages.
-        """
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-
-        given, turns = _split(messages)
-        source = self.hf.get_chat_template(tools=given.get("tools"))
-        marks = _marks_answers(source)
-
-        def run() -> Any:
-            _compile_jinja_template(source).globals["strftime_now"] = clock.strftime_now  # of the cached template
-            return render_jinja_template(
-                conversations=[turns],
-                chat_template=source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=answer_next,
-                **{**self.hf.special_tokens_map, **given},
-            )
-
-        try:
-            rendered = limited(run, LONGEST_RENDERING)
-        except TimeoutError:
-            raise Endless(
-                f"the chat template has not ended after {LONGEST_RENDERING:g} s of computing; use another"
-            ) from None
-        except Exception as error:  # templates raise their own errors, for instance on two user turns in a row
-            message = f"the chat template refuses these messages ({error}); change them or the template"
-            raise UserError(message) from error
-        texts, spans = rendered
-        return texts[0], spans[0] if marks else []
-
-    def _text(self, messages: Messages, *, answer_next: bool = False) -> str:
-        return self.render(messages, answer_next=answer_next)[0]
+        return [span for span, weight in zip(spans, weights, strict=True) if weight]
 
 
-def specials(hf: Any) -> set[int]:
+def specials(hf: PreTrainedTokenizerBase) -> set[int]:
     """Ids of special tokens, and of others that were added to a vocabulary."""
     return {*hf.added_tokens_decoder, *hf.all_special_ids}
 
 
-def _spans(chat: Transcript | ChatTemplate, messages: Messages) -> list[tuple[int, int]]:
-    text, spans = chat.prompt(messages), []
+def _spans_by_difference(chat: Transcript | ChatTemplate, messages: Messages) -> list[Span]:
+    """(start, end) of earlier answers: how much longer the text is with each than without it and what follows."""
+    text = chat.prompt(messages)
+    spans: list[Span] = []
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
@@ -309,7 +284,10 @@ def _spans(chat: Transcript | ChatTemplate, messages: Messages) -> list[tuple[in
     return spans
 
 
-def _shared(a: Any, b: Any) -> Any:
+Beginning = TypeVar("Beginning", str, list[int])
+
+
+def _shared(a: Beginning, b: Beginning) -> Beginning:
     """What two texts or lists begin with alike."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
     return a[: sum(1 for _ in same)]
@@ -321,16 +299,8 @@ def _squeezed(text: str) -> str:
 
 
 def _answer(content: str) -> Message:
+    """An assistant's message."""
     return {"role": "assistant", "content": content}
-
-
-def _split(messages: Messages) -> tuple[dict[str, Any], Messages]:
-    """(what the template is given beside the messages, such as tools; the messages as it reads them)."""
-    given: dict[str, Any] = {}
-    for turn in messages:
-        given |= {k: v for k, v in turn.items() if k not in ("role", "content")} if turn["role"] == TEMPLATE else {}
-    turns = [turn for turn in messages if turn["role"] != TEMPLATE]
-    return given, [{k: v for k, v in turn.items() if k != "weight"} for turn in turns]
 
 
 def _extras(turn: Message) -> set[str]:
@@ -339,23 +309,5 @@ def _extras(turn: Message) -> set[str]:
 
 
 def _unseen(name: str) -> str:
+    """The remark on a field that is not written."""
     return f'prompts or answers whose "{name}" is not written'
-
-
-def _lexed(source: str) -> list[tuple[str, str]]:
-    from jinja2 import Environment
-
-    return [(kind, value) for _, kind, value in Environment().lex(source) if kind != "whitespace"]
-
-
-@cache
-def _words(source: str) -> set[str]:
-    """The names and strings in a template's code."""
-    return {value.strip("'\"") for kind, value in _lexed(source) if kind in ("name", "string")}
-
-
-@cache
-def _marks_answers(source: str) -> bool:
-    """Whether a template has the tag {% generation %}."""
-    tokens = _lexed(source)
-    return any(a[0] == "block_begin" and b == ("name", "generation") for a, b in pairwise(tokens))

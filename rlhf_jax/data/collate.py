@@ -1,4 +1,4 @@
-"""Examples to numpy arrays of one shape.
+"""Examples to numpy arrays of one shape; an example that is longer is a UserError.
 
 Shapes: B rows, S = `length` tokens, P = prompt bucket. Sequences are right-padded, prompts left-padded. What is real
 is said by segment_ids (0 = padding), mask and last, never by token ids: pad_id may be a stop id.
@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from rlhf_jax.data.examples import Example
+from rlhf_jax.data.encoding import Example
 from rlhf_jax.errors import UserError
 
 Batch = dict[str, Any]
@@ -20,20 +21,11 @@ Collate = Callable[..., Batch]
 """examples -> batch; where lengths come in buckets it takes `length=` too."""
 
 
-def eval_batches(
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    collate: Collate,
-    limit: int = 0,
-) -> list[Batch]:
+def eval_batches(examples: Sequence[Example], *, batch_size: int, collate: Collate, limit: int = 0) -> list[Batch]:
     """All examples in order, as batches of one shape; `limit` caps their number, 0 takes all.
 
     The last one is filled with copies of the last example whose "weight" is zero. The weights sum to one over all the
     batches together, so that metrics add up. Batches without weights get "valid" bool[B] instead.
-
-    Raises:
-        UserError: no examples.
     """
     if not examples:
         raise UserError("no examples to evaluate on; raise data.eval_fraction or set data.eval_path")
@@ -53,16 +45,13 @@ def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad
 
     weights[b, t] is the weight of predicting token t (from the tokens before it), zero off the loss mask, and they sum
     to one over the batch. reduction = token: 1 / (loss tokens of the batch). sequence: 1 / (documents * loss tokens
-    of this document), a mean of means; packing does not change it.
-
-    Raises:
-        UserError: unknown reduction, or an example longer than `length`.
+    of this document), a mean of means; packing does not change it. Any other is a UserError.
     """
     batch = _padded([example["tokens"] for example in examples], length, pad_id)
     for name in ("segment_ids", "positions"):
         if name in examples[0]:
             batch[name] = _right_pad([example[name] for example in examples], length, 0, np.int32)
-    is_target = _right_pad([example["loss_mask"] for example in examples], length, False, bool)
+    is_target = _right_pad([example["loss_mask"] for example in examples], length, 0, bool)
     is_target &= _weights(examples)[:, None] > 0
     if reduction == "token":
         weights = is_target / max(is_target.sum(), 1)
@@ -80,24 +69,16 @@ def collate_preference(examples: Sequence[Example], *, length: int, pad_id: int 
     """What `_responses` gives of (chosen, rejected), K = 2; labels, margins f32[B].
 
     Weights are in the ratio of the examples'; the chosen responses are what to imitate.
-
-    Raises:
-        UserError: an example longer than `length`.
     """
     pairs = [[example["chosen"], example["rejected"]] for example in examples]
-    return {
-        **_responses(examples, pairs, np.array([[True, False]] * len(pairs)), length, pad_id),
-        **_columns(examples, "label", "margin"),
-    }
+    imitated = np.array([[True, False]] * len(pairs))
+    return {**_responses(examples, pairs, imitated, length, pad_id), **_columns(examples, "label", "margin")}
 
 
 def collate_unpaired(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
     """What `_responses` gives of (the response, one to another prompt), K = 2; labels f32[B].
 
     The responses with label 1 are what to imitate.
-
-    Raises:
-        UserError: an example longer than `length`.
     """
     both = [[example["response"], example["other"]] for example in examples]
     imitated = np.array([[example["label"] == 1, False] for example in examples])
@@ -105,11 +86,7 @@ def collate_unpaired(examples: Sequence[Example], *, length: int, pad_id: int = 
 
 
 def collate_rated(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
-    """What `_responses` gives of one response, K = 1; ratings f32[B].
-
-    Raises:
-        UserError: an example longer than `length`.
-    """
+    """What `_responses` gives of one response, K = 1; ratings f32[B]."""
     single = [[example["response"]] for example in examples]
     none = np.zeros((len(single), 1), bool)
     return {**_responses(examples, single, none, length, pad_id), **_columns(examples, "rating")}
@@ -118,10 +95,8 @@ def collate_rated(examples: Sequence[Example], *, length: int, pad_id: int = 0) 
 def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad_id: int = 0) -> Batch:
     """What `_responses` gives, K = `width`; ranks f32[B, K], mask bool[B, K].
 
-    The mask says which of a row's K places hold a response; the first of the best is what to imitate.
-
-    Raises:
-        UserError: an example longer than `length`, or of more than `width` responses.
+    The mask says which of a row's K places hold a response; the first of the best is what to imitate. An example of
+    more than `width` responses is a UserError.
     """
     most = max(len(example["responses"]) for example in examples)
     if most > width:
@@ -154,9 +129,6 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
 
     Left-padded to P, the smallest bucket that holds the longest prompt. `given` are the prompts as texts or messages.
     A column is there if every row has it; `reward_functions.columns_for` gives all rows of a data set the same.
-
-    Raises:
-        UserError: a prompt longer than the largest bucket.
     """
     longest = max(len(example["tokens"]) for example in examples)
     width = min((bucket for bucket in buckets if bucket >= longest), default=None)
@@ -202,19 +174,16 @@ def _responses(
     f32[B, K], the weight of one token in the mean over all tokens of the responses that are `imitated` bool[B, K].
     And ref_logprobs f32[B, K], if the examples have them.
     """
-    sequences = [ids for row in responses for ids in row]
-    batch = {
-        name: array.reshape(len(responses), -1, length) for name, array in _padded(sequences, length, pad_id).items()
-    }
-    sizes = np.array([len(ids) for ids in sequences], np.int32).reshape(len(responses), -1)
+    sequences, rows = [ids for row in responses for ids in row], len(responses)
+    batch = {name: array.reshape(rows, -1, length) for name, array in _padded(sequences, length, pad_id).items()}
+    sizes = np.array([len(ids) for ids in sequences], np.int32).reshape(rows, -1)
     prompts = np.array([example["prompt_length"] for example in examples], np.int32)
     lengths = np.maximum(sizes - prompts[:, None], 0)
     weights = _weights(examples)
     token_weights = weights[:, None] * imitated
     if "ref_logprobs" in examples[0]:
-        batch["ref_logprobs"] = _right_pad(
-            [example["ref_logprobs"] for example in examples], sizes.shape[1], 0, np.float32
-        )
+        logprobs = [example["ref_logprobs"] for example in examples]
+        batch["ref_logprobs"] = _right_pad(logprobs, sizes.shape[1], 0, np.float32)
     return {
         **batch,
         "last": np.maximum(sizes - 1, 0),
@@ -244,7 +213,7 @@ def _padded(sequences: Sequence[np.ndarray], length: int, pad_id: int) -> Batch:
     }
 
 
-def _right_pad(sequences: Sequence[np.ndarray], length: int, fill: Any, dtype: Any) -> np.ndarray:
+def _right_pad(sequences: Sequence[np.ndarray], length: int, fill: int, dtype: DTypeLike) -> np.ndarray:
     """[len(sequences), length] with each sequence at the start of its row."""
     padded = np.full((len(sequences), length), fill, dtype)
     for row, sequence in enumerate(sequences):

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -22,6 +21,9 @@ from rlhf_jax.data.rankings import (
     plackett_luce,
     sigmoid,
 )
+
+Fit = tuple[np.ndarray, np.ndarray]
+"""(strengths [G, K], reliabilities [R])."""
 
 
 def soft_labels(strengths: Float[np.ndarray, "*G K"]) -> Float[np.ndarray, "*G K K"]:
@@ -68,10 +70,10 @@ def bootstrap_intervals(
     group_of, size_of = np.array([ballots[i][0] for i in first]), np.ones(len(first)) if whole else counts[first]
     drawn = np.zeros((num_samples, len(first)))
     for group in np.unique(group_of):
-        own = np.flatnonzero(group_of == group)
-        total = size_of[own].sum()
+        members = np.flatnonzero(group_of == group)
+        total = size_of[members].sum()
         num = max(round(total), 1)  # fractional votes count as the number of raters that they add up to
-        drawn[:, own] = rng.multinomial(num, size_of[own] / total, num_samples) * (total / num)
+        drawn[:, members] = rng.multinomial(num, size_of[members] / total, num_samples) * (total / num)
     drawn = (drawn / size_of)[:, unit.reshape(-1)] * counts
     fits = [_fit(ballots, c, each, method, prior, start)[0] for each in drawn]
     tail = 100 * (1 - level) / 2
@@ -80,9 +82,9 @@ def bootstrap_intervals(
 
 
 def _fit(
-    ballots: Sequence[Ballot], c: Comparisons, times: np.ndarray, method: str, prior: float, start: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """(strengths [G, K], reliabilities [R]) of ballots that count `times` each, going on from `start`."""
+    ballots: Sequence[Ballot], c: Comparisons, times: np.ndarray, method: str, prior: float, start: Fit | None
+) -> Fit:
+    """Strengths and reliabilities of ballots that count `times` each, going on from `start`."""
     weights = times[c.ballots]
     if method == "crowd_bt":
         return crowd_bradley_terry(c, prior=prior, agreed=9.0, disagreed=1.0, weights=weights, start=start)
@@ -93,25 +95,19 @@ def _fit(
     for i, (group, _, _) in enumerate(ballots):
         if times[i]:
             members.setdefault(group, []).append(i)
-    for group, own in members.items():
-        ranks = [ballots[i][2] for i in own]
-        strengths[group, : c.sizes[group]] = plackett_luce(ranks, prior=prior, times=times[own])
+    for group, places in members.items():
+        ranks = [ballots[i][2] for i in places]
+        strengths[group, : c.sizes[group]] = plackett_luce(ranks, prior=prior, times=times[places])
     return strengths, np.ones(c.num_raters)
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What many raters think together.
+    """What many raters think together."""
 
-    Attributes:
-        strengths: float[G, K] in nats, 0 where there is no item.
-        reliability: float[R] of Crowd-BT, else ones.
-        facts: what a summary counts, name -> number.
-    """
-
-    strengths: Float[np.ndarray, "G K"]
-    reliability: Float[np.ndarray, " R"]
-    facts: dict[str, float]
+    strengths: Float[np.ndarray, "G K"]  # in nats, 0 where there is no item
+    reliability: Float[np.ndarray, " R"]  # of Crowd-BT, else ones
+    facts: dict[str, float]  # what a summary counts, name -> number
 
 
 def best_of_n(proxy: Float[np.ndarray, "B N"], rewards: Float[np.ndarray, "B N"], n: int) -> Float[np.ndarray, " B"]:

@@ -1,60 +1,27 @@
-"""Rows to token examples, once, when data is loaded: what is dropped or cut is counted and said.
+"""Demonstrations, documents and prompts to token examples; held-out rows; packing.
 
-An example is a dict of small numpy arrays, and "where", the file and line it comes from. Lengths are in tokens; the
+Rows become examples once, when data is loaded: what is dropped or cut is counted and said. Lengths are in tokens; the
 stop id counts. `Limits.too_long` is drop (counted), truncate (a prompt loses its start, a response its end and with it
-the stop id), or error.
+the stop id), or error. What makes examples raises a UserError at a bad row, at one that the limits refuse, and where
+no row is left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data import schemas
-from rlhf_jax.data.layouts import ANSWERS, layout_of, unread_of
+from rlhf_jax.data.encoding import Encoder, Example, Report, collect, naming
+from rlhf_jax.data.layouts import ANSWERS, layout_of
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.rows import DroppedRow, Row, where_of
+from rlhf_jax.data.rows import DroppedRow, Row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError, shown
+from rlhf_jax.errors import UserError
 
-Example = dict[str, Any]
 OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every row looks at all of them
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were.
-
-    `remarks` counts what tokenising had to say, such as "responses whose ids were not of their text"; `unread` the
-    rows that have a field that nothing reads, by its name.
-    """
-
-    kept: int
-    dropped: dict[str, int]
-    truncated: int
-    kinds: dict[str, int] = field(default_factory=dict)
-    note: str = ""
-    remarks: dict[str, int] = field(default_factory=dict)
-    unread: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
-        total = self.kept + sum(self.dropped.values())
-        said = [f"kept {self.kept} of {total} rows", f"dropped {reasons}", f"truncated {self.truncated}"]
-        if self.kinds:
-            said.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
-        said += [f"{count} {remark}" for remark, count in self.remarks.items()]
-        if self.unread:
-            said.append("fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in self.unread.items()))
-        return "; ".join([*said, self.note] if self.note else said)
 
 
 def sft_examples(
@@ -66,26 +33,23 @@ def sft_examples(
     never a target, nothing stands before it to predict it from. A {text} row is a document: all of its tokens and the
     stop id are targets, and one longer than `max_length` becomes consecutive windows of `max_length` (a last window of
     one token has no target and is left).
-
-    Raises:
-        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    remarks = Counter[str]()
+    encoder = Encoder(tokenizer, limits)
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if layout_of(row) == "text":
-            encoder = partial(tokenizer.encode_document, remarks=remarks)
-            return _windows(encode(encoder, schemas.text_row(row), "text"), limits.max_length), False
+            text = schemas.text_row(row)["text"]
+            with naming(row):
+                ids = tokenizer.encode_document(text, encoder.remarks)
+            return _windows(ids, limits.max_length), False
         row = schemas.sft_row(row)
-        ids = encode(partial(tokenizer.encode_prompt, remarks=remarks), row, "prompt")
-        prompt, cut_prompt = limits.prompt(row, ids, tokenizer.bos_id)
-        said = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids"), "remarks": remarks}
-        response = encode(partial(tokenizer.encode_response, **said), row, "response")
-        response, cut_response = limits.response(row, len(prompt), response)
+        prompt, cut_prompt = encoder.prompt(row)
+        response, cut_response = encoder.response(row, schemas.single_answer(row), len(prompt))
         is_target = np.full(len(prompt) + len(response), loss_on == "all")
         if loss_on == "assistant":  # a cut prompt keeps its end, and maybe a bos, which is no answer
-            answers = np.asarray(encode(tokenizer.answers_in, row, "prompt"))
-            is_target[: len(prompt)] = answers[len(ids) - len(prompt) :]
+            with naming(row):
+                in_answer = tokenizer.answers_in(row["prompt"])
+            is_target[: len(prompt)] = in_answer[len(in_answer) - len(prompt) :]
             is_target[0] &= not cut_prompt
         is_target[len(prompt) :] = _is_learned(row, loss_on)
         example = _sft_example(prompt + response, is_target)
@@ -93,7 +57,7 @@ def sft_examples(
             raise UserError(f"{row['_where']}: no token of it is learned with sft.loss_on {loss_on}; remove the row")
         return [example], cut_prompt or cut_response
 
-    return collect(rows, build, strict=limits.strict, remarks=remarks)
+    return collect(rows, build, strict=limits.strict, remarks=encoder.remarks)
 
 
 def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
@@ -101,27 +65,23 @@ def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tu
 
     `prompt` is the whole prompt as text, even if cut; `given` is it as the row has it, a text or messages; `columns`
     are the row's other fields.
-
-    Raises:
-        UserError: a bad row, one that the limits refuse, or no row left.
     """
-    remarks = Counter[str]()
-    encoder = partial(tokenizer.encode_prompt, remarks=remarks)
+    encoder = Encoder(tokenizer, limits)
 
     def build(row: Row) -> tuple[list[Example], bool]:
         row = schemas.prompt_row(row)
-        tokens, cut = limits.prompt(row, encode(encoder, row, "prompt"), tokenizer.bos_id)
+        tokens, cut = encoder.prompt(row)
         if not tokens:
             raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
-        shown = {"prompt": tokenizer.prompt_text(row["prompt"]), "given": row["prompt"], "columns": columns_of(row)}
-        return [{"tokens": np.asarray(tokens, np.int32), **shown}], cut
+        example = {
+            "tokens": np.asarray(tokens, np.int32),
+            "prompt": tokenizer.prompt_text(row["prompt"]),
+            "given": row["prompt"],
+            "columns": schemas.columns_of(row),
+        }
+        return [example], cut
 
-    return collect(rows, build, strict=limits.strict, remarks=remarks, columns=True)
-
-
-def columns_of(row: Row) -> Row:
-    """The fields of a prompt row that reward functions get as columns: all but the prompt."""
-    return {name: value for name, value in row.items() if name not in ("prompt", "_where")}
+    return collect(rows, build, strict=limits.strict, remarks=encoder.remarks, columns=True)
 
 
 def prompt_key(row: Row) -> str:
@@ -174,9 +134,6 @@ def pack(examples: list[Example], length: int) -> list[Example]:
 
     Each goes into the first open sequence with room (first fit), so rows stay roughly in order. Positions restart at
     0 in every segment; attention must stay within equal segment_ids.
-
-    Raises:
-        UserError: an example is longer than `length`.
     """
     done: list[list[Example]] = []
     packs: list[list[Example]] = []
@@ -200,6 +157,7 @@ def pack(examples: list[Example], length: int) -> list[Example]:
 
 
 def _join(members: list[Example]) -> Example:
+    """One sequence of whole examples."""
     sizes = [len(example["tokens"]) for example in members]
     return {
         "tokens": np.concatenate([example["tokens"] for example in members]),
@@ -211,6 +169,7 @@ def _join(members: list[Example]) -> Example:
 
 
 def _cut_document(row: Row, eval_fraction: float) -> tuple[list[Row], list[Row]]:
+    """A document as (its beginning, its end) of about `eval_fraction`."""
     text = row["text"]
     middle = int(len(text) * (1 - eval_fraction))
     cut = text.rfind("\n", 0, middle) + 1 or middle
@@ -222,70 +181,8 @@ def _cut_document(row: Row, eval_fraction: float) -> tuple[list[Row], list[Row]]
     return [{**row, "text": text[:cut]}], [{**row, "text": text[cut:]}]
 
 
-def collect(
-    rows: Sequence[Any],
-    build: Callable[[Any], tuple[list[Example], bool]],
-    *,
-    strict: bool,
-    note: str = "",
-    remarks: Counter[str] | None = None,
-    columns: bool = False,
-) -> tuple[list[Example], Report]:
-    """Examples of all rows and their report; build(row) -> (examples, whether something was cut).
-
-    `remarks` is what `build` counts into. With `columns` all fields of a row are of use.
-
-    Raises:
-        UserError: a bad row, a dropped one if `strict`, or no row left.
-    """
-    examples: list[Example] = []
-    dropped: Counter[str] = Counter()
-    truncated = 0
-    for row in rows:
-        try:
-            built, cut = build(row)
-        except DroppedRow as drop:
-            if strict:
-                raise UserError(f"{drop} (data.strict is true)") from drop
-            dropped[drop.reason] += 1
-            continue
-        examples += [{**example, "where": row.get("_where", "")} for example in built]
-        truncated += cut
-    kinds = Counter(schemas.kind_of(row) for row in rows if isinstance(row, dict))
-    report = Report(
-        len(rows) - sum(dropped.values()),
-        dict(dropped),
-        truncated,
-        dict(kinds),
-        note,
-        dict(+remarks) if remarks else {},
-        {} if columns else unread_in(rows),
-    )
-    if not examples:
-        raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
-    return examples, report
-
-
-def unread_in(rows: Sequence[Any]) -> dict[str, int]:
-    """Names of fields that nothing reads -> how many rows have them."""
-    return dict(Counter(name for row in rows if isinstance(row, dict) for name in unread_of(row)))
-
-
-def encode(encoder: Callable[[Any], Any], row: Row, name: str) -> Any:
-    """encoder(row[name]); its error names the row."""
-    try:
-        return encoder(row[name])
-    except UserError as error:
-        raise UserError(f"{where_of(row)}: {error}") from error
-
-
 def _is_learned(row: Row, loss_on: str) -> bool:
-    """Whether the answer of an sft row is, by its `weight`.
-
-    Raises:
-        DroppedRow: it is not, and nothing else of the row.
-        UserError: `loss_on` is all, which knows no weights.
-    """
+    """Whether the answer of an sft row is learned, by its `weight`; a row of which nothing is, is dropped."""
     turns = [turn for part in (row["prompt"], row["response"]) if not isinstance(part, str) for turn in part]
     if loss_on == "all" and any("weight" in turn for turn in turns):
         raise UserError(
@@ -298,9 +195,11 @@ def _is_learned(row: Row, loss_on: str) -> bool:
 
 
 def _sft_example(tokens: list[int], is_target: np.ndarray) -> Example:
+    """An example that is trained on its targets, the first token apart: nothing stands before it."""
     return {"tokens": np.asarray(tokens, np.int32), "loss_mask": is_target & (np.arange(len(tokens)) > 0)}
 
 
 def _windows(tokens: list[int], max_length: int) -> list[Example]:
-    parts = [tokens[i : i + max_length] for i in range(0, len(tokens), max_length)]
-    return [_sft_example(part, np.ones(len(part), bool)) for part in parts if len(part) > 1]
+    """A document as examples of at most `max_length` tokens."""
+    windows = [tokens[i : i + max_length] for i in range(0, len(tokens), max_length)]
+    return [_sft_example(window, np.ones(len(window), bool)) for window in windows if len(window) > 1]

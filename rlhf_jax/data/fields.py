@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,47 +16,42 @@ PLACE = re.compile(r"\{([\w.]+)\}")
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
-    """["prompt={question}", ...] as {"prompt": "{question}"}.
-
-    Raises:
-        UserError: no "=", or nothing in braces.
-    """
-    found = {}
+    """["prompt={question}", ...] as {"prompt": "{question}"}."""
+    templates = {}
     for text in fields:
         name, equals, template = text.partition("=")
         if not (equals and name.strip() and PLACE.search(template)):
             raise UserError(f"data.fields {text!r} is no field map; write name={{field}}, as prompt={{question}}")
-        found[name.strip()] = template
-    return found
+        templates[name.strip()] = template
+    return templates
 
 
 def map_row(row: Row, fields: dict[str, str]) -> Row:
     """A row with the mapped fields alone: {name} is a field, {name.part} a part of it, and text around them stays.
 
     A template that is one field keeps its type, so that lists of messages and numbers can be mapped too.
-
-    Raises:
-        UserError: a field that the row does not have.
     """
     return {name: _fill(template, row) for name, template in fields.items()} | {"_where": row["_where"]}
 
 
-def _fill(template: str, row: Row) -> Any:
+def _fill(template: str, row: Row) -> object:
+    """A template with the parts of the row in it; the part itself if there is nothing else."""
     whole = PLACE.fullmatch(template)
-    return _part(row, whole[1]) if whole else PLACE.sub(lambda found: str(_part(row, found[1])), template)
+    return _part(row, whole[1]) if whole else PLACE.sub(lambda place: str(_part(row, place[1])), template)
 
 
-def _part(row: Row, path: str) -> Any:
-    value: Any = row
+def _part(row: Row, path: str) -> object:
+    """What stands at a path such as answer.text."""
+    value: object = row
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
-            found = ", ".join(k for k in row if k != "_where")
-            raise UserError(f'{row["_where"]}: no field "{path}" (found: {found}); correct data.fields')
+            there = ", ".join(k for k in row if k != "_where")
+            raise UserError(f'{row["_where"]}: no field "{path}" (found: {there}); correct data.fields')
         value = value[name]
     return value
 
 
 @cache
-def catalogue() -> dict[str, dict[str, Any]]:
+def catalogue() -> dict[str, Row]:
     """TFDS name -> {fields, split, about} of sets that are known to be useful."""
     return yaml.safe_load((Path(__file__).parent / "catalogue.yaml").read_text("utf-8"))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rlhf_jax.data.rows import Row
+
+if TYPE_CHECKING:
+    from rlhf_jax.data.ballots import Ranking
 
 
 class Joined(dict[str, Any]):
     """A row {prompt} that `gathering.gather` has made of several; no field that a file holds can make one.
 
     Attributes:
-        rankings: its rankings, of type `ballots.Ranking`.
+        rankings: its rankings.
     """
 
-    def __init__(self, fields: dict[str, Any], rankings: list[Any]):
+    def __init__(self, fields: Row, rankings: list[Ranking]):
         super().__init__(fields)
         self.rankings = rankings
 
@@ -43,7 +48,7 @@ ANSWERS = ("unpaired preference", "rating", "prompt-completion", "messages")
 """Kinds of rows with one answer to a prompt."""
 
 
-def layout_of(row: dict[str, Any]) -> str:
+def layout_of(row: Row) -> str:
     """The kind of a row; "unknown" if it is none."""
     if isinstance(row, Joined):
         return "joined ranking"
@@ -51,19 +56,19 @@ def layout_of(row: dict[str, Any]) -> str:
 
 
 ALWAYS = {"prompt", "id", "item", "tools", "documents", "chat_template_kwargs", "_where"}
-SAID = {
+BESIDE = {
     **{kind: {"votes", "margin", "finished", "rater", "chosen_ids", "rejected_ids"} for kind in PREFERENCES},
     **{kind: {"finished", "response_ids", "rater"} for kind in ANSWERS},
     "ranking": {"rater", "raters", "ranks", "scores", "best"},
 }
 READ = {
-    kind: ALWAYS.union(SAID.get(kind, set()), *(names for name, names in LAYOUTS if name == kind))
+    kind: ALWAYS.union(BESIDE.get(kind, set()), *(names for name, names in LAYOUTS if name == kind))
     for kind in {name for name, _ in LAYOUTS}
 }
 """Kind of row -> the fields that are read of it, and names of rows: others are not, but of prompts, whose fields are
 columns."""
 
 
-def unread_of(row: dict[str, Any]) -> list[str]:
+def unread_of(row: Row) -> list[str]:
     """The fields of a row that nothing reads; none of a row of unknown kind, which is refused."""
     return [str(name) for name in row if name not in READ.get(layout_of(row), row)]

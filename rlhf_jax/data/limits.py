@@ -35,11 +35,7 @@ class Limits:
         return cls(data.max_prompt_length, data.max_length, data.too_long, data.strict)
 
     def prompt(self, row: Row, ids: list[int], bos_id: int | None) -> tuple[list[int], bool]:
-        """(prompt ids within the limit, whether they were cut); the start is cut, but a leading bos survives.
-
-        Raises:
-            DroppedRow, UserError: too long, under drop and error; a limit below one.
-        """
+        """(prompt ids within the limit, whether they were cut); the start is cut, but a leading bos survives."""
         limit = self.max_prompt_length
         if limit < 1:
             raise UserError(f"max_prompt_length {limit} leaves no prompt; set data.max_prompt_length to at least 1")
@@ -50,11 +46,7 @@ class Limits:
         return head + ids[len(ids) - limit + len(head) :], True
 
     def response(self, row: Row, prompt_length: int, ids: list[int]) -> tuple[list[int], bool]:
-        """(response ids that fit after the prompt, whether they were cut); the end is cut, with it the stop id.
-
-        Raises:
-            DroppedRow, UserError: too long, under drop and error; limits that leave a response no room.
-        """
+        """(response ids that fit after the prompt, whether they were cut); the end is cut, with it the stop id."""
         if self.max_prompt_length >= self.max_length:
             raise UserError(
                 f"max_prompt_length {self.max_prompt_length} must be below max_length {self.max_length}, or a "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -13,17 +12,20 @@ import numpy as np
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, length_bias
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.comparisons import Answer
-from rlhf_jax.data.examples import encode, prompt_key, sft_examples, unread_in
+from rlhf_jax.data.encoding import naming, unread_in
+from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.gathering import numbered
 from rlhf_jax.data.layouts import ANSWERS, PREFERENCES, layout_of
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.messages import Messages, text_of
+from rlhf_jax.data.messages import Text, text_of
 from rlhf_jax.data.rows import DroppedRow, Row
-from rlhf_jax.data.schemas import answer_of, flag_of, kind_of, prompt_row, text_row
+from rlhf_jax.data.schemas import Answer, answer_of, flag_of, kind_of, prompt_row, single_answer, text_row
 from rlhf_jax.data.singles import rating_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable, shown
+
+Findings = dict[str, Any]
+"""Name -> a count, (count, first places), a share or a table: what `lines` says in words."""
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 GREEN, RED, DIM, PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
@@ -31,17 +33,14 @@ GREEN, RED, DIM, PLAIN = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
 
 def inspect(
     train: list[Row], held_out: list[Row], tokenizer: Tokenizer | None, max_prompt_length: int, max_length: int
-) -> dict[str, Any]:
-    """Findings as plain data, which `lines` says in words. Lengths are in tokens, without a tokenizer in characters.
-
-    Raises:
-        UserError: a malformed row.
-    """
+) -> Findings:
+    """What is in the rows and may be wrong with them. Lengths are in tokens, without a tokenizer in characters."""
     rows = train + held_out
     dropped: dict[str, list[str]] = defaultdict(list)
     lengths: dict[str, list[int]] = {"prompt": [], "response": [], "whole": []}
     compared: list[Ranking] = []
-    remarks, places = Counter[str](), defaultdict[str, list[str]](list)
+    remarks: Counter[str] = Counter()
+    places: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         try:
             prompt, answers, ranking = _parts(row)
@@ -49,16 +48,16 @@ def inspect(
             dropped[drop.reason].append(row["_where"])
             continue
         compared += [ranking] if ranking is not None else []
-        said = Counter[str]()
-        size = _prompt_length(row, prompt, tokenizer, said)
-        sizes = [_answer_length(row, prompt, answer, tokenizer, said) for answer in answers]
-        remarks += said
-        for remark in +said:
+        of_row = Counter[str]()
+        size = _prompt_length(row, prompt, tokenizer, of_row)
+        sizes = [_answer_length(row, prompt, answer, tokenizer, of_row) for answer in answers]
+        remarks += of_row
+        for remark in +of_row:
             places[remark].append(row["_where"])
         lengths["prompt"].append(size)
         lengths["response"] += sizes
         lengths["whole"].append(size + max(sizes, default=0))
-    found: dict[str, Any] = {
+    findings: Findings = {
         "rows": len(train),
         "held_out": len(held_out),
         "kinds": dict(Counter(map(kind_of, rows))),
@@ -72,10 +71,10 @@ def inspect(
         "limits": (max_prompt_length, max_length),
         **duplicates(train, held_out),
     }
-    return {**found, **_votes(compared, tokenizer)} if compared else found
+    return {**findings, **_comparisons(compared, tokenizer)} if compared else findings
 
 
-def duplicates(train: list[Row], held_out: list[Row]) -> dict[str, Any]:
+def duplicates(train: list[Row], held_out: list[Row]) -> Findings:
     """Rows that are there twice, and held-out rows whose prompt is trained on, each with its first places."""
     seen: dict[str, str] = {}
     twice = []
@@ -88,11 +87,11 @@ def duplicates(train: list[Row], held_out: list[Row]) -> dict[str, Any]:
     return {"repeated": (len(twice), twice[:3]), "leaked": (len(leaked), leaked[:3])}
 
 
-def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _comparisons(compared: list[Ranking], tokenizer: Tokenizer | None) -> Findings:
     """How much length alone says about who is preferred, and how often raters agree."""
     differences, preferred = [], []
     for ranking in compared:
-        sizes = [_answer_length({}, ranking.prompt, answer, tokenizer, Counter()) for answer in _answers(ranking)]
+        sizes = [_answer_length({}, ranking.prompt, answer, tokenizer, Counter()) for answer in ranking.answers]
         _, labels = ranking.consensus()
         for i, j in combinations(range(len(sizes)), 2):
             if not np.isnan(labels[i, j]):
@@ -105,96 +104,94 @@ def _votes(compared: list[Ranking], tokenizer: Tokenizer | None) -> dict[str, An
     share, pairs = agreement(verdicts, np.array(times)[verdicts.ballots])
     return {
         "pairs": len(p),
-        "gaps": sum(len(ranking.responses) * (len(ranking.responses) - 1) // 2 for ranking in compared) - len(p),
+        "gaps": sum(len(ranking.answers) * (len(ranking.answers) - 1) // 2 for ranking in compared) - len(p),
         "ties": int((p == 0).sum()),
         "length_correlation": correlation or 0.0,
         "longer_wins": float("nan") if longer_wins is None else longer_wins,
         "agreement": share if pairs else None,
-        "raters": len({rater for ranking in compared for rater, _ in ranking.ballots} - {""}),
+        "raters": len(set(names) - {""}),
     }
 
 
-def _parts(row: Row) -> tuple[str | Messages, list[Answer], Ranking | None]:
+def _parts(row: Row) -> tuple[Text, list[Answer], Ranking | None]:
     """(prompt, answers, what raters said, if they did) of any kind of row; the prompt of a document is empty."""
     kind = layout_of(row)
     if kind in ("ranking", "stepwise supervision", *PREFERENCES):
         ranking = ranking_row(row)
-        return ranking.prompt, _answers(ranking), ranking
+        return ranking.prompt, ranking.answers, ranking
     if kind in ANSWERS:
         if kind == "rating":
             rating_of(row)
         elif kind == "unpaired preference":
             flag_of(row, "label")
         row = answer_of(row)
-        return row["prompt"], [(row["response"], row["finished"], row.get("ids"))], None
+        return row["prompt"], [single_answer(row)], None
     if kind == "text":
-        return "", [(text_row(row)["text"], True, None)], None
+        return "", [Answer(text_row(row)["text"])], None
     return prompt_row(row)["prompt"], [], None
 
 
-def _answers(ranking: Ranking) -> list[Answer]:
-    return list(zip(ranking.responses, ranking.finished, ranking.ids, strict=True))
-
-
-def _prompt_length(row: Row, prompt: str | Messages, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
-    if tokenizer is None:
-        return len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
+def _prompt_length(row: Row, prompt: Text, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
+    """The tokens of a prompt, or its characters; counts the special tokens that are written out in it."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer is None:
+        return sum(len(turn["content"]) for turn in turns)
     for turn in turns:
         for name in tokenizer.written_out(turn["content"], closed=turn["role"] == "assistant"):
             remarks[f"prompts in which {name} is written out and read as the token"] += 1
-    return (
-        len(encode(partial(tokenizer.encode_prompt, remarks=remarks), {**row, "prompt": prompt}, "prompt"))
-        if prompt
-        else 0
-    )
+    with naming(row):
+        return len(tokenizer.encode_prompt(prompt, remarks)) if prompt else 0
 
 
-def _answer_length(
-    row: Row, prompt: str | Messages, answer: Answer, tokenizer: Tokenizer | None, remarks: Counter[str]
-) -> int:
-    response, finished, ids = answer
+def _answer_length(row: Row, prompt: Text, answer: Answer, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
+    """The tokens of an answer, or its characters; counts the special tokens that are written out in it."""
+    response, finished, ids, _ = answer
     if tokenizer is None:
         return len(text_of(response))
     for name in tokenizer.written_out(text_of(response), closed=True):
         remarks[f"responses or documents in which {name} is written out and read as the token"] += 1
-    told: Row = {"prompt": prompt, "finished": finished, "ids": ids, "remarks": remarks}
-    encoder = (
-        partial(tokenizer.encode_response, **told) if prompt else partial(tokenizer.encode_document, remarks=remarks)
-    )
-    return len(encode(encoder, {**row, "response": response}, "response"))
+    with naming(row):
+        if not prompt:
+            return len(tokenizer.encode_document(text_of(response), remarks))
+        return len(tokenizer.encode_response(response, prompt, finished=finished, ids=ids, remarks=remarks))
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(findings: Findings) -> list[str]:
     """The findings as text; a line that starts with ! says that something is likely to be wrong."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
-    said = [f"  {found['rows']} training rows, {found['held_out']} held out: {kinds}"]
-    for reason, (count, where) in found["dropped"].items():
-        said.append(f"! {count} {reason}, dropped: {', '.join(where)}{', ...' if count > len(where) else ''}")
-    if found["unread"]:
-        said.append("  fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in found["unread"].items()))
-    for remark, (count, where) in found["remarks"].items():
-        said.append(f"! {count} {remark}: {', '.join(where)}{', ...' if count > len(where) else ''}")
-    said.append(f"  {found['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
-    said += [f"  {name:<12}" + "".join(f"{v:>8}" for v in values) for name, values in found["lengths"].items()]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in findings["kinds"].items())
+    text = [f"  {findings['rows']} training rows, {findings['held_out']} held out: {kinds}"]
+    for reason, (count, where) in findings["dropped"].items():
+        text.append(f"! {count} {reason}, dropped: {', '.join(where)}{', ...' if count > len(where) else ''}")
+    if findings["unread"]:
+        text.append(
+            "  fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in findings["unread"].items())
+        )
+    for remark, (count, where) in findings["remarks"].items():
+        text.append(f"! {count} {remark}: {', '.join(where)}{', ...' if count > len(where) else ''}")
+    text.append(f"  {findings['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
+    text += [f"  {name:<12}" + "".join(f"{v:>8}" for v in values) for name, values in findings["lengths"].items()]
     for name, value, limit in zip(
-        ("prompts", "rows"), (found["cut_prompts"], found["cut_rows"]), found["limits"], strict=True
+        ("prompts", "rows"), (findings["cut_prompts"], findings["cut_rows"]), findings["limits"], strict=True
     ):
-        said.append(f"{'!' if value > 0.05 else ' '} {value:.1%} of {name} over {limit} {found['unit']}")
+        text.append(f"{'!' if value > 0.05 else ' '} {value:.1%} of {name} over {limit} {findings['unit']}")
     for name, about in (("repeated", "rows are there twice"), ("leaked", "held-out rows have a prompt of training")):
-        count, where = found[name]
-        said.append(f"{'!' if count else ' '} {count} {about}" + (f": {', '.join(where)}" if count else ""))
-    if "pairs" in found:
-        r, wins = found["length_correlation"], found["longer_wins"]
-        said.append(f"  {found['pairs']} compared pairs, {found['ties']} tied, {found['raters']} named raters")
-        said += [f"  {found['gaps']} pairs of one row that nobody compared have no label"] if found["gaps"] else []
+        count, where = findings[name]
+        text.append(f"{'!' if count else ' '} {count} {about}" + (f": {', '.join(where)}" if count else ""))
+    if "pairs" in findings:
+        r, wins = findings["length_correlation"], findings["longer_wins"]
+        text.append(
+            f"  {findings['pairs']} compared pairs, {findings['ties']} tied, {findings['raters']} named raters"
+        )
+        text += (
+            [f"  {findings['gaps']} pairs of one row that nobody compared have no label"] if findings["gaps"] else []
+        )
         mark = "!" if abs(r) > 0.2 else " "
-        said.append(
+        text.append(
             f"{mark} length: the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
         )
-        if found["agreement"] is not None:
-            said.append(f"  raters agree on {found['agreement']:.1%} of the pairs that two of them judged")
-    return said
+        if findings["agreement"] is not None:
+            text.append(f"  raters agree on {findings['agreement']:.1%} of the pairs that two of them judged")
+    return text
 
 
 def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
@@ -214,7 +211,7 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
             f"{DIM if color else ''}{printable(tokenizer.prompt_text(prompt), lines=True)}{PLAIN if color else ''}",
         ]
         ranks = ranking.consensus()[0] if ranking is not None else np.zeros(0)
-        for (response, finished, sampled), rank in zip(answers, ranks, strict=True):
+        for (response, finished, sampled, _), rank in zip(answers, ranks, strict=True):
             ids = np.array(tokenizer.encode_response(response, prompt, finished=finished, ids=sampled))
             tone = GREEN if rank == np.nanmin(ranks) else RED
             shown.append(f"rank {rank:g}: " + _marked(ids, np.ones(len(ids), bool), tokenizer, tone, color))
@@ -224,6 +221,7 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
 
 
 def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, tone: str, color: bool) -> str:
+    """The text of some ids, those in `mask` set off."""
     starts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     spans = []
     for start, end in pairwise(starts):

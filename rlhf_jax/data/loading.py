@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
-from rlhf_jax.data.examples import Example, Report, split_by_prompt
+from rlhf_jax.data.encoding import Example, Report
+from rlhf_jax.data.examples import split_by_prompt
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
 
 Rows = str | Sequence[Row]
+"""A path or the rows themselves, as `sources.rows_from` takes them."""
 
 
 def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed: int) -> tuple[list[Row], list[Row]]:
@@ -31,8 +33,8 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
         parts = [[row for row in s if id(row) in kept] for s in sources]
         train = mix(parts, data.mixture_weights, seed)
         times = Counter(map(id, train))
-        said = ", ".join(f"{sum(times[id(row)] for row in part)} from {len(part)}" for part in parts)
-        say(f"mixture: rows of an epoch from rows of each source: {said}")
+        counts = ", ".join(f"{sum(times[id(row)] for row in part)} from {len(part)}" for part in parts)
+        say(f"mixture: rows of an epoch from rows of each source: {counts}")
     return train, held_out
 
 

@@ -12,6 +12,8 @@ from rlhf_jax.errors import shown
 
 Message = dict[str, Any]
 Messages = list[Message]
+Text = str | Messages
+"""A prompt or a response: a plain text, or messages."""
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
@@ -29,8 +31,8 @@ TURN = re.compile(r"\n\n(System|Human|Assistant):")
 
 def transcript(messages: Messages) -> str:
     """Messages as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH form), without an open last turn."""
-    said = turns_of(messages)
-    return "".join(f"\n\n{SPEAKERS.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in said)
+    turns = turns_of(messages)
+    return "".join(f"\n\n{SPEAKERS.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in turns)
 
 
 def turns_of(messages: Messages) -> Messages:
@@ -46,10 +48,10 @@ def split_transcript(text: str) -> Messages:
     before, *rest = TURN.split("\n\n" + text.lstrip("\n"))
     if before.strip():
         return []
-    return [{"role": ROLES[name], "content": said.strip()} for name, said in zip(rest[::2], rest[1::2], strict=True)]
+    return [{"role": ROLES[name], "content": text.strip()} for name, text in zip(rest[::2], rest[1::2], strict=True)]
 
 
-def prompt_of(row: Row, value: Any) -> str | Messages:
+def prompt_of(row: Row, value: object) -> Text:
     """A prompt: a non-empty str as it is, or messages that leave the next turn to the assistant.
 
     Before messages stands a turn of role "template" with the row's `tools`, `documents` and what is in
@@ -70,7 +72,7 @@ def prompt_of(row: Row, value: Any) -> str | Messages:
     return given + messages
 
 
-def response_of(row: Row, name: str, value: Any, prompt: str | Messages) -> str | Messages:
+def response_of(row: Row, name: str, value: object, prompt: Text) -> Text:
     """A response in the form of its prompt: a str after a str, one assistant message after messages."""
     if value is None:
         raise empty_row(row, f'"{name}" is null', "with a null response")
@@ -78,11 +80,10 @@ def response_of(row: Row, name: str, value: Any, prompt: str | Messages) -> str 
     if not isinstance(value, str):
         turns = messages_of(row, name, value)
         if len(turns) > 1 or turns[0]["role"] != "assistant":
-            message = f'"{name}" must be one assistant message; put earlier turns into "prompt"'
-            raise bad_row(row, message)
+            raise bad_row(row, f'"{name}" must be one assistant message; put earlier turns into "prompt"')
         [turn] = turns
-        if isinstance(prompt, str) and (said := SAID & set(turn)):
-            raise bad_row(row, f'"{name}" has "{min(said)}", which needs a prompt of messages; leave it out')
+        if isinstance(prompt, str) and (unwritten := SAID & set(turn)):
+            raise bad_row(row, f'"{name}" has "{min(unwritten)}", which needs a prompt of messages; leave it out')
         # After a transcript's "Assistant:" the answer starts with a space, as in the transcript itself.
         if isinstance(prompt, str) and prompt.endswith("Assistant:"):
             turn = {**turn, "content": " " + turn["content"]}
@@ -109,7 +110,7 @@ def conversation_of(row: Row, name: str) -> tuple[Messages, Messages]:
     return given_of(row) + turns[:-1], turns[-1:]
 
 
-def messages_of(row: Row, name: str, value: Any) -> Messages:
+def messages_of(row: Row, name: str, value: object) -> Messages:
     """A validated copy of a message list; fields that are null or empty are left out, parts of text joined."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise bad_row(row, f'"{name}" is {type_of(value)}; give a string or a list of {{role, content}} messages')
@@ -143,7 +144,8 @@ def _turn(row: Row, what: str, turn: Row) -> Message:
     return {"role": role, "content": content, **more, **({} if weight else {"weight": 0})}
 
 
-def _part_text(row: Row, what: str, part: Any) -> str:
+def _part_text(row: Row, what: str, part: object) -> str:
+    """The text of a part {type: text, text} of a message's content."""
     if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
         kind = part.get("type") if isinstance(part, dict) else type_of(part)
         raise bad_row(
@@ -154,32 +156,33 @@ def _part_text(row: Row, what: str, part: Any) -> str:
 
 def given_of(row: Row, names: tuple[str, ...] = ("tools", "documents")) -> Messages:
     """What a row gives to the chat template beside its messages, as a turn of its own before them; [] if nothing."""
-    found: Row = {}
+    given: Row = {}
     for name in names:
         value = row.get(name)
         if isinstance(value, str) and value:
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
-        if value and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+        if value and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
             raise bad_row(row, f'"{name}" is {type_of(value)}; give a list of objects')
-        found |= {name: value} if value else {}
+        given |= {name: value} if value else {}
     more = row.get("chat_template_kwargs") or {}
     if not isinstance(more, dict) or NOT_GIVEN & set(more):
         raise bad_row(row, f'"chat_template_kwargs" is {shown(more)}; give an object of what the template reads')
-    return [{"role": TEMPLATE, "content": "", **found, **more}] if found or more else []
+    return [{"role": TEMPLATE, "content": "", **given, **more}] if given or more else []
 
 
-def text_of(response: str | Messages) -> str:
+def text_of(response: Text) -> str:
+    """What is said, without other fields of the message."""
     return response if isinstance(response, str) else response[-1]["content"]
 
 
-def written(response: str | Messages) -> str | Messages:
+def written(response: Text) -> Text:
     """A response as a row holds it: its text, or the message where that says more, as tool calls do."""
     plain = isinstance(response, str) or set(response[-1]) == {"role", "content"}
     return text_of(response) if plain else response
 
 
-def key_of(response: str | Messages) -> str:
+def key_of(response: Text) -> str:
     """A text that is equal for equal responses: theirs, where they are nothing else."""
-    found = written(response)
-    return found if isinstance(found, str) else json.dumps(found, sort_keys=True, default=repr)
+    value = written(response)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)

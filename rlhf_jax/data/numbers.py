@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -13,7 +13,7 @@ LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).
 """Sizes of what float32 holds; smaller numbers than the latter count as 0 on some devices."""
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether it is a finite number, of Python or numpy; an integer may be of any size."""
     value = number_of(value)
     return type(value) is int or (isinstance(value, float) and math.isfinite(value))
@@ -24,11 +24,11 @@ def number_of(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def float_of(value: Any) -> float | None:
+def float_of(value: object) -> float | None:
     """A real number, or a scalar of any array library, as a float; None if it is something else."""
     if getattr(value, "ndim", 0) == 0 and hasattr(value, "item"):
         value = value.item()
-    if getattr(value, "ndim", 0) or not hasattr(type(value), "__float__"):  # numbers have it, texts do not
+    if getattr(value, "ndim", 0) or not isinstance(value, SupportsFloat):  # numbers are that, texts are not
         return None
     try:
         return float(value)
@@ -36,7 +36,7 @@ def float_of(value: Any) -> float | None:
         return math.inf
 
 
-def in_order(values: Sequence[Any], sign: int = 1) -> list[float]:
+def in_order(values: Sequence[float | None], sign: int = 1) -> list[float]:
     """sign * values, to be compared in float32, NaN for None: their places from 0 where float32 loses their order.
 
     1700000001 and 1700000000 are one number there, and 1e39 is infinite; their places are not.

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -16,18 +15,12 @@ from rlhf_jax.data.rows import Row
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, of which `chosen` is preferred.
+    """Two responses to one prompt, of which `chosen` is preferred; both are places in the ranking row."""
 
-    Attributes:
-        group: number of the prompt.
-        chosen, rejected: places of the responses.
-        share: how much it is preferred, above 1/2 and at most 1.
-    """
-
-    group: int
+    group: int  # number of the prompt
     chosen: int
     rejected: int
-    share: float = 1.0
+    share: float = 1.0  # how much `chosen` is preferred, above 1/2 and at most 1
 
 
 Shares = dict[tuple[int, int], float]
@@ -43,13 +36,13 @@ def shares_of(row: Row) -> Shares:
 
 def pairs_of(rows: Sequence[Row], shares: Sequence[Shares]) -> list[Pair]:
     """All pairs of ranking rows that are not tied and whose texts differ."""
-    found = []
+    pairs = []
     for group, (row, of_row) in enumerate(zip(rows, shares, strict=True)):
         texts = [item["text"].strip() for item in row["responses"]]
         for (i, j), share in sorted(of_row.items()):
             if share != 0.5 and texts[i] and texts[j] and texts[i] != texts[j]:
-                found.append(Pair(group, i, j, share) if share > 0.5 else Pair(group, j, i, 1 - share))
-    return found
+                pairs.append(Pair(group, i, j, share) if share > 0.5 else Pair(group, j, i, 1 - share))
+    return pairs
 
 
 def _place(item: Row) -> float | None:
@@ -63,13 +56,13 @@ def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
     """A preference row."""
     row = rows[pair.group]
     both = [row["responses"][pair.chosen], row["responses"][pair.rejected]]
-    made: Row = {"prompt": row["prompt"]}
+    preference: Row = {"prompt": row["prompt"]}
     for name, item in zip(("chosen", "rejected"), both, strict=True):
-        made |= {name: item["text"], **({f"{name}_ids": item["ids"]} if item.get("ids") is not None else {})}
-    made["finished"] = [item["finished"] for item in both]
+        preference |= {name: item["text"], **({f"{name}_ids": item["ids"]} if item.get("ids") is not None else {})}
+    preference["finished"] = [item["finished"] for item in both]
     if pair.share < 1:
-        made["votes"] = [pair.share, 1 - pair.share, 0]
-    return {**made, "sources": [item.get("source", "") for item in both]}
+        preference["votes"] = [pair.share, 1 - pair.share, 0]
+    return {**preference, "sources": [item.get("source", "") for item in both]}
 
 
 def demonstration_of(row: Row) -> Row | None:
@@ -137,7 +130,7 @@ FILTERS: dict[str, Callable[[Sequence[Row], Sequence[Pair]], list[Pair]]] = {
 """What `length_filter` names."""
 
 
-def length_bias(rows: Sequence[Row], pairs: Sequence[Pair]) -> dict[str, Any]:
+def length_bias(rows: Sequence[Row], pairs: Sequence[Pair]) -> dict[str, float | None]:
     """How much length alone tells of the label, as `agreement.length_bias`."""
     sizes = lengths(rows, pairs)
     preferred = np.array([pair.share - 0.5 for pair in pairs])

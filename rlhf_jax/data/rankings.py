@@ -20,25 +20,15 @@ LARGEST_TIE = 12
 
 @dataclass(frozen=True)
 class Comparisons:
-    """N verdicts on two items each. G groups of at most K items, R raters, L ballots.
+    """N verdicts on two items each. G groups of at most K items, R raters, L ballots."""
 
-    Attributes:
-        groups: int[N], the group of the two items, below G.
-        first, second: int[N], the items, below sizes[group].
-        shares: float[N], 1 if `first` is preferred, 0 if `second` is, 0.5 for a tie.
-        raters: int[N], who said so, below num_raters.
-        ballots: int[N], which ranking the verdict is part of; verdicts of one ballot are not independent.
-        sizes: int[G], items of each group.
-        num_raters: R.
-    """
-
-    groups: Int[np.ndarray, " N"]
-    first: Int[np.ndarray, " N"]
+    groups: Int[np.ndarray, " N"]  # the group of the two items, below G
+    first: Int[np.ndarray, " N"]  # the items, below sizes[group]
     second: Int[np.ndarray, " N"]
-    shares: Float[np.ndarray, " N"]
-    raters: Int[np.ndarray, " N"]
-    ballots: Int[np.ndarray, " N"]
-    sizes: Int[np.ndarray, " G"]
+    shares: Float[np.ndarray, " N"]  # 1 if `first` is preferred, 0 if `second` is, 0.5 for a tie
+    raters: Int[np.ndarray, " N"]  # who said so, below R
+    ballots: Int[np.ndarray, " N"]  # which ranking the verdict is part of; those of one are not independent
+    sizes: Int[np.ndarray, " G"]  # items of each group
     num_raters: int
 
     @property
@@ -65,16 +55,16 @@ def comparisons(ballots: Sequence[Ballot], *, num_raters: int, sizes: Sequence[i
     `sizes` are the items of each group; without them, what the ballots say, and a group without one has none.
     """
     rows = []
-    told: dict[int, int] = {}
+    size_of: dict[int, int] = {}
     for ballot, (group, rater, ranks) in enumerate(ballots):
-        told[group] = len(ranks)
+        size_of[group] = len(ranks)
         ranked = [(i, rank) for i, rank in enumerate(ranks) if not np.isnan(rank)]
         for (i, a), (j, b) in combinations(ranked, 2):
             rows.append((group, i, j, 1.0 if a < b else 0.0 if a > b else 0.5, rater, ballot))
     columns = np.array(rows, np.float64).reshape(-1, 6).T
     groups, first, second, raters, of_ballot = (columns[i].astype(np.int64) for i in (0, 1, 2, 4, 5))
     if sizes is None:
-        sizes = [told.get(g, 0) for g in range(max(told, default=-1) + 1)]
+        sizes = [size_of.get(g, 0) for g in range(max(size_of, default=-1) + 1)]
     return Comparisons(groups, first, second, columns[3], raters, of_ballot, np.array(sizes, np.int64), num_raters)
 
 
@@ -154,7 +144,7 @@ def _choice_sets(ranks: np.ndarray) -> list[tuple[np.ndarray, float]]:
 
     Ranks [0, 1, 1] leave {0, 1, 2}, then {1, 2}, then {1} or {2}, half each.
     """
-    found = []
+    choices = []
     for rank in np.unique(ranks[~np.isnan(ranks)]):
         tied, worse = np.flatnonzero(ranks == rank), ranks > rank
         if len(tied) > LARGEST_TIE:
@@ -163,8 +153,8 @@ def _choice_sets(ranks: np.ndarray) -> list[tuple[np.ndarray, float]]:
             for left in combinations(tied, count):
                 members = worse.copy()
                 members[list(left)] = True
-                found.append((members, 1 / comb(len(tied), count)))
-    return found
+                choices.append((members, 1 / comb(len(tied), count)))
+    return choices
 
 
 def crowd_bradley_terry(
@@ -211,6 +201,7 @@ def crowd_bradley_terry(
 
 
 def _meant(reliability: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """The chance that a verdict of this `probability` was meant as said."""
     straight, crossed = reliability * probability, (1 - reliability) * (1 - probability)
     return straight / (straight + crossed)
 
@@ -234,6 +225,7 @@ def _newton(x: np.ndarray, gradient: np.ndarray, hessian: np.ndarray) -> tuple[n
 
 
 def _centred(strengths: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Strengths of mean 0 in each group, 0 where there is no item."""
     mean = np.where(items, strengths, 0).sum(-1, keepdims=True) / np.maximum(items.sum(-1, keepdims=True), 1)
     return np.where(items, strengths - mean, 0.0)
 

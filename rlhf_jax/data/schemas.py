@@ -1,18 +1,20 @@
 """One row in, one normalised row out; a bad one is an error that says where it is, what is wrong and the cure.
 
 A prompt is a str or a message list [{role, content, ...}]; the response that belongs to it has the same form: a str,
-or [{role: "assistant", content, ...}]. Every function takes a dict with an optional "_where" and returns a new one.
+or [{role: "assistant", content, ...}]. Every function takes a dict with an optional "_where" and returns a new one. It
+raises a UserError at a missing field or a wrong type, a DroppedRow where there is nothing to learn: a null or empty
+turn, a false label, two answers that are equal or answer two prompts.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, cast
+from typing import NamedTuple, SupportsFloat, cast
 
 from rlhf_jax.data.layouts import PREFERENCES, RANKINGS, layout_of
 from rlhf_jax.data.messages import (
     GIVEN,
-    Messages,
+    Text,
     conversation_of,
     key_of,
     messages_of,
@@ -24,13 +26,22 @@ from rlhf_jax.data.numbers import LARGEST, is_number, number_of, off_centre
 from rlhf_jax.data.rows import Row, bad_row, empty_row, require, type_of, where_of
 
 
+class Answer(NamedTuple):
+    """A response to a prompt: a text or, to messages, one message."""
+
+    response: Text
+    finished: bool = True  # it was not cut off
+    ids: list[int] | None = None  # those that a model sampled for it, stop id included, if anything says so
+    extra: Row = {}  # noqa: RUF012 (other fields that a ranking has of it, such as "model")
+
+
 def kind_of(row: Row) -> str:
     """`layout_of` in words, for reports: such as "conversational preference" or "preference of HH transcripts"."""
     kind = layout_of(row)
-    told = next((row[name] for name in ("prompt", "chosen", "messages") if name in row), None)
-    if isinstance(told, list):
+    first = next((row[name] for name in ("prompt", "chosen", "messages") if name in row), None)
+    if isinstance(first, list):
         return f"conversational {kind}" if kind != "messages" else kind
-    if kind == "preference with its prompt in both" and isinstance(told, str) and split_transcript(told):
+    if kind == "preference with its prompt in both" and isinstance(first, str) and split_transcript(first):
         return "preference of HH transcripts"
     return kind
 
@@ -38,9 +49,6 @@ def kind_of(row: Row) -> str:
 def sft_row(row: Row) -> Row:
     """A demonstration -> {prompt, response, finished, ids?}: `answer_of`, but of TRL's unpaired preferences only those
     whose `label` is true.
-
-    Raises:
-        DroppedRow, UserError: as `answer_of`, and a false label.
     """
     answer = answer_of(row)
     if layout_of(row) == "unpaired preference" and not flag_of(row, "label"):
@@ -54,15 +62,10 @@ def answer_of(row: Row) -> Row:
     {prompt, response} (or TRL's `completion`), or {messages} that end in an assistant turn; a row with all of these is
     the former. With `finished` false the response was cut off, so no stop id belongs to it. `ids` are the row's
     `response_ids`, as sampled.
-
-    Raises:
-        DroppedRow: null response, or an empty turn.
-        UserError: a missing field, a wrong type, or a row that is made for something else.
     """
     if layout_of(row) in (*RANKINGS, *PREFERENCES):
         raise bad_row(
-            row,
-            f'a {kind_of(row)} row has no one answer to learn; map one with data.fields, as "response={{chosen}}"',
+            row, f'a {kind_of(row)} row has no one answer to learn; map one with data.fields, as "response={{chosen}}"'
         )
     if {"response", "completion"} <= set(row) and row["response"] != row["completion"]:
         raise bad_row(row, '"response" and "completion" differ; map the one to learn with data.fields')
@@ -70,7 +73,7 @@ def answer_of(row: Row) -> Row:
         turns = messages_of(row, "messages", row["messages"])
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise bad_row(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
-        prompt, response = prompt_of(row, turns[:-1]), cast(str | Messages, turns[-1:])
+        prompt, response = prompt_of(row, turns[:-1]), cast(Text, turns[-1:])
     else:
         name = "completion" if "completion" in row and "response" not in row else "response"
         require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
@@ -79,6 +82,11 @@ def answer_of(row: Row) -> Row:
     ids = ids_of(row, "response_ids")
     sampled = {} if ids is None else {"ids": ids}
     return {"prompt": prompt, "response": response, "finished": finished_of(row), **sampled, "_where": where_of(row)}
+
+
+def single_answer(answer: Row) -> Answer:
+    """The answer in what `answer_of` returns."""
+    return Answer(answer["response"], answer["finished"], answer.get("ids"))
 
 
 def preference_row(row: Row) -> Row:
@@ -91,10 +99,6 @@ def preference_row(row: Row) -> Row:
     Without a prompt, `chosen` and `rejected` are whole conversations (transcripts "\\n\\nHuman: ...\\n\\nAssistant:
     ..." as in Anthropic's HH files, or message lists) that differ in their last turn only, or other texts, whose
     common beginning up to a white space is the prompt.
-
-    Raises:
-        DroppedRow: null response, empty turn, the two prompts differ, or chosen equals rejected.
-        UserError: a missing field or a wrong type.
     """
     expected = "a preference row is {prompt, chosen, rejected, votes?} or two transcripts {chosen, rejected}"
     require(row, ("chosen", "rejected"), expected)
@@ -125,26 +129,27 @@ def preference_row(row: Row) -> Row:
     }
 
 
-def prompt_row(row: Row) -> Row:
-    """{prompt, ...}: the prompt validated, every other column kept as it is.
+def both_answers(pair: Row) -> list[Answer]:
+    """[chosen, rejected] of what `preference_row` returns."""
+    both = (pair["chosen"], pair["rejected"])
+    return [Answer(*fields) for fields in zip(both, pair["finished"], pair["ids"], strict=True)]
 
-    Raises:
-        DroppedRow: an empty prompt or turn.
-        UserError: a missing field or a wrong type.
-    """
+
+def prompt_row(row: Row) -> Row:
+    """{prompt, ...}: the prompt validated, every other column kept as it is."""
     require(row, ("prompt",), "a prompts row is {prompt, ...}")
     columns = ("documents", *(GIVEN if isinstance(row["prompt"], str) else ()))  # these are for reward functions
-    told = {name: value for name, value in row.items() if name not in columns}
-    return {**row, "prompt": prompt_of(told, row["prompt"]), "_where": where_of(row)}
+    fields = {name: value for name, value in row.items() if name not in columns}
+    return {**row, "prompt": prompt_of(fields, row["prompt"]), "_where": where_of(row)}
+
+
+def columns_of(row: Row) -> Row:
+    """The fields of a prompt row that reward functions get as columns: all but the prompt."""
+    return {name: value for name, value in row.items() if name not in ("prompt", "_where")}
 
 
 def text_row(row: Row) -> Row:
-    """{text}: one document.
-
-    Raises:
-        DroppedRow: an empty document.
-        UserError: a missing field or a wrong type.
-    """
+    """{text}: one document."""
     require(row, ("text",), "a text row is {text}")
     if {"response", "completion"} & set(row):
         raise bad_row(row, 'an answer, but no "prompt", beside "text"; say what they are with data.fields')
@@ -187,6 +192,7 @@ def _common_prompt(row: Row) -> tuple[str, str, str]:
 
 
 def _margin(row: Row) -> float:
+    """By how much `chosen` is better, 0 if the row does not say."""
     margin = row.get("margin")
     if margin is None:
         return 0.0
@@ -216,12 +222,8 @@ def ids_of(row: Row, name: str) -> list[int] | None:
     return ids
 
 
-def float32_of(row: Row, name: str, value: Any) -> float:
-    """A number of a row that is computed with in float32.
-
-    Raises:
-        UserError: it is infinite there.
-    """
+def float32_of(row: Row, name: str, value: SupportsFloat) -> float:
+    """A number of a row that is computed with in float32."""
     try:
         fits = abs(number_of(value)) <= LARGEST
     except OverflowError:

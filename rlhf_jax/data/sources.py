@@ -15,11 +15,10 @@ import numpy as np
 
 from rlhf_jax.data import tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.votes import join_votes
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import is_stream
-
-Row = dict[str, Any]
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 LARGEST_MIXTURE = 10**8
@@ -39,8 +38,8 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
         UserError: nothing to read, or an element is not a dict.
     """
     if fields:
-        wanted = parse_fields(fields)
-        return [map_row(row, wanted) for row in rows_from(source)]
+        templates = parse_fields(fields)
+        return [map_row(row, templates) for row in rows_from(source)]
     if isinstance(source, (str, os.PathLike)):
         return join_votes(read_rows(os.fspath(source)))
     try:
@@ -54,7 +53,7 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     return join_votes(rows)
 
 
-def _elements(source: Any) -> Iterable[Any]:
+def _elements(source: Any) -> Iterable[object]:
     """The rows of what is no path."""
     if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # a pandas frame, or a part of one
         if not hasattr(source, "columns"):
@@ -79,7 +78,8 @@ def _elements(source: Any) -> Iterable[Any]:
     return source if isinstance(source, Iterable) else (source[i] for i in range(len(source)))
 
 
-def _as_row(where: str, row: Any) -> Row:
+def _as_row(where: str, row: object) -> Row:
+    """A new row of a dict that may be one."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a {type(row).__name__}, not a dict; give rows such as {{'prompt': ...}}")
     odd = next((name for name in row if not isinstance(name, str)), None)
@@ -182,8 +182,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 encoding = "utf-8-sig" if number == 1 else "utf-8"
                 yield number, raw.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
-        message = f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); save it as UTF-8"
-        raise UserError(message) from error
+        what = f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
+        raise UserError(f"{file}:{number}: {what}; save it as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         message = f"{file}: broken gzip after line {number} ({error}); download or compress it again"
         raise UserError(message) from error
@@ -237,6 +237,7 @@ def _documents(file: Path) -> Iterator[Row]:
 
 
 def _document(file: Path, start: int, lines: list[str]) -> Iterator[Row]:
+    """The document that these lines are, if they say something."""
     text = "\n".join(lines).strip("\n")
     if text.strip():
         yield {"text": text, "_where": f"{file}:{start}"}

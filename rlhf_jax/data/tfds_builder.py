@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from rlhf_jax.data.rows import Row
 
 TEXT, FLAGS, NUMBERS = tfds.features.Text(), tfds.features.Sequence(np.bool_), tfds.features.Sequence(np.float64)
 IDS = {"ids": tfds.features.Sequence(np.int64), "num_ids": tfds.features.Sequence(np.int64)}
 MESSAGES = tfds.features.Sequence({"role": TEXT, "content": TEXT})
 
-LAYOUTS: dict[str, dict[str, Any]] = {
+LAYOUTS: dict[str, dict[str, object]] = {
     "sft": {"prompt": MESSAGES, "response": TEXT, "finished": np.bool_, **IDS},
     "preference": {
         "prompt": MESSAGES, "chosen": TEXT, "rejected": TEXT, "finished": FLAGS, "votes": NUMBERS,
@@ -38,14 +39,14 @@ class Feedback(tfds.core.GeneratorBasedBuilder):
     code_path = None  # no checksums beside this file; looking for them needs importlib_resources
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=each, description=f"{each} rows") for each in LAYOUTS]  # noqa: RUF012
-    rows: dict[str, list[dict[str, Any]]] = {}  # noqa: RUF012
+    rows: dict[str, list[Row]] = {}  # noqa: RUF012
 
-    def _info(self) -> Any:
+    def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(LAYOUTS[self.builder_config.name])
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-    def _split_generators(self, manager: Any) -> Any:
+    def _split_generators(self, manager: object) -> dict[str, Iterator[tuple[int, Row]]]:
         return {split: self._generate_examples(rows) for split, rows in self.rows.items()}
 
-    def _generate_examples(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[int, Row]]:
         yield from enumerate(rows)

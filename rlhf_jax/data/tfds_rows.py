@@ -15,9 +15,9 @@ import numpy as np
 
 from rlhf_jax.data.ballots import ranking_row, rater_of
 from rlhf_jax.data.fields import catalogue, map_row
-from rlhf_jax.data.messages import Messages
+from rlhf_jax.data.messages import Messages, Text
 from rlhf_jax.data.rows import Row, bad_row
-from rlhf_jax.data.schemas import preference_row, prompt_row, sft_row
+from rlhf_jax.data.schemas import columns_of, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError, reason
 
 NAME = "feedback"
@@ -44,13 +44,13 @@ def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row
     """
     import tensorflow_datasets as tfds
 
-    known = catalogue()
+    entries = catalogue()
     logging.getLogger("absl").addFilter(_no_folder_yet)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds:{name}: {reason}; the catalogue here knows {', '.join(known)}") from error
+        raise UserError(f"tfds:{name}: {reason}; the catalogue here knows {', '.join(entries)}") from error
     if not builder.is_prepared():
         command = CONVERT.format(name=name)
         raise UserError(
@@ -58,7 +58,7 @@ def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row
             f'network run python -c "{command}" and copy that directory'
         )
     rows = _read(builder, split, f"tfds:{name}@{split}")
-    entry = next((known[key] for key in (name, builder.name) if key in known), None)
+    entry = next((entries[key] for key in (name, builder.name) if key in entries), None)
     return [map_row(row, entry["fields"]) for row in rows] if entry else rows
 
 
@@ -132,57 +132,57 @@ def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
-    except Exception as error:  # TFDS wraps what the disk or a codec says in errors of its own
-        raise UserError(
-            f"{out}: the dataset could not be written ({reason(_first(error))}); nothing is there"
-        ) from error
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # TFDS wraps what the disk or a codec says in errors of its own
+            cause = cause.__cause__
+        raise UserError(f"{out}: the dataset could not be written ({reason(cause)}); nothing is there") from error
     return Path(builder.data_dir)
 
 
-def _first(error: BaseException) -> BaseException:
-    """What an error was made of."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def stored(row: Row, schema: str) -> Row:
-    """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out.
-
-    Raises:
-        DroppedRow, UserError: as the schema's own function.
-    """
+    """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out."""
     if schema == "sft":
-        row = sft_row(row)
-        said = {"response": _text(row["response"]), "finished": row["finished"]}
-        return {"prompt": _turns(row["prompt"]), **said, **_flat([row.get("ids")])}
+        answer = sft_row(row)
+        return {
+            "response": _text(answer["response"]),
+            "finished": answer["finished"],
+            "prompt": _turns(answer["prompt"]),
+            **_flat([answer.get("ids")]),
+        }
     if schema == "preference":
-        found = preference_row(row)
-        texts = {name: _text(found[name]) for name in ("chosen", "rejected")}
-        kept = {"finished": found["finished"], "margin": found["margin"]}
-        votes = {"votes": [float(count) for count in row.get("votes") or []], "rater": rater_of(row)}
-        return {"prompt": _turns(found["prompt"]), **texts, **kept, **votes, **_flat(found["ids"])}
+        pair = preference_row(row)
+        return {
+            "chosen": _text(pair["chosen"]),
+            "rejected": _text(pair["rejected"]),
+            "finished": pair["finished"],
+            "margin": pair["margin"],
+            "votes": [float(count) for count in row.get("votes") or []],
+            "rater": rater_of(row),
+            "prompt": _turns(pair["prompt"]),
+            **_flat(pair["ids"]),
+        }
     if schema == "ranking":
         ranking = ranking_row(row)
-        if any(count % 1 for count in ranking.counts()):
+        if any(ballot.times % 1 for ballot in ranking.ballots):
             raise bad_row(
                 row, '"votes" are no whole numbers, and a ranking is stored as whole ballots; store a preference'
             )
-        told = [one for one, n in zip(ranking.ballots, ranking.counts(), strict=True) for _ in range(int(n))]
+        ballots = [ballot for ballot in ranking.ballots for _ in range(int(ballot.times))]
         return {
             "prompt": _turns(ranking.prompt),
             "responses": [_text(response) for response in ranking.responses],
-            "finished": ranking.finished,
-            "raters": [rater for rater, _ in told],
-            "ranks": [rank for _, ranks in told for rank in ranks],
-            **_flat(ranking.ids),
+            "finished": [answer.finished for answer in ranking.answers],
+            "raters": [ballot.rater for ballot in ballots],
+            "ranks": [rank for ballot in ballots for rank in ballot.ranks],
+            **_flat([answer.ids for answer in ranking.answers]),
         }
     row = prompt_row(row)
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "_where")}
-    return {"prompt": _turns(row["prompt"]), "columns": json.dumps(columns, ensure_ascii=False)}
+    return {"prompt": _turns(row["prompt"]), "columns": json.dumps(columns_of(row), ensure_ascii=False)}
 
 
-def _turns(prompt: str | Messages) -> Messages:
+def _turns(prompt: Text) -> Messages:
+    """A prompt as messages of role and content alone; a text is one of no role."""
     if isinstance(prompt, str):
         return [{"role": "", "content": prompt}]
     if more := {name for turn in prompt for name in turn} - {"role", "content"}:
@@ -190,7 +190,8 @@ def _turns(prompt: str | Messages) -> Messages:
     return prompt
 
 
-def _text(response: str | Messages) -> str:
+def _text(response: Text) -> str:
+    """What a response says, which must be all there is of it."""
     return response if isinstance(response, str) else _turns(response)[-1]["content"]
 
 
@@ -208,28 +209,22 @@ def _split(row: Row) -> list[list[int] | None]:
 
 def _restored(row: Row) -> Row:
     """A stored row as `rlhf_jax.data.schemas` takes it; the inverse of `stored`."""
-    where = row["_where"]
     turns = row["prompt"]
-    row = {**row, "prompt": turns[0]["content"] if [t["role"] for t in turns] == [""] else turns}
+    prompt = turns[0]["content"] if [turn["role"] for turn in turns] == [""] else turns
     if "columns" in row:
-        return {**json.loads(row["columns"]), "prompt": row["prompt"], "_where": where}
+        return {**json.loads(row["columns"]), "prompt": prompt, "_where": row["_where"]}
     size = len(row["responses"]) if "raters" in row else 1 + ("votes" in row)
     ids = _split(row) if "num_ids" in row else [None] * size  # earlier versions stored none
-    row = {name: value for name, value in row.items() if name not in ("ids", "num_ids")}
-    names = ("chosen_ids", "rejected_ids") if "votes" in row else ("response_ids",)
-    if "raters" not in row:
-        row |= {name: own for name, own in zip(names, ids, strict=True) if own is not None}
-    if "votes" in row:
-        optional = {name: row[name] for name in ("votes", "rater") if row[name]}
-        return {k: v for k, v in row.items() if k not in ("votes", "rater")} | optional
     if "raters" in row:
-        table = [
-            [None if r != r else r for r in row["ranks"][i : i + size]] for i in range(0, len(row["ranks"]), size)
-        ]
+        ranks = [None if rank != rank else rank for rank in row["ranks"]]
+        ballots = [ranks[start : start + size] for start in range(0, len(ranks), size)]
         items = [
-            {"text": text, "finished": done, **({} if own is None else {"ids": own})}
-            for text, done, own in zip(row["responses"], row["finished"], ids, strict=True)
+            {"text": text, "finished": finished, **({} if sampled is None else {"ids": sampled})}
+            for text, finished, sampled in zip(row["responses"], row["finished"], ids, strict=True)
         ]
-        raters = [{"rater": name, "ranks": ranks} for name, ranks in zip(row["raters"], table, strict=True)]
-        return {"prompt": row["prompt"], "responses": items, "raters": raters, "_where": where}
-    return row
+        raters = [{"rater": name, "ranks": ranks} for name, ranks in zip(row["raters"], ballots, strict=True)]
+        return {"prompt": prompt, "responses": items, "raters": raters, "_where": row["_where"]}
+    kept = {k: v for k, v in row.items() if k not in ("ids", "num_ids") and (v or k not in ("votes", "rater"))}
+    names = ("chosen_ids", "rejected_ids") if "votes" in row else ("response_ids",)
+    given = {name: sampled for name, sampled in zip(names, ids, strict=True) if sampled is not None}
+    return {**kept, "prompt": prompt, **given}

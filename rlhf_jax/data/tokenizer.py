@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhf_jax.data.backend import continuing, declared_eos, decoded, plain_ids, prefix_specials, token_text
 from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
-from rlhf_jax.data.messages import Messages, text_of
-from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.data.messages import Messages, Text, text_of
+from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts.files import read_strict
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-NO_BLANK: dict[str, dict[str, Any]] = {
-    "normalizer": {"strip_left": False},
-    "pre_tokenizer": {"prepend_scheme": "never", "add_prefix_space": False},
-    "decoder": {"prepend_scheme": "never", "start": 0},
-}
-"""Part of tokenizer.json -> settings under which it neither adds a blank before a text nor takes one off."""
 OTHER_IDS = "responses whose ids were not of their text"
 STOPPED = "responses or documents that already ended in a stop token's text"
 
@@ -45,23 +42,25 @@ class Tokenizer:
         bos_id: the tokenizer's begin-of-sequence id, or None.
     """
 
-    def __init__(self, hf: Any, eos_ids: Sequence[int] = (), declared: int | Sequence[int] | None = None):
+    def __init__(
+        self, hf: PreTrainedTokenizerBase, eos_ids: Sequence[int] = (), declared: int | Sequence[int] | None = None
+    ):
         """`declared` are the stop ids of the model's files, which `eos_ids` replace."""
         self.hf = hf
         self.vocab_size = max(hf.get_vocab().values()) + 1
         self.bos_id = hf.bos_token_id
         self.chat = ChatTemplate(hf) if hf.chat_template else Transcript()
-        given = eos_ids or _as_ids(declared) or _as_ids(hf.eos_token_id)
-        closing = next((i for i in self.chat.closings if i in given), next(reversed(self.chat.closings), None))
-        self.eos_ids = tuple(dict.fromkeys(given if eos_ids or closing is None else [*given, closing]))
+        named = eos_ids or _as_ids(declared) or _as_ids(hf.eos_token_id)
+        closing = next((i for i in self.chat.closings if i in named), next(reversed(self.chat.closings), None))
+        self.eos_ids = tuple(dict.fromkeys(named if eos_ids or closing is None else [*named, closing]))
         self._check_eos_ids()
         self.end_id = closing if closing in self.eos_ids else self.eos_ids[0]
         self.pad_id = hf.pad_token_id if hf.pad_token_id is not None else self.eos_ids[0]
-        self._prefix = _prefix_specials(hf)
-        self._inner = _continuing(hf)
-        self._last: tuple[Messages, str, list[int]] | None = None
+        self._prefix = prefix_specials(hf)
+        self._inner = continuing(hf)  # for texts that go on where another ended
+        self._last_prompt: tuple[Messages, str, list[int]] | None = None
         self._special = specials(hf)
-        self._stops = [hf.convert_ids_to_tokens(i) for i in self.eos_ids if i in self._special]
+        self._stop_texts = [token_text(hf, i) for i in self.eos_ids if i in self._special]
         if isinstance(self.chat, ChatTemplate):
             self.chat.close_with(closing if closing in self.eos_ids else None)
         self._lead, self._tail = self._around_an_answer()
@@ -87,7 +86,7 @@ class Tokenizer:
 
         try:
             hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-            return cls(hf, eos_ids, None if eos_ids else _declared_eos(directory))
+            return cls(hf, eos_ids, None if eos_ids else declared_eos(directory))
         except UserError:
             raise
         except BaseException as error:  # transformers raises anything, its Rust parts a kind of exception of their own
@@ -96,7 +95,7 @@ class Tokenizer:
             message = f"{path}: unusable tokenizer ({reason(error)}); check that tokenizer_config.json names its class"
             raise UserError(message) from error
 
-    def encode_prompt(self, prompt: str | Messages, remarks: Counter[str] | None = None) -> list[int]:
+    def encode_prompt(self, prompt: Text, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a prompt, ready for the response's first token.
 
         A str gets the tokenizer's own leading special tokens (bos, if it adds one, and only once) and no trailing
@@ -108,21 +107,21 @@ class Tokenizer:
                 Unicode.
         """
         if isinstance(prompt, str):
-            return self._with_prefix(_plain_ids(self.hf, prompt))
+            return self._with_prefix(plain_ids(self.hf, prompt))
         remarks = Counter() if remarks is None else remarks
-        shown, ids = self._shown(prompt)
-        self.chat.check(self._stopped_once(prompt, remarks), shown, remarks)
+        text, ids = self._rendered(prompt)
+        self.chat.check(self._stopped_once(prompt, remarks), text, remarks)
         return list(ids)
 
     def encode_document(self, text: str, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a document, with leading special tokens and one stop id at its end."""
         whole = self._without_stop(text, remarks)
-        return self._ended(self._with_prefix(_plain_ids(self.hf, whole)), self.eos_ids[0], True)
+        return self._ended(self._with_prefix(plain_ids(self.hf, whole)), self.eos_ids[0], True)
 
     def encode_response(
         self,
-        response: str | Messages,
-        prompt: str | Messages | None = None,
+        response: Text,
+        prompt: Text | None = None,
         *,
         finished: bool = True,
         ids: Sequence[int] | None = None,
@@ -150,23 +149,23 @@ class Tokenizer:
                 return [int(i) for i in ids]
             remarks[OTHER_IDS] += 1
         if isinstance(response, str):
-            return self._ended(_plain_ids(self._inner, text), self.eos_ids[0], finished)
+            return self._ended(plain_ids(self._inner, text), self.eos_ids[0], finished)
         asked = prompt if isinstance(prompt, list) else ASKED
+        prompt_text, prompt_ids = self._rendered(asked)
         turn = {**response[-1], "content": text}
-        shown, given = self._shown(asked)
-        written = self.chat.answer(self._stopped_once(asked), shown, turn, remarks, closed=finished)
-        found = self._after(shown, given, written)
-        if found is None:
+        written = self.chat.answer(self._stopped_once(asked), prompt_text, turn, remarks, closed=finished)
+        answer_ids = self._ids_after(prompt_text, prompt_ids, written)
+        if answer_ids is None:
             remarks[MERGED] += isinstance(self.chat, ChatTemplate)
-            found = _plain_ids(self._inner, written)
-        return self._ended(found, self.end_id, finished)
+            answer_ids = plain_ids(self._inner, written)
+        return self._ended(answer_ids, self.end_id, finished)
 
-    def response_text(self, ids: Sequence[int], prompt: str | Messages) -> str:
+    def response_text(self, ids: Sequence[int], prompt: Text) -> str:
         """The text of a sampled response to a prompt, as rows hold it; the inverse of `encode_response`.
 
         Special tokens are left out, and of an answer to messages what the template or the transcript puts around it.
         """
-        text = self._continuation(ids)
+        text = decoded(self._inner, ids)
         if isinstance(prompt, str):
             return text
         return text.removeprefix(self._lead).removesuffix(self._tail if ids and ids[-1] in self.eos_ids else "")
@@ -175,45 +174,41 @@ class Tokenizer:
         """(what stands before, what after the content of an answer that finished), as its ids are decoded."""
         marked: Messages = [{"role": "assistant", "content": MARKER}]
         try:
-            before, found, after = self._continuation(self.encode_response(marked)).partition(MARKER)
+            before, there, after = decoded(self._inner, self.encode_response(marked)).partition(MARKER)
         except UserError:
-            found = ""  # a template for other roles, or a vocabulary without digits
-        return (before, after) if found else ("", "")
+            return "", ""  # a template for other roles
+        return (before, after) if there else ("", "")  # a vocabulary without digits has no marker
 
-    def _are_of(self, ids: Sequence[int], text: str, response: str | Messages, finished: bool) -> bool:
+    def _are_of(self, ids: Sequence[int], text: str, response: Text, finished: bool) -> bool:
         """Whether a sampler that stops at the first stop id could have drawn `ids`, and they are of the text."""
         if not all(0 <= i < self.vocab_size for i in ids):
             return False
         stops = [place for place, i in enumerate(ids) if i in self.eos_ids]
         return stops == [len(ids) - 1] * finished and self.response_text(ids, response) == text
 
-    def _continuation(self, ids: Sequence[int]) -> str:
-        """The text of ids that follow others, special tokens left out."""
-        plain = [int(i) for i in ids]
-        return self._inner.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _after(self, shown: str, given: list[int], written: str) -> list[int] | None:
-        """Ids of what follows a prompt, where prompt and answer as one text begin with the prompt's ids.
+    def _ids_after(self, prompt_text: str, prompt_ids: list[int], written: str) -> list[int] | None:
+        """Ids of what follows a prompt; None where prompt and answer as one text do not begin with the prompt's ids.
 
         Some vocabularies put a blank after the special token that ends a prompt. What stands before the prompt's last
         special token changes nothing of what follows, so it is left out.
         """
         if not isinstance(self.chat, ChatTemplate):
             return None
-        last = next((n for n in range(len(given) - 1, -1, -1) if given[n] in self._special), 0)
-        start = shown.rfind(self.hf.convert_ids_to_tokens(given[last])) if given else 0
-        tail, end = (shown[start:], given[last:]) if last and start > 0 else (shown, given)
-        whole = _plain_ids(self.hf, tail + written)
-        return whole[len(end) :] if whole[: len(end)] == end else None
+        last = next((place for place in range(len(prompt_ids) - 1, -1, -1) if prompt_ids[place] in self._special), 0)
+        start = prompt_text.rfind(token_text(self.hf, prompt_ids[last])) if prompt_ids else 0
+        if last and start > 0:
+            prompt_text, prompt_ids = prompt_text[start:], prompt_ids[last:]
+        whole = plain_ids(self.hf, prompt_text + written)
+        return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else None
 
-    def _shown(self, messages: Messages) -> tuple[str, list[int]]:
+    def _rendered(self, messages: Messages) -> tuple[str, list[int]]:
         """(text, ids) of a prompt of messages; those of the last one are kept, since its responses ask for it."""
-        if self._last is None or self._last[0] is not messages:
+        if self._last_prompt is None or self._last_prompt[0] is not messages:
             text = self.prompt_text(messages)
-            ids = _plain_ids(self.hf, text)
+            ids = plain_ids(self.hf, text)
             templated = isinstance(self.chat, ChatTemplate)  # which writes its own special tokens
-            self._last = messages, text, ids if templated else self._with_prefix(ids)
-        return self._last[1:]
+            self._last_prompt = messages, text, ids if templated else self._with_prefix(ids)
+        return self._last_prompt[1:]
 
     def _ended(self, ids: list[int], stop: int, finished: bool) -> list[int]:
         """Ids with one stop id at their end, or none."""
@@ -221,12 +216,13 @@ class Tokenizer:
         return ids[:size] + [stop] * finished
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
+        """Ids with the tokenizer's leading special tokens, once."""
         return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
 
     def _without_stop(self, text: str, remarks: Counter[str] | None) -> str:
         """A text without the stop tokens that are written out at its end, and the white space after them."""
         kept = text
-        while stop := next((s for s in self._stops if kept.endswith(s) or kept.rstrip().endswith(s)), ""):
+        while stop := next((s for s in self._stop_texts if kept.endswith(s) or kept.rstrip().endswith(s)), ""):
             kept = (kept if kept.endswith(stop) else kept.rstrip()).removesuffix(stop)
         if remarks is not None and kept != text:
             remarks[STOPPED] += 1
@@ -239,7 +235,7 @@ class Tokenizer:
             for turn in messages
         ]
 
-    def answers_in(self, prompt: str | Messages) -> np.ndarray:
+    def answers_in(self, prompt: Text) -> np.ndarray:
         """bool[n] over `encode_prompt(prompt)`: the tokens of earlier assistant turns, their closing tokens included.
 
         Exact where the chat template marks answers with {% generation %}; else the difference between a rendering up
@@ -254,26 +250,25 @@ class Tokenizer:
         if not self.hf.is_fast:
             raise UserError("this tokenizer tells no offsets, so earlier answers cannot be found; use a fast one")
         spans = self.chat.spans(self._stopped_once(prompt))
-        found = self.hf(
-            self.prompt_text(prompt), add_special_tokens=False, verbose=False, return_offsets_mapping=True
-        )["offset_mapping"]
+        text = self.prompt_text(prompt)
+        offsets = self.hf(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
         # A token that an answer shares with what stands before it is learned, as {% generation %} has it elsewhere.
-        inside = [any(start < max(to, at + 1) and at < end for start, end in spans) for at, to in found]
+        inside = [any(start < max(to, at + 1) and at < end for start, end in spans) for at, to in offsets]
         return np.array([False] * (len(ids) - len(inside)) + inside)  # leading special tokens are in no text
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
-        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decoded(self.hf, ids)
 
-    def prompt_text(self, prompt: str | Messages) -> str:
+    def prompt_text(self, prompt: Text) -> str:
         """What the model is shown for a prompt, as text: a reward function gets the same."""
         return prompt if isinstance(prompt, str) else self.chat.prompt(self._stopped_once(prompt))
 
     def written_out(self, text: str, *, closed: bool) -> list[str]:
         """The special tokens whose text stands in a text, each once; not what closes it, if it is `closed` by one."""
-        ids = dict.fromkeys(_plain_ids(self.hf, self._without_stop(text, None) if closed else text))
+        ids = dict.fromkeys(plain_ids(self.hf, self._without_stop(text, None) if closed else text))
         special = {*self.hf.all_special_ids, *(i for i, t in self.hf.added_tokens_decoder.items() if t.special)}
-        return self.hf.convert_ids_to_tokens([i for i in ids if i in special and i != self.hf.unk_token_id])
+        return [token_text(self.hf, i) for i in ids if i in special and i != self.hf.unk_token_id]
 
     def save(self, directory: str) -> None:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""
@@ -287,69 +282,6 @@ class Tokenizer:
             raise UserError(f"eos id {bad[0]} is outside the vocabulary of {self.vocab_size} ids; set model.eos_ids")
 
 
-def _plain_ids(hf: Any, text: str) -> list[int]:
-    """Ids of a text without special tokens around it; verbose=False: our own length limits say what is too long."""
-    try:
-        return list(hf(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except (TypeError, UnicodeEncodeError) as error:
-        raise UserError(f"the text cannot be tokenised ({error}); remove its lone surrogates") from error
-
-
 def _as_ids(declared: int | Sequence[int] | None) -> list[int]:
+    """One id, several or none as a list."""
     return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-
-
-def _declared_eos(directory: Path) -> int | list[int] | None:
-    """eos_token_id of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if not (directory / name).is_file():
-            continue
-        found = read_strict(directory / name, "write it again").get("eos_token_id")
-        if found is None:
-            continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(type(i) is int for i in ids):
-            raise UserError(f"{directory / name}: eos_token_id is {shown(found)}, which are no token ids; correct it")
-        return found
-    return None
-
-
-def _prefix_specials(hf: Any) -> list[int]:
-    """The special ids that the tokenizer puts before a text: [bos], or []."""
-    whole, plain = list(hf("a")["input_ids"]), _plain_ids(hf, "a")
-    if not plain:  # a vocabulary without "a"
-        return [i for i in whole if i == hf.bos_token_id][:1]
-    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    return whole[: starts[0]] if starts else []
-
-
-def _continuing(hf: Any) -> Any:
-    """The tokenizer for texts that go on where another ended: without the blank that it puts before every text.
-
-    SentencePiece vocabularies do so, and byte-level ones with `add_prefix_space`; decoding then takes it off again.
-    Others, and those without a fast backend, are returned as they are.
-    """
-    backend = getattr(hf, "backend_tokenizer", None)
-    if backend is None:
-        return hf
-    given = {name: getattr(backend, name) for name in NO_BLANK}
-    states = {name: json.loads(part.__getstate__()) for name, part in given.items() if part is not None}
-    changed = {name: _without_blank(state, NO_BLANK[name]) for name, state in states.items()}
-    if changed == states:
-        return hf
-    from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
-
-    whole = {**json.loads(backend.to_str()), **changed, "truncation": None, "padding": None}
-    return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(whole)))
-
-
-def _without_blank(part: Any, settings: dict[str, Any]) -> Any:
-    """A part of tokenizer.json with these settings wherever it has them, and without a normaliser that prepends."""
-    if isinstance(part, list):
-        return [one for one in (_without_blank(each, settings) for each in part) if one is not None]
-    if not isinstance(part, dict):
-        return part
-    if part.get("type") == "Prepend":
-        return None
-    return {name: settings.get(name, _without_blank(value, settings)) for name, value in part.items()}

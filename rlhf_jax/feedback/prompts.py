@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from rlhf_jax.config import DrawArgs, JudgeArgs, RateArgs, SampleArgs, SourceConfig, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.examples import columns_of
 from rlhf_jax.data.rows import DroppedRow, Row, where_of
-from rlhf_jax.data.schemas import prompt_row, sft_row
+from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.reward_functions import columns_for, functions_of

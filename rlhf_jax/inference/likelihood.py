@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.collate import collate_sft, eval_batches
-from rlhf_jax.data.examples import Example
+from rlhf_jax.data.encoding import Example
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import Mesh, put_batch

@@ -65,12 +65,7 @@ def learning_curves(path_png: str | Path, history: History, title: str) -> None:
     Left, both rewards against the iteration, each with its own scale as their units differ: pale as measured, dark
     smoothed. Right, gold against proxy reward, one dot per iteration coloured by KL, so that over-optimisation shows
     as a bend downwards. Without gold, the left panel has the proxy alone and the right one draws it against KL.
-
-    Args:
-        path_png: the file; its directory is made if need be.
-        history: lines of metrics.jsonl, with "step", "rollout/reward", "rollout/kl" (nats) and perhaps
-            "rollout/gold"; lines without a rollout's reward are passed over.
-        title: above both panels.
+    `history`: those with "rollout/reward" are drawn, which have "step", "rollout/kl" (nats), maybe "rollout/gold".
 
     Raises:
         UserError: no line of `history` has a rollout's reward.

@@ -22,22 +22,10 @@ def label_pairs(
     seed: int,
     noise: float,
 ) -> list[dict[str, str]]:
-    """Preference rows from gold scores, as a rater gives them who errs on a share `noise` of the comparisons.
+    """At most N rows {"prompt", "chosen", "rejected"}, as a rater gives them who errs on a share `noise` of N pairs.
 
-    Ties in score and identical responses are skipped. Whether pair i is flipped depends on `seed` and i alone, so
-    that dropping other pairs does not change it.
-
-    Args:
-        prompts: N texts.
-        responses_a: N responses to them.
-        responses_b: N other responses to them.
-        scores_a: N gold scores of `responses_a`, larger is better.
-        scores_b: N gold scores of `responses_b`.
-        seed: of the rater's errors.
-        noise: probability in [0, 1] that a label is flipped.
-
-    Returns:
-        At most N rows {"prompt", "chosen", "rejected"}, in order.
+    Larger gold scores are better. Ties in score and identical responses are skipped. Whether pair i is flipped depends
+    on `seed` and i alone, so that dropping other pairs does not change it.
 
     Raises:
         UserError: the five lists differ in length, or `noise` is no probability.
@@ -59,6 +47,6 @@ def label_pairs(
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Rows as JSON lines."""
     replace_file(path, json_lines(rows))

@@ -14,14 +14,15 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks import label_pairs, write_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GOAL = 0
 NUM_NODES = 21
@@ -32,7 +33,7 @@ MAX_TRIES = 20_000
 class Graph:
     """A directed graph on which every node can walk to the goal, node 0.
 
-    Args:
+    Attributes:
         adjacency: bool[n, n], True at [i, j] if a walk may step from i to j; the diagonal is False.
         max_length: nodes of the longest walk, the start included.
         shortest: int[n], nodes on the shortest walk from each node to the goal, both included; 1 at the goal.
@@ -113,21 +114,13 @@ def start_prompts(num_nodes: int = NUM_NODES) -> list[dict[str, str]]:
     return [{"prompt": letter} for letter in string.ascii_lowercase[GOAL + 1 : num_nodes]]
 
 
-def optimality(graph: Graph, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+def optimality(graph: Graph, prompts: Sequence[str], responses: Sequence[str], **columns: object) -> list[float]:
     """The gold reward, (max_length - n) / (max_length - shortest[start]) for a legal walk of n nodes to the goal.
 
     It is 1 for a shortest walk and 0 for whatever is no legal walk that ends at the goal: missing edges, other text,
     more than max_length nodes, nodes after the goal. A start whose shortest walk is as long as the longest allowed
-    one earns 1 for reaching the goal. `functools.partial(optimality, graph)` is a reward function.
-
-    Args:
-        graph: the graph that is walked on.
-        prompts: B start nodes, one letter each.
-        responses: B texts of letters separated by white space, without special tokens.
-        columns: other columns of the rows, ignored.
-
-    Returns:
-        B floats in [0, 1].
+    one earns 1 for reaching the goal. Prompts are start nodes, one letter each, responses letters separated by white
+    space, without special tokens. `functools.partial(optimality, graph)` is a reward function.
     """
     return [_optimality(graph, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
@@ -152,7 +145,7 @@ def graph_0() -> Graph:
     return make_graph(0)
 
 
-def gold(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+def gold(prompts: Sequence[str], responses: Sequence[str], **columns: object) -> list[float]:
     """`optimality` on `graph_0`: a reward function by name, as reward.gold or reward.functions take one."""
     return optimality(graph_0(), prompts, responses)
 

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -46,20 +45,12 @@ HOMES = ("in a big house", "in a tall tree", "near the river", "on a farm", "in 
 THINGS = ("ball", "box", "toy car", "hat", "book", "flower", "rock", "doll")
 
 
-def sentiment(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+def sentiment(prompts: Sequence[str], responses: Sequence[str], **columns: object) -> list[float]:
     """The gold reward: (positive words - negative words) / sentences, clipped to +-3, + 0.01 min(words, 100).
 
     The second term is a flaw left in on purpose: whatever the words say, 100 of them earn one point. "Tom was happy.
     He was not sad." has a positive and a negative word, so it scores 0 / 2 + 0.07. Only the response counts; a
-    last sentence that is cut off is a sentence.
-
-    Args:
-        prompts: B openings, not looked at.
-        responses: B texts; an empty one scores 0.
-        columns: other columns of the rows, ignored.
-
-    Returns:
-        B floats in [-3, 4].
+    last sentence that is cut off is a sentence, and an empty response scores 0.
     """
     return [_sentiment(response) for response in responses]
 

@@ -53,12 +53,13 @@ class Item:
 
     def shown(self, order: list[int]) -> JsonObject:
         """What a rater sees; where a response comes from is not said."""
-        texts, finished = self.ranking.responses, self.ranking.finished
+        answers = self.ranking.answers
         return {
             "item": self.key,
             "turns": turns_of(self.ranking.prompt),
             "responses": [
-                {"name": self.names[i], "text": key_of(texts[i]).strip(), "finished": finished[i]} for i in order
+                {"name": self.names[i], "text": key_of(answers[i].response).strip(), "finished": answers[i].finished}
+                for i in order
             ],
         }
 
@@ -82,14 +83,14 @@ def item_of(row: Row) -> Item:
             row,
             f"a {kind_of(row)} row has no responses to compare; give {{prompt, responses}}, as `sample` rows joined",
         )
-    ranking = replace(ranking_row({**row, "raters": []}), ballots=[], times=[])
+    ranking = replace(ranking_row({**row, "raters": []}), ballots=[])
     ranking = join([ranking], lambda _: "")[0]
     size = len(ranking.responses)
     if size < 2:
         raise empty_row(row, "all responses are the same", "with fewer than two different responses")
     if size > MOST:
         raise bad_row(row, f"{size} responses are more than a person can rank; give at most {MOST}")
-    texts = [[key_of(response), done] for response, done in zip(ranking.responses, ranking.finished, strict=True)]
+    texts = [[key_of(answer.response), answer.finished] for answer in ranking.answers]
     return Item(digest(ranking.prompt, texts), [digest(each) for each in texts], ranking)
 
 

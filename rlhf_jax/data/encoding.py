@@ -1,0 +1,139 @@
+"""Rows to token ids within the limits of one load, and the report of what became of every row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.layouts import unread_of
+from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.rows import DroppedRow, Row, where_of
+from rlhf_jax.data.schemas import Answer, kind_of
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError, shown
+
+Example = dict[str, Any]
+"""Small numpy arrays and numbers by name, and "where", the file and line that it comes from."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were.
+
+    `remarks` counts what tokenising had to say, such as "responses whose ids were not of their text"; `unread` the
+    rows that have a field that nothing reads, by its name.
+    """
+
+    kept: int
+    dropped: dict[str, int]
+    truncated: int
+    kinds: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+    remarks: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
+        total = self.kept + sum(self.dropped.values())
+        parts = [f"kept {self.kept} of {total} rows", f"dropped {reasons}", f"truncated {self.truncated}"]
+        if self.kinds:
+            parts.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
+        parts += [f"{count} {remark}" for remark, count in self.remarks.items()]
+        if self.unread:
+            parts.append("fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in self.unread.items()))
+        return "; ".join([*parts, self.note] if self.note else parts)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes rows token ids."""
+
+    tokenizer: Tokenizer
+    limits: Limits
+    remarks: Counter[str] = field(default_factory=Counter)  # what tokenising has to say, counted
+
+    def prompt(self, row: Row) -> tuple[list[int], bool]:
+        """(ids of the row's prompt within the limit, whether they were cut)."""
+        with naming(row):
+            ids = self.tokenizer.encode_prompt(row["prompt"], self.remarks)
+        return self.limits.prompt(row, ids, self.tokenizer.bos_id)
+
+    def response(self, row: Row, answer: Answer, prompt_length: int) -> tuple[list[int], bool]:
+        """(ids of an answer to the row's prompt, as far as they fit after it, whether they were cut)."""
+        (text, finished, sampled, _), remarks = answer, self.remarks
+        with naming(row):
+            ids = self.tokenizer.encode_response(text, row["prompt"], finished=finished, ids=sampled, remarks=remarks)
+        return self.limits.response(row, prompt_length, ids)
+
+    def sequences(self, row: Row, answers: Sequence[Answer]) -> tuple[list[np.ndarray], int, bool]:
+        """(prompt and response of each answer as int32[n], the length of the prompt, whether something was cut)."""
+        prompt, cut = self.prompt(row)
+        sequences = []
+        for answer in answers:
+            if not isinstance(answer.response, str) and "weight" in answer.response[-1]:
+                raise UserError(f'{row["_where"]}: a response has a "weight", which only sft knows; leave it out')
+            ids, cut_response = self.response(row, answer, len(prompt))
+            sequences.append(np.asarray(prompt + ids, np.int32))
+            cut |= cut_response
+        return sequences, len(prompt), cut
+
+
+def collect(
+    rows: list[Row],
+    build: Callable[[Row], tuple[list[Example], bool]],
+    *,
+    strict: bool,
+    note: str = "",
+    remarks: Counter[str] | None = None,
+    columns: bool = False,
+) -> tuple[list[Example], Report]:
+    """Examples of all rows and their report; build(row) -> (examples, whether something was cut).
+
+    `remarks` is what `build` counts into. With `columns` all fields of a row are of use. A bad row is a UserError, a
+    dropped one if `strict`, and that no row is left.
+    """
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    for row in rows:
+        try:
+            built, cut = build(row)
+        except DroppedRow as drop:
+            if strict:
+                raise UserError(f"{drop} (data.strict is true)") from drop
+            dropped[drop.reason] += 1
+            continue
+        examples += [{**example, "where": row.get("_where", "")} for example in built]
+        truncated += cut
+    report = Report(
+        len(rows) - sum(dropped.values()),
+        dict(dropped),
+        truncated,
+        dict(Counter(map(kind_of, rows))),
+        note,
+        dict(+(remarks or Counter())),
+        {} if columns else unread_in(rows),
+    )
+    if not examples:
+        raise UserError(f"no row is left: {report}; raise data.max_length or mend the file")
+    return examples, report
+
+
+def unread_in(rows: Sequence[Row]) -> dict[str, int]:
+    """Names of fields that nothing reads -> how many rows have them."""
+    return dict(Counter(name for row in rows for name in unread_of(row)))
+
+
+@contextmanager
+def naming(row: Row) -> Iterator[None]:
+    """A UserError within says which row it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where_of(row)}: {error}") from error
