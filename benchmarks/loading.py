@@ -96,6 +96,7 @@ def load(folder: Path, dtype: str) -> dict[str, Any]:
     import jax
 
     from rlhf_jax.config import MeshConfig
+    from rlhf_jax.models import hf
     from rlhf_jax.sharding import make_mesh
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))

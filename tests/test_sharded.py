@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from tiny import BIGRAMS, ONE, STOP, V, bigram_params, make_rollout, model_params
 
 from rlhf_jax import losses, reward, sft

@@ -25,6 +25,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
+    Scored,
     Sequences,
     Update,
     before_tokens,

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
