@@ -37,7 +37,7 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback import judges, phases, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.phases import source_name
-from rlhf_jax.feedback.prompts import with_shots
+from rlhf_jax.feedback.sources import with_shots
 from rlhf_jax.runs import journal
 from rlhf_jax.sharding import make_mesh
 

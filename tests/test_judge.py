@@ -21,8 +21,7 @@ from rlhf_jax.config import ArchConfig, JudgeConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.answers import NO_ANSWER, NONSENSE, parse
-from rlhf_jax.feedback.judge import Judge, Verdict, ranks
+from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Judge, Verdict, parse, ranks
 from rlhf_jax.feedback.judges import ModelJudge, ask_function, ask_server, filled, make_judge
 from rlhf_jax.feedback.report import judge_lines, judge_report
 from rlhf_jax.hosts import attempts

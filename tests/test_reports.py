@@ -20,9 +20,8 @@ from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.feedback.comparison import mean_of, win_rate
 from rlhf_jax.feedback.judge import Verdict
-from rlhf_jax.feedback.report import label_agreement, share_of, summary_lines
+from rlhf_jax.feedback.report import label_agreement, mean_of, share_of, summary_lines, win_rate
 from rlhf_jax.inference import intervals
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh

@@ -25,8 +25,7 @@ from rlhf_jax.feedback import report
 from rlhf_jax.feedback.judge import Judge, Verdict, judged, verdicts_of
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
-from rlhf_jax.feedback.prompts import check_rewards, kept_fields, prompts_of, rankings_given, shots_of
-from rlhf_jax.feedback.sources import Sources
+from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of, rankings_given, shots_of
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.types import RewardFn
 
@@ -59,12 +58,13 @@ def run_collect(
         sources = Sources(config, prompts, phases, config.sources)
         for number in range(len(sources.names)):
             sources.draw(number)
-        scored = sources.score(functions) if config.label == "reward" else None
+        if config.label == "reward":
+            sources.score(functions)
         all_of = lambda i, items: [(prompts[i]["prompt"], [item["text"] for item in items])]  # noqa: E731
         compared = sources.judge(config, judge, all_of) if config.label == "judge" else None
         phases.fill("collect", progress=config.progress)
 
-        ranked = [ranked_row(config, sources, scored, compared, i) for i in range(len(prompts))]
+        ranked = [ranked_row(config, sources, compared, i) for i in range(len(prompts))]
         decided = [verdicts_of(row) for row in compared.rows] if compared else []
         shares = [judged_shares(each) for each in decided] if compared else [shares_of(row) for row in ranked]
         pairs = pairs_of(ranked, shares)
@@ -86,16 +86,13 @@ def run_collect(
     return out
 
 
-def ranked_row(config: CollectArgs, sources: Sources, scored: Phase | None, compared: Phase | None, i: int) -> Row:
+def ranked_row(config: CollectArgs, sources: Sources, compared: Phase | None, i: int) -> Row:
     """A ranking row of prompt i, labelled if there are labels."""
-    prompt, items = sources.prompts[i], sources.responses(i)
-    row = kept_fields(prompt)
+    row, items = kept_fields(sources.prompts[i]), sources.responses(i)
     if compared:
         return {**row, **judged(items, verdicts_of(compared[i]))}
     if config.label == "sources":
         items = [{**item, "rank": sources.names.index(item["source"])} for item in items]
-    if scored:
-        items = [{**item, "score": score} for item, score in zip(items, scored[i]["scores"], strict=True)]
     return {**row, "responses": items, **({"rater": config.label} if config.label != "none" else {})}
 
 

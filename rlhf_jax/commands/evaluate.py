@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from rlhf_jax.config import EvaluateArgs
+from rlhf_jax.config import EvaluateArgs, SourceConfig
+from rlhf_jax.data.examples import sft_examples
+from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.comparison import compare, evaluation_lines
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
-from rlhf_jax.feedback.measures import held_out, measuring
-from rlhf_jax.feedback.phases import Phase, Phases, digest, open_journal
-from rlhf_jax.feedback.prompts import check_rewards, kept_fields, prompts_of, shots_of
-from rlhf_jax.feedback.report import Summary, judge_report
-from rlhf_jax.feedback.sources import Sources
+from rlhf_jax.feedback.phases import Make, Phase, Phases, digest, open_journal, source_name
+from rlhf_jax.feedback.report import Summary, compare, evaluation_lines, judge_report
+from rlhf_jax.feedback.sources import Drawer, Measure, Sources, check_rewards, kept_fields, prompts_of, shots_of
+from rlhf_jax.inference.generate import Response, total_length
+from rlhf_jax.inference.likelihood import Likelihood, example_of
+from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
 from rlhf_jax.runs.directory import SUMMARY, earlier_summary, names_given, write_config
 from rlhf_jax.types import RewardFn
 
@@ -80,8 +84,8 @@ def _evaluate(
             sources.draw(number, measure)
             if text:
                 read.append(phases.add(1, 1, partial(held_out, config, sources, source, text)))
-        scores = functions or config.reward.model or config.reward.functions
-        scored = sources.score(functions) if scores else None
+        if functions or config.reward.model or config.reward.functions:
+            sources.score(functions)
         judges = judge or config.judge.named()
         pairs_of = partial(beside_baseline, sources, baseline)
         compared = sources.judge(config, judge, pairs_of) if judges else None
@@ -89,7 +93,7 @@ def _evaluate(
         phases.fill("evaluate", progress=config.progress)
 
         golds = sources.gold(gold)
-        out = [row_of(sources, i, scored, golds, compared) for i in range(len(prompts))]
+        out = [row_of(sources, i, golds, compared) for i in range(len(prompts))]
         perplexities = [float(np.exp(phase[0]["nll"] / phase[0]["tokens"])) for phase in read]
         models = compare(out, sources.names, sources.each, baseline, perplexities)
         summary: Summary = {"prompts": len(out), "baseline": sources.names[baseline], "models": models}
@@ -107,13 +111,61 @@ def beside_baseline(sources: Sources, baseline: int, i: int, items: list[Row]) -
     return [(sources.prompts[i]["prompt"], [a, b]) for own in texts.values() for a, b in zip(own, base, strict=False)]
 
 
-def row_of(
-    sources: Sources, i: int, scored: Phase | None, golds: Sequence[Sequence[float]] | None, compared: Phase | None
-) -> Row:
+def row_of(sources: Sources, i: int, golds: Sequence[Sequence[float]] | None, compared: Phase | None) -> Row:
     """The row of prompt i: its responses with all that was measured of them, and the verdicts on them."""
     items = sources.responses(i)
-    if scored:
-        items = [{**item, "score": score} for item, score in zip(items, scored[i]["scores"], strict=True)]
     if golds is not None:
         items = [{**item, "gold": value} for item, value in zip(items, golds[i], strict=True)]
     return {**kept_fields(sources.prompts[i]), "responses": items, **(compared[i] if compared else {})}
+
+
+def measuring(config: EvaluateArgs, sources: Sources) -> Callable[[Drawer], Measure]:
+    """Makes, of a model, what adds to its responses their tokens and, where the config names a reference, the
+    log-probs that the model itself and the reference give to them."""
+
+    @cache
+    def reference() -> Loaded:
+        model = replace(config.model, path=config.reference, arch=None)
+        length = total_length(config.sampling, config.max_prompt_length)
+        return load_model(model, sources.mesh, jax.random.key(0), length=length)
+
+    def begin(drawer: Drawer) -> Measure:
+        models: dict[str, Loaded] = {}
+        if config.reference:
+            check_same_tokenizer(drawer.tokenizer, config.reference, "reference")
+            models = {"logprob": drawer.loaded, "ref_logprob": reference()}
+        readers = {name: _reader(config, sources, loaded, drawer) for name, loaded in models.items()}
+
+        def measure(drawn: Sequence[Response]) -> list[Row]:
+            rows: list[Row] = [{"tokens": len(one.ids)} for one in drawn]
+            examples = [example_of(one.prompt_ids, one.ids) for one in drawn]
+            for name, reader in readers.items():
+                of_each = reader.targets(models[name].params, examples, drawer.temperature)
+                for row, logprobs in zip(rows, of_each, strict=True):
+                    row[name] = float(logprobs.sum(dtype=np.float64))
+            return rows
+
+        return measure
+
+    return begin
+
+
+def held_out(config: EvaluateArgs, sources: Sources, source: SourceConfig, text: Sequence[Row]) -> Make:
+    """Makes the one row {nll, tokens} of a source on all held-out rows."""
+    drawer = sources.drawer(source)
+    limits = Limits(config.max_prompt_length, config.max_length)
+    examples, counts = sft_examples(list(text), drawer.tokenizer, limits, loss_on="response")
+    tell(f"{source_name(source)}: held-out rows: {counts}")
+    model = replace(drawer.loaded.model, length=config.max_length)  # as `sft` on rows of this length has it
+    reader = _reader(config, sources, replace(drawer.loaded, model=model), drawer)
+
+    def make(start: int, stop: int) -> list[Row]:
+        with jax.set_mesh(sources.mesh.grid):
+            logprobs = np.concatenate(reader.targets(drawer.loaded.params, examples))
+        return [{"nll": float(-logprobs.sum(dtype=np.float64)), "tokens": len(logprobs)}]
+
+    return make
+
+
+def _reader(config: EvaluateArgs, sources: Sources, loaded: Loaded, drawer: Drawer) -> Likelihood:
+    return Likelihood(loaded.model, sources.mesh, pad_id=drawer.tokenizer.pad_id, batch_size=config.batch_size)

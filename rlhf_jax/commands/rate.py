@@ -16,7 +16,7 @@ from rlhf_jax.data.pairs import answer_fields
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.prompts import rankings_given
+from rlhf_jax.feedback.sources import rankings_given
 from rlhf_jax.hosts.outputs import check_output
 from rlhf_jax.inference.reward_functions import call_reward, columns_for
 from rlhf_jax.inference.scoring import function_inputs

@@ -17,7 +17,7 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
-from rlhf_jax.feedback.prompts import prompts_of
+from rlhf_jax.feedback.sources import prompts_of
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run

@@ -12,8 +12,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
-from rlhf_jax.feedback.prompts import prompts_of
-from rlhf_jax.feedback.sources import load_drawer
+from rlhf_jax.feedback.sources import load_drawer, prompts_of
 from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first

@@ -6,7 +6,6 @@ operating system says.
 
 from __future__ import annotations
 
-import http
 import http.client
 import json
 import time
@@ -75,8 +74,7 @@ class Endpoint:
     def _in_our_words(self, error: Exception) -> Exception:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-            phrase = http.HTTPStatus(error.code).phrase if error.code in set(http.HTTPStatus) else ""
-            answered = f"answered {error.code} {phrase}".strip()
+            answered = f"answered {error.code} {http.client.responses.get(error.code, '')}".strip()
             if error.code in (408, 425, 429) or error.code >= 500:
                 return Unanswered(f"it {answered}")
             return UserError(f"{self.option} {answered}; check the address, the name of the model and the key")

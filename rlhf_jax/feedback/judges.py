@@ -15,9 +15,8 @@ from rlhf_jax.config import JudgeArgs, JudgeConfig, SamplingConfig, SourcesArgs,
 from rlhf_jax.data.messages import Messages, transcript
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, reason
-from rlhf_jax.feedback.answers import NO_ANSWER, Answer, parse
 from rlhf_jax.feedback.endpoint import Endpoint, Unanswered
-from rlhf_jax.feedback.judge import Ask, Judge, Question
+from rlhf_jax.feedback.judge import NO_ANSWER, Answer, Ask, Judge, Question, parse
 from rlhf_jax.feedback.phases import Make
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.inference.generate import Generator
@@ -49,25 +48,23 @@ def verdicts(
     judge = judge or make_judge(config.judge, make_mesh(config.mesh))
 
     def make(start: int, stop: int) -> list[Row]:
-        groups = [[(plain(prompt), texts) for prompt, texts in groups_of(i)] for i in range(start, stop)]
-        noise = jax.random.fold_in(key, start)
-        of_groups = iter(judge.verdicts([one for each in groups for one in each], noise))
+        groups = [groups_of(i) for i in range(start, stop)]
+        plain = [
+            (prompt if isinstance(prompt, str) else transcript(prompt).strip(), texts)
+            for each in groups
+            for prompt, texts in each
+        ]
+        of_groups = iter(judge.verdicts(plain, jax.random.fold_in(key, start)))
         return [{"verdicts": [asdict(v) for _ in each for v in next(of_groups)]} for each in groups]
 
     return make
 
 
-def plain(prompt: str | Messages) -> str:
-    """A prompt as a judge reads it; messages become a transcript."""
-    return prompt if isinstance(prompt, str) else transcript(prompt).strip()
-
-
-def make_judge(config: JudgeConfig, mesh: Mesh, function: JudgeFn | None = None) -> Judge:
-    """The judge that the config names; `function` replaces its function."""
-    if function is None:
-        config.check_one()
-    if function is not None or config.function:
-        ask = ask_function(function or resolve(config.function), timeout=config.timeout, retries=config.retries)
+def make_judge(config: JudgeConfig, mesh: Mesh) -> Judge:
+    """The judge that the config names."""
+    config.check_one()
+    if config.function:
+        ask = ask_function(resolve(config.function), timeout=config.timeout, retries=config.retries)
     else:
         ask = ask_server(config) if config.url else ModelJudge(config, mesh)
     return Judge(ask, votes=config.votes, both_orders=config.both_orders, inconsistent=config.inconsistent)
@@ -90,7 +87,8 @@ def ask_function(fn: JudgeFn, *, timeout: float, retries: int) -> Ask:
             raise UserError(f"judge function {name}: {type(error).__name__}: {reason(error)}; mend it") from error
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
-        return _counted(f"judge function {name}", (_persist(partial(one, q), timeout, retries) for q in questions))
+        tried = partial(persist, timeout=timeout, retries=retries, limit=LIMIT, final=(UserError,))
+        return _counted(f"judge function {name}", (partial(tried, partial(one, question)) for question in questions))
 
     return ask
 
@@ -119,9 +117,10 @@ def ask_server(config: JudgeConfig) -> Ask:
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
         with ThreadPoolExecutor(config.workers) as pool:  # the endpoint keeps the time itself
-            waiting = [pool.submit(_persist, partial(one, question), 0, config.retries) for question in questions]
+            tried = partial(persist, timeout=0, retries=config.retries, limit=LIMIT, final=(UserError,))
+            waiting = [pool.submit(tried, partial(one, question)) for question in questions]
             try:
-                return _counted("judge.url", (answer.result() for answer in waiting))
+                return _counted("judge.url", (answer.result for answer in waiting))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -129,16 +128,8 @@ def ask_server(config: JudgeConfig) -> Ask:
     return ask
 
 
-def _persist(call: Callable[[], Answer], timeout: float, retries: int) -> Answer | Failed:
-    """The answer, or, if all attempts failed, the last failure; UserErrors are raised at once."""
-    try:
-        return persist(call, timeout=timeout, retries=retries, limit=LIMIT, final=(UserError,))
-    except Failed as failure:
-        return failure
-
-
-def _counted(whom: str, answers: Iterable[Answer | Failed]) -> list[Answer]:
-    """The answers, failures as NO_ANSWER.
+def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> list[Answer]:
+    """What each call returns, or NO_ANSWER if it raises Failed.
 
     Raises:
         UserError: all of them are failures, or MOST_FAILURES in a row are: whoever is asked has gone.
@@ -147,12 +138,12 @@ def _counted(whom: str, answers: Iterable[Answer | Failed]) -> list[Answer]:
     in_a_row = 0
     last: BaseException | None = None
     for answer in answers:
-        if isinstance(answer, Failed):
-            in_a_row, last = in_a_row + 1, answer.__cause__
-            counted.append(NO_ANSWER)
-        else:
+        try:
+            counted.append(answer())
             in_a_row = 0
-            counted.append(answer)
+        except Failed as failure:
+            in_a_row, last = in_a_row + 1, failure.__cause__
+            counted.append(NO_ANSWER)
         if in_a_row == MOST_FAILURES:
             break
     if last is not None and (in_a_row == MOST_FAILURES or in_a_row == len(counted)):
@@ -208,7 +199,9 @@ class ModelJudge:
         Raises:
             UserError: a question is too long.
         """
-        prompts = [self._prompt(question) for question in questions]
+        texts = [filled(self.config.template, question) for question in questions]
+        chat = self.tokenizer.hf.chat_template
+        prompts: list[str | Messages] = [[{"role": "user", "content": text}] if chat else text for text in texts]
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         longest, limit = max(map(len, ids)), self.config.max_prompt_length
         if longest > limit:
@@ -220,12 +213,8 @@ class ModelJudge:
             if self.config.answer == "sample":
                 rows = [{"prompt": prompt, "_where": "a question"} for prompt in prompts]
                 size = self.config.batch_size
-                _, texts, _ = self.generator.texts(self.loaded.params, rows, key, batch_size=size)
-                return [parse(text) for text in texts]
+                drawn = self.generator.responses(self.loaded.params, rows, key, batch_size=size)
+                return [parse(one.text) for one in drawn]
             examples = [example_of(prompt, letter) for prompt in ids for letter in self.letters]
             said = [float(logprobs.sum()) for logprobs in self.likelihood.targets(self.loaded.params, examples)]
         return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in zip(said[::2], said[1::2], strict=True)]
-
-    def _prompt(self, question: Question) -> str | Messages:
-        text = filled(self.config.template, question)
-        return [{"role": "user", "content": text}] if self.tokenizer.hf.chat_template else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,8 @@ from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.pairs import Pair
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import tell
-from rlhf_jax.feedback.answers import NO_ANSWER, NONSENSE
-from rlhf_jax.feedback.judge import Verdict
-from rlhf_jax.inference.intervals import share_and_interval
+from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Verdict, verdicts_of
+from rlhf_jax.inference.intervals import mean_and_error, share_and_interval
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.runs.journal import Journal
 
@@ -24,6 +24,9 @@ Summary = dict[str, Any]
 
 LEFT_OUT = {"unlabelled": "without a label", "no_verdict": "labelled without a verdict", "ties": "tied"}
 """Pairs that an agreement leaves out -> what a summary says of them."""
+
+SHOWN = {"score": "reward", "gold": "gold"}
+"""Columns of responses that a model wins or loses by -> what a summary calls them."""
 
 
 def write_and_tell(name: str, journal: Journal, rows: list[Row], summary: Summary) -> None:
@@ -137,7 +140,10 @@ def summary_lines(summary: Summary) -> list[str]:
         ("without_best", "prompts give no row: nothing says which response is the best"),
     ):
         said += [f"! {summary[name]} {what}"] if summary.get(name) else []
-    said += [curve_table(summary["curve"])] if "curve" in summary else []
+    if "curve" in summary:  # of best-of-n: n, its KL to the policy that is sampled from, rewards with their errors
+        names = [name for name in ("proxy", "gold") if name in summary["curve"][0]]
+        rows = [[at["n"], at["kl"], *(at[x][y] for x in names for y in ("mean", "se"))] for at in summary["curve"]]
+        said.append(text_table(["best of", "KL, nats", *(h for name in names for h in (name, "+-"))], rows))
     for name, what in (("gold", "the gold reward"), ("labels", "the labels of the rows")):
         if name in summary and not summary[name]["pairs"]:
             said.append(f"! no pair can be compared with {what}")
@@ -148,15 +154,6 @@ def summary_lines(summary: Summary) -> list[str]:
             counts = "; ".join([f"{of['pairs']} pairs of {of['prompts']} prompts", *left])
             said.append(f"  agrees with {what} on {of['agreement']:.3f} ({ends}) of {counts}")
     return said
-
-
-def curve_table(curve: Sequence[Summary]) -> str:
-    """Best-of-n: n, its KL to the policy that is sampled from, and rewards with their standard errors."""
-    names = [name for name in ("proxy", "gold") if name in curve[0]]
-    headers = ["best of", "KL, nats", *(header for name in names for header in (name, "+-"))]
-    return text_table(
-        headers, [[at["n"], at["kl"], *(at[x][y] for x in names for y in ("mean", "se"))] for at in curve]
-    )
 
 
 def judge_lines(report: Summary) -> list[str]:
@@ -182,3 +179,126 @@ def judge_lines(report: Summary) -> list[str]:
 
 def _mean_or_none(values: Sequence[float | bool]) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def compare(
+    rows: Sequence[Row], names: Sequence[str], each: Sequence[int], baseline: int, perplexities: Sequence[float]
+) -> dict[str, Summary]:
+    """What is known of every source, by name.
+
+    Args:
+        rows: of the prompts, {prompt, responses, verdicts?}, responses source by source.
+        names, each: of the sources, and their responses to a prompt.
+        baseline: number of the source that the others are compared with.
+        perplexities: of the sources on held-out rows; empty if there are none.
+    """
+    prompts = [prompt_key(row) for row in rows]
+    measured = rows[0]["responses"][0]
+    of = {  # column -> [N, K] for each source of K responses
+        column: np.split(
+            np.array([[item.get(column) for item in row["responses"]] for row in rows], float),
+            np.cumsum(each)[:-1],
+            axis=1,
+        )
+        for column in ("finished", "tokens", "logprob", "ref_logprob", *SHOWN)
+        if column in measured
+    }
+    judged = judged_shares(rows, names, each, baseline) if "verdicts" in rows[0] else {}
+    models = {}
+    for s, name in enumerate(names):
+        model: Summary = {"responses": of["tokens"][s].size, "tokens": float(of["tokens"][s].mean())}
+        model["unfinished"] = float(1 - of["finished"][s].mean())
+        model |= {shown: mean_of(of[column][s], prompts) for column, shown in SHOWN.items() if column in of}
+        if perplexities:
+            model["perplexity"] = perplexities[s]
+        if "ref_logprob" in of:
+            ratio = of["logprob"][s] - of["ref_logprob"][s]
+            model["kl"] = mean_of(ratio, prompts)
+            model["kl_per_token"] = float(ratio.sum() / of["tokens"][s].sum())
+        if s != baseline:
+            wins = {shown: wins_over(of[c][s], of[c][baseline]) for c, shown in SHOWN.items() if c in of}
+            wins |= {"judge": judged[name]} if judged else {}
+            model["wins"] = {by: win_rate(shares, prompts) for by, shares in wins.items()}
+        models[name] = model
+    return models
+
+
+def judged_shares(
+    rows: Sequence[Row], names: Sequence[str], each: Sequence[int], baseline: int
+) -> dict[str, np.ndarray]:
+    """Source -> float[N], the share of the verdicts on each prompt that it wins, ties half; NaN without one.
+
+    The verdicts of a row are, source by source, on pairs of a response of the source and one of the baseline.
+    """
+    counts = {name: min(k, each[baseline]) for name, k in zip(names, each, strict=True) if name != names[baseline]}
+    shares = {name: np.full(len(rows), np.nan) for name in counts}
+    for i, row in enumerate(rows):
+        verdicts = iter(verdicts_of(row))
+        for name, count in counts.items():
+            of_one = [next(verdicts) for _ in range(count)]
+            outcomes = [(np.sign(v.share - 0.5) + 1) / 2 for v in of_one if v.share is not None]
+            if outcomes:
+                shares[name][i] = float(np.mean(outcomes))
+    return shares
+
+
+def mean_of(values: np.ndarray, prompts: Sequence[str]) -> dict[str, float | None]:
+    """{mean, se} of values [N, K] of K responses to each of N `prompts`; NaN where there is none.
+
+    The standard error is that of independent prompts, since the responses to one prompt are alike, whether they are in
+    one row or in several.
+    """
+    each = values.mean(axis=1)
+    known = ~np.isnan(each)
+    if not known.any():
+        return {"mean": None, "se": None}
+    mean, error = mean_and_error(each[known], list(compress(prompts, known)))
+    return {"mean": mean, "se": error}
+
+
+def wins_over(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """float[N]: the share of all pairs of a response of `own` [N, K] and one of `other` [N, J] that the former wins.
+
+    Equal ones are half won.
+    """
+    return ((np.sign(own[:, :, None] - other[:, None, :]) + 1) / 2).mean(axis=(1, 2))
+
+
+def win_rate(shares: np.ndarray, prompts: Sequence[str]) -> Summary:
+    """{rate, interval, prompts}: the mean of the shares won on each prompt, float[N] (NaN: no verdict), and 95% of it.
+
+    The interval is `intervals.share_and_interval` over prompts, as in `mean_of`.
+    """
+    known = ~np.isnan(shares)
+    if not known.any():
+        return {"rate": None, "interval": None, "prompts": 0}
+    own = list(compress(prompts, known))
+    rate, interval = share_and_interval(shares[known], own)
+    return {"rate": rate, "interval": list(interval), "prompts": len(set(own))}
+
+
+def evaluation_lines(summary: Summary) -> list[str]:
+    """A table over models, and what its columns are of."""
+    models, baseline = summary["models"], summary["baseline"]
+    judges = next((list(of["wins"]) for name, of in models.items() if name != baseline), [])
+    headers, means = ["model"], [name for name in ("reward", "gold", "kl") if name in models[baseline]]
+    for name in means:
+        headers += [{"kl": "KL, nats"}.get(name, name), "+-"]
+    single = [name for name in ("kl_per_token", "perplexity", "tokens", "unfinished") if name in models[baseline]]
+    headers += [{"kl_per_token": "per token"}.get(name, name) for name in single]
+    for by in judges:
+        headers += [f"wins by {by}", "95%"]
+    rows = []
+    for name, of in models.items():
+        row: list[str | float | None] = [name]
+        for column in means:
+            row += [of[column]["mean"], of[column]["se"]]
+        row += [of[column] for column in single]
+        for by in judges:
+            won = of.get("wins", {}).get(by, {"rate": None, "interval": None})
+            row += [won["rate"], won["interval"] and "{:.3f} to {:.3f}".format(*won["interval"])]
+        rows.append(row)
+    said = [text_table(headers, rows), f"{summary['prompts']} prompts; +- is the standard error over them"]
+    if judges:
+        said.append(f"wins against {baseline}, ties half; Wilson's intervals over prompts")
+    return said + (judge_lines(summary["judge"]) if "judge" in summary else [])

@@ -1,4 +1,4 @@
-"""Responses of several models to the same prompts, their scores and verdicts, piece by piece into a journal."""
+"""What a command works on, and responses of several models to it, with scores and verdicts, into a journal."""
 
 from __future__ import annotations
 
@@ -8,24 +8,102 @@ from functools import partial
 
 import jax
 
-from rlhf_jax.config import DrawArgs, ModelConfig, SamplingConfig, SourceConfig, SourcesArgs, resolve
+from rlhf_jax.config import (
+    DrawArgs,
+    JudgeArgs,
+    ModelConfig,
+    RateArgs,
+    SampleArgs,
+    SamplingConfig,
+    SourceConfig,
+    SourcesArgs,
+    resolve,
+)
+from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import DroppedRow, Row, where_of
+from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
+from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
-from rlhf_jax.feedback.prompts import reward_columns, shots_of, with_shots
 from rlhf_jax.inference.generate import Generator, Response, total_length
-from rlhf_jax.inference.reward_functions import RewardFailure, call_reward
+from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, columns_for, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.inference.scoring import Scorer, function_inputs
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_vocabulary, load_model, load_tokenizer, same_ids
 from rlhf_jax.sharding import Mesh, make_mesh
 from rlhf_jax.types import RewardFn
+
+
+def prompts_of(config: DrawArgs | SampleArgs, rows: object = None) -> list[Row]:
+    """The prompt rows of a config; `rows`, as `rows_from` takes them, replace its file."""
+    source = config.data_path if rows is None else rows
+    prompts: list[Row] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
+    prompts += rows_from(source) if source else []
+    if not prompts:
+        raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
+    return [prompt_row(row) for row in prompts]
+
+
+def kept_fields(prompt: Row) -> Row:
+    """The fields of a prompt row that the rows made of it keep: its id, if it has one, and the prompt."""
+    return {name: prompt[name] for name in ("id", "prompt") if name in prompt}
+
+
+def rankings_given(config: JudgeArgs | RateArgs, rows: object) -> tuple[list[Ranking], int]:
+    """(the responses to each prompt, labelled or not; how many rows were dropped); `rows` replace config.path."""
+    rankings, dropped = [], 0
+    for row in rows_from(config.path if rows is None else rows, config.fields):
+        try:
+            rankings.append(ranking_row(row, unlabelled=True))
+        except DroppedRow:
+            dropped += 1
+    return rankings, dropped
+
+
+def reward_columns(functions: Sequence[RewardFn], prompts: Sequence[Row]) -> list[Row]:
+    """What reward functions get beside each prompt.
+
+    Raises:
+        UserError: for the first prompt row whose columns a function does not take, with its place.
+    """
+    where = [where_of(row) for row in prompts]
+    return columns_for(functions, [row["prompt"] for row in prompts], [columns_of(row) for row in prompts], where)
+
+
+def check_rewards(
+    config: DrawArgs, prompts: Sequence[Row], functions: Sequence[RewardFn] | None, gold: RewardFn | None
+) -> None:
+    """Raise a UserError if the reward functions, or the gold one, do not take the columns of the prompt rows."""
+    asked = functions_of(config.reward, functions)
+    if gold is not None or config.reward.gold:
+        asked.append(gold or resolve(config.reward.gold))
+    reward_columns(asked, prompts)
+
+
+def shots_of(source: SourceConfig) -> list[Row]:
+    """The demonstrations that stand before every prompt of a source."""
+    return [sft_row(row) for row in rows_from(source.demonstrations)[: source.shots]] if source.shots else []
+
+
+def with_shots(row: Row, shots: Sequence[Row]) -> Row:
+    """A prompt row with demonstrations before it: earlier turns, or texts with an empty line between.
+
+    Raises:
+        UserError: the ones are messages, the others texts.
+    """
+    prompt = row["prompt"]
+    for shot in reversed(shots):
+        if isinstance(prompt, str) != isinstance(shot["prompt"], str):
+            raise UserError(f"{shot['_where']}: prompts and demonstrations must both be texts, or both messages")
+        before = shot["prompt"] + shot["response"]
+        prompt = f"{before}\n\n{prompt}" if isinstance(prompt, str) else before + prompt
+    return {**row, "prompt": prompt}
 
 
 @dataclass(frozen=True)
@@ -79,6 +157,7 @@ class Sources:
         self._columns = reward_columns([], prompts)
         self._last: tuple[tuple[str, bool], Drawer] | None = None
         self._drawn: list[Phase] = []
+        self._scored: Phase | None = None
 
     @property
     def rows_at_once(self) -> int:
@@ -86,12 +165,11 @@ class Sources:
         return max(self.config.batch_size // sum(self.each), 1)
 
     def responses(self, i: int) -> list[Row]:
-        """All responses to prompt i, as {text, ids, finished, ..., source}."""
-        return [
-            {**item, "source": name}
-            for name, drawn in zip(self.names, self._drawn, strict=True)
-            for item in drawn[i]["responses"]
-        ]
+        """All responses to prompt i, as {text, ids, finished, ..., source, score?}."""
+        drawn = zip(self.names, self._drawn, strict=True)
+        items: list[Row] = [{**item, "source": name} for name, phase in drawn for item in phase[i]["responses"]]
+        scores = [{"score": score} for score in self._scored[i]["scores"]] if self._scored else [{}] * len(items)
+        return [item | score for item, score in zip(items, scores, strict=True)]
 
     # --- drawing
 
@@ -164,7 +242,8 @@ class Sources:
 
     def score(self, functions: Sequence[RewardFn] | None) -> Phase:
         """Add a phase of rows {scores} by config.reward; null where it failed and reward.on_failure is skip."""
-        return self.phases.add(len(self.prompts), self.rows_at_once, partial(self._scoring, functions))
+        self._scored = self.phases.add(len(self.prompts), self.rows_at_once, partial(self._scoring, functions))
+        return self._scored
 
     def _scoring(self, functions: Sequence[RewardFn] | None) -> Make:
         config, longest = self.config, self.config.max_prompt_length
