@@ -33,7 +33,8 @@ def drawn_from(model: str, rows: list[dict[str, str]], seeds: list[int]) -> list
         loaded = load_model(settings, mesh, jax.random.key(0))
         sampling = SamplingConfig(max_new_tokens=64)
         generator = Generator(loaded.model, load_tokenizer(settings), sampling, mesh, max_prompt_length=32)
-        return [generator.texts(loaded.params, rows, jax.random.key(seed), batch_size=256)[1:] for seed in seeds]
+        of_seeds = [generator.responses(loaded.params, rows, jax.random.key(s), batch_size=256) for s in seeds]
+    return [([one.text for one in drawn], [one.finished for one in drawn]) for drawn in of_seeds]
 
 
 def main() -> None:

@@ -15,17 +15,18 @@ from rlhf_jax.commands.sample import print_rows
 from rlhf_jax.config import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs, resolve
 from rlhf_jax.data import lint, tfds_rows
 from rlhf_jax.data.agreement import elo
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.consensus import bootstrap_intervals
 from rlhf_jax.data.encoding import collect
 from rlhf_jax.data.examples import prompt_key, split_by_prompt
 from rlhf_jax.data.gathering import describe, describe_parts, fit, join, linked_parts, numbered, same_text
 from rlhf_jax.data.messages import text_of
-from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, printable, shown, tell
+from rlhf_jax.feedback.sources import rankings_given
 from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, written
 from rlhf_jax.hosts.outputs import check_output
 
@@ -96,13 +97,7 @@ def run_make(config: DataMakeArgs) -> list[str]:
 def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     """One ranking per prompt from all raters; prints a summary, raters and what is compared, and writes the rows."""
     check_output(config.output, overwrite=config.overwrite)
-    together: list[Ranking] = []
-    dropped = 0
-    for row in rows_from(config.path, config.fields):
-        try:
-            together.append(ranking_row(row))
-        except DroppedRow:
-            dropped += 1
+    together, dropped = rankings_given(config, unlabelled=False)
     if all(len(one.answers) < 2 for one in join(together, prompt_key)):
         raise UserError(f"{config.path}: no prompt has two responses to compare ({dropped} rows dropped); give more")
     joined = [_by_field(together, config.by)] if config.by else join(together, prompt_key)

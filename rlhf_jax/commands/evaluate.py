@@ -18,7 +18,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
-from rlhf_jax.feedback.phases import Make, Phase, Phases, digest, open_journal, source_name
+from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal, source_name
 from rlhf_jax.feedback.report import Summary, compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import Drawer, Measure, Sources, check_rewards, kept_fields, prompts_of, shots_of
 from rlhf_jax.inference.generate import Response, total_length
@@ -92,8 +92,12 @@ def _evaluate(
         write_config(path, "evaluate", config, "output_dir")
         phases.fill("evaluate", progress=config.progress)
 
+        out = [{**kept_fields(prompt), "responses": sources.responses(i)} for i, prompt in enumerate(prompts)]
         golds = sources.gold(gold)
-        out = [row_of(sources, i, golds, compared) for i in range(len(prompts))]
+        for i, row in enumerate(out):
+            for item, value in zip(row["responses"], golds[i] if golds else (), strict=False):
+                item["gold"] = value
+            row |= compared[i] if compared else {}
         perplexities = [float(np.exp(phase[0]["nll"] / phase[0]["tokens"])) for phase in read]
         models = compare(out, sources.names, sources.each, baseline, perplexities)
         summary: Summary = {"prompts": len(out), "baseline": sources.names[baseline], "models": models}
@@ -109,14 +113,6 @@ def beside_baseline(sources: Sources, baseline: int, i: int, items: list[Row]) -
     texts = {name: [item["text"] for item in items if item["source"] == name] for name in sources.names}
     base = texts.pop(sources.names[baseline])
     return [(sources.prompts[i]["prompt"], [a, b]) for own in texts.values() for a, b in zip(own, base, strict=False)]
-
-
-def row_of(sources: Sources, i: int, golds: Sequence[Sequence[float]] | None, compared: Phase | None) -> Row:
-    """The row of prompt i: its responses with all that was measured of them, and the verdicts on them."""
-    items = sources.responses(i)
-    if golds is not None:
-        items = [{**item, "gold": value} for item, value in zip(items, golds[i], strict=True)]
-    return {**kept_fields(sources.prompts[i]), "responses": items, **(compared[i] if compared else {})}
 
 
 def measuring(config: EvaluateArgs, sources: Sources) -> Callable[[Drawer], Measure]:

@@ -53,11 +53,6 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1024**power:.4g} {UNITS[power]}"
 
 
-def cache_bytes(arch: ArchConfig, batch: int, length: int) -> int:
-    """Bytes of the KV cache in bfloat16."""
-    return 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim * 2
-
-
 def frozen_bytes(arch: ArchConfig, how: Quantization) -> int:
     """Bytes of a frozen base as it is stored: kernels in codes with their scales, the rest in float32."""
     base = jax.eval_shape(lambda: quantized(Model(arch).init(jax.random.key(0)), how))
@@ -66,7 +61,8 @@ def frozen_bytes(arch: ArchConfig, how: Quantization) -> int:
 
 def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[str, float]]:
     """What the stages hold beside activations, all devices together."""
-    trained, cache = count * (MASTER + ADAM + GRADIENT), cache_bytes(arch, batch, length)
+    trained = count * (MASTER + ADAM + GRADIENT)
+    cache = COPY * 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim  # keys and values
     shapes = adapter_shapes(arch, sites(find_family(arch)), LORA_RANK)
     adapters = sum(math.prod(shape) for shape in shapes.values()) * (MASTER + ADAM + GRADIENT)
     return [
@@ -86,14 +82,13 @@ def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[
 def special_tokens(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Lines on the tokenizer: its size, special ids and template."""
     text = tokenizer.hf.convert_ids_to_tokens
-    stops = ", ".join(f"{i} {text(i)!r}" for i in tokenizer.eos_ids)
     bos = "none" if tokenizer.bos_id is None else f"{tokenizer.bos_id} {text(tokenizer.bos_id)!r}"
     note = "" if tokenizer.hf.pad_token_id is not None else " (it has none; a stop id fills in)"
     template = "yes" if tokenizer.hf.chat_template else "none; messages become a Human/Assistant transcript"
     return [
         ("tokenizer", f"{type(tokenizer.hf).__name__}, {tokenizer.vocab_size:,} ids"),
         ("begin", bos),
-        ("stop", stops),
+        ("stop", ", ".join(f"{i} {text(i)!r}" for i in tokenizer.eos_ids)),
         ("pad", f"{tokenizer.pad_id} {text(tokenizer.pad_id)!r}{note}"),
         ("chat template", template),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from rlhf_jax.config import (
     SFTArgs,
     SFTConfig,
 )
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import write_json
@@ -38,6 +40,7 @@ from rlhf_jax.runs.curves import learning_curves, text_table
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, write_config
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tasks import random_walks as walks
+from rlhf_jax.types import RewardFn
 
 ARCH = ArchConfig(
     vocab_size=24, width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, ffn_width=176, max_positions=32
@@ -77,11 +80,10 @@ def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0)
     tokenizer = load_tokenizer(settings)
     with jax.set_mesh(mesh.grid):
         loaded = load_model(settings, mesh, jax.random.key(seed))
-        sampling = SamplingConfig(
-            max_new_tokens=SAMPLING.max_new_tokens, chunk=SAMPLING.chunk, temperature=temperature
-        )
+        sampling = replace(SAMPLING, temperature=temperature)
         generator = Generator(loaded.model, tokenizer, sampling, mesh, max_prompt_length=DATA.max_prompt_length)
-        return generator.texts(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))[:2]
+        drawn = generator.responses(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))
+    return [one.prompt for one in drawn], [one.text for one in drawn]
 
 
 def collect(graph: walks.Graph, policy: str, config: QuickstartArgs, round_: int) -> list[dict[str, str]]:
@@ -105,39 +107,30 @@ def run(config: QuickstartArgs) -> Summary:
     Returns the summary, which summary.json holds too. A later round labels walks of the policy of the one before
     (Ouyang et al. 2022, section 3.1), adds them to the comparisons, and starts from SFT again.
     """
+    started, path = time.time(), Path(config.output_dir)
     try:
-        return run_chain(config)
+        if (finished := processes.from_first(lambda: prepare_directory(config))) is not None:
+            return finished
+        graph = walks.make_graph(config.seed)
+        if processes.is_first():
+            walks.make_tokenizer().save_pretrained(path / "tokenizer")
+        processes.barrier("tokenizer")
+        demos = walks.demonstrations(graph, 1100, config.seed)
+        sft.run(sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
+        base = policy = str(path / "sft" / "model")
+        prompts, first = sample_walks(base, 20, config.seed + 3)
+        _, second = sample_walks(base, 20, config.seed + 4)
+        held_out = walks.comparisons(graph, prompts, first, second, config.seed, 0.0)
+        pairs: list[dict[str, str]] = []
+        gold, starts = partial(walks.optimality, graph), walks.start_prompts()
+        for round_ in range(config.rounds):
+            pairs += collect(graph, policy, config, round_)
+            judged = reward.run(reward_stage(config, path), rows=pairs, eval_rows=held_out)
+            tuned = ppo.run(ppo_stage(config, path), rows=starts * 32, eval_rows=starts * 6, gold=gold)
+            policy = str(path / "ppo" / "model")
+        return report(config, gold, demos, judged, tuned, started)
     except Stopped as stopped:  # a stage could continue, the chain cannot
         raise KeyboardInterrupt from stopped
-
-
-def run_chain(config: QuickstartArgs) -> Summary:
-    """`run` without its end by a signal."""
-    started, path = time.time(), Path(config.output_dir)
-    if (finished := processes.from_first(lambda: prepare_directory(config))) is not None:
-        return finished
-    graph = walks.make_graph(config.seed)
-    if processes.is_first():
-        walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    processes.barrier("tokenizer")
-    demos = walks.demonstrations(graph, 1100, config.seed)
-    sft.run(sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
-    base = policy = str(path / "sft" / "model")
-    prompts, first = sample_walks(base, 20, config.seed + 3)
-    _, second = sample_walks(base, 20, config.seed + 4)
-    held_out = walks.comparisons(graph, prompts, first, second, config.seed, 0.0)
-    pairs: list[dict[str, str]] = []
-    for round_ in range(config.rounds):
-        pairs += collect(graph, policy, config, round_)
-        reward_summary = reward.run(reward_stage(config, path), rows=pairs, eval_rows=held_out)
-        ppo_summary = ppo.run(
-            ppo_stage(config, path),
-            rows=walks.start_prompts() * 32,
-            eval_rows=walks.start_prompts() * 6,
-            gold=partial(walks.optimality, graph),
-        )
-        policy = str(path / "ppo" / "model")
-    return report(config, path, graph, demos, reward_summary, ppo_summary, started)
 
 
 def run_in(config: QuickstartArgs, path: Path, eval_every: int) -> RunConfig:
@@ -184,16 +177,10 @@ def ppo_stage(config: QuickstartArgs, path: Path) -> PPOArgs:
 
 
 def report(
-    config: QuickstartArgs,
-    path: Path,
-    graph: walks.Graph,
-    demos: list[dict[str, str]],
-    reward_summary: Summary,
-    ppo_summary: Summary,
-    started: float,
+    config: QuickstartArgs, gold: RewardFn, demos: list[Row], judged: Summary, tuned: Summary, started: float
 ) -> Summary:
     """Print the table and a few walks, draw the curves, write summary.json."""
-    gold = partial(walks.optimality, graph)
+    path = Path(config.output_dir)
     prompts, before = sample_walks(str(path / "sft" / "model"), 50, config.seed + 9)
     _, after = sample_walks(str(path / "ppo" / "model"), 50, config.seed + 9)
     means = {
@@ -203,8 +190,8 @@ def report(
     }
     summary = {
         "gold": means,
-        "reward_model": {"accuracy": reward_summary["accuracy"], "n": reward_summary["n"]},
-        "kl": ppo_summary["after"]["eval/kl"],
+        "reward_model": {name: judged[name] for name in ("accuracy", "n")},
+        "kl": tuned["after"]["eval/kl"],
         "wall_s": round(time.time() - started, 1),
     }
     if not processes.is_first():
@@ -214,7 +201,7 @@ def report(
     learning_curves(path / "learning_curves.png", [h for h in history if "rollout/gold" in h], "PPO on random walks")
     rows = [[f"mean optimality, {name}", f"{means[name]:.3f}"] for name in means]
     rows += [
-        ["reward model accuracy", f"{reward_summary['accuracy']:.3f} (n = {reward_summary['n']})"],
+        ["reward model accuracy", f"{judged['accuracy']:.3f} (n = {judged['n']})"],
         ["KL to SFT, nats per walk", f"{summary['kl']:.2f}"],
         ["wall time, s", f"{summary['wall_s']:.0f}"],
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
 from rlhf_jax.config import SampleArgs, ScoreArgs
@@ -16,7 +18,6 @@ from rlhf_jax.feedback.sources import load_drawer, prompts_of
 from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
-from rlhf_jax.inference.generate import sampled_row
 from rlhf_jax.inference.scoring import RewardModel
 from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.sharding import make_mesh
@@ -53,20 +54,11 @@ def run_sample(config: SampleArgs) -> list[Row]:
             part = repeated[start:stop]
             with jax.set_mesh(mesh.grid):
                 key, at_once = jax.random.key(config.seed), {"batch_size": size, "first": start // size}
-                drawn = drawer.generator.responses(drawer.loaded.params, part, key, **at_once)
-            return [
-                sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)
-                for row, one in zip(part, drawn, strict=True)
-            ]
+                return drawer.generator.rows(drawer.loaded.params, part, key, **at_once)
 
         return make
 
-    with open_journal(config, config.output, {"prompts": digest(prompts)}) as journal:
-        phases = Phases(journal)
-        sampled = phases.add(len(repeated), size, begin)
-        phases.fill("sample", progress=False)
-        journal.finish(sampled.rows)
-    return sampled.rows
+    return _in_one_phase("sample", config, {"prompts": digest(prompts)}, len(repeated), size, begin)
 
 
 def run_score(config: ScoreArgs) -> list[Row]:
@@ -92,9 +84,15 @@ def run_score(config: ScoreArgs) -> list[Row]:
 
         return make
 
-    with open_journal(config, config.output, {"rows": digest(rows)}) as journal:
+    return _in_one_phase("score", config, {"rows": digest(rows)}, len(rows), config.batch_size, begin)
+
+
+def _in_one_phase(
+    name: str, config: SampleArgs | ScoreArgs, decided_by: Row, count: int, size: int, begin: Callable[[], Make]
+) -> list[Row]:
+    with open_journal(config, config.output, decided_by) as journal:
         phases = Phases(journal)
-        scored = phases.add(len(rows), config.batch_size, begin)
-        phases.fill("score", progress=False)
-        journal.finish(scored.rows)
-    return scored.rows
+        made = phases.add(count, size, begin)
+        phases.fill(name, progress=False)
+        journal.finish(made.rows)
+    return made.rows

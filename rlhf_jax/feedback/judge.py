@@ -92,19 +92,14 @@ def verdicts_of(row: Row) -> list[Verdict]:
     return [Verdict(**verdict) for verdict in row.get("verdicts", [])]
 
 
+@dataclass(frozen=True)
 class Judge:
-    """Asks about pairs, in both orders and several times, and makes verdicts of the answers."""
+    """Makes verdicts on pairs of what `ask` answers; the rest as in `config.JudgeConfig`."""
 
-    def __init__(
-        self,
-        ask: Ask,
-        *,
-        votes: int = 1,
-        both_orders: bool = True,
-        inconsistent: Literal["tie", "mean", "drop"] = "tie",
-    ):
-        """`ask` answers questions; the rest as in `config.JudgeConfig`."""
-        self.ask, self.votes, self.both_orders, self.inconsistent = ask, votes, both_orders, inconsistent
+    ask: Ask
+    votes: int = 1
+    both_orders: bool = True
+    inconsistent: Literal["tie", "mean", "drop"] = "tie"
 
     def __call__(self, prompt: str, a: str, b: str, key: jax.Array | None = None) -> float | None:
         """How much `a` is preferred to `b`, in [0, 1]; None without a verdict."""

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 
 from rlhf_jax.config import (
+    DataAggregateArgs,
     DrawArgs,
     JudgeArgs,
     ModelConfig,
@@ -55,12 +56,14 @@ def kept_fields(prompt: Row) -> Row:
     return {name: prompt[name] for name in ("id", "prompt") if name in prompt}
 
 
-def rankings_given(config: JudgeArgs | RateArgs, rows: object) -> tuple[list[Ranking], int]:
-    """(the responses to each prompt, labelled or not; how many rows were dropped); `rows` replace config.path."""
+def rankings_given(
+    config: JudgeArgs | RateArgs | DataAggregateArgs, rows: object = None, *, unlabelled: bool = True
+) -> tuple[list[Ranking], int]:
+    """(the responses to each prompt, `unlabelled` too; how many rows were dropped); `rows` replace config.path."""
     rankings, dropped = [], 0
     for row in rows_from(config.path if rows is None else rows, config.fields):
         try:
-            rankings.append(ranking_row(row, unlabelled=True))
+            rankings.append(ranking_row(row, unlabelled=unlabelled))
         except DroppedRow:
             dropped += 1
     return rankings, dropped

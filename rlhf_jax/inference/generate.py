@@ -110,25 +110,15 @@ class Generator:
                 responses.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
         return responses
 
-    def texts(
-        self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0
-    ) -> tuple[list[str], list[str], list[bool]]:
-        """Prompts as text, a response to each, whether it ended in a stop id; `batch_size` rows at once (0: all)."""
-        responses = self.responses(params, rows, key, batch_size=batch_size)
-        return [one.prompt for one in responses], [one.text for one in responses], [one.finished for one in responses]
-
-    def rows(self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0) -> list[Row]:
-        """Rows {prompt, response, response_ids, finished}, which read as what was sampled; all `rows` have tokens."""
-        responses = self.responses(params, rows, key, batch_size=batch_size)
+    def rows(
+        self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0, first: int = 0
+    ) -> list[Row]:
+        """The `responses` as sft rows, which read as what was sampled; all `rows` have tokens."""
+        responses = self.responses(params, rows, key, batch_size=batch_size, first=first)
         return [
-            sampled_row(row["prompt"], one.text, one.ids.tolist(), one.finished)
+            {"prompt": row["prompt"], "response": one.text, "response_ids": one.ids.tolist(), "finished": one.finished}
             for row, one in zip(rows, responses, strict=True)
         ]
-
-
-def sampled_row(prompt: str | Messages, response: str, ids: list[int], finished: bool) -> Row:
-    """An sft row of what was sampled; `ids` with the stop id, if it finished."""
-    return {"prompt": prompt, "response": response, "response_ids": ids, "finished": finished}
 
 
 def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[str | Messages]) -> list[str]:

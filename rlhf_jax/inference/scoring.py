@@ -34,14 +34,13 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
     """
     text = row.get("response", row.get("completion"))
     if isinstance(text, str) and not text.strip():
-        row, ids = prompt_row(row), ids_of(row, "response_ids")
+        row, ids = prompt_row(row), ids_of(row, "response_ids")  # such as special tokens
         said = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        told = {"prompt": row["prompt"], "finished": finished_of(row), "ids": ids}  # such as special tokens
-        response = tokenizer.encode_response(said, **told)
+        row = {**row, "response": said, "finished": finished_of(row), "ids": ids}
     else:
         row = answer_of(row)
-        told = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
-        response = tokenizer.encode_response(row["response"], **told)
+    told = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
+    response = tokenizer.encode_response(row["response"], **told)
     prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
     return _example(prompt + response, cut or cut_prompt)

@@ -14,7 +14,7 @@ from rlhf_jax.data.collate import Batch
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
-from rlhf_jax.inference.generate import decode, sampled_row
+from rlhf_jax.inference.generate import decode
 from rlhf_jax.inference.intervals import mean_and_error
 from rlhf_jax.inference.reward_functions import call_reward, of_own_rows
 from rlhf_jax.keys import NUMBERS, Purpose
@@ -175,6 +175,6 @@ def sample_rows(method: Method, table: Table, prompts: list[Any]) -> list[Row]:
     for i, prompt in enumerate(prompts[: method.settings.num_samples]):
         ids = rollout.tokens[i][rollout.mask[i]].tolist()
         text = method.inputs.tokenizer.response_text(ids, prompt)
-        row = sampled_row(prompt, text, ids, bool(rollout.finished[i]))
+        row = {"prompt": prompt, "response": text, "response_ids": ids, "finished": bool(rollout.finished[i])}
         rows.append({**row, **{name: float(table[name][i]) for name in ("reward", "kl") if name in table}})
     return rows

@@ -233,7 +233,10 @@ def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
     wanted = template.get_identifiers()
     for name in wanted:
         if name not in names:
-            raise UserError(f"{where}: {value!r}: there is no ${name} at this point{nearest_of(name, names)}")
+            near = cli.nearest(name, list(names), "").replace("mean ", "mean $")
+            if not near.startswith("; did you mean "):
+                near = f"; there are {', '.join('$' + one for one in names)}" if names else "; nothing comes before it"
+            raise UserError(f"{where}: {value!r}: there is no ${name} at this point{near}")
         used |= names[name].stages
     for plain, braced, part in PART.findall(value):
         name = plain or braced
@@ -245,14 +248,6 @@ def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
     if whole := next((name for name in wanted if not isinstance(names[name].value, str)), ""):
         raise UserError(f"{where}: {value!r}: ${whole} is no text and cannot be part of one; let it stand alone")
     return template.substitute({name: names[name].value for name in wanted})
-
-
-def nearest_of(name: str, names: Scope) -> str:
-    """ "; did you mean $x?" or all that there is."""
-    near = cli.nearest(name, list(names), "")
-    if near.startswith("; did you mean "):
-        return near.replace("mean ", "mean $")
-    return f"; there are {', '.join('$' + known for known in names)}" if names else "; nothing comes before it"
 
 
 def group_of(value: object, known: Sequence[str], where: str, *, all_of_them: bool = False) -> Tree:
