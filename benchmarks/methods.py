@@ -62,7 +62,7 @@ from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.examples import prompt_examples, sft_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.inference.generate import Generator, decode
-from rlhf_jax.inference.likelihood import Likelihood
+from rlhf_jax.inference.scoring import Likelihood
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import load_model, load_tokenizer
 from rlhf_jax.online.core import full_sequence, response_logprobs

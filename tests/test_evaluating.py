@@ -30,7 +30,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import comparison, judges, sources
+from rlhf_jax.feedback import judges, report, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.sources import Sources
 from rlhf_jax.inference.generate import Generator
@@ -148,7 +148,7 @@ def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse)
     scores = np.array([row["score"] for row in scored]).reshape(8, 4)
     assert {item["finished"] for item in items} == {True, False} and scores.std() > 0.1
     np.testing.assert_allclose(np.reshape([item["score"] for item in items], (8, 4)), scores, rtol=1e-5, atol=1e-5)
-    assert found["wins"]["reward"]["rate"] == pytest.approx(comparison.wins_over(scores[:, 2:], scores[:, :2]).mean())
+    assert found["wins"]["reward"]["rate"] == pytest.approx(report.wins_over(scores[:, 2:], scores[:, :2]).mean())
     assert found["reward"]["mean"] == pytest.approx(scores[:, 2:].mean(), rel=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
     shares = rng.binomial(3, chances) / 3
     held, widths = [], []
     for row in shares:
-        low, high = comparison.win_rate(row, ALONE[:40])["interval"]
+        low, high = report.win_rate(row, ALONE[:40])["interval"]
         held.append(low <= middle <= high)
         widths.append(high - low)
     assert np.mean(held) > 0.92
@@ -193,10 +193,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):
 
 
 def test_a_win_rate_of_all_ties_or_all_wins_is_no_certainty():
-    assert comparison.win_rate(np.ones(20), ALONE[:20])["interval"][0] < 0.9
-    low, high = comparison.win_rate(np.full(20, 0.5), ALONE[:20])["interval"]
+    assert report.win_rate(np.ones(20), ALONE[:20])["interval"][0] < 0.9
+    low, high = report.win_rate(np.full(20, 0.5), ALONE[:20])["interval"]
     assert low < 0.5 < high
-    assert comparison.win_rate(np.full(3, np.nan), ALONE[:3]) == {"rate": None, "interval": None, "prompts": 0}
+    assert report.win_rate(np.full(3, np.nan), ALONE[:3]) == {"rate": None, "interval": None, "prompts": 0}
 
 
 # --- measures
@@ -243,12 +243,12 @@ def test_kl_and_perplexity_are_those_of_the_models(tmp_path, monkeypatch, terse)
 
 def test_standard_errors_are_of_prompts_not_of_responses():
     values = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 8, axis=1)  # eight equal responses tell no more
-    assert comparison.mean_of(values, ALONE[:50])["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
+    assert report.mean_of(values, ALONE[:50])["se"] == pytest.approx(values[:, 0].std(ddof=1) / 50**0.5)
 
 
 def test_wins_count_every_pair_of_samples_and_ties_half():
     own, other = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 3.0]])
-    assert comparison.wins_over(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
+    assert report.wins_over(own, other).tolist() == [(0.5 + 1 + 0 + 1 + 1 + 0) / 6]
 
 
 # --- the directory

@@ -25,7 +25,7 @@ from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Judge, Verdict, parse, 
 from rlhf_jax.feedback.judges import ModelJudge, ask_function, ask_server, filled, make_judge
 from rlhf_jax.feedback.report import judge_lines, judge_report
 from rlhf_jax.hosts import attempts
-from rlhf_jax.inference.likelihood import Likelihood, example_of
+from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, save_model
 from rlhf_jax.sharding import make_mesh

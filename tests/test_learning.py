@@ -32,8 +32,7 @@ from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.inference.likelihood import Likelihood
-from rlhf_jax.inference.scoring import RewardModel
+from rlhf_jax.inference.scoring import Likelihood, RewardModel
 from rlhf_jax.models.loading import load_model
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.sharding import make_mesh

@@ -50,23 +50,15 @@ def run(
             raise UserError("the reward failed on every prompt; mend it and give the command again")
         rewards = {"proxy": proxy[known]} if golds is None else {"proxy": proxy[known], "gold": np.array(golds)[known]}
         curve = curve_of(rewards, [prompt_key(prompts[i]) for i in known])
-        out = [
-            best_row(prompts[i], sources.responses(i), proxy[i], None if golds is None else golds[i]) for i in known
-        ]
+        out: list[Row] = []  # sft rows
+        for i in known:
+            best = int(proxy[i].argmax())  # of equals the first
+            answer = answer_fields(sources.responses(i)[best])
+            told = {"score": float(proxy[i][best])} | ({} if golds is None else {"gold": float(golds[i][best])})
+            out.append({**kept_fields(prompts[i]), **answer, **told})
         summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
         write_and_tell("bestofn", journal, out, summary)
     return summary
-
-
-def best_row(prompt: Row, responses: Sequence[Row], scores: np.ndarray, golds: Sequence[float] | None) -> Row:
-    """An sft row, with score and perhaps gold, of the best response, of equals the first."""
-    i = int(scores.argmax())
-    return {
-        **kept_fields(prompt),
-        **answer_fields(responses[i]),
-        "score": float(scores[i]),
-        **({} if golds is None else {"gold": float(golds[i])}),
-    }
 
 
 def curve_of(rewards: dict[str, np.ndarray], prompts: Sequence[str]) -> list[Summary]:

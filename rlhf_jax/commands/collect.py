@@ -12,7 +12,6 @@ from rlhf_jax.data.messages import key_of
 from rlhf_jax.data.pairs import (
     FILTERS,
     Pair,
-    Shares,
     demonstration_of,
     length_bias,
     pairs_of,
@@ -22,7 +21,7 @@ from rlhf_jax.data.pairs import (
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import report
-from rlhf_jax.feedback.judge import Judge, Verdict, judged, verdicts_of
+from rlhf_jax.feedback.judge import Judge, judged, verdicts_of
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
 from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of, rankings_given, shots_of
@@ -66,7 +65,9 @@ def run_collect(
 
         ranked = [ranked_row(config, sources, compared, i) for i in range(len(prompts))]
         decided = [verdicts_of(row) for row in compared.rows] if compared else []
-        shares = [judged_shares(each) for each in decided] if compared else [shares_of(row) for row in ranked]
+        shares = [shares_of(row) for row in ranked]
+        if compared:
+            shares = [{(v.first, v.second): v.share for v in each if v.share is not None} for each in decided]
         pairs = pairs_of(ranked, shares)
         kept = FILTERS[config.length_filter](ranked, pairs)
         out = in_schema(config, ranked, kept)
@@ -103,11 +104,6 @@ def in_schema(config: CollectArgs, ranked: list[Row], pairs: Sequence[Pair]) -> 
     if config.schema == "preference":
         return [preference_of(ranked, pair) for pair in pairs]
     return [best for row in ranked if (best := demonstration_of(row)) is not None]
-
-
-def judged_shares(verdicts: Sequence[Verdict]) -> Shares:
-    """What a judge says of the pairs that it has decided."""
-    return {(v.first, v.second): v.share for v in verdicts if v.share is not None}
 
 
 def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = None) -> list[Row]:

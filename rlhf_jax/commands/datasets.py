@@ -130,7 +130,11 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
     for ranking in together:
         if not all(name in answer.extra for answer in ranking.answers):
             raise UserError(f'{ranking.where}: a response has no field "{name}"; correct --by')
-    value = lambda answer: _value(answer.extra[name])  # noqa: E731
+
+    def value(answer: Answer) -> str:
+        field = answer.extra[name]
+        return field if isinstance(field, str) else json.dumps(field, sort_keys=True, default=repr)
+
     of_prompts = join(list(together), prompt_key, lambda answer: (same_text(answer), value(answer)))
     compared = [
         replace(ranking, ballots=[ballot._replace(unit=0) for ballot in ranking.ballots])
@@ -146,11 +150,6 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
     order = sorted(range(len(names)), key=names.__getitem__)
     ballots = [ballot._replace(ranks=[ballot.ranks[i] for i in order]) for ballot in joined.ballots]
     return replace(joined, prompt=name, answers=[Answer(names[i]) for i in order], ballots=ballots)
-
-
-def _value(value: object) -> str:
-    """A value of a field as it is shown."""
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)
 
 
 def _intervals(fitted: list[Ranking], config: DataAggregateArgs) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal, source_
 from rlhf_jax.feedback.report import Summary, compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import Drawer, Measure, Sources, check_rewards, kept_fields, prompts_of, shots_of
 from rlhf_jax.inference.generate import Response, total_length
-from rlhf_jax.inference.likelihood import Likelihood, example_of
+from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
 from rlhf_jax.runs.directory import SUMMARY, earlier_summary, names_given, write_config
 from rlhf_jax.types import RewardFn

@@ -11,7 +11,7 @@ from rlhf_jax.config import RateArgs, resolve
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.chat import Transcript
 from rlhf_jax.data.consensus import consensus_ranks
-from rlhf_jax.data.messages import Messages, text_of
+from rlhf_jax.data.messages import text_of
 from rlhf_jax.data.pairs import answer_fields
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
 
 def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
     """float32, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
+    in_transcript = lambda prompt: prompt if isinstance(prompt, str) else Transcript().prompt(prompt)  # noqa: E731
     shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
     own = columns_for([function], [one.prompt for one in given], [{}] * len(given), [one.where for one in given])
     rows = [
@@ -59,11 +60,6 @@ def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> n
         for response in one.responses
     ]
     return call_reward(function, *function_inputs(rows), timeout=TIMEOUT, retries=RETRIES)
-
-
-def in_transcript(prompt: str | Messages) -> str:
-    """A prompt as a model without a chat template is shown it."""
-    return prompt if isinstance(prompt, str) else Transcript().prompt(prompt)
 
 
 def levels(seen: np.ndarray, low: float, high: float, count: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from rlhf_jax.feedback.judge import NO_ANSWER, Answer, Ask, Judge, Question, par
 from rlhf_jax.feedback.phases import Make
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.inference.generate import Generator
-from rlhf_jax.inference.likelihood import Likelihood, example_of
+from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
 from rlhf_jax.sharding import Mesh, make_mesh
 

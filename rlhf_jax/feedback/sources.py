@@ -157,15 +157,11 @@ class Sources:
             raise UserError(f"sources {', '.join(self.names)} are not told apart by these; give each a name")
         self.mesh = make_mesh(config.mesh)
         self.each = [source.num_samples or config.num_samples for source in self.sources]
+        self._at_once = max(config.batch_size // sum(self.each), 1)  # prompts whose responses make up a batch
         self._columns = reward_columns([], prompts)
         self._last: tuple[tuple[str, bool], Drawer] | None = None
         self._drawn: list[Phase] = []
         self._scored: Phase | None = None
-
-    @property
-    def rows_at_once(self) -> int:
-        """Prompts whose responses make up a batch."""
-        return max(self.config.batch_size // sum(self.each), 1)
 
     def responses(self, i: int) -> list[Row]:
         """All responses to prompt i, as {text, ids, finished, ..., source, score?}."""
@@ -245,14 +241,18 @@ class Sources:
 
     def score(self, functions: Sequence[RewardFn] | None) -> Phase:
         """Add a phase of rows {scores} by config.reward; null where it failed and reward.on_failure is skip."""
-        self._scored = self.phases.add(len(self.prompts), self.rows_at_once, partial(self._scoring, functions))
+        self._scored = self.phases.add(len(self.prompts), self._at_once, partial(self._scoring, functions))
         return self._scored
 
     def _scoring(self, functions: Sequence[RewardFn] | None) -> Make:
         config, longest = self.config, self.config.max_prompt_length
         limits = Limits(longest, longest + config.sampling.max_new_tokens)
         scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
-        reads = [scorer.model is not None and self._reads(scorer.model.tokenizer, source) for source in self.sources]
+        reads = [False] * len(self.sources)  # whether a source's ids mean the same to the reward model
+        if scorer.model:
+            reads = [same_ids(load_tokenizer(self._model(one)), scorer.model.tokenizer) for one in self.sources]
+            for name in [name for name, same in zip(self.names, reads, strict=True) if not same]:
+                tell(f"{name}: the reward model has another tokenizer, so it reads the texts of responses anew")
 
         def make(start: int, stop: int) -> list[Row]:
             groups = [self._to_score(i, reads) for i in range(start, stop)]
@@ -273,7 +273,7 @@ class Sources:
         """Add a phase of rows {verdicts}; groups_of(i, responses) are the responses to prompt i to be compared."""
         key = jax.random.fold_in(jax.random.key(config.seed), len(self.sources))
         groups = lambda i: groups_of(i, self.responses(i))  # noqa: E731
-        return self.phases.add(len(self.prompts), self.rows_at_once, partial(verdicts, config, judge, groups, key))
+        return self.phases.add(len(self.prompts), self._at_once, partial(verdicts, config, judge, groups, key))
 
     def gold(self, function: RewardFn | None) -> list[list[float]] | None:
         """The gold reward of every response, by `function` or config.reward.gold; None if there is neither."""
@@ -285,13 +285,6 @@ class Sources:
         gold = function or resolve(config.gold)
         golds = iter(call_reward(gold, *texts, timeout=config.timeout, retries=config.retries).tolist())
         return [[next(golds) for _ in each] for each in groups]
-
-    def _reads(self, tokenizer: Tokenizer, source: SourceConfig) -> bool:
-        """Whether a source's ids mean the same to another tokenizer; if not, texts are read, and it is said."""
-        if same_ids(load_tokenizer(self._model(source)), tokenizer):
-            return True
-        tell(f"{source_name(source)}: the reward model has another tokenizer, so it reads the texts of responses anew")
-        return False
 
     def _to_score(self, i: int, reads: Sequence[bool]) -> list[Row]:
         """All responses to prompt i as `Scorer` takes them, with ids of the sources whose ids it `reads`."""

@@ -1,4 +1,4 @@
-"""Scores of responses outside of PPO: a reward model, Python functions, or both."""
+"""What models say of texts outside of PPO: scores of a reward model and of Python functions, log-probs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,13 @@ class Scorer:
         """
         scores = np.zeros(len(rows), np.float32)
         if self.model is not None:
-            examples = [self._example(self.model, row) for row in rows]
+            text = ("prompt", "response", "finished")
+            examples = [
+                self.model.sampled(row["prompt_ids"], row["ids"])
+                if "prompt_ids" in row
+                else self.model.example({**{name: row[name] for name in text}, "_where": "a response"})
+                for row in rows
+            ]
             if cut := sum(example["cut"] for example in examples):
                 tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
             by_model = np.asarray(self.model.scores(examples, self.length), np.float32)
@@ -124,13 +130,6 @@ class Scorer:
         if self.functions is not None:
             scores += self.functions(*function_inputs(rows))
         return scores
-
-    @staticmethod
-    def _example(model: RewardModel, row: Row) -> Example:
-        if "prompt_ids" in row:
-            return model.sampled(row["prompt_ids"], row["ids"])
-        text = {name: row[name] for name in ("prompt", "response", "finished")}
-        return model.example({**text, "_where": "a response"})
 
 
 def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]:
@@ -151,3 +150,34 @@ def score_sequences(
     hidden = model.apply(params, tokens, positions, segment_ids)
     at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return model.scores(params["score"], at_last)[:, 0]
+
+
+class Likelihood:
+    """A compiled model that reads texts; all batches have one shape per length."""
+
+    def __init__(self, model: Model, mesh: Mesh, *, pad_id: int, batch_size: int, multiple: int = 64):
+        """`batch_size` rows are read at once, padded to a multiple of `multiple` tokens."""
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.mesh, self.pad_id, self.multiple = mesh, pad_id, multiple
+        self.size, self.limit = -(-batch_size // ways) * ways, model.arch.max_positions
+        self.forward = jax.jit(model.next_logprobs)
+
+    def targets(self, params: Params, examples: Sequence[Example], temperature: float = 1.0) -> list[np.ndarray]:
+        """Log-probs float32[n] of the n targets of each {tokens, loss_mask} example, in nats."""
+        longest = max(len(example["tokens"]) for example in examples)
+        length = max(longest, min(-(-longest // self.multiple) * self.multiple, self.limit))
+        collate = partial(collate_sft, length=length, reduction="token", pad_id=self.pad_id)
+        rows: list[np.ndarray] = []
+        for batch in eval_batches(examples, batch_size=self.size, collate=collate):
+            arrays = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "positions", "segment_ids")})
+            rows += list(to_host(self.forward(params, **arrays, temperature=np.float32(temperature))))
+        return [
+            row[: len(example["tokens"]) - 1][np.asarray(example["loss_mask"])[1:]]
+            for row, example in zip(rows, examples, strict=False)  # the last batch is filled up
+        ]
+
+
+def example_of(prompt: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray) -> Example:
+    """{tokens, loss_mask} of a prompt and the response whose tokens are targets."""
+    tokens: np.ndarray = np.asarray([*prompt, *response], np.int32)
+    return {"tokens": tokens, "loss_mask": np.arange(len(tokens)) >= max(len(prompt), 1)}

@@ -122,7 +122,11 @@ def run(
 
 def perform(one: Stage, action: Action, record: Record) -> None:
     """Run a stage and record what came of it."""
-    settings = with_overwrite(one.config) if action == "replace" else one.config
+    settings = one.config
+    if action == "replace" and hasattr(settings, "run"):
+        settings = functions.replace(settings, run__overwrite=True)
+    elif action == "replace" and hasattr(settings, "overwrite"):
+        settings = functions.replace(settings, overwrite=True)
     processes.from_first(lambda: record.start(one, action))
     started = time.time()
 
@@ -138,13 +142,6 @@ def perform(one: Stage, action: Action, record: Record) -> None:
     wall_s = round(time.time() - started, 2)
     processes.from_first(lambda: record.finish(one, wall_s, figures))
     gc.collect()  # models in reference cycles would stay on the devices while the next stage loads its own
-
-
-def with_overwrite(config: Settings) -> Settings:
-    """The config of a command that may replace what it made before."""
-    if hasattr(config, "run"):
-        return functions.replace(config, run__overwrite=True)
-    return functions.replace(config, overwrite=True) if hasattr(config, "overwrite") else config
 
 
 def planned(stages: Sequence[Stage], actions: Mapping[str, Action]) -> str:
