@@ -14,9 +14,9 @@ from rlhf_jax.data.pairs import answer_fields
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.phases import Phases, digest, named, open_journal
-from rlhf_jax.feedback.report import Summary, mean_of, write_and_tell
+from rlhf_jax.feedback.report import mean_of, write_and_tell
 from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of
-from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.types import RewardFn
 
 

@@ -9,15 +9,7 @@ import jax
 
 from rlhf_jax.config import CollectArgs, JudgeArgs
 from rlhf_jax.data.messages import key_of
-from rlhf_jax.data.pairs import (
-    FILTERS,
-    Pair,
-    demonstration_of,
-    length_bias,
-    pairs_of,
-    preference_of,
-    shares_of,
-)
+from rlhf_jax.data.pairs import FILTERS, Pair, demonstration_of, length_bias, pairs_of, preference_of, shares_of
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import report
@@ -25,7 +17,7 @@ from rlhf_jax.feedback.judge import Judge, judged, verdicts_of
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
 from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of, rankings_given, shots_of
-from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.types import RewardFn
 
 
@@ -71,7 +63,7 @@ def run_collect(
         pairs = pairs_of(ranked, shares)
         kept = FILTERS[config.length_filter](ranked, pairs)
         out = in_schema(config, ranked, kept)
-        summary: report.Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked)}
+        summary: Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked)}
         if config.label != "none":
             summary["pairs"] = length_bias(ranked, pairs)
         if config.length_filter != "off":
@@ -113,7 +105,7 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
     """
     if judge is None:
         config.judge.check_one()
-    labelled, dropped = rankings_given(config, rows)
+    labelled, dropped = rankings_given(config.path if rows is None else rows, config.fields)
     several = [one for one in labelled if len(one.responses) > 1]  # a row of one labelled answer may be among them
     dropped += len(labelled) - len(several)
     if not several:
@@ -129,7 +121,7 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
 
         decided = [verdicts_of(row) for row in compared.rows]
         out = [{"prompt": one.prompt, **judged(one.items(), each)} for one, each in zip(given, decided, strict=True)]
-        summary: report.Summary = {"rows": len(out), "dropped": dropped, "apart": sum("raters" in row for row in out)}
+        summary: Summary = {"rows": len(out), "dropped": dropped, "apart": sum("raters" in row for row in out)}
         summary["judge"] = report.judge_report([verdict for each in decided for verdict in each])
         if any(one.ballots for one in given):
             summary["labels"] = report.label_agreement(given, decided)

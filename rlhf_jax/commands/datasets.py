@@ -97,7 +97,7 @@ def run_make(config: DataMakeArgs) -> list[str]:
 def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     """One ranking per prompt from all raters; prints a summary, raters and what is compared, and writes the rows."""
     check_output(config.output, overwrite=config.overwrite)
-    together, dropped = rankings_given(config, unlabelled=False)
+    together, dropped = rankings_given(config.path, config.fields, unlabelled=False)
     if all(len(one.answers) < 2 for one in join(together, prompt_key)):
         raise UserError(f"{config.path}: no prompt has two responses to compare ({dropped} rows dropped); give more")
     joined = [_by_field(together, config.by)] if config.by else join(together, prompt_key)

@@ -19,12 +19,12 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal, source_name
-from rlhf_jax.feedback.report import Summary, compare, evaluation_lines, judge_report
+from rlhf_jax.feedback.report import compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import Drawer, Measure, Sources, check_rewards, kept_fields, prompts_of, shots_of
 from rlhf_jax.inference.generate import Response, total_length
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
-from rlhf_jax.runs.directory import SUMMARY, earlier_summary, names_given, write_config
+from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
 from rlhf_jax.types import RewardFn
 
 RESPONSES = "responses.jsonl"
@@ -86,9 +86,8 @@ def _evaluate(
                 read.append(phases.add(1, 1, partial(held_out, config, sources, source, text)))
         if functions or config.reward.model or config.reward.functions:
             sources.score(functions)
-        judges = judge or config.judge.named()
         pairs_of = partial(beside_baseline, sources, baseline)
-        compared = sources.judge(config, judge, pairs_of) if judges else None
+        compared = sources.judge(config, judge, pairs_of) if judge or config.judge.named() else None
         write_config(path, "evaluate", config, "output_dir")
         phases.fill("evaluate", progress=config.progress)
 

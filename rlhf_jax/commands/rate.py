@@ -32,7 +32,7 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
     Rater r sees value + noise * std(values) * e, e from N(0, 1), anew for every response of every row.
     """
     check_output(config.output, overwrite=config.overwrite)
-    given, dropped = rankings_given(config, rows)
+    given, dropped = rankings_given(config.path if rows is None else rows, config.fields)
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to rate; give ranking or preference rows")
     values = values_of(function or resolve(config.function), given, config.tokenizer)

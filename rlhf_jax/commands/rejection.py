@@ -24,8 +24,6 @@ from rlhf_jax.runs.run import Run
 from rlhf_jax.training.claim import claim_directory
 from rlhf_jax.types import RewardFn
 
-BEST = "best.jsonl"
-
 
 def run(
     config: RejectionArgs,
@@ -121,7 +119,7 @@ def sampling_of(config: RejectionArgs, k: int) -> BestOfNArgs:
         overwrite=True,
         progress=config.run.progress,
         mesh=config.mesh,
-        output=str(place(config, k) / BEST),
+        output=str(place(config, k) / "best.jsonl"),
     )
 
 

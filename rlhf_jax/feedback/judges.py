@@ -31,9 +31,6 @@ LIMIT = "judge.timeout"
 MOST_FAILURES = 16
 """So many questions in a row without an answer end the command."""
 
-JudgeFn = Callable[[str, str, str], object]
-"""(prompt, a, b) -> what `parse` reads."""
-
 Group = tuple[str | Messages, list[str]]
 """(prompt, responses)"""
 
@@ -70,7 +67,7 @@ def make_judge(config: JudgeConfig, mesh: Mesh) -> Judge:
     return Judge(ask, votes=config.votes, both_orders=config.both_orders, inconsistent=config.inconsistent)
 
 
-def ask_function(fn: JudgeFn, *, timeout: float, retries: int) -> Ask:
+def ask_function(fn: Callable[[str, str, str], object], *, timeout: float, retries: int) -> Ask:
     """fn(prompt, a, b), one question after another, each within `timeout` seconds (0: any).
 
     Raises:

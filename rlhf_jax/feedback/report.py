@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,8 @@ from rlhf_jax.errors import tell
 from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Verdict, verdicts_of
 from rlhf_jax.inference.intervals import mean_and_error, share_and_interval
 from rlhf_jax.runs.curves import text_table
+from rlhf_jax.runs.directory import Summary
 from rlhf_jax.runs.journal import Journal
-
-Summary = dict[str, Any]
-"""What a command says at its end, by name: numbers, and groups of them. JSON."""
 
 LEFT_OUT = {"unlabelled": "without a label", "no_verdict": "labelled without a verdict", "ties": "tied"}
 """Pairs that an agreement leaves out -> what a summary says of them."""

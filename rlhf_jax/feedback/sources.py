@@ -8,18 +8,7 @@ from functools import partial
 
 import jax
 
-from rlhf_jax.config import (
-    DataAggregateArgs,
-    DrawArgs,
-    JudgeArgs,
-    ModelConfig,
-    RateArgs,
-    SampleArgs,
-    SamplingConfig,
-    SourceConfig,
-    SourcesArgs,
-    resolve,
-)
+from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.limits import Limits
@@ -56,12 +45,10 @@ def kept_fields(prompt: Row) -> Row:
     return {name: prompt[name] for name in ("id", "prompt") if name in prompt}
 
 
-def rankings_given(
-    config: JudgeArgs | RateArgs | DataAggregateArgs, rows: object = None, *, unlabelled: bool = True
-) -> tuple[list[Ranking], int]:
-    """(the responses to each prompt, `unlabelled` too; how many rows were dropped); `rows` replace config.path."""
+def rankings_given(rows: object, fields: list[str], *, unlabelled: bool = True) -> tuple[list[Ranking], int]:
+    """(the responses to each prompt, `unlabelled` too; how many rows were dropped); the rest as in `rows_from`."""
     rankings, dropped = [], 0
-    for row in rows_from(config.path if rows is None else rows, config.fields):
+    for row in rows_from(rows, fields):
         try:
             rankings.append(ranking_row(row, unlabelled=unlabelled))
         except DroppedRow:

@@ -56,13 +56,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Known:
-    """What `$name` stands for.
-
-    Attributes:
-        value: a text, a list, or a group of options.
-        stages: labels of the stages that it comes from.
-        run: whether it is the run directory of a stage.
-    """
+    """What `$name` stands for, the labels of the stages it comes from, and whether it is the run directory of one."""
 
     value: Value
     stages: frozenset[str] = frozenset()
@@ -105,13 +99,7 @@ def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
 
 @dataclass
 class Recipe:
-    """What all stages share.
-
-    Attributes:
-        where: the file's name.
-        root: the directory of the recipe.
-        defaults: options for every stage that has them.
-    """
+    """What all stages share: the file's name, the directory, and options for every stage that has them."""
 
     where: str
     root: Path
