@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.encoding import Limits
 
 LIMITS = Limits(192, 320, "truncate")
 BATCH = 32

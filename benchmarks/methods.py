@@ -59,8 +59,8 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.collate import collate_prompts
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples, sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.inference.generate import Generator, decode
 from rlhf_jax.inference.scoring import Likelihood
 from rlhf_jax.models import Model

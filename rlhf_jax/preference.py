@@ -11,10 +11,9 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.config import DPOArgs, DPOConfig, KTOArgs, KTOConfig, RRHFArgs, RRHFConfig, bind
 from rlhf_jax.data.collate import Collate, collate_preference, collate_unpaired, of_most_responses
-from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.comparisons import preference_examples, ranking_examples, unpaired_examples
 from rlhf_jax.data.encoding import Example
 from rlhf_jax.data.loading import Rows
-from rlhf_jax.data.singles import unpaired_examples
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model

@@ -20,12 +20,10 @@ from rlhf_jax.data.collate import (
     eval_batches,
     of_most_responses,
 )
-from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rating_examples
 from rlhf_jax.data.encoding import Example
-from rlhf_jax.data.layouts import layout_of
 from rlhf_jax.data.loading import Rows
-from rlhf_jax.data.rows import Row
-from rlhf_jax.data.singles import rating_examples
+from rlhf_jax.data.rows import Row, layout_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.intervals import share_and_interval

@@ -12,9 +12,8 @@ import numpy as np
 
 from rlhf_jax.config import PretrainArgs, SFTArgs, bind
 from rlhf_jax.data.collate import collate_sft
-from rlhf_jax.data.encoding import Example, Report
+from rlhf_jax.data.encoding import Example, Limits, Report
 from rlhf_jax.data.examples import pack, sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.rows import DroppedRow, Row, where_of
 from rlhf_jax.data.schemas import kind_of, sft_row

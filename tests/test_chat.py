@@ -23,8 +23,8 @@ from chats import (  # fmt: skip
 
 from rlhf_jax.data import lint
 from rlhf_jax.data.comparisons import preference_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples, sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

@@ -14,9 +14,9 @@ from rlhf_jax.config import RewardConfig
 from rlhf_jax.data import ballots, schemas, sources
 from rlhf_jax.data.collate import collate_preference, collate_ranking, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.gathering import gather
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

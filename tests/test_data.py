@@ -19,8 +19,8 @@ from rlhf_jax.data.collate import (
     eval_batches,
 )
 from rlhf_jax.data.comparisons import preference_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from rlhf_jax.data import schemas, sources
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import collate_preference, collate_prompts, collate_sft
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

@@ -17,7 +17,7 @@ from rlhf_jax.config import DataAggregateArgs, DataConfig, DataInspectArgs, Data
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples
-from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

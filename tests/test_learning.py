@@ -28,8 +28,8 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.collate import collate_sft
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import pack, sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.scoring import Likelihood, RewardModel

@@ -29,8 +29,8 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.batches import fingerprint
 from rlhf_jax.data.collate import collate_preference, collate_ranking, collate_unpaired, eval_batches
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.singles import rating_examples, unpaired_examples
+from rlhf_jax.data.comparisons import rating_examples, unpaired_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.preference import sequence_logprobs

@@ -17,7 +17,7 @@ from rlhf_jax.config import MeshConfig
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.collate import collate_preference, collate_sft, eval_batches
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
-from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.feedback.judge import Verdict

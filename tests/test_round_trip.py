@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, metaspace_tokenizer, word_tokenizer
 
-from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rating_examples, unpaired_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

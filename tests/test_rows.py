@@ -23,10 +23,9 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data import lint, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
-from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rating_examples, unpaired_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples, prompt_key, sft_examples
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.singles import rating_examples, unpaired_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

@@ -13,8 +13,8 @@ from tiny import byte_tokenizer
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, collate_sft
 from rlhf_jax.data.comparisons import preference_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples, sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.sources import read_rows, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import decode

@@ -34,8 +34,8 @@ from rlhf_jax.config import (
     ScoreArgs,
 )
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from rlhf_jax.data.consensus import bootstrap_intervals
 from rlhf_jax.data.encoding import collect
 from rlhf_jax.data.examples import prompt_key, split_by_prompt
 from rlhf_jax.data.gathering import describe, describe_parts, fit, join, linked_parts, numbered, same_text
-from rlhf_jax.data.messages import text_of
+from rlhf_jax.data.messages import as_key, text_of
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.sources import rows_from
@@ -56,14 +55,13 @@ def run_prepare(config: DataPrepareArgs) -> Path:
     if directory.exists() and not config.overwrite:
         raise UserError(f"{directory} exists; choose another --out or pass --overwrite true")
     check_writable(Path(config.out), f"out {config.out}")
+    build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
     splits = {}
-    for split, path in (("train", config.path), ("test", config.eval_path)):
-        if path or split == "train":
-            rows = rows_from(path, config.fields)
-            build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
-            kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
-            splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
-            tell(f"{split}: {report}")
+    for split, path in (("train", config.path), *([("test", config.eval_path)] if config.eval_path else [])):
+        rows = rows_from(path, config.fields)
+        kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
+        splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
+        tell(f"{split}: {report}")
     with written(f"out {config.out}"), scratch(Path(config.out)) as place, replacing(directory) as new:
         os.rename(tfds_rows.prepare(splits, config.schema, str(place)), new)
     tell(f"{directory}: data.path of a stage, or tfds.builder_from_directory({str(directory)!r})")
@@ -130,23 +128,15 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
     for ranking in together:
         if not all(name in answer.extra for answer in ranking.answers):
             raise UserError(f'{ranking.where}: a response has no field "{name}"; correct --by')
-
-    def value(answer: Answer) -> str:
-        field = answer.extra[name]
-        return field if isinstance(field, str) else json.dumps(field, sort_keys=True, default=repr)
-
+    value = lambda answer: as_key(answer.extra[name])  # noqa: E731
     of_prompts = join(list(together), prompt_key, lambda answer: (same_text(answer), value(answer)))
-    compared = [
-        replace(ranking, ballots=[ballot._replace(unit=0) for ballot in ranking.ballots])
-        for ranking in of_prompts
-        if len(ranking.answers) > 1
-    ]
-    [joined] = join(compared, lambda row: "", value)
+    compared = [each for each in of_prompts if len(each.answers) > 1]
+    whole = [replace(each, ballots=[ballot._replace(unit=0) for ballot in each.ballots]) for each in compared]
+    [joined] = join(whole, lambda row: "", value)
     names = [value(answer) for answer in joined.answers]
     if len(names) < 2:
-        raise UserError(
-            f'all responses have one "{name}", {shown(names[0])}; correct --by, or give responses of others'
-        )
+        cure = "correct --by, or give responses of others"
+        raise UserError(f'all responses have one "{name}", {shown(names[0])}; {cure}')
     order = sorted(range(len(names)), key=names.__getitem__)
     ballots = [ballot._replace(ranks=[ballot.ranks[i] for i in order]) for ballot in joined.ballots]
     return replace(joined, prompt=name, answers=[Answer(names[i]) for i in order], ballots=ballots)

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import EvaluateArgs, SourceConfig
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import jax
 
 from rlhf_jax.config import SampleArgs, ScoreArgs
-from rlhf_jax.data.encoding import Report
+from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell

@@ -35,22 +35,18 @@ def decoded(hf: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def token_text(hf: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as the vocabulary has it."""
     return str(hf.convert_ids_to_tokens(token))
 
 
 def declared_eos(directory: Path) -> int | list[int] | None:
     """eos_token_id of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
-        if not (directory / name).is_file():
-            continue
-        declared = read_strict(directory / name, "write it again").get("eos_token_id")
+        file = directory / name
+        declared = read_strict(file, "write it again").get("eos_token_id") if file.is_file() else None
         if declared is None:
             continue
-        ids = declared if isinstance(declared, list) else [declared]
-        if not all(type(i) is int for i in ids):
-            message = f"{directory / name}: eos_token_id is {shown(declared)}, which are no token ids; correct it"
-            raise UserError(message)
+        if not all(type(i) is int for i in (declared if isinstance(declared, list) else [declared])):
+            raise UserError(f"{file}: eos_token_id is {shown(declared)}, which are no token ids; correct it")
         return declared
     return None
 

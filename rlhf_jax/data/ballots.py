@@ -7,22 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import rankings
+from rlhf_jax.data import rankings, schemas
 from rlhf_jax.data.consensus import consensus_ranks, soft_labels
-from rlhf_jax.data.layouts import layout_of
 from rlhf_jax.data.messages import SAID, Text, prompt_of, response_of, written
 from rlhf_jax.data.numbers import in_order, is_number, number_of
-from rlhf_jax.data.rows import Row, bad_row, empty_row, require, type_of, where_of
-from rlhf_jax.data.schemas import (
-    Answer,
-    answer_of,
-    both_answers,
-    finished_of,
-    flag_of,
-    ids_of,
-    preference_row,
-    single_answer,
-)
+from rlhf_jax.data.rows import Row, bad_row, empty_row, layout_of, require, type_of, where_of
+from rlhf_jax.data.schemas import Answer, finished_of, flag_of, ids_of
 
 
 class Ballot(NamedTuple):
@@ -46,7 +36,6 @@ class Ranking:
 
     @property
     def responses(self) -> list[Text]:
-        """The K responses alone, as texts or messages."""
         return [answer.response for answer in self.answers]
 
     def wins(self) -> np.ndarray:
@@ -104,16 +93,17 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     """
     kind = layout_of(row)
     if kind == "unpaired preference":
-        answer = answer_of(row)
+        answer = schemas.answer_of(row)
         ranks = [0.0 if flag_of(row, "label") else 1.0]
-        return Ranking(answer["prompt"], [single_answer(answer)], [Ballot(rater_of(row), ranks)], where_of(row))
-    if kind == "stepwise supervision":
-        raise bad_row(
-            row, "stepwise supervision labels parts of one answer; give whole answers, such as {chosen, rejected}"
+        return Ranking(
+            answer["prompt"], [schemas.single_answer(answer)], [Ballot(rater_of(row), ranks)], where_of(row)
         )
+    if kind == "stepwise supervision":
+        cure = "give whole answers, such as {chosen, rejected}"
+        raise bad_row(row, f"stepwise supervision labels parts of one answer; {cure}")
     if kind != "ranking":
-        pair = preference_row(row)
-        return Ranking(pair["prompt"], both_answers(pair), _ballots_of_votes(row), where_of(row))
+        pair = schemas.preference_row(row)
+        return Ranking(pair["prompt"], schemas.both_answers(pair), _ballots_of_votes(row), where_of(row))
     require(row, ("prompt", "responses"), "a ranking row is {prompt, responses: [{text, rank}, ...]}")
     prompt = prompt_of(row, row["prompt"])
     items = _items(row)
@@ -138,17 +128,15 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
 
 
 def _items(row: Row) -> list[Row]:
-    """The responses as dicts with a "text"."""
     if not isinstance(row["responses"], list):
         raise bad_row(row, f'"responses" is {type_of(row["responses"])}; give a list of {{text, rank}}')
     items = []
     for number, item in enumerate(row["responses"]):
-        if isinstance(item, dict) and "role" not in item:
-            if "text" not in item:
-                raise bad_row(row, f'responses {number} has no "text" (found: {", ".join(item) or "nothing"}); add it')
-            items.append(item)
-        else:
-            items.append({"text": [item] if isinstance(item, dict) else item})
+        if not isinstance(item, dict) or "role" in item:
+            item = {"text": [item] if isinstance(item, dict) else item}
+        if "text" not in item:
+            raise bad_row(row, f'responses {number} has no "text" (found: {", ".join(item) or "nothing"}); add it')
+        items.append(item)
     return items
 
 
@@ -163,16 +151,13 @@ def _has_text(value: object) -> bool:
 
 def _ballots(row: Row, items: list[Row]) -> list[tuple[str, list[float]]]:
     """(rater, ranks of all items) of every ballot of a ranking row."""
-    if row.get("raters") is not None:
-        if not isinstance(row["raters"], list) or not all(isinstance(verdict, dict) for verdict in row["raters"]):
-            raise bad_row(row, f'"raters" is {type_of(row["raters"])}; give a list of {{rater, ranks}}')
-        return [
-            (rater_of(verdict, row), ranks)
-            for verdict in row["raters"]
-            for ranks in _verdict_ranks(row, verdict, len(items))
-        ]
-    if row.get("best") is not None:
-        return [(rater_of(row), ranks) for ranks in _verdict_ranks(row, row, len(items))]
+    verdicts = row.get("raters")
+    if verdicts is None and row.get("best") is not None:
+        verdicts = [row]
+    if verdicts is not None:
+        if not isinstance(verdicts, list) or not all(isinstance(verdict, dict) for verdict in verdicts):
+            raise bad_row(row, f'"raters" is {type_of(verdicts)}; give a list of {{rater, ranks}}')
+        return [(rater_of(v, row), ranks) for v in verdicts for ranks in _verdict_ranks(row, v, len(items))]
     for name, sign in (("rank", 1), ("score", -1)):
         values = row.get(f"{name}s")
         if values is None and any(name in item for item in items):
@@ -215,8 +200,7 @@ def rater_of(row: Row, outer: Row | None = None) -> str:
 
 def _ballots_of_votes(row: Row) -> list[Ballot]:
     """The ballots of a preference row: as its `votes` count, or the one of its rater."""
-    votes = row.get("votes")
-    if votes is None:
+    if (votes := row.get("votes")) is None:
         return [Ballot(rater_of(row), [0.0, 1.0])]
-    counted = [(float(count), ranks) for count, ranks in zip(votes, ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0]), strict=True)]
-    return [Ballot("", ranks, count, unit) for unit, (count, ranks) in enumerate(c for c in counted if c[0])]
+    counted = [(ranks, float(n)) for n, ranks in zip(votes, ([0.0, 1.0], [1.0, 0.0], [0.0, 0.0]), strict=True) if n]
+    return [Ballot("", ranks, times, unit) for unit, (ranks, times) in enumerate(counted)]

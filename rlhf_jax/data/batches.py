@@ -29,12 +29,7 @@ class Batches:
     def __init__(
         self, examples: Sequence[Example], *, batch_size: int, seed: int, collate: Collate, buckets: Sequence[int] = ()
     ):
-        """Check the sizes and build the grain pipeline.
-
-        Raises:
-            UserError: no or fewer examples than `batch_size`, a seed that grain cannot use, or an example longer than
-                the last bucket.
-        """
+        """A UserError: fewer examples than `batch_size`, a seed that grain cannot use, one over the last bucket."""
         import grain
 
         if len(examples) < batch_size:
@@ -71,7 +66,6 @@ class Batches:
         return self._planned[1][place]
 
     def _taken_rows(self, epoch: int, places: range) -> list[int]:
-        """The rows at some places of an epoch's order."""
         order = np.array([self._order[epoch * self._taken + place] for place in places])
         if not self.left_over:
             return order.tolist()
@@ -81,7 +75,6 @@ class Batches:
         return (order + np.searchsorted(left - np.arange(len(left)), order, side="right")).tolist()
 
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """Every batch of an epoch."""
         waiting: dict[int, list[int]] = {bucket: [] for bucket in self._buckets}
         for index in self._taken_rows(epoch, range(self._taken)):
             waiting[self._bucket[index]].append(index)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from rlhf_jax.data.backend import token_text
 from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript, turns_of
@@ -36,11 +36,9 @@ class Transcript:
     closings: tuple[int, ...] = ()
 
     def prompt(self, messages: Messages) -> str:
-        """The conversation, open for an answer."""
         return transcript(messages) + "\n\nAssistant:"
 
     def answer(self, messages: Messages, prompt: str, turn: Message, remarks: Counter[str], *, closed: bool) -> str:
-        """What follows `prompt`, that of the messages; nothing closes it."""
         self.check([turn], prompt, remarks)
         return " " + turn["content"]
 
@@ -57,7 +55,6 @@ class Transcript:
                 remarks[_unseen(name)] += 1
 
     def spans(self, messages: Messages) -> list[Span]:
-        """(start, end) of earlier answers in `prompt(messages)`, in characters."""
         return _spans_by_difference(self, messages)
 
 
@@ -110,10 +107,10 @@ class ChatTemplate:
             marker = later = ""
         ids, later_ids = (self.hf(text, add_special_tokens=False)["input_ids"] for text in (self._after, later))
         special = specials(self.hf)
-        if marker and special & set(shared := _shared(ids, later_ids)):
+        if marker and special & set(shared := ids[: _num_shared(ids, later_ids)]):
             ids = shared
         elif marker:
-            closing = _shared(self._after, later)
+            closing = self._after[: _num_shared(self._after, later)]
         places = [place for place, i in enumerate(ids) if i in special]
         first_run = [place for n, place in enumerate(places) if place == places[0] + n]
         self.closings = tuple(ids[place] for place in first_run)
@@ -144,9 +141,8 @@ class ChatTemplate:
                 answer has something to say that the template does not write.
         """
         if self._silent:
-            raise UserError(
-                "the chat template leaves out answers whose content is a text, or rewrites all of it; use another"
-            )
+            what = "leaves out answers whose content is a text, or rewrites all of it"
+            raise UserError(f"the chat template {what}; use another")
         whole = self._template.text([*messages, turn])
         if whole.startswith(prompt):
             rest = whole.removeprefix(prompt)
@@ -230,10 +226,9 @@ class ChatTemplate:
                 for i, turn in enumerate(messages)
             ]
             try:
-                written = changes(bare)
+                if changes(bare):
+                    continue
             except UserError:
-                written = True
-            if written:
                 continue
             names = REASONING if name in REASONING else {name}
             if name in SAID and not names & self._template.words(messages):
@@ -284,22 +279,16 @@ def _spans_by_difference(chat: Transcript | ChatTemplate, messages: Messages) ->
     return spans
 
 
-Beginning = TypeVar("Beginning", str, list[int])
-
-
-def _shared(a: Beginning, b: Beginning) -> Beginning:
-    """What two texts or lists begin with alike."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return a[: sum(1 for _ in same)]
+def _num_shared(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many characters or ids two texts or lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _squeezed(text: str) -> str:
-    """A text without its white space."""
     return "".join(text.split())
 
 
 def _answer(content: str) -> Message:
-    """An assistant's message."""
     return {"role": "assistant", "content": content}
 
 
@@ -309,5 +298,4 @@ def _extras(turn: Message) -> set[str]:
 
 
 def _unseen(name: str) -> str:
-    """The remark on a field that is not written."""
     return f'prompts or answers whose "{name}" is not written'

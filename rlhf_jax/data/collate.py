@@ -66,20 +66,14 @@ def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad
 
 
 def collate_preference(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
-    """What `_responses` gives of (chosen, rejected), K = 2; labels, margins f32[B].
-
-    Weights are in the ratio of the examples'; the chosen responses are what to imitate.
-    """
+    """What `_responses` gives of (chosen, rejected), K = 2, imitating the chosen; labels, margins f32[B]."""
     pairs = [[example["chosen"], example["rejected"]] for example in examples]
     imitated = np.array([[True, False]] * len(pairs))
     return {**_responses(examples, pairs, imitated, length, pad_id), **_columns(examples, "label", "margin")}
 
 
 def collate_unpaired(examples: Sequence[Example], *, length: int, pad_id: int = 0) -> Batch:
-    """What `_responses` gives of (the response, one to another prompt), K = 2; labels f32[B].
-
-    The responses with label 1 are what to imitate.
-    """
+    """What `_responses` gives of (response, that to another prompt), K = 2, label 1 is imitated; labels f32[B]."""
     both = [[example["response"], example["other"]] for example in examples]
     imitated = np.array([[example["label"] == 1, False] for example in examples])
     return {**_responses(examples, both, imitated, length, pad_id), **_columns(examples, "label")}
@@ -98,8 +92,7 @@ def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad
     The mask says which of a row's K places hold a response; the first of the best is what to imitate. An example of
     more than `width` responses is a UserError.
     """
-    most = max(len(example["responses"]) for example in examples)
-    if most > width:
+    if (most := max(len(example["responses"]) for example in examples)) > width:
         raise UserError(f"a ranking of {most} responses does not fit into {width}; shorten it")
     empty = [np.zeros(0, np.int32)]
     responses = [example["responses"] + empty * (width - len(example["responses"])) for example in examples]
@@ -137,12 +130,9 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
             f"a prompt of {longest} tokens fits no bucket of {sorted(buckets)}; raise the largest of "
             "sampling.prompt_buckets to data.max_prompt_length"
         )
-    tokens = np.full((len(examples), width), pad_id, np.int32)
-    mask = np.zeros((len(examples), width), bool)
-    for row, example in enumerate(examples):
-        start = width - len(example["tokens"])
-        tokens[row, start:] = example["tokens"]
-        mask[row, start:] = True
+    mask = np.array([np.arange(width) >= width - len(example["tokens"]) for example in examples])
+    tokens = np.full(mask.shape, pad_id, np.int32)
+    tokens[mask] = np.concatenate([example["tokens"] for example in examples])
     shared = [name for name in examples[0]["columns"] if all(name in example["columns"] for example in examples)]
     columns = {name: [example["columns"][name] for example in examples] for name in shared}
     prompts = [example["prompt"] for example in examples]
@@ -200,7 +190,6 @@ def _columns(examples: Sequence[Example], *names: str) -> Batch:
 
 
 def _weights(examples: Sequence[Example]) -> np.ndarray:
-    """How much each row counts, 1 if it does not say."""
     return np.array([example.get("weight", 1.0) for example in examples])
 
 

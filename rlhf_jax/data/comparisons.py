@@ -1,24 +1,24 @@
-"""Comparisons to token examples: pairs, or all responses to a prompt together."""
+"""What raters say of responses to token examples: pairs, all responses to a prompt together, or one by one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
 
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.encoding import Encoder, Example, Report, collect
+from rlhf_jax.data.encoding import Encoder, Example, Limits, Report, collect
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import gather
-from rlhf_jax.data.layouts import PREFERENCES, Joined, layout_of
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.numbers import SMALLEST, in_order, is_number, off_centre
+from rlhf_jax.data.numbers import SMALLEST, in_order, is_number, number_of, off_centre
 from rlhf_jax.data.rankings import components
-from rlhf_jax.data.rows import DroppedRow, Row
-from rlhf_jax.data.schemas import both_answers, preference_row
+from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Joined, Row, layout_of, require
+from rlhf_jax.data.schemas import Answer, answer_of, both_answers, flag_of, float32_of, preference_row, single_answer
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 
 
 def preference_examples(
@@ -44,16 +44,8 @@ def preference_examples(
             chosen, rejected, label = rejected, chosen, 1 - label
         if np.array_equal(chosen, rejected):  # cutting can take the difference away
             raise DroppedRow(f"{row['_where']}: chosen and rejected are the same", "with chosen equal to rejected")
-        example = {
-            "chosen": chosen,
-            "rejected": rejected,
-            "prompt_length": length,
-            "label": label,
-            "margin": row["margin"],
-            "weight": 1.0,
-            "prompt_key": prompt_key(row),
-        }
-        return [example], cut
+        example = {"chosen": chosen, "rejected": rejected, "prompt_length": length, "label": label}
+        return [{**example, "margin": row["margin"], "weight": 1.0, "prompt_key": prompt_key(row)}], cut
 
     return _gathered(rows, build, encoder, aggregate, prior, margins=True)
 
@@ -103,10 +95,9 @@ def _rankings(row: Row, encoder: Encoder) -> tuple[list[Example], bool]:
     for ranking in row.rankings if isinstance(row, Joined) else [ranking_row(row)]:
         try:
             more, was_cut = _ranking(ranking, encoder)
+            examples, cut = examples + more, cut or was_cut
         except DroppedRow as drop:
             drops.append(drop)
-            continue
-        examples, cut = examples + more, cut or was_cut
     if not examples:
         raise drops[0]
     encoder.remarks.update(f"parts of a prompt dropped {drop.reason}" for drop in drops)
@@ -120,15 +111,13 @@ def _ranking(ranking: Ranking, encoder: Encoder) -> tuple[list[Example], bool]:
     ranks, labels = ranking.consensus()
     ranked = np.flatnonzero(~np.isnan(ranks))
     if len(ranked) < 2:
-        raise DroppedRow(
-            f"{ranking.where}: fewer than two responses are ranked", "with fewer than two ranked responses"
-        )
+        message = f"{ranking.where}: fewer than two responses are ranked"
+        raise DroppedRow(message, "with fewer than two ranked responses")
     tokens, length, cut = encoder.sequences(row, [ranking.answers[i] for i in ranked])
     kept, ranks, labels = _distinct(tokens, ranks[ranked], labels[np.ix_(ranked, ranked)])
     unknown = int(np.count_nonzero((ranks[:, None] < ranks[None, :]) & np.isnan(labels)))
     groups = _linked(ranks, labels) if unknown else [(np.arange(len(kept)), ranks)]
-    remarks = encoder.remarks
-    remarks += Counter({"pairs of responses that nobody compared, not trained on": unknown})
+    encoder.remarks.update({"pairs of responses that nobody compared, not trained on": unknown})
     examples: list[Example] = [
         {
             "responses": [tokens[kept[i]] for i in group],
@@ -187,17 +176,74 @@ def _ordered(example: Example) -> list[tuple[int, int]]:
 
 def _pairs(example: Example) -> list[Example]:
     """The pairs of a ranking that are not tied, the preferred one first."""
-    pairs = _ordered(example)
-    labels = example["labels"]
+    pairs, labels, responses = _ordered(example), example["labels"], example["responses"]
+    shared = {name: example[name] for name in ("prompt_length", "prompt_key")}
+    shared |= {"margin": 0.0, "weight": example["weight"] / len(pairs)}
     return [
-        {
-            "chosen": example["responses"][i],
-            "rejected": example["responses"][j],
-            "prompt_length": example["prompt_length"],
-            "label": float(labels[i, j]),
-            "margin": 0.0,
-            "weight": example["weight"] / len(pairs),
-            "prompt_key": example["prompt_key"],
-        }
+        {"chosen": responses[i], "rejected": responses[j], "label": float(labels[i, j]), **shared}
         for i, j in ((i, j) if labels[i, j] >= 0.5 else (j, i) for i, j in pairs)
     ]
+
+
+def unpaired_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
+    """[{response int32[n], other int32[m], prompt_length, label 0 or 1, prompt_key}], each array with its prompt.
+
+    Of rows {prompt, response, label}, and of preferences, whose two responses then count one by one. `other` is the
+    same prompt with the response of the next example that has another prompt, its end cut: KTO measures the KL by it.
+    """
+    encoder = Encoder(tokenizer, limits)
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        if layout_of(row) in PREFERENCES:
+            pair = preference_row(row)
+            if pair["label"] == 0.5:
+                raise DroppedRow(f"{pair['_where']}: the raters are divided", "on which the raters are divided")
+            won = float(pair["label"] > 0.5)
+            return _singles(pair, encoder, both_answers(pair), [{"label": won}, {"label": 1 - won}])
+        require(row, ("label",), "an unpaired preference is {prompt, response, label}")
+        answer = answer_of(row)
+        return _singles(answer, encoder, [single_answer(answer)], [{"label": float(flag_of(row, "label"))}])
+
+    examples, report = collect(rows, build, strict=limits.strict, remarks=encoder.remarks)
+    if len({example["prompt_key"] for example in examples}) < 2:
+        raise UserError("all rows have one prompt, but KTO needs responses to other prompts; give rows of two or more")
+    return [{**example, "other": _other(examples, i, limits.max_length)} for i, example in enumerate(examples)], report
+
+
+def _singles(row: Row, encoder: Encoder, answers: list[Answer], judged: list[Example]) -> tuple[list[Example], bool]:
+    """({response int32[n], prompt_length, prompt_key} of each answer, and how it was `judged`; whether it was cut)."""
+    sequences, length, cut = encoder.sequences(row, answers)
+    shared = {"prompt_length": length, "prompt_key": prompt_key(row)}
+    return [{"response": ids, **more, **shared} for ids, more in zip(sequences, judged, strict=True)], cut
+
+
+def _other(examples: list[Example], i: int, max_length: int) -> np.ndarray:
+    """The prompt of example i with the response of the next one, round the end, of another prompt."""
+    mine = examples[i]
+    following = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
+    other = next(example for example in following if example["prompt_key"] != mine["prompt_key"])
+    prompt_and_other = [mine["response"][: mine["prompt_length"]], other["response"][other["prompt_length"] :]]
+    return np.concatenate(prompt_and_other)[:max_length]
+
+
+def rating_of(row: Row) -> float:
+    """The rating of a row, a finite number that float32 holds."""
+    require(row, ("rating",), "a rating row is {prompt, response, rating}")
+    return float32_of(row, "rating", row["rating"])
+
+
+def rating_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
+    """[{response int32[n], prompt_length, rating, prompt_key}] of rows {prompt, response, rating}."""
+    encoder = Encoder(tokenizer, limits)
+    ratings: set[float] = set()
+
+    def build(row: Row) -> tuple[list[Example], bool]:
+        rating, answer = rating_of(row), answer_of(row)
+        made = _singles(answer, encoder, [single_answer(answer)], [{"rating": rating}])
+        ratings.add(number_of(row["rating"]))  # of a row that is kept
+        return made
+
+    examples, report = collect(rows, build, strict=limits.strict, remarks=encoder.remarks)
+    lost = len(ratings) - len({float(np.float32(rating)) for rating in ratings})
+    remark = {"ratings that float32 cannot tell from another": lost} if lost else {}
+    return examples, replace(report, remarks={**report.remarks, **remark})

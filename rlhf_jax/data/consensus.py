@@ -10,17 +10,9 @@ from math import comb
 import numpy as np
 from jaxtyping import Float, Int
 
+from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement
-from rlhf_jax.data.rankings import (
-    Ballot,
-    Comparisons,
-    bradley_terry,
-    comparisons,
-    components,
-    crowd_bradley_terry,
-    plackett_luce,
-    sigmoid,
-)
+from rlhf_jax.data.rankings import Ballot, Comparisons, comparisons, components, sigmoid
 
 Fit = tuple[np.ndarray, np.ndarray]
 """(strengths [G, K], reliabilities [R])."""
@@ -87,17 +79,16 @@ def _fit(
     """Strengths and reliabilities of ballots that count `times` each, going on from `start`."""
     weights = times[c.ballots]
     if method == "crowd_bt":
-        return crowd_bradley_terry(c, prior=prior, agreed=9.0, disagreed=1.0, weights=weights, start=start)
+        return rankings.crowd_bradley_terry(c, prior=prior, agreed=9.0, disagreed=1.0, weights=weights, start=start)
     if method == "bradley_terry":
-        return bradley_terry(c.wins(weights, c.shares), prior=prior, items=c.items), np.ones(c.num_raters)
+        return rankings.bradley_terry(c.wins(weights, c.shares), prior=prior, items=c.items), np.ones(c.num_raters)
     strengths = np.zeros(c.items.shape)
     members: dict[int, list[int]] = {}
-    for i, (group, _, _) in enumerate(ballots):
-        if times[i]:
-            members.setdefault(group, []).append(i)
+    for i in np.flatnonzero(times).tolist():
+        members.setdefault(ballots[i][0], []).append(i)
     for group, places in members.items():
         ranks = [ballots[i][2] for i in places]
-        strengths[group, : c.sizes[group]] = plackett_luce(ranks, prior=prior, times=times[places])
+        strengths[group, : c.sizes[group]] = rankings.plackett_luce(ranks, prior=prior, times=times[places])
     return strengths, np.ones(c.num_raters)
 
 

@@ -9,15 +9,13 @@ no row is left.
 from __future__ import annotations
 
 import hashlib
-import json
 
 import numpy as np
 
 from rlhf_jax.data import schemas
-from rlhf_jax.data.encoding import Encoder, Example, Report, collect, naming
-from rlhf_jax.data.layouts import ANSWERS, layout_of
-from rlhf_jax.data.limits import Limits
-from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.encoding import Encoder, Example, Limits, Report, collect, naming
+from rlhf_jax.data.messages import as_key
+from rlhf_jax.data.rows import ANSWERS, DroppedRow, Row, bad_row, layout_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -41,7 +39,9 @@ def sft_examples(
             text = schemas.text_row(row)["text"]
             with naming(row):
                 ids = tokenizer.encode_document(text, encoder.remarks)
-            return _windows(ids, limits.max_length), False
+            starts = range(0, len(ids), limits.max_length)
+            windows = [np.asarray(ids[start : start + limits.max_length], np.int32) for start in starts]
+            return [{"tokens": w, "loss_mask": np.arange(len(w)) > 0} for w in windows if len(w) > 1], False
         row = schemas.sft_row(row)
         prompt, cut_prompt = encoder.prompt(row)
         response, cut_response = encoder.response(row, schemas.single_answer(row), len(prompt))
@@ -52,10 +52,11 @@ def sft_examples(
             is_target[: len(prompt)] = in_answer[len(in_answer) - len(prompt) :]
             is_target[0] &= not cut_prompt
         is_target[len(prompt) :] = _is_learned(row, loss_on)
-        example = _sft_example(prompt + response, is_target)
-        if not example["loss_mask"].any():
+        is_target[:1] = False
+        if not is_target.any():
             raise UserError(f"{row['_where']}: no token of it is learned with sft.loss_on {loss_on}; remove the row")
-        return [example], cut_prompt or cut_response
+        tokens = np.asarray(prompt + response, np.int32)
+        return [{"tokens": tokens, "loss_mask": is_target}], cut_prompt or cut_response
 
     return collect(rows, build, strict=limits.strict, remarks=encoder.remarks)
 
@@ -73,13 +74,9 @@ def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tu
         tokens, cut = encoder.prompt(row)
         if not tokens:
             raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
-        example = {
-            "tokens": np.asarray(tokens, np.int32),
-            "prompt": tokenizer.prompt_text(row["prompt"]),
-            "given": row["prompt"],
-            "columns": schemas.columns_of(row),
-        }
-        return [example], cut
+        given, ids = row["prompt"], np.asarray(tokens, np.int32)
+        text, columns = tokenizer.prompt_text(given), schemas.columns_of(row)
+        return [{"tokens": ids, "prompt": text, "given": given, "columns": columns}], cut
 
     return collect(rows, build, strict=limits.strict, remarks=encoder.remarks, columns=True)
 
@@ -96,7 +93,7 @@ def prompt_key(row: Row) -> str:
             prompt = row["prompt"] if "prompt" in row else schemas.preference_row(row)["prompt"]
     except UserError:  # a bad row: the loader that wants it reports it
         prompt = {name: value for name, value in row.items() if name != "_where"}
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr)
+    return as_key(prompt)
 
 
 def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -114,19 +111,17 @@ def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[l
         return list(rows), []
     if len(rows) == 1 and layout_of(rows[0]) == "text" and isinstance(rows[0]["text"], str):
         return _cut_document(rows[0], eval_fraction)
-    train: list[Row] = []
-    held_out: list[Row] = []
+    sides: tuple[list[Row], list[Row]] = [], []
     for row in rows:
         digest = hashlib.blake2b(f"{seed} {prompt_key(row)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        side = held_out if int.from_bytes(digest, "big") < eval_fraction * 2**64 else train
-        side.append(row)
-    if not train or not held_out:
-        name, cure = ("training", "lower") if not train else ("held-out", "raise")
+        sides[int.from_bytes(digest, "big") < eval_fraction * 2**64].append(row)
+    if not all(sides):
+        name, cure = ("held-out", "raise") if sides[0] else ("training", "lower")
         raise UserError(
             f"eval_fraction {eval_fraction} of {len(rows)} rows leaves no {name} rows; "
             f"{cure} data.eval_fraction, or set data.eval_path to a file of held-out rows"
         )
-    return train, held_out
+    return sides
 
 
 def pack(examples: list[Example], length: int) -> list[Example]:
@@ -153,11 +148,10 @@ def pack(examples: list[Example], length: int) -> list[Example]:
             fits = -1
         packs[fits].append(example)
         room[fits] -= size
-    return [_join(members) for members in done + packs]
+    return [_side_by_side(members) for members in done + packs]
 
 
-def _join(members: list[Example]) -> Example:
-    """One sequence of whole examples."""
+def _side_by_side(members: list[Example]) -> Example:
     sizes = [len(example["tokens"]) for example in members]
     return {
         "tokens": np.concatenate([example["tokens"] for example in members]),
@@ -169,7 +163,6 @@ def _join(members: list[Example]) -> Example:
 
 
 def _cut_document(row: Row, eval_fraction: float) -> tuple[list[Row], list[Row]]:
-    """A document as (its beginning, its end) of about `eval_fraction`."""
     text = row["text"]
     middle = int(len(text) * (1 - eval_fraction))
     cut = text.rfind("\n", 0, middle) + 1 or middle
@@ -185,21 +178,8 @@ def _is_learned(row: Row, loss_on: str) -> bool:
     """Whether the answer of an sft row is learned, by its `weight`; a row of which nothing is, is dropped."""
     turns = [turn for part in (row["prompt"], row["response"]) if not isinstance(part, str) for turn in part]
     if loss_on == "all" and any("weight" in turn for turn in turns):
-        raise UserError(
-            f'{row["_where"]}: a message has a "weight", which sft.loss_on all does not know; leave it out'
-        )
+        raise bad_row(row, 'a message has a "weight", which sft.loss_on all does not know; leave it out')
     learned = not turns or bool(turns[-1].get("weight", 1))
     if not learned and loss_on == "response":
         raise DroppedRow(f"{row['_where']}: the answer has weight 0", "with an answer of weight 0")
     return learned
-
-
-def _sft_example(tokens: list[int], is_target: np.ndarray) -> Example:
-    """An example that is trained on its targets, the first token apart: nothing stands before it."""
-    return {"tokens": np.asarray(tokens, np.int32), "loss_mask": is_target & (np.arange(len(tokens)) > 0)}
-
-
-def _windows(tokens: list[int], max_length: int) -> list[Example]:
-    """A document as examples of at most `max_length` tokens."""
-    windows = [tokens[i : i + max_length] for i in range(0, len(tokens), max_length)]
-    return [_sft_example(window, np.ones(len(window), bool)) for window in windows if len(window) > 1]

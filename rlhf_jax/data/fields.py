@@ -35,13 +35,11 @@ def map_row(row: Row, fields: dict[str, str]) -> Row:
 
 
 def _fill(template: str, row: Row) -> object:
-    """A template with the parts of the row in it; the part itself if there is nothing else."""
     whole = PLACE.fullmatch(template)
     return _part(row, whole[1]) if whole else PLACE.sub(lambda place: str(_part(row, place[1])), template)
 
 
 def _part(row: Row, path: str) -> object:
-    """What stands at a path such as answer.text."""
     value: object = row
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:

@@ -12,9 +12,8 @@ import numpy as np
 from rlhf_jax.data import rankings
 from rlhf_jax.data.ballots import Ballot, Ranking, ranking_row
 from rlhf_jax.data.consensus import aggregate
-from rlhf_jax.data.layouts import Joined, layout_of
 from rlhf_jax.data.messages import key_of
-from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.rows import DroppedRow, Joined, Row, layout_of
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.errors import UserError
 
@@ -45,9 +44,8 @@ def gather(rows: list[Row], key: Callable[[Row], str], *, aggregate: str, prior:
         return others, ""
     joined = join(together, key)
     notes = [f"{len(together)} rows joined to {len(joined)} prompts"]
-    parts = [[ranking] for ranking in joined]
+    parts = [[ranking] if aggregate == "votes" else linked_parts(ranking) for ranking in joined]
     if aggregate != "votes":
-        parts = [linked_parts(ranking) for ranking in joined]
         fitted, raters, facts = fit([part for each in parts for part in each], method=aggregate, prior=prior)
         in_turn = iter(fitted)
         parts = [[next(in_turn) for _ in each] for each in parts]
@@ -122,8 +120,7 @@ def linked_parts(ranking: Ranking) -> list[Ranking]:
     Strengths of two parts say nothing of one another. A ranking without any comparison stays as it is.
     """
     part_of = rankings.components(ranking.wins())
-    groups = [np.flatnonzero(part_of == number) for number in np.unique(part_of)]
-    groups = [group for group in groups if len(group) > 1]
+    groups = [group for number in np.unique(part_of) if len(group := np.flatnonzero(part_of == number)) > 1]
     if not groups or len(groups[0]) == len(part_of):
         return [ranking]
     parts = []
@@ -152,10 +149,8 @@ def fit(
         result = aggregate(ballots, num_raters=len(names), method=method, prior=prior, times=times, sizes=sizes)
     except ValueError as error:
         raise UserError(f"{error}; aggregate with bradley_terry or crowd_bt") from error
-    fitted = [
-        replace(r, strengths=result.strengths[g, :size])
-        for g, (r, size) in enumerate(zip(together, sizes, strict=True))
-    ]
+    strengths = zip(together, result.strengths, sizes, strict=True)
+    fitted = [replace(ranking, strengths=of_group[:size]) for ranking, of_group, size in strengths]
     return fitted, dict(zip(names, result.reliability.tolist(), strict=True)), result.facts
 
 

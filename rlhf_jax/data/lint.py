@@ -12,15 +12,13 @@ import numpy as np
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, length_bias
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.encoding import naming, unread_in
+from rlhf_jax.data.comparisons import rating_of
+from rlhf_jax.data.encoding import Limits, naming, unread_in
 from rlhf_jax.data.examples import prompt_key, sft_examples
 from rlhf_jax.data.gathering import numbered
-from rlhf_jax.data.layouts import ANSWERS, PREFERENCES, layout_of
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import Text, text_of
-from rlhf_jax.data.rows import DroppedRow, Row
+from rlhf_jax.data.rows import ANSWERS, PREFERENCES, DroppedRow, Row, layout_of
 from rlhf_jax.data.schemas import Answer, answer_of, flag_of, kind_of, prompt_row, single_answer, text_row
-from rlhf_jax.data.singles import rating_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable, shown
 
@@ -146,13 +144,14 @@ def _prompt_length(row: Row, prompt: Text, tokenizer: Tokenizer | None, remarks:
 def _answer_length(row: Row, prompt: Text, answer: Answer, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
     """The tokens of an answer, or its characters; counts the special tokens that are written out in it."""
     response, finished, ids, _ = answer
+    text = text_of(response)
     if tokenizer is None:
-        return len(text_of(response))
-    for name in tokenizer.written_out(text_of(response), closed=True):
+        return len(text)
+    for name in tokenizer.written_out(text, closed=True):
         remarks[f"responses or documents in which {name} is written out and read as the token"] += 1
     with naming(row):
         if not prompt:
-            return len(tokenizer.encode_document(text_of(response), remarks))
+            return len(tokenizer.encode_document(text, remarks))
         return len(tokenizer.encode_response(response, prompt, finished=finished, ids=ids, remarks=remarks))
 
 
@@ -160,35 +159,26 @@ def lines(findings: Findings) -> list[str]:
     """The findings as text; a line that starts with ! says that something is likely to be wrong."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in findings["kinds"].items())
     text = [f"  {findings['rows']} training rows, {findings['held_out']} held out: {kinds}"]
-    for reason, (count, where) in findings["dropped"].items():
-        text.append(f"! {count} {reason}, dropped: {', '.join(where)}{', ...' if count > len(where) else ''}")
-    if findings["unread"]:
-        text.append(
-            "  fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in findings["unread"].items())
-        )
-    for remark, (count, where) in findings["remarks"].items():
-        text.append(f"! {count} {remark}: {', '.join(where)}{', ...' if count > len(where) else ''}")
+    places = lambda count, where: f"{', '.join(where)}{', ...' if count > len(where) else ''}"  # noqa: E731
+    text += [f"! {each[0]} {reason}, dropped: {places(*each)}" for reason, each in findings["dropped"].items()]
+    if unread := ", ".join(f"{shown(name)} of {n}" for name, n in findings["unread"].items()):
+        text.append(f"  fields not read: {unread}")
+    text += [f"! {each[0]} {remark}: {places(*each)}" for remark, each in findings["remarks"].items()]
     text.append(f"  {findings['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
     text += [f"  {name:<12}" + "".join(f"{v:>8}" for v in values) for name, values in findings["lengths"].items()]
-    for name, value, limit in zip(
-        ("prompts", "rows"), (findings["cut_prompts"], findings["cut_rows"]), findings["limits"], strict=True
-    ):
+    for name, limit in zip(("prompts", "rows"), findings["limits"], strict=True):
+        value = findings[f"cut_{name}"]
         text.append(f"{'!' if value > 0.05 else ' '} {value:.1%} of {name} over {limit} {findings['unit']}")
     for name, about in (("repeated", "rows are there twice"), ("leaked", "held-out rows have a prompt of training")):
         count, where = findings[name]
         text.append(f"{'!' if count else ' '} {count} {about}" + (f": {', '.join(where)}" if count else ""))
     if "pairs" in findings:
-        r, wins = findings["length_correlation"], findings["longer_wins"]
-        text.append(
-            f"  {findings['pairs']} compared pairs, {findings['ties']} tied, {findings['raters']} named raters"
-        )
-        text += (
-            [f"  {findings['gaps']} pairs of one row that nobody compared have no label"] if findings["gaps"] else []
-        )
-        mark = "!" if abs(r) > 0.2 else " "
-        text.append(
-            f"{mark} length: the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
-        )
+        r, wins, gaps = findings["length_correlation"], findings["longer_wins"], findings["gaps"]
+        raters = f"{findings['raters']} named raters"
+        text.append(f"  {findings['pairs']} compared pairs, {findings['ties']} tied, {raters}")
+        text += [f"  {gaps} pairs of one row that nobody compared have no label"] if gaps else []
+        length = f"length: the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
+        text.append(f"{'!' if abs(r) > 0.2 else ' '} {length}")
         if findings["agreement"] is not None:
             text.append(f"  raters agree on {findings['agreement']:.1%} of the pairs that two of them judged")
     return text
@@ -206,10 +196,8 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
             examples, _ = sft_examples([row], tokenizer, wide, loss_on=loss_on)
             tone = RED if bad else GREEN
             return "\n".join([head, *[_marked(e["tokens"], e["loss_mask"], tokenizer, tone, color) for e in examples]])
-        shown = [
-            head,
-            f"{DIM if color else ''}{printable(tokenizer.prompt_text(prompt), lines=True)}{PLAIN if color else ''}",
-        ]
+        text = printable(tokenizer.prompt_text(prompt), lines=True)
+        shown = [head, f"{DIM}{text}{PLAIN}" if color else text]
         ranks = ranking.consensus()[0] if ranking is not None else np.zeros(0)
         for (response, finished, sampled, _), rank in zip(answers, ranks, strict=True):
             ids = np.array(tokenizer.encode_response(response, prompt, finished=finished, ids=sampled))

@@ -22,9 +22,7 @@ TEMPLATE = "template"  # role of a first turn with what a chat template is given
 GIVEN = ("tools", "documents", "chat_template_kwargs")
 NOT_GIVEN = {"role", "content", "messages", "weight", "conversations", "chat_template", "add_generation_prompt"}
 NOT_GIVEN |= {"continue_final_message", "return_assistant_tokens_mask"}  # what is decided for every rendering
-SAID = frozenset(
-    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
-)
+SAID = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images"}
 """Fields of a message that say something: what does not write them would train something else."""
 TURN = re.compile(r"\n\n(System|Human|Assistant):")
 
@@ -94,8 +92,7 @@ def response_of(row: Row, name: str, value: object, prompt: Text) -> Text:
 
 def conversation_of(row: Row, name: str) -> tuple[Messages, Messages]:
     """(prompt, [last turn]) of a whole conversation: a transcript or a message list."""
-    value = row[name]
-    if value is None:
+    if (value := row[name]) is None:
         raise empty_row(row, f'"{name}" is null', "with a null response")
     turns = split_transcript(value) if isinstance(value, str) else value
     if isinstance(value, str) and not turns:
@@ -132,7 +129,12 @@ def _turn(row: Row, what: str, turn: Row) -> Message:
     if weight not in (0, 1):
         raise bad_row(row, f"{what} has weight {shown(weight)}; give 1, or 0 for an answer not to learn")
     if isinstance(content, list):
-        content = "".join(_part_text(row, what, part) for part in content)
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                kind = shown(part.get("type") if isinstance(part, dict) else type_of(part))
+                what = f"{what} has a content part of type {kind}"
+                raise bad_row(row, f"{what}; only parts {{type: text, text}} are read")
+        content = "".join(part["text"] for part in content)
     says = bool(SAID & set(more)) or role == "tool"
     if content is None and role == "assistant" and not says:
         raise empty_row(row, f"{what} is null", "with a null response")
@@ -144,20 +146,10 @@ def _turn(row: Row, what: str, turn: Row) -> Message:
     return {"role": role, "content": content, **more, **({} if weight else {"weight": 0})}
 
 
-def _part_text(row: Row, what: str, part: object) -> str:
-    """The text of a part {type: text, text} of a message's content."""
-    if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-        kind = part.get("type") if isinstance(part, dict) else type_of(part)
-        raise bad_row(
-            row, f"{what} has a content part of type {shown(kind)}; only parts {{type: text, text}} are read"
-        )
-    return part["text"]
-
-
-def given_of(row: Row, names: tuple[str, ...] = ("tools", "documents")) -> Messages:
+def given_of(row: Row) -> Messages:
     """What a row gives to the chat template beside its messages, as a turn of its own before them; [] if nothing."""
     given: Row = {}
-    for name in names:
+    for name in ("tools", "documents"):
         value = row.get(name)
         if isinstance(value, str) and value:
             with contextlib.suppress(ValueError):
@@ -172,7 +164,6 @@ def given_of(row: Row, names: tuple[str, ...] = ("tools", "documents")) -> Messa
 
 
 def text_of(response: Text) -> str:
-    """What is said, without other fields of the message."""
     return response if isinstance(response, str) else response[-1]["content"]
 
 
@@ -184,5 +175,9 @@ def written(response: Text) -> Text:
 
 def key_of(response: Text) -> str:
     """A text that is equal for equal responses: theirs, where they are nothing else."""
-    value = written(response)
+    return as_key(written(response))
+
+
+def as_key(value: object) -> str:
+    """A text that is equal for equal values: a text itself, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)

@@ -11,7 +11,6 @@ from rlhf_jax.data.tokenizer import Tokenizer
 NEW = "<|pad|>"
 _NAMED = re.compile(r"[<\[|]+(finetune_right_)?pad(ding|_id)?[>\]|]+", re.IGNORECASE)
 """Names of tokens that were meant for padding, such as <pad>, [PAD], <|padding|>, <|finetune_right_pad_id|>."""
-_ROWS = 64
 
 
 def with_own_padding(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, int]:
@@ -31,4 +30,4 @@ def with_own_padding(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, int]:
             hf.pad_token = None
     padded = copy.copy(tokenizer)
     padded.hf, padded.pad_id, padded.vocab_size = hf, hf.pad_token_id, max(hf.get_vocab().values()) + 1
-    return padded, rows if padded.vocab_size <= rows else rows + math.gcd(rows, _ROWS)
+    return padded, rows if padded.vocab_size <= rows else rows + math.gcd(rows, 64)

@@ -53,7 +53,6 @@ def _place(item: Row) -> float | None:
 
 
 def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
-    """A preference row."""
     row = rows[pair.group]
     both = [row["responses"][pair.chosen], row["responses"][pair.rejected]]
     preference: Row = {"prompt": row["prompt"]}

@@ -6,7 +6,7 @@ from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.data.messages import TEMPLATE, Message, Messages
+from rlhf_jax.data.messages import TEMPLATE, Message, Messages, turns_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import clock
 from rlhf_jax.hosts.attempts import limited
@@ -28,7 +28,6 @@ class Template:
     """The chat template of a tokenizer."""
 
     def __init__(self, hf: PreTrainedTokenizerBase):
-        """Refuse several templates of which none is the default."""
         self.hf = hf
         try:
             hf.get_chat_template()
@@ -83,11 +82,9 @@ class Template:
 
 def split_given(messages: Messages) -> tuple[Message, Messages]:
     """(what the template is given beside the messages, such as tools; the messages as it reads them)."""
-    given: Message = {}
-    for turn in messages:
-        given |= {k: v for k, v in turn.items() if k not in ("role", "content")} if turn["role"] == TEMPLATE else {}
-    turns = [turn for turn in messages if turn["role"] != TEMPLATE]
-    return given, [{k: v for k, v in turn.items() if k != "weight"} for turn in turns]
+    given = {k: v for turn in messages if turn["role"] == TEMPLATE for k, v in turn.items()}
+    given = {k: v for k, v in given.items() if k not in ("role", "content")}
+    return given, [{k: v for k, v in turn.items() if k != "weight"} for turn in turns_of(messages)]
 
 
 @cache

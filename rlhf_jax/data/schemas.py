@@ -9,9 +9,8 @@ turn, a false label, two answers that are equal or answer two prompts.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple, SupportsFloat, cast
+from typing import NamedTuple, cast
 
-from rlhf_jax.data.layouts import PREFERENCES, RANKINGS, layout_of
 from rlhf_jax.data.messages import (
     GIVEN,
     Text,
@@ -23,7 +22,7 @@ from rlhf_jax.data.messages import (
     split_transcript,
 )
 from rlhf_jax.data.numbers import LARGEST, is_number, number_of, off_centre
-from rlhf_jax.data.rows import Row, bad_row, empty_row, require, type_of, where_of
+from rlhf_jax.data.rows import PREFERENCES, RANKINGS, Row, bad_row, empty_row, layout_of, require, type_of, where_of
 
 
 class Answer(NamedTuple):
@@ -47,9 +46,7 @@ def kind_of(row: Row) -> str:
 
 
 def sft_row(row: Row) -> Row:
-    """A demonstration -> {prompt, response, finished, ids?}: `answer_of`, but of TRL's unpaired preferences only those
-    whose `label` is true.
-    """
+    """`answer_of`, but of TRL's unpaired preferences only those whose `label` is true."""
     answer = answer_of(row)
     if layout_of(row) == "unpaired preference" and not flag_of(row, "label"):
         raise empty_row(row, '"label" is false, an answer not to learn', "labelled as bad")
@@ -79,13 +76,12 @@ def answer_of(row: Row) -> Row:
         require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
         prompt = prompt_of(row, row["prompt"])
         response = response_of(row, name, row[name], prompt)
-    ids = ids_of(row, "response_ids")
-    sampled = {} if ids is None else {"ids": ids}
+    sampled = {} if (ids := ids_of(row, "response_ids")) is None else {"ids": ids}
     return {"prompt": prompt, "response": response, "finished": finished_of(row), **sampled, "_where": where_of(row)}
 
 
 def single_answer(answer: Row) -> Answer:
-    """The answer in what `answer_of` returns."""
+    """That of what `answer_of` returns."""
     return Answer(answer["response"], answer["finished"], answer.get("ids"))
 
 
@@ -122,7 +118,7 @@ def preference_row(row: Row) -> Row:
         "chosen": chosen,
         "rejected": rejected,
         "label": _label(row),
-        "margin": _margin(row),
+        "margin": 0.0 if row.get("margin") is None else float32_of(row, "margin", row["margin"]),
         "finished": finished,
         "ids": [ids_of(row, "chosen_ids"), ids_of(row, "rejected_ids")],
         "_where": where_of(row),
@@ -131,8 +127,7 @@ def preference_row(row: Row) -> Row:
 
 def both_answers(pair: Row) -> list[Answer]:
     """[chosen, rejected] of what `preference_row` returns."""
-    both = (pair["chosen"], pair["rejected"])
-    return [Answer(*fields) for fields in zip(both, pair["finished"], pair["ids"], strict=True)]
+    return list(map(Answer, (pair["chosen"], pair["rejected"]), pair["finished"], pair["ids"]))
 
 
 def prompt_row(row: Row) -> Row:
@@ -191,16 +186,6 @@ def _common_prompt(row: Row) -> tuple[str, str, str]:
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def _margin(row: Row) -> float:
-    """By how much `chosen` is better, 0 if the row does not say."""
-    margin = row.get("margin")
-    if margin is None:
-        return 0.0
-    if not is_number(margin):
-        raise bad_row(row, f'"margin" is {margin!r}; give a finite number')
-    return float32_of(row, "margin", margin)
-
-
 def flag_of(row: Row, name: str) -> bool:
     """A field that must be true or false; 0 and 1 will do."""
     value = number_of(row[name])
@@ -222,12 +207,10 @@ def ids_of(row: Row, name: str) -> list[int] | None:
     return ids
 
 
-def float32_of(row: Row, name: str, value: SupportsFloat) -> float:
-    """A number of a row that is computed with in float32."""
-    try:
-        fits = abs(number_of(value)) <= LARGEST
-    except OverflowError:
-        fits = False
-    if not fits:
+def float32_of(row: Row, name: str, value: object) -> float:
+    """A finite number of a row that is computed with in float32."""
+    if not is_number(value):
+        raise bad_row(row, f'"{name}" is {value!r}; give a finite number')
+    if abs(number := number_of(value)) > LARGEST:
         raise bad_row(row, f'"{name}" is over {LARGEST:.2g}, the largest number of float32; scale it')
-    return float(value)
+    return float(number)

@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 
 from rlhf_jax.data import tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
-from rlhf_jax.data.rows import Row
-from rlhf_jax.data.votes import join_votes
+from rlhf_jax.data.rows import Row, bad_row, where_of
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import is_stream
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 LARGEST_MIXTURE = 10**8
 """Rows of one source in an epoch, copies counted."""
+VOTE = {"item", "rater", "prompt", "responses", "ranks"}
+"""A row with all of these fields is a vote: one rater's ranks of the responses of one item."""
+ABOUT_THE_VOTE = ("rater", "ranks", "comment", "all_bad", "skipped")
 DOCUMENT_END = "<|endoftext|>"
 
 
@@ -32,7 +35,7 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`).
 
     Lists, generators, arrays of objects, Hugging Face datasets and pandas frames will do. Rows get "_where" = "row i",
-    i from 0. Votes on one item become one row (`votes.join_votes`).
+    i from 0. Votes on one item become one row (`join_votes`).
 
     Raises:
         UserError: nothing to read, or an element is not a dict.
@@ -54,7 +57,6 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
 
 
 def _elements(source: Any) -> Iterable[object]:
-    """The rows of what is no path."""
     if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # a pandas frame, or a part of one
         if not hasattr(source, "columns"):
             raise UserError("a pandas Series is one column; give the frame, which has a name for each")
@@ -79,13 +81,39 @@ def _elements(source: Any) -> Iterable[object]:
 
 
 def _as_row(where: str, row: object) -> Row:
-    """A new row of a dict that may be one."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a {type(row).__name__}, not a dict; give rows such as {{'prompt': ...}}")
-    odd = next((name for name in row if not isinstance(name, str)), None)
-    if odd is not None:
-        raise UserError(f"{where}: the column {shown(odd)} has no name; give each a text")
+    if odd := [name for name in row if not isinstance(name, str)]:
+        raise UserError(f"{where}: the column {shown(odd[0])} has no name; give each a text")
     return {"_where": where, **row}
+
+
+def join_votes(rows: list[Row]) -> list[Row]:
+    """The votes on one item as one row {prompt, responses, raters: [{rater, ranks, ...}]}, in the place of the first.
+
+    Of several votes of a rater on an item the last one counts: it is a change of mind. Other rows stay as they are.
+
+    Raises:
+        UserError: two votes on one item that differ in prompt or responses.
+    """
+    joined: dict[str, tuple[Row, Row, dict[str, Row]]] = {}  # item -> its first vote, the row made, rater -> vote
+    out: list[Row] = []
+    for row in rows:
+        if not set(row) >= VOTE:
+            out.append(row)
+            continue
+        item = str(row["item"])
+        if item not in joined:
+            made = {"prompt": row["prompt"], "responses": row["responses"], "item": item, "_where": where_of(row)}
+            joined[item] = row, made, {}
+            out.append(made)
+        first, _, votes = joined[item]
+        if any(row[name] != first[name] for name in ("prompt", "responses")):
+            raise bad_row(row, f'another prompt or responses than {where_of(first)}, but both are item "{item}"')
+        votes[str(row["rater"])] = {name: row[name] for name in ABOUT_THE_VOTE if name in row}
+    for _, made, votes in joined.values():
+        made["raters"] = list(votes.values())
+    return out
 
 
 def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> list[Row]:
@@ -192,7 +220,6 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _objects(file: Path) -> Iterator[Row]:
-    """The JSON objects of a .jsonl file."""
     for number, line in _lines(file):
         if not line.strip():
             continue
@@ -208,12 +235,12 @@ def _objects(file: Path) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    """The rows of a Parquet file."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        message = f"{file}: Parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
-        raise UserError(message) from error
+        raise UserError(
+            f"{file}: Parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
+        ) from error
     try:
         table = parquet.read_table(file)
     except (ArrowException, OSError) as error:
@@ -227,17 +254,10 @@ def _documents(file: Path) -> Iterator[Row]:
     """The documents of a text file; those of white space only are skipped."""
     start = 1
     lines: list[str] = []
-    for number, line in _lines(file):
-        if line == DOCUMENT_END:
-            yield from _document(file, start, lines)
-            start, lines = number + 1, []
-        else:
+    for number, line in chain(_lines(file), [(0, DOCUMENT_END)]):
+        if line != DOCUMENT_END:
             lines.append(line)
-    yield from _document(file, start, lines)
-
-
-def _document(file: Path, start: int, lines: list[str]) -> Iterator[Row]:
-    """The document that these lines are, if they say something."""
-    text = "\n".join(lines).strip("\n")
-    if text.strip():
-        yield {"text": text, "_where": f"{file}:{start}"}
+            continue
+        if (text := "\n".join(lines).strip("\n")).strip():
+            yield {"text": text, "_where": f"{file}:{start}"}
+        start, lines = number + 1, []

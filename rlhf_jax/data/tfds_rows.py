@@ -23,13 +23,8 @@ from rlhf_jax.errors import UserError, reason
 NAME = "feedback"
 """Name of our builder; its configs are the schemas."""
 
-CONVERT = (
-    "import tensorflow_datasets as tfds; tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
-)
-
 
 def is_prepared(path: str) -> bool:
-    """Whether a directory holds a prepared TFDS dataset."""
     return (Path(path).expanduser() / "dataset_info.json").is_file()
 
 
@@ -49,13 +44,13 @@ def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds:{name}: {reason}; the catalogue here knows {', '.join(entries)}") from error
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"tfds:{name}: {why}; the catalogue here knows {', '.join(entries)}") from error
     if not builder.is_prepared():
-        command = CONVERT.format(name=name)
+        command = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and nothing is downloaded here; where there is "
-            f'network run python -c "{command}" and copy that directory'
+            f'network run python -c "import tensorflow_datasets as tfds; {command}" and copy that directory'
         )
     rows = _read(builder, split, f"tfds:{name}@{split}")
     entry = next((entries[key] for key in (name, builder.name) if key in entries), None)
@@ -103,9 +98,7 @@ def _plain(value: Any, feature: Any) -> Any:
     inner = getattr(feature, "feature", None)
     if inner is not None:  # a sequence, of dicts or of something else
         if isinstance(value, dict):
-            columns = {name: list(column) for name, column in value.items()}
-            size = len(next(iter(columns.values()), []))
-            return [_plain({name: column[i] for name, column in columns.items()}, inner) for i in range(size)]
+            value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
         return [_plain(item, inner) for item in value]
     if isinstance(value, dict):
         return {name: _plain(item, feature[name]) for name, item in value.items()}
@@ -144,12 +137,8 @@ def stored(row: Row, schema: str) -> Row:
     """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out."""
     if schema == "sft":
         answer = sft_row(row)
-        return {
-            "response": _text(answer["response"]),
-            "finished": answer["finished"],
-            "prompt": _turns(answer["prompt"]),
-            **_flat([answer.get("ids")]),
-        }
+        kept = {"response": _text(answer["response"]), "finished": answer["finished"]}
+        return {**kept, "prompt": _turns(answer["prompt"]), **_flat([answer.get("ids")])}
     if schema == "preference":
         pair = preference_row(row)
         return {
@@ -165,9 +154,8 @@ def stored(row: Row, schema: str) -> Row:
     if schema == "ranking":
         ranking = ranking_row(row)
         if any(ballot.times % 1 for ballot in ranking.ballots):
-            raise bad_row(
-                row, '"votes" are no whole numbers, and a ranking is stored as whole ballots; store a preference'
-            )
+            message = '"votes" are no whole numbers, and a ranking is stored as whole ballots; store a preference'
+            raise bad_row(row, message)
         ballots = [ballot for ballot in ranking.ballots for _ in range(int(ballot.times))]
         return {
             "prompt": _turns(ranking.prompt),
@@ -192,19 +180,13 @@ def _turns(prompt: Text) -> Messages:
 
 def _text(response: Text) -> str:
     """What a response says, which must be all there is of it."""
-    return response if isinstance(response, str) else _turns(response)[-1]["content"]
+    return _turns(response)[-1]["content"]
 
 
 def _flat(ids: Sequence[list[int] | None]) -> Row:
     """The ids of several responses side by side, and how many each has; -1 where there are none."""
     counts = [-1 if each is None else len(each) for each in ids]
     return {"ids": [i for each in ids for i in each or []], "num_ids": counts}
-
-
-def _split(row: Row) -> list[list[int] | None]:
-    """The inverse of `_flat`."""
-    left = iter(row["ids"])
-    return [None if count < 0 else list(islice(left, count)) for count in row["num_ids"]]
 
 
 def _restored(row: Row) -> Row:
@@ -214,7 +196,8 @@ def _restored(row: Row) -> Row:
     if "columns" in row:
         return {**json.loads(row["columns"]), "prompt": prompt, "_where": row["_where"]}
     size = len(row["responses"]) if "raters" in row else 1 + ("votes" in row)
-    ids = _split(row) if "num_ids" in row else [None] * size  # earlier versions stored none
+    flat, counts = iter(row.get("ids", [])), row.get("num_ids", [-1] * size)  # earlier versions stored none
+    ids = [None if count < 0 else list(islice(flat, count)) for count in counts]
     if "raters" in row:
         ranks = [None if rank != rank else rank for rank in row["ranks"]]
         ballots = [ranks[start : start + size] for start in range(0, len(ranks), size)]

@@ -53,7 +53,10 @@ class Tokenizer:
         named = eos_ids or _as_ids(declared) or _as_ids(hf.eos_token_id)
         closing = next((i for i in self.chat.closings if i in named), next(reversed(self.chat.closings), None))
         self.eos_ids = tuple(dict.fromkeys(named if eos_ids or closing is None else [*named, closing]))
-        self._check_eos_ids()
+        if not self.eos_ids:
+            raise UserError("the tokenizer has no end-of-sequence token; set model.eos_ids to ids that end a response")
+        if bad := [i for i in self.eos_ids if not 0 <= i < self.vocab_size]:
+            raise UserError(f"eos id {bad[0]} is outside the vocabulary of {self.vocab_size} ids; set model.eos_ids")
         self.end_id = closing if closing in self.eos_ids else self.eos_ids[0]
         self.pad_id = hf.pad_token_id if hf.pad_token_id is not None else self.eos_ids[0]
         self._prefix = prefix_specials(hf)
@@ -257,7 +260,6 @@ class Tokenizer:
         return np.array([False] * (len(ids) - len(inside)) + inside)  # leading special tokens are in no text
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens left out."""
         return decoded(self.hf, ids)
 
     def prompt_text(self, prompt: Text) -> str:
@@ -274,14 +276,6 @@ class Tokenizer:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""
         self.hf.save_pretrained(directory)
 
-    def _check_eos_ids(self) -> None:
-        if not self.eos_ids:
-            raise UserError("the tokenizer has no end-of-sequence token; set model.eos_ids to ids that end a response")
-        bad = [i for i in self.eos_ids if not 0 <= i < self.vocab_size]
-        if bad:
-            raise UserError(f"eos id {bad[0]} is outside the vocabulary of {self.vocab_size} ids; set model.eos_ids")
-
 
 def _as_ids(declared: int | Sequence[int] | None) -> list[int]:
-    """One id, several or none as a list."""
     return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)

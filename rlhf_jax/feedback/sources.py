@@ -10,8 +10,8 @@ import jax
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.rows import DroppedRow, Row, where_of
 from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from

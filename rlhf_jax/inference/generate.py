@@ -12,8 +12,8 @@ import numpy as np
 
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, eval_batches
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.messages import Messages
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer

@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.collate import collate_sft, eval_batches
-from rlhf_jax.data.encoding import Example
-from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.encoding import Example, Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import answer_of, finished_of, ids_of, prompt_row
 from rlhf_jax.data.tokenizer import Tokenizer

@@ -14,9 +14,8 @@ import numpy as np
 from rlhf_jax.config import OnlineArgs, OnlineConfig, resolve
 from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, collate_prompts, repeat_rows
-from rlhf_jax.data.encoding import Example
+from rlhf_jax.data.encoding import Example, Limits
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError

@@ -11,8 +11,8 @@ import jax
 from rlhf_jax.config import PPOArgs
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import Collate, collate_sft
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import pack, sft_examples
-from rlhf_jax.data.limits import Limits
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from rlhf_jax.config import DataConfig, PreferenceArgs, RewardArgs, SFTArgs
 from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
-from rlhf_jax.data.encoding import Example, Report
-from rlhf_jax.data.limits import Limits
+from rlhf_jax.data.encoding import Example, Limits, Report
 from rlhf_jax.data.loading import Rows, held_out_batches, length_buckets, load_rows, make_examples
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer

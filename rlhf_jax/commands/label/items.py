@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.gathering import join
-from rlhf_jax.data.layouts import PREFERENCES, layout_of
 from rlhf_jax.data.messages import Messages, key_of, split_transcript
-from rlhf_jax.data.rows import DroppedRow, Row, bad_row, empty_row
+from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, bad_row, empty_row, layout_of
 from rlhf_jax.data.schemas import kind_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.json_text import JsonObject

@@ -14,8 +14,7 @@ from rlhf_jax.commands.label.items import Item
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, rater_taus
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.sources import read_rows
-from rlhf_jax.data.votes import VOTE
+from rlhf_jax.data.sources import VOTE, read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import Lines, check_writable, hold
 from rlhf_jax.hosts.json_text import JsonObject
