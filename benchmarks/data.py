@@ -75,12 +75,13 @@ def reward_batches(rows: list[Any], tokenizer: Any, limits: Limits) -> dict[str,
     from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 
     found = {}
-    for kind, build, objective, loss in (
-        ("rankings", ranking_examples, reward.ranking_objective, losses.kwise_reward_loss),
-        ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
+    for kind, build, loss in (
+        ("rankings", ranking_examples, losses.kwise_reward_loss),
+        ("pairs", preference_examples, losses.pairwise_reward_loss),
     ):
         examples, _ = build(rows, tokenizer, limits)
         collate = partial(reward.KINDS[kind].collate(examples), length=limits.max_length, pad_id=tokenizer.pad_id)
+        objective = partial(reward.objective, inputs=reward.KINDS[kind].inputs)
         found[kind] = objective, partial(loss, center_coef=0.01), collate(examples)
     return found
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax.config import DPOArgs, DPOConfig, KTOArgs, KTOConfig, RRHFArgs, RRHFConfig, bind
-from rlhf_jax.data.collate import Collate, collate_preference, collate_unpaired, of_most_responses
+from rlhf_jax.data.collate import collate_preference, collate_unpaired, of_most_responses
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples, unpaired_examples
-from rlhf_jax.data.encoding import Example
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import next_token_loss
@@ -79,21 +78,16 @@ def objective(
 
 def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None) -> Task:
     """The method whose settings these are; `loss` replaces the config's."""
+    settings: DPOConfig | KTOConfig | RRHFConfig
+    build: Build = preference_examples
+    group, collate, logprobs = "dpo", lambda _: collate_preference, sequence_logprobs
     if isinstance(config, KTOArgs):
-        return _task("kto", config.kto, loss, unpaired_examples, lambda _: collate_unpaired, own_and_other)
-    if isinstance(config, RRHFArgs):
-        return _task("rrhf", config.rrhf, loss, ranking_examples, of_most_responses, sequence_logprobs)
-    return _task("dpo", config.dpo, loss, preference_examples, lambda _: collate_preference, sequence_logprobs)
-
-
-def _task(
-    group: str,
-    settings: DPOConfig | KTOConfig | RRHFConfig,
-    loss: ArrayLoss | None,
-    build: Build,
-    collate: Callable[[Sequence[Example]], Collate],
-    logprobs: Logprobs,
-) -> Task:
+        settings, group, build, collate = config.kto, "kto", unpaired_examples, lambda _: collate_unpaired
+        logprobs = own_and_other
+    elif isinstance(config, RRHFArgs):
+        settings, group, build, collate = config.rrhf, "rrhf", ranking_examples, of_most_responses
+    else:
+        settings = config.dpo
     bound = bind(loss or settings.loss, settings)
     return Task(
         group,

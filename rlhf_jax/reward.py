@@ -33,7 +33,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
-from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
+from rlhf_jax.types import ArrayLoss, LossFn, Params
 
 NORMALIZE_PAIRS = 1024
 """Training comparisons whose scores set the head's gain and bias."""
@@ -48,32 +48,18 @@ def response_scores(model: Model, params: Params, batch: Batch) -> Float[Array, 
     return score_sequences(model, params, **flat).reshape(batch["last"].shape)
 
 
-def objective(model: Model, loss: ArrayLoss) -> LossFn:
-    """loss(chosen, rejected, weights, margins, labels), each [B], over a batch of `collate_preference`."""
-
-    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        scores = response_scores(model, params, batch)
-        return loss(scores[:, 0], scores[:, 1], batch["weights"], batch["margins"], batch["labels"])
-
-    return loss_fn
+Inputs = Callable[[Float[Array, "B K"], Batch], tuple[Array, ...]]
+"""(scores, their batch) -> the arguments of a loss."""
 
 
-def ranking_objective(model: Model, loss: ArrayLoss) -> LossFn:
-    """loss(scores, ranks, mask, weights), [B, K] and weights [B], over a batch of `collate_ranking`."""
-
-    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        return loss(response_scores(model, params, batch), batch["ranks"], batch["mask"], batch["weights"])
-
-    return loss_fn
+def of_pairs(scores: Float[Array, "B 2"], batch: Batch) -> tuple[Array, ...]:
+    """(chosen, rejected, weights, margins, labels), each [B], of a batch of `collate_preference`."""
+    return scores[:, 0], scores[:, 1], batch["weights"], batch["margins"], batch["labels"]
 
 
-def rating_objective(model: Model, loss: ArrayLoss) -> LossFn:
-    """loss(scores, ratings, weights), each [B], over a batch of `collate_rated`."""
-
-    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        return loss(response_scores(model, params, batch)[:, 0], batch["ratings"], batch["weights"])
-
-    return loss_fn
+def objective(model: Model, loss: ArrayLoss, inputs: Inputs = of_pairs) -> LossFn:
+    """loss(*inputs(scores, batch))."""
+    return lambda params, batch, key: loss(*inputs(response_scores(model, params, batch), batch))
 
 
 class Kind(NamedTuple):
@@ -82,14 +68,14 @@ class Kind(NamedTuple):
     Attributes:
         build: of the settings, what makes examples.
         collate: (all examples) -> what makes batches of them.
-        objective: of a model and the loss.
+        inputs: what its losses take.
         loss: what the config calls it.
         agreement: what the summary says of scores [N, K], the batches that they are of and their rows' prompts [N].
     """
 
     build: Callable[[RewardConfig], Build]
     collate: Callable[[Sequence[Example]], Collate]
-    objective: Callable[[Model, ArrayLoss], LossFn]
+    inputs: Inputs
     loss: Callable[[RewardConfig], str]
     agreement: Callable[[np.ndarray, list[Batch], Sequence[str]], Summary]
 
@@ -174,21 +160,21 @@ KINDS = {
     "pairs": Kind(
         lambda s: partial(preference_examples, aggregate=s.aggregate, prior=s.aggregate_prior),
         lambda _: collate_preference,
-        objective,
+        of_pairs,
         lambda s: s.loss,
         pair_accuracy,
     ),
     "rankings": Kind(
         lambda s: partial(ranking_examples, aggregate=s.aggregate, prior=s.aggregate_prior),
         of_most_responses,
-        ranking_objective,
+        lambda scores, batch: (scores, batch["ranks"], batch["mask"], batch["weights"]),
         lambda s: s.kwise_loss,
         order_accuracy,
     ),
     "ratings": Kind(
         lambda _: rating_examples,
         lambda _: collate_rated,
-        rating_objective,
+        lambda scores, batch: (scores[:, 0], batch["ratings"], batch["weights"]),
         lambda s: s.rating_loss,
         rating_agreement,
     ),
@@ -202,7 +188,7 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
         "reward",
         kind.build(settings),
         kind.collate,
-        objective=lambda model: kind.objective(model, bind(loss or kind.loss(settings), settings)),
+        objective=lambda model: objective(model, bind(loss or kind.loss(settings), settings), kind.inputs),
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
         head=settings.head_init,
     )

@@ -79,11 +79,9 @@ def run(
         model, key, length = work.loaded.model, branch(claim.key, "evaluation"), config.data.max_prompt_length
         num = config.sft.num_samples if config.sft.loss_on != "all" else 0
         prompts = prompts_of(claim.held_out_rows, claim.tokenizer, num)
-        sampler = (
-            Generator(model, claim.tokenizer, config.sampling, claim.mesh, max_prompt_length=length)
-            if prompts
-            else None
-        )
+        sampler = None
+        if prompts:
+            sampler = Generator(model, claim.tokenizer, config.sampling, claim.mesh, max_prompt_length=length)
         with work.open() as out:
 
             def sample(step: int, params: Params) -> None:

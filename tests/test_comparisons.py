@@ -269,14 +269,14 @@ def test_rankings_and_their_pairs_have_equal_loss_and_gradient(tokenizer):
     params = model.init(jax.random.key(0))
     rows = sources.rows_from(ROWS)
     found = {}
-    for name, build, objective, loss in [
-        ("rankings", ranking_examples, reward.ranking_objective, losses.kwise_reward_loss),
-        ("pairs", preference_examples, reward.objective, losses.pairwise_reward_loss),
+    for name, build, loss in [
+        ("rankings", ranking_examples, losses.kwise_reward_loss),
+        ("pairs", preference_examples, losses.pairwise_reward_loss),
     ]:
         examples, _ = build(rows, tokenizer, LIMITS)
         collate = partial(reward.KINDS[name].collate(examples), length=8, pad_id=0)
         batch = collate(examples)
-        loss_fn = objective(model, partial(loss, center_coef=0.01))
+        loss_fn = reward.objective(model, partial(loss, center_coef=0.01), reward.KINDS[name].inputs)
         (value, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, None)
         found[name] = value, metrics["reward_model/accuracy"], jax.tree.leaves(grads)
         assert batch["tokens"].shape[:2] == ((4, 4) if name == "rankings" else (6 + 2 + 5 + 1, 2))

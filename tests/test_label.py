@@ -380,7 +380,7 @@ def test_preference_and_chat_rows_are_items_too():
     transcript = {"chosen": "\n\nHuman: hi\n\nAssistant: good", "rejected": "\n\nHuman: hi\n\nAssistant: bad"}
     for row in (chat, transcript):
         item = item_of({**row, "_where": "x"})
-        assert [r["text"] for r in item.responses()] == ["good", "bad"] and item.ranking.ballots == []
+        assert [r["text"] for r in item.ranking.items()] == ["good", "bad"] and item.ranking.ballots == []
     assert [turn["role"] for turn in turns_of(messages)] == ["user", "assistant", "user"]
     assert turns_of("\n\nHuman: hi\n\nAssistant:") == [{"role": "user", "content": "hi"}]
     assert turns_of("Once upon") == [{"role": "prompt", "content": "Once upon"}]

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import jax
 
 from rlhf_jax import cli, reward
-from rlhf_jax.config import ArchConfig, ConvertArgs, InspectArgs, MeshConfig, ModelConfig, no_code_below, to_dict
+from rlhf_jax.config import (
+    ArchConfig,
+    ConvertArgs,
+    InspectArgs,
+    MeshConfig,
+    ModelConfig,
+    RopeScaling,
+    no_code_below,
+    to_dict,
+)
 from rlhf_jax.config.rules import MESH_AXES, Rules, parse_rules
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
@@ -248,7 +257,11 @@ def _of_checkpoint(run: Path, step: int) -> Source:
             f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
         )
     base = where / hub.local_directory(settings["path"])
-    arch, raw = hf.read_config(base) if settings["path"] else (ArchConfig.from_plain(settings["arch"]), None)
+    if settings["path"]:
+        arch, raw = hf.read_config(base)
+    else:
+        scaling = RopeScaling(**settings["arch"]["rope_scaling"])
+        arch, raw = ArchConfig(**settings["arch"] | {"rope_scaling": scaling}), None
     checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
     # Only looked at: the run may still be writing there.
     steps = checkpoints.steps()

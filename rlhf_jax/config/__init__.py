@@ -18,7 +18,15 @@ from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupArgs, GroupConfig, GR
 from rlhf_jax.config.inspection import ConvertArgs, InspectArgs
 from rlhf_jax.config.label import LabelArgs
 from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig
-from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from rlhf_jax.config.parts import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+    StepsConfig,
+)
 from rlhf_jax.config.plan import PlanArgs
 from rlhf_jax.config.ppo import PPOArgs, PPOConfig
 from rlhf_jax.config.preference import DPOArgs, DPOConfig, KTOArgs, KTOConfig, PreferenceArgs, RRHFArgs, RRHFConfig
@@ -31,5 +39,9 @@ from rlhf_jax.config.sample import SampleArgs, ScoreArgs
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
 from rlhf_jax.config.sft import PretrainArgs, SFTArgs, SFTConfig
 
+TrainArgs = SFTArgs | RewardArgs | PreferenceArgs
+"""All of a method on rows that stay as they are."""
 OnlineArgs = PPOArgs | GroupArgs
 """All of a method that learns from its own samples."""
+StageArgs = TrainArgs | OnlineArgs
+"""All of a command with a run directory."""

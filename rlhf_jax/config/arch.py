@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf_jax.config.checks import LARGEST, check, check_list
 from rlhf_jax.config.settings import settings
@@ -171,15 +171,6 @@ class ArchConfig:
                     f"model.arch.rope_scaling.{name} has {count} numbers; give {self.rotary_dim // 2}, one for every "
                     "pair of rotary dimensions"
                 )
-
-    @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> ArchConfig:
-        """The shape that `to_dict`, and JSON after it, made plain: lists are tuples again."""
-
-        def restored(fields: dict[str, Any]) -> dict[str, Any]:
-            return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-        return cls(**restored(values) | {"rope_scaling": RopeScaling(**restored(values["rope_scaling"]))})
 
     @property
     def rotary_dim(self) -> int:

@@ -123,6 +123,21 @@ class OptimConfig:
 
 
 @settings
+class StepsConfig:
+    """What the settings of every method on rows have.
+
+    Args:
+        steps: optimiser steps; 0 means `epochs` over the rows.
+        epochs: passes over the rows when `steps` is 0.
+        accumulate: microbatches whose gradients are added up to one step.
+    """
+
+    steps: int = 0
+    epochs: int = 1
+    accumulate: int = 1
+
+
+@settings
 class DataConfig:
     """Rows to train on, and how they become batches.
 

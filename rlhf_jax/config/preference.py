@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check, check_divides
-from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, StepsConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 
@@ -12,13 +14,10 @@ POLICY_OPTIM = OptimConfig(learning_rate=1e-6, schedule="linear")
 
 
 @settings
-class DPOConfig:
+class DPOConfig(StepsConfig):
     """A policy from pairs, by a loss of log-probs alone; docs/algorithms.md lists the losses.
 
     Args:
-        steps: optimiser steps; 0 means `epochs` over the rows.
-        epochs: passes over the rows when `steps` is 0.
-        accumulate: microbatches whose gradients are added up to one step.
         loss: a function of the columns of a batch that it names, among logprobs, ref_logprobs, lengths, labels,
             margins, weights and token_weights -> (scalar, metrics), as "module:name". Others there are: ipo_loss,
             hinge_loss, robust_dpo_loss, exo_loss, nca_loss, bco_loss, sppo_loss, apo_zero_loss, apo_down_loss,
@@ -31,9 +30,6 @@ class DPOConfig:
         sft_coef: weight of the mean NLL of the chosen responses' tokens, added to the loss.
     """
 
-    steps: int = 0
-    epochs: int = 1
-    accumulate: int = 1
     loss: str = "rlhf_jax.losses:dpo_loss"
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -52,12 +48,10 @@ class DPOConfig:
 
 
 @settings
-class KTOConfig:
+class KTOConfig(StepsConfig):
     """A policy from responses that are each labelled good or bad (Ethayarajh et al. 2024, arXiv 2402.01306).
 
     Args:
-        steps: optimiser steps; 0 means `epochs` over the rows.
-        epochs: passes over the rows when `steps` is 0.
         accumulate: microbatches whose gradients are added up to one step; each estimates the KL by itself.
         loss: as dpo.loss, without margins; apo_zero_unpaired_loss is the other there is.
         beta: nats to reward: how close to the reference the policy stays.
@@ -67,9 +61,6 @@ class KTOConfig:
         sft_coef: weight of the mean NLL of the good responses' tokens, added to the loss.
     """
 
-    steps: int = 0
-    epochs: int = 1
-    accumulate: int = 1
     loss: str = "rlhf_jax.losses:kto_loss"
     beta: float = 0.1
     desirable_weight: float = 1.0
@@ -86,22 +77,16 @@ class KTOConfig:
 
 
 @settings
-class RRHFConfig:
+class RRHFConfig(StepsConfig):
     """A policy whose log-probs rank responses as the raters do (Yuan et al. 2023, arXiv 2304.05302).
 
     Args:
-        steps: optimiser steps; 0 means `epochs` over the rows.
-        epochs: passes over the rows when `steps` is 0.
-        accumulate: microbatches whose gradients are added up to one step.
         loss: a function of the columns of a batch that it names, among logprobs, ref_logprobs, lengths, ranks, mask,
             weights and token_weights -> (scalar, metrics), as "module:name".
         length_penalty: lambda: a response scores its log-prob / length^lambda.
         sft_coef: weight of the mean NLL of the best responses' tokens, added to the loss.
     """
 
-    steps: int = 0
-    epochs: int = 1
-    accumulate: int = 1
     loss: str = "rlhf_jax.losses:rrhf_ranking_loss"
     length_penalty: float = 1.0
     sft_coef: float = 1.0
@@ -123,11 +108,11 @@ class PreferenceArgs:
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
 
-    def check(self, name: str, accumulate: int) -> None:
-        """Raise a UserError for what contradicts itself; `name` is the method's group of settings."""
+    def __post_init__(self) -> None:
         self.optim.check("optim.")
         check_frozen(self.model, self.lora)
-        check_divides(self.data.batch_size, f"{name}.accumulate", accumulate)
+        group = dataclasses.fields(self)[-1].name  # the settings of the method
+        check_divides(self.data.batch_size, f"{group}.accumulate", getattr(self, group).accumulate)
 
 
 @settings
@@ -136,9 +121,6 @@ class DPOArgs(PreferenceArgs):
 
     dpo: DPOConfig = DPOConfig()
 
-    def __post_init__(self) -> None:
-        self.check("dpo", self.dpo.accumulate)
-
 
 @settings
 class KTOArgs(PreferenceArgs):
@@ -146,15 +128,9 @@ class KTOArgs(PreferenceArgs):
 
     kto: KTOConfig = KTOConfig()
 
-    def __post_init__(self) -> None:
-        self.check("kto", self.kto.accumulate)
-
 
 @settings
 class RRHFArgs(PreferenceArgs):
     """All of `rlhf-jax rrhf`."""
 
     rrhf: RRHFConfig = RRHFConfig()
-
-    def __post_init__(self) -> None:
-        self.check("rrhf", self.rrhf.accumulate)

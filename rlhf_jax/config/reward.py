@@ -6,20 +6,18 @@ from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check, check_divides
-from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, StepsConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
 
 @settings
-class RewardConfig:
+class RewardConfig(StepsConfig):
     """A reward model from comparisons, pairs or rankings, or from ratings.
 
     Args:
-        steps: optimiser steps; 0 means `epochs` over the rows.
         epochs: passes over the comparisons when `steps` is 0.
-        accumulate: microbatches whose gradients are added up to one step.
         head_init: the scalar head at the start: fresh from N(0, 1/(D+1)) (normal; Stiennon et al. 2020), fresh zeros,
             or the trained one of the model directory, which must hold one.
         comparisons: what a row of a batch is: pairs, rankings (all responses to a prompt, each run once; Ouyang et
@@ -41,9 +39,6 @@ class RewardConfig:
         rating_high: highest one.
     """
 
-    steps: int = 0
-    epochs: int = 1
-    accumulate: int = 1
     head_init: Literal["normal", "zeros", "trained"] = "normal"
     comparisons: Literal["auto", "pairs", "rankings", "ratings"] = "auto"
     aggregate: Literal["votes", "bradley_terry", "plackett_luce", "crowd_bt"] = "votes"

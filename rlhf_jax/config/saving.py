@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 from rlhf_jax.config.checks import check
-from rlhf_jax.config.parts import RunConfig
-from rlhf_jax.config.settings import Settings, settings
+from rlhf_jax.config.settings import settings
 
 
 @settings
@@ -52,19 +51,6 @@ class FaultConfig:
 
     def __post_init__(self) -> None:
         check(self, "faults.", {"at least 0": "max_skipped"})
-
-
-class StageArgs(Settings, Protocol):
-    """What the settings of every command with a run directory have."""
-
-    @property
-    def run(self) -> RunConfig: ...
-
-    @property
-    def checkpoint(self) -> CheckpointConfig: ...
-
-    @property
-    def faults(self) -> FaultConfig: ...
 
 
 MAY_CHANGE = (

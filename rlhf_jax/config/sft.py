@@ -7,19 +7,24 @@ from typing import Literal
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check, check_divides
 from rlhf_jax.config.online import check_buckets
-from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from rlhf_jax.config.parts import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+    StepsConfig,
+)
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 
 
 @settings
-class SFTConfig:
+class SFTConfig(StepsConfig):
     """Next-token training on demonstrations or plain text.
 
     Args:
-        steps: optimiser steps; 0 means `epochs` over the rows.
-        epochs: passes over the rows when `steps` is 0.
-        accumulate: microbatches whose gradients are added up to one step.
         loss_on: the response only, all assistant turns, or all tokens.
         loss_reduction: token (mean over the batch's tokens) or sequence (mean over rows of their means).
         pack: several documents in one sequence, not attending to each other.
@@ -27,9 +32,6 @@ class SFTConfig:
         num_samples: continuations written to samples.jsonl after each evaluation.
     """
 
-    steps: int = 0
-    epochs: int = 1
-    accumulate: int = 1
     loss_on: Literal["response", "assistant", "all"] = "response"
     loss_reduction: Literal["token", "sequence"] = "token"
     pack: bool = False

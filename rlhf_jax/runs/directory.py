@@ -18,9 +18,8 @@ from typing import Any, BinaryIO, Protocol
 
 import yaml
 
-from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, to_dict
+from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, StageArgs, to_dict
 from rlhf_jax.config.functions import flat
-from rlhf_jax.config.saving import StageArgs
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.hosts import yamls

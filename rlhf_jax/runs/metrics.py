@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
-from rlhf_jax.config.saving import StageArgs
+from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.runs.checkpoint import reason_of

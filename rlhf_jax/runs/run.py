@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from rlhf_jax.config.saving import StageArgs
+from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import Stopped, UserError, printable
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.files import write_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_jax.config.saving import StageArgs
+from rlhf_jax.config import StageArgs
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.models.contents import contents
 from rlhf_jax.runs.directory import Summary, check_output_dir, read_record

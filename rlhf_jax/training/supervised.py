@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import jax
 from tqdm import tqdm
 
-from rlhf_jax.config import DataConfig, PreferenceArgs, RewardArgs, SFTArgs
+from rlhf_jax.config import DataConfig, StepsConfig, TrainArgs
 from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
 from rlhf_jax.data.encoding import Example, Limits, Report
@@ -39,24 +38,8 @@ from rlhf_jax.training.state import create_state, digest, learning_rates, make_o
 from rlhf_jax.training.step import accumulated_grads, make_train_step
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
-TrainArgs = SFTArgs | RewardArgs | PreferenceArgs
-
-
-class Steps(Protocol):
-    """What the settings of every method have."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def accumulate(self) -> int: ...
-
-
-class Build(Protocol):
-    """Makes token examples of rows; the report says what became of each row."""
-
-    def __call__(self, rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]: ...
+Build = Callable[[list[Row], Tokenizer, Limits], tuple[list[Example], Report]]
+"""Makes token examples of rows; the report says what became of each row."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ class Claim:
 
     name: str
     config: TrainArgs
-    settings: Steps
+    settings: StepsConfig
     given: tuple[str, ...]
     files: Mapping[str, str]
     mesh: Mesh
@@ -130,7 +113,7 @@ class Work:
     held_out: list[Batch]
     loss_fn: LossFn
     evaluate: Evaluate
-    identity: dict[str, int | None] = field(default_factory=dict)
+    identity: dict[str, int | None]
 
     def open(self) -> Run:
         """The run, to be entered; as many steps as the settings say, else as their epochs have."""
@@ -161,8 +144,8 @@ def examples_of(
     task: Task, data: DataConfig, tokenizer: Tokenizer, rows: list[Row], held_out_rows: list[Row]
 ) -> tuple[list[Example], list[Example], Collate]:
     """Training and held-out examples, and what makes batches of them."""
-    build = partial(task.build, tokenizer=tokenizer, limits=Limits.of(data))
-    train_set, held_out_set = make_examples(build, rows, held_out_rows)
+    limits = Limits.of(data)
+    train_set, held_out_set = make_examples(lambda part: task.build(part, tokenizer, limits), rows, held_out_rows)
     collate = partial(task.collate([*train_set, *held_out_set]), length=data.max_length, pad_id=tokenizer.pad_id)
     return train_set, held_out_set, collate
 

@@ -46,10 +46,6 @@ class Item:
         random.Random(f"{seed} {self.key} {rater}").shuffle(order)
         return order
 
-    def responses(self) -> list[Row]:
-        """The responses as the file of answers holds them."""
-        return self.ranking.items()
-
     def shown(self, order: list[int]) -> JsonObject:
         """What a rater sees; where a response comes from is not said."""
         answers = self.ranking.answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import secrets
 import signal
 import socket
@@ -40,14 +41,6 @@ HEADERS = [
 LONGEST_COMMENT, LARGEST_POST = 10_000, 100_000
 
 
-class Refused(Exception):
-    """What the page asked for cannot be: an HTTP status and a line for the rater."""
-
-    def __init__(self, status: int, line: str):
-        super().__init__(line)
-        self.status = status
-
-
 def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIApplication:
     """Answers only below /TOKEN/ and only under a known name, and adds the headers that keep the page to itself.
 
@@ -62,11 +55,12 @@ def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIAppli
         name = environ.get("HTTP_HOST", "").lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
         _, given, path = [*environ.get("PATH_INFO", "").split("/", 2), "", ""][:3]
+        size = environ.get("CONTENT_LENGTH") or "0"
         if name not in hosts:
             line = f"This server does not answer to the name {name[:80]!r}."
         elif not secrets.compare_digest(given.encode(), token.encode()):
             line = "The token in the address is missing or wrong. Open the address that rlhf-jax label printed last."
-        elif not _size_is_fine(environ):
+        elif "HTTP_TRANSFER_ENCODING" in environ or not re.fullmatch(r"[0-9]+", size) or float(size) > LARGEST_POST:
             start("413 Content Too Large", [("Content-Type", "application/json")])
             return [b'{"error": "An answer is at most 100 000 bytes, whose number comes first."}']
         else:
@@ -77,16 +71,8 @@ def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIAppli
     return guarded
 
 
-def _size_is_fine(environ: WSGIEnvironment) -> bool:
-    """Whether a request says how many bytes it brings, and they are not too many."""
-    size = environ.get("CONTENT_LENGTH") or "0"
-    return (
-        size.isascii() and size.isdigit() and float(size) <= LARGEST_POST and "HTTP_TRANSFER_ENCODING" not in environ
-    )
-
-
 class Page:
-    """What the page may ask, as plain functions of plain data."""
+    """What the page may ask, as plain functions of plain data; an HTTPError says why not, in a line for the rater."""
 
     def __init__(self, items: list[Item], votes: Votes, config: LabelArgs):
         """`config` gives the seed and the names that raters may have."""
@@ -107,11 +93,11 @@ class Page:
         """A rater's name, without white space around it."""
         name = name.strip() if isinstance(name, str) else ""
         if not 0 < len(name) <= LONGEST_NAME:
-            raise Refused(400, f"Give a name of 1 to {LONGEST_NAME} characters.")
+            raise bottle.HTTPError(400, f"Give a name of 1 to {LONGEST_NAME} characters.")
         if name != printable(name):
-            raise Refused(400, "Give a name without control characters.")
+            raise bottle.HTTPError(400, "Give a name without control characters.")
         if self.config.raters and name not in self.config.raters:
-            raise Refused(400, f"{name} is not among the raters of this project.")
+            raise bottle.HTTPError(400, f"{name} is not among the raters of this project.")
         return name
 
     def item(self, rater: str, at: int | None = None) -> JsonObject:
@@ -122,7 +108,7 @@ class Page:
         if at is None:
             at = states.index("") if "" in states else len(self.items) - 1
         if not 0 <= at < len(self.items):
-            raise Refused(404, f"There is no item {at + 1}; there are {len(self.items)}.")
+            raise bottle.HTTPError(404, f"There is no item {at + 1}; there are {len(self.items)}.")
         item = self.items[at]
         vote = done.get(item.key)
         order = vote["order"] if vote else item.order(rater, self.config.seed)
@@ -135,16 +121,16 @@ class Page:
     def answer(self, said: object) -> JsonObject:
         """Keep an answer {rater, item, ranks: {name: place}, all_bad, skipped, comment, seconds}."""
         if not isinstance(said, dict):
-            raise Refused(400, "An answer is a JSON object.")
+            raise bottle.HTTPError(400, "An answer is a JSON object.")
         rater, item = self.rater(said.get("rater")), self.by_key.get(str(said.get("item")))
         if item is None:
-            raise Refused(404, "These rows do not hold that item.")
+            raise bottle.HTTPError(404, "These rows do not hold that item.")
         before = self.votes.of(rater).get(item.key)
         vote: Row = {
             "item": item.key,
             "rater": rater,
             "prompt": item.ranking.prompt,
-            "responses": item.responses(),
+            "responses": item.ranking.items(),
             "ranks": ranks_of(item, said),
             "all_bad": said.get("all_bad") is True,
             "skipped": said.get("skipped") is True,
@@ -156,9 +142,8 @@ class Page:
         try:
             self.votes.add(vote)
         except OSError as error:
-            raise Refused(
-                507, f"The answer could not be written ({error.strerror}). It is kept here; try again."
-            ) from error
+            line = f"The answer could not be written ({error.strerror}). It is kept here; try again."
+            raise bottle.HTTPError(507, line) from error
         return {"saved": True, "state": _state(vote)}
 
 
@@ -174,7 +159,7 @@ def ranks_of(item: Item, said: JsonObject) -> list[int | None]:
     """Ranks in row order, 0 the best, none left out; all null if skipped, all 0 if all are bad and none is ranked.
 
     Raises:
-        Refused: not every response has a place.
+        HTTPError: not every response has a place.
     """
     given = said.get("ranks")
     if said.get("skipped") is True:
@@ -182,7 +167,7 @@ def ranks_of(item: Item, said: JsonObject) -> list[int | None]:
     if said.get("all_bad") is True and not given:
         return [0] * len(item.names)
     if not isinstance(given, dict) or set(given) != set(item.names) or any(type(r) is not int for r in given.values()):
-        raise Refused(400, "Give every response a place first.")
+        raise bottle.HTTPError(400, "Give every response a place first.")
     places = sorted(set(given.values()))
     return [places.index(given[name]) for name in item.names]
 
@@ -190,13 +175,6 @@ def ranks_of(item: Item, said: JsonObject) -> list[int | None]:
 def make_app(page: Page) -> bottle.Bottle:
     """The routes of the page; every answer but files is JSON, errors are {"error": line}."""
     app = bottle.Bottle()
-
-    def as_json(call: Callable[[], JsonObject]) -> JsonObject:
-        try:
-            return call()
-        except Refused as refused:
-            bottle.response.status = refused.status
-            return {"error": str(refused)}
 
     @app.get("/")
     def index() -> bottle.HTTPResponse:
@@ -213,7 +191,7 @@ def make_app(page: Page) -> bottle.Bottle:
     @app.get("/api/item")
     def item() -> JsonObject:
         at = bottle.request.query.get("at", type=int)
-        return as_json(lambda: page.item(bottle.request.query.getunicode("rater"), at))
+        return page.item(bottle.request.query.getunicode("rater"), at)
 
     @app.get("/api/agreement")
     def agreement() -> JsonObject:
@@ -221,19 +199,18 @@ def make_app(page: Page) -> bottle.Bottle:
 
     @app.post("/api/answer")
     def answer() -> JsonObject:
-        return as_json(lambda: page.answer(posted()))
-
-    def posted() -> object:
         try:
-            return bottle.request.json
+            said = bottle.request.json
         except RecursionError:
-            raise Refused(400, "An answer is a JSON object.") from None
+            raise bottle.HTTPError(400, "An answer is a JSON object.") from None
+        return page.answer(said)
 
     @app.error(400)
     @app.error(404)
     @app.error(405)
     @app.error(413)
     @app.error(500)
+    @app.error(507)
     def failed(error: bottle.HTTPError) -> str:
         if error.exception is not None:
             tell(f"label: {type(error.exception).__name__}: {reason(error.exception)}", error=True)
@@ -269,9 +246,6 @@ class QuietHandler(WSGIRequestHandler):
 
     def get_stderr(self) -> io.StringIO:
         return io.StringIO()  # the app says what went wrong in a line of its own
-
-    def address_string(self) -> str:
-        return str(self.client_address[0])
 
 
 def make_server(config: LabelArgs, app: WSGIApplication) -> Server:
@@ -320,9 +294,7 @@ def run(config: LabelArgs) -> None:
             if config.host not in LOOPBACK:
                 tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
             name = f"[{config.host}]" if ":" in config.host else config.host
-            tell(
-                f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)",
-            )
+            tell(f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)")
             for number in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                     signal.signal(number, signal.default_int_handler)

@@ -5,15 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr
 
-
-def count_flops(jaxpr: ClosedJaxpr, *, unknown_trips: int = 1) -> float:
+def count_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
     """Two per multiply-add of all dot products, recomputation included; a while loop runs `unknown_trips` times."""
-    return _of_jaxpr(jaxpr.jaxpr, unknown_trips)
-
-
-def _of_jaxpr(jaxpr: Any, unknown_trips: int) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -22,7 +16,7 @@ def _of_jaxpr(jaxpr: Any, unknown_trips: int) -> float:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
             continue
-        inner = [_of_jaxpr(sub, unknown_trips) for value in params.values() for sub in _jaxprs(value)]
+        inner = [count_flops(sub, unknown_trips=unknown_trips) for value in params.values() for sub in _jaxprs(value)]
         if name == "cond":
             total += max(inner, default=0.0)
         elif name == "while":

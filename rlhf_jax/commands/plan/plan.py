@@ -14,8 +14,8 @@ from jax.extend.core import ClosedJaxpr
 from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology
 from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
-from rlhf_jax.commands.plan.programs import Program, StageArgs, programs_of
-from rlhf_jax.config import PlanArgs
+from rlhf_jax.commands.plan.programs import Program, programs_of
+from rlhf_jax.config import PlanArgs, StageArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.json_text import to_json
 from rlhf_jax.sharding import make_mesh
@@ -176,11 +176,6 @@ def verdict(rows: list[Row], chip: Chip) -> str:
     return f"does not fit: {worst.name} needs {_gib(worst.peak)} of {_gib(room)}; {cure}"
 
 
-def records(rows: list[Row], **facts: object) -> list[str]:
-    """One JSON object per program."""
-    return [to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows]
-
-
 def candidates(config: StageArgs, count: int) -> list[StageArgs]:
     """The config on other meshes, and with the batch halved and doubled."""
     sizes = [2**i for i in range(int(math.log2(count)) + 1)]
@@ -195,11 +190,6 @@ def candidates(config: StageArgs, count: int) -> list[StageArgs]:
     return configs
 
 
-def seconds_per_token(rows: list[Row]) -> float:
-    """Roofline seconds of all programs for each token trained on or made."""
-    return sum(max(row.seconds.values()) for row in rows) / max(row.tokens for row in rows)
-
-
 def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int) -> None:
     """Compile the candidates and print those that fit, fastest first."""
     fitting: list[tuple[float, str]] = []
@@ -212,10 +202,9 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int
         except (UserError, jax.errors.JaxRuntimeError) as error:
             tell(f"  no     {name}: {str(error).splitlines()[0][:120]}")
             continue
-        good, cost = fits(rows, chip), seconds_per_token(rows)
-        tell(
-            f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token",
-        )
+        # Roofline seconds of all programs for each token trained on or made.
+        good, cost = fits(rows, chip), sum(max(r.seconds.values()) for r in rows) / max(r.tokens for r in rows)
+        tell(f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token")
         if good:
             fitting.append((cost, name))
     tell("\nfastest by the roofline:" if fitting else "\nnone fits; take a larger slice")
@@ -235,12 +224,12 @@ def run(plan: PlanArgs, config: StageArgs) -> bool:
         return True
     rows = analyse(config, chip, devices, plan.responses)
     if plan.json:
-        tell("\n".join(records(rows, topology=plan.topology, devices=len(devices), fits=fits(rows, chip))))
+        facts = {"topology": plan.topology, "devices": len(devices), "fits": fits(rows, chip)}
+        tell("\n".join(to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows))
     else:
         axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
         slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
-        tell(
-            f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}, mesh {axes}; bytes are per chip\n"
-        )
+        chips = f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}"
+        tell(f"{chips}, mesh {axes}; bytes are per chip\n")
         tell("\n".join(shown(rows, chip, len(devices))))
     return fits(rows, chip)

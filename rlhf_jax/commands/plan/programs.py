@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from rlhf_jax.cli import COMMANDS
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
-from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs
+from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs, StageArgs, TrainArgs
 from rlhf_jax.data.collate import example_of_all
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import checks as group_checks
@@ -35,10 +35,8 @@ from rlhf_jax.ppo.networks import make_networks
 from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicated
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
-from rlhf_jax.training.supervised import Task, TrainArgs
+from rlhf_jax.training.supervised import Task
 from rlhf_jax.types import Batch
-
-StageArgs = TrainArgs | PPOArgs | GroupArgs
 
 
 class Program(NamedTuple):

@@ -31,23 +31,17 @@ MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
-_SCALING_KEYS = {  # RopeScaling field -> key, by kind
-    "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-        "original_max_positions": "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate",
-        "attention_factor": "attention_factor", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
-        "original_max_positions": "original_max_position_embeddings",
-    },
-    "longrope": {
-        "factor": "factor", "short_factor": "short_factor", "long_factor": "long_factor",
-        "attention_factor": "attention_factor", "original_max_positions": "original_max_position_embeddings",
-    },
+_ORIGINAL = "original_max_position_embeddings"
+_SCALING = {  # fields of RopeScaling by kind
+    "linear": "factor", "dynamic": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_positions",
+    "yarn": "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim original_max_positions",
+    "longrope": "factor short_factor long_factor attention_factor original_max_positions",
 }  # fmt: skip
+_SCALING_KEYS = {  # kind -> field -> key: the same but one
+    kind: {name: _ORIGINAL if name == "original_max_positions" else name for name in names.split()}
+    for kind, names in _SCALING.items()
+}
 _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -283,14 +277,13 @@ def _scaling(given: ConfigJson, raw: ConfigJson, where: Path, max_positions: int
         supported = ", ".join(_SCALING_KEYS)
         raise UserError(f"{where}: no support for rope scaling {kind!r}; use one of: {supported}")
     keys, numbers = _SCALING_KEYS[kind], dict(given)
-    original = "original_max_position_embeddings"
-    if raw["model_type"] == "phi3" and original in given and original not in raw:
-        raise UserError(f"{where}: {original} in rope_scaling is not read by transformers; move it to the top")
-    if original in keys.values():
-        numbers[original] = _first(raw.get(original), given.get(original), max_positions)
+    if raw["model_type"] == "phi3" and _ORIGINAL in given and _ORIGINAL not in raw:
+        raise UserError(f"{where}: {_ORIGINAL} in rope_scaling is not read by transformers; move it to the top")
+    if _ORIGINAL in keys.values():
+        numbers[_ORIGINAL] = _first(raw.get(_ORIGINAL), given.get(_ORIGINAL), max_positions)
         if numbers.get("factor") is None and kind in ("yarn", "longrope"):
-            numbers["factor"] = max_positions / numbers[original]
-    unknown = sorted(set(numbers) - set(keys.values()) - _NOT_SCALING - {original})
+            numbers["factor"] = max_positions / numbers[_ORIGINAL]
+    unknown = sorted(set(numbers) - set(keys.values()) - _NOT_SCALING - {_ORIGINAL})
     if unknown:
         raise UserError(
             f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose a checkpoint without"

@@ -124,10 +124,6 @@ MISTRAL = LLAMA._replace(
 )
 
 
-def _from_max_window_layers(raw: ConfigJson, layer: int) -> bool:
-    return layer >= raw.get("max_window_layers", 28)
-
-
 QWEN2 = MISTRAL._replace(
     model_type="qwen2",
     causal="Qwen2ForCausalLM",
@@ -135,7 +131,7 @@ QWEN2 = MISTRAL._replace(
     defaults=LLAMA.defaults | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
     fixed=LLAMA.fixed | {"qkv_bias": True},
     windows="types",
-    window_rule=_from_max_window_layers,
+    window_rule=lambda raw, layer: layer >= raw.get("max_window_layers", 28),
 )
 QWEN3 = QWEN2._replace(
     model_type="qwen3",
@@ -164,14 +160,6 @@ GEMMA = LLAMA._replace(
 )
 
 
-def _even_layers(raw: ConfigJson, layer: int) -> bool:
-    return layer % 2 == 0
-
-
-def _by_pattern(raw: ConfigJson, layer: int) -> bool:
-    return (layer + 1) % raw.get("sliding_window_pattern", 6) != 0
-
-
 GEMMA2 = GEMMA._replace(
     model_type="gemma2",
     causal="Gemma2ForCausalLM",
@@ -191,7 +179,7 @@ GEMMA2 = GEMMA._replace(
         _LAYER + "post_feedforward_layernorm.weight": Tensor("layers/mlp_post_norm/scale", "D"),
     },
     windows="types",
-    window_rule=_even_layers,
+    window_rule=lambda raw, layer: layer % 2 == 0,
 )
 GEMMA3 = GEMMA2._replace(
     model_type="gemma3_text",
@@ -203,7 +191,7 @@ GEMMA3 = GEMMA2._replace(
     | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
     fixed=GEMMA2.fixed | {"qk_norm": "head"},
     tensors=GEMMA2.tensors | {name: QWEN3.tensors[name] for name in QWEN3.tensors if name not in LLAMA.tensors},
-    window_rule=_by_pattern,
+    window_rule=lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", 6) != 0,
 )
 _SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 PHI3 = LLAMA._replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +47,7 @@ class Stored(NamedTuple):
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
-@dataclass(frozen=True)
-class Summed:
+class Summed(NamedTuple):
     """A weight with an adapter: W + scale B A, or its transpose where the layer is Conv1D; read as a `Stored` is."""
 
     base: Stored | Summed
@@ -57,14 +55,8 @@ class Summed:
     b: Stored
     scale: float
     transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.base.dtype
+    shape: tuple[int, ...]
+    dtype: str
 
     def map(self) -> np.ndarray:
         """The sum in float32."""
@@ -159,4 +151,5 @@ def _summed(raw: ConfigJson, module: str, base: Stored | Summed, a: Stored, b: S
         raise UserError(
             f"{where}: {module} is for another shape than {list(base.shape)}; name the model it was made on"
         )
-    return Summed(base, a, b, alpha / (rank**0.5 if raw.get("use_rslora") else rank), transposed)
+    scale = alpha / (rank**0.5 if raw.get("use_rslora") else rank)
+    return Summed(base, a, b, scale, transposed, base.shape, base.dtype)
