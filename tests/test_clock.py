@@ -20,7 +20,7 @@ from rlhf_jax.hosts.attempts import limited
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.journal import Journal
 from rlhf_jax.runs.run import Run
-from rlhf_jax.training.claim import claim_directory
+from rlhf_jax.training.loop import claim_directory
 
 DATED = (
     "{{ strftime_now('%d %b %Y, %H:%M:%S') }}|{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

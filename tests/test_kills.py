@@ -21,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import replace_file, replacing
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.run import Run
-from rlhf_jax.training.claim import claim_directory
+from rlhf_jax.training.loop import claim_directory
 
 STEPS = 4
 

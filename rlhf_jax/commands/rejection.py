@@ -21,7 +21,7 @@ from rlhf_jax.feedback.sources import prompts_of
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
-from rlhf_jax.training.claim import claim_directory
+from rlhf_jax.training.loop import claim_directory
 from rlhf_jax.types import RewardFn
 
 

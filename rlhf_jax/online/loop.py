@@ -15,8 +15,7 @@ from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, ite
 from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
-from rlhf_jax.training.claim import claim_directory
-from rlhf_jax.training.loop import check_trained, describe
+from rlhf_jax.training.loop import check_trained, claim_directory, describe
 from rlhf_jax.training.state import learning_rates
 
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")

@@ -1,4 +1,4 @@
-"""The loop around a train step: batches in, metrics and the best parameters out."""
+"""A stage's directory claimed, and the loop around a train step: batches in, metrics and the best parameters out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 
 import jax
 
+from rlhf_jax.config import StageArgs
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.processes import is_first
+from rlhf_jax.hosts import clock
+from rlhf_jax.hosts.processes import from_first, is_first
+from rlhf_jax.models.contents import contents
 from rlhf_jax.models.kernels import count
 from rlhf_jax.models.loading import Loaded
+from rlhf_jax.runs.directory import Summary, check_output_dir, read_record
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.state import TrainState
@@ -19,6 +23,23 @@ from rlhf_jax.training.step import Step, add_metrics, fetch_scalars, settled
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
 Evaluate = Callable[[Params], dict[str, float]]
+
+
+def claim_directory(stage: str, config: StageArgs, given: Sequence[str] = ()) -> tuple[Summary | None, dict[str, str]]:
+    """(`check_output_dir`, the `contents` of the config, which `Run` takes), as process 0 finds them.
+
+    Chat templates see the time at which the run that is there began, else that of now.
+    """
+
+    def claim() -> tuple[Summary | None, dict[str, str], str]:
+        files = contents(config)
+        summary = check_output_dir(stage, config, given, files)
+        there = None if config.run.overwrite else read_record(Path(config.run.output_dir))
+        return summary, files, clock.begin((there or {}).get("time"))
+
+    summary, files, time = from_first(claim)
+    clock.begin(time)
+    return summary, files
 
 
 def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Batch], key: jax.Array) -> Evaluate:

@@ -31,8 +31,7 @@ from rlhf_jax.models.loading import (
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
-from rlhf_jax.training.claim import claim_directory
-from rlhf_jax.training.loop import Evaluate, check_trained, describe, make_evaluate, run_steps
+from rlhf_jax.training.loop import Evaluate, check_trained, claim_directory, describe, make_evaluate, run_steps
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
 from rlhf_jax.training.step import accumulated_grads, make_train_step
