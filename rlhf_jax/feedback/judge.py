@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Literal
 
 import jax
@@ -108,20 +108,18 @@ class Judge:
     def verdicts(self, groups: Sequence[tuple[str, Sequence[str]]], key: jax.Array) -> list[list[Verdict]]:
         """Verdicts on every pair of the K responses of each (prompt, responses); equal texts are a tie, unasked."""
         pairs = [(g, i, j) for g, (_, texts) in enumerate(groups) for i, j in combinations(range(len(texts)), 2)]
-        asked = [(g, i, j) for g, i, j in pairs if groups[g][1][i] != groups[g][1][j]]
         questions: list[Question] = []
-        for g, i, j in asked:
+        for g, i, j in pairs:
             prompt, texts = groups[g]
-            questions += [(prompt, texts[i], texts[j])] * self.votes
-            questions += [(prompt, texts[j], texts[i])] * (self.votes * self.both_orders)
-        answers = self.ask(questions, key) if questions else []
-        each = self.votes * (1 + self.both_orders)
-        of_pair = {pair: answers[n * each : (n + 1) * each] for n, pair in enumerate(asked)}
+            if texts[i] != texts[j]:
+                questions += [(prompt, texts[i], texts[j])] * self.votes
+                questions += [(prompt, texts[j], texts[i])] * (self.votes * self.both_orders)
+        answers = iter(self.ask(questions, key) if questions else [])
         of_groups: list[list[Verdict]] = [[] for _ in groups]
         for g, i, j in pairs:
-            said = of_pair.get((g, i, j), [])
-            longer = len(groups[g][1][i]) - len(groups[g][1][j])
-            verdict = Verdict(i, j, said[: self.votes], said[self.votes :], None, longer)
+            a, b = groups[g][1][i], groups[g][1][j]
+            said = list(islice(answers, self.votes * (1 + self.both_orders))) if a != b else []
+            verdict = Verdict(i, j, said[: self.votes], said[self.votes :], None, len(a) - len(b))
             of_groups[g].append(replace(verdict, share=self._share(verdict)))
         return of_groups
 
