@@ -117,7 +117,8 @@ def _ranking(ranking: Ranking, encoder: Encoder) -> tuple[list[Example], bool]:
     kept, ranks, labels = _distinct(tokens, ranks[ranked], labels[np.ix_(ranked, ranked)])
     unknown = int(np.count_nonzero((ranks[:, None] < ranks[None, :]) & np.isnan(labels)))
     groups = _linked(ranks, labels) if unknown else [(np.arange(len(kept)), ranks)]
-    encoder.remarks.update({"pairs of responses that nobody compared, not trained on": unknown})
+    remarks = encoder.remarks
+    remarks += Counter({"pairs of responses that nobody compared, not trained on": unknown})  # forgets what is 0
     examples: list[Example] = [
         {
             "responses": [tokens[kept[i]] for i in group],
