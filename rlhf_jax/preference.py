@@ -20,9 +20,6 @@ from rlhf_jax.runs.directory import Summary
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, Batch, LossFn, Metrics, Params
 
-Logprobs = Callable[[Model, Params, Batch], Float[Array, "B K"]]
-"""What a model says of the K responses of every row of a batch."""
-
 
 def sequence_logprobs(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
     """log p(response | prompt) in nats of the K responses to each prompt, in one forward pass of B K rows.
@@ -58,7 +55,7 @@ def objective(
     loss: ArrayLoss,
     *,
     sft_coef: float = 0.0,
-    logprobs: Logprobs = sequence_logprobs,
+    logprobs: Callable[[Model, Params, Batch], Float[Array, "B K"]] = sequence_logprobs,
 ) -> LossFn:
     """loss(columns of the batch by name) + sft_coef * NLL of the responses to imitate.
 

@@ -11,8 +11,6 @@ from rlhf_jax.errors import UserError, printable, shown
 LONGEST_NAME = 60
 """Characters of a rater's name."""
 
-EVERY_ADDRESS = ("", "0.0.0.0", "::")
-
 
 @settings
 class LabelArgs:
@@ -47,5 +45,5 @@ class LabelArgs:
                 f"raters {shown(self.raters)} are not different names of 1 to {LONGEST_NAME} characters, none of them "
                 "white space at an end or a control character; correct them"
             )
-        if self.host in EVERY_ADDRESS:
+        if self.host in ("", "0.0.0.0", "::"):
             raise UserError(f"host is {self.host!r}, every address; name the one that raters will type")
