@@ -388,7 +388,7 @@ def pointers(tree) -> set[int]:
 def test_the_reference_is_the_policys_base_and_the_critic_stands_on_a_base_that_is_there(one_device, ppo, base):
     method, loop = ppo_train.setup(ppo_stage(ppo=ppo), **TOY_ROWS)
     nets, params = method.nets, loop.state.params
-    whole = nets.models.whole(params, nets.frozen)
+    whole = nets.models.whole(nets.frozen, params)
     assert nets.ref["layers"]["attn"]["qkv"] is whole["policy"]["layers"]["attn"]["qkv"]
     assert set(params["policy"]) == {"layers"} and set(params["value"]) <= {"layers", "score"}
     if base is not None:

@@ -106,7 +106,7 @@ def test_the_frozen_trunk_is_there_once(one_device, ppo, base):
     changed = replace(config(), **{f"ppo__{name}": value for name, value in ppo.items()})
     method, loop = train.setup(changed, **TOY_ROWS)
     nets, params = method.nets, loop.state.params
-    whole = nets.models.whole(params, nets.frozen)
+    whole = nets.models.whole(nets.frozen, params)
     assert set(params["policy"]) == {"layers", "final_norm", "head"} and depth(params["policy"]["layers"]) == 2
     for name in TRUNK:
         assert jax.tree.leaves(nets.ref[name])[0] is jax.tree.leaves(whole["policy"][name])[0]

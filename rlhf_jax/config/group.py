@@ -98,11 +98,12 @@ class GroupArgs:
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
 
-    def check(self, name: str, settings: GroupConfig) -> None:
-        """Raise a UserError for what contradicts itself; `name` is the group of the config that `settings` are."""
-        settings.check(name)
-        check_frozen(self.model, self.lora)
-        settings.check_truncation(name, self.sampling.max_new_tokens)
+    def __post_init__(self) -> None:
+        for name, group in vars(self).items():
+            if isinstance(group, GroupConfig):  # the method's own
+                group.check(name)
+                check_frozen(self.model, self.lora)
+                group.check_truncation(name, self.sampling.max_new_tokens)
         self.optim.check("optim.")
         check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
 
@@ -113,9 +114,6 @@ class GRPOArgs(GroupArgs):
 
     grpo: GroupConfig = GroupConfig()
 
-    def __post_init__(self) -> None:
-        self.check("grpo", self.grpo)
-
 
 @settings
 class RLOOArgs(GroupArgs):
@@ -123,15 +121,9 @@ class RLOOArgs(GroupArgs):
 
     rloo: GroupConfig = RLOO
 
-    def __post_init__(self) -> None:
-        self.check("rloo", self.rloo)
-
 
 @settings
 class ReinforcePPArgs(GroupArgs):
     """All of `rlhf-jax reinforce_pp`."""
 
     reinforce_pp: GroupConfig = REINFORCE_PP
-
-    def __post_init__(self) -> None:
-        self.check("reinforce_pp", self.reinforce_pp)

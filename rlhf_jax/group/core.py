@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import advantages as adv
@@ -26,32 +25,30 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
-    Update,
+    Scored,
+    Training,
     full_sequence,
     make_epochs,
     response_logprobs,
     reward_scores,
     rollout_metrics,
 )
-from rlhf_jax.tokens import map_microbatches, token_weights
-from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
-from rlhf_jax.training.step import Step, make_update
+from rlhf_jax.tokens import map_microbatches
+from rlhf_jax.training.state import make_optimizer, make_schedule
+from rlhf_jax.training.step import make_update
 from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout, what the update reads. S = P + T.
+    """A scored rollout, what the update reads: int32, bool and float32. S = P + T.
 
     Attributes:
-        tokens: int32[B, S], prompt and response.
-        positions: int32[B, S].
-        segment_ids: int32[B, S], 1 on real tokens, 0 on padding.
-        mask: bool[B, T], the response tokens that are trained on, the stop token included.
-        old_logprobs: float32[B, T].
-        ref_logprobs: float32[B, T], or None if the loss has no KL.
-        advantages: float32[B, T].
+        tokens: prompt and response.
+        segment_ids: 1 on real tokens, 0 on padding.
+        mask: the response tokens that are trained on, the stop token included.
+        ref_logprobs: None if the loss has no KL.
     """
 
     tokens: Int[Array, "B S"]
@@ -71,7 +68,7 @@ class Models:
     reward: Model | None = None
     adapted: bool = False
 
-    def whole(self, params: Params, frozen: Params) -> Params:
+    def whole(self, frozen: Params, params: Params) -> Params:
         """All parameters, of which `params` are trained."""
         return {"policy": joined(frozen, params["policy"])} if self.adapted else params
 
@@ -164,20 +161,17 @@ def make_score(
     """
 
     def score(
-        params: Params,
-        ref: Params | None,
-        reward: Params | None,
-        rollout: Rollout,
-        host: Array,
-        kl_coef: Array,
-        temperature: Array,
-    ) -> tuple[Experience, Array, Metrics, dict[str, Array]]:
-        policy = models.whole(params, ref)["policy"]
+        params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
+    ) -> Scored:
+        # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
+        policy = models.whole(ref, params)["policy"]
         per_row = partial(run_networks, models, policy, ref, reward, temperature, recompute=recompute)
         nets = map_microbatches(per_row, rollout, config.score_microbatch)
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
         ref_logprobs = old_logprobs if ref is None else jnp.where(rollout.mask, nets["ref_logprobs"], 0.0)
+
+        # What is compared, scores [B] and the paid part of the KL [B, T], and the tokens [B, T] that are trained on.
         k1 = adv.kl_k1(old_logprobs, ref_logprobs)
         scores = adv.missing_eos_penalty(
             raw, rollout.finished, missing_eos=config.missing_eos, missing_eos_value=config.missing_eos_value
@@ -191,6 +185,8 @@ def make_score(
             ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
             advantages=advantages_of(scores, paid, mask, kl_coef, config, advantage),
         )
+
+        # What is reported: scalars, and numbers [B] of each row.
         metrics = {
             **reward_metrics(raw, config.group_size),
             "rollout/objective": (scores - kl_coef * k1.sum(axis=1)).mean(),
@@ -216,25 +212,11 @@ def reward_metrics(rewards: Float[Array, " B"], group_size: int) -> Metrics:
     return metrics
 
 
-def make_group_update(step: Step, config: GroupConfig) -> Update:
-    """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
-
-    def minibatch(x: Experience, temperature: Array) -> dict[str, Any]:
-        return {
-            "experience": x,
-            "weights": token_weights(x.mask, config.loss_reduction),
-            "temperature": jnp.broadcast_to(temperature, x.mask.shape[:1]),
-        }
-
-    return make_epochs(step, config, minibatch)
-
-
 def make_group_step(
     models: Models, config: GroupConfig, optim: OptimConfig, policy_loss: PolicyLoss | None = None
-) -> tuple[Update, optax.GradientTransformationExtraArgs, Schedule]:
+) -> Training:
     """(update program, optimiser, learning rate by iteration) of a config."""
     per_iteration, schedule = config.epochs * config.minibatches, make_schedule(optim, config.iterations)
     tx = make_optimizer(optim, lambda step: schedule(step // per_iteration))
-    join = lambda frozen, params: models.whole(params, frozen)  # noqa: E731
-    step = make_update(objective(models, config, policy_loss), tx, config.accumulate, join=join)
-    return make_group_update(step, config), tx, schedule
+    step = make_update(objective(models, config, policy_loss), tx, config.accumulate, join=models.whole)
+    return make_epochs(step, config, {"weights": "mask"}), tx, schedule

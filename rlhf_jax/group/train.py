@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Unpack
 
 import jax
 
-from rlhf_jax.config import GroupArgs
-from rlhf_jax.data.loading import Rows
+from rlhf_jax.config import GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
+from rlhf_jax.errors import UserError
 from rlhf_jax.group import core
-from rlhf_jax.group.checks import check, check_batches, settings_of
-from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, adapted
-from rlhf_jax.online import loop
+from rlhf_jax.online import checks, loop
 from rlhf_jax.online.iteration import LoopState, first_state
-from rlhf_jax.online.method import Method, read_inputs
+from rlhf_jax.online.method import Method, Sources, read_inputs
 from rlhf_jax.online.networks import Networks, load_policy_and_reward
-from rlhf_jax.online.programs import Programs, compile_programs, recomputes
-from rlhf_jax.sharding import Mesh, copied, make_mesh, replicated
-from rlhf_jax.training.state import TrainState, create_state
-from rlhf_jax.types import GroupAdvantage, Params, PolicyLoss, RewardFn
+from rlhf_jax.online.programs import Programs, compile_programs
+from rlhf_jax.sharding import Mesh, copied, make_mesh
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.types import GroupAdvantage, Params, PolicyLoss
+
+
+def settings_of(config: GroupArgs) -> tuple[str, GroupConfig]:
+    """The method, which is the name of its command and of its group of the config; and that group."""
+    if isinstance(config, GRPOArgs):
+        return "grpo", config.grpo
+    if isinstance(config, RLOOArgs):
+        return "rloo", config.rloo
+    if isinstance(config, ReinforcePPArgs):
+        return "reinforce_pp", config.reinforce_pp
+    raise UserError(f"{type(config).__name__} is of no method; give a GRPOArgs, an RLOOArgs or a ReinforcePPArgs")
+
+
+def check(config: GroupArgs) -> None:
+    """Raise a UserError for settings that contradict each other."""
+    name, settings = settings_of(config)
+    checks.check(config, settings, name)
+    if config.data.batch_size % settings.group_size:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size}, responses of an iteration, is not divisible by "
+            f"{name}.group_size {settings.group_size}; change one of them"
+        )
 
 
 def make_networks(
     config: GroupArgs, mesh: Mesh, policy: Loaded, reward: Loaded | None, key: jax.Array
-) -> tuple[Networks[core.Models], Params]:
+) -> tuple[Networks, Params]:
     """(the networks, what is trained at its start) of policy and reward model; of an abstract key, shapes.
 
     With a price of the KL the reference is the policy as it is now; with adapters, the frozen model that they stand
@@ -43,7 +62,7 @@ def make_networks(
 
 def make_programs(
     config: GroupArgs,
-    nets: Networks[core.Models],
+    nets: Networks,
     params: Params,
     mesh: Mesh,
     stop_ids: tuple[int, ...],
@@ -52,43 +71,29 @@ def make_programs(
 ) -> tuple[Programs, TrainState]:
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
     _, settings = settings_of(config)
-    update, tx, schedule = core.make_group_step(nets.models, settings, config.optim, policy_loss)
-    recompute = recomputes(config, settings, nets.models.policy)
-    weight = config.reward.model_weight
-    score = core.make_score(nets.models, settings, recompute=recompute, model_weight=weight, advantage=advantage)
-    state = create_state(params, tx, mesh)
-    parts = compile_programs(
-        config, settings, nets, state, mesh, stop_ids, score=score, update=update, schedule=schedule
-    )
-    return parts, state
+    training = core.make_group_step(nets.models, settings, config.optim, policy_loss)
+    score = partial(core.make_score, nets.models, settings, advantage=advantage)
+    return compile_programs(config, settings, nets, params, mesh, stop_ids, training, score)
 
 
 def setup(
     config: GroupArgs,
     *,
-    rows: Rows | None = None,
-    eval_rows: Rows | None = None,
-    reward_functions: Sequence[RewardFn] | None = None,
-    gold: RewardFn | None = None,
     policy_loss: PolicyLoss | None = None,
     advantage: GroupAdvantage | None = None,
+    **sources: Unpack[Sources],
 ) -> tuple[Method, LoopState]:
     """The method of a config, and what its loop carries at first; writes nothing."""
     check(config)
-    _, settings = settings_of(config)
+    name, settings = settings_of(config)
     mesh, size = make_mesh(config.mesh), settings.group_size
-    check_batches(config, mesh)
-    inputs = read_inputs(
-        config, mesh, group_size=size, rows=rows, eval_rows=eval_rows, reward_functions=reward_functions, gold=gold
-    )
+    checks.check_batches(config, settings, name, mesh)
+    inputs = read_inputs(config, mesh, group_size=size, **sources)
+    tokenizer = inputs.tokenizer
     with jax.set_mesh(mesh.grid):
-        key = branch(inputs.key, "weights")
-        policy, reward = load_policy_and_reward(config, mesh, inputs.tokenizer, key)
-        nets, params = make_networks(config, mesh, policy, reward, key)
-        stop_ids = inputs.tokenizer.eos_ids
-        programs, state = make_programs(config, nets, params, mesh, stop_ids, policy_loss, advantage)
-        law = SamplingLaw.from_config(config.sampling, replicated(mesh))
-        method = Method(config, settings, mesh, inputs, nets, programs, law, group_size=size)
+        nets, params = make_networks(config, mesh, *load_policy_and_reward(config, mesh, tokenizer, inputs.key))
+        programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, policy_loss, advantage)
+        method = Method(config, settings, mesh, inputs, nets, programs, group_size=size)
         return method, first_state(method, state)
 
 

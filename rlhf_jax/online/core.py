@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.config import OnlineConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import ROWS, constrain
-from rlhf_jax.tokens import positions_from_mask
-from rlhf_jax.training.state import TrainState
+from rlhf_jax.tokens import positions_from_mask, token_weights
+from rlhf_jax.training.state import Schedule, TrainState
 from rlhf_jax.training.step import Step
 from rlhf_jax.types import Batch, Metrics, Params, Rollout
 
@@ -30,25 +31,11 @@ Score = Callable[[Params, Params, Params, Rollout, Array, Array, Array], Scored]
 
 ref and reward are None where there is none."""
 
+Update = Callable[..., tuple[TrainState, Metrics]]
+"""The program that `make_epochs` returns, not yet compiled."""
 
-class Update(Protocol):
-    """The update program, not yet compiled: it returns (state, metrics).
-
-    Args:
-        experience: what the method's scoring returns.
-        ptx: a batch of `collate_sft` with a leading axis of epochs * minibatches, which is added to the batches.
-        frozen: what the step reads and does not train.
-    """
-
-    def __call__(
-        self,
-        state: TrainState,
-        experience: Any,
-        key: Array,
-        temperature: Array,
-        ptx: Batch | None = None,
-        frozen: Params | None = None,
-    ) -> tuple[TrainState, Metrics]: ...
+Training = tuple[Update, optax.GradientTransformationExtraArgs, Schedule]
+"""The update program of a method, its optimiser, and the learning rate of the policy by iteration."""
 
 
 def before_tokens(hidden: Float[Array, "B S D"], num_tokens: int) -> Float[Array, "B T D"]:
@@ -115,10 +102,12 @@ def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metr
     }
 
 
-def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Array], dict[str, Any]]) -> Update:
-    """The update program of a method: every epoch goes over the rows of its experience in a fresh order.
+def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str]) -> Update:
+    """update(state, experience, key, temperature, ptx=None, frozen=None): epochs over its rows, each in a fresh order.
 
-    `step` is `step.make_update` of the method's objective, `minibatch(rows of the experience, temperature)` its batch.
+    `step` is `step.make_update` of the method's objective. Its batch holds rows of the experience, their temperature,
+    weights by name, each of a mask of the experience (`masks`), and text if there is any: `ptx` has a leading axis of
+    epochs * minibatches. The step reads `frozen`.
     Metrics are means over the optimiser steps; policy/first_* are those of the first step, whose ratio should be 1.
     """
     num = config.epochs * config.minibatches
@@ -131,18 +120,21 @@ def make_epochs(step: Step, config: OnlineConfig, minibatch: Callable[[Any, Arra
         ptx: Batch | None = None,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        # orders: int32[num, B / minibatches], the rows of every step.
+        # The rows of every step: int32[num, B / minibatches], num = epochs * minibatches.
         num_rows = experience.mask.shape[0]
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
         orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys).reshape(num, -1)
 
+        # One step: M = B / minibatches rows of every leaf [B, ...] of the experience, and text [ptx rows, S] if given.
         def take(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
             rows, number, text = xs
             x = jax.tree.map(lambda leaf: constrain(leaf[rows], *ROWS), experience)
-            batch = minibatch(x, temperature)
+            weights = {name: token_weights(getattr(x, mask), config.loss_reduction) for name, mask in masks.items()}
+            batch = {"experience": x, **weights, "temperature": jnp.broadcast_to(temperature, x.mask.shape[:1])}
             batch = batch if text is None else {**batch, "ptx": text}
             return step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)
 
+        # All steps, one after the other: metrics [num] each, and bool[num], whether a step was measured.
         xs, start = (orders, jnp.arange(num), ptx), state.step
         if config.target_kl:
             (state, _), (metrics, measured) = jax.lax.scan(stopping(take, config), (state, jnp.zeros((), bool)), xs)

@@ -59,15 +59,10 @@ class LoopState:
 
     def kept(self, method: Method) -> dict[str, Any]:
         """The part of `tree` that the models at the end are made of."""
-        names = method.critic.halves if method.critic is not None else ()
-        names = names if self.average is not None else ("policy", *(name for name in names if name != "policy"))
-        tree = {} if self.average is None else {"average": self.average}
-        return {**tree, **({"state": {"params": {name: self.state.params[name] for name in names}}} if names else {})}
-
-    def skip(self, method: Method) -> LoopState:
-        """After an iteration without updates, which are counted, so that the learning rate goes on."""
-        state = TrainState(self.state.step + method.steps, self.state.params, self.state.opt_state)
-        return LoopState(state, self.kl_coef, self.average)
+        critic, tree = method.nets.critic is not None, {} if self.average is None else {"average": self.average}
+        needed = {"policy": self.average is None or (critic and method.nets.models.shared_trunk), "value": critic}
+        params = {name: self.state.params[name] for name in needed if needed[name]}
+        return {**tree, "state": {"params": params}} if params else tree
 
 
 def first_state(method: Method, state: TrainState) -> LoopState:
@@ -96,7 +91,7 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
     rollout_key, update_key = jax.random.split(key)
     rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key)
     experience, kl_coef, metrics, per_row = scored
-    temperature, update = method.law.temperature, method.programs.update
+    temperature, update = method.inputs.law.temperature, method.programs.update
     arguments = (loop.state, experience, update_key, temperature, batch.get("ptx"), method.nets.frozen)
     state, updates = update(*arguments)
     if method.config.faults.debug_nans and updates["optim/skipped"] > 0:
@@ -114,7 +109,7 @@ def roll_out(
     method: Method, loop: LoopState, policy: Params, batch: Batch, key: jax.Array
 ) -> tuple[Rollout, Scored, float | None]:
     """A rollout of a batch of prompts with `policy`, its score, and its mean gold reward."""
-    nets, programs, law = method.nets, method.programs, method.law
+    nets, programs, law = method.nets, method.programs, method.inputs.law
     placed = put_batch(method.mesh, {name: batch[name] for name in ("tokens", "mask")})
     rollout = programs.rollout(nets.policy.whole(policy), placed["tokens"], placed["mask"], key, law)
     host, gold = python_rewards(method, batch, rollout)
@@ -151,8 +146,7 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         weights.append(batch["valid"].sum())
         prompts += [prompt for prompt, valid in zip(batch["prompts"], batch["valid"], strict=True) if valid]
         if len(samples) < method.settings.num_samples:
-            table = to_host({"rollout": rollout, **per_row})
-            samples += sample_rows(method, table, batch["given"])[: method.settings.num_samples]
+            samples += sample_rows(method, to_host({"rollout": rollout, **per_row}), batch["given"])
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     reward = objective = rows["reward"]
     if "kl" in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,8 @@ def _without_reward(
     out.metrics.write(i + 1, {"rollout/skipped": 1.0})
     out.say(f"{out.stage}: iteration {i + 1} is skipped: {error}")
     out.metrics.bar.update(1)
-    return loop.skip(method)
+    # The updates that were not taken are counted, so that the learning rate goes on.
+    return replace(loop, state=replace(loop.state, step=loop.state.step + method.steps))
 
 
 def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dict[str, float], bool]:

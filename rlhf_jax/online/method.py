@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -14,19 +14,19 @@ import numpy as np
 from rlhf_jax.config import OnlineArgs, OnlineConfig, resolve
 from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, collate_prompts, repeat_rows
-from rlhf_jax.data.encoding import Example, Limits
+from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.inference.reward_functions import columns_for, combine, functions_of
+from rlhf_jax.inference.reward_functions import ScoreFn, columns_for, combine, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.models.loading import Loaded, load_tokenizer, save_model
+from rlhf_jax.models.loading import load_tokenizer, save_model
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.sharding import Mesh, put, replicated
 from rlhf_jax.training.state import digest
-from rlhf_jax.types import Params, RewardFn
+from rlhf_jax.types import RewardFn
 
 
 @dataclass(frozen=True)
@@ -40,53 +40,52 @@ class Inputs:
         reward: (prompts, responses, columns) -> float32[B], the sum of the Python rewards; None without any.
         gold: what is only logged.
         key: the run's, on every device.
+        law: what is sampled from, on every device.
     """
 
     tokenizer: Tokenizer
     batches: Batches
     held_out: list[Batch]
-    reward: Callable[[list[str], list[str], dict[str, list[Any]]], np.ndarray] | None
+    reward: ScoreFn | None
     gold: RewardFn | None
     key: jax.Array
+    law: SamplingLaw
 
 
-def read_inputs(
-    config: OnlineArgs,
-    mesh: Mesh,
-    *,
-    group_size: int = 1,
-    rows: Rows | None = None,
-    eval_rows: Rows | None = None,
-    reward_functions: Sequence[RewardFn] | None = None,
-    gold: RewardFn | None = None,
-) -> Inputs:
-    """The inputs of a config, whose sources the other arguments replace; `group_size` responses answer each prompt.
+class Sources(TypedDict, total=False):
+    """What Python code gives instead of what the config names."""
+
+    rows: Rows | None
+    eval_rows: Rows | None
+    reward_functions: Sequence[RewardFn] | None
+    gold: RewardFn | None
+
+
+def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **sources: Unpack[Sources]) -> Inputs:
+    """The inputs of a config, whose sources are replaced by the given ones; `group_size` responses answer each prompt.
 
     Raises:
         UserError: there is no reward, or something is wrong with the rows.
     """
-    data, seed = config.data, config.run.seed
+    data, seed, reward_functions = config.data, config.run.seed, sources.get("reward_functions")
     reward = combine(config.reward, reward_functions)
-    gold = gold or (resolve(config.reward.gold) if config.reward.gold else None)
+    gold = sources.get("gold") or (resolve(config.reward.gold) if config.reward.gold else None)
     if reward is None and not config.reward.model:
         raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
     tokenizer = load_tokenizer(config.model)
     asked = functions_of(config.reward, reward_functions) + ([gold] if gold else [])
     build = partial(prompt_examples, tokenizer=tokenizer, limits=Limits.of(data))
-    train, held_out = make_examples(build, *load_rows(data, rows, eval_rows, seed))
-    _give_columns([*train, *held_out], asked)
+    train, held_out = make_examples(build, *load_rows(data, sources.get("rows"), sources.get("eval_rows"), seed))
+    examples = [*train, *held_out]
+    prompts, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
+    for example, own in zip(examples, columns_for(asked, prompts, columns, where), strict=True):
+        example["columns"] = own
     buckets = tuple(config.sampling.prompt_buckets or [data.max_prompt_length])
     collate = partial(collate_prompts, buckets=buckets, pad_id=tokenizer.pad_id)
     batches = Batches(train, batch_size=data.batch_size // group_size, seed=seed, collate=collate)
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
-    return Inputs(tokenizer, batches, held_out_batches(data, held_out, collate), reward, gold, key)
-
-
-def _give_columns(examples: Sequence[Example], asked: Sequence[Callable[..., Any]]) -> None:
-    """Put the columns that the functions `asked` get into the examples."""
-    given, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
-    for example, own in zip(examples, columns_for(asked, given, columns, where), strict=True):
-        example["columns"] = own
+    law = SamplingLaw.from_config(config.sampling, replicated(mesh))
+    return Inputs(tokenizer, batches, held_out_batches(data, held_out, collate), reward, gold, key, law)
 
 
 def stacked(batches: Sequence[Batch]) -> Batch:
@@ -95,30 +94,13 @@ def stacked(batches: Sequence[Batch]) -> Batch:
 
 
 @dataclass(frozen=True)
-class Critic:
-    """A critic that is written to output_dir/value_model.
-
-    Attributes:
-        loaded: the model.
-        halves: the names in the trained parameters that it is made of.
-        of: these -> its parameters.
-    """
-
-    loaded: Loaded
-    halves: tuple[str, ...]
-    of: Callable[[Params], Params]
-
-
-@dataclass(frozen=True)
 class Method:
     """A method with all that it computes with; `setup` of its own module makes it, with the first `LoopState`.
 
     Attributes:
         settings: the method's group of the config.
-        law: what is sampled from, on the devices.
         group_size: responses to each prompt.
         text: pretraining text for every optimiser step; None without any.
-        critic: None if none is written.
         identity: what a continued run must find unchanged, beside the config, the rows and the frozen models.
     """
 
@@ -126,12 +108,10 @@ class Method:
     settings: OnlineConfig
     mesh: Mesh
     inputs: Inputs
-    nets: Networks[Any]
+    nets: Networks
     programs: Programs
-    law: SamplingLaw
     group_size: int = 1
     text: Batches | None = None
-    critic: Critic | None = None
     identity: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -162,5 +142,7 @@ class Method:
         params = tree.get("state", {"params": {}})["params"]
         policy = tree["average"] if "average" in tree else params["policy"]
         save_model(directory / "model", self.nets.policy, policy, self.inputs.tokenizer)
-        if self.critic is not None:
-            save_model(directory / "value_model", self.critic.loaded, self.critic.of(params), self.inputs.tokenizer)
+        if self.nets.critic is not None:
+            trunk = params["policy"] if self.nets.models.shared_trunk else {}
+            critic = {**{name: part for name, part in trunk.items() if name != "head"}, **params["value"]}
+            save_model(directory / "value_model", self.nets.critic, critic, self.inputs.tokenizer)

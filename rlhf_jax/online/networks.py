@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 import jax
 
@@ -11,15 +11,14 @@ from rlhf_jax.config import OnlineArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import total_length
+from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_length, check_same_tokenizer, check_vocabulary, load_model
 from rlhf_jax.sharding import Mesh
 from rlhf_jax.types import Params
 
-Models = TypeVar("Models")
-
 
 @dataclass(frozen=True)
-class Networks(Generic[Models]):
+class Networks:
     """What never changes of a method's networks; what is trained is in the training state.
 
     Attributes:
@@ -29,24 +28,28 @@ class Networks(Generic[Models]):
         reward: parameters of the reward model; None without any.
         frozen: what trained adapters or layers stand on, as `models.whole` and the update take it; None if all is
             trained.
+        critic: the critic that is written to output_dir/value_model; None if none is.
     """
 
-    models: Models
+    models: Any
     policy: Loaded
     ref: Params | None
     reward: Params | None
     frozen: Params | None
+    critic: Loaded | None = None
 
 
 def load_policy_and_reward(
     config: OnlineArgs, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array
-) -> tuple[Loaded, Loaded | None]:
+) -> tuple[Loaded, Loaded | None, jax.Array]:
     """config.model and config.reward.model, which must know the tokenizer's ids and hold prompt and response.
+
+    Also returns the key of new weights, a branch of the run's `key`.
 
     Raises:
         UserError: a vocabulary or positions that are too few, or a reward model with another tokenizer.
     """
-    length = total_length(config.sampling, config.data.max_prompt_length)
+    length, key = total_length(config.sampling, config.data.max_prompt_length), branch(key, "weights")
     policy, reward = load_model(config.model, mesh, key, length=length), None
     check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
     if config.reward.model:
@@ -57,4 +60,4 @@ def load_policy_and_reward(
     for loaded in (policy, reward):
         if loaded is not None:
             check_length(loaded.model.arch, length, "prompt length + sampling.max_new_tokens =")
-    return policy, reward
+    return policy, reward, key

@@ -5,29 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Wrapped
 
 from rlhf_jax.config import OnlineArgs, OnlineConfig
 from rlhf_jax.inference.generate import make_sampler
-from rlhf_jax.models import Model
 from rlhf_jax.online import core
 from rlhf_jax.online.checks import filters
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, rollout_mesh, tree_shardings
-from rlhf_jax.training.state import Schedule, TrainState
+from rlhf_jax.training.state import Schedule, TrainState, create_state
 from rlhf_jax.types import Params, Rollout
-
-
-class Program(Protocol):
-    """A jitted function."""
-
-    def __call__(self, *args: Any) -> Any: ...
-
-    def trace(self, *args: Any) -> Any:
-        """As of a jitted function: what can be lowered, for arguments that may be ShapeDtypeStructs."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +34,9 @@ class Programs:
         schedule: learning rate of the policy by iteration.
     """
 
-    rollout: Program
-    score: Program
-    update: Program
+    rollout: Wrapped | OnMesh
+    score: Wrapped
+    update: Wrapped
     average: Callable[[Params, Params], Params]
     schedule: Schedule
 
@@ -53,16 +44,22 @@ class Programs:
 def compile_programs(
     config: OnlineArgs,
     settings: OnlineConfig,
-    nets: Networks[Any],
-    state: TrainState,
+    nets: Networks,
+    params: Params,
     mesh: Mesh,
     stop_ids: tuple[int, ...],
-    *,
-    score: core.Score,
-    update: core.Update,
-    schedule: Schedule,
-) -> Programs:
-    """The sampler of a config, and a method's score and update, jitted over the mesh; `state` gives shapes alone."""
+    training: core.Training,
+    make_score: Callable[..., core.Score],
+) -> tuple[Programs, TrainState]:
+    """The sampler of a config and a method's score and update, jitted over the mesh, and the first state.
+
+    `make_score` takes recompute and model_weight. `params`, what is trained, is donated.
+    """
+    exact = nets.models.policy.compute_dtype == jnp.float32 and not filters(config.sampling)
+    recompute = settings.old_logprobs == "recompute" or (settings.old_logprobs == "auto" and not exact)
+    score = make_score(recompute=recompute, model_weight=config.reward.model_weight)
+    update, tx, schedule = training
+    state = create_state(params, tx, mesh)
     sampler = make_sampler(nets.models.policy, config.sampling, () if settings.stop == "truncate" else stop_ids)
 
     def rollout(*args: Any) -> Rollout:
@@ -70,11 +67,11 @@ def compile_programs(
         return drawn if settings.stop == "eos" else core.truncated(drawn, stop_ids, settings.truncate_after)
 
     rows, whole, sampling_mesh = batch_sharding(mesh), replicated(mesh), rollout_mesh(config.mesh, mesh)
-    for params in (state.params["policy"], nets.ref):  # adapters may lack the heads that rollout_tensor must divide
-        tree_shardings(sampling_mesh, params)
+    for tree in (state.params["policy"], nets.ref):  # adapters may lack the heads that rollout_tensor must divide
+        tree_shardings(sampling_mesh, tree)
     rollout = jax.jit(rollout, out_shardings=rows)
     places = tree_shardings(mesh, state)
-    return Programs(
+    programs = Programs(
         rollout=rollout if sampling_mesh is mesh else OnMesh(sampling_mesh, rollout),
         score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
@@ -85,18 +82,13 @@ def compile_programs(
         ),
         schedule=schedule,
     )
-
-
-def recomputes(config: OnlineArgs, settings: OnlineConfig, policy: Model) -> bool:
-    """Whether old log-probs are computed by a forward pass rather than taken from the sampler."""
-    exact = policy.compute_dtype == jnp.float32 and not filters(config.sampling)
-    return settings.old_logprobs == "recompute" or (settings.old_logprobs == "auto" and not exact)
+    return programs, state
 
 
 class OnMesh:
     """A jitted function that is traced and run with another mesh than the rest."""
 
-    def __init__(self, mesh: Mesh, function: Program):
+    def __init__(self, mesh: Mesh, function: Wrapped):
         self.mesh, self.function = mesh, function
 
     def __call__(self, *args: Any) -> Any:

@@ -27,6 +27,7 @@ from rlhf_jax.online.core import (
     Score,
     Scored,
     Sequences,
+    Training,
     Update,
     before_tokens,
     full_sequence,
@@ -45,18 +46,14 @@ from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollo
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout, what the update reads. S = P + T.
+    """A scored rollout, what the update reads: int32, bool and float32. S = P + T.
 
     Attributes:
-        tokens: int32[B, S], prompt and response.
-        positions: int32[B, S].
-        segment_ids: int32[B, S], 1 on real tokens, 0 on padding.
-        mask: bool[B, T], response tokens, the stop token included.
-        value_mask: bool[B, T], slots whose value is trained; the slot after the response too if the score is there.
-        old_logprobs: float32[B, T].
-        old_values: float32[B, T], the value before each token.
-        advantages: float32[B, T].
-        returns: float32[B, T].
+        tokens: prompt and response.
+        segment_ids: 1 on real tokens, 0 on padding.
+        mask: response tokens, the stop token included.
+        value_mask: slots whose value is trained; the slot after the response too if the score is there.
+        old_values: the value before each token.
     """
 
     tokens: Int[Array, "B S"]
@@ -84,7 +81,7 @@ class Models:
     shared_trunk: bool = False
     bases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def whole(self, params: Params, frozen: Mapping[str, Params] | None) -> Params:
+    def whole(self, frozen: Mapping[str, Params] | None, params: Params) -> Params:
         """All parameters of policy and critic, of which `params` are trained; frozen has "ref" and "reward"."""
         frozen = {name: (frozen or {})[base] for name, base in self.bases.items()}
         return {name: joined(frozen.get(name), tree) for name, tree in params.items()}
@@ -200,7 +197,7 @@ def make_score(
         params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
-        whole = models.whole(params, {"ref": ref, "reward": reward})
+        whole = models.whole({"ref": ref, "reward": reward}, params)
         per_row = partial(run_networks, models, whole, ref, reward, temperature, recompute=recompute)
         nets = map_microbatches(per_row, rollout, config.score_microbatch)
         raw = model_weight * nets["score"] + host if models.reward is not None else host
@@ -271,16 +268,7 @@ def score_metrics(
 
 def make_ppo_update(step: Step, config: PPOConfig) -> Update:
     """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
-
-    def minibatch(x: Experience, temperature: Array) -> dict[str, Any]:
-        return {
-            "experience": x,
-            "weights": token_weights(x.mask, config.loss_reduction),
-            "value_weights": token_weights(x.value_mask, config.loss_reduction),
-            "temperature": jnp.broadcast_to(temperature, x.mask.shape[:1]),
-        }
-
-    return make_epochs(step, config, minibatch)
+    return make_epochs(step, config, {"weights": "mask", "value_weights": "value_mask"})
 
 
 def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
@@ -308,9 +296,9 @@ def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraA
 
 def make_ppo_step(
     models: Models, run: PPOArgs, policy_loss: PolicyLoss | None = None, value_loss: ValueLoss | None = None
-) -> tuple[Update, optax.GradientTransformationExtraArgs, Schedule]:
+) -> Training:
     """(update program, optimiser, policy learning rate by iteration) of a config."""
     tx, schedule = make_ppo_optimizer(run)
-    join = lambda frozen, params: models.whole(params, frozen)  # noqa: E731
-    step = make_update(objective(models, run.ppo, policy_loss, value_loss), tx, run.ppo.accumulate, join=join)
+    loss_fn = objective(models, run.ppo, policy_loss, value_loss)
+    step = make_update(loss_fn, tx, run.ppo.accumulate, join=models.whole)
     return make_ppo_update(step, run.ppo), tx, schedule

@@ -18,8 +18,8 @@ from rlhf_jax.types import Params
 
 def make_networks(
     config: PPOArgs, mesh: Mesh, policy: Loaded, reward: Loaded | None, key: jax.Array
-) -> tuple[Networks[core.Models], Params, Loaded]:
-    """(the networks, what is trained at its start, the critic) of policy and reward model; of an abstract key, shapes.
+) -> tuple[Networks, Params]:
+    """(the networks, what is trained at its start) of policy and reward model; of an abstract key, shapes.
 
     Where a part of a model is trained, adapters or top layers, its frozen rest is shared: the policy stands on the
     reference, and the critic on that or on the reward model. What is trained is a copy.
@@ -42,17 +42,10 @@ def make_networks(
         bases = {"policy": "ref"} if ppo.shared_trunk else {"policy": "ref", "value": base}
     models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk, bases)
     frozen = {"ref": ref, "reward": reward.params if reward else None}
-    nets = Networks(models, policy, **frozen, frozen=frozen if bases else None)
+    critic = value if ppo.save_value_model else None
+    nets = Networks(models, policy, **frozen, frozen=frozen if bases else None, critic=critic)
     trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
-    return nets, copied({"policy": policy.params, "value": trained}), value
-
-
-def whole_critic(shared_trunk: bool, params: Params) -> Params:
-    """What is trained of the critic among `params`, its trunk included where that is the policy's."""
-    if not shared_trunk:
-        return params["value"]
-    trunk = {name: tree for name, tree in params["policy"].items() if name != "head"}
-    return {**trunk, "score": params["value"]["score"]}
+    return nets, copied({"policy": policy.params, "value": trained})
 
 
 def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:

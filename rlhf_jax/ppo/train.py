@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
@@ -13,28 +12,55 @@ from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import Collate, collate_sft
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import pack, sft_examples
-from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
-from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.keys import branch
-from rlhf_jax.online import loop
+from rlhf_jax.online import checks, loop
 from rlhf_jax.online.iteration import LoopState, first_state
-from rlhf_jax.online.method import Critic, Method, read_inputs
+from rlhf_jax.online.method import Method, Sources, read_inputs
 from rlhf_jax.online.networks import Networks, load_policy_and_reward
-from rlhf_jax.online.programs import Programs, compile_programs, recomputes
+from rlhf_jax.online.programs import Programs, compile_programs
 from rlhf_jax.ppo import core
-from rlhf_jax.ppo.checks import check, check_batches
-from rlhf_jax.ppo.networks import make_networks, whole_critic
-from rlhf_jax.sharding import Mesh, make_mesh, replicated
-from rlhf_jax.training.state import TrainState, create_state
-from rlhf_jax.types import Advantage, Params, PolicyLoss, RewardFn, ValueLoss
+from rlhf_jax.ppo.networks import make_networks
+from rlhf_jax.sharding import Mesh, check_rows, make_mesh
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.types import Advantage, Params, PolicyLoss, ValueLoss
+
+
+def check(config: PPOArgs) -> None:
+    """Raise a UserError for settings that contradict each other."""
+    ppo = config.ppo
+    checks.check(config, ppo, "ppo")
+    if ppo.kl_controller == "adaptive" and ppo.kl_target <= 0:
+        raise UserError(f"ppo.kl_target {ppo.kl_target} must be positive; or set ppo.kl_controller fixed")
+    if ppo.ptx_coef and not ppo.ptx_path:
+        raise UserError(f"ppo.ptx_coef {ppo.ptx_coef} needs text; set ppo.ptx_path")
+    if ppo.trainable_layers and config.lora.rank:
+        raise UserError(
+            f"ppo.trainable_layers {ppo.trainable_layers} and lora.rank {config.lora.rank} both say what is trained; "
+            "set one of them to 0"
+        )
+    if ppo.value_init == "reward_model" and (not config.reward.model or ppo.shared_trunk):
+        raise UserError("ppo.value_init reward_model needs reward.model, and ppo.shared_trunk false")
+
+
+def check_batches(config: PPOArgs, mesh: Mesh) -> None:
+    """Raise a UserError unless every batch and microbatch divides over the mesh."""
+    ppo = config.ppo
+    if ppo.ptx_coef and ppo.ptx_batch_size % ppo.accumulate:
+        raise UserError(
+            f"ppo.ptx_batch_size {ppo.ptx_batch_size} is not divisible by ppo.accumulate {ppo.accumulate}; "
+            "change one of them"
+        )
+    checks.check_batches(config, ppo, "ppo", mesh)
+    if ppo.ptx_coef:
+        check_rows(mesh, ppo.ptx_batch_size // ppo.accumulate, "ppo.ptx_batch_size / ppo.accumulate =")
 
 
 def make_programs(
     config: PPOArgs,
-    nets: Networks[core.Models],
+    nets: Networks,
     params: Params,
     mesh: Mesh,
     stop_ids: tuple[int, ...],
@@ -43,14 +69,9 @@ def make_programs(
     advantage: Advantage | None = None,
 ) -> tuple[Programs, TrainState]:
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
-    ppo, models = config.ppo, nets.models
-    update, tx, schedule = core.make_ppo_step(models, config, policy_loss, value_loss)
-    recompute = recomputes(config, ppo, models.policy)
-    weight = config.reward.model_weight
-    score = core.make_score(models, ppo, recompute=recompute, model_weight=weight, advantage=advantage)
-    state = create_state(params, tx, mesh)
-    parts = compile_programs(config, ppo, nets, state, mesh, stop_ids, score=score, update=update, schedule=schedule)
-    return parts, state
+    training = core.make_ppo_step(nets.models, config, policy_loss, value_loss)
+    score = partial(core.make_score, nets.models, config.ppo, advantage=advantage)
+    return compile_programs(config, config.ppo, nets, params, mesh, stop_ids, training, score)
 
 
 def collate_text(config: PPOArgs, pad_id: int = 0) -> Collate:
@@ -71,33 +92,23 @@ def text_batches(config: PPOArgs, tokenizer: Tokenizer) -> Batches:
 def setup(
     config: PPOArgs,
     *,
-    rows: Rows | None = None,
-    eval_rows: Rows | None = None,
-    reward_functions: Sequence[RewardFn] | None = None,
-    gold: RewardFn | None = None,
     policy_loss: PolicyLoss | None = None,
     value_loss: ValueLoss | None = None,
     advantage: Advantage | None = None,
+    **sources: Unpack[Sources],
 ) -> tuple[Method, LoopState]:
     """PPO of a config, and what its loop carries at first; writes nothing."""
     check(config)
     mesh, ppo = make_mesh(config.mesh), config.ppo
     check_batches(config, mesh)
-    inputs = read_inputs(config, mesh, rows=rows, eval_rows=eval_rows, reward_functions=reward_functions, gold=gold)
-    tokenizer, key = inputs.tokenizer, branch(inputs.key, "weights")
+    inputs = read_inputs(config, mesh, **sources)
+    tokenizer, swapped = inputs.tokenizer, (policy_loss, value_loss, advantage)
     text = text_batches(config, tokenizer) if ppo.ptx_coef else None
     with jax.set_mesh(mesh.grid):
-        policy, reward = load_policy_and_reward(config, mesh, tokenizer, key)
-        nets, params, value = make_networks(config, mesh, policy, reward, key)
-        swapped = policy_loss, value_loss, advantage
+        nets, params = make_networks(config, mesh, *load_policy_and_reward(config, mesh, tokenizer, inputs.key))
         programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, *swapped)
-        critic = None
-        if ppo.save_value_model:
-            halves = ("policy", "value") if ppo.shared_trunk else ("value",)
-            critic = Critic(value, halves, partial(whole_critic, ppo.shared_trunk))
-        law = SamplingLaw.from_config(config.sampling, replicated(mesh))
         facts = {"ptx rows": text and text.cursor()}
-        method = Method(config, ppo, mesh, inputs, nets, programs, law, text=text, critic=critic, identity=facts)
+        method = Method(config, ppo, mesh, inputs, nets, programs, text=text, identity=facts)
         return method, first_state(method, state)
 
 

@@ -18,7 +18,6 @@ from rlhf_jax.commands.plan.presets import PRESETS, find_preset
 from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs, StageArgs, TrainArgs
 from rlhf_jax.data.collate import example_of_all
 from rlhf_jax.errors import UserError
-from rlhf_jax.group import checks as group_checks
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.generate import total_length
 from rlhf_jax.inference.sampling import SamplingLaw
@@ -26,10 +25,10 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.hf import config_json
 from rlhf_jax.models.kernels import quantized
 from rlhf_jax.models.loading import Loaded, adapted, check_length
+from rlhf_jax.online.checks import check_batches
 from rlhf_jax.online.method import stacked
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
-from rlhf_jax.ppo import checks as ppo_checks
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.ppo.networks import make_networks
 from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicated
@@ -157,15 +156,16 @@ def _policy_and_reward(config: OnlineArgs, mesh: Mesh, attention: str) -> tuple[
 
 
 def _group(config: GroupArgs, mesh: Mesh, attention: str) -> list[Program]:
-    group_checks.check_batches(config, mesh)
+    name, settings = group_train.settings_of(config)
+    check_batches(config, settings, name, mesh)
     nets, params = group_train.make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
     programs, state = group_train.make_programs(config, nets, params, mesh, stop_ids=(0,))
-    return _online(config, group_checks.settings_of(config)[1], mesh, nets, programs, state)
+    return _online(config, settings, mesh, nets, programs, state)
 
 
 def _ppo(config: PPOArgs, mesh: Mesh, attention: str) -> list[Program]:
-    ppo_checks.check_batches(config, mesh)
-    nets, params, _ = make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
+    ppo_train.check_batches(config, mesh)
+    nets, params = make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
     programs, state = ppo_train.make_programs(config, nets, params, mesh, stop_ids=(0,))
     text = None
     if config.ppo.ptx_coef:
@@ -178,7 +178,7 @@ def _online(
     config: OnlineArgs,
     settings: OnlineConfig,
     mesh: Mesh,
-    nets: Networks[Any],
+    nets: Networks,
     programs: Programs,
     state: TrainState,
     text: Batch | None = None,
