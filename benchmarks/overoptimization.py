@@ -27,7 +27,7 @@ from rlhf_jax.commands.sample import run_score
 from rlhf_jax.config import ModelConfig, ScoreArgs
 from rlhf_jax.data.consensus import best_of_n
 from rlhf_jax.runs.curves import COLOUR_MAP, text_table
-from rlhf_jax.tasks import stories, write_rows
+from rlhf_jax.tasks import label_pairs, stories, write_rows
 
 METHODS = ("best-of-n", "PPO")
 FITS = {
@@ -105,10 +105,11 @@ def comparisons(prompts: list[str], drawn: list[Any], num: int, seed: int) -> li
     """`num` rows that the gold reward labels with one error in ten, two samples of a prompt each, in random order."""
     rows = []
     for (a, a_done), (b, b_done) in zip(drawn[::2], drawn[1::2], strict=True):
+        golds = stories.sentiment(prompts, a), stories.sentiment(prompts, b)
         cut = {(p, t): done for p, t, done in zip(prompts * 2, a + b, a_done + b_done, strict=True)}
         rows += [
             {**row, "finished": [cut[row["prompt"], row[name]] for name in ("chosen", "rejected")]}
-            for row in stories.comparisons_from_samples(prompts, a, b, seed, 0.1)
+            for row in label_pairs(prompts, a, b, *golds, seed, 0.1)
         ]
     order = np.random.default_rng(seed).permutation(len(rows))
     return [rows[i] for i in order[:num]]

@@ -21,7 +21,7 @@ from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models.loading import load_model, load_tokenizer
 from rlhf_jax.runs.curves import learning_curves, text_table
 from rlhf_jax.sharding import make_mesh
-from rlhf_jax.tasks import stories, write_rows
+from rlhf_jax.tasks import label_pairs, stories, write_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -54,7 +54,8 @@ def main() -> None:
     drawn = [texts for texts, _ in drawn_from(args.model, train, [args.seed + i for i in range(args.samples)])]
     pairs = []
     for a, b in zip(drawn[::2], drawn[1::2], strict=True):
-        pairs += stories.comparisons_from_samples(texts, a, b, args.seed, 0.1)
+        golds = stories.sentiment(texts, a), stories.sentiment(texts, b)
+        pairs += label_pairs(texts, a, b, *golds, args.seed, 0.1)
     for name, data in (("comparisons", pairs), ("prompts", train)):
         write_rows(path / f"{name}.jsonl", data)
     common = [

@@ -26,7 +26,7 @@ from rlhf_jax import __version__, config
 from rlhf_jax.config.settings import words
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
 from rlhf_jax.hosts import files, yamls
-from rlhf_jax.hosts.yamls import Tree, texts
+from rlhf_jax.hosts.yamls import Tree
 
 Hint = object
 """What stands behind the colon of a field: a type, or what `typing` makes of several."""
@@ -185,7 +185,7 @@ def refusal(name: str, value: object, hints: Mapping[str, Hint], command: str) -
     hint = hints[name]
     if isinstance(value, str) and hint is not str and value != "null":
         with contextlib.suppress(yaml.YAMLError):
-            if texts(value) is None:  # blank, or a comment
+            if yamls.load(value) is None:  # blank, or a comment
                 return misfit(name, value, hint)
     fits = NoneType in typing.get_args(hint) if value == "null" else isinstance(value, dict) == bool(fields(hint))
     return "" if fits else misfit(name, value, hint)
@@ -196,7 +196,7 @@ def parser_of(command: str) -> ArgumentParser:
     """The parser of a command's options; what its help says comes from the docstrings of the config classes."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
-    set_loader("texts", texts, (yaml.YAMLError,))
+    set_loader("texts", yamls.load, (yaml.YAMLError,))
     prog, usage = f"rlhf-jax {command}", "%(prog)s [--config FILE.yaml] [--dotted.option VALUE ...]"
     parser = ArgumentParser(
         prog=prog, usage=usage, description=COMMANDS[command].about, parser_mode="texts", exit_on_error=False,
@@ -228,7 +228,7 @@ def parse(command: str, arguments: list[str]) -> Any:
             text, tree = read(text)
         elif fields(hints.get(name)):
             with contextlib.suppress(yaml.YAMLError):
-                tree = {name: texts(text)}
+                tree = {name: yamls.load(text)}
         given += [(where, option, value) for option, value in dotted(tree)]
         plain.append(f"--{name}={text}")
     for where, option, value in given:
@@ -307,12 +307,9 @@ def plan_command(rest: list[str]) -> None:
 
 def recipe_command(rest: list[str]) -> None:
     """`recipe FILE.yaml`, its own options, and those that replace parts of the file."""
-    own, others = [], {}
-    for name, text in pairs(rest):
-        if name.partition(".")[0] in ("variables", "defaults", "stages"):
-            others[name] = text
-        else:
-            own.append(f"--{name}={text}")
+    given = list(pairs(rest))
+    others = {name: text for name, text in given if name.partition(".")[0] in ("variables", "defaults", "stages")}
+    own = [f"--{name}={text}" for name, text in given if name not in others]
     execute("recipe", parse("recipe", own), others)
 
 

@@ -283,7 +283,8 @@ def test_story_prompts_are_many_distinct_and_follow_their_seed():
 
 
 def test_story_comparisons_prefer_the_happier_sample():
-    rows = stories.comparisons_from_samples(["p", "q"], ["She was sad.", "Fun!"], ["She was glad.", "Fun!"], 0, 0.0)
+    prompts, a, b = ["p", "q"], ["She was sad.", "Fun!"], ["She was glad.", "Fun!"]
+    rows = label_pairs(prompts, a, b, stories.sentiment(prompts, a), stories.sentiment(prompts, b), 0, 0.0)
     assert rows == [{"prompt": "p", "chosen": "She was glad.", "rejected": "She was sad."}]
 
 

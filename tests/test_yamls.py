@@ -89,7 +89,7 @@ def test_a_byte_order_mark_is_no_part_of_the_options(tmp_path):
 
 
 def test_honest_aliases_are_read():
-    assert yamls.texts("a: &x {b: 1}\nc: *x\nd: [*x, *x]") == {"a": {"b": "1"}, "c": {"b": "1"}, "d": [{"b": "1"}] * 2}
+    assert yamls.load("a: &x {b: 1}\nc: *x\nd: [*x, *x]") == {"a": {"b": "1"}, "c": {"b": "1"}, "d": [{"b": "1"}] * 2}
 
 
 @pytest.mark.parametrize("text", ["a: 2020-13-45", "a: " + "9" * 5000, BOMB, "[" * 3000, "a: &a [*a]"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.errors import UserError, shown
-from rlhf_jax.hosts.files import read_strict
+from rlhf_jax.hosts.files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ def declared_eos(directory: Path) -> int | list[int] | None:
     """eos_token_id of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        declared = read_strict(file, "write it again").get("eos_token_id") if file.is_file() else None
+        declared = read_object(file, "write it again", ours=False).get("eos_token_id") if file.is_file() else None
         if declared is None:
             continue
         if not all(type(i) is int for i in (declared if isinstance(declared, list) else [declared])):

@@ -14,7 +14,7 @@ from rlhf_jax.data.backend import continuing, declared_eos, decoded, plain_ids, 
 from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
 from rlhf_jax.data.messages import Messages, Text, text_of
 from rlhf_jax.errors import UserError, reason
-from rlhf_jax.hosts.files import read_strict
+from rlhf_jax.hosts.files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ class Tokenizer:
             raise UserError(f"{path}: holds no tokenizer; it needs {', '.join(FILES[:2])} or vocab files")
         for name in ("config.json", "tokenizer_config.json"):  # transformers would not say which file is broken
             if (directory / name).is_file():
-                read_strict(directory / name, "download or save it again")
+                read_object(directory / name, "download or save it again", ours=False)
         # Without this, importing transformers tells every user that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer

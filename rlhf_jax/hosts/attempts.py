@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -29,33 +30,31 @@ def attempt(fn: Callable[[], Result], timeout: float, limit: str) -> Result:
         TimeoutError: fn is not done in time.
         Exception: whatever fn raises.
     """
-    results: list[Result] = []
-    errors: list[BaseException] = []
+    done = Future[Result]()
 
     def call() -> None:
         try:
-            results.append(fn())
+            done.set_result(fn())
         except BaseException as error:
-            errors.append(error)
+            done.set_exception(error)
 
     if timeout:
         thread = threading.Thread(target=call, name="attempt", daemon=True)
         thread.start()
         thread.join(timeout)
-        if not (results or errors):
+        if not done.done():
             raise TimeoutError(f"no answer in {timeout:g} s ({limit})")
     else:
         call()
-    if results:
-        return results[0]
-    (error,) = errors
+    if (error := done.exception()) is None:
+        return done.result()
     if isinstance(error, Exception) or (isinstance(error, KeyboardInterrupt) and not timeout):
         raise error
     raise RuntimeError(f"it ended the program ({type(error).__name__} {error})") from error
 
 
 def persist(
-    fn: Callable[[], Result], *, timeout: float, retries: int, limit: str, final: tuple[type[Exception], ...] = ()
+    fn: Callable[[], Result], *, timeout: float, retries: int, limit: str, final: tuple[type[Exception], ...]
 ) -> Result:
     """attempt(fn), with up to `retries` further attempts; an error of a kind in `final` is raised at once.
 

@@ -50,36 +50,21 @@ def read_text(path: Place, what: str = "") -> str:
         raise UserError(f"{said}: {reason(error)}; check the path") from error
 
 
-def read_object(path: Place, cure: str) -> JsonObject:
-    """A file that holds one JSON object.
+def read_object(path: Place, cure: str, *, ours: bool = True) -> JsonObject:
+    """A file that holds one JSON object; one that is not `ours` another program wrote: it is read by `strict_json`.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
     text = read_text(path)
     try:
-        value = from_json(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{os.fspath(path)} is broken ({reason(error)}); {cure}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{os.fspath(path)} is broken (a {type(value).__name__}, no JSON object); {cure}")
-    return value
-
-
-def read_strict(path: Place, cure: str) -> JsonObject:
-    """A JSON object that another program wrote, by `strict_json`.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    text = read_text(path)
-    try:
-        value = strict_json(text)
+        value = from_json(text) if ours else strict_json(text)
         if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}")
+            raise ValueError(f"a {type(value).__name__}{', no JSON object' if ours else ''}")
         return value
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{os.fspath(path)} holds no JSON object ({reason(error)}); {cure}") from error
+        wrong = "is broken" if ours else "holds no JSON object"
+        raise UserError(f"{os.fspath(path)} {wrong} ({reason(error)}); {cure}") from error
 
 
 def is_stream(path: Place) -> bool:
@@ -134,7 +119,7 @@ def _write_stream(path: str, data: str | bytes) -> None:
     number = {"stdout": 1, "stderr": 2}.get(name := os.path.basename(path), name)
     descriptor = os.dup(int(number))  # to open a pipe whose reader has gone would wait for ever
     try:
-        write_all(descriptor, data.encode() if isinstance(data, str) else data)
+        write_all(descriptor, data)
     finally:
         os.close(descriptor)
 
@@ -143,16 +128,16 @@ def write_new(path: Path, flags: int, data: str | bytes, *, sync: bool = False) 
     """Write a file that `flags` of os.open open; with `sync` it has reached the disk when this returns."""
     descriptor = os.open(path, flags, 0o666)
     try:
-        write_all(descriptor, data.encode() if isinstance(data, str) else data)
+        write_all(descriptor, data)
         if sync:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: str | bytes) -> None:
     """Write all of it, however little a call takes."""
-    left = memoryview(data)
+    left = memoryview(data.encode() if isinstance(data, str) else data)
     while left:
         left = left[os.write(descriptor, left) :]
 
@@ -226,8 +211,7 @@ class Lines:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(descriptor).st_size
-            known = self._end is not None and self._end <= size
-            end = self._end if known and self._end is not None else whole_end(descriptor)
+            end = whole_end(descriptor) if self._end is None or self._end > size else self._end
             self._end = end
             if end != size:
                 os.ftruncate(descriptor, end)
@@ -242,12 +226,6 @@ class Lines:
         finally:
             os.close(descriptor)
         self._end = end + len(data)
-
-    def sync(self) -> None:
-        """Have all lines, and the name of the file, reach the disk."""
-        if self.path.exists():
-            sync(self.path)
-            sync(self.path.parent)
 
 
 def whole_end(descriptor: int) -> int:
@@ -304,6 +282,15 @@ def written(what: str) -> Iterator[None]:
         if not (isinstance(error, OSError) or "os error" in str(error) or "No space left" in str(error)):
             raise
         raise UserError(f"{what}: {reason(error)}; what was there is as it was; mend that and run it again") from error
+
+
+@contextlib.contextmanager
+def once_more(what: str, kept: str = "") -> Iterator[None]:
+    """Around writing what a command goes on from: an OSError becomes a UserError on `what`; `kept`: what is safe."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {reason(error)}{kept}; mend that, then give the same command again") from error
 
 
 @contextlib.contextmanager

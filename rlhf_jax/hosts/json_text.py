@@ -17,8 +17,6 @@ UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud
 JsonObject = dict[str, Any]
 """A JSON object as Python's dict."""
 
-NOT_FINITE = ("nan", "inf", "-inf")
-
 
 def to_json(value: object, indent: int | None = None) -> str:
     """JSON as other programs read it too: every file of ours is written with this.
@@ -71,7 +69,8 @@ def from_json(text: str | bytes) -> Any:
     """What `to_json` was given, numbers that are not finite included (those within lists stay null)."""
 
     def restored(fields: JsonObject) -> JsonObject:
-        for name in [name for name in fields if fields[name] is None and fields.get(f"{name}_is") in NOT_FINITE]:
+        lost = [name for name, value in fields.items() if value is None]
+        for name in [name for name in lost if fields.get(f"{name}_is") in ("nan", "inf", "-inf")]:
             fields[name] = float(fields.pop(f"{name}_is"))
         return fields
 

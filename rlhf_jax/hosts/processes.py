@@ -49,24 +49,21 @@ _WHY_ABORTED = (
 )
 
 
-def initialize() -> bool:
+def initialize() -> None:
     """Join the other processes of this run, if there are any; before anything touches a device.
 
     They are given by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or JAX
     finds them: tasks of SLURM (srun) or Open MPI (mpirun), or the workers of a TPU slice. JAX_NUM_PROCESSES=1 forbids
     to look. Where nothing hints at others, nothing is tried.
 
-    Returns:
-        whether there are several.
-
     Raises:
         UserError: the variables contradict each other, or the others cannot be reached.
     """
     if jax.distributed.is_initialized():
-        return jax.process_count() > 1
+        return
     arguments = _given()
     if arguments is None and not _has_company():
-        return False
+        return
     try:
         jax.distributed.initialize(
             **(arguments or {}),
@@ -76,14 +73,13 @@ def initialize() -> bool:
         )
     except (RuntimeError, ValueError) as error:
         if arguments is None and isinstance(error, ValueError):  # a TPU whose surroundings JAX does not know: Colab
-            return False
+            return
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the other processes cannot be reached ({reason}); start all of them, and check {', '.join(GIVEN)}"
         ) from error
     if several():
         _explain_abort()
-    return several()
 
 
 def _given() -> dict[str, Any] | None:

@@ -56,8 +56,8 @@ class Values(Bounded, yaml.SafeLoader):
     """YAML with numbers, as `config.yaml` is written."""
 
 
-def load(text: str, loader: Any) -> Any:
-    """What a text says.
+def load(text: str, loader: Any = Texts) -> Any:
+    """What a text says; by default all values are texts.
 
     Raises:
         yaml.YAMLError: nothing that can be read.
@@ -68,11 +68,6 @@ def load(text: str, loader: Any) -> Any:
         raise yaml.YAMLError("nested too deeply") from None
     except (ValueError, OverflowError) as error:  # no such date, too long a number
         raise yaml.YAMLError(reason(error)) from None
-
-
-def texts(text: str) -> Any:
-    """`load` with all values as texts."""
-    return load(text, Texts)
 
 
 def read(text: str, where: str, loader: Any = Texts) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,15 +30,17 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import replace_file, sync
+from rlhf_jax.hosts.files import replace_file, sync, sync_tree, write_new
 from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
 from rlhf_jax.runs.directory import steps_in
 
 Tree = TypeVar("Tree")
 """A pytree of arrays."""
 
+Say = Callable[[str], None]
+"""Tells the user a line."""
+
 MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
-LEFTOVERS = ("writing-", "deleting-")
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """What the system says, in words, within errors that other libraries make of it."""
 
@@ -45,20 +48,16 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(os.path.dirname(ocp.__file__)))
 
 
-Hook = Callable[["sys.UnraisableHookArgs"], object]
+_say_unraisable = sys.unraisablehook
 
 
-def _without_late_reports(hook: Hook) -> Hook:
+def _unraisable(what: sys.UnraisableHookArgs) -> None:
     """A `sys.unraisablehook` that leaves out what threads of a save that failed report to its closed event loop."""
-
-    def unraisable(what: sys.UnraisableHookArgs) -> None:
-        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
-            hook(what)
-
-    return unraisable
+    if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+        _say_unraisable(what)
 
 
-sys.unraisablehook = _without_late_reports(sys.unraisablehook)
+sys.unraisablehook = _unraisable
 
 
 class Checkpoints:
@@ -150,7 +149,7 @@ class Checkpoints:
         """What `save` was given beside the arrays."""
         return from_json((self.path(step) / RECORD).read_text())
 
-    def newest_intact(self, say: Callable[[str], None]) -> int | None:
+    def newest_intact(self, say: Say) -> int | None:
         """The newest checkpoint that passes its checksums; None if none was made. Process 0 only.
 
         Damaged ones are set aside, and `say` is told.
@@ -158,9 +157,9 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but all are damaged.
         """
-        for leftover in [path for path in self.directory.glob("*") if path.name.startswith(LEFTOVERS)]:
+        for leftover in [*self.directory.glob("writing-*"), *self.directory.glob("deleting-*")]:
             shutil.rmtree(leftover)
-        newest = next((step for step in reversed(self.steps()) if self.check(step, say)), None)
+        newest = next((step for step in reversed(self.steps()) if self.holds(step, say)), None)
         if newest is None and any(self.directory.glob("*.damaged*")):
             raise UserError(
                 f"{self.directory} holds damaged checkpoints only; start anew with --run.overwrite true, or put an "
@@ -168,20 +167,16 @@ class Checkpoints:
             )
         return newest
 
-    def holds(self, step: int, say: Callable[[str], None]) -> bool:
-        """Whether there is an intact checkpoint of a step. Process 0 only."""
-        return step in self.steps() and self.check(step, say)
-
-    def check(self, step: int, say: Callable[[str], None]) -> bool:
-        """Whether a checkpoint is intact; if not, it is set aside and `say` told. Process 0 only."""
+    def holds(self, step: int, say: Say) -> bool:
+        """Whether there is an intact checkpoint of a step; a damaged one is set aside, `say` told. Process 0 only."""
         path = self.path(step)
+        if not path.exists():
+            return False
         wrong = damage(path)
         if not wrong:
             return True
-        places = (
-            path.with_name(f"{path.name}.damaged{ending}") for ending in ("", *(f"-{i}" for i in range(1, 1000)))
-        )
-        aside = next(place for place in places if not place.exists())
+        endings = (f".damaged-{i}" if i else ".damaged" for i in itertools.count())
+        aside = next(place for ending in endings if not (place := Path(f"{path}{ending}")).exists())
         path.rename(aside)
         say(f"checkpoint of step {step} is damaged: {wrong}; set aside as {aside}, the one before it is used")
         return False
@@ -245,18 +240,14 @@ def files_of(directory: Path) -> list[Path]:
 
 def write_manifest(directory: Path) -> None:
     """manifest.json of all that the directory holds now, after all of it has reached the disk."""
+    sync_tree(directory)
     sums = {}
     for path in files_of(directory):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
         sums[str(path.relative_to(directory))] = [path.stat().st_size, digest]
-    with open(directory / MANIFEST, "w") as file:
-        json.dump({"files": sums}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        sync(path)
+    write_new(directory / MANIFEST, os.O_WRONLY | os.O_CREAT, json.dumps({"files": sums}, indent=1), sync=True)
+    sync(directory)
 
 
 def damage(directory: Path) -> str:
@@ -273,8 +264,7 @@ def damage(directory: Path) -> str:
     for name, size, digest in entries:
         try:
             with open(directory / name, "rb") as file:
-                there = os.fstat(file.fileno()).st_size
-                if there != size:
+                if (there := os.fstat(file.fileno()).st_size) != size:
                     return f"{name} has {there} bytes instead of {size}"
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return f"{name} has changed (checksum)"

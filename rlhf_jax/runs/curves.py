@@ -35,28 +35,18 @@ def text_table(headers: Sequence[object], rows: Sequence[Sequence[object]]) -> s
     for index, row in enumerate(rows):
         if len(row) != len(headers):
             raise UserError(f"row {index} has {len(row)} cells for {len(headers)} headers; give one cell per header")
-    lines = [[str(header) for header in headers], *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
-    numeric = [
-        any(_is_number(row[column]) for row in rows)
-        and all(_is_number(row[column]) or row[column] is None for row in rows)
-        for column in range(len(headers))
-    ]
+    lines = [[str(header) for header in headers]]
+    for row in rows:
+        cells = ("" if v is None else f"{v:.4g}" if isinstance(v, float | np.floating) else str(v) for v in row)
+        lines.append(list(cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i, width in enumerate(widths):
+        values = [row[i] for row in rows if row[i] is not None]
+        right = values and all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in values)
+        for line in lines:
+            line[i] = line[i].rjust(width) if right else line[i].ljust(width)
     lines.insert(1, ["-" * width for width in widths])
-    formats = [f"{{:{'>' if right else '<'}{width}}}" for right, width in zip(numeric, widths, strict=True)]
-    return "\n".join("  ".join(formats).format(*line).rstrip() for line in lines)
-
-
-def _cell(value: object) -> str:
-    """The text of one cell."""
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _is_number(value: object) -> bool:
-    """Whether a cell is a number, a bool not being one."""
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def learning_curves(path_png: str | Path, history: History, title: str) -> None:
@@ -130,19 +120,12 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _draw_trade(figure: Figure, axes: Axes, lines: History, gold_key: str | None) -> None:
     """The right panel: gold against proxy coloured by KL, or proxy against KL coloured by iteration."""
-    x_key, y_key, colour_key = (
-        ("rollout/reward", gold_key, "rollout/kl") if gold_key else ("rollout/kl", "rollout/reward", "step")
-    )
-    names = {
-        "rollout/reward": "reward-model reward",
-        "rollout/gold": "gold reward",
-        "rollout/kl": "KL from the reference (nats)",
-        "step": "PPO iteration",
-    }
-    _tidy(axes, names[x_key], names[y_key])
-    x, y, colour = (np.array([line[key] for line in lines], dtype=float) for key in (x_key, y_key, colour_key))
-    dots = axes.scatter(x, y, c=colour, cmap=COLOUR_MAP, s=26, alpha=0.85, linewidths=0.3, edgecolors="white")
-    bar = figure.colorbar(dots, ax=axes, label=names[colour_key], pad=0.02)
+    proxy, kl = ("rollout/reward", "reward-model reward"), ("rollout/kl", "KL from the reference (nats)")
+    x, y, shade = (proxy, (gold_key, "gold reward"), kl) if gold_key else (kl, proxy, ("step", "PPO iteration"))
+    _tidy(axes, x[1], y[1])
+    across, up, colour = (np.array([line[key] for line in lines], dtype=float) for key, _ in (x, y, shade))
+    dots = axes.scatter(across, up, c=colour, cmap=COLOUR_MAP, s=26, alpha=0.85, linewidths=0.3, edgecolors="white")
+    bar = figure.colorbar(dots, ax=axes, label=shade[1], pad=0.02)
     bar.outline.set_visible(False)
 
 

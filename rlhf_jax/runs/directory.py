@@ -14,11 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import yaml
 
-from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, StageArgs, to_dict
+from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, EvaluateArgs, QuickstartArgs, StageArgs, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError, printable, tell
@@ -33,24 +33,11 @@ OURS = (
 )  # fmt: skip
 """What a run writes."""
 
-OWNED = {"rejection": ("round[0-9]*",)}
-"""Stage -> patterns of what it writes besides."""
-
 Record = JsonObject
 """What run.json holds, or a checkpoint's record says of its run; see `read_record`."""
 
 Summary = JsonObject
 """What summary.json holds: how a run or command ended."""
-
-
-class OutputArgs(Settings, Protocol):
-    """What the settings of a command have that lays out its directory itself."""
-
-    @property
-    def output_dir(self) -> str: ...
-
-    @property
-    def overwrite(self) -> bool: ...
 
 
 VOID = "void"
@@ -115,7 +102,10 @@ def check_output_dir(
 
 
 def earlier_summary(
-    command: str, config: OutputArgs, files: Sequence[str], made_of: Mapping[str, object] | None = None
+    command: str,
+    config: QuickstartArgs | EvaluateArgs,
+    files: Sequence[str],
+    made_of: Mapping[str, object] | None = None,
 ) -> Summary | None:
     """The summary, if config.output_dir holds all `files` of this very command, which is then finished; else None.
 
@@ -162,19 +152,16 @@ def read_summary(path: Path, cure: str) -> Summary:
 
 def owned(stage: str, path: Path) -> list[Path]:
     """What a run of a stage writes, or has written, in its directory; run.json first."""
-    rounds = sorted(place for pattern in OWNED.get(stage, ()) for place in path.glob(pattern))
+    rounds = sorted(path.glob("round[0-9]*")) if stage == "rejection" else []
     return [*(path / name for name in OURS), *rounds]
-
-
-def _real(path: str | Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises where links go in a circle
 
 
 def check_inputs(stage: str, config: StageArgs) -> None:
     """Raise a UserError if the config reads something that starting its run would delete."""
-    replaced = [_real(place) for place in owned(stage, Path(config.run.output_dir))]
+    real = os.path.realpath  # Path.resolve raises where links go in a circle
+    replaced = [real(place) for place in owned(stage, Path(config.run.output_dir))]
     for option, value in flat(to_dict(config)):
-        if isinstance(value, str) and value and any(_real(value).is_relative_to(path) for path in replaced):
+        if isinstance(value, str) and value and any(Path(real(value)).is_relative_to(path) for path in replaced):
             raise UserError(
                 f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
             )
@@ -361,8 +348,6 @@ def is_held(path: Path) -> bool:
     try:
         with open(path / LOCK) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # no such file, or a file system without locks
-        return False
+    except OSError as error:  # else there is no such file, or a file system without locks
+        return isinstance(error, (BlockingIOError, PermissionError))
     return False

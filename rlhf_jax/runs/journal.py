@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from rlhf_jax.errors import UserError, reason, tell
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts import clock, processes
-from rlhf_jax.hosts.files import Lines, hold, is_stream, replace_files
+from rlhf_jax.hosts.files import Lines, hold, is_stream, once_more, replace_files
 from rlhf_jax.hosts.json_text import JsonObject, json_lines, to_json
 from rlhf_jax.hosts.outputs import check_output, write_output
 from rlhf_jax.runs.directory import as_json
@@ -25,7 +25,7 @@ WRITTEN = "written"
 """Key of the line that comes before OUTPUT is written: the digest of that."""
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """OUTPUT.part, in which rows gather until OUTPUT is written: a header that says what they are made of, then JSON
     lines in an order fixed beforehand.
 
@@ -63,32 +63,29 @@ class Journal:
         check_output(self.output, overwrite=overwrite or self._is_written())
         if self.path is None:
             return []
-        try:
+        with once_more(str(self.path)):
             self._file = hold(self.path)
             if self._file is None:
                 raise UserError(f"{self.path} is being written by another process; wait for it, or stop it")
             self._lines = Lines(self.path)
             return self._read(self.path)
-        except OSError as error:
-            raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
 
     def _read(self, path: Path) -> list[JsonObject]:
         data = path.read_bytes()
         lines = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-        header = _loaded(lines[0]) if lines else None
-        same = header is not None and {**header, "time": None} == {**self._header, "time": None}
+        header = (_loaded(lines[0]) if lines else None) or {}
+        same = {**header, "time": None} == {**self._header, "time": None}
         begun = START.startswith(data[: len(START)])  # else it is somebody else's
         if (not lines and begun) or (not same and "overwrite" in self._header):
             os.truncate(path, 0)
             self._lines.add([self._header], sync=True)
             return []
-        made_of = header.get("made of") if header is not None else None
+        made_of = header.get("made of")
         if made_of != self._header["made of"]:
             raise UserError(
                 f"{path} {_difference(made_of, self._header['made of'])}; give the same, or pass --overwrite true"
             )
-        if header is not None:
-            clock.begin(header.get("time"))  # chat templates see when it was begun
+        clock.begin(header.get("time"))  # chat templates see when it was begun
         rows = [_loaded(line) for line in lines[1:]]
         count = next((i for i, row in enumerate(rows) if row is None or WRITTEN in row), len(rows))
         if count < len(rows) and rows[count] is None:
@@ -126,13 +123,8 @@ class Journal:
 
     def _on_first(self, change: Callable[[], None]) -> None:
         def tried() -> None:
-            try:
+            with once_more(str(self.path), f"; {len(self.rows)} rows are whole there"):
                 change()
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: {reason(error)}; {len(self.rows)} rows are whole there; mend that, then give the "
-                    "same command again"
-                ) from error
 
         processes.from_first(tried)
 
@@ -141,10 +133,7 @@ class Journal:
     ) -> None:
         """Write OUTPUT (empty: standard output) and the summary, if there is one, and delete OUTPUT.part.
 
-        Args:
-            rows: of OUTPUT.
-            summary: of the rows.
-            to: where the summary goes; by default OUTPUT.summary.json, without OUTPUT's own ending.
+        The summary goes `to` OUTPUT.summary.json, without OUTPUT's own ending, unless another place is given.
 
         Raises:
             UserError: they cannot be written; earlier files of these names are as they were, OUTPUT.part is whole.
@@ -158,14 +147,9 @@ class Journal:
         if summary is not None:
             to = to or Path(self.output).with_suffix(".summary.json")
             files.append((to, to_json(summary, indent=1) + "\n"))
-        try:
+        with once_more(f"output {self.output}", f"; what was computed is in {self.path}"):
             self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
             replace_files(files)
-        except OSError as error:
-            raise UserError(
-                f"output {self.output}: {reason(error)}; what was computed is in {self.path}; mend that, then give "
-                "the same command again"
-            ) from error
         with contextlib.suppress(OSError):  # it is of no account now, and gone on with next time
             os.unlink(self.path)
 
@@ -173,10 +157,6 @@ class Journal:
         """Let other processes have OUTPUT.part."""
         if self._file is not None:
             self._file.close()
-            self._file = None
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.json_text import from_json
-from rlhf_jax.runs.directory import METRICS, RECORD, VOID, Record, check_name, is_held, read_record, write_config
+from rlhf_jax.runs.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""
@@ -48,39 +49,25 @@ def last_metrics(path: Path) -> dict[str, float]:
     except OSError:
         return {}
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):  # the first one is cut, and the last one may be under way
             newest.update(from_json(line))
-        except ValueError:  # the first one is cut, and the last one may be under way
-            continue
     return newest
 
 
-def status_of(path: Path, record: Record) -> str:
-    """running, finished, stopped (by a signal, saved), failed (with an error), or crashed (killed)."""
-    if is_held(path):
-        return "running"
-    return "crashed" if record["status"] in ("running", VOID) else record["status"]
-
-
-def age(seconds: float) -> str:
-    """Time gone by, in its largest unit."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def describe(path: Path) -> list[str]:
-    """One row of the list."""
+    """One row of the list. Status is running, finished, stopped (by a signal, saved), failed, or crashed (killed)."""
     record = read_record(path)
     if record is None:
         return [str(path), "?", "unreadable", "", "", ""]
+    ended = "crashed" if record["status"] in ("running", VOID) else record["status"]
+    status = "running" if is_held(path) else ended
     metrics = last_metrics(path)
     values = [f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
     newest = max((f.stat().st_mtime for f in (path / RECORD, path / METRICS) if f.exists()), default=0.0)
     step = f"{metrics.get('step', record['step'])}/{record['total']}"
-    since = age(max(time.time() - newest, 0))
-    return [str(path), record["stage"], status_of(path, record), step, since, ", ".join(values)]
+    since = max(time.time() - newest, 0)
+    size, unit = next((each for each in ((86400, "d"), (3600, "h"), (60, "min")) if since >= each[0]), (1, "s"))
+    return [str(path), record["stage"], status, step, f"{since / size:.0f} {unit}", ", ".join(values)]
 
 
 def show(directory: str = "runs") -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlhf_jax.hosts.files import Lines, replace_file
+from rlhf_jax.hosts.files import Lines, replace_file, sync
 
 
 class Log:
-    """A .jsonl file of a run. Lines that the disk refuses wait in memory and go with the next ones.
-
-    Attributes:
-        path: of the file.
-        count: how many lines there are, those that wait included.
-    """
+    """A .jsonl file of a run. Lines that the disk refuses wait in memory for the next ones; `count` has them too."""
 
     def __init__(self, path: Path):
         """Touches nothing."""
@@ -23,8 +19,15 @@ class Log:
         self._lines, self._waiting = Lines(path), list[Mapping[str, object]]()
 
     def begin(self, step: int | None) -> None:
-        """Make the file, or leave in it what belongs to steps up to `step`."""
-        self.count = 0 if step is None else cut_after(self.path, step)
+        """Make the file, or leave in it only the whole lines of steps up to `step`; later ones come again."""
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill cut it short, or we did not write it
+                if step is not None and line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+        if step is not None:
+            replace_file(self.path, b"".join(kept))
+        self.count = len(kept)
         self._lines.add([])
 
     def add(self, rows: Sequence[Mapping[str, object]], *, sync: bool = False) -> None:
@@ -39,18 +42,7 @@ class Log:
         self._waiting = []
 
     def sync(self) -> None:
-        """Have what is in the file reach the disk."""
-        self._lines.sync()
-
-
-def cut_after(path: Path, step: int) -> int:
-    """Leave in a .jsonl file only the whole lines of steps up to `step`, and say how many; later ones come again."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line.decode())
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut short, or that we did not write
-            continue
-    replace_file(path, "".join(kept))
-    return len(kept)
+        """Have what is in the file, and its name, reach the disk."""
+        if self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import jax
 from tqdm import tqdm
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.runs.checkpoint import reason_of
+from rlhf_jax.runs.checkpoint import Say, reason_of
 from rlhf_jax.runs.directory import METRICS, SAMPLES
 from rlhf_jax.runs.log import Log
-from rlhf_jax.runs.skips import Noted, Skips
+from rlhf_jax.runs.skips import Skips
 from rlhf_jax.types import Metrics
 
 Table = TypeVar("Table")
@@ -34,19 +34,6 @@ def close_bars() -> None:
         bar.close()
 
 
-class Pending(NamedTuple):
-    """What was given to `log` last. Names and packed values are those of the metrics."""
-
-    step: int
-    names: tuple[str, ...]
-    values: jax.Array
-    host: Mapping[str, float]
-    tokens: int
-    table: object
-    on_table: Callable[[Any], None]
-    noted: list[Noted]
-
-
 class RunMetrics:
     """What a run reports of its steps. Device metrics are fetched one step late: logging never stalls the devices.
 
@@ -58,24 +45,14 @@ class RunMetrics:
         bar: the progress bar.
     """
 
-    def __init__(
-        self,
-        settings: StageArgs,
-        stage: str,
-        *,
-        shown: Sequence[str],
-        skips: Skips,
-        say: Callable[[str], None],
-        cure: str,
-    ):
+    def __init__(self, settings: StageArgs, stage: str, shown: Sequence[str], skips: Skips, say: Say, cure: str):
         """Touches nothing. `shown` are the metrics on the progress bar, `cure` says how a stopped run goes on."""
-        self.settings, self.stage, self.shown, self.skips, self.say, self.cure = (
-            settings, stage, shown, skips, say, cure
-        )  # fmt: skip
+        self.settings, self.stage, self.shown = settings, stage, shown
+        self.skips, self.say, self.cure = skips, say, cure
         self.is_writer = processes.is_first()
         self.last: dict[str, float] = {}
         self.started = self._since = time.time()
-        self._pending: Pending | None = None
+        self._pending: Callable[[], None] | None = None
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
         self._disk_full = False
         self._events: SummaryWriter | None = None
@@ -127,10 +104,20 @@ class RunMetrics:
 
         `tokens` were processed since the last call. `table` comes to the host in the same transfer, for `on_table`.
         """
-        values = processes.pack(tuple(metrics.values()))
-        pending = Pending(step, tuple(metrics), values, host, tokens, table, on_table, self.skips.take())
+        names, values, noted = tuple(metrics), processes.pack(tuple(metrics.values())), self.skips.take()
+
+        def write() -> None:
+            numbers, rows, counts = processes.to_host((values, table, [skipped for _, skipped, _ in noted]))
+            now = time.time()
+            speed = {"time/tokens_per_s": round(tokens / (now - self._since), 1)}
+            self._since = now
+            self.write(step, {**dict(zip(names, map(float, numbers), strict=True)), **host, **speed})
+            if rows is not None:
+                on_table(rows)
+            self.skips.count(noted, counts)
+
         self.flush()
-        self._pending = pending
+        self._pending = write
 
     def flush(self) -> None:
         """Fetch and write the metrics that are still pending.
@@ -138,19 +125,9 @@ class RunMetrics:
         Raises:
             UserError: no update was finite for faults.max_skipped steps.
         """
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        on_devices = (pending.values, pending.table, [each.skipped for each in pending.noted])
-        values, table, counts = processes.to_host(on_devices)
-        now = time.time()
-        speed = {"time/tokens_per_s": round(pending.tokens / (now - self._since), 1)}
-        self._since = now
-        metrics = dict(zip(pending.names, map(float, values), strict=True))
-        self.write(pending.step, {**metrics, **pending.host, **speed})
-        if table is not None:
-            pending.on_table(table)
-        self.skips.count(pending.noted, counts)
+        write, self._pending = self._pending, None
+        if write is not None:
+            write()
 
     def report_nan(self, step: int, operation: str) -> NoReturn:
         """Stop at a step whose loss or gradient is not finite, because of `operation` (faults.debug_nans)."""

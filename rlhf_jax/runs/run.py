@@ -27,11 +27,8 @@ from rlhf_jax.runs.interrupts import Interrupts
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.runs.skips import Skips
 
-AGREE_EVERY = 10
-"""Steps after which several processes ask one another whether to save or stop; asking waits for the devices."""
 
-
-class Run:
+class Run(contextlib.AbstractContextManager["Run"]):
     """Where a stage reports and saves.
 
         with Run("sft", config, total=steps) as out:
@@ -44,9 +41,6 @@ class Run:
     Attributes:
         start: steps done when this process took over; 0 in a new run.
         resumed: whether a checkpoint was found.
-        metrics: what is reported of its steps.
-        skips: how many updates were not finite.
-        best: which evaluation is the best.
     """
 
     def __init__(
@@ -58,12 +52,13 @@ class Run:
         shown: tuple[str, ...] = (),
         given: tuple[str, ...] = (),
         files: Mapping[str, str] | None = None,
-        agree_every: int = AGREE_EVERY,
+        agree_every: int = 10,
     ):
         """Claim config.run.output_dir and find where to continue.
 
         `shown` are the metrics on the progress bar; `given` names what the caller passed in Python, which
         `rlhf-jax resume` cannot know. `files` are the contents of the config, as `claim_directory` returns them.
+        Several processes ask one another every `agree_every` steps whether to save or stop: it waits for the devices.
         """
         self.settings, self.config, self.stage, self.total = config, config.run, stage, total
         self.dir, self.given, self.agree_every = Path(config.run.output_dir), given, agree_every
@@ -74,8 +69,7 @@ class Run:
         self.checkpoints = Checkpoints(place, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self.skips = Skips(config.faults.max_skipped, self.checkpoints)
         self.best = Best(choose=config.run.keep_best)
-        cure = self.how_to_continue()
-        self.metrics = RunMetrics(config, stage, shown=shown, skips=self.skips, say=self.say, cure=cure)
+        self.metrics = RunMetrics(config, stage, shown, self.skips, self.say, self.how_to_continue())
         self._lock: BinaryIO | None = None
         step = processes.from_first(self._take)
         self.checkpoints.last = step
@@ -94,12 +88,11 @@ class Run:
             record = directory.read_record(self.dir) or {"status": directory.VOID}
             goes_on = record["status"] != directory.VOID and not self.config.overwrite
             step = self.checkpoints.newest_intact(self.say) if goes_on else None
-            self.resumed, self.start = step is not None, step or 0
-            if not self.resumed:
+            if step is None:
                 directory.wipe(self.stage, self.dir)
             directory.write_config(self.dir, self.stage, self.settings)
             self.metrics.prepare(step)
-            self._record("running")
+            self._record("running", step or 0)
         except BaseException as error:
             if self._lock is not None:
                 self._lock.close()
@@ -107,22 +100,18 @@ class Run:
                 raise
             raise UserError(f"run.output_dir {self.dir}: {reason_of(error)}; choose another place") from error
         if goes_on:
-            where = f"continuing after step {step} of {self.total}" if self.resumed else "no checkpoint, starting anew"
+            where = "no checkpoint, starting anew" if step is None else f"continuing after step {step} of {self.total}"
             broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
             self.say(f"{self.stage}: {self.dir}: {where}{broken}")
         return step
 
-    def _record(self, status: str, note: str = "", step: int | None = None) -> None:
-        at = {"status": status, "note": note, "step": self.start if step is None else step}
-        directory.write_record(self.dir, {**self._about(), **at})
+    def _record(self, status: str, step: int, note: str = "") -> None:
+        directory.write_record(self.dir, {**self._about(), "status": status, "note": note, "step": step})
 
     def _about(self) -> directory.Record:
         """What run.json and every checkpoint say of the run."""
         about = {"stage": self.stage, "total": self.total, "given": list(self.given), "cwd": str(Path.cwd())}
         return {**about, "time": clock.time(), "files": self._files, "config": directory.plain(self.settings)}
-
-    def __enter__(self) -> Run:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Wait for the save under way, put the signal handlers back, say in run.json how it ended."""
@@ -134,7 +123,7 @@ class Run:
             with self._lock, contextlib.suppress(OSError):  # which may be what the error is about
                 if error is not None:
                     status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
-                    self._record(status, f"{type(error).__name__}: {error}", (self.checkpoints.steps() or [0])[-1])
+                    self._record(status, (self.checkpoints.steps() or [0])[-1], f"{type(error).__name__}: {error}")
         if isinstance(error, OSError) or ("No space left" in str(error) and not isinstance(error, UserError)):
             where, reason = getattr(error, "filename", None) or self.dir, reason_of(error or OSError())
             raise UserError(f"{where}: {reason}; mend that, then {self.how_to_continue()}") from error
@@ -185,7 +174,7 @@ class Run:
         due = stop or clock or counts or self.best.step == step if step < self.total else keep.keep_finished
         if failed:
             self._check_failure()
-        if due and step != self.checkpoints.last:
+        if due:
             self._save(step, tree, notes or {})
         if stop and step < self.total:
             self.save_now(step, tree, notes or {})
@@ -196,8 +185,7 @@ class Run:
 
     def save_now(self, step: int, tree: object, notes: Mapping[str, object]) -> None:
         """Save after `step` and wait for it, because the run is about to stop."""
-        if step != self.checkpoints.last:
-            self._save(step, tree, notes)
+        self._save(step, tree, notes)
         self.checkpoints.wait()
         self._check_failure(last_chance=True)
 
@@ -210,6 +198,8 @@ class Run:
         return processes.any_of([bool(self.interrupts.received), clock, self.checkpoints.failure is not None])
 
     def _save(self, step: int, tree: object, notes: Mapping[str, object]) -> None:
+        if step == self.checkpoints.last:
+            return
         self.metrics.flush()
         self.skips.settle()
         record = {
@@ -274,7 +264,7 @@ class Run:
         self.checkpoints.wait()
         if self.is_writer:
             write_json(self.dir / directory.SUMMARY, summary)
-            self._record("finished", step=self.total)
+            self._record("finished", self.total)
             if not self.settings.checkpoint.keep_finished:
                 directory.drop_checkpoints(self.dir)
         self.metrics.bar.close()

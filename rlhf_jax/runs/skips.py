@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -11,13 +10,8 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.checkpoint import Checkpoints
 
-
-class Noted(NamedTuple):
-    """A step, how many of its updates were skipped (a scalar on the devices), and how many there were."""
-
-    step: int
-    skipped: jax.Array
-    updates: int
+Noted = tuple[int, jax.Array, int]
+"""A step, how many of its updates were skipped (a scalar on the devices), and how many there were."""
 
 
 class Skips:
@@ -38,7 +32,7 @@ class Skips:
 
     def note(self, step: int, skipped: jax.Array, updates: int) -> None:
         """Remember a step, whose count stays on the devices."""
-        self._noted.append(Noted(step, skipped, updates))
+        self._noted.append((step, skipped, updates))
 
     def take(self) -> list[Noted]:
         """The steps noted since the last call, for who fetches their counts and calls `count`."""
@@ -48,7 +42,7 @@ class Skips:
     def settle(self) -> None:
         """Fetch and count what is noted."""
         noted = self.take()
-        self.count(noted, jax.device_get([each.skipped for each in noted]))
+        self.count(noted, jax.device_get([skipped for _, skipped, _ in noted]))
 
     def count(self, noted: Sequence[Noted], counts: Sequence[np.ndarray]) -> None:
         """Count steps whose numbers have come to the host.
@@ -59,17 +53,15 @@ class Skips:
         for (step, _, updates), count in zip(noted, counts, strict=True):
             self.total += int(count)
             self.streak = self.streak + 1 if count >= updates else 0
-            if self.streak == self.most > 0:
-                self._stop(step)
-
-    def _stop(self, step: int) -> NoReturn:
-        good = [kept for kept in self.checkpoints.steps() if kept <= step - self.streak]
-        where = f"the last checkpoint before is of step {good[-1]}" if good else "there is no checkpoint before"
-        raise UserError(
-            f"step {step}: loss or gradient was not finite in {self.streak} steps in a row (faults.max_skipped); "
-            f"rows {self.rows(step)}; {where}; lower optim.learning_rate or find the operation with "
-            "--faults.debug_nans true"
-        )
+            if not self.streak == self.most > 0:
+                continue
+            good = [kept for kept in self.checkpoints.steps() if kept <= step - self.streak]
+            where = f"the last checkpoint before is of step {good[-1]}" if good else "there is no checkpoint before"
+            raise UserError(
+                f"step {step}: loss or gradient was not finite in {self.streak} steps in a row (faults.max_skipped); "
+                f"rows {self.rows(step)}; {where}; lower optim.learning_rate or find the operation with "
+                "--faults.debug_nans true"
+            )
 
     def rows(self, step: int) -> str:
         """Where the rows of a step come from."""

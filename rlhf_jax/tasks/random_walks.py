@@ -91,20 +91,18 @@ def _shortest(adjacency: np.ndarray) -> np.ndarray:
         shortest[frontier] = nodes
 
 
-def random_walk(graph: Graph, rng: np.random.Generator, start: int) -> list[int]:
-    """Nodes of a walk that steps along uniformly drawn edges until it is at the goal or `max_length` nodes long."""
-    walk = [start]
-    while walk[-1] != GOAL and len(walk) < graph.max_length:
-        walk.append(int(rng.choice(np.flatnonzero(graph.adjacency[walk[-1]]))))
-    return walk
-
-
 def demonstrations(graph: Graph, num: int, seed: int) -> list[dict[str, str]]:
-    """`num` random walks from uniformly drawn starts, good and bad ones, as rows {"prompt", "response"}."""
+    """`num` random walks, good and bad ones, as rows {"prompt", "response"}.
+
+    From a uniformly drawn start, each steps along uniformly drawn edges to the goal, or to `max_length` nodes.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for start in rng.integers(GOAL + 1, len(graph.adjacency), size=num):
-        letters = [string.ascii_lowercase[node] for node in random_walk(graph, rng, int(start))]
+        walk = [int(start)]
+        while walk[-1] != GOAL and len(walk) < graph.max_length:
+            walk.append(int(rng.choice(np.flatnonzero(graph.adjacency[walk[-1]]))))
+        letters = [string.ascii_lowercase[node] for node in walk]
         rows.append({"prompt": letters[0], "response": " ".join(letters[1:])})
     return rows
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks import label_pairs, write_rows
+from rlhf_jax.tasks import write_rows
 
 POSITIVE_WORDS = """
     amazing beautiful best better brave bright calm celebrate cheer cheered delicious delighted dream enjoy enjoyed
@@ -124,11 +124,3 @@ def _openings() -> list[list[str]]:
         )
     ]
     return [born, outings, animals, friends, pets]
-
-
-def comparisons_from_samples(
-    prompts: Sequence[str], responses_a: Sequence[str], responses_b: Sequence[str], seed: int, noise: float
-) -> list[dict[str, str]]:
-    """Rows {"prompt", "chosen", "rejected"}, labelled by `sentiment` with errors; see `label_pairs`."""
-    scores_a, scores_b = sentiment(prompts, responses_a), sentiment(prompts, responses_b)
-    return label_pairs(prompts, responses_a, responses_b, scores_a, scores_b, seed, noise)

@@ -14,11 +14,9 @@ import yaml
 from rlhf_jax import cli
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.yamls import Tree, Value, texts
+from rlhf_jax.hosts.yamls import Tree, Value, load
 from rlhf_jax.runs.directory import OURS
 
-TOP = ("output_dir", "variables", "defaults", "stages")
-OF_ROUNDS, OF_CARRY = ("rounds", "carry", "stages"), ("first", "then")
 OUTPUTS = ("run.output_dir", "output", "out", "output_dir")
 """Options that say where a command writes; a stage's is set to a place of its name."""
 
@@ -31,7 +29,7 @@ class Stage:
     """A command with all that it is told.
 
     Attributes:
-        name: in the file.
+        label: the name that no other stage has, such as round2/ppo.
         round: from 1; 0 outside of rounds.
         command: such as "data aggregate".
         options: what the file says, references filled in.
@@ -40,18 +38,13 @@ class Stage:
         inputs: labels of the stages whose artefacts it reads.
     """
 
-    name: str
+    label: str
     round: int
     command: str
     options: Tree
     config: Settings
     output: str
     inputs: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """The name that no other stage has, such as round2/ppo."""
-        return label_of(self.name, self.round)
 
 
 @dataclass(frozen=True)
@@ -66,29 +59,21 @@ class Known:
 Scope = dict[str, Known]
 
 
-def label_of(name: str, round_: int) -> str:
-    """See `Stage.label`."""
-    return f"round{round_}/{name}" if round_ else name
-
-
 def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
-    """All stages of all rounds, in order, and the directory of the recipe.
+    """All stages of all rounds of a recipe, as `replaced` returns it, in order, and its directory.
 
-    Args:
-        tree: the file, changed by what the command line replaces.
-        where: the file's name, for messages.
-        output_dir: replaces the file's unless empty.
+    `where` is the file's name, for messages; `output_dir` replaces the file's unless empty.
 
     Raises:
         UserError: the first thing that does not fit, with the file and the stage.
     """
-    group_of(tree, TOP, f"{where}: a recipe")
+    group_of(tree, f"{where}: a recipe", ("output_dir", "variables", "defaults", "stages"))
     root = output_dir or tree.get("output_dir", "")
     if not isinstance(root, str) or not root:
         raise UserError(f"{where}: there is no output_dir; say where to write, as --output_dir runs/first")
-    recipe = Recipe(where, Path(root), as_group(tree.get("defaults", {}), f"{where}: defaults"))
+    recipe = Recipe(where, Path(root), group_of(tree.get("defaults", {}), f"{where}: defaults"))
     names: Scope = {}
-    for name, value in as_group(tree.get("variables", {}), f"{where}: variables").items():
+    for name, value in group_of(tree.get("variables", {}), f"{where}: variables").items():
         if value == "null":
             raise UserError(f"{where}: variable {name} has no value; give --variables.{name} VALUE")
         recipe.add(names, name, recipe.known(value, names, f"variables.{name}"))
@@ -125,13 +110,13 @@ class Recipe:
 
     def rounds(self, entry: Tree, names: Scope) -> Iterator[Stage]:
         """The stages of every round. A carried name is `first` in round 1, and what `then` was in the round before."""
-        group_of(entry, OF_ROUNDS, f"{self.where}: rounds")
+        group_of(entry, f"{self.where}: rounds", ("rounds", "carry", "stages"))
         count = filled(entry["rounds"], names, f"{self.where}: rounds", set())
         if not isinstance(count, str) or not count.isdigit() or count == "0":
             raise self.error("rounds", f"{count!r} is no number of rounds; give a whole number of at least 1")
         carry = {
-            name: group_of(both, OF_CARRY, f"{self.where}: carry.{name}", all_of_them=True)
-            for name, both in as_group(entry.get("carry", {}), f"{self.where}: carry").items()
+            name: group_of(both, f"{self.where}: carry.{name}", ("first", "then"), all_of_them=True)
+            for name, both in group_of(entry.get("carry", {}), f"{self.where}: carry").items()
         }
         carried = {name: self.known(both["first"], names, f"carry.{name}.first") for name, both in carry.items()}
         for round_ in range(1, int(count) + 1):
@@ -165,7 +150,7 @@ class Recipe:
         name = entry.get("name", command)
         if not isinstance(command, str) or not isinstance(name, str):
             raise self.error(f"stage {name}", f"command is {command!r}; name one, as command: sft")
-        place = f"stage {name}"
+        place, label = f"stage {name}", f"round{round_}/{name}" if round_ else name
         if command not in cli.COMMANDS:
             raise self.error(place, f"unknown command {command!r}{cli.nearest(command, list(cli.COMMANDS), '')}")
         hints = cli.COMMANDS[command].options
@@ -179,16 +164,15 @@ class Recipe:
         options = merged(options, {key: value for key, value in entry.items() if key not in ("name", "command")})
         used: set[str] = set()
         options = {key: filled(value, names, f"{self.where}: {place}: {key}", used) for key, value in options.items()}
-        here = self.root / label_of(name, round_)
         ending = ".jsonl" if target == "output" and command != "convert" else ""
-        output = dict(cli.dotted(options)).get(target) or f"{here}{ending}"
+        output = dict(cli.dotted(options)).get(target) or f"{self.root / label}{ending}"
         put(options, target, output)
-        self.add(names, name, Known(output, frozenset([label_of(name, round_)]), target == "run.output_dir"))
+        self.add(names, name, Known(output, frozenset([label]), target == "run.output_dir"))
         try:
             config = cli.parse(command, [f"--{key}={as_argument(value)}" for key, value in options.items()])
         except UserError as error:
             raise self.error(place, str(error)) from error
-        return Stage(name, round_, command, options, config, output, tuple(sorted(used)))
+        return Stage(label, round_, command, options, config, output, tuple(sorted(used)))
 
     def check_defaults(self, stages: Sequence[Stage]) -> None:
         """Raise a UserError if a default is an option of no stage."""
@@ -238,22 +222,14 @@ def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
     return template.substitute({name: names[name].value for name in wanted})
 
 
-def group_of(value: object, known: Sequence[str], where: str, *, all_of_them: bool = False) -> Tree:
+def group_of(value: object, where: str, known: Sequence[str] = (), *, all_of_them: bool = False) -> Tree:
     """A group as it is; UserError if it is none, or has other names than the known ones, or not all of them."""
-    group = as_group(value, where)
-    for name in group:
-        if name not in known:
-            raise UserError(f"{where} has no {name!r}; it has {', '.join(known)}")
-    missing = [name for name in known if name not in group]
-    if all_of_them and missing:
-        raise UserError(f"{where} has no {missing[0]}; give {', '.join(known)}")
-    return group
-
-
-def as_group(value: object, where: str) -> Tree:
-    """A group as it is; UserError if it is none."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is {value!r}; write names and values")
+    if odd := [name for name in value if known and name not in known]:
+        raise UserError(f"{where} has no {odd[0]!r}; it has {', '.join(known)}")
+    if all_of_them and (missing := [name for name in known if name not in value]):
+        raise UserError(f"{where} has no {missing[0]}; give {', '.join(known)}")
     return value
 
 
@@ -313,7 +289,7 @@ def replaced(tree: Mapping[str, object], changes: Mapping[str, object], where: s
         new = as_texts(value)
         if isinstance(new, str) and new[:1] in ("[", "{"):
             try:
-                new = texts(new)
+                new = load(new)
             except yaml.YAMLError as error:
                 raise UserError(f"--{dotted} {new!r} is no list or group; close its brackets") from error
         if group == "stages":
@@ -334,7 +310,5 @@ def replaced(tree: Mapping[str, object], changes: Mapping[str, object], where: s
 def entries_of(stages: object) -> Iterator[Tree]:
     """Every stage that stands in a list, in rounds too."""
     for entry in stages if isinstance(stages, list) else []:
-        if isinstance(entry, dict) and "rounds" in entry:
-            yield from entries_of(entry.get("stages"))
-        elif isinstance(entry, dict):
-            yield entry
+        if isinstance(entry, dict):
+            yield from entries_of(entry.get("stages")) if "rounds" in entry else [entry]

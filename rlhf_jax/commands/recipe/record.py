@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from rlhf_jax.commands.recipe.reading import Stage
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import files
 from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.models.contents import contents, digest_below
@@ -139,13 +139,10 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        try:
+        with files.once_more(str(self.path)):
             files.write_json(self.path, self.entries)
-        except OSError as error:
-            raise UserError(f"{self.path}: {reason(error)}; mend that, then give the same command again") from error
 
     def close(self) -> None:
         """Let others have the directory."""
         if self._lock is not None:
             self._lock.close()
-            self._lock = None

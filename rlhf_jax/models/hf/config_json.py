@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError, reason, shown
-from rlhf_jax.hosts.files import read_strict
+from rlhf_jax.hosts.files import read_object
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.families import FAMILIES, ConfigJson, Family
 from rlhf_jax.models.rotary import check_law
@@ -48,7 +48,7 @@ _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 def read_json(file: Path) -> ConfigJson:
     """A JSON object; a UserError if the file holds none."""
-    return read_strict(file, "download or save it again")
+    return read_object(file, "download or save it again", ours=False)
 
 
 @contextlib.contextmanager
