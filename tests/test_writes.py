@@ -183,7 +183,7 @@ def test_a_vote_that_could_not_be_written_is_none_and_the_file_is_read_again(tmp
     items, _ = items_of([{"prompt": LONE, "responses": [{"text": LONE}, {"text": "b"}], "_where": "x"}])
     assert ranking_row and items
     vote = {
-        "item": items[0].key, "rater": "ann", "prompt": LONE, "responses": items[0].responses(), "ranks": [0, 1],
+        "item": items[0].key, "rater": "ann", "prompt": LONE, "responses": items[0].ranking.items(), "ranks": [0, 1],
         "all_bad": False, "skipped": False, "comment": "", "order": [0, 1], "seconds": 1.0, "time": "now",
     }  # fmt: skip
     path = str(tmp_path / "votes.jsonl")

@@ -242,7 +242,7 @@ def test_rows_that_pass_on_responses_pass_on_their_ids(chat_models, tmp_path):
     ratings = rate.run(RateArgs(verdict="rating"), rows=rows, function=length)
     (tmp_path / "c.jsonl").write_text(json.dumps(rows[0]))
     joined = datasets.run_aggregate(DataAggregateArgs(path=str(tmp_path / "c.jsonl")))
-    shown = [{**row, "responses": item_of(row).responses()} for row in rows_from(rows)]
+    shown = [{**row, "responses": item_of(row).ranking.items()} for row in rows_from(rows)]
     for found in (judged, ranks, joined, shown):
         assert [item["ids"] for item in found[0]["responses"]] == ids
         assert [item["model"] for item in found[0]["responses"]] == ["m"] * 3
