@@ -158,6 +158,17 @@ def forked(name):
     return getattr(importlib.import_module("my_fork"), name)
 
 
+def swapped(way, monkeypatch, module, name, config, **field):
+    """(config, arguments): `module.name` edited, or the function of the fork passed or named by the config's field."""
+    [(field, fork)] = field.items()
+    if way == "edited":
+        monkeypatch.setattr(module, name, forked(fork))
+    return (
+        replace(config, **{field: f"my_fork:{fork}"}) if way == "named" else config,
+        {field: forked(fork)} if way == "passed" else {},
+    )
+
+
 def advantages_with(config=PPOConfig(), **given):  # noqa: B008 (it is frozen)
     """float32[B, T], as scored, not whitened."""
     config = replace(config, whiten_advantages=False)
@@ -168,26 +179,14 @@ def advantages_with(config=PPOConfig(), **given):  # noqa: B008 (it is frozen)
 def test_advantages_are_swapped_three_ways(fork, monkeypatch, way):
     """Monte-Carlo returns are GAE with lambda 1, with gamma from the config."""
     wanted = advantages_with(PPOConfig(discount=0.9, gae_lambda=1.0))
-    config, given = PPOConfig(discount=0.9), {}
-    if way == "edited":
-        monkeypatch.setattr(advantages, "gae", forked("monte_carlo"))
-    elif way == "passed":
-        given = {"advantage": forked("monte_carlo")}
-    else:
-        config = replace(config, advantage="my_fork:monte_carlo")
+    config, given = swapped(way, monkeypatch, advantages, "gae", PPOConfig(discount=0.9), advantage="monte_carlo")
     assert not np.allclose(wanted, advantages_with(PPOConfig(discount=0.9)), atol=1e-3) or way == "edited"
     np.testing.assert_allclose(advantages_with(config, **given), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["edited", "passed", "named"])
 def test_the_value_loss_is_swapped_three_ways(fork, monkeypatch, way):
-    config, given = PPOConfig(), {}
-    if way == "edited":
-        monkeypatch.setattr(losses, "clipped_value_loss", forked("squared"))
-    elif way == "passed":
-        given = {"value_loss": forked("squared")}
-    else:
-        config = replace(config, value_loss="my_fork:squared")
+    config, given = swapped(way, monkeypatch, losses, "clipped_value_loss", PPOConfig(), value_loss="squared")
     _, metrics = ppo.objective(BIGRAMS, config, **given)(PARAMS, batch_of(X), KEY)
     wanted = 2 * jnp.sum(batch_of(X)["value_weights"] * (X.old_values - X.returns) ** 2)
     np.testing.assert_allclose(metrics["value/fork"], wanted, rtol=1e-4)
@@ -195,13 +194,9 @@ def test_the_value_loss_is_swapped_three_ways(fork, monkeypatch, way):
 
 @pytest.mark.parametrize("way", ["edited", "passed", "named"])
 def test_the_advantages_of_groups_are_swapped_three_ways(fork, monkeypatch, way):
-    config, given = GroupConfig(group_size=4), {}
-    if way == "edited":
-        monkeypatch.setattr(advantages, "group_advantages", forked("best"))
-    elif way == "passed":
-        given = {"advantage": forked("best")}
-    else:
-        config = replace(config, advantage="my_fork:best")
+    config, given = swapped(
+        way, monkeypatch, advantages, "group_advantages", GroupConfig(group_size=4), advantage="best"
+    )
     scores, mask = jnp.array([1.0, 4.0, 2.0, 3.0, 8.0, 7.0, 6.0, 5.0]), jnp.ones((8, 2), bool)
     found = group.core.advantages_of(scores, jnp.zeros((8, 2)), mask, 0.0, config, **given)
     np.testing.assert_array_equal(found[:, 0], [0, 1, 0, 0, 1, 0, 0, 0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 
 from rlhf_jax.config.checks import check, check_list
-from rlhf_jax.config.parts import ModelConfig
+from rlhf_jax.config.parts import DataConfig, ModelConfig, OptimConfig, StepsConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
@@ -44,3 +44,16 @@ def check_frozen(model: ModelConfig, lora: LoRAConfig) -> None:
         raise UserError(f"model.quantize {model.quantize}: a quantised model cannot be trained; {cure}")
     if lora.rank and model.arch is not None:
         raise UserError(f"lora.rank {lora.rank} would leave the random weights of model.arch as they are; set it to 0")
+
+
+def check_training(
+    group: str, own: StepsConfig, data: DataConfig, model: ModelConfig, lora: LoRAConfig, optim: OptimConfig
+) -> None:
+    """Raise a UserError unless a method on rows, whose settings are `own`, can train so; `group` is their name."""
+    optim.check("optim.")
+    check_frozen(model, lora)
+    if data.batch_size % own.accumulate:
+        raise UserError(
+            f"data.batch_size {data.batch_size} is not divisible by {group}.accumulate {own.accumulate}; "
+            "change one of them"
+        )

@@ -9,13 +9,6 @@ from collections.abc import Callable
 
 from rlhf_jax.errors import UserError, shown
 
-
-def check_divides(batch_size: int, name: str, parts: int) -> None:
-    """Raise a UserError unless data.batch_size makes equal microbatches."""
-    if batch_size % parts:
-        raise UserError(f"data.batch_size {batch_size} is not divisible by {name} {parts}; change one of them")
-
-
 SEEDS = "between 0 and 2**32 - 1"
 
 SMALLEST, LARGEST = 1.2e-38, 3.4e38

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check, check_url, key_of
-from rlhf_jax.config.online import RewardSourceConfig, check_buckets
+from rlhf_jax.config.online import RewardSourceConfig
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
@@ -169,7 +169,7 @@ class DrawArgs:
 
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
-        check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+        self.sampling.check_buckets("max_prompt_length", self.max_prompt_length)
 
 
 @settings

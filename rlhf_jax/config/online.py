@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import LARGEST, check
-from rlhf_jax.config.parts import OptimConfig, SamplingConfig
+from rlhf_jax.config.parts import OptimConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
 
@@ -44,15 +44,6 @@ class RewardSourceConfig:
             )
         if any(not name.strip() for name in self.functions):
             raise UserError(f"reward.functions {shown(self.functions)} has an empty text; name module:function")
-
-
-def check_buckets(sampling: SamplingConfig, name: str, longest: int) -> None:
-    """Raise a UserError unless the last prompt bucket holds prompts of the longest length, the option `name`."""
-    if sampling.prompt_buckets and sampling.prompt_buckets[-1] < longest:
-        raise UserError(
-            f"sampling.prompt_buckets {sampling.prompt_buckets} ends below {name} {longest}; "
-            f"append {longest} to it or lower {name}"
-        )
 
 
 PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule="linear", eps=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Literal
 
@@ -136,6 +137,10 @@ class StepsConfig:
     epochs: int = 1
     accumulate: int = 1
 
+    def check(self, group: str, at_least_0: str, more: Mapping[str, str] | None = None) -> None:
+        """Raise a UserError unless all is in range: what stands here, the fields `at_least_0` and the rules `more`."""
+        check(self, group, {"at least 0": f"steps {at_least_0}", "at least 1": "epochs accumulate", **(more or {})})
+
 
 @settings
 class DataConfig:
@@ -266,3 +271,11 @@ class SamplingConfig:
                 f"{self.max_new_tokens}; lower it"
             )
         check_list(self, "prompt_buckets", "sampling.", "at least 1", ascending=True)
+
+    def check_buckets(self, name: str, longest: int) -> None:
+        """Raise a UserError unless the last prompt bucket holds prompts of the longest length, the option `name`."""
+        if self.prompt_buckets and self.prompt_buckets[-1] < longest:
+            raise UserError(
+                f"sampling.prompt_buckets {self.prompt_buckets} ends below {name} {longest}; "
+                f"append {longest} to it or lower {name}"
+            )

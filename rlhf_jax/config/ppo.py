@@ -6,7 +6,7 @@ from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
-from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig, check_buckets
+from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import PathText, settings
@@ -103,5 +103,5 @@ class PPOArgs:
         self.optim.check("optim.")
         check_frozen(self.model, self.lora)
         self.value_optim.check("value_optim.")
-        check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
+        self.sampling.check_buckets("data.max_prompt_length", self.data.max_prompt_length)
         self.ppo.check_truncation("ppo", self.sampling.max_new_tokens)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rlhf_jax.config.adapters import LoRAConfig, check_frozen
-from rlhf_jax.config.checks import check, check_divides
+from rlhf_jax.config.adapters import LoRAConfig, check_training
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, StepsConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
@@ -38,13 +37,8 @@ class DPOConfig(StepsConfig):
     sft_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        rules = {
-            "at least 0": "steps target_margin sft_coef",
-            "at least 1": "epochs accumulate",
-            "above 0": "beta discopop_tau",
-            "at least 0 and below 1/2": "label_smoothing",
-        }
-        check(self, "dpo.", rules)
+        more = {"above 0": "beta discopop_tau", "at least 0 and below 1/2": "label_smoothing"}
+        self.check("dpo.", "target_margin sft_coef", more)
 
 
 @settings
@@ -68,12 +62,7 @@ class KTOConfig(StepsConfig):
     sft_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        rules = {
-            "at least 0": "steps desirable_weight undesirable_weight sft_coef",
-            "at least 1": "epochs accumulate",
-            "above 0": "beta",
-        }
-        check(self, "kto.", rules)
+        self.check("kto.", "desirable_weight undesirable_weight sft_coef", {"above 0": "beta"})
 
 
 @settings
@@ -92,7 +81,7 @@ class RRHFConfig(StepsConfig):
     sft_coef: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, "rrhf.", {"at least 0": "steps length_penalty sft_coef", "at least 1": "epochs accumulate"})
+        self.check("rrhf.", "length_penalty sft_coef")
 
 
 @settings
@@ -109,10 +98,8 @@ class PreferenceArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        self.optim.check("optim.")
-        check_frozen(self.model, self.lora)
         group = dataclasses.fields(self)[-1].name  # the settings of the method
-        check_divides(self.data.batch_size, f"{group}.accumulate", getattr(self, group).accumulate)
+        check_training(group, getattr(self, group), self.data, self.model, self.lora, self.optim)
 
 
 @settings

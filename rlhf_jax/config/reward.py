@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf_jax.config.adapters import LoRAConfig, check_frozen
-from rlhf_jax.config.checks import check, check_divides
+from rlhf_jax.config.adapters import LoRAConfig, check_training
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, StepsConfig
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
@@ -52,13 +51,7 @@ class RewardConfig(StepsConfig):
     rating_high: float = 5.0
 
     def __post_init__(self) -> None:
-        rules = {
-            "at least 0": "steps center_coef",
-            "at least 1": "epochs accumulate",
-            "above 0": "aggregate_prior",
-            "finite": "rating_low rating_high",
-        }
-        check(self, "reward.", rules)
+        self.check("reward.", "center_coef", {"above 0": "aggregate_prior", "finite": "rating_low rating_high"})
         if self.rating_low >= self.rating_high:
             raise UserError(
                 f"reward.rating_low {self.rating_low:g} is not below reward.rating_high {self.rating_high:g}; give "
@@ -81,6 +74,4 @@ class RewardArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        self.optim.check("optim.")
-        check_frozen(self.model, self.lora)
-        check_divides(self.data.batch_size, "reward.accumulate", self.reward.accumulate)
+        check_training("reward", self.reward, self.data, self.model, self.lora, self.optim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import field
 
 from rlhf_jax.config.checks import SEEDS, check
-from rlhf_jax.config.online import check_buckets
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
@@ -44,7 +43,7 @@ class SampleArgs:
 
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
-        check_buckets(self.sampling, "max_prompt_length", self.max_prompt_length)
+        self.sampling.check_buckets("max_prompt_length", self.max_prompt_length)
 
 
 @settings

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf_jax.config.adapters import LoRAConfig, check_frozen
-from rlhf_jax.config.checks import check, check_divides
-from rlhf_jax.config.online import check_buckets
+from rlhf_jax.config.adapters import LoRAConfig, check_training
 from rlhf_jax.config.parts import (
     DataConfig,
     MeshConfig,
@@ -39,7 +37,7 @@ class SFTConfig(StepsConfig):
     num_samples: int = 4
 
     def __post_init__(self) -> None:
-        check(self, "sft.", {"at least 0": "steps num_samples", "at least 1": "epochs accumulate"})
+        self.check("sft.", "num_samples")
 
 
 @settings
@@ -58,10 +56,8 @@ class SFTArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        self.optim.check("optim.")
-        check_frozen(self.model, self.lora)
-        check_divides(self.data.batch_size, "sft.accumulate", self.sft.accumulate)
-        check_buckets(self.sampling, "data.max_prompt_length", self.data.max_prompt_length)
+        check_training("sft", self.sft, self.data, self.model, self.lora, self.optim)
+        self.sampling.check_buckets("data.max_prompt_length", self.data.max_prompt_length)
 
 
 @settings
