@@ -38,7 +38,8 @@ def ppo() -> list:
 
 def with_temperature(method: Method, temperature: float) -> Method:
     law = SamplingLaw.from_config(SamplingConfig(max_new_tokens=6, temperature=temperature))
-    return dataclasses.replace(method, law=jax.device_put(law, replicated(method.mesh)))
+    inputs = dataclasses.replace(method.inputs, law=jax.device_put(law, replicated(method.mesh)))
+    return dataclasses.replace(method, inputs=inputs)
 
 
 @pytest.mark.slow
