@@ -23,6 +23,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
 from typing import TypeVar
 
 import jax
@@ -44,8 +46,15 @@ MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """What the system says, in words, within errors that other libraries make of it."""
 
-# What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line.
-logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(os.path.dirname(ocp.__file__)))
+# What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line. Of a save with many arrays one
+# error is raised; those of the others asyncio logs, when their tasks are collected.
+ORBAX = os.path.dirname(ocp.__file__)
+logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(ORBAX))
+logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _through_orbax(record.exc_info[2])))
+
+
+def _through_orbax(trace: TracebackType | None) -> bool:
+    return any(frame.f_code.co_filename.startswith(ORBAX) for frame, _ in walk_tb(trace))
 
 
 _say_unraisable = sys.unraisablehook
