@@ -228,6 +228,12 @@ def own_rows(mesh: Mesh, count: int) -> np.ndarray:
     return owner == jax.process_index()
 
 
+def data_ways() -> int:
+    """Devices that rows lie over, of the mesh of `jax.set_mesh`; 1 outside of one."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return shape.get("data", 1) * shape.get("fsdp", 1)
+
+
 def constrain(x: jax.Array, *axes: str | Split | None) -> jax.Array:
     """Pin an activation's axes to mesh axes (one, several or None); nothing happens outside a `jax.set_mesh` block."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -1,8 +1,9 @@
-"""Masks, positions, weights, and log-probs of chosen tokens without the whole of the logits."""
+"""Masks, positions, weights, packed rows, and log-probs of chosen tokens without the whole of the logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -102,3 +103,74 @@ def map_microbatches(fn: Callable[[Any], Any], batch: Any, rows: int) -> Any:
     if total % rows:
         raise ValueError(f"batch of {total} rows is not a multiple of the microbatch {rows}; choose a divisor")
     return from_microbatches(jax.lax.map(fn, to_microbatches(batch, total // rows)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packed:
+    """Rows, each a prompt and a response, side by side in sequences of one length: what a network reads.
+
+    Arrays are [M, N, S]: M sequences of S columns in each of N microbatches, of which those that hold anything come
+    first. `at(i)` is microbatch i, a view [M, S]. What a network says of a column belongs to one token of one row:
+    prompt [p, q] and response [a, b] stand in columns p, q, a, b; q is place 0 (it predicts a, and its value is that
+    of the state before a), a is place 1, b is place 2 and ends the row.
+
+    Attributes:
+        tokens: int32.
+        positions: int32, those of a row from 0.
+        segment_ids: int32, what attention keeps apart; 0 is padding.
+        row: int32, the row that a column's output belongs to; num_rows where none, as within a prompt.
+        place: int32, t where the column stands before response token t of its row, the response's length at its end.
+        ends: bool, the last token of its row.
+        branches: int32, or None where every segment is one row. Rows of a segment share its prompt: 0 is that prompt,
+            seen by all, k the k-th row behind it, whose positions go on from the prompt's.
+        num_rows: R, static.
+    """
+
+    tokens: Int[Array, "*MN S"]
+    positions: Int[Array, "*MN S"]
+    segment_ids: Int[Array, "*MN S"]
+    row: Int[Array, "*MN S"]
+    place: Int[Array, "*MN S"]
+    ends: Bool[Array, "*MN S"]
+    branches: Int[Array, "*MN S"] | None = None
+    num_rows: int = field(default=0, metadata={"static": True})
+
+    @property
+    def used(self) -> Int[Array, ""]:
+        """Microbatches that hold a row."""
+        return jnp.any(self.row < self.num_rows, axis=(0, 2)).sum(dtype=jnp.int32)
+
+    def at(self, i: Int[Array, ""] | int) -> Packed:
+        """Microbatch i, [M, S]."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), self)
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        """What `Model.apply` takes."""
+        named = {"tokens": self.tokens, "positions": self.positions, "segment_ids": self.segment_ids}
+        return named if self.branches is None else {**named, "branches": self.branches}
+
+    @property
+    def targets(self) -> Int[Array, "*MN S"]:
+        """The token after each column, for those that `predicts` names."""
+        return jnp.roll(self.tokens, -1, axis=-1)
+
+    @property
+    def predicts(self) -> Bool[Array, "*MN S"]:
+        """The columns before response tokens, whose log-probs are asked for."""
+        return (self.row < self.num_rows) & ~self.ends
+
+    @property
+    def rows(self) -> Bool[Array, " R"]:
+        """The rows that a view holds."""
+        return jnp.zeros(self.num_rows, bool).at[self.row].set(True, mode="drop")
+
+    def to_rows(self, x: Float[Array, "M S"], num_tokens: int) -> Float[Array, "R T"]:
+        """What a view's columns say, at (row, place); 0 elsewhere. A place beyond num_tokens = T is left out."""
+        empty = jnp.zeros((self.num_rows, num_tokens), x.dtype)
+        return empty.at[self.row, self.place].add(x, mode="drop")
+
+    def at_ends(self, x: Float[Array, "M S"]) -> Float[Array, " R"]:
+        """What a view's columns say at the last token of each row; 0 for rows elsewhere."""
+        return jnp.zeros(self.num_rows, x.dtype).at[jnp.where(self.ends, self.row, self.num_rows)].add(x, mode="drop")

@@ -1,0 +1,133 @@
+"""Laws of packed rows: every token has its place, a network says of it what it says of the row alone, one compile."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import ARCH, model_params
+
+from rlhf_jax.config import MeshConfig
+from rlhf_jax.models import Model
+from rlhf_jax.sharding import make_mesh
+from rlhf_jax.tokens import Packed
+from rlhf_jax.training.packing import Layout, first_fit, pack
+
+ROWS, PROMPT, NEW = 24, 4, 8
+
+
+def ragged(seed: int, longest: int = NEW) -> tuple[jax.Array, jax.Array]:
+    """tokens int32[R, S] and what is real of them: left-padded prompts, right-padded responses, two of them empty."""
+    rng = np.random.default_rng(seed)
+    prompt = np.arange(PROMPT) >= rng.integers(0, PROMPT, ROWS)[:, None]
+    response = np.arange(NEW) < np.append([0, 0, longest], rng.integers(1, longest + 1, ROWS - 3))[:, None]
+    tokens = rng.integers(0, 20, (ROWS, PROMPT + NEW)).astype(np.int32)
+    return jnp.asarray(tokens), jnp.asarray(np.concatenate([prompt, response], axis=1))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def packed_of(tokens, real, layout) -> Packed:
+    return pack(tokens, real, NEW, layout)
+
+
+TOGETHER = Layout.of(ROWS, PROMPT + NEW, tokens=30, most=0)
+APART = Layout.of(ROWS, PROMPT + NEW, tokens=0, most=8)
+
+
+@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_token_of_every_row_has_one_column_and_a_row_stays_in_one_piece(layout, seed):
+    tokens, real = (np.asarray(x) for x in ragged(seed))
+    packed = jax.device_get(packed_of(tokens, real, layout))
+    assert packed.tokens.shape == (layout.sequences, layout.microbatches, PROMPT + NEW)
+    found, counts = {}, np.zeros((ROWS, NEW + 1), int)
+    names = ("tokens", "positions", "segment_ids", "row", "place", "ends")
+    segments = zip(*(getattr(packed, name).reshape(-1, PROMPT + NEW) for name in names), strict=True)
+    for ids, positions, segment, row, place, ends in segments:
+        for number in set(segment.tolist()) - {0}:
+            (at,) = np.nonzero(segment == number)
+            assert (np.diff(at) == 1).all() and (positions[at] == np.arange(len(at))).all()
+            (own,) = set(row[at].tolist()) - {ROWS}
+            spoken = at[row[at] == own]
+            counts[own, place[spoken]] += 1
+            assert ends[spoken].tolist() == [False] * (len(spoken) - 1) + [True] and spoken[-1] == at[-1]
+            found[own] = ids[at].tolist()
+        assert (row[segment == 0] == ROWS).all() and not ends[segment == 0].any()
+    lengths = real[:, PROMPT:].sum(1)
+    assert found == {r: tokens[r][real[r]].tolist() for r in range(ROWS) if lengths[r]}
+    np.testing.assert_array_equal(counts, (np.arange(NEW + 1) <= lengths[:, None]) & (lengths[:, None] > 0))
+
+
+def test_what_columns_say_returns_to_the_rows_by_views():
+    tokens, real = ragged(3)
+    packed = packed_of(tokens, real, TOGETHER)
+    mask, used = np.asarray(real[:, PROMPT:]), int(packed.used)
+    assert 1 < used < TOGETHER.microbatches
+    targets, ends, rows = np.zeros((ROWS, NEW)), np.zeros(ROWS), np.zeros(ROWS, int)
+    for i in range(used):
+        view = packed.at(i)
+        targets += view.to_rows(jnp.where(view.predicts, view.targets, 0), NEW)
+        ends += view.at_ends(view.tokens)
+        rows += np.asarray(view.rows)
+    np.testing.assert_array_equal(targets, np.where(mask, tokens[:, PROMPT:], 0))
+    last = np.asarray(tokens)[np.arange(ROWS), PROMPT + mask.sum(1) - 1]
+    np.testing.assert_array_equal(ends, np.where(mask.any(1), last, 0))
+    np.testing.assert_array_equal(rows, mask.any(1))
+    assert all(not packed.at(i).rows.any() for i in range(used, TOGETHER.microbatches))
+
+
+def test_short_rows_take_few_microbatches_and_no_compilation_of_their_own():
+    packed_of.clear_cache()
+    used = [int(packed_of(*ragged(0, longest), TOGETHER).used) for longest in (1, 4, 8)]
+    assert packed_of._cache_size() == 1
+    assert used[0] < used[1] < used[2] <= TOGETHER.microbatches
+
+
+def test_first_fit_needs_at_most_eleven_ninths_of_the_fewest_and_one():
+    """The fewest are known: whole sequences of 64 are cut into pieces."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        cuts = np.sort(rng.integers(1, 64, (12, 4)), axis=1)
+        claims = rng.permutation(np.diff(cuts, axis=1, prepend=0, append=64).reshape(-1))
+        sequence, first = (np.asarray(x) for x in jax.jit(first_fit, static_argnums=1)(jnp.asarray(claims), 64))
+        taken = np.zeros((len(claims), 64), int)
+        for to, at, claim in zip(sequence, first, claims, strict=True):
+            taken[to, at : at + claim] += 1
+        assert taken.max() == 1 and taken.sum() == claims.sum()
+        assert taken.any(axis=1).sum() <= 11 / 9 * 12 + 1
+
+
+def test_a_network_says_of_a_packed_row_what_it_says_of_the_row_alone():
+    """Sums over keys run in another order: 2e-6."""
+    model, (tokens, real) = Model(ARCH), ragged(4)
+    params = model_params(model, 0)
+
+    @jax.jit
+    def said(view):
+        hidden = model.apply(params, **view.inputs)
+        logprobs = jnp.where(view.predicts, model.logprobs(params, hidden, view.targets)[0], 0)
+        return view.to_rows(logprobs, NEW), view.to_rows(hidden[..., 0], NEW), view.at_ends(hidden[..., 0])
+
+    found = []
+    for layout in (TOGETHER, APART):
+        packed = packed_of(tokens, real, layout)
+        parts = [said(packed.at(i)) for i in range(int(packed.used))]
+        found.append(jax.tree.map(lambda *xs: sum(xs), *parts))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6, rtol=2e-6)
+    assert np.abs(found[0][0])[np.asarray(real[:, PROMPT:])].min() > 0
+
+
+def test_on_a_mesh_rows_lie_as_on_one_device_and_microbatches_over_the_devices():
+    tokens, real = ragged(5)
+    alone = jax.device_get(packed_of(tokens, real, TOGETHER))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)).grid):
+        layout = Layout.of(ROWS, PROMPT + NEW, tokens=30, most=0)
+        assert layout.sequences == 4 * TOGETHER.sequences
+        packed = packed_of(tokens, real, layout)
+        assert packed.tokens.addressable_shards[0].data.shape[0] == TOGETHER.sequences
+    by_sequence = lambda x: np.asarray(x).swapaxes(0, 1).reshape(-1, PROMPT + NEW)[:ROWS]  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(by_sequence(a), by_sequence(b)), packed, alone)
