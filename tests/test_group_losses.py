@@ -37,6 +37,7 @@ CASES = {
     "gspo": (losses.sequence_mean_policy_loss, "sequence", SURROGATE, 0.0),
     "gspo_delta": (losses.sequence_mean_policy_loss, "sequence", CLIP | {"dual_clip": make_group.DELTA}, 0.0),
     "rloo": (losses.sequence_policy_loss, "sequence", SURROGATE, 0.0),
+    **{mode: (losses.clipped_policy_loss, "sequence", SURROGATE, make_group.BETA) for mode in make_group.MODES},
 }
 """Case of the golden file -> (loss, reduction, its options, coefficient of the KL in the loss)."""
 
@@ -50,14 +51,20 @@ def stored():
 def value_of(case, x, logprobs):
     loss, reduction, options, beta = CASES[case]
     weights = token_weights(x["mask"], reduction)
-    total, metrics = loss(logprobs, x["old"], jnp.broadcast_to(x["advantages"][:, None], (B, T)), weights, **options)
+    advantages = jnp.broadcast_to(x["advantages"][:, None], (B, T))
+    if case in make_group.MODES:  # TRL's names: where, and what happens beyond the cap
+        where, beyond = case.split("_")
+        beyond = "clip" if beyond == "truncate" else "mask"
+        options_of_case = {"importance": where, "importance_cap": make_group.CAP, "importance_beyond": beyond}
+        advantages *= losses.importance_weights(x["old"], x["sampler"], x["mask"], **options_of_case)[0]
+    total, metrics = loss(logprobs, x["old"], advantages, weights, **options)
     if beta:
         total += beta * losses.reference_kl_loss(logprobs, x["ref"], weights, max_log_ratio=60.0)[0]
     return total, metrics
 
 
 def check_against(arrays, rows):
-    x = {name: arrays[f"{rows}/{name}"] for name in ("mask", "logprobs", "old", "ref", "advantages")}
+    x = {name: arrays[f"{rows}/{name}"] for name in ("mask", "logprobs", "old", "ref", "sampler", "advantages")}
     for case in CASES:
         (loss, _), grad = jax.value_and_grad(partial(value_of, case, x), has_aux=True)(jnp.asarray(x["logprobs"]))
         np.testing.assert_allclose(loss, arrays[f"{rows}/{case}/loss"], rtol=1e-5, atol=1e-5, err_msg=case)

@@ -6,6 +6,7 @@ fields of the same name.
 """
 
 from rlhf_jax.losses.group import cispo_policy_loss, reference_kl_loss, sequence_mean_policy_loss, sequence_policy_loss
+from rlhf_jax.losses.importance import importance_weights
 from rlhf_jax.losses.policy import clipped_policy_loss, clipped_value_loss, next_token_loss
 from rlhf_jax.losses.preference import (
     apo_down_loss,

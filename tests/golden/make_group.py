@@ -6,10 +6,10 @@
 
 The code that runs is TRL's, in float64: `_compute_loss` of GRPOTrainer and RLOOTrainer, of objects made without their
 constructors and given the few attributes that the method reads (the model's log-probs are fixed ones); and the lines
-of `_generate_and_score_completions` from the rewards to the advantages, which are cut out of the method by their first
-and last statement. For INPUTS in ordinary, extreme (float32):
+of `_generate_and_score_completions` from the rewards to the advantages, and those that correct for vLLM's law, which
+are cut out of the method by their first and last statement. For INPUTS in ordinary, extreme (float32):
     INPUTS/mask        bool[B, T], response tokens
-    INPUTS/logprobs, INPUTS/old, INPUTS/ref    [B, T]
+    INPUTS/logprobs, INPUTS/old, INPUTS/ref, INPUTS/sampler    [B, T]
     INPUTS/advantages  [B]
     INPUTS/CASE/loss   []
     INPUTS/CASE/grad   [B, T], of the loss by logprobs
@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 
 B, T, GROUP = 12, 9, 4
-LOW, HIGH, DELTA, BETA = 0.2, 0.28, 1.5, 0.3
+LOW, HIGH, DELTA, BETA, CAP = 0.2, 0.28, 1.5, 0.3, 3.0
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
     "bnpo": {"loss_type": "bnpo"},
@@ -48,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "gspo_delta": {"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": DELTA},
     "rloo": {},
+    **{mode: {"loss_type": "grpo", "beta": BETA, "mode": mode} for mode in MODES},
 }
 ADVANTAGES: dict[str, dict[str, Any]] = {
     "grpo_group": {"scale_rewards": "group"},
@@ -75,6 +77,7 @@ def inputs(name: str) -> dict[str, np.ndarray]:
         log_ratio = np.clip(log_ratio, -300, np.where(advantages > 0, 300, 30 / T)[:, None])
         log_ref = np.clip(rng.normal(size=(B, T)) * np.repeat(scale, 2)[rng.permutation(B), None], -300, 30)
     found = {"logprobs": logprobs, "old": logprobs - log_ratio, "ref": logprobs + log_ref, "advantages": advantages}
+    found["sampler"] = found["old"] + np.random.default_rng(3).normal(size=(B, T)) * 0.7
     return {"mask": np.arange(T) < lengths[:, None]} | {k: v.astype(np.float32) for k, v in found.items()}
 
 
@@ -103,6 +106,30 @@ def bare(cls: type, logprobs: Any, **attributes: Any) -> Any:
     return trainer
 
 
+def cut(cls: type, first: str, last: str) -> str:
+    """The lines of `_generate_and_score_completions` from the text `first` up to the text `last`."""
+    source = inspect.getsource(cls._generate_and_score_completions)
+    return textwrap.dedent(source[source.index(first) : source.index(last)])
+
+
+def importance(mode: str, x: dict[str, Any]) -> Any:
+    """The ratio of a mode, [B, T] or [B, 1], by TRL's statements."""
+    import trl.trainer.grpo_trainer as grpo
+
+    first = "                mask = completion_mask if tool_mask is None"
+    code = cut(
+        grpo.GRPOTrainer, first, "            # Compute the per-token log probabilities for the reference model"
+    )
+    settings = {"mode": mode, "clip_min": None, "clip_max": CAP}
+    names = {
+        **vars(grpo), "self": SimpleNamespace(**{f"vllm_importance_sampling_{k}": v for k, v in settings.items()}),
+        "completion_mask": x["mask"].long(), "tool_mask": None, "old_per_token_logps": x["old"],
+        "sampling_per_token_logps": x["sampler"],
+    }  # fmt: skip
+    exec(code, names)
+    return names["vllm_importance_sampling_ratio"]
+
+
 def loss_of(case: str, x: dict[str, Any]) -> tuple[Any, Any]:
     """(loss, leaf of its gradient) of a case by TRL, on float64 tensors."""
     from trl import GRPOTrainer, RLOOTrainer
@@ -115,11 +142,15 @@ def loss_of(case: str, x: dict[str, Any]) -> tuple[Any, Any]:
         batch["old_logps"] = (x["old"] * x["mask"]).sum(1)
         return bare(RLOOTrainer, leaf, epsilon_low=LOW, epsilon_high=HIGH)._compute_loss(None, batch), leaf
     settings = CASES[case]
+    mode = settings.get("mode")
+    if mode:
+        batch["importance_sampling_ratio"] = importance(mode, x)
     trainer = bare(
         GRPOTrainer, leaf, loss_type=settings["loss_type"], beta=settings.get("beta", 0.0), epsilon_low=LOW,
         epsilon_high=settings.get("epsilon_high", HIGH), max_completion_length=T, top_entropy_quantile=1.0,
         importance_sampling_level=settings.get("importance_sampling_level", "token"), off_policy_mask_threshold=None,
-        use_vllm=False, _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1,
+        use_vllm=bool(mode), vllm_importance_sampling_correction=True, _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1,
         args=SimpleNamespace(delta=settings.get("delta"), use_bias_correction_kl=False, steps_per_generation=1),
     )  # fmt: skip
     return trainer._compute_loss(None, batch | {"num_items_in_batch": ids.sum()}), leaf
@@ -146,10 +177,9 @@ def advantages(name: str) -> np.ndarray:
     import trl.trainer.rloo_trainer as rloo
 
     module, cls = (grpo, grpo.GRPOTrainer) if name.startswith("grpo") else (rloo, rloo.RLOOTrainer)
-    source = inspect.getsource(cls._generate_and_score_completions)
     first = "        unscorable_mask =" if name.startswith("grpo") else "        grouped_rewards ="
-    last = "        advantages = torch.nan_to_num(advantages, nan=0.0)\n"
-    code = textwrap.dedent(source[source.index(first) : source.index(last) + len(last)])
+    last = "advantages = torch.nan_to_num(advantages, nan=0.0)\n"
+    code = cut(cls, first, "        " + last) + last
     values = torch.from_numpy(rewards()).double()
     settings = {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": torch.ones(1).double()}
     names = {

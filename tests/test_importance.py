@@ -1,0 +1,88 @@
+"""The law that was sampled from: the policy gradient on a chain whose responses are all enumerated."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.losses import cispo_policy_loss, clipped_policy_loss, importance_weights, sequence_policy_loss
+
+V, T = 3, 4
+RESPONSES = np.array(list(itertools.product(range(V), repeat=T)))  # [81, T]
+BEFORE = np.pad(RESPONSES, ((0, 0), (1, 0)))[:, :T]  # 0 stands before the first token
+MASK = np.ones(RESPONSES.shape, bool)
+RNG = np.random.default_rng(0)
+LOGITS = jnp.asarray(RNG.normal(size=(T, V, V)), jnp.float32)  # the policy: of token t after token t - 1
+REWARDS = jnp.asarray(RNG.normal(size=(64, len(RESPONSES))), jnp.float32)  # 64 rewards of every response
+LOSSES = {clipped_policy_loss: {"dual_clip": 0.0}, sequence_policy_loss: {"dual_clip": 0.0}, cispo_policy_loss: {}}
+SAMPLERS = {"warm": LOGITS / 1.4, "cold": LOGITS / 0.7, "stale": LOGITS + jnp.asarray(RNG.normal(size=LOGITS.shape))}
+
+
+def logprobs_of(logits):
+    """Log-probs [81, T] of the tokens of all responses."""
+    return jax.nn.log_softmax(logits)[np.arange(T)[None], BEFORE, RESPONSES]
+
+
+@jax.jit
+def right(logits):
+    """The gradient of the expected reward, for each reward: [64, T, V, V]."""
+    return jax.jacrev(lambda x: REWARDS @ jnp.exp(logprobs_of(x).sum(1)))(logits)
+
+
+def estimated(loss, sampler, weigh):
+    """The mean over the sampler's responses of what the first step ascends, the policy at LOGITS, for each reward."""
+    old, drawn = logprobs_of(LOGITS), logprobs_of(sampler.astype(jnp.float32))
+    share = jnp.broadcast_to(jnp.exp(drawn.sum(axis=1, keepdims=True)), old.shape)  # of each response; they sum to 1
+    options = {"clip_ratio": 0.2, "clip_ratio_high": 0.0, "max_log_ratio": 20.0, **LOSSES[loss]}
+    if loss is sequence_policy_loss:  # in which a response weighs as much as its tokens together
+        share = share / T
+
+    def value(logits, rewards):
+        advantages = rewards[:, None] * weigh(old, drawn)
+        return -loss(logprobs_of(logits), old, jnp.broadcast_to(advantages, old.shape), share, **options)[0]
+
+    return jax.jit(jax.vmap(jax.grad(value), in_axes=(None, 0)))(LOGITS, REWARDS)
+
+
+def weighing(importance, cap=0.0, beyond="clip"):
+    options = {"importance": importance, "importance_cap": cap, "importance_beyond": beyond}
+    return lambda old, drawn: importance_weights(old, drawn, MASK, **options)[0]
+
+
+def error(loss, sampler, weigh):
+    """Of the estimate, over all rewards, as a share of the right gradient."""
+    true = right(LOGITS)
+    return float(jnp.linalg.norm(estimated(loss, sampler, weigh) - true) / jnp.linalg.norm(true))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_weights_of_the_response_make_the_gradient_unbiased_and_those_of_tokens_make_it_better(loss, name):
+    of = lambda weigh: error(loss, SAMPLERS[name], weigh)  # noqa: E731
+    none, token, sequence = of(lambda old, drawn: 1.0), of(weighing("token")), of(weighing("sequence"))
+    assert sequence < 1e-5 < token < none
+    clipped, masked = of(weighing("sequence", 3.0)), of(weighing("sequence", 3.0, "mask"))
+    assert sequence <= clipped <= masked < none  # a cap trades bias for spread, and masking costs more than clipping
+
+
+def test_a_policy_that_samples_itself_has_weights_of_exactly_one_at_every_setting():
+    logprobs = logprobs_of(LOGITS)
+    for where, beyond in itertools.product(("token", "sequence"), ("clip", "mask")):
+        weights = weighing(where, 1.0, beyond)(logprobs, logprobs)
+        assert (np.asarray(weights) == 1).all()
+
+
+def test_padding_counts_nowhere_and_metrics_say_what_was_cut():
+    old, drawn = jnp.log(jnp.asarray([[4.0, 0.5, 1.0], [1.0, 9.0, 9.0]])), jnp.zeros((2, 3))
+    mask = jnp.asarray([[True, True, False], [True, False, False]])
+    options = {"importance_cap": 3.0, "importance_beyond": "mask"}
+    token, seen = importance_weights(old, drawn, mask, importance="token", **options)
+    np.testing.assert_allclose(token, [[0, 0.5, 1], [1, 1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(seen["rollout/importance"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(seen["rollout/importance_max"], 4.0, rtol=1e-6)
+    np.testing.assert_allclose(seen["rollout/importance_beyond"], 1 / 3, rtol=1e-6)
+    sequence, seen = importance_weights(old, drawn, mask, importance="sequence", **options)
+    np.testing.assert_allclose(sequence, [[2.0], [1.0]], rtol=1e-6)
+    assert seen["rollout/importance_beyond"] == 0
