@@ -29,10 +29,11 @@ def sequence_logprobs(model: Model, params: Params, batch: Batch) -> Float[Array
     tokens, positions, segment_ids = (
         batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "positions", "segment_ids")
     )
-    logprobs = model.next_logprobs(params, tokens, positions, segment_ids).reshape(*batch["tokens"].shape[:2], -1)
     # Tokens [a, b, c] of a prompt a: the targets b, c stand at positions 1, 2, not below its length 1.
     targets = (batch["positions"] >= batch["prompt_lengths"][:, None, None]) & (batch["segment_ids"] > 0)
-    return jnp.sum(jnp.where(targets[:, :, 1:], logprobs, 0.0), axis=-1)
+    needed = targets[:, :, 1:].reshape(len(tokens), -1)
+    logprobs = model.next_logprobs(params, tokens, positions, segment_ids, needed=needed)
+    return logprobs.sum(axis=-1).reshape(targets.shape[:2])
 
 
 def own_and_other(model: Model, params: Params, batch: Batch) -> Float[Array, "B 2"]:

@@ -37,9 +37,10 @@ def objective(model: Model, loss: TokenLoss) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logprobs = model.next_logprobs(params, batch["tokens"], batch["positions"], batch["segment_ids"])
-        value, metrics = loss(logprobs, batch["weights"][:, 1:])
         targets = batch["weights"][:, 1:] > 0
+        read = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+        logprobs = model.next_logprobs(params, *read, needed=targets)
+        value, metrics = loss(logprobs, batch["weights"][:, 1:])
         nll = {"loss/nll": -jnp.sum(logprobs, where=targets), "loss/nll_weight": targets.sum(dtype=jnp.float32)}
         return value, {**metrics, **nll}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -40,19 +40,58 @@ def token_weights(mask: Bool[Array, "B T"], reduction: str) -> Float[Array, "B T
     raise ValueError(f"unknown reduction {reduction!r}; use token, sequence or fixed")
 
 
+@jax.custom_vjp
+def _permuted(x: Array, order: Int[Array, "W N"], place: Int[Array, "W N"]) -> Array:
+    """x[w, order[w]] of x [W, N, ...]; `place` is the inverse, which makes the gradient a gather, too."""
+    return jax.vmap(lambda x, order: x[order])(x, order)
+
+
+_permuted.defvjp(
+    lambda x, order, place: (_permuted(x, order, place), (order, place)),
+    lambda kept, grad: (_permuted(grad, kept[1], kept[0]), None, None),
+)
+
+
+def _in_chunks(fn: Callable[..., Any], inputs: list[Array], needed: Bool[Array, "W N"], num: int) -> list[Array]:
+    """fn of the positions that are needed, the rest zeros [W, N]: `num` checkpointed chunks, empty ones skipped."""
+    shards, count = needed.shape
+
+    def if_needed(needed: Array, *inputs: Array) -> Any:
+        shapes = jax.eval_shape(fn, *inputs)
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.cond(needed.any(), fn, lambda *_: nothing, *inputs)
+
+    # Where each position goes: the needed ones keep their order at the front, the others theirs behind them.
+    pad = -count % num
+    needed, *inputs = (jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) for x in (needed, *inputs))
+    before = jnp.cumsum(needed, axis=1, dtype=jnp.int32)
+    place = jnp.where(needed, before, before[:, -1:] + jnp.cumsum(~needed, axis=1, dtype=jnp.int32)) - 1
+    order = jnp.argsort(place, axis=1)
+
+    # [W, N, ...] -> [num, W, N / num, ...] and back.
+    ordered = [_permuted(x, order, place) for x in (needed, *inputs)]
+    chunks = [x.reshape(shards, num, -1, *x.shape[2:]).swapaxes(0, 1) for x in ordered]
+    outputs = jax.lax.map(lambda xs: jax.checkpoint(if_needed)(*xs), chunks)
+    return [_permuted(x.swapaxes(0, 1).reshape(shards, -1), place, order)[:, :count] for x in outputs]
+
+
 def token_logprobs(
-    project: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
+    project: Callable[[Float[Array, "W C D"]], Float[Array, "W C V"]],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     temperature: Float[Array, ""] | float,
     *,
     chunk: int,
+    needed: Bool[Array, "B T"] | None = None,
+    shards: int = 1,
     with_entropy: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs (nats) of `targets` under softmax(project(hidden) / temperature), and the entropy if asked (else 0).
 
-    log p = z_target - logsumexp(z). Logits are float32 and at most `chunk` positions of a row are alive at once, in
-    the backward pass too: longer sequences run in checkpointed chunks. `hidden[:, t]` predicts `targets[:, t]`.
+    log p = z_target - logsumexp(z), float32. `hidden[:, t]` predicts `targets[:, t]`; both results are 0 off `needed`
+    (None: all are). The B T positions lie in W = `shards` blocks of whole rows, as rows lie on a mesh, and the logits
+    of at most `chunk` positions of a block are alive at once, in the backward pass too. Where there are more, they
+    run in checkpointed chunks, the needed ones first, and a chunk without any is skipped.
     """
 
     def of_chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
@@ -64,17 +103,14 @@ def token_logprobs(
         probs = jnp.exp(logits - log_normaliser[..., None])
         return chosen - log_normaliser, log_normaliser - jnp.sum(probs * logits, axis=-1)
 
-    length = hidden.shape[1]
-    if length <= chunk:
-        return of_chunk(hidden, targets)
-    pad = -length % chunk
-    hidden, targets = (jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets))
-
-    def split(x: Array) -> Array:
-        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    outputs = jax.lax.map(lambda xs: jax.checkpoint(of_chunk)(*xs), (split(hidden), split(targets)))
-    logprobs, entropy = (x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length] for x in outputs)
+    shape, num = targets.shape, -(-(targets.size // shards) // chunk)
+    needed = jnp.ones(shape, bool) if needed is None else needed
+    if num == 1:
+        outputs: Sequence[Array] = of_chunk(hidden, targets)
+    else:  # [B, T, ...] -> [W, B T / W, ...]
+        hidden, targets, flat = (x.reshape(shards, -1, *x.shape[2:]) for x in (hidden, targets, needed))
+        outputs = _in_chunks(of_chunk, [hidden, targets], flat, num)
+    logprobs, entropy = (jnp.where(needed, x.reshape(shape), 0.0) for x in outputs)
     return logprobs, entropy
 
 

@@ -28,15 +28,17 @@ TARGETS = RNG.integers(0, V, (B, T))
 WEIGHTS = RNG.standard_normal((2, B, T)).astype(np.float32)
 
 
-@partial(jax.jit, static_argnames="chunk")
-def logprobs(kernel, hidden, temperature, *, chunk):
+ALL, SOME = np.ones((B, T), bool), np.random.default_rng(1).random((B, T)) < 0.4
+
+
+@partial(jax.jit, static_argnames=("chunk", "shards"))
+def logprobs(kernel, hidden, temperature, *, chunk, needed=ALL, shards=1):
     """Log-probs, entropies, and the gradients by (kernel, hidden, temperature) of a weighted sum of both."""
 
     def loss(kernel, hidden, temperature):
         project = partial(jnp.einsum, "btd,dv->btv", precision="highest")
-        outputs = token_logprobs(
-            lambda h: project(h, kernel), hidden, TARGETS, temperature, chunk=chunk, with_entropy=True
-        )
+        options = {"chunk": chunk, "needed": needed, "shards": shards, "with_entropy": True}
+        outputs = token_logprobs(lambda h: project(h, kernel), hidden, TARGETS, temperature, **options)
         return sum(jnp.sum(w * x) for w, x in zip(WEIGHTS, outputs, strict=True)), outputs
 
     grads, outputs = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(kernel, hidden, temperature)
@@ -63,7 +65,7 @@ def test_positions_are_the_exclusive_cumulative_sum_and_zero_on_padding():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("chunk", [5, T])
+@pytest.mark.parametrize("chunk", [5, B * T])
 def test_logprobs_and_entropy_equal_log_softmax(chunk, temperature):
     chosen, entropy = logprobs(KERNEL, HIDDEN, temperature, chunk=chunk)[:2]
     expected = reference(KERNEL.astype(np.float64), HIDDEN.astype(np.float64), temperature)
@@ -71,7 +73,7 @@ def test_logprobs_and_entropy_equal_log_softmax(chunk, temperature):
     np.testing.assert_allclose(entropy, expected[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [5, T])
+@pytest.mark.parametrize("chunk", [5, B * T])
 def test_gradients_equal_finite_differences(chunk):
     arguments = [KERNEL.astype(np.float64), HIDDEN.astype(np.float64), np.float64(0.7)]
     grads = logprobs(KERNEL, HIDDEN, 0.7, chunk=chunk)[2:]
@@ -84,16 +86,54 @@ def test_gradients_equal_finite_differences(chunk):
         np.testing.assert_allclose(np.sum(direction * grad), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, T - 1])
-def test_chunks_change_nothing(chunk):
-    for chunked, whole in zip(
-        logprobs(KERNEL, HIDDEN, 0.7, chunk=chunk), logprobs(KERNEL, HIDDEN, 0.7, chunk=T), strict=True
+@pytest.mark.parametrize(("chunk", "shards"), [(1, 1), (5, 1), (B * T - 1, 1), (5, B)])
+@pytest.mark.parametrize("needed", [ALL, SOME, ~ALL])
+def test_chunks_shards_and_what_is_not_needed_change_nothing(chunk, shards, needed):
+    # Of one chunk all is projected, and what is not needed is masked.
+    whole = logprobs(KERNEL, HIDDEN, 0.7, chunk=B * T, needed=needed)
+    for x in whole[:2]:
+        assert not np.asarray(x)[~needed].any()
+    for x, expected in zip(
+        logprobs(KERNEL, HIDDEN, 0.7, chunk=chunk, needed=needed, shards=shards), whole, strict=True
     ):
-        np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_chunks_with_a_needed_position_are_projected():
+    calls = []
+
+    def project(hidden):
+        jax.debug.callback(lambda x: calls.append(x.shape[1]), hidden)
+        return hidden @ KERNEL
+
+    run = jax.jit(lambda needed: token_logprobs(project, jnp.asarray(HIDDEN), TARGETS, 1.0, chunk=4, needed=needed)[0])
+    for count in (0, 1, 4, 5, B * T):
+        calls.clear()
+        jax.block_until_ready(run(np.random.default_rng(count).permutation(B * T).reshape(B, T) < count))
+        jax.effects_barrier()
+        assert calls == [4] * -(-count // 4)
+
+
+def test_on_a_mesh_chunks_are_of_rows_that_a_device_has():
+    """Nothing but whether a chunk is needed, and sums of gradients, goes from device to device."""
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    shapes = [jax.ShapeDtypeStruct((16, 32, *more), d, sharding=rows) for *more, d in ((D, float), (int,), (bool,))]
+
+    def loss(hidden, targets, needed):
+        project = lambda h: jax.lax.with_sharding_constraint(h @ KERNEL, rows)  # noqa: E731
+        return token_logprobs(project, hidden, targets, 1.0, chunk=16, needed=needed, shards=8)[0].sum()
+
+    text = jax.jit(jax.grad(loss), out_shardings=rows).lower(*shapes).compile().as_text()
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+    assert {math.prod(map(int, dims.split(","))) for dims in re.findall(rf"f32\[([\d,]*{V})\]", text)} <= {
+        D * V,
+        16 * V,
+    }
 
 
 def test_entropy_of_equal_logits_is_ln_v_and_zero_when_not_asked_for():
-    equal = partial(token_logprobs, lambda h: jnp.zeros((B, T, V)), HIDDEN, TARGETS, 1.0, chunk=T)
+    equal = partial(token_logprobs, lambda h: jnp.zeros((B, T, V)), HIDDEN, TARGETS, 1.0, chunk=B * T)
     np.testing.assert_allclose(equal(with_entropy=True)[1], math.log(V), rtol=1e-6)
     np.testing.assert_allclose(equal()[0], -math.log(V), rtol=1e-6)
     assert not equal()[1].any()
@@ -101,7 +141,7 @@ def test_entropy_of_equal_logits_is_ln_v_and_zero_when_not_asked_for():
 
 def test_log_softmax_is_float32_of_bfloat16_logits():
     logits = (40 * RNG.standard_normal((B, T, V))).astype(jnp.bfloat16)
-    chosen, entropy = token_logprobs(lambda h: logits, HIDDEN, TARGETS, 1.0, chunk=T, with_entropy=True)
+    chosen, entropy = token_logprobs(lambda h: logits, HIDDEN, TARGETS, 1.0, chunk=B * T, with_entropy=True)
     assert chosen.dtype == entropy.dtype == jnp.float32
     expected = jax.nn.log_softmax(logits.astype(jnp.float32))
     np.testing.assert_allclose(chosen, np.take_along_axis(expected, TARGETS[..., None], -1)[..., 0], rtol=1e-5)
@@ -115,8 +155,8 @@ def largest_logits(chunk):
 
 
 def test_chunked_logprobs_hold_no_whole_logits_forward_or_backward():
-    assert largest_logits(T) >= B * T * V
-    assert largest_logits(5) <= B * 5 * V
+    assert largest_logits(B * T) >= B * T * V
+    assert largest_logits(5) <= 5 * V
 
 
 def test_microbatches_round_trip():

@@ -57,14 +57,13 @@ class Bigram:
     def apply(self, params, tokens, positions, segment_ids):
         return params["embed"]["tokens"][tokens]
 
-    def logprobs(self, params, hidden, targets, temperature=1.0, *, with_entropy=False):
+    def logprobs(self, params, hidden, targets, temperature=1.0, **options):
         project = lambda h: h @ params["head"]["kernel"]  # noqa: E731
-        chunk = self.logprob_chunk
-        return token_logprobs(project, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy)
+        return token_logprobs(project, hidden, targets, temperature, chunk=self.logprob_chunk, **options)
 
-    def next_logprobs(self, params, tokens, positions, segment_ids, temperature=1.0):
+    def next_logprobs(self, params, tokens, positions, segment_ids, temperature=1.0, **options):
         hidden = self.apply(params, tokens, positions, segment_ids)
-        return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+        return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature, **options)[0]
 
     def scores(self, score, hidden):
         return hidden @ score["kernel"] + score["bias"]

@@ -31,7 +31,7 @@ class ModelConfig:
         quantize: the kernels of a frozen model at rest: one scale for each output (int8), or 4-bit normal floats with
             one for every 64 inputs (nf4, QLoRA). Adapters (lora.rank) are trained on such a model.
         remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
-        logprob_chunk: positions whose logits are alive at once; longer sequences run in checkpointed chunks.
+        logprob_chunk: positions of a device whose logits are alive at once; more run in checkpointed chunks.
     """
 
     path: PathText = ""
@@ -43,7 +43,7 @@ class ModelConfig:
     attention: Literal["auto", "plain", "flash"] = "auto"
     quantize: Literal["none", "int8", "nf4"] = "none"
     remat: Literal["none", "dots", "full"] = "dots"
-    logprob_chunk: int = 256
+    logprob_chunk: int = 512
 
     def __post_init__(self) -> None:
         check(self, "model.", {"at least 1": "logprob_chunk"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
 from rlhf_jax.models.kernels import Chained, attached, is_composed, merged, stacks
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
-from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, path_name
+from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, data_ways, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
@@ -94,7 +95,7 @@ class Model:
         score_head: scalar head instead of vocabulary head.
         compute_dtype: dtype of activations (float32 or bfloat16).
         remat: none, dots or full.
-        logprob_chunk: positions whose logits are alive at once.
+        logprob_chunk: positions of a device whose logits are alive at once.
         attention: plain, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
         lora_scale: factor of the adapters that lie beside kernels, if any do (`kernels`).
         length: tokens of the longest sequence of the run, prompt and response together. It alone decides a rotary law
@@ -107,7 +108,7 @@ class Model:
     score_head: bool = False
     compute_dtype: jnp.dtype = jnp.dtype("float32")  # noqa: RUF009
     remat: str = "none"
-    logprob_chunk: int = 256
+    logprob_chunk: int = 512
     attention: str = "plain"
     lora_scale: float = 1.0
     length: int = 0
@@ -247,11 +248,23 @@ class Model:
         targets: Int[Array, "B T"],
         temperature: Float[Array, ""] | float = 1.0,
         *,
+        needed: Bool[Array, "B T"] | None = None,
         with_entropy: bool = False,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        """Log-probs in nats of targets[:, t] given hidden[:, t] at a temperature; the entropy if asked, else 0."""
-        project, chunk = partial(self.project, params), self.logprob_chunk
-        return token_logprobs(project, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy)
+        """Log-probs in nats of targets[:, t] given hidden[:, t] at a temperature; the entropy if asked, else 0.
+
+        Both are 0 off `needed`, and chunks of positions without any that is needed cost nothing (None: all are).
+        """
+        return token_logprobs(
+            partial(self.project, params),
+            hidden,
+            targets,
+            temperature,
+            chunk=self.logprob_chunk,
+            needed=needed,
+            shards=math.gcd(data_ways(), len(targets)),
+            with_entropy=with_entropy,
+        )
 
     def next_logprobs(
         self,
@@ -260,10 +273,12 @@ class Model:
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         temperature: Float[Array, ""] | float = 1.0,
+        *,
+        needed: Bool[Array, "B S-1"] | None = None,
     ) -> Float[Array, "B S-1"]:
-        """Log-probs in nats of tokens[:, 1:], each given those before it in its segment, at a temperature."""
+        """Log-probs in nats of tokens[:, 1:], each given those before it in its segment; 0 off `needed`."""
         hidden = self.apply(params, tokens, positions, segment_ids)
-        return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+        return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature, needed=needed)[0]
 
     def scores(self, score: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The scalar head `score` at every position, float32."""
