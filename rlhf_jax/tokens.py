@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Tree = TypeVar("Tree")
+OUT = -1e30
+"""A logit of what cannot be drawn: finite, since its product with a probability of 0 has gradients."""
 
 
 def positions_from_mask(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
@@ -83,21 +85,27 @@ def token_logprobs(
     *,
     chunk: int,
     needed: Bool[Array, "B T"] | None = None,
+    kept: Int[Array, "B T K"] | None = None,
     shards: int = 1,
     with_entropy: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs (nats) of `targets` under softmax(project(hidden) / temperature), and the entropy if asked (else 0).
 
     log p = z_target - logsumexp(z), float32. `hidden[:, t]` predicts `targets[:, t]`; both results are 0 off `needed`
-    (None: all are). The B T positions lie in W = `shards` blocks of whole rows, as rows lie on a mesh, and the logits
-    of at most `chunk` positions of a block are alive at once, in the backward pass too. Where there are more, they
-    run in checkpointed chunks, the needed ones first, and a chunk without any is skipped.
+    (None: all are). Where ids are `kept`, of up to K tokens a position and -1 in the places of none, the law is that
+    of these tokens alone, renormalised, and the target is one of them.
+
+    The B T positions lie in W = `shards` blocks of whole rows, as rows lie on a mesh, and the logits of at most `chunk`
+    positions of a block are alive at once, in the backward pass too. Where there are more, they run in checkpointed
+    chunks, the needed ones first, and a chunk without any is skipped.
     """
 
-    def of_chunk(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def of_chunk(hidden: Array, targets: Array, *kept: Array) -> tuple[Array, Array]:
         logits = project(hidden).astype(jnp.float32) / jnp.asarray(temperature, jnp.float32)
-        log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        for ids in kept:  # [W, C, V] -> [W, C, K]
+            logits = jnp.where(ids >= 0, jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1), OUT)
+        log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         if not with_entropy:
             return chosen - log_normaliser, jnp.zeros_like(log_normaliser)
         probs = jnp.exp(logits - log_normaliser[..., None])
@@ -105,11 +113,12 @@ def token_logprobs(
 
     shape, num = targets.shape, -(-(targets.size // shards) // chunk)
     needed = jnp.ones(shape, bool) if needed is None else needed
+    inputs = [hidden, targets] if kept is None else [hidden, targets, kept]
     if num == 1:
-        outputs: Sequence[Array] = of_chunk(hidden, targets)
+        outputs: Sequence[Array] = of_chunk(*inputs)
     else:  # [B, T, ...] -> [W, B T / W, ...]
-        hidden, targets, flat = (x.reshape(shards, -1, *x.shape[2:]) for x in (hidden, targets, needed))
-        outputs = _in_chunks(of_chunk, [hidden, targets], flat, num)
+        *inputs, flat = (x.reshape(shards, -1, *x.shape[2:]) for x in (*inputs, needed))
+        outputs = _in_chunks(of_chunk, inputs, flat, num)
     logprobs, entropy = (jnp.where(needed, x.reshape(shape), 0.0) for x in outputs)
     return logprobs, entropy
 

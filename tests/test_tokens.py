@@ -99,6 +99,37 @@ def test_chunks_shards_and_what_is_not_needed_change_nothing(chunk, shards, need
         np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [5, B * T])
+def test_logprobs_of_kept_ids_are_of_these_alone_renormalised(chunk):
+    """Up to 4 ids a position, the target among them; values and gradients against a masked softmax of everything."""
+    rng, kept = np.random.default_rng(2), np.full((B, T, 4), -1, np.int32)
+    for row, t in np.ndindex(B, T):
+        others = rng.permutation(np.delete(np.arange(V), TARGETS[row, t]))[: rng.integers(0, 4)]
+        ids = rng.permutation([*others, TARGETS[row, t]])
+        kept[row, t, : len(ids)] = ids
+    inside = (kept[..., None] == np.arange(V)).any(2)
+
+    def of_kept(kernel, hidden):
+        return token_logprobs(
+            lambda h: h @ kernel, hidden, TARGETS, 0.7, chunk=chunk, needed=SOME, kept=kept, with_entropy=True
+        )
+
+    def of_all(kernel, hidden):
+        log_p = jax.nn.log_softmax(jnp.where(inside, hidden @ kernel / 0.7, -1e30))
+        chosen = jnp.take_along_axis(log_p, TARGETS[..., None], axis=-1)[..., 0]
+        return jnp.where(SOME, chosen, 0.0), jnp.where(SOME, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), 0.0)
+
+    def summed(of, *arguments):
+        outputs = of(*arguments)
+        return sum(jnp.sum(w * x) for w, x in zip(WEIGHTS, outputs, strict=True)), outputs
+
+    found, expected = (
+        jax.jit(jax.grad(partial(summed, of), argnums=(0, 1), has_aux=True))(KERNEL, HIDDEN)
+        for of in (of_kept, of_all)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
 def test_only_chunks_with_a_needed_position_are_projected():
     calls = []
 

@@ -133,7 +133,8 @@ def draw_from_logits(
         probs = jnp.where(keep_top_k(scaled, law.top_k), probs, 0.0)
         probs = jnp.where(keep_top_p(probs, law.top_p), probs, 0.0)
     index = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), draw(probs, uniform))
-    logprob = jnp.take_along_axis(scaled - top, index[:, None], axis=-1)[:, 0] - jnp.log(probs.sum(-1))
+    # In the order of `token_logprobs`, so that the same logits have the same log-probs.
+    logprob = jnp.take_along_axis(scaled, index[:, None], axis=-1)[:, 0] - (jnp.log(probs.sum(-1)) + top[:, 0])
     token = index if ids is None else jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
     return token, jnp.where(greedy, 0.0, logprob)
 

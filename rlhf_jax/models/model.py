@@ -249,11 +249,13 @@ class Model:
         temperature: Float[Array, ""] | float = 1.0,
         *,
         needed: Bool[Array, "B T"] | None = None,
+        kept: Int[Array, "B T K"] | None = None,
         with_entropy: bool = False,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """Log-probs in nats of targets[:, t] given hidden[:, t] at a temperature; the entropy if asked, else 0.
 
-        Both are 0 off `needed`, and chunks of positions without any that is needed cost nothing (None: all are).
+        Both are 0 off `needed`, and chunks of positions without any that is needed cost nothing (None: all are). They
+        are of the law of the ids `kept`, if these are given (-1: none).
         """
         return token_logprobs(
             partial(self.project, params),
@@ -262,6 +264,7 @@ class Model:
             temperature,
             chunk=self.logprob_chunk,
             needed=needed,
+            kept=kept,
             shards=math.gcd(data_ways(), len(targets)),
             with_entropy=with_entropy,
         )
