@@ -246,7 +246,7 @@ class Meter:
         with jax.set_mesh(self.mesh.grid):
             self.model = self.load(policy).model
             self.generator = Generator(self.model, self.tokenizer, q.SAMPLING, self.mesh, max_prompt_length=longest)
-            self.reader = Likelihood(self.model, self.mesh, pad_id=self.tokenizer.pad_id, batch_size=100)
+            self.reader = Likelihood(self.model, self.mesh, batch_size=100)
         starts, _ = prompt_examples(walks.start_prompts() * 50, self.tokenizer, Limits(longest, too_long="error"))
         self.batch = collate_prompts(starts, buckets=self.generator.buckets, pad_id=self.tokenizer.pad_id)
         self.logprobs = jax.jit(partial(walk_logprobs, self.model))

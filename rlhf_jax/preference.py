@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +14,34 @@ from rlhf_jax.config import DPOArgs, DPOConfig, KTOArgs, KTOConfig, RRHFArgs, RR
 from rlhf_jax.data.collate import collate_preference, collate_unpaired, of_most_responses
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples, unpaired_examples
 from rlhf_jax.data.loading import Rows
+from rlhf_jax.data.packing import PADDED
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import Summary
+from rlhf_jax.tokens import Packed
+from rlhf_jax.training.responses import of_batch, of_view, view_of
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, Batch, LossFn, Metrics, Params
 
 
-def sequence_logprobs(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
-    """log p(response | prompt) in nats of the K responses to each prompt, in one forward pass of B K rows.
+def sequence_logprobs(model: Model, params: Params, view: Packed) -> Float[Array, " R"]:
+    """log p(response | prompt) in nats of every response of a view; 0 for those that it does not hold."""
+    hidden = model.apply(params, **view.inputs)
+    logprobs = model.logprobs(params, hidden, view.targets, needed=view.predicts)[0]
+    return jnp.zeros(view.num_rows, logprobs.dtype).at[view.row].add(logprobs, mode="drop")
 
-    A batch of `collate_preference`, `collate_unpaired` or `collate_ranking`; 0 where there is no response.
-    """
-    tokens, positions, segment_ids = (
-        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "positions", "segment_ids")
-    )
-    # Tokens [a, b, c] of a prompt a: the targets b, c stand at positions 1, 2, not below its length 1.
-    targets = (batch["positions"] >= batch["prompt_lengths"][:, None, None]) & (batch["segment_ids"] > 0)
-    needed = targets[:, :, 1:].reshape(len(tokens), -1)
-    logprobs = model.next_logprobs(params, tokens, positions, segment_ids, needed=needed)
-    return logprobs.sum(axis=-1).reshape(targets.shape[:2])
+
+def of_all(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
+    """`sequence_logprobs` of the K responses to each prompt; 0 where there is none, or not in this view."""
+    return sequence_logprobs(model, params, view_of(batch)).reshape(len(batch["weights"]), -1)
 
 
 def own_and_other(model: Model, params: Params, batch: Batch) -> Float[Array, "B 2"]:
-    """As `sequence_logprobs`, but the second response, which only measures the KL, gets no backward pass."""
-    own, other = (
-        {name: array[:, i : i + 1] if array.ndim > 2 else array for name, array in batch.items()} for i in range(2)
-    )
+    """Of a padded batch, but the second response, which only measures the KL, gets no backward pass."""
+    own, other = ({name: x[:, i : i + 1] if name in PADDED else x for name, x in batch.items()} for i in range(2))
     frozen = jax.lax.stop_gradient(params)
-    both = sequence_logprobs(model, params, own), sequence_logprobs(model, frozen, other)
-    return jnp.concatenate(both, axis=1)
+    return jnp.concatenate([of_all(model, params, own), of_all(model, frozen, other)], axis=1)
 
 
 def columns_read(loss: ArrayLoss) -> list[str]:
@@ -56,7 +54,7 @@ def objective(
     loss: ArrayLoss,
     *,
     sft_coef: float = 0.0,
-    logprobs: Callable[[Model, Params, Batch], Float[Array, "B K"]] = sequence_logprobs,
+    logprobs: Callable[[Model, Params, Batch], Float[Array, "B K"]] = of_all,
 ) -> LossFn:
     """loss(columns of the batch by name) + sft_coef * NLL of the responses to imitate.
 
@@ -64,7 +62,7 @@ def objective(
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        columns = {**batch, "logprobs": logprobs(model, params, batch)}
+        columns = {**of_view(batch, view_of(batch)), "logprobs": logprobs(model, params, batch)}
         if unknown := set(columns_read(loss)) - set(columns):
             raise UserError(f"the loss reads {sorted(unknown)}, which a batch does not have; it has {sorted(columns)}")
         value, metrics = loss(**{name: columns[name] for name in columns_read(loss)})
@@ -78,7 +76,7 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
     """The method whose settings these are; `loss` replaces the config's."""
     settings: DPOConfig | KTOConfig | RRHFConfig
     build: Build = preference_examples
-    group, collate, logprobs = "dpo", lambda _: collate_preference, sequence_logprobs
+    group, collate, logprobs = "dpo", lambda _: collate_preference, of_all
     if isinstance(config, KTOArgs):
         settings, group, build, collate = config.kto, "kto", unpaired_examples, lambda _: collate_unpaired
         logprobs = own_and_other
@@ -93,7 +91,9 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
         collate,
         objective=lambda model: objective(model, bound, sft_coef=settings.sft_coef, logprobs=logprobs),
         shown=("loss/total", "rewards/accuracy", "eval/accuracy", "time/tokens_per_s"),
-        reference=sequence_logprobs if "ref_logprobs" in columns_read(bound) else None,
+        reference=partial(of_batch, sequence_logprobs) if "ref_logprobs" in columns_read(bound) else None,
+        # The baseline of KTO's loss is a mean over the whole batch, which no microbatch sees.
+        packs=group != "kto",
     )
 
 

@@ -27,25 +27,22 @@ from rlhf_jax.data.rows import Row, layout_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.intervals import share_and_interval
-from rlhf_jax.inference.scoring import score_sequences
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
+from rlhf_jax.tokens import Packed
+from rlhf_jax.training.responses import of_batch, of_view, view_of
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
-from rlhf_jax.types import ArrayLoss, LossFn, Params
+from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
 NORMALIZE_PAIRS = 1024
 """Training comparisons whose scores set the head's gain and bias."""
 
 
-def response_scores(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
-    """Scores of the K responses to each prompt, of pairs (chosen, rejected), in one forward pass of B K rows."""
-    flat = {
-        name: batch[name].reshape(-1, *batch[name].shape[2:])
-        for name in ("tokens", "positions", "segment_ids", "last")
-    }
-    return score_sequences(model, params, **flat).reshape(batch["last"].shape)
+def response_scores(model: Model, params: Params, view: Packed) -> Float[Array, " R"]:
+    """The score of every response of a view, where its last token stands; 0 for those that the view does not hold."""
+    return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
 
 
 Inputs = Callable[[Float[Array, "B K"], Batch], tuple[Array, ...]]
@@ -58,8 +55,14 @@ def of_pairs(scores: Float[Array, "B 2"], batch: Batch) -> tuple[Array, ...]:
 
 
 def objective(model: Model, loss: ArrayLoss, inputs: Inputs = of_pairs) -> LossFn:
-    """loss(*inputs(scores, batch))."""
-    return lambda params, batch, key: loss(*inputs(response_scores(model, params, batch), batch))
+    """loss(*inputs(scores, batch)) of a batch as `collate_preference` or its siblings make it, or a view of one."""
+
+    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        view = view_of(batch)
+        scores = response_scores(model, params, view).reshape(len(batch["weights"]), -1)
+        return loss(*inputs(scores, of_view(batch, view)))
+
+    return loss_fn
 
 
 class Kind(NamedTuple):
@@ -92,7 +95,7 @@ def kind_of_rows(settings: RewardConfig, rows: Sequence[Row]) -> str:
 
 def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Batch]) -> np.ndarray:
     """Scores [N, K] of all rows of `eval_batches`, fillers left out; NaN where there is no response."""
-    forward = jax.jit(partial(response_scores, model))
+    forward = jax.jit(partial(of_batch, response_scores, model))
     parts = []
     for batch in batches:
         scores = to_host(forward(params, put_batch(mesh, batch)))
@@ -191,6 +194,7 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
         objective=lambda model: objective(model, bind(loss or kind.loss(settings), settings), kind.inputs),
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
         head=settings.head_init,
+        packs=True,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.config import ArchConfig, MeshConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
-from rlhf_jax.models.attention import make_attend
+from rlhf_jax.models.attention import Branches, make_attend
 from rlhf_jax.models.model import platform_attention
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
@@ -48,6 +48,39 @@ def test_the_splash_kernel_is_plain_attention_in_values_and_gradients(window, so
     (_, found), grads = jax.value_and_grad(loss, has_aux=True)(args, "splash_interpret", dtype)
     for got, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
         np.testing.assert_allclose(got, wanted, atol=bound * max(np.abs(wanted).max(), 1))
+
+
+@pytest.mark.parametrize("attention", ["plain", "cudnn"])  # which is plain in float32
+def test_responses_behind_one_prompt_are_what_they_are_alone(attention):
+    """Windows, soft-caps and learned distances of MIXED: each of three branches equals prompt and branch alone."""
+    model = dataclasses.replace(Model(MIXED), attention=attention)
+    params, rng = model.init(jax.random.key(0)), np.random.default_rng(2)
+    prompt, answers = rng.integers(0, 23, 9), [rng.integers(0, 23, n) for n in (5, 1, 12)]
+    ids, at, branch = list(prompt), list(range(9)), [0] * 9
+    for k, answer in enumerate(answers, 1):
+        ids, at = ids + answer.tolist(), at + list(range(9, 9 + len(answer)))
+        branch += [k] * len(answer)
+    # Another text before it in the sequence, and padding behind.
+    other = [3, 4, 5], [0, 1, 2], [1] * 3, [0] * 3
+    tokens, positions, segments, branches = (
+        jnp.asarray([[*first, *rest, 0, 0]], jnp.int32)
+        for first, rest in zip(other, (ids, at, [2] * len(ids), branch), strict=True)
+    )
+    apply = jax.jit(model.apply)
+    shared = apply(params, tokens, positions, segments, branches)[0]
+    start = 3 + 9
+    for answer in answers:
+        row = jnp.asarray([[*prompt, *answer]], jnp.int32)
+        own = apply(params, row, jnp.arange(row.shape[1], dtype=jnp.int32)[None], jnp.ones_like(row))[0]
+        np.testing.assert_allclose(shared[start : start + len(answer)], own[9:], atol=1e-5)
+        np.testing.assert_allclose(shared[3:12], own[:9], atol=1e-5)
+        start += len(answer)
+
+
+def test_the_splash_kernel_says_that_it_knows_no_branches():
+    ids = jnp.ones((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match="knows no branches"):
+        make_attend("splash", ids, Branches(ids, ids), window=0, scale=1.0, softcap=0.0, heads_over=None)
 
 
 MIXED = ArchConfig(

@@ -350,8 +350,8 @@ def test_log_probs_do_not_depend_on_padding_or_batch(language_model):
     rng = np.random.default_rng(0)
     examples = [example_of(rng.integers(3, 200, n), rng.integers(3, 200, m)) for n, m in [(3, 4), (20, 1), (0, 5)]]
     model, params = judge.loaded.model, judge.loaded.params
-    alone = [Likelihood(model, mesh, pad_id=0, batch_size=1, multiple=1).targets(params, [e])[0] for e in examples]
-    together = Likelihood(model, mesh, pad_id=2, batch_size=2).targets(params, examples)
+    alone = [Likelihood(model, mesh, batch_size=1, multiple=1).targets(params, [e])[0] for e in examples]
+    together = Likelihood(model, mesh, batch_size=2).targets(params, examples)
     assert [len(x) for x in together] == [4, 1, 4]  # nothing predicts a first token
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -93,7 +93,7 @@ def nll(model, tokenizer, rows):
     examples, _ = sft_examples(rows, tokenizer, Limits(2, 12, "error"), loss_on="all")
     with jax.set_mesh(mesh.grid):
         loaded = load_model(ModelConfig(path=model), mesh, jax.random.key(0))
-        reader = Likelihood(loaded.model, mesh, pad_id=0, batch_size=len(examples))
+        reader = Likelihood(loaded.model, mesh, batch_size=len(examples))
         return -np.concatenate(reader.targets(loaded.params, examples)).mean()
 
 

@@ -51,7 +51,7 @@ from rlhf_jax.models.hf.layout import flattened
 from rlhf_jax.models.kernels import Stack, dense, joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
 from rlhf_jax.ppo import train as ppo_train
-from rlhf_jax.preference import sequence_logprobs
+from rlhf_jax.preference import of_all
 from rlhf_jax.sharding import make_mesh, put_batch, replicated, tree_shardings
 from rlhf_jax.training import loop, supervised
 from rlhf_jax.training.state import create_state, make_optimizer, make_schedule
@@ -462,7 +462,7 @@ def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_pr
 
 def test_the_reference_of_dpo_is_the_frozen_model_bit_by_bit_so_its_first_loss_is_ln_2():
     whole, columns = joined(PARAMS, adapters(GROUPED, zero=True)), collate_preference(pair_examples(), length=9)
-    columns["ref_logprobs"] = jax.jit(functools.partial(sequence_logprobs, MODEL))(PARAMS, columns)
+    columns["ref_logprobs"] = jax.jit(functools.partial(of_all, MODEL))(PARAMS, columns)
     loss_fn = preference.objective(ADAPTED, bind(losses.dpo_loss, DPOConfig()))
     value, metrics = jax.jit(loss_fn)(whole, columns, KEY)
     assert float(value) == float(np.float32(np.log(2)))

@@ -33,7 +33,7 @@ from rlhf_jax.data.comparisons import rating_examples, unpaired_examples
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.preference import sequence_logprobs
+from rlhf_jax.preference import of_all
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.training import supervised
 
@@ -76,22 +76,20 @@ def expected_logprobs(params, examples):
 def test_the_log_prob_of_a_response_is_over_its_tokens_alone():
     examples = pair_examples()
     batch = collate_preference(examples, length=9)
-    np.testing.assert_allclose(sequence_logprobs(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5)
+    np.testing.assert_allclose(of_all(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5)
     sizes = [[len(e[k]) - e["prompt_length"] for k in ("chosen", "rejected")] for e in examples]
     np.testing.assert_array_equal(batch["lengths"], sizes)
 
 
 def test_padding_and_the_prompts_own_tokens_change_no_log_prob_but_through_the_condition():
     examples = pair_examples()
-    short, long = (sequence_logprobs(MODEL, PARAMS, collate_preference(examples, length=n, pad_id=n)) for n in (9, 14))
+    short, long = (of_all(MODEL, PARAMS, collate_preference(examples, length=n, pad_id=n)) for n in (9, 14))
     np.testing.assert_allclose(short, long, rtol=1e-6)
     for example in examples:
         if example["prompt_length"] > 1:  # a bigram does not see it
             example["chosen"], example["rejected"] = (example[k].copy() for k in ("chosen", "rejected"))
             example["chosen"][0] = example["rejected"][0] = 3
-    np.testing.assert_allclose(
-        sequence_logprobs(MODEL, PARAMS, collate_preference(examples, length=9)), short, rtol=1e-6
-    )
+    np.testing.assert_allclose(of_all(MODEL, PARAMS, collate_preference(examples, length=9)), short, rtol=1e-6)
 
 
 def test_token_weights_make_the_mean_over_all_chosen_tokens_of_a_batch():
@@ -300,6 +298,19 @@ def test_a_function_given_to_a_stage_is_what_trains(tmp_path, seen):
         settings("dpo", tmp_path / "run", dpo__beta=0.25), rows=preferences(32), eval_rows=preferences(8), loss=mine
     )
     assert all(metrics["mine/loss"] == 0.25 for metrics in seen)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rrhf"])
+def test_a_packed_stage_learns_as_a_padded_one(tmp_path, seen, capsys, stage):
+    """Sums run in another order, step after step: 1e-4."""
+    summaries = [run_of(stage, tmp_path / pack, data__pack=pack, data__microbatch_tokens=1) for pack in ("off", "on")]
+    held_out = [{name: value for name, value in summary.items() if "/" in name} for summary in summaries]
+    steps = len(seen) // 2
+    for padded, packed in zip([*seen[:steps], held_out[0]], [*seen[steps:], held_out[1]], strict=True):
+        for name in padded:
+            assert packed[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-4), name
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data.pack"))
+    assert said.startswith("data.pack on: packed; packing computes ") and "prompts once for their responses" in said
 
 
 class Killed(BaseException):

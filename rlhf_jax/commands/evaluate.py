@@ -163,4 +163,4 @@ def held_out(config: EvaluateArgs, sources: Sources, source: SourceConfig, text:
 
 
 def _reader(config: EvaluateArgs, sources: Sources, loaded: Loaded, drawer: Drawer) -> Likelihood:
-    return Likelihood(loaded.model, sources.mesh, pad_id=drawer.tokenizer.pad_id, batch_size=config.batch_size)
+    return Likelihood(loaded.model, sources.mesh, batch_size=config.batch_size)

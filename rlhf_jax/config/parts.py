@@ -165,6 +165,10 @@ class DataConfig:
             their end), or error.
         strict: stop at the first row that would be dropped, instead of counting it.
         eval_batches: batches of one evaluation; 0 takes all held-out rows.
+        pack: for reward, dpo and rrhf: the responses of a batch side by side in sequences of max_length, a prompt once
+            before its responses where attention can keep them apart, in as many microbatches as their tokens need. The
+            loss is the same. auto: where that leaves out a tenth of what would be computed (sft has sft.pack).
+        microbatch_tokens: tokens of a packed microbatch on each device.
     """
 
     path: PathText = ""
@@ -180,10 +184,12 @@ class DataConfig:
     too_long: Literal["drop", "truncate", "error"] = "drop"
     strict: bool = False
     eval_batches: int = 8
+    pack: Literal["auto", "on", "off"] = "auto"
+    microbatch_tokens: int = 1024
 
     def __post_init__(self) -> None:
         rules = {
-            "at least 1": "batch_size max_prompt_length max_length",
+            "at least 1": "batch_size max_prompt_length max_length microbatch_tokens",
             "above 0 and below 1": "eval_fraction",
             "at least 0": "eval_batches",
         }
@@ -194,6 +200,8 @@ class DataConfig:
                 f"data.length_buckets {self.length_buckets} are not between 0 and data.max_length {self.max_length}, "
                 "which is always the last bucket; leave it out and lower the others"
             )
+        if self.length_buckets and self.pack == "on":
+            raise UserError("data.pack on makes sequences of data.max_length; leave out data.length_buckets")
         sources = 1 + len(self.mixture)
         weights = self.mixture_weights
         positive = all(0 < weight <= LARGEST for weight in weights)

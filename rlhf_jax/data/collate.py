@@ -47,7 +47,7 @@ def collate_sft(examples: Sequence[Example], *, length: int, reduction: str, pad
     to one over the batch. reduction = token: 1 / (loss tokens of the batch). sequence: 1 / (documents * loss tokens
     of this document), a mean of means; packing does not change it. Any other is a UserError.
     """
-    batch = _padded([example["tokens"] for example in examples], length, pad_id)
+    batch = padded([example["tokens"] for example in examples], length, pad_id)
     for name in ("segment_ids", "positions"):
         if name in examples[0]:
             batch[name] = _right_pad([example[name] for example in examples], length, 0, np.int32)
@@ -105,6 +105,12 @@ def collate_ranking(examples: Sequence[Example], *, length: int, width: int, pad
 def of_most_responses(examples: Sequence[Example]) -> Collate:
     """`collate_ranking` for rankings of which one of `examples` has the most responses."""
     return partial(collate_ranking, width=max(len(example["responses"]) for example in examples))
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens of a batch that a network reads, padding left out."""
+    read = batch["packed"].segment_ids if "packed" in batch else batch["segment_ids"]
+    return int((read > 0).sum())
 
 
 def example_of_all(width: int) -> Example:
@@ -165,7 +171,7 @@ def _responses(
     And ref_logprobs f32[B, K], if the examples have them.
     """
     sequences, rows = [ids for row in responses for ids in row], len(responses)
-    batch = {name: array.reshape(rows, -1, length) for name, array in _padded(sequences, length, pad_id).items()}
+    batch = {name: array.reshape(rows, -1, length) for name, array in padded(sequences, length, pad_id).items()}
     sizes = np.array([len(ids) for ids in sequences], np.int32).reshape(rows, -1)
     prompts = np.array([example["prompt_length"] for example in examples], np.int32)
     lengths = np.maximum(sizes - prompts[:, None], 0)
@@ -193,7 +199,7 @@ def _weights(examples: Sequence[Example]) -> np.ndarray:
     return np.array([example.get("weight", 1.0) for example in examples])
 
 
-def _padded(sequences: Sequence[np.ndarray], length: int, pad_id: int) -> Batch:
+def padded(sequences: Sequence[np.ndarray], length: int, pad_id: int) -> Batch:
     """tokens, segment_ids (1 on real tokens) and positions, each i32[len(sequences), length]."""
     return {
         "tokens": _right_pad(sequences, length, pad_id, np.int32),

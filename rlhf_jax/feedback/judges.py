@@ -188,7 +188,7 @@ class ModelJudge:
             raise UserError(f"{config.model.path}: its tokenizer does not tell A from B; choose another judge")
         longest = config.max_prompt_length + max(map(len, self.letters))
         check_length(model.arch, longest, "judge.max_prompt_length and the answer =")
-        self.likelihood = Likelihood(model, mesh, pad_id=tokenizer.pad_id, batch_size=2 * config.batch_size)
+        self.likelihood = Likelihood(model, mesh, batch_size=2 * config.batch_size)
 
     def __call__(self, questions: Sequence[Question], key: jax.Array) -> list[Answer]:
         """An answer to each question.

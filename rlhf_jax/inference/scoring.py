@@ -8,11 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.config import ModelConfig, RewardSourceConfig
-from rlhf_jax.data.collate import collate_sft, eval_batches
 from rlhf_jax.data.encoding import Example, Limits
+from rlhf_jax.data.packing import pack_texts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import answer_of, finished_of, ids_of, prompt_row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class RewardModel:
             self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=limits.max_length)
         self.arch = self.loaded.model.arch
         check_vocabulary(self.arch, self.tokenizer, config.path)
-        self.forward = jax.jit(partial(score_sequences, self.loaded.model))
+        self.forward = jax.jit(partial(column_scores, self.loaded.model))
 
     def example(self, row: Row) -> Example:
         """The tokens of a {prompt, response, finished?} row."""
@@ -74,16 +74,14 @@ class RewardModel:
         return _example(prompt + response, cut or cut_prompt)
 
     def scores(self, examples: Sequence[Example], length: int) -> list[float]:
-        """The scores of examples, padded to `length` tokens."""
+        """The scores of examples of at most `length` tokens, where the last token stands, the stop token if any."""
         check_length(self.arch, length, "length of the longest row (after max_length)")
-        collate = partial(collate_sft, length=length, reduction="token", pad_id=self.tokenizer.pad_id)
-        scores: list[float] = []
+        scores = np.zeros(len(examples))
         with jax.set_mesh(self.mesh.grid):
-            for batch in eval_batches(examples, batch_size=self.size, collate=collate):
-                arrays = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-                arrays["last"] = (batch["segment_ids"] > 0).sum(axis=1, dtype=np.int32) - 1
-                scores += to_host(self.forward(self.loaded.params, **put_batch(self.mesh, arrays))).tolist()
-        return scores[: len(examples)]
+            for view in pack_texts(examples, length, self.size):
+                said = to_host(self.forward(self.loaded.params, put_batch(self.mesh, view.inputs)))
+                scores[view.row[view.ends]] = said[view.ends]
+        return scores.tolist()
 
 
 class Scorer:
@@ -137,43 +135,47 @@ def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]
     return [row["shown"] for row in rows], [row["response"] for row in rows], columns
 
 
-def score_sequences(
+def column_scores(model: Model, params: Params, inputs: dict[str, Array]) -> Float[Array, "M S"]:
+    """The scalar head at every column of packed texts."""
+    return model.scores(params["score"], model.apply(params, **inputs))
+
+
+def column_logprobs(
     model: Model,
     params: Params,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
-    last: Int[Array, " B"],
-) -> Float[Array, " B"]:
-    """The reward of each sequence: the scalar head at index `last`, its last real token, the stop token if any."""
-    hidden = model.apply(params, tokens, positions, segment_ids)
-    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return model.scores(params["score"], at_last)[:, 0]
+    inputs: dict[str, Array],
+    needed: Bool[Array, "M S"],
+    temperature: Float[Array, ""],
+) -> Float[Array, "M S"]:
+    """Log-probs of the token after each column of packed texts, in nats; 0 where it is not needed."""
+    targets = jnp.roll(inputs["tokens"], -1, axis=1)
+    return model.logprobs(params, model.apply(params, **inputs), targets, temperature, needed=needed)[0]
 
 
 class Likelihood:
-    """A compiled model that reads texts; all batches have one shape per length."""
+    """A compiled model that reads texts, several in a sequence; one shape per length of the longest."""
 
-    def __init__(self, model: Model, mesh: Mesh, *, pad_id: int, batch_size: int, multiple: int = 64):
-        """`batch_size` rows are read at once, padded to a multiple of `multiple` tokens."""
+    def __init__(self, model: Model, mesh: Mesh, *, batch_size: int, multiple: int = 64):
+        """`batch_size` sequences are read at once, of a multiple of `multiple` tokens that holds the longest text."""
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.mesh, self.pad_id, self.multiple = mesh, pad_id, multiple
+        self.mesh, self.multiple = mesh, multiple
         self.size, self.limit = -(-batch_size // ways) * ways, model.arch.max_positions
-        self.forward = jax.jit(model.next_logprobs)
+        self.forward = jax.jit(partial(column_logprobs, model))
 
     def targets(self, params: Params, examples: Sequence[Example], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probs float32[n] of the n targets of each {tokens, loss_mask} example, in nats."""
         longest = max(len(example["tokens"]) for example in examples)
         length = max(longest, min(-(-longest // self.multiple) * self.multiple, self.limit))
-        collate = partial(collate_sft, length=length, reduction="token", pad_id=self.pad_id)
-        rows: list[np.ndarray] = []
-        for batch in eval_batches(examples, batch_size=self.size, collate=collate):
-            arrays = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "positions", "segment_ids")})
-            rows += list(to_host(self.forward(params, **arrays, temperature=np.float32(temperature))))
-        return [
-            row[: len(example["tokens"]) - 1][np.asarray(example["loss_mask"])[1:]]
-            for row, example in zip(rows, examples, strict=False)  # the last batch is filled up
-        ]
+        logprobs = [np.zeros(len(example["tokens"]), np.float32) for example in examples]
+        for view in pack_texts(examples, length, self.size):
+            held = (view.row < view.num_rows) & ~view.ends  # these predict the token after them
+            arrays = put_batch(self.mesh, (view.inputs, held))
+            said = to_host(self.forward(params, *arrays, np.float32(temperature)))
+            for row in set(view.row[held].tolist()):
+                at = held & (view.row == row)
+                logprobs[row][view.positions[at] + 1] = said[at]
+        masks = [np.append(False, example["loss_mask"][1:]).astype(bool) for example in examples]
+        return [row[mask] for row, mask in zip(logprobs, masks, strict=True)]
 
 
 def example_of(prompt: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray) -> Example:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -123,17 +124,44 @@ def cudnn_attention(
     return jnp.moveaxis(out, 2, 1).reshape(rows, kv_heads, groups, length, width)
 
 
-def causal_mask(segment_ids: Int[Array, "B T"], window: int) -> Bool[Array, "B T T"]:
-    """A token sees itself and what is before it in its own segment, `window` tokens if that is not 0."""
+@dataclass(frozen=True)
+class Branches:
+    """Several continuations of one text side by side in its segment.
+
+    Attributes:
+        ids: 0 on what all see, k on continuation k.
+        positions: distances, which a window counts: a continuation stands behind the shared text, not behind the one
+            before it.
+    """
+
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+
+
+def causal_mask(segment_ids: Int[Array, "B T"], window: int, branches: Branches | None = None) -> Bool[Array, "B T T"]:
+    """A token sees itself and what is before it in its own segment, `window` tokens if that is not 0.
+
+    With branches, that of its own continuation and of what all share.
+    """
     columns = np.arange(segment_ids.shape[1])
-    apart = columns[:, None] - columns[None]
-    near = (apart >= 0) & (apart < window) if window else apart >= 0
-    return (segment_ids[:, :, None] == segment_ids[:, None, :]) & near[None]
+    apart: Int[Array, "X T T"] = jnp.asarray(columns[:, None] - columns[None])[None]
+    near = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (apart >= 0)
+    if branches is not None:
+        ids, positions = branches.ids, branches.positions
+        near &= (ids[:, None, :] == 0) | (ids[:, None, :] == ids[:, :, None])
+        apart = positions[:, :, None] - positions[:, None, :]
+    return near & (apart < window) if window else near
+
+
+def sees_branches(kind: str) -> bool:
+    """Whether attention of a kind keeps apart what stands behind one prompt."""
+    return not kind.startswith("splash")
 
 
 def make_attend(
     kind: str,
     segment_ids: Int[Array, "B T"],
+    branches: Branches | None = None,
     *,
     window: int,
     scale: float,
@@ -142,9 +170,12 @@ def make_attend(
 ) -> Attend:
     """Causal attention within segments by `kind`: plain, splash, splash_interpret (on CPU, slow) or cudnn.
 
-    cuDNN has neither float32 nor soft-caps; such a call is plain.
+    cuDNN has neither float32 nor soft-caps; such a call is plain. A ValueError: branches in the splash kernel, which
+    has segments only (`sees_branches`).
     """
     if kind.startswith("splash"):
+        if branches is not None:
+            raise ValueError("the splash kernel knows no branches of a segment; give every sequence its own prompt")
         return functools.partial(
             splash_attention,
             segment_ids=segment_ids,
@@ -154,7 +185,7 @@ def make_attend(
             heads_over=heads_over,
             interpret=kind == "splash_interpret",
         )
-    mask = causal_mask(segment_ids, window)
+    mask = causal_mask(segment_ids, window, branches)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         if kind == "cudnn" and not softcap and q.dtype != jnp.float32:

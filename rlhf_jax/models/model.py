@@ -19,7 +19,7 @@ from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.config.rules import Rules, over_tensor
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
-from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, attention, make_attend, softcapped
+from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, Branches, attention, make_attend, softcapped
 from rlhf_jax.models.kernels import Chained, attached, is_composed, merged, stacks
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, data_ways, path_name
@@ -170,12 +170,13 @@ class Model:
             return None
         return rotary_tables(positions, self.arch, self.length, local=local)
 
-    def _attend(self, segment_ids: Int[Array, "B T"], *, local: bool) -> Attend:
+    def _attend(self, segment_ids: Int[Array, "B T"], branches: Branches | None = None, *, local: bool) -> Attend:
         """Attention of a layer with or without (`local`) the full view, all of a text at once."""
         window = self.arch.sliding_window if local else 0
         return make_attend(
             self.attention,
             segment_ids,
+            branches,
             window=window,
             scale=self.scale,
             softcap=self.arch.attn_softcap,
@@ -197,13 +198,18 @@ class Model:
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
+        branches: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Final hidden states; a token sees itself and what is before it in its own segment. 0 marks padding."""
+        """Final hidden states; a token sees itself and what is before it in its own segment. 0 marks padding.
+
+        Of a segment with `branches` it sees what is of branch 0 or of its own; positions go on from branch 0 in each.
+        """
         # Rotary tables and attention are the same for all layers of a kind: with the full view, or `local`.
         x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         kinds = [i in self.arch.window_layers for i in range(self.arch.num_layers)]
+        kept_apart = None if branches is None else Branches(branches, positions)
         views = {
-            local: (self._tables(positions, local=local), self._attend(segment_ids, local=local))
+            local: (self._tables(positions, local=local), self._attend(segment_ids, kept_apart, local=local))
             for local in set(kinds)
         }
 

@@ -9,6 +9,7 @@ import jax
 
 from rlhf_jax.config import StageArgs
 from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.collate import real_tokens
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts import clock
 from rlhf_jax.hosts.processes import from_first, is_first
@@ -18,8 +19,9 @@ from rlhf_jax.models.loading import Loaded
 from rlhf_jax.runs.directory import Summary, check_output_dir, read_record
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, put_batch
+from rlhf_jax.training.packing import over_views
 from rlhf_jax.training.state import TrainState
-from rlhf_jax.training.step import Step, add_metrics, fetch_scalars, settled
+from rlhf_jax.training.step import Step, add_metrics, fetch_scalars, no_metrics, settled
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
 Evaluate = Callable[[Params], dict[str, float]]
@@ -45,10 +47,16 @@ def claim_directory(stage: str, config: StageArgs, given: Sequence[str] = ()) ->
 def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Batch], key: jax.Array) -> Evaluate:
     """params -> metrics over all the batches, whose weights sum to one together, as eval/name."""
 
-    @jax.jit
-    def forward(params: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def one(params: Params, batch: Batch, key: jax.Array) -> Metrics:
         loss, metrics = loss_fn(params, batch, key)
         return {"loss/total": loss, **metrics}
+
+    @jax.jit
+    def forward(params: Params, batch: Batch, key: jax.Array) -> Metrics:
+        if "packed" not in batch:
+            return one(params, batch, key)
+        of_view = lambda view, _: one(params, {**batch, "packed": view}, key)  # noqa: E731
+        return over_views(batch["packed"], of_view, no_metrics, add_metrics)
 
     def evaluate(params: Params) -> dict[str, float]:
         total = None
@@ -81,9 +89,10 @@ def run_steps(
     tokens = 0
     run.metrics.restart_clock()
     for i in range(run.start, steps):
-        batch, step_key = put_batch(mesh, batches[i]), jax.random.fold_in(key, i)
+        rows = batches[i]
+        batch, step_key = put_batch(mesh, rows), jax.random.fold_in(key, i)
         state, metrics = step(state, batch, step_key)
-        tokens += batch["tokens"].size
+        tokens += real_tokens(rows)
         if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
             run.metrics.report_nan(i + 1, explain(state.params, batch, step_key))
         run.metrics.advance(i + 1, metrics["optim/skipped"])

@@ -12,7 +12,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import pack
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, tree_shardings
-from rlhf_jax.tokens import to_microbatches
+from rlhf_jax.tokens import Packed, to_microbatches
+from rlhf_jax.training.packing import over_views
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
@@ -22,7 +23,14 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 def add_metrics(a: Metrics, b: Metrics) -> Metrics:
     """Metrics of two microbatches of one batch: sums, and maxima for names that end in _max."""
-    return {name: (jnp.maximum if name.endswith("_max") else jnp.add)(a[name], b[name]) for name in a}
+    of_both = {n: (jnp.maximum if n.endswith("_max") else jnp.add)(a[n], b[n]) for n in a if n in b}
+    return {**a, **b, **of_both}
+
+
+def no_metrics(shapes: Metrics) -> Metrics:
+    """What `add_metrics` starts from."""
+    lowest = {name: -jnp.inf if name.endswith("_max") else 0 for name in shapes}
+    return {name: jnp.full(s.shape, lowest[name], s.dtype) for name, s in shapes.items()}
 
 
 def settled(metrics: Metrics) -> Metrics:
@@ -38,7 +46,11 @@ def settled(metrics: Metrics) -> Metrics:
 def accumulated_grads(
     loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array, num: int
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics of loss_fn over `num` microbatches, added up. Exact, since the batch carries its weights.
+    """Gradients and metrics of loss_fn over microbatches, added up. Exact, since the batch carries its weights.
+
+    A batch with packed rows, {"packed": tokens.Packed, ...}, is read view by view, as many as hold rows: loss_fn gets
+    the view and all else whole. Its text "ptx", if any, is a batch {"ptx": ...} of its own. What is not packed is
+    `num` microbatches of equally many rows.
 
     Raises:
         UserError: the rows do not divide into `num` microbatches.
@@ -48,22 +60,34 @@ def accumulated_grads(
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
         return grads, {"loss/total": loss, **metrics}
 
+    if isinstance(batch, dict) and "packed" in batch:
+        rest = {name: value for name, value in batch.items() if name not in ("packed", "ptx")}
+
+        def of_view(view: Packed, i: jax.Array | int) -> tuple[Params, Metrics]:
+            return of({**rest, "packed": view}, jax.random.fold_in(key, i))
+
+        total = over_views(batch["packed"], of_view, _nothing, _added)
+        if "ptx" not in batch:
+            return total
+        return _added(total, accumulated_grads(loss_fn, params, {"ptx": batch["ptx"]}, key, num))
     if num == 1:
         return of(batch, key)
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % num:
         raise UserError(f"a batch of {rows} rows does not divide by accumulate = {num}; change one of them")
 
-    def add(total: tuple[Params, Metrics], xs: tuple[Batch, jax.Array]) -> tuple[tuple[Params, Metrics], None]:
-        grads, metrics = of(*xs)
-        return (jax.tree.map(jnp.add, total[0], grads), add_metrics(total[1], metrics)), None
-
     inputs = (to_microbatches(batch, num), jax.random.split(key, num))
-    grads, metrics = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads)
-    lowest = {name: -jnp.inf if name.endswith("_max") else 0 for name in metrics}
-    nothing = {name: jnp.full(s.shape, lowest[name], s.dtype) for name, s in metrics.items()}
-    return jax.lax.scan(add, (zeros, nothing), inputs)[0]
+    start = _nothing(jax.eval_shape(of, *jax.tree.map(lambda x: x[0], inputs)))
+    return jax.lax.scan(lambda total, xs: (_added(total, of(*xs)), None), start, inputs)[0]
+
+
+def _nothing(shapes: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+    """What gradients and metrics of these shapes are added to."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0]), no_metrics(shapes[1])
+
+
+def _added(a: tuple[Params, Metrics], b: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+    return jax.tree.map(jnp.add, a[0], b[0]), add_metrics(a[1], b[1])
 
 
 def make_update(

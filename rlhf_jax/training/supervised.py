@@ -11,14 +11,17 @@ from tqdm import tqdm
 
 from rlhf_jax.config import DataConfig, StepsConfig, TrainArgs
 from rlhf_jax.data.batches import Batches, fingerprint
-from rlhf_jax.data.collate import Batch, Collate, eval_batches
+from rlhf_jax.data.collate import Batch, Collate, eval_batches, real_tokens
 from rlhf_jax.data.encoding import Example, Limits, Report
 from rlhf_jax.data.loading import Rows, held_out_batches, length_buckets, load_rows, make_examples
+from rlhf_jax.data.packing import Packing, fill, pack_responses
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.processes import is_first, to_host
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model
+from rlhf_jax.models.attention import sees_branches
 from rlhf_jax.models.loading import (
     Head,
     Loaded,
@@ -37,6 +40,15 @@ from rlhf_jax.training.state import create_state, digest, learning_rates, make_o
 from rlhf_jax.training.step import accumulated_grads, make_train_step
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
+LOOKED_AT = 8
+"""Batches from which `data.pack` auto chooses."""
+
+WORTH = 0.9
+"""It packs where that computes at most this share of what padding does."""
+
+Pack = Callable[[Batch], Batch]
+"""A padded batch of responses, packed."""
+
 Build = Callable[[list[Row], Tokenizer, Limits], tuple[list[Example], Report]]
 """Makes token examples of rows; the report says what became of each row."""
 
@@ -54,6 +66,7 @@ class Task:
         head: as for `load_model`.
         reference: (model, params, batch) -> f32[B, K]: what the model says of every example before it is trained,
             which the example has as ref_logprobs from then on.
+        packs: its batches are responses to prompts, and its objective and reference take them packed, too.
     """
 
     group: str
@@ -63,6 +76,7 @@ class Task:
     shown: tuple[str, ...]
     head: Head = "vocabulary"
     reference: Callable[[Model, Params, Batch], jax.Array] | None = None
+    packs: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ class Work:
     Attributes:
         loaded: the model; `fit` donates its parameters.
         batches: of the training examples, by step.
-        held_out: batches of the held-out examples.
+        held_out: batches of the held-out examples, packed as those of training are.
         loss_fn: of all parameters.
         evaluate: the held-out loss and its metrics, of parameters as they are trained (`Loaded.params`).
         identity: what a continued run must find unchanged, beside the rows and what is frozen.
@@ -112,7 +126,7 @@ class Work:
     held_out: list[Batch]
     loss_fn: LossFn
     evaluate: Evaluate
-    identity: dict[str, int | None]
+    identity: dict[str, int | str | None]
 
     def open(self) -> Run:
         """The run, to be entered; as many steps as the settings say, else as their epochs have."""
@@ -153,24 +167,63 @@ def setup(task: Task, claim: Claim) -> Work:
     """Examples, batches, the model on the mesh and what the reference says; call it inside `jax.set_mesh`."""
     config, data, mesh, key = claim.config, claim.config.data, claim.mesh, claim.key
     train_set, held_out_set, collate = examples_of(task, data, claim.tokenizer, claim.rows, claim.held_out_rows)
-    batches = Batches(
-        train_set, batch_size=data.batch_size, seed=config.run.seed, collate=collate, buckets=length_buckets(data)
-    )
+    seed, buckets = config.run.seed, length_buckets(data)
+    batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=buckets)
     loaded = load_model(
         config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, length=data.max_length
     )
     check_vocabulary(loaded.model.arch, claim.tokenizer, config.model.path or "model.arch")
     check_length(loaded.model.arch, data.max_length, "data.max_length")
-    identity = {}
+    pack = choose_packing(task, claim, loaded.model, batches)
+    if pack is not None:
+        packed = lambda examples: pack(collate(examples))  # noqa: E731
+        batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=packed)
+    identity: dict[str, int | str | None] = {}
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
-        identity = add_reference(forward, loaded, claim, [train_set, held_out_set], collate)
+        identity |= add_reference(forward, loaded, claim, [train_set, held_out_set], collate, pack)
     held_out, loss_fn = held_out_batches(data, held_out_set, collate), task.objective(loaded.model)
+    identity["held-out rows"] = fingerprint(held_out)
+    held_out = held_out if pack is None else [pack(batch) for batch in held_out]
     evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"))
     of_trained = lambda params: evaluate(loaded.whole(params))  # noqa: E731
     return Work(
         task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity
     )
+
+
+def choose_packing(task: Task, claim: Claim, model: Model, batches: Batches) -> Pack | None:
+    """What packs the batches of a run, None where they stay padded; says what `data.pack` auto chose and why.
+
+    The first batches decide.
+
+    Raises:
+        UserError: packing is asked for, and the method has no use for it.
+    """
+    data, mesh = claim.config.data, claim.mesh
+    if data.pack == "on" and not task.packs:
+        raise UserError(f"data.pack on: {task.group} does not pack responses; set it to auto (sft has sft.pack)")
+    if data.pack == "off" or not task.packs or data.length_buckets:
+        return None
+    some = [batches[step] for step in range(min(len(batches), LOOKED_AT))]
+    rows, width, length = some[0]["tokens"].shape
+    packing = Packing.of(
+        rows,
+        width,
+        length,
+        tokens=data.microbatch_tokens,
+        most=-(-rows * width // claim.settings.accumulate),
+        ways=mesh.shape["data"] * mesh.shape["fsdp"],
+        shared=sees_branches(model.attention),
+    )
+    pack = partial(pack_responses, packing=packing)
+    computed, real = fill([pack(batch) for batch in some])
+    packs = data.pack == "on" or computed <= WORTH
+    if is_first():
+        once = ", prompts once for their responses" if packing.shared else ""
+        what = f"packing computes {computed:.0%} of columns padded to {length} tokens, {real:.0%} are real{once}"
+        tell(f"data.pack {data.pack}: {'packed' if packs else 'padded'}; {what}")
+    return pack if packs else None
 
 
 def add_reference(
@@ -179,6 +232,7 @@ def add_reference(
     claim: Claim,
     sets: Sequence[list[Example]],
     collate: Collate,
+    pack: Pack | None,
 ) -> dict[str, int | None]:
     """Put `ref_logprobs` float32[K] into every example; returns the digest of the model that said them, by name.
 
@@ -189,6 +243,7 @@ def add_reference(
     shows = claim.config.run.progress and is_first()
     for examples in tqdm(parts, desc="reference", disable=not shows, dynamic_ncols=True):
         [batch] = eval_batches(examples, batch_size=size, collate=collate)
+        batch = batch if pack is None else pack(batch)
         said = to_host(forward(params, put_batch(claim.mesh, batch)))
         for example, logprobs in zip(examples, said[: len(examples)], strict=True):
             example["ref_logprobs"] = logprobs
@@ -203,14 +258,14 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
     """
     claim, loaded, batches, frozen = work.claim, work.loaded, work.batches, work.loaded.frozen
     mesh, optim, accumulate = claim.mesh, claim.config.optim, claim.settings.accumulate
-    facts = {"steps": run.total, "tokens_per_step": batches[0]["tokens"].size, "epoch_steps": len(batches)}
+    facts = {"steps": run.total, "tokens_of_the_first_step": real_tokens(batches[0]), "epoch_steps": len(batches)}
     facts["rows_left_over_by_each_epoch"] = batches.left_over
     describe(run.stage, mesh, loaded, **facts)
     schedule = make_schedule(optim, run.total)
     tx = make_optimizer(optim, schedule)
     state = create_state(loaded.params, tx, mesh)
     compiled = make_train_step(work.loss_fn, tx, accumulate, mesh=mesh, state=state, frozen=frozen)
-    identity = {"training rows": batches.cursor(), "held-out rows": fingerprint(work.held_out), **work.identity}
+    identity = {"training rows": batches.cursor(), **work.identity}
     if frozen is not None:
         identity["weights of the frozen model"] = digest(frozen)
     tree, _ = run.restore({"state": state}, identity)

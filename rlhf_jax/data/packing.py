@@ -1,0 +1,157 @@
+"""Responses of a batch side by side in sequences of one length, a prompt once before several responses to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.collate import Batch, padded
+from rlhf_jax.data.encoding import Example
+from rlhf_jax.tokens import Packed
+
+PADDED = ("tokens", "segment_ids", "positions", "last")
+"""What `Packed` replaces in a batch of responses."""
+
+Group = tuple[int, ...]
+"""Places of an example's responses that stand in one segment, behind one copy of their prompt."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The shape of packed batches, one for any lengths.
+
+    Attributes:
+        sequences: M, of a microbatch over all devices.
+        microbatches: N, as many as any lengths may need.
+        shared: a prompt stands once before as many of its responses as a sequence holds.
+    """
+
+    sequences: int
+    microbatches: int
+    shared: bool
+
+    @classmethod
+    def of(cls, rows: int, width: int, length: int, *, tokens: int, most: int, ways: int, shared: bool) -> Packing:
+        """For `rows` examples of `width` responses, sequences of `length` tokens, and `ways` parts of the mesh.
+
+        A microbatch has about `tokens` tokens in each part, at least one sequence, and at most `most` sequences in
+        all, unless one example alone may need more.
+        """
+        sequences = min(ways * max(tokens // length, 1), most)
+        sequences = -(-max(sequences, width) // ways) * ways
+        return cls(sequences, -(-rows // (sequences // width)), shared)
+
+
+def pack_responses(batch: Batch, packing: Packing) -> Batch:
+    """A batch of responses [B, K, S] as `collate` makes it, with `packed` (row b K + k) in place of its sequences.
+
+    All responses of an example are in one microbatch, so that a loss over them sees them all. Examples go, longest
+    first, into the first microbatch with room, each of their segments into the first sequence with room.
+    """
+    rows, width, length = batch["tokens"].shape
+    shape = (packing.sequences, packing.microbatches, length)
+    names = "tokens", "positions", "segment_ids", "place", "branches"
+    arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in names}
+    arrays["row"], arrays["ends"] = np.full(shape, rows * width, np.int32), np.zeros(shape, bool)
+    sizes, prompts = (batch["segment_ids"] > 0).sum(axis=-1), batch["prompt_lengths"]
+    same = (batch["tokens"] == batch["tokens"][:, :1]) | (np.arange(length) >= prompts[:, None, None])
+    shared = packing.shared & same.all(axis=(1, 2)) & (prompts > 1)
+    groups = [_groups(sizes[b], prompts[b], length, shared[b]) for b in range(rows)]
+    columns = [[_columns(sizes[b], prompts[b], group) for group in groups[b]] for b in range(rows)]
+    for b, i, (sequence, microbatch), start in _first_fit(columns, packing, length):
+        at = sequence, microbatch, slice(start, start + columns[b][i])
+        number = arrays["segment_ids"][sequence, microbatch].max() + 1
+        said = _segment(batch["tokens"][b], sizes[b], int(prompts[b]), groups[b][i])
+        for name, value in {**said, "row": np.where(said["row"] < 0, rows * width, b * width + said["row"])}.items():
+            arrays[name][at] = value
+        arrays["segment_ids"][at] = number
+    if not packing.shared:
+        arrays.pop("branches")
+    rest = {name: value for name, value in batch.items() if name not in PADDED}
+    return {**rest, "packed": Packed(**arrays, num_rows=rows * width)}
+
+
+def pack_texts(examples: Sequence[Example], length: int, sequences: int) -> list[Packed]:
+    """Views [`sequences`, `length`] that hold {tokens, loss_mask} examples, row i example i.
+
+    The response of an example begins at its first target; what stands before is never asked for.
+    """
+    tokens = [example["tokens"] for example in examples]
+    starts = [int(np.argmax(example["loss_mask"])) for example in examples]
+    batch = {**padded(tokens, length, 0), "prompt_lengths": np.maximum(starts, 1)}
+    for name in ("tokens", "segment_ids"):
+        batch[name] = batch[name][:, None]
+    packing = Packing(sequences, -(-len(examples) // sequences), shared=False)
+    packed: Packed = pack_responses(batch, packing)["packed"]
+    used = int((packed.segment_ids > 0).any(axis=(0, 2)).sum())
+    return [jax.tree.map(lambda x, i=i: x[:, i], packed) for i in range(used)]
+
+
+def fill(batches: Sequence[Batch]) -> tuple[float, float]:
+    """Of packed batches: the columns that are computed, and the real ones, as shares of those of padded rows."""
+    packed: list[Packed] = [batch["packed"] for batch in batches]
+    used = sum(int((x.segment_ids > 0).any(axis=(0, 2)).sum()) * x.tokens[:, 0].size for x in packed)
+    real = sum(int((x.segment_ids > 0).sum()) for x in packed)
+    whole = sum(x.num_rows * x.tokens.shape[-1] for x in packed)
+    return used / whole, real / whole
+
+
+def _groups(sizes: np.ndarray, prompt: int, length: int, shared: bool) -> list[Group]:
+    """An example's responses by segments: together as long as they fit, or each its own; none for empty places."""
+    groups: list[Group] = []
+    for k in np.flatnonzero(sizes).tolist():
+        if shared and groups and _columns(sizes, prompt, (*groups[-1], k)) <= length:
+            groups[-1] = (*groups[-1], k)
+        else:
+            groups.append((k,))
+    return groups
+
+
+def _columns(sizes: np.ndarray, prompt: int, group: Group) -> int:
+    """Of a segment: the prompt but for its last token, then each response behind a copy of that token."""
+    return int(sizes[list(group)].sum()) - (len(group) - 1) * (int(prompt) - 1)
+
+
+def _first_fit(
+    columns: list[list[int]], packing: Packing, length: int
+) -> Iterator[tuple[int, int, tuple[int, int], int]]:
+    """(example, its segment, (sequence, microbatch), first column) of every segment."""
+    room = np.full((packing.microbatches, packing.sequences), length)
+    most = room.max(axis=1)  # that one sequence of each microbatch has left
+    for b in np.argsort([-sum(sizes) for sizes in columns], kind="stable").tolist():
+        for n in np.flatnonzero(most >= max(columns[b], default=0)).tolist():
+            left, placed = room[n].copy(), []
+            for i in np.argsort([-size for size in columns[b]], kind="stable").tolist():
+                to = int(np.argmax(left >= columns[b][i]))
+                placed.append((b, i, (to, n), length - int(left[to])))
+                left[to] -= columns[b][i]
+            if left.min() >= 0:
+                room[n], most[n] = left, left.max()
+                yield from placed
+                break
+
+
+def _segment(tokens: np.ndarray, sizes: np.ndarray, prompt: int, group: Group) -> dict[str, np.ndarray]:
+    """Of a segment's columns: tokens, positions, branches, row (place k of its response, -1 none), place, ends.
+
+    Prompt [p, q] and responses [a, b], [c] are p, q a b, q c: every response begins with its own copy of q, which
+    predicts its first token. A prompt of one token is such a copy alone.
+    """
+    shared = max(prompt - 1, 0)
+    parts = [(tokens[group[0], :shared], np.arange(shared), 0, -1)]
+    parts += [(tokens[k, shared : sizes[k]], np.arange(shared, sizes[k]), i, k) for i, k in enumerate(group, 1)]
+    positions = np.concatenate([at for _, at, _, _ in parts])
+    lengths = [len(ids) for ids, _, _, _ in parts]
+    row = np.repeat([k for _, _, _, k in parts], lengths)
+    return {
+        "tokens": np.concatenate([ids for ids, _, _, _ in parts]),
+        "positions": positions,
+        "branches": np.repeat([branch for _, _, branch, _ in parts], lengths),
+        "row": row,
+        "place": np.where(row < 0, 0, positions - prompt + 1),
+        "ends": np.append(row[1:] != row[:-1], True) & (row >= 0),
+    }

@@ -1,0 +1,143 @@
+"""Laws of packed responses: the same losses, gradients, scores and log-probs as rows that are padded one by one."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from tiny import ARCH, model_params
+
+from rlhf_jax.config import MeshConfig
+from rlhf_jax.data.collate import collate_preference, collate_ranking
+from rlhf_jax.data.packing import Packing, fill, pack_responses
+from rlhf_jax.losses import dpo_loss, kwise_reward_loss, pairwise_reward_loss
+from rlhf_jax.models import Model
+from rlhf_jax.preference import objective as preference_objective
+from rlhf_jax.preference import sequence_logprobs
+from rlhf_jax.reward import KINDS, response_scores
+from rlhf_jax.reward import objective as reward_objective
+from rlhf_jax.sharding import make_mesh, put_batch
+from rlhf_jax.training.responses import of_batch
+from rlhf_jax.training.step import accumulated_grads
+
+LENGTH, ROWS = 24, 16
+POLICY, SCORER = Model(ARCH, logprob_chunk=16), Model(ARCH, score_head=True)
+
+
+def ranked(seed: int, width: int) -> list[dict]:
+    """Examples of up to `width` responses, prompts of 0 to 9 tokens, some of the longest that there may be."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for b in range(ROWS):
+        prompt = rng.integers(2, 20, 0 if b == 0 else rng.integers(1, 10))
+        count = width if width == 2 or b == 1 else rng.integers(2, width + 1)
+        longest = LENGTH - len(prompt) if b in (2, 3) else 8
+        answers = [rng.integers(2, 20, rng.integers(1, longest + 1)) for _ in range(count)]
+        examples.append({
+            "prompt_length": len(prompt), "responses": [np.append(prompt, a).astype(np.int32) for a in answers],
+            "ranks": rng.integers(0, 3, count), "label": float(rng.random() < 0.8), "margin": 0.1 * b,
+            "weight": float(b != 5), "ref_logprobs": rng.normal(size=count) - 9,
+        })  # fmt: skip
+    return [{**x, "chosen": x["responses"][0], "rejected": x["responses"][1]} for x in examples]
+
+
+def batch_of(kind: str) -> dict:
+    if kind == "pairs":
+        return collate_preference(ranked(0, 2), length=LENGTH)
+    return collate_ranking(ranked(1, int(kind)), length=LENGTH, width=int(kind))
+
+
+def packing_of(batch: dict, *, ways: int = 1, shared: bool = True, tokens: int = 3 * LENGTH) -> Packing:
+    rows, width, length = batch["tokens"].shape
+    return Packing.of(rows, width, length, tokens=tokens, most=rows * width, ways=ways, shared=shared)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["pairs", "4", "9"])
+def test_every_token_of_every_response_has_one_column(kind, shared):
+    batch = batch_of(kind)
+    packed = pack_responses(batch, packing_of(batch, shared=shared))["packed"]
+    rows, width, _ = batch["tokens"].shape
+    for r, (ids, real) in enumerate(
+        zip(*(batch[n].reshape(-1, LENGTH) for n in ("tokens", "segment_ids")), strict=True)
+    ):
+        size, prompt = int(real.sum()), int(batch["prompt_lengths"][r // width])
+        at = packed.row == r
+        first = max(prompt - 1, 0)  # a response begins with its own copy of the last token of its prompt
+        assert packed.tokens[at].tolist() == ids[first:size].tolist()
+        assert packed.positions[at].tolist() == list(range(first, size))
+        assert packed.place[at].tolist() == [p - prompt + 1 for p in range(first, size)]
+        assert packed.ends[at].tolist() == [False] * (size - first - 1) + [True] * (size > 0)
+    # All responses of an example lie in one microbatch; microbatches fill up from the first.
+    microbatches = packed.row.swapaxes(0, 1)
+    held = [set((x[x < packed.num_rows] // width).tolist()) for x in microbatches]
+    assert sum(map(len, held)) == rows and set.union(*held) == set(range(rows))
+    assert [bool(x) for x in held] == sorted((bool(x) for x in held), reverse=True)
+    columns = int((packed.segment_ids > 0).sum())
+    real = int(batch["segment_ids"].sum())
+    assert columns < real if shared else columns == real
+
+
+def losses(kind: str):
+    """(loss function, parameters, what a network says) of a reward model and of a policy."""
+    if kind == "pairs":
+        reward, inputs = partial(pairwise_reward_loss, center_coef=0.1), KINDS["pairs"].inputs
+        dpo = partial(dpo_loss, beta=0.3, label_smoothing=0.1)
+        policy = preference_objective(POLICY, dpo, sft_coef=0.5)
+    else:
+        reward, inputs = partial(kwise_reward_loss, center_coef=0.1), KINDS["rankings"].inputs
+        policy = None
+    return reward_objective(SCORER, reward, inputs), policy
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["pairs", "9"])
+def test_losses_gradients_scores_and_logprobs_are_those_of_padded_rows(kind, shared):
+    """Sums run in another order: 2e-6 of scores and log-probs, 1e-5 of gradients."""
+    batch, key = batch_of(kind), jax.random.key(0)
+    packed = pack_responses(batch, packing_of(batch, shared=shared))
+    assert 1 < int(packed["packed"].used) < packed["packed"].tokens.shape[1]
+    for loss_fn, model, says in zip(losses(kind), (SCORER, POLICY), (response_scores, sequence_logprobs), strict=True):
+        if loss_fn is None:
+            continue
+        params = model_params(model, 1)
+        said = [jax.jit(partial(of_batch, says, model))(params, x) for x in (batch, packed)]
+        np.testing.assert_allclose(said[1], said[0], atol=2e-5, rtol=2e-6)
+        step = jax.jit(partial(accumulated_grads, loss_fn, num=1))
+        for found, expected in zip(*(jax.tree.leaves(step(params, x, key)) for x in (packed, batch)), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_compilation_for_any_lengths():
+    step = jax.jit(partial(accumulated_grads, losses("pairs")[0], num=1))
+    params, used = model_params(SCORER, 1), set()
+    for seed in range(3):
+        batch = collate_preference(ranked(seed, 2), length=LENGTH)
+        packed = pack_responses(batch, packing_of(batch))
+        used.add(int(packed["packed"].used))
+        step(params, packed, jax.random.key(0))
+    assert step._cache_size() == 1 and len(used) > 1
+
+
+def test_on_a_mesh_the_gradients_are_the_same():
+    batch = batch_of("pairs")
+    loss_fn, params = losses("pairs")[1], model_params(POLICY, 1)
+    step = partial(accumulated_grads, loss_fn, num=1)
+    expected = jax.jit(step)(params, batch, jax.random.key(0))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    packed = pack_responses(batch, packing_of(batch, ways=4, tokens=LENGTH))
+    with jax.set_mesh(mesh.grid):
+        found = jax.jit(step)(params, put_batch(mesh, packed), jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
+
+
+def test_any_lengths_fit_into_the_microbatches_there_are():
+    """The worst that first fit may meet: responses that fill sequences alone, an uneven number of them."""
+    for width, tokens, most in ((2, 1, 3), (9, 5 * LENGTH, 32), (3, 4 * LENGTH, 7)):
+        full = [np.full(LENGTH, 3, np.int32)] * width
+        examples = [{"prompt_length": 2, "responses": full, "ranks": np.arange(width)} for _ in range(7)]
+        batch = collate_ranking(examples, length=LENGTH, width=width)
+        packing = Packing.of(7, width, LENGTH, tokens=tokens, most=most, ways=1, shared=True)
+        packed = pack_responses(batch, packing)
+        assert len(set(packed["packed"].row.reshape(-1).tolist()) - {7 * width}) == 7 * width
+        assert fill([packed])[1] == 1 <= fill([packed])[0]
