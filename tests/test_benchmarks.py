@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
-from benchmarks import methods
+from benchmarks import methods, speed
 from benchmarks import overoptimization as study
+from benchmarks.peers import common
 
 
 def curve(method, size, a, b):
@@ -62,3 +65,41 @@ def test_a_method_is_above_sft_by_two_standard_errors_on_the_same_seeds_or_is_na
     assert "0.050 +- 0.006" in next(line for line in told.splitlines() if line.startswith("DPO"))
     alone = methods.table([line for line in lines if line["seed"] == 0])
     assert alone.splitlines()[-1] == "Above SFT by more than two standard errors: none."
+
+
+def test_every_system_gets_the_same_ragged_rows_and_no_special_id():
+    for task in common.TASKS:
+        work = common.work_of(task, "ragged")
+        steps = common.rows(task, "ragged", 512, 70)
+        assert steps == common.rows(task, "ragged", 512, 70) and steps[0] != steps[1]
+        assert {len(step) for step in steps} == {work.prompts}
+        flat = [row for step in steps for row in step]
+        assert {len(row.responses) for row in flat} == {0 if work.new else work.responses}
+        longest = max(len(row.prompt) + max(map(len, row.responses), default=0) for row in flat)
+        assert longest == work.prompt  # the bound is met, and no row is over it
+        assert min(min(ids) for row in flat for ids in (row.prompt, *row.responses)) >= 3
+
+
+CHILD = """
+import json, sys
+for i in range(4):
+    print("ready", flush=True); sys.stdin.readline(); print(f"{NAME} step {i}", file=open(PATH, "a"))
+    if NAME == "broken": raise RuntimeError("out of luck")
+print(json.dumps({"system": NAME, "task": "t", "model": "m", "lengths": "l", "seconds_median": SECONDS,
+                  "cpu_seconds_median": 1, "seconds": [SECONDS], "tokens": [SECONDS * TOKENS]}))
+"""
+
+
+def test_systems_take_turns_and_one_that_fails_is_told_of(tmp_path):
+    def child(name, seconds, tokens):
+        facts = f"NAME, SECONDS, TOKENS, PATH = {name!r}, {seconds}, {tokens}, {str(tmp_path / 'steps')!r}"
+        return speed.Child([sys.executable, "-c", facts + CHILD], {})
+
+    children = {"ours": child("ours", 1, 100), "slow": child("slow", 4, 50), "broken": child("broken", 1, 1)}
+    lines = speed.compare(children, 4)
+    steps = (tmp_path / "steps").read_text().splitlines()
+    assert steps[:5] == ["ours step 0", "slow step 0", "broken step 0", "ours step 1", "slow step 1"]
+    assert [line.get("system") for line in lines[:3]] == ["ours", "slow", None]
+    assert lines[2]["error"] == ["RuntimeError: out of luck"]
+    compared = {"against": "slow", "ratio": 0.25, "cpu_ratio": 1.0, "per_token_ratio": 0.5}
+    assert lines[3:] == [{"task": "t", "model": "m", "lengths": "l", **compared}]

@@ -6,24 +6,14 @@ A Llama-shaped decoder in float32 (rotary half-split, RMSNorm, SwiGLU, tied embe
 one function, AdamW by hand, and a `lax.scan` over a fixed key-value cache: what XLA gives for the same arithmetic.
 """
 
-import argparse
-import json
 import os
-import resource
-import statistics
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-SIZES = {
-    "42m": dict(width=512, layers=8, heads=8, ffn=1408, vocab=32000),
-    "5m": dict(width=256, layers=4, heads=4, ffn=704, vocab=4096),
-}
-WARMUP = 2
+from common import SIZES, WARMUP, Clock, parse, rows, work_of
 
 
 def init(key, *, width, layers, heads, ffn, vocab):
@@ -141,62 +131,38 @@ def make_generate(*, heads, new, top_k=50, top_p=0.9):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=["sft", "generate"], required=True)
-    parser.add_argument("--size", choices=list(SIZES), default="42m")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = parse(__doc__, ("sft", "generate"))
+    if args.lengths == "ragged":
+        raise SystemExit("the floor is that of full lengths")
     compiles = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: event == "/jax/core/compile/backend_compile_duration" and compiles.append(event)
     )
 
-    size, rng = SIZES[args.size], np.random.default_rng(0)
+    size, work, clock, compiled = SIZES[args.size], work_of(args.task, args.lengths), Clock(args.turns), []
     heads = size["heads"]
     params = init(jax.random.key(0), **size)
-    batch, prompt, new = (8, 256, 0) if args.task == "sft" else (16, 64, 128)
     if args.task == "sft":
         step = make_sft_step(heads=heads)
         m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         state = params, m, v, jnp.zeros((), jnp.int32)
     else:
-        generate = make_generate(heads=heads, new=new)
+        generate = make_generate(heads=heads, new=work.new)
 
-    seconds, compiled = [], []
-    for call in range(WARMUP + args.repeats):
-        tokens = rng.integers(1, size["vocab"], (batch, prompt), dtype=np.int32)
+    for call, batch in enumerate(rows(args.task, args.lengths, size["vocab"], WARMUP + args.repeats)):
+        tokens = np.array([row.prompt + (row.responses or [[]])[0] for row in batch], np.int32)
         key = jax.random.key(call)
-        start = time.perf_counter()
+        clock.begin()
         if args.task == "sft":
             *state, loss = step(*state, tokens)
             jax.block_until_ready((state, loss))
         else:
             out = jax.block_until_ready(generate(params, tokens, key))
-            if out.shape != (batch, new):
-                raise RuntimeError(f"generated {out.shape}, not {(batch, new)}")
-        seconds.append(time.perf_counter() - start)
+            if out.shape != (work.prompts, work.new):
+                raise RuntimeError(f"generated {out.shape}, not {(work.prompts, work.new)}")
+        clock.end(work.prompts * (work.new or work.prompt))
         compiled.append(len(compiles))
-
-    median = statistics.median(seconds[WARMUP:])
-    print(
-        json.dumps(
-            {
-                "system": "bare_jax",
-                "version": f"jax {jax.__version__}",
-                "task": args.task,
-                "model": args.size,
-                "batch": batch,
-                "prompt_len": prompt,
-                "gen_len": new,
-                "seconds_median": median,
-                "seconds_min": min(seconds[WARMUP:]),
-                "tokens_per_s": batch * (new or prompt) / median,
-                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "compile_s": seconds[0] - median,
-                "compiles_after_warmup": compiled[-1] - compiled[WARMUP - 1],
-            }
-        )
-    )
+    clock.report(args, "bare_jax", f"jax {jax.__version__}", compiled[-1] - compiled[WARMUP - 1])
 
 
 if __name__ == "__main__":

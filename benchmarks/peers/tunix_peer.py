@@ -1,22 +1,17 @@
 """One speed measurement of Tunix 0.1.7: SFT, generation or PPO, printed as one JSON line.
 
-    python tunix_peer.py --task {sft,reward,generate,ppo} --size {42m,5m} --repeats 5
+    python tunix_peer.py --task {sft,generate,ppo,grpo} --size {42m,5m} --lengths ragged --repeats 5
 
 SFT is `PeftTrainer` on all parameters, generation its own `Sampler`, PPO its `PPOLearner` on an `RLCluster` with
-separate policy, reference, value and reward models. Tunix has no reward-model trainer, so the reward task prints an
-`unsupported` line. Two adaptations: one step in flight, so that a step has an end to time; and a scalar head of our
-own, because `create_critic_model` replaces an `lm_head` that tied embeddings do not have.
+separate policy, reference, value and reward models, GRPO its `GRPOLearner` without a price of the KL. Tunix has no
+trainer of reward models or DPO. Three adaptations: one step in flight, so that a step has an end to time; a scalar
+head of our own, because `create_critic_model` replaces an `lm_head` that tied embeddings do not have; and GRPO's loss
+is the mean over tokens, because the default divides a response of a stop token alone by its length 0.
 """
 
-import argparse
 import contextlib
-import itertools
-import json
 import os
-import resource
-import statistics
 import sys
-import time
 import warnings
 
 os.environ.update(
@@ -29,22 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tunix
+from common import SIZES, WARMUP, Clock, parse, rows, stop_ids, work_of
 from flax import nnx
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.dummy_model_creator import create_dummy_model
 from tunix.models.llama3.model import Llama3, ModelConfig
+from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.sft import utils as sft_utils
 from tunix.sft.hooks import TrainingHooks
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
-
-SIZES = {
-    "42m": dict(width=512, layers=8, heads=8, ffn=1408, vocab=32000),
-    "5m": dict(width=256, layers=4, heads=4, ffn=704, vocab=4096),
-}
-WARMUP = 2
 
 
 class CompileCounter:
@@ -59,7 +50,7 @@ class CompileCounter:
 
 
 class IdTokenizer:
-    """Text is token ids with spaces between. End and padding lie outside the model's ids, so nothing stops early."""
+    """Text is token ids with spaces between; 0, which no row has, is padding, and ends are told by other means."""
 
     def __init__(self, vocab):
         self.vocab = vocab
@@ -77,7 +68,7 @@ class IdTokenizer:
         return self.vocab
 
     def pad_id(self):
-        return self.vocab + 1
+        return 0
 
 
 class ScalarLlama(nnx.Module):
@@ -114,24 +105,27 @@ def make_optimizer():
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
 
 
-def make_prompts(rng, size, batch, prompt):
-    return [" ".join(map(str, row)) for row in rng.integers(1, size["vocab"], (batch, prompt))]
+def texts(step):
+    return [" ".join(map(str, row.prompt)) for row in step]
 
 
 class StepClock(TrainingHooks):
-    """Times at which each step starts and training ends, with the compile count then.
+    """Times every step: the first begins with training, the others where the one before ends.
 
-    With one step in flight the trainer waits for the loss of a step before it starts the next, so differences of
-    starts are whole steps.
+    With one step in flight the trainer waits for the loss of a step before it starts the next.
     """
 
-    def __init__(self, compiles):
-        self.compiles, self.marks = compiles, []
+    def __init__(self, clock, compiles, tokens):
+        self.clock, self.compiles, self.tokens, self.compiled = clock, compiles, iter(tokens), []
 
-    def mark(self, *args):
-        self.marks.append((time.perf_counter(), self.compiles.count))
+    def on_train_step_start(self, *args):
+        if self.compiled:
+            self.on_train_end()
+        self.clock.begin()
+        self.compiled.append(self.compiles.count)
 
-    on_train_step_start = on_train_end = mark
+    def on_train_end(self, *args):
+        self.clock.end(next(self.tokens))
 
     def on_train_start(self, *args): ...
     def on_train_step_end(self, *args): ...
@@ -139,20 +133,20 @@ class StepClock(TrainingHooks):
     def on_eval_step_end(self, *args): ...
 
 
-def sft_marks(size, steps, compiles, *, batch, length):
-    """Time and compile count at the start of each of `steps` SFT steps and at the end of the last."""
-    rng = np.random.default_rng(0)
-    batches = [
+def train_sft(size, batches, work, clock, compiles):
+    """Time SFT steps on `batches`, padded to the work's length; returns the compile count before each."""
+    ids = [[row.prompt + row.responses[0] for row in step] for step in batches]
+    inputs = [
         TrainingInput(
-            input_tokens=rng.integers(1, size["vocab"], (batch, length), dtype=np.int32),
-            input_mask=np.ones((batch, length), dtype=bool),
+            input_tokens=np.array([row + [0] * (work.prompt - len(row)) for row in step], np.int32),
+            input_mask=np.array([np.arange(work.prompt) < len(row) for row in step]),
         )
-        for _ in range(steps)
+        for step in ids
     ]
     trainer = PeftTrainer(
         make_model(size, 0),
         make_optimizer(),
-        TrainingConfig(eval_every_n_steps=10**9, max_steps=steps, max_inflight_computations=1),
+        TrainingConfig(eval_every_n_steps=10**9, max_steps=len(inputs), max_inflight_computations=1),
     ).with_gen_model_input_fn(
         lambda x: {
             "input_tokens": x.input_tokens,
@@ -161,134 +155,118 @@ def sft_marks(size, steps, compiles, *, batch, length):
             "attention_mask": sft_utils.make_causal_attn_mask(x.input_mask),
         }
     )
-    clock = StepClock(compiles)
-    trainer.with_training_hooks(clock)
-    trainer.train(batches)
-    if trainer.train_steps != steps:
-        raise RuntimeError(f"trained {trainer.train_steps} steps, not {steps}")
-    return clock.marks
+    hooks = StepClock(clock, compiles, [sum(map(len, step)) for step in ids])
+    trainer.with_training_hooks(hooks)
+    trainer.train(inputs)
+    return hooks.compiled
 
 
-def generate_marks(size, calls, compiles, *, batch, prompt, new):
-    """Time and compile count before each of `calls` generations of exactly `new` tokens and after the last."""
+def drawn(tokens, work):
+    """Tokens of each response; Tunix leaves the stop token out."""
+    return [min(len(ids) + 1, work.new) for ids in tokens]
+
+
+def generate(size, batches, work, stops, clock, compiles):
+    """Time generations: of exactly `new` tokens with filters, or of up to as many by temperature alone."""
     heads = size["heads"]
     sampler = Sampler(
         make_model(size, 0),
         IdTokenizer(size["vocab"]),
         CacheConfig(
-            cache_size=prompt + new, num_layers=size["layers"], num_kv_heads=heads, head_dim=size["width"] // heads
+            cache_size=work.prompt + work.new, num_layers=size["layers"], num_kv_heads=heads,
+            head_dim=size["width"] // heads,
         ),
-    )
-    rng = np.random.default_rng(0)
-    prompts = [make_prompts(rng, size, batch, prompt) for _ in range(calls)]
-    marks = [(time.perf_counter(), compiles.count)]
-    for call in range(calls):
+    )  # fmt: skip
+    law, compiled = dict(top_p=1.0, eos_tokens=stops) if stops else dict(top_p=0.9, top_k=50), []
+    for call, step in enumerate(batches):
+        compiled.append(compiles.count)
+        clock.begin()
         out = sampler(
-            prompts[call], max_generation_steps=new, max_prompt_length=prompt, temperature=1.0, top_p=0.9, top_k=50,
-            seed=call,
+            texts(step), max_generation_steps=work.new, max_prompt_length=work.prompt, temperature=1.0, seed=call,
+            **law,
         )  # fmt: skip
-        marks.append((time.perf_counter(), compiles.count))
-        lengths = {len(tokens) for tokens in out.tokens}
-        if lengths != {new} or len(out.tokens) != batch:
-            raise RuntimeError(f"generated {len(out.tokens)} sequences of {lengths} tokens, not {batch} of {new}")
-    return marks
+        lengths = drawn(out.tokens, work)
+        clock.end(sum(lengths))
+        if len(lengths) != work.prompts or (not stops and set(lengths) != {work.new}):
+            raise RuntimeError(f"generated sequences of {lengths}, not {work.prompts} of {work.new}")
+    return compiled
 
 
-def ppo_marks(size, iterations, compiles, *, batch, prompt, new):
-    """Time and compile count at the start of each of `iterations` PPO iterations and at the end of the last."""
+def iterate(task, size, batches, work, stops, clock, compiles):
+    """Time iterations of PPO or GRPO; returns the compile count before each."""
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    others = {}
+    if task == "ppo":
+        scalar = dict(critic=make_model(size, 1, ScalarLlama), reward=make_model(size, 2, ScalarLlama))
+        others = dict(reference=make_model(size, 0), **scalar)
     cluster = RLCluster(
         actor=make_model(size, 0),
-        reference=make_model(size, 0),
-        critic=make_model(size, 1, ScalarLlama),
-        reward=make_model(size, 2, ScalarLlama),
         tokenizer=IdTokenizer(size["vocab"]),
         cluster_config=ClusterConfig(
             role_to_mesh=dict.fromkeys(Role, mesh),
             training_config=RLTrainingConfig(
                 actor_optimizer=make_optimizer(), critic_optimizer=make_optimizer(), eval_every_n_steps=10**9,
-                max_steps=10**9, mini_batch_size=batch, train_micro_batch_size=batch, max_inflight_computations=1,
+                max_steps=10**9, mini_batch_size=work.prompts, train_micro_batch_size=work.prompts,
+                max_inflight_computations=1,
             ),
             rollout_config=RolloutConfig(
-                max_tokens_to_generate=new, max_prompt_length=prompt, kv_cache_size=prompt + new, temperature=1.0,
-                top_p=1.0, top_k=None,
+                max_tokens_to_generate=work.new, max_prompt_length=work.prompt, kv_cache_size=work.prompt + work.new,
+                temperature=1.0, top_p=1.0, top_k=None, eos_tokens=stops or None,
             ),
         ),
+        **others,
     )  # fmt: skip
-    learner = PPOLearner(rl_cluster=cluster, ppo_config=PPOConfig(num_iterations=4))
-    lengths = []
-    generate = cluster.generate
+    if task == "ppo":
+        learner = PPOLearner(rl_cluster=cluster, ppo_config=PPOConfig(num_iterations=4))
+    else:
+        rng = np.random.default_rng(0)
+        learner = GRPOLearner(
+            rl_cluster=cluster,
+            reward_fns=lambda prompts, completions, **_: rng.random(len(completions)).tolist(),
+            algo_config=GRPOConfig(
+                num_generations=work.responses, num_iterations=1, beta=0.0, loss_agg_mode="token-mean"
+            ),
+        )
+    lengths, plain_generate, compiled = [], cluster.generate, []
 
     def checked_generate(*args, **kwargs):
-        out = generate(*args, **kwargs)
-        lengths.append(tuple(len(tokens) for tokens in out.tokens))
+        out = plain_generate(*args, **kwargs)
+        lengths.append(drawn(out.tokens, work))
         return out
 
     cluster.generate = checked_generate
-    rng = np.random.default_rng(0)
-    marks = []
 
-    def batches():  # the learner pulls a batch at the start of an iteration, after the one before has finished
-        for _ in range(iterations):
-            prompts = np.array(make_prompts(rng, size, batch, prompt))  # a list would be split into single strings
-            marks.append((time.perf_counter(), compiles.count))
+    def pulled():  # the learner pulls a batch at the start of an iteration, after the one before has finished
+        for number, step in enumerate(batches):
+            prompts = np.array(texts(step))  # a list would be split into single strings
+            if number:
+                clock.end(sum(lengths[-1]))
+            clock.begin()
+            compiled.append(compiles.count)
             yield {"prompts": prompts}
-        marks.append((time.perf_counter(), compiles.count))
+        clock.end(sum(lengths[-1]))
 
-    learner.train(batches())
-    steps = cluster.actor_trainer.train_steps, cluster.critic_trainer.train_steps
-    if set(lengths) != {(new,) * batch} or len(lengths) != iterations or steps != (4 * iterations,) * 2:
-        raise RuntimeError(f"rollouts {lengths} and {steps} updates of policy and value in {iterations} iterations")
-    return marks
+    learner.train(pulled())
+    full = [[work.new] * work.sequences] * len(batches)
+    if list(map(len, lengths)) != list(map(len, full)) or (not stops and lengths != full):
+        raise RuntimeError(f"rollouts {lengths} in {len(batches)} iterations")
+    return compiled
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=["sft", "reward", "generate", "ppo"], required=True)
-    parser.add_argument("--size", choices=list(SIZES), default="42m")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    head = {
-        "system": "tunix",
-        "version": f"{tunix.__version__} (jax {jax.__version__})",
-        "task": args.task,
-        "model": args.size,
-    }
-    if args.task == "reward":
-        print(json.dumps(head | {"unsupported": "Tunix has no reward-model trainer"}))
-        return
-
+    args = parse(__doc__, ("sft", "generate", "ppo", "grpo"))
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    size, calls, compiles = SIZES[args.size], WARMUP + args.repeats, CompileCounter()
+    size, work, compiles = SIZES[args.size], work_of(args.task, args.lengths), CompileCounter()
+    stops, clock = stop_ids(args.lengths, size["vocab"]), Clock(args.turns)
+    batches = rows(args.task, args.lengths, size["vocab"], WARMUP + args.repeats)
     with contextlib.redirect_stdout(sys.stderr):  # standard output carries the JSON line alone
         if args.task == "sft":
-            batch, prompt, new = 8, 256, 0
-            marks = sft_marks(size, calls, compiles, batch=batch, length=prompt)
+            compiled = train_sft(size, batches, work, clock, compiles)
+        elif args.task == "generate":
+            compiled = generate(size, batches, work, stops, clock, compiles)
         else:
-            batch, prompt, new = (16, 64, 128) if args.task == "generate" else (16, 64, 64)
-            measure = generate_marks if args.task == "generate" else ppo_marks
-            marks = measure(size, calls, compiles, batch=batch, prompt=prompt, new=new)
-    if len(marks) != calls + 1:
-        raise RuntimeError(f"{len(marks)} marks for {calls} steps")
-
-    seconds = [after - before for (before, _), (after, _) in itertools.pairwise(marks)]
-    median = statistics.median(seconds[WARMUP:])
-    print(
-        json.dumps(
-            head
-            | {
-                "batch": batch,
-                "prompt_len": prompt,
-                "gen_len": new,
-                "seconds_median": median,
-                "seconds_min": min(seconds[WARMUP:]),
-                "tokens_per_s": batch * (new or prompt) / median,
-                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "compile_s": seconds[0] - median,
-                "compiles_after_warmup": marks[-1][1] - marks[WARMUP][1],
-            }
-        )
-    )
+            compiled = iterate(args.task, size, batches, work, stops, clock, compiles)
+    clock.report(args, "tunix", f"{tunix.__version__} (jax {jax.__version__})", compiles.count - compiled[WARMUP])
 
 
 if __name__ == "__main__":
