@@ -32,7 +32,7 @@ from rlhf_jax.hosts.files import check_writable, written
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import find_family, understood
-from rlhf_jax.models.hf.families import ConfigJson
+from rlhf_jax.models.hf.family import ConfigJson
 from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.models.kernels import Quantization, quantized
 from rlhf_jax.models.loading import padded

@@ -12,7 +12,7 @@ from rlhf_jax.config import to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.hf import config_json, hub
+from rlhf_jax.models.hf import directory, hub
 
 OPTIONS = {"path", "model", "tokenizer", "reference", "mixture", "demonstrations"}
 OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
@@ -91,7 +91,7 @@ def _digest(place: Path) -> str:
         digest.update(json.dumps(str(file.relative_to(place))).encode())
         _add(digest, file)
     with contextlib.suppress(UserError):
-        if not is_data and (below := config_json.stands_on(place)) is not None:
+        if not is_data and (below := directory.stands_on(place)) is not None:
             digest.update(_digest(below).encode())
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from rlhf_jax.hosts.processes import say, to_host
 from rlhf_jax.keys import Purpose, branch
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub, peft
-from rlhf_jax.models.hf.families import ConfigJson
+from rlhf_jax.models.hf.family import ConfigJson
 from rlhf_jax.models.kernels import joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
 from rlhf_jax.sharding import Mesh, placed, replicated, tree_shardings

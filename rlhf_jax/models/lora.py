@@ -18,7 +18,7 @@ from jaxtyping import Array
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.config.rules import LEAVES
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.hf.families import Family, Tensor
+from rlhf_jax.models.hf.family import Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, nested
 from rlhf_jax.models.kernels import KERNELS, SUFFIX, WHOLE
 from rlhf_jax.types import Params

@@ -231,6 +231,69 @@ def _olmo2() -> dict[str, Case]:
     }
 
 
+def _near() -> dict[str, Case]:
+    """Families that differ from those above in settings alone."""
+    mixed = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "num_hidden_layers": 3}
+    ministral = SHAPE | {"model_type": "ministral", "head_dim": 8, "sliding_window": 4} | mixed
+    seed = SHAPE | {"model_type": "seed_oss", "head_dim": 8}
+    olmo = SHAPE | {"model_type": "olmo3", "sliding_window": 4, "num_hidden_layers": 4}
+    short = {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 1.0, "beta_slow": 0.05}
+    yarn = {"rope_type": "yarn", "rope_theta": 90.0, "attention_factor": 1.2, **short}
+    by_layer = {"full_attention": yarn, "sliding_attention": {"rope_type": "default", "rope_theta": 40.0}}
+    cwm = SHAPE | {"model_type": "cwm", "head_dim": 8, "sliding_window": 5} | mixed
+    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    vault = SHAPE | {"model_type": "vaultgemma", "head_dim": 8, "num_hidden_layers": 3, "query_pre_attn_scalar": 10}
+    vault |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5}
+    coder = SHAPE | {"model_type": "starcoder2", "norm_epsilon": 1e-3}
+    return {
+        "ministral/mixed": Case(ministral | _rope("default", 300.0)),
+        # A Mistral that says layer_types, null even, is a Ministral to transformers.
+        "ministral/as_mistral": Case(
+            ministral | {"model_type": "mistral", "rope_theta": 200.0, "tie_word_embeddings": True}, as_written=True
+        ),
+        "ministral/yarn": Case(ministral | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "ministral/score": Case(ministral | SCORE),
+        "seed_oss/out_bias": Case(
+            seed | _rope("default", 500.0) | {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}
+        ),
+        "seed_oss/defaults_old": Case(
+            seed | {"rope_theta": 300.0, "num_key_value_heads": None, "tie_word_embeddings": True}, as_written=True
+        ),
+        "seed_oss/score": Case(seed | SCORE | _rope("linear", 30.0, factor=2.5)),
+        "olmo3/yarn": Case(olmo | {"rope_parameters": by_layer, "attention_bias": True}),
+        "olmo3/yarn_old": Case(
+            olmo | {"rope_theta": 500000, "rope_scaling": {"rope_type": "yarn", **short}, "head_dim": 8}
+            | {"tie_word_embeddings": True},
+            as_written=True,
+        ),
+        "olmo3/mixed": Case(olmo | mixed | {"rope_theta": 70.0, "num_key_value_heads": 4}),
+        "olmo3/score": Case(olmo | mixed | SCORE),
+        "cwm/mixed": Case(cwm | _rope("llama3", 100.0, **bands) | {"mlp_bias": True}),
+        "cwm/defaults_old": Case(
+            cwm | {"layer_types": None, "num_hidden_layers": 5, "tie_word_embeddings": True}, as_written=True
+        ),
+        "cwm/plain": Case(cwm | _rope("default", 60.0) | {"num_key_value_heads": 4, "sliding_window": 3}),
+        "vaultgemma/caps": Case(vault | _rope("default", 60.0) | {"hidden_activation": "gelu"}),
+        "vaultgemma/caps_old": Case(
+            vault | {"rope_theta": 90.0, "attention_bias": True, "query_pre_attn_scalar": 3, "sliding_window": 4},
+            as_written=True,
+        ),
+        "vaultgemma/nocaps": Case(
+            vault | mixed | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+            | {"tie_word_embeddings": False}
+        ),
+        "starcoder2/window": Case(coder | _rope("default", 300.0) | {"sliding_window": 5}),
+        "starcoder2/plain_old": Case(
+            coder | {"rope_theta": 200.0, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"},
+            as_written=True,
+        ),
+        "starcoder2/wide": Case(
+            coder | _rope("linear", 40.0, factor=2.0) | {"num_key_value_heads": 1, "head_dim": 10}
+        ),
+        "starcoder2/score": Case(coder | SCORE | {"sliding_window": 4}),
+    }  # fmt: skip
+
+
 def _gpt() -> dict[str, Case]:
     two = TOKENS | {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 24}
     two |= {"layer_norm_epsilon": 1e-3}
@@ -260,7 +323,7 @@ CASES: dict[str, Case] = {f"llama/{name}": case for name, case in _llama().items
 CASES |= {f"mistral/{name}": case for name, case in _mistral().items()}
 CASES |= {f"phi3/{name}": case for name, case in _phi3().items()}
 CASES |= {f"olmo2/{name}": case for name, case in _olmo2().items()}
-CASES |= _qwen() | _gemma() | _gpt()
+CASES |= _qwen() | _gemma() | _gpt() | _near()
 
 
 def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn.Module:
@@ -270,7 +333,7 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
     auto = AutoModelForSequenceClassification if "num_labels" in case.settings else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    offset = 1 if config.model_type.startswith("gemma") else 0  # these norms multiply by 1 + weight
+    offset = 1 if "gemma" in config.model_type else 0  # these norms multiply by 1 + weight
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -279,7 +342,8 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
             elif weight.ndim == 1:
                 weight.copy_(0.1 * noise)
             else:
-                inputs = weight.shape[0 if re.search("c_(attn|proj|fc)", key) else 1]  # GPT-2 multiplies from the left
+                conv1d = config.model_type == "gpt2" and re.search("c_(attn|proj|fc)", key)  # multiplies from the left
+                inputs = weight.shape[0 if conv1d else 1]
                 scale = 0.3 if re.search("embed|wte|wpe", key) else 1.5 / inputs**0.5
                 weight.copy_((scale * noise * 32).round() / 32)
     return model

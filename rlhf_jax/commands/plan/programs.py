@@ -21,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.generate import total_length
 from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import config_json
 from rlhf_jax.models.kernels import quantized
 from rlhf_jax.models.loading import Loaded, adapted, check_length
@@ -69,7 +69,7 @@ def find_arch(path: str) -> ArchConfig:
     if path.startswith("hf://"):
         known = ", ".join(PRESETS)
         raise UserError(f"{path} has no preset; known are {known}; or give a directory or a config.json")
-    return config_json.read_config(path)[0]
+    return hf.read_config(path)[0]
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: bool, attention: str) -> Loaded:

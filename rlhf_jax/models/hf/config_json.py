@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +12,13 @@ from typing import Any
 from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import read_object
-from rlhf_jax.models.hf import hub
-from rlhf_jax.models.hf.families import FAMILIES, ConfigJson, Family
+from rlhf_jax.models.hf.families import FAMILIES
+from rlhf_jax.models.hf.family import ConfigJson, Family
+from rlhf_jax.models.hf.refusals import unknown_type
 from rlhf_jax.models.rotary import check_law
 
 Fields = dict[str, Any]
 """Fields of ArchConfig by name, each of its own type."""
-ADAPTER = "adapter_config.json"
-"""What makes a directory one of a PEFT adapter."""
-MOST_LAYERS = 8
-"""Adapters that may stand on one another."""
 MOST = 2**31
 """No size in a config.json is as large."""
 MOST_LAYERS_OF_A_MODEL = 10_000
@@ -44,6 +38,7 @@ _SCALING_KEYS = {  # kind -> field -> key: the same but one
 }
 _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_NOT_KEPT = ("torch_dtype", "auto_map")  # the old name of dtype; code that lay beside the model
 
 
 def read_json(file: Path) -> ConfigJson:
@@ -63,99 +58,28 @@ def understood(file: Path) -> Iterator[None]:
         raise UserError(f"{file} holds {said}; download or save it again") from error
 
 
-def stands_on(folder: Path) -> Path | None:
-    """The directory of the model that a PEFT adapter was made for; None of a directory that holds a model itself.
-
-    Raises:
-        UserError: it is neither a directory nor in the Hub's cache on this machine.
-    """
-    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
-        return None
-    raw = read_json(folder / ADAPTER)
-    with understood(folder / ADAPTER):
-        name = _typed(raw.get("base_model_name_or_path") or "none", str, "base_model_name_or_path", folder / ADAPTER)
-        folder_of_base = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
-    if folder_of_base is None:
-        cure = "download that model, or write its directory into base_model_name_or_path"
-        raise UserError(f"{folder / ADAPTER} stands on {name}, which is neither a directory nor downloaded; {cure}")
-    return Path(folder_of_base)
-
-
-def model_directory(path: str | os.PathLike[str]) -> Path:
-    """The path itself, or of a PEFT adapter the directory of the model that it stands on."""
-    return layers_of(path)[-1]
-
-
-def layers_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The directory of a model and, before it, those of the adapters that stand on one another on it.
-
-    Raises:
-        UserError: one stands on itself, by whatever way, or there are more than anybody makes.
-    """
-    folders, seen = [Path(path)], {os.path.realpath(path)}
-    while (below := stands_on(folders[-1])) is not None:
-        if os.path.realpath(below) in seen or len(folders) == MOST_LAYERS:
-            what = "stands on itself" if os.path.realpath(below) in seen else f"stands on {MOST_LAYERS} others"
-            cure = "write the model's own directory into base_model_name_or_path"
-            raise UserError(f"{Path(path) / ADAPTER} {what} ({folders[-1]} names {below}); {cure}")
-        folders.append(below)
-        seen.add(os.path.realpath(below))
-    return folders
-
-
-def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
-    """The shape of the model in a Hugging Face directory (or of a config.json alone), and its config.json.
-
-    Of a PEFT adapter, those of the model that it stands on.
-
-    Raises:
-        UserError: no such directory or config, an unknown family, a feature that the decoder lacks, or .bin weights.
-    """
-    folder = model_directory(path)
-    where = folder / "config.json"
-    if folder.is_file():
-        folder, where = folder.parent, folder
-    elif not folder.is_dir():
-        raise UserError(f"no directory {folder}; for a model of the Hub, give hf://owner/name")
-    if not where.is_file():
-        run = (folder / "model" / "config.json").is_file()
-        cure = str(folder / "model") if run else "a directory that `save_pretrained` or rlhf-jax wrote"
-        raise UserError(f"{folder} has no config.json; give {cure}")
-    raw = read_json(where)
-    family = family_of(raw, where)
-    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        kind = family.classifier if family.classifier in (raw.get("architectures") or ()) else family.causal
-        place = json.dumps(str(path), ensure_ascii=False)  # Python's string too, plain in a shell's quotes
-        convert = f"import transformers as t; t.{kind}.from_pretrained({place}).save_pretrained({place})"
-        command = f"python -c {shlex.quote(convert)}"
-        raise UserError(f"{folder} has .bin weights only, which are pickles; where torch is installed, run {command}")
-    return to_arch(raw, family, where), raw
-
-
-def read_generation(path: str | os.PathLike[str]) -> ConfigJson:
-    """generation_config.json of a directory; empty if there is none."""
-    file = model_directory(path) / "generation_config.json"
-    return read_json(file) if file.is_file() else {}
-
-
 def family_of(raw: ConfigJson, where: Path) -> Family:
     """The family that config.json names.
 
     Raises:
         UserError: an unknown family, or an architecture that is neither language nor reward model.
     """
-    name = raw.get("model_type")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
+    family = FAMILIES.get(model_type_of(raw))
     if family is None:
-        supported = ", ".join(FAMILIES)
-        experts = "mixture-of-experts, " if any("experts" in key for key in raw) else ""
-        raise UserError(f"{where}: no support for {experts}model_type {shown(name)}; use one of: {supported}")
-    named = raw.get("architectures") or [family.causal]
-    if not isinstance(named, list) or not any(name in named for name in (family.causal, family.classifier)):
+        raise UserError(f"{where}: {unknown_type(raw)}")
+    known = (family, FAMILIES.get(str(raw["model_type"]), family))  # the Mistral that is a Ministral says either
+    supported = list(dict.fromkeys(name for one in known for name in (one.causal, one.classifier)))
+    named = raw.get("architectures") or supported
+    if not isinstance(named, list) or not set(supported) & {str(name) for name in named}:
         first = named[0] if isinstance(named, list) else named
-        supported = f"{family.causal}, {family.classifier}"
-        raise UserError(f"{where}: no support for architecture {shown(first)}; use one of: {supported}")
+        raise UserError(f"{where}: no support for architecture {shown(first)}; use one of: {', '.join(supported)}")
     return family
+
+
+def model_type_of(raw: ConfigJson) -> str:
+    """model_type, by which transformers chooses the code: a Mistral that has layer_types is a Ministral to it."""
+    name = str(raw.get("model_type"))
+    return "ministral" if name == "mistral" and "layer_types" in raw else name
 
 
 def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
@@ -165,11 +89,12 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
         UserError: a value is missing, of the wrong type, or beyond the decoder.
     """
     with understood(where):
+        raw = raw | {key: raw[alias] for alias, key in family.aliases.items() if alias in raw}
         refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
-        if raw.get("quantization_config") is not None:
-            refused["quantization_config"] = raw["quantization_config"]
+        refused |= {key: raw[key] for key in ("quantization_config", "per_layer_config") if raw.get(key)}
         for key, value in refused.items():
             raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
+        _check_tokens(raw, where)
         fields: Fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
         if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
             raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
@@ -195,7 +120,7 @@ def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -
         value = _default(key, family, raw)
     if value is None and field in _MAYBE_NONE:
         return 0.0
-    value = _typed(value, type(getattr(ArchConfig(), field)), key, where)
+    value = typed(value, type(getattr(ArchConfig(), field)), key, where)
     if field != "activation":
         return value
     names = _ACTIVATION_NAMES | family.activations
@@ -204,7 +129,20 @@ def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -
     return names[value]
 
 
-def _typed(value: object, kind: type, key: str, where: Path) -> Any:
+def _check_tokens(raw: ConfigJson, where: Path) -> None:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = raw.get(key)
+        ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if value is not None and any(type(i) is not int for i in ids):
+            raise UserError(f"{where}: {key} is {shown(value)}, which is no token id; correct it")
+
+
+def typed(value: object, kind: type, key: str, where: Path) -> Any:
+    """A value, if it is of this type; whole numbers stand for floats, lists of numbers for tuples.
+
+    Raises:
+        UserError: it is of another, or of a size that no model has.
+    """
     value = float(value) if kind is float and type(value) is int else value
     if kind is tuple and isinstance(value, list) and all(type(x) in (int, float) for x in value):
         return tuple(float(x) for x in value)
@@ -218,71 +156,89 @@ def _typed(value: object, kind: type, key: str, where: Path) -> Any:
 def _windows(raw: ConfigJson, family: Family, where: Path, layers: int) -> Fields:
     kinds = raw.get("layer_types")
     window = raw["sliding_window"] if "sliding_window" in raw else _default("sliding_window", family, raw)
-    if "use_sliding_window" in raw or family.model_type.startswith("qwen"):
+    if family.window_switch or (family.windows == "none" and "use_sliding_window" in raw):
         window = window if raw.get("use_sliding_window", False) else None
     if kinds is not None and (len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}):
         raise UserError(f"{where}: no support for layer_types {shown(kinds)}; they must be {layers} of "
                         "sliding_attention and full_attention")  # fmt: skip
     if family.windows == "none" and ("sliding_attention" in (kinds or ()) or window is not None):
         raise UserError(f"{where}: no support for sliding windows in {family.model_type}; choose a checkpoint without")
-    if not window or family.windows == "none":
-        return {}
     if family.windows == "all":
         chosen = tuple(range(layers))
     elif kinds is not None:
         chosen = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     else:
-        chosen = tuple(i for i in range(layers) if family.window_rule(raw, i))
-    return {"sliding_window": _typed(window, int, "sliding_window", where), "window_layers": chosen} if chosen else {}
+        chosen = tuple(i for i in range(layers) if window is not None and family.window_rule(raw, i))
+    if window is None and family.windows == "types" and chosen:
+        raise UserError(f"{where}: layer_types has sliding_attention, but there is no sliding_window; give its size")
+    if window is None or not chosen:
+        return {}
+    if typed(window, int, "sliding_window", where) < 1:
+        raise UserError(
+            f"{where}: sliding_window is {window}, in which no token sees itself; write null for no window"
+        )
+    return {"sliding_window": window, "window_layers": chosen}
 
 
 def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> Fields:
     """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    local = given.get("sliding_attention")
-    if "rope_local_base_freq" in family.defaults and "rope_type" in given and given is raw.get("rope_parameters"):
-        raise UserError(f"{where}: {family.model_type} needs rope_parameters by layer type; write them so")
-    if isinstance(given.get("full_attention"), dict):
-        if "rope_local_base_freq" not in family.defaults:
-            raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
-        given = given["full_attention"]
-    theta = _first(given.get("rope_theta"), raw.get("rope_theta"), raw.get("rotary_emb_base"))
-    theta = _first(theta, _default("rope_theta", family, raw), 10000.0)
-    fraction = _first(given.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), raw.get("rotary_pct"))
-    fraction = _first(fraction, _default("partial_rotary_factor", family, raw), 1.0)
-    if fraction != 1 and "partial_rotary_factor" not in family.defaults:
-        raise UserError(f"{where}: no support for partial_rotary_factor {fraction} in {family.model_type}; choose "
-                        "a checkpoint without it")  # fmt: skip
-    fields = {"rope_theta": theta, "rope_fraction": fraction}
-    if "rope_local_base_freq" in family.defaults:
-        near = _first((local or {}).get("rope_theta"), raw.get("rope_local_base_freq"))
-        fields["rope_local_theta"] = _first(near, _default("rope_local_base_freq", family, raw))
-    if (local or {}).get("rope_type", "default") != "default":
+    scaled: ConfigJson = raw.get("rope_scaling") or {}
+    given: ConfigJson = raw.get("rope_parameters") or {}
+    local: ConfigJson = {}
+    by_layer = "rope_local_theta" in family.rotary
+    if by_layer:
+        if any(value is not None and not isinstance(value, dict) for value in given.values()):
+            raise UserError(f"{where}: {family.model_type} needs rope_parameters by layer type; write them so")
+        local = given.get("sliding_attention") or {}
+        given = (given.get("full_attention") or {"rope_type": "default"}) | scaled
+    else:
+        given = scaled or given or family.default_rope
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
+    fractions = [local.get("partial_rotary_factor", 1)]
+    if "rope_fraction" not in family.rotary:
+        fractions.append(_first(given.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), 1))
+    if fractions := [fraction for fraction in fractions if fraction != 1]:
+        raise UserError(f"{where}: no support for partial_rotary_factor {shown(fractions[0])} in {family.model_type}; "
+                        "choose a checkpoint without it")  # fmt: skip
+    stated = {
+        "rope_theta": given.get("rope_theta"),
+        "rope_fraction": given.get("partial_rotary_factor"),
+        "rope_local_theta": local.get("rope_theta"),
+    }
+    fields = {field: _first(stated[field], raw.get(key), default) for field, (key, default) in family.rotary.items()}
+    if local.get("rope_type", "default") != "default":
         raise UserError(f"{where}: no support for rope scaling of sliding layers; choose a checkpoint without it")
-    typed = {field: _typed(value, float, field, where) for field, value in fields.items()}
-    return typed | {"rope_scaling": _scaling(given, raw, where, max_positions)}
+    numbers = {field: typed(value, float, field, where) for field, value in fields.items()}
+    return numbers | {"rope_scaling": _scaling(given, raw, family, where, max_positions)}
 
 
 def _first(*values: object) -> object:
     return next((value for value in values if value is not None), None)
 
 
-def _scaling(given: ConfigJson, raw: ConfigJson, where: Path, max_positions: int) -> RopeScaling:
-    kind = given.get("rope_type", given.get("type", "default"))
-    if raw["model_type"] == "phi3" and kind in ("su", "yarn"):
-        kind = "longrope"  # its first names
+def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, max_positions: int) -> RopeScaling:
+    kind: Any = given.get("rope_type", given.get("type", "default"))
+    kind, by_layer = family.scaling_names.get(kind, kind), "rope_local_theta" in family.rotary
     if kind == "default":
         return RopeScaling()
-    if kind not in _SCALING_KEYS:
-        supported = ", ".join(_SCALING_KEYS)
+    if kind not in family.scalings:
+        supported = ", ".join(family.scalings)
         raise UserError(f"{where}: no support for rope scaling {kind!r}; use one of: {supported}")
     keys, numbers = _SCALING_KEYS[kind], dict(given)
-    if raw["model_type"] == "phi3" and _ORIGINAL in given and _ORIGINAL not in raw:
+    if family.model_type == "phi3" and _ORIGINAL in given and _ORIGINAL not in raw:
         raise UserError(f"{where}: {_ORIGINAL} in rope_scaling is not read by transformers; move it to the top")
     if _ORIGINAL in keys.values():
-        numbers[_ORIGINAL] = _first(raw.get(_ORIGINAL), given.get(_ORIGINAL), max_positions)
+        numbers[_ORIGINAL] = _first(None if by_layer else raw.get(_ORIGINAL), given.get(_ORIGINAL), max_positions)
         if numbers.get("factor") is None and kind in ("yarn", "longrope"):
             numbers["factor"] = max_positions / numbers[_ORIGINAL]
+    if kind == "yarn":  # transformers takes 0 for not given, and looks for truncate where by_layer has layer types
+        numbers = {k: v for k, v in numbers.items() if v != 0 or k not in ("beta_fast", "beta_slow")}
+        numbers["truncate"] = by_layer or bool(numbers.get("truncate", True))
+    if numbers.get("attention_factor") == 0:
+        raise UserError(
+            f"{where}: attention_factor is 0, by which no token has a place; write null for the computed one"
+        )
     unknown = sorted(set(numbers) - set(keys.values()) - _NOT_SCALING - {_ORIGINAL})
     if unknown:
         raise UserError(
@@ -293,8 +249,8 @@ def _scaling(given: ConfigJson, raw: ConfigJson, where: Path, max_positions: int
         raise UserError(f"{where}: rope scaling {kind!r} lacks {lacking[0]!r}; download or save it again")
     plain = RopeScaling()
     given_here = {field: key for field, key in keys.items() if numbers.get(key) is not None}
-    typed = {f: _typed(numbers[key], type(getattr(plain, f)), key, where) for f, key in given_here.items()}
-    return RopeScaling(kind=kind, **typed)
+    fields = {f: typed(numbers[key], type(getattr(plain, f)), key, where) for f, key in given_here.items()}
+    return RopeScaling(kind=kind, **fields)
 
 
 def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson:
@@ -311,15 +267,29 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson
         values["layer_types"] = [
             "sliding_attention" if i in near else "full_attention" for i in range(arch.num_layers)
         ]
-    if family.model_type.startswith("qwen"):
-        values |= {"use_sliding_window": bool(arch.window_layers)}
-        values |= {"max_window_layers": min(arch.window_layers, default=arch.num_layers)}
+    if family.window_switch:
+        values |= {"use_sliding_window": bool(near)}
+        values |= {"max_window_layers": min(near, default=arch.num_layers)}
+    elif family.windows == "types" and not near:  # transformers wants a size, though no layer has a window
+        values["sliding_window"] = family.defaults["sliding_window"]
     if arch.positions == "rotary":
         values |= _rope_json(family, arch)
     if score_head:
         values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     architecture = family.classifier if score_head else family.causal
     return {"architectures": [architecture], "model_type": family.model_type} | values
+
+
+def to_json_like(family: Family, arch: ArchConfig, base: ConfigJson, *, score_head: bool) -> ConfigJson:
+    """`to_json` with what the config.json of the model that training began with holds beside our settings."""
+    values = to_json(family, arch, score_head=score_head)
+    if model_type_of(base) != family.model_type:
+        return values
+    gone = {*_NOT_KEPT, *family.aliases, *(["problem_type"] if score_head else [])}
+    gone |= {"rope_scaling"} if arch.positions == "rotary" and base.get("rope_scaling") else set()
+    unused = ("sliding_window", "max_window_layers") if family.windows == "types" and not arch.window_layers else ()
+    values |= {key: base[key] for key in unused if key in values and base.get(key)}
+    return {key: value for key, value in base.items() if key not in gone} | values
 
 
 def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
@@ -331,22 +301,19 @@ def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
     numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
     optional = {"attention_factor", "mscale", "mscale_all_dim"}
     numbers = {k: v for k, v in numbers.items() if v != 0 or k not in optional}
-    values: ConfigJson = {"rope_theta": arch.rope_theta}
+    values: ConfigJson = {key: getattr(arch, field) for field, (key, _) in family.rotary.items() if key}
     if family.model_type == "phi3":
         original = scaling.original_max_positions or arch.max_positions
         values["original_max_position_embeddings"] = original
         if scaling.kind == "longrope" and scaling.factor == arch.max_positions / original:
             del numbers["factor"]  # what transformers computes from the two lengths
-    if "partial_rotary_factor" in family.defaults:
-        rope["partial_rotary_factor"] = values["partial_rotary_factor"] = arch.rope_fraction
-    if family.model_type == "gpt_neox":
-        values |= {"rotary_pct": arch.rope_fraction, "rotary_emb_base": arch.rope_theta}
+    if "rope_fraction" in family.rotary:
+        rope["partial_rotary_factor"] = arch.rope_fraction
     rope |= numbers
     if scaling.kind != "none":
         values["rope_scaling"] = dict(rope)
     values["rope_parameters"] = rope
-    if "rope_local_base_freq" in family.defaults:
-        values["rope_local_base_freq"] = arch.rope_local_theta
+    if "rope_local_theta" in family.rotary:
         local = {"rope_type": "default", "rope_theta": arch.rope_local_theta}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     return values
@@ -358,7 +325,7 @@ def find_family(arch: ArchConfig, base_config: ConfigJson | None = None) -> Fami
     Raises:
         UserError: none can; it says what does not fit the best of them.
     """
-    preferred, reasons = (base_config or {}).get("model_type"), []
+    preferred, reasons = model_type_of(base_config or {}), []
     for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != preferred):
         try:
             held = to_arch(to_json(family, arch, score_head=False), family, Path("config.json"))

@@ -1,68 +1,27 @@
-"""One table per Hugging Face model family: its names for our settings and for our tensors.
-
-Axis letters as in `rlhf_jax.config.rules`.
-"""
+"""One table per Hugging Face model family: its names for our settings and for our tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
+
+from rlhf_jax.models.hf.family import ConfigJson, Derived, Family, Tensor
 
 _T = TypeVar("_T")
-ConfigJson = dict[str, Any]
-"""config.json, or another JSON object beside it, as it was read: values are of any type until they are checked."""
-Derived = Callable[[ConfigJson], object]
-"""What a config.json makes of a setting that it leaves out."""
-
-
-class Tensor(NamedTuple):
-    """Which leaf a stored tensor is, or which parts of it one after the other, and its axes.
-
-    "KGN D" is torch's Linear, "D KGN" Conv1D. In a part of the fused projection G stands for what the part has of S:
-    G queries, one key or one value; in a part of the MLP's, M for one of gate and up.
-    """
-
-    leaf: str
-    axes: str
-    parts: tuple[str, ...] = ()
-
-
-class Family(NamedTuple):
-    """A model family of transformers, as tables.
-
-    Attributes:
-        model_type: its name in config.json.
-        causal: architecture of a language model.
-        classifier: architecture of a reward or value model.
-        prefix: of the trunk's tensors; checkpoints of the bare trunk lack it.
-        config: ArchConfig field -> key of config.json; fields that share a key are always equal.
-        defaults: for absent or null keys: a value, or a function of config.json. Other keys are required.
-        fixed: ArchConfig fields that no key sets: a value, or a function of config.json.
-        tensors: by stored name, {} being the layer.
-        windows: layers with a sliding window: none, all of them, or as layer_types says.
-        window_rule: which layers have the window if layer_types is absent: (config.json, layer) -> bool.
-        activations: names of nonlinearities that mean something else in this family.
-        only: keys of config.json whose other values the decoder cannot do -> the values that it can.
-        ignored: pattern of stored tensors that are not weights.
-    """
-
-    model_type: str
-    causal: str
-    classifier: str
-    prefix: str
-    config: dict[str, str]
-    defaults: dict[str, object | Derived]
-    fixed: dict[str, object | Derived]
-    tensors: dict[str, Tensor]
-    windows: Literal["none", "all", "types"] = "none"
-    window_rule: Callable[[ConfigJson, int], bool] = lambda raw, layer: False
-    activations: dict[str, str] = {}  # noqa: RUF012
-    only: dict[str, tuple[object, ...]] = {}  # noqa: RUF012
-    ignored: str = r"rotary_emb\.inv_freq$"
 
 
 def _head_dim(raw: ConfigJson) -> int:
     return raw["hidden_size"] // raw["num_attention_heads"]
+
+
+def _heads_or(number: int) -> Derived:
+    """The default of num_key_value_heads where null means as many as there are query heads."""
+    return lambda raw: raw["num_attention_heads"] if "num_key_value_heads" in raw else number
+
+
+def _head_dim_or(number: int) -> Derived:
+    """The default of head_dim where null means that heads share the width."""
+    return lambda raw: _head_dim(raw) if "head_dim" in raw else number
 
 
 def _without(table: Mapping[str, _T], *keys: str) -> dict[str, _T]:
@@ -119,7 +78,8 @@ MISTRAL = LLAMA._replace(
     causal="MistralForCausalLM",
     classifier="MistralForSequenceClassification",
     config=_without(LLAMA.config, "qkv_bias", "out_bias", "mlp_bias"),
-    defaults=LLAMA.defaults | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": _heads_or(8), "max_position_embeddings": 131072, "sliding_window": 4096},
     windows="all",
 )
 
@@ -128,10 +88,12 @@ QWEN2 = MISTRAL._replace(
     model_type="qwen2",
     causal="Qwen2ForCausalLM",
     classifier="Qwen2ForSequenceClassification",
-    defaults=LLAMA.defaults | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": _heads_or(32), "max_position_embeddings": 32768, "sliding_window": 4096},
     fixed=LLAMA.fixed | {"qkv_bias": True},
     windows="types",
     window_rule=lambda raw, layer: layer >= raw.get("max_window_layers", 28),
+    window_switch=True,
 )
 QWEN3 = QWEN2._replace(
     model_type="qwen3",
@@ -152,7 +114,12 @@ GEMMA = LLAMA._replace(
     classifier="GemmaForSequenceClassification",
     config=_without(LLAMA.config, "mlp_bias"),
     defaults=LLAMA.defaults
-    | {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+    | {
+        "num_key_value_heads": _heads_or(16),
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
     | {"hidden_act": "gelu_pytorch_tanh"},
     fixed=LLAMA.fixed | {"norm_offset": True, "scale_embedding": True},
     activations={"gelu": "gelu_tanh"},  # what the first releases said and never meant
@@ -168,7 +135,7 @@ GEMMA2 = GEMMA._replace(
     | {"activation": "hidden_activation", "query_pre_attn_scalar": "query_pre_attn_scalar"}
     | {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
     defaults=GEMMA.defaults
-    | {"num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
+    | {"num_key_value_heads": _heads_or(4), "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
     | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
     fixed=GEMMA.fixed | {"norm_position": "both"},
     activations={},
@@ -186,11 +153,10 @@ GEMMA3 = GEMMA2._replace(
     causal="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
     config=_without(GEMMA2.config, "attn_softcap"),  # transformers reads its key and does not apply it
-    defaults=GEMMA2.defaults
-    | {"max_position_embeddings": 131072, "final_logit_softcapping": None}
-    | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    defaults=GEMMA2.defaults | {"max_position_embeddings": 131072, "final_logit_softcapping": None},
     fixed=GEMMA2.fixed | {"qk_norm": "head"},
     tensors=GEMMA2.tensors | {name: QWEN3.tensors[name] for name in QWEN3.tensors if name not in LLAMA.tensors},
+    rotary={"rope_theta": ("rope_theta", 1e6), "rope_local_theta": ("rope_local_base_freq", 1e4)},
     window_rule=lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", 6) != 0,
 )
 _SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -199,12 +165,15 @@ PHI3 = LLAMA._replace(
     causal="Phi3ForCausalLM",
     classifier="Phi3ForSequenceClassification",
     config=MISTRAL.config,
-    defaults=LLAMA.defaults | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+    defaults=LLAMA.defaults | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     tensors=_without(LLAMA.tensors, *(name for name in LLAMA.tensors if name.split(".")[-2] in _SPLIT))
     | {
         _LAYER + "self_attn.qkv_proj.weight": Tensor("layers/attn/qkv", "KGN D", (*QUERY, *KEY, *VALUE)),
         _LAYER + "mlp.gate_up_proj.weight": Tensor("layers/mlp/up", "MF D"),
     },
+    rotary=LLAMA.rotary | {"rope_fraction": ("partial_rotary_factor", 1.0)},
+    scalings=("longrope",),
+    scaling_names={"su": "longrope", "yarn": "longrope"},  # its first names
     windows="all",
 )
 OLMO2 = LLAMA._replace(
@@ -266,6 +235,10 @@ GPT2 = Family(
     only={
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     },
+    aliases={
+        "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
     ignored=r"attn\.(masked_)?bias$",
 )  # fmt: skip
 
@@ -285,8 +258,8 @@ GPT_NEOX = Family(
     defaults={
         "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "use_parallel_residual": True,
         "attention_bias": True, "tie_word_embeddings": False, "initializer_range": 0.02,
-        "partial_rotary_factor": 0.25,
     },
+    rotary={"rope_theta": ("rotary_emb_base", 1e4), "rope_fraction": ("rotary_pct", 0.25)},
     fixed={"norm": "layer", "positions": "rotary", "gated_mlp": False, "mlp_bias": True, "head_dim": _head_dim},
     tensors={
         "gpt_neox.embed_in.weight": Tensor("embed/tokens", "V D"),
@@ -310,8 +283,82 @@ GPT_NEOX = Family(
     ignored=r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$",
 )  # fmt: skip
 
+MINISTRAL = MISTRAL._replace(
+    model_type="ministral",
+    causal="MinistralForCausalLM",
+    classifier="MinistralForSequenceClassification",
+    windows="types",
+    window_rule=lambda raw, layer: True,
+)
+SEED_OSS = LLAMA._replace(
+    model_type="seed_oss",
+    causal="SeedOssForCausalLM",
+    classifier="SeedOssForSequenceClassification",
+    config=LLAMA.config | {"out_bias": "attention_out_bias"},
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": _heads_or(8), "head_dim": _head_dim_or(128), "max_position_embeddings": 524288}
+    | {"attention_bias": True, "attention_out_bias": False},
+)
+OLMO3 = OLMO2._replace(
+    model_type="olmo3",
+    causal="Olmo3ForCausalLM",
+    classifier="Olmo3ForSequenceClassification",
+    defaults=OLMO2.defaults | {"sliding_window": 4096},
+    rotary={"rope_theta": ("rope_theta", 5e5), "rope_local_theta": ("", 5e5)},
+    windows="types",
+    window_rule=lambda raw, layer: (layer + 1) % 4 != 0,
+)
+CWM = LLAMA._replace(
+    model_type="cwm",
+    causal="CwmForCausalLM",
+    classifier="CwmForSequenceClassification",
+    config=_without(LLAMA.config, "qkv_bias", "out_bias"),
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": _heads_or(8), "head_dim": _head_dim_or(128), "max_position_embeddings": 131072}
+    | {"rms_norm_eps": 1e-5, "sliding_window": 8192},
+    rotary={"rope_theta": ("rope_theta", 1e6)},
+    default_rope={
+        "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    windows="types",
+    window_rule=lambda raw, layer: layer % 4 != 0,
+)  # fmt: skip
+VAULTGEMMA = GEMMA2._replace(
+    model_type="vaultgemma",
+    causal="VaultGemmaForCausalLM",
+    classifier="VaultGemmaForSequenceClassification",
+    fixed=GEMMA.fixed,
+    tensors=_without(LLAMA.tensors, _LAYER + "post_attention_layernorm.weight")
+    | {_LAYER + "pre_feedforward_layernorm.weight": Tensor("layers/mlp_norm/scale", "D")},
+)
+STARCODER2 = MISTRAL._replace(
+    model_type="starcoder2",
+    causal="Starcoder2ForCausalLM",
+    classifier="Starcoder2ForSequenceClassification",
+    config=_without(LLAMA.config, "norm_eps", "qkv_bias", "out_bias", "mlp_bias")
+    | {"norm_eps": "norm_epsilon", "qkv_bias": "use_bias", "out_bias": "use_bias", "mlp_bias": "use_bias"},
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": _heads_or(2), "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "use_bias": True}
+    | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "initializer_range": 0.018042},
+    fixed={"norm": "layer", "positions": "rotary", "gated_mlp": False},
+    tensors=_without(LLAMA.tensors, *(name for name in LLAMA.tensors if ".mlp." in name))
+    | {
+        _LAYER + "input_layernorm.bias": Tensor("layers/attn_norm/bias", "D"),
+        _LAYER + "post_attention_layernorm.bias": Tensor("layers/mlp_norm/bias", "D"),
+        _LAYER + "mlp.c_fc.weight": Tensor("layers/mlp/up", "MF D"),
+        _LAYER + "mlp.c_fc.bias": Tensor("layers/mlp/up_bias", "MF"),
+        _LAYER + "mlp.c_proj.weight": Tensor("layers/mlp/down", "D F"),
+        _LAYER + "mlp.c_proj.bias": Tensor("layers/mlp/down_bias", "D"),
+        "model.norm.bias": Tensor("final_norm/bias", "D"),
+    },
+)
+
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX)
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX),
+        *(MINISTRAL, SEED_OSS, OLMO3, CWM, VAULTGEMMA, STARCODER2),
+    )
 }
 """By model_type; the first that can hold a shape is taken for a model with random weights."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.config.rules import LEAVES, WIDE_QK_NORM
-from rlhf_jax.models.hf.families import Tensor
+from rlhf_jax.models.hf.family import Tensor
 from rlhf_jax.types import Params
 
 Leaves = dict[str, jax.Array | np.ndarray]

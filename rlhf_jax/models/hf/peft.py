@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.models.hf import weights as hf_weights
-from rlhf_jax.models.hf.config_json import ADAPTER
-from rlhf_jax.models.hf.families import ConfigJson, Family
+from rlhf_jax.models.hf.directory import ADAPTER
+from rlhf_jax.models.hf.family import ConfigJson, Family
 from rlhf_jax.models.hf.hub import PREFIX as HUB
 from rlhf_jax.models.hf.layout import Layout, flattened
 from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX

@@ -1,9 +1,11 @@
-"""What the safetensors files of a directory hold; of a PEFT adapter, the weights of its model with it added."""
+"""What a directory holds: its shape, and its tensors; of a PEFT adapter, those of its model with it added."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +14,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.json_text import strict_json
-from rlhf_jax.models.hf.config_json import ADAPTER, layers_of, read_json, understood
-from rlhf_jax.models.hf.families import ConfigJson
+from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, understood
+from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
+from rlhf_jax.models.hf.family import ConfigJson
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -65,6 +69,41 @@ class Summed(NamedTuple):
 
 
 Tensors = Mapping[str, Stored | Summed]
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
+    """The shape of the model in a Hugging Face directory (or of a config.json alone), and its config.json.
+
+    Of a PEFT adapter, those of the model that it stands on.
+
+    Raises:
+        UserError: no such directory or config, an unknown family, a feature that the decoder lacks, or .bin weights.
+    """
+    folder = model_directory(path)
+    where = folder / "config.json"
+    if folder.is_file():
+        folder, where = folder.parent, folder
+    elif not folder.is_dir():
+        raise UserError(f"no directory {folder}; for a model of the Hub, give hf://owner/name")
+    if not where.is_file():
+        run = (folder / "model" / "config.json").is_file()
+        cure = str(folder / "model") if run else "a directory that `save_pretrained` or rlhf-jax wrote"
+        raise UserError(f"{folder} has no config.json; give {cure}")
+    raw = read_json(where)
+    family = family_of(raw, where)
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        kind = family.classifier if family.classifier in (raw.get("architectures") or ()) else family.causal
+        place = json.dumps(str(path), ensure_ascii=False)  # Python's string too, plain in a shell's quotes
+        convert = f"import transformers as t; t.{kind}.from_pretrained({place}).save_pretrained({place})"
+        command = f"python -c {shlex.quote(convert)}"
+        raise UserError(f"{folder} has .bin weights only, which are pickles; where torch is installed, run {command}")
+    return to_arch(raw, family, where), raw
+
+
+def read_generation(path: str | os.PathLike[str]) -> ConfigJson:
+    """generation_config.json of a directory; empty if there is none."""
+    file = model_directory(path) / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def stored_tensors(path: Path) -> dict[str, Stored | Summed]:

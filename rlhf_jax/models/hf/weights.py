@@ -23,8 +23,9 @@ from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
-from rlhf_jax.models.hf.config_json import family_of, find_family, model_directory, read_json, to_json
-from rlhf_jax.models.hf.families import ConfigJson, Family, Tensor
+from rlhf_jax.models.hf.config_json import family_of, find_family, read_json, to_json_like
+from rlhf_jax.models.hf.directory import model_directory
+from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
 from rlhf_jax.models.hf.stored import DTYPES, Tensors, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
@@ -224,7 +225,8 @@ def save_model(
         score_head: a reward or value model. transformers' head has no bias, so ours goes into the final norm's where
             there is one; else it is stored as score.bias, which transformers ignores.
         dtype: float32 or bfloat16.
-        base_config: config.json of the model that training began with; gives the family, bos and (default) pad.
+        base_config: config.json of the model that training began with; gives the family, bos and (default) pad, and
+            all that is no setting of ours.
         base_generation: its generation_config.json; what it says beside token ids is kept.
         shard_bytes: the largest weight file; more of them come with an index.
         write_more: writes further files, such as the tokenizer's, into the new directory.
@@ -243,7 +245,7 @@ def save_model(
     if score_head:
         leaves = _fold_score_bias(leaves)
     tokens = _token_ids(eos_ids, pad_id, base_config or {}, score_head=score_head)
-    config = to_json(family, arch, score_head=score_head) | tokens | {"dtype": dtype}
+    config = to_json_like(family, arch, base_config or {}, score_head=score_head) | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
     if is_first():

@@ -1,0 +1,73 @@
+"""What a Hugging Face model family is: its names for our settings and for our tensors.
+
+Axis letters as in `rlhf_jax.config.rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+ConfigJson = dict[str, Any]
+"""config.json, or another JSON object beside it, as it was read: values are of any type until they are checked."""
+Derived = Callable[[ConfigJson], object]
+"""What a config.json makes of a setting that it leaves out."""
+
+
+class Tensor(NamedTuple):
+    """Which leaf a stored tensor is, or which parts of it one after the other, and its axes.
+
+    "KGN D" is torch's Linear, "D KGN" Conv1D. In a part of the fused projection G stands for what the part has of S:
+    G queries, one key or one value; in a part of the MLP's, M for one of gate and up.
+    """
+
+    leaf: str
+    axes: str
+    parts: tuple[str, ...] = ()
+
+
+class Family(NamedTuple):
+    """A model family of transformers, as tables.
+
+    Attributes:
+        model_type: its name in config.json.
+        causal: architecture of a language model.
+        classifier: architecture of a reward or value model.
+        prefix: of the trunk's tensors; checkpoints of the bare trunk lack it.
+        config: ArchConfig field -> key of config.json; fields that share a key are always equal.
+        defaults: for absent or null keys: a value, or a function of config.json. Other keys are required.
+        fixed: ArchConfig fields that no key sets: a value, or a function of config.json.
+        tensors: by stored name, {} being the layer.
+        rotary: ArchConfig field -> (key beside rope_parameters, its default); a key of "" is never read. With
+            rope_local_theta among them rope_parameters are by layer type.
+        scalings: kinds of rotary scaling that transformers takes in this family.
+        scaling_names: names of such kinds that mean something else in this family.
+        default_rope: rope_parameters of a config.json without any.
+        windows: layers with a sliding window: none, all of them, or as layer_types says.
+        window_rule: which layers have the window if layer_types is absent: (config.json, layer) -> bool.
+        window_switch: whether use_sliding_window turns windows on; in other families it says nothing.
+        activations: names of nonlinearities that mean something else in this family.
+        aliases: other names of keys, which stand above them.
+        only: keys of config.json whose other values the decoder cannot do -> the values that it can.
+        ignored: pattern of stored tensors that are not weights.
+    """
+
+    model_type: str
+    causal: str
+    classifier: str
+    prefix: str
+    config: dict[str, str]
+    defaults: dict[str, object | Derived]
+    fixed: dict[str, object | Derived]
+    tensors: dict[str, Tensor]
+    rotary: dict[str, tuple[str, float]] = {"rope_theta": ("rope_theta", 1e4)}  # noqa: RUF012
+    scalings: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
+    scaling_names: dict[str, str] = {}  # noqa: RUF012
+    default_rope: ConfigJson = {}  # noqa: RUF012
+    windows: Literal["none", "all", "types"] = "none"
+    window_rule: Callable[[ConfigJson, int], bool] = lambda raw, layer: False
+    window_switch: bool = False
+    activations: dict[str, str] = {}  # noqa: RUF012
+    aliases: dict[str, str] = {}  # noqa: RUF012
+    only: dict[str, tuple[object, ...]] = {}  # noqa: RUF012
+    ignored: str = r"rotary_emb\.inv_freq$"

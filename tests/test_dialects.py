@@ -1,0 +1,288 @@
+"""config.json in the spellings that people have: read as transformers does, kept when saved, or refused by name."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_hf import message
+from test_loading import tree_of
+
+from rlhf_jax.config import ArchConfig
+from rlhf_jax.models import Model, hf
+from rlhf_jax.models.hf import config_json
+from rlhf_jax.tokens import positions_from_mask
+
+SHAPE = {
+    "vocab_size": 37, "hidden_size": 32, "intermediate_size": 14, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": None,
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+}  # fmt: skip
+OWN = {
+    family: {"head_dim": 8, "sliding_window": 5}
+    for family in ("mistral", "ministral", "gemma2", "gemma3_text", "vaultgemma")
+}
+OWN |= {
+    "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8}, "phi3": {"sliding_window": 5}, "cwm": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8}, "starcoder2": {"sliding_window": 5}, "gpt2": {"hidden_size": ..., "n_inner": 14},
+}  # fmt: skip
+FULL = {"layer_types": ["full_attention"] * 2}
+
+
+def config(family, **changes):
+    """config.json of a small model; an Ellipsis takes a key out."""
+    raw = {"model_type": family} | SHAPE | OWN.get(family, {}) | changes
+    if family == "gpt2":  # transformers takes the general names for its own
+        general = {"num_hidden_layers", "num_attention_heads", "max_position_embeddings"} - set(changes)
+        raw = {key: value for key, value in raw.items() if key not in general}
+    return {key: value for key, value in raw.items() if value is not ...}
+
+
+def write(path, raw):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    return path
+
+
+# ---- read
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+SAME = [  # family, changes, and changes that mean the same
+    ("mistral", {"use_sliding_window": False}, {}),
+    ("phi3", {"use_sliding_window": False}, {}),
+    ("gemma2", {"use_sliding_window": False}, {}),
+    ("starcoder2", {"use_sliding_window": False}, {}),
+    ("phi3", FULL, {}),
+    ("mistral", FULL, {"sliding_window": None}),
+    ("gpt_neox", {"partial_rotary_factor": 0.5}, {}),
+    ("gpt_neox", {"rope_theta": 77.0}, {}),
+    ("gpt_neox", {"rotary_emb_base": 77, "rope_theta": 5.0}, {"rotary_emb_base": 77.0}),
+    ("gpt_neox", {"rope_parameters": {"rope_theta": 77, "partial_rotary_factor": 0.5}, "rotary_pct": 0.25},
+     {"rotary_emb_base": 77, "rotary_pct": 0.5}),
+    ("llama", {"rope_scaling": YARN | {"beta_fast": 0, "beta_slow": 0}}, {"rope_scaling": YARN}),
+    ("qwen2", {"rope_scaling": YARN | {"beta_fast": 0.0}}, {"rope_scaling": YARN | {"beta_fast": 32}}),
+    ("llama", {"rope_scaling": YARN | {"truncate": None}}, {"rope_scaling": YARN | {"truncate": False}}),
+    ("gemma3_text", {"rope_scaling": YARN | {"truncate": False}}, {"rope_scaling": YARN}),
+    ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, {}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                     "rope_parameters": {"full_attention": {"rope_theta": 50.0}, "sliding_attention": None}},
+     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 50}),
+    ("mistral", {"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+    ("qwen2", {"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+    ("qwen3", {"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+    ("seed_oss", {"head_dim": None}, {"head_dim": 8}),
+    ("gpt2", {"n_embd": ..., "n_head": ..., "hidden_size": 32, "num_attention_heads": 4}, {}),
+    ("gpt2", {"num_hidden_layers": 2, "n_layer": 7}, {}),
+    ("olmo3", {"rope_theta": 300.0, "sliding_window": 5},
+     {"sliding_window": 5, "rope_parameters": {"full_attention": {"rope_theta": 300.0}}}),
+    ("llama", {"per_layer_config": {}}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "same"), SAME)
+def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
+    read = [
+        hf.read_config(write(tmp_path / name, config(family, **c)))[0] for name, c in (("a", changes), ("b", same))
+    ]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("llama", {"eos_token_id": "x"}, "eos_token_id is 'x', which is no token id; correct it"),
+        ("qwen2", {"eos_token_id": [2, "3"]}, "eos_token_id is [2, '3']"),
+        ("gpt2", {"eos_token_id": True}, "eos_token_id is True"),
+        ("gemma2", {"bos_token_id": 1.0}, "bos_token_id is 1.0"),
+        ("llama", {"pad_token_id": [0]}, "pad_token_id is [0]"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0, in which no token sees itself; write null"),
+        ("gemma3_text", {"sliding_window": -1}, "sliding_window is -1"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "has sliding_attention, but there is no sliding_window"),
+        ("qwen3", {"per_layer_config": {"0": {"head_dim": 4}}}, "no support for per_layer_config {'0'"),
+        (
+            "phi3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope scaling 'linear'; use one of: longrope",
+        ),
+        ("llama", {"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0, by which no token has a"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "needs rope_parameters by layer type"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+            "factor 0.5 in gem",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "no support for rope by layer type",
+        ),
+    ],
+)
+def test_what_transformers_could_not_run_is_refused(tmp_path, family, changes, said):
+    assert said in message(hf.read_config, write(tmp_path / "m", config(family, **changes)))
+
+
+# ---- kept
+
+
+EXTRA = {
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attention_dropout": 0.25, "use_cache": False,
+    "summary_first_dropout": 0, "task_specific_params": {"x": {"max_length": 50}}, "a_note": "mine", "nothing": None,
+    "_name_or_path": "somebody/model", "transformers_version": "4.40.0", "pretraining_tp": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("score_head", [False, True])
+def test_what_is_no_setting_of_ours_is_kept(tmp_path, family, score_head):
+    old = {
+        "torch_dtype": "float16",
+        "auto_map": {"AutoConfig": "code.C"},
+        "problem_type": "single_label_classification",
+    }
+    arch, raw = hf.read_config(write(tmp_path / "m", config(family, **EXTRA, **old)))
+    params = tree_of(arch, score_head=score_head)
+    hf.save_model(tmp_path / "new", arch, params, eos_ids=[2], score_head=score_head, base_config=raw)
+    found, saved = hf.read_config(tmp_path / "new")
+    assert found == arch and EXTRA.items() <= saved.items()
+    assert not {"torch_dtype", "auto_map"} & set(saved) and saved["dtype"] == "float32"
+    assert ("problem_type" in saved) != score_head  # with which transformers refuses one label
+    hf.save_model(tmp_path / "again", found, params, eos_ids=[2], score_head=score_head, base_config=saved)
+    assert hf.read_config(tmp_path / "again")[1] == saved
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 21}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}),
+        ("gemma2", {"sliding_window": 9, **FULL}),
+        ("gemma3_text", {"sliding_window": 9, "sliding_window_pattern": 1, **FULL}),
+    ],
+)
+def test_windows_that_no_layer_has_are_kept(family, settings):
+    raw = config(family, **settings)
+    arch = config_json.to_arch(raw, hf.FAMILIES[family], Path("config.json"))
+    saved = config_json.to_json_like(hf.FAMILIES[family], arch, raw, score_head=False)
+    assert arch.sliding_window == 0 and {k: saved[k] for k in settings if settings[k]} == {
+        k: v for k, v in settings.items() if v
+    }
+
+
+def test_nothing_of_another_familys_config_is_kept(tmp_path):
+    arch, raw = hf.read_config(write(tmp_path / "m", config("llama", a_note="x", rope_scaling=YARN)))
+    mine = hf.FAMILIES["qwen3"]
+    assert "a_note" not in config_json.to_json_like(mine, arch, raw, score_head=False)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3", "cwm", "vaultgemma", "ministral"])
+def test_a_model_without_windows_is_saved_with_the_size_that_transformers_wants(family):
+    raw = config(family, **FULL, sliding_window=...)
+    arch = config_json.to_arch(raw, hf.FAMILIES[family], Path("config.json"))
+    assert arch.window_layers == ()
+    assert config_json.to_json(hf.FAMILIES[family], arch, score_head=False)["sliding_window"] >= 4096
+
+
+# ---- refused by name
+
+
+@pytest.mark.parametrize(
+    ("raw", "nearest", "parts", "experts"),
+    [
+        ({"model_type": "gemma4_text", "num_experts": None, "top_k_experts": None, "enable_moe_block": False,
+          "attention_k_eq_v": True, "hidden_size_per_layer_input": 256}, "gemma3_text", ["keys that are val"], False),
+        ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 128}, "gemma3_text", [], True),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 2}, "llama", [], False),
+        ({"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None}, "mistral", [], True),
+        ({"model_type": "qwen3_moe"}, "qwen3", [], True),
+        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, None, [], True),
+        ({"model_type": "exaone4", "num_experts": [0, 0]}, None, ["layers without rotary positions"], False),
+        ({"model_type": "gpt_oss", "num_local_experts": 32}, None, ["attention sinks"], True),
+        ({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]}, "qwen3",
+         ["gated DeltaNet layers", "linear_attention"], False),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 8}, "vision_config": {"a": 1}}, "gemma3_text",
+         ["images or sound"], False),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 256, "kv_lora_rank": 512}, None, ["latent att"], True),
+        ({"model_type": "glm4", "partial_rotary_factor": 0.5}, None, ["rotary positions of neighb"], False),
+        ({"model_type": "granite", "residual_multiplier": 0.2}, "llama", ["multipliers"], False),
+        ({"model_type": "olmo", "clip_qkv": 8.0}, "olmo3", ["norms without weights", "clip_qkv"], False),
+        ({"model_type": 7, "hidden_size": [1]}, None, [], False),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_nearest_family_and_what_it_lacks(tmp_path, raw, nearest, parts, experts):
+    shape = {key: value for key, value in SHAPE.items() if not key.startswith("n_")}
+    said = message(hf.read_config, write(tmp_path / "m", shape | raw))
+    assert ("mixture-of-experts" in said) == experts and f"model_type {raw['model_type']!r}; use one of: llama" in said
+    last = said.split("; the nearest, ")[1]
+    assert last.split(",")[0] in hf.FAMILIES and (nearest is None or last.startswith(f"{nearest}, "))
+    assert all(part in last for part in parts)
+
+
+# ---- live
+
+
+@pytest.fixture(scope="module")
+def maker():
+    """make_families as a module."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    torch.set_num_threads(1)
+    from golden import make_families
+
+    return make_families
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, mask):
+    return model.project(params, model.apply(params, tokens, positions_from_mask(mask), mask.astype(np.int32)))
+
+
+def theirs(maker, path, ids, mask):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        return (maker.forward(model, ids, mask) * mask[..., None]).numpy()
+
+
+REFUSED_THERE = ({"per_layer_config": {}}, {"num_key_value_heads": None})  # of a Mistral
+LIVE = [case[:2] for case in SAME if case[1] not in REFUSED_THERE or case[0].startswith("qwen")]
+LIVE += [
+    (family, {**FULL, **EXTRA}) for family in ("gemma2", "gemma3_text", "olmo3", "cwm", "vaultgemma", "ministral")
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), LIVE)
+def test_transformers_reads_it_so_and_runs_what_we_save(tmp_path, family, changes, maker):
+    import torch
+
+    raw = config(family, **changes)
+    ids, mask = maker.make_inputs(torch.Generator().manual_seed(0))
+    maker.make_model(maker.Case(raw), write(tmp_path / "m", raw), torch.Generator()).save_pretrained(tmp_path / "m")
+    path = write(tmp_path / "m", raw)
+    arch, base = hf.read_config(path)
+    params = hf.load_params(path, arch, score_head=False)
+    found = logits_of(Model(arch), params, ids.numpy().astype(np.int32), mask.numpy().astype(bool))
+    found = np.asarray(found) * mask.numpy()[..., None]
+    np.testing.assert_allclose(found, theirs(maker, path, ids, mask), rtol=0, atol=1e-4)
+    hf.save_model(tmp_path / "new", arch, params, eos_ids=[2], base_config=base)
+    np.testing.assert_allclose(theirs(maker, tmp_path / "new", ids, mask), found, rtol=0, atol=1e-4)
+
+
+def test_transformers_runs_a_fresh_gemma_without_windows(tmp_path, maker):
+    import torch
+
+    arch = ArchConfig(norm_offset=True, scale_embedding=True, norm_position="both", query_pre_attn_scalar=8.0,
+                      activation="gelu_tanh", vocab_size=37, width=32, num_heads=4, head_dim=8, norm_eps=1e-6,
+                      rope_local_theta=10.0, qk_norm="head", ffn_width=14)  # fmt: skip
+    params = tree_of(arch)
+    hf.save_model(tmp_path / "m", arch, params, eos_ids=[2])
+    assert hf.read_config(tmp_path / "m")[1]["model_type"] == "gemma3_text"
+    ids, mask = maker.make_inputs(torch.Generator().manual_seed(0))
+    found = logits_of(Model(arch), params, ids.numpy().astype(np.int32), mask.numpy().astype(bool))
+    expected = theirs(maker, tmp_path / "m", ids, mask)
+    np.testing.assert_allclose(np.asarray(found) * mask.numpy()[..., None], expected, rtol=0, atol=2e-3)
