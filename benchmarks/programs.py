@@ -47,6 +47,7 @@ from rlhf_jax.sft import task_of as sft_task
 from rlhf_jax.sharding import Mesh, batch_sharding, make_mesh, put_batch, replicated
 from rlhf_jax.training.state import create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
+from rlhf_jax.training.supervised import Claim, choose_packing
 
 Run = Callable[[int], tuple[Any, Callable[[], float]]]
 
@@ -66,23 +67,24 @@ def make_training(task: str, work: Work, steps: Sequence[list[Row]], model: Mode
     """Optimiser steps of a method on rows: AdamW with a clip at 1.0."""
     optim = OptimConfig(learning_rate=1e-4, weight_decay=0.01, clip_norm=1.0)
     data = DataConfig(batch_size=work.prompts, max_length=work.prompt)
-    if task == "sft":
-        method = sft_task(SFTArgs(data=data))
-    elif task == "dpo":
-        method = dpo_task(DPOArgs(data=data))
-    else:
-        kind = "pairs" if task == "reward" else "rankings"
-        method = reward_task(RewardArgs(data=data, reward=RewardConfig(comparisons=kind)))
+    kind = "pairs" if task == "reward" else "rankings"
+    config: Any = {"sft": SFTArgs(data=data), "dpo": DPOArgs(data=data)}.get(
+        task, RewardArgs(data=data, reward=RewardConfig(comparisons=kind))
+    )
+    method = {"sft": sft_task, "dpo": dpo_task}.get(task, reward_task)(config)
+    model = dataclasses.replace(model, score_head=method.head != "vocabulary")
     examples = [[example_of(row) for row in step] for step in steps]
     collate = partial(method.collate([one for step in examples for one in step]), length=work.prompt, pad_id=0)
-    batches = [put_batch(mesh, collate(step)) for step in examples]
+    collated: Any = [collate(step) for step in examples]
+    settings, key = getattr(config, method.group), jax.device_put(jax.random.key(1), replicated(mesh))
+    claim = Claim(task, config, settings, (), {}, mesh, key, tokenizer=None, rows=[], held_out_rows=[])
+    pack = choose_packing(method, claim, model, collated)
+    batches = [put_batch(mesh, batch if pack is None else pack(batch)) for batch in collated]
     tokens = [sum(len(row.prompt) + len(ids) for row in step for ids in row.responses) for step in steps]
 
-    model = dataclasses.replace(model, score_head=method.head != "vocabulary")
     tx = make_optimizer(optim, make_schedule(optim, 1000))
     box = [create_state(jax.jit(model.init)(jax.random.key(0)), tx, mesh)]
     step = make_train_step(method.objective(model), tx, mesh=mesh, state=box[0])
-    key = jax.device_put(jax.random.key(1), replicated(mesh))
 
     def run(i: int) -> tuple[Any, Callable[[], float]]:
         box[0], metrics = step(box[0], batches[i], key)
