@@ -17,7 +17,7 @@ from test_programs import PRIME, largest_logits
 from rlhf_jax import cli
 from rlhf_jax.commands.plan import chips, flops, hlo, plan, programs
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
-from rlhf_jax.config import PPOArgs, SFTArgs
+from rlhf_jax.config import PlanArgs, PPOArgs, SFTArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import make_mesh
@@ -134,6 +134,25 @@ def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
                        "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip
     for trips in (0, 3):
         assert hlo.traffic(text, unknown_trips=trips).collectives["all-gather"] == trips * 64
+
+
+def test_what_is_packed_costs_what_its_tokens_cost():
+    """A reward step of 16 pairs in microbatches of one sequence a device: half as many rounds for half the tokens."""
+    config = cli.parse("reward", [f"--model.arch={json.dumps(TINY)}", "--data.batch_size=16", "--data.max_length=32",
+                                  "--data.microbatch_tokens=32", "--mesh.data=8"])  # fmt: skip
+    mesh, costs = make_mesh(config.mesh), {}
+    with jax.set_mesh(mesh.grid):
+        for fill in (0.4, 1.0):
+            [program] = programs.programs_of(config, mesh, attention="plain", fill=fill)
+            traced = program.function.trace(*program.arguments)
+            text = traced.lower().compile().as_text()
+            shares = (fill / 2, fill, 1.0)
+            costs[fill] = [(flops.count_flops(traced.jaxpr, fill=f), hlo.traffic(text, fill=f).memory) for f in shares]
+    (half, _), (some, _), (whole, _) = costs[0.4]
+    assert 2 * half == some == pytest.approx(0.4 * whole)  # nothing but products of rows
+    (_, half), (_, some), (_, whole) = costs[0.4]
+    assert 0 < some - half == pytest.approx((whole - some) / 3, rel=1e-6)  # the optimiser's bytes stay
+    assert len(set(costs[1.0])) == 1  # padded: whatever they hold, slots cost the same
 
 
 def test_fsdp_moves_the_weights_that_theory_says():
@@ -361,9 +380,9 @@ def test_a_plan_of_two_slices_counts_what_goes_between_them():
 def test_suggest_ranks_what_fits(monkeypatch, capsys):
     def row(config, *_):
         peak = (20 if config.mesh.fsdp == 1 else 1) * chips.GIB
-        return [plan.Row("step", 0, 0, peak, 1, 1, 1, {}, (), {"compute": float(config.mesh.tensor)}, 1, 0)]
+        return [plan.Row("step", 0, 0, peak, 1, 1, 1, {}, (), {"compute": float(config.mesh.tensor)}, 1, 0)], {}
 
     monkeypatch.setattr(plan, "analyse", row)
-    plan.suggest(SFTArgs(), chips.CHIPS["v5e"], [None] * 4, 2)
+    plan.suggest(SFTArgs(), chips.CHIPS["v5e"], [None] * 4, PlanArgs(topology="v5e:2x2"))
     best = capsys.readouterr().out.split("fastest by the roofline:\n")[1].splitlines()
     assert "mesh.tensor 1 " in best[0] and not any("mesh.fsdp 1 " in line for line in best)

@@ -114,4 +114,5 @@ def over_views(
     if packed.tokens.shape[1] == 1:
         return fn(packed.at(0), 0)
     start = nothing(jax.eval_shape(fn, packed.at(0), 0))
-    return jax.lax.fori_loop(0, packed.used, lambda i, total: add(total, fn(packed.at(i), i)), start)
+    with jax.named_scope(f"filled_{packed.tokens.shape[1]}"):  # for `plan`: so many rounds where every row is full
+        return jax.lax.fori_loop(0, packed.used, lambda i, total: add(total, fn(packed.at(i), i)), start)

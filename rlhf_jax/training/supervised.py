@@ -192,6 +192,20 @@ def setup(task: Task, claim: Claim) -> Work:
     )
 
 
+def packing_of(data: DataConfig, shape: tuple[int, ...], accumulate: int, mesh: Mesh, model: Model) -> Packing:
+    """How batches of responses [B, K, S], padded, are packed."""
+    rows, width, length = shape
+    return Packing.of(
+        rows,
+        width,
+        length,
+        tokens=data.microbatch_tokens,
+        most=-(-rows * width // accumulate),
+        ways=mesh.shape["data"] * mesh.shape["fsdp"],
+        shared=sees_branches(model.attention),
+    )
+
+
 def choose_packing(task: Task, claim: Claim, model: Model, batches: Batches) -> Pack | None:
     """What packs the batches of a run, None where they stay padded; says what `data.pack` auto chose and why.
 
@@ -206,16 +220,8 @@ def choose_packing(task: Task, claim: Claim, model: Model, batches: Batches) -> 
     if data.pack == "off" or not task.packs or data.length_buckets:
         return None
     some = [batches[step] for step in range(min(len(batches), LOOKED_AT))]
-    rows, width, length = some[0]["tokens"].shape
-    packing = Packing.of(
-        rows,
-        width,
-        length,
-        tokens=data.microbatch_tokens,
-        most=-(-rows * width // claim.settings.accumulate),
-        ways=mesh.shape["data"] * mesh.shape["fsdp"],
-        shared=sees_branches(model.attention),
-    )
+    length = some[0]["tokens"].shape[-1]
+    packing = packing_of(data, some[0]["tokens"].shape, claim.settings.accumulate, mesh, model)
     pack = partial(pack_responses, packing=packing)
     computed, real = fill([pack(batch) for batch in some])
     packs = data.pack == "on" or computed <= WORTH

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 
-def count_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
-    """Two per multiply-add of all dot products, recomputation included; a while loop runs `unknown_trips` times."""
+def count_flops(jaxpr: Any, *, unknown_trips: int = 1, fill: float = 1.0) -> float:
+    """Two per multiply-add of all dot products, recomputation included; a while loop runs as `trips_of` says."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -16,14 +17,30 @@ def count_flops(jaxpr: Any, *, unknown_trips: int = 1) -> float:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
             continue
-        inner = [count_flops(sub, unknown_trips=unknown_trips) for value in params.values() for sub in _jaxprs(value)]
+        inner = [
+            count_flops(sub, unknown_trips=unknown_trips, fill=fill)
+            for value in params.values()
+            for sub in _jaxprs(value)
+        ]
         if name == "cond":
             total += max(inner, default=0.0)
         elif name == "while":
-            total += unknown_trips * sum(inner)
+            total += trips_of(str(equation.source_info.name_stack), unknown_trips, fill) * sum(inner)
         else:
             total += sum(inner) * (params["length"] if name == "scan" else 1)
     return total
+
+
+def trips_of(scopes: str, unknown: int, fill: float) -> float:
+    """Of a loop that ends when its data say so, from the innermost name scope that tells: trips_N or filled_N.
+
+    N times, or `fill` of that where it follows the tokens; `unknown` where no scope tells, and 0 if `unknown` is.
+    """
+    named = re.findall(r"\b(trips|filled)_([\d.]+)", scopes)
+    if not named or not unknown:
+        return unknown
+    kind, number = named[-1]
+    return float(number) * (fill if kind == "filled" else 1.0)
 
 
 def _jaxprs(value: Any) -> list[Any]:

@@ -8,6 +8,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from rlhf_jax.commands.plan.flops import trips_of
+
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2,
           "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
@@ -86,10 +88,12 @@ def _trips(loop: _Instruction, computations: _Computations) -> int | None:
     if not {i.op for i in counting} <= _COUNTING:
         return None
     numbers = [i for i in counting if i.shape.startswith(("s32[]", "u32[]"))]
-    limit = max((int(i.rest.split(")")[0]) for i in numbers if i.op == "constant"), default=1)
+    limits = [int(i.rest.split(")")[0]) for i in numbers if i.op == "constant"]
+    if not limits:
+        return None
     places = [re.search(r"index=(\d+)", i.rest) for i in numbers if i.op == "get-tuple-element"]
     steps = [_step(computations.get(loop.called("body"), []), int(place[1])) for place in places if place]
-    return -(-limit // max(steps, default=1))
+    return -(-max(limits) // max(steps, default=1))
 
 
 def _step(body: list[_Instruction], place: int) -> int:
@@ -103,8 +107,8 @@ def _step(body: list[_Instruction], place: int) -> int:
     return next((int(i.rest.split(")")[0]) for i in terms if i.op == "constant"), 1)
 
 
-def traffic(text: str, *, unknown_trips: int = 1) -> Traffic:
-    """What one run moves; a loop that ends when its data say so runs `unknown_trips` times."""
+def traffic(text: str, *, unknown_trips: int = 1, fill: float = 1.0) -> Traffic:
+    """What one run moves; a loop that ends when its data say so runs as often as `trips_of` says."""
     computations, entry = _parse(text)
     out = Traffic()
     seen: set[tuple[str, ...]] = set()
@@ -136,7 +140,8 @@ def traffic(text: str, *, unknown_trips: int = 1) -> Traffic:
                 out.collectives[BETWEEN_SLICES] += times * _size(shapes.get(i.operands()[0], ""))
             elif i.op == "while":
                 trips = _trips(i, computations)
-                inner = times * (unknown_trips if trips is None else trips)
+                scopes = (re.search(r'op_name="([^"]*)"', i.rest) or ["", ""])[1]
+                inner = times * (trips_of(scopes, unknown_trips, fill) if trips is None else trips)
                 walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner)
             elif i.op in ("conditional", "call", "async-start"):
                 for branch in re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(i.rest))):

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr
@@ -22,6 +22,9 @@ from rlhf_jax.sharding import make_mesh
 
 RESERVED = 0.25 * GIB
 """What the TPU runtime keeps of a chip's memory for itself."""
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Of token slots that hold tokens, of which the cost of a run is told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Row:
         collectives: bytes of each kind of collective.
         largest_float32: shape of the largest float32 buffer.
         seconds: compute, memory, network (and between slices, if there are several), each if it were alone.
-        tokens: of one run.
+        tokens: of one run, where as many slots hold tokens as is said.
         compile_s: seconds that the compiler took.
     """
 
@@ -62,38 +65,58 @@ class Row:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def analyse(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int = 2) -> list[Row]:
-    """Compile the programs of a stage's config, rankings of `width`; rollout is split into prefill and decode.
+class Compiled(NamedTuple):
+    """A program, what the compiler made of it and how long that took, and its jaxprs: as configured, without remat."""
+
+    program: Program
+    executable: Any
+    seconds: float
+    jaxprs: tuple[ClosedJaxpr, ClosedJaxpr]
+
+
+def compile_all(config: StageArgs, devices: list[jax.Device], width: int, fill: float) -> list[Compiled]:
+    """The programs of a stage's config for these devices, rankings of `width`.
 
     Raises:
         UserError: what the stage would refuse.
     """
     mesh = make_mesh(config.mesh, devices)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    rows = []
+    found = []
     with jax.set_mesh(mesh.grid):
-        programs = programs_of(config, mesh, attention="splash", width=width)
-        counted = programs_of(config, mesh, attention="plain", width=width)
-        without = programs_of(plain, mesh, attention="plain", width=width)
+        programs = programs_of(config, mesh, attention="splash", width=width, fill=fill)
+        counted = programs_of(config, mesh, attention="plain", width=width, fill=fill)
+        without = programs_of(plain, mesh, attention="plain", width=width, fill=fill)
         for program, same, ideal in zip(programs, counted, without, strict=True):
             started = time.monotonic()
             compiled = program.function.trace(*program.arguments).lower().compile()
             seconds = time.monotonic() - started
-            jaxprs = tuple(p.function.trace(*p.arguments).jaxpr for p in (same, ideal))
-            rows += _rows(program, compiled, seconds, jaxprs, chip, len(devices))
-    return rows
+            jaxprs = same.function.trace(*same.arguments).jaxpr, ideal.function.trace(*ideal.arguments).jaxpr
+            found.append(Compiled(program, compiled, seconds, jaxprs))
+    return found
 
 
-def _rows(
-    program: Program,
-    compiled: Any,
-    compile_s: float,
-    jaxprs: tuple[ClosedJaxpr, ...],
-    chip: Chip,
-    count: int,
-) -> list[Row]:
-    same, ideal = jaxprs  # as configured, and without remat
-    sizes, text = compiled.memory_analysis(), compiled.as_text()
+def analyse(
+    config: StageArgs, chip: Chip, devices: list[jax.Device], width: int = 2, fill: float = 1.0
+) -> tuple[list[Row], dict[float, float]]:
+    """The programs of a stage's config; rollout is split into prefill and decode.
+
+    And the seconds of one run of them all by the share of slots that hold tokens, each waiting for what binds it.
+
+    Raises:
+        UserError: what the stage would refuse.
+    """
+    found = compile_all(config, devices, width, fill)
+
+    def at(share: float) -> list[Row]:
+        return [row for one in found for row in _rows(one, chip, len(devices), share)]
+
+    return at(fill), {share: sum(max(row.seconds.values()) for row in at(share)) for share in SHARES}
+
+
+def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
+    program, executable, compile_s, (same, ideal) = compiled
+    sizes, text = executable.memory_analysis(), executable.as_text()
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     peak = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
@@ -111,17 +134,18 @@ def _rows(
             max(moved.buffers, key=math.prod, default=()), seconds, tokens, compile_s,
         )  # fmt: skip
 
-    whole = traffic(text, unknown_trips=program.loops)
+    whole = traffic(text, unknown_trips=program.loops, fill=fill)
     if program.loops == 1:
-        return [row(program.name, count_flops(same), count_flops(ideal), whole, program.tokens)]
+        flops, model_flops = (count_flops(jaxpr, fill=fill) for jaxpr in (same, ideal))
+        return [row(program.name, flops, model_flops, whole, round(program.tokens * fill))]
     before = traffic(text, unknown_trips=0)
     loop = Traffic(memory=whole.memory - before.memory, buffers=whole.buffers)
     loop.collectives.update({kind: size - before.collectives[kind] for kind, size in whole.collectives.items()})
-    once, all_ = (count_flops(same, unknown_trips=loops) for loops in (0, program.loops))
+    once, all_ = (count_flops(same, unknown_trips=loops, fill=fill) for loops in (0, program.loops))
     rows, length = program.arguments[1].shape
     return [
         row("prefill", once, once, before, rows * length),
-        row("decode", all_ - once, all_ - once, loop, program.tokens),
+        row("decode", all_ - once, all_ - once, loop, round(program.tokens * fill)),
     ]
 
 
@@ -146,6 +170,12 @@ def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     return [*lines, "", verdict(rows, chip)]
+
+
+def cost_line(costs: dict[float, float]) -> str:
+    """What one run of all programs costs by the share of token slots that hold tokens, and against the line to 0."""
+    told = [f"{share:.0%} {cost:.3g} s ({cost / costs[1.0] / share:.2f})" for share, cost in costs.items()]
+    return f"all of it by the share of real tokens (against that share of the last): {', '.join(told)}"
 
 
 def _gib(size: float) -> str:
@@ -190,7 +220,7 @@ def candidates(config: StageArgs, count: int) -> list[StageArgs]:
     return configs
 
 
-def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int) -> None:
+def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: PlanArgs) -> None:
     """Compile the candidates and print those that fit, fastest first."""
     fitting: list[tuple[float, str]] = []
     for candidate in candidates(config, len(devices)):
@@ -198,7 +228,7 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], width: int
         name = f"mesh.data {mesh.data} mesh.fsdp {mesh.fsdp} mesh.tensor {mesh.tensor} "
         name += f"data.batch_size {candidate.data.batch_size}"
         try:
-            rows = analyse(candidate, chip, devices, width)
+            rows, _ = analyse(candidate, chip, devices, plan.responses, plan.fill)
         except (UserError, jax.errors.JaxRuntimeError) as error:
             tell(f"  no     {name}: {str(error).splitlines()[0][:120]}")
             continue
@@ -220,16 +250,16 @@ def run(plan: PlanArgs, config: StageArgs) -> bool:
     """
     chip, devices = find_topology(plan.topology, config.mesh.slices)
     if plan.suggest:
-        suggest(config, chip, devices, plan.responses)
+        suggest(config, chip, devices, plan)
         return True
-    rows = analyse(config, chip, devices, plan.responses)
+    rows, costs = analyse(config, chip, devices, plan.responses, plan.fill)
     if plan.json:
-        facts = {"topology": plan.topology, "devices": len(devices), "fits": fits(rows, chip)}
+        facts = {"topology": plan.topology, "devices": len(devices), "fill": plan.fill, "fits": fits(rows, chip)}
         tell("\n".join(to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows))
     else:
         axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
         slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
         chips = f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}"
         tell(f"{chips}, mesh {axes}; bytes are per chip\n")
-        tell("\n".join(shown(rows, chip, len(devices))))
+        tell("\n".join([*shown(rows, chip, len(devices)), cost_line(costs)]))
     return fits(rows, chip)

@@ -17,6 +17,7 @@ from rlhf_jax.cli import COMMANDS
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
 from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs, StageArgs, TrainArgs
 from rlhf_jax.data.collate import example_of_all
+from rlhf_jax.data.packing import pack_responses
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.generate import total_length
@@ -34,7 +35,7 @@ from rlhf_jax.ppo.networks import make_networks
 from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicated
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
-from rlhf_jax.training.supervised import Task
+from rlhf_jax.training.supervised import WORTH, Task, packing_of
 from rlhf_jax.types import Batch
 
 
@@ -84,8 +85,10 @@ def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: 
     return Loaded(model, placed(mesh, init, _key(mesh)))
 
 
-def programs_of(config: StageArgs, mesh: Mesh, *, attention: str, width: int = 2) -> list[Program]:
+def programs_of(config: StageArgs, mesh: Mesh, *, attention: str, width: int = 2, fill: float = 1.0) -> list[Program]:
     """The programs of a stage's config over a mesh, rankings of `width`; call it inside `jax.set_mesh(mesh.grid)`.
+
+    Where as little as `fill` of the slots hold tokens batches may be packed, as the stage would choose.
 
     Raises:
         UserError: what the stage itself would refuse: batches, lengths, heads that do not divide.
@@ -94,7 +97,7 @@ def programs_of(config: StageArgs, mesh: Mesh, *, attention: str, width: int = 2
         return _ppo(config, mesh, attention)
     if isinstance(config, GroupArgs):
         return _group(config, mesh, attention)
-    return _training(config, mesh, attention, width)
+    return _training(config, mesh, attention, width, fill)
 
 
 def _rows(mesh: Mesh, **shapes: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def task_of(config: TrainArgs) -> Task:
     return task
 
 
-def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int) -> list[Program]:
+def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: float) -> list[Program]:
     """The step of a method that trains one model on rows, after what it asks of the untrained one."""
     task, size, length = task_of(config), config.data.batch_size, config.data.max_length
     accumulate = getattr(config, task.group).accumulate
@@ -131,19 +134,22 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int) -> list
     loaded = abstract_model(config.model, mesh, length, score_head=scalar, attention=attention)
     loaded = adapted(loaded, config.lora, mesh, _key(mesh))
     check_length(loaded.model.arch, length, "data.max_length")
-    example = [example_of_all(width)]
-    one = task.collate(example)(example, length=length)
-    batch = _rows(mesh, **{name: ((size, *x.shape[1:]), x.dtype) for name, x in one.items()})
-    programs, tokens = [], math.prod(batch["tokens"].shape)
+    examples = [example_of_all(width)] * size
+    batch = task.collate(examples)(examples, length=length)
+    programs, shape = [], batch["tokens"].shape
+    auto = config.data.pack == "auto" and fill <= WORTH and not config.data.length_buckets
+    if task.packs and (config.data.pack == "on" or auto):
+        batch = pack_responses(batch, packing_of(config.data, shape, accumulate, mesh, loaded.model))
+    batch = _shapes(batch, batch_sharding(mesh))
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
-        programs.append(Program("reference", forward, (loaded.whole(loaded.params), batch), tokens))
-        batch = {**batch, **_rows(mesh, ref_logprobs=(batch["tokens"].shape[:2], jnp.float32))}
+        programs.append(Program("reference", forward, (loaded.whole(loaded.params), batch), math.prod(shape)))
+        batch = {**batch, **_rows(mesh, ref_logprobs=(shape[:2], jnp.float32))}
     tx = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     state, frozen = create_state(loaded.params, tx, mesh), loaded.frozen
     step = make_train_step(task.objective(loaded.model), tx, accumulate, mesh=mesh, state=state, frozen=frozen)
     arguments = (state, batch, _key(mesh)) if frozen is None else (state, batch, _key(mesh), frozen)
-    return [*programs, Program("step", step, arguments, tokens)]
+    return [*programs, Program("step", step, arguments, math.prod(shape))]
 
 
 def _policy_and_reward(config: OnlineArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
