@@ -69,6 +69,10 @@ def test_an_adapter_of_peft_computes_what_it_does_with_peft(tmp_path, case):
     got = outputs(*read(path, score_head="scores" in arrays), tokens)
     expected = arrays.get("logits", arrays.get("scores"))
     np.testing.assert_allclose(got, expected, atol=1e-4)
+    whole = hf.read_config(path)[0].tied_head
+    assert whole == (
+        hf.read_config(tmp_path / "base")[0].tied_head and case not in ("embedding", "head_pair", "gpt2_tied")
+    )
     if "scores" not in arrays:
         assert np.abs(outputs(*read(tmp_path / "base"), tokens) - expected).max() > 0.1
 
@@ -79,6 +83,25 @@ def test_an_adapter_is_found_on_a_base_of_the_bare_trunk(tmp_path):
     save_file(bare, tmp_path / "base/model.safetensors")
     tokens = golden("gpt2")["tokens"].astype(np.int32)
     np.testing.assert_allclose(outputs(*read(path), tokens), golden("gpt2")["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["embedding", "gpt2_tied", "neox_pair"])
+def test_a_pair_that_an_adapter_unties_is_saved_untied(tmp_path, case):
+    path = write(tmp_path, case)
+    arch, base = hf.read_config(path)
+    params = hf.load_params(path, arch, score_head=False)
+    hf.save_model(tmp_path / "merged", arch, params, eos_ids=[2], base_config=base)
+    assert hf.read_config(tmp_path / "merged") == (arch, hf.read_config(tmp_path / "merged")[1])
+    tokens = golden(case)["tokens"].astype(np.int32)
+    np.testing.assert_allclose(outputs(*read(tmp_path / "merged"), tokens), golden(case)["logits"], atol=1e-4)
+
+
+def test_an_adapter_on_the_bare_trunk_of_a_tied_model(tmp_path):
+    path = write(tmp_path, "gpt2_tied")
+    bare = {name.removeprefix("transformer."): x for name, x in load_file(tmp_path / "base/model.safetensors").items()}
+    save_file(bare, tmp_path / "base/model.safetensors")
+    tokens = golden("gpt2_tied")["tokens"].astype(np.int32)
+    np.testing.assert_allclose(outputs(*read(path), tokens), golden("gpt2_tied")["logits"], atol=1e-4)
 
 
 def test_every_shard_of_a_mesh_has_its_part_of_the_sum(tmp_path):
@@ -93,6 +116,7 @@ def test_every_shard_of_a_mesh_has_its_part_of_the_sum(tmp_path):
     ("changes", "message"),
     [
         ({"use_dora": True}, "no support for use_dora True; merge"),
+        ({"use_bdlora": {"nblocks": 2}}, "no support for use_bdlora {'nblocks': 2}; merge"),
         ({"init_lora_weights": "pissa"}, "no support for init_lora_weights 'pissa'"),
         ({"peft_type": "IA3"}, "no support for peft_type 'IA3'"),
         ({"fan_in_fan_out": True}, r"_proj is for another shape than \["),
@@ -192,6 +216,7 @@ def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_does(tmp_path
     assert (found["base_model_name_or_path"], found["revision"]) == ("owner/name", "v1")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's use of transformers
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 @pytest.mark.parametrize("head", ["vocabulary", "zeros"])
 def test_peft_loads_ours_and_computes_the_same(tmp_path, monkeypatch, case, head):

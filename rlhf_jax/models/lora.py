@@ -19,7 +19,7 @@ from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.config.rules import LEAVES
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf.family import Family, Tensor
-from rlhf_jax.models.hf.layout import Layout, nested
+from rlhf_jax.models.hf.layout import Layout, is_transposed, nested
 from rlhf_jax.models.kernels import KERNELS, SUFFIX, WHOLE
 from rlhf_jax.types import Params
 
@@ -69,8 +69,7 @@ class Site(NamedTuple):
     @property
     def transposed(self) -> bool:
         """Whether the layer is Conv1D, whose weight is [inputs, outputs]."""
-        first, inputs = self.tensor.axes.split()[0], LEAVES[self.tensor.leaf][1 : 1 + KERNELS[self.tensor.leaf]]
-        return first == inputs
+        return is_transposed(self.tensor)
 
 
 def sites(family: Family, targets: Sequence[str] = ()) -> list[Site]:

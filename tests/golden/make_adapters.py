@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
     settings: dict[str, Any]
     adapter: dict[str, Any]
+    save: dict[str, Any] = {}  # noqa: RUF012 (of save_pretrained)
 
 
 LLAMA = {
@@ -42,7 +43,12 @@ GPT2 = {
     "model_type": "gpt2", "vocab_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32,
     "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0,
 }  # fmt: skip
+NEOX = {
+    "model_type": "gpt_neox", "vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
 SCORE = {"num_labels": 1, "pad_token_id": 0}
+UNTIED, BARE = {"tie_word_embeddings": False}, {"save_embedding_layers": False}
 CASES = {
     "llama": Case(LLAMA, {"target_modules": "all-linear", "r": 3, "lora_alpha": 5}),
     "patterns": Case(LLAMA, {
@@ -56,6 +62,17 @@ CASES = {
         "task_type": "SEQ_CLS", "target_modules": ["q_proj", "o_proj"], "r": 2, "lora_alpha": 4,
         "modules_to_save": ["score"],
     }),
+    # Of a tied pair PEFT gives one alone new weights, unless it is told to keep them tied.
+    "embedding": Case(LLAMA, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "embedding_tied": Case(LLAMA, {
+        "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True,
+    }),
+    "head_pair": Case(LLAMA, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "r": 3}),
+    # fan_in_fan_out is saved as it was right for the last layer, the head, though c_proj is Conv1D and square.
+    "gpt2_head": Case(GPT2 | UNTIED, {"target_modules": ["attn.c_proj", "lm_head"], "r": 2}, BARE),
+    "gpt2_tied": Case(GPT2, {"target_modules": ["attn.c_proj", "lm_head"], "modules_to_save": ["wpe", "wte"]}),
+    "neox_head": Case(NEOX | UNTIED, {"target_modules": ["dense"], "modules_to_save": ["lm_head"]}),
+    "neox_pair": Case(NEOX, {"target_modules": ["dense", "lm_head"], "alpha_pattern": {"lm_head": 5}, "r": 2}, BARE),
 }  # fmt: skip
 
 
@@ -80,7 +97,7 @@ def make_case(case: Case, folder: Path) -> dict[str, np.ndarray]:
                 weight.copy_(torch.randint(-16, 17, weight.shape) / 32)
         tokens = torch.randint(1, 24, (3, 9))
         found = adapted(input_ids=tokens).logits.numpy()
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(folder / "adapter", **case.save)
     files = {"config": "base/config.json", "weights": "base/model.safetensors",
              "adapter_config": "adapter/adapter_config.json",
              "adapter_weights": "adapter/adapter_model.safetensors"}  # fmt: skip

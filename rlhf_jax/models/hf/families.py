@@ -280,6 +280,7 @@ GPT_NEOX = Family(
         "embed_out.weight": Tensor("head/kernel", "V D"),
         **_SCORE,
     },
+    renamed={"lm_head.weight": "embed_out.weight"},
     ignored=r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$",
 )  # fmt: skip
 

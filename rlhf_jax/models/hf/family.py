@@ -49,6 +49,7 @@ class Family(NamedTuple):
         activations: names of nonlinearities that mean something else in this family.
         aliases: other names of keys, which stand above them.
         only: keys of config.json whose other values the decoder cannot do -> the values that it can.
+        renamed: names of tensors in memory, which PEFT keeps, that have another in files.
         ignored: pattern of stored tensors that are not weights.
     """
 
@@ -70,4 +71,5 @@ class Family(NamedTuple):
     activations: dict[str, str] = {}  # noqa: RUF012
     aliases: dict[str, str] = {}  # noqa: RUF012
     only: dict[str, tuple[object, ...]] = {}  # noqa: RUF012
+    renamed: dict[str, str] = {}  # noqa: RUF012
     ignored: str = r"rotary_emb\.inv_freq$"

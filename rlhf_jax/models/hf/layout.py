@@ -11,12 +11,17 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.config.rules import LEAVES, WIDE_QK_NORM
+from rlhf_jax.config.rules import INPUTS, LEAVES, WIDE_QK_NORM
 from rlhf_jax.models.hf.family import Tensor
 from rlhf_jax.types import Params
 
 Leaves = dict[str, jax.Array | np.ndarray]
 """Parameters by their paths, names with slashes between."""
+
+
+def is_transposed(tensor: Tensor) -> bool:
+    """Whether a stored matrix is that of Conv1D, [inputs, outputs]."""
+    return tensor.axes.split()[0] == INPUTS.get(tensor.leaf)
 
 
 class Layout:

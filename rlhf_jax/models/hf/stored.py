@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.json_text import strict_json
 from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, understood
 from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
-from rlhf_jax.models.hf.family import ConfigJson
+from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
+from rlhf_jax.models.hf.layout import is_transposed
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -27,11 +29,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor of the adapted model."""
 _LOW_RANK = re.compile(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight")
-_WHOLE = re.compile(re.escape(PREFIX) + r"((?!.*(?:lora_|base_layer)).*\.(?:weight|bias))")
+_WHOLE = re.compile(re.escape(PREFIX) + r"((?!.*lora_).*?)(\.base_layer)?(\.weight|\.bias)")
 _ONLY: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian"),
     **dict.fromkeys(["use_dora", "use_qalora", "lora_bias"], (False, None)),
     **dict.fromkeys(["layer_replication", "alora_invocation_tokens", "trainable_token_indices"], (None,)),
+    **dict.fromkeys(["use_bdlora", "arrow_config", "kasa_config", "monteclora_config"], (None, False)),
     "target_parameters": (None, []),
 }  # fmt: skip
 """Keys of adapter_config.json whose other values mean something that is not W + scale B A -> those that may stand."""
@@ -74,7 +77,7 @@ Tensors = Mapping[str, Stored | Summed]
 def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
     """The shape of the model in a Hugging Face directory (or of a config.json alone), and its config.json.
 
-    Of a PEFT adapter, those of the model that it stands on.
+    Of a PEFT adapter, those of the model that it stands on, whose head is not tied if the adapter changes it alone.
 
     Raises:
         UserError: no such directory or config, an unknown family, a feature that the decoder lacks, or .bin weights.
@@ -97,7 +100,11 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
         convert = f"import transformers as t; t.{kind}.from_pretrained({place}).save_pretrained({place})"
         command = f"python -c {shlex.quote(convert)}"
         raise UserError(f"{folder} has .bin weights only, which are pickles; where torch is installed, run {command}")
-    return to_arch(raw, family, where), raw
+    arch = to_arch(raw, family, where)
+    if arch.tied_head and len(layers_of(path)) > 1:
+        head = next(name for name, tensor in family.tensors.items() if tensor.leaf == "head/kernel")
+        arch = dataclasses.replace(arch, tied_head=head not in stored_tensors(Path(path)))
+    return arch, raw
 
 
 def read_generation(path: str | os.PathLike[str]) -> ConfigJson:
@@ -123,10 +130,22 @@ def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
     tensors: dict[str, Stored | Summed] = {}
     for file in files:
         tensors |= _read_header(file)
+    if adapters:
+        arch, family = _shape_of(path / "config.json")
+        tensors = _whole_names(family, tensors)
+        if arch.tied_head:
+            check_tied(path, family, tensors)
+            tensors.pop(next(name for name, tensor in family.tensors.items() if tensor.leaf == "head/kernel"), None)
     for folder in reversed(adapters):
         with understood(folder / ADAPTER):
-            tensors = _with_adapter(folder, tensors)
+            tensors = _with_adapter(folder, tensors, family)
     return tensors
+
+
+def _shape_of(config: Path) -> tuple[ArchConfig, Family]:
+    raw = read_json(config)
+    family = family_of(raw, config)
+    return to_arch(raw, family, config), family
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -148,36 +167,80 @@ def _read_header(file: Path) -> dict[str, Stored]:
     }
 
 
-def _with_adapter(folder: Path, base: dict[str, Stored | Summed]) -> dict[str, Stored | Summed]:
-    """The tensors of a model with those of an adapter: low-rank pairs added, whole modules in place of its own."""
+def _with_adapter(folder: Path, base: dict[str, Stored | Summed], family: Family) -> dict[str, Stored | Summed]:
+    """The tensors of a model with those of an adapter: low-rank pairs added, whole modules in place of its own.
+
+    A model with a tied head has none in `base`, and none in the result where the adapter leaves the two tied. PEFT
+    gives each module of modules_to_save weights of its own, so the other of the two keeps what it was, unless
+    ensure_weight_tying says otherwise; whatever else an adapter holds whole is of both.
+    """
     where, raw = folder / ADAPTER_WEIGHTS, read_json(folder / ADAPTER)
     for key, allowed in _ONLY.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise UserError(f"{folder / ADAPTER}: no support for {key} {shown(raw[key])}; {_MERGE}")
-    out, pairs = dict(base), {}  # type: tuple[dict[str, Stored | Summed], dict[str, dict[str, Stored]]]
-    for name, tensor in _read_header(where).items():
-        if match := _LOW_RANK.fullmatch(name):
+    names = {tensor.leaf: name for name, tensor in family.tensors.items()}
+    embedding, head, bound = names["embed/tokens"], names["head/kernel"], bool(raw.get("ensure_weight_tying"))
+    own = () if bound else tuple(raw.get("modules_to_save") or ())
+    tied, pairs = head not in base, {}  # type: tuple[bool, dict[str, dict[str, Stored]]]
+    shared, single = dict(base), {}  # type: tuple[dict[str, Stored | Summed], dict[str, Stored | Summed]]
+    for stored, tensor in _read_header(where).items():
+        if match := _LOW_RANK.fullmatch(stored):
             pairs.setdefault(match[1], {})[match[2]] = tensor
-        elif match := _WHOLE.fullmatch(name):
-            out[_name_in(base, match[1])] = tensor
+        elif match := _WHOLE.fullmatch(stored):
+            name = family.renamed.get(match[1] + match[3], match[1] + match[3])
+            if not match[2] and match[1].endswith(own):
+                single[name] = tensor
+            else:
+                shared[embedding if tied and name == head else name] = tensor
         else:
-            raise UserError(f"{where}: no support for {name}; {_MERGE}")
+            raise UserError(f"{where}: no support for {stored}; {_MERGE}")
     for module, pair in pairs.items():
-        name = _name_in(base, f"{module}.weight")
-        if name not in base or len(pair) < 2:
+        name = family.renamed.get(f"{module}.weight", f"{module}.weight")
+        weight = shared.get(embedding if tied and name == head else name)
+        if weight is None or len(pair) < 2:
             raise UserError(f"{where}: {module} is not in the model that the adapter names, or half is missing")
-        out[name] = _summed(raw, module, base[name], pair["A"], pair["B"], where)
-    return out
+        single[name] = _summed(raw, module, weight, pair, _transposed(family, name, raw), where)
+    if tied and embedding in single:
+        single.setdefault(head, shared[embedding])
+    return shared | single
 
 
-def _name_in(base: Tensors, name: str) -> str:
-    """The name of a tensor in `base`, which may be of the bare trunk."""
-    bare = name.partition(".")[2]
-    return bare if bare in base and name not in base else name
+def _whole_names(family: Family, stored: dict[str, Stored | Summed]) -> dict[str, Stored | Summed]:
+    """A model's tensors by the names that PEFT has: those of the whole model, be they of the bare trunk."""
+    bare = not any(name.startswith(family.prefix) for name in stored)
+    return {
+        family.prefix + name if bare and _tensor_of(family, family.prefix + name) else name: tensor
+        for name, tensor in stored.items()
+    }
 
 
-def _summed(raw: ConfigJson, module: str, base: Stored | Summed, a: Stored, b: Stored, where: Path) -> Summed:
-    rank, transposed = a.shape[0], bool(raw.get("fan_in_fan_out"))
+def _tensor_of(family: Family, name: str) -> Tensor | None:
+    return family.tensors.get(re.sub(r"\.\d+\.", ".{}.", name, count=1))
+
+
+def _transposed(family: Family, name: str, raw: ConfigJson) -> bool:
+    """Whether a weight is that of Conv1D, which the family knows.
+
+    Of fan_in_fan_out PEFT keeps what was right for the last layer; it is true of no family that has no Conv1D.
+    """
+    tensor = _tensor_of(family, name)
+    anywhere = any(" " in one.axes and is_transposed(one) for one in family.tensors.values())
+    return is_transposed(tensor) if tensor is not None and anywhere else bool(raw.get("fan_in_fan_out"))
+
+
+def check_tied(folder: Path, family: Family, stored: Tensors) -> None:
+    """Raise a UserError if a directory holds a head beside the embedding to which it is tied, and they differ."""
+    names = {tensor.leaf: name for name, tensor in family.tensors.items()}
+    head, embedding = stored.get(names["head/kernel"]), stored.get(names["embed/tokens"])
+    if head is not None and embedding is not None and not np.array_equal(head.map(), embedding.map()):
+        cure = "set tie_word_embeddings to false in config.json"
+        raise UserError(f"{folder}: {names['head/kernel']} is not the tied embedding; {cure}")
+
+
+def _summed(
+    raw: ConfigJson, module: str, base: Stored | Summed, pair: Mapping[str, Stored], transposed: bool, where: Path
+) -> Summed:
+    a, b = pair["A"], pair["B"]
     patterns = raw.get("alpha_pattern") or {}
     if odd := [key for key in patterns if not re.fullmatch(r"[\w.]*", key)]:  # which could run for ever
         raise UserError(f"alpha_pattern has the regular expression {shown(odd[0])}; {_MERGE}")
@@ -185,7 +248,7 @@ def _summed(raw: ConfigJson, module: str, base: Stored | Summed, a: Stored, b: S
     alpha = float(next(alphas, raw["lora_alpha"]))
     if not abs(alpha) < 1e9:
         raise UserError(f"lora_alpha is {shown(alpha)}, which no adapter has")
-    product = (b.shape[0], a.shape[1])
+    rank, product = a.shape[0], (b.shape[0], a.shape[1])
     if base.shape != (product[::-1] if transposed else product) or b.shape[1] != rank:
         raise UserError(
             f"{where}: {module} is for another shape than {list(base.shape)}; name the model it was made on"

@@ -27,7 +27,7 @@ from rlhf_jax.models.hf.config_json import family_of, find_family, read_json, to
 from rlhf_jax.models.hf.directory import model_directory
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
-from rlhf_jax.models.hf.stored import DTYPES, Tensors, stored_tensors
+from rlhf_jax.models.hf.stored import DTYPES, Tensors, check_tied, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
 
@@ -86,7 +86,8 @@ def load_params(
     shapes = leaf_shapes(arch, score_head=score_head)
     wanted = _names(family, layout, shapes)
     _check_stored(folder, family, stored, wanted, layout)
-    _check_tied(folder, family, stored, arch)
+    if arch.tied_head:
+        check_tied(folder, family, stored)
     specs = {
         leaf: jax.ShapeDtypeStruct(shape, np.float32 if leaf.startswith("score/") else _DTYPES[dtype])
         for leaf, shape in shapes.items()
@@ -163,14 +164,6 @@ def _read_shard(
             target[tuple(targets)] = piece[tuple(sources)]
             seen.look(name, tensor.leaf, target[tuple(targets)])
     return out
-
-
-def _check_tied(folder: Path, family: Family, stored: Tensors, arch: ArchConfig) -> None:
-    names = {tensor.leaf: name for name, tensor in family.tensors.items()}
-    head, embedding = stored.get(names["head/kernel"]), stored[names["embed/tokens"]]
-    if arch.tied_head and head and not np.array_equal(head.map(), embedding.map()):
-        cure = "set tie_word_embeddings to false in config.json"
-        raise UserError(f"{folder}: {names['head/kernel']} is not the tied embedding; {cure}")
 
 
 def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted, layout: Layout) -> None:
