@@ -426,6 +426,8 @@ def test_settings_that_contradict_each_other_are_one_line(line):
 def test_a_batch_that_is_no_whole_groups_is_refused():
     with pytest.raises(UserError, match=r"data\.batch_size 16, .* is not divisible by grpo\.group_size 3"):
         train.setup(run_config("grpo", grpo__group_size=3), **TOY_ROWS)
+    with pytest.raises(UserError, match=r"sampling\.microbatch 2 is not a multiple of grpo\.group_size 4"):
+        train.setup(run_config("grpo", grpo__group_size=4, sampling__microbatch=2), **TOY_ROWS)
 
 
 def test_an_option_of_a_method_leaves_its_other_defaults():

@@ -52,6 +52,8 @@ def test_products_in_loops_and_recomputed_ones_are_counted():
     assert of(jax.grad(layer, argnums=(0, 1))) > of(jax.grad(layer.__wrapped__, argnums=(0, 1)))
     loop = lambda x, w: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ w, x)  # noqa: E731
     assert of(loop, unknown_trips=7) == 7 * one
+    named = jax.named_scope("trips_2.5")(loop)
+    assert [of(named, unknown_trips=trips) for trips in (0, 7)] == [0, 2.5 * one]
 
 
 HLO = """
@@ -134,6 +136,8 @@ def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
                        "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip
     for trips in (0, 3):
         assert hlo.traffic(text, unknown_trips=trips).collectives["all-gather"] == trips * 64
+    named = re.sub(r"(body=%body)", r'\1, metadata={op_name="jit(f)/trips_8/while/body/trips_0.5/while"}', text)
+    assert hlo.traffic(named, unknown_trips=3).collectives["all-gather"] == 0.5 * 64
 
 
 def test_what_is_packed_costs_what_its_tokens_cost():

@@ -43,7 +43,7 @@ def fake_programs(method: Method, seen: list) -> Programs:
     rows, num = method.config.data.batch_size, method.config.sampling.max_new_tokens
     drawn = make_rollout(0, PARAMS["policy"], rows=rows, prompt_len=2, num=num)
 
-    def rollout(params, tokens, mask, key, law):
+    def rollout(params, tokens, mask, key, law, *_):
         seen.append(("rollout", params, key))
         return drawn
 
@@ -493,11 +493,13 @@ def sampled(config: PPOConfig):
     nets = Networks(BIGRAMS_ON_TOY, None, None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            programs_module, "make_sampler", lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda: full)
+            programs_module,
+            "make_sampler",
+            lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda *args, **options: full),
         )
         params = jax.tree.map(jnp.copy, PARAMS)
         programs, _ = train.make_programs(replace(toy_run(), ppo=config), nets, params, mesh, (STOP,))
-    return stops, programs.rollout()
+    return stops, programs.rollout(*[None] * 5)
 
 
 @dataclasses.dataclass(frozen=True)

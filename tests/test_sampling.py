@@ -1,5 +1,6 @@
 """Sampling: filters against sorting, draws against the exact law, rollouts against known chains and a real decoder."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.commands.plan.hlo import traffic
 from rlhf_jax.config import ArchConfig, MeshConfig, SamplingConfig
 from rlhf_jax.inference.sampling import SamplingLaw, draw, draw_from_logits, keep_top_k, keep_top_p, sample
+from rlhf_jax.inference.slots import choose_slots
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import leaf_shapes, nested
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
@@ -187,10 +190,13 @@ class Chain:
     def prefill(self, params, tokens, mask, positions):
         return params[tokens[:, -1]], [(jnp.zeros((len(tokens), 1, tokens.shape[1], 1)),)]
 
-    def decode(self, params, token, position, mask, cache, index):
+    def decode(self, params, token, position, sees, apart, shared, cache, index):
         if self.on_decode:
             jax.debug.callback(self.on_decode)
         return params[token], cache
+
+    def pinned(self, cache):
+        return cache
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids", "chunk"))
@@ -392,6 +398,75 @@ def test_left_padding_changes_no_sampled_token():
     rollout = jax.jit(unfiltered)(PARAMS, prompt, mask, KEY, law())
     np.testing.assert_array_equal(rollout.tokens, rollout_of({}).tokens)
     np.testing.assert_allclose(rollout.logprobs, rollout_of({}).logprobs, atol=1e-5)
+
+
+def token_by_token(samples):
+    """Tokens, mask and log-probs [B, T] drawn with the full forward pass of every row at every token."""
+    prompt, prompt_mask = (np.repeat(x, samples, axis=0) for x in (PROMPT, PROMPT_MASK))
+    uniforms, num = jax.random.uniform(KEY, (len(prompt), 7)), len(prompt)
+    tokens, mask, logprobs = (np.zeros((num, 7), kind) for kind in (np.int32, bool, np.float32))
+    done = np.zeros(num, bool)
+
+    @jax.jit
+    def one(tokens, mask, t, uniform):
+        ids, real = jnp.concatenate([prompt, tokens], axis=1), jnp.concatenate([prompt_mask, mask], axis=1)
+        hidden = MODEL.apply(PARAMS, ids, positions_from_mask(real), real.astype(jnp.int32))
+        logits = MODEL.project(PARAMS, jax.lax.dynamic_slice_in_dim(hidden, 5 + t, 1, axis=1))[:, 0]
+        return draw_from_logits(logits, uniform, law(), candidates=0, filtered=False)
+
+    for t in range(7):
+        token, logprob = one(tokens, mask, t, uniforms[:, t])
+        tokens[:, t], logprobs[:, t] = np.where(done, 0, token), np.where(done, 0, logprob)
+        mask[:, t], done = ~done, done | (np.asarray(token) == EOS)
+    return tokens, mask, logprobs, done
+
+
+@pytest.mark.parametrize(("samples", "slots", "microbatch"), [(1, 3, 0), (3, None, 0), (3, 2, 0), (3, 6, 12)], ids=str)
+def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_another(samples, slots, microbatch):
+    """Three slots get two prompts and more, groups of several two contexts, of which one may be another prompt's.
+
+    Half of the prompts are not drawn: their rows are empty, and those of the others as if they were.
+    """
+    options = {"samples": samples, "slots": slots, "microbatch": microbatch}
+    run = jax.jit(partial(unfiltered, **options))
+    *expected, finished = token_by_token(samples)
+    for active in (np.ones(8, bool), np.arange(8) % 3 != 1):
+        rollout = run(PARAMS, PROMPT, PROMPT_MASK, KEY, law(), active)
+        drawn = np.repeat(active, samples)
+        tokens, mask, logprobs = (np.where(drawn[:, None], x, 0) for x in expected)
+        np.testing.assert_array_equal(rollout.tokens, tokens)
+        np.testing.assert_array_equal(rollout.mask, mask)
+        np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-5)
+        np.testing.assert_array_equal(rollout.finished, finished & drawn)
+        np.testing.assert_array_equal(rollout.prompt, np.repeat(PROMPT, samples, axis=0))
+    assert run._cache_size() == 1
+
+
+def test_every_shard_of_a_mesh_refills_its_own_slots():
+    """8 shards of 2 prompts and 2 samples of each, with 2 slots; what crosses them is whether all are done."""
+    arch = dataclasses.replace(ARCH, num_kv_heads=4, num_layers=2, sliding_window=3, window_layers=(1,))
+    model, mesh = Model(arch), make_mesh(MeshConfig(data=8))
+    params = jax.tree.map(lambda x: 6 * x, model.init(KEY))
+    prompt, mask = (np.tile(x, (2, 1)) for x in (PROMPT, PROMPT_MASK))
+    options = {**OPTIONS, "filtered": False, "samples": 2}
+    expected = jax.jit(partial(sample, model, **options))(params, prompt, mask, KEY, law())
+    with jax.set_mesh(mesh.grid):
+        placed = jax.device_put(params, tree_shardings(mesh, params)), *put_batch(mesh, (prompt, mask)), KEY, law()
+        refilled = jax.jit(partial(sample, model, slots=16, **options)).lower(*placed).compile()
+        rollout = refilled(*placed)
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(rollout, name), getattr(expected, name))
+    np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-4)
+    assert set(traffic(refilled.as_text()).collectives) <= {"all-reduce"}
+
+
+def test_slots_are_chosen_from_the_bytes_of_weights_and_cache():
+    """A position of the cache has 2 x 1 layer x 2 heads x 6 x 4 bytes = 96; a group of 4 in slots 2 prompts."""
+    params = {"w": np.zeros(96 * 50 * 64, np.uint8)}  # 64 rows of 50 columns
+    assert choose_slots(MODEL, params, 200, 1, 30, 20) == 64
+    assert choose_slots(MODEL, params, 127, 1, 30, 20) == 127  # all, where that is less than twice as many
+    assert choose_slots(MODEL, params, 100, 4, 30, 20) == 4 * (64 * 50 // (4 * 20 + 2 * 30))
+    assert choose_slots(MODEL, {}, 100, 3, 30, 20) == 18  # at least 16, in whole groups
 
 
 def test_microbatches_change_nothing():

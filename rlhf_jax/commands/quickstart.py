@@ -82,7 +82,7 @@ def sample_walks(model: str, num_each: int, seed: int, temperature: float = 1.0)
         loaded = load_model(settings, mesh, jax.random.key(seed))
         sampling = replace(SAMPLING, temperature=temperature)
         generator = Generator(loaded.model, tokenizer, sampling, mesh, max_prompt_length=DATA.max_prompt_length)
-        drawn = generator.responses(loaded.params, walks.start_prompts() * num_each, jax.random.key(seed))
+        drawn = generator.responses(loaded.params, walks.start_prompts(), jax.random.key(seed), samples=num_each)
     return [one.prompt for one in drawn], [one.text for one in drawn]
 
 

@@ -42,22 +42,22 @@ def run_sample(config: SampleArgs) -> list[Row]:
         raise UserError(f"prompts: {report}; remove the empty ones")
     report_cut(report)
     longest = max(len(example["tokens"]) for example in examples)
-    repeated = [row for row in prompts for _ in range(config.num_samples)]
-    size = min(config.batch_size, len(repeated))
+    each, count = config.num_samples, len(prompts) * config.num_samples
+    size = min(max(config.batch_size // each, 1) * each, count)  # whole prompts
     mesh = make_mesh(config.mesh)
 
     def begin() -> Make:
         drawer = load_drawer(config.model, tokenizer, config.sampling, mesh, seed=config.seed, longest=longest)
 
         def make(start: int, stop: int) -> list[Row]:
-            part = repeated[start:stop]
+            part = prompts[start // each : stop // each]
             with jax.set_mesh(mesh.grid):
                 key, at_once = jax.random.key(config.seed), {"batch_size": size, "first": start // size}
-                return drawer.generator.rows(drawer.loaded.params, part, key, **at_once)
+                return drawer.generator.rows(drawer.loaded.params, part, key, samples=each, **at_once)
 
         return make
 
-    return _in_one_phase("sample", config, {"prompts": digest(prompts)}, len(repeated), size, begin)
+    return _in_one_phase("sample", config, {"prompts": digest(prompts)}, count, size, begin)
 
 
 def run_score(config: ScoreArgs) -> list[Row]:

@@ -251,10 +251,12 @@ class SamplingConfig:
         temperature: logits are divided by it; 0 is greedy.
         top_k: keep the k most likely tokens (ties kept); 0 keeps all.
         top_p: keep the smallest set of likely tokens whose mass reaches p; 1 keeps all.
-        chunk: decoding looks whether all rows are done after every so many tokens.
+        chunk: decoding looks which rows are done after every so many tokens, and begins others in their place.
         prompt_buckets: lengths that prompts are padded to, ascending; each is one compilation. Empty means one
             bucket, data.max_prompt_length.
-        microbatch: rows decoded at once; 0 means all.
+        slots: rows decoded at once, over all devices; the others wait until one of these has ended. 0 chooses: all
+            rows where they are few or none can end early, else as many as keep the cache no larger than the weights.
+        microbatch: rows of a rollout of their own, one rollout after another; 0 means all. `slots` are of each.
     """
 
     max_new_tokens: int = 64
@@ -264,12 +266,13 @@ class SamplingConfig:
     top_p: float = 1.0
     chunk: int = 32
     prompt_buckets: list[int] = field(default_factory=list)
+    slots: int = 0
     microbatch: int = 0
 
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "max_new_tokens chunk",
-            "at least 0": "min_new_tokens temperature top_k microbatch",
+            "at least 0": "min_new_tokens temperature top_k slots microbatch",
             "above 0 and at most 1": "top_p",
         }
         check(self, "sampling.", rules)

@@ -184,10 +184,11 @@ class Sources:
             measure = begin(drawer) if begin else lambda drawn: [{} for _ in drawn]
 
         def make(start: int, stop: int) -> list[Row]:
-            repeated = [row for row in rows[start:stop] for _ in range(each)]
             noise = jax.random.fold_in(key, start)  # of the batch's first prompt
             with jax.set_mesh(self.mesh.grid):
-                drawn = drawer.generator.responses(drawer.loaded.params, repeated, noise, batch_size=size * each)
+                drawn = drawer.generator.responses(
+                    drawer.loaded.params, rows[start:stop], noise, samples=each, batch_size=size * each
+                )
                 measured = measure(drawn)
             items = [
                 {"text": one.text, "ids": one.ids.tolist(), "finished": one.finished, **more}

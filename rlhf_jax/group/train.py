@@ -41,6 +41,11 @@ def check(config: GroupArgs) -> None:
             f"data.batch_size {config.data.batch_size}, responses of an iteration, is not divisible by "
             f"{name}.group_size {settings.group_size}; change one of them"
         )
+    if config.sampling.microbatch % settings.group_size:
+        raise UserError(
+            f"sampling.microbatch {config.sampling.microbatch} is not a multiple of {name}.group_size "
+            f"{settings.group_size}, whose rows share a prompt; choose a multiple"
+        )
 
 
 def make_networks(

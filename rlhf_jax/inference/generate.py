@@ -27,7 +27,8 @@ from rlhf_jax.types import Params, Rollout
 
 
 def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]) -> Callable[..., Rollout]:
-    """The sampler of this config: (params, prompt, prompt_mask, key, law) -> Rollout, not yet compiled."""
+    """The sampler of this config, not yet compiled: (params, prompt, prompt_mask, key, law, active, *, samples) ->
+    Rollout, the last two as in `sample`."""
     filtered = config.top_k > 0 or config.top_p < 1
     return partial(
         sample,
@@ -37,6 +38,8 @@ def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]
         chunk=config.chunk,
         candidates=2 * config.top_k if filtered else 0,
         filtered=filtered,
+        # Where no stop id can be drawn nothing ends early, and all rows begin at once.
+        slots=config.slots or (0 if config.min_new_tokens < config.max_new_tokens else None),
         microbatch=config.microbatch,
     )
 
@@ -44,6 +47,14 @@ def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]
 def total_length(config: SamplingConfig, max_prompt_length: int) -> int:
     """Tokens of the longest prompt and response together; prompts without buckets have up to max_prompt_length."""
     return max(config.prompt_buckets or [max_prompt_length]) + config.max_new_tokens
+
+
+def spread(prompts: int, samples: int, ways: int) -> int:
+    """How often a prompt stands in a batch that draws `samples` for each of so many over `ways` shards of rows.
+
+    Once where that divides; else the least that does, which must be a divisor of `samples`; all of them where none is.
+    """
+    return next(n for n in range(1, samples + 1) if samples % n == 0 and (prompts * n % ways == 0 or n == samples))
 
 
 class Response(NamedTuple):
@@ -84,40 +95,53 @@ class Generator:
         check_length(model.arch, total_length(config, max_prompt_length), "prompt length + sampling.max_new_tokens =")
         self.law = SamplingLaw.from_config(config)
         model = of_length(model, total_length(config, max_prompt_length))  # one law in all buckets
-        self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids))
+        self.rollout = jax.jit(make_sampler(model, config, tokenizer.eos_ids), static_argnames="samples")
 
     def responses(
-        self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0, first: int = 0
+        self,
+        params: Params,
+        rows: Sequence[Row],
+        key: jax.Array,
+        *,
+        samples: int = 1,
+        batch_size: int = 0,
+        first: int = 0,
     ) -> list[Response]:
-        """A response to each prompt that has tokens; `batch_size` rows at once (0: all).
+        """`samples` responses, one after another, to each prompt that has tokens; `batch_size` at once (0: all).
 
-        Batch i gets the noise of fold_in(key, first + i).
+        Batch i, of whole prompts, gets the noise of fold_in(key, first + i).
         """
         examples, _ = prompt_examples(list(rows), self.tokenizer, self.limits)
-        multiple = math.lcm(self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.microbatch or 1)
-        size = -(-(batch_size or len(examples)) // multiple) * multiple
+        # Prompts of a batch: with their samples they fill whole microbatches and all shards of rows.
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        multiple = math.lcm(ways // math.gcd(ways, samples), max(self.microbatch // samples, 1))
+        size = -(-max(batch_size // samples, 1) // multiple) * multiple if batch_size else 0
+        size = size or -(-len(examples) // multiple) * multiple
+        times = spread(size, samples, ways)
         collate = partial(collate_prompts, buckets=self.buckets, pad_id=self.tokenizer.pad_id)
         responses: list[Response] = []
         for i, batch in enumerate(eval_batches(examples, batch_size=size, collate=collate)):
-            placed = put_batch(self.mesh, {name: batch[name] for name in ("tokens", "mask")})
-            rollout = self.rollout(
-                params, placed["tokens"], placed["mask"], jax.random.fold_in(key, first + i), self.law
-            )
+            arrays = (np.repeat(batch[name], times, axis=0) for name in ("tokens", "mask", "valid"))
+            prompt, prompt_mask, valid = put_batch(self.mesh, tuple(arrays))  # the last batch is filled up
+            noise = jax.random.fold_in(key, first + i)
+            rollout = self.rollout(params, prompt, prompt_mask, noise, self.law, valid, samples=samples // times)
             tokens, mask, finished = to_host((rollout.tokens, rollout.mask, rollout.finished))
-            for row, example in enumerate(examples[i * size : (i + 1) * size]):  # the last batch is filled up
+            drawn = (example for example in examples[i * size : (i + 1) * size] for _ in range(samples))
+            for row, example in enumerate(drawn):
                 ids = tokens[row][mask[row]]
                 text = self.tokenizer.response_text(ids.tolist(), example["given"])
                 responses.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
         return responses
 
     def rows(
-        self, params: Params, rows: Sequence[Row], key: jax.Array, *, batch_size: int = 0, first: int = 0
+        self, params: Params, rows: Sequence[Row], key: jax.Array, *, samples: int = 1, **options: int
     ) -> list[Row]:
         """The `responses` as sft rows, which read as what was sampled; all `rows` have tokens."""
-        responses = self.responses(params, rows, key, batch_size=batch_size, first=first)
+        responses = self.responses(params, rows, key, samples=samples, **options)
+        prompts = (row["prompt"] for row in rows for _ in range(samples))
         return [
-            {"prompt": row["prompt"], "response": one.text, "response_ids": one.ids.tolist(), "finished": one.finished}
-            for row, one in zip(rows, responses, strict=True)
+            {"prompt": prompt, "response": one.text, "response_ids": one.ids.tolist(), "finished": one.finished}
+            for prompt, one in zip(prompts, responses, strict=True)
         ]
 
 

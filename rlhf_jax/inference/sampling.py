@@ -1,7 +1,8 @@
-"""Sampling: prefill, then decoding in scanned chunks with an early stop between them. Token ids in, `Rollout` out."""
+"""Sampling: the law that tokens are drawn from, and `sample`. Token ids in, `Rollout` out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,11 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
+from rlhf_jax.inference.engine import Engine
+from rlhf_jax.inference.slots import choose_slots, queue_of, split
 from rlhf_jax.models.model import Model, of_length
-from rlhf_jax.tokens import map_microbatches, positions_from_mask
+from rlhf_jax.sharding import data_ways
+from rlhf_jax.tokens import map_microbatches
 from rlhf_jax.types import Params, Rollout
 
 
@@ -142,99 +146,68 @@ def draw_from_logits(
 def sample(
     model: Model,
     params: Params,
-    prompt: Int[Array, "B P"],
-    prompt_mask: Bool[Array, "B P"],
+    prompt: Int[Array, "N P"],
+    prompt_mask: Bool[Array, "N P"],
     key: Array,
     law: SamplingLaw,
+    active: Bool[Array, " N"] | None = None,
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     chunk: int,
+    samples: int = 1,
+    slots: int | None = None,
     candidates: int = 0,
     filtered: bool = True,
     microbatch: int = 0,
 ) -> Rollout:
-    """Draw responses to left-padded prompts; call it inside jit, with the arguments after `law` static.
+    """Draw `samples` responses to each left-padded prompt; call it inside jit, with the arguments after * static.
 
-    A row ends with the first stop id, which is part of the response; with no `stop_ids` every row runs the full
-    length. Every `chunk` tokens the loop looks whether all rows have ended. Log-probs are of the law sampled from
-    (greedy: 0, a certain event). A rotary law that depends on length is that of model.length, or else of P +
-    max_new_tokens. The noise of a row depends on the key and its place in the batch only, so a microbatch or a mesh
-    changes nothing.
+    The responses to prompt n are rows n * samples and following. A row ends with the first stop id, which is part of
+    the response; with no `stop_ids` every row runs the full length. `slots` rows are decoded at once (None: all, 0:
+    `choose_slots`); every `chunk` tokens the loop looks which have ended, and begins others in their place. Prompts
+    off `active` are not drawn: the masks of their rows are empty. Log-probs are of the law sampled from (greedy: 0, a
+    certain event). A rotary law that depends on length is that of model.length, or else of P + max_new_tokens. The
+    noise of a row depends on the key and its place in the batch only, so slots, a microbatch or a mesh change nothing.
     """
-    uniforms = jax.random.uniform(key, (prompt.shape[0], max_new_tokens))
+    chunk = min(chunk, max_new_tokens)
+    steps = -(-max_new_tokens // chunk) * chunk  # whole chunks
+    uniforms = jax.random.uniform(key, (prompt.shape[0] * samples, max_new_tokens))
+    uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens))).reshape(-1, samples, steps)
     model = of_length(model, prompt.shape[1] + max_new_tokens)
-    decode_params = model.decoding_params(params)
-    rows = partial(
-        _sample_rows,
-        model,
-        decode_params,
-        law,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        chunk=min(chunk, max_new_tokens),
-        candidates=min(candidates, model.arch.vocab_size),
-        filtered=filtered,
-    )
-    return map_microbatches(lambda xs: rows(*xs), (prompt, prompt_mask, uniforms), microbatch)
-
-
-def _sample_rows(
-    model: Model,
-    params: Params,
-    law: SamplingLaw,
-    prompt: Array,
-    prompt_mask: Array,
-    uniforms: Array,
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    chunk: int,
-    candidates: int,
-    filtered: bool,
-) -> Rollout:
-    """`sample` of some rows: prompt and mask [B, P], uniforms [B, T]; `steps` >= T is whole chunks."""
-    rows, prompt_len = prompt.shape
-    num_chunks = -(-max_new_tokens // chunk)
-    steps = num_chunks * chunk
-    uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens)))
-    logits, cache = model.prefill(params, prompt, prompt_mask, positions_from_mask(prompt_mask))
-    # logits [B, V] of the first token, and per layer keys and values [B, K, P, N], which grow to S = P + steps.
-    # The last token is never fed back, so the cache needs steps - 1 more columns; one more keeps the writes in range.
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, steps), (0, 0))), cache)
-    # Columns of the cache: which hold the prompt, bool[B, S]; a row's next position is its length and the step.
-    columns = jnp.arange(prompt_len + steps)
-    prompt_columns = jnp.pad(prompt_mask, ((0, 0), (0, steps)))
-    lengths = prompt_mask.sum(axis=-1, dtype=jnp.int32)
     stops = jnp.asarray(stop_ids, jnp.int32)
-    is_stop_id = jnp.zeros(model.arch.vocab_size, bool).at[stops].set(True) if stop_ids else None
+    is_stop = jnp.zeros(model.arch.vocab_size, bool).at[stops].set(True) if stop_ids else None
+    candidates = min(candidates, model.arch.vocab_size)
+    decode_params = model.decoding_params(params)
+    draw = partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered)
 
-    # One token of every row: (logits, cache, done [B]) -> the same after it, and (token, log-prob, kept), [B] each.
-    def one_token(carry: Any, step: Array) -> tuple[Any, Any]:
-        logits, cache, done = carry
-        if is_stop_id is not None:
-            logits = jnp.where(is_stop_id & (step < law.min_new_tokens), -jnp.inf, logits)
-        uniform = jax.lax.dynamic_index_in_dim(uniforms, step, axis=1, keepdims=False)
-        token, logprob = draw_from_logits(logits, uniform, law, candidates=candidates, filtered=filtered)
-        out = (jnp.where(done, 0, token), jnp.where(done, 0.0, logprob), ~done)
-        if stop_ids:
-            done = done | (token[:, None] == stops[None, :]).any(-1)
-        index = prompt_len + step
-        mask = prompt_columns | ((columns >= prompt_len) & (columns <= index))[None]
-        logits, cache = model.decode(params, out[0], lengths + step, mask, cache, index)
-        return (logits, cache, done), out
+    def of_prompts(prompt: Array, mask: Array, uniforms: Array, active: Array) -> Any:
+        """Tokens, whether they count, and their log-probs, [prompts, samples, T] each."""
+        count = prompt.shape[0]
+        ways = math.gcd(data_ways(), count)
+        at_once = max(slots // ways, 1) if slots else 0
+        if slots == 0 and stop_ids:
+            at_once = choose_slots(model, decode_params, count // ways, samples, prompt.shape[1], steps)
+        prompt, mask, active, uniforms = (split(x, ways) for x in (prompt, mask, active, uniforms))
+        queue, number = queue_of(active)
+        engine = Engine(
+            model, decode_params, draw, is_stop, law.min_new_tokens, prompt, mask, queue, number,
+            uniforms.reshape(ways, -1, steps), samples, at_once, chunk, max_new_tokens,
+        )  # fmt: skip
+        of_samples = lambda x: x.reshape(count, samples, *x.shape[2:])[:, :, :max_new_tokens]  # noqa: E731
+        return jax.tree.map(of_samples, engine.run())
 
-    # A chunk of tokens, written to out [steps, B] at its place.
-    def one_chunk(state: Any) -> Any:
-        number, carry, out = state
-        carry, new = jax.lax.scan(one_token, carry, number * chunk + jnp.arange(chunk))
-        out = jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, number * chunk, axis=0), out, new)
-        return number + 1, carry, out
+    active = jnp.ones(prompt.shape[0], bool) if active is None else active
+    prompts_at_once = max(microbatch // samples, 1) if microbatch else 0  # whose samples stay together
+    drawn = map_microbatches(lambda xs: of_prompts(*xs), (prompt, prompt_mask, uniforms, active), prompts_at_once)
+    tokens, mask, logprobs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
+    prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
+    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, _finished(tokens, mask, is_stop))
 
-    out = (jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows)), jnp.zeros((steps, rows), bool))
-    start = (jnp.zeros((), jnp.int32), (logits, cache, jnp.zeros(rows, bool)), out)
-    unfinished = lambda state: (state[0] < num_chunks) & ~state[1][2].all()  # noqa: E731
-    _, (_, _, done), out = jax.lax.while_loop(unfinished, one_chunk, start)
-    tokens, logprobs, mask = (x.T[:, :max_new_tokens] for x in out)
-    finished = done if steps == max_new_tokens else (mask & jnp.isin(tokens, stops)).any(-1)
-    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, finished)
+
+def _finished(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], is_stop: Bool[Array, " V"] | None) -> Array:
+    """bool[B]: the last token of a row is a stop id."""
+    if is_stop is None:
+        return jnp.zeros(len(tokens), bool)
+    last = jnp.take_along_axis(tokens, jnp.maximum(mask.sum(1, keepdims=True) - 1, 0), axis=1)[:, 0]
+    return is_stop[last] & mask.any(1)

@@ -55,6 +55,36 @@ def attention(
     return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
 
 
+def group_attention(
+    q: Float[Array, "B K G T N"],
+    k: Float[Array, "B K T S N"],
+    v: Float[Array, "B K T S N"],
+    shared: tuple[Float[Array, "B K P N"], Float[Array, "B K P N"]],
+    mask: Bool[Array, "B T P+S"],
+    *,
+    scale: float,
+    softcap: float,
+) -> Float[Array, "B K G T N"]:
+    """`attention` of T sequences, one query each, to columns that they share and to S columns of their own.
+
+    `mask` has the shared columns first. A shared column is read once for all queries of its group.
+    """
+    # Scores [B, K, G, T, P + S] side by side under one softmax; the two parts of the mixture are added.
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision)
+    q, (shared_k, shared_v) = q * scale, shared
+    parts = (
+        product("bkgtn,bkpn->bkgtp", q, shared_k, preferred_element_type=jnp.float32),
+        product("bkgtn,bktsn->bkgts", q, k, preferred_element_type=jnp.float32),
+    )
+    scores = softcapped(jnp.concatenate(parts, axis=-1), softcap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    of_shared, of_own = jnp.split(weights.astype(q.dtype), [shared_k.shape[2]], axis=-1)
+    mixed = product("bkgtp,bkpn->bkgtn", of_shared, shared_v) + product("bkgts,bktsn->bkgtn", of_own, v)
+    return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
+
+
 def _splash_kernel(heads: int, length: int, window: int, softcap: float, interpret: bool) -> Callable[..., Array]:
     """Causal attention of `heads` query heads over one key-value head; `length` is a multiple of the lanes."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel

@@ -1,4 +1,4 @@
-"""The decoder's modules, in flax NNX; `model.py` turns them into pure functions. No jax transform is used here.
+"""The decoder's modules, in flax NNX; `pure.py` turns them into pure functions. No jax transform is used here.
 
 Shapes: B batch, T query positions, S key positions, D width, K key-value heads, G = H / K query heads per key-value
 head, N head width, F MLP width, M = 2 if gated else 1, V vocabulary. Weights are float32 masters; every module
@@ -24,8 +24,9 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-Cache = tuple[Float[Array, "B K S N"], Float[Array, "B K S N"]]
-"""Keys and values of one layer; a model's cache is a list of these."""
+Cache = tuple[Float[Array, "B K *S N"], Float[Array, "B K *S N"]]
+"""Keys and values of one layer: [B, K, S, N] of a text, or [B, K, T, S, N] of the T sequences of a group, each with
+columns of its own. A model's cache is a list of these."""
 
 
 class Norm(nnx.Module):
@@ -80,7 +81,8 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Without a cache T = S. With one, T new columns are written at `index`; `attend` covers all of it."""
+        """Without a cache T = S. With one, the T tokens are the next ones of as many sequences: each is written to
+        column `index` of its own, [B, K, T, S, N], and `attend` gets all of these."""
         # [B, T, D] -> [B, T, K, G + 2, N], cut into q [B, T, K, G, N] and k, v [B, T, K, 1, N].
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
@@ -93,10 +95,12 @@ class Attention(nnx.Module):
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         k, v = k[:, :, 0], v[:, :, 0]
-        # Into the cache [B, K, S, N], which is then attended to.
+        # A column [B, K, T, 1, N] into the cache [B, K, T, S, N], which is then attended to.
         if cache is not None and index is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new[:, :, :, None].astype(old.dtype), index, axis=3)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
         # [B, K, G, T, N] -> [B, T, D].
         y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v), 3, 1), self.out[...])
         if hasattr(self, "out_bias"):

@@ -1,17 +1,16 @@
-"""The decoder as pure functions over a plain nested dict of arrays: the only place that splits and merges modules."""
+"""The decoder as pure functions over a plain nested dict of arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.tree_util import KeyPath, tree_map_with_path
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,8 +18,9 @@ from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.config.rules import Rules, over_tensor
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
-from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, Branches, attention, make_attend, softcapped
+from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, Branches, group_attention, make_attend, softcapped
 from rlhf_jax.models.kernels import Chained, attached, is_composed, merged, stacks
+from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
 from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, data_ways, path_name
 from rlhf_jax.tokens import token_logprobs
@@ -32,26 +32,6 @@ STACKS = ("lower", "layers")
 """Where layers lie in a tree of parameters: all in "layers", or the lower ones, frozen, in "lower/layers"."""
 REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
 _M = TypeVar("_M")
-
-
-class Pure(NamedTuple):
-    """A module as two functions: init(key) -> nested dict of arrays, apply(that, *args) -> what the module returns."""
-
-    init: Callable[[Array], Params]
-    apply: Callable[..., Any]
-
-
-def pure(build: Callable[[nnx.Rngs], nnx.Module]) -> Pure:
-    """The functions of the module that `build` makes."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-
-    def init(key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(params=key))))
-
-    def apply(params: Params, *args: Any) -> Any:
-        return nnx.merge(graph, params)(*args)
-
-    return Pure(init, apply)
 
 
 def stacks_of(params: Params) -> list[Params]:
@@ -342,48 +322,66 @@ class Model:
         """
         segment_ids = mask.astype(jnp.int32)
         attends = [self._attend(segment_ids, local=local) for local in (False, True)]
-        return self._decode(params, tokens, positions, attends, None, None)
+        hidden, cache = self._layers(params, tokens, positions, lambda i, local: attends[local], None, None)
+        return self._next_logits(params, hidden[:, -1:])[:, 0], cache
 
     def decode(
         self,
         params: Params,
-        token: Int[Array, " B"],
-        position: Int[Array, " B"],
-        mask: Bool[Array, "B S"],
+        token: Int[Array, "B T"],
+        position: Int[Array, "B T"],
+        sees: Bool[Array, "B T P+S"],
+        apart: Int[Array, "#B #T P+S"],
+        shared: list[decoder.Cache],
         cache: list[decoder.Cache],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
-        """One token per row, written to column `index` of the cache: logits of the next. `mask` includes it."""
-        # The only query is column `index`: it sees the columns [B, 1, S] of its mask, in a local layer the last ones.
-        apart, window = index - jnp.arange(mask.shape[1]), self.arch.sliding_window
-        masks = mask[:, None, :], mask[:, None, :] & (apart < window)[None, None]
-        attends = [partial(attention, mask=m, scale=self.scale, softcap=self.arch.attn_softcap) for m in masks]
-        return self._decode(params, token[:, None], position[:, None], attends, cache, index)
+    ) -> tuple[Float[Array, "B T V"], list[decoder.Cache]]:
+        """The next token of T sequences in each of B groups: logits of the one after, and the new `cache`.
 
-    def _decode(
+        A group's sequences share the columns `shared` [B, K, P, N], those of its prompts, and have S of their own in
+        `cache` [B, K, T, S, N], of which the token is written to column `index`. `sees` says which of both a token
+        sees, itself included; `apart`, how many tokens they lie before it, is for layers with a window.
+        """
+        masks = sees, sees & (apart < self.arch.sliding_window)
+
+        def attend(i: int, local: bool) -> Attend:
+            softcap = self.arch.attn_softcap
+            return partial(group_attention, shared=shared[i], mask=masks[local], scale=self.scale, softcap=softcap)
+
+        hidden, cache = self._layers(params, token, position, attend, cache, index)
+        return self._next_logits(params, hidden), cache
+
+    def _layers(
         self,
         params: Params,
         tokens: Array,
         positions: Array,
-        attends: Sequence[Attend],
+        attend: Callable[[int, bool], Attend],
         cache: list[decoder.Cache] | None,
         index: Array | None,
     ) -> tuple[Array, list[decoder.Cache]]:
-        """Logits [B, V] after the last of `tokens` [B, T], and the cache; layer by layer, each with its own arrays."""
+        """Hidden states [B, T, D] and the cache, layer by layer, each with its own arrays; attend(layer, local)."""
         if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
             raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
-        views = [(self._tables(positions, local=local), attends[local]) for local in (False, True)]
+        tables = [self._tables(positions, local=local) for local in (False, True)]
         x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         new_cache = []
         for i, layer in enumerate(params["layers"]):
-            view = views[i in self.arch.window_layers]
-            x, entry = self._block.apply(layer, x, *view, cache[i] if cache is not None else None, index)
+            local = i in self.arch.window_layers
+            entry = cache[i] if cache is not None else None
+            x, entry = self._block.apply(layer, x, tables[local], attend(i, local), entry, index)
             x = constrain(x, *ROWS, None, None)
-            # Keys and values [B, K, S, N]: rows over the data axes, heads over tensor.
-            new_cache.append(jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), None, None), entry))
-        hidden = self._norm.apply(params["final_norm"], x[:, -1:])  # [B, 1, D]
-        logits = self.project(params, hidden)[:, 0]
-        return constrain(logits, *ROWS, None), new_cache  # whole rows, since drawing looks at all of the vocabulary
+            new_cache.append(entry)
+        return x, self.pinned(new_cache)
+
+    def pinned(self, cache: list[decoder.Cache]) -> list[decoder.Cache]:
+        """Keys and values [B, K, ..., N] where they belong: rows over the data axes, heads over tensor."""
+        return jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), *[None] * (c.ndim - 2)), cache)
+
+    def _next_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of the next tokens, whole rows on a device, since drawing looks at all of the vocabulary."""
+        logits = self.project(params, self._norm.apply(params["final_norm"], hidden))
+        return constrain(logits, *ROWS, None, None)
 
 
 def of_length(model: _M, length: int) -> _M:

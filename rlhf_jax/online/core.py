@@ -78,8 +78,8 @@ def full_sequence(rollout: Rollout) -> Sequences:
 def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) -> Rollout:
     """A full-length rollout cut after the first stop id at index >= truncate_after (Ziegler et al. 2019, appendix)."""
     index = jnp.arange(rollout.tokens.shape[1])[None, :]
-    stop = jnp.isin(rollout.tokens, jnp.asarray(stop_ids, jnp.int32)) & (index >= truncate_after)
-    before = jnp.cumsum(stop, axis=1) - stop == 0  # true up to and including the first stop
+    stop = jnp.isin(rollout.tokens, jnp.asarray(stop_ids, jnp.int32)) & (index >= truncate_after) & rollout.mask
+    before = rollout.mask & (jnp.cumsum(stop, axis=1) - stop == 0)  # true up to and including the first stop
     return Rollout(
         prompt=rollout.prompt,
         prompt_mask=rollout.prompt_mask,

@@ -111,7 +111,8 @@ def roll_out(
     """A rollout of a batch of prompts with `policy`, its score, and its mean gold reward."""
     nets, programs, law = method.nets, method.programs, method.inputs.law
     placed = put_batch(method.mesh, {name: batch[name] for name in ("tokens", "mask")})
-    rollout = programs.rollout(nets.policy.whole(policy), placed["tokens"], placed["mask"], key, law)
+    samples = len(batch["prompts"]) // len(batch["tokens"])
+    rollout = programs.rollout(nets.policy.whole(policy), placed["tokens"], placed["mask"], key, law, None, samples)
     host, gold = python_rewards(method, batch, rollout)
     params = {**loop.state.params, "policy": policy}
     scored = programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, law.temperature)

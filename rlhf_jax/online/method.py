@@ -19,6 +19,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference.generate import spread
 from rlhf_jax.inference.reward_functions import ScoreFn, columns_for, combine, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models.loading import load_tokenizer, save_model
@@ -120,8 +121,15 @@ class Method:
         return self.settings.epochs * self.settings.minibatches
 
     def batch(self, i: int) -> Batch:
-        """What iteration i reads: its prompts, each `group_size` times in a row, and as "ptx" a step's text each."""
-        batch = repeat_rows(self.inputs.batches[i], self.group_size)
+        """What iteration i reads: its prompts, and as "ptx" a step's text each.
+
+        Text and columns stand there `group_size` times in a row, once for each response; arrays once, or as often as
+        the mesh must have them (`spread`).
+        """
+        prompts, ways = self.inputs.batches[i], self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        times = spread(len(prompts["tokens"]), self.group_size, ways)
+        arrays = {name: np.repeat(prompts[name], times, axis=0) for name in ("tokens", "mask")}
+        batch = {**repeat_rows(prompts, self.group_size), **arrays}
         if self.text is None:
             return batch
         text = stacked([self.text[i * self.steps + j] for j in range(self.steps)])

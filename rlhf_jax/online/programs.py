@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.stages import Wrapped
+from jaxtyping import Array
 
 from rlhf_jax.config import OnlineArgs, OnlineConfig
 from rlhf_jax.inference.generate import make_sampler
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.online import core
 from rlhf_jax.online.checks import filters
 from rlhf_jax.online.networks import Networks
@@ -26,7 +28,7 @@ class Programs:
     """The compiled programs of an iteration.
 
     Attributes:
-        rollout: (policy, tokens, mask, key, law) -> Rollout.
+        rollout: (policy, tokens, mask, key, law, active=None, samples=1) -> Rollout, as `inference.sampling.sample`.
         score: (params, ref, reward, rollout, host rewards, kl_coef, temperature) -> (experience, kl_coef of the next
             iteration, metrics, numbers per row).
         update: (state, experience, key, temperature, ptx, frozen) -> (state, metrics); donates the state.
@@ -62,14 +64,22 @@ def compile_programs(
     state = create_state(params, tx, mesh)
     sampler = make_sampler(nets.models.policy, config.sampling, () if settings.stop == "truncate" else stop_ids)
 
-    def rollout(*args: Any) -> Rollout:
-        drawn = sampler(*args)
+    def rollout(
+        policy: Params,
+        tokens: Array,
+        mask: Array,
+        key: Array,
+        law: SamplingLaw,
+        active: Array | None = None,
+        samples: int = 1,
+    ) -> Rollout:
+        drawn = sampler(policy, tokens, mask, key, law, active, samples=samples)
         return drawn if settings.stop == "eos" else core.truncated(drawn, stop_ids, settings.truncate_after)
 
     rows, whole, sampling_mesh = batch_sharding(mesh), replicated(mesh), rollout_mesh(config.mesh, mesh)
     for tree in (state.params["policy"], nets.ref):  # adapters may lack the heads that rollout_tensor must divide
         tree_shardings(sampling_mesh, tree)
-    rollout = jax.jit(rollout, out_shardings=rows)
+    rollout = jax.jit(rollout, out_shardings=rows, static_argnames="samples")
     places = tree_shardings(mesh, state)
     programs = Programs(
         rollout=rollout if sampling_mesh is mesh else OnMesh(sampling_mesh, rollout),
@@ -91,11 +101,11 @@ class OnMesh:
     def __init__(self, mesh: Mesh, function: Wrapped):
         self.mesh, self.function = mesh, function
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         with jax.set_mesh(self.mesh.grid):
-            return self.function(*args)
+            return self.function(*args, **options)
 
-    def trace(self, *args: Any) -> Any:
+    def trace(self, *args: Any, **options: Any) -> Any:
         """As of a jitted function."""
         with jax.set_mesh(self.mesh.grid):
-            return self.function.trace(*args)
+            return self.function.trace(*args, **options)

@@ -20,7 +20,7 @@ from rlhf_jax.data.collate import example_of_all
 from rlhf_jax.data.packing import pack_responses
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train as group_train
-from rlhf_jax.inference.generate import total_length
+from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import config_json
@@ -198,8 +198,11 @@ def _online(
     check_length(nets.policy.model.arch, length + new, "prompt length + sampling.max_new_tokens =")
     key, number, rows = _key(mesh), _whole(mesh, jnp.float32), batch_sharding(mesh)
     law = _shapes(SamplingLaw.from_config(config.sampling), replicated(mesh))
-    prompt = _rows(mesh, tokens=((size, length), jnp.int32), mask=((size, length), jnp.bool_))
-    drawn_from = (nets.policy.whole(state.params["policy"]), *prompt.values(), key, law)
+    ways, group = mesh.shape["data"] * mesh.shape["fsdp"], getattr(settings, "group_size", 1)
+    samples = group // spread(size // group, group, ways)
+    shape = (size // samples, length)
+    prompt = _rows(mesh, tokens=(shape, jnp.int32), mask=(shape, jnp.bool_))
+    drawn_from = (nets.policy.whole(state.params["policy"]), *prompt.values(), key, law, None, samples)
     rollout = _shapes(programs.rollout.trace(*drawn_from).out_info, rows)
     host = _rows(mesh, host=((size,), jnp.float32))["host"]
     scored = (state.params, nets.ref, nets.reward, rollout, host, number, number)

@@ -1,0 +1,128 @@
+"""What decoding in slots carries, and how many slots there are. `engine` has the shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.models.decoder import Cache
+from rlhf_jax.models.model import Model
+from rlhf_jax.sharding import ROWS, constrain
+from rlhf_jax.types import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Contexts:
+    """Prompts with their caches.
+
+    Attributes:
+        number: int32[X, C], which prompt of the shard's queue.
+        started: int32[X, C], how many of its G sequences have a slot or had one; G where there is no prompt.
+        mask: bool[X, C, P].
+        logits: float32[X, C, V], after the prompt.
+        cache: per layer keys and values [X, K, C * P, N].
+    """
+
+    number: Int[Array, "X C"]
+    started: Int[Array, "X C"]
+    mask: Bool[Array, "X C P"]
+    logits: Float[Array, "X C V"]
+    cache: list[Cache]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """Sequences that are being drawn.
+
+    Attributes:
+        row: int32[X, M], of the shard's block.
+        context: int32[X, M].
+        place: int32[X, M], tokens so far.
+        alive: bool[X, M], there is a sequence and it has not ended.
+        logits: float32[X, M, V], of the next token.
+        cache: per layer keys and values [X, K, M, S, N] of the tokens so far. All slots write the same column, step
+            modulo S: a sequence sees the columns of its own age.
+    """
+
+    row: Int[Array, "X M"]
+    context: Int[Array, "X M"]
+    place: Int[Array, "X M"]
+    alive: Bool[Array, "X M"]
+    logits: Float[Array, "X M V"]
+    cache: list[Cache]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What the loop carries.
+
+    Attributes:
+        queued: int32[W], the next prompt of every shard's queue.
+        step: int32[], tokens that every slot has fed to the model.
+        out: what is drawn, [W, rows, chunks, chunk, ...] each: tokens, whether they count, and what `Draw` keeps.
+    """
+
+    contexts: Contexts
+    slots: Slots
+    queued: Int[Array, " W"]
+    step: Int[Array, ""]
+    out: Any
+
+
+def choose_slots(
+    model: Model, params: Params, prompts: int, samples: int, prompt_length: int, max_new_tokens: int
+) -> int:
+    """Slots of a shard where rows may end early: as many as have a cache no larger than what decoding reads, `params`.
+
+    They are whole groups of `samples` and 16 at least; all rows, unless these are twice as many.
+    """
+    arch, size = model.arch, model.compute_dtype.itemsize
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    columns = samples * max_new_tokens + (1 if samples == 1 else 2) * prompt_length  # of a group
+    group = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * size * columns
+    slots = max(weights // group, -(-16 // samples)) * samples
+    return slots if 2 * slots <= prompts * samples else prompts * samples
+
+
+def layout(prompts: int, samples: int, slots: int) -> tuple[int, int, int]:
+    """(groups, slots of each, contexts of each) of a shard with so many prompts, samples of each, and slots (0: all).
+
+    Where slots are refilled a group of several has two contexts: a slot that is done early begins the next prompt.
+    """
+    if slots == 0 or slots >= prompts * samples:
+        return prompts, samples, 1
+    groups = max(slots // samples, 1)
+    return groups, slots // groups, 1 if samples == 1 else 2
+
+
+def queue_of(active: Bool[Array, "W N"]) -> tuple[Int[Array, "W N"], Int[Array, " W"]]:
+    """(the prompts of every shard, those that are to be drawn first, and how many these are)."""
+    return jnp.argsort(~active, axis=1, stable=True).astype(jnp.int32), active.sum(1, dtype=jnp.int32)
+
+
+def take(x: Array, index: Array) -> Array:
+    """x[w, index[w]] of [W, n, ...] and [W, ...], each shard from its own."""
+    return jax.vmap(lambda x, i: x[i])(x, index)
+
+
+def split(x: Array, parts: int) -> Array:
+    """[parts * n, ...] as [parts, n, ...]."""
+    return x.reshape(parts, -1, *x.shape[1:])
+
+
+def flat(x: Array) -> Array:
+    """[W, n, ...] as [W * n, ...], with rows over the mesh."""
+    x = x.reshape(-1, *x.shape[2:])
+    return constrain(x, *ROWS, *[None] * (x.ndim - 1))
+
+
+def widened(x: Array, columns: int) -> Array:
+    """A cache [X, K, M, S, N] with more columns."""
+    return jnp.pad(x, [(0, columns - x.shape[3] if axis == 3 else 0) for axis in range(5)])
