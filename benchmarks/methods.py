@@ -65,7 +65,7 @@ from rlhf_jax.inference.generate import Generator, decode
 from rlhf_jax.inference.scoring import Likelihood
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import load_model, load_tokenizer
-from rlhf_jax.online.core import full_sequence, response_logprobs
+from rlhf_jax.online.core import packed, response_logprobs
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.sharding import make_mesh, put_batch
 from rlhf_jax.tasks import random_walks as walks
@@ -273,7 +273,7 @@ class Meter:
 def walk_logprobs(model: Model, params: Params, rollout: Rollout) -> Float[Array, " B"]:
     """log p of whole responses, stop tokens included."""
     num = rollout.tokens.shape[1]
-    logprobs, _, _ = response_logprobs(model, params, full_sequence(rollout), jnp.ones(()), num)
+    logprobs, _, _ = response_logprobs(model, params, packed(rollout).at(0), jnp.ones(()), num)
     return jnp.sum(jnp.where(rollout.mask, logprobs, 0.0), axis=1)
 
 

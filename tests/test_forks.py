@@ -22,7 +22,9 @@ from rlhf_jax import advantages, group, losses, ppo, sft
 from rlhf_jax.config import GroupConfig, MeshConfig, PPOConfig, bind
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
+from rlhf_jax.online.core import packed
 from rlhf_jax.sharding import make_mesh
+from rlhf_jax.tokens import positions_from_mask
 from rlhf_jax.training.state import create_state
 from rlhf_jax.training.step import make_train_step
 
@@ -37,9 +39,7 @@ def minus_logprob(logprobs, old_logprobs, advantages, weights):
 
 def expected_gradient() -> dict:
     """Of `minus_logprob` through the model, without PPO."""
-    forward = lambda params: ppo.core.forward(  # noqa: E731
-        BIGRAMS, params, {"tokens": X.tokens, "positions": X.positions, "segment_ids": X.segment_ids}, 1.0, 6
-    )[0]
+    forward = lambda params: ppo.core.forward(BIGRAMS, params, packed(X).at(0), 1.0, 6)[0]  # noqa: E731
     return jax.grad(lambda params: -jnp.sum(batch_of(X)["weights"] * forward(params)))(PARAMS)["policy"]
 
 
@@ -266,7 +266,7 @@ def test_supervised_training_takes_a_loss_of_ones_own_too():
     twice = lambda logprobs, weights: (-2 * jnp.sum(weights * logprobs), {})  # noqa: E731
     batch = {
         "tokens": X.tokens,
-        "positions": X.positions,
+        "positions": positions_from_mask(X.segment_ids > 0),
         "segment_ids": X.segment_ids,
         "weights": jnp.full(X.tokens.shape, 0.1),
     }

@@ -54,9 +54,11 @@ def score(config, rollout, *, host=None, kl_coef=0.1, recompute=True, models=MOD
 
 
 def batch_of(x, reduction="token"):
+    from rlhf_jax.online.core import packed
     from rlhf_jax.tokens import token_weights
 
-    return {"experience": x, "weights": token_weights(x.mask, reduction), "temperature": jnp.ones(len(x.mask))}
+    weights = token_weights(x.mask, reduction)
+    return {"experience": x, "packed": packed(x).at(0), "weights": weights, "temperature": jnp.float32(1.0)}
 
 
 @functools.cache

@@ -36,7 +36,7 @@ from rlhf_jax.losses import clipped_policy_loss
 from rlhf_jax.models import Model
 from rlhf_jax.online import core as online_core
 from rlhf_jax.ppo import Models, core, make_ppo_step, make_ppo_update, make_score, objective
-from rlhf_jax.tokens import token_weights
+from rlhf_jax.tokens import positions_from_mask, token_weights
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
 
@@ -77,11 +77,9 @@ def updater(run: PPOArgs, models=BIGRAMS, params=PARAMS, policy_loss=None, value
 
 def batch_of(experience, reduction="token", temperature=1.0, **more) -> dict:
     """What the objective takes, for the whole experience."""
-    rows = experience.mask.shape[0]
     weights, value_weights = (token_weights(m, reduction) for m in (experience.mask, experience.value_mask))
-    temperatures = jnp.full(rows, temperature, jnp.float32)
-    named = {"weights": weights, "value_weights": value_weights, "temperature": temperatures}
-    return {"experience": experience, **named, **more}
+    named = {"weights": weights, "value_weights": value_weights, "temperature": jnp.float32(temperature)}
+    return {"experience": experience, "packed": online_core.packed(experience).at(0), **named, **more}
 
 
 def grad_of(config: PPOConfig, batch, params=PARAMS, models=BIGRAMS, policy_loss=None):
@@ -134,7 +132,7 @@ def test_on_policy_gradient_is_reinforces_gradient_for_a_decoder():
     num, weights = x.mask.shape[1], token_weights(x.mask, "token")
 
     def logprobs_of(policy):  # all logits of all positions, and a plain log-softmax
-        hidden = model.apply(policy, x.tokens, x.positions, x.segment_ids)
+        hidden = model.apply(policy, x.tokens, positions_from_mask(x.segment_ids > 0), x.segment_ids)
         logits = jnp.einsum("bsd,vd->bsv", hidden, policy["embed"]["tokens"], precision="highest")
         chosen = jax.nn.log_softmax(logits)[:, :-1]
         return jnp.take_along_axis(chosen, x.tokens[:, 1:, None], axis=-1)[:, -num:, 0]
@@ -606,7 +604,7 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own():
 
 
 def test_orders_and_noise_differ_between_iterations_and_follow_the_key():
-    config = PPOConfig(epochs=2)
+    config = PPOConfig(epochs=2, minibatches=2)
     one, same, other = (recorded(config, jax.random.fold_in(KEY, i)) for i in (0, 0, 1))
     assert same_bits(one, same)
     assert (one[0] != other[0]).any() and not {tuple(k) for k in one[1].tolist()} & {

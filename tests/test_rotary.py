@@ -19,7 +19,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, load_model, save_model
 from rlhf_jax.models.model import of_length
 from rlhf_jax.models.rotary import rotary_tables
-from rlhf_jax.online.core import full_sequence, response_logprobs
+from rlhf_jax.online.core import packed, response_logprobs
 from rlhf_jax.sharding import make_mesh, tree_shardings
 
 KEY = jax.random.key(0)
@@ -85,7 +85,7 @@ def test_transformers_has_the_same_law_for_a_sequence_of_that_length(name):
 def gap(model, params, rollout):
     """Largest difference between the sampler's log-probs and those of a forward pass over the whole sequence."""
     forward = jax.jit(
-        lambda p, r: response_logprobs(model, p, full_sequence(r), jnp.float32(1.0), r.tokens.shape[1])[0]
+        lambda p, r: response_logprobs(model, p, packed(r).at(0), jnp.float32(1.0), r.tokens.shape[1])[0]
     )
     return np.abs(np.where(rollout.mask, forward(params, rollout) - rollout.logprobs, 0)).max()
 

@@ -22,7 +22,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import flattened
 from rlhf_jax.models.loading import Loaded, save_model
 from rlhf_jax.models.model import depth, stacks_of
-from rlhf_jax.online.core import full_sequence, response_logprobs
+from rlhf_jax.online.core import packed, response_logprobs
 from rlhf_jax.ppo import train
 from rlhf_jax.sharding import make_mesh, tree_shardings
 
@@ -140,8 +140,8 @@ def test_training_moves_the_top_alone_and_the_reference_stays_a_full_copy_of_the
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(loop.state.params), strict=True):
         assert differ(x, y)
     model, full = Model(DEEP), load(f"{directory()}/policy", False)
-    sequence, num = full_sequence(table["rollout"]), table["rollout"].tokens.shape[1]
-    logprobs = jax.jit(lambda tree: response_logprobs(model, tree, sequence, jnp.ones(()), num)[0])
+    view, num = packed(table["rollout"]).at(0), table["rollout"].tokens.shape[1]
+    logprobs = jax.jit(lambda tree: response_logprobs(model, tree, view, jnp.ones(()), num)[0])
     np.testing.assert_allclose(logprobs(method.nets.ref), logprobs(full), rtol=1e-6, atol=1e-6)
     # What is written is the whole policy, and the whole critic.
     saved, critic = (load(tmp_path / "run" / name, head) for name, head in (("model", False), ("value_model", True)))

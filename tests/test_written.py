@@ -138,7 +138,7 @@ def scores_of_ppo(models, drawn) -> np.ndarray:
     mesh, rollout = make_mesh(MeshConfig(), devices=ONE), rollout_of(drawn)
     loaded = load_model(ModelConfig(path=str(models / "reward")), mesh, jax.random.key(0), head="trained")
     with jax.set_mesh(mesh.grid):
-        score = jax.jit(lambda params, x: core.reward_scores(loaded.model, params, core.full_sequence(x), x))
+        score = jax.jit(lambda params, x: core.reward_scores(loaded.model, params, core.packed(x).at(0)))
         return np.asarray(score(loaded.params, rollout))
 
 

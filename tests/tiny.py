@@ -150,7 +150,6 @@ def make_experience(seed: int, params: dict, **kwargs) -> Experience:
     whole = np.concatenate([np.asarray(rollout.prompt_mask), mask], axis=1)
     return Experience(
         tokens=jnp.concatenate([rollout.prompt, rollout.tokens], axis=1),
-        positions=jnp.asarray(np.where(whole, whole.cumsum(1) - 1, 0), jnp.int32),
         segment_ids=jnp.asarray(whole, jnp.int32),
         mask=rollout.mask,
         value_mask=rollout.mask,

@@ -57,8 +57,10 @@ class OnlineConfig:
         iterations: rollout-score-update rounds.
         epochs: passes over a rollout, each in a fresh order.
         minibatches: optimiser steps of one pass.
-        accumulate: microbatches of one optimiser step.
-        score_microbatch: rows scored at once; 0 means all.
+        microbatch_tokens: tokens of a microbatch on each device: rows lie side by side in sequences, and a step costs
+            what its tokens cost. At least one sequence of the longest row; 0 gives every row a sequence of its own.
+        accumulate: a microbatch of an optimiser step holds at most the minibatch / accumulate sequences.
+        score_microbatch: a microbatch of scoring holds at most so many sequences; 0 sets no bound.
         stop: eos ends a row at a stop id; truncate samples the full length and cuts at the first stop id at or after
             `truncate_after` (Ziegler et al. 2019).
         truncate_after: tokens before which `stop: truncate` ignores stop ids.
@@ -83,6 +85,7 @@ class OnlineConfig:
     iterations: int = 100
     epochs: int = 4
     minibatches: int = 1
+    microbatch_tokens: int = 1024
     accumulate: int = 1
     score_microbatch: int = 0
     stop: Literal["eos", "truncate"] = "eos"
@@ -107,7 +110,8 @@ class OnlineConfig:
         """Raise a UserError unless these settings are in range; `group` is their dotted prefix."""
         rules = {
             "at least 1": "iterations epochs minibatches accumulate sample_every",
-            "at least 0": "score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef target_kl num_samples",
+            "at least 0": "microbatch_tokens score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef "
+            "target_kl num_samples",
             "above 0": "clip_ratio max_log_ratio",
             "at least 0 and below 1": "ema_decay",
             "0 or above 1": "dual_clip",

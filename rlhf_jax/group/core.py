@@ -29,11 +29,13 @@ from rlhf_jax.online.core import (
     Training,
     full_sequence,
     make_epochs,
+    of_view,
     response_logprobs,
     reward_scores,
     rollout_metrics,
+    summed,
 )
-from rlhf_jax.tokens import map_microbatches
+from rlhf_jax.tokens import Packed
 from rlhf_jax.training.state import make_optimizer, make_schedule
 from rlhf_jax.training.step import make_update
 from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
@@ -52,7 +54,6 @@ class Experience:
     """
 
     tokens: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     mask: Bool[Array, "B T"]
     old_logprobs: Float[Array, "B T"]
@@ -74,26 +75,26 @@ class Models:
 
 
 def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | None = None) -> LossFn:
-    """The loss of one minibatch {"experience", "weights", "temperature"}: policy + kl_coef * KL - entropy.
+    """The loss of a view of a minibatch, {"experience", "packed", "weights", "temperature"}.
 
-    Give `policy_loss` to replace the config's. "temperature" is float32[B], constant, to travel with rows.
+    It is policy + kl_coef * KL - entropy. Views of one minibatch add up. Give `policy_loss` to replace the config's.
     """
     policy_loss = bind(policy_loss or config.policy_loss, config)
     kl_loss = bind(reference_kl_loss, config)
 
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
-        x: Experience = batch["experience"]
-        sequence = {"tokens": x.tokens, "positions": x.positions, "segment_ids": x.segment_ids}
+        x, view = batch["experience"], batch["packed"]
         logprobs, entropy, _ = response_logprobs(
-            models.policy, params["policy"], sequence, batch["temperature"][0], x.mask.shape[1], with_entropy=True
+            models.policy, params["policy"], view, batch["temperature"], x.mask.shape[1], with_entropy=True
         )
-        # Off the mask the ratio is set to 1, so that no padding token can produce an infinity.
-        logprobs = jnp.where(x.mask, logprobs, x.old_logprobs)
-        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, batch["weights"])
-        entropy = jnp.sum(batch["weights"] * entropy)
+        weights = of_view(view, batch["weights"])
+        # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
+        logprobs = jnp.where(x.mask & view.rows[:, None], logprobs, x.old_logprobs)
+        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, weights)
+        entropy = jnp.sum(weights * entropy)
         metrics = {"policy/loss": loss, **metrics, "policy/entropy": entropy}
         if x.ref_logprobs is not None:
-            kl, kl_metrics = kl_loss(logprobs, x.ref_logprobs, batch["weights"])
+            kl, kl_metrics = kl_loss(logprobs, x.ref_logprobs, weights)
             loss, metrics = loss + config.kl_coef * kl, {**metrics, **kl_metrics}
         if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
             loss = loss - config.entropy_coef * entropy
@@ -108,18 +109,20 @@ def run_networks(
     ref: Params | None,
     reward: Params | None,
     temperature: Array,
-    rollout: Rollout,
+    num_tokens: int,
+    view: Packed,
     *,
     recompute: bool,
 ) -> dict[str, Array]:
-    """old_logprobs [B, T], with a reference ref_logprobs [B, T] and with a reward model score [B], of a rollout."""
-    sequence, num = full_sequence(rollout), rollout.tokens.shape[1]
-    of = lambda params: response_logprobs(models.policy, params, sequence, temperature, num)[0]  # noqa: E731
-    out = {"old_logprobs": of(policy) if recompute else rollout.logprobs}
-    if ref is not None:
-        out["ref_logprobs"] = of(ref)
+    """Of a view's rows old_logprobs, recomputed, and of a reference ref_logprobs [B, T]; of a reward model score [B].
+
+    What is not asked for or not there is left out.
+    """
+    asked = {"old_logprobs": policy if recompute else None, "ref_logprobs": ref}
+    of = lambda params: response_logprobs(models.policy, params, view, temperature, num_tokens)[0]  # noqa: E731
+    out = {name: of(params) for name, params in asked.items() if params is not None}
     if models.reward is not None:
-        out["score"] = reward_scores(models.reward, reward, sequence, rollout)
+        out["score"] = reward_scores(models.reward, reward, view)
     return out
 
 
@@ -165,8 +168,9 @@ def make_score(
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         policy = models.whole(ref, params)["policy"]
-        per_row = partial(run_networks, models, policy, ref, reward, temperature, recompute=recompute)
-        nets = map_microbatches(per_row, rollout, config.score_microbatch)
+        num = rollout.tokens.shape[1]
+        run = partial(run_networks, models, policy, ref, reward, temperature, num, recompute=recompute)
+        nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run)}
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
         ref_logprobs = old_logprobs if ref is None else jnp.where(rollout.mask, nets["ref_logprobs"], 0.0)

@@ -14,14 +14,12 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax.config import OnlineConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
-from rlhf_jax.sharding import ROWS, constrain
-from rlhf_jax.tokens import positions_from_mask, token_weights
+from rlhf_jax.sharding import constrain
+from rlhf_jax.tokens import Packed, token_weights
+from rlhf_jax.training.packing import Layout, over_views, pack
 from rlhf_jax.training.state import Schedule, TrainState
 from rlhf_jax.training.step import Step
 from rlhf_jax.types import Batch, Metrics, Params, Rollout
-
-Sequences = dict[str, Array]
-"""Prompt and response as tokens, positions and segment_ids, int32[B, S] each; S = P + T."""
 
 Scored = tuple[Any, Array, Metrics, dict[str, Array]]
 """What scoring returns: a method's experience, kl_coef of the next iteration, metrics, numbers per row by name."""
@@ -38,41 +36,54 @@ Training = tuple[Update, optax.GradientTransformationExtraArgs, Schedule]
 """The update program of a method, its optimiser, and the learning rate of the policy by iteration."""
 
 
-def before_tokens(hidden: Float[Array, "B S D"], num_tokens: int) -> Float[Array, "B T D"]:
-    """Hidden states of the states before each of the last T tokens.
-
-    Prompt [p, q], response [a, b], T = 2: the hidden states of q and a, which predict a and b.
-    """
-    return hidden[:, -num_tokens - 1 : -1]
-
-
 def response_logprobs(
-    model: Model, params: Params, sequence: Sequences, temperature: Array, num_tokens: int, **kwargs: Any
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B S D"]]:
-    """Log-probs and entropies of the last T tokens, and all hidden states; `sequence` as `full_sequence` makes it."""
-    hidden = model.apply(params, **sequence)
-    targets = sequence["tokens"][:, -num_tokens:]
-    logprobs, entropy = model.logprobs(params, before_tokens(hidden, num_tokens), targets, temperature, **kwargs)
+    model: Model, params: Params, view: Packed, temperature: Array, num_tokens: int, **kwargs: Any
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "M S D"]]:
+    """Log-probs and entropies of the response tokens of a view's rows, 0 elsewhere; and all hidden states."""
+    hidden = model.apply(params, **view.inputs)
+    said = model.logprobs(params, hidden, view.targets, temperature, needed=view.predicts, **kwargs)
+    logprobs, entropy = (view.to_rows(x, num_tokens) for x in said)
     return logprobs, entropy, hidden
 
 
-def reward_scores(model: Model, params: Params, sequence: Sequences, rollout: Rollout) -> Float[Array, " B"]:
-    """A reward model's scores of a rollout, whose `full_sequence` is given."""
-    # The last real token of [prompt; response]: prompts are left-padded, so it is at P + length - 1.
-    last = rollout.prompt.shape[1] + rollout.mask.sum(axis=1, dtype=jnp.int32) - 1
-    hidden = model.apply(params, **sequence)
-    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return model.scores(params["score"], at_last)[:, 0]
+def reward_scores(model: Model, params: Params, view: Packed) -> Float[Array, " B"]:
+    """A reward model's scores of a view's rows, at the last token of each; 0 elsewhere."""
+    return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
 
 
-def full_sequence(rollout: Rollout) -> Sequences:
-    """Prompt and response of every row side by side."""
+def full_sequence(rollout: Rollout) -> dict[str, Array]:
+    """Prompt and response of every row side by side: tokens and segment_ids (1 on tokens), int32[B, S]; S = P + T."""
     mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
-    return {
-        "tokens": jnp.concatenate([rollout.prompt, rollout.tokens], axis=1),
-        "positions": positions_from_mask(mask),
-        "segment_ids": mask.astype(jnp.int32),
-    }
+    tokens = jnp.concatenate([rollout.prompt, rollout.tokens], axis=1)
+    return {"tokens": tokens, "segment_ids": mask.astype(jnp.int32)}
+
+
+def packed(
+    x: Any, config: OnlineConfig | None = None, *, most: int = 0, wanted: Bool[Array, " B"] | None = None
+) -> Packed:
+    """The rows of an experience or a rollout in microbatches of a config, each of at most `most` rows (0: any number).
+
+    Without a config every row has a sequence of its own. Rows that are not `wanted` are left out.
+    """
+    if isinstance(x, Rollout):
+        num_tokens, whole = x.tokens.shape[1], full_sequence(x)
+    else:
+        num_tokens, whole = x.mask.shape[1], {"tokens": x.tokens, "segment_ids": x.segment_ids}
+    size = 0 if config is None else config.microbatch_tokens
+    layout = Layout.of(*whole["tokens"].shape, tokens=size, most=most)
+    return pack(whole["tokens"], whole["segment_ids"] > 0, num_tokens, layout, wanted)
+
+
+def of_view(view: Packed, weights: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """The weights of the rows of a view, 0 elsewhere: losses of the views add up to that of the batch."""
+    return jnp.where(view.rows[:, None], weights, 0.0)
+
+
+def summed(rollout: Rollout, config: OnlineConfig, networks: Callable[[Packed], dict[str, Array]]) -> dict[str, Array]:
+    """What networks say of the rows of a rollout, [B, ...] each, microbatch by microbatch."""
+    nothing = partial(jax.tree.map, lambda s: jnp.zeros(s.shape, s.dtype))
+    views = packed(rollout, config, most=config.score_microbatch)
+    return over_views(views, lambda view, _: networks(view), nothing, partial(jax.tree.map, jnp.add))
 
 
 def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) -> Rollout:
@@ -105,9 +116,10 @@ def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metr
 def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str]) -> Update:
     """update(state, experience, key, temperature, ptx=None, frozen=None): epochs over its rows, each in a fresh order.
 
-    `step` is `step.make_update` of the method's objective. Its batch holds rows of the experience, their temperature,
-    weights by name, each of a mask of the experience (`masks`), and text if there is any: `ptx` has a leading axis of
-    epochs * minibatches. The step reads `frozen`.
+    `step` is `step.make_update` of the method's objective. Its batch holds rows of the experience, in order, the same
+    rows packed, those without a weight left out; the temperature; weights by name, each of a mask of the experience
+    (`masks`); and text if there is any: `ptx` has a leading axis of epochs * minibatches. The step reads `frozen`.
+    A minibatch of all rows is packed as scoring packed it, so that the first step's ratio is exactly 1.
     Metrics are means over the optimiser steps; policy/first_* are those of the first step, whose ratio should be 1.
     """
     num = config.epochs * config.minibatches
@@ -120,17 +132,20 @@ def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str]) -> U
         ptx: Batch | None = None,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        # The rows of every step: int32[num, B / minibatches], num = epochs * minibatches.
+        # The rows of every step, in order: int32[num, B / minibatches], num = epochs * minibatches.
         num_rows = experience.mask.shape[0]
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
         orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys).reshape(num, -1)
+        orders = jnp.sort(orders, axis=1)
 
         # One step: M = B / minibatches rows of every leaf [B, ...] of the experience, and text [ptx rows, S] if given.
         def take(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
             rows, number, text = xs
-            x = jax.tree.map(lambda leaf: constrain(leaf[rows], *ROWS), experience)
+            x = jax.tree.map(lambda leaf: constrain(leaf[rows]), experience)
             weights = {name: token_weights(getattr(x, mask), config.loss_reduction) for name, mask in masks.items()}
-            batch = {"experience": x, **weights, "temperature": jnp.broadcast_to(temperature, x.mask.shape[:1])}
+            wanted = jnp.any(jnp.stack([getattr(x, mask) for mask in masks.values()]), axis=(0, 2))
+            views = packed(x, config, most=rows.shape[0] // config.accumulate, wanted=wanted)
+            batch = {"experience": x, "packed": views, **weights, "temperature": temperature}
             batch = batch if text is None else {**batch, "ptx": text}
             return step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)
 

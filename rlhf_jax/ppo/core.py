@@ -26,18 +26,18 @@ from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
     Scored,
-    Sequences,
     Training,
     Update,
-    before_tokens,
     full_sequence,
     make_epochs,
+    of_view,
     response_logprobs,
     reward_scores,
     rollout_metrics,
+    summed,
 )
 from rlhf_jax.sft import objective as sft_objective
-from rlhf_jax.tokens import map_microbatches, token_weights
+from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollout, ValueLoss
@@ -57,7 +57,6 @@ class Experience:
     """
 
     tokens: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     mask: Bool[Array, "B T"]
     value_mask: Bool[Array, "B T"]
@@ -88,53 +87,60 @@ class Models:
 
 
 def forward(
-    models: Models, params: Params, sequence: Sequences, temperature: Array, num_tokens: int, **kwargs: Any
+    models: Models, params: Params, view: Packed, temperature: Array, num_tokens: int, **kwargs: Any
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probs, entropies and values of the last T tokens; `sequence` has tokens, positions, segment_ids [B, S]."""
+    """Log-probs, entropies and values of the T response tokens of a view's rows, 0 elsewhere."""
     logprobs, entropy, hidden = response_logprobs(
-        models.policy, params["policy"], sequence, temperature, num_tokens, **kwargs
+        models.policy, params["policy"], view, temperature, num_tokens, **kwargs
     )
-    return logprobs, entropy, values_of(models, params, sequence, num_tokens, hidden)
+    return logprobs, entropy, values_of(models, params, view, num_tokens, hidden)
 
 
 def values_of(
-    models: Models, params: Params, sequence: Sequences, num_tokens: int, policy_hidden: Array | None = None
+    models: Models, params: Params, view: Packed, num_tokens: int, policy_hidden: Array | None = None
 ) -> Float[Array, "B T"]:
-    """Values of the states before each of the last T tokens, from the critic or from a head on the policy's trunk."""
+    """Values of the states before each response token, and of the one after the last where T holds it.
+
+    They are the critic's, or of a head on the policy's trunk.
+    """
     if not models.shared_trunk:
-        hidden = models.value.apply(params["value"], **sequence)
+        hidden = models.value.apply(params["value"], **view.inputs)
     else:
-        hidden = models.policy.apply(params["policy"], **sequence) if policy_hidden is None else policy_hidden
-    return models.value.scores(params["value"]["score"], before_tokens(hidden, num_tokens))
+        hidden = models.policy.apply(params["policy"], **view.inputs) if policy_hidden is None else policy_hidden
+    return view.to_rows(models.value.scores(params["value"]["score"], hidden), num_tokens)
 
 
 def objective(
     models: Models, config: PPOConfig, policy_loss: PolicyLoss | None = None, value_loss: ValueLoss | None = None
 ) -> LossFn:
-    """The loss of one minibatch {"experience", "temperature", "ptx"?}: policy + value - entropy (+ gamma * LM).
+    """The loss of a view of a minibatch, {"experience", "packed", "weights", "value_weights", "temperature"}.
 
-    Give `policy_loss` or `value_loss` to replace the config's. "temperature" is float32[B], constant, to travel with
-    rows.
+    It is policy + value - entropy; of {"ptx"}, gamma * LM; of a batch with both, their sum. Views of one minibatch add
+    up. Give `policy_loss` or `value_loss` to replace the config's.
     """
     policy_loss = bind(policy_loss or config.policy_loss, config)
     value_loss = bind(value_loss or config.value_loss, config)
     lm_loss = sft_objective(models.policy, lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
 
-    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
-        x: Experience = batch["experience"]
-        sequence = {"tokens": x.tokens, "positions": x.positions, "segment_ids": x.segment_ids}
+    def of_rows(params: Params, batch: Any) -> tuple[Array, Metrics]:
+        x, view = batch["experience"], batch["packed"]
         logprobs, entropy, values = forward(
-            models, params, sequence, batch["temperature"][0], x.mask.shape[1], with_entropy=True
+            models, params, view, batch["temperature"], x.mask.shape[1], with_entropy=True
         )
-        # Off the mask the ratio is set to 1, so that no padding token can produce an infinity.
-        logprobs = jnp.where(x.mask, logprobs, x.old_logprobs)
-        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, batch["weights"])
-        v_loss, v_metrics = value_loss(values, x.old_values, x.returns, batch["value_weights"])
-        entropy = jnp.sum(batch["weights"] * entropy)
+        weights, value_weights = of_view(view, batch["weights"]), of_view(view, batch["value_weights"])
+        # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
+        logprobs = jnp.where(x.mask & view.rows[:, None], logprobs, x.old_logprobs)
+        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, weights)
+        v_loss, v_metrics = value_loss(values, x.old_values, x.returns, value_weights)
+        entropy = jnp.sum(weights * entropy)
         metrics = {"policy/loss": loss, **metrics, **v_metrics, "policy/entropy": entropy}
         loss = loss + config.value_coef * v_loss
         if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
             loss = loss - config.entropy_coef * entropy
+        return loss, metrics
+
+    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
+        loss, metrics = of_rows(params, batch) if "packed" in batch else (jnp.zeros(()), {})
         if "ptx" in batch:
             lm, _ = lm_loss(params["policy"], batch["ptx"], key)
             loss, metrics["ptx/nll"] = loss + config.ptx_coef * lm, lm
@@ -149,20 +155,20 @@ def run_networks(
     ref: Params,
     reward: Params,
     temperature: Array,
-    rollout: Rollout,
+    num_tokens: int,
+    view: Packed,
     *,
     recompute: bool,
 ) -> dict[str, Array]:
-    """ref_logprobs, old_logprobs and values, each [B, T], and with a reward model score [B], of a rollout."""
-    sequence, num = full_sequence(rollout), rollout.tokens.shape[1]
-    ref_logprobs, _, _ = response_logprobs(models.policy, ref, sequence, temperature, num)
+    """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; with a reward model score [B]."""
+    ref_logprobs, _, _ = response_logprobs(models.policy, ref, view, temperature, num_tokens)
+    out = {"ref_logprobs": ref_logprobs}
     if recompute:
-        logprobs, _, values = forward(models, params, sequence, temperature, num)
+        out["old_logprobs"], _, out["values"] = forward(models, params, view, temperature, num_tokens)
     else:
-        logprobs, values = rollout.logprobs, values_of(models, params, sequence, num)
-    out = {"ref_logprobs": ref_logprobs, "old_logprobs": logprobs, "values": values}
+        out["values"] = values_of(models, params, view, num_tokens)
     if models.reward is not None:
-        out["score"] = reward_scores(models.reward, reward, sequence, rollout)
+        out["score"] = reward_scores(models.reward, reward, view)
     return out
 
 
@@ -197,11 +203,10 @@ def make_score(
         params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
-        whole = models.whole({"ref": ref, "reward": reward}, params)
-        per_row = partial(run_networks, models, whole, ref, reward, temperature, recompute=recompute)
-        nets = map_microbatches(per_row, rollout, config.score_microbatch)
+        whole, mask = models.whole({"ref": ref, "reward": reward}, params), rollout.mask
+        run = partial(run_networks, models, whole, ref, reward, temperature, mask.shape[1], recompute=recompute)
+        nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run)}
         raw = model_weight * nets["score"] + host if models.reward is not None else host
-        mask = rollout.mask
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
 
         # Rewards [B, T]: the price of each token's KL, and at a row's slot its score.

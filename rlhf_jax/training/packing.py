@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ def first_fit(claims: Int[Array, " R"], size: int) -> tuple[Int[Array, " R"], In
     return sequence, first
 
 
+@partial(jax.jit, static_argnames=("num_tokens", "layout"))
 def pack(
     tokens: Int[Array, "R S"],
     real: Bool[Array, "R S"],
