@@ -34,18 +34,19 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.config.group import GroupConfig
 from rlhf_jax.group import train as group_train
-from rlhf_jax.inference.generate import make_sampler
+from rlhf_jax.inference.generate import make_sampler, spread
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded
 from rlhf_jax.online.networks import Networks
+from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.train import make_programs
 from rlhf_jax.preference import task_of as dpo_task
 from rlhf_jax.reward import task_of as reward_task
 from rlhf_jax.sft import task_of as sft_task
-from rlhf_jax.sharding import Mesh, batch_sharding, make_mesh, put_batch, replicated
-from rlhf_jax.training.state import create_state, make_optimizer, make_schedule
+from rlhf_jax.sharding import Mesh, batch_sharding, data_ways, make_mesh, put_batch, replicated
+from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
 from rlhf_jax.training.supervised import Claim, choose_packing
 
@@ -63,10 +64,12 @@ def example_of(row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_training(task: str, work: Work, steps: Sequence[list[Row]], model: Model, mesh: Mesh) -> Run:
+def make_training(
+    task: str, work: Work, steps: Sequence[list[Row]], model: Model, mesh: Mesh, *, pack: str = "auto"
+) -> Run:
     """Optimiser steps of a method on rows: AdamW with a clip at 1.0."""
     optim = OptimConfig(learning_rate=1e-4, weight_decay=0.01, clip_norm=1.0)
-    data = DataConfig(batch_size=work.prompts, max_length=work.prompt)
+    data = DataConfig(batch_size=work.prompts, max_length=work.prompt, pack=pack)
     kind = "pairs" if task == "reward" else "rankings"
     config: Any = {"sft": SFTArgs(data=data), "dpo": DPOArgs(data=data)}.get(
         task, RewardArgs(data=data, reward=RewardConfig(comparisons=kind))
@@ -78,8 +81,8 @@ def make_training(task: str, work: Work, steps: Sequence[list[Row]], model: Mode
     collated: Any = [collate(step) for step in examples]
     settings, key = getattr(config, method.group), jax.device_put(jax.random.key(1), replicated(mesh))
     claim = Claim(task, config, settings, (), {}, mesh, key, tokenizer=None, rows=[], held_out_rows=[])
-    pack = choose_packing(method, claim, model, collated)
-    batches = [put_batch(mesh, batch if pack is None else pack(batch)) for batch in collated]
+    packs = choose_packing(method, claim, model, collated)
+    batches = [put_batch(mesh, batch if packs is None else packs(batch)) for batch in collated]
     tokens = [sum(len(row.prompt) + len(ids) for row in step for ids in row.responses) for step in steps]
 
     tx = make_optimizer(optim, make_schedule(optim, 1000))
@@ -116,15 +119,23 @@ def make_generate(work: Work, steps: Sequence[list[Row]], model: Model, mesh: Me
 
 def make_ppo(work: Work, steps: Sequence[list[Row]], model: Model, mesh: Mesh, stops: tuple[int, ...]) -> Run:
     """PPO iterations: four models of the same size, 4 epochs of one minibatch."""
+    made, nets, sampling = ppo_programs(work, model, mesh, stops, epochs=4)
+    return iterations(made, nets, work, steps, mesh, sampling)
+
+
+def ppo_programs(
+    work: Work, model: Model, mesh: Mesh, stops: tuple[int, ...], *, epochs: int
+) -> tuple[tuple[Programs, TrainState], Networks, SamplingConfig]:
+    """The programs of PPO with random models, and their first state; one minibatch."""
     sampling = SamplingConfig(max_new_tokens=work.new)
     data = DataConfig(batch_size=work.prompts, max_prompt_length=work.prompt)
-    config = PPOArgs(sampling=sampling, data=data, ppo=PPOConfig(epochs=4, minibatches=1))
+    config = PPOArgs(sampling=sampling, data=data, ppo=PPOConfig(epochs=epochs, minibatches=1))
     scalar = dataclasses.replace(model, score_head=True)
     keys = jax.random.split(jax.random.key(0), 3)
     policy, reward, value = (jax.jit(m.init)(k) for m, k in zip((model, scalar, scalar), keys, strict=True))
     params = {"policy": jax.tree.map(jnp.copy, policy), "value": value}
     nets = Networks(core.Models(model, scalar, scalar), Loaded(model, policy), policy, reward, None)
-    return iterations(make_programs(config, nets, params, mesh, stops), nets, work, steps, mesh, sampling)
+    return make_programs(config, nets, params, mesh, stops), nets, sampling
 
 
 def make_grpo(work: Work, steps: Sequence[list[Row]], model: Model, mesh: Mesh, stops: tuple[int, ...]) -> Run:
@@ -141,18 +152,26 @@ def make_grpo(work: Work, steps: Sequence[list[Row]], model: Model, mesh: Mesh, 
 
 
 def iterations(
-    made: Any, nets: Networks, work: Work, steps: Sequence[list[Row]], mesh: Mesh, sampling: SamplingConfig
+    made: tuple[Programs, TrainState],
+    nets: Networks,
+    work: Work,
+    steps: Sequence[list[Row]],
+    mesh: Mesh,
+    sampling: SamplingConfig,
 ) -> Run:
     """Rollout, score and update of programs and their first state; random rewards come from the host."""
     programs, first = made
     law = jax.device_put(SamplingLaw.from_config(sampling), replicated(mesh))
-    prompts = placed_prompts(mesh, [[row for row in step for _ in range(work.responses)] for step in steps], work)
+    times = spread(work.prompts, work.responses, data_ways())
+    prompts = placed_prompts(mesh, [[row for row in step for _ in range(times)] for step in steps], work)
     rng, box = np.random.default_rng(0), [first, jax.device_put(np.float32(0.05), replicated(mesh))]
 
     def run(i: int) -> tuple[Any, Callable[[], float]]:
         k1, k2 = jax.random.split(jax.device_put(jax.random.key(i), replicated(mesh)))
         state, coef = box
-        rollout = programs.rollout(state.params["policy"], prompts[i]["tokens"], prompts[i]["mask"], k1, law)
+        rollout = programs.rollout(
+            state.params["policy"], prompts[i]["tokens"], prompts[i]["mask"], k1, law, None, work.responses // times
+        )
         host = jax.device_put(rng.random(work.sequences, np.float32), batch_sharding(mesh))
         experience, coef, metrics, _ = programs.score(
             state.params, nets.ref, nets.reward, rollout, host, coef, law.temperature
@@ -164,6 +183,16 @@ def iterations(
     return run
 
 
+def model_of(name: str, mesh: Mesh, dtype: str) -> Model:
+    """The model of a size."""
+    size = SIZES[name]
+    arch = ArchConfig(
+        width=size["width"], num_layers=size["layers"], num_heads=size["heads"], num_kv_heads=size["heads"],
+        head_dim=size["width"] // size["heads"], ffn_width=size["ffn"], vocab_size=size["vocab"],
+    )  # fmt: skip
+    return Model.from_config(ModelConfig(compute_dtype=dtype), arch, mesh.rules)
+
+
 def measure(args: argparse.Namespace) -> None:
     """Time `args.task` in this process and print its line."""
     compiles: list[str] = []
@@ -172,12 +201,8 @@ def measure(args: argparse.Namespace) -> None:
     )
     size, work = SIZES[args.size], work_of(args.task, args.lengths)
     stops = tuple(stop_ids(args.lengths, size["vocab"]))
-    arch = ArchConfig(
-        width=size["width"], num_layers=size["layers"], num_heads=size["heads"], num_kv_heads=size["heads"],
-        head_dim=size["width"] // size["heads"], ffn_width=size["ffn"], vocab_size=size["vocab"],
-    )  # fmt: skip
     mesh = make_mesh(MeshConfig())
-    model = Model.from_config(ModelConfig(compute_dtype=args.dtype), arch, mesh.rules)
+    model = model_of(args.size, mesh, args.dtype)
     steps = rows(args.task, args.lengths, size["vocab"], WARMUP + args.repeats)
     clock, warm = Clock(args.turns), 0
     sampled = {"generate": make_generate, "ppo": make_ppo, "grpo": make_grpo}

@@ -1,0 +1,138 @@
+"""What programs cost against the share of token slots that hold tokens; one JSON line per program.
+
+    python -m benchmarks.shares --size 5m
+
+Rows have lengths as a constant chance of ending at each token makes them, cut at the longest; in a rollout stop ids
+are that chance. One process, all shares in turns, medians. `against` is the cost over that of full rows and over the
+share: 1 where cost follows tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.peers.common import SIZES, Row, Work
+from benchmarks.programs import make_training, model_of, ppo_programs
+from rlhf_jax.config import MeshConfig, SamplingConfig
+from rlhf_jax.inference.generate import make_sampler
+from rlhf_jax.inference.sampling import SamplingLaw
+from rlhf_jax.models import Model
+from rlhf_jax.sharding import Mesh, batch_sharding, make_mesh, put_batch, replicated
+from rlhf_jax.types import Rollout
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+STOPS = {0.2: 0.0199, 0.4: 0.0088, 0.6: 0.00455, 0.8: 0.00183, 1.0: 0.0}
+"""Of the vocabulary: with chance s at each token the mean of 256 is (1 - (1 - s)^256) / s."""
+
+Runs = dict[float, Callable[[], tuple[Any, float]]]
+"""By share: a run, which returns what to wait for and the share that there really was."""
+
+
+def lengths(share: float, rows: int, longest: int) -> np.ndarray:
+    """Of rows in a random order, as a constant chance of ending at each token makes them; their mean is the share."""
+    places = (np.arange(rows) + 0.5) / rows
+    low, high = 0.0, 1.0
+    for _ in range(50):  # bisection of the chance
+        chance = (low + high) / 2
+        sizes = np.clip(np.ceil(np.log(places) / np.log1p(-min(max(chance, 1e-9), 0.999))), 2, longest).astype(int)
+        low, high = (chance, high) if sizes.mean() > share * longest else (low, chance)
+    return np.random.default_rng(0).permutation(sizes)
+
+
+def reward_runs(size: str, model: Model, mesh: Mesh) -> Runs:
+    """Steps of a reward model on 16 pairs of up to 512 tokens, behind prompts of two, so that nothing is shared."""
+    work, ids = Work(16, 2, 512), np.random.default_rng(0).integers(3, SIZES[size]["vocab"], 512).tolist()
+    steps = [
+        [Row(ids[:2], [ids[2:a], ids[2:b]]) for a, b in lengths(share, 32, 512).reshape(16, 2)] for share in SHARES
+    ]
+    run = make_training("reward", work, steps, model, mesh, pack="on")
+    tokens = [sum(2 + len(ids) for row in step for ids in row.responses) / (32 * 512) for step in steps]
+    return {share: lambda i=i: (run(i)[0], tokens[i]) for i, share in enumerate(SHARES)}
+
+
+def ppo_runs(size: str, model: Model, mesh: Mesh) -> dict[str, Runs]:
+    """Scoring and one epoch of updates of 32 rows of up to 128 + 128 tokens."""
+    work = Work(32, 1, 128, 128)
+    (programs, first), nets, _ = ppo_programs(work, model, mesh, (), epochs=1)
+    number = lambda x: jax.device_put(np.float32(x), replicated(mesh))  # noqa: E731
+    key, box = jax.device_put(jax.random.key(0), replicated(mesh)), [first]
+    host = jax.device_put(np.zeros(32, np.float32), batch_sharding(mesh))
+    rng = np.random.default_rng(0)
+
+    def rollout_of(share: float) -> Rollout:
+        sizes = lengths(share, 32, 128)[:, None]
+        ids = rng.integers(3, SIZES[size]["vocab"], (2, 32, 128), dtype=np.int32)
+        prompt, mask = np.arange(128) >= 128 - sizes, np.arange(128) < sizes
+        logprobs = np.where(mask, -8.0, 0.0).astype(np.float32)
+        return Rollout(*put_batch(mesh, (ids[0], prompt, ids[1], mask, logprobs, mask[:, -1])))
+
+    def score(rollout: Rollout) -> Any:
+        return programs.score(box[0].params, nets.ref, nets.reward, rollout, host, number(0.05), number(1))[0]
+
+    def update(experience: Any) -> Any:
+        box[0], metrics = programs.update(box[0], experience, key, number(1), None, None)
+        return box[0], metrics
+
+    rollouts = {share: rollout_of(share) for share in SHARES}
+    scored = {share: score(rollout) for share, rollout in rollouts.items()}
+    return {
+        "ppo score": {share: lambda s=share: (score(rollouts[s]), s) for share in SHARES},
+        "ppo update": {share: lambda s=share: (update(scored[s]), s) for share in SHARES},
+    }
+
+
+def rollout_runs(size: str, model: Model, mesh: Mesh) -> Runs:
+    """Rollouts of 64 prompts of 64 and up to 256 new tokens."""
+    vocab, config = SIZES[size]["vocab"], SamplingConfig(max_new_tokens=256)
+    params, law = jax.jit(model.init)(jax.random.key(0)), SamplingLaw.from_config(config)
+    prompt = np.random.default_rng(0).integers(3, vocab, (64, 64), dtype=np.int32)
+    placed = put_batch(mesh, (prompt, np.ones((64, 64), bool)))
+    stops = {share: np.linspace(3, vocab - 1, round(part * vocab)).astype(int) for share, part in STOPS.items()}
+    # The program of full rows knows stop ids, too: none is drawn that is not in the vocabulary.
+    samplers = {s: jax.jit(make_sampler(model, config, tuple(map(int, ids)) or (vocab,))) for s, ids in stops.items()}
+
+    def run(share: float) -> tuple[Any, float]:
+        out = samplers[share](params, *placed, jax.random.key(1), law)
+        return out, float(jnp.mean(out.mask))
+
+    return {share: lambda s=share: run(s) for share in SHARES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="5m", choices=tuple(SIZES))
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh.grid):
+        model = model_of(args.size, mesh, "auto")
+        made = {"reward step": reward_runs(args.size, model, mesh), **ppo_runs(args.size, model, mesh)}
+        for name, runs in {**made, "rollout": rollout_runs(args.size, model, mesh)}.items():
+            seconds: dict[float, list[float]] = {share: [] for share in SHARES}
+            real = {}
+            for i in range(1 + args.repeats):
+                for share, run in runs.items():
+                    since = time.perf_counter()
+                    out, real[share] = run()
+                    jax.block_until_ready(out)
+                    if i:
+                        seconds[share].append(time.perf_counter() - since)
+            median = {share: statistics.median(times) for share, times in seconds.items()}
+            against = [round(median[s] / median[1.0] / (real[s] / real[1.0]), 3) for s in SHARES]
+            line = {"program": name, "shares": [round(real[s], 3) for s in SHARES]}
+            print(
+                json.dumps(line | {"seconds": [round(median[s], 4) for s in SHARES], "against": against}), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
