@@ -95,9 +95,9 @@ def token_logprobs(
     (None: all are). Where ids are `kept`, of up to K tokens a position and -1 in the places of none, the law is that
     of these tokens alone, renormalised, and the target is one of them.
 
-    The B T positions lie in W = `shards` blocks of whole rows, as rows lie on a mesh, and the logits of at most `chunk`
-    positions of a block are alive at once, in the backward pass too. Where there are more, they run in checkpointed
-    chunks, the needed ones first, and a chunk without any is skipped.
+    The B T positions lie in W = `shards` blocks of whole rows, as rows lie on a mesh, and the logits of at most
+    `chunk` positions of a block are alive at once, in the backward pass too. Where there are more, they run in
+    checkpointed chunks, the needed ones first, and a chunk without any is skipped.
     """
 
     def of_chunk(hidden: Array, targets: Array, *kept: Array) -> tuple[Array, Array]:

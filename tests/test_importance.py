@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import BIGRAMS, bigram_params, make_rollout
 
+from rlhf_jax import group, ppo
+from rlhf_jax.config import GroupConfig, PPOConfig
 from rlhf_jax.losses import cispo_policy_loss, clipped_policy_loss, importance_weights, sequence_policy_loss
 
 V, T = 3, 4
@@ -86,3 +89,29 @@ def test_padding_counts_nowhere_and_metrics_say_what_was_cut():
     sequence, seen = importance_weights(old, drawn, mask, importance="sequence", **options)
     np.testing.assert_allclose(sequence, [[2.0], [1.0]], rtol=1e-6)
     assert seen["rollout/importance_beyond"] == 0
+
+
+METHODS = {
+    "ppo": (ppo.make_score, BIGRAMS, PPOConfig()),
+    "grpo": (group.make_score, group.Models(BIGRAMS.policy, BIGRAMS.reward), GroupConfig(group_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_reach_the_advantages_and_nothing_else(name):
+    """Of a rollout at temperature 0.7 that is trained at 1."""
+    make_score, models, config = METHODS[name]
+    params, ref, reward = bigram_params(0), bigram_params(1)["policy"], bigram_params(2)["value"]
+    rollout = make_rollout(4, params["policy"], temperature=0.7)
+    arguments = (params, ref, reward, rollout, jnp.zeros(len(rollout.mask)), jnp.float32(0.1), jnp.float32(1.0))
+    off, on = (make_score(models, config, recompute=True, importance=by)(*arguments) for by in ("off", "sequence"))
+    options = {"importance": "sequence", "importance_cap": 3.0, "importance_beyond": "mask"}
+    weights, _ = importance_weights(off[0].old_logprobs, rollout.logprobs, rollout.mask, **options)
+    assert 0 < np.count_nonzero(weights) < len(weights) and np.ptp(weights) > 0.1
+    np.testing.assert_allclose(on[0].advantages, weights * off[0].advantages, rtol=1e-6)
+    for x in (off[0], on[0]):
+        object.__setattr__(x, "advantages", None)
+    jax.tree.map(np.testing.assert_array_equal, on[0], off[0])
+    new = {name: on[2].pop(name) for name in list(on[2]) if name.startswith("rollout/importance")}
+    jax.tree.map(np.testing.assert_array_equal, on[1:], off[1:])
+    assert len(new) == 4

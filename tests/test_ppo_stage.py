@@ -129,22 +129,27 @@ def test_the_reference_is_the_first_policy_and_no_alias_of_the_trained_one(one_d
 
 
 @pytest.mark.parametrize(
-    ("changes", "recomputed"),
+    ("changes", "dtype", "recompute", "importance"),
     [
-        ({}, False),
-        ({"sampling__temperature": 0.5}, False),
-        ({"sampling__top_k": 3}, True),
-        ({"sampling__top_p": 0.9}, True),
-        ({"sampling__min_new_tokens": 1}, True),
-        ({"ppo__old_logprobs": "recompute"}, True),
+        ({}, "float32", False, "off"),
+        ({"sampling__temperature": 0.5}, "float32", False, "off"),
+        ({"sampling__top_k": 3}, "float32", True, "off"),
+        ({"sampling__top_p": 0.9}, "bfloat16", True, "off"),
+        ({"sampling__min_new_tokens": 1}, "float32", True, "off"),
+        ({"ppo__old_logprobs": "recompute"}, "float32", True, "off"),
+        ({"ppo__train_temperature": 0.5}, "float32", True, "sequence"),
+        ({"ppo__train_temperature": 1.0}, "float32", False, "off"),
+        ({"ppo__importance": "token"}, "float32", True, "token"),
+        ({}, "bfloat16", True, "sequence"),
+        ({"ppo__importance": "off"}, "bfloat16", True, "off"),
+        ({"ppo__old_logprobs": "sampler"}, "bfloat16", False, "off"),
     ],
 )
-def test_old_logprobs_are_recomputed_where_the_samplers_are_of_another_law(changes, recomputed):
-    assert told_to_score(replace(toy_run(), **changes))["recompute"] == recomputed
-
-
-def test_old_logprobs_are_recomputed_where_the_sampler_computes_in_bfloat16():
-    assert told_to_score(toy_run(), dtype="bfloat16")["recompute"]
+def test_old_logprobs_are_recomputed_and_tokens_weighted_where_the_sampler_has_another_law(
+    changes, dtype, recompute, importance
+):
+    asked = told_to_score(replace(toy_run(), **changes), dtype=dtype)
+    assert (asked["recompute"], asked["importance"]) == (recompute, importance)
 
 
 def test_the_reward_model_is_weighed_as_the_config_says():
@@ -172,6 +177,9 @@ def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_devi
         ({"old_logprobs": "sampler"}, {"sampling__top_k": 3}, ["ppo.old_logprobs", "top_k"]),
         ({"old_logprobs": "sampler"}, {"sampling__top_p": 0.9}, ["ppo.old_logprobs", "top_p"]),
         ({"old_logprobs": "sampler"}, {"sampling__min_new_tokens": 1}, ["ppo.old_logprobs", "min_new_tokens"]),
+        ({"old_logprobs": "sampler", "train_temperature": 2.0}, {}, ["ppo.train_temperature 2", "recompute"]),
+        ({"old_logprobs": "sampler", "importance": "token"}, {}, ["ppo.importance token", "recompute"]),
+        ({"importance": "token"}, {"sampling__top_p": 0.9}, ["ppo.importance token", "sampling.top_p"]),
         ({"stop": "truncate"}, {"sampling__min_new_tokens": 1}, ["min_new_tokens", "ppo.truncate_after"]),
         ({"truncate_after": 2}, {}, ["ppo.truncate_after", "ppo.stop"]),
         ({"minibatches": 3, "accumulate": 2}, {}, ["data.batch_size 16", "6"]),
@@ -434,11 +442,16 @@ UP_AND_DOWN = jnp.where(jnp.arange(6) % 2, 0.9, -0.9)[None, :] * ON_POLICY.mask
 OFF_POLICY = dataclasses.replace(ON_POLICY, old_logprobs=ON_POLICY.old_logprobs + UP_AND_DOWN)
 
 
-def scored(config: PPOConfig):
+def scored(config: PPOConfig, **told):
     """All that scoring returns, for a rollout far above the reference."""
     rollout = make_rollout(4, PARAMS["policy"])
     rollout = Rollout(**{**vars(rollout), "logprobs": jnp.where(rollout.mask, -0.1, 0.0)})
-    return score(config, rollout, recompute=False)
+    return score(config, rollout, **{"recompute": False, **told})
+
+
+def weighted(config: PPOConfig):
+    """The same with the policy's own log-probs, and tokens weighted by the difference."""
+    return scored(config, recompute=True, importance="token")
 
 
 def loss(config: PPOConfig):
@@ -510,9 +523,10 @@ class BigramWithDtype(Bigram):
 BIGRAMS_ON_TOY = Models(BigramWithDtype(), BigramWithDtype())
 
 
-def recomputes(config: PPOConfig) -> bool:
-    """Whether scoring is told to recompute the old log-probs."""
-    return told_to_score(replace(toy_run(), ppo=config))["recompute"]
+def told(config: PPOConfig) -> tuple:
+    """Which old log-probs scoring is told to take, and how to weight."""
+    asked = told_to_score(replace(toy_run(), ppo=config))
+    return asked["recompute"], {asked["importance"]: 0}  # a key of the tree: texts are no numbers
 
 
 def told_to_score(run: PPOArgs, dtype: str = "float32") -> dict:
@@ -592,7 +606,11 @@ EFFECTS = {
     "value_coef": (loss, {}, {"value_coef": 0.2}),
     "entropy_coef": (loss, {}, {"entropy_coef": 0.1}),
     "loss_reduction": (updated, {"epochs": 1}, {"epochs": 1, "loss_reduction": "sequence"}),
-    "old_logprobs": (recomputes, {}, {"old_logprobs": "recompute"}),
+    "old_logprobs": (told, {}, {"old_logprobs": "recompute"}),
+    "train_temperature": (told, {}, {"train_temperature": 2.0}),
+    "importance": (told, {"importance": "token"}, {"importance": "sequence"}),
+    "importance_cap": (weighted, {"importance_cap": 0.1}, {"importance_cap": 0.2}),
+    "importance_beyond": (weighted, {"importance_cap": 0.1}, {"importance_cap": 0.1, "importance_beyond": "clip"}),
     "trainable_layers": (staged, {}, {"trainable_layers": 1}),
     "shared_trunk": (staged, {}, {"shared_trunk": True}),
     "value_init": (staged, {}, {"value_init": "zeros"}),

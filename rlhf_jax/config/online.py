@@ -73,8 +73,15 @@ class OnlineConfig:
         max_log_ratio: the log-ratio is clamped to +- this before exp.
         entropy_coef: weight of the entropy bonus.
         loss_reduction: token, sequence, or fixed (every token weighs 1/(B T), whatever the lengths).
-        old_logprobs: from the sampler, recomputed by a forward pass, or auto: the sampler's in float32 without top-k
-            and top-p, else recomputed.
+        old_logprobs: from the sampler, recomputed by a forward pass, or auto: the sampler's where they are of the same
+            law, in float32; else recomputed.
+        train_temperature: log-probs, old, new and of the reference, are of softmax(logits / this); 0 takes the
+            sampler's.
+        importance: advantages are multiplied by the probability of what was drawn under the trained law over that
+            under the sampler's: of each token (token), or of the whole response (sequence), which is unbiased. auto:
+            sequence where old log-probs are recomputed and the laws differ (bfloat16, another temperature), else off.
+        importance_cap: the largest such weight; 0 is none.
+        importance_beyond: what is above becomes 0 (mask) or the cap (clip).
         target_kl: no more updates in this iteration once approx KL exceeds it; 0 is off.
         ema_decay: decay per iteration of an averaged policy, which is then evaluated and saved; 0 is off.
         policy_loss: a function (logprobs, old_logprobs, advantages, weights) -> (scalar, metrics), as "module:name".
@@ -100,6 +107,10 @@ class OnlineConfig:
     entropy_coef: float = 0.0
     loss_reduction: Literal["token", "sequence", "fixed"] = "token"
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
+    train_temperature: float = 0.0
+    importance: Literal["auto", "off", "token", "sequence"] = "auto"
+    importance_cap: float = 3.0
+    importance_beyond: Literal["mask", "clip"] = "mask"
     target_kl: float = 0.0
     ema_decay: float = 0.0
     policy_loss: str = "rlhf_jax.losses:clipped_policy_loss"
@@ -111,7 +122,7 @@ class OnlineConfig:
         rules = {
             "at least 1": "iterations epochs minibatches accumulate sample_every",
             "at least 0": "microbatch_tokens score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef "
-            "target_kl num_samples",
+            "target_kl num_samples train_temperature importance_cap",
             "above 0": "clip_ratio max_log_ratio",
             "at least 0 and below 1": "ema_decay",
             "0 or above 1": "dual_clip",

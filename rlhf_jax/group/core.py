@@ -27,6 +27,7 @@ from rlhf_jax.online.core import (
     Score,
     Scored,
     Training,
+    corrected,
     full_sequence,
     make_epochs,
     of_view,
@@ -155,6 +156,7 @@ def make_score(
     config: GroupConfig,
     *,
     recompute: bool,
+    importance: str = "off",
     model_weight: float = 1.0,
     advantage: GroupAdvantage | None = None,
 ) -> Score:
@@ -182,12 +184,14 @@ def make_score(
         )
         mask = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask
         paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
+        advantages = advantages_of(scores, paid, mask, kl_coef, config, advantage)
+        advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
             mask=mask,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
-            advantages=advantages_of(scores, paid, mask, kl_coef, config, advantage),
+            advantages=advantages,
         )
 
         # What is reported: scalars, and numbers [B] of each row.
@@ -195,6 +199,7 @@ def make_score(
             **reward_metrics(raw, config.group_size),
             "rollout/objective": (scores - kl_coef * k1.sum(axis=1)).mean(),
             **rollout_metrics(rollout, old_logprobs),
+            **weighted,
         }
         rows = {"reward": raw}
         if ref is not None:

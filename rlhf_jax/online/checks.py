@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from rlhf_jax.config import OnlineArgs, OnlineConfig, SamplingConfig
+from rlhf_jax.config import OnlineArgs, OnlineConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.online.law import hidden_filter
 from rlhf_jax.sharding import Mesh, check_rows
-
-
-def filters(sampling: SamplingConfig) -> bool:
-    """Whether tokens are drawn from another law than softmax(logits / temperature)."""
-    return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_new_tokens > 0
 
 
 def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
@@ -20,11 +16,7 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
         raise UserError(
             f"sampling.temperature {sampling.temperature}: {name} learns from random samples; set it above 0"
         )
-    if filters(sampling) and settings.old_logprobs == "sampler":
-        raise UserError(
-            f"{group}.old_logprobs sampler with top_k, top_p or min_new_tokens would compare a filtered law with an "
-            f"unfiltered one; set {group}.old_logprobs to recompute, or sampling.top_k 0, top_p 1 and min_new_tokens 0"
-        )
+    check_law(config, settings, group)
     if sampling.min_new_tokens and settings.stop == "truncate":
         raise UserError(
             f"sampling.min_new_tokens does nothing with {group}.stop truncate; set {group}.truncate_after instead"
@@ -49,6 +41,32 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
     if settings.missing_eos == "subtract" and settings.missing_eos_value < 0:
         value = settings.missing_eos_value
         raise UserError(f"{group}.missing_eos_value {value}, subtracted, is a reward; make it positive")
+
+
+def check_law(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
+    """Raise a UserError where log-probs of two laws would be compared, or weighted in vain."""
+    hidden, weighted = hidden_filter(config.sampling), settings.importance in ("token", "sequence")
+    if settings.old_logprobs == "sampler":
+        if hidden:
+            raise UserError(
+                f"{group}.old_logprobs sampler with sampling.{hidden} would compare a filtered law with an unfiltered "
+                f"one; set {group}.old_logprobs to recompute, or leave sampling.{hidden} out"
+            )
+        if settings.train_temperature not in (0, config.sampling.temperature):
+            raise UserError(
+                f"{group}.train_temperature {settings.train_temperature:g} is not that of {group}.old_logprobs "
+                f"sampler, {config.sampling.temperature:g}; set {group}.old_logprobs to recompute"
+            )
+        if weighted:
+            raise UserError(
+                f"{group}.importance {settings.importance} does nothing with {group}.old_logprobs sampler, whose law "
+                f"is then the trained one; set {group}.old_logprobs to recompute"
+            )
+    if weighted and hidden:
+        raise UserError(
+            f"{group}.importance {settings.importance} cannot bring back what sampling.{hidden} left out; leave "
+            f"sampling.{hidden} out, or set {group}.importance off"
+        )
 
 
 def check_batches(config: OnlineArgs, settings: OnlineConfig, group: str, mesh: Mesh) -> None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.config import OnlineConfig
+from rlhf_jax.config import OnlineConfig, bind
 from rlhf_jax.errors import UserError
+from rlhf_jax.losses import importance_weights
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import constrain
 from rlhf_jax.tokens import Packed, token_weights
@@ -104,13 +105,33 @@ def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) 
 def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:
     """How the rows ended, and how far the sampler's log-probs are from the ones used."""
     finished = rollout.finished.mean()
-    gap = jnp.abs(old_logprobs - rollout.logprobs)
+    gap = jnp.where(rollout.mask, jnp.abs(old_logprobs - rollout.logprobs), 0.0)
     return {
         "rollout/eos_fraction": finished,
         "rollout/truncated_fraction": 1.0 - finished,
         "rollout/response_length": rollout.mask.sum(axis=1).mean(dtype=jnp.float32),
-        "rollout/logprob_gap_max": gap.max(where=rollout.mask, initial=0.0),
+        "rollout/logprob_gap": gap.sum() / jnp.maximum(rollout.mask.sum(), 1),
+        "rollout/logprob_gap_max": gap.max(),
     }
+
+
+def corrected(
+    advantages: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    rollout: Rollout,
+    config: OnlineConfig,
+    importance: str,
+) -> tuple[Float[Array, "B T"], Metrics]:
+    """Advantages weighted by the trained law over the sampler's, and metrics; as they are with importance off.
+
+    Weights in the advantages reach the policy's loss alone, which is w times itself where A is w times as large:
+    the critic's returns, the KL, the entropy and every metric keep theirs.
+    """
+    if importance == "off":
+        return advantages, {}
+    weigh = bind(partial(importance_weights, importance=importance), config)
+    weights, metrics = weigh(old_logprobs, rollout.logprobs, rollout.mask)
+    return weights * advantages, metrics
 
 
 def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str]) -> Update:

@@ -91,7 +91,7 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
     rollout_key, update_key = jax.random.split(key)
     rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key)
     experience, kl_coef, metrics, per_row = scored
-    temperature, update = method.inputs.law.temperature, method.programs.update
+    temperature, update = method.temperature, method.programs.update
     arguments = (loop.state, experience, update_key, temperature, batch.get("ptx"), method.nets.frozen)
     state, updates = update(*arguments)
     if method.config.faults.debug_nans and updates["optim/skipped"] > 0:
@@ -115,7 +115,7 @@ def roll_out(
     rollout = programs.rollout(nets.policy.whole(policy), placed["tokens"], placed["mask"], key, law, None, samples)
     host, gold = python_rewards(method, batch, rollout)
     params = {**loop.state.params, "policy": policy}
-    scored = programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, law.temperature)
+    scored = programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
     return rollout, scored, gold
 
 

@@ -11,8 +11,10 @@ import jax
 
 from rlhf_jax.config import OnlineArgs
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.reward_functions import RewardFailure
 from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, iterate, key_at, sample_rows
+from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
@@ -39,6 +41,9 @@ def run(
     with jax.set_mesh(method.mesh.grid):
         facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": batches.left_over}
         describe(stage, method.mesh, method.nets.policy, iterations=total, **facts)
+        law = TrainedLaw.of(method.settings, config.sampling, method.nets.models.policy.compute_dtype)
+        for line in law.remarks(method.settings):
+            say(line)
         with Run(stage, config, total=total, shown=SHOWN, given=given, files=files, agree_every=1) as out:
             tree, notes = out.restore(loop.tree(), method.facts())
             out.skips.rows_of = batches.where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -114,6 +114,12 @@ class Method:
     group_size: int = 1
     text: Batches | None = None
     identity: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def temperature(self) -> jax.Array:
+        """float32[], of the log-probs that are trained: the sampler's, unless the config has another."""
+        own = self.settings.train_temperature
+        return put(np.float32(own), replicated(self.mesh)) if own else self.inputs.law.temperature
 
     @property
     def steps(self) -> int:

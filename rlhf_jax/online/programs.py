@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.stages import Wrapped
 from jaxtyping import Array
 
@@ -16,11 +15,14 @@ from rlhf_jax.config import OnlineArgs, OnlineConfig
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.online import core
-from rlhf_jax.online.checks import filters
+from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, rollout_mesh, tree_shardings
 from rlhf_jax.training.state import Schedule, TrainState, create_state
 from rlhf_jax.types import Params, Rollout
+
+EXACT = {"xla_allow_excess_precision": False}
+"""XLA may else leave out the rounding to bfloat16 between operations that it fuses, and no two programs fuse alike."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,10 @@ def compile_programs(
 ) -> tuple[Programs, TrainState]:
     """The sampler of a config and a method's score and update, jitted over the mesh, and the first state.
 
-    `make_score` takes recompute and model_weight. `params`, what is trained, is donated.
+    `make_score` takes recompute, importance and model_weight. `params`, what is trained, is donated.
     """
-    exact = nets.models.policy.compute_dtype == jnp.float32 and not filters(config.sampling)
-    recompute = settings.old_logprobs == "recompute" or (settings.old_logprobs == "auto" and not exact)
-    score = make_score(recompute=recompute, model_weight=config.reward.model_weight)
+    law = TrainedLaw.of(settings, config.sampling, nets.models.policy.compute_dtype)
+    score = make_score(recompute=law.recompute, importance=law.importance, model_weight=config.reward.model_weight)
     update, tx, schedule = training
     state = create_state(params, tx, mesh)
     sampler = make_sampler(nets.models.policy, config.sampling, () if settings.stop == "truncate" else stop_ids)
@@ -79,13 +80,15 @@ def compile_programs(
     rows, whole, sampling_mesh = batch_sharding(mesh), replicated(mesh), rollout_mesh(config.mesh, mesh)
     for tree in (state.params["policy"], nets.ref):  # adapters may lack the heads that rollout_tensor must divide
         tree_shardings(sampling_mesh, tree)
-    rollout = jax.jit(rollout, out_shardings=rows, static_argnames="samples")
+    # Sampler, scorer and update round where the code says, so that the same products come to the same bits in each.
+    jitted = partial(jax.jit, compiler_options=EXACT)
+    rollout = jitted(rollout, out_shardings=rows, static_argnames="samples")
     places = tree_shardings(mesh, state)
     programs = Programs(
         rollout=rollout if sampling_mesh is mesh else OnMesh(sampling_mesh, rollout),
-        score=jax.jit(score, out_shardings=(rows, whole, whole, rows)),
+        score=jitted(score, out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
-        update=jax.jit(update, donate_argnums=() if config.faults.debug_nans else 0, out_shardings=(places, whole)),
+        update=jitted(update, donate_argnums=() if config.faults.debug_nans else 0, out_shardings=(places, whole)),
         # Without out_shardings the average could come to lie elsewhere.
         average=jax.jit(
             partial(core.ema, decay=settings.ema_decay), donate_argnums=0, out_shardings=places.params["policy"]

@@ -28,6 +28,7 @@ from rlhf_jax.online.core import (
     Scored,
     Training,
     Update,
+    corrected,
     full_sequence,
     make_epochs,
     of_view,
@@ -190,13 +191,11 @@ def make_score(
     config: PPOConfig,
     *,
     recompute: bool,
+    importance: str = "off",
     model_weight: float = 1.0,
     advantage: Advantage | None = None,
 ) -> Score:
-    """The scoring program, not yet compiled; its numbers per row are "reward" and "kl".
-
-    Give `advantage` to replace the config's.
-    """
+    """The scoring program, not yet compiled; of rows it says "reward" and "kl". `advantage` replaces the config's."""
     estimate: Advantage = bind(advantage or config.advantage, config)
 
     def score(
@@ -225,6 +224,7 @@ def make_score(
         returns = advantages + values
         if config.whiten_advantages:
             advantages = adv.whiten(advantages, mask, shift_mean=True, variance=config.whiten_variance)
+        advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
             mask=mask,
@@ -237,7 +237,7 @@ def make_score(
 
         # What is reported, and the price of the next iteration.
         kl = k1.sum(axis=1)
-        metrics = score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef)
+        metrics = {**score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef), **weighted}
         if config.kl_controller == "adaptive":
             options = {"kl_target": config.kl_target, "kl_horizon": config.kl_horizon}
             kl_coef = adv.adaptive_kl_coef(kl_coef, kl.mean(), mask.shape[0], **options)

@@ -46,8 +46,8 @@ MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """What the system says, in words, within errors that other libraries make of it."""
 
-# What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line. Of a save with many arrays one
-# error is raised; those of the others asyncio logs, when their tasks are collected.
+# What orbax logs, with tracebacks, it raises too, and `Checkpoints` says it in one line. Of a save with many arrays
+# one error is raised; those of the others asyncio logs, when their tasks are collected.
 ORBAX = os.path.dirname(ocp.__file__)
 logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(ORBAX))
 logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _through_orbax(record.exc_info[2])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def first_nan(fn: Callable[..., object], *args: object) -> str:
 
     `checkify` adds a test after every operation, so this is slow, and for debugging.
     """
+    fn = inspect.unwrap(fn)  # a jitted function may have options that only a program of its own takes
     error, _ = jax.jit(checkify.checkify(fn, errors=checkify.nan_checks))(*args)
     nan = error.get_exception()
     if nan is None:
