@@ -14,7 +14,7 @@ from rlhf_jax.config import DPOArgs, DPOConfig, KTOArgs, KTOConfig, RRHFArgs, RR
 from rlhf_jax.data.collate import collate_preference, collate_unpaired, of_most_responses
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples, unpaired_examples
 from rlhf_jax.data.loading import Rows
-from rlhf_jax.data.packing import PADDED
+from rlhf_jax.data.packing import PADDED, Packing, pack_responses
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
@@ -37,11 +37,42 @@ def of_all(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
     return sequence_logprobs(model, params, view_of(batch)).reshape(len(batch["weights"]), -1)
 
 
-def own_and_other(model: Model, params: Params, batch: Batch) -> Float[Array, "B 2"]:
-    """Of a padded batch, but the second response, which only measures the KL, gets no backward pass."""
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The responses of a batch of `collate_unpaired`, and those to other prompts, as batches of one response each."""
+    if "other" in batch:
+        return {name: x for name, x in batch.items() if name != "other"}, batch["other"]
     own, other = ({name: x[:, i : i + 1] if name in PADDED else x for name, x in batch.items()} for i in range(2))
-    frozen = jax.lax.stop_gradient(params)
-    return jnp.concatenate([of_all(model, params, own), of_all(model, frozen, other)], axis=1)
+    return own, other
+
+
+def pack_unpaired(batch: Batch, packing: Packing) -> Batch:
+    """Own responses packed, and the others under "other": only the first get a backward pass."""
+    own, other = (pack_responses(half, packing) for half in halves(batch))
+    return {**own, "other": {name: other[name] for name in ("packed", "weights")}}
+
+
+def both_logprobs(model: Model, params: Params, batch: Batch) -> Float[Array, "B 2"]:
+    """`sequence_logprobs` of the own response of each row and of that to another prompt."""
+    return jnp.concatenate([of_batch(sequence_logprobs, model, params, half) for half in halves(batch)], axis=1)
+
+
+def with_baseline(model: Model, params: Params, batch: Batch) -> Batch:
+    """The own responses of a batch with `other_logprobs` f32[B], which only measure the KL: once a step, no gradient.
+
+    All are set to what gives each row the batch's mean log-ratio to the reference, where the batch has one, so that
+    the mean over any microbatch is that of the batch.
+    """
+    own, other = halves(batch)
+    said, weights = of_batch(sequence_logprobs, model, params, other)[:, 0], batch["weights"]
+    if "ref_logprobs" in batch:
+        ref = batch["ref_logprobs"][:, 1]
+        said = ref + jnp.sum(weights * (said - ref)) / jnp.maximum(jnp.sum(weights), 1e-30)
+    return {**own, "other_logprobs": said}
+
+
+def own_and_baseline(model: Model, params: Params, batch: Batch) -> Float[Array, "B 2"]:
+    """Log-probs of the own response and what `with_baseline` says of the other."""
+    return jnp.concatenate([of_all(model, params, batch), batch["other_logprobs"][:, None]], axis=1)
 
 
 def columns_read(loss: ArrayLoss) -> list[str]:
@@ -66,7 +97,7 @@ def objective(
         if unknown := set(columns_read(loss)) - set(columns):
             raise UserError(f"the loss reads {sorted(unknown)}, which a batch does not have; it has {sorted(columns)}")
         value, metrics = loss(**{name: columns[name] for name in columns_read(loss)})
-        nll, nll_metrics = next_token_loss(columns["logprobs"], batch["token_weights"])
+        nll, nll_metrics = next_token_loss(columns["logprobs"], columns["token_weights"])
         return value + sft_coef * nll, {**metrics, **nll_metrics}
 
     return loss_fn
@@ -77,9 +108,11 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
     settings: DPOConfig | KTOConfig | RRHFConfig
     build: Build = preference_examples
     group, collate, logprobs = "dpo", lambda _: collate_preference, of_all
+    says: Callable[[Model, Params, Batch], Array] = partial(of_batch, sequence_logprobs)
+    pack, prepare = pack_responses, None
     if isinstance(config, KTOArgs):
         settings, group, build, collate = config.kto, "kto", unpaired_examples, lambda _: collate_unpaired
-        logprobs = own_and_other
+        logprobs, pack, prepare, says = own_and_baseline, pack_unpaired, with_baseline, both_logprobs
     elif isinstance(config, RRHFArgs):
         settings, group, build, collate = config.rrhf, "rrhf", ranking_examples, of_most_responses
     else:
@@ -91,9 +124,9 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
         collate,
         objective=lambda model: objective(model, bound, sft_coef=settings.sft_coef, logprobs=logprobs),
         shown=("loss/total", "rewards/accuracy", "eval/accuracy", "time/tokens_per_s"),
-        reference=partial(of_batch, sequence_logprobs) if "ref_logprobs" in columns_read(bound) else None,
-        # The baseline of KTO's loss is a mean over the whole batch, which no microbatch sees.
-        packs=group != "kto",
+        reference=says if "ref_logprobs" in columns_read(bound) else None,
+        pack=pack,
+        prepare=prepare,
     )
 
 

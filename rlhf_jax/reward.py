@@ -23,6 +23,7 @@ from rlhf_jax.data.collate import (
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rating_examples
 from rlhf_jax.data.encoding import Example
 from rlhf_jax.data.loading import Rows
+from rlhf_jax.data.packing import pack_responses
 from rlhf_jax.data.rows import Row, layout_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
@@ -194,7 +195,7 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
         objective=lambda model: objective(model, bind(loss or kind.loss(settings), settings), kind.inputs),
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
         head=settings.head_init,
-        packs=True,
+        pack=pack_responses,
     )
 
 

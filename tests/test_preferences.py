@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +32,17 @@ from rlhf_jax.data.batches import fingerprint
 from rlhf_jax.data.collate import collate_preference, collate_ranking, collate_unpaired, eval_batches
 from rlhf_jax.data.comparisons import rating_examples, unpaired_examples
 from rlhf_jax.data.encoding import Limits
+from rlhf_jax.data.packing import Packing
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.preference import of_all
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.training import supervised
+from rlhf_jax.training.step import accumulated_grads
 
 MODEL, PARAMS = BIGRAMS.policy, bigram_params(0)["policy"]
 LIMITS = Limits(4, 12, "drop")
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +142,30 @@ def test_exo_without_label_smoothing_is_refused():
         bind(losses.exo_loss, DPOConfig())(*[jnp.zeros((1, 2))] * 2, jnp.ones(1), jnp.ones(1))
 
 
-def test_the_other_response_of_kto_gives_its_value_but_no_gradient():
-    examples = [{**e, "response": e["chosen"], "other": e["rejected"]} for e in pair_examples()]
-    batch = collate_unpaired(examples, length=9)
-    np.testing.assert_allclose(
-        preference.own_and_other(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5
-    )
-    grads = [jax.grad(lambda p, i=i: preference.own_and_other(MODEL, p, batch)[:, i].sum())(PARAMS) for i in range(2)]
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads[0]))
-    assert not any(g.any() for g in jax.tree.leaves(grads[1]))
+def test_kto_in_microbatches_and_packed_has_the_baseline_of_the_batch_and_no_gradient_by_it():
+    """Against the losses of log-probs in numpy, whose gradient by the other responses is 0."""
+    rows = [{**e, "response": e["chosen"], "other": e["rejected"]} for e in pair_examples(num=8)]
+    rng = np.random.default_rng(0)
+    rows = [{**e, "label": float(i % 3 > 0), "ref_logprobs": rng.normal(size=2) - 15} for i, e in enumerate(rows)]
+    batch = collate_unpaired(rows, length=9)
+    packing = Packing.of(8, 2, 9, tokens=1, most=16, ways=1, shared=True)
+    loss = partial(losses.kto_loss, beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
+    loss_fn = preference.objective(MODEL, loss, logprobs=preference.own_and_baseline)
+
+    def step(params, batch, num):
+        return accumulated_grads(loss_fn, params, preference.with_baseline(MODEL, params, batch), KEY, num)
+
+    expected = jnp.asarray(expected_logprobs(PARAMS, rows), jnp.float32)
+    columns = {name: batch[name] for name in ("ref_logprobs", "labels", "weights")}
+    value, metrics = loss(logprobs=expected, **columns)
+    assert metrics["policy/kl_baseline"] > 0
+    whole = step(PARAMS, batch, 1)
+    for found in (whole, step(PARAMS, batch, 4), step(PARAMS, preference.pack_unpaired(batch, packing), 1)):
+        assert found[1]["loss/total"] == pytest.approx(float(value), rel=1e-5)
+        assert found[1]["policy/kl_baseline"] == pytest.approx(float(metrics["policy/kl_baseline"]), rel=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), found[0], whole[0])
+    by_columns = jax.grad(lambda x: loss(logprobs=x, **columns)[0])(expected)
+    assert not np.asarray(by_columns)[:, 1].any() and np.asarray(by_columns)[:, 0].all()
 
 
 def test_the_best_response_of_a_ranking_is_what_to_imitate():
@@ -300,7 +319,7 @@ def test_a_function_given_to_a_stage_is_what_trains(tmp_path, seen):
     assert all(metrics["mine/loss"] == 0.25 for metrics in seen)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "rrhf"])
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_a_packed_stage_learns_as_a_padded_one(tmp_path, seen, capsys, stage):
     """Sums run in another order, step after step: 1e-4."""
     summaries = [run_of(stage, tmp_path / pack, data__pack=pack, data__microbatch_tokens=1) for pack in ("off", "on")]
@@ -310,7 +329,8 @@ def test_a_packed_stage_learns_as_a_padded_one(tmp_path, seen, capsys, stage):
         for name in padded:
             assert packed[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-4), name
     (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data.pack"))
-    assert said.startswith("data.pack on: packed; packing computes ") and "prompts once for their responses" in said
+    assert said.startswith("data.pack on: packed; packing computes ")
+    assert ("prompts once for their responses" in said) == (stage == "dpo")
 
 
 class Killed(BaseException):

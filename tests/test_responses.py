@@ -9,7 +9,7 @@ from tiny import ARCH, model_params
 
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.data.collate import collate_preference, collate_ranking
-from rlhf_jax.data.packing import Packing, fill, pack_responses
+from rlhf_jax.data.packing import Packing, fill, pack_responses, sequences_needed
 from rlhf_jax.losses import dpo_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_jax.models import Model
 from rlhf_jax.preference import objective as preference_objective
@@ -141,3 +141,17 @@ def test_any_lengths_fit_into_the_microbatches_there_are():
         packed = pack_responses(batch, packing)
         assert len(set(packed["packed"].row.reshape(-1).tolist()) - {7 * width}) == 7 * width
         assert fill([packed])[1] == 1 <= fill([packed])[0]
+
+
+def test_examples_that_need_few_sequences_fit_into_microbatches_of_few():
+    """Rankings of nine short responses behind one prompt need a few sequences, not nine, and always find them."""
+    for shared in (True, False):
+        batches = [collate_ranking(ranked(seed, 9)[4:], length=LENGTH, width=9) for seed in range(8)]
+        needed = max(sequences_needed(batch, shared=shared) for batch in batches)
+        packing = Packing.of(ROWS - 4, needed, LENGTH, tokens=1, most=9 * ROWS, ways=1, shared=shared)
+        assert packing.sequences == needed <= 9 - shared
+        for batch in batches:
+            packed = pack_responses(batch, packing)["packed"]
+            assert set(packed.row.reshape(-1).tolist()) >= set(np.flatnonzero(batch["lengths"]).tolist())
+    with pytest.raises(ValueError, match="finds no room"):
+        pack_responses(batches[0], Packing(1, 100, shared=False))

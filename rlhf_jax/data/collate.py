@@ -110,7 +110,7 @@ def of_most_responses(examples: Sequence[Example]) -> Collate:
 def real_tokens(batch: Batch) -> int:
     """Tokens of a batch that a network reads, padding left out."""
     read = batch["packed"].segment_ids if "packed" in batch else batch["segment_ids"]
-    return int((read > 0).sum())
+    return int((read > 0).sum()) + (real_tokens(batch["other"]) if "other" in batch else 0)
 
 
 def example_of_all(width: int) -> Example:

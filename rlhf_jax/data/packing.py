@@ -35,22 +35,23 @@ class Packing:
     shared: bool
 
     @classmethod
-    def of(cls, rows: int, width: int, length: int, *, tokens: int, most: int, ways: int, shared: bool) -> Packing:
-        """For `rows` examples of `width` responses, sequences of `length` tokens, and `ways` parts of the mesh.
+    def of(cls, rows: int, needed: int, length: int, *, tokens: int, most: int, ways: int, shared: bool) -> Packing:
+        """For `rows` examples that need up to `needed` sequences of `length` each, and `ways` parts of the mesh.
 
         A microbatch has about `tokens` tokens in each part, at least one sequence, and at most `most` sequences in
-        all, unless one example alone may need more.
+        all, unless one example alone needs more.
         """
-        sequences = min(ways * max(tokens // length, 1), most)
-        sequences = -(-max(sequences, width) // ways) * ways
-        return cls(sequences, -(-rows // (sequences // width)), shared)
+        sequences = max(min(ways * max(tokens // length, 1), most), needed)
+        sequences = -(-sequences // ways) * ways
+        return cls(sequences, -(-rows // (sequences // needed)), shared)
 
 
 def pack_responses(batch: Batch, packing: Packing) -> Batch:
     """A batch of responses [B, K, S] as `collate` makes it, with `packed` (row b K + k) in place of its sequences.
 
     All responses of an example are in one microbatch, so that a loss over them sees them all. Examples go, longest
-    first, into the first microbatch with room, each of their segments into the first sequence with room.
+    first, into the first microbatch with room, each of their segments into the first sequence with room. An example
+    that needs more sequences than the packing is made for may find none, a ValueError.
     """
     rows, width, length = batch["tokens"].shape
     shape = (packing.sequences, packing.microbatches, length)
@@ -58,10 +59,7 @@ def pack_responses(batch: Batch, packing: Packing) -> Batch:
     arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in names}
     arrays["row"], arrays["ends"] = np.full(shape, rows * width, np.int32), np.zeros(shape, bool)
     sizes, prompts = (batch["segment_ids"] > 0).sum(axis=-1), batch["prompt_lengths"]
-    same = (batch["tokens"] == batch["tokens"][:, :1]) | (np.arange(length) >= prompts[:, None, None])
-    shared = packing.shared & same.all(axis=(1, 2)) & (prompts > 1)
-    groups = [_groups(sizes[b], prompts[b], length, shared[b]) for b in range(rows)]
-    columns = [[_columns(sizes[b], prompts[b], group) for group in groups[b]] for b in range(rows)]
+    groups, columns = _segments(batch, packing.shared)
     for b, i, (sequence, microbatch), start in _first_fit(columns, packing, length):
         at = sequence, microbatch, slice(start, start + columns[b][i])
         number = arrays["segment_ids"][sequence, microbatch].max() + 1
@@ -69,10 +67,22 @@ def pack_responses(batch: Batch, packing: Packing) -> Batch:
         for name, value in {**said, "row": np.where(said["row"] < 0, rows * width, b * width + said["row"])}.items():
             arrays[name][at] = value
         arrays["segment_ids"][at] = number
-    if not packing.shared:
+    if not packing.shared or width == 1:
         arrays.pop("branches")
     rest = {name: value for name, value in batch.items() if name not in PADDED}
     return {**rest, "packed": Packed(**arrays, num_rows=rows * width)}
+
+
+def sequences_needed(batch: Batch, *, shared: bool) -> int:
+    """The most sequences that one example of a batch of responses needs by itself."""
+    length, most = batch["tokens"].shape[-1], 1
+    for sizes in _segments(batch, shared)[1]:
+        room: list[int] = []
+        for size in sorted(sizes, reverse=True):
+            to = next((i for i, left in enumerate(room) if left >= size), len(room))
+            room[to : to + 1] = [(room[to] if to < len(room) else length) - size]
+        most = max(most, len(room))
+    return most
 
 
 def pack_texts(examples: Sequence[Example], length: int, sequences: int) -> list[Packed]:
@@ -100,6 +110,16 @@ def fill(batches: Sequence[Batch]) -> tuple[float, float]:
     return used / whole, real / whole
 
 
+def _segments(batch: Batch, shared: bool) -> tuple[list[list[Group]], list[list[int]]]:
+    """Of every example of a batch of responses, its responses by segments and the columns of each segment."""
+    rows, _, length = batch["tokens"].shape
+    sizes, prompts = (batch["segment_ids"] > 0).sum(axis=-1), batch["prompt_lengths"]
+    same = (batch["tokens"] == batch["tokens"][:, :1]) | (np.arange(length) >= prompts[:, None, None])
+    once = shared & same.all(axis=(1, 2)) & (prompts > 1)
+    groups = [_groups(sizes[b], prompts[b], length, once[b]) for b in range(rows)]
+    return groups, [[_columns(sizes[b], prompts[b], group) for group in groups[b]] for b in range(rows)]
+
+
 def _groups(sizes: np.ndarray, prompt: int, length: int, shared: bool) -> list[Group]:
     """An example's responses by segments: together as long as they fit, or each its own; none for empty places."""
     groups: list[Group] = []
@@ -119,20 +139,32 @@ def _columns(sizes: np.ndarray, prompt: int, group: Group) -> int:
 def _first_fit(
     columns: list[list[int]], packing: Packing, length: int
 ) -> Iterator[tuple[int, int, tuple[int, int], int]]:
-    """(example, its segment, (sequence, microbatch), first column) of every segment."""
+    """(example, its segment, (sequence, microbatch), first column) of every segment.
+
+    Where an example does not fit beside others, its segments go into empty sequences alone, of which a microbatch that
+    holds fewer examples than it must has enough.
+    """
     room = np.full((packing.microbatches, packing.sequences), length)
     most = room.max(axis=1)  # that one sequence of each microbatch has left
     for b in np.argsort([-sum(sizes) for sizes in columns], kind="stable").tolist():
+        order = np.argsort([-size for size in columns[b]], kind="stable").tolist()
+        found = False
         for n in np.flatnonzero(most >= max(columns[b], default=0)).tolist():
-            left, placed = room[n].copy(), []
-            for i in np.argsort([-size for size in columns[b]], kind="stable").tolist():
-                to = int(np.argmax(left >= columns[b][i]))
-                placed.append((b, i, (to, n), length - int(left[to])))
-                left[to] -= columns[b][i]
-            if left.min() >= 0:
-                room[n], most[n] = left, left.max()
-                yield from placed
+            for usable in (room[n], np.where(room[n] == length, length, 0)):
+                left, placed = usable.copy(), []
+                for i in order:
+                    to = int(np.argmax(left >= columns[b][i]))
+                    placed.append((b, i, (to, n), length - int(left[to])))
+                    left[to] -= columns[b][i]
+                if found := bool(left.min() >= 0):
+                    room[n] -= usable - left
+                    most[n] = room[n].max()
+                    yield from placed
+                    break
+            if found:
                 break
+        if not found:
+            raise ValueError(f"an example of segments {columns[b]} finds no room; make the packing for its needs")
 
 
 def _segment(tokens: np.ndarray, sizes: np.ndarray, prompt: int, group: Group) -> dict[str, np.ndarray]:

@@ -44,8 +44,18 @@ def claim_directory(stage: str, config: StageArgs, given: Sequence[str] = ()) ->
     return summary, files
 
 
-def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Batch], key: jax.Array) -> Evaluate:
-    """params -> metrics over all the batches, whose weights sum to one together, as eval/name."""
+def make_evaluate(
+    loss_fn: LossFn,
+    mesh: Mesh,
+    batches: list[Batch],
+    key: jax.Array,
+    *,
+    prepare: Callable[[Params, Batch], Batch] | None = None,
+) -> Evaluate:
+    """params -> metrics over all the batches, whose weights sum to one together, as eval/name.
+
+    `prepare` is that of `make_update`.
+    """
 
     def one(params: Params, batch: Batch, key: jax.Array) -> Metrics:
         loss, metrics = loss_fn(params, batch, key)
@@ -53,6 +63,8 @@ def make_evaluate(loss_fn: LossFn, mesh: Mesh, batches: list[Batch], key: jax.Ar
 
     @jax.jit
     def forward(params: Params, batch: Batch, key: jax.Array) -> Metrics:
+        if prepare is not None:
+            batch = prepare(params, batch)
         if "packed" not in batch:
             return one(params, batch, key)
         of_view = lambda view, _: one(params, {**batch, "packed": view}, key)  # noqa: E731

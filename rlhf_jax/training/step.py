@@ -96,10 +96,12 @@ def make_update(
     accumulate: int = 1,
     *,
     join: Callable[[Params, Params], Params] = joined,
+    prepare: Callable[[Params, Batch], Batch] | None = None,
 ) -> Step:
     """The pure step (state, batch, key, frozen=None) -> (state, metrics), not yet compiled; scan it or jit it.
 
     With frozen parameters, loss_fn gets join(frozen, state.params); state.params alone is differentiated and trained.
+    What loss_fn needs of the whole batch, `prepare`(all parameters, batch) computes before there are microbatches.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimiser state; it is counted in
     `optim/skipped`.
@@ -108,6 +110,8 @@ def make_update(
 
     def update(state: TrainState, batch: Batch, key: jax.Array, frozen: Params = None) -> tuple[TrainState, Metrics]:
         whole = loss_fn if frozen is None else lambda params, *rest: loss_fn(join(frozen, params), *rest)
+        if prepare is not None:
+            batch = prepare(state.params if frozen is None else join(frozen, state.params), batch)
         grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
@@ -132,6 +136,7 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
     frozen: Params = None,
+    prepare: Callable[[Params, Batch], Batch] | None = None,
 ) -> Step:
     """The compiled step over `mesh`: state sharded by the rule table and donated, rows over data and fsdp.
 
@@ -143,7 +148,7 @@ def make_train_step(
     shardings = tree_shardings(mesh, state)
     more = () if frozen is None else (tree_shardings(mesh, frozen),)
     return jax.jit(
-        make_update(loss_fn, tx, accumulate),
+        make_update(loss_fn, tx, accumulate, prepare=prepare),
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh), *more),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

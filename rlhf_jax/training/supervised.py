@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, Collate, eval_batches, real_tokens
 from rlhf_jax.data.encoding import Example, Limits, Report
 from rlhf_jax.data.loading import Rows, held_out_batches, length_buckets, load_rows, make_examples
-from rlhf_jax.data.packing import Packing, fill, pack_responses
+from rlhf_jax.data.packing import Packing, fill, sequences_needed
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
@@ -66,7 +66,9 @@ class Task:
         head: as for `load_model`.
         reference: (model, params, batch) -> f32[B, K]: what the model says of every example before it is trained,
             which the example has as ref_logprobs from then on.
-        packs: its batches are responses to prompts, and its objective and reference take them packed, too.
+        pack: (batch, packing) -> a packed batch, which objective and reference take as well; None if there is none.
+        prepare: (model, params, batch) -> batch: what the objective needs of a whole batch, before its microbatches
+            and without gradient; None if nothing.
     """
 
     group: str
@@ -76,7 +78,12 @@ class Task:
     shown: tuple[str, ...]
     head: Head = "vocabulary"
     reference: Callable[[Model, Params, Batch], jax.Array] | None = None
-    packs: bool = False
+    pack: Callable[[Batch, Packing], Batch] | None = None
+    prepare: Callable[[Model, Params, Batch], Batch] | None = None
+
+    def preparation(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
+        """`prepare` of a model."""
+        return None if self.prepare is None else partial(self.prepare, model)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,8 @@ def setup(task: Task, claim: Claim) -> Work:
     )
     check_vocabulary(loaded.model.arch, claim.tokenizer, config.model.path or "model.arch")
     check_length(loaded.model.arch, data.max_length, "data.max_length")
-    pack = choose_packing(task, claim, loaded.model, batches)
+    parts = (examples[i : i + 64] for examples in (train_set, held_out_set) for i in range(0, len(examples), 64))
+    pack = choose_packing(task, claim, loaded.model, batches, map(collate, parts))
     if pack is not None:
         packed = lambda examples: pack(collate(examples))  # noqa: E731
         batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=packed)
@@ -185,19 +193,22 @@ def setup(task: Task, claim: Claim) -> Work:
     held_out, loss_fn = held_out_batches(data, held_out_set, collate), task.objective(loaded.model)
     identity["held-out rows"] = fingerprint(held_out)
     held_out = held_out if pack is None else [pack(batch) for batch in held_out]
-    evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"))
+    prepare = task.preparation(loaded.model)
+    evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"), prepare=prepare)
     of_trained = lambda params: evaluate(loaded.whole(params))  # noqa: E731
     return Work(
         task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity
     )
 
 
-def packing_of(data: DataConfig, shape: tuple[int, ...], accumulate: int, mesh: Mesh, model: Model) -> Packing:
-    """How batches of responses [B, K, S], padded, are packed."""
+def packing_of(
+    data: DataConfig, shape: tuple[int, ...], accumulate: int, mesh: Mesh, model: Model, needed: int | None = None
+) -> Packing:
+    """How padded batches of responses [B, K, S] are packed; an example needs `needed` sequences at most, else K."""
     rows, width, length = shape
     return Packing.of(
         rows,
-        width,
+        needed or width,
         length,
         tokens=data.microbatch_tokens,
         most=-(-rows * width // accumulate),
@@ -206,28 +217,36 @@ def packing_of(data: DataConfig, shape: tuple[int, ...], accumulate: int, mesh: 
     )
 
 
-def choose_packing(task: Task, claim: Claim, model: Model, batches: Batches) -> Pack | None:
+def choose_packing(
+    task: Task, claim: Claim, model: Model, batches: Batches | Sequence[Batch], everything: Iterable[Batch]
+) -> Pack | None:
     """What packs the batches of a run, None where they stay padded; says what `data.pack` auto chose and why.
 
-    The first batches decide.
+    The first batches decide. `everything` are all examples that it will ever pack.
 
     Raises:
         UserError: packing is asked for, and the method has no use for it.
     """
     data, mesh = claim.config.data, claim.mesh
-    if data.pack == "on" and not task.packs:
+    if data.pack == "on" and task.pack is None:
         raise UserError(f"data.pack on: {task.group} does not pack responses; set it to auto (sft has sft.pack)")
-    if data.pack == "off" or not task.packs or data.length_buckets:
+    if data.pack == "off" or task.pack is None or data.length_buckets:
         return None
     some = [batches[step] for step in range(min(len(batches), LOOKED_AT))]
-    length = some[0]["tokens"].shape[-1]
-    packing = packing_of(data, some[0]["tokens"].shape, claim.settings.accumulate, mesh, model)
-    pack = partial(pack_responses, packing=packing)
-    computed, real = fill([pack(batch) for batch in some])
+    shape = some[0]["tokens"].shape
+    accumulate = claim.settings.accumulate
+    packing = packing_of(data, shape, accumulate, mesh, model)
+    if packing.sequences > packing_of(data, shape, accumulate, mesh, model, 1).sequences:
+        needed = max(sequences_needed(batch, shared=packing.shared) for batch in everything)  # maybe fewer than K
+        packing = packing_of(data, shape, accumulate, mesh, model, needed)
+    make = task.pack
+    pack: Pack = lambda batch: make(batch, packing)  # noqa: E731
+    packed = [pack(batch) for batch in some]
+    computed, real = fill(packed)
     packs = data.pack == "on" or computed <= WORTH
     if is_first():
-        once = ", prompts once for their responses" if packing.shared else ""
-        what = f"packing computes {computed:.0%} of columns padded to {length} tokens, {real:.0%} are real{once}"
+        once = ", prompts once for their responses" if packed[0]["packed"].branches is not None else ""
+        what = f"packing computes {computed:.0%} of columns padded to {shape[-1]} tokens, {real:.0%} are real{once}"
         tell(f"data.pack {data.pack}: {'packed' if packs else 'padded'}; {what}")
     return pack if packs else None
 
@@ -270,7 +289,8 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
     schedule = make_schedule(optim, run.total)
     tx = make_optimizer(optim, schedule)
     state = create_state(loaded.params, tx, mesh)
-    compiled = make_train_step(work.loss_fn, tx, accumulate, mesh=mesh, state=state, frozen=frozen)
+    prepare = work.task.preparation(loaded.model)
+    compiled = make_train_step(work.loss_fn, tx, accumulate, mesh=mesh, state=state, frozen=frozen, prepare=prepare)
     identity = {"training rows": batches.cursor(), **work.identity}
     if frozen is not None:
         identity["weights of the frozen model"] = digest(frozen)
@@ -285,6 +305,10 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
     def on_whole(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         return work.loss_fn(loaded.whole(params), batch, key)
 
+    def grads_of(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
+        batch = batch if prepare is None else prepare(loaded.whole(params), batch)
+        return accumulated_grads(on_whole, params, batch, key, accumulate)
+
     state = run_steps(
         run,
         compiled if frozen is None else lambda *args: compiled(*args, frozen),
@@ -294,7 +318,7 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
         mesh=mesh,
         rates=learning_rates(schedule, run.total),
         evaluate=evaluate,
-        explain=partial(first_nan, partial(accumulated_grads, on_whole, num=accumulate)),
+        explain=partial(first_nan, grads_of),
     )
     check_trained(run.skips.total, run.total, run.dir)
     return run.restore_best({"state": {"params": state.params}})["state"]["params"]

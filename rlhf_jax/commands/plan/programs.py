@@ -17,7 +17,6 @@ from rlhf_jax.cli import COMMANDS
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
 from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs, StageArgs, TrainArgs
 from rlhf_jax.data.collate import example_of_all
-from rlhf_jax.data.packing import pack_responses
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.generate import spread, total_length
@@ -138,8 +137,8 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: f
     batch = task.collate(examples)(examples, length=length)
     programs, shape = [], batch["tokens"].shape
     auto = config.data.pack == "auto" and fill <= WORTH and not config.data.length_buckets
-    if task.packs and (config.data.pack == "on" or auto):
-        batch = pack_responses(batch, packing_of(config.data, shape, accumulate, mesh, loaded.model))
+    if task.pack is not None and (config.data.pack == "on" or auto):
+        batch = task.pack(batch, packing_of(config.data, shape, accumulate, mesh, loaded.model))
     batch = _shapes(batch, batch_sharding(mesh))
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
@@ -147,7 +146,8 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: f
         batch = {**batch, **_rows(mesh, ref_logprobs=(shape[:2], jnp.float32))}
     tx = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     state, frozen = create_state(loaded.params, tx, mesh), loaded.frozen
-    step = make_train_step(task.objective(loaded.model), tx, accumulate, mesh=mesh, state=state, frozen=frozen)
+    loss_fn, prepare = task.objective(loaded.model), task.preparation(loaded.model)
+    step = make_train_step(loss_fn, tx, accumulate, mesh=mesh, state=state, frozen=frozen, prepare=prepare)
     arguments = (state, batch, _key(mesh)) if frozen is None else (state, batch, _key(mesh), frozen)
     return [*programs, Program("step", step, arguments, math.prod(shape))]
 
