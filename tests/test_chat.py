@@ -14,12 +14,14 @@ from chats import (  # fmt: skip
     EMPTY_THOUGHT,
     MISTRAL,
     OPENED_THOUGHT,
+    PHI,
     TALK,
     TEMPLATES,
     answer,
     chat_tokenizer,
     user,
 )
+from tiny import byte_tokenizer
 
 from rlhf_jax.data import lint
 from rlhf_jax.data.comparisons import preference_examples
@@ -228,6 +230,19 @@ def test_every_answer_is_learned_with_what_closes_it(template, word):
     assert tokens_of(tokenizer, {"messages": talk}, "response")[1] == tokens
 
 
+@pytest.mark.parametrize("end", ["{{ eos_token }}", "{{ '<over>' + eos_token }}", "[DONE]", "{{ bos_token }}"])
+@pytest.mark.parametrize("close", ["<|end|>\n", "\n\n", " <|end|> ", "<"])
+def test_what_ends_the_whole_conversation_closes_the_last_answer_alone(end, close):
+    """As in Phi-3's template, for a tokenizer in which none of its tags is a token."""
+    source = PHI.replace("<|end|>\n", close.replace("\n", "\\n")).replace("{{ eos_token }}", end)
+    tokenizer = Tokenizer(byte_tokenizer(bos=True, chat_template=source))
+    talk = [user("a"), answer("b"), user("c"), answer("d"), user("e")]
+    prompt, learned = np.array(tokenizer.encode_prompt(talk)), tokenizer.answers_in(talk)
+    assert tokenizer.decode(prompt[learned]) == f"b{close.rstrip()}d{close.rstrip()}"
+    response = tokenizer.encode_response([answer("f")], talk)
+    assert tokenizer.decode(response).startswith("f") and response[-1] in tokenizer.eos_ids
+
+
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%generation%}"])
 def test_the_tag_marks_answers_in_whatever_form(tag):
     source = CHATML.replace(
@@ -307,8 +322,12 @@ def test_of_several_templates_the_default_is_taken():
     row = {"messages": [*TALK, answer("d")]}
     for loss_on in ("response", "assistant"):
         assert tokens_of(named, row, loss_on) == tokens_of(plain, row, loss_on)
-    with pytest.raises(UserError, match="several chat templates and none named default"):
-        tokenizer_of({"rag": CHATML})
+    for names in (["rag"], ["rag", "tool_use"]):
+        said = (
+            f"several chat templates and none named default: {', '.join(names)}; save the one to use as chat_template"
+        )
+        with pytest.raises(UserError, match=said):
+            tokenizer_of(dict.fromkeys(names, CHATML))
 
 
 # ---- what a message says besides its content

@@ -1,6 +1,7 @@
 """Tokenizers of every temper, and the border between prompt and response: training sees what sampling produces."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples, sft_examples
 from rlhf_jax.data.sources import read_rows, rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.inference.generate import decode
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 
@@ -249,3 +251,26 @@ def test_rows_made_in_python_need_not_say_where_they_come_from():
         [{"prompt": "a"}, {"prompt": "bc"}], Tokenizer(byte_tokenizer()), Limits(8, too_long="truncate")
     )
     assert [example["where"] for example in examples] == ["", ""] and report.kept == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "missing", "package", "extra"),
+    [
+        (b"\n\x0e\n\x05<unk>", "sentencepiece", "sentencepiece", "sentencepiece"),
+        (b"\n\x0e\n\x05<unk>", "google.protobuf", "protobuf", "sentencepiece"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken", "tiktoken", "tiktoken"),
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer.model", "spiece.model"])
+def test_a_vocabulary_that_needs_a_package_names_it_and_the_extra(
+    tmp_path, monkeypatch, content, missing, package, extra, file
+):
+    (tmp_path / file).write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    for module in ("sentencepiece", "google.protobuf", "tiktoken"):  # those that are there stand in for one another
+        monkeypatch.setitem(sys.modules, module, None if module == missing else sys)
+    with pytest.raises(UserError, match=rf"{file} is a .* vocabulary, and the package {package} is not") as caught:
+        Tokenizer.load(str(tmp_path))
+    assert f"pip install 'rlhf-jax[{extra}]'" in str(caught.value) and "\n" not in str(caught.value)
+    byte_tokenizer().save_pretrained(tmp_path)  # tokenizer.json needs no package
+    assert Tokenizer.load(str(tmp_path)).eos_ids

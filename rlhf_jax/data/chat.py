@@ -34,6 +34,7 @@ class Transcript:
     """Messages without a chat template: "\\n\\nHuman: ...\\n\\nAssistant:", and an answer after a space."""
 
     closings: tuple[int, ...] = ()
+    closed_earlier = ""
 
     def prompt(self, messages: Messages) -> str:
         return transcript(messages) + "\n\nAssistant:"
@@ -78,6 +79,7 @@ class ChatTemplate:
         self._lead = ""  # what it writes between a prompt and the answer's content
         self._after = ""  # what it writes after the content of a last answer
         self._closing = ""  # what of that closes an answer
+        self._earlier: str | None = None  # what closes one that is not the last, if that is something else
         try:
             prompt, bare = (self._template.text(ASKED, answer_next=flag) for flag in (True, False))
             before, marker, self._after = self._template.text([*ASKED, _answer(MARKER)]).partition(MARKER)
@@ -96,9 +98,9 @@ class ChatTemplate:
         else:  # it writes the question otherwise once it is answered, but maybe the same after it
             unanswered, answered = (text.rpartition(QUESTION)[2] for text in (prompt, before))
             self._lead = answered.removeprefix(unanswered) if answered.startswith(unanswered) else ""
-        self._find_closing()
+        self._find_closing(bare)
 
-    def _find_closing(self) -> None:
+    def _find_closing(self, bare: str) -> None:
         """What closes every answer: what follows both one that is the last and one that is not."""
         closing = self._after
         try:
@@ -110,11 +112,34 @@ class ChatTemplate:
         if marker and special & set(shared := ids[: _num_shared(ids, later_ids)]):
             ids = shared
         elif marker:
-            closing = self._after[: _num_shared(self._after, later)]
+            closing = self._after[: self._num_closing(bare, later)]
+            self._earlier = closing.rstrip()
         places = [place for place, i in enumerate(ids) if i in special]
         first_run = [place for n, place in enumerate(places) if place == places[0] + n]
         self.closings = tuple(ids[place] for place in first_run)
         self._closing = closing.rstrip()
+
+    def _num_closing(self, bare: str, later: str) -> int:
+        """Characters that follow a last answer and one that is not, up to a special token that one of them lacks.
+
+        Nor do they reach into the header of the turn that comes `later`, which stands in the `bare` question too.
+        """
+        count, (before, asked) = (
+            _num_shared(self._after, later),
+            (text.partition(QUESTION)[0] for text in (later, bare)),
+        )
+        header = len(before) - _num_shared(before[::-1], asked[::-1])
+        count = header if 0 < header < count else count
+        for text in (self._after, later):
+            for name in {token_text(self.hf, i) for i in specials(self.hf)}:
+                start = text.find(name)
+                count = start if 0 <= start < count < start + len(name) else count
+        return count
+
+    @property
+    def closed_earlier(self) -> str:
+        """What closes an answer that is not the last: no token that ends the whole conversation, as Phi-3's does."""
+        return self._closing if self._earlier is None else self._earlier
 
     def close_with(self, stop: int | None) -> None:
         """Have answers end in this special token, one of those after them; None: in none, and their text alone."""
@@ -269,7 +294,7 @@ def _spans_by_difference(chat: Transcript | ChatTemplate, messages: Messages) ->
         if turn["role"] != "assistant":
             continue
         start = chat.prompt(messages[:i])
-        whole = start + chat.answer(messages[:i], start, turn, Counter(), closed=True)
+        whole = start + chat.answer(messages[:i], start, turn, Counter(), closed=False) + chat.closed_earlier
         if not text.startswith(whole):
             raise UserError(
                 "the chat template changes earlier turns when later ones follow, so they cannot be trained on in "

@@ -32,7 +32,12 @@ class Template:
         try:
             hf.get_chat_template()
         except ValueError as error:
-            raise UserError("the tokenizer has several chat templates and none named default; name one so") from error
+            names = sorted(hf.chat_template) if isinstance(hf.chat_template, dict) else []
+            kind = "one of several" if len(names) == 1 else "several"
+            raise UserError(
+                f"the tokenizer has {kind} chat templates and none named default: {', '.join(names)}; save the one to "
+                "use as chat_template.jinja, or call it default in tokenizer_config.json"
+            ) from error
 
     def _source(self, messages: Messages) -> str:
         """The code that writes these messages: there may be another where tools are given."""

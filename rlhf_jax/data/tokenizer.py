@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,12 @@ from rlhf_jax.hosts.files import read_object
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+MODELS = {
+    "SentencePiece": ("sentencepiece", {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}),
+    "tiktoken": ("tiktoken", {"tiktoken": "tiktoken"}),
+}
+"""Kinds of .model files -> our extra that reads them, and its modules with the packages that have them."""
 OTHER_IDS = "responses whose ids were not of their text"
 STOPPED = "responses or documents that already ended in a stop token's text"
 
@@ -73,7 +79,8 @@ class Tokenizer:
         """The tokenizer of a local directory; nothing is ever downloaded.
 
         Raises:
-            UserError: no such directory, no tokenizer files in it, or they do not load; no usable stop id.
+            UserError: no such directory, no tokenizer files in it, or they do not load; a package that they need is
+                not installed; no usable stop id.
         """
         directory = Path(path).expanduser()
         if not path or not directory.is_dir():
@@ -83,6 +90,7 @@ class Tokenizer:
         for name in ("config.json", "tokenizer_config.json"):  # transformers would not say which file is broken
             if (directory / name).is_file():
                 read_object(directory / name, "download or save it again", ours=False)
+        _check_packages(directory)
         # Without this, importing transformers tells every user that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
@@ -275,6 +283,24 @@ class Tokenizer:
     def save(self, directory: str) -> None:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""
         self.hf.save_pretrained(directory)
+
+
+def _check_packages(directory: Path) -> None:
+    """Raise a UserError if a .model file is all there is of a vocabulary, and a package that reads it is missing."""
+    models = sorted(directory.glob("*.model"))
+    if not models or any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        return
+    with models[0].open("rb") as stream:  # a protocol buffer whose first field is a message, or lines of base64
+        kind = "SentencePiece" if stream.read(1) == b"\n" else "tiktoken"
+    extra, modules = MODELS[kind]
+    for module, package in modules.items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"{models[0]} is a {kind} vocabulary, and the package {package} is not installed; "
+                f"pip install 'rlhf-jax[{extra}]', or save the tokenizer as tokenizer.json where it is"
+            ) from error
 
 
 def _as_ids(declared: int | Sequence[int] | None) -> list[int]:
