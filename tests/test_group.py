@@ -248,6 +248,7 @@ EFFECTS = {
     "reward_to_go": (scored, KL, {**KL, "reward_to_go": True}),
     "mask_truncated": (scored, {}, {"mask_truncated": True}),
 }
+ELSEWHERE = {"redraws"}  # test_groups_of_one_reward_are_drawn_again_alone_and_only_so_often
 
 
 @pytest.mark.parametrize("name", EFFECTS)
@@ -261,7 +262,7 @@ def test_no_setting_is_idle(name):
 
 def test_the_table_has_every_field_that_is_of_groups_alone():
     own = {f.name for f in dataclasses.fields(GroupConfig)} - {f.name for f in dataclasses.fields(group_base())}
-    assert own <= EFFECTS.keys()
+    assert own <= EFFECTS.keys() | ELSEWHERE
 
 
 def group_base():
@@ -313,6 +314,32 @@ def test_rows_of_a_batch_are_whole_groups_of_one_prompt(one_device, method, size
     assert all(len(set(each)) == 1 for each in groups) and len(set(prompts)) > 1
     rollout, _, _ = roll_out(grpo, loop, loop.policy, grpo.batch(0), KEY)
     assert size == 1 or len({tuple(row) for row in np.asarray(rollout.tokens[:size]).tolist()}) > 1
+
+
+@pytest.mark.slow
+def test_groups_of_one_reward_are_drawn_again_alone_and_only_so_often():
+    """Here the first of four has a spread at once, the second when it is drawn again, the others never."""
+    asked = []
+
+    def reward(prompts, responses, **columns):
+        asked.append(list(responses))
+        return [float(i) if i < 4 and len(asked) < 3 else 1.0 for i in range(len(prompts))]
+
+    def drawn(redraws):
+        asked.clear()
+        config = run_config("grpo", reward_model=False, grpo__group_size=4, grpo__redraws=redraws)
+        method, loop = train.setup(config, reward_functions=[reward], **TOY_ROWS)
+        return iteration(method, loop, 0)[1:]
+
+    metrics, table = drawn(0)
+    once = np.asarray(table["rollout"].tokens)
+    assert "group/drawn_again" not in metrics and [len(rows) for rows in asked] == [16]
+    metrics, table = drawn(2)
+    again = np.asarray(table["rollout"].tokens)
+    assert [len(rows) for rows in asked] == [16, 12, 8]  # nobody is asked twice about a row that stays
+    assert float(metrics["group/drawn_again"]) == 5 and float(metrics["group/equal_fraction"]) == 0.5
+    np.testing.assert_array_equal(table["reward"][:4], [0, 1, 2, 3])
+    assert np.array_equal(again[:4], once[:4]) and all((again[i : i + 4] != once[i : i + 4]).any() for i in (4, 8, 12))
 
 
 def test_without_a_price_no_reference_is_loaded_nor_a_kl_reported(tmp_path, one_device):

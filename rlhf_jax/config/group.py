@@ -29,6 +29,8 @@ class GroupConfig(OnlineConfig):
         kl_in: the leash is a term of the loss (k3 per token) or of the reward (k1). With kl_coef 0 there is neither,
             and no reference is loaded (but with adapters, whose frozen model is one).
         reward_to_go: with kl_in reward: a token answers for the KL from itself on, instead of the whole response's.
+        redraws: dynamic sampling (DAPO, arXiv 2503.14476): rounds of an iteration in which prompts whose responses all
+            have one reward, which teach nothing, are drawn again. Other prompts wait; what is still equal then stays.
         mask_truncated: rows that were cut off give no gradient (DAPO); they count in the baseline.
     """
 
@@ -41,12 +43,18 @@ class GroupConfig(OnlineConfig):
     kl_coef: float = 0.04
     kl_in: Literal["loss", "reward"] = "loss"
     reward_to_go: bool = False
+    redraws: int = 0
     mask_truncated: bool = False
 
     def check(self, name: str) -> None:
         """Raise a UserError unless the settings are in range and agree; `name` is their group of the config."""
         self.check_rounds(f"{name}.")
-        check(self, f"{name}.", {"at least 1": "group_size"})
+        check(self, f"{name}.", {"at least 1": "group_size", "at least 0": "redraws"})
+        if self.redraws and self.group_size == 1:
+            raise UserError(
+                f"{name}.redraws {self.redraws} is of groups whose rewards are equal, but {name}.group_size is 1; "
+                f"raise it, or set {name}.redraws 0"
+            )
         needs_others = {"baseline": self.baseline != "none", "scale_rewards": self.scale_rewards == "group"}
         for field, needed in needs_others.items():
             if needed and self.group_size == 1:

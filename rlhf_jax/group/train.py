@@ -98,7 +98,7 @@ def setup(
     with jax.set_mesh(mesh.grid):
         nets, params = make_networks(config, mesh, *load_policy_and_reward(config, mesh, tokenizer, inputs.key))
         programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, policy_loss, advantage)
-        method = Method(config, settings, mesh, inputs, nets, programs, group_size=size)
+        method = Method(config, settings, mesh, inputs, nets, programs, group_size=size, redraws=settings.redraws)
         return method, first_state(method, state)
 
 

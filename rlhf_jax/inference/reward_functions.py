@@ -197,16 +197,27 @@ def _taken(fn: Callable[..., object]) -> set[str]:
     return taken
 
 
-def of_own_rows(score: ScoreFn, mesh: Mesh, prompts: list[str], responses: list[str], columns: Columns) -> np.ndarray:
-    """float32[B] from score(prompts, responses, columns); of several processes, each asks for rows of its own.
+def of_own_rows(
+    score: ScoreFn,
+    mesh: Mesh,
+    prompts: list[str],
+    responses: list[str],
+    columns: Columns,
+    *,
+    wanted: np.ndarray | None = None,
+) -> np.ndarray:
+    """float32[B] from score(prompts, responses, columns), of several processes each for rows of its own.
+
+    Rows that are not `wanted`, bool[B], are not asked for and get 0.
 
     Raises:
         RewardFailure: it failed in any process.
         UserError: it raised one in any process.
     """
-    if not several():
+    wanted = np.ones(len(prompts), bool) if wanted is None else wanted
+    if not several() and wanted.all():
         return score(prompts, responses, columns)
-    own = own_rows(mesh, len(prompts))
+    own = wanted & own_rows(mesh, len(prompts)) if several() else wanted
     chosen = np.flatnonzero(own)
     scores, wrong = np.zeros(len(prompts), np.float32), None
     mine = [[values[i] for i in chosen] for values in (prompts, responses, *columns.values())]
@@ -220,6 +231,8 @@ def of_own_rows(score: ScoreFn, mesh: Mesh, prompts: list[str], responses: list[
     if broken:
         kind = RewardFailure if failed else UserError
         raise kind("the reward function failed in another process, whose output says why")
+    if not several():
+        return scores
     return multihost_utils.process_allgather(scores).sum(axis=0, dtype=np.float32)  # one process has each row
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from rlhf_jax.data.collate import Batch
 from rlhf_jax.data.rows import Row
@@ -88,8 +89,9 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
         RewardFailure: a Python reward failed; `loop` is as it was.
         NotFinite: under faults.debug_nans.
     """
-    rollout_key, update_key = jax.random.split(key)
-    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key)
+    rollout_key, update_key, again_key = jax.random.split(key, 3)
+    again = again_key if method.redraws else None
+    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key, again)
     experience, kl_coef, metrics, per_row = scored
     temperature, update = method.temperature, method.programs.update
     arguments = (loop.state, experience, update_key, temperature, batch.get("ptx"), method.nets.frozen)
@@ -106,32 +108,76 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
 
 
 def roll_out(
-    method: Method, loop: LoopState, policy: Params, batch: Batch, key: jax.Array
+    method: Method, loop: LoopState, policy: Params, batch: Batch, key: jax.Array, again: jax.Array | None = None
 ) -> tuple[Rollout, Scored, float | None]:
-    """A rollout of a batch of prompts with `policy`, its score, and its mean gold reward."""
-    nets, programs, law = method.nets, method.programs, method.inputs.law
-    placed = put_batch(method.mesh, {name: batch[name] for name in ("tokens", "mask")})
-    samples = len(batch["prompts"]) // len(batch["tokens"])
-    rollout = programs.rollout(nets.policy.whole(policy), placed["tokens"], placed["mask"], key, law, None, samples)
-    host, gold = python_rewards(method, batch, rollout)
-    params = {**loop.state.params, "policy": policy}
-    scored = programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
-    return rollout, scored, gold
+    """A rollout of a batch of prompts with `policy`, its score, and its mean gold reward.
+
+    With `again`, a key, groups whose responses all have one reward are drawn again, method.redraws times at most, and
+    counted in group/drawn_again. Their Python rewards alone are asked for anew.
+    """
+    nets, programs, law, mesh = method.nets, method.programs, method.inputs.law, method.mesh
+    placed, params = put_batch(mesh, (batch["tokens"], batch["mask"])), {**loop.state.params, "policy": policy}
+    rows, redrawn, more = len(batch["prompts"]), 0, range(0 if again is None else method.redraws)
+    samples = rows // len(batch["tokens"])
+    noises = [] if again is None else [jax.random.fold_in(again, put(np.uint32(i), again.sharding)) for i in more]
+
+    def draw(key: jax.Array, wanted: np.ndarray) -> Rollout:
+        """With `wanted`, bool[B], which says it of whole groups, others have empty rows."""
+        active = put_batch(mesh, wanted[::samples]) if noises else None
+        return programs.rollout(nets.policy.whole(policy), *placed, key, law, active, samples)
+
+    def score() -> Scored:
+        host = put_batch(mesh, rewards)
+        return programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
+
+    rollout = draw(key, np.ones(rows, bool))
+    rewards, golds = python_rewards(method, batch, rollout)
+    scored = score()
+    for noise in noises:
+        by_group = to_host(scored[3]["reward"]).reshape(-1, method.group_size)
+        equal = (by_group == by_group[:, :1]).all(axis=1)
+        if not equal.any():
+            break
+        redrawn, wanted = redrawn + int(equal.sum()), np.repeat(equal, method.group_size)
+        new = draw(noise, wanted)
+        rollout = replaced(rollout, new, put_batch(mesh, wanted))
+        rewards, golds = python_rewards(method, batch, rollout, wanted, (rewards, golds))
+        scored = score()
+    if noises:
+        scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
+    valid = np.asarray(batch.get("valid", np.ones(rows, bool)))
+    return rollout, scored, None if golds is None else float(golds[valid].mean())
 
 
-def python_rewards(method: Method, batch: Batch, rollout: Rollout) -> tuple[jax.Array, float | None]:
-    """Python rewards f32[B] (zeros without any) and the mean gold reward; text leaves the device if needed."""
+@jax.jit
+def replaced(old: Rollout, new: Rollout, rows: Bool[Array, " B"]) -> Rollout:
+    """A rollout with some rows of another one to the same prompts."""
+    return jax.tree.map(lambda o, n: jnp.where(rows.reshape(-1, *[1] * (o.ndim - 1)), n, o), old, new)
+
+
+def python_rewards(
+    method: Method,
+    batch: Batch,
+    rollout: Rollout,
+    wanted: np.ndarray | None = None,
+    earlier: tuple[np.ndarray, np.ndarray | None] | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Python rewards f32[B] (zeros without any) and gold rewards f32[B] or None; text leaves the device if needed.
+
+    Only the rows that are wanted, bool[B], are asked for; the others have what they had `earlier`.
+    """
     inputs, source, mesh = method.inputs, method.config.reward, method.mesh
-    rewards, gold = np.zeros(len(batch["prompts"]), np.float32), None
+    wanted = np.ones(len(batch["prompts"]), bool) if wanted is None else wanted
+    rewards, golds = earlier or (np.zeros(len(wanted), np.float32), None)
     if inputs.reward is not None or inputs.gold is not None:
         rows = batch["prompts"], decode(inputs.tokenizer, rollout, batch["given"]), batch["columns"]
         if inputs.reward is not None:
-            rewards = of_own_rows(inputs.reward, mesh, *rows)
+            rewards = np.where(wanted, of_own_rows(inputs.reward, mesh, *rows, wanted=wanted), rewards)
         if inputs.gold is not None:
             of_gold = partial(call_reward, inputs.gold, timeout=source.timeout, retries=source.retries)
-            golds = of_own_rows(of_gold, mesh, *rows)
-            gold = float(golds[np.asarray(batch.get("valid", np.ones(len(golds), bool)))].mean())
-    return put_batch(mesh, rewards), gold
+            of_wanted = of_own_rows(of_gold, mesh, *rows, wanted=wanted)
+            golds = of_wanted if golds is None else np.where(wanted, of_wanted, golds)
+    return rewards, golds
 
 
 def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Row]]:

@@ -101,6 +101,7 @@ class Method:
     Attributes:
         settings: the method's group of the config.
         group_size: responses to each prompt.
+        redraws: rounds in which groups of one reward are drawn again.
         text: pretraining text for every optimiser step; None without any.
         identity: what a continued run must find unchanged, beside the config, the rows and the frozen models.
     """
@@ -112,6 +113,7 @@ class Method:
     nets: Networks
     programs: Programs
     group_size: int = 1
+    redraws: int = 0
     text: Batches | None = None
     identity: Mapping[str, object] = field(default_factory=dict)
 
