@@ -581,6 +581,7 @@ EFFECTS = {
     "minibatches": (updated, {"epochs": 1}, {"epochs": 1, "minibatches": 2}),
     "accumulate": (shapes, {}, {"accumulate": 2}),
     "score_microbatch": (shapes, {}, {"score_microbatch": 2}),
+    "microbatch_tokens": (shapes, {}, {"microbatch_tokens": 20}),
     "stop": (sampled, {}, {"stop": "truncate"}),
     "truncate_after": (sampled, {"stop": "truncate"}, {"stop": "truncate", "truncate_after": 2}),
     "missing_eos": (scored, {}, {"missing_eos": "replace"}),

@@ -139,7 +139,7 @@ def ppo_iteration(mesh_name: str) -> dict:
         data=DataConfig(batch_size=ROWS),
         reward=RewardSourceConfig(model="given"),
         sampling=SamplingConfig(max_new_tokens=NEW, chunk=3),
-        ppo=PPOConfig(epochs=2, minibatches=2, old_logprobs="recompute", entropy_coef=0.01),
+        ppo=PPOConfig(epochs=2, minibatches=2, old_logprobs="recompute", entropy_coef=0.01, microbatch_tokens=9),
         optim=OPTIM,
         value_optim=OPTIM,
         mesh=MeshConfig(rollout_tensor={"1x8x1": 4}.get(mesh_name, 0)),
