@@ -1,6 +1,8 @@
 """The attention switch: every program against the plain one in float32, values and gradients."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +79,32 @@ def test_responses_behind_one_prompt_are_what_they_are_alone(attention):
         start += len(answer)
 
 
-def test_the_splash_kernel_says_that_it_knows_no_branches():
-    ids = jnp.ones((1, 8), jnp.int32)
-    with pytest.raises(ValueError, match="knows no branches"):
-        make_attend("splash", ids, Branches(ids, ids), window=0, scale=1.0, softcap=0.0, heads_over=None)
+@pytest.mark.parametrize(("window", "softcap", "mesh"), [(0, 0.0, None), (40, 2.0, MeshConfig(data=2, tensor=2))])
+def test_the_splash_kernel_with_branches_is_plain_attention_in_values_and_gradients(window, softcap, mesh):
+    args, segments = arrays()
+    branches, positions = np.zeros((2, *segments.shape), np.int32)
+    for row, begin, ends in ((0, 60, (90, 150)), (1, 20, (30, 50, 70)), (1, 75, (100, 140))):
+        first = 33 if row == 0 else 0 if begin == 20 else 70
+        positions[row, first:begin] = np.arange(begin - first)
+        for k, (start, end) in enumerate(zip((begin, *ends), ends, strict=False), 1):
+            branches[row, start:end], positions[row, start:end] = k, begin - first + np.arange(end - start)
+    real = (segments > 0)[:, None, None, :, None]
+    wanted_change = np.random.default_rng(1).standard_normal((ROWS, KV_HEADS, GROUPS, LENGTH, WIDTH))
+    read = jnp.asarray(segments), Branches(jnp.asarray(branches), jnp.asarray(positions))
+    over = None if mesh is None else "tensor"
+
+    def loss(args, kind):
+        attend = make_attend(kind, *read, window=window, scale=0.3, softcap=softcap, heads_over=over)
+        out = attend(*args)
+        return jnp.sum(jnp.where(real, out * wanted_change, 0)), jnp.where(real, out, 0)
+
+    both = functools.partial(jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1), args)
+    (_, expected), expected_grads = both("plain")
+    grid = contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh, jax.devices()[:4]).grid)
+    with grid:
+        (_, found), grads = both("splash_interpret")
+    for got, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * max(np.abs(wanted).max(), 1))
 
 
 MIXED = ArchConfig(

@@ -166,9 +166,8 @@ class DataConfig:
         strict: stop at the first row that would be dropped, instead of counting it.
         eval_batches: batches of one evaluation; 0 takes all held-out rows.
         pack: for reward, dpo, kto and rrhf: the responses of a batch side by side in sequences of max_length, a prompt
-            once before its responses where attention can keep them apart, in as many microbatches as their tokens
-            need. The loss is the same. auto: where that leaves out a tenth of what would be computed (sft has
-            sft.pack).
+            once before its responses, in as many microbatches as their tokens need. The loss is the same. auto: where
+            that leaves out a tenth of what would be computed (sft has sft.pack).
         microbatch_tokens: tokens of a packed microbatch on each device.
     """
 

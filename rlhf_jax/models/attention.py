@@ -25,6 +25,20 @@ KERNEL_OUTPUT = "attention"
 """What a remat policy may keep of the kernels: their result and its log-sum-exp."""
 
 
+@dataclass(frozen=True)
+class Branches:
+    """Several continuations of one text side by side in its segment.
+
+    Attributes:
+        ids: 0 on what all see, k on continuation k.
+        positions: distances, which a window counts: a continuation stands behind the shared text, not behind the one
+            before it.
+    """
+
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+
+
 def softcapped(scores: Array, cap: float) -> Array:
     """cap * tanh(scores / cap); the scores themselves if the cap is 0."""
     return cap * jnp.tanh(scores / cap) if cap else scores
@@ -85,8 +99,14 @@ def group_attention(
     return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
 
 
-def _splash_kernel(heads: int, length: int, window: int, softcap: float, interpret: bool) -> Callable[..., Array]:
-    """Causal attention of `heads` query heads over one key-value head; `length` is a multiple of the lanes."""
+def _splash_kernel(
+    heads: int, length: int, window: int, softcap: float, interpret: bool, seen: Bool[Array, "T T"] | None = None
+) -> Callable[..., Array]:
+    """Causal attention of `heads` query heads over one key-value head; `length` is a multiple of the lanes.
+
+    `seen` is a mask that says all: the kernel then reads its blocks instead of computing them, leaves out those in
+    which nothing is seen, and takes no segments.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -97,13 +117,16 @@ def _splash_kernel(heads: int, length: int, window: int, softcap: float, interpr
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     made = kernel.make_splash_mqa_single_device(
-        masks.MultiHeadMask([mask] * heads),
+        masks.MultiHeadMask([mask] * heads) if seen is None else jnp.broadcast_to(seen, (heads, *shape)),
         block_sizes=sizes,
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=KERNEL_OUTPUT,
         interpret=interpret,
     )
-    return lambda q, k, v, ids: made(q, k, v, kernel.SegmentIds(ids, ids))
+    if seen is None:
+        return lambda q, k, v, ids: made(q, k, v, kernel.SegmentIds(ids, ids))
+    made.fwd_mask_info = made.fwd_mask_info._replace(is_dynamic_mask=True)  # jit has made an array of it
+    return made
 
 
 def splash_attention(
@@ -111,6 +134,7 @@ def splash_attention(
     k: Float[Array, "B K T N"],
     v: Float[Array, "B K T N"],
     segment_ids: Int[Array, "B T"],
+    branches: Branches | None = None,
     *,
     window: int,
     scale: float,
@@ -121,21 +145,32 @@ def splash_attention(
     """Causal attention within segments by the splash kernel, whose memory grows with T instead of its square.
 
     Rows lie over data and fsdp, key-value heads over the mesh axis `heads_over`, if any: the kernel runs on each
-    device's share. `window` > 0 sees that many tokens, the query's own included.
+    device's share. `window` > 0 sees that many tokens, the query's own included. The mask of branches
+    is data, [G, T, T] of one row at a time: rows run one after another, each with the blocks in which it sees something.
     """
     # T is padded to a multiple of the lanes; padding has segment 0, as the prompt's has.
     length, pad = q.shape[3], -q.shape[3] % LANES
     q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q * scale, k, v))
-    ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    seen = jnp.pad(segment_ids, ((0, 0), (0, pad)))  # by segment, int32[B, T], or by mask, bool[B, T, T]
+    if branches is not None:
+        padded = Branches(*(jnp.pad(x, ((0, 0), (0, pad))) for x in (branches.ids, branches.positions)))
+        seen = causal_mask(seen, window, padded)
 
-    def rows(q: Array, k: Array, v: Array, ids: Array) -> Array:
+    def row(args: tuple[Array, Array, Array, Array]) -> Array:
+        q, k, v, seen = args
+        return jax.vmap(_splash_kernel(q.shape[1], q.shape[2], window, softcap, interpret, seen))(q, k, v)  # over K
+
+    def rows(q: Array, k: Array, v: Array, seen: Array) -> Array:
+        if branches is not None:
+            return jax.lax.map(row, (q, k, v, seen))
         kernel = _splash_kernel(q.shape[2], q.shape[3], window, softcap, interpret)
-        return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)  # over B, K
+        return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, seen)  # over B, K
 
     if not jax.sharding.get_abstract_mesh().empty:
         heads, keys = P(*ROWS, heads_over, None, None, None), P(*ROWS, heads_over, None, None)
-        rows = jax.shard_map(rows, in_specs=(heads, keys, keys, P(*ROWS, None)), out_specs=heads, check_vma=False)
-    return rows(q, k, v, ids)[:, :, :, :length].astype(q.dtype)
+        by_row = P(*ROWS, *[None] * (seen.ndim - 1))
+        rows = jax.shard_map(rows, in_specs=(heads, keys, keys, by_row), out_specs=heads, check_vma=False)
+    return rows(q, k, v, seen)[:, :, :, :length].astype(q.dtype)
 
 
 def cudnn_attention(
@@ -154,20 +189,6 @@ def cudnn_attention(
     return jnp.moveaxis(out, 2, 1).reshape(rows, kv_heads, groups, length, width)
 
 
-@dataclass(frozen=True)
-class Branches:
-    """Several continuations of one text side by side in its segment.
-
-    Attributes:
-        ids: 0 on what all see, k on continuation k.
-        positions: distances, which a window counts: a continuation stands behind the shared text, not behind the one
-            before it.
-    """
-
-    ids: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-
-
 def causal_mask(segment_ids: Int[Array, "B T"], window: int, branches: Branches | None = None) -> Bool[Array, "B T T"]:
     """A token sees itself and what is before it in its own segment, `window` tokens if that is not 0.
 
@@ -183,11 +204,6 @@ def causal_mask(segment_ids: Int[Array, "B T"], window: int, branches: Branches 
     return near & (apart < window) if window else near
 
 
-def sees_branches(kind: str) -> bool:
-    """Whether attention of a kind keeps apart what stands behind one prompt."""
-    return not kind.startswith("splash")
-
-
 def make_attend(
     kind: str,
     segment_ids: Int[Array, "B T"],
@@ -200,15 +216,13 @@ def make_attend(
 ) -> Attend:
     """Causal attention within segments by `kind`: plain, splash, splash_interpret (on CPU, slow) or cudnn.
 
-    cuDNN has neither float32 nor soft-caps; such a call is plain. A ValueError: branches in the splash kernel, which
-    has segments only (`sees_branches`).
+    cuDNN has neither float32 nor soft-caps; such a call is plain.
     """
     if kind.startswith("splash"):
-        if branches is not None:
-            raise ValueError("the splash kernel knows no branches of a segment; give every sequence its own prompt")
         return functools.partial(
             splash_attention,
             segment_ids=segment_ids,
+            branches=branches,
             window=window,
             scale=scale,
             softcap=softcap,

@@ -21,7 +21,6 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.processes import is_first, to_host
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model
-from rlhf_jax.models.attention import sees_branches
 from rlhf_jax.models.loading import (
     Head,
     Loaded,
@@ -213,7 +212,7 @@ def packing_of(
         tokens=data.microbatch_tokens,
         most=-(-rows * width // accumulate),
         ways=mesh.shape["data"] * mesh.shape["fsdp"],
-        shared=sees_branches(model.attention),
+        shared=True,
     )
 
 
