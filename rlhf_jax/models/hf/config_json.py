@@ -210,6 +210,8 @@ def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> F
     if local.get("rope_type", "default") != "default":
         raise UserError(f"{where}: no support for rope scaling of sliding layers; choose a checkpoint without it")
     numbers = {field: typed(value, float, field, where) for field, value in fields.items()}
+    if numbers.get("rope_local_theta", 1) <= 0:
+        raise UserError(f"{where}: rope_theta of sliding layers is {numbers['rope_local_theta']:g}; make it above 0")
     return numbers | {"rope_scaling": _scaling(given, raw, family, where, max_positions)}
 
 
@@ -301,7 +303,9 @@ def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
     numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
     optional = {"attention_factor", "mscale", "mscale_all_dim"}
     numbers = {k: v for k, v in numbers.items() if v != 0 or k not in optional}
-    values: ConfigJson = {key: getattr(arch, field) for field, (key, _) in family.rotary.items() if key}
+    fields = dict.fromkeys(family.rotary, arch.rope_theta)
+    fields |= {field: getattr(arch, field) for field in family.rotary if getattr(arch, field)}
+    values: ConfigJson = {key: fields[field] for field, (key, _) in family.rotary.items() if key}
     if family.model_type == "phi3":
         original = scaling.original_max_positions or arch.max_positions
         values["original_max_position_embeddings"] = original
@@ -314,7 +318,7 @@ def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
         values["rope_scaling"] = dict(rope)
     values["rope_parameters"] = rope
     if "rope_local_theta" in family.rotary:
-        local = {"rope_type": "default", "rope_theta": arch.rope_local_theta}
+        local = {"rope_type": "default", "rope_theta": arch.rope_local_theta or arch.rope_theta}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     return values
 
@@ -332,6 +336,8 @@ def find_family(arch: ArchConfig, base_config: ConfigJson | None = None) -> Fami
         except UserError as error:
             reasons.append((99, f"{family.model_type}: {error}"))
             continue
+        if held.rope_local_theta == held.rope_theta and held.rope_scaling == RopeScaling():  # said or not
+            held = dataclasses.replace(held, rope_local_theta=arch.rope_local_theta and held.rope_local_theta)
         names = [field.name for field in dataclasses.fields(ArchConfig)]
         misfits = [f"{n} {getattr(held, n)!r} (not {getattr(arch, n)!r})" for n in names
                    if getattr(held, n) != getattr(arch, n)]  # fmt: skip

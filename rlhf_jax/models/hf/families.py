@@ -316,7 +316,7 @@ CWM = LLAMA._replace(
     config=_without(LLAMA.config, "qkv_bias", "out_bias"),
     defaults=LLAMA.defaults
     | {"num_key_value_heads": _heads_or(8), "head_dim": _head_dim_or(128), "max_position_embeddings": 131072}
-    | {"rms_norm_eps": 1e-5, "sliding_window": 8192},
+    | {"rms_norm_eps": 1e-5, "sliding_window": 8192, "bos_token_id": 128000},
     rotary={"rope_theta": ("rope_theta", 1e6)},
     default_rope={
         "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -238,6 +238,8 @@ def save_model(
     if score_head:
         leaves = _fold_score_bias(leaves)
     tokens = _token_ids(eos_ids, pad_id, base_config or {}, score_head=score_head)
+    if tokens["bos_token_id"] is None:  # which transformers does not take in every family
+        tokens["bos_token_id"] = family.defaults.get("bos_token_id")
     config = to_json_like(family, arch, base_config or {}, score_head=score_head) | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
