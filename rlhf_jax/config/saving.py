@@ -61,7 +61,8 @@ MAY_CHANGE = (
     "rejection.rounds",
     "dpo.steps", "dpo.epochs", "dpo.accumulate", "kto.steps", "kto.epochs", "rrhf.steps", "rrhf.epochs",
     "rrhf.accumulate",
-    "ppo.iterations", "ppo.microbatch_tokens", "ppo.score_microbatch", "ppo.accumulate", "ppo.kl_target", "ppo.kl_horizon",
+    "ppo.iterations", "ppo.microbatch_tokens", "ppo.score_microbatch", "ppo.accumulate", "ppo.kl_target",
+    "ppo.kl_horizon",
     *(f"{name}.{setting}" for name in ("grpo", "rloo", "reinforce_pp") for setting in
       ("iterations", "microbatch_tokens", "score_microbatch", "accumulate", "num_samples", "sample_every")),
     "ppo.num_samples", "ppo.sample_every", "ppo.save_value_model",

@@ -146,7 +146,7 @@ def splash_attention(
 
     Rows lie over data and fsdp, key-value heads over the mesh axis `heads_over`, if any: the kernel runs on each
     device's share. `window` > 0 sees that many tokens, the query's own included. The mask of branches
-    is data, [G, T, T] of one row at a time: rows run one after another, each with the blocks in which it sees something.
+    is data, [G, T, T] of one row at a time: rows run one after another, each with the blocks in which it sees any.
     """
     # T is padded to a multiple of the lanes; padding has segment 0, as the prompt's has.
     length, pad = q.shape[3], -q.shape[3] % LANES
