@@ -211,6 +211,10 @@ class Packed:
         """The rows that a view holds."""
         return jnp.zeros(self.num_rows, bool).at[self.row].set(True, mode="drop")
 
+    def from_rows(self, x: Int[Array, "R T K"]) -> Int[Array, "M S K"]:
+        """What rows hold for the token that each column of a view predicts; -1 where it predicts none."""
+        return x.at[self.row, self.place].get(mode="fill", fill_value=-1)
+
     def to_rows(self, x: Float[Array, "M S"], num_tokens: int) -> Float[Array, "R T"]:
         """What a view's columns say, at (row, place); 0 elsewhere. A place beyond num_tokens = T is left out."""
         empty = jnp.zeros((self.num_rows, num_tokens), x.dtype)

@@ -89,6 +89,8 @@ class Rollout:
         mask: bool[B, T], true up to and including the stop token.
         logprobs: float32[B, T], nats, of the law that the tokens were drawn from; 0 off the mask.
         finished: bool[B], the row ended at a stop token (false: it was cut off by the length).
+        kept: int32[B, T, K], the ids that each token was drawn from, -1 in the places of none and off the mask; None
+            where that was the whole vocabulary, or is not carried along.
     """
 
     prompt: Int[Array, "B P"]
@@ -97,3 +99,4 @@ class Rollout:
     mask: Bool[Array, "B T"]
     logprobs: Float[Array, "B T"]
     finished: Bool[Array, " B"]
+    kept: Int[Array, "B T K"] | None = None

@@ -1,6 +1,7 @@
 """The law that was sampled from: the policy gradient on a chain whose responses are all enumerated."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tiny import BIGRAMS, bigram_params, make_rollout
 from rlhf_jax import group, ppo
 from rlhf_jax.config import GroupConfig, PPOConfig
 from rlhf_jax.losses import cispo_policy_loss, clipped_policy_loss, importance_weights, sequence_policy_loss
+from rlhf_jax.tokens import token_logprobs
 
 V, T = 3, 4
 RESPONSES = np.array(list(itertools.product(range(V), repeat=T)))  # [81, T]
@@ -19,6 +21,7 @@ MASK = np.ones(RESPONSES.shape, bool)
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.normal(size=(T, V, V)), jnp.float32)  # the policy: of token t after token t - 1
 REWARDS = jnp.asarray(RNG.normal(size=(64, len(RESPONSES))), jnp.float32)  # 64 rewards of every response
+CLIP = {"clip_ratio": 0.2, "clip_ratio_high": 0.0, "max_log_ratio": 20.0}
 LOSSES = {clipped_policy_loss: {"dual_clip": 0.0}, sequence_policy_loss: {"dual_clip": 0.0}, cispo_policy_loss: {}}
 SAMPLERS = {"warm": LOGITS / 1.4, "cold": LOGITS / 0.7, "stale": LOGITS + jnp.asarray(RNG.normal(size=LOGITS.shape))}
 
@@ -38,7 +41,7 @@ def estimated(loss, sampler, weigh):
     """The mean over the sampler's responses of what the first step ascends, the policy at LOGITS, for each reward."""
     old, drawn = logprobs_of(LOGITS), logprobs_of(sampler.astype(jnp.float32))
     share = jnp.broadcast_to(jnp.exp(drawn.sum(axis=1, keepdims=True)), old.shape)  # of each response; they sum to 1
-    options = {"clip_ratio": 0.2, "clip_ratio_high": 0.0, "max_log_ratio": 20.0, **LOSSES[loss]}
+    options = {**CLIP, **LOSSES[loss]}
     if loss is sequence_policy_loss:  # in which a response weighs as much as its tokens together
         share = share / T
 
@@ -89,6 +92,33 @@ def test_padding_counts_nowhere_and_metrics_say_what_was_cut():
     sequence, seen = importance_weights(old, drawn, mask, importance="sequence", **options)
     np.testing.assert_allclose(sequence, [[2.0], [1.0]], rtol=1e-6)
     assert seen["rollout/importance_beyond"] == 0
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_with_the_kept_ids_carried_the_gradient_is_that_of_the_filtered_law(carried):
+    """Top-2 of 3 tokens at temperature 0.8: with log-probs of all three, every response's gradient has another sum."""
+    ids = jnp.argsort(-LOGITS, axis=-1)[..., :2].astype(jnp.int32)  # [T, V, 2]
+    places = (np.arange(T)[None], BEFORE)
+
+    def filtered(logits, kept=ids):
+        kept = None if kept is None else kept[places]
+        return token_logprobs(lambda x: x, logits[places], RESPONSES, 0.8, chunk=7, kept=kept)[0]
+
+    possible = (ids[places] == RESPONSES[..., None]).any(-1).all(-1)  # responses of kept tokens alone
+    rewards = jnp.where(possible, REWARDS, 0.0)
+    expected = jax.jacrev(lambda x: rewards @ jnp.exp(filtered(x).sum(1)))(LOGITS)
+    share = jnp.where(possible, jnp.exp(filtered(LOGITS).sum(1)), 0.0)
+    np.testing.assert_allclose(share.sum(), 1.0, rtol=1e-5)
+    law = filtered if carried else partial(filtered, kept=None)
+    old = law(LOGITS)
+
+    def value(logits, rewards):
+        arrays = (jnp.broadcast_to(x[:, None], old.shape) for x in (rewards, share))
+        return -clipped_policy_loss(law(logits), old, *arrays, dual_clip=0.0, **CLIP)[0]
+
+    found = jax.jit(jax.vmap(jax.grad(value), in_axes=(None, 0)))(LOGITS, rewards)
+    error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+    assert error < 1e-5 if carried else error > 0.1
 
 
 METHODS = {

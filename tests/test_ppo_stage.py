@@ -133,7 +133,7 @@ def test_the_reference_is_the_first_policy_and_no_alias_of_the_trained_one(one_d
     [
         ({}, "float32", False, "off"),
         ({"sampling__temperature": 0.5}, "float32", False, "off"),
-        ({"sampling__top_k": 3}, "float32", True, "off"),
+        ({"sampling__top_k": 3}, "float32", False, "off"),
         ({"sampling__top_p": 0.9}, "bfloat16", True, "off"),
         ({"sampling__min_new_tokens": 1}, "float32", True, "off"),
         ({"ppo__old_logprobs": "recompute"}, "float32", True, "off"),
@@ -141,6 +141,7 @@ def test_the_reference_is_the_first_policy_and_no_alias_of_the_trained_one(one_d
         ({"ppo__train_temperature": 1.0}, "float32", False, "off"),
         ({"ppo__importance": "token"}, "float32", True, "token"),
         ({}, "bfloat16", True, "sequence"),
+        ({"sampling__top_k": 3, "sampling__top_p": 0.9}, "bfloat16", True, "sequence"),
         ({"ppo__importance": "off"}, "bfloat16", True, "off"),
         ({"ppo__old_logprobs": "sampler"}, "bfloat16", False, "off"),
     ],
@@ -174,7 +175,6 @@ def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_devi
     ("ppo", "other", "words"),
     [
         ({}, {"sampling__temperature": 0.0}, ["sampling.temperature 0.0", "above 0"]),
-        ({"old_logprobs": "sampler"}, {"sampling__top_k": 3}, ["ppo.old_logprobs", "top_k"]),
         ({"old_logprobs": "sampler"}, {"sampling__top_p": 0.9}, ["ppo.old_logprobs", "top_p"]),
         ({"old_logprobs": "sampler"}, {"sampling__min_new_tokens": 1}, ["ppo.old_logprobs", "min_new_tokens"]),
         ({"old_logprobs": "sampler", "train_temperature": 2.0}, {}, ["ppo.train_temperature 2", "recompute"]),

@@ -130,7 +130,8 @@ def test_the_only_possible_entry_is_drawn():
 @partial(jax.jit, static_argnames=("candidates", "filtered"))
 def from_logits(logits, uniforms, law, *, candidates=0, filtered=True):
     rows = jnp.broadcast_to(logits[None], (uniforms.shape[0], logits.shape[0]))
-    return draw_from_logits(rows, uniforms, law, candidates=candidates, filtered=filtered)
+    token, (logprob, _) = draw_from_logits(rows, uniforms, law, candidates=candidates, filtered=filtered)
+    return token, logprob
 
 
 THIRTEEN = np.random.default_rng(5).standard_normal(13).astype(np.float32)
@@ -344,6 +345,27 @@ def teacher_forced(rollout, temperature):
     return MODEL.project(PARAMS, hidden), MODEL.logprobs(PARAMS, hidden, rollout.tokens, temperature)[0]
 
 
+def test_the_ids_that_a_token_was_drawn_from_come_along_and_its_logprob_is_of_these():
+    """Top-p within top-k, stop ids forbidden at first: by a forward pass over the same ids."""
+    options = law(top_k=6, top_p=0.9, temperature=0.7, min_new_tokens=2)
+    run = jax.jit(partial(sample, MODEL, **OPTIONS, candidates=6, carry=True))
+    rollout = run(PARAMS, PROMPT, PROMPT_MASK, KEY, options)
+    kept, mask = np.asarray(rollout.kept), np.asarray(rollout.mask)
+    assert kept.shape == (*mask.shape, 6) and (kept[~mask] == -1).all() and not (kept[:, :2] == EOS).any()
+    assert ((kept == np.asarray(rollout.tokens)[..., None]).sum(-1) == 1)[mask].all()
+    counts = (kept >= 0).sum(-1)[mask]
+    assert counts.min() < counts.max() <= 6
+
+    @jax.jit
+    def forward(rollout):
+        tokens = jnp.concatenate([rollout.prompt, rollout.tokens], axis=1)
+        real = jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
+        hidden = MODEL.apply(PARAMS, tokens, positions_from_mask(real), real.astype(jnp.int32))[:, 5:-1]
+        return MODEL.logprobs(PARAMS, hidden, rollout.tokens, 0.7, needed=rollout.mask, kept=rollout.kept)[0]
+
+    np.testing.assert_allclose(forward(rollout), rollout.logprobs, atol=2e-5)
+
+
 def test_the_decoder_ends_some_rows_early():
     """What the laws below rest on."""
     mask = np.asarray(rollout_of({}).mask)
@@ -415,7 +437,7 @@ def token_by_token(samples):
         return draw_from_logits(logits, uniform, law(), candidates=0, filtered=False)
 
     for t in range(7):
-        token, logprob = one(tokens, mask, t, uniforms[:, t])
+        token, (logprob, _) = one(tokens, mask, t, uniforms[:, t])
         tokens[:, t], logprobs[:, t] = np.where(done, 0, token), np.where(done, 0, logprob)
         mask[:, t], done = ~done, done | (np.asarray(token) == EOS)
     return tokens, mask, logprobs, done

@@ -249,7 +249,8 @@ class SamplingConfig:
         max_new_tokens: T, longest response.
         min_new_tokens: stop ids cannot be drawn before this many tokens.
         temperature: logits are divided by it; 0 is greedy.
-        top_k: keep the k most likely tokens (ties kept); 0 keeps all.
+        top_k: keep the k most likely tokens (ties kept); 0 keeps all. Methods that learn from their samples carry the
+            ids along (without ties): their log-probs are of what top_k and top_p kept, renormalised.
         top_p: keep the smallest set of likely tokens whose mass reaches p; 1 keeps all.
         chunk: decoding looks which rows are done after every so many tokens, and begins others in their place.
         prompt_buckets: lengths that prompts are padded to, ascending; each is one compilation. Empty means one

@@ -52,6 +52,7 @@ class Experience:
         segment_ids: 1 on real tokens, 0 on padding.
         mask: the response tokens that are trained on, the stop token included.
         ref_logprobs: None if the loss has no KL.
+        kept: as in `Rollout`: log-probs are of these ids.
     """
 
     tokens: Int[Array, "B S"]
@@ -60,6 +61,7 @@ class Experience:
     old_logprobs: Float[Array, "B T"]
     ref_logprobs: Float[Array, "B T"] | None
     advantages: Float[Array, "B T"]
+    kept: Int[Array, "B T K"] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | Non
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
         x, view = batch["experience"], batch["packed"]
         logprobs, entropy, _ = response_logprobs(
-            models.policy, params["policy"], view, batch["temperature"], x.mask.shape[1], with_entropy=True
+            models.policy, params["policy"], view, batch["temperature"], x.mask.shape[1], x.kept, with_entropy=True
         )
         weights = of_view(view, batch["weights"])
         # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
@@ -110,17 +112,18 @@ def run_networks(
     ref: Params | None,
     reward: Params | None,
     temperature: Array,
-    num_tokens: int,
+    rollout: Rollout,
     view: Packed,
     *,
     recompute: bool,
 ) -> dict[str, Array]:
     """Of a view's rows old_logprobs, recomputed, and of a reference ref_logprobs [B, T]; of a reward model score [B].
 
-    What is not asked for or not there is left out.
+    The view is of the rollout. What is not asked for or not there is left out.
     """
     asked = {"old_logprobs": policy if recompute else None, "ref_logprobs": ref}
-    of = lambda params: response_logprobs(models.policy, params, view, temperature, num_tokens)[0]  # noqa: E731
+    law = temperature, rollout.tokens.shape[1], rollout.kept
+    of = lambda params: response_logprobs(models.policy, params, view, *law)[0]  # noqa: E731
     out = {name: of(params) for name, params in asked.items() if params is not None}
     if models.reward is not None:
         out["score"] = reward_scores(models.reward, reward, view)
@@ -170,8 +173,7 @@ def make_score(
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         policy = models.whole(ref, params)["policy"]
-        num = rollout.tokens.shape[1]
-        run = partial(run_networks, models, policy, ref, reward, temperature, num, recompute=recompute)
+        run = partial(run_networks, models, policy, ref, reward, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run)}
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
@@ -192,6 +194,7 @@ def make_score(
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
             advantages=advantages,
+            kept=rollout.kept,
         )
 
         # What is reported: scalars, and numbers [B] of each row.

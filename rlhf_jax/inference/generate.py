@@ -26,9 +26,11 @@ from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params, Rollout
 
 
-def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]) -> Callable[..., Rollout]:
+def make_sampler(
+    model: Model, config: SamplingConfig, stop_ids: tuple[int, ...], *, carry: bool = False
+) -> Callable[..., Rollout]:
     """The sampler of this config, not yet compiled: (params, prompt, prompt_mask, key, law, active, *, samples) ->
-    Rollout, the last two as in `sample`."""
+    Rollout, the last two as in `sample`. With `carry`, what top-k kept comes along, and no ties beyond the k-th."""
     filtered = config.top_k > 0 or config.top_p < 1
     return partial(
         sample,
@@ -36,8 +38,9 @@ def make_sampler(model: Model, config: SamplingConfig, stop_ids: tuple[int, ...]
         max_new_tokens=config.max_new_tokens,
         stop_ids=stop_ids,
         chunk=config.chunk,
-        candidates=2 * config.top_k if filtered else 0,
+        candidates=(1 if carry else 2) * config.top_k if filtered else 0,
         filtered=filtered,
+        carry=carry and config.top_k > 0,
         # Where no stop id can be drawn nothing ends early, and all rows begin at once.
         slots=config.slots or (0 if config.min_new_tokens < config.max_new_tokens else None),
         microbatch=config.microbatch,

@@ -118,13 +118,20 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
 
 
 def draw_from_logits(
-    logits: Float[Array, "B V"], uniform: Float[Array, " B"], law: SamplingLaw, *, candidates: int, filtered: bool
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Tokens and their log-probs under the law: logits / temperature, then top-k, then top-p, renormalised.
+    logits: Float[Array, "B V"],
+    uniform: Float[Array, " B"],
+    law: SamplingLaw,
+    *,
+    candidates: int,
+    filtered: bool,
+    carry: bool = False,
+) -> tuple[Int[Array, " B"], tuple[Float[Array, " B"], Int[Array, "B K"] | None]]:
+    """Tokens, and their log-probs under the law: logits / temperature, then top-k, then top-p, renormalised.
 
     `filtered` (static) says that top-k or top-p may be on; `candidates` > 0 (static) sorts that many top entries out
     first, which is faster than searching the whole vocabulary and exact while law.top_k is positive and the ties at
-    the k-th entry fit in.
+    the k-th entry fit in. With `carry` (static) the ids that a token was drawn from come with it, those of the K =
+    `candidates` that the filters keep, and -1 for the others; without it None.
     """
     greedy = law.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, law.temperature)
@@ -140,7 +147,8 @@ def draw_from_logits(
     # In the order of `token_logprobs`, so that the same logits have the same log-probs.
     logprob = jnp.take_along_axis(scaled, index[:, None], axis=-1)[:, 0] - (jnp.log(probs.sum(-1)) + top[:, 0])
     token = index if ids is None else jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
-    return token, jnp.where(greedy, 0.0, logprob)
+    kept = None if ids is None or not carry else jnp.where(probs > 0, ids, -1)
+    return token, (jnp.where(greedy, 0.0, logprob), kept)
 
 
 def sample(
@@ -159,6 +167,7 @@ def sample(
     slots: int | None = None,
     candidates: int = 0,
     filtered: bool = True,
+    carry: bool = False,
     microbatch: int = 0,
 ) -> Rollout:
     """Draw `samples` responses to each left-padded prompt; call it inside jit, with the arguments after * static.
@@ -169,6 +178,7 @@ def sample(
     off `active` are not drawn: the masks of their rows are empty. Log-probs are of the law sampled from (greedy: 0, a
     certain event). A rotary law that depends on length is that of model.length, or else of P + max_new_tokens. The
     noise of a row depends on the key and its place in the batch only, so slots, a microbatch or a mesh change nothing.
+    The last arguments but one are those of `draw_from_logits`; with `carry` the rollout has `kept`.
     """
     chunk = min(chunk, max_new_tokens)
     steps = -(-max_new_tokens // chunk) * chunk  # whole chunks
@@ -179,10 +189,10 @@ def sample(
     is_stop = jnp.zeros(model.arch.vocab_size, bool).at[stops].set(True) if stop_ids else None
     candidates = min(candidates, model.arch.vocab_size)
     decode_params = model.decoding_params(params)
-    draw = partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered)
+    draw = partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered, carry=carry)
 
     def of_prompts(prompt: Array, mask: Array, uniforms: Array, active: Array) -> Any:
-        """Tokens, whether they count, and their log-probs, [prompts, samples, T] each."""
+        """Tokens, whether they count, and their log-probs and kept ids, [prompts, samples, T, ...] each."""
         count = prompt.shape[0]
         ways = math.gcd(data_ways(), count)
         at_once = max(slots // ways, 1) if slots else 0
@@ -200,9 +210,11 @@ def sample(
     active = jnp.ones(prompt.shape[0], bool) if active is None else active
     prompts_at_once = max(microbatch // samples, 1) if microbatch else 0  # whose samples stay together
     drawn = map_microbatches(lambda xs: of_prompts(*xs), (prompt, prompt_mask, uniforms, active), prompts_at_once)
-    tokens, mask, logprobs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
+    tokens, mask, (logprobs, kept) = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
+    if kept is not None:
+        kept = jnp.where(mask[:, :, None], kept, -1)
     prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
-    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, _finished(tokens, mask, is_stop))
+    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, _finished(tokens, mask, is_stop), kept)
 
 
 def _finished(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], is_stop: Bool[Array, " V"] | None) -> Array:

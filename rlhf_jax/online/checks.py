@@ -50,7 +50,7 @@ def check_law(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
         if hidden:
             raise UserError(
                 f"{group}.old_logprobs sampler with sampling.{hidden} would compare a filtered law with an unfiltered "
-                f"one; set {group}.old_logprobs to recompute, or leave sampling.{hidden} out"
+                f"one; set {group}.old_logprobs to recompute, or sampling.top_k, whose ids are carried along"
             )
         if settings.train_temperature not in (0, config.sampling.temperature):
             raise UserError(
@@ -64,8 +64,8 @@ def check_law(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
             )
     if weighted and hidden:
         raise UserError(
-            f"{group}.importance {settings.importance} cannot bring back what sampling.{hidden} left out; leave "
-            f"sampling.{hidden} out, or set {group}.importance off"
+            f"{group}.importance {settings.importance} cannot bring back what sampling.{hidden} left out; set "
+            f"sampling.top_k, whose ids are carried along, or {group}.importance off"
         )
 
 

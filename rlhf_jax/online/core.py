@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import OnlineConfig, bind
 from rlhf_jax.errors import UserError
@@ -38,10 +39,21 @@ Training = tuple[Update, optax.GradientTransformationExtraArgs, Schedule]
 
 
 def response_logprobs(
-    model: Model, params: Params, view: Packed, temperature: Array, num_tokens: int, **kwargs: Any
+    model: Model,
+    params: Params,
+    view: Packed,
+    temperature: Array,
+    num_tokens: int,
+    kept: Int[Array, "B T K"] | None = None,
+    **kwargs: Any,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "M S D"]]:
-    """Log-probs and entropies of the response tokens of a view's rows, 0 elsewhere; and all hidden states."""
+    """Log-probs and entropies of the response tokens of a view's rows, 0 elsewhere; and all hidden states.
+
+    They are of the law of the ids that the rows `kept` (`Rollout.kept`; None: of all).
+    """
     hidden = model.apply(params, **view.inputs)
+    if kept is not None:
+        kwargs["kept"] = view.from_rows(kept)
     said = model.logprobs(params, hidden, view.targets, temperature, needed=view.predicts, **kwargs)
     logprobs, entropy = (view.to_rows(x, num_tokens) for x in said)
     return logprobs, entropy, hidden
@@ -92,9 +104,8 @@ def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) 
     index = jnp.arange(rollout.tokens.shape[1])[None, :]
     stop = jnp.isin(rollout.tokens, jnp.asarray(stop_ids, jnp.int32)) & (index >= truncate_after) & rollout.mask
     before = rollout.mask & (jnp.cumsum(stop, axis=1) - stop == 0)  # true up to and including the first stop
-    return Rollout(
-        prompt=rollout.prompt,
-        prompt_mask=rollout.prompt_mask,
+    return dataclasses.replace(
+        rollout,
         tokens=jnp.where(before, rollout.tokens, 0),
         mask=before,
         logprobs=jnp.where(before, rollout.logprobs, 0.0),

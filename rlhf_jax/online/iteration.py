@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
 def roll_out(
     method: Method, loop: LoopState, policy: Params, batch: Batch, key: jax.Array, again: jax.Array | None = None
 ) -> tuple[Rollout, Scored, float | None]:
-    """A rollout of a batch of prompts with `policy`, its score, and its mean gold reward.
+    """A rollout of a batch of prompts with `policy` (without the ids kept), its score, and its mean gold reward.
 
     With `again`, a key, groups whose responses all have one reward are drawn again, method.redraws times at most, and
     counted in group/drawn_again. Their Python rewards alone are asked for anew.
@@ -146,7 +146,7 @@ def roll_out(
     if noises:
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
     valid = np.asarray(batch.get("valid", np.ones(rows, bool)))
-    return rollout, scored, None if golds is None else float(golds[valid].mean())
+    return replace(rollout, kept=None), scored, None if golds is None else float(golds[valid].mean())
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from rlhf_jax.config import OnlineConfig, SamplingConfig
 def hidden_filter(sampling: SamplingConfig) -> str:
     """The setting with which tokens are drawn from a part of the vocabulary that a rollout does not carry; or ''."""
     if sampling.top_k:
-        return "top_k"
+        return ""
     return "top_p" if sampling.top_p < 1 else "min_new_tokens" if sampling.min_new_tokens else ""
 
 
@@ -55,7 +55,7 @@ class TrainedLaw:
         if self.hidden:
             return [
                 f"sampling.{self.hidden} draws from a part of the vocabulary and log-probs are of all of it, so that "
-                "gradients are biased, and no weight repairs that"
+                "gradients are biased, and no weight repairs that; set sampling.top_k, whose ids are carried along"
             ]
         if self.importance == "off":
             return []

@@ -63,7 +63,8 @@ def compile_programs(
     score = make_score(recompute=law.recompute, importance=law.importance, model_weight=config.reward.model_weight)
     update, tx, schedule = training
     state = create_state(params, tx, mesh)
-    sampler = make_sampler(nets.models.policy, config.sampling, () if settings.stop == "truncate" else stop_ids)
+    stops = () if settings.stop == "truncate" else stop_ids
+    sampler = make_sampler(nets.models.policy, config.sampling, stops, carry=True)
 
     def rollout(
         policy: Params,

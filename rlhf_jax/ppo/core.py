@@ -55,6 +55,7 @@ class Experience:
         mask: response tokens, the stop token included.
         value_mask: slots whose value is trained; the slot after the response too if the score is there.
         old_values: the value before each token.
+        kept: as in `Rollout`: log-probs are of these ids.
     """
 
     tokens: Int[Array, "B S"]
@@ -65,6 +66,7 @@ class Experience:
     old_values: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
+    kept: Int[Array, "B T K"] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ class Models:
 
 
 def forward(
-    models: Models, params: Params, view: Packed, temperature: Array, num_tokens: int, **kwargs: Any
+    models: Models, params: Params, view: Packed, temperature: Array, num_tokens: int, *args: Any, **kwargs: Any
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probs, entropies and values of the T response tokens of a view's rows, 0 elsewhere."""
+    """Log-probs, entropies and values of the T response tokens of a view's rows, 0 elsewhere (`response_logprobs`)."""
     logprobs, entropy, hidden = response_logprobs(
-        models.policy, params["policy"], view, temperature, num_tokens, **kwargs
+        models.policy, params["policy"], view, temperature, num_tokens, *args, **kwargs
     )
     return logprobs, entropy, values_of(models, params, view, num_tokens, hidden)
 
@@ -126,7 +128,7 @@ def objective(
     def of_rows(params: Params, batch: Any) -> tuple[Array, Metrics]:
         x, view = batch["experience"], batch["packed"]
         logprobs, entropy, values = forward(
-            models, params, view, batch["temperature"], x.mask.shape[1], with_entropy=True
+            models, params, view, batch["temperature"], x.mask.shape[1], x.kept, with_entropy=True
         )
         weights, value_weights = of_view(view, batch["weights"]), of_view(view, batch["value_weights"])
         # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
@@ -156,18 +158,22 @@ def run_networks(
     ref: Params,
     reward: Params,
     temperature: Array,
-    num_tokens: int,
+    rollout: Rollout,
     view: Packed,
     *,
     recompute: bool,
 ) -> dict[str, Array]:
-    """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; with a reward model score [B]."""
-    ref_logprobs, _, _ = response_logprobs(models.policy, ref, view, temperature, num_tokens)
+    """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; with a reward model score [B].
+
+    The view is of the rollout.
+    """
+    law = temperature, rollout.tokens.shape[1], rollout.kept
+    ref_logprobs, _, _ = response_logprobs(models.policy, ref, view, *law)
     out = {"ref_logprobs": ref_logprobs}
     if recompute:
-        out["old_logprobs"], _, out["values"] = forward(models, params, view, temperature, num_tokens)
+        out["old_logprobs"], _, out["values"] = forward(models, params, view, *law)
     else:
-        out["values"] = values_of(models, params, view, num_tokens)
+        out["values"] = values_of(models, params, view, rollout.tokens.shape[1])
     if models.reward is not None:
         out["score"] = reward_scores(models.reward, reward, view)
     return out
@@ -203,7 +209,7 @@ def make_score(
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         whole, mask = models.whole({"ref": ref, "reward": reward}, params), rollout.mask
-        run = partial(run_networks, models, whole, ref, reward, temperature, mask.shape[1], recompute=recompute)
+        run = partial(run_networks, models, whole, ref, reward, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run)}
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
@@ -233,6 +239,7 @@ def make_score(
             old_values=values,
             advantages=jnp.where(mask, advantages, 0.0),
             returns=jnp.where(value_mask, returns, 0.0),
+            kept=rollout.kept,
         )
 
         # What is reported, and the price of the next iteration.
