@@ -137,7 +137,7 @@ def draw_from_logits(
     scaled = logits / jnp.where(greedy, 1.0, law.temperature)
     ids = None
     if candidates and filtered:
-        scaled, ids = jax.lax.top_k(scaled, candidates)
+        scaled, ids = jax.lax.top_k(scaled, min(candidates, scaled.shape[1]))
     top = scaled.max(axis=-1, keepdims=True)
     probs = jnp.exp(scaled - top)
     if filtered:
@@ -185,9 +185,9 @@ def sample(
     uniforms = jax.random.uniform(key, (prompt.shape[0] * samples, max_new_tokens))
     uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens))).reshape(-1, samples, steps)
     model = of_length(model, prompt.shape[1] + max_new_tokens)
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    is_stop = jnp.zeros(model.arch.vocab_size, bool).at[stops].set(True) if stop_ids else None
-    candidates = min(candidates, model.arch.vocab_size)
+    is_stop = None
+    if stop_ids:
+        is_stop = jnp.zeros(model.arch.vocab_size, bool).at[jnp.asarray(stop_ids, jnp.int32)].set(True)
     decode_params = model.decoding_params(params)
     draw = partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered, carry=carry)
 
@@ -210,16 +210,17 @@ def sample(
     active = jnp.ones(prompt.shape[0], bool) if active is None else active
     prompts_at_once = max(microbatch // samples, 1) if microbatch else 0  # whose samples stay together
     drawn = map_microbatches(lambda xs: of_prompts(*xs), (prompt, prompt_mask, uniforms, active), prompts_at_once)
-    tokens, mask, (logprobs, kept) = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
+    prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
+    return _rollout(prompt, prompt_mask, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn), is_stop)
+
+
+def _rollout(prompt: Array, prompt_mask: Array, drawn: Any, is_stop: Bool[Array, " V"] | None) -> Rollout:
+    """Of rows: prompts [B, P], and tokens, whether they count, and their log-probs and kept ids [B, T, ...]."""
+    tokens, mask, (logprobs, kept) = drawn
     if kept is not None:
         kept = jnp.where(mask[:, :, None], kept, -1)
-    prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
-    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, _finished(tokens, mask, is_stop), kept)
-
-
-def _finished(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], is_stop: Bool[Array, " V"] | None) -> Array:
-    """bool[B]: the last token of a row is a stop id."""
-    if is_stop is None:
-        return jnp.zeros(len(tokens), bool)
-    last = jnp.take_along_axis(tokens, jnp.maximum(mask.sum(1, keepdims=True) - 1, 0), axis=1)[:, 0]
-    return is_stop[last] & mask.any(1)
+    finished = jnp.zeros(len(tokens), bool)  # the last token of a row is a stop id
+    if is_stop is not None:
+        last = jnp.take_along_axis(tokens, jnp.maximum(mask.sum(1, keepdims=True) - 1, 0), axis=1)[:, 0]
+        finished = is_stop[last] & mask.any(1)
+    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, finished, kept)
