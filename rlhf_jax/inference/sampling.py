@@ -178,16 +178,14 @@ def sample(
     off `active` are not drawn: the masks of their rows are empty. Log-probs are of the law sampled from (greedy: 0, a
     certain event). A rotary law that depends on length is that of model.length, or else of P + max_new_tokens. The
     noise of a row depends on the key and its place in the batch only, so slots, a microbatch or a mesh change nothing.
-    The last arguments but one are those of `draw_from_logits`; with `carry` the rollout has `kept`.
+    For candidates, filtered and carry, with which the rollout has `kept`, see `draw_from_logits`.
     """
     chunk = min(chunk, max_new_tokens)
     steps = -(-max_new_tokens // chunk) * chunk  # whole chunks
     uniforms = jax.random.uniform(key, (prompt.shape[0] * samples, max_new_tokens))
     uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens))).reshape(-1, samples, steps)
     model = of_length(model, prompt.shape[1] + max_new_tokens)
-    is_stop = None
-    if stop_ids:
-        is_stop = jnp.zeros(model.arch.vocab_size, bool).at[jnp.asarray(stop_ids, jnp.int32)].set(True)
+    is_stop = _set_of(stop_ids, model.arch.vocab_size) if stop_ids else None
     decode_params = model.decoding_params(params)
     draw = partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered, carry=carry)
 
@@ -212,6 +210,10 @@ def sample(
     drawn = map_microbatches(lambda xs: of_prompts(*xs), (prompt, prompt_mask, uniforms, active), prompts_at_once)
     prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
     return _rollout(prompt, prompt_mask, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn), is_stop)
+
+
+def _set_of(ids: tuple[int, ...], size: int) -> Bool[Array, " V"]:
+    return jnp.zeros(size, bool).at[jnp.asarray(ids, jnp.int32)].set(True)
 
 
 def _rollout(prompt: Array, prompt_mask: Array, drawn: Any, is_stop: Bool[Array, " V"] | None) -> Rollout:
