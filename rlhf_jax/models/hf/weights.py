@@ -237,9 +237,7 @@ def save_model(
         raise UserError(f"arch and params disagree about {names}; save params with the arch that they have")
     if score_head:
         leaves = _fold_score_bias(leaves)
-    tokens = _token_ids(eos_ids, pad_id, base_config or {}, score_head=score_head)
-    if tokens["bos_token_id"] is None:  # which transformers does not take in every family
-        tokens["bos_token_id"] = family.defaults.get("bos_token_id")
+    tokens = _token_ids(family, eos_ids, pad_id, base_config or {}, score_head=score_head)
     config = to_json_like(family, arch, base_config or {}, score_head=score_head) | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
@@ -268,12 +266,16 @@ def _fold_score_bias(leaves: Leaves) -> Leaves:
     return leaves
 
 
-def _token_ids(eos_ids: Sequence[int], pad_id: int | None, base: ConfigJson, *, score_head: bool) -> ConfigJson:
+def _token_ids(
+    family: Family, eos_ids: Sequence[int], pad_id: int | None, base: ConfigJson, *, score_head: bool
+) -> ConfigJson:
     eos, pad = [int(token) for token in eos_ids], base.get("pad_token_id") if pad_id is None else int(pad_id)
     if score_head and pad in eos:
         pad = None  # transformers would take the score before the stop token; without padding it refuses batches
     stop = eos[0] if len(eos) == 1 else eos or None
-    return {"bos_token_id": base.get("bos_token_id"), "eos_token_id": stop, "pad_token_id": pad}
+    bos = base.get("bos_token_id")
+    bos = family.defaults.get("bos_token_id") if bos is None else bos  # transformers wants one in some families
+    return {"bos_token_id": bos, "eos_token_id": stop, "pad_token_id": pad}
 
 
 def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
