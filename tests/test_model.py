@@ -271,14 +271,14 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_position(arch):
     decode_params = jax.jit(model.decoding_params)(params)
     logits, cache = jax.jit(model.prefill)(decode_params, prompt, prompt_mask, positions_from_mask(prompt_mask))
     np.testing.assert_allclose(logits, expected[:, 4], atol=1e-5)
-    # Two groups of one sequence, each with columns [B, K, 1, num, N] of its own.
-    own = jax.tree.map(lambda x: np.zeros((*x.shape[:2], 1, num, x.shape[3]), x.dtype), cache)
+    # Two groups of one row, each with columns [B, K, num, N] of its own.
+    own = jax.tree.map(lambda x: np.zeros((*x.shape[:2], num, x.shape[3]), x.dtype), cache)
     decode = jax.jit(model.decode)
     for t in range(num):
-        mask = np.hstack([prompt_mask, np.broadcast_to(np.arange(num) <= t, (2, num))])[:, None]
-        apart = (5 + t - np.arange(5 + num))[None, None]
-        logits, own = decode(decode_params, later[:, t : t + 1], lengths[:, None] + t, mask, apart, cache, own, t)
-        np.testing.assert_allclose(logits[:, 0], expected[:, 5 + t], atol=1e-5)
+        mask = np.hstack([prompt_mask, np.broadcast_to(np.arange(num) <= t, (2, num))])
+        apart = (5 + t - np.arange(5 + num))[None]
+        logits, own = decode(decode_params, later[:, t], lengths + t, mask, apart, cache, own, t)
+        np.testing.assert_allclose(logits, expected[:, 5 + t], atol=1e-5)
 
 
 def test_decoding_params_are_the_layers_one_by_one_in_the_compute_dtype():

@@ -128,7 +128,7 @@ class Engine:
         mask, logits = (x.reshape(total, contexts, -1) for x in (mask, logits))
         side_by_side = lambda x: jnp.moveaxis(split(x, total), 1, 2).reshape(total, x.shape[1], -1, x.shape[3])  # noqa: E731
         cache = self.model.pinned(jax.tree.map(side_by_side, cache))
-        own = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], width, columns, x.shape[3]), x.dtype), cache)
+        own = jax.tree.map(lambda x: jnp.zeros((total * width, x.shape[1], columns, x.shape[3]), x.dtype), cache)
         none = jnp.zeros((total, width), jnp.int32)
         first = jnp.zeros((total, width, logits.shape[-1]), logits.dtype)
         slots = Slots(none, none, none, none > 0, first, self.model.pinned(own))
@@ -245,30 +245,25 @@ class Engine:
 
     def decode_chunk(self, state: State) -> State:
         """One chunk of tokens of every slot, written to the places of their rows."""
-        slots, contexts, (ways, _, _, _, length) = state.slots, state.contexts, self.shape
-        columns = jax.tree.leaves(slots.cache)[0].shape[3]
-        # The prompts' columns [X, M, C * P]: those of a slot's own context, and how far before the first token.
-        own = self.of_contexts(slots.context)[..., None] & contexts.mask[:, None]
-        own = own.reshape(*slots.row.shape, -1)
-        before = jnp.tile(length - jnp.arange(length), contexts.mask.shape[1])[None, None]
-        lengths = jnp.take_along_axis(contexts.mask.sum(2, dtype=jnp.int32), slots.context, axis=1)
+        slots, held, (ways, _, _, _, length) = state.slots, state.contexts, self.shape
+        columns = jax.tree.leaves(slots.cache)[0].shape[2]
+        # The prompts' columns [R, C * P], R = X * M: those of a slot's context, and how far before the first token.
+        own = flat((self.of_contexts(slots.context)[..., None] & held.mask[:, None]).reshape(*slots.row.shape, -1))
+        before = jnp.tile(length - jnp.arange(length), self.shape[3])[None]
+        lengths = flat(jnp.take_along_axis(held.mask.sum(2, dtype=jnp.int32), slots.context, axis=1))
 
         def one_token(carry: Any, xs: Any) -> tuple[Any, Any]:
             logits, cache, place, alive = carry
             uniform, step = xs
             if self.is_stop is not None:
-                early = (place < self.min_new_tokens)[:, :, None]
-                logits = jnp.where(self.is_stop[None, None] & early, -jnp.inf, logits)
-            token, kept = self.draw(logits.reshape(-1, logits.shape[-1]), uniform.reshape(-1))
-            token, kept = jax.tree.map(lambda x: self._off(alive, x), (token, kept))
-            age = ((step - jnp.arange(columns)) % columns)[None, None]
-            sees = jnp.concatenate([own, age <= place[:, :, None]], axis=2)
-            apart = jnp.concatenate(
-                [before + place[:, :, None], jnp.broadcast_to(age, (*place.shape, columns))], axis=2
-            )
-            logits, cache = self.model.decode(
-                self.params, token, lengths + place, sees, apart, contexts.cache, cache, step % columns
-            )
+                early = (place < self.min_new_tokens)[:, None]
+                logits = jnp.where(self.is_stop[None] & early, -jnp.inf, logits)
+            token, kept = jax.tree.map(partial(_where, alive), self.draw(logits, uniform))
+            age = ((step - jnp.arange(columns)) % columns)[None]
+            sees = jnp.concatenate([own, age <= place[:, None]], axis=1)
+            apart = jnp.concatenate([before + place[:, None], jnp.broadcast_to(age, (len(place), columns))], axis=1)
+            at = lengths + place
+            logits, cache = self.model.decode(self.params, token, at, sees, apart, held.cache, cache, step % columns)
             out = (token, alive, kept)
             place = place + alive
             alive = alive & (place < self.max_new_tokens)
@@ -276,23 +271,22 @@ class Engine:
                 alive = alive & ~self.is_stop[token]
             return (logits, cache, place, alive), out
 
-        # Uniforms of the slots' rows, chunk of the row: [X, M, chunk] -> [chunk, X, M].
-        row, number = (split(x, ways) for x in (slots.row, slots.place // self.chunk))
+        # Uniforms of the slots' rows, chunk of the row: [W, rows, chunk] -> [chunk, R].
+        row, number = (split(flat(x), ways) for x in (slots.row, slots.place // self.chunk))
         cut = lambda x: x.reshape(*x.shape[:2], -1, self.chunk)  # noqa: E731
-        uniforms = jax.vmap(lambda u, r, n: u[r, n])(cut(self.uniforms), row, number)
-        uniforms = jnp.moveaxis(uniforms.reshape(*slots.row.shape, -1), 2, 0)
+        uniforms = flat(jax.vmap(lambda u, r, n: u[r, n])(cut(self.uniforms), row, number)).T
         steps = state.step + jnp.arange(self.chunk)
-        start = (slots.logits, slots.cache, slots.place, slots.alive)
+        start = (flat(slots.logits), slots.cache, flat(slots.place), flat(slots.alive))
         (logits, cache, place, alive), new = jax.lax.scan(one_token, start, (uniforms, steps))
-        # [chunk, X, M, ...] -> [W, groups, M, chunk, ...], to chunk `number` of row `row`; an idle slot has none.
-        target = jnp.where(split(slots.alive, ways), row, self.uniforms.shape[1])
+        # [chunk, R, ...] -> [W, R / W, chunk, ...], to chunk `number` of row `row`; an idle slot has none.
+        target = jnp.where(split(flat(slots.alive), ways), row, self.uniforms.shape[1])
         put = jax.vmap(lambda old, new, r, n: old.at[r, n].set(new, mode="drop"))
-        out = jax.tree.map(lambda old, x: put(old, split(jnp.moveaxis(x, 0, 2), ways), target, number), state.out, new)
+        out = jax.tree.map(lambda old, x: put(old, split(jnp.moveaxis(x, 0, 1), ways), target, number), state.out, new)
+        logits, place, alive = (x.reshape(*slots.row.shape, *x.shape[1:]) for x in (logits, place, alive))
         slots = Slots(slots.row, slots.context, place, alive, logits, cache)
         return dataclasses.replace(state, slots=slots, step=state.step + self.chunk, out=out)
 
-    @staticmethod
-    def _off(alive: Array, x: Array) -> Array:
-        """[X * M, ...] as [X, M, ...], 0 where no sequence is drawn."""
-        x = x.reshape(*alive.shape, *x.shape[1:])
-        return jnp.where(alive.reshape(*alive.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+def _where(alive: Bool[Array, " R"], x: Array) -> Array:
+    """[R, ...], 0 where no sequence is drawn."""
+    return jnp.where(alive.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))

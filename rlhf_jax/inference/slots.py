@@ -46,7 +46,7 @@ class Slots:
         place: int32[X, M], tokens so far.
         alive: bool[X, M], there is a sequence and it has not ended.
         logits: float32[X, M, V], of the next token.
-        cache: per layer keys and values [X, K, M, S, N] of the tokens so far. All slots write the same column, step
+        cache: per layer keys and values [X * M, K, S, N] of the tokens so far. All slots write the same column, step
             modulo S: a sequence sees the columns of its own age.
     """
 
@@ -124,5 +124,5 @@ def flat(x: Array) -> Array:
 
 
 def widened(x: Array, columns: int) -> Array:
-    """A cache [X, K, M, S, N] with more columns."""
-    return jnp.pad(x, [(0, columns - x.shape[3] if axis == 3 else 0) for axis in range(5)])
+    """A cache [R, K, S, N] with more columns."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0)))

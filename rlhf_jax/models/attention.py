@@ -70,32 +70,44 @@ def attention(
 
 
 def group_attention(
-    q: Float[Array, "B K G T N"],
-    k: Float[Array, "B K T S N"],
-    v: Float[Array, "B K T S N"],
-    shared: tuple[Float[Array, "B K P N"], Float[Array, "B K P N"]],
-    mask: Bool[Array, "B T P+S"],
+    q: Float[Array, "B K G 1 N"],
+    k: Float[Array, "B K S N"],
+    v: Float[Array, "B K S N"],
+    shared: tuple[Float[Array, "X K P N"], Float[Array, "X K P N"]],
+    mask: Bool[Array, "B P+S"],
     *,
     scale: float,
     softcap: float,
-) -> Float[Array, "B K G T N"]:
-    """`attention` of T sequences, one query each, to columns that they share and to S columns of their own.
+) -> Float[Array, "B K G 1 N"]:
+    """`attention` of one query of each row to S columns of its own, and P that it shares with the rows beside it.
 
-    `mask` has the shared columns first. A shared column is read once for all queries of its group.
+    The rows lie in X groups, one after another; a shared column is read once for all queries of its group. `mask` has
+    the shared columns first.
     """
-    # Scores [B, K, G, T, P + S] side by side under one softmax; the two parts of the mixture are added.
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=precision)
-    q, (shared_k, shared_v) = q * scale, shared
+    (shared_k, shared_v), groups = shared, shared[0].shape[0]
+
+    def by_group(x: Array) -> Array:
+        """[B, K, G, 1, .] as [X, K, B / X, G, .]."""
+        return jnp.moveaxis(x.reshape(groups, -1, *x.shape[1:3], x.shape[4]), 1, 2)
+
+    def by_row(x: Array) -> Array:
+        """Undo `by_group`."""
+        return jnp.moveaxis(x, 2, 1).reshape(q.shape[0], *q.shape[1:4], x.shape[4])
+
+    # Scores [B, K, G, 1, P + S] side by side under one softmax; the two parts of the mixture are added.
+    q = q * scale
     parts = (
-        product("bkgtn,bkpn->bkgtp", q, shared_k, preferred_element_type=jnp.float32),
-        product("bkgtn,bktsn->bkgts", q, k, preferred_element_type=jnp.float32),
+        by_row(product("xkrgn,xkpn->xkrgp", by_group(q), shared_k, preferred_element_type=jnp.float32)),
+        product("bkgtn,bksn->bkgts", q, k, preferred_element_type=jnp.float32),
     )
     scores = softcapped(jnp.concatenate(parts, axis=-1), softcap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     of_shared, of_own = jnp.split(weights.astype(q.dtype), [shared_k.shape[2]], axis=-1)
-    mixed = product("bkgtp,bkpn->bkgtn", of_shared, shared_v) + product("bkgts,bktsn->bkgtn", of_own, v)
+    mixed = product("bkgts,bksn->bkgtn", of_own, v)
+    mixed = mixed + by_row(product("xkrgp,xkpn->xkrgn", by_group(of_shared), shared_v))
     return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
 
 

@@ -24,9 +24,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-Cache = tuple[Float[Array, "B K *S N"], Float[Array, "B K *S N"]]
-"""Keys and values of one layer: [B, K, S, N] of a text, or [B, K, T, S, N] of the T sequences of a group, each with
-columns of its own. A model's cache is a list of these."""
+Cache = tuple[Float[Array, "B K S N"], Float[Array, "B K S N"]]
+"""Keys and values of one layer; a model's cache is a list of these."""
 
 
 class Norm(nnx.Module):
@@ -81,8 +80,7 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Without a cache T = S. With one, the T tokens are the next ones of as many sequences: each is written to
-        column `index` of its own, [B, K, T, S, N], and `attend` gets all of these."""
+        """Without a cache T = S. With one, T new columns are written at `index`; `attend` covers all of it."""
         # [B, T, D] -> [B, T, K, G + 2, N], cut into q [B, T, K, G, N] and k, v [B, T, K, 1, N].
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
@@ -95,12 +93,10 @@ class Attention(nnx.Module):
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         k, v = k[:, :, 0], v[:, :, 0]
-        # A column [B, K, T, 1, N] into the cache [B, K, T, S, N], which is then attended to.
+        # Into the cache [B, K, S, N], which is then attended to.
         if cache is not None and index is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new[:, :, :, None].astype(old.dtype), index, axis=3)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
         # [B, K, G, T, N] -> [B, T, D].
         y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v), 3, 1), self.out[...])
         if hasattr(self, "out_bias"):

@@ -323,24 +323,25 @@ class Model:
         segment_ids = mask.astype(jnp.int32)
         attends = [self._attend(segment_ids, local=local) for local in (False, True)]
         hidden, cache = self._layers(params, tokens, positions, lambda i, local: attends[local], None, None)
-        return self._next_logits(params, hidden[:, -1:])[:, 0], cache
+        return self._next_logits(params, hidden), cache
 
     def decode(
         self,
         params: Params,
-        token: Int[Array, "B T"],
-        position: Int[Array, "B T"],
-        sees: Bool[Array, "B T P+S"],
-        apart: Int[Array, "#B #T P+S"],
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        sees: Bool[Array, "B P+S"],
+        apart: Int[Array, "#B P+S"],
         shared: list[decoder.Cache],
         cache: list[decoder.Cache],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T V"], list[decoder.Cache]]:
-        """The next token of T sequences in each of B groups: logits of the one after, and the new `cache`.
+    ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
+        """The next token of every row: logits of the one after, and the new `cache`.
 
-        A group's sequences share the columns `shared` [B, K, P, N], those of its prompts, and have S of their own in
-        `cache` [B, K, T, S, N], of which the token is written to column `index`. `sees` says which of both a token
-        sees, itself included; `apart`, how many tokens they lie before it, is for layers with a window.
+        Rows lie in X groups, one after another. Those of a group share the columns `shared` [X, K, P, N], those of its
+        prompts, and have S of their own in `cache` [B, K, S, N], of which the token is written to column `index`.
+        `sees` says which of both a token sees, itself included; `apart`, how many tokens they lie before it, is for
+        layers with a window.
         """
         masks = sees, sees & (apart < self.arch.sliding_window)
 
@@ -348,7 +349,7 @@ class Model:
             softcap = self.arch.attn_softcap
             return partial(group_attention, shared=shared[i], mask=masks[local], scale=self.scale, softcap=softcap)
 
-        hidden, cache = self._layers(params, token, position, attend, cache, index)
+        hidden, cache = self._layers(params, token[:, None], position[:, None], attend, cache, index)
         return self._next_logits(params, hidden), cache
 
     def _layers(
@@ -375,13 +376,13 @@ class Model:
         return x, self.pinned(new_cache)
 
     def pinned(self, cache: list[decoder.Cache]) -> list[decoder.Cache]:
-        """Keys and values [B, K, ..., N] where they belong: rows over the data axes, heads over tensor."""
-        return jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), *[None] * (c.ndim - 2)), cache)
+        """Keys and values [B, K, S, N] where they belong: rows over the data axes, heads over tensor."""
+        return jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), None, None), cache)
 
-    def _next_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of the next tokens, whole rows on a device, since drawing looks at all of the vocabulary."""
-        logits = self.project(params, self._norm.apply(params["final_norm"], hidden))
-        return constrain(logits, *ROWS, None, None)
+    def _next_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
+        """Logits after the last of T tokens, whole rows on a device, since drawing looks at all of the vocabulary."""
+        logits = self.project(params, self._norm.apply(params["final_norm"], hidden[:, -1:]))[:, 0]
+        return constrain(logits, *ROWS, None)
 
 
 def of_length(model: _M, length: int) -> _M:
