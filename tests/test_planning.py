@@ -54,6 +54,7 @@ def test_products_in_loops_and_recomputed_ones_are_counted():
     assert of(loop, unknown_trips=7) == 7 * one
     named = jax.named_scope("trips_2.5")(loop)
     assert [of(named, unknown_trips=trips) for trips in (0, 7)] == [0, 2.5 * one]
+    assert [of(jax.named_scope(f"{kind}_4")(loop), fill=0.5) for kind in ("filled", "unfilled")] == [2 * one, 8 * one]
 
 
 HLO = """

@@ -169,7 +169,7 @@ class Engine:
 
         # For `plan`: on average in each of the chunks.
         rounds = -(-self.prompts.shape[1] // at_once)
-        with jax.named_scope(f"trips_{rounds * self.chunk * self.at_once / self.uniforms[0].size:g}"):
+        with jax.named_scope(f"unfilled_{rounds * self.chunk * self.at_once / self.uniforms[0].size:g}"):
             return jax.lax.while_loop(wanted, partial(self.admit_some, at_once=at_once), state)
 
     def admit_some(self, state: State, at_once: int) -> State:

@@ -32,15 +32,16 @@ def count_flops(jaxpr: Any, *, unknown_trips: int = 1, fill: float = 1.0) -> flo
 
 
 def trips_of(scopes: str, unknown: int, fill: float) -> float:
-    """Of a loop that ends when its data say so, from the innermost name scope that tells: trips_N or filled_N.
+    """Of a loop that ends when its data say so, from its innermost name scope that tells; 0 if `unknown` is 0.
 
-    N times, or `fill` of that where it follows the tokens; `unknown` where no scope tells, and 0 if `unknown` is.
+    trips_N: N times. filled_N: `fill` of that, as it follows the tokens. unfilled_N: N times in each round of such a
+    loop where all slots are filled, and as often in all however they are. None of these: `unknown` times.
     """
-    named = re.findall(r"\b(trips|filled)_([\d.]+)", scopes)
+    named = re.findall(r"\b(trips|filled|unfilled)_([\d.]+)", scopes)
     if not named or not unknown:
         return unknown
     kind, number = named[-1]
-    return float(number) * (fill if kind == "filled" else 1.0)
+    return float(number) * {"trips": 1.0, "filled": fill, "unfilled": 1 / fill}[kind]
 
 
 def _jaxprs(value: Any) -> list[Any]:

@@ -44,6 +44,7 @@ class Row:
         seconds: compute, memory, network (and between slices, if there are several), each if it were alone.
         tokens: of one run, where as many slots hold tokens as is said.
         compile_s: seconds that the compiler took.
+        least: of decode: bytes of weights and filled cache, which it cannot do without; else 0.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Row:
     seconds: dict[str, float]
     tokens: int
     compile_s: float
+    least: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -120,7 +122,7 @@ def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     peak = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
-    def row(name: str, flops: float, model_flops: float, moved: Traffic, tokens: int) -> Row:
+    def row(name: str, flops: float, model_flops: float, moved: Traffic, tokens: float, least: float = 0.0) -> Row:
         seconds = {
             "compute": flops / (count * chip.flops),
             "memory": moved.memory / chip.bandwidth,
@@ -131,13 +133,13 @@ def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
         collectives = {kind: float(size) for kind, size in moved.collectives.items() if size}
         return Row(
             name, arguments, temporaries, peak, flops, model_flops, moved.memory, collectives,
-            max(moved.buffers, key=math.prod, default=()), seconds, tokens, compile_s,
+            max(moved.buffers, key=math.prod, default=()), seconds, round(tokens), compile_s, least,
         )  # fmt: skip
 
     whole = traffic(text, unknown_trips=program.loops, fill=fill)
     if program.loops == 1:
         flops, model_flops = (count_flops(jaxpr, fill=fill) for jaxpr in (same, ideal))
-        return [row(program.name, flops, model_flops, whole, round(program.tokens * fill))]
+        return [row(program.name, flops, model_flops, whole, program.tokens * fill)]
     before = traffic(text, unknown_trips=0)
     loop = Traffic(memory=whole.memory - before.memory, buffers=whole.buffers)
     loop.collectives.update({kind: size - before.collectives[kind] for kind, size in whole.collectives.items()})
@@ -145,7 +147,7 @@ def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
     rows, length = program.arguments[1].shape
     return [
         row("prefill", once, once, before, rows * length),
-        row("decode", all_ - once, all_ - once, loop, round(program.tokens * fill)),
+        row("decode", all_ - once, all_ - once, loop, program.tokens * fill, program.least(fill)),
     ]
 
 
@@ -170,6 +172,15 @@ def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     return [*lines, "", verdict(rows, chip)]
+
+
+def decode_lines(rows: list[Row]) -> list[str]:
+    """How near decoding is to reading weights and filled cache alone."""
+    return [
+        f"{r.name}: {r.memory / r.least:.2f} x the bytes of weights and filled cache, {_gib(r.least)}"
+        for r in rows
+        if r.least
+    ]
 
 
 def cost_line(costs: dict[float, float]) -> str:
@@ -261,5 +272,5 @@ def run(plan: PlanArgs, config: StageArgs) -> bool:
         slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
         chips = f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}"
         tell(f"{chips}, mesh {axes}; bytes are per chip\n")
-        tell("\n".join([*shown(rows, chip, len(devices)), cost_line(costs)]))
+        tell("\n".join([*shown(rows, chip, len(devices)), *decode_lines(rows), cost_line(costs)]))
     return fits(rows, chip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.sampling import SamplingLaw
+from rlhf_jax.inference.slots import choose_slots, layout
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import config_json
 from rlhf_jax.models.kernels import quantized
@@ -35,7 +37,7 @@ from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicat
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
 from rlhf_jax.training.supervised import WORTH, Task, packing_of
-from rlhf_jax.types import Batch
+from rlhf_jax.types import Batch, Params
 
 
 class Program(NamedTuple):
@@ -47,6 +49,7 @@ class Program(NamedTuple):
         arguments: ShapeDtypeStructs with shardings.
         tokens: tokens that one run trains on, scores or makes.
         loops: most times that its one loop of unknown length runs.
+        least: of the share of slots that hold tokens: bytes that a device has to read for its loop at least.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     tokens: int
     loops: int = 1
+    least: Callable[[float], float] = lambda fill: 0.0
 
 
 def find_arch(path: str) -> ArchConfig:
@@ -207,10 +211,31 @@ def _online(
     host = _rows(mesh, host=((size,), jnp.float32))["host"]
     scored = (state.params, nets.ref, nets.reward, rollout, host, number, number)
     experience = _shapes(programs.score.trace(*scored).out_info[0], rows)
+    least = partial(_decoded, nets.policy.model, drawn_from[0], config, mesh, shape, samples)
     chunks, everything = -(-new // min(config.sampling.chunk, new)), (length + new) * size
     updated = (state, experience, key, number, text, nets.frozen)
     return [
-        Program("rollout", programs.rollout, drawn_from, new * size, chunks),
+        Program("rollout", programs.rollout, drawn_from, new * size, chunks, least),
         Program("score", programs.score, scored, everything),
         Program("update", programs.update, updated, settings.epochs * everything),
     ]
+
+
+def _decoded(
+    model: Model, params: Params, config: OnlineArgs, mesh: Mesh, shape: tuple[int, int], samples: int, fill: float
+) -> float:
+    """Bytes of weights and filled cache that a device reads to decode `samples` of prompts [N, P], token by token."""
+    sampling, ways = config.sampling, math.gcd(mesh.shape["data"] * mesh.shape["fsdp"], shape[0])
+    prompts, length, new = shape[0] // ways, shape[1], sampling.max_new_tokens
+    weights, arch = jax.eval_shape(model.decoding_params, params), model.arch
+    chosen = choose_slots(model, weights, prompts, samples, length, new)
+    groups, width, contexts = layout(prompts, samples, sampling.slots // ways or chosen)
+    refills = groups * width < prompts * samples
+    steps = new * fill * prompts * samples / (groups * width) if refills else new
+    # A slot has on average half of its tokens behind it, a context all of its prompt.
+    column = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * model.compute_dtype.itemsize
+    cache = groups * (contexts * length + width * new / 2) * fill * column
+    whole = {name: part for name, part in weights.items() if name != "embed" or arch.tied_head}  # else rows of it
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
+    tensor = config.mesh.rollout_tensor or mesh.shape["tensor"]
+    return steps * (size + cache) / tensor
