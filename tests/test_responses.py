@@ -9,7 +9,8 @@ from tiny import ARCH, model_params
 
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.data.collate import collate_preference, collate_ranking
-from rlhf_jax.data.packing import Packing, fill, pack_responses, sequences_needed
+from rlhf_jax.data.packing import Packing, fill, pack_responses, pack_texts, sequences_needed
+from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.losses import dpo_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_jax.models import Model
 from rlhf_jax.preference import objective as preference_objective
@@ -74,8 +75,11 @@ def test_every_token_of_every_response_has_one_column(kind, shared):
     assert sum(map(len, held)) == rows and set.union(*held) == set(range(rows))
     assert [bool(x) for x in held] == sorted((bool(x) for x in held), reverse=True)
     columns = int((packed.segment_ids > 0).sum())
-    real = int(batch["segment_ids"].sum())
-    assert columns < real if shared else columns == real
+    real, found = int(batch["segment_ids"].sum()), (batch["lengths"] > 0).sum(axis=1)
+    saved = ((found - 1) * np.maximum(batch["prompt_lengths"] - 1, 0)).sum()  # where all fit into one sequence
+    assert real - saved <= columns < real if shared else columns == real
+    if shared and kind == "pairs":
+        assert columns < real - 0.5 * saved
 
 
 def losses(kind: str):
@@ -155,3 +159,19 @@ def test_examples_that_need_few_sequences_fit_into_microbatches_of_few():
             assert set(packed.row.reshape(-1).tolist()) >= set(np.flatnonzero(batch["lengths"]).tolist())
     with pytest.raises(ValueError, match="finds no room"):
         pack_responses(batches[0], Packing(1, 100, shared=False))
+
+
+def test_texts_of_one_prompt_stand_behind_it_once_and_are_read_as_alone():
+    rng, shared, other = np.random.default_rng(5), [3, 4, 5, 6], [7, 8]
+    texts = [(shared if i % 3 else other, rng.integers(2, 20, 1 + i % 5).tolist()) for i in range(23)]
+    examples = [example_of(prompt, answer) for prompt, answer in texts]
+    views = pack_texts(examples, LENGTH, 2)
+    assert all(view.tokens.shape == (2, LENGTH) for view in views)
+    assert {r for view in views for r in view.row.reshape(-1).tolist()} == set(range(24))
+    assert sum(int((view.segment_ids > 0).sum()) for view in views) < 0.75 * sum(len(x["tokens"]) for x in examples)
+    params, mesh = model_params(POLICY, 1), make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    reader = Likelihood(POLICY, mesh, batch_size=2, multiple=LENGTH)
+    together, alone = reader.targets(params, examples), [reader.targets(params, [x])[0] for x in examples]
+    for found, expected, (_, answer) in zip(together, alone, texts, strict=True):
+        assert len(found) == len(answer)
+        np.testing.assert_allclose(found, expected, atol=1e-5)

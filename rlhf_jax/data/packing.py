@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ from rlhf_jax.tokens import Packed
 
 PADDED = ("tokens", "segment_ids", "positions", "last")
 """What `Packed` replaces in a batch of responses."""
+
+MOST = 16
+"""Texts behind one prompt that `pack_texts` puts into a segment."""
 
 Group = tuple[int, ...]
 """Places of an example's responses that stand in one segment, behind one copy of their prompt."""
@@ -86,19 +89,42 @@ def sequences_needed(batch: Batch, *, shared: bool) -> int:
 
 
 def pack_texts(examples: Sequence[Example], length: int, sequences: int) -> list[Packed]:
-    """Views [`sequences`, `length`] that hold {tokens, loss_mask} examples, row i example i.
+    """Views [`sequences`, `length`] that hold {tokens, loss_mask} examples, row i example i; equal prompts stand once.
 
-    The response of an example begins at its first target; what stands before is never asked for.
+    The response of an example begins at its first target; what stands before is its prompt, and never asked for.
     """
     tokens = [example["tokens"] for example in examples]
-    starts = [int(np.argmax(example["loss_mask"])) for example in examples]
-    batch = {**padded(tokens, length, 0), "prompt_lengths": np.maximum(starts, 1)}
-    for name in ("tokens", "segment_ids"):
-        batch[name] = batch[name][:, None]
-    packing = Packing(sequences, -(-len(examples) // sequences), shared=False)
+    starts = [max(int(np.argmax(example["loss_mask"])), 1) for example in examples]
+    segments = _equal_prompts(tokens, starts, length)
+    width = max(map(len, segments))
+    of_row = np.full(len(segments) * width + 1, len(examples), np.int32)  # the last: columns of no row
+    for number, members in enumerate(segments):
+        of_row[number * width : number * width + len(members)] = members
+    empty = np.zeros(0, np.int32)
+    read = padded([*(tokens[i] if i < len(examples) else empty for i in of_row[:-1])], length, 0)
+    batch = {name: read[name].reshape(len(segments), width, length) for name in ("tokens", "segment_ids")}
+    batch["prompt_lengths"] = np.array([starts[members[0]] for members in segments])
+    packing = Packing.of(len(segments), 1, length, tokens=sequences * length, most=sequences, ways=1, shared=True)
     packed: Packed = pack_responses(batch, packing)["packed"]
+    packed = replace(packed, row=of_row[packed.row], num_rows=len(examples))
     used = int((packed.segment_ids > 0).any(axis=(0, 2)).sum())
     return [jax.tree.map(lambda x, i=i: x[:, i], packed) for i in range(used)]
+
+
+def _equal_prompts(tokens: Sequence[np.ndarray], starts: Sequence[int], length: int) -> list[list[int]]:
+    """The texts in segments: those of one prompt together, at most MOST and what fits into `length`."""
+    open_: dict[bytes, tuple[list[int], int]] = {}
+    segments: list[list[int]] = []
+    for i, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
+        prompt = ids[:start].tobytes()
+        members, columns = open_.get(prompt, ([], 0))
+        more = columns + len(ids) - (start - 1 if members else 0)
+        if not members or len(members) == MOST or more > length:
+            members, more = [], len(ids)
+            segments.append(members)
+        members.append(i)
+        open_[prompt] = members, more
+    return segments
 
 
 def fill(batches: Sequence[Batch]) -> tuple[float, float]:
@@ -114,7 +140,8 @@ def _segments(batch: Batch, shared: bool) -> tuple[list[list[Group]], list[list[
     """Of every example of a batch of responses, its responses by segments and the columns of each segment."""
     rows, _, length = batch["tokens"].shape
     sizes, prompts = (batch["segment_ids"] > 0).sum(axis=-1), batch["prompt_lengths"]
-    same = (batch["tokens"] == batch["tokens"][:, :1]) | (np.arange(length) >= prompts[:, None, None])
+    behind = (np.arange(length) >= prompts[:, None, None]) | (sizes == 0)[:, :, None]  # or an empty place
+    same = behind | (batch["tokens"] == batch["tokens"][:, :1])
     once = shared & same.all(axis=(1, 2)) & (prompts > 1)
     groups = [_groups(sizes[b], prompts[b], length, once[b]) for b in range(rows)]
     return groups, [[_columns(sizes[b], prompts[b], group) for group in groups[b]] for b in range(rows)]

@@ -42,11 +42,7 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
     response = tokenizer.encode_response(row["response"], **told)
     prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
-    return _example(prompt + response, cut or cut_prompt)
-
-
-def _example(tokens: list[int], cut: bool) -> Example:
-    return {"tokens": np.asarray(tokens, np.int32), "loss_mask": np.ones(len(tokens), bool), "cut": cut}
+    return {**example_of(prompt, response), "cut": cut or cut_prompt}
 
 
 class RewardModel:
@@ -71,7 +67,7 @@ class RewardModel:
         """A prompt as a model saw it and what it wrote, in ids of the vocabulary that is this model's, too."""
         prompt, cut_prompt = self.limits.prompt({}, list(prompt_ids), self.tokenizer.bos_id)
         response, cut = self.limits.response({}, len(prompt), list(ids))
-        return _example(prompt + response, cut or cut_prompt)
+        return {**example_of(prompt, response), "cut": cut or cut_prompt}
 
     def scores(self, examples: Sequence[Example], length: int) -> list[float]:
         """The scores of examples of at most `length` tokens, where the last token stands, the stop token if any."""
