@@ -132,6 +132,19 @@ def test_a_ring_that_takes_two_steps_at_a_time_is_one_all_gather():
     assert hlo.traffic(by_one).collectives["all-gather"] == 2 * 16 * 16
 
 
+def test_what_is_fetched_ahead_is_read_once():
+    """32 bytes to the chip's scratchpad, where the product that reads them costs nothing of the memory."""
+    text = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %start = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)
+  %done = f32[8]{0:S(1)} copy-done(%start)
+  ROOT %out = f32[8]{0:S(1)} multiply(%done, %done)
+}
+"""
+    assert 32 <= hlo.traffic(text).memory <= 36  # and a counter
+
+
 def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
     text = HLO.replace("  ROOT %lt = pred[] compare(%i, %n), direction=LT",
                        "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip

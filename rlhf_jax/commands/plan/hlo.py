@@ -139,8 +139,9 @@ def traffic(text: str, *, unknown_trips: int = 1, fill: float = 1.0) -> Traffic:
             elif i.op == "send" and "xla_megascale" in i.rest:
                 out.collectives[BETWEEN_SLICES] += times * _size(shapes.get(i.operands()[0], ""))
             elif i.op == "while":
-                trips = _trips(i, computations)
                 scopes = (re.search(r'op_name="([^"]*)"', i.rest) or ["", ""])[1]
+                # Of a loop that has a name of its own the condition may look like a count, and be none.
+                trips = None if re.search(r"_[\d.]+/while$", scopes) else _trips(i, computations)
                 inner = times * (trips_of(scopes, unknown_trips, fill) if trips is None else trips)
                 walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner)
             elif i.op in ("conditional", "call", "async-start"):
@@ -158,20 +159,23 @@ def traffic(text: str, *, unknown_trips: int = 1, fill: float = 1.0) -> Traffic:
 def _add_memory(
     i: _Instruction, shapes: dict[str, str], computations: _Computations, times: float, out: Traffic
 ) -> None:
+    operands = [shapes.get(name, "") for name in i.operands()]
+    if i.op in ("copy-start", "slice-start"):  # to the scratchpad or from it; what it returns has the operand, too
+        out.memory += times * (_size(i.shape) - sum(map(_size, operands)))
     if i.op in _FREE or i.op.endswith(("-start", "-done")):
         return
     for kind, dims in _SHAPE.findall(i.shape):
         if kind == "f32":
             out.buffers.add(tuple(int(d) for d in dims.split(",") if d))
-    operands = [_size(_off_chip(shapes.get(name, ""))) for name in i.operands()]
+    read = [_size(_off_chip(shape)) for shape in operands]
     inside = {x.op for x in computations.get(i.called("calls"), ())} if i.op == "fusion" else {i.op}
     if "dynamic-update-slice" in inside:  # in place: the large operand is neither read nor written as a whole
-        out.memory += times * 2 * sum(sorted(operands)[:-1])
+        out.memory += times * 2 * sum(sorted(read)[:-1])
     elif "dynamic-slice" in inside:
         result = _size(_off_chip(i.shape))
-        out.memory += times * (result + sum(min(size, max(result, 1)) for size in operands))
+        out.memory += times * (result + sum(min(size, max(result, 1)) for size in read))
     else:
-        out.memory += times * (sum(operands) + _size(_off_chip(i.shape)))
+        out.memory += times * (sum(read) + _size(_off_chip(i.shape)))
 
 
 def _off_chip(shape: str) -> str:
