@@ -338,7 +338,7 @@ RANGES = {
         sft.epochs 0, sft.steps -1, sft.accumulate 0, sft.num_samples -1, run.log_every 0, run.eval_every -1,
         run.seed -1, run.seed 4294967296, optim.learning_rate -1, optim.learning_rate .inf, optim.b1 1, optim.b2 -0.1,
         optim.eps 0, optim.end_fraction 2, optim.warmup_steps -1, optim.clip_norm -1, optim.weight_decay -1""",
-    "reward": "reward.epochs 0, reward.accumulate 0, reward.steps -1, reward.center_coef -1, optim.b1 .nan",
+    "reward": "data.microbatch_tokens 0, reward.epochs 0, reward.accumulate 0, reward.steps -1, reward.center_coef -1, optim.b1 .nan",
     "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.max_new_tokens 0,
         sampling.min_new_tokens -1, sampling.top_k -1, sampling.chunk 0, sampling.microbatch -1, ppo.epochs 0,
         ppo.iterations 0, ppo.minibatches 0, ppo.accumulate 0, ppo.clip_ratio 0, ppo.clip_ratio -0.2,
@@ -380,6 +380,8 @@ TOGETHER = {
     "ppo --sampling.min_new_tokens 65": "sampling.min_new_tokens 65 is more than sampling.max_new_tokens 64; lower it",
     "ppo --sampling.prompt_buckets [8,4]": "sampling.prompt_buckets [8, 4] do not ascend; sort them",
     "ppo --sampling.prompt_buckets [0,256]": "sampling.prompt_buckets [0, 256] has 0; make each at least 1",
+    "reward --data.length_buckets [64] --data.pack on": "data.pack on makes sequences of data.max_length; leave out "
+    "data.length_buckets",
     "sft --data.length_buckets [64,32]": "data.length_buckets [64, 32] do not ascend; sort them",
     "sft --data.length_buckets [32,32]": "data.length_buckets [32, 32] has one twice; give each once",
     "sft --lora.targets [q_proj]": "lora.targets does nothing with lora.rank 0, which trains the whole model; set "
