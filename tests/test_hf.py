@@ -311,7 +311,7 @@ def test_token_ids_and_the_base_config(tmp_path):
 def test_shapes_without_a_family(tmp_path):
     arch = dataclasses.replace(TINY, norm="layer", positions="learned", gated_mlp=False, qkv_bias=True, num_kv_heads=4)
     said = message(hf.save_model, tmp_path / "m", arch, random_params(arch), eos_ids=[2])
-    for part in ("the nearest, qwen2 needs", "norm 'rms' (not 'layer')", "gated_mlp True (not False)"):
+    for part in ("the nearest, starcoder2 needs", "positions 'rotary' (not 'learned')", "qkv_bias False (not True)"):
         assert part in said
     assert not (tmp_path / "m").exists()
     assert "width 8 to be a multiple of num_heads 3" in message(
