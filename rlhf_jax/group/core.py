@@ -1,6 +1,6 @@
 """Policy gradients with a baseline from the other responses to a prompt, as pure functions.
 
-    rollout  (one jit)  prompts, each G times in a row -> Rollout
+    rollout  (one jit)  prompts -> Rollout, G rows to each
     score    (one jit)  Rollout -> Experience: rewards, reference log-probs, KL, advantages
     update   (one jit)  Experience -> new state, over epochs and minibatches, old state donated
 
