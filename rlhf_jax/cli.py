@@ -87,6 +87,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         config.ConvertArgs, ".inspection:run_convert", "a model in another dtype or file size", "model"
     ),
+    "certify": Joint(config.CertifyArgs, ".certify:run", "whether sampler and training agree to the bit", "config"),
     "plan": Command(config.PlanArgs, ".plan:run", "what a stage needs on a TPU slice, compiled without one"),
     "data inspect": Command(
         config.DataInspectArgs, ".datasets:run_inspect", "what rows hold and what is wrong", "path"
@@ -277,32 +278,32 @@ def dispatch(arguments: list[str]) -> None:
     groups = (name for name, hint in hints if any(t is NoneType or fields(t) for t in typing.get_args(hint)))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in groups)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
-    if command == "plan":
-        plan_command(rest)
+    if command in ("plan", "certify"):
+        stage_command(command, rest)
     elif command == "recipe":
         recipe_command(rest)
     else:
         execute(command, parse(command, rest))
 
 
-def plan_command(rest: list[str]) -> None:
-    """`plan --topology NAME`, its other options, and those of the stage that is planned."""
+def stage_command(command: str, rest: list[str]) -> None:
+    """`plan` or `certify` with its own options, and those of the stage that it looks at."""
+    args = COMMANDS[command].args
     own: list[str] = []
     others: list[str] = []
     groups: set[str] = set()
     for name, text in pairs(rest):
-        (own if name in fields(config.PlanArgs) else others).append(f"--{name}={text}")
+        (own if name in fields(args) else others).append(f"--{name}={text}")
         groups |= set(read(text)[1]) if name == "config" else {name.split(".")[0]}
-    plan = parse("plan", own)
-    stage = plan.stage
+    settings = parse(command, own)
+    stage, stages = settings.stage, typing.get_args(fields(args)["stage"])[1:]
     if stage == "auto":
         # PPO and its kin have a group named reward, too.
         known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")
-        stage = next((name for name in known if name in groups), "auto")
+        stage = next((name for name in known if name in groups and name in stages), "auto")
     if stage == "auto":
-        stages = ", ".join(typing.get_args(fields(config.PlanArgs)["stage"])[1:])
-        raise UserError(f"the options do not say which stage this is; write --stage and one of {stages}")
-    execute("plan", plan, parse(stage, others))
+        raise UserError(f"the options do not say which stage this is; write --stage and one of {', '.join(stages)}")
+    execute(command, settings, parse(stage, others))
 
 
 def recipe_command(rest: list[str]) -> None:

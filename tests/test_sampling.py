@@ -366,6 +366,12 @@ def test_the_ids_that_a_token_was_drawn_from_come_along_and_its_logprob_is_of_th
     np.testing.assert_allclose(forward(rollout), rollout.logprobs, atol=2e-5)
 
 
+def test_rows_that_are_given_are_followed():
+    rollout = rollout_of({})
+    followed = sampler(PARAMS, PROMPT, PROMPT_MASK, KEY, law(), None, rollout.tokens)
+    jax.tree.map(np.testing.assert_array_equal, followed, rollout)
+
+
 def test_the_decoder_ends_some_rows_early():
     """What the laws below rest on."""
     mask = np.asarray(rollout_of({}).mask)

@@ -119,7 +119,7 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
 
 def draw_from_logits(
     logits: Float[Array, "B V"],
-    uniform: Float[Array, " B"],
+    uniform: Float[Array, " B"] | Int[Array, " B"],
     law: SamplingLaw,
     *,
     candidates: int,
@@ -127,6 +127,8 @@ def draw_from_logits(
     carry: bool = False,
 ) -> tuple[Int[Array, " B"], tuple[Float[Array, " B"], Int[Array, "B K"] | None]]:
     """Tokens, and their log-probs under the law: logits / temperature, then top-k, then top-p, renormalised.
+
+    `uniform` is the noise, one number in [0, 1) per row, or the tokens themselves, integers that the filters keep.
 
     `filtered` (static) says that top-k or top-p may be on; `candidates` > 0 (static) sorts that many top entries out
     first, which is faster than searching the whole vocabulary and exact while law.top_k is positive and the ties at
@@ -143,7 +145,10 @@ def draw_from_logits(
     if filtered:
         probs = jnp.where(keep_top_k(scaled, law.top_k), probs, 0.0)
         probs = jnp.where(keep_top_p(probs, law.top_p), probs, 0.0)
-    index = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), draw(probs, uniform))
+    if jnp.issubdtype(uniform.dtype, jnp.integer):
+        index = uniform if ids is None else jnp.argmax(ids == uniform[:, None], axis=-1)
+    else:
+        index = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), draw(probs, uniform))
     # In the order of `token_logprobs`, so that the same logits have the same log-probs.
     logprob = jnp.take_along_axis(scaled, index[:, None], axis=-1)[:, 0] - (jnp.log(probs.sum(-1)) + top[:, 0])
     token = index if ids is None else jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
@@ -159,6 +164,7 @@ def sample(
     key: Array,
     law: SamplingLaw,
     active: Bool[Array, " N"] | None = None,
+    given: Int[Array, "B T"] | None = None,
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
@@ -175,14 +181,14 @@ def sample(
     The responses to prompt n are rows n * samples and following. A row ends with the first stop id, which is part of
     the response; with no `stop_ids` every row runs the full length. `slots` rows are decoded at once (None: all, 0:
     `choose_slots`); every `chunk` tokens the loop looks which have ended, and begins others in their place. Prompts
-    off `active` are not drawn: the masks of their rows are empty. Log-probs are of the law sampled from (greedy: 0, a
-    certain event). A rotary law that depends on length is that of model.length, or else of P + max_new_tokens. The
-    noise of a row depends on the key and its place in the batch only, so slots, a microbatch or a mesh change nothing.
-    For candidates, filtered and carry, with which the rollout has `kept`, see `draw_from_logits`.
+    off `active` are not drawn: the masks of their rows are empty. Rows that are `given` are followed, not drawn.
+    Log-probs are of the law sampled from (greedy: 0, a certain event). A rotary law that depends on length is that of
+    model.length, or else of P + max_new_tokens. The noise of a row depends on the key and its place only, so slots, a
+    microbatch or a mesh change nothing. `draw_from_logits` has candidates, filtered and carry, which fills `kept`.
     """
     chunk = min(chunk, max_new_tokens)
     steps = -(-max_new_tokens // chunk) * chunk  # whole chunks
-    uniforms = jax.random.uniform(key, (prompt.shape[0] * samples, max_new_tokens))
+    uniforms = jax.random.uniform(key, (prompt.shape[0] * samples, max_new_tokens)) if given is None else given
     uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens))).reshape(-1, samples, steps)
     model = of_length(model, prompt.shape[1] + max_new_tokens)
     is_stop = _set_of(stop_ids, model.arch.vocab_size) if stop_ids else None

@@ -85,7 +85,7 @@ def group_attention(
     the shared columns first.
     """
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, precision=precision)
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     (shared_k, shared_v), groups = shared, shared[0].shape[0]
 
     def by_group(x: Array) -> Array:
@@ -96,11 +96,12 @@ def group_attention(
         """Undo `by_group`."""
         return jnp.moveaxis(x, 2, 1).reshape(q.shape[0], *q.shape[1:4], x.shape[4])
 
-    # Scores [B, K, G, 1, P + S] side by side under one softmax; the two parts of the mixture are added.
+    # Scores [B, K, G, 1, P + S] side by side under one softmax; the two parts of the mixture are added in float32 and
+    # rounded once, as the one product of `attention` is.
     q = q * scale
     parts = (
-        by_row(product("xkrgn,xkpn->xkrgp", by_group(q), shared_k, preferred_element_type=jnp.float32)),
-        product("bkgtn,bksn->bkgts", q, k, preferred_element_type=jnp.float32),
+        by_row(product("xkrgn,xkpn->xkrgp", by_group(q), shared_k)),
+        product("bkgtn,bksn->bkgts", q, k),
     )
     scores = softcapped(jnp.concatenate(parts, axis=-1), softcap)
     scores = jnp.where(mask[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -108,7 +109,7 @@ def group_attention(
     of_shared, of_own = jnp.split(weights.astype(q.dtype), [shared_k.shape[2]], axis=-1)
     mixed = product("bkgts,bksn->bkgtn", of_own, v)
     mixed = mixed + by_row(product("xkrgp,xkpn->xkrgn", by_group(of_shared), shared_v))
-    return mixed / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
+    return mixed.astype(q.dtype) / weights.sum(axis=-1, keepdims=True).astype(q.dtype)
 
 
 def _splash_kernel(
