@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.online.core import packed
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import Packed, token_weights
-from rlhf_jax.training.packing import Layout, first_fit, pack
+from rlhf_jax.training.packing import Layout, Sharing, first_fit, pack
 from rlhf_jax.training.step import accumulated_grads
 
 ROWS, PROMPT, NEW = 24, 4, 8
@@ -38,8 +39,8 @@ def packed_of(tokens, real, layout) -> Packed:
     return pack(tokens, real, NEW, layout)
 
 
-TOGETHER = Layout.of(ROWS, PROMPT + NEW, tokens=30, most=0)
-APART = Layout.of(ROWS, PROMPT + NEW, tokens=0, most=8)
+TOGETHER = Layout.of(ROWS, PROMPT, NEW, tokens=30, most=0)
+APART = Layout.of(ROWS, PROMPT, NEW, tokens=0, most=8)
 
 
 @pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
@@ -82,6 +83,38 @@ def test_what_columns_say_returns_to_the_rows_by_views():
     np.testing.assert_array_equal(ends, np.where(mask.any(1), last, 0))
     np.testing.assert_array_equal(rows, mask.any(1))
     assert all(not packed.at(i).rows.any() for i in range(used, TOGETHER.microbatches))
+
+
+def test_rows_of_one_prompt_stand_behind_one_copy_of_it_as_far_as_a_sequence_holds_them():
+    tokens, real = (np.array(x) for x in ragged(6))
+    real[:3], tokens[:, :PROMPT], real[:, :PROMPT] = (
+        True,
+        tokens[::4, :PROMPT].repeat(4, 0),
+        real[::4, :PROMPT].repeat(4, 0),
+    )
+    layout = Layout.of(ROWS, PROMPT, NEW, tokens=40, most=0, sharing=Sharing(4, 1000))
+    assert (layout.length, layout.shared) == (PROMPT - 1 + 4 * (NEW + 1), True)
+    packed = jax.device_get(packed_of(tokens, real, layout))
+    lengths, prompts = real[:, PROMPT:].sum(1), real[:, :PROMPT].sum(1)
+    leaders = range(0, ROWS, 4)
+    assert (packed.segment_ids > 0).sum() == (lengths + (lengths > 0)).sum() + sum(
+        prompts[g] - 1 for g in leaders if lengths[g : g + 4].any()
+    )
+    view, said = jax.tree.map(lambda x: x.reshape(-1, layout.length), packed), np.zeros((ROWS, NEW), int)
+    for m, s in np.argwhere(view.predicts):
+        segment = view.segment_ids[m] == view.segment_ids[m, s]
+        seen = segment & (np.arange(layout.length) <= s) & np.isin(view.branches[m], [0, view.branches[m, s]])
+        row, place = view.row[m, s], view.place[m, s]
+        assert view.tokens[m][seen].tolist() == tokens[row][real[row]][: prompts[row] + place].tolist()
+        assert view.positions[m][seen].tolist() == list(range(prompts[row] + place))
+        said[row, place] += 1
+    np.testing.assert_array_equal(said, real[:, PROMPT:])
+
+
+def test_a_prompt_is_shared_where_it_is_long_and_a_microbatch_holds_several_responses():
+    at = lambda prompt, new, tokens, width=4096: Sharing(8, width).behind_one_prompt(prompt, new, tokens)  # noqa: E731
+    assert at(1024, 512, 8192) == 8 and at(1024, 512, 4096) == 5 and at(1024, 512, 1024) == 1
+    assert at(256, 128, 1024, width=256) > 1 and at(8, 512, 8192, width=64) == 1
 
 
 def test_short_rows_take_few_microbatches_and_no_compilation_of_their_own():
@@ -130,7 +163,7 @@ def test_on_a_mesh_rows_lie_as_on_one_device_and_microbatches_over_the_devices()
     tokens, real = ragged(5)
     alone = jax.device_get(packed_of(tokens, real, TOGETHER))
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)).grid):
-        layout = Layout.of(ROWS, PROMPT + NEW, tokens=30, most=0)
+        layout = Layout.of(ROWS, PROMPT, NEW, tokens=30, most=0)
         assert layout.sequences == 4 * TOGETHER.sequences
         packed = packed_of(tokens, real, layout)
         assert packed.tokens.addressable_shards[0].data.shape[0] == TOGETHER.sequences
@@ -156,6 +189,8 @@ def test_scores_and_gradients_of_packed_rows_are_those_of_rows_apart(name):
     models, config = METHODS[name]
     module, params = (ppo, PARAMS) if name == "ppo" else (group, {"policy": PARAMS["policy"]})
     rollout, host = make_rollout(4, some_params(0)["policy"], rows=16), jnp.linspace(-1, 1, 16)
+    of_group = {n: jnp.repeat(getattr(rollout, n)[::4], 4, axis=0) for n in ("prompt", "prompt_mask")}
+    rollout, sharing = dataclasses.replace(rollout, **of_group), Sharing(4, 16) if module is group else None
 
     def both(config, x):
         found = module.make_score(models, config, recompute=True)(params, REF, SCORER, rollout, host, ONE, ONE)
@@ -163,13 +198,13 @@ def test_scores_and_gradients_of_packed_rows_are_those_of_rows_apart(name):
         weights = {"weights": token_weights(x.mask, config.loss_reduction)}
         if name == "ppo":
             weights["value_weights"] = token_weights(x.value_mask, config.loss_reduction)
-        batch = {"experience": x, "packed": packed(x, config), "temperature": ONE, **weights}
+        batch = {"experience": x, "packed": packed(x, config, sharing=sharing), "temperature": ONE, **weights}
         grads = accumulated_grads(module.objective(models, config), params, batch, jax.random.key(0), 1)
         return found, grads, batch["packed"].used
 
     apart, grads, used = jax.jit(functools.partial(both, replace(config, microbatch_tokens=0)))(None)
     x = apart[0]
-    found, packed_grads, many = jax.jit(functools.partial(both, replace(config, microbatch_tokens=20)))(x)
+    found, packed_grads, many = jax.jit(functools.partial(both, replace(config, microbatch_tokens=24)))(x)
     assert used == 1 and many > 2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, apart)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), packed_grads, grads)

@@ -53,8 +53,9 @@ class Bigram:
     """Stands in for models.Model where compiling must be cheap: the state is the embedding of the current token."""
 
     logprob_chunk: int = 64
+    arch: ArchConfig = ARCH
 
-    def apply(self, params, tokens, positions, segment_ids):
+    def apply(self, params, tokens, positions, segment_ids, branches=None):
         return params["embed"]["tokens"][tokens]
 
     def logprobs(self, params, hidden, targets, temperature=1.0, **options):

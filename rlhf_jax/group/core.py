@@ -37,6 +37,7 @@ from rlhf_jax.online.core import (
     summed,
 )
 from rlhf_jax.tokens import Packed
+from rlhf_jax.training.packing import Sharing
 from rlhf_jax.training.state import make_optimizer, make_schedule
 from rlhf_jax.training.step import make_update
 from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
@@ -75,6 +76,11 @@ class Models:
     def whole(self, frozen: Params, params: Params) -> Params:
         """All parameters, of which `params` are trained."""
         return {"policy": joined(frozen, params["policy"])} if self.adapted else params
+
+
+def sharing(models: Models, config: GroupConfig) -> Sharing:
+    """The rows of a group answer one prompt, which is computed once where that pays."""
+    return Sharing(config.group_size, models.policy.arch.width)
 
 
 def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | None = None) -> LossFn:
@@ -174,7 +180,7 @@ def make_score(
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         policy = models.whole(ref, params)["policy"]
         run = partial(run_networks, models, policy, ref, reward, temperature, rollout, recompute=recompute)
-        nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run)}
+        nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models, config))}
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
         ref_logprobs = old_logprobs if ref is None else jnp.where(rollout.mask, nets["ref_logprobs"], 0.0)
@@ -231,4 +237,4 @@ def make_group_step(
     per_iteration, schedule = config.epochs * config.minibatches, make_schedule(optim, config.iterations)
     tx = make_optimizer(optim, lambda step: schedule(step // per_iteration))
     step = make_update(objective(models, config, policy_loss), tx, config.accumulate, join=models.whole)
-    return make_epochs(step, config, {"weights": "mask"}), tx, schedule
+    return make_epochs(step, config, {"weights": "mask"}, sharing(models, config)), tx, schedule

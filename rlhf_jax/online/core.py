@@ -18,7 +18,7 @@ from rlhf_jax.losses import importance_weights
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import constrain
 from rlhf_jax.tokens import Packed, token_weights
-from rlhf_jax.training.packing import Layout, over_views, pack
+from rlhf_jax.training.packing import Layout, Sharing, over_views, pack
 from rlhf_jax.training.state import Schedule, TrainState
 from rlhf_jax.training.step import Step
 from rlhf_jax.types import Batch, Metrics, Params, Rollout
@@ -72,9 +72,14 @@ def full_sequence(rollout: Rollout) -> dict[str, Array]:
 
 
 def packed(
-    x: Any, config: OnlineConfig | None = None, *, most: int = 0, wanted: Bool[Array, " B"] | None = None
+    x: Any,
+    config: OnlineConfig | None = None,
+    *,
+    most: int = 0,
+    wanted: Bool[Array, " B"] | None = None,
+    sharing: Sharing | None = None,
 ) -> Packed:
-    """The rows of an experience or a rollout in microbatches of a config, each of at most `most` rows (0: any number).
+    """The rows of an experience or a rollout in microbatches of a config, of at most `most` sequences (0: any number).
 
     Without a config every row has a sequence of its own. Rows that are not `wanted` are left out.
     """
@@ -83,7 +88,8 @@ def packed(
     else:
         num_tokens, whole = x.mask.shape[1], {"tokens": x.tokens, "segment_ids": x.segment_ids}
     size = 0 if config is None else config.microbatch_tokens
-    layout = Layout.of(*whole["tokens"].shape, tokens=size, most=most)
+    rows, length = whole["tokens"].shape
+    layout = Layout.of(rows, length - num_tokens, num_tokens, tokens=size, most=most, sharing=sharing)
     return pack(whole["tokens"], whole["segment_ids"] > 0, num_tokens, layout, wanted)
 
 
@@ -92,10 +98,15 @@ def of_view(view: Packed, weights: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.where(view.rows[:, None], weights, 0.0)
 
 
-def summed(rollout: Rollout, config: OnlineConfig, networks: Callable[[Packed], dict[str, Array]]) -> dict[str, Array]:
+def summed(
+    rollout: Rollout,
+    config: OnlineConfig,
+    networks: Callable[[Packed], dict[str, Array]],
+    sharing: Sharing | None = None,
+) -> dict[str, Array]:
     """What networks say of the rows of a rollout, [B, ...] each, microbatch by microbatch."""
     nothing = partial(jax.tree.map, lambda s: jnp.zeros(s.shape, s.dtype))
-    views = packed(rollout, config, most=config.score_microbatch)
+    views = packed(rollout, config, most=config.score_microbatch, sharing=sharing)
     return over_views(views, lambda view, _: networks(view), nothing, partial(jax.tree.map, jnp.add))
 
 
@@ -145,7 +156,7 @@ def corrected(
     return weights * advantages, metrics
 
 
-def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str]) -> Update:
+def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], sharing: Sharing | None = None) -> Update:
     """update(state, experience, key, temperature, ptx=None, frozen=None): epochs over its rows, each in a fresh order.
 
     `step` is `step.make_update` of the method's objective. Its batch holds rows of the experience, in order, the same
@@ -176,7 +187,7 @@ def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str]) -> U
             x = jax.tree.map(lambda leaf: constrain(leaf[rows]), experience)
             weights = {name: token_weights(getattr(x, mask), config.loss_reduction) for name, mask in masks.items()}
             wanted = jnp.any(jnp.stack([getattr(x, mask) for mask in masks.values()]), axis=(0, 2))
-            views = packed(x, config, most=rows.shape[0] // config.accumulate, wanted=wanted)
+            views = packed(x, config, most=rows.shape[0] // config.accumulate, wanted=wanted, sharing=sharing)
             batch = {"experience": x, "packed": views, **weights, "temperature": temperature}
             batch = batch if text is None else {**batch, "ptx": text}
             return step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)

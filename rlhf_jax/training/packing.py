@@ -16,30 +16,89 @@ from rlhf_jax.tokens import Packed
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """How many rows of a rollout answer one prompt, one after another, in networks of a width; static."""
+
+    rows: int = 1
+    width: int = 1
+
+    def behind_one_prompt(self, prompt: int, new: int, tokens: int) -> int:
+        """Full rows of `new` response tokens for which a sequence of at most `tokens` is made, 1 where it doesn't pay.
+
+        It has the fewest operations for a row: a token costs its matrix products, and attention over the S columns of
+        a sequence about S / (6 width) times as much.
+        """
+
+        def cost(k: int) -> float:
+            size = columns(k, prompt, new)
+            return size / k * (1 + size / (6 * self.width))
+
+        fitting = [k for k in range(2, self.rows + 1) if columns(k, prompt, new) <= tokens]
+        return min([1, *fitting], key=cost)
+
+
+def columns(rows: int, prompt: int, new: int) -> int:
+    """Columns of so many full rows behind one prompt, whose last token stands before each response."""
+    return prompt - 1 + rows * (1 + new)
+
+
+@dataclass(frozen=True)
 class Layout:
     """The shape of packed rows; static.
 
     Attributes:
         sequences: M, of a microbatch over all devices.
         microbatches: N, as many as hold every row in a sequence of its own.
+        length: S, columns of a sequence.
         together: rows share sequences; else each has its own.
+        shared: rows of one prompt, one after another, stand behind one copy of it.
     """
 
     sequences: int
     microbatches: int
+    length: int
     together: bool
+    shared: bool
 
     @classmethod
-    def of(cls, rows: int, length: int, *, tokens: int, most: int) -> Layout:
-        """For `rows` rows of at most `length` tokens each; call it inside `jax.set_mesh`.
+    def of(cls, rows: int, prompt: int, new: int, *, tokens: int, most: int, sharing: Sharing | None = None) -> Layout:
+        """For rows of at most `prompt` and `new` tokens each; call it inside `jax.set_mesh`.
 
         A microbatch has about `tokens` tokens on each device, at least one sequence, and at most `most` sequences in
         all. With tokens = 0 every row has a sequence of its own, and a microbatch `most` of them.
         """
         ways = data_ways()
         most = -(-min(most or rows, rows) // ways) * ways
+        behind = (sharing or Sharing()).behind_one_prompt(prompt, new, tokens)
+        length = columns(behind, prompt, new)
         sequences = min(ways * max(tokens // length, 1), most) if tokens else most
-        return cls(sequences, -(-rows // sequences), tokens > 0)
+        return cls(sequences, -(-rows // sequences), length, tokens > 0, behind > 1)
+
+
+def behind_prompts(
+    prompts: Int[Array, "R P"], length: Int[Array, " R"], size: int
+) -> tuple[Int[Array, " R"], Int[Array, " R"], Int[Array, " R"]]:
+    """Segments of rows with equal prompts, one after another: (first row, columns before it in the segment, number).
+
+    Each int32[R]; numbers count from 1. `prompts` are -1 off tokens, `length` those of whole rows, 0 for rows that are
+    left out. A row joins the segment before it where that has room in `size` columns.
+    """
+    rows = prompts.shape[0]
+    same = jnp.all(prompts[1:] == prompts[:-1], axis=1)
+    own = length - (prompts >= 0).sum(axis=1, dtype=jnp.int32) + 1  # the response and the prompt's last token
+
+    def join(carry: tuple[Array, Array, Array], x: tuple[Array, ...]) -> tuple[Any, Any]:
+        first, filled, number = carry
+        row, same, length, own = x
+        filled = jnp.where(same, filled, 0)
+        joins, kept = (filled > 0) & (filled + own <= size), length > 0
+        new = (jnp.where(joins, first, row), jnp.where(joins, filled, 0), jnp.where(joins, number + 1, 1))
+        after = (new[0], new[1] + jnp.where(joins, own, length), new[2])
+        return jax.tree.map(lambda a, b: jnp.where(kept, a, b), after, (first, filled, number)), new
+
+    zero = jnp.zeros((), jnp.int32)
+    xs = (jnp.arange(rows, dtype=jnp.int32), jnp.append(False, same), length, own)
+    return jax.lax.scan(join, (zero, zero, zero), xs)[1]
 
 
 def first_fit(claims: Int[Array, " R"], size: int) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
@@ -72,36 +131,50 @@ def pack(
 
     `real` is true on tokens. Rows that are not wanted, or have no response, are left out.
     """
-    rows, size = tokens.shape
+    rows, given = tokens.shape
     prompt = real[:, :-num_tokens].sum(axis=1, dtype=jnp.int32)
     response = real[:, -num_tokens:].sum(axis=1, dtype=jnp.int32)
     kept = response > 0 if wanted is None else wanted & (response > 0)
     length = jnp.where(kept, prompt + response, 0)
-    sequence, first = first_fit(length if layout.together else jnp.where(kept, size, 0), size)
+
+    # Segments [R] of a row or of several, each into a sequence: where a row begins, and with which of its tokens.
+    leader, before, number = jnp.arange(rows, dtype=jnp.int32), jnp.zeros_like(length), jnp.ones_like(length)
+    if layout.shared:
+        prompts = jnp.where(real, tokens, -1)[:, :-num_tokens]
+        leader, before, number = behind_prompts(prompts, length, layout.length)
+    skipped = jnp.where(before > 0, prompt - 1, 0)
+    needed = jnp.zeros(rows, jnp.int32).at[leader].max(jnp.where(kept, before + length - skipped, 0))
+    needed = needed if layout.together else jnp.where(kept, layout.length, 0)
+    sequence, first = (x[leader] for x in first_fit(needed, layout.length))
 
     # The row of each column [M N, S] is that of the last start at or before it, and `index` its token of that row.
-    total, columns = layout.sequences * layout.microbatches, jnp.arange(size, dtype=jnp.int32)[None, :]
-    starts = jnp.full((total, size), rows, jnp.int32)
-    starts = starts.at[jnp.where(kept, sequence, total), first].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
-    started = jax.lax.cummax(jnp.where(starts < rows, columns, 0), axis=1)
-    row, index = jnp.take_along_axis(starts, started, axis=1), columns - started
+    total, places = layout.sequences * layout.microbatches, jnp.arange(layout.length, dtype=jnp.int32)[None, :]
+    starts = jnp.full((total, layout.length), rows, jnp.int32)
+    at = jnp.where(kept, sequence, total), first + before
+    starts = starts.at[at].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
+    started = jax.lax.cummax(jnp.where(starts < rows, places, 0), axis=1)
+    row = jnp.take_along_axis(starts, started, axis=1)
     here = jnp.minimum(row, rows - 1)
+    index = places - started + skipped[here]
     within = (row < rows) & (index < length[here])
     place, ends = index - prompt[here] + 1, index == length[here] - 1
-    of_row = size - num_tokens - prompt[here] + index  # the column of the row that was given
+    of_row = given - num_tokens - prompt[here] + index  # the column of the row that was given
     speaks = within & (place >= 0)
+    leads = (starts < rows) & (before[jnp.minimum(starts, rows - 1)] == 0)
 
     def cut(x: Array) -> Array:
         """[M N, S] in order of sequences as [M, N, S], rows over the data axes."""
-        return constrain(x.reshape(layout.microbatches, layout.sequences, size).swapaxes(0, 1), *ROWS, None, None)
+        x = x.reshape(layout.microbatches, layout.sequences, layout.length).swapaxes(0, 1)
+        return constrain(x, *ROWS, None, None)
 
     return Packed(
         tokens=cut(jnp.where(within, tokens[here, jnp.where(within, of_row, 0)], 0)),
         positions=cut(jnp.where(within, index, 0)),
-        segment_ids=cut(jnp.where(within, jnp.cumsum(starts < rows, axis=1, dtype=jnp.int32), 0)),
+        segment_ids=cut(jnp.where(within, jnp.cumsum(leads, axis=1, dtype=jnp.int32), 0)),
         row=cut(jnp.where(speaks, row, rows)),
         place=cut(jnp.where(speaks, place, 0)),
         ends=cut(speaks & ends),
+        branches=cut(jnp.where(speaks, number[here], 0)) if layout.shared else None,
         num_rows=rows,
     )
 
