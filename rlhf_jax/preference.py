@@ -21,6 +21,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.responses import of_batch, of_view, view_of
+from rlhf_jax.training.sums import is_ours
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, Batch, LossFn, Metrics, Params
 
@@ -80,6 +81,14 @@ def columns_read(loss: ArrayLoss) -> list[str]:
     return [name for name, p in inspect.signature(loss).parameters.items() if p.default is p.empty]
 
 
+def of_columns(loss: ArrayLoss, logprobs: Float[Array, "B K"], batch: Batch) -> tuple[Array, Metrics]:
+    """A loss of the columns of a batch that it names."""
+    columns = {**batch, "logprobs": logprobs}
+    if unknown := set(columns_read(loss)) - set(columns):
+        raise UserError(f"the loss reads {sorted(unknown)}, which a batch does not have; it has {sorted(columns)}")
+    return loss(**{name: columns[name] for name in columns_read(loss)})
+
+
 def objective(
     model: Model,
     loss: ArrayLoss,
@@ -93,11 +102,9 @@ def objective(
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        columns = {**of_view(batch, view_of(batch)), "logprobs": logprobs(model, params, batch)}
-        if unknown := set(columns_read(loss)) - set(columns):
-            raise UserError(f"the loss reads {sorted(unknown)}, which a batch does not have; it has {sorted(columns)}")
-        value, metrics = loss(**{name: columns[name] for name in columns_read(loss)})
-        nll, nll_metrics = next_token_loss(columns["logprobs"], columns["token_weights"])
+        said, batch = logprobs(model, params, batch), of_view(batch, view_of(batch))
+        value, metrics = of_columns(loss, said, batch)
+        nll, nll_metrics = next_token_loss(said, batch["token_weights"])
         return value + sft_coef * nll, {**metrics, **nll_metrics}
 
     return loss_fn
@@ -127,6 +134,7 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
         reference=says if "ref_logprobs" in columns_read(bound) else None,
         pack=pack,
         prepare=prepare,
+        foreign=None if is_ours(bound) else partial(of_columns, bound),
     )
 
 

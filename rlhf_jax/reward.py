@@ -34,6 +34,7 @@ from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.responses import of_batch, of_view, view_of
+from rlhf_jax.training.sums import is_ours
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
@@ -188,14 +189,16 @@ KINDS = {
 def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None = None) -> Task:
     """A reward model of rows of a kind, else of that which the config names; `loss` replaces the config's."""
     settings, kind = config.reward, kind or KINDS[kind_of_rows(config.reward, [])]
+    bound, inputs = bind(loss or kind.loss(settings), settings), kind.inputs
     return Task(
         "reward",
         kind.build(settings),
         kind.collate,
-        objective=lambda model: objective(model, bind(loss or kind.loss(settings), settings), kind.inputs),
+        objective=lambda model: objective(model, bound, inputs),
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
         head=settings.head_init,
         pack=pack_responses,
+        foreign=None if is_ours(bound) else lambda scores, batch: bound(*inputs(scores, batch)),
     )
 
 

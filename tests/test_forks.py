@@ -22,6 +22,7 @@ from rlhf_jax import advantages, group, losses, ppo, sft
 from rlhf_jax.config import GroupConfig, MeshConfig, PPOConfig, bind
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
+from rlhf_jax.online.checks import check_losses
 from rlhf_jax.online.core import packed
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
@@ -86,6 +87,21 @@ def test_off_the_mask_a_loss_sees_a_ratio_of_one_and_no_weight():
     off = ~np.asarray(X.mask)
     logprobs, old_logprobs, advantages, weights = (np.asarray(x)[off] for x in seen[0])
     assert off.any() and (logprobs == old_logprobs).all() and not advantages.any() and not weights.any()
+
+
+def a_mean(logprobs, old_logprobs, advantages, weights):
+    return -jnp.mean(logprobs * advantages), {}
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
+def test_a_loss_that_is_no_sum_over_rows_is_refused_where_rows_come_in_parts(name):
+    apart = PPOConfig(microbatch_tokens=0)
+    for loss, config in ((a_mean, apart), (minus_logprob, PPOConfig()), ("rlhf_jax.losses:clipped_value_loss", apart)):
+        check_losses(config, "ppo", **{name: loss})
+    for config in (PPOConfig(), replace(apart, accumulate=2)):
+        cure = r"make it a sum of weights \* something, or set ppo.microbatch_tokens 0 and ppo.accumulate 1"
+        with pytest.raises(UserError, match=rf"ppo.{name} is -?[\d.e-]+ of some rows and .* {cure}"):
+            check_losses(config, "ppo", **{name: a_mean})
 
 
 FORK = """

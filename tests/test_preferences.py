@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -317,6 +318,19 @@ def test_a_function_given_to_a_stage_is_what_trains(tmp_path, seen):
         settings("dpo", tmp_path / "run", dpo__beta=0.25), rows=preferences(32), eval_rows=preferences(8), loss=mine
     )
     assert all(metrics["mine/loss"] == 0.25 for metrics in seen)
+
+
+def test_a_loss_or_metric_that_is_no_sum_over_rows_is_not_packed(tmp_path, capsys):
+    def mine(logprobs, weights):
+        return jnp.mean(jnp.exp(logprobs[:, 0])), {"mine/rows": jnp.float32(len(logprobs))}
+
+    config = settings("dpo", tmp_path / "run", dpo__steps=1, data__microbatch_tokens=1)
+    preference.run(config, rows=preferences(32), eval_rows=preferences(8), loss=mine)
+    said = r"loss is [\d.]+ of some rows and [\d.]+ of two halves of them together, no sum over rows"
+    assert re.search(f"data.pack auto: padded; {said}", capsys.readouterr().out)
+    with pytest.raises(UserError, match=f"data.pack on: {said}; make it .* or set data.pack off"):
+        config = replace(config, data__pack="on", run__output_dir=str(tmp_path / "other"))
+        preference.run(config, rows=preferences(32), eval_rows=preferences(8), loss=mine)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto"])

@@ -75,7 +75,8 @@ def make_programs(
     advantage: GroupAdvantage | None = None,
 ) -> tuple[Programs, TrainState]:
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
-    _, settings = settings_of(config)
+    name, settings = settings_of(config)
+    checks.check_losses(settings, name, policy_loss=policy_loss or settings.policy_loss)
     training = core.make_group_step(nets.models, settings, config.optim, policy_loss)
     score = partial(core.make_score, nets.models, settings, advantage=advantage)
     return compile_programs(config, settings, nets, params, mesh, stop_ids, training, score)

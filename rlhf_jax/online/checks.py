@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from rlhf_jax.config import OnlineArgs, OnlineConfig
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax.config import OnlineArgs, OnlineConfig, bind
 from rlhf_jax.errors import UserError
 from rlhf_jax.online.law import hidden_filter
 from rlhf_jax.sharding import Mesh, check_rows
+from rlhf_jax.training.sums import check_sum
 
 
 def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
@@ -76,3 +80,11 @@ def check_batches(config: OnlineArgs, settings: OnlineConfig, group: str, mesh: 
     check_rows(mesh, size // steps, f"data.batch_size / ({group}.minibatches * {group}.accumulate) =")
     check_rows(mesh, config.sampling.microbatch, "sampling.microbatch")
     check_rows(mesh, settings.score_microbatch, f"{group}.score_microbatch")
+
+
+def check_losses(settings: OnlineConfig, group: str, **losses: str | Callable[..., Any]) -> None:
+    """Raise a UserError unless losses, by their names in the config, are sums over rows where rows come in parts."""
+    if settings.microbatch_tokens or settings.accumulate > 1:
+        for name, loss in losses.items():
+            cure = f"set {group}.microbatch_tokens 0 and {group}.accumulate 1"
+            check_sum(bind(loss, settings), f"{group}.{name}", cure)

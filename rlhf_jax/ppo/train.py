@@ -69,6 +69,8 @@ def make_programs(
     advantage: Advantage | None = None,
 ) -> tuple[Programs, TrainState]:
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
+    losses = {"policy_loss": policy_loss or config.ppo.policy_loss, "value_loss": value_loss or config.ppo.value_loss}
+    checks.check_losses(config.ppo, "ppo", **losses)
     training = core.make_ppo_step(nets.models, config, policy_loss, value_loss)
     score = partial(core.make_score, nets.models, config.ppo, advantage=advantage)
     return compile_programs(config, config.ppo, nets, params, mesh, stop_ids, training, score)

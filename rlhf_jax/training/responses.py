@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.models import Model
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import over_views
-from rlhf_jax.types import Batch, Params
+from rlhf_jax.training.sums import Differences, differences
+from rlhf_jax.types import Batch, Metrics, Params
 
 Says = Callable[[Model, Params, Packed], Float[Array, " R"]]
 """A number for every response of a view [M, S], 0 for those that it does not hold."""
+
+OfSaid = Callable[[Float[Array, "B K"], Batch], tuple[Array, Metrics]]
+"""A loss of what a network says of the responses of a batch."""
 
 
 def view_of(batch: Batch) -> Packed:
@@ -35,11 +40,35 @@ def of_view(batch: Batch, view: Packed) -> Batch:
     """The batch with weights 0 for examples that the view does not hold: losses add up over microbatches."""
     if "packed" not in batch:
         return batch
-    held = view.rows.reshape(len(batch["weights"]), -1)  # all responses of an example, or none
+    return of_rows(batch, view.rows.reshape(len(batch["weights"]), -1))  # all responses of an example, or none
+
+
+def of_rows(batch: Batch, held: Bool[Array, "B K"]) -> Batch:
+    """The batch with weights 0 for responses that are not held."""
     weighed = {"weights": batch["weights"] * held.any(axis=1)}
     if "token_weights" in batch:
         weighed["token_weights"] = batch["token_weights"] * held
     return {**batch, **weighed}
+
+
+def no_sums(loss: OfSaid, batch: Batch, *, baseline: bool) -> Differences:
+    """What of a loss is no sum over the rows of a batch, where a network said random numbers.
+
+    With `baseline` all but the first response have one log-ratio to the reference, as KTO's `prepare` makes it.
+    """
+    rng = np.random.default_rng(0)
+    said = -rng.uniform(1, 9, batch["last"].shape).astype(np.float32)
+    ratios = rng.normal(size=said.shape).astype(np.float32)
+    if baseline:
+        ratios[:, 1:] = 0.3
+    batch = {**batch, "ref_logprobs": said - ratios}
+
+    def of_held(rows: Array) -> tuple[Array, Metrics]:
+        held = jnp.broadcast_to(rows[:, None], said.shape)
+        heard = held.at[:, 1:].set(True) if baseline else held
+        return loss(jnp.where(heard, said, 0.0), of_rows(batch, held))
+
+    return differences(of_held, len(said))
 
 
 def of_batch(says: Says, model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:

@@ -35,6 +35,7 @@ from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
 from rlhf_jax.training.loop import Evaluate, check_trained, claim_directory, describe, make_evaluate, run_steps
 from rlhf_jax.training.nans import first_nan
+from rlhf_jax.training.responses import OfSaid, no_sums
 from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
 from rlhf_jax.training.step import accumulated_grads, make_train_step
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
@@ -68,6 +69,7 @@ class Task:
         pack: (batch, packing) -> a packed batch, which objective and reference take as well; None if there is none.
         prepare: (model, params, batch) -> batch: what the objective needs of a whole batch, before its microbatches
             and without gradient; None if nothing.
+        foreign: somebody else's loss, which may not be the sum over rows that microbatches need; None for our own.
     """
 
     group: str
@@ -79,6 +81,7 @@ class Task:
     reference: Callable[[Model, Params, Batch], jax.Array] | None = None
     pack: Callable[[Batch, Packing], Batch] | None = None
     prepare: Callable[[Model, Params, Batch], Batch] | None = None
+    foreign: OfSaid | None = None
 
     def preparation(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
         """`prepare` of a model."""
@@ -232,6 +235,14 @@ def choose_packing(
     if data.pack == "off" or task.pack is None or data.length_buckets:
         return None
     some = [batches[step] for step in range(min(len(batches), LOOKED_AT))]
+    if task.foreign is not None and (apart := no_sums(task.foreign, some[0], baseline=task.prepare is not None)):
+        name = "loss" if "loss" in apart else min(apart)
+        whole, halves = apart[name]
+        what = f"{name} is {whole:.5g} of some rows and {halves:.5g} of two halves of them together, no sum over rows"
+        if data.pack == "on":
+            raise UserError(f"data.pack on: {what}; make it a sum of weights * something, or set data.pack off")
+        tell(f"data.pack auto: padded; {what}")
+        return None
     shape = some[0]["tokens"].shape
     accumulate = claim.settings.accumulate
     packing = packing_of(data, shape, accumulate, mesh, model)
