@@ -508,7 +508,7 @@ def sampled(config: PPOConfig):
         patch.setattr(
             programs_module,
             "make_sampler",
-            lambda model, sampling, stop_ids: stops.append(stop_ids) or (lambda *args, **options: full),
+            lambda model, sampling, stop_ids, carry: stops.append(stop_ids) or (lambda *args, **options: full),
         )
         params = jax.tree.map(jnp.copy, PARAMS)
         programs, _ = train.make_programs(replace(toy_run(), ppo=config), nets, params, mesh, (STOP,))

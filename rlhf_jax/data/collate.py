@@ -108,7 +108,9 @@ def of_most_responses(examples: Sequence[Example]) -> Collate:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens of a batch that a network reads, padding left out."""
+    """Tokens of a batch that a network reads, padding left out where the batch says which is."""
+    if "packed" not in batch and "segment_ids" not in batch:
+        return int(batch["tokens"].size)
     read = batch["packed"].segment_ids if "packed" in batch else batch["segment_ids"]
     return int((read > 0).sum()) + (real_tokens(batch["other"]) if "other" in batch else 0)
 
