@@ -193,7 +193,10 @@ class Chain:
     def prefill(self, params, tokens, mask, positions):
         return params[tokens[:, -1]], [(jnp.zeros((len(tokens), 1, tokens.shape[1], 1)),)]
 
-    def decode(self, params, token, position, mask, cache, index):
+    def pinned(self, cache):
+        return cache
+
+    def decode(self, params, token, position, sees, apart, shared, cache, index):
         return params[token], cache
 
 

@@ -29,7 +29,8 @@ def view_of(batch: Batch) -> Packed:
         batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "positions", "segment_ids")
     )
     rows, width = tokens.shape[0], batch["last"].shape[1]
-    place = positions - jnp.repeat(batch["prompt_lengths"], width)[:, None] + 1
+    prompts = batch.get("prompt_lengths", jnp.ones(rows // width, jnp.int32))  # scores need no more than the ends
+    place = positions - jnp.repeat(prompts, width)[:, None] + 1
     speaks = (segment_ids > 0) & (place >= 0)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     ends = speaks & (positions == batch["last"].reshape(-1, 1))
