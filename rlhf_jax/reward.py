@@ -32,19 +32,13 @@ from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
-from rlhf_jax.tokens import Packed
-from rlhf_jax.training.responses import of_batch, of_view, view_of
+from rlhf_jax.training.responses import of_batch, of_view, response_scores, view_of
 from rlhf_jax.training.sums import is_ours
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
 
 NORMALIZE_PAIRS = 1024
 """Training comparisons whose scores set the head's gain and bias."""
-
-
-def response_scores(model: Model, params: Params, view: Packed) -> Float[Array, " R"]:
-    """The score of every response of a view, where its last token stands; 0 for those that the view does not hold."""
-    return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
 
 
 Inputs = Callable[[Float[Array, "B K"], Batch], tuple[Array, ...]]

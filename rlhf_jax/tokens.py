@@ -60,7 +60,7 @@ def _in_chunks(fn: Callable[..., Any], inputs: list[Array], needed: Bool[Array, 
 
     def if_needed(needed: Array, *inputs: Array) -> Any:
         shapes = jax.eval_shape(fn, *inputs)
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        nothing = jax.tree.map(jnp.zeros_like, shapes)
         return jax.lax.cond(needed.any(), fn, lambda *_: nothing, *inputs)
 
     # Where each position goes: the needed ones keep their order at the front, the others theirs behind them.

@@ -15,10 +15,10 @@ from rlhf_jax.losses import dpo_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_jax.models import Model
 from rlhf_jax.preference import objective as preference_objective
 from rlhf_jax.preference import sequence_logprobs
-from rlhf_jax.reward import KINDS, response_scores
+from rlhf_jax.reward import KINDS
 from rlhf_jax.reward import objective as reward_objective
 from rlhf_jax.sharding import make_mesh, put_batch
-from rlhf_jax.training.responses import of_batch
+from rlhf_jax.training.responses import of_batch, response_scores
 from rlhf_jax.training.step import accumulated_grads
 
 LENGTH, ROWS = 24, 16

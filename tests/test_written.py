@@ -51,6 +51,7 @@ from rlhf_jax.online import core
 from rlhf_jax.online.iteration import python_rewards, sample_rows
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.sharding import make_mesh
+from rlhf_jax.training.responses import response_scores
 from rlhf_jax.types import Rollout
 
 SAMPLING = SamplingConfig(max_new_tokens=6, chunk=6)
@@ -138,7 +139,7 @@ def scores_of_ppo(models, drawn) -> np.ndarray:
     mesh, rollout = make_mesh(MeshConfig(), devices=ONE), rollout_of(drawn)
     loaded = load_model(ModelConfig(path=str(models / "reward")), mesh, jax.random.key(0), head="trained")
     with jax.set_mesh(mesh.grid):
-        score = jax.jit(lambda params, x: core.reward_scores(loaded.model, params, core.packed(x).at(0)))
+        score = jax.jit(lambda params, x: response_scores(loaded.model, params, core.packed(x).at(0)))
         return np.asarray(score(loaded.params, rollout))
 
 

@@ -32,12 +32,12 @@ from rlhf_jax.online.core import (
     make_epochs,
     of_view,
     response_logprobs,
-    reward_scores,
     rollout_metrics,
     summed,
 )
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import Sharing
+from rlhf_jax.training.responses import response_scores
 from rlhf_jax.training.state import make_optimizer, make_schedule
 from rlhf_jax.training.step import make_update
 from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
@@ -132,7 +132,7 @@ def run_networks(
     of = lambda params: response_logprobs(models.policy, params, view, *law)[0]  # noqa: E731
     out = {name: of(params) for name, params in asked.items() if params is not None}
     if models.reward is not None:
-        out["score"] = reward_scores(models.reward, reward, view)
+        out["score"] = response_scores(models.reward, reward, view)
     return out
 
 

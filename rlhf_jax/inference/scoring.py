@@ -164,7 +164,7 @@ class Likelihood:
         length = max(longest, min(-(-longest // self.multiple) * self.multiple, self.limit))
         logprobs = [np.zeros(len(example["tokens"]), np.float32) for example in examples]
         for view in pack_texts(examples, length, self.size):
-            held = (view.row < view.num_rows) & ~view.ends  # these predict the token after them
+            held = view.predicts
             arrays = put_batch(self.mesh, (view.inputs, held))
             said = to_host(self.forward(params, *arrays, np.float32(temperature)))
             for row in set(view.row[held].tolist()):

@@ -18,7 +18,7 @@ from rlhf_jax.losses import importance_weights
 from rlhf_jax.models import Model
 from rlhf_jax.sharding import constrain
 from rlhf_jax.tokens import Packed, token_weights
-from rlhf_jax.training.packing import Layout, Sharing, over_views, pack
+from rlhf_jax.training.packing import Layout, Sharing, over_views, pack, zeros_of
 from rlhf_jax.training.state import Schedule, TrainState
 from rlhf_jax.training.step import Step
 from rlhf_jax.types import Batch, Metrics, Params, Rollout
@@ -57,11 +57,6 @@ def response_logprobs(
     said = model.logprobs(params, hidden, view.targets, temperature, needed=view.predicts, **kwargs)
     logprobs, entropy = (view.to_rows(x, num_tokens) for x in said)
     return logprobs, entropy, hidden
-
-
-def reward_scores(model: Model, params: Params, view: Packed) -> Float[Array, " B"]:
-    """A reward model's scores of a view's rows, at the last token of each; 0 elsewhere."""
-    return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
 
 
 def full_sequence(rollout: Rollout) -> dict[str, Array]:
@@ -105,9 +100,8 @@ def summed(
     sharing: Sharing | None = None,
 ) -> dict[str, Array]:
     """What networks say of the rows of a rollout, [B, ...] each, microbatch by microbatch."""
-    nothing = partial(jax.tree.map, lambda s: jnp.zeros(s.shape, s.dtype))
     views = packed(rollout, config, most=config.score_microbatch, sharing=sharing)
-    return over_views(views, lambda view, _: networks(view), nothing, partial(jax.tree.map, jnp.add))
+    return over_views(views, lambda view, _: networks(view))
 
 
 def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) -> Rollout:
@@ -219,7 +213,7 @@ def stopping(
             raise UserError("target_kl needs the metric policy/approx_kl; let the policy loss return it")
 
         def skip(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
-            return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return state, zeros_of(shapes)
 
         new, metrics = jax.lax.cond(stopped, skip, take, state, xs)
         measured = ~stopped

@@ -33,12 +33,12 @@ from rlhf_jax.online.core import (
     make_epochs,
     of_view,
     response_logprobs,
-    reward_scores,
     rollout_metrics,
     summed,
 )
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
+from rlhf_jax.training.responses import response_scores
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollout, ValueLoss
@@ -175,7 +175,7 @@ def run_networks(
     else:
         out["values"] = values_of(models, params, view, rollout.tokens.shape[1])
     if models.reward is not None:
-        out["score"] = reward_scores(models.reward, reward, view)
+        out["score"] = response_scores(models.reward, reward, view)
     return out
 
 

@@ -179,12 +179,25 @@ def pack(
     )
 
 
+def zeros_of(shapes: Any) -> Any:
+    """A tree of zeros with the shapes of another."""
+    return jax.tree.map(jnp.zeros_like, shapes)
+
+
+def tree_sum(a: Any, b: Any) -> Any:
+    """Two trees, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
 def over_views(
-    packed: Packed, fn: Callable[[Packed, Int[Array, ""] | int], Any], nothing: Callable[[Any], Any], add: Callable
+    packed: Packed,
+    fn: Callable[[Packed, Int[Array, ""] | int], Any],
+    nothing: Callable[[Any], Any] = zeros_of,
+    add: Callable[[Any, Any], Any] = tree_sum,
 ) -> Any:
     """fn(view, i) of every microbatch that is used, added up; one program for any number of them.
 
-    `nothing` makes the sum's start of the shapes of what fn returns.
+    `nothing` makes the sum's start of the shapes of what fn returns: zeros, for sums of trees.
     """
     if packed.tokens.shape[1] == 1:
         return fn(packed.at(0), 0)

@@ -72,11 +72,15 @@ def no_sums(loss: OfSaid, batch: Batch, *, baseline: bool) -> Differences:
     return differences(of_held, len(said))
 
 
+def response_scores(model: Model, params: Params, view: Packed) -> Float[Array, " R"]:
+    """The score of every response of a view, where its last token stands; 0 for those that the view does not hold."""
+    return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
+
+
 def of_batch(says: Says, model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
     """What a network says of all responses of a batch, of all its microbatches if it is packed."""
     if "packed" not in batch:
         said = says(model, params, view_of(batch))
     else:
-        nothing = lambda shape: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731
-        said = over_views(batch["packed"], lambda view, _: says(model, params, view), nothing, jnp.add)
+        said = over_views(batch["packed"], lambda view, _: says(model, params, view))
     return said.reshape(len(batch["weights"]), -1)

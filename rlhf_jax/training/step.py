@@ -13,7 +13,7 @@ from rlhf_jax.hosts.processes import pack
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, tree_shardings
 from rlhf_jax.tokens import Packed, to_microbatches
-from rlhf_jax.training.packing import over_views
+from rlhf_jax.training.packing import over_views, tree_sum, zeros_of
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
@@ -83,11 +83,11 @@ def accumulated_grads(
 
 def _nothing(shapes: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
     """What gradients and metrics of these shapes are added to."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0]), no_metrics(shapes[1])
+    return zeros_of(shapes[0]), no_metrics(shapes[1])
 
 
 def _added(a: tuple[Params, Metrics], b: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
-    return jax.tree.map(jnp.add, a[0], b[0]), add_metrics(a[1], b[1])
+    return tree_sum(a[0], b[0]), add_metrics(a[1], b[1])
 
 
 def make_update(
