@@ -8,14 +8,13 @@ import difflib
 import functools
 import io
 import os
-import signal
 import sys
 import traceback
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType, NoneType
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import yaml
@@ -342,27 +341,15 @@ def execute(command: str, *settings: Any) -> Any:
     return config.resolve(f"rlhf_jax{'.commands' if where[0] == '.' else '.'}{where}")(*settings)
 
 
-def fail(line: str, code: int) -> NoReturn:
-    """Exit with a line on standard error, below the progress bar if there is one."""
-    if "rlhf_jax.runs.metrics" in sys.modules:
-        sys.modules["rlhf_jax.runs.metrics"].close_bars()
-    tell(f"rlhf-jax: {line}", error=True)
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """Exit after an error; of several processes, without waiting for the others."""
-    if "rlhf_jax.hosts.processes" in sys.modules:
-        sys.modules["rlhf_jax.hosts.processes"].leave(code)
-    sys.exit(code)
-
-
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point: exit code 0, also where a signal stopped a run and it saved; 2 with one line for what the user can
-    mend; 130 when interrupted.
+    """Exit with `code_of` the arguments, by default those of the process."""
+    sys.exit(code_of(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def code_of(arguments: list[str]) -> int:
+    """The exit code of a command line: 0, also where a signal stopped a run and it saved; 2, after one line on
+    standard error, for what the user can mend; 130 when interrupted; 1, after a traceback, for all else.
     """
-    own_process = arguments is None
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -372,25 +359,25 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         if debug:
             raise
-        fail(f"error: {error}", 2)
+        return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        return fail("interrupted", 130)
     except Stopped as stopped:
         tell(stopped)
     except OSError as error:  # what the system refuses, such as a directory without permission, wherever that was
         if debug:
             raise
         what = shown(type(error).__name__ if error.filename is None else error.filename)
-        fail(f"error: {UserError(f'{what}: {reason(error)}; mend that (--debug shows where it was)')}", 2)
+        return fail(f"error: {UserError(f'{what}: {reason(error)}; mend that (--debug shows where it was)')}", 2)
     except Exception:
         traceback.print_exc()
-        leave(1)
-    if own_process:  # all is done: what comes while the interpreter ends is no death by a signal
-        signal.signal(signal.SIGINT, interrupted)
-    sys.exit(0)
+        return 1
+    return 0
 
 
-def interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process at once, as `KeyboardInterrupt` does earlier."""
-    os.write(2, b"rlhf-jax: interrupted\n")
-    os._exit(130)
+def fail(line: str, code: int) -> int:
+    """The exit code, after a line on standard error, below the progress bar if there is one."""
+    if "rlhf_jax.runs.metrics" in sys.modules:
+        sys.modules["rlhf_jax.runs.metrics"].close_bars()
+    tell(f"rlhf-jax: {line}", error=True)
+    return code

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import typing
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ import pytest
 import yaml
 from tiny import ARCH, model_params
 
-from rlhf_jax import cli, config
+from rlhf_jax import __main__, cli, config
 from rlhf_jax.config.checks import HOLDS
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf
@@ -162,9 +163,9 @@ def test_help_and_typos_import_nothing_heavy(arguments):
     # The help of a command is jsonargparse's own; everything else answers without it.
     heavy = set(HEAVY) - ({"jsonargparse"} if arguments == ["ppo", "--help"] else set())
     code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['rlhf-jax', *{arguments!r}]\n"
-        "try: runpy.run_module('rlhf_jax', run_name='__main__')\n"
+        "import sys\n"
+        "from rlhf_jax import __main__, cli\n"
+        f"try: cli.main({arguments!r})\n"
         f"finally: print('loaded', [m for m in {heavy!r} if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -173,8 +174,9 @@ def test_help_and_typos_import_nothing_heavy(arguments):
 
 
 def test_python_m_is_the_same_program():
-    (script,) = entry_points(group="console_scripts", name="rlhf-jax")
-    assert script.load() is cli.main
+    project = tomllib.loads(Path(cli.__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    script = EntryPoint("rlhf-jax", project["scripts"]["rlhf-jax"], "console_scripts")
+    assert script.load() is __main__.main
     done = subprocess.run([sys.executable, "-m", "rlhf_jax", "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, cli.help_text() + "\n", "")
 

@@ -19,7 +19,7 @@ from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.processes import GIVEN, LOST, glob, initialize
 
 MESHES = {"sft": {"data": 1, "fsdp": 8}, "reward": {"data": 8}, "ppo": {"data": 2, "fsdp": 2, "tensor": 2}}
-MAIN = "from rlhf_jax import cli, hosts; hosts.HEARTBEAT_SECONDS = 10; cli.main()"
+MAIN = "from rlhf_jax import __main__, hosts; hosts.HEARTBEAT_SECONDS = 10; __main__.main()"
 TIMEOUT = 240
 
 

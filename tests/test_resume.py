@@ -29,7 +29,7 @@ from rlhf_jax.hosts import attempts
 from rlhf_jax.inference import reward_functions
 from rlhf_jax.inference.reward_functions import RewardFailure, call_reward
 from rlhf_jax.ppo import train
-from rlhf_jax.runs import directory
+from rlhf_jax.runs import checkpoint, directory
 from rlhf_jax.runs.listing import resume
 from rlhf_jax.runs.log import Log
 from rlhf_jax.runs.run import Run
@@ -643,7 +643,7 @@ def test_resume_names_what_is_missing(refused, tmp_path):  # noqa: F811
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf_jax.runs import directory
+from rlhf_jax.runs import checkpoint, directory
 file = directory.claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -681,18 +681,17 @@ def test_runs_lists_stage_status_step_and_metrics_without_jax(tmp_path):
 
 
 SIGNALS = """
-import os, signal, threading, time
-from pathlib import Path
+import os, signal
 import jax
 from rlhf_jax import losses
+from rlhf_jax.runs import checkpoint
 
-def now(phase):
-    if os.environ.get("PHASE") == phase:
+def now(phase):  # once the run listens: before, it tries the loss on numbers of its own
+    if os.environ["PHASE"] == phase and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         os.environ["PHASE"] = ""
         os.kill(os.getpid(), signal.SIGTERM)
 
 def reward(prompts, responses, **columns):
-    now("rollout")
     return [float(len(r)) / 10 for r in responses]
 
 def policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio,
@@ -703,42 +702,44 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio,
                                       clip_ratio_high=clip_ratio_high, max_log_ratio=max_log_ratio,
                                       dual_clip=dual_clip)
 
-def watch():
-    while os.environ.get("PHASE") == "save":
-        if list(Path("out/checkpoints").glob("writing-*")):
-            now("save")
-        time.sleep(0.0005)
+write_manifest = checkpoint.write_manifest
 
-threading.Thread(target=watch, daemon=True).start()
+def slowly(directory):
+    now("save")
+    write_manifest(directory)
+
+checkpoint.write_manifest = slowly
 """
+STOPPED = re.compile(r"ppo: stopped by SIGTERM after step (\d+) of 9 and saved; continue with: rlhf-jax resume \S*out")
 
 
 @pytest.mark.slow
-def test_sigterm_while_a_run_compiles_samples_updates_and_saves_ends_as_if_it_had_not_come(here):  # noqa: F811
+def test_sigterm_while_a_run_compiles_updates_and_saves_ends_as_if_it_had_not_come(
+    here,  # noqa: F811
+    call,  # noqa: F811
+    monkeypatch,
+    one_device,  # noqa: F811
+):
     (here / "signals.py").write_text(SIGNALS)
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setattr(checkpoint, "write_manifest", checkpoint.write_manifest)  # as it was, afterwards
     options = [
         "--reward.functions", "[signals:reward]", "--ppo.policy_loss", "signals:policy_loss", "--ppo.iterations", "9",
         "--run.progress", "false", "--checkpoint.every", "2", "--run.eval_every", "3",
     ]  # fmt: skip
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(here / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def run(phase, *arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "rlhf_jax", *arguments], env={**env, "PHASE": phase}, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-        return done.stdout.splitlines()
+        monkeypatch.setenv("PHASE", phase)
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        return out.splitlines()
 
     run("", "ppo", "--config", "ppo.yaml", *options, "--run.output_dir", "alone")
     steps = []
     command = ["ppo", "--config", "ppo.yaml", *options]
-    for phase in ("compile", "rollout", "update", "save"):
+    for phase in ("compile", "update", "save"):
         lines = run(phase, *command)
-        found = re.fullmatch(
-            r"ppo: stopped by SIGTERM after step (\d+) of 9 and saved; continue with: rlhf-jax resume \S*out",
-            lines[-1],
-        )
+        found = STOPPED.fullmatch(lines[-1])
         assert found, lines
         steps.append(int(found.group(1)))
         assert any(line.startswith("SIGTERM: finishing the step and saving") for line in lines)
@@ -749,6 +750,56 @@ def test_sigterm_while_a_run_compiles_samples_updates_and_saves_ends_as_if_it_ha
         assert rows_of(here / "out", name) == rows_of(here / "alone", name)
     weights = "model/model.safetensors"
     assert (here / "out" / weights).read_bytes() == (here / "alone" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_run_ends_the_process_with_a_line(here, number):  # noqa: F811
+    """While a fork's own module is imported, of all the moments in which no loop listens."""
+    (here / "signals.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf_jax",
+        "ppo",
+        "--config",
+        "ppo.yaml",
+        "--reward.functions",
+        "[signals:reward]",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    by = " by SIGTERM" if number == signal.SIGTERM else ""
+    assert (done.returncode, done.stderr) == (128 + number, f"rlhf-jax: interrupted{by}\n")
+    assert not (here / "out").exists()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from pathlib import Path
+from rlhf_jax.hosts import files
+from rlhf_jax.hosts.interrupts import own_process
+
+class Left:
+    def __del__(self):  # from which Python lets no exception out
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(60)
+
+def main():
+    if sys.argv[1] == "error":
+        return 7
+    with files.replacing(Path("model")) as new:
+        (new / "part").write_text("x" * 9)
+        Left()
+
+own_process(main)
+"""
+
+
+def test_what_was_being_written_goes_with_an_interrupted_process_and_errors_leave_at_once(tmp_path):
+    for way, code, err in (("write", 130, "rlhf-jax: interrupted\n"), ("error", 7, "")):
+        command = [sys.executable, "-c", INTERRUPTED, way]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (code, err)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

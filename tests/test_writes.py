@@ -416,7 +416,7 @@ def test_a_damaged_line_of_a_part_costs_what_follows_it(tmp_path, capsys):
 
 HANGS_UP = """
 import os, signal, sys, time
-from rlhf_jax.runs.interrupts import Interrupts
+from rlhf_jax.hosts.interrupts import Interrupts
 said = []
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] else signal.SIG_DFL)
 found = Interrupts(said.append)

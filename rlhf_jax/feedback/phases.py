@@ -15,8 +15,8 @@ from rlhf_jax.config.functions import flat
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
+from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.models.contents import OPTIONS, contents
-from rlhf_jax.runs.interrupts import Interrupts
 from rlhf_jax.runs.journal import Journal
 
 Make = Callable[[int, int], list[Row]]

@@ -1,1 +1,1 @@
-"""The machine a process runs on: its fellow processes, files, the clock, calls that may hang."""
+"""The machine a process runs on: its fellow processes, files, the clock, signals, calls that may hang."""

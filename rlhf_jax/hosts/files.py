@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts.interrupts import UNFINISHED
 from rlhf_jax.hosts.json_text import JsonObject, from_json, json_lines, strict_json, to_json
 
 DESCRIPTORS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
@@ -98,6 +99,7 @@ def replace_files(files: Sequence[tuple[Place, str | bytes]]) -> None:
             target = Path(os.path.realpath(path))  # the file, not the link to it
             aside = target.with_name(f".{target.name}.new")
             asides.append((aside, target))
+            UNFINISHED.add(aside)
             write_new(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, data, sync=True)
             with contextlib.suppress(OSError):  # no such file, or not ours
                 os.chmod(aside, stat.S_IMODE(os.stat(target).st_mode))
@@ -108,6 +110,8 @@ def replace_files(files: Sequence[tuple[Place, str | bytes]]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
         raise
+    finally:
+        UNFINISHED.difference_update(aside for aside, _ in asides)
     for folder in {target.parent for _, target in asides}:
         sync(folder)
 
@@ -176,6 +180,7 @@ def replacing(path: Path) -> Iterator[Path]:
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir()
+    UNFINISHED.add(new)
     try:
         yield new
         sync_tree(new)
@@ -188,6 +193,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.rename(old, path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        UNFINISHED.discard(new)
 
 
 class Lines:
@@ -299,7 +305,9 @@ def scratch(folder: Path) -> Iterator[Path]:
     place = folder / ".making"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
+    UNFINISHED.add(place)
     try:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        UNFINISHED.discard(place)

@@ -6,17 +6,15 @@ every array. The functions here are called by all processes at the same place, o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import glob
 import importlib.util
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -142,16 +140,6 @@ def several() -> bool:
 def is_first() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
-
-
-def leave(code: int) -> NoReturn:
-    """End this process after an error, at once: waiting for the others would be in vain."""
-    if several():
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def barrier(name: str) -> None:

@@ -20,10 +20,10 @@ from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import Stopped, UserError, printable
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.files import write_json
+from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.best import Best
 from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
-from rlhf_jax.runs.interrupts import Interrupts
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.runs.skips import Skips
 

@@ -295,7 +295,7 @@ def run(config: LabelArgs) -> None:
                 tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
             name = f"[{config.host}]" if ":" in config.host else config.host
             tell(f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)")
-            for number in (signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                     signal.signal(number, signal.default_int_handler)
             with contextlib.suppress(KeyboardInterrupt):
