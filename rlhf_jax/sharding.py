@@ -241,6 +241,13 @@ def constrain(x: jax.Array, *axes: str | Split | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
+def on_own_rows(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """function(x), called by every device with its own rows of x: for what is else done on all rows everywhere."""
+    if jax.sharding.get_abstract_mesh().empty or len(x) % data_ways():
+        return function(x)
+    return jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
+
+
 def constrain_gathered(rules: Rules, path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
     """Pin a weight as decoding reads it: whole over data and fsdp, sharded over tensor alone.
 

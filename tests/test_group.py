@@ -33,7 +33,8 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
-from rlhf_jax.online.iteration import roll_out
+from rlhf_jax.inference.generate import decode
+from rlhf_jax.online.iteration import key_at, roll_out
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.state import TrainState
@@ -375,12 +376,64 @@ def test_named_losses_are_those_of_the_papers(one_device):
         assert float(metrics["policy/ratio_max"]) == pytest.approx(1, abs=1e-5) and not float(metrics["optim/skipped"])
 
 
+def test_rows_that_are_cut_answer_every_prompt_once_and_are_those_of_a_rollout_without_a_cut(
+    tmp_path, monkeypatch, one_device
+):
+    """8 groups of 2 an iteration, up to 6 tokens, 2 of them in each rollout, by a policy that does not move.
+
+    The second iteration's reward fails: its rows are gone, and no others.
+    """
+    made, asked, training = [], [], []
+
+    def reward(prompts, responses, number):
+        if number[0] >= 0:
+            training.append(number)
+            asked.extend(zip(number, responses, strict=True))
+            if len(training) == 2:
+                raise RuntimeError("the judge is down")
+        return [0.5] * len(prompts)
+
+    def setup(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    real = train.setup
+    monkeypatch.setattr(train, "setup", setup)
+    changes = {"grpo__group_size": 2, "grpo__iterations": 4, "optim__learning_rate": 0.0, "run__eval_every": 0}
+    cut = {"sampling__chunk": 1, "sampling__budget": 2, "model__eos_ids": [1, 4, 7, 10, 13]}
+    config = run_config("grpo", tmp_path, reward_model=False, **changes, **cut)
+    config = replace(config, reward__on_failure="skip", reward__retries=0)
+    rows = [{**row, "number": i} for i, row in enumerate(TOY_ROWS["rows"])]
+    held_out = [{**row, "number": -1} for row in TOY_ROWS["eval_rows"]]
+    group.run(config, rows=rows, eval_rows=held_out, reward_functions=[reward])
+
+    ((method, _),) = made
+    stream = [method.inputs.batches.rows([i])[0]["columns"]["number"][0] for i in range(32)]
+    assert sorted(n for n, _ in asked) == sorted([*stream, *stream]) and all(len(n) == 16 for n in training)
+    lines = [line for line in logged(tmp_path) if "rollout/reward" in line]
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert lines[0]["rollout/continued"] == 0 < lines[0]["rollout/unfinished"] + lines[0]["rollout/waiting"] == 16
+    assert all(line["rollout/continued"] > 0 for line in lines[1:])
+    assert lines[-1]["rollout/unfinished"] == lines[-1]["rollout/waiting"] == 0
+    assert method.programs.cut.go_on._cache_size() == method.programs.cut.take._cache_size() == 1
+
+    # The first 16 prompts began in the first rollout, with the noise of its key; the reference is the policy.
+    first, _ = method.inputs.batches.rows(range(16))
+    key = jax.random.split(key_at(method, "training", 0), 3)[0]
+    arguments = method.nets.ref, first["tokens"], first["mask"], key, method.inputs.law, None, 2
+    with jax.set_mesh(method.mesh.grid):
+        texts = decode(method.inputs.tokenizer, method.programs.rollout(*arguments), np.repeat(first["given"], 2))
+    expected = sorted(zip(np.repeat(stream[:16], 2).tolist(), texts, strict=True))
+    assert [pair for pair in sorted(asked) if pair[0] in stream[:16]] == expected
+    assert len(set(map(len, texts))) > 2
+
+
 MESHES = {"data": MeshConfig(8, 1, 1), "fsdp": MeshConfig(2, 4, 1)}
 
 
 @functools.cache
 def iteration_on(mesh_name):
-    config = run_config("grpo", grpo__group_size=4, grpo__minibatches=2, grpo__epochs=2)
+    config = run_config("grpo", grpo__group_size=4, grpo__minibatches=2, grpo__epochs=2, sampling__budget=3)
     config = replace(config, optim__eps=1e-2, **({"mesh": MESHES[mesh_name]} if mesh_name else {}))
     with pytest.MonkeyPatch.context() as patch:
         if not mesh_name:
@@ -393,7 +446,7 @@ def iteration_on(mesh_name):
 
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_an_iteration_is_the_same_on_every_mesh(mesh_name):
-    """Groups of 4 rows lie on two devices or four; their baseline is of all of them."""
+    """Groups of 4 rows lie on two devices or four; their baseline is of all of them. Rows are cut and go on."""
     found, expected = iteration_on(mesh_name), iteration_on(None)
     np.testing.assert_array_equal(found[2]["rollout"].tokens, expected[2]["rollout"].tokens)
     for (path, a), b in zip(
@@ -406,9 +459,10 @@ class Killed(BaseException):
     """Stands in for kill -9 where the process must live on."""
 
 
-@pytest.mark.parametrize("method", ["grpo", "reinforce_pp"])
-def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, one_device, method):
+@pytest.mark.parametrize(("method", "budget"), [("grpo", 0), ("reinforce_pp", 3)])
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, one_device, method, budget):
     changes = {"checkpoint__every": 1, "checkpoint__minutes": 0.0, f"{method}__iterations": 4, "run__eval_every": 0}
+    changes["sampling__budget"] = budget
     group.run(run_config(method, tmp_path / "whole", **changes), **TOY_ROWS)
     advance = RunMetrics.advance
 
@@ -440,6 +494,9 @@ REFUSED = {
     "false",
     "grpo --grpo.stop truncate --grpo.truncate_after 64": "grpo.truncate_after 64 is not below "
     "sampling.max_new_tokens 64, so no row would ever stop; lower it",
+    "grpo --sampling.budget 10": "sampling.budget 10 is not a multiple of sampling.chunk 32; change one of them",
+    "sample --sampling.budget 32": "sampling.budget 32 is of ppo, grpo, rloo and reinforce_pp, whose rows go on in "
+    "the next iteration; set it to 0",
     "rloo --rloo.clip_ratio 0": "rloo.clip_ratio is 0.0; make it above 0",
 }
 
@@ -457,6 +514,10 @@ def test_a_batch_that_is_no_whole_groups_is_refused():
         train.setup(run_config("grpo", grpo__group_size=3), **TOY_ROWS)
     with pytest.raises(UserError, match=r"sampling\.microbatch 2 is not a multiple of grpo\.group_size 4"):
         train.setup(run_config("grpo", grpo__group_size=4, sampling__microbatch=2), **TOY_ROWS)
+    for other in ({"grpo__stop": "truncate"}, {"grpo__redraws": 1}, {"sampling__prompt_buckets": [1, 2]}):
+        (name,) = (name.replace("__", r"\.") for name in other)
+        with pytest.raises(UserError, match=rf"sampling\.budget 3 does not go with {name} .*; leave one of them out"):
+            train.setup(run_config("grpo", sampling__budget=3, **other), **TOY_ROWS)
 
 
 def test_an_option_of_a_method_leaves_its_other_defaults():

@@ -15,7 +15,7 @@ from rlhf_jax.inference.sampling import SamplingLaw, draw, draw_from_logits, kee
 from rlhf_jax.inference.slots import choose_slots
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import leaf_shapes, nested
-from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
+from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, tree_shardings
 from rlhf_jax.tokens import positions_from_mask
 
 LOGITS = np.array([[1, 1.01, 1.001, 0, 0, 0, 2]], np.float32)
@@ -470,21 +470,33 @@ def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_anot
     assert run._cache_size() == 1
 
 
-def test_every_shard_of_a_mesh_refills_its_own_slots():
-    """8 shards of 2 prompts and 2 samples of each, with 2 slots; what crosses them is whether all are done."""
+def test_every_shard_of_a_mesh_refills_its_own_slots_and_rows_go_on_as_if_they_were_not_cut():
+    """8 shards of 2 prompts and 2 samples of each, with 2 slots; what crosses them is whether all are done.
+
+    Rows that are cut after two tokens go on behind what they have, with a window and with the ids that top-k kept.
+    """
     arch = dataclasses.replace(ARCH, num_kv_heads=4, num_layers=2, sliding_window=3, window_layers=(1,))
     model, mesh = Model(arch), make_mesh(MeshConfig(data=8))
     params = jax.tree.map(lambda x: 6 * x, model.init(KEY))
     prompt, mask = (np.tile(x, (2, 1)) for x in (PROMPT, PROMPT_MASK))
-    options = {**OPTIONS, "filtered": False, "samples": 2}
-    expected = jax.jit(partial(sample, model, **options))(params, prompt, mask, KEY, law())
+    options = {**OPTIONS, "candidates": 6, "carry": True, "samples": 2, "chunk": 2}
+    expected = jax.jit(partial(sample, model, **options))(params, prompt, mask, KEY, law(top_k=6))
+    noise, rollout, lengths = jax.random.uniform(KEY, (32, 7)), jax.tree.map(jnp.zeros_like, expected), []
     with jax.set_mesh(mesh.grid):
-        placed = jax.device_put(params, tree_shardings(mesh, params)), *put_batch(mesh, (prompt, mask)), KEY, law()
-        refilled = jax.jit(partial(sample, model, slots=16, **options)).lower(*placed).compile()
-        rollout = refilled(*placed)
-    for name in ("tokens", "mask", "finished"):
-        np.testing.assert_array_equal(getattr(rollout, name), getattr(expected, name))
-    np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-4)
+        placed = jax.device_put(params, tree_shardings(mesh, params)), *put_batch(mesh, (prompt, mask))
+        run = jax.jit(partial(sample, model, slots=16, budget=2, **options), out_shardings=batch_sharding(mesh))
+        rollout, noise = put_batch(mesh, jax.device_get((rollout, noise)))
+        arguments = [*placed, KEY, law(top_k=6), put_batch(mesh, np.ones(16, bool)), noise, rollout]
+        refilled = run.lower(*arguments).compile()
+        for _ in range(4):
+            arguments[-1] = refilled(*arguments)
+            lengths.append(np.asarray(arguments[-1].mask).sum(1))
+    for name in ("tokens", "mask", "finished", "kept"):
+        np.testing.assert_array_equal(getattr(arguments[-1], name), getattr(expected, name))
+    np.testing.assert_allclose(arguments[-1].logprobs, expected.logprobs, atol=1e-4)
+    full = np.asarray(expected.mask).sum(1)
+    np.testing.assert_array_equal(lengths, [np.minimum(full, most) for most in (2, 4, 6, 7)])
+    assert len(set(full)) > 2
     assert set(traffic(refilled.as_text()).collectives) <= {"all-reduce"}
 
 

@@ -31,7 +31,7 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, save_model
-from rlhf_jax.online.iteration import LoopState, iterate, key_at
+from rlhf_jax.online.iteration import LoopState, iterate, key_at, next_batch
 from rlhf_jax.online.method import Method
 from rlhf_jax.ppo import Experience, Models
 from rlhf_jax.sharding import make_mesh, tree_shardings
@@ -286,4 +286,6 @@ def toy_run(output_dir: Path | str = "", *, reward_model: bool = True, **ppo) ->
 
 def iteration(method: Method, loop: LoopState, i: int):
     """Iteration i of a method, as the loop calls it: (the next state, metrics, table)."""
-    return iterate(method, loop, method.batch(i), key_at(method, "training", i))
+    key = key_at(method, "training", i)
+    loop, batch, drawn = next_batch(method, loop, i, key)
+    return iterate(method, loop, batch, key, drawn)

@@ -258,6 +258,10 @@ class SamplingConfig:
         slots: rows decoded at once, over all devices; the others wait until one of these has ended. 0 chooses: all
             rows where they are few or none can end early, else as many as keep the cache no larger than the weights.
         microbatch: rows of a rollout of their own, one rollout after another; 0 means all. `slots` are of each.
+        budget: partial rollouts of the methods that learn from their samples: a row that a rollout has given so many
+            tokens, a multiple of `chunk`, is cut and goes on in the next iteration. Twice data.batch_size rows are
+            under way; an iteration trains on the oldest data.batch_size that have ended, after more than one rollout
+            if need be. 0, or max_new_tokens and more, cuts none.
     """
 
     max_new_tokens: int = 64
@@ -269,11 +273,12 @@ class SamplingConfig:
     prompt_buckets: list[int] = field(default_factory=list)
     slots: int = 0
     microbatch: int = 0
+    budget: int = 0
 
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "max_new_tokens chunk",
-            "at least 0": "min_new_tokens temperature top_k slots microbatch",
+            "at least 0": "min_new_tokens temperature top_k slots microbatch budget",
             "above 0 and at most 1": "top_p",
         }
         check(self, "sampling.", rules)
@@ -283,6 +288,23 @@ class SamplingConfig:
                 f"{self.max_new_tokens}; lower it"
             )
         check_list(self, "prompt_buckets", "sampling.", "at least 1", ascending=True)
+        if self.cut % self.chunk:
+            raise UserError(
+                f"sampling.budget {self.budget} is not a multiple of sampling.chunk {self.chunk}; change one of them"
+            )
+
+    @property
+    def cut(self) -> int:
+        """Tokens of a rollout after which rows are cut, and go on in the next; 0 if none are."""
+        return self.budget if self.budget < self.max_new_tokens else 0
+
+    def check_whole(self) -> None:
+        """Raise a UserError if rows would be cut where there is no next iteration."""
+        if self.cut:
+            raise UserError(
+                f"sampling.budget {self.budget} is of ppo, grpo, rloo and reinforce_pp, whose rows go on in the next "
+                "iteration; set it to 0"
+            )
 
     def check_buckets(self, name: str, longest: int) -> None:
         """Raise a UserError unless the last prompt bucket holds prompts of the longest length, the option `name`."""

@@ -44,6 +44,7 @@ class SampleArgs:
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
         self.sampling.check_buckets("max_prompt_length", self.max_prompt_length)
+        self.sampling.check_whole()
 
 
 @settings

@@ -58,6 +58,7 @@ class SFTArgs:
     def __post_init__(self) -> None:
         check_training("sft", self.sft, self.data, self.model, self.lora, self.optim)
         self.sampling.check_buckets("data.max_prompt_length", self.data.max_prompt_length)
+        self.sampling.check_whole()
 
 
 @settings

@@ -56,6 +56,12 @@ class Batches:
         options = {"length": length} if length else {}
         return self._collate([self._examples[i] for i in rows], **options)
 
+    def rows(self, numbers: Sequence[int]) -> tuple[Batch, list[str]]:
+        """A batch of rows by their place in the batches, one after another, and the file and line of each."""
+        steps = {number // self._size: self._rows_of(number // self._size)[1] for number in numbers}
+        examples = [self._examples[steps[number // self._size][number % self._size]] for number in numbers]
+        return self._collate(examples), [example["where"] for example in examples]
+
     def _rows_of(self, step: int) -> tuple[int, list[int]]:
         """(bucket, or 0 without, indices of the examples) of the global batch of a step."""
         epoch, place = divmod(step, self._steps)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.inference.slots import Contexts, Slots, State, flat, layout, split, take, widened
+from rlhf_jax.inference.slots import Begun, Contexts, Slots, State, flat, layout, split, take, widened
 from rlhf_jax.models.decoder import Cache
 from rlhf_jax.models.model import Model
 from rlhf_jax.tokens import positions_from_mask
@@ -50,6 +50,7 @@ class Engine:
         uniforms: float32[W, N * G, S].
         samples, slots: G, and the slots of a shard, at most (0: a slot for every row).
         chunk, max_new_tokens: tokens between looks at who is done, and of the longest sequence.
+        begun: what rows have already; None where all begin with their first token.
     """
 
     model: Model
@@ -66,6 +67,7 @@ class Engine:
     slots: int
     chunk: int
     max_new_tokens: int
+    begun: Begun | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -92,7 +94,8 @@ class Engine:
             cache = jax.tree.map(partial(widened, columns=columns), state.slots.cache)
             state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, cache=cache))
             go_on = lambda state, n=columns, last=last: self.pending(state) & (last | (state.step < n))  # noqa: E731
-            with self.trips((columns - done) / self.chunk * self.uniforms.shape[1] / self.at_once):
+            most = columns - done if self.begun is None else self.begun.budget
+            with self.trips(most / self.chunk * self.uniforms.shape[1] / self.at_once):
                 state = jax.lax.while_loop(go_on, lambda state: self.decode_chunk(begin(state)), state)
             done = columns
         return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:]), state.out)
@@ -106,7 +109,7 @@ class Engine:
         length = self.uniforms.shape[2]
         chunks = length // self.chunk
         parts = [part for part in (4, 2) if chunks % part == 0 and length // part >= 32]
-        return [length] if self.refills else [*(length // part for part in parts), length]
+        return [length] if self.refills or self.begun is not None else [*(length // part for part in parts), length]
 
     # --- contexts
 
@@ -236,7 +239,56 @@ class Engine:
             slots.cache,
         )
         contexts = dataclasses.replace(contexts, started=contexts.started + taken)
-        return dataclasses.replace(state, slots=slots, contexts=contexts)
+        state = dataclasses.replace(state, slots=slots, contexts=contexts)
+        return state if self.begun is None else self.go_on(state, self.begun)
+
+    def go_on(self, state: State, begun: Begun) -> State:
+        """The same with what the rows of slots have already; those that have ended leave theirs at once."""
+        rows = self.by_shard(state.slots.row)
+        goes_on = (take(begun.number, rows) < take(begun.limit, rows)).reshape(state.slots.row.shape)
+        slots = dataclasses.replace(state.slots, alive=state.slots.alive & goes_on)
+        state = dataclasses.replace(state, slots=slots)
+        return jax.lax.while_loop(lambda state: self.without(state, begun).any(), partial(self.fill, begun), state)
+
+    def without(self, state: State, begun: Begun) -> Bool[Array, "W slots"]:
+        """Slots that lack what their rows have."""
+        row, place, alive = map(self.by_shard, (state.slots.row, state.slots.place, state.slots.alive))
+        return alive & (place < take(begun.number, row))
+
+    def fill(self, begun: Begun, state: State) -> State:
+        """Prefill prompts and tokens of some rows of every shard, as far as there are slots without them."""
+        (ways, _, _, _, length), columns = self.shape, begun.tokens.shape[2]
+        empty = self.without(state, begun)
+        slot = jnp.argsort(~empty, axis=1, stable=True)[:, : max(ADMITTED // (length + columns), 1)]
+        row = take(self.by_shard(state.slots.row), slot)
+        number, prompt = take(begun.number, row), row // self.samples
+        # Prompt and tokens [W * A, P + S] moved to the right, so that the tokens end where the columns do.
+        tokens = jnp.concatenate([take(self.prompts, prompt), take(begun.tokens, row)], axis=2)
+        real = jnp.arange(columns)[None, None] < number[:, :, None]
+        mask = jnp.concatenate([take(self.masks, prompt), real], axis=2)
+        tokens, mask = (jax.vmap(jnp.roll)(flat(x), flat(columns - number)) for x in (tokens, mask))
+        logits, cache = self.model.prefill(self.params, tokens, mask, positions_from_mask(mask))
+        slot = jnp.where(take(empty, slot), slot, self.at_once)  # out of range, and so dropped
+
+        def put(old: Array, new: Array) -> Array:
+            """[X, M, ...] or [X * M, ...] with [W * A, ...] at their places."""
+            place = jax.vmap(lambda old, new, slot: old.at[slot].set(new, mode="drop"))
+            by_slot = old.reshape(ways, self.at_once, *new.shape[1:])
+            return place(by_slot, split(new, ways), slot).reshape(old.shape)
+
+        # The last token lies in the column before that of the next step.
+        own = jax.tree.map(lambda new: jnp.roll(new[:, :, length:], state.step, axis=2), cache)
+        slots = dataclasses.replace(
+            state.slots,
+            place=put(state.slots.place, flat(number)),
+            logits=put(state.slots.logits, logits),
+            cache=self.model.pinned(jax.tree.map(put, state.slots.cache, own)),
+        )
+        return dataclasses.replace(state, slots=slots)
+
+    def by_shard(self, x: Array) -> Array:
+        """Of slots, [X, M] as [W, slots of a shard]."""
+        return split(flat(x), self.prompts.shape[0])
 
     def pending(self, state: State) -> Bool[Array, ""]:
         """Whether anything is left to draw."""
@@ -266,13 +318,14 @@ class Engine:
             logits, cache = self.model.decode(self.params, token, at, sees, apart, held.cache, cache, step % columns)
             out = (token, alive, kept)
             place = place + alive
-            alive = alive & (place < self.max_new_tokens)
+            alive = alive & (place < limit)
             if self.is_stop is not None:
                 alive = alive & ~self.is_stop[token]
             return (logits, cache, place, alive), out
 
         # Uniforms of the slots' rows, chunk of the row: [W, rows, chunk] -> [chunk, R].
-        row, number = (split(flat(x), ways) for x in (slots.row, slots.place // self.chunk))
+        row, number = self.by_shard(slots.row), self.by_shard(slots.place // self.chunk)
+        limit = self.max_new_tokens if self.begun is None else take(self.begun.limit, row).reshape(-1)
         cut = lambda x: x.reshape(*x.shape[:2], -1, self.chunk)  # noqa: E731
         uniforms = flat(jax.vmap(lambda u, r, n: u[r, n])(cut(self.uniforms), row, number)).T
         steps = state.step + jnp.arange(self.chunk)

@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.inference.engine import Engine
-from rlhf_jax.inference.slots import choose_slots, queue_of, split
+from rlhf_jax.inference.slots import Begun, choose_slots, queue_of, split
 from rlhf_jax.models.model import Model, of_length
-from rlhf_jax.sharding import data_ways
+from rlhf_jax.sharding import data_ways, on_own_rows
 from rlhf_jax.tokens import map_microbatches
 from rlhf_jax.types import Params, Rollout
 
@@ -139,7 +139,7 @@ def draw_from_logits(
     scaled = logits / jnp.where(greedy, 1.0, law.temperature)
     ids = None
     if candidates and filtered:
-        scaled, ids = jax.lax.top_k(scaled, min(candidates, scaled.shape[1]))
+        scaled, ids = on_own_rows(partial(jax.lax.top_k, k=min(candidates, scaled.shape[1])), scaled)
     top = scaled.max(axis=-1, keepdims=True)
     probs = jnp.exp(scaled - top)
     if filtered:
@@ -164,7 +164,8 @@ def sample(
     key: Array,
     law: SamplingLaw,
     active: Bool[Array, " N"] | None = None,
-    given: Int[Array, "B T"] | None = None,
+    given: Int[Array, "B T"] | Float[Array, "B T"] | None = None,
+    earlier: Rollout | None = None,
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
@@ -175,13 +176,16 @@ def sample(
     filtered: bool = True,
     carry: bool = False,
     microbatch: int = 0,
+    budget: int = 0,
 ) -> Rollout:
     """Draw `samples` responses to each left-padded prompt; call it inside jit, with the arguments after * static.
 
     The responses to prompt n are rows n * samples and following. A row ends with the first stop id, which is part of
     the response; with no `stop_ids` every row runs the full length. `slots` rows are decoded at once (None: all, 0:
     `choose_slots`); every `chunk` tokens the loop looks which have ended, and begins others in their place. Prompts
-    off `active` are not drawn: the masks of their rows are empty. Rows that are `given` are followed, not drawn.
+    off `active` are not drawn: the masks of their rows are empty. Rows that are `given` are followed, not drawn; given
+    floats are the noise. Rows go on behind what they have of an `earlier` rollout to the same prompts, which stays as
+    it is, and are cut after `budget` more tokens, in whole chunks.
     Log-probs are of the law sampled from (greedy: 0, a certain event). A rotary law that depends on length is that of
     model.length, or else of P + max_new_tokens. The noise of a row depends on the key and its place only, so slots, a
     microbatch or a mesh change nothing. `draw_from_logits` has candidates, filtered and carry, which fills `kept`.
@@ -192,30 +196,79 @@ def sample(
     uniforms = jnp.pad(uniforms, ((0, 0), (0, steps - max_new_tokens))).reshape(-1, samples, steps)
     model = of_length(model, prompt.shape[1] + max_new_tokens)
     is_stop = _set_of(stop_ids, model.arch.vocab_size) if stop_ids else None
-    decode_params = model.decoding_params(params)
-    draw = partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered, carry=carry)
-
-    def of_prompts(prompt: Array, mask: Array, uniforms: Array, active: Array) -> Any:
-        """Tokens, whether they count, and their log-probs and kept ids, [prompts, samples, T, ...] each."""
-        count = prompt.shape[0]
-        ways = math.gcd(data_ways(), count)
-        at_once = max(slots // ways, 1) if slots else 0
-        if slots == 0 and stop_ids:
-            at_once = choose_slots(model, decode_params, count // ways, samples, prompt.shape[1], steps)
-        prompt, mask, active, uniforms = (split(x, ways) for x in (prompt, mask, active, uniforms))
-        queue, number = queue_of(active)
-        engine = Engine(
-            model, decode_params, draw, is_stop, law.min_new_tokens, prompt, mask, queue, number,
-            uniforms.reshape(ways, -1, steps), samples, at_once, chunk, max_new_tokens,
-        )  # fmt: skip
-        of_samples = lambda x: x.reshape(count, samples, *x.shape[2:])[:, :, :max_new_tokens]  # noqa: E731
-        return jax.tree.map(of_samples, engine.run())
-
+    of_prompts = partial(
+        _of_prompts,
+        slots=slots,
+        model=model,
+        params=model.decoding_params(params),
+        draw=partial(draw_from_logits, law=law, candidates=candidates, filtered=filtered, carry=carry),
+        is_stop=is_stop,
+        min_new_tokens=law.min_new_tokens,
+        samples=samples,
+        chunk=chunk,
+        max_new_tokens=max_new_tokens,
+    )
     active = jnp.ones(prompt.shape[0], bool) if active is None else active
+    inputs = (prompt, prompt_mask, uniforms, active, _begun(earlier, budget, steps, samples))
     prompts_at_once = max(microbatch // samples, 1) if microbatch else 0  # whose samples stay together
-    drawn = map_microbatches(lambda xs: of_prompts(*xs), (prompt, prompt_mask, uniforms, active), prompts_at_once)
+    drawn = map_microbatches(lambda xs: of_prompts(*xs), inputs, prompts_at_once)
+    drawn = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:, :max_new_tokens], drawn)
     prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
-    return _rollout(prompt, prompt_mask, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn), is_stop)
+    return _rollout(prompt, prompt_mask, _behind(earlier, drawn), is_stop)
+
+
+def _of_prompts(
+    prompt: Array,
+    mask: Array,
+    uniforms: Array,
+    active: Array,
+    begun: Begun | None,
+    *,
+    slots: int | None,
+    **engine: Any,
+) -> Any:
+    """Tokens, whether they count, and what is kept of each, [prompts, samples, S, ...]; the rest is of `Engine`."""
+    count, samples = uniforms.shape[:2]
+    ways = math.gcd(data_ways(), count)
+    at_once = max(slots // ways, 1) if slots else 0
+    if slots == 0 and engine["is_stop"] is not None:
+        sizes = count // ways, samples, prompt.shape[1], uniforms.shape[2]
+        at_once = choose_slots(engine["model"], engine["params"], *sizes)
+    prompts, masks, active = (split(x, ways) for x in (prompt, mask, active))
+    uniforms, begun = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[2:]), (uniforms, begun))
+    queue, number = queue_of(active)
+    run = Engine(
+        prompts=prompts,
+        masks=masks,
+        queue=queue,
+        count=number,
+        uniforms=uniforms,
+        slots=at_once,
+        begun=begun,
+        **engine,
+    ).run()
+    return jax.tree.map(lambda x: x.reshape(count, samples, *x.shape[2:]), run)
+
+
+def _begun(earlier: Rollout | None, budget: int, steps: int, samples: int) -> Begun | None:
+    """[prompts, samples, ...] each, of tokens in `steps` columns."""
+    if earlier is None:
+        return None
+    longest = earlier.mask.shape[1]
+    number = earlier.mask.sum(1, dtype=jnp.int32)
+    limit = jnp.where(earlier.finished, number, jnp.minimum(number + budget, longest))
+    tokens = jnp.pad(earlier.tokens, ((0, 0), (0, steps - longest)))
+    tokens, number, limit = (x.reshape(-1, samples, *x.shape[1:]) for x in (tokens, number, limit))
+    return Begun(tokens, number, limit, budget)
+
+
+def _behind(earlier: Rollout | None, drawn: Any) -> Any:
+    """What an engine drew, where there was nothing before."""
+    if earlier is None:
+        return drawn
+    had = (earlier.tokens, earlier.mask, (earlier.logprobs, earlier.kept))
+    there = lambda x: earlier.mask.reshape(*earlier.mask.shape, *[1] * (x.ndim - 2))  # noqa: E731
+    return jax.tree.map(lambda old, new: jnp.where(there(new), old, new), had, drawn)
 
 
 def _set_of(ids: tuple[int, ...], size: int) -> Bool[Array, " V"]:

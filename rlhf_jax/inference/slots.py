@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -74,6 +74,24 @@ class State:
     queued: Int[Array, " W"]
     step: Int[Array, ""]
     out: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Begun:
+    """What rows have already, where they go on; B rows of every shard.
+
+    Attributes:
+        tokens: int32[W, B, S].
+        number: int32[W, B], how many tokens; whole chunks, unless the row has ended.
+        limit: int32[W, B], with how many a row waits or ends; that is `number` of a row that has ended.
+        budget: limit - number at most, static.
+    """
+
+    tokens: Int[Array, "W B S"]
+    number: Int[Array, "W B"]
+    limit: Int[Array, "W B"]
+    budget: int = field(metadata={"static": True})
 
 
 def choose_slots(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_jax.config import OnlineArgs, OnlineConfig, bind
+from rlhf_jax.config import OnlineArgs, OnlineConfig, SamplingConfig, bind
 from rlhf_jax.errors import UserError
 from rlhf_jax.online.law import hidden_filter
 from rlhf_jax.sharding import Mesh, check_rows
@@ -29,6 +29,7 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
         raise UserError(
             f"{group}.truncate_after does nothing with {group}.stop eos; set {group}.stop truncate, or it to 0"
         )
+    check_cut(sampling, settings, group)
     steps = settings.minibatches * settings.accumulate
     if size % steps:
         raise UserError(
@@ -45,6 +46,19 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
     if settings.missing_eos == "subtract" and settings.missing_eos_value < 0:
         value = settings.missing_eos_value
         raise UserError(f"{group}.missing_eos_value {value}, subtracted, is a reward; make it positive")
+
+
+def check_cut(sampling: SamplingConfig, settings: OnlineConfig, group: str) -> None:
+    """Raise a UserError for what does not go with rows that go on in the next iteration."""
+    buckets = sampling.prompt_buckets
+    others = {
+        f"{group}.stop truncate, of rows of one length": settings.stop == "truncate",
+        f"sampling.prompt_buckets {buckets}, since rows of several iterations have one shape": len(buckets) > 1,
+        f"{group}.redraws {getattr(settings, 'redraws', 0)}, of whole groups": getattr(settings, "redraws", 0) > 0,
+    }
+    for what, there in others.items():
+        if sampling.cut and there:
+            raise UserError(f"sampling.budget {sampling.budget} does not go with {what}; leave one of them out")
 
 
 def check_law(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:

@@ -20,7 +20,9 @@ from rlhf_jax.inference.intervals import mean_and_error
 from rlhf_jax.inference.reward_functions import call_reward, of_own_rows
 from rlhf_jax.keys import NUMBERS, Purpose
 from rlhf_jax.online.core import Scored
+from rlhf_jax.online.cut import Drawn, empty_pool, gather
 from rlhf_jax.online.method import Method
+from rlhf_jax.online.pool import Pool
 from rlhf_jax.sharding import put, put_batch, replicated
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.state import TrainState
@@ -43,11 +45,13 @@ class LoopState:
         state: the training state; its parameters are {"policy": ...} and what else the method trains.
         kl_coef: float32[], the price of a nat.
         average: the averaged policy; None without `ema_decay`.
+        pool: rows under way; None unless rows are cut (`sampling.budget`).
     """
 
     state: TrainState
     kl_coef: jax.Array
     average: Params | None = None
+    pool: Pool | None = None
 
     @property
     def policy(self) -> Params:
@@ -69,7 +73,8 @@ class LoopState:
 def first_state(method: Method, state: TrainState) -> LoopState:
     """What the loop carries at first; `state` becomes a part of it."""
     average = jax.tree.map(jnp.copy, state.params["policy"]) if method.settings.ema_decay else None
-    return LoopState(state, put(np.float32(method.settings.kl_coef), replicated(method.mesh)), average)
+    pool = empty_pool(method) if method.config.sampling.cut else None
+    return LoopState(state, put(np.float32(method.settings.kl_coef), replicated(method.mesh)), average, pool)
 
 
 def key_at(method: Method, purpose: Purpose, index: int) -> jax.Array:
@@ -80,10 +85,25 @@ def key_at(method: Method, purpose: Purpose, index: int) -> jax.Array:
     return key
 
 
-def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tuple[LoopState, Metrics, Table]:
+def next_batch(method: Method, loop: LoopState, i: int, key: jax.Array) -> tuple[LoopState, Batch, Drawn | None]:
+    """The batch of iteration i, for `iterate` with the same key; where rows are cut the responses as well, and a loop
+    whose pool is without them.
+    """
+    cut = method.programs.cut
+    if cut is None or loop.pool is None:
+        return loop, method.batch(i), None
+    policy = method.nets.policy.whole(loop.state.params["policy"])
+    pool, batch, drawn = gather(method, cut, policy, loop.pool, i, jax.random.split(key, 3)[0])
+    return replace(loop, pool=pool), batch, drawn
+
+
+def iterate(
+    method: Method, loop: LoopState, batch: Batch, key: jax.Array, drawn: Drawn | None = None
+) -> tuple[LoopState, Metrics, Table]:
     """Rollout, score, update, averaged policy: (the next state, metrics, the arrays of a table of samples).
 
-    `batch` is of `method.batch`. The arrays of `loop` are donated; all that is returned lies on the devices.
+    `batch` is of `method.batch`; responses that are `drawn` are taken as they are. The arrays of `loop.state` are
+    donated; all that is returned lies on the devices.
 
     Raises:
         RewardFailure: a Python reward failed; `loop` is as it was.
@@ -91,7 +111,8 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
     """
     rollout_key, update_key, again_key = jax.random.split(key, 3)
     again = again_key if method.redraws else None
-    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key, again)
+    given = None if drawn is None else drawn.rollout
+    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key, again, given)
     experience, kl_coef, metrics, per_row = scored
     temperature, update = method.temperature, method.programs.update
     arguments = (loop.state, experience, update_key, temperature, batch.get("ptx"), method.nets.frozen)
@@ -101,17 +122,26 @@ def iterate(method: Method, loop: LoopState, batch: Batch, key: jax.Array) -> tu
     average = loop.average
     if average is not None:
         average = method.programs.average(average, state.params["policy"])
-    metrics = {**metrics, **updates}
+    counts = {} if drawn is None else drawn.counts
     if gold is not None:
-        metrics["rollout/gold"] = put(np.float32(gold), replicated(method.mesh))
-    return LoopState(state, kl_coef, average), metrics, {"rollout": rollout, **per_row}
+        counts = {**counts, "rollout/gold": gold}
+    counted = {name: put(np.float32(number), replicated(method.mesh)) for name, number in counts.items()}
+    metrics = {**metrics, **updates, **counted}
+    return LoopState(state, kl_coef, average, loop.pool), metrics, {"rollout": rollout, **per_row}
 
 
 def roll_out(
-    method: Method, loop: LoopState, policy: Params, batch: Batch, key: jax.Array, again: jax.Array | None = None
+    method: Method,
+    loop: LoopState,
+    policy: Params,
+    batch: Batch,
+    key: jax.Array,
+    again: jax.Array | None = None,
+    drawn: Rollout | None = None,
 ) -> tuple[Rollout, Scored, float | None]:
     """A rollout of a batch of prompts with `policy` (without the ids kept), its score, and its mean gold reward.
 
+    One that is `drawn` already is taken as it is.
     With `again`, a key, groups whose responses all have one reward are drawn again, method.redraws times at most, and
     counted in group/drawn_again. Their Python rewards alone are asked for anew.
     """
@@ -130,7 +160,7 @@ def roll_out(
         host = put_batch(mesh, rewards)
         return programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
 
-    rollout = draw(key, np.ones(rows, bool))
+    rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
     rewards, golds = python_rewards(method, batch, rollout)
     scored = score()
     for noise in noises:

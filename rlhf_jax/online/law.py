@@ -42,6 +42,8 @@ class TrainedLaw:
         if temperature != sampling.temperature:
             reasons.append(f"temperature {sampling.temperature:g} instead of {temperature:g}")
         asked = settings.importance not in ("auto", "off")
+        if sampling.cut:
+            reasons.append("weights of earlier iterations")
         recompute = settings.old_logprobs == "recompute" or (
             settings.old_logprobs == "auto" and bool(reasons or hidden or asked)
         )

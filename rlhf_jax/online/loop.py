@@ -13,7 +13,7 @@ from rlhf_jax.config import OnlineArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.reward_functions import RewardFailure
-from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, iterate, key_at, sample_rows
+from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, iterate, key_at, next_batch, sample_rows
 from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
@@ -65,11 +65,14 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     out.metrics.restart_clock()
     logged = out.start
     for i in range(out.start, total):
-        batch, step = method.batch(i), i + 1
+        key, unchanged, step = key_at(method, "training", i), loop, i + 1
+        loop, batch, drawn = next_batch(method, unchanged, i, key)
+        if drawn is not None:
+            out.skips.drawn[i] = drawn.where
         try:
-            loop, metrics, table = iterate(method, loop, batch, key_at(method, "training", i))
+            loop, metrics, table = iterate(method, loop, batch, key, drawn)
         except RewardFailure as error:
-            loop = _without_reward(out, method, loop, i, notes, error)
+            loop = _without_reward(out, method, unchanged, loop, i, notes, error)
         except NotFinite as error:
             raise UserError(f"step {step}: {error}; rows {out.skips.rows(step)}") from error.__cause__
         else:
@@ -93,11 +96,11 @@ def _write_samples(out: Run, method: Method, step: int, prompts: list[Any], tabl
 
 
 def _without_reward(
-    out: Run, method: Method, loop: LoopState, i: int, notes: dict[str, Any], error: RewardFailure
+    out: Run, method: Method, before: LoopState, loop: LoopState, i: int, notes: dict[str, Any], error: RewardFailure
 ) -> LoopState:
-    """What follows iteration i, whose reward failed: its batch is skipped, or the run ends, saved."""
+    """What follows iteration i, whose reward failed: its batch is skipped, or the run ends, saved as it was before."""
     if method.config.reward.on_failure == "stop":
-        out.save_now(i, loop.tree(), notes)
+        out.save_now(i, before.tree(), notes)
         raise UserError(f"iteration {i + 1}: {error}; then {out.how_to_continue()}") from error
     out.metrics.flush()
     out.metrics.write(i + 1, {"rollout/skipped": 1.0})

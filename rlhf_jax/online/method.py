@@ -129,12 +129,16 @@ class Method:
         return self.settings.epochs * self.settings.minibatches
 
     def batch(self, i: int) -> Batch:
-        """What iteration i reads: its prompts, and as "ptx" a step's text each.
+        """What iteration i reads: its prompts, and as "ptx" a step's text each."""
+        return self.spread(self.inputs.batches[i], i)
+
+    def spread(self, prompts: Batch, i: int) -> Batch:
+        """Prompts as iteration i reads them.
 
         Text and columns stand there `group_size` times in a row, once for each response; arrays once, or as often as
-        the mesh must have them (`spread`).
+        the mesh must have them (`generate.spread`).
         """
-        prompts, ways = self.inputs.batches[i], self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         times = spread(len(prompts["tokens"]), self.group_size, ways)
         arrays = {name: np.repeat(prompts[name], times, axis=0) for name in ("tokens", "mask")}
         batch = {**repeat_rows(prompts, self.group_size), **arrays}

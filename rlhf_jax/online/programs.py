@@ -14,7 +14,7 @@ from jaxtyping import Array
 from rlhf_jax.config import OnlineArgs, OnlineConfig
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.online import core
+from rlhf_jax.online import core, pool
 from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, rollout_mesh, tree_shardings
@@ -26,11 +26,25 @@ EXACT = {"xla_allow_excess_precision": False}
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The compiled programs of `pool`.
+
+    Attributes:
+        go_on: (policy, pool, number, prompt, mask, key, law, samples) -> (pool, which rows have ended).
+        take: (pool, rows) -> (Rollout of these, pool without them).
+    """
+
+    go_on: Wrapped | OnMesh
+    take: Wrapped
+
+
+@dataclass(frozen=True)
 class Programs:
     """The compiled programs of an iteration.
 
     Attributes:
         rollout: (policy, tokens, mask, key, law, active=None, samples=1) -> Rollout, as `inference.sampling.sample`.
+        cut: what a pool goes on with; None unless rows are cut.
         score: (params, ref, reward, rollout, host rewards, kl_coef, temperature) -> (experience, kl_coef of the next
             iteration, metrics, numbers per row).
         update: (state, experience, key, temperature, ptx, frozen) -> (state, metrics); donates the state.
@@ -43,6 +57,7 @@ class Programs:
     update: Wrapped
     average: Callable[[Params, Params], Params]
     schedule: Schedule
+    cut: Cut | None = None
 
 
 def compile_programs(
@@ -83,10 +98,15 @@ def compile_programs(
         tree_shardings(sampling_mesh, tree)
     # Sampler, scorer and update round where the code says, so that the same products come to the same bits in each.
     jitted = partial(jax.jit, compiler_options=EXACT)
-    rollout = jitted(rollout, out_shardings=rows, static_argnames="samples")
+    sampled = partial(jitted, out_shardings=rows, static_argnames="samples")
+    on_mesh = (lambda x: x) if sampling_mesh is mesh else partial(OnMesh, sampling_mesh)
+    cut = None
+    if config.sampling.cut:
+        go_on = partial(pool.go_on, partial(sampler, budget=config.sampling.cut))
+        cut = Cut(on_mesh(sampled(go_on)), jax.jit(pool.take, out_shardings=rows))
     places = tree_shardings(mesh, state)
     programs = Programs(
-        rollout=rollout if sampling_mesh is mesh else OnMesh(sampling_mesh, rollout),
+        rollout=on_mesh(sampled(rollout)),
         score=jitted(score, out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
         update=jitted(update, donate_argnums=() if config.faults.debug_nans else 0, out_shardings=(places, whole)),
@@ -95,6 +115,7 @@ def compile_programs(
             partial(core.ema, decay=settings.ema_decay), donate_argnums=0, out_shardings=places.params["policy"]
         ),
         schedule=schedule,
+        cut=cut,
     )
     return programs, state
 

@@ -21,6 +21,7 @@ class Skips:
         total: skipped updates so far.
         streak: steps in a row, up to the last one, without any update that was not skipped.
         rows_of: i -> where the rows of batch i come from, for messages.
+        drawn: the same of batches that are no function of i.
     """
 
     def __init__(self, most: int, checkpoints: Checkpoints):
@@ -28,6 +29,7 @@ class Skips:
         self.most, self.checkpoints = most, checkpoints
         self.total = self.streak = 0
         self.rows_of: Callable[[int], list[str]] = lambda i: []
+        self.drawn: dict[int, list[str]] = {}
         self._noted: list[Noted] = []
 
     def note(self, step: int, skipped: jax.Array, updates: int) -> None:
@@ -65,4 +67,4 @@ class Skips:
 
     def rows(self, step: int) -> str:
         """Where the rows of a step come from."""
-        return ", ".join(self.rows_of(step - 1))
+        return ", ".join(self.drawn.get(step - 1) or self.rows_of(step - 1))
