@@ -57,7 +57,7 @@ def main() -> None:
         vocab_size=args.vocab, width=args.width, num_layers=args.layers, num_heads=args.width // 64,
         num_kv_heads=args.width // 64, head_dim=64, ffn_width=3 * args.width, max_positions=args.length,
     )  # fmt: skip
-    mesh, optim = make_mesh(MeshConfig()), OptimConfig()
+    mesh, optim = make_mesh(MeshConfig()), OptimConfig(learning_rate=3e-4)
     tx = make_optimizer(optim, make_schedule(optim, args.steps))
     shape = (args.batch, args.length)
     tokens = np.random.default_rng(0).integers(0, args.vocab, shape, np.int32)

@@ -111,6 +111,7 @@ commands:
 
 options:
   --help       this text; `rlhf-jax COMMAND --help` lists every option of a command
+  --print_config   of a command and its options: every setting as it would be, what was left open chosen
   --version    the version
   --debug      show the traceback of an error
 """
@@ -277,7 +278,11 @@ def dispatch(arguments: list[str]) -> None:
     groups = (name for name, hint in hints if any(t is NoneType or fields(t) for t in typing.get_args(hint)))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in groups)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
-    if command in ("plan", "certify"):
+    if shows := "--print_config" in rest:
+        rest.remove("--print_config")
+    if shows and command not in ("plan", "certify", "recipe"):
+        tell(yaml.safe_dump(config.to_dict(parse(command, rest)), sort_keys=False).rstrip())
+    elif command in ("plan", "certify"):
         stage_command(command, rest)
     elif command == "recipe":
         recipe_command(rest)
@@ -364,6 +369,9 @@ def code_of(arguments: list[str]) -> int:
         return fail("interrupted", 130)
     except Stopped as stopped:
         tell(stopped)
+    except BrokenPipeError:  # as of `| head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except OSError as error:  # what the system refuses, such as a directory without permission, wherever that was
         if debug:
             raise

@@ -223,7 +223,7 @@ MISTAKES = {
     "sft --run.overwrite --run.seed 1": "--run.overwrite has no value; write --run.overwrite VALUE",
     "sft --data.batch_size many": "data.batch_size is 'many'; give a whole number",
     "sft --data.batch_size 8.0": "data.batch_size is '8.0'; give a whole number",
-    "sft --optim.learning_rate high": "optim.learning_rate is 'high'; give a number",
+    "sft --optim.learning_rate high": "optim.learning_rate is 'high'; give a number, or nothing",
     "sft --run.overwrite maybe": "run.overwrite is 'maybe'; give true or false",
     "sft --data.path null": "data.path is 'null'; give text",
     "sft --data 3": "data is '3'; it is a group of options, such as data.path",
@@ -333,7 +333,7 @@ def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command
 # --- ranges ---------------------------------------------------------------------------------------------------------
 
 RANGES = {
-    "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length 0, data.eval_fraction 1,
+    "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length -1, data.eval_fraction 1,
         data.eval_fraction 0, data.eval_fraction -0.1, data.eval_fraction .nan, data.eval_batches -1,
         model.logprob_chunk 0,
         model.arch.width 0, model.arch.num_layers 0, model.arch.vocab_size 0, model.arch.norm_eps 0,

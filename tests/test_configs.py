@@ -6,10 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_jax import cli
+from rlhf_jax.commands import quickstart
+from rlhf_jax.config import QuickstartArgs, rates, to_dict
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUICK = QuickstartArgs(output_dir="quick")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -22,6 +27,52 @@ def test_a_preset_is_short_and_its_command_reads_it(path):
     assert command, head
     config = cli.parse(command[1], ["--config", str(path)])
     assert type(config) is cli.COMMANDS[command[1]].args
+
+
+STAGES = ("pretrain", "sft", "rejection", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp")
+NAMES = {"pretrain": "sft", "rejection": "sft", "rloo": "grpo", "reinforce_pp": "grpo"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_open_rate_is_that_of_the_docs_for_fresh_weights_pretrained_ones_and_adapters(stage, tmp_path):
+    rows = (ROOT / "docs" / "algorithms.md").read_text().partition("## Rates")[2].partition("\n## ")[0].splitlines()
+    table = {row.split("`")[1]: [float(cell) for cell in row.split("|")[2:5]] for row in rows[::-1] if "| 0." in row}
+    table["value"] = next([float(c) for c in row.split("|")[2:5]] for row in rows if "value_optim`" in row)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 60}')
+    pretrained, named = ["--model.path", str(tmp_path)], ["--optim.learning_rate", "0.5"]
+    groups = {"optim": NAMES.get(stage, stage)} | ({"value_optim": "value"} if stage == "ppo" else {})
+    for group, name in groups.items():
+        fresh, full, warmup = table[name]
+        for options, rate, ratio in (
+            ([], fresh, 0), (pretrained, full, warmup), ([*pretrained, "--lora.rank", "4"], 10 * full, warmup),
+            ([*pretrained, f"--{group}.warmup_steps", "7"], full, 0),
+        ):  # fmt: skip
+            optim = getattr(cli.parse(stage, options), group)
+            assert (optim.learning_rate, optim.warmup_ratio) == (pytest.approx(rate), ratio), (group, options)
+    config = cli.parse(stage, [*pretrained, *named])
+    assert (config.optim.learning_rate, config.optim.warmup_ratio) == (0.5, 0)
+    assert (config.data.max_length, config.data.max_prompt_length) == (60, 30)
+    assert cli.parse(stage, ["--data.max_length", "64"]).data.max_prompt_length == 32
+    path = tmp_path / "config.yaml"  # a resumed run has what was chosen, wherever the choice would be another one
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    (tmp_path / "config.json").unlink()
+    assert cli.parse(stage, ["--config", str(path)]) == config
+
+
+def test_presets_and_the_quickstart_name_their_rates(monkeypatch):
+    monkeypatch.setattr(rates, "RATES", dict.fromkeys(rates.RATES, rates.Rate(99.0, 99.0)))
+    found = [
+        quickstart.sft_stage(QUICK, ROOT),
+        quickstart.reward_stage(QUICK, ROOT),
+        quickstart.ppo_stage(QUICK, ROOT),
+    ]
+    for path in CONFIGS:
+        command = re.search(r"^#   rlhf-jax (\w+) --config", path.read_text(), re.MULTILINE)[1]
+        found.append(cli.parse(command, ["--config", str(path)]))
+    rated = [
+        getattr(config, group) for config in found for group in ("optim", "value_optim") if hasattr(config, group)
+    ]
+    assert len(rated) > 15 and all(optim.learning_rate < 1 for optim in rated)
 
 
 def test_there_are_presets_of_real_sizes():

@@ -14,7 +14,7 @@ from tiny import toy_directory
 from rlhf_jax import cli
 from rlhf_jax.commands import recipe
 from rlhf_jax.commands.recipe.reading import read, replaced
-from rlhf_jax.config import RecipeArgs
+from rlhf_jax.config import RecipeArgs, rates
 from rlhf_jax.errors import Stopped, UserError
 
 FILES = """
@@ -309,9 +309,12 @@ def tiny(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_that_we_ship_fits_its_commands(path, tmp_path):
+def test_every_recipe_that_we_ship_fits_its_commands_and_names_its_rates(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "RATES", dict.fromkeys(rates.RATES, rates.Rate(99.0, 99.0)))
     found, _ = recipe.stages_of(RecipeArgs(path=str(path), output_dir=str(tmp_path)), tiny(path))
     assert len(found) >= 4 and not list(tmp_path.iterdir())
+    optims = [getattr(stage.config, name, None) for stage in found for name in ("optim", "value_optim")]
+    assert max(optim.learning_rate for optim in optims if optim is not None) < 1
 
 
 SIGNAL = """

@@ -36,7 +36,7 @@ ARCH = ArchConfig(  # 2 key-value heads, which 8 does not divide
     max_positions=16,
 )
 MODEL, KEY = Model(ARCH), jax.random.key(0)
-TX = make_optimizer(OptimConfig(schedule="constant", eps=1e-2), make_schedule(OptimConfig(), 1))
+TX = make_optimizer(OptimConfig(schedule="constant", eps=1e-2), make_schedule(OptimConfig(learning_rate=3e-4), 1))
 
 
 def text_batch() -> dict:

@@ -285,7 +285,7 @@ def train_step_of(mesh, params, tx):
 
 def test_the_step_compiles_once_and_its_state_is_donated():
     mesh = sharding.make_mesh(MeshConfig())
-    config = OptimConfig(schedule="linear")
+    config = OptimConfig(learning_rate=3e-4, schedule="linear")
     state, step = train_step_of(mesh, POLICY, make_optimizer(config, make_schedule(config, 5)))
     first = state
     for i in range(5):
@@ -358,7 +358,7 @@ def test_rows_that_do_not_divide_are_refused_with_their_numbers():
 
 def test_every_parameter_of_a_decoder_and_of_its_optimiser_has_a_rule_of_its_rank():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    tx = make_optimizer(OptimConfig(weight_decay=0.1), make_schedule(OptimConfig(), 1))
+    tx = make_optimizer(OptimConfig(weight_decay=0.1), make_schedule(OptimConfig(learning_rate=3e-4), 1))
     for score_head in (False, True):
         params = jax.eval_shape(Model(EVERYTHING, score_head=score_head).init, KEY)
         state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)

@@ -15,7 +15,7 @@ from rlhf_jax.config import CertifyArgs, OnlineArgs, PPOArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import tell
 from rlhf_jax.group.train import settings_of
-from rlhf_jax.hosts.processes import is_first, to_host
+from rlhf_jax.hosts.processes import is_first, say, to_host
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.models import Model
 from rlhf_jax.models.model import STACKS, depth, stacks_of
@@ -37,7 +37,8 @@ def run(config: CertifyArgs, args: OnlineArgs) -> dict[str, Any]:
     method, loop = ppo.train.setup(args) if isinstance(args, PPOArgs) else group.train.setup(args)
     with jax.set_mesh(method.mesh.grid):
         if not config.json:
-            describe(f"certify: {name}", method.mesh, method.nets.policy)
+            for line in describe(f"certify: {name}", method.mesh, method.nets.policy)[:2]:
+                say(line)
         found = compared(method, loop, config.batch, layers=config.layers)
     if is_first():
         tell(json.dumps(found) if config.json else "\n".join(lines(found)))

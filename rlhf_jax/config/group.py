@@ -8,6 +8,7 @@ from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from rlhf_jax.config.rates import settle
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
@@ -107,6 +108,7 @@ class GroupArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
+        settle(self, "grpo")
         for name, group in vars(self).items():
             if isinstance(group, GroupConfig):  # the method's own
                 group.check(name)

@@ -46,7 +46,7 @@ class RewardSourceConfig:
             raise UserError(f"reward.functions {shown(self.functions)} has an empty text; name module:function")
 
 
-PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule="linear", eps=1e-5)
+PPO_OPTIM = OptimConfig(schedule="linear", eps=1e-5)
 
 
 @settings

@@ -83,9 +83,11 @@ class OptimConfig:
     """AdamW, a clip and a schedule.
 
     Args:
-        learning_rate: peak value.
+        learning_rate: peak value. null chooses one for the method and for all weights, adapters (lora.rank) or fresh
+            weights (model.arch), and for a pretrained model a warm-up unless one is given: docs/algorithms.md.
         schedule: constant, linear to `end_fraction`, or cosine to `end_fraction`.
         warmup_steps: optimiser steps (PPO: iterations) of linear warm-up from zero.
+        warmup_ratio: the same as a share of all steps, where `warmup_steps` is 0.
         end_fraction: learning rate at the end, as a fraction of the peak.
         b1: decay of the first moment.
         b2: decay of the second moment.
@@ -96,9 +98,10 @@ class OptimConfig:
         clip_norm: largest global gradient norm; 0 is off.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     end_fraction: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -111,11 +114,16 @@ class OptimConfig:
         """Raise a UserError unless all is in range; PPO has two of these, so the owner says which `group` it is."""
         rules = {
             "at least 0": "learning_rate warmup_steps weight_decay clip_norm",
-            "between 0 and 1": "end_fraction",
+            "between 0 and 1": "end_fraction warmup_ratio",
             "at least 0 and below 1": "b1 b2",
             "above 0": "eps",
         }
         check(self, group, rules)
+        if self.warmup_steps and self.warmup_ratio:
+            raise UserError(
+                f"{group}warmup_steps {self.warmup_steps} and {group}warmup_ratio {self.warmup_ratio:g} say both how "
+                "long the warm-up is; give one of them"
+            )
         if self.schedule == "constant" and self.end_fraction:
             raise UserError(
                 f"{group}end_fraction {self.end_fraction:g} does nothing with {group}schedule constant; set it to 0 "
@@ -157,8 +165,9 @@ class DataConfig:
         eval_path: held-out rows; empty holds out `eval_fraction` of `path` (and mixture), split by prompt.
         eval_fraction: share of the prompts held out when `eval_path` is empty.
         batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
-        max_prompt_length: longest prompt, in tokens.
-        max_length: longest prompt and response together, in tokens; also the length of a packed sequence.
+        max_prompt_length: longest prompt, in tokens; 0 takes half of max_length.
+        max_length: longest prompt and response together, in tokens; also the length of a packed sequence. 0 takes 512,
+            for a model by path 1024, or as many as its positions allow.
         length_buckets: lengths below max_length that a training batch may be padded to instead; rows of similar length
             then share a batch, and each length is one compilation. Empty pads all to max_length.
         too_long: what happens to longer rows: drop (counted and said), truncate (prompts lose their start, responses
@@ -178,8 +187,8 @@ class DataConfig:
     eval_path: PathText = ""
     eval_fraction: float = 0.05
     batch_size: int = 32
-    max_prompt_length: int = 256
-    max_length: int = 512
+    max_prompt_length: int = 0
+    max_length: int = 0
     length_buckets: list[int] = field(default_factory=list)
     too_long: Literal["drop", "truncate", "error"] = "drop"
     strict: bool = False
@@ -189,13 +198,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "at least 1": "batch_size max_prompt_length max_length microbatch_tokens",
+            "at least 1": "batch_size microbatch_tokens",
             "above 0 and below 1": "eval_fraction",
-            "at least 0": "eval_batches",
+            "at least 0": "eval_batches max_prompt_length max_length",
         }
         check(self, "data.", rules)
+        if self.max_length and not self.max_prompt_length:
+            object.__setattr__(self, "max_prompt_length", max(self.max_length // 2, 1))
         check_list(self, "length_buckets", "data.", ascending=True)
-        if self.length_buckets and not 0 < min(self.length_buckets) <= max(self.length_buckets) < self.max_length:
+        buckets = self.length_buckets if self.max_length else []
+        if buckets and not 0 < min(buckets) <= max(buckets) < self.max_length:
             raise UserError(
                 f"data.length_buckets {self.length_buckets} are not between 0 and data.max_length {self.max_length}, "
                 "which is always the last bucket; leave it out and lower the others"

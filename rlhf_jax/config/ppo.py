@@ -8,6 +8,7 @@ from rlhf_jax.config.adapters import LoRAConfig, check_frozen
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
+from rlhf_jax.config.rates import settle
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
@@ -100,6 +101,7 @@ class PPOArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
+        settle(self, "ppo", "value")
         self.optim.check("optim.")
         check_frozen(self.model, self.lora)
         self.value_optim.check("value_optim.")

@@ -6,10 +6,11 @@ import dataclasses
 
 from rlhf_jax.config.adapters import LoRAConfig, check_training
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, StepsConfig
+from rlhf_jax.config.rates import settle
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 
-POLICY_OPTIM = OptimConfig(learning_rate=1e-6, schedule="linear")
+POLICY_OPTIM = OptimConfig(schedule="linear")
 
 
 @settings
@@ -99,6 +100,7 @@ class PreferenceArgs:
 
     def __post_init__(self) -> None:
         group = dataclasses.fields(self)[-1].name  # the settings of the method
+        settle(self, group)
         check_training(group, getattr(self, group), self.data, self.model, self.lora, self.optim)
 
 

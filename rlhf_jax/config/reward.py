@@ -6,6 +6,7 @@ from typing import Literal
 
 from rlhf_jax.config.adapters import LoRAConfig, check_training
 from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, StepsConfig
+from rlhf_jax.config.rates import settle
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
@@ -74,4 +75,5 @@ class RewardArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
+        settle(self, "reward")
         check_training("reward", self.reward, self.data, self.model, self.lora, self.optim)

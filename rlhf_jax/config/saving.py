@@ -66,8 +66,10 @@ MAY_CHANGE = (
     *(f"{name}.{setting}" for name in ("grpo", "rloo", "reinforce_pp") for setting in
       ("iterations", "microbatch_tokens", "score_microbatch", "accumulate", "num_samples", "sample_every")),
     "ppo.num_samples", "ppo.sample_every", "ppo.save_value_model",
-    "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.end_fraction",
-    "value_optim.learning_rate", "value_optim.schedule", "value_optim.warmup_steps", "value_optim.end_fraction",
+    "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.warmup_ratio",
+    "optim.end_fraction",
+    "value_optim.learning_rate", "value_optim.schedule", "value_optim.warmup_steps",
+    "value_optim.warmup_ratio", "value_optim.end_fraction",
 )  # fmt: skip
 """Settings, or groups that end in a dot, with which a checkpoint of other values still fits (allow_changes)."""
 

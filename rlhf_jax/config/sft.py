@@ -14,6 +14,7 @@ from rlhf_jax.config.parts import (
     SamplingConfig,
     StepsConfig,
 )
+from rlhf_jax.config.rates import settle
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
 
@@ -56,6 +57,7 @@ class SFTArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
+        settle(self, "sft")
         check_training("sft", self.sft, self.data, self.model, self.lora, self.optim)
         self.sampling.check_buckets("data.max_prompt_length", self.data.max_prompt_length)
         self.sampling.check_whole()

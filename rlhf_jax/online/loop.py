@@ -18,7 +18,7 @@ from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
 from rlhf_jax.runs.run import Run
-from rlhf_jax.training.loop import check_trained, claim_directory, describe
+from rlhf_jax.training.loop import check_trained, claim_directory, describe, settled_on
 from rlhf_jax.training.state import learning_rates
 
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
@@ -40,9 +40,9 @@ def run(
     tokens = config.data.batch_size * config.sampling.max_new_tokens
     with jax.set_mesh(method.mesh.grid):
         facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": batches.left_over}
-        describe(stage, method.mesh, method.nets.policy, iterations=total, **facts)
+        lines = describe(stage, method.mesh, method.nets.policy, iterations=total, **facts)
         law = TrainedLaw.of(method.settings, config.sampling, method.nets.models.policy.compute_dtype)
-        for line in law.remarks(method.settings):
+        for line in (*lines, settled_on(config, total), *law.remarks(method.settings)):
             say(line)
         with Run(stage, config, total=total, shown=SHOWN, given=given, files=files, agree_every=1) as out:
             tree, notes = out.restore(loop.tree(), method.facts())

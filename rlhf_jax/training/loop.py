@@ -10,9 +10,9 @@ import jax
 from rlhf_jax.config import StageArgs
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import real_tokens
-from rlhf_jax.errors import UserError, tell
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import clock
-from rlhf_jax.hosts.processes import from_first, is_first
+from rlhf_jax.hosts.processes import from_first
 from rlhf_jax.models.contents import contents
 from rlhf_jax.models.kernels import count
 from rlhf_jax.models.loading import Loaded
@@ -20,7 +20,7 @@ from rlhf_jax.runs.directory import Summary, check_output_dir, read_record
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.packing import over_views
-from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.state import TrainState, warmup_of
 from rlhf_jax.training.step import Step, add_metrics, fetch_scalars, no_metrics, settled
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
@@ -131,14 +131,26 @@ def check_trained(skipped: int, updates: int, directory: Path) -> None:
         )
 
 
-def describe(stage: str, mesh: Mesh, loaded: Loaded, **facts: int) -> None:
-    """Print what is about to happen."""
-    if not is_first():
-        return
+def describe(stage: str, mesh: Mesh, loaded: Loaded, **facts: int) -> list[str]:
+    """What is about to happen, in lines."""
     kind = jax.devices()[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    tell(f"{stage}: {mesh.grid.size} device(s) ({kind}), mesh {axes}")
     layers, dtype = loaded.model.arch.num_layers, loaded.model.compute_dtype.name
     trained = "" if loaded.frozen is None else f", of which {count(loaded.params):,} are trained"
-    tell(f"model: {count(loaded.whole(loaded.params)):,} parameters{trained}, {layers} layers, computing in {dtype}")
-    tell(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
+    return [
+        f"{stage}: {mesh.grid.size} device(s) ({kind}), mesh {axes}",
+        f"model: {count(loaded.whole(loaded.params)):,} parameters{trained}, {layers} layers, computing in {dtype}",
+        ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()),
+    ]
+
+
+def settled_on(config: StageArgs, total: int) -> str:
+    """The rates and lengths of a run of `total` steps, which the config may have left open."""
+    said = []
+    for name in ("optim", "value_optim"):
+        if (optim := getattr(config, name, None)) is not None:
+            warmup = warmup_of(optim, total)
+            slowly = f" after a warm-up of {warmup}" if warmup else ""
+            said.append(f"{name}.learning_rate {optim.learning_rate:g}, {optim.schedule}{slowly}")
+    data = config.data
+    return f"{'; '.join(said)}; batches of {data.batch_size}, prompts up to {data.max_prompt_length} tokens"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.config import OptimConfig
+from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import Mesh, abstract, placed_shapes, tree_shardings
 from rlhf_jax.types import Params
 
@@ -50,20 +51,32 @@ def create_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -
 
 
 def make_schedule(config: OptimConfig, total: int) -> Schedule:
-    """Learning rate at a count in [0, total): linear warm-up from 0, then constant, linear or cosine decay."""
+    """Learning rate at a count in [0, total): linear warm-up from 0, then constant, linear or cosine decay.
+
+    Raises:
+        UserError: the config names no learning rate; a stage's settings have one chosen.
+    """
+    if config.learning_rate is None:
+        raise UserError("learning_rate is null, and only a stage's settings choose one; name it")
     peak, end = config.learning_rate, config.learning_rate * config.end_fraction
-    decay_steps = max(total - config.warmup_steps, 1)
+    warmup_steps = warmup_of(config, total)
+    decay_steps = max(total - warmup_steps, 1)
     if config.schedule == "constant":
         main = optax.constant_schedule(peak)
     elif config.schedule == "linear":
         main = optax.linear_schedule(peak, end, decay_steps)
     else:
         main = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.end_fraction)
-    if not config.warmup_steps:
+    if not warmup_steps:
         return main
     # The first step of the warm-up already moves: counts 0, 1, 2 of 4 give 1/4, 2/4, 3/4.
-    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, main], [config.warmup_steps])
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def warmup_of(config: OptimConfig, total: int) -> int:
+    """Steps of the warm-up of a run of `total` steps."""
+    return config.warmup_steps or round(config.warmup_ratio * total)
 
 
 def learning_rates(schedule: Schedule, total: int) -> list[float]:

@@ -33,7 +33,15 @@ from rlhf_jax.models.loading import (
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
-from rlhf_jax.training.loop import Evaluate, check_trained, claim_directory, describe, make_evaluate, run_steps
+from rlhf_jax.training.loop import (
+    Evaluate,
+    check_trained,
+    claim_directory,
+    describe,
+    make_evaluate,
+    run_steps,
+    settled_on,
+)
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.responses import OfSaid, no_sums
 from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
@@ -295,7 +303,8 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
     mesh, optim, accumulate = claim.mesh, claim.config.optim, claim.settings.accumulate
     facts = {"steps": run.total, "tokens_of_the_first_step": real_tokens(batches[0]), "epoch_steps": len(batches)}
     facts["rows_left_over_by_each_epoch"] = batches.left_over
-    describe(run.stage, mesh, loaded, **facts)
+    for line in (*describe(run.stage, mesh, loaded, **facts), settled_on(claim.config, run.total)):
+        run.say(line)
     schedule = make_schedule(optim, run.total)
     tx = make_optimizer(optim, schedule)
     state = create_state(loaded.params, tx, mesh)
