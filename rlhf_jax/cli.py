@@ -282,7 +282,7 @@ def dispatch(arguments: list[str]) -> None:
         rest.remove("--print_config")
     if shows and command not in ("plan", "certify", "recipe"):
         tell(yaml.safe_dump(config.to_dict(parse(command, rest)), sort_keys=False).rstrip())
-    elif command in ("plan", "certify"):
+    elif command in ("plan", "certify", "data inspect"):
         stage_command(command, rest)
     elif command == "recipe":
         recipe_command(rest)
@@ -291,20 +291,28 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def stage_command(command: str, rest: list[str]) -> None:
-    """`plan` or `certify` with its own options, and those of the stage that it looks at."""
+    """`plan`, `certify` or `data inspect` with its own options, and those of the stage that it looks at."""
     args = COMMANDS[command].args
     own: list[str] = []
     others: list[str] = []
     groups: set[str] = set()
     for name, text in pairs(rest):
-        (own if name in fields(args) else others).append(f"--{name}={text}")
-        groups |= set(read(text)[1]) if name == "config" else {name.split(".")[0]}
+        tree = read(text)[1] if name == "config" else {name.split(".")[0]: ""}
+        mine = set(tree) <= set(fields(args)) if command == "data inspect" else name in fields(args)
+        (own if mine else others).append(f"--{name}={text}")
+        groups |= set() if mine else set(tree)
     settings = parse(command, own)
-    stage, stages = settings.stage, typing.get_args(fields(args)["stage"])[1:]
+    if not others and command == "data inspect":
+        return execute(command, settings)
+    stages = typing.get_args(fields(config.PlanArgs)["stage"])[1:]
+    stages = typing.get_args(fields(args)["stage"])[1:] if "stage" in fields(args) else stages
+    # PPO and its kin have a group named reward, too.
+    known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")
+    stage = getattr(settings, "stage", "auto")
     if stage == "auto":
-        # PPO and its kin have a group named reward, too.
-        known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")
         stage = next((name for name in known if name in groups and name in stages), "auto")
+    if stage == "auto" and command == "data inspect":
+        stage = "sft"  # rows, tokenizer and limits stand at the same place in all of them
     if stage == "auto":
         raise UserError(f"the options do not say which stage this is; write --stage and one of {', '.join(stages)}")
     execute(command, settings, parse(stage, others))

@@ -230,8 +230,10 @@ def run(
         with work.open() as out:
             params = fit(work, out)
             model, whole = work.loaded.model, work.loaded.whole(params)
-            results, scores = work.evaluate(params), score_all(model, whole, mesh, work.held_out)
-            prompts = [example["prompt_key"] for example in work.held_out_set[: len(scores)]]
-            agreement = kind.agreement(scores, work.held_out, prompts)
+            results, agreement = work.evaluate(params), {}
+            if work.held_out:
+                scores = score_all(model, whole, mesh, work.held_out)
+                prompts = [example["prompt_key"] for example in work.held_out_set[: len(scores)]]
+                agreement = kind.agreement(scores, work.held_out, prompts)
             saved = as_saved(config, model, params, whole, mesh, work.train_set, work.collate)
             return finish(work, out, saved, {**agreement, **results})

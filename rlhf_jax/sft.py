@@ -91,9 +91,9 @@ def run(
 
             params = fit(work, out, sample)
             results = work.evaluate(params)
-            perplexity = float(np.exp(results["eval/nll"]))
+            perplexity = {"eval/perplexity": float(np.exp(results["eval/nll"]))} if "eval/nll" in results else {}
             size = count(work.loaded.whole(params))
-            return finish(work, out, params, {"parameters": size, **results, "eval/perplexity": perplexity})
+            return finish(work, out, params, {"parameters": size, **results, **perplexity})
 
 
 def prompts_of(rows: list[Row], tokenizer: Tokenizer, num: int) -> list[Row]:

@@ -334,7 +334,7 @@ def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command
 
 RANGES = {
     "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length -1, data.eval_fraction 1,
-        data.eval_fraction 0, data.eval_fraction -0.1, data.eval_fraction .nan, data.eval_batches -1,
+        data.eval_fraction -0.1, data.eval_fraction .nan, data.eval_batches -1,
         model.logprob_chunk 0,
         model.arch.width 0, model.arch.num_layers 0, model.arch.vocab_size 0, model.arch.norm_eps 0,
         sft.epochs 0, sft.steps -1, sft.accumulate 0, sft.num_samples -1, run.log_every 0, run.eval_every -1,
@@ -394,7 +394,7 @@ TOGETHER = {
     "collect --reward.functions [a:b]": "reward does nothing with label none; set label reward, or leave it out",
     "judge --judge.api_key_env KEY --judge.function a:b": "judge.api_key_env is of judge.url, which is empty; give "
     "that one, or leave it out",
-    "ppo --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below data.max_prompt_length 256; append "
+    "ppo --sampling.prompt_buckets [8] --data.max_prompt_length 256": "sampling.prompt_buckets [8] ends below data.max_prompt_length 256; append "
     "256 to it or lower data.max_prompt_length",
     "sample --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below max_prompt_length 256; append 256 "
     "to it or lower max_prompt_length",

@@ -116,7 +116,11 @@ def test_rows_from_copies_the_callers_dicts():
     [
         ("empty.jsonl", b"", "the file is empty"),
         ("blank.txt", b" \n\n", "the file is empty"),
-        ("rows.json", b"{}", "unknown extension; known are .jsonl, .jsonl.gz, .txt, .txt.gz, .parquet"),
+        (
+            "rows.yaml",
+            b"{}",
+            "unknown extension; known are .jsonl, .jsonl.gz, .json, .csv, .tsv, .txt, .txt.gz, .parquet",
+        ),
         ("bad.jsonl", b'{"a": 1}\n{"a": \n', "bad.jsonl:2: not JSON"),
         ("array.jsonl", b"[1]\n", "array.jsonl:1: a JSON list, not an object"),
         ("latin.txt", "ok\ncafé".encode("latin-1"), "latin.txt:2: not UTF-8"),
@@ -430,11 +434,16 @@ def test_split_cuts_a_single_document_at_a_line_break():
     assert 0.05 < len(held_out["text"]) / len(row["text"]) < 0.15
 
 
-def test_split_errors_name_the_empty_side():
+def test_few_rows_have_a_prompt_on_either_side_and_one_prompt_has_none():
+    for count, fraction in ((2, 1e-9), (3, 0.05), (3, 1 - 1e-9), (40, 1e-9)):
+        rows = sources.rows_from([{"prompt": f"p{i}"} for i in range(count)] * 2)
+        train, held_out = split_by_prompt(rows, fraction, seed=0)
+        assert len(train) + len(held_out) == 2 * count and 2 in (len(train), len(held_out))
+        assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     rows = sources.rows_from([{"prompt": "same"}] * 4)
-    for fraction, side in [(1e-9, "held-out"), (1 - 1e-9, "training")]:
-        with pytest.raises(UserError, match=f"of 4 rows leaves no {side} rows"):
-            split_by_prompt(rows, fraction, seed=0)
+    assert split_by_prompt(rows, 0, seed=0) == (rows, [])
+    with pytest.raises(UserError, match=r"all 4 rows have one prompt.*data\.eval_fraction 0"):
+        split_by_prompt(rows, 0.5, seed=0)
     with pytest.raises(UserError, match="below 1"):
         split_by_prompt(rows, 1.0, seed=0)
 

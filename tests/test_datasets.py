@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_data import CHATML, USER, tiny, turn
 
+from rlhf_jax import cli
 from rlhf_jax.commands import datasets
 from rlhf_jax.config import DataAggregateArgs, DataConfig, DataInspectArgs, DataPrepareArgs
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
@@ -288,12 +289,18 @@ def test_the_loss_mask_is_shown(chat):
 def test_inspect_prints_and_returns_its_findings(tmp_path, capsys):
     tiny(CHATML).save_pretrained(tmp_path / "tok")
     path = write(tmp_path / "r.jsonl", [{"prompt": f"a {w}", "response": w} for w in "abcdefgh"])
-    found = datasets.run_inspect(
-        DataInspectArgs(path=path, tokenizer=str(tmp_path / "tok"), eval_fraction=0.4, examples=2)
-    )
+    found = datasets.run_inspect(DataInspectArgs(path=path, tokenizer=str(tmp_path / "tok"), examples=2))
     out = capsys.readouterr().out
-    assert found["rows"] + found["held_out"] == 8
+    assert found["rows"] == 8 and "held out" not in out
     assert out.count("--- ") == 2 and "\033[" not in out and "8 prompt-completion" in out
+    unranked = [{"prompt": "a", "responses": ["b", "c"]}]
+    (tmp_path / "sft.yaml").write_text(f"model: {{tokenizer: {tmp_path / 'tok'}}}\ndata: {{max_length: 6}}\nsft: {{}}")
+    stage = ["--config", str(tmp_path / "sft.yaml"), "--data.path", write(tmp_path / "u.jsonl", unranked)]
+    with pytest.raises(SystemExit):
+        cli.main(["data", "inspect", *stage, "--examples", "1"])
+    out = capsys.readouterr().out
+    assert "over 6 tokens" in out and "over 3 tokens" in out
+    assert "  1 pairs of responses, which nobody has compared" in out and "nan" not in out and "response: [[b" in out
 
 
 @pytest.mark.parametrize("field", ["label", "rating"])

@@ -98,7 +98,7 @@ def run_fit(
             return compiled(state, batch, key)
 
         def evaluate(at, params):
-            return {"eval/total": measure(np.asarray(params["head"]["kernel"]))}
+            return {} if measure is None else {"eval/total": measure(np.asarray(params["head"]["kernel"]))}
 
         key = jax.random.key(0)
         state = run_steps(
@@ -240,6 +240,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_overwrite_alwa
     batches = Rows()
     run_fit(replace(config, run__overwrite=True), batches=batches)
     assert batches.asked[0] == 0
+
+
+def test_without_held_out_rows_nothing_is_evaluated_and_the_last_weights_are_kept(tmp_path):
+    last, kept = run_fit(settings(tmp_path / "run", eval_every=2), measure=None)
+    assert same_bits(last.params, kept)
+    assert not any(name.startswith("eval/") for row in rows_of(tmp_path / "run") for name in row)
+    assert "best_step" not in json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
 def test_other_data_is_not_continued_with(tmp_path):

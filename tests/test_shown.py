@@ -63,7 +63,7 @@ def test_rows_and_raters_are_printed_without_acting_on_the_terminal(tmp_path, ca
     responses = [{"text": f"{odd} {i}", "model": f"{odd} {i}", "rank": i} for i in range(2)]
     rows = [{"prompt": f"{odd} {n}", "responses": responses, "rater": f"{odd} {n % 3}"} for n in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fixed = ["--intervals", "2"] if command[0] == "aggregate" else ["--eval_fraction", "0.5"]
+    fixed = ["--intervals", "2"] if command[0] == "aggregate" else []
     with pytest.raises(SystemExit) as end:
         cli.main(["data", command[0], str(tmp_path / "rows.jsonl"), *command[1:], *fixed])
     out, err = capfd.readouterr()

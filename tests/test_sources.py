@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import tfds_rows
+from rlhf_jax.data.schemas import preference_row, sft_row
 from rlhf_jax.data.sources import read_rows, rows_from
 from rlhf_jax.errors import UserError
 
@@ -45,7 +46,7 @@ def refused(call) -> str:
         ("a.jsonl.gz", b"", "the file is empty"),
         ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "Parquet"),
         ("a.parquet", b"", "Parquet"),
-        ("a.csv", LINE, "unknown extension"),
+        ("a.tsv", b"a\tb\nc\n", "a.tsv:2: 1 cells under 2 names"),
         ("a", LINE, "unknown extension"),
     ],
 )
@@ -53,6 +54,49 @@ def test_a_broken_file_is_one_line(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     line = refused(lambda: read_rows(str(tmp_path / name)))
     assert words in line and name in line
+
+
+SHAPES = {
+    "a.json": json.dumps([{"instruction": "Add.", "input": "1 1", "output": "2", "text": "all"}]),
+    "b.json": json.dumps({"data": [{"instruction": "Add.\n\n1 1", "output": "2"}]}),
+    "c.json": '{"prompt": "Add.\\n\\n1 1", "response": "2"}\n' * 2,
+    "d.csv": 'prompt,response\n"Add.\n\n1 1",2\n',
+    "e.tsv": "instruction\tinput\toutput\nAdd.\t1 1\t2\n",
+    "f.jsonl": '{"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "2"}], "id": 3}',
+    "g.jsonl": '{"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Add."}],'
+    ' "chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "gpt", "value": "3"}}',
+    "h.csv": "prompt,completion,label\nAdd.,2,True\n",
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_other_tools_are_rows(tmp_path, name):
+    (tmp_path / name).write_text(SHAPES[name])
+    row, *more = rows_from(str(tmp_path / name))
+    expected = {"prompt": "Add.\n\n1 1", "response": "2"}
+    if name == "f.jsonl":
+        messages = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "2"}]
+        expected = {"messages": messages, "id": 3}
+    if name == "g.jsonl":
+        prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "Add."}]
+        answers = {which: [{"role": "assistant", "content": n}] for which, n in (("chosen", "2"), ("rejected", "3"))}
+        expected = {"prompt": prompt, **answers}
+        assert preference_row(row)["chosen"] == answers["chosen"]
+    if name == "h.csv":
+        expected = {"prompt": "Add.", "completion": "2", "label": True}
+    assert {n: v for n, v in row.items() if n != "_where"} == expected and len(more) == (name == "c.json")
+    assert row["_where"].startswith(str(tmp_path / name) + ":")
+
+
+def test_rows_that_look_alike_are_refused_with_their_field_map_and_a_map_sees_them_as_they_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a", "better": "b", "worse": "c"}')
+    path = str(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"try data.fields '\[prompt=\{question\}, response=\{answer\}\]'$"):
+        sft_row(rows_from(path)[0])
+    with pytest.raises(UserError, match=r"'\[prompt=\{question\}, chosen=\{better\}, rejected=\{worse\}\]'$"):
+        preference_row(rows_from(path)[0])
+    (tmp_path / "b.jsonl").write_text('{"instruction": "q", "output": "a"}')
+    assert rows_from(str(tmp_path / "b.jsonl"), ["prompt={output}"])[0]["prompt"] == "a"
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_rows(tmp_path):

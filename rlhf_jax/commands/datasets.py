@@ -11,13 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_jax.commands.sample import print_rows
-from rlhf_jax.config import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs, resolve
+from rlhf_jax.config import (
+    DataAggregateArgs,
+    DataInspectArgs,
+    DataMakeArgs,
+    DataPrepareArgs,
+    SFTArgs,
+    StageArgs,
+    resolve,
+)
 from rlhf_jax.data import lint, tfds_rows
 from rlhf_jax.data.agreement import elo
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.consensus import bootstrap_intervals
 from rlhf_jax.data.encoding import collect
-from rlhf_jax.data.examples import prompt_key, split_by_prompt
+from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import describe, describe_parts, fit, join, linked_parts, numbered, same_text
 from rlhf_jax.data.messages import as_key, text_of
 from rlhf_jax.data.rows import Row
@@ -30,13 +38,25 @@ from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, writt
 from rlhf_jax.hosts.outputs import check_output
 
 
-def run_inspect(config: DataInspectArgs) -> lint.Findings:
-    """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings."""
+def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint.Findings:
+    """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings.
+
+    Of a stage's config come what rows, tokenizer and limits are, unless `config` names its own.
+    """
+    if stage is not None:
+        data, model = stage.data, stage.model
+        config = replace(
+            config,
+            path=config.path or data.path,
+            eval_path=config.eval_path or data.eval_path,
+            fields=config.fields or data.fields,
+            tokenizer=config.tokenizer or model.tokenizer or model.path,
+            loss_on=stage.sft.loss_on if isinstance(stage, SFTArgs) else config.loss_on,
+            max_prompt_length=data.max_prompt_length,
+            max_length=data.max_length,
+        )
     train = rows_from(config.path, config.fields)
-    if config.eval_path:
-        held_out = rows_from(config.eval_path, config.fields)
-    else:
-        train, held_out = split_by_prompt(train, config.eval_fraction, config.seed)
+    held_out = rows_from(config.eval_path, config.fields) if config.eval_path else []
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     findings = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
     tell("\n".join(lint.lines(findings)))

@@ -81,7 +81,8 @@ def one_round(
     if not chosen:
         raise UserError(f"round {k + 1}: the best response to every prompt is empty; look at {output}")
     trained = sft.run(training_of(config, k), rows=chosen)
-    return {**summary, "kept": len(chosen), "eval/total": trained["eval/total"]}
+    losses = {name: trained[name] for name in ("eval/total",) if name in trained}  # none without held-out rows
+    return {**summary, "kept": len(chosen), **losses}
 
 
 def finished(output: Path) -> Summary | None:
@@ -136,4 +137,4 @@ def metrics_of(summary: Summary) -> dict[str, float]:
     metrics = {"rollout/reward": one["proxy"]["mean"], "rollout/best_reward": best["proxy"]["mean"]}
     if "gold" in one:
         metrics |= {"rollout/gold": one["gold"]["mean"], "rollout/best_gold": best["gold"]["mean"]}
-    return {**metrics, "eval/total": summary["eval/total"]}
+    return metrics | ({"eval/total": summary["eval/total"]} if "eval/total" in summary else {})

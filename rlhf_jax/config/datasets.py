@@ -34,12 +34,12 @@ class DataPrepareArgs:
 
 @settings
 class DataInspectArgs:
-    """All of `rlhf-jax data inspect ROWS`: what is in the rows and what may be wrong with them.
+    """All of `rlhf-jax data inspect ROWS`: what is in the rows and what may be wrong with them. The config of a stage
+    will do too, and options of it: its rows, tokenizer and limits are looked at.
 
     Args:
         path: rows, as data.path of a stage.
-        eval_path: held-out rows, which must share no prompt with `path`; empty splits `path` as a stage would.
-        eval_fraction: share of the prompts that this split holds out.
+        eval_path: held-out rows, which must share no prompt with `path`.
         fields: a field map, as data.fields of a stage.
         tokenizer: a tokenizer directory; empty counts no tokens and renders no examples.
         loss_on: tokens that SFT would train on: response, assistant (all assistant turns), or all.
@@ -47,12 +47,11 @@ class DataInspectArgs:
         max_length: likewise, of prompt and response together.
         examples: rendered examples with the loss mask in colour.
         color: always, never, or auto: if standard output is a terminal.
-        seed: which rows are rendered, and of the split.
+        seed: which rows are rendered.
     """
 
     path: PathText = ""
     eval_path: PathText = ""
-    eval_fraction: float = 0.05
     fields: list[str] = field(default_factory=list)
     tokenizer: PathText = ""
     loss_on: Literal["response", "assistant", "all"] = "response"
@@ -66,7 +65,6 @@ class DataInspectArgs:
         rules = {
             "at least 1": "max_prompt_length max_length",
             "at least 0": "examples",
-            "above 0 and below 1": "eval_fraction",
             SEEDS: "seed",
         }
         check(self, "", rules)

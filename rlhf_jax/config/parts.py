@@ -163,9 +163,10 @@ class DataConfig:
         fields: maps the fields of the rows to those a stage takes: "prompt={question}", with text around fields as you
             like. Empty takes rows as they are, and those of known TFDS sets by our catalogue.
         eval_path: held-out rows; empty holds out `eval_fraction` of `path` (and mixture), split by prompt.
-        eval_fraction: share of the prompts held out when `eval_path` is empty.
+        eval_fraction: share of the prompts held out when `eval_path` is empty, at least one of them; 0 evaluates
+            nothing, and the last weights are kept.
         batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
-        max_prompt_length: longest prompt, in tokens; 0 takes half of max_length.
+        max_prompt_length: longest prompt, in tokens; 0: the last of sampling.prompt_buckets, or half of max_length.
         max_length: longest prompt and response together, in tokens; also the length of a packed sequence. 0 takes 512,
             for a model by path 1024, or as many as its positions allow.
         length_buckets: lengths below max_length that a training batch may be padded to instead; rows of similar length
@@ -199,7 +200,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "batch_size microbatch_tokens",
-            "above 0 and below 1": "eval_fraction",
+            "at least 0 and below 1": "eval_fraction",
             "at least 0": "eval_batches max_prompt_length max_length",
         }
         check(self, "data.", rules)

@@ -55,7 +55,9 @@ def settle(args: Any, rate: str, value_rate: str = "") -> None:
             object.__setattr__(args, group, chosen)
     if not args.data.max_length:
         length = min(PRETRAINED_LENGTH, positions_of(path)) if path else LENGTH
-        object.__setattr__(args, "data", dataclasses.replace(args.data, max_length=length))
+        buckets = getattr(args, "sampling", None) and args.sampling.prompt_buckets
+        prompt = args.data.max_prompt_length or (buckets[-1] if buckets else 0)
+        object.__setattr__(args, "data", dataclasses.replace(args.data, max_length=length, max_prompt_length=prompt))
 
 
 def positions_of(path: str) -> int:

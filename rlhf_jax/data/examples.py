@@ -102,8 +102,10 @@ def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[l
     So a row stays on its side when others are added. A single text document is cut in two at a line break instead,
     its end held out.
 
+    At least one prompt is on either side: of a few rows, the one nearest to it.
+
     Raises:
-        UserError: eval_fraction is outside [0, 1), or it is positive and a side ends empty.
+        UserError: eval_fraction is outside [0, 1), or it is positive and all rows have one prompt.
     """
     if not 0 <= eval_fraction < 1:
         raise UserError(f"eval_fraction {eval_fraction} must be at least 0 and below 1; set data.eval_fraction")
@@ -111,17 +113,23 @@ def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[l
         return list(rows), []
     if len(rows) == 1 and layout_of(rows[0]) == "text" and isinstance(rows[0]["text"], str):
         return _cut_document(rows[0], eval_fraction)
-    sides: tuple[list[Row], list[Row]] = [], []
-    for row in rows:
-        digest = hashlib.blake2b(f"{seed} {prompt_key(row)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        sides[int.from_bytes(digest, "big") < eval_fraction * 2**64].append(row)
-    if not all(sides):
-        name, cure = ("held-out", "raise") if sides[0] else ("training", "lower")
+    places = [_place(row, seed) for row in rows]
+    if len(set(places)) < 2:
         raise UserError(
-            f"eval_fraction {eval_fraction} of {len(rows)} rows leaves no {name} rows; "
-            f"{cure} data.eval_fraction, or set data.eval_path to a file of held-out rows"
+            f"all {len(rows)} rows have one prompt, so none can be held out; set data.eval_fraction 0 to evaluate "
+            "nothing, or data.eval_path to a file of held-out rows"
         )
+    border = max(min(eval_fraction * 2**64, max(places)), min(places) + 1)
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row, place in zip(rows, places, strict=True):
+        sides[place < border].append(row)
     return sides
+
+
+def _place(row: Row, seed: int) -> int:
+    """A number below 2**64 that the prompt and the seed decide."""
+    text = f"{seed} {prompt_key(row)}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def pack(examples: list[Example], length: int) -> list[Example]:

@@ -95,6 +95,8 @@ def _comparisons(compared: list[Ranking], tokenizer: Tokenizer | None) -> Findin
             if not np.isnan(labels[i, j]):
                 differences.append(sizes[i] - sizes[j])
                 preferred.append(labels[i, j] - 0.5)
+    if not preferred:
+        return {"gaps": sum(len(ranking.answers) * (len(ranking.answers) - 1) // 2 for ranking in compared)}
     p = np.array(preferred)
     correlation, longer_wins = length_bias(np.array(differences, float), p)
     ballots, names, times, _ = numbered(compared)
@@ -115,7 +117,7 @@ def _parts(row: Row) -> tuple[Text, list[Answer], Ranking | None]:
     """(prompt, answers, what raters said, if they did) of any kind of row; the prompt of a document is empty."""
     kind = layout_of(row)
     if kind in ("ranking", "stepwise supervision", *PREFERENCES):
-        ranking = ranking_row(row)
+        ranking = ranking_row(row, unlabelled=True)
         return ranking.prompt, ranking.answers, ranking
     if kind in ANSWERS:
         if kind == "rating":
@@ -158,7 +160,8 @@ def _answer_length(row: Row, prompt: Text, answer: Answer, tokenizer: Tokenizer 
 def lines(findings: Findings) -> list[str]:
     """The findings as text; a line that starts with ! says that something is likely to be wrong."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in findings["kinds"].items())
-    text = [f"  {findings['rows']} training rows, {findings['held_out']} held out: {kinds}"]
+    held_out = f", {findings['held_out']} held out" if findings["held_out"] else ""
+    text = [f"  {findings['rows']} rows{held_out}: {kinds}"]
     places = lambda count, where: f"{', '.join(where)}{', ...' if count > len(where) else ''}"  # noqa: E731
     text += [f"! {each[0]} {reason}, dropped: {places(*each)}" for reason, each in findings["dropped"].items()]
     if unread := ", ".join(f"{shown(name)} of {n}" for name, n in findings["unread"].items()):
@@ -171,7 +174,11 @@ def lines(findings: Findings) -> list[str]:
         text.append(f"{'!' if value > 0.05 else ' '} {value:.1%} of {name} over {limit} {findings['unit']}")
     for name, about in (("repeated", "rows are there twice"), ("leaked", "held-out rows have a prompt of training")):
         count, where = findings[name]
+        if name == "leaked" and not findings["held_out"]:
+            continue
         text.append(f"{'!' if count else ' '} {count} {about}" + (f": {', '.join(where)}" if count else ""))
+    if "gaps" in findings and "pairs" not in findings:
+        text.append(f"  {findings['gaps']} pairs of responses, which nobody has compared: label, judge or score them")
     if "pairs" in findings:
         r, wins, gaps = findings["length_correlation"], findings["longer_wins"], findings["gaps"]
         raters = f"{findings['raters']} named raters"
@@ -201,8 +208,9 @@ def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
         ranks = ranking.consensus()[0] if ranking is not None else np.zeros(0)
         for (response, finished, sampled, _), rank in zip(answers, ranks, strict=True):
             ids = np.array(tokenizer.encode_response(response, prompt, finished=finished, ids=sampled))
-            tone = GREEN if rank == np.nanmin(ranks) else RED
-            shown.append(f"rank {rank:g}: " + _marked(ids, np.ones(len(ids), bool), tokenizer, tone, color))
+            tone = RED if rank > min(ranks) else GREEN  # all are equal where nobody compared them
+            name = "response" if np.isnan(rank) else f"rank {rank:g}"
+            shown.append(f"{name}: " + _marked(ids, np.ones(len(ids), bool), tokenizer, tone, color))
         return "\n".join(shown)
     except DroppedRow as drop:
         return f"{head}\ndropped {drop.reason}"

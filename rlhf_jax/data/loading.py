@@ -40,6 +40,8 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
 
 def held_out_batches(data: DataConfig, examples: list[Example], collate: Collate) -> list[Batch]:
     """The held-out examples in order, at most data.eval_batches batches; says how many are never looked at."""
+    if not examples:
+        return []
     batches = eval_batches(examples, batch_size=data.batch_size, collate=collate, limit=data.eval_batches)
     if (left := len(examples) - len(batches) * data.batch_size) > 0:
         say(f"held-out examples: the last {left} of {len(examples)} are not evaluated (data.eval_batches)")
@@ -58,6 +60,7 @@ def make_examples(
     examples, report = build(train)
     say(f"training rows: {report}")
     if not held_out:
+        say("held-out rows: none (data.eval_fraction 0), so nothing is evaluated and the last weights are kept")
         return examples, []
     eval_examples, report = build(held_out)
     say(f"held-out rows: {report}")

@@ -23,6 +23,7 @@ from rlhf_jax.data.messages import (
 )
 from rlhf_jax.data.numbers import LARGEST, is_number, number_of, off_centre
 from rlhf_jax.data.rows import PREFERENCES, RANKINGS, Row, bad_row, empty_row, layout_of, require, type_of, where_of
+from rlhf_jax.data.shapes import proposal
 
 
 class Answer(NamedTuple):
@@ -73,7 +74,8 @@ def answer_of(row: Row) -> Row:
         prompt, response = prompt_of(row, turns[:-1]), cast(Text, turns[-1:])
     else:
         name = "completion" if "completion" in row and "response" not in row else "response"
-        require(row, ("prompt", name), "an sft row is {prompt, response}, {messages} or {text}")
+        expected = "an sft row is {prompt, response}, {messages} or {text}"
+        require(row, ("prompt", name), expected + proposal(row, {"prompt", "response"}))
         prompt = prompt_of(row, row["prompt"])
         response = response_of(row, name, row[name], prompt)
     sampled = {} if (ids := ids_of(row, "response_ids")) is None else {"ids": ids}
@@ -97,7 +99,7 @@ def preference_row(row: Row) -> Row:
     common beginning up to a white space is the prompt.
     """
     expected = "a preference row is {prompt, chosen, rejected, votes?} or two transcripts {chosen, rejected}"
-    require(row, ("chosen", "rejected"), expected)
+    require(row, ("chosen", "rejected"), expected + proposal(row, {"chosen", "rejected"}))
     if "prompt" in row:
         prompt = prompt_of(row, row["prompt"])
         chosen, rejected = (response_of(row, name, row[name], prompt) for name in ("chosen", "rejected"))
@@ -132,7 +134,7 @@ def both_answers(pair: Row) -> list[Answer]:
 
 def prompt_row(row: Row) -> Row:
     """{prompt, ...}: the prompt validated, every other column kept as it is."""
-    require(row, ("prompt",), "a prompts row is {prompt, ...}")
+    require(row, ("prompt",), "a prompts row is {prompt, ...}" + proposal(row, {"prompt"}))
     columns = ("documents", *(GIVEN if isinstance(row["prompt"], str) else ()))  # these are for reward functions
     fields = {name: value for name, value in row.items() if name not in columns}
     return {**row, "prompt": prompt_of(fields, row["prompt"]), "_where": where_of(row)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import gzip
 import json
@@ -16,11 +17,14 @@ import numpy as np
 
 from rlhf_jax.data import tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
-from rlhf_jax.data.rows import Row, bad_row, where_of
+from rlhf_jax.data.rows import Row, bad_row, layout_of, where_of
+from rlhf_jax.data.shapes import shaped
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import is_stream
 
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".txt", ".txt.gz", ".parquet")
+NOT_TEXT = {"label", "rating", "votes", "margin", "finished", "responses", "messages", "conversations", "ranks"}
+"""Columns of .csv files whose cells are JSON; all others are texts."""
 LARGEST_MIXTURE = 10**8
 """Rows of one source in an epoch, copies counted."""
 VOTE = {"item", "rater", "prompt", "responses", "ranks"}
@@ -34,6 +38,8 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
 
     `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`).
 
+    Rows of Alpaca's and ShareGPT's shapes become ours (`shapes.shaped`), unless `fields` say how.
+
     Lists, generators, arrays of objects, Hugging Face datasets and pandas frames will do. Rows get "_where" = "row i",
     i from 0. Votes on one item become one row (`join_votes`).
 
@@ -42,9 +48,13 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     """
     if fields:
         templates = parse_fields(fields)
-        return [map_row(row, templates) for row in rows_from(source)]
+        return [map_row(row, templates) for row in join_votes(_rows_as_they_are(source))]
+    return join_votes([shaped(row) for row in _rows_as_they_are(source)])
+
+
+def _rows_as_they_are(source: Any) -> list[Row]:
     if isinstance(source, (str, os.PathLike)):
-        return join_votes(read_rows(os.fspath(source)))
+        return read_rows(os.fspath(source))
     try:
         rows = [_as_row(f"row {i}", row) for i, row in enumerate(_elements(source))]
     except (UserError, KeyboardInterrupt):
@@ -53,7 +63,7 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
         raise UserError(f"the rows cannot be read ({type(error).__name__}: {reason(error)})") from error
     if not rows:
         raise UserError("the list of rows is empty; give at least one row")
-    return join_votes(rows)
+    return rows
 
 
 def _elements(source: Any) -> Iterable[object]:
@@ -144,7 +154,9 @@ def read_rows(path: str) -> list[Row]:
     "tfds:NAME@SPLIT" is a TFDS builder that is prepared on this machine, a directory "DIR@SPLIT" one that holds a
     prepared dataset; the split is train unless it is named and may be a slice, as train[:10%]. All else is a file.
 
-    .jsonl and .jsonl.gz give one dict per line, blank lines skipped. .txt and .txt.gz give {"text": document} rows:
+    .jsonl and .jsonl.gz give one dict per line, blank lines skipped; .json a list of dicts, or an object that holds
+    one list of them, as {"data": [...]}. .csv and .tsv name their columns in the first line; cells are texts, but JSON
+    in the columns NOT_TEXT, and those that are empty are left out. .txt and .txt.gz give {"text": document} rows:
     documents end at lines that hold exactly <|endoftext|>, and lose the line breaks at their two ends. .parquet needs
     pyarrow.
 
@@ -174,8 +186,8 @@ def _read(path: str) -> Iterable[Row]:
     name = file.name.lower()
     if not name.endswith(EXTENSIONS):
         raise UserError(f"{path}: unknown extension; known are {', '.join(EXTENSIONS)}")
-    read = _parquet if name.endswith(".parquet") else _documents if name.endswith((".txt", ".txt.gz")) else _objects
-    return read(file)
+    readers = {".parquet": _parquet, ".txt": _documents, ".json": _array, ".csv": _table, ".tsv": _table}
+    return readers.get(Path(name.removesuffix(".gz")).suffix, _objects)(file)
 
 
 def _existing(path: str) -> Path:
@@ -232,6 +244,52 @@ def _objects(file: Path) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON {type(row).__name__}, not an object; write one object per line")
         yield {**row, "_where": where}
+
+
+def _array(file: Path) -> Iterator[Row]:
+    """The objects of a .json file; one that holds a line for each, as a .jsonl does, is read as that."""
+    text = "\n".join(line for _, line in _lines(file))
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:
+            yield from _objects(file)
+            return
+        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); mend it") from error
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if isinstance(part, list)]
+        value = lists[0] if len(lists) == 1 and layout_of(value) == "unknown" else [value]
+    if not isinstance(value, list):
+        raise UserError(f"{file}: a JSON {type(value).__name__}; write a list of objects, as [{{...}}, ...]")
+    for number, row in enumerate(value, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{file}:{number}: a JSON {type(row).__name__}, not an object; write a list of objects")
+        yield {**row, "_where": f"{file}:{number}"}
+
+
+def _table(file: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
+    reader = csv.reader((f"{line}\n" for _, line in _lines(file)), delimiter=delimiter)
+    names = next(reader, [])
+    for cells in reader:
+        if not cells:
+            continue
+        where = f"{file}:{reader.line_num}"
+        if len(cells) != len(names):
+            raise UserError(
+                f"{where}: {len(cells)} cells under {len(names)} names; put texts with {delimiter!r} in quotes"
+            )
+        yield {**{n: _cell(where, n, c) for n, c in zip(names, cells, strict=True) if c}, "_where": where}
+
+
+def _cell(where: str, name: str, cell: str) -> object:
+    if name not in NOT_TEXT:
+        return cell
+    try:
+        return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
+    except ValueError as error:
+        raise UserError(f'{where}: "{name}" is {shown(cell)}; write JSON there, such as true, 3 or [1, 0]') from error
 
 
 def _parquet(file: Path) -> Iterator[Row]:

@@ -117,6 +117,8 @@ def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dic
     over-optimised policy. While none was finite, the last one is kept.
     """
     out.metrics.flush()
+    if not method.inputs.held_out:
+        return {}, False
     try:
         results, samples = evaluate(method, loop)
     except RewardFailure as error:

@@ -113,9 +113,9 @@ def run_steps(
             tokens = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
             run.metrics.flush()
-            results = evaluate(i + 1, state.params)
-            run.metrics.write(i + 1, results)
-            run.best.keep(i + 1, -results["eval/total"])
+            if results := evaluate(i + 1, state.params):  # nothing without held-out rows
+                run.metrics.write(i + 1, results)
+                run.best.keep(i + 1, -results["eval/total"])
             run.metrics.restart_clock()
         run.save_if_due(i + 1, {"state": state})
     return state
