@@ -394,7 +394,8 @@ TOGETHER = {
     "collect --reward.functions [a:b]": "reward does nothing with label none; set label reward, or leave it out",
     "judge --judge.api_key_env KEY --judge.function a:b": "judge.api_key_env is of judge.url, which is empty; give "
     "that one, or leave it out",
-    "ppo --sampling.prompt_buckets [8] --data.max_prompt_length 256": "sampling.prompt_buckets [8] ends below data.max_prompt_length 256; append "
+    "ppo --data.max_prompt_length 256 --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below "
+    "data.max_prompt_length 256; append "
     "256 to it or lower data.max_prompt_length",
     "sample --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below max_prompt_length 256; append 256 "
     "to it or lower max_prompt_length",
