@@ -283,7 +283,11 @@ def test_weights_move_to_the_rollouts_layout_without_ever_being_whole(sizes):
 
 @pytest.mark.parametrize(
     ("options", "reference"),
-    [(["--grpo.epochs=2"], True), (["--grpo.kl_coef=0"], False), (["--grpo.kl_coef=0", "--lora.rank=2"], True)],
+    [
+        (["--grpo.epochs=2"], True),
+        (["--grpo.kl_coef=0", "--sampling.budget=4"], False),
+        (["--grpo.kl_coef=0", "--lora.rank=2"], True),
+    ],
 )
 def test_a_grpo_config_gives_the_programs_of_ppo_without_a_critic(tmp_path, options, reference):
     """And without a price of the KL no reference, unless adapters stand on it."""
@@ -300,6 +304,8 @@ def test_a_grpo_config_gives_the_programs_of_ppo_without_a_critic(tmp_path, opti
         assert all(p.function.trace(*p.arguments).jaxpr.eqns for p in found)
     tokens = [("rollout", 64), ("score", 128), ("update", 128 * config.grpo.epochs)]
     assert [(p.name, p.tokens) for p in found] == tokens
+    rows = 16 if config.sampling.cut else 4  # those under way, or the prompts, twice each for the mesh
+    assert len(jax.tree.leaves(found[0].arguments[1])[0]) == rows
     params, ref, reward_model = found[1].arguments[:3]
     assert params.keys() == {"policy"} and (ref is not None) == reference and reward_model is None
 

@@ -248,7 +248,16 @@ class Engine:
         goes_on = (take(begun.number, rows) < take(begun.limit, rows)).reshape(state.slots.row.shape)
         slots = dataclasses.replace(state.slots, alive=state.slots.alive & goes_on)
         state = dataclasses.replace(state, slots=slots)
-        return jax.lax.while_loop(lambda state: self.without(state, begun).any(), partial(self.fill, begun), state)
+        # For `plan`, where all rows go on: in all, or on average in each of the chunks.
+        rounds = -(-self.uniforms.shape[1] // self.filled_at_once)
+        chunks = begun.budget / self.chunk * self.uniforms.shape[1] / self.at_once
+        with jax.named_scope(f"unfilled_{rounds / chunks:g}" if self.refills else f"trips_{rounds}"):
+            return jax.lax.while_loop(lambda x: self.without(x, begun).any(), partial(self.fill, begun), state)
+
+    @property
+    def filled_at_once(self) -> int:
+        """Rows of a shard whose earlier tokens are prefilled at once."""
+        return min(max(ADMITTED // (self.prompts.shape[2] + self.uniforms.shape[2]), 1), self.at_once)
 
     def without(self, state: State, begun: Begun) -> Bool[Array, "W slots"]:
         """Slots that lack what their rows have."""
@@ -259,7 +268,7 @@ class Engine:
         """Prefill prompts and tokens of some rows of every shard, as far as there are slots without them."""
         (ways, _, _, _, length), columns = self.shape, begun.tokens.shape[2]
         empty = self.without(state, begun)
-        slot = jnp.argsort(~empty, axis=1, stable=True)[:, : max(ADMITTED // (length + columns), 1)]
+        slot = jnp.argsort(~empty, axis=1, stable=True)[:, : self.filled_at_once]
         row = take(self.by_shard(state.slots.row), slot)
         number, prompt = take(begun.number, row), row // self.samples
         # Prompt and tokens [W * A, P + S] moved to the right, so that the tokens end where the columns do.

@@ -30,6 +30,7 @@ from rlhf_jax.models.loading import Loaded, adapted, check_length
 from rlhf_jax.online.checks import check_batches
 from rlhf_jax.online.method import stacked
 from rlhf_jax.online.networks import Networks
+from rlhf_jax.online.pool import Pool
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.ppo.networks import make_networks
@@ -37,7 +38,7 @@ from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicat
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
 from rlhf_jax.training.supervised import WORTH, Task, packing_of
-from rlhf_jax.types import Batch, Params
+from rlhf_jax.types import Batch, Params, Rollout
 
 
 class Program(NamedTuple):
@@ -214,11 +215,23 @@ def _online(
     least = partial(_decoded, nets.policy.model, drawn_from[0], config, mesh, shape, samples)
     chunks, everything = -(-new // min(config.sampling.chunk, new)), (length + new) * size
     updated = (state, experience, key, number, text, nets.frozen)
+    rolled_out = Program("rollout", programs.rollout, drawn_from, new * size, chunks, least)
+    if programs.cut is not None:  # all rows under way, each as far as the budget
+        rolled_out = Program("rollout", programs.cut.go_on, _pool(config, mesh, rollout, drawn_from), new * size)
     return [
-        Program("rollout", programs.rollout, drawn_from, new * size, chunks, least),
+        rolled_out,
         Program("score", programs.score, scored, everything),
         Program("update", programs.update, updated, settings.epochs * everything),
     ]
+
+
+def _pool(config: OnlineArgs, mesh: Mesh, rollout: Rollout, drawn_from: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of `Cut.go_on`, where those of a rollout without a cut are given with what it makes."""
+    policy, _, _, key, law, _, samples = drawn_from
+    twice = lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh))  # noqa: E731
+    rows = jax.tree.map(twice, rollout)
+    number = _rows(mesh, number=(rows.finished.shape, jnp.int32))["number"]
+    return policy, Pool(number, rows.logprobs, rows), number, rows.prompt, rows.prompt_mask, key, law, samples
 
 
 def _decoded(
