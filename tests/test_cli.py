@@ -717,7 +717,8 @@ def test_sample_and_score_on_saved_models(here, call):
     # Standard output is rows and nothing else, so that it can be piped.
     code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--max_prompt_length", "1")
     assert code == 0 and [row["id"] for row in rows_of(out)[:4]] == [0, 1, 2, 3]
-    assert err == "rows: kept 5 of 5 rows; dropped 0; truncated 2\n"
+    assert err == "! rows: kept 5 of 5 rows; dropped 0; truncated 2\n"
+    assert ["cut" in row for row in rows_of(out)] == [False, False, True, True, False]
 
     before = tree_bytes(here / "made"), (here / "scored.jsonl").read_bytes()
     for command, model_path, where in (("sample", "lm", "made/rows.jsonl"), ("score", "rm", "scored.jsonl")):
@@ -731,8 +732,12 @@ def test_sample_and_score_on_saved_models(here, call):
 def test_sample_decodes_in_microbatches_and_says_what_it_cut(here, call):
     arguments = ["--prompts", "[b c d e, c]", "--sampling.microbatch", "3", "--sampling.max_new_tokens", "2"]
     code, out, err = call("sample", "--model.path", "lm", *arguments, "--max_prompt_length", "2", "--batch_size", "1")
-    assert code == 0 and [row["prompt"] for row in rows_of(out)] == ["b c d e", "c"]
-    assert err == "rows: kept 2 of 2 rows; dropped 0; truncated 1; read as 2 prompt-only\n"
+    assert code == 0 and [row["prompt"] for row in rows_of(out)] == ["c"]
+    assert err == "! prompts: kept 1 of 2 rows; dropped 1 with a prompt over 2 tokens; truncated 0\n"
+    cutting = ["--max_prompt_length", "2", "--batch_size", "1", "--too_long", "truncate"]
+    code, out, err = call("sample", "--model.path", "lm", *arguments, *cutting)
+    assert [(row["prompt"], row.get("prompt_seen")) for row in rows_of(out)] == [("b c d e", "d e"), ("c", None)]
+    assert err == "! prompts: kept 2 of 2 rows; dropped 0; truncated 1\n"
 
 
 INFERENCE_MISTAKES = {

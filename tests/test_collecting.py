@@ -18,13 +18,16 @@ from tiny import ONE, TOY_ROWS, toy_directory
 
 from rlhf_jax import cli
 from rlhf_jax.commands.collect import run_collect, run_judge
+from rlhf_jax.commands.rejection import sampling_of
 from rlhf_jax.commands.sample import print_rows, run_score
 from rlhf_jax.config import (
     CollectArgs,
+    DataConfig,
     JudgeArgs,
     JudgeConfig,
     MeshConfig,
     ModelConfig,
+    RejectionArgs,
     RewardSourceConfig,
     SamplingConfig,
     SourceConfig,
@@ -32,12 +35,12 @@ from rlhf_jax.config import (
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.consensus import consensus_ranks
 from rlhf_jax.data.pairs import Pair, almost_filter, balance_filter, length_bias, pairs_of, shares_of
-from rlhf_jax.data.schemas import preference_row, sft_row
+from rlhf_jax.data.schemas import columns_of, preference_row, sft_row
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback import judges, phases, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.phases import source_name
-from rlhf_jax.feedback.sources import with_shots
+from rlhf_jax.feedback.sources import kept_fields, prompts_of, with_shots, within_limits
 from rlhf_jax.runs import journal
 from rlhf_jax.sharding import make_mesh
 
@@ -77,6 +80,37 @@ def more_vowels(prompt, a, b):
 
 def read(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# --- prompts that are too long
+
+
+def test_long_prompts_are_dropped_or_their_rows_say_what_was_seen_and_rejection_draws_none_that_its_sft_drops(
+    tmp_path, capsys
+):
+    rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(("b", "c d e f", "d"))]
+    config = settings(tmp_path / "a.jsonl", max_prompt_length=2)
+
+    def seen(rows=rows, **changes):
+        changed = replace(config, **changes)
+        return within_limits(changed, prompts_of(changed, rows))
+
+    assert [row["id"] for row in seen()] == [0, 2]
+    assert capsys.readouterr().err == (
+        "! prompts: kept 2 of 3 rows; dropped 1 with a prompt over 2 tokens; truncated 0\n"  # once for both sources
+    )
+    cut = seen(too_long="truncate")
+    told = [(row["prompt"], kept_fields(row).get("prompt_seen")) for row in cut]
+    assert told == [("b", None), ("c d e f", "e f"), ("d", None)] and len(capsys.readouterr().err.splitlines()) == 1
+    assert columns_of(cut[1]) == {"id": 1}  # which is no column of a reward function
+    with pytest.raises(UserError, match=r"row 1: a prompt of 4 tokens is over max_prompt_length = 2; .* too_long=tr"):
+        seen(too_long="error")
+    with pytest.raises(UserError, match="no prompt is left: kept 0 of 1 rows; dropped 1 with a prompt over 2"):
+        seen(rows[1:2])
+    for too_long in ("drop", "truncate"):
+        data = DataConfig(max_prompt_length=2, max_length=9, too_long=too_long)
+        drawn = sampling_of(RejectionArgs(model=config.model, data=data), 0)
+        assert (drawn.max_prompt_length, drawn.too_long) == (2, too_long)
 
 
 # --- resuming

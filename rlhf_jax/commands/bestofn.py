@@ -15,7 +15,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.phases import Phases, digest, named, open_journal
 from rlhf_jax.feedback.report import mean_of, write_and_tell
-from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of
+from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of, within_limits
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.types import RewardFn
 
@@ -35,8 +35,9 @@ def run(
         raise UserError("nothing says which response is best; give reward.model or reward.functions")
     prompts = prompts_of(config, rows)
     check_rewards(config, prompts, functions, gold)
+    output, prompts = named(config.output), within_limits(config, prompts)
     decided_by = {"prompts": digest(prompts), "given in Python": names_given(functions=functions)}
-    with open_journal(config, named(config.output), decided_by) as journal:
+    with open_journal(config, output, decided_by) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases)
         sources.draw(0)

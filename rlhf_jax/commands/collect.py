@@ -16,7 +16,15 @@ from rlhf_jax.feedback import report
 from rlhf_jax.feedback.judge import Judge, judged, verdicts_of
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
-from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of, rankings_given, shots_of
+from rlhf_jax.feedback.sources import (
+    Sources,
+    check_rewards,
+    kept_fields,
+    prompts_of,
+    rankings_given,
+    shots_of,
+    within_limits,
+)
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.types import RewardFn
 
@@ -39,12 +47,13 @@ def run_collect(
     if config.label == "judge" and judge is None:
         config.judge.check_one()
     check_rewards(config, prompts, functions if config.label == "reward" else [], gold)
+    output, prompts = named(config.output), within_limits(config, prompts)
     decided_by = {
         "prompts": digest(prompts),
         "demonstrations": [digest(shots_of(source)) for source in config.sources],
         "given in Python": names_given(functions=functions, judge=judge),
     }
-    with open_journal(config, named(config.output), decided_by) as journal:
+    with open_journal(config, output, decided_by) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases, config.sources)
         for number in range(len(sources.names)):

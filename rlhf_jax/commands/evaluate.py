@@ -20,7 +20,17 @@ from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal, source_name
 from rlhf_jax.feedback.report import compare, evaluation_lines, judge_report
-from rlhf_jax.feedback.sources import Drawer, Measure, Sources, check_rewards, kept_fields, prompts_of, shots_of
+from rlhf_jax.feedback.sources import (
+    Drawer,
+    Measure,
+    Sources,
+    check_rewards,
+    kept_fields,
+    names_of,
+    prompts_of,
+    shots_of,
+    within_limits,
+)
 from rlhf_jax.inference.generate import Response, total_length
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
@@ -63,7 +73,7 @@ def run_evaluate(
 
 def _evaluate(
     config: EvaluateArgs,
-    prompts: Sequence[Row],
+    prompts: list[Row],
     text: Sequence[Row],
     made_of: Mapping[str, object],
     functions: Sequence[RewardFn] | None,
@@ -71,13 +81,14 @@ def _evaluate(
     gold: RewardFn | None,
 ) -> Summary:
     path = Path(config.output_dir)
+    names = names_of(config.sources or [SourceConfig()])
+    if config.baseline and config.baseline not in names:
+        raise UserError(f"baseline {config.baseline!r} is none of the sources: {', '.join(names)}; name one")
+    prompts = within_limits(config, prompts)
     path.mkdir(parents=True, exist_ok=True)
     with open_journal(config, path / RESPONSES, made_of) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases, config.sources)
-        if config.baseline and config.baseline not in sources.names:
-            named = ", ".join(sources.names)
-            raise UserError(f"baseline {config.baseline!r} is none of the sources: {named}; name one")
         baseline = sources.names.index(config.baseline) if config.baseline else 0
         measure, read = measuring(config, sources), []
         for number, source in enumerate(sources.sources):

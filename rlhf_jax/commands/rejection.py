@@ -114,6 +114,7 @@ def sampling_of(config: RejectionArgs, k: int) -> BestOfNArgs:
         num_samples=config.rejection.num_samples,
         sampling=config.sampling,
         max_prompt_length=config.data.max_prompt_length,
+        too_long=config.data.too_long,
         batch_size=config.rejection.sample_batch_size,
         reward=config.reward,
         seed=(config.run.seed + k) % 2**32,

@@ -13,7 +13,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
-from rlhf_jax.feedback.sources import load_drawer, prompts_of
+from rlhf_jax.feedback.sources import kept_fields, load_drawer, prompts_of, within_limits
 from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
@@ -28,19 +28,12 @@ def print_rows(rows: list[Row], path: str) -> None:
         write_output(path, json_lines(rows))
 
 
-def report_cut(report: Report) -> None:
-    """Say on standard error, which keeps rows on standard output clean, how many rows were cut to their limits."""
-    if report.truncated:
-        tell(f"rows: {report}", error=True)
-
-
 def run_sample(config: SampleArgs) -> list[Row]:
     """num_samples responses to every prompt, as sft rows with `response_ids`; written or printed, and returned."""
-    prompts, tokenizer = prompts_of(config), load_tokenizer(config.model)
+    prompts, tokenizer = within_limits(config, prompts_of(config)), load_tokenizer(config.model)
     examples, report = prompt_examples(prompts, tokenizer, Limits(config.max_prompt_length))
     if len(examples) != len(prompts):
         raise UserError(f"prompts: {report}; remove the empty ones")
-    report_cut(report)
     longest = max(len(example["tokens"]) for example in examples)
     each, count = config.num_samples, len(prompts) * config.num_samples
     size = min(max(config.batch_size // each, 1) * each, count)  # whole prompts
@@ -53,7 +46,8 @@ def run_sample(config: SampleArgs) -> list[Row]:
             part = prompts[start // each : stop // each]
             with jax.set_mesh(mesh.grid):
                 key, at_once = jax.random.key(config.seed), {"batch_size": size, "first": start // size}
-                return drawer.generator.rows(drawer.loaded.params, part, key, samples=each, **at_once)
+                made = drawer.generator.rows(drawer.loaded.params, part, key, samples=each, **at_once)
+            return [{**kept_fields(part[i // each]), **row} for i, row in enumerate(made)]
 
         return make
 
@@ -73,13 +67,16 @@ def run_score(config: ScoreArgs) -> list[Row]:
             config.model, make_mesh(config.mesh), limits, batch_size=min(config.batch_size, len(rows))
         )
         examples = [reader.example(row) for row in rows]
-        report_cut(Report(len(rows), {}, sum(example["cut"] for example in examples)))
+        report = Report(len(rows), {}, sum(example["cut"] for example in examples))
+        if report.truncated:
+            tell(f"{report.mark}rows: {report}", error=True)  # which keeps rows on standard output clean
         longest = max(len(example["tokens"]) for example in examples)
 
         def make(start: int, stop: int) -> list[Row]:
             scores = reader.scores(examples[start:stop], longest)
             plain = ({name: value for name, value in row.items() if name != "_where"} for row in rows[start:stop])
-            return [{**row, "score": score} for row, score in zip(plain, scores, strict=True)]
+            cuts = ({"cut": True} if example["cut"] else {} for example in examples[start:stop])
+            return [{**row, "score": score, **cut} for row, score, cut in zip(plain, scores, cuts, strict=True)]
 
         return make
 

@@ -145,7 +145,9 @@ class DrawArgs:
         data_path: a file of prompt rows, instead of or besides `prompts`.
         num_samples: responses of each source to each prompt.
         sampling: how responses are drawn.
-        max_prompt_length: longest prompt, demonstrations included, in tokens; longer ones lose their start.
+        max_prompt_length: longest prompt, demonstrations included, in tokens.
+        too_long: what happens to longer prompts, as data.too_long of a stage: drop (counted and said), truncate (they
+            lose their start; their rows say in `prompt_seen` what was left), or error.
         batch_size: rows decoded at once.
         reward: reward model and Python functions that score responses; reward.gold is reported and labels nothing.
         seed: of the noise.
@@ -160,6 +162,7 @@ class DrawArgs:
     num_samples: int = 4
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: int = 256
+    too_long: Literal["drop", "truncate", "error"] = "drop"
     batch_size: int = 64
     reward: RewardSourceConfig = RewardSourceConfig()
     seed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
@@ -20,7 +21,9 @@ class SampleArgs:
         data_path: a file of prompt rows, instead of or besides `prompts`.
         num_samples: responses to each prompt.
         sampling: how responses are drawn.
-        max_prompt_length: longest prompt, in tokens; longer ones lose their start.
+        max_prompt_length: longest prompt, in tokens.
+        too_long: what happens to longer prompts, as data.too_long of a stage: drop (counted and said), truncate (they
+            lose their start; their rows say in `prompt_seen` what was left), or error.
         batch_size: prompts decoded at once.
         seed: of the noise.
         output: a .jsonl file to write {prompt, response, finished} rows to; finished: it ended by itself and was
@@ -35,6 +38,7 @@ class SampleArgs:
     num_samples: int = 1
     sampling: SamplingConfig = SamplingConfig()
     max_prompt_length: int = 256
+    too_long: Literal["drop", "truncate", "error"] = "drop"
     batch_size: int = 64
     seed: int = 0
     output: PathText = ""
@@ -55,7 +59,7 @@ class ScoreArgs:
         model: a reward model's directory.
         data_path: rows {prompt, response}, as `rlhf-jax sample --output` writes them.
         max_prompt_length: longest prompt, in tokens.
-        max_length: longest prompt and response together, in tokens; longer rows are cut.
+        max_length: longest prompt and response together, in tokens; longer rows are cut, counted, and say so in `cut`.
         batch_size: rows scored at once.
         output: a .jsonl file to write the rows with "score" added to; empty prints them.
         overwrite: replace `output`.

@@ -36,6 +36,12 @@ class Report:
     remarks: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def mark(self) -> str:
+        """What stands before a line about it: "! " where more than a twentieth of the rows is lost or cut."""
+        lost = sum(self.dropped.values())
+        return "! " if lost + self.truncated > 0.05 * (self.kept + lost) else ""
+
     def __str__(self) -> str:
         """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
@@ -57,6 +63,7 @@ class Limits:
     max_length: int = 0  # of prompt and response together; 0 where there are prompts alone
     too_long: str = "truncate"  # drop, truncate or error
     strict: bool = False  # whether a dropped row is an error, for whatever reason it is dropped
+    group: str = "data."  # what stands before the names of these options
 
     def __post_init__(self) -> None:
         if self.too_long not in ("drop", "truncate", "error"):
@@ -92,8 +99,8 @@ class Limits:
 
     def _refuse(self, row: Row, what: str, name: str, limit: int, reason: str) -> None:
         """Raise unless rows are to be cut."""
-        cure = "raise it or set data.too_long=truncate"
-        message = f"{row['_where']}: {what} tokens is over data.{name} = {limit}; {cure}"
+        cure = f"raise it or set {self.group}too_long=truncate"
+        message = f"{row['_where']}: {what} tokens is over {self.group}{name} = {limit}; {cure}"
         if self.too_long == "drop":
             raise DroppedRow(message, reason)
         if self.too_long == "error":

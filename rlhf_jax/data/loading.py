@@ -58,10 +58,10 @@ def make_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Token examples of both splits; what was kept, dropped and cut is printed."""
     examples, report = build(train)
-    say(f"training rows: {report}")
+    say(f"{report.mark}training rows: {report}")
     if not held_out:
         say("held-out rows: none (data.eval_fraction 0), so nothing is evaluated and the last weights are kept")
         return examples, []
     eval_examples, report = build(held_out)
-    say(f"held-out rows: {report}")
+    say(f"{report.mark}held-out rows: {report}")
     return examples, eval_examples

@@ -141,8 +141,8 @@ def prompt_row(row: Row) -> Row:
 
 
 def columns_of(row: Row) -> Row:
-    """The fields of a prompt row that reward functions get as columns: all but the prompt."""
-    return {name: value for name, value in row.items() if name not in ("prompt", "_where")}
+    """The fields of a prompt row that reward functions get as columns: all but the prompt, and what was seen of it."""
+    return {name: value for name, value in row.items() if name not in ("prompt", "prompt_seen", "_where")}
 
 
 def text_row(row: Row) -> Row:

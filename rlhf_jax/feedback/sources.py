@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ import jax
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
-from rlhf_jax.data.encoding import Limits
+from rlhf_jax.data.encoding import Encoder, Limits, Report
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.rows import DroppedRow, Row, where_of
 from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
@@ -40,9 +41,56 @@ def prompts_of(config: DrawArgs | SampleArgs, rows: object = None) -> list[Row]:
     return [prompt_row(row) for row in prompts]
 
 
+def within_limits(config: DrawArgs | SampleArgs, prompts: list[Row]) -> list[Row]:
+    """The prompts that the models of a config can be shown.
+
+    Longer ones than config.max_prompt_length are dropped, or have in `prompt_seen` what is left (config.too_long);
+    how many is said on standard error.
+    """
+    sources = (config.sources if isinstance(config, SourcesArgs) else []) or [SourceConfig()]
+    names_of(sources)
+    limits = Limits(config.max_prompt_length, too_long=config.too_long, group="")
+    different = {(source.path, source.demonstrations, source.shots): source for source in sources}
+    for source in different.values():
+        prompts = fitting(prompts, load_tokenizer(of_source(config.model, source)), limits, shots_of(source))
+    return prompts
+
+
+def fitting(prompts: list[Row], tokenizer: Tokenizer, limits: Limits, shots: Sequence[Row]) -> list[Row]:
+    """The prompts that are within the limits, with demonstrations before them; says what became of the others."""
+    encoder, kept, dropped, cuts = Encoder(tokenizer, limits), list[Row](), Counter[str](), 0
+    for row in prompts:
+        try:
+            ids, cut = encoder.prompt(with_shots(row, shots))
+        except DroppedRow as drop:
+            dropped[drop.reason] += 1
+            continue
+        kept.append({**row, "prompt_seen": tokenizer.hf.decode(ids)} if cut else row)
+        cuts += cut
+    report = Report(len(kept), dict(dropped), cuts)
+    if not kept:
+        raise UserError(f"no prompt is left: {report}; raise max_prompt_length, or set too_long truncate")
+    if dropped or cuts:
+        tell(f"{report.mark}prompts: {report}", error=True)
+    return kept
+
+
+def names_of(sources: Sequence[SourceConfig]) -> list[str]:
+    """What rows call the sources; a UserError if two have one name, as runs/a/model and runs/b/model have."""
+    names = [source_name(source) for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"sources {', '.join(names)} are not told apart by these; give each a name")
+    return names
+
+
+def of_source(model: ModelConfig, source: SourceConfig) -> ModelConfig:
+    """The model of a source: its own, else the command's."""
+    return replace(model, path=source.path, arch=None) if source.path else model
+
+
 def kept_fields(prompt: Row) -> Row:
-    """The fields of a prompt row that the rows made of it keep: its id, if it has one, and the prompt."""
-    return {name: prompt[name] for name in ("id", "prompt") if name in prompt}
+    """The fields of a prompt row that the rows made of it keep: id, prompt, and of a cut one what was seen of it."""
+    return {name: prompt[name] for name in ("id", "prompt", "prompt_seen") if name in prompt}
 
 
 def rankings_given(rows: object, fields: list[str], *, unlabelled: bool = True) -> tuple[list[Ranking], int]:
@@ -139,9 +187,7 @@ class Sources:
         """
         self.config, self.prompts, self.phases = config, prompts, phases
         self.sources = list(sources) or [SourceConfig()]
-        self.names = [source_name(source) for source in self.sources]
-        if len(set(self.names)) < len(self.names):  # as runs/a/model and runs/b/model have
-            raise UserError(f"sources {', '.join(self.names)} are not told apart by these; give each a name")
+        self.names = names_of(self.sources)
         self.mesh = make_mesh(config.mesh)
         self.each = [source.num_samples or config.num_samples for source in self.sources]
         self._at_once = max(config.batch_size // sum(self.each), 1)  # prompts whose responses make up a batch
@@ -177,9 +223,6 @@ class Sources:
         seen, report = prompt_examples(list(self.prompts), drawer.tokenizer, limits)
         if len(seen) != len(self.prompts):
             raise UserError(f"prompts: {report}; remove the empty ones")
-        _, report = prompt_examples(rows, drawer.tokenizer, limits)
-        if report.truncated:
-            tell(f"{self.names[number]}: prompts: {report}")
         with jax.set_mesh(self.mesh.grid):
             measure = begin(drawer) if begin else lambda drawn: [{} for _ in drawn]
 
@@ -222,8 +265,7 @@ class Sources:
         return replace(drawer, temperature=sampling.temperature)
 
     def _model(self, source: SourceConfig) -> ModelConfig:
-        model = self.config.model
-        return replace(model, path=source.path, arch=None) if source.path else model
+        return of_source(self.config.model, source)
 
     # --- scores and verdicts
 
