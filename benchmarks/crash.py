@@ -33,6 +33,8 @@ from rlhf_jax.tasks import random_walks as walks
 
 STAGES = {"sft": "sft", "reward": "reward", "ppo": "ppo", "ppo_lora": "ppo"}
 """What is killed -> its command."""
+NEEDS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward")}
+"""A command -> the stages whose models it starts from, which are run but not killed unless they are asked for."""
 WAYS = ("step", "save", "start")
 """Kill once a drawn step is reached and no save is under way, inside a save after it, or soon after the start."""
 TIMEOUT = 300.0
@@ -208,6 +210,8 @@ def crash(home: Path, stage: str, steps: int, kills: int, seed: int) -> dict[str
     config.write_text(yaml.safe_dump(settings(home, stage, steps)))
     alone, began = home / f"{stage}_alone", time.time()
     finish(start(home, STAGES[stage], "--config", str(config), "--run.output_dir", str(alone)), home)
+    if not kills:
+        return {"stage": stage}
     done = killed_run(home, stage, config, steps, kills, random.Random(f"{seed} {stage}"))
     differ = differences(alone, home / f"{stage}_killed")
     was = {name: sum(kill["was"] == name for kill in done) for name in ("starting", "training", "saving")}
@@ -230,11 +234,12 @@ def main() -> None:
         home.mkdir(parents=True, exist_ok=True)
         prepare(home)
         outcomes = []
-        order = list(STAGES)
-        for stage in order[: 1 + max(map(order.index, args.stages))]:  # each needs those before
-            kills = args.kills if stage in args.stages else 0
-            outcomes.append(crash(home, stage, args.steps, kills, args.seed))
-            print(json.dumps(outcomes[-1]), flush=True)
+        needed = {*args.stages, *(other for stage in args.stages for other in NEEDS[STAGES[stage]])}
+        for stage in (stage for stage in STAGES if stage in needed):
+            outcome = crash(home, stage, args.steps, args.kills if stage in args.stages else 0, args.seed)
+            if stage in args.stages:
+                outcomes.append(outcome)
+                print(json.dumps(outcome), flush=True)
     columns = ["stage", "kills", "starting", "training", "saving", "arrays", "lines", "equal"]
     print("\n" + text_table(columns, [[str(outcome[name]) for name in columns] for outcome in outcomes]))
     if not all(outcome["equal"] for outcome in outcomes):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FAST
 from tiny import ONE, TOY_ROWS, toy_directory
 
 from rlhf_jax import cli
@@ -171,7 +172,7 @@ def test_a_signal_stops_after_a_batch_and_the_same_command_goes_on(tmp_path):
         "--max_prompt_length", "2", "--sampling.max_new_tokens", "3", "--batch_size", "2", "--num_samples", "2",
         "--progress", "false", "--mesh.data", "1",
     ]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "XLA_FLAGS": FAST, "PYTHONUNBUFFERED": "1"}
     start = [sys.executable, "-m", "rlhf_jax", "collect", *arguments, "--output"]
     part = tmp_path / "stopped.jsonl.part"
     with subprocess.Popen(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from rlhf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    QuickstartArgs,
     ReinforcePPArgs,
     RewardSourceConfig,
     RLOOArgs,
@@ -523,38 +521,3 @@ def test_a_batch_that_is_no_whole_groups_is_refused():
 def test_an_option_of_a_method_leaves_its_other_defaults():
     config = cli.parse("rloo", ["--rloo.group_size", "2"])
     assert config.rloo == replace(RLOO, group_size=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", RUNS)
-def test_a_method_walks_better_than_sft(tmp_path, method):
-    """Optimality on random walks, by a reward that is exact; the policy starts from SFT on random walks."""
-    from rlhf_jax import sft
-    from rlhf_jax.commands import quickstart as q
-    from rlhf_jax.tasks import random_walks as walks
-
-    graph, path = walks.make_graph(0), tmp_path / "chain"
-    walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    demos = walks.demonstrations(graph, 1100, 0)
-    config = QuickstartArgs(output_dir=str(path), progress=False)
-    sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
-    base = str(path / "sft" / "model")
-
-    def gold(model):
-        prompts, responses = q.sample_walks(model, 20, 99)
-        scores = np.array(walks.optimality(graph, prompts, responses))
-        return scores.mean(), scores.std() / math.sqrt(len(scores))
-
-    run = RUNS[method](
-        model=ModelConfig(path=base),
-        data=DataConfig(batch_size=128, max_prompt_length=2),
-        sampling=q.SAMPLING,
-        optim=OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5),
-        run=RunConfig(str(path / method), progress=False, eval_every=0),
-    )
-    run = replace(run, **{f"{method}__iterations": 40})
-    optimality = functools.partial(walks.optimality, graph)
-    group.run(run, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts(), reward_functions=[optimality])
-    (before, error), (after, its_error) = gold(base), gold(str(path / method / "model"))
-    print({"sft": (before, error), method: (after, its_error)})
-    assert after > before + 5 * math.hypot(error, its_error)

@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import FAST
 from safetensors.numpy import load_file, save_file
 from tiny import TOY_ROWS, toy_directory, toy_run
 
@@ -263,7 +264,7 @@ hf.save_model(path, arch, {**params, "final_norm": {"scale": np.zeros(arch.width
 def test_a_killed_save_leaves_the_old_directory(tmp_path):
     path, arch, params = write(tmp_path / "m")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, env=os.environ | {"XLA_FLAGS": FAST})
     assert done.returncode == -9
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert_equal(hf.load_params(path, arch, score_head=False), params)

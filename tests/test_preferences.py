@@ -20,11 +20,9 @@ from rlhf_jax.config import (
     KTOArgs,
     ModelConfig,
     OptimConfig,
-    QuickstartArgs,
     RewardArgs,
     RewardConfig,
     RRHFArgs,
-    RRHFConfig,
     RunConfig,
     bind,
 )
@@ -409,43 +407,3 @@ def test_rrhf_ranks_held_out_responses_as_the_raters_do(tmp_path):
     """Kendall's tau of p, the log-prob per token, and the scores, over the pairs of each prompt."""
     summary = run_of("rrhf", tmp_path / "run", num=64, rrhf__steps=60)
     assert 2 * summary["eval/accuracy"] - 1 > 0.9
-
-
-@pytest.mark.slow
-def test_dpo_and_rrhf_walk_better_than_sft(tmp_path):
-    """Gold rewards on random walks, which training sees through noisy comparisons of SFT's own walks alone."""
-    from rlhf_jax import sft
-    from rlhf_jax.commands import quickstart as q
-    from rlhf_jax.tasks import random_walks as walks
-
-    graph, path = walks.make_graph(0), tmp_path / "chain"
-    walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    config = QuickstartArgs(output_dir=str(path), progress=False)
-    demos = walks.demonstrations(graph, 1100, 0)
-    sft.run(q.sft_stage(config, path), rows=demos[:1000], eval_rows=demos[1000:])
-    base = str(path / "sft" / "model")
-
-    def gold(model):
-        prompts, responses = q.sample_walks(model, 20, 99)
-        scores = np.array(walks.optimality(graph, prompts, responses))
-        return scores.mean(), scores.std() / math.sqrt(len(scores))
-
-    prompts, first = q.sample_walks(base, 60, 1)
-    _, second = q.sample_walks(base, 60, 2)
-    pairs = walks.comparisons(graph, prompts, first, second, 0)
-    ranked = [
-        {"prompt": p, "responses": [a, b], "scores": walks.optimality(graph, [p, p], [a, b])}
-        for p, a, b in zip(prompts, first, second, strict=True)
-        if a != b
-    ]
-    shared = {"model": ModelConfig(path=base), "data": q.DATA, "optim": OptimConfig(learning_rate=3e-4)}
-    out = lambda name: {"run": RunConfig(str(path / name), progress=False, eval_every=20)}  # noqa: E731
-    preference.run(DPOArgs(**shared, **out("dpo"), dpo=DPOConfig(epochs=3)), rows=pairs[64:], eval_rows=pairs[:64])
-    preference.run(
-        RRHFArgs(**shared, **out("rrhf"), rrhf=RRHFConfig(epochs=3)), rows=ranked[64:], eval_rows=ranked[:64]
-    )
-    before, error = gold(base)
-    found = {name: gold(str(path / name / "model")) for name in ("dpo", "rrhf")}
-    print({"sft": (before, error), **found})
-    for after, its_error in found.values():
-        assert after > before + 2 * math.hypot(error, its_error)

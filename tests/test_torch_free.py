@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FAST
 
 import rlhf_jax
 
@@ -59,7 +60,7 @@ def test_no_file_imports_torch():
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [IMPORTS, RUN], ids=["import", "sft"])
 def test_a_process_of_its_own_does_without_torch(tmp_path, program):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = {**os.environ, "XLA_FLAGS": FAST}
     arguments = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(arguments, env=env, cwd=ROOT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

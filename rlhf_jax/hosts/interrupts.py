@@ -82,21 +82,23 @@ class Interrupts(Watch):
     def __init__(self, say: Callable[[str], None], *, install: bool = True):
         """`say` is told that the run is stopping, in the thread."""
         self.received = ""
-        self._say, self._count = say, 0
+        self._say, self._count, self._said = say, 0, False
         self._interactive = hasattr(sys, "ps1")
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
         super().__init__(install=install)
 
     def in_main_thread(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
+        self.received = self.received or signal.Signals(number).name  # the thread may come later than the next step
         if self._interactive and self._count > 1:
             raise KeyboardInterrupt
 
     def seen(self, number: int) -> None:
         if number == signal.SIGHUP:
             self._leave_terminal()
-        if not self.received:
-            self.received = signal.Signals(number).name
+        if not self._said:
+            self._said = True
+            self.received = self.received or signal.Signals(number).name
             with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
                 self._say(f"{self.received}: finishing the step and saving; a second one stops at once")
         elif number != signal.SIGHUP and not self._interactive:
