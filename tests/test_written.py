@@ -116,7 +116,7 @@ def drawn(monkeypatch) -> list[generate.Response]:
 
 def settings(cls, models, **changes):
     config = cls(model=ModelConfig(path=str(models / "policy")), num_samples=3, sampling=SAMPLING, batch_size=9)
-    return replace(config, max_prompt_length=LONGEST, **changes)
+    return replace(config, max_prompt_length=LONGEST, too_long="truncate", **changes)
 
 
 def rollout_of(drawn) -> Rollout:
