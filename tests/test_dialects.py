@@ -29,6 +29,9 @@ OWN = {
 OWN |= {
     "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8}, "phi3": {"sliding_window": 5}, "cwm": {"head_dim": 8},
     "seed_oss": {"head_dim": 8}, "starcoder2": {"sliding_window": 5}, "gpt2": {"hidden_size": ..., "n_inner": 14},
+    "gptj": {"hidden_size": ..., "n_inner": 14, "rotary_dim": 4}, "ernie4_5": {"head_dim": 8}, "opt": {"ffn_dim": 14},
+    "glm": {"head_dim": 8}, "glm4": {"head_dim": 8}, "ministral3": {"head_dim": 8}, "falcon": {"ffn_hidden_size": 14},
+    "hunyuan_v1_dense": {"head_dim": 8},
 }  # fmt: skip
 SMALL = {"vocab_size": 37, "width": 32, "num_heads": 4, "head_dim": 8, "norm_eps": 1e-6, "ffn_width": 14}
 FULL = {"layer_types": ["full_attention"] * 2}
@@ -37,7 +40,7 @@ FULL = {"layer_types": ["full_attention"] * 2}
 def config(family, **changes):
     """config.json of a small model; an Ellipsis takes a key out."""
     raw = {"model_type": family} | SHAPE | OWN.get(family, {}) | changes
-    if family == "gpt2":  # transformers takes the general names for its own
+    if family in ("gpt2", "gptj"):  # transformers takes the general names for its own
         general = {"num_hidden_layers", "num_attention_heads", "max_position_embeddings"} - set(changes)
         raw = {key: value for key, value in raw.items() if key not in general}
     return {key: value for key, value in raw.items() if value is not ...}
@@ -82,6 +85,26 @@ SAME = [  # family, changes, and changes that mean the same
     ("olmo3", {"rope_theta": 300.0, "sliding_window": 5},
      {"sliding_window": 5, "rope_parameters": {"full_attention": {"rope_theta": 300.0}}}),
     ("llama", {"per_layer_config": {}}, {}),
+    ("smollm3", {"no_rope_layers": [1, 0]}, {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    ("smollm3", {"no_rope_layers": [3, 0, 0]}, {"no_rope_layer_interval": 2}),
+    ("smollm3", {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
+     {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2}),
+    ("smollm3", {"sliding_window": 5, "use_sliding_window": False}, {}),
+    ("exaone4", {"sliding_window_pattern": "LLG", "layer_types": ["full_attention"] * 2}, FULL),
+    ("cohere2", {"sliding_window_pattern": 2, "sliding_window": 5},
+     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}),
+    ("glm4", {"partial_rotary_factor": None}, {"partial_rotary_factor": 1.0}),
+    ("glm4", {"rope_parameters": {"rope_theta": 1e4}}, {"partial_rotary_factor": 0.5}),
+    ("phi", {"head_dim": 8}, {}),
+    ("falcon", {"multi_query": True}, {"new_decoder_architecture": True, "num_kv_heads": 1,
+     "num_ln_in_parallel_attn": 1}),
+    ("falcon", {"multi_query": False, "alibi": None}, {"new_decoder_architecture": True, "num_kv_heads": None,
+     "num_ln_in_parallel_attn": 1}),
+    ("falcon", {"n_embed": 32, "hidden_size": 7}, {}),
+    ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "alpha": 9.0, "factor": 1.0, "beta_fast": 32}},
+     {"rope_scaling": {"type": "dynamic", "alpha": 9.0, "factor": 3.0}}),
+    ("opt", {"word_embed_proj_dim": 32, "dropout": 0.1}, {}),
+    ("gptj", {"rotary": True, "rope_theta": 7.0}, {}),
 ]  # fmt: skip
 
 
@@ -116,6 +139,19 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
             "gemma3_text",
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
             "factor 0.5 in gem",
+        ),
+        ("smollm3", {"no_rope_layers": [1]}, "config.json holds a value of the wrong type or size"),
+        ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0, by which nothing is left; correct it"),
+        ("granite", {"logits_scaling": 0.0}, "logits_scaling is 0, by which nothing is left"),
+        ("falcon", {"alibi": True}, "no support for alibi True; choose a checkpoint without it"),
+        ("falcon", {"parallel_attn": False}, "no support for parallel_attn False"),
+        ("phi", {"qk_layernorm": True}, "no support for qk_layernorm True"),
+        ("opt", {"word_embed_proj_dim": 16}, "no support for word_embed_proj_dim 16"),
+        ("ministral3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "query_log_scale is None"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "query_log_scale needs rope_scaling.original_max_positions",
         ),
         (
             "llama",
@@ -198,19 +234,17 @@ def test_a_model_without_windows_is_saved_with_the_size_that_transformers_wants(
         ({"model_type": "gemma4_text", "num_experts": None, "top_k_experts": None, "enable_moe_block": False,
           "attention_k_eq_v": True, "hidden_size_per_layer_input": 256}, "gemma3_text", ["keys that are val"], False),
         ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 128}, "gemma3_text", [], True),
-        ({"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 2}, "llama", [], False),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 2}, "granite", [], False),
         ({"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None}, "mistral", [], True),
         ({"model_type": "qwen3_moe"}, "qwen3", [], True),
         ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, None, [], True),
-        ({"model_type": "exaone4", "num_experts": [0, 0]}, None, ["layers without rotary positions"], False),
+        ({"model_type": "minicpm", "num_experts": [0, 0], "scale_emb": 12}, None, ["multipliers"], False),
         ({"model_type": "gpt_oss", "num_local_experts": 32}, None, ["attention sinks"], True),
         ({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]}, "qwen3",
          ["gated DeltaNet layers", "linear_attention"], False),
         ({"model_type": "gemma3", "text_config": {"hidden_size": 8}, "vision_config": {"a": 1}}, "gemma3_text",
          ["images or sound"], False),
         ({"model_type": "deepseek_v3", "n_routed_experts": 256, "kv_lora_rank": 512}, None, ["latent att"], True),
-        ({"model_type": "glm4", "partial_rotary_factor": 0.5}, None, ["rotary positions of neighb"], False),
-        ({"model_type": "granite", "residual_multiplier": 0.2}, "llama", ["multipliers"], False),
         ({"model_type": "olmo", "clip_qkv": 8.0}, "olmo3", ["norms without weights", "clip_qkv"], False),
         ({"model_type": 7, "hidden_size": [1]}, None, [], False),
     ],
@@ -277,6 +311,9 @@ def test_transformers_reads_it_so_and_runs_what_we_save(tmp_path, family, change
 
 GEMMA3 = {"norm_offset": True, "scale_embedding": True, "norm_position": "both", "activation": "gelu_tanh",
           "query_pre_attn_scalar": 8.0, "qk_norm": "head"}  # fmt: skip
+SHARED = {"norm": "layer", "parallel_residual": True, "shared_norm": True, "gated_mlp": False}
+BIASED = {"norm": "layer", "positions": "learned", "gated_mlp": False, "activation": "relu"}
+BIASED |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
 OLMO3 = {"qk_norm": "all", "norm_position": "post", "sliding_window": 4, "window_layers": (0,)}
 FRESH = [
     ("gemma3_text", GEMMA3 | {"rope_local_theta": 10.0}),
@@ -286,6 +323,38 @@ FRESH = [
     ("cwm", {"mlp_bias": True, "sliding_window": 4, "window_layers": (1,)}),  # which must have a bos_token_id
     ("ministral", {"sliding_window": 4, "window_layers": (1,)}),
     ("vaultgemma", {**GEMMA3, "qk_norm": "none", "norm_position": "pre"}),
+    ("smollm3", {"nope_layers": (1,)}),
+    ("smollm3", {"nope_layers": (0,), "sliding_window": 4, "window_layers": (0, 1)}),
+    ("exaone4", {"qk_norm": "head", "norm_position": "post", "tied_head": False}),
+    ("exaone4", {"qk_norm": "head", "norm_position": "post", "nope_layers": (0, 1)}),
+    ("granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logit_multiplier": 0.125}),
+    ("glm4", {"rope_pairs": True, "norm_position": "both", "rope_fraction": 0.5, "qkv_bias": True}),
+    (
+        "cohere2",
+        SHARED
+        | {
+            "norm": "layer_no_bias",
+            "rope_pairs": True,
+            "gated_mlp": True,
+            "nope_layers": (1,),
+            "sliding_window": 4,
+            "window_layers": (0,),
+            "logit_multiplier": 0.3,
+        },
+    ),
+    ("phi", SHARED | {"head_bias": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "rope_fraction": 0.5}),
+    ("stablelm", {"norm": "layer", "rope_fraction": 0.5, "qkv_bias": True}),
+    ("stablelm", SHARED | {"gated_mlp": True}),
+    ("falcon", SHARED),
+    ("falcon", SHARED | {"shared_norm": False, "num_kv_heads": 2}),
+    ("nemotron", {"norm": "layer", "norm_offset": True, "gated_mlp": False, "activation": "relu2"}),
+    ("arcee", {"gated_mlp": False, "activation": "relu2", "mlp_bias": True}),
+    ("glm", {"rope_pairs": True}),
+    ("ernie4_5", {"rope_pairs": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True}),
+    ("ministral3", {"query_log_scale": 0.3, "rope_scaling": RopeScaling("yarn", 2.0, original_max_positions=4)}),
+    ("hunyuan_v1_dense", {"qk_norm": "turned", "rope_scaling": RopeScaling("ntk", 20.0)}),
+    ("opt", BIASED | {"position_offset": 2, "norm_eps": 1e-5}),
+    ("gptj", SHARED | {"rope_pairs": True, "head_bias": True, "mlp_bias": True, "rope_fraction": 0.75}),
 ]
 
 

@@ -35,6 +35,12 @@ SIZES = {  # divide by every mesh below
     "n_embd": 32, "n_layer": 3, "n_head": 8, "n_inner": 48, "n_positions": 24,
     "attention_bias": True, "use_sliding_window": True, "max_window_layers": 1,
 }  # fmt: skip
+OWN = {
+    "gpt_neox": {"rotary_pct": 0.5}, "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 48, "bias": True},
+    "opt": {"ffn_dim": 48}, "gptj": {"rotary_dim": 2}, "nemotron": {"mlp_bias": True}, "arcee": {"mlp_bias": True},
+    "ernie4_5": {"use_bias": True}, "smollm3": {"no_rope_layers": [0, 1, 0]}, "exaone4": {"sliding_window": 8},
+}  # fmt: skip
 WINDOWED = ("mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 KEY = jax.random.key(0)
@@ -44,7 +50,7 @@ ROOT = Path(__file__).parents[1]
 def arch_of(family, **changes):
     """A shape of the family, with all that it has: biases, windows, query-key norms; the head is untied."""
     raw = {"model_type": family} | SIZES | ({"sliding_window": 8} if family in WINDOWED else {})
-    raw |= ({"rotary_pct": 0.5} if family == "gpt_neox" else {}) | changes
+    raw |= OWN.get(family, {}) | changes
     return to_arch(raw, hf.FAMILIES[family], Path("config.json"))
 
 

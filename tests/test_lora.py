@@ -46,8 +46,8 @@ from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
-from rlhf_jax.models.hf.families import FAMILIES
 from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.hf.table import FAMILIES
 from rlhf_jax.models.kernels import Stack, dense, joined, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
 from rlhf_jax.ppo import train as ppo_train

@@ -58,7 +58,7 @@ def expected_tables(arch, length, positions):
 def test_the_law_is_that_of_the_length_whatever_the_positions(name, length):
     for positions in (np.arange(length)[None], np.array([[3, 0], [5, 1]])):
         found = rotary_tables(jnp.asarray(positions), LAWS[name], length)
-        for table, expected in zip(found, expected_tables(LAWS[name], length, positions), strict=True):
+        for table, expected in zip(found[:2], expected_tables(LAWS[name], length, positions), strict=True):
             np.testing.assert_allclose(table, expected, atol=2e-6)
 
 

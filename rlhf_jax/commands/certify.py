@@ -83,9 +83,11 @@ def gap(mask: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 def shallow(model: Model, params: Params, layers: int) -> tuple[Model, Params]:
     """The model of the lowest layers, with the norm and the head of the whole."""
-    windows = tuple(i for i in model.arch.window_layers if i < layers)
-    window = model.arch.sliding_window if windows else 0
-    arch = dataclasses.replace(model.arch, num_layers=layers, window_layers=windows, sliding_window=window)
+    near, unturned = (tuple(i for i in of if i < layers) for of in (model.arch.window_layers, model.arch.nope_layers))
+    window = model.arch.sliding_window if near else 0
+    arch = dataclasses.replace(
+        model.arch, num_layers=layers, window_layers=near, sliding_window=window, nope_layers=unturned
+    )
     model = replace(model, arch=arch)
     rest = {name: tree for name, tree in params.items() if name not in STACKS}
     lower, *upper = stacks_of(params)

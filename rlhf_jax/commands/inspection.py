@@ -113,7 +113,7 @@ def describe(arch: ArchConfig) -> str:
             continue
         if field.name == "rope_scaling":
             value = f"{value.kind} x{value.factor:g}"
-        elif field.name == "window_layers":
+        elif field.name in ("window_layers", "nope_layers"):
             value = f"{len(value)} of {arch.num_layers}"
         words.append(field.name if value is True else f"{field.name} {value}")
     return ", ".join(words)

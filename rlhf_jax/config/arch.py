@@ -15,8 +15,9 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length that they were trained for.
 
     Args:
-        kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the length of a whole sequence);
-            llama3; yarn (Peng et al. 2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753).
+        kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the length of a whole sequence); ntk
+            (the base grows by factor^(d / (d - 2)) for d turning dimensions, at any length); llama3; yarn (Peng et al.
+            2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753).
         factor: how many times longer.
         original_max_positions: the length that the frequencies were trained for (llama3, yarn, longrope).
         low_freq_factor: llama3: waves longer than the original length over this are stretched.
@@ -31,7 +32,7 @@ class RopeScaling:
         long_factor: longrope: the same, beyond it.
     """
 
-    kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    kind: Literal["none", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
@@ -77,20 +78,28 @@ class ArchConfig:
         head_dim: N, width of a head.
         ffn_width: hidden width of the MLP.
         max_positions: longest sequence the positions allow.
-        norm: rms (RMSNorm) or layer (LayerNorm with bias).
+        norm: rms (RMSNorm), layer (LayerNorm with bias) or layer_no_bias (LayerNorm without, Cohere).
         norm_eps: added to the variance.
-        norm_offset: RMSNorm multiplies by 1 + scale instead of scale (Gemma).
+        norm_offset: norms multiply by 1 + scale instead of scale (Gemma, Nemotron).
         norm_position: pre (before attention and MLP), post (on what they add, OLMo 2) or both (Gemma 2).
-        qk_norm: RMSNorm of queries and keys: none, head (each head by itself) or all (all heads as one vector).
+        qk_norm: RMSNorm of queries and keys: none, head (each head by itself), turned (the same after the rotation,
+            HunYuan) or all (all heads as one vector).
         parallel_residual: attention and MLP read the same input (GPT-NeoX).
+        shared_norm: they read it through one norm (Phi, Cohere).
         positions: rotary or learned.
+        position_offset: rows of the learned positions before that of the first token (OPT).
         rope_theta: base of the rotary frequencies.
         rope_local_theta: base in the layers with a window; 0 for rope_theta, scaled as the others are.
         rope_fraction: the part of every head that turns.
+        rope_pairs: of that part 2i turns with 2i + 1 (GPT-J, GLM) instead of i with i + half.
+        nope_layers: layers whose queries and keys do not turn, counted from 0 (SmolLM3).
         rope_scaling: how frequencies are stretched for long texts.
         sliding_window: tokens that a token sees in `window_layers`, itself included; 0 for all before it.
         window_layers: layers with the window, counted from 0.
         query_pre_attn_scalar: attention scores are divided by its root; 0 for head_dim.
+        attention_multiplier: attention scores are multiplied by it instead; 0 for none (Granite).
+        query_log_scale: queries grow by this times the logarithm of 1 + how often their position holds
+            rope_scaling.original_max_positions; 0 for not (Ministral 3).
         attn_softcap: attention scores become cap * tanh(score / cap); 0 for no cap.
         logit_softcap: the same for logits.
         activation: the MLP's nonlinearity.
@@ -99,7 +108,11 @@ class ArchConfig:
         out_bias: bias on the attention's output projection.
         mlp_bias: biases on the MLP's projections.
         tied_head: use the embedding as the vocabulary projection.
+        head_bias: bias on the vocabulary projection (Phi 1 and 2, GPT-J).
         scale_embedding: multiply embedded tokens by the root of the width (Gemma).
+        embedding_multiplier: multiply embedded tokens by it (Granite).
+        residual_multiplier: multiply by it what attention and MLP add to the residual stream (Granite).
+        logit_multiplier: multiply logits by it (Cohere, Granite).
         init_std: standard deviation of fresh weights.
     """
 
@@ -111,36 +124,47 @@ class ArchConfig:
     head_dim: int = 32
     ffn_width: int = 352
     max_positions: int = 512
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "layer_no_bias"] = "rms"
     norm_eps: float = 1e-5
     norm_offset: bool = False
     norm_position: Literal["pre", "post", "both"] = "pre"
-    qk_norm: Literal["none", "head", "all"] = "none"
+    qk_norm: Literal["none", "head", "turned", "all"] = "none"
     parallel_residual: bool = False
+    shared_norm: bool = False
     positions: Literal["rotary", "learned"] = "rotary"
+    position_offset: int = 0
     rope_theta: float = 10000.0
     rope_local_theta: float = 0.0
     rope_fraction: float = 1.0
+    rope_pairs: bool = False
+    nope_layers: tuple[int, ...] = ()
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     sliding_window: int = 0
     window_layers: tuple[int, ...] = ()
     query_pre_attn_scalar: float = 0.0
+    attention_multiplier: float = 0.0
+    query_log_scale: float = 0.0
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tied_head: bool = True
+    head_bias: bool = False
     scale_embedding: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions",
-            "above 0": "norm_eps rope_theta rope_fraction",
-            "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap",
+            "above 0": "norm_eps rope_theta rope_fraction embedding_multiplier residual_multiplier logit_multiplier",
+            "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
+            "attention_multiplier query_log_scale position_offset",
         }
         check(self, "model.arch.", rules)
         if self.num_heads % self.num_kv_heads:
@@ -158,12 +182,17 @@ class ArchConfig:
                 f"model.arch.sliding_window {self.sliding_window} and window_layers {list(self.window_layers)} "
                 "belong together; give both or neither"
             )
-        check_list(self, "window_layers", "model.arch.")
-        if any(not 0 <= layer < self.num_layers for layer in self.window_layers):
-            raise UserError(
-                f"model.arch.window_layers {list(self.window_layers)} must lie in 0 to {self.num_layers - 1}; "
-                "leave out the others"
-            )
+        for name in ("window_layers", "nope_layers"):
+            check_list(self, name, "model.arch.")
+            if any(not 0 <= layer < self.num_layers for layer in getattr(self, name)):
+                raise UserError(
+                    f"model.arch.{name} {list(getattr(self, name))} must lie in 0 to {self.num_layers - 1}; "
+                    "leave out the others"
+                )
+        if self.shared_norm and not (self.parallel_residual and self.norm_position == "pre"):
+            raise UserError("model.arch.shared_norm needs parallel_residual and norm_position pre; give them")
+        if self.query_log_scale and not self.rope_scaling.original_max_positions:
+            raise UserError("model.arch.query_log_scale needs rope_scaling.original_max_positions; give it")
         for name in ("short_factor", "long_factor"):
             count = len(getattr(self.rope_scaling, name))
             if self.rope_scaling.kind == "longrope" and count != self.rotary_dim // 2:
@@ -171,6 +200,11 @@ class ArchConfig:
                     f"model.arch.rope_scaling.{name} has {count} numbers; give {self.rotary_dim // 2}, one for every "
                     "pair of rotary dimensions"
                 )
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the learned positions."""
+        return self.max_positions + self.position_offset
 
     @property
     def rotary_dim(self) -> int:

@@ -23,7 +23,8 @@ LEAVES = {
     "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
     "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
     "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
-    "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "score/kernel": "D", "score/bias": "",
+    "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "head/bias": "V",
+    "score/kernel": "D", "score/bias": "",
 }  # fmt: skip
 """Every parameter by its path, and its axes."""
 

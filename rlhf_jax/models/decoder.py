@@ -7,6 +7,8 @@ computes in the dtype of its input, and norms and softmax in float32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,14 +24,32 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv 2109.08668
 }
 
 Cache = tuple[Float[Array, "B K S N"], Float[Array, "B K S N"]]
 """Keys and values of one layer; a model's cache is a list of these."""
 
 
+class Kind(NamedTuple):
+    """Of a layer: whether it has the window (`local`) or the full view, and whether its queries and keys turn."""
+
+    local: bool
+    turned: bool
+
+
+def kinds_of(arch: ArchConfig) -> list[Kind]:
+    """The kind of every layer."""
+    return [Kind(i in arch.window_layers, i not in arch.nope_layers) for i in range(arch.num_layers)]
+
+
+def times(x: Array, factor: float) -> Array:
+    """x * factor in float32, rounded to the dtype of x."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm with bias (Ba et al. 2016), computed in float32.
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), with a bias or not, computed in float32.
 
     Args:
         shape: the trailing axes that are normalised as one vector; scale and bias have this shape.
@@ -38,7 +58,7 @@ class Norm(nnx.Module):
     def __init__(self, arch: ArchConfig, shape: tuple[int, ...], *, centered: bool):
         self.eps, self.offset, self.centered = arch.norm_eps, float(arch.norm_offset), centered
         self.scale = nnx.Param(jnp.full(shape, 1 - self.offset))
-        if centered:
+        if centered and arch.norm == "layer":
             self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -50,7 +70,7 @@ class Norm(nnx.Module):
             y = y - y.mean(axis=axes, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.eps)
         y = y * (scale + self.offset).reshape(wide)
-        if self.centered:
+        if hasattr(self, "bias"):
             y = y + self.bias[...].astype(jnp.float32).reshape(wide)
         return y.astype(x.dtype)
 
@@ -68,9 +88,10 @@ class Attention(nnx.Module):
             self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, n)))
         if arch.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(d))
+        self.pairs, self.norm_turned = arch.rope_pairs, arch.qk_norm == "turned"
         if arch.qk_norm != "none":
-            self.q_norm = Norm(arch, (n,) if arch.qk_norm == "head" else (k, g, n), centered=False)
-            self.k_norm = Norm(arch, (n,) if arch.qk_norm == "head" else (k, 1, n), centered=False)
+            self.q_norm = Norm(arch, (k, g, n) if arch.qk_norm == "all" else (n,), centered=False)
+            self.k_norm = Norm(arch, (k, 1, n) if arch.qk_norm == "all" else (n,), centered=False)
 
     def __call__(
         self,
@@ -86,12 +107,15 @@ class Attention(nnx.Module):
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
         q, k, v = jnp.split(qkv, [self.groups, self.groups + 1], axis=3)  # its gradient is one concatenation
-        if hasattr(self, "q_norm"):
+        if hasattr(self, "q_norm") and not self.norm_turned:
             q, k = self.q_norm(q), self.k_norm(k)
         # [B, K, ., T, N], turned by position; k and v lose their 1.
         q, k, v = (jnp.moveaxis(a, 1, 3) for a in (q, k, v))
         if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
+            q, k = rotate(q, tables, pairs=self.pairs), rotate(k, tables, pairs=self.pairs)
+            q = q if tables.gain is None else (q * tables.gain[:, None, None]).astype(q.dtype)
+        if self.norm_turned:
+            q, k = self.q_norm(q), self.k_norm(k)
         k, v = k[:, :, 0], v[:, :, 0]
         # Into the cache [B, K, S, N], which is then attended to.
         if cache is not None and index is not None:
@@ -135,12 +159,14 @@ class Block(nnx.Module):
 
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
         def norm() -> Norm:
-            return Norm(arch, (arch.width,), centered=arch.norm == "layer")
+            return Norm(arch, (arch.width,), centered=arch.norm != "rms")
 
-        self.parallel = arch.parallel_residual
+        self.parallel, self.shared, self.factor = arch.parallel_residual, arch.shared_norm, arch.residual_multiplier
         self.attn, self.mlp = Attention(arch, rngs=rngs), MLP(arch, rngs=rngs)
         if arch.norm_position in ("pre", "both"):
-            self.attn_norm, self.mlp_norm = norm(), norm()
+            self.attn_norm = norm()
+        if arch.norm_position in ("pre", "both") and not arch.shared_norm:
+            self.mlp_norm = norm()
         if arch.norm_position in ("post", "both"):
             self.attn_post_norm, self.mlp_post_norm = norm(), norm()
 
@@ -152,10 +178,11 @@ class Block(nnx.Module):
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        y, cache = self.attn(self._norm("attn_norm", x), tables, attend, cache, index)
-        mixed = x + self._norm("attn_post_norm", y)
-        y = self.mlp(self._norm("mlp_norm", x if self.parallel else mixed))
-        return mixed + self._norm("mlp_post_norm", y), cache
+        near = self._norm("attn_norm", x)
+        y, cache = self.attn(near, tables, attend, cache, index)
+        mixed = x + times(self._norm("attn_post_norm", y), self.factor)
+        y = self.mlp(near if self.shared else self._norm("mlp_norm", x if self.parallel else mixed))
+        return mixed + times(self._norm("mlp_post_norm", y), self.factor), cache
 
     def _norm(self, name: str, x: Array) -> Array:
         return getattr(self, name)(x) if hasattr(self, name) else x
@@ -168,24 +195,29 @@ class Embedding(nnx.Module):
         self.tokens = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (arch.vocab_size, arch.width)))
         if arch.positions == "learned":
             self.positions = nnx.Param(
-                arch.init_std * jax.random.normal(rngs.params(), (arch.max_positions, arch.width))
+                arch.init_std * jax.random.normal(rngs.params(), (arch.position_rows, arch.width))
             )
         self.scale = arch.width**0.5 if arch.scale_embedding else 1.0
+        self.factor, self.offset = arch.embedding_multiplier, arch.position_offset
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype) -> Array:
         x = jnp.take(self.tokens[...], tokens, axis=0, mode="clip").astype(dtype)
         if self.scale != 1:
             x = x * jnp.asarray(self.scale, dtype)  # rounded to the compute dtype, as Gemma was trained
+        x = times(x, self.factor)
         if hasattr(self, "positions"):
-            x = x + jnp.take(self.positions[...], positions, axis=0, mode="clip").astype(dtype)
+            x = x + jnp.take(self.positions[...], positions + self.offset, axis=0, mode="clip").astype(dtype)
         return x
 
 
 class VocabularyHead(nnx.Module):
-    """An untied projection to the vocabulary."""
+    """What the projection to the vocabulary has beside a tied embedding: a kernel if it is untied, a bias or none."""
 
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (arch.width, arch.vocab_size)))
+        if not arch.tied_head:
+            self.kernel = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (arch.width, arch.vocab_size)))
+        if arch.head_bias:
+            self.bias = nnx.Param(jnp.zeros(arch.vocab_size))
 
 
 class ScoreHead(nnx.Module):

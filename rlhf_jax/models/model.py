@@ -112,7 +112,7 @@ class Model:
 
     @cached_property
     def _norm(self) -> Pure:
-        return pure(lambda _: decoder.Norm(self.arch, (self.arch.width,), centered=self.arch.norm == "layer"))
+        return pure(lambda _: decoder.Norm(self.arch, (self.arch.width,), centered=self.arch.norm != "rms"))
 
     @cached_property
     def _head(self) -> Pure:
@@ -126,7 +126,7 @@ class Model:
             "layers": jax.vmap(self._block.init)(jax.random.split(layers, self.arch.num_layers)),
             "final_norm": self._norm.init(norm),
         }
-        if not (self.score_head or self.arch.tied_head):
+        if not self.score_head and (self.arch.head_bias or not self.arch.tied_head):
             params["head"] = self._head.init(head)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return {**params, "score": self.init_score(head, zeros=False)} if self.score_head else params
@@ -145,10 +145,10 @@ class Model:
         upper = jax.tree.map(lambda x: x[-top:], params["layers"])
         return {**params, "lower": {"layers": lower}, "layers": upper}
 
-    def _tables(self, positions: Int[Array, "B T"], *, local: bool) -> Tables | None:
-        if self.arch.positions != "rotary":
+    def _tables(self, positions: Int[Array, "B T"], kind: decoder.Kind) -> Tables | None:
+        if self.arch.positions != "rotary" or not kind.turned:
             return None
-        return rotary_tables(positions, self.arch, self.length, local=local)
+        return rotary_tables(positions, self.arch, self.length, local=kind.local)
 
     def _attend(self, segment_ids: Int[Array, "B T"], branches: Branches | None = None, *, local: bool) -> Attend:
         """Attention of a layer with or without (`local`) the full view, all of a text at once."""
@@ -170,7 +170,7 @@ class Model:
     @property
     def scale(self) -> float:
         """Of attention scores."""
-        return (self.arch.query_pre_attn_scalar or self.arch.head_dim) ** -0.5
+        return self.arch.attention_multiplier or (self.arch.query_pre_attn_scalar or self.arch.head_dim) ** -0.5
 
     def apply(
         self,
@@ -184,33 +184,30 @@ class Model:
 
         Of a segment with `branches` it sees what is of branch 0 or of its own; positions go on from branch 0 in each.
         """
-        # Rotary tables and attention are the same for all layers of a kind: with the full view, or `local`.
+        # Rotary tables and attention are the same for all layers of a kind.
         x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
-        kinds = [i in self.arch.window_layers for i in range(self.arch.num_layers)]
+        kinds = decoder.kinds_of(self.arch)
         kept_apart = None if branches is None else Branches(branches, positions)
         views = {
-            local: (self._tables(positions, local=local), self._attend(segment_ids, kept_apart, local=local))
-            for local in set(kinds)
+            kind: (self._tables(positions, kind), self._attend(segment_ids, kept_apart, local=kind.local))
+            for kind in sorted(set(kinds))
         }
 
-        def block(local: bool, x: Array, params: Params) -> Array:
-            return self._block.apply(attached(params, self.lora_scale), x, *views[local])[0]  # [B, S, D]
+        def block(kind: decoder.Kind, x: Array, params: Params) -> Array:
+            return self._block.apply(attached(params, self.lora_scale), x, *views[kind])[0]  # [B, S, D]
 
-        # One layer is compiled, and scanned over the stacked leaves [L, ...] beside its kind bool[L].
+        # One layer of every kind is compiled, and scanned over the stacked leaves [L, ...] beside its kind int[L].
         def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
-            params, local = inputs
-            if len(views) == 1:
-                x = block(kinds[0], x, params)
-            else:
-                x = jax.lax.cond(local, partial(block, True), partial(block, False), x, params)
+            params, kind = inputs
+            x = jax.lax.switch(kind, [partial(block, kind) for kind in views], x, params)
             return constrain(x, *ROWS, None, None), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
-        first = 0
+        first, numbers = 0, [list(views).index(kind) for kind in kinds]
         for stack in stacks_of(params):  # one, or the frozen lower layers and those above
             last = first + depth(stack)
-            x, _ = jax.lax.scan(layer, x, (stack, jnp.array(kinds[first:last], bool)))
+            x, _ = jax.lax.scan(layer, x, (stack, jnp.array(numbers[first:last], jnp.int32)))
             first = last
         return self._norm.apply(params["final_norm"], x)
 
@@ -218,14 +215,18 @@ class Model:
         """Logits in float32, sharded over the vocabulary."""
         # [B, T, D] with [D, V], or with a tied embedding [V, D]; summed in float32 whatever the inputs are.
         precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        if "head" in params:
-            letters, kernel = "btd,dv->btv", params["head"]["kernel"]
+        head = params.get("head", {})
+        if "kernel" in head:
+            letters, kernel = "btd,dv->btv", head["kernel"]
         else:
             letters, kernel = "btd,vd->btv", params["embed"]["tokens"]
         logits = jnp.einsum(
             letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
         )
-        return constrain(softcapped(logits, self.arch.logit_softcap), *ROWS, None, self._over("V"))
+        if "bias" in head:
+            logits = logits + head["bias"][None, None].astype(jnp.float32)
+        logits = softcapped(decoder.times(logits, self.arch.logit_multiplier), self.arch.logit_softcap)
+        return constrain(logits, *ROWS, None, self._over("V"))
 
     def logprobs(
         self,
@@ -302,7 +303,8 @@ class Model:
         rest = {name: tree for name, tree in params.items() if name not in STACKS}
         rest = tree_map_with_path(partial(copy, stacked=False), rest)
         if self.arch.tied_head:  # [V, D] -> [D, V], which a product with few rows reads a third faster
-            rest["head"] = {"kernel": jax.lax.optimization_barrier(rest["embed"]["tokens"].T)}
+            kernel = jax.lax.optimization_barrier(rest["embed"]["tokens"].T)
+            rest["head"] = rest.get("head", {}) | {"kernel": kernel}
         return {**rest, "layers": layers}
 
     def merged(self, params: Params) -> Params:
@@ -364,13 +366,13 @@ class Model:
         """Hidden states [B, T, D] and the cache, layer by layer, each with its own arrays; attend(layer, local)."""
         if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
             raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
-        tables = [self._tables(positions, local=local) for local in (False, True)]
+        kinds = decoder.kinds_of(self.arch)
+        tables = {kind: self._tables(positions, kind) for kind in sorted(set(kinds))}
         x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
         new_cache = []
         for i, layer in enumerate(params["layers"]):
-            local = i in self.arch.window_layers
             entry = cache[i] if cache is not None else None
-            x, entry = self._block.apply(layer, x, tables[local], attend(i, local), entry, index)
+            x, entry = self._block.apply(layer, x, tables[kinds[i]], attend(i, kinds[i].local), entry, index)
             x = constrain(x, *ROWS, None, None)
             new_cache.append(entry)
         return x, self.pinned(new_cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,29 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError
 
-Tables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
-"""Cosines and sines."""
+
+class Tables(NamedTuple):
+    """What positions do to queries and keys.
+
+    Attributes:
+        cos: of the angles.
+        sin: of the angles.
+        gain: queries are multiplied by it after the rotation; None for 1.
+    """
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    gain: Float[Array, "B T 1"] | None = None
+
+
 BY_LENGTH = ("dynamic", "longrope")
 """Kinds of scaling whose frequencies depend on the length of a sequence."""
 
 
 def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, length: int = 0, *, local: bool = False) -> Tables:
     """Cosines and sines of positions * frequencies, float32, for layers with or without (`local`) the full view.
+
+    With `query_log_scale` s the gain of queries is 1 + s log(1 + floor(position / the original length)) (Llama 4).
 
     `length` is the tokens of a whole sequence, prompt and response, by which dynamic and longrope choose their
     frequencies; 0 takes T. Layers with a theta of their own (`rope_local_theta`) are not stretched.
@@ -30,16 +46,23 @@ def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, length: int = 
     length = length or positions.shape[1]
     frequencies, gain = _frequencies(scaling, theta, arch.rotary_dim, arch.max_positions, length)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
-    return jnp.cos(angles) * gain, jnp.sin(angles) * gain
+    scale = None
+    if arch.query_log_scale:
+        periods = (positions // scaling.original_max_positions).astype(jnp.float32)[..., None]
+        scale = 1 + arch.query_log_scale * jnp.log1p(periods)
+    return Tables(jnp.cos(angles) * gain, jnp.sin(angles) * gain, scale)
 
 
-def rotate(x: Float[Array, "B K G T N"], tables: Tables) -> Float[Array, "B K G T N"]:
-    """Turn the first dimensions of each head, in the half-split layout: i turns with i + half; the rest passes."""
-    cos, sin = (t[:, None, None] for t in tables)
+def rotate(x: Float[Array, "B K G T N"], tables: Tables, *, pairs: bool = False) -> Float[Array, "B K G T N"]:
+    """Turn the first dimensions of each head; the rest passes. i turns with i + half, in `pairs` 2i with 2i + 1."""
+    cos, sin = (t[:, None, None] for t in tables[:2])
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
-    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    whole, rest = jnp.split(x, [2 * half], axis=-1)
+    a, b = (whole[..., ::2], whole[..., 1::2]) if pairs else jnp.split(whole, 2, axis=-1)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = jnp.stack([a, b], axis=-1).reshape(whole.shape) if pairs else jnp.concatenate([a, b], axis=-1)
+    turned = turned.astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
@@ -69,8 +92,9 @@ def _frequencies(
         return _llama3(scaling, plain), 1.0
     if scaling.kind == "yarn":
         return _yarn(scaling, theta, dim), _yarn_gain(scaling)
-    if scaling.kind == "dynamic":
-        stretch = factor * max(length, max_positions) / max_positions - (factor - 1)
+    if scaling.kind in ("dynamic", "ntk"):
+        by_length = factor * max(length, max_positions) / max_positions - (factor - 1)
+        stretch = by_length if scaling.kind == "dynamic" else factor
         return 1 / _powers(theta * stretch ** (dim / (dim - 2)), dim), 1.0
     if scaling.kind == "longrope":
         original = scaling.original_max_positions

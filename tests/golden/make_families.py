@@ -291,6 +291,267 @@ def _near() -> dict[str, Case]:
             coder | _rope("linear", 40.0, factor=2.0) | {"num_key_value_heads": 1, "head_dim": 10}
         ),
         "starcoder2/score": Case(coder | SCORE | {"sliding_window": 4}),
+        "ministral/llama3_old": Case(
+            ministral | {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **bands}, "layer_types": None}
+            | {"num_hidden_layers": 2}, as_written=True,
+        ),
+        "ministral/full": Case(
+            ministral | _rope("linear", 40.0, factor=2.0) | {"layer_types": ["full_attention"] * 3, "head_dim": 10}
+        ),
+        "seed_oss/yarn": Case(seed | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "seed_oss/mlp_bias_old": Case(
+            seed | {"rope_theta": 70.0, "mlp_bias": True, "rope_scaling": {"type": "linear", "factor": 3.0}},
+            as_written=True,
+        ),
+        "seed_oss/gelu": Case(seed | {"hidden_act": "gelu", "attention_out_bias": True, "num_hidden_layers": 3}),
+        "olmo3/mqa": Case(olmo | mixed | {"num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-3}),
+        "olmo3/full_old": Case(
+            olmo | {"rope_theta": 300.0, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2},
+            as_written=True,
+        ),
+        "cwm/yarn": Case(cwm | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "cwm/linear_old": Case(
+            cwm | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 50.0, "hidden_act": "gelu"},
+            as_written=True,
+        ),
+        "cwm/wide": Case(cwm | _rope("llama3", 100.0, **bands) | {"head_dim": 10, "rms_norm_eps": 1e-3}),
+        "vaultgemma/mqa": Case(vault | mixed | {"num_key_value_heads": 1, "final_logit_softcapping": None}),
+        "vaultgemma/linear_old": Case(
+            vault | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 70.0}, as_written=True
+        ),
+        "vaultgemma/wide": Case(vault | _rope("default", 80.0) | {"head_dim": 10, "attn_logit_softcapping": 3.0}),
+        "starcoder2/hub_old": Case(
+            coder | {"rope_theta": 400.0, "sliding_window": 4, "use_bias": True, "activation_function": "gelu"}
+            | {"attention_softmax_in_fp32": True, "layer_norm_epsilon": 1e-5, "norm_type": "layer_norm"},
+            as_written=True,
+        ),
+        "starcoder2/yarn": Case(coder | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 4}),
+    }  # fmt: skip
+
+
+def _parts() -> dict[str, Case]:
+    """Families with a part of their own."""
+    smol, exaone = SHAPE | {"model_type": "smollm3"}, SHAPE | {"model_type": "exaone4", "num_hidden_layers": 3}
+    mixed = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "num_hidden_layers": 3}
+    every_second = {"num_hidden_layers": 3, "no_rope_layer_interval": 2}
+    short = {"factor": 4.0, "original_max_position_embeddings": 8}
+    old_yarn, old_linear = {"type": "yarn", **short}, {"type": "linear", "factor": 2.5}
+    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    granite = SHAPE | {"model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.5}
+    granite |= {"residual_multiplier": 0.6, "logits_scaling": 0.7}
+    glm, glm4 = (SHAPE | {"model_type": name, "head_dim": 8} for name in ("glm", "glm4"))
+    eps = {key: value for key, value in SHAPE.items() if key != "rms_norm_eps"} | {"layer_norm_eps": 1e-3}
+    cohere, cohere2 = (eps | {"model_type": name, "logit_scale": 0.8} for name in ("cohere", "cohere2"))
+    cohere2 |= {"num_hidden_layers": 3, "sliding_window": 4, "sliding_window_pattern": 2}
+    phi, stable = eps | {"model_type": "phi", "hidden_size": 32}, eps | {"model_type": "stablelm", "hidden_size": 32}
+    return {
+        "smollm3/interval": Case(smol | every_second | _rope("default", 500.0)),
+        "smollm3/hub_old": Case(
+            smol | {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4}
+            | {"rope_theta": 5000.0, "rope_scaling": None, "use_sliding_window": False, "sliding_window": None}
+            | {"layer_types": ["full_attention"] * 4, "max_window_layers": 28, "attention_bias": False},
+            as_written=True,
+        ),
+        "smollm3/window": Case(
+            smol | every_second | _rope("default", 60.0) | {"use_sliding_window": True, "sliding_window": 4}
+        ),
+        "smollm3/mixed": Case(
+            smol | mixed | {"no_rope_layers": [0, 1, 0], "sliding_window": 5, "attention_bias": True}
+            | {"mlp_bias": True, "tie_word_embeddings": False}
+        ),
+        "smollm3/yarn_old": Case(
+            smol | {"rope_theta": 90.0, "rope_scaling": old_yarn, "no_rope_layers": [1, 0], "head_dim": 8},
+            as_written=True,
+        ),
+        "smollm3/score": Case(smol | SCORE | every_second),
+        "exaone4/hybrid": Case(exaone | _rope("default", 300.0) | {"sliding_window": 4, "sliding_window_pattern": 3}),
+        "exaone4/full_old": Case(  # the 1.2B
+            exaone | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 3}
+            | {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **bands}, "tie_word_embeddings": True},
+            as_written=True,
+        ),
+        "exaone4/hybrid_old": Case(
+            exaone | mixed | {"sliding_window": 5, "sliding_window_pattern": "LLG", "rope_theta": 70.0, "head_dim": 8},
+            as_written=True,
+        ),
+        "exaone4/nowhere": Case(exaone | {"layer_types": ["full_attention"] * 3, "sliding_window": 4}),
+        "exaone4/mqa": Case(exaone | mixed | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "exaone4/score": Case(exaone | mixed | SCORE | {"sliding_window": 4}),
+        "granite/multipliers": Case(granite | _rope("default", 500.0)),
+        "granite/hub_old": Case(
+            granite | {"rope_theta": 300.0, "rope_scaling": None, "logits_scaling": 3, "attention_multiplier": 0.25}
+            | {"embedding_multiplier": 12, "tie_word_embeddings": True, "attention_bias": False},
+            as_written=True,
+        ),
+        "granite/bias": Case(granite | {"attention_bias": True, "mlp_bias": True, "residual_multiplier": 1.0}),
+        "granite/plain": Case(SHAPE | {"model_type": "granite", "num_key_value_heads": None, "num_hidden_layers": 3}),
+        "granite/yarn": Case(granite | _rope("yarn", 90.0, **short) | {"head_dim": 8, "num_key_value_heads": 1}),
+        "granite/gelu": Case(granite | _rope("linear", 40.0, factor=2.0) | {"hidden_act": "gelu"}),
+        "glm/half": Case(glm | _rope("default", 50.0, partial_rotary_factor=0.5)),
+        "glm/half_old": Case(glm | {"rope_theta": 60.0, "attention_bias": False}, as_written=True),
+        "glm/whole": Case(glm | _rope("default", 50.0, partial_rotary_factor=1.0) | {"tie_word_embeddings": True}),
+        "glm/linear_old": Case(
+            glm | {"rope_theta": 40.0, "partial_rotary_factor": 0.25, "rope_scaling": old_linear}, as_written=True
+        ),
+        "glm/mqa": Case(glm | {"num_key_value_heads": 1, "hidden_act": "gelu", "num_hidden_layers": 3}),
+        "glm/score": Case(glm | SCORE),
+        "glm4/half": Case(glm4 | _rope("default", 50.0, partial_rotary_factor=0.5)),
+        "glm4/half_old": Case(
+            glm4 | {"rope_theta": 60.0, "partial_rotary_factor": 0.5, "attention_bias": False}, as_written=True
+        ),
+        "glm4/whole": Case(glm4 | _rope("yarn", 90.0, partial_rotary_factor=1.0, **short)),
+        "glm4/tied_old": Case(
+            glm4 | {"rope_theta": 40.0, "tie_word_embeddings": True, "rope_scaling": old_linear}, as_written=True
+        ),
+        "glm4/wide": Case(glm4 | {"num_key_value_heads": 4, "head_dim": 16, "rms_norm_eps": 1e-3}),
+        "glm4/score": Case(glm4 | SCORE | {"num_key_value_heads": 1}),
+        "cohere/shared": Case(cohere | _rope("default", 300.0)),
+        "cohere/hub_old": Case(
+            cohere | {"rope_theta": 80.0, "use_qk_norm": False, "logit_scale": 0.0625, "num_key_value_heads": 4},
+            as_written=True,
+        ),
+        "cohere/bias": Case(cohere | _rope("linear", 40.0, factor=2.0) | {"attention_bias": True, "logit_scale": 1.0}),
+        "cohere/untied": Case(cohere | {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+        "cohere/deep_old": Case(cohere | {"num_hidden_layers": 3, "hidden_act": "gelu"}, as_written=True),
+        "cohere/yarn": Case(cohere | _rope("yarn", 90.0, **short) | {"num_key_value_heads": None}),
+        "cohere2/windows": Case(cohere2 | _rope("default", 300.0)),
+        "cohere2/hub_old": Case(
+            cohere2 | {"rope_theta": 80.0, "sliding_window_pattern": 3, "layer_switch": 3, "rotary_pct": 1.0}
+            | {"use_gated_activation": True, "use_parallel_block": True, "position_embedding_type": "rope_gptj"},
+            as_written=True,
+        ),
+        "cohere2/mixed": Case(cohere2 | mixed | {"attention_bias": True, "sliding_window": 5}),
+        "cohere2/untied": Case(cohere2 | mixed | {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+        "cohere2/nowhere": Case(cohere2 | {"layer_types": ["full_attention"] * 3, "logit_scale": 0.3}),
+        "cohere2/yarn": Case(cohere2 | _rope("yarn", 90.0, **short) | {"layer_types": ["sliding_attention"] * 3}),
+        "phi/half": Case(phi | _rope("default", 50.0, partial_rotary_factor=0.5)),
+        "phi/hub_old": Case(
+            phi | {"rope_theta": 60.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "qk_layernorm": False}
+            | {"embd_pdrop": 0.0, "resid_pdrop": 0.1, "num_key_value_heads": 4},
+            as_written=True,
+        ),
+        "phi/tied": Case(phi | {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+        "phi/quarter_old": Case(phi | {"partial_rotary_factor": 0.25, "rope_theta": 40.0}, as_written=True),
+        "phi/whole": Case(phi | _rope("linear", 40.0, factor=2.0, partial_rotary_factor=1.0)),
+        "phi/score": Case(phi | SCORE),
+        "stablelm/quarter": Case(stable | _rope("default", 50.0, partial_rotary_factor=0.25)),
+        "stablelm/hub_old": Case(
+            stable | {"rope_theta": 60.0, "partial_rotary_factor": 0.5, "use_qkv_bias": True, "rotary_scaling": 1.0},
+            as_written=True,
+        ),
+        "stablelm/parallel": Case(stable | {"use_parallel_residual": True, "use_qkv_bias": True}),
+        "stablelm/parallel_old": Case(
+            stable | {"use_parallel_residual": True, "rope_theta": 40.0, "tie_word_embeddings": True}, as_written=True
+        ),
+        "stablelm/whole": Case(stable | _rope("yarn", 90.0, partial_rotary_factor=1.0, **short)),
+        "stablelm/score": Case(stable | SCORE | {"num_key_value_heads": 4}),
+    }  # fmt: skip
+
+
+def _more_parts() -> dict[str, Case]:
+    short = {"factor": 4.0, "original_max_position_embeddings": 4, "beta_fast": 2.0}
+    falcon = TOKENS | {"model_type": "falcon", "hidden_size": 32, "ffn_hidden_size": 18, "num_attention_heads": 4}
+    falcon |= {"num_hidden_layers": 2, "layer_norm_epsilon": 1e-3, "max_position_embeddings": 64}
+    new = falcon | {"new_decoder_architecture": True, "num_kv_heads": 2}
+    eps = {key: value for key, value in SHAPE.items() if key != "rms_norm_eps"}
+    nemotron = eps | {"model_type": "nemotron", "norm_eps": 1e-3, "head_dim": 8}
+    arcee = SHAPE | {"model_type": "arcee"}
+    ernie, hunyuan = (SHAPE | {"model_type": name, "head_dim": 8} for name in ("ernie4_5", "hunyuan_v1_dense"))
+    alpha = {"type": "dynamic", "alpha": 50.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.0}
+    three = SHAPE | {"model_type": "ministral3", "head_dim": 8}
+    scaled = {"rope_type": "yarn", "rope_theta": 100.0, "llama_4_scaling_beta": 0.5, **short}
+    opt = TOKENS | {"model_type": "opt", "hidden_size": 24, "ffn_dim": 14, "num_attention_heads": 4}
+    opt |= {"num_hidden_layers": 2, "max_position_embeddings": 24, "word_embed_proj_dim": 24}
+    gptj = TOKENS | {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 24, "n_inner": 18}
+    gptj |= {"rotary_dim": 6, "layer_norm_epsilon": 1e-3}
+    return {
+        "falcon/new": Case(new | _rope("default", 300.0)),
+        "falcon/40b_old": Case(
+            new | {"rope_theta": 80.0, "alibi": False, "bias": False, "parallel_attn": True, "multi_query": True},
+            as_written=True,
+        ),
+        "falcon/11b_old": Case(
+            new | {"num_ln_in_parallel_attn": 1, "bias": True, "activation": "relu"}, as_written=True
+        ),
+        "falcon/7b_old": Case(
+            falcon | {"alibi": False, "bias": False, "multi_query": True, "parallel_attn": True, "rope_theta": 60.0},
+            as_written=True,
+        ),
+        "falcon/heads": Case(falcon | {"multi_query": False, "tie_word_embeddings": False}),
+        "falcon/score": Case(new | SCORE | {"num_ln_in_parallel_attn": 1}),
+        "nemotron/half": Case(nemotron | _rope("default", 50.0, partial_rotary_factor=0.5)),
+        "nemotron/hub_old": Case(
+            nemotron | {"rope_theta": 60.0, "partial_rotary_factor": 0.5, "mlp_bias": False, "num_hidden_layers": 3},
+            as_written=True,
+        ),
+        "nemotron/bias": Case(nemotron | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        "nemotron/whole_old": Case(
+            nemotron | {"partial_rotary_factor": 1.0, "rope_theta": 40.0, "hidden_act": "silu"}, as_written=True
+        ),
+        "nemotron/mqa": Case(nemotron | {"num_key_value_heads": 1, "head_dim": 12}),
+        "nemotron/score": Case(nemotron | SCORE),
+        "arcee/squared": Case(arcee | _rope("default", 300.0)),
+        "arcee/hub_old": Case(
+            arcee | {"rope_theta": 90.0, "head_dim": 8, "rope_scaling": {"rope_type": "yarn", **short}},
+            as_written=True,
+        ),
+        "arcee/bias": Case(arcee | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": None}),
+        "arcee/tied_old": Case(arcee | {"tie_word_embeddings": True, "rope_theta": 50.0}, as_written=True),
+        "arcee/silu": Case(arcee | _rope("linear", 40.0, factor=2.0) | {"hidden_act": "silu"}),
+        "arcee/score": Case(arcee | SCORE | {"num_key_value_heads": 1}),
+        "ernie4_5/pairs": Case(ernie | _rope("default", 300.0)),
+        "ernie4_5/hub_old": Case(
+            ernie | {"rope_theta": 90.0, "use_bias": False, "rope_scaling": None}, as_written=True
+        ),
+        "ernie4_5/bias": Case(ernie | {"use_bias": True, "tie_word_embeddings": False}),
+        "ernie4_5/null_old": Case(
+            ernie | {"head_dim": None, "num_key_value_heads": None, "rope_theta": 50.0}, as_written=True
+        ),
+        "ernie4_5/yarn": Case(ernie | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "ernie4_5/gelu": Case(ernie | _rope("linear", 40.0, factor=2.0) | {"hidden_act": "gelu", "head_dim": 10}),
+        "ministral3/scaled": Case(three | {"rope_parameters": scaled}),
+        "ministral3/hub_old": Case(
+            three | {"rope_parameters": {**scaled, "type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}}
+            | {"sliding_window": None, "tie_word_embeddings": True},
+            as_written=True,
+        ),
+        "ministral3/window": Case(three | {"rope_parameters": scaled, "sliding_window": 5}),
+        "ministral3/llama3": Case(
+            three
+            | _rope("llama3", 100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, llama_4_scaling_beta=0.4)
+            | {"max_position_embeddings": 24, "num_key_value_heads": 1}
+        ),
+        "ministral3/wide": Case(three | {"rope_parameters": scaled | {"factor": 2.0}, "head_dim": 12}),
+        "ministral3/score": Case(three | SCORE | {"rope_parameters": scaled}),
+        "hunyuan_v1_dense/alpha": Case(hunyuan | {"rope_theta": 20.0, "rope_scaling": alpha}),
+        "hunyuan_v1_dense/alpha_old": Case(
+            hunyuan | {"rope_theta": 30.0, "rope_scaling": alpha | {"alpha": 20.0}, "use_qk_norm": True}
+            | {"tie_word_embeddings": True, "use_cla": False},
+            as_written=True,
+        ),
+        "hunyuan_v1_dense/plain": Case(hunyuan | _rope("default", 60.0) | {"num_key_value_heads": None}),
+        "hunyuan_v1_dense/bias": Case(hunyuan | {"attention_bias": True, "hidden_act": "gelu"}),
+        "hunyuan_v1_dense/yarn": Case(hunyuan | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "hunyuan_v1_dense/score": Case(hunyuan | SCORE),
+        "opt/offset": Case(opt),
+        "opt/hub_old": Case(
+            opt | {"dropout": 0.1, "attention_dropout": 0.0, "do_layer_norm_before": True, "enable_bias": True}
+            | {"_remove_final_layer_norm": False, "activation_dropout": 0.0, "prefix": "</s>", "init_std": 0.03},
+            as_written=True,
+        ),
+        "opt/no_bias": Case(opt | {"enable_bias": False, "num_hidden_layers": 3}),
+        "opt/untied": Case(opt | {"tie_word_embeddings": False, "activation_function": "gelu"}),
+        "opt/small_old": Case(opt | {"num_attention_heads": 2, "word_embed_proj_dim": None}, as_written=True),
+        "opt/score": Case(opt | SCORE),
+        "gptj/pairs": Case(gptj),
+        "gptj/hub_old": Case(
+            gptj | {"rotary_dim": 8, "rotary": True, "scale_attn_weights": True, "attn_pdrop": 0.0, "n_inner": None},
+            as_written=True,
+        ),
+        "gptj/whole": Case(gptj | {"rotary_dim": 16, "activation_function": "relu"}),
+        "gptj/tied": Case(gptj | {"tie_word_embeddings": True, "n_head": 4, "rotary_dim": 2}),
+        "gptj/deep_old": Case(gptj | {"n_layer": 3, "activation_function": "gelu"}, as_written=True),
+        "gptj/score": Case(gptj | SCORE),
     }  # fmt: skip
 
 
@@ -323,7 +584,7 @@ CASES: dict[str, Case] = {f"llama/{name}": case for name, case in _llama().items
 CASES |= {f"mistral/{name}": case for name, case in _mistral().items()}
 CASES |= {f"phi3/{name}": case for name, case in _phi3().items()}
 CASES |= {f"olmo2/{name}": case for name, case in _olmo2().items()}
-CASES |= _qwen() | _gemma() | _gpt() | _near()
+CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts()
 
 
 def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn.Module:
@@ -333,7 +594,7 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
     auto = AutoModelForSequenceClassification if "num_labels" in case.settings else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    offset = 1 if "gemma" in config.model_type else 0  # these norms multiply by 1 + weight
+    offset = 1 if re.search("gemma|nemotron", config.model_type) else 0  # these norms multiply by 1 + weight
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -379,7 +640,7 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
     mean.backward()
     last = model.config.num_hidden_layers - 1
     matrices = r"embed|wte|wpe|\.0\..*(q_proj|qkv_proj|c_attn|query_key_value)"
-    matrices += rf"|\.{last}\..*(\bup_proj|gate_up_proj|c_fc|h_to_4h)"
+    matrices += rf"|\.{last}\..*(\bup_proj|gate_up_proj|c_fc|fc1|fc_in|h_to_4h)"
     chosen = {name: w.grad for name, w in model.named_parameters() if w.ndim == 1 or re.search(matrices, name)}
     return {
         "logits": (logits * mask[..., None]).detach().numpy(),

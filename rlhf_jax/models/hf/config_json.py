@@ -12,9 +12,9 @@ from typing import Any
 from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import read_object
-from rlhf_jax.models.hf.families import FAMILIES
 from rlhf_jax.models.hf.family import ConfigJson, Family
 from rlhf_jax.models.hf.refusals import unknown_type
+from rlhf_jax.models.hf.table import FAMILIES
 from rlhf_jax.models.rotary import check_law
 
 Fields = dict[str, Any]
@@ -22,10 +22,10 @@ Fields = dict[str, Any]
 MOST = 2**31
 """No size in a config.json is as large."""
 MOST_LAYERS_OF_A_MODEL = 10_000
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _LOG_SCALE = "original_max_position_embeddings", "llama_4_scaling_beta"
 _SCALING = {  # fields of RopeScaling by kind
     "linear": "factor", "dynamic": "factor",
     "llama3": "factor low_freq_factor high_freq_factor original_max_positions",
@@ -35,7 +35,7 @@ _SCALING = {  # fields of RopeScaling by kind
 _SCALING_KEYS = {  # kind -> field -> key: the same but one
     kind: {name: _ORIGINAL if name == "original_max_positions" else name for name in names.split()}
     for kind, names in _SCALING.items()
-}
+} | {"ntk": {"factor": "alpha"}}
 _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _NOT_KEPT = ("torch_dtype", "auto_map")  # the old name of dtype; code that lay beside the model
@@ -90,7 +90,8 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
     """
     with understood(where):
         raw = raw | {key: raw[alias] for alias, key in family.aliases.items() if alias in raw}
-        refused = {key: raw[key] for key, allowed in family.only.items() if key in raw and raw[key] not in allowed}
+        only = {key: allowed(raw) if callable(allowed) else allowed for key, allowed in family.only.items()}
+        refused = {key: raw[key] for key, allowed in only.items() if key in raw and raw[key] not in allowed}
         refused |= {key: raw[key] for key in ("quantization_config", "per_layer_config") if raw.get(key)}
         for key, value in refused.items():
             raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
@@ -100,7 +101,8 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
             raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
         fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
         fields |= _windows(raw, family, where, fields["num_layers"])
-        if fields["positions"] == "rotary":
+        fields["nope_layers"] = family.nope(raw, fields.get("window_layers", ()))
+        if fields["positions"] == "rotary" and family.rotary:
             fields |= _rope(raw, family, where, fields["max_positions"])
         arch = ArchConfig(**fields)
         check_law(arch)
@@ -121,6 +123,10 @@ def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -
     if value is None and field in _MAYBE_NONE:
         return 0.0
     value = typed(value, type(getattr(ArchConfig(), field)), key, where)
+    if (field in family.inverse or field == "attention_multiplier") and value == 0:
+        raise UserError(f"{where}: {key} is 0, by which nothing is left; correct it")
+    if field in family.inverse:
+        return 1 / value
     if field != "activation":
         return value
     names = _ACTIVATION_NAMES | family.activations
@@ -205,8 +211,13 @@ def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> F
         "rope_theta": given.get("rope_theta"),
         "rope_fraction": given.get("partial_rotary_factor"),
         "rope_local_theta": local.get("rope_theta"),
+        "query_log_scale": given.get(_LOG_SCALE),
     }
-    fields = {field: _first(stated[field], raw.get(key), default) for field, (key, default) in family.rotary.items()}
+    null = {"partial_rotary_factor": 1.0}  # of keys whose null is not their default
+    fields = {
+        field: _first(stated[field], raw.get(key), null.get(key, default) if key in raw else default)
+        for field, (key, default) in family.rotary.items()
+    }
     if local.get("rope_type", "default") != "default":
         raise UserError(f"{where}: no support for rope scaling of sliding layers; choose a checkpoint without it")
     numbers = {field: typed(value, float, field, where) for field, value in fields.items()}
@@ -222,6 +233,8 @@ def _first(*values: object) -> object:
 def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, max_positions: int) -> RopeScaling:
     kind: Any = given.get("rope_type", given.get("type", "default"))
     kind, by_layer = family.scaling_names.get(kind, kind), "rope_local_theta" in family.rotary
+    if kind == "dynamic" and given.get("alpha") and "ntk" in family.scalings:
+        kind, given = "ntk", {"alpha": given["alpha"]}  # the rest is not looked at
     if kind == "default":
         return RopeScaling()
     if kind not in family.scalings:
@@ -241,7 +254,8 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
         raise UserError(
             f"{where}: attention_factor is 0, by which no token has a place; write null for the computed one"
         )
-    unknown = sorted(set(numbers) - set(keys.values()) - _NOT_SCALING - {_ORIGINAL})
+    unread = _NOT_SCALING | ({_LOG_SCALE, "max_position_embeddings"} if "query_log_scale" in family.rotary else set())
+    unknown = sorted(set(numbers) - set(keys.values()) - unread - {_ORIGINAL})
     if unknown:
         raise UserError(
             f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose a checkpoint without"
@@ -258,6 +272,7 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
 def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson:
     """config.json of a shape; `to_arch` reads the same shape from it if the family can hold it."""
     values = {key: getattr(arch, field) for field, key in family.config.items()}
+    values |= {family.config[field]: _inverse(getattr(arch, field)) for field in family.inverse}
     values[family.config["activation"]] = ACTIVATIONS[arch.activation]
     if "query_pre_attn_scalar" in family.config:  # transformers takes whole numbers only
         values["query_pre_attn_scalar"] = int(arch.query_pre_attn_scalar)
@@ -273,13 +288,20 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson
         values |= {"use_sliding_window": bool(near)}
         values |= {"max_window_layers": min(near, default=arch.num_layers)}
     elif family.windows == "types" and not near:  # transformers wants a size, though no layer has a window
-        values["sliding_window"] = family.defaults["sliding_window"]
-    if arch.positions == "rotary":
+        values["sliding_window"] = family.defaults.get("sliding_window")
+    if arch.positions == "rotary" and family.rotary:
         values |= _rope_json(family, arch)
+    values |= {key: value(arch) if callable(value) else value for key, value in family.saved.items()}
     if score_head:
         values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     architecture = family.classifier if score_head else family.causal
     return {"architectures": [architecture], "model_type": family.model_type} | values
+
+
+def _inverse(number: float) -> float:
+    """1 / number, as the decimal of 15 digits whose own inverse it is, if there is one."""
+    short = float(f"{1 / number:.15g}")
+    return short if 1 / short == number else 1 / number
 
 
 def to_json_like(family: Family, arch: ArchConfig, base: ConfigJson, *, score_head: bool) -> ConfigJson:
@@ -288,7 +310,7 @@ def to_json_like(family: Family, arch: ArchConfig, base: ConfigJson, *, score_he
     if model_type_of(base) != family.model_type:
         return values
     gone = {*_NOT_KEPT, *family.aliases, *(["problem_type"] if score_head else [])}
-    gone |= {"rope_scaling"} if arch.positions == "rotary" and base.get("rope_scaling") else set()
+    gone |= {"rope_scaling"} if "rope_parameters" in values and base.get("rope_scaling") else set()
     unused = ("sliding_window", "max_window_layers") if family.windows == "types" and not arch.window_layers else ()
     values |= {key: base[key] for key in unused if key in values and base.get(key)}
     return {key: value for key, value in base.items() if key not in gone} | values
@@ -297,10 +319,11 @@ def to_json_like(family: Family, arch: ArchConfig, base: ConfigJson, *, score_he
 def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
     """What transformers 5 reads (rope_parameters), and the plain keys that 4 does."""
     scaling = arch.rope_scaling
-    kind = "default" if scaling.kind == "none" else scaling.kind
+    kind = {"none": "default", "ntk": "dynamic"}.get(scaling.kind, scaling.kind)
     rope: ConfigJson = {"rope_type": kind, "rope_theta": arch.rope_theta}
     numbers = {key: getattr(scaling, field) for field, key in _SCALING_KEYS.get(scaling.kind, {}).items()}
     numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
+    numbers |= {"factor": 1.0} if scaling.kind == "ntk" else {}  # which transformers wants beside alpha
     optional = {"attention_factor", "mscale", "mscale_all_dim"}
     numbers = {k: v for k, v in numbers.items() if v != 0 or k not in optional}
     fields = dict.fromkeys(family.rotary, arch.rope_theta)
@@ -313,6 +336,8 @@ def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
             del numbers["factor"]  # what transformers computes from the two lengths
     if "rope_fraction" in family.rotary:
         rope["partial_rotary_factor"] = arch.rope_fraction
+    if "query_log_scale" in family.rotary:
+        rope[_LOG_SCALE] = arch.query_log_scale
     rope |= numbers
     if scaling.kind != "none":
         values["rope_scaling"] = dict(rope)
@@ -344,7 +369,7 @@ def find_family(arch: ArchConfig, base_config: ConfigJson | None = None) -> Fami
         if base_config is None and arch.width % arch.num_heads:  # transformers refuses it whatever head_dim is
             misfits.append(f"width {arch.width} to be a multiple of num_heads {arch.num_heads}")
         if not misfits:
-            return family
+            return family.of(arch)
         reasons.append((len(misfits), f"{family.model_type} needs {', '.join(misfits)}"))
     nearest = min(reasons, key=lambda reason: reason[0])[1]
     raise UserError(f"no Hugging Face family has this shape; the nearest, {nearest}; change model.arch")

@@ -10,21 +10,21 @@ from rlhf_jax.models.hf.family import ConfigJson, Derived, Family, Tensor
 _T = TypeVar("_T")
 
 
-def _head_dim(raw: ConfigJson) -> int:
+def head_dim(raw: ConfigJson) -> int:
     return raw["hidden_size"] // raw["num_attention_heads"]
 
 
-def _heads_or(number: int) -> Derived:
+def heads_or(number: int) -> Derived:
     """The default of num_key_value_heads where null means as many as there are query heads."""
     return lambda raw: raw["num_attention_heads"] if "num_key_value_heads" in raw else number
 
 
-def _head_dim_or(number: int) -> Derived:
+def head_dim_or(number: int) -> Derived:
     """The default of head_dim where null means that heads share the width."""
-    return lambda raw: _head_dim(raw) if "head_dim" in raw else number
+    return lambda raw: head_dim(raw) if "head_dim" in raw else number
 
 
-def _without(table: Mapping[str, _T], *keys: str) -> dict[str, _T]:
+def without(table: Mapping[str, _T], *keys: str) -> dict[str, _T]:
     return {key: value for key, value in table.items() if key not in keys}
 
 
@@ -44,7 +44,7 @@ LLAMA = Family(
         "mlp_bias": "mlp_bias", "tied_head": "tie_word_embeddings", "init_std": "initializer_range",
     },
     defaults={
-        "num_key_value_heads": lambda raw: raw["num_attention_heads"], "head_dim": _head_dim,
+        "num_key_value_heads": lambda raw: raw["num_attention_heads"], "head_dim": head_dim,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "tie_word_embeddings": False, "initializer_range": 0.02,
     },
@@ -77,9 +77,9 @@ MISTRAL = LLAMA._replace(
     model_type="mistral",
     causal="MistralForCausalLM",
     classifier="MistralForSequenceClassification",
-    config=_without(LLAMA.config, "qkv_bias", "out_bias", "mlp_bias"),
+    config=without(LLAMA.config, "qkv_bias", "out_bias", "mlp_bias"),
     defaults=LLAMA.defaults
-    | {"num_key_value_heads": _heads_or(8), "max_position_embeddings": 131072, "sliding_window": 4096},
+    | {"num_key_value_heads": heads_or(8), "max_position_embeddings": 131072, "sliding_window": 4096},
     windows="all",
 )
 
@@ -89,7 +89,7 @@ QWEN2 = MISTRAL._replace(
     causal="Qwen2ForCausalLM",
     classifier="Qwen2ForSequenceClassification",
     defaults=LLAMA.defaults
-    | {"num_key_value_heads": _heads_or(32), "max_position_embeddings": 32768, "sliding_window": 4096},
+    | {"num_key_value_heads": heads_or(32), "max_position_embeddings": 32768, "sliding_window": 4096},
     fixed=LLAMA.fixed | {"qkv_bias": True},
     windows="types",
     window_rule=lambda raw, layer: layer >= raw.get("max_window_layers", 28),
@@ -99,7 +99,7 @@ QWEN3 = QWEN2._replace(
     model_type="qwen3",
     causal="Qwen3ForCausalLM",
     classifier="Qwen3ForSequenceClassification",
-    config=_without(LLAMA.config, "mlp_bias"),
+    config=without(LLAMA.config, "mlp_bias"),
     defaults=QWEN2.defaults | {"head_dim": 128},
     fixed=LLAMA.fixed | {"qk_norm": "head"},
     tensors=LLAMA.tensors
@@ -112,10 +112,10 @@ GEMMA = LLAMA._replace(
     model_type="gemma",
     causal="GemmaForCausalLM",
     classifier="GemmaForSequenceClassification",
-    config=_without(LLAMA.config, "mlp_bias"),
+    config=without(LLAMA.config, "mlp_bias"),
     defaults=LLAMA.defaults
     | {
-        "num_key_value_heads": _heads_or(16),
+        "num_key_value_heads": heads_or(16),
         "head_dim": 256,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
@@ -135,7 +135,7 @@ GEMMA2 = GEMMA._replace(
     | {"activation": "hidden_activation", "query_pre_attn_scalar": "query_pre_attn_scalar"}
     | {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
     defaults=GEMMA.defaults
-    | {"num_key_value_heads": _heads_or(4), "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
+    | {"num_key_value_heads": heads_or(4), "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
     | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
     fixed=GEMMA.fixed | {"norm_position": "both"},
     activations={},
@@ -152,7 +152,7 @@ GEMMA3 = GEMMA2._replace(
     model_type="gemma3_text",
     causal="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
-    config=_without(GEMMA2.config, "attn_softcap"),  # transformers reads its key and does not apply it
+    config=without(GEMMA2.config, "attn_softcap"),  # transformers reads its key and does not apply it
     defaults=GEMMA2.defaults | {"max_position_embeddings": 131072, "final_logit_softcapping": None},
     fixed=GEMMA2.fixed | {"qk_norm": "head"},
     tensors=GEMMA2.tensors | {name: QWEN3.tensors[name] for name in QWEN3.tensors if name not in LLAMA.tensors},
@@ -166,7 +166,7 @@ PHI3 = LLAMA._replace(
     classifier="Phi3ForSequenceClassification",
     config=MISTRAL.config,
     defaults=LLAMA.defaults | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-    tensors=_without(LLAMA.tensors, *(name for name in LLAMA.tensors if name.split(".")[-2] in _SPLIT))
+    tensors=without(LLAMA.tensors, *(name for name in LLAMA.tensors if name.split(".")[-2] in _SPLIT))
     | {
         _LAYER + "self_attn.qkv_proj.weight": Tensor("layers/attn/qkv", "KGN D", (*QUERY, *KEY, *VALUE)),
         _LAYER + "mlp.gate_up_proj.weight": Tensor("layers/mlp/up", "MF D"),
@@ -180,10 +180,10 @@ OLMO2 = LLAMA._replace(
     model_type="olmo2",
     causal="Olmo2ForCausalLM",
     classifier="Olmo2ForSequenceClassification",
-    config=_without(LLAMA.config, "mlp_bias"),
+    config=without(LLAMA.config, "mlp_bias"),
     defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5},
     fixed=LLAMA.fixed | {"norm_position": "post", "qk_norm": "all"},
-    tensors=_without(LLAMA.tensors, _LAYER + "input_layernorm.weight")
+    tensors=without(LLAMA.tensors, _LAYER + "input_layernorm.weight")
     | {
         _LAYER + "post_attention_layernorm.weight": Tensor("layers/attn_post_norm/scale", "D"),
         _LAYER + "post_feedforward_layernorm.weight": Tensor("layers/mlp_post_norm/scale", "D"),
@@ -260,7 +260,7 @@ GPT_NEOX = Family(
         "attention_bias": True, "tie_word_embeddings": False, "initializer_range": 0.02,
     },
     rotary={"rope_theta": ("rotary_emb_base", 1e4), "rope_fraction": ("rotary_pct", 0.25)},
-    fixed={"norm": "layer", "positions": "rotary", "gated_mlp": False, "mlp_bias": True, "head_dim": _head_dim},
+    fixed={"norm": "layer", "positions": "rotary", "gated_mlp": False, "mlp_bias": True, "head_dim": head_dim},
     tensors={
         "gpt_neox.embed_in.weight": Tensor("embed/tokens", "V D"),
         _NEOX + "input_layernorm.weight": Tensor("layers/attn_norm/scale", "D"),
@@ -297,7 +297,7 @@ SEED_OSS = LLAMA._replace(
     classifier="SeedOssForSequenceClassification",
     config=LLAMA.config | {"out_bias": "attention_out_bias"},
     defaults=LLAMA.defaults
-    | {"num_key_value_heads": _heads_or(8), "head_dim": _head_dim_or(128), "max_position_embeddings": 524288}
+    | {"num_key_value_heads": heads_or(8), "head_dim": head_dim_or(128), "max_position_embeddings": 524288}
     | {"attention_bias": True, "attention_out_bias": False},
 )
 OLMO3 = OLMO2._replace(
@@ -313,9 +313,9 @@ CWM = LLAMA._replace(
     model_type="cwm",
     causal="CwmForCausalLM",
     classifier="CwmForSequenceClassification",
-    config=_without(LLAMA.config, "qkv_bias", "out_bias"),
+    config=without(LLAMA.config, "qkv_bias", "out_bias"),
     defaults=LLAMA.defaults
-    | {"num_key_value_heads": _heads_or(8), "head_dim": _head_dim_or(128), "max_position_embeddings": 131072}
+    | {"num_key_value_heads": heads_or(8), "head_dim": head_dim_or(128), "max_position_embeddings": 131072}
     | {"rms_norm_eps": 1e-5, "sliding_window": 8192, "bos_token_id": 128000},
     rotary={"rope_theta": ("rope_theta", 1e6)},
     default_rope={
@@ -330,20 +330,20 @@ VAULTGEMMA = GEMMA2._replace(
     causal="VaultGemmaForCausalLM",
     classifier="VaultGemmaForSequenceClassification",
     fixed=GEMMA.fixed,
-    tensors=_without(LLAMA.tensors, _LAYER + "post_attention_layernorm.weight")
+    tensors=without(LLAMA.tensors, _LAYER + "post_attention_layernorm.weight")
     | {_LAYER + "pre_feedforward_layernorm.weight": Tensor("layers/mlp_norm/scale", "D")},
 )
 STARCODER2 = MISTRAL._replace(
     model_type="starcoder2",
     causal="Starcoder2ForCausalLM",
     classifier="Starcoder2ForSequenceClassification",
-    config=_without(LLAMA.config, "norm_eps", "qkv_bias", "out_bias", "mlp_bias")
+    config=without(LLAMA.config, "norm_eps", "qkv_bias", "out_bias", "mlp_bias")
     | {"norm_eps": "norm_epsilon", "qkv_bias": "use_bias", "out_bias": "use_bias", "mlp_bias": "use_bias"},
     defaults=LLAMA.defaults
-    | {"num_key_value_heads": _heads_or(2), "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "use_bias": True}
+    | {"num_key_value_heads": heads_or(2), "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "use_bias": True}
     | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "initializer_range": 0.018042},
     fixed={"norm": "layer", "positions": "rotary", "gated_mlp": False},
-    tensors=_without(LLAMA.tensors, *(name for name in LLAMA.tensors if ".mlp." in name))
+    tensors=without(LLAMA.tensors, *(name for name in LLAMA.tensors if ".mlp." in name))
     | {
         _LAYER + "input_layernorm.bias": Tensor("layers/attn_norm/bias", "D"),
         _LAYER + "post_attention_layernorm.bias": Tensor("layers/mlp_norm/bias", "D"),
@@ -355,11 +355,7 @@ STARCODER2 = MISTRAL._replace(
     },
 )
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX),
-        *(MINISTRAL, SEED_OSS, OLMO3, CWM, VAULTGEMMA, STARCODER2),
-    )
-}
-"""By model_type; the first that can hold a shape is taken for a model with random weights."""
+FIRST = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX),
+    *(MINISTRAL, SEED_OSS, OLMO3, CWM, VAULTGEMMA, STARCODER2),
+)

@@ -5,8 +5,10 @@ Axis letters as in `rlhf_jax.config.rules`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
+
+from rlhf_jax.config import ArchConfig
 
 ConfigJson = dict[str, Any]
 """config.json, or another JSON object beside it, as it was read: values are of any type until they are checked."""
@@ -37,9 +39,12 @@ class Family(NamedTuple):
         config: ArchConfig field -> key of config.json; fields that share a key are always equal.
         defaults: for absent or null keys: a value, or a function of config.json. Other keys are required.
         fixed: ArchConfig fields that no key sets: a value, or a function of config.json.
+        saved: keys that say what `fixed` or `nope` read in another form: a value, or a function of the ArchConfig.
+        inverse: ArchConfig fields whose key holds 1 / field.
         tensors: by stored name, {} being the layer.
         rotary: ArchConfig field -> (key beside rope_parameters, its default); a key of "" is never read. With
-            rope_local_theta among them rope_parameters are by layer type.
+            rope_local_theta among them rope_parameters are by layer type. Empty where no key says anything.
+        nope: layers without rotary positions: (config.json, layers with a window) -> layers.
         scalings: kinds of rotary scaling that transformers takes in this family.
         scaling_names: names of such kinds that mean something else in this family.
         default_rope: rope_parameters of a config.json without any.
@@ -48,7 +53,9 @@ class Family(NamedTuple):
         window_switch: whether use_sliding_window turns windows on; in other families it says nothing.
         activations: names of nonlinearities that mean something else in this family.
         aliases: other names of keys, which stand above them.
-        only: keys of config.json whose other values the decoder cannot do -> the values that it can.
+        only: keys of config.json whose other values the decoder cannot do -> the values that it can, or a function of
+            config.json that gives these.
+        shared_names: names of tensors that are others where attention and MLP share a norm.
         renamed: names of tensors in memory, which PEFT keeps, that have another in files.
         ignored: pattern of stored tensors that are not weights.
     """
@@ -61,15 +68,24 @@ class Family(NamedTuple):
     defaults: dict[str, object | Derived]
     fixed: dict[str, object | Derived]
     tensors: dict[str, Tensor]
-    rotary: dict[str, tuple[str, float]] = {"rope_theta": ("rope_theta", 1e4)}  # noqa: RUF012
+    saved: dict[str, object | Callable[[ArchConfig], object]] = {}  # noqa: RUF012
+    inverse: tuple[str, ...] = ()
+    rotary: dict[str, tuple[str, float | None]] = {"rope_theta": ("rope_theta", 1e4)}  # noqa: RUF012
     scalings: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
     scaling_names: dict[str, str] = {}  # noqa: RUF012
     default_rope: ConfigJson = {}  # noqa: RUF012
     windows: Literal["none", "all", "types"] = "none"
     window_rule: Callable[[ConfigJson, int], bool] = lambda raw, layer: False
     window_switch: bool = False
+    nope: Callable[[ConfigJson, Sequence[int]], tuple[int, ...]] = lambda raw, near: ()
     activations: dict[str, str] = {}  # noqa: RUF012
     aliases: dict[str, str] = {}  # noqa: RUF012
-    only: dict[str, tuple[object, ...]] = {}  # noqa: RUF012
+    only: dict[str, tuple[object, ...] | Callable[[ConfigJson], tuple[object, ...]]] = {}  # noqa: RUF012
+    shared_names: dict[str, str] = {}  # noqa: RUF012
     renamed: dict[str, str] = {}  # noqa: RUF012
     ignored: str = r"rotary_emb\.inv_freq$"
+
+    def of(self, arch: ArchConfig) -> Family:
+        """The family with the names that tensors have in a model of this shape."""
+        names = self.shared_names if arch.shared_norm else {}
+        return self._replace(tensors={names.get(name, name): tensor for name, tensor in self.tensors.items()})

@@ -31,7 +31,7 @@ class Layout:
         group = arch.num_heads // arch.num_kv_heads
         self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | dict(axes or {})
         self.sizes = {
-            "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.max_positions, "G": group, "1": 1,
+            "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "G": group, "1": 1,
             "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
             "F": arch.ffn_width, "R": rank,
         }  # fmt: skip
@@ -88,14 +88,14 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None) -> dict[str, tuple
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
     optional = {
         "embed/positions": arch.positions == "learned", "final_norm/bias": biased,
-        "layers/attn_norm/scale": pre, "layers/mlp_norm/scale": pre,
-        "layers/attn_norm/bias": pre and biased, "layers/mlp_norm/bias": pre and biased,
+        "layers/attn_norm/scale": pre, "layers/mlp_norm/scale": pre and not arch.shared_norm,
+        "layers/attn_norm/bias": pre and biased, "layers/mlp_norm/bias": pre and biased and not arch.shared_norm,
         "layers/attn_post_norm/scale": post, "layers/mlp_post_norm/scale": post,
         "layers/attn_post_norm/bias": post and biased, "layers/mlp_post_norm/bias": post and biased,
         "layers/attn/q_norm/scale": arch.qk_norm != "none", "layers/attn/k_norm/scale": arch.qk_norm != "none",
         "layers/attn/qkv_bias": arch.qkv_bias, "layers/attn/out_bias": arch.out_bias,
         "layers/mlp/up_bias": arch.mlp_bias, "layers/mlp/down_bias": arch.mlp_bias,
-        "head/kernel": score_head is False and not arch.tied_head,
+        "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
         "score/kernel": score_head is True, "score/bias": score_head is True,
     }  # fmt: skip
     chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True)}

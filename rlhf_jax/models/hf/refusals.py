@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import takewhile
 
 from rlhf_jax.errors import shown
-from rlhf_jax.models.hf.families import FAMILIES
 from rlhf_jax.models.hf.family import ConfigJson, Family
+from rlhf_jax.models.hf.table import FAMILIES
 
 EXPERTS = "mixture-of-experts"
 _COUNTS = re.compile(r"(^|_)(num|n)_(\w+_)?experts$")
@@ -29,19 +29,11 @@ _PARTS = {
 }
 """What the decoder lacks -> the keys of config.json that ask for it."""
 _CODE = {
-    "a norm that attention and MLP share": "phi cohere cohere2 gptj codegen falcon",
-    "rotary positions of neighbouring pairs": "glm glm4 ernie4_5 gptj codegen cohere cohere2 helium",
-    "layers without rotary positions": "smollm3 exaone4 cohere2",
-    "squared ReLU": "nemotron arcee",
     "xIELU": "apertus",
-    "queries scaled by position": "ministral3",
-    "query-key norms after the rotation": "hunyuan_v1_dense",
     "attention sinks": "gpt_oss",
     "gated DeltaNet layers": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_next",
     "value norms": "gemma4 gemma4_text gemma3n gemma3n_text",
     "norms without weights": "olmo nanochat",
-    "positions counted from 2": "opt",
-    "norms of half of the layers": "exaone4",
 }
 """What the decoder lacks -> model types whose code has it whatever config.json says."""
 _GENERAL = re.compile(
@@ -78,7 +70,8 @@ def _has_experts(name: str, shape: ConfigJson) -> bool:
 
 def _settings(family: Family) -> set[str]:
     """Keys of config.json that the family reads."""
-    known = {*family.config.values(), *family.only, *family.aliases, *(key for key, _ in family.rotary.values())}
+    known = {*family.config.values(), *family.saved, *family.only, *family.aliases}
+    known |= {key for key, _ in family.rotary.values()}
     known |= {"rope_parameters", "rope_scaling"} if family.fixed["positions"] == "rotary" else set()
     known |= {"sliding_window", "layer_types"} if family.windows != "none" else set()
     return known | ({"use_sliding_window", "max_window_layers"} if family.window_switch else set())

@@ -145,7 +145,8 @@ def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
 def _shape_of(config: Path) -> tuple[ArchConfig, Family]:
     raw = read_json(config)
     family = family_of(raw, config)
-    return to_arch(raw, family, config), family
+    arch = to_arch(raw, family, config)
+    return arch, family.of(arch)
 
 
 def _read_header(file: Path) -> dict[str, Stored]:

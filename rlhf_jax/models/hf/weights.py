@@ -77,7 +77,7 @@ def load_params(
     """
     folder, layout = Path(path), Layout(arch)
     config = model_directory(folder) / "config.json"
-    family = family_of(read_json(config), config)
+    family = family_of(read_json(config), config).of(arch)
     stored = stored_tensors(folder)
     if stored and not any(name.startswith(family.prefix) for name in stored):
         trunk = {name for name in family.tensors if name.startswith(family.prefix)}
@@ -171,7 +171,7 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
     missing = {name: leaf for name, leaf in missing.items() if leaf != "score/bias"}
     if "score/kernel" in missing.values():
         raise UserError(f"{folder} holds no trained score head (score.weight); train one with `rlhf-jax reward`")
-    if set(missing.values()) == {"head/kernel"}:
+    if missing and set(missing.values()) <= {"head/kernel", "head/bias"}:
         cure = "give a language model, or set tie_word_embeddings to true in config.json if its head is tied"
         raise UserError(f"{folder} holds no vocabulary head ({', '.join(missing)}); {cure}")
     heads = {name for name, tensor in family.tensors.items() if tensor.leaf.startswith(("head/", "score/"))}
