@@ -143,8 +143,8 @@ def test_logits_equal_plain_numpy(arch):
 
 
 def test_activations_by_name():
-    found = {name: float(fn(jnp.float32(1.0))) for name, fn in decoder.ACTIVATIONS.items()}
-    expected = {"silu": 0.7310586, "gelu": 0.8413447, "gelu_tanh": 0.8411920, "relu": 1.0}
+    found = {name: float(fn(jnp.float32(1.5))) for name, fn in decoder.ACTIVATIONS.items()}
+    expected = {"silu": 1.2263617, "gelu": 1.3997892, "gelu_tanh": 1.3995716, "relu": 1.5, "relu2": 2.25}
     assert found == pytest.approx(expected, rel=1e-6)
 
 
