@@ -393,7 +393,7 @@ def code_of(arguments: list[str]) -> int:
 
 def fail(line: str, code: int) -> int:
     """The exit code, after a line on standard error, below the progress bar if there is one."""
-    if "rlhf_jax.runs.metrics" in sys.modules:
-        sys.modules["rlhf_jax.runs.metrics"].close_bars()
+    if "rlhf_jax.runs.progress" in sys.modules:
+        sys.modules["rlhf_jax.runs.progress"].close_bars()
     tell(f"rlhf-jax: {line}", error=True)
     return code

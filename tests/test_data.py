@@ -625,6 +625,9 @@ def test_over_epochs_every_row_is_trained_equally_often(kind, sizes, buckets, si
         if epoch == 0:  # what `where` says is what is trained
             first = batches[0]["tokens"].reshape(size, -1)[:, 0].tolist()
             assert first == [int(w.removeprefix("row ")) for w in batches.where(0)]
+    trained = {int(w.removeprefix("row ")) for step in range(2) for w in batches.where(step)}
+    assert batches.reached(2) == sorted(trained)
+    assert batches.reached(epochs * len(batches)) == np.flatnonzero(times).tolist()
     assert times.max() - times.min() <= 1
     assert times.sum() == epochs * (num - batches.left_over)
 

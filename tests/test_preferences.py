@@ -334,13 +334,16 @@ def test_a_loss_or_metric_that_is_no_sum_over_rows_is_not_packed(tmp_path, capsy
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_a_packed_stage_learns_as_a_padded_one(tmp_path, seen, capsys, stage):
     """Sums run in another order, step after step: 1e-4."""
-    summaries = [run_of(stage, tmp_path / pack, data__pack=pack, data__microbatch_tokens=1) for pack in ("off", "on")]
+    changes = {"num": 64, "data__microbatch_tokens": 1}
+    summaries = [run_of(stage, tmp_path / pack, data__pack=pack, **changes) for pack in ("off", "on")]
     held_out = [{name: value for name, value in summary.items() if "/" in name} for summary in summaries]
     steps = len(seen) // 2
     for padded, packed in zip([*seen[:steps], held_out[0]], [*seen[steps:], held_out[1]], strict=True):
         for name in padded:
             assert packed[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-4), name
-    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data.pack"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("reference: asked about 48 of 64 training rows, all that 6 steps reach") == 2
+    (said,) = (line for line in lines if line.startswith("data.pack"))
     assert said.startswith("data.pack on: packed; packing computes ")
     assert ("prompts once for their responses" in said) == (stage == "dpo")
 

@@ -238,7 +238,8 @@ class RunConfig:
         eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.
         keep_best: end with the weights of the best evaluation instead of the last ones.
         tensorboard: write TensorBoard events to output_dir/tensorboard.
-        progress: show a progress bar.
+        progress: show a progress bar, if standard error is a terminal. Without one a plain line says every half minute
+            how far the run is.
     """
 
     output_dir: PathText = ""

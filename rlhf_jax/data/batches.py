@@ -93,6 +93,15 @@ class Batches:
             left = rows[whole:]
         return [batches[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(batches))]
 
+    def reached(self, steps: int) -> list[int]:
+        """The places of the examples that the first `steps` batches hold, ascending."""
+        found: set[int] = set()
+        for step in range(steps):
+            if len(found) == len(self._examples):
+                break
+            found.update(self._rows_of(step)[1])
+        return sorted(found)
+
     def where(self, step: int) -> list[str]:
         """The file and line of every row of the global batch of a step."""
         return [self._examples[i]["where"] for i in self._rows_of(step)[1]]

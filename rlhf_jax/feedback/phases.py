@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rlhf_jax.config import DrawArgs, JudgeArgs, SampleArgs, ScoreArgs, SourceConfig, SourcesArgs, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.data.rows import Row
@@ -18,6 +16,7 @@ from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.models.contents import OPTIONS, contents
 from rlhf_jax.runs.journal import Journal
+from rlhf_jax.runs.progress import Progress, write
 
 Make = Callable[[int, int], list[Row]]
 """(start, stop) -> the journal's rows for the things start .. stop - 1."""
@@ -77,8 +76,8 @@ class Phases:
             Stopped: a signal came; the batch that was being made is on disk.
         """
         journal, total = self.journal, self.total
-        interrupts = Interrupts(tqdm.write, install=journal.path is not None)
-        bar = tqdm(total=total, initial=len(journal.rows), desc=name, disable=not progress, dynamic_ncols=True)
+        interrupts = Interrupts(write, install=journal.path is not None)
+        bar = Progress(name, total, len(journal.rows), bar=progress, say=write if progress else None)
         try:
             for phase in self.phases:
                 done = len(journal.rows) - phase.start
@@ -89,7 +88,7 @@ class Phases:
                 make = phase.begin()
                 for start in range(first, phase.count, phase.size):
                     journal.add(make(start, min(start + phase.size, phase.count)))
-                    bar.update(len(journal.rows) - bar.n)
+                    bar.update(len(journal.rows) - bar.done)
                     (stop,) = processes.any_of([bool(interrupts.received)])
                     if stop and len(journal.rows) < total:
                         by = interrupts.received or "a signal"

@@ -49,6 +49,7 @@ def run(
             out.skips.rows_of = batches.where
             loop, notes = train(out, method, LoopState(**tree), notes)
             check_trained(out.skips.total, total * method.steps, out.dir)
+            out.metrics.bar.doing("writing the model")
             method.save(out.dir, out.restore_best(loop.kept(method)))
             return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)})
 
@@ -119,6 +120,7 @@ def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dic
     out.metrics.flush()
     if not method.inputs.held_out:
         return {}, False
+    out.metrics.bar.doing("evaluating")
     try:
         results, samples = evaluate(method, loop)
     except RewardFailure as error:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import jax
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -19,19 +17,12 @@ from rlhf_jax.hosts import processes
 from rlhf_jax.runs.checkpoint import Say, reason_of
 from rlhf_jax.runs.directory import METRICS, SAMPLES
 from rlhf_jax.runs.log import Log
+from rlhf_jax.runs.progress import Progress
 from rlhf_jax.runs.skips import Skips
 from rlhf_jax.types import Metrics
 
 Table = TypeVar("Table")
 """A pytree of arrays, which come to the host as numpy's."""
-
-BARS: weakref.WeakSet[tqdm] = weakref.WeakSet()
-
-
-def close_bars() -> None:
-    """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
-    for bar in BARS:
-        bar.close()
 
 
 class RunMetrics:
@@ -70,9 +61,8 @@ class RunMetrics:
     def start(self, step: int, total: int) -> None:
         """Start the clock and the progress bar."""
         self.started = self._since = time.time()
-        hidden = not (self.settings.run.progress and self.is_writer)
-        self.bar = tqdm(total=total, initial=step, desc=self.stage, disable=hidden, dynamic_ncols=True)
-        BARS.add(self.bar)
+        shown = self.settings.run.progress and self.is_writer
+        self.bar = Progress(self.stage, total, step, bar=shown, say=self.say)
 
     def restore(self, record: Mapping[str, Any], step: int) -> None:
         """Go on where a checkpoint's record says that the run stood after `step`; says which lines are lost."""
@@ -151,7 +141,8 @@ class RunMetrics:
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
-        self.bar.set_postfix({n.split("/")[-1]: f"{self.last[n]:.3g}" for n in self.shown if n in self.last})
+        names = {name: name.split("/")[-1].replace("tokens_per_s", "tok/s") for name in self.shown}
+        self.bar.values({short: self.last[name] for name, short in names.items() if name in self.last})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, of text and numbers, to samples.jsonl."""

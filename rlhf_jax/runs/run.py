@@ -14,14 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
 from rlhf_jax.config import StageArgs
-from rlhf_jax.errors import Stopped, UserError, printable
+from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.files import write_json
 from rlhf_jax.hosts.interrupts import Interrupts
-from rlhf_jax.runs import directory
+from rlhf_jax.runs import directory, progress
 from rlhf_jax.runs.best import Best
 from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
 from rlhf_jax.runs.metrics import RunMetrics
@@ -131,8 +129,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_writer:
-            with contextlib.suppress(OSError):  # nobody may be there to read it, after SIGHUP
-                tqdm.write(printable(text, lines=True))
+            progress.write(text)
 
     def restore(self, tree: Tree, identity: Mapping[str, object]) -> tuple[Tree, dict[str, Any]]:
         """The arrays of `tree` and the notes of `save_if_due` as the checkpoint has them; in a new run `tree` and {}.
@@ -257,6 +254,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def finish(self, summary: Mapping[str, object]) -> directory.Summary:
         """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept."""
         self.metrics.finish()
+        self.metrics.bar.doing("writing the summary")
         summary = {"stage": self.stage, **summary, "skipped": self.skips.total}
         summary["wall_s"] = round(self.metrics.elapsed(), 2)
         if self.best.step is not None:

@@ -113,6 +113,7 @@ def run_steps(
             tokens = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
             run.metrics.flush()
+            run.metrics.bar.doing("evaluating")
             if results := evaluate(i + 1, state.params):  # nothing without held-out rows
                 run.metrics.write(i + 1, results)
                 run.best.keep(i + 1, -results["eval/total"])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-from tqdm import tqdm
 
 from rlhf_jax.config import DataConfig, StepsConfig, TrainArgs
 from rlhf_jax.data.batches import Batches, fingerprint
@@ -18,7 +17,7 @@ from rlhf_jax.data.packing import Packing, fill, sequences_needed
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.processes import is_first, to_host
+from rlhf_jax.hosts.processes import is_first, say, to_host
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import (
@@ -31,6 +30,7 @@ from rlhf_jax.models.loading import (
     save_model,
 )
 from rlhf_jax.runs.directory import Summary, names_given
+from rlhf_jax.runs.progress import Progress, write
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
 from rlhf_jax.training.loop import (
@@ -147,8 +147,7 @@ class Work:
 
     def open(self) -> Run:
         """The run, to be entered; as many steps as the settings say, else as their epochs have."""
-        claim, settings = self.claim, self.claim.settings
-        total = settings.steps or settings.epochs * len(self.batches)
+        claim, total = self.claim, steps_of(self.claim.settings, self.batches)
         return Run(claim.name, claim.config, total=total, shown=self.task.shown, given=claim.given, files=claim.files)
 
 
@@ -199,7 +198,11 @@ def setup(task: Task, claim: Claim) -> Work:
     identity: dict[str, int | str | None] = {}
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
-        identity |= add_reference(forward, loaded, claim, [train_set, held_out_set], collate, pack)
+        total = steps_of(claim.settings, batches)
+        looked_at = held_out_set[: data.batch_size * data.eval_batches or None]
+        asked = [train_set[i] for i in batches.reached(total)], looked_at
+        say(f"reference: asked about {len(asked[0])} of {len(train_set)} training rows, all that {total} steps reach")
+        identity |= add_reference(forward, loaded, claim, asked, collate, pack)
     held_out, loss_fn = held_out_batches(data, held_out_set, collate), task.objective(loaded.model)
     identity["held-out rows"] = fingerprint(held_out)
     held_out = held_out if pack is None else [pack(batch) for batch in held_out]
@@ -209,6 +212,11 @@ def setup(task: Task, claim: Claim) -> Work:
     return Work(
         task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity
     )
+
+
+def steps_of(settings: StepsConfig, batches: Batches) -> int:
+    """Optimiser steps of a run."""
+    return settings.steps or settings.epochs * len(batches)
 
 
 def packing_of(
@@ -273,23 +281,26 @@ def add_reference(
     forward: Callable[[Params, Batch], jax.Array],
     loaded: Loaded,
     claim: Claim,
-    sets: Sequence[list[Example]],
+    sets: Sequence[Sequence[Example]],
     collate: Collate,
     pack: Pack | None,
 ) -> dict[str, int | None]:
-    """Put `ref_logprobs` float32[K] into every example; returns the digest of the model that said them, by name.
+    """Put `ref_logprobs` float32[K] into the examples of `sets`; returns the digest of the model that said them.
 
     Computed once, so that no reference is in memory while the policy is trained.
     """
     params, size = loaded.whole(loaded.params), claim.config.data.batch_size
     parts = [examples[i : i + size] for examples in sets for i in range(0, len(examples), size)]
     shows = claim.config.run.progress and is_first()
-    for examples in tqdm(parts, desc="reference", disable=not shows, dynamic_ncols=True):
+    progress = Progress("reference", len(parts), 0, bar=shows, say=write if is_first() else None)
+    for examples in parts:
         [batch] = eval_batches(examples, batch_size=size, collate=collate)
         batch = batch if pack is None else pack(batch)
         said = to_host(forward(params, put_batch(claim.mesh, batch)))
         for example, logprobs in zip(examples, said[: len(examples)], strict=True):
             example["ref_logprobs"] = logprobs
+        progress.update()
+    progress.close()
     return {"weights of the reference model": digest(params)}
 
 
@@ -345,5 +356,6 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
 
 def finish(work: Work, run: Run, params: Params, summary: Summary) -> Summary:
     """Write the model of the kept parameters and the summary, which is returned."""
+    run.metrics.bar.doing("writing the model")
     save_model(run.dir / "model", work.loaded, params, work.claim.tokenizer)
     return run.finish(summary)

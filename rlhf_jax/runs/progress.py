@@ -1,0 +1,79 @@
+"""How far a run is: a bar on a terminal, else a plain line now and then, so that a log can be read."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping
+
+from tqdm import tqdm
+
+from rlhf_jax.errors import printable
+
+EVERY = 30.0
+"""Seconds between two plain lines."""
+
+FORMAT = "{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix} |{bar}|"
+"""Numbers first: on a narrow terminal the bar goes, not they."""
+
+OPEN: weakref.WeakSet[Progress] = weakref.WeakSet()
+
+
+def close_bars() -> None:
+    """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        for progress in list(OPEN):
+            progress.close()
+
+
+def write(text: str) -> None:
+    """A line on standard output, above the bar if there is one."""
+    with contextlib.suppress(OSError):  # nobody may be there to read it, after SIGHUP
+        tqdm.write(printable(text, lines=True))
+
+
+class Progress:
+    """Steps done of `total`, and the newest values. A bar where standard error is a terminal and `bar` asks for one;
+    else `say` is given a line every EVERY seconds, and nothing for what takes less.
+    """
+
+    def __init__(self, name: str, total: int, start: int, *, bar: bool, say: Callable[[str], None] | None):
+        """`start` steps were done before. Without `say` there are no lines."""
+        self.name, self.total, self.done, self._say = name, total, start, say
+        self._values = ""
+        self._first, self._began = start, time.monotonic()
+        self._said = self._began
+        self._bar: tqdm | None = None
+        if bar and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, bar_format=FORMAT)
+        OPEN.add(self)
+
+    def update(self, steps: int = 1) -> None:
+        """So many more steps are done."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.update(steps)
+        elif self._say is not None and time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            each = (self._said - self._began) / max(self.done - self._first, 1)
+            left = tqdm.format_interval(each * (self.total - self.done))
+            self._say(f"{self.name}: {self.done} of {self.total}, {each:.3g} s each, {left} left{self._values}")
+
+    def values(self, numbers: Mapping[str, float]) -> None:
+        """The newest values, by name."""
+        short = {n: tqdm.format_sizeof(v) if abs(v) >= 1000 else f"{v:.3g}" for n, v in numbers.items()}
+        self._values = "".join(f", {name} {value}" for name, value in short.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(" ".join(f"{name} {value}" for name, value in short.items()))
+
+    def doing(self, what: str) -> None:
+        """What takes its time now, while no step is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
+
+    def close(self) -> None:
+        """End the bar, if it has not ended."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,63 @@
+"""How far a run is, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_jax.runs import progress
+from rlhf_jax.runs.progress import Progress
+
+BAR = """
+import fcntl, struct, sys, termios
+fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+from rlhf_jax.runs.progress import Progress, write
+bar = Progress("rloo", 10000, 9990, bar=True, say=None)
+write("a line above")
+bar.update(7)
+bar.values({"reward": -12.345, "gold": 0.123, "kl": 0.000123, "tok/s": 12345.0})
+bar.doing("evaluating")
+bar.close()
+"""
+
+
+def test_on_80_columns_the_bar_keeps_its_numbers_and_a_line_does_not_collide_with_it():
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", BAR], stdout=theirs, stderr=theirs, check=True)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # which is the end of a terminal
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", said.decode()) if line.strip()]
+    assert "a line above" in lines and all(len(line) <= 80 for line in lines)
+    (full,) = (line for line in lines if "tok/s" in line and "9997" in line)
+    assert all(
+        part in full for part in ("rloo 9997/10000", "reward -12.3", "gold 0.123", "kl 0.000123", "tok/s 12.3k")
+    )
+    assert "evaluating" in lines[-1]
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch, capfd, bar):
+    now, said = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    one = Progress("sft", 100, 10, bar=bar, say=said.append)
+    one.values({"nll": 2.5})
+    for _ in range(70):
+        now[0] += 1.0
+        one.update()
+        one.doing("evaluating")
+    one.close()
+    assert said == [
+        "sft: 40 of 100, 1 s each, 01:00 left, nll 2.5",
+        "sft: 70 of 100, 1 s each, 00:30 left, nll 2.5",
+    ]
+    assert capfd.readouterr() == ("", "")
