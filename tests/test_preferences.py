@@ -342,7 +342,8 @@ def test_a_packed_stage_learns_as_a_padded_one(tmp_path, seen, capsys, stage):
         for name in padded:
             assert packed[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-4), name
     lines = capsys.readouterr().out.splitlines()
-    assert lines.count("reference: asked about 48 of 64 training rows, all that 6 steps reach") == 2
+    examples = {"dpo": 64, "kto": 128}[stage]
+    assert lines.count(f"reference: asked about 48 of {examples} training examples, all that 6 steps reach") == 2
     (said,) = (line for line in lines if line.startswith("data.pack"))
     assert said.startswith("data.pack on: packed; packing computes ")
     assert ("prompts once for their responses" in said) == (stage == "dpo")

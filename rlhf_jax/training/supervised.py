@@ -199,9 +199,9 @@ def setup(task: Task, claim: Claim) -> Work:
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
         total = steps_of(claim.settings, batches)
-        looked_at = held_out_set[: data.batch_size * data.eval_batches or None]
-        asked = [train_set[i] for i in batches.reached(total)], looked_at
-        say(f"reference: asked about {len(asked[0])} of {len(train_set)} training rows, all that {total} steps reach")
+        read = [train_set[i] for i in batches.reached(total)]
+        say(f"reference: asked about {len(read)} of {len(train_set)} training examples, all that {total} steps reach")
+        asked = [read, held_out_set[: data.batch_size * data.eval_batches or None]]
         identity |= add_reference(forward, loaded, claim, asked, collate, pack)
     held_out, loss_fn = held_out_batches(data, held_out_set, collate), task.objective(loaded.model)
     identity["held-out rows"] = fingerprint(held_out)
