@@ -341,11 +341,23 @@ def test_groups_of_one_reward_are_drawn_again_alone_and_only_so_often():
     assert np.array_equal(again[:4], once[:4]) and all((again[i : i + 4] != once[i : i + 4]).any() for i in (4, 8, 12))
 
 
-def test_without_a_price_no_reference_is_loaded_nor_a_kl_reported(tmp_path, one_device):
-    config = run_config("grpo", tmp_path / "run", grpo__kl_coef=0.0)
-    assert train.setup(config, **TOY_ROWS)[0].nets.ref is None
-    summary = group.run(config, **TOY_ROWS)
+def test_without_a_price_there_is_no_reference_nor_kl_and_from_one_reward_nothing_is_learned(
+    tmp_path, one_device, capsys
+):
+    config = run_config("grpo", tmp_path / "run", reward_model=False, grpo__kl_coef=0.0, data__too_long="drop")
+    long = [{"prompt": "a long prompt"}] * 2 * len(TOY_ROWS["rows"])
+    sources = {
+        **TOY_ROWS,
+        "rows": TOY_ROWS["rows"] + long,
+        "reward_functions": [lambda p, r, **columns: [1.0] * len(r)],
+    }
+    assert train.setup(config, **sources)[0].nets.ref is None
+    summary = group.run(config, **sources)
     assert "eval/kl" not in summary["after"] and not any("rollout/kl" in line for line in logged(tmp_path / "run"))
+    rows, evaluation, groups = summary["remarks"]
+    assert "most training rows were not read" in rows and "equals the one before training" in evaluation
+    assert "every advantage was 0" in groups
+    assert capsys.readouterr().out.splitlines()[-3:] == [f"! {remark}" for remark in summary["remarks"]]
 
 
 def test_python_rewards_a_loss_and_a_gold_function_can_be_passed(tmp_path, one_device):

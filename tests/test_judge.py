@@ -160,6 +160,8 @@ def test_nonsense_and_hangs_are_counted_and_give_no_verdict(monkeypatch):
     found = judge_report(verdicts)
     assert (found["no_answer"], found["nonsense"], found["no_verdict"], found["answers"]) == (2, 2, 2, 6)
     assert any("!" in line and "nonsense" in line for line in judge_lines(found))
+    assert "any of 4 questions" not in judge_lines(found)[-1]
+    assert "any of 4 questions" in judge_lines(judge_report(verdicts[:2]))[-1]
     assert judge_report([])["slot_a"] is None and judge_lines(judge_report([]))
 
 

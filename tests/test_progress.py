@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from rlhf_jax.runs import progress
+from rlhf_jax.runs import outcome, progress
 from rlhf_jax.runs.progress import Progress
 
 BAR = """
@@ -61,3 +61,41 @@ def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch
         "sft: 70 of 100, 1 s each, 00:30 left, nll 2.5",
     ]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "steps, said",
+    [
+        (
+            [{"group/equal_fraction": 1.0, "optim/grad_norm": 0.1, "rollout/reward_std": 0.3}] * 2,
+            "every advantage was 0",
+        ),
+        ([{"group/equal_fraction": 1.0}, {"group/equal_fraction": 0.9, "optim/grad_norm": 0.1}], ""),
+        ([{"rollout/reward_std": 0.0, "optim/grad_norm": 0.1}, {"eval/reward": 0.0}], "all responses had one"),
+        ([{"optim/grad_norm": 0.0, "optim/lr": 1e-3}, {"optim/grad_norm": float("nan")}], "gradient was 0"),
+        ([{"optim/grad_norm": 0.0}, {"optim/grad_norm": 1e-9}], ""),
+        ([{"optim/grad_norm": 1.0, "optim/lr": 0.0}], "learning rate was 0"),
+        ([], ""),
+    ],
+)
+def test_a_run_that_had_nothing_to_learn_says_so(steps, said):
+    extremes = {}
+    for metrics in steps:
+        extremes = outcome.widened(extremes, metrics)
+    remarks = outcome.nothing_learned(extremes)
+    assert len(remarks) == bool(said) and all(said in remark for remark in remarks)
+
+
+@pytest.mark.parametrize(
+    "last, best, said",
+    [
+        ({"eval/reward": 1.0, "eval/kl": 0.0, "optim/lr": 1.0}, 0, "equals the one before training"),
+        ({"eval/reward": 0.9, "eval/kl": 0.5}, 0, "the one before training: no later evaluation"),
+        ({"eval/reward": 1.1, "eval/kl": 0.5}, 3, ""),
+        ({"eval/reward": 1.1, "eval/kl": 0.5}, None, ""),
+    ],
+)
+def test_a_policy_that_is_no_better_says_so(last, best, said):
+    remarks = outcome.not_better({"eval/reward": 1.0, "eval/kl": 0.0, "eval/reward_se": float("nan")}, last, best)
+    assert len(remarks) == bool(said) and all(said in remark for remark in remarks)
+    assert outcome.not_better({}, {}, None) == []  # no evaluation

@@ -24,7 +24,7 @@ from rlhf_jax.data import lint, tfds_rows
 from rlhf_jax.data.agreement import elo
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.consensus import bootstrap_intervals
-from rlhf_jax.data.encoding import collect
+from rlhf_jax.data.encoding import collect, mark_of
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import describe, describe_parts, fit, join, linked_parts, numbered, same_text
 from rlhf_jax.data.messages import as_key, text_of
@@ -81,7 +81,7 @@ def run_prepare(config: DataPrepareArgs) -> Path:
         rows = rows_from(path, config.fields)
         kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
         splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
-        tell(f"{split}: {report}")
+        tell(f"{report.mark}{split}: {report}")
     with written(f"out {config.out}"), scratch(Path(config.out)) as place, replacing(directory) as new:
         os.rename(tfds_rows.prepare(splits, config.schema, str(place)), new)
     tell(f"{directory}: data.path of a stage, or tfds.builder_from_directory({str(directory)!r})")
@@ -121,7 +121,8 @@ def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     joined = [_by_field(together, config.by)] if config.by else join(together, prompt_key)
     parts = [linked_parts(ranking) for ranking in joined]
     fitted, raters, facts = fit([part for each in parts for part in each], method=config.method, prior=config.prior)
-    counted = f"{len(together)} rows, {dropped} dropped, {len(joined)} groups"
+    mark = mark_of(dropped, len(together) + dropped)
+    counted = f"{mark}{len(together)} rows, {dropped} dropped, {len(joined)} groups"
     equal = sum(len(ranking.answers) for ranking in together) - sum(len(ranking.answers) for ranking in joined)
     notes = [f"{equal} responses are equal to another of their prompt"] if equal and not config.by else []
     tell("; ".join([counted, *describe(raters, facts), *describe_parts(joined, parts), *notes]))

@@ -299,5 +299,5 @@ def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params,
     with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh.grid):
         split = load_rows(config.data, None, None, config.run.seed)
         kind = reward.KINDS[reward.kind_of_rows(config.reward, split[0])]
-        train_set, _, collate = examples_of(reward.task_of(config, kind), config.data, tokenizer, *split)
+        train_set, _, collate, _ = examples_of(reward.task_of(config, kind), config.data, tokenizer, *split)
         return reward.as_saved(config, model, params, params, mesh, train_set, collate)

@@ -11,6 +11,7 @@ from rlhf_jax.config import RateArgs, resolve
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.chat import Transcript
 from rlhf_jax.data.consensus import consensus_ranks
+from rlhf_jax.data.encoding import mark_of
 from rlhf_jax.data.messages import text_of
 from rlhf_jax.data.pairs import answer_fields
 from rlhf_jax.data.rows import Row
@@ -45,7 +46,9 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
     out = [row for one, part in zip(given, parts, strict=True) for row in make(one, part)]
     print_rows(out, config.output)
     if config.output:
-        tell(f"rate: {len(given)} rows, {dropped} dropped, {config.raters} raters; {len(out)} rows, {config.output}")
+        mark = mark_of(dropped, len(given) + dropped)
+        counted = f"{mark}rate: {len(given)} rows, {dropped} dropped, {config.raters} raters"
+        tell(f"{counted}; {len(out)} rows, {config.output}")
     return out
 
 

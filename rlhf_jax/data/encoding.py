@@ -20,6 +20,11 @@ Example = dict[str, Any]
 """Small numpy arrays and numbers by name, and "where", the file and line that it comes from."""
 
 
+def mark_of(lost: int, total: int) -> str:
+    """What stands before a line that counts lost rows: "! " where they are more than a twentieth."""
+    return "! " if lost > 0.05 * total else ""
+
+
 @dataclass(frozen=True)
 class Report:
     """What became of the rows: how many were kept, dropped for which reason, and cut; of which kinds they were.
@@ -39,13 +44,17 @@ class Report:
     @property
     def mark(self) -> str:
         """What stands before a line about it: "! " where more than a twentieth of the rows is lost or cut."""
-        lost = sum(self.dropped.values())
-        return "! " if lost + self.truncated > 0.05 * (self.kept + lost) else ""
+        return mark_of(self.lost + self.truncated, self.kept + self.lost)
+
+    @property
+    def lost(self) -> int:
+        """Rows that were dropped."""
+        return sum(self.dropped.values())
 
     def __str__(self) -> str:
         """For instance: kept 812 of 815 rows; dropped 3 with an empty turn; truncated 0; read as 815 preference."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "0"
-        total = self.kept + sum(self.dropped.values())
+        total = self.kept + self.lost
         parts = [f"kept {self.kept} of {total} rows", f"dropped {reasons}", f"truncated {self.truncated}"]
         if self.kinds:
             parts.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))

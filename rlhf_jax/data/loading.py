@@ -55,13 +55,14 @@ def length_buckets(data: DataConfig) -> list[int]:
 
 def make_examples(
     build: Callable[[list[Row]], tuple[list[Example], Report]], train: list[Row], held_out: list[Row]
-) -> tuple[list[Example], list[Example]]:
-    """Token examples of both splits; what was kept, dropped and cut is printed."""
+) -> tuple[list[Example], list[Example], list[str]]:
+    """Token examples of both splits, and what to say again at the end; what was kept, dropped and cut is printed."""
     examples, report = build(train)
     say(f"{report.mark}training rows: {report}")
+    again = [f"most training rows were not read: {report}"] if report.kept < report.lost else []
     if not held_out:
         say("held-out rows: none (data.eval_fraction 0), so nothing is evaluated and the last weights are kept")
-        return examples, []
+        return examples, [], again
     eval_examples, report = build(held_out)
     say(f"{report.mark}held-out rows: {report}")
-    return examples, eval_examples
+    return examples, eval_examples, again

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.ballots import Ranking
+from rlhf_jax.data.encoding import mark_of
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.pairs import Pair
 from rlhf_jax.data.rows import Row
@@ -132,6 +133,9 @@ def summary_lines(summary: Summary) -> list[str]:
             told = ["unknown" if of[k] is None else f"{of[k]:.3f}" for k in ("longer_wins", "length_correlation")]
             said.append(f"  {of['pairs']} {what}: the longer wins {told[0]}, correlation with the label {told[1]}")
     said += judge_lines(summary["judge"]) if "judge" in summary else []
+    if dropped := summary.get("dropped"):
+        mark = mark_of(dropped, summary["rows"] + dropped) or "  "
+        said.append(f"{mark}{dropped} rows dropped, without two responses to compare")
     for name, what in (
         ("apart", "rows fall apart where the judge gave no verdict; each part is ranked by itself"),
         ("without_best", "prompts give no row: nothing says which response is the best"),
@@ -161,6 +165,7 @@ def judge_lines(report: Summary) -> list[str]:
         return "!" if report[name] is not None and abs(report[name] - fair) > off else " "
 
     lost = report["nonsense"] + report["no_answer"]
+    never = [f"! the judge gave no usable answer to any of {lost} questions, so nothing is labelled by it"]
     return [
         f"  judge: {report['pairs']} pairs ({report['equal']} of equal texts), {report['answers']} answers, "
         f"{report['ties']} ties",
@@ -171,6 +176,7 @@ def judge_lines(report: Summary) -> list[str]:
         f"{report['contradictions']} contradictions",
         f"{mark('length_correlation', 0, 0.2)} length: the longer response wins {shown['longer_wins']}, correlation "
         f"with the verdict {shown['length_correlation']}",
+        *(never if lost == report["answers"] > 0 else []),
     ]
 
 

@@ -17,6 +17,7 @@ from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, ite
 from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
+from rlhf_jax.runs.outcome import not_better
 from rlhf_jax.runs.run import Run
 from rlhf_jax.training.loop import check_trained, claim_directory, describe, settled_on
 from rlhf_jax.training.state import learning_rates
@@ -51,7 +52,8 @@ def run(
             check_trained(out.skips.total, total * method.steps, out.dir)
             out.metrics.bar.doing("writing the model")
             method.save(out.dir, out.restore_best(loop.kept(method)))
-            return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)})
+            remarks = [*method.inputs.remarks, *not_better(notes["before"], out.metrics.last, out.best.step)]
+            return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)}, remarks)
 
 
 def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> tuple[LoopState, dict[str, Any]]:

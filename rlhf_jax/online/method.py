@@ -42,6 +42,7 @@ class Inputs:
         gold: what is only logged.
         key: the run's, on every device.
         law: what is sampled from, on every device.
+        remarks: what the run says of its rows at its end.
     """
 
     tokenizer: Tokenizer
@@ -51,6 +52,7 @@ class Inputs:
     gold: RewardFn | None
     key: jax.Array
     law: SamplingLaw
+    remarks: list[str]
 
 
 class Sources(TypedDict, total=False):
@@ -76,7 +78,9 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     tokenizer = load_tokenizer(config.model)
     asked = functions_of(config.reward, reward_functions) + ([gold] if gold else [])
     build = partial(prompt_examples, tokenizer=tokenizer, limits=Limits.of(data))
-    train, held_out = make_examples(build, *load_rows(data, sources.get("rows"), sources.get("eval_rows"), seed))
+    train, held_out, remarks = make_examples(
+        build, *load_rows(data, sources.get("rows"), sources.get("eval_rows"), seed)
+    )
     examples = [*train, *held_out]
     prompts, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
     for example, own in zip(examples, columns_for(asked, prompts, columns, where), strict=True):
@@ -86,7 +90,7 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     batches = Batches(train, batch_size=data.batch_size // group_size, seed=seed, collate=collate)
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
     law = SamplingLaw.from_config(config.sampling, replicated(mesh))
-    return Inputs(tokenizer, batches, held_out_batches(data, held_out, collate), reward, gold, key, law)
+    return Inputs(tokenizer, batches, held_out_batches(data, held_out, collate), reward, gold, key, law, remarks)
 
 
 def stacked(batches: Sequence[Batch]) -> Batch:

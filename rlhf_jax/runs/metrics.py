@@ -17,6 +17,7 @@ from rlhf_jax.hosts import processes
 from rlhf_jax.runs.checkpoint import Say, reason_of
 from rlhf_jax.runs.directory import METRICS, SAMPLES
 from rlhf_jax.runs.log import Log
+from rlhf_jax.runs.outcome import widened
 from rlhf_jax.runs.progress import Progress
 from rlhf_jax.runs.skips import Skips
 from rlhf_jax.types import Metrics
@@ -32,6 +33,7 @@ class RunMetrics:
 
     Attributes:
         last: the newest value of every metric.
+        extremes: of some metrics the lowest and the highest value; see `outcome`.
         started: when the run would have begun had it never stood still, in seconds of the clock.
         bar: the progress bar.
     """
@@ -42,6 +44,7 @@ class RunMetrics:
         self.skips, self.say, self.cure = skips, say, cure
         self.is_writer = processes.is_first()
         self.last: dict[str, float] = {}
+        self.extremes: dict[str, list[float]] = {}
         self.started = self._since = time.time()
         self._pending: Callable[[], None] | None = None
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
@@ -67,7 +70,7 @@ class RunMetrics:
     def restore(self, record: Mapping[str, Any], step: int) -> None:
         """Go on where a checkpoint's record says that the run stood after `step`; says which lines are lost."""
         self.skips.total, self.skips.streak = record["skipped"], record["streak"]
-        self.last = record["metrics"]
+        self.last, self.extremes = record["metrics"], record.get("extremes", {})
         for name, log in self._logs.items():
             written = record.get("lines", {}).get(name, log.count)
             if log.count != written:
@@ -134,7 +137,7 @@ class RunMetrics:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write host numbers at once."""
-        self.last = {**self.last, **metrics}
+        self.last, self.extremes = {**self.last, **metrics}, widened(self.extremes, metrics)
         if not self.is_writer:
             return
         self._append(METRICS, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from rlhf_jax.runs import directory, progress
 from rlhf_jax.runs.best import Best
 from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
 from rlhf_jax.runs.metrics import RunMetrics
+from rlhf_jax.runs.outcome import nothing_learned
 from rlhf_jax.runs.skips import Skips
 
 
@@ -206,6 +207,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             "skipped": self.skips.total,
             "streak": self.skips.streak,
             "metrics": self.metrics.last,
+            "extremes": self.metrics.extremes,
             "elapsed_s": self.metrics.elapsed(),
             "notes": notes,
             "identity": self._identity,
@@ -251,14 +253,19 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.best.forget(step)
         return like
 
-    def finish(self, summary: Mapping[str, object]) -> directory.Summary:
-        """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept."""
+    def finish(self, summary: Mapping[str, object], remarks: Sequence[str] = ()) -> directory.Summary:
+        """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept.
+
+        It ends with the `remarks` and with what the metrics say against the run, if there is any such thing.
+        """
         self.metrics.finish()
         self.metrics.bar.doing("writing the summary")
         summary = {"stage": self.stage, **summary, "skipped": self.skips.total}
         summary["wall_s"] = round(self.metrics.elapsed(), 2)
         if self.best.step is not None:
             summary["best_step"] = self.best.step
+        if remarks := [*remarks, *nothing_learned(self.metrics.extremes)]:
+            summary["remarks"] = remarks
         self.checkpoints.wait()
         if self.is_writer:
             write_json(self.dir / directory.SUMMARY, summary)
@@ -267,4 +274,6 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 directory.drop_checkpoints(self.dir)
         self.metrics.bar.close()
         self.say(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
+        for remark in remarks:
+            self.say(f"! {remark}")
         return summary

@@ -131,6 +131,7 @@ class Work:
         loss_fn: of all parameters.
         evaluate: the held-out loss and its metrics, of parameters as they are trained (`Loaded.params`).
         identity: what a continued run must find unchanged, beside the rows and what is frozen.
+        remarks: what the run says of its rows at its end.
     """
 
     task: Task
@@ -144,6 +145,7 @@ class Work:
     loss_fn: LossFn
     evaluate: Evaluate
     identity: dict[str, int | str | None]
+    remarks: list[str]
 
     def open(self) -> Run:
         """The run, to be entered; as many steps as the settings say, else as their epochs have."""
@@ -171,18 +173,20 @@ def begin(
 
 def examples_of(
     task: Task, data: DataConfig, tokenizer: Tokenizer, rows: list[Row], held_out_rows: list[Row]
-) -> tuple[list[Example], list[Example], Collate]:
-    """Training and held-out examples, and what makes batches of them."""
+) -> tuple[list[Example], list[Example], Collate, list[str]]:
+    """Training and held-out examples, what makes batches of them, and what to say of the rows at the end."""
     limits = Limits.of(data)
-    train_set, held_out_set = make_examples(lambda part: task.build(part, tokenizer, limits), rows, held_out_rows)
+    build = lambda part: task.build(part, tokenizer, limits)  # noqa: E731
+    train_set, held_out_set, remarks = make_examples(build, rows, held_out_rows)
     collate = partial(task.collate([*train_set, *held_out_set]), length=data.max_length, pad_id=tokenizer.pad_id)
-    return train_set, held_out_set, collate
+    return train_set, held_out_set, collate, remarks
 
 
 def setup(task: Task, claim: Claim) -> Work:
     """Examples, batches, the model on the mesh and what the reference says; call it inside `jax.set_mesh`."""
     config, data, mesh, key = claim.config, claim.config.data, claim.mesh, claim.key
-    train_set, held_out_set, collate = examples_of(task, data, claim.tokenizer, claim.rows, claim.held_out_rows)
+    rows = claim.rows, claim.held_out_rows
+    train_set, held_out_set, collate, remarks = examples_of(task, data, claim.tokenizer, *rows)
     seed, buckets = config.run.seed, length_buckets(data)
     batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=buckets)
     loaded = load_model(
@@ -210,8 +214,9 @@ def setup(task: Task, claim: Claim) -> Work:
     evaluate = make_evaluate(loss_fn, mesh, held_out, branch(key, "held-out loss"), prepare=prepare)
     of_trained = lambda params: evaluate(loaded.whole(params))  # noqa: E731
     return Work(
-        task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity
-    )
+        task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity,
+        remarks,
+    )  # fmt: skip
 
 
 def steps_of(settings: StepsConfig, batches: Batches) -> int:
@@ -358,4 +363,4 @@ def finish(work: Work, run: Run, params: Params, summary: Summary) -> Summary:
     """Write the model of the kept parameters and the summary, which is returned."""
     run.metrics.bar.doing("writing the model")
     save_model(run.dir / "model", work.loaded, params, work.claim.tokenizer)
-    return run.finish(summary)
+    return run.finish(summary, work.remarks)

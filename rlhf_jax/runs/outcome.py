@@ -1,0 +1,58 @@
+"""What a run should say at its end: that it learned nothing, and how that shows in its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+WATCHED = ("optim/grad_norm", "optim/lr", "group/equal_fraction", "rollout/reward_std")
+"""Metrics whose extremes tell whether there was anything to learn."""
+
+Extremes = Mapping[str, Sequence[float]]
+"""Metric -> its lowest and its highest value in the logged steps."""
+
+
+def widened(extremes: Extremes, metrics: Mapping[str, float]) -> dict[str, list[float]]:
+    """The extremes with those of more `metrics`; what is not finite is left out."""
+    new = {n: v for n in WATCHED if (v := metrics.get(n)) is not None and math.isfinite(v)}
+    both = {n: [min(extremes.get(n, [v])[0], v), max(extremes.get(n, [v])[-1], v)] for n, v in new.items()}
+    return {**extremes, **both}
+
+
+def nothing_learned(extremes: Extremes) -> list[str]:
+    """What the metrics of all logged steps say against a run; usually nothing."""
+    never = {name: high == 0 for name, (_, high) in extremes.items()}
+    if extremes.get("group/equal_fraction", [0])[0] == 1:
+        return [
+            "nothing was learned from the reward: the responses to each prompt all had one and the same, in every "
+            "logged iteration, so every advantage was 0; take a reward that tells responses apart, other prompts, a "
+            "larger group_size or a higher sampling.temperature (samples.jsonl shows what was rewarded)"
+        ]
+    if never.get("rollout/reward_std"):
+        return [
+            "nothing was learned from the reward: all responses had one and the same in every logged iteration; take "
+            "one that tells responses apart (samples.jsonl shows what was rewarded)"
+        ]
+    if never.get("optim/grad_norm"):
+        return [
+            "nothing was learned: the gradient was 0 in every logged step; look at what the loss reads of the rows"
+        ]
+    if never.get("optim/lr"):
+        return ["nothing was learned: the learning rate was 0 in every logged step; raise optim.learning_rate"]
+    return []
+
+
+def not_better(first: Mapping[str, float], last: Mapping[str, float], best_step: int | None) -> list[str]:
+    """What the `first` evaluation, before training, and the `last` one say against a run; usually nothing."""
+    finite = {name: value for name, value in first.items() if math.isfinite(value)}
+    if finite and all(last.get(name) == value for name, value in finite.items()):
+        return [
+            "the last evaluation equals the one before training in every number: the policy did not change, or not so "
+            "that the held-out prompts show it"
+        ]
+    if best_step == 0:
+        return [
+            "the policy that is kept is the one before training: no later evaluation had a higher eval/objective; "
+            "run.keep_best false keeps the last one"
+        ]
+    return []
