@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 WATCHED = ("optim/grad_norm", "optim/lr", "group/equal_fraction", "rollout/reward_std")
 """Metrics whose extremes tell whether there was anything to learn."""
 
-Extremes = Mapping[str, Sequence[float]]
+Extremes = Mapping[str, list[float]]
 """Metric -> its lowest and its highest value in the logged steps."""
 
 
@@ -21,7 +21,8 @@ def widened(extremes: Extremes, metrics: Mapping[str, float]) -> dict[str, list[
 
 def nothing_learned(extremes: Extremes) -> list[str]:
     """What the metrics of all logged steps say against a run; usually nothing."""
-    never = {name: high == 0 for name, (_, high) in extremes.items()}
+    smallest = {"rollout/reward_std": 1e-6}  # of equal rewards: the mean of float32 numbers is rounded
+    never = {name: high <= smallest.get(name, 0) for name, (_, high) in extremes.items()}
     if extremes.get("group/equal_fraction", [0])[0] == 1:
         return [
             "nothing was learned from the reward: the responses to each prompt all had one and the same, in every "
