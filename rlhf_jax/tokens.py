@@ -170,6 +170,7 @@ class Packed:
         branches: int32, or None where every segment is one row. Rows of a segment share its prompt: 0 is that prompt,
             seen by all, k the k-th row behind it, whose positions go on from the prompt's.
         num_rows: R, static.
+        full: microbatches that are used where every row is full, static; 0 is all N.
     """
 
     tokens: Int[Array, "*MN S"]
@@ -180,11 +181,18 @@ class Packed:
     ends: Bool[Array, "*MN S"]
     branches: Int[Array, "*MN S"] | None = None
     num_rows: int = field(default=0, metadata={"static": True})
+    full: int = field(default=0, metadata={"static": True})
 
     @property
     def used(self) -> Int[Array, ""]:
         """Microbatches that hold a row."""
         return jnp.any(self.row < self.num_rows, axis=(0, 2)).sum(dtype=jnp.int32)
+
+    @property
+    def filled(self) -> Float[Array, ""]:
+        """The share of tokens in the columns of the microbatches that hold a row."""
+        columns = self.used * self.tokens.shape[0] * self.tokens.shape[-1]
+        return jnp.sum(self.segment_ids > 0) / jnp.maximum(columns, 1)
 
     def at(self, i: Int[Array, ""] | int) -> Packed:
         """Microbatch i, [M, S]."""

@@ -451,6 +451,7 @@ def iteration_on(mesh_name):
         method, loop = train.setup(config, **TOY_ROWS)
         with jax.set_mesh(method.mesh.grid):
             loop, metrics, table = iteration(method, loop, 0)
+    metrics = {name: x for name, x in metrics.items() if name != "optim/filled"}  # what is computed is the mesh's
     return jax.device_get((loop.state.params, metrics, table))
 
 

@@ -40,18 +40,19 @@ def packed_of(tokens, real, layout) -> Packed:
 
 
 TOGETHER = Layout.of(ROWS, PROMPT, NEW, tokens=30, most=0)
+SEVERAL = Layout.of(ROWS, PROMPT, NEW, tokens=30, most=0, sharing=Sharing(1, 1000))
 APART = Layout.of(ROWS, PROMPT, NEW, tokens=0, most=8)
 
 
-@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+@pytest.mark.parametrize("layout", [TOGETHER, SEVERAL, APART], ids=["together", "several", "apart"])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_token_of_every_row_has_one_column_and_a_row_stays_in_one_piece(layout, seed):
     tokens, real = (np.asarray(x) for x in ragged(seed))
     packed = jax.device_get(packed_of(tokens, real, layout))
-    assert packed.tokens.shape == (layout.sequences, layout.microbatches, PROMPT + NEW)
+    assert packed.tokens.shape == (layout.sequences, layout.microbatches, layout.length)
     found, counts = {}, np.zeros((ROWS, NEW + 1), int)
     names = ("tokens", "positions", "segment_ids", "row", "place", "ends")
-    segments = zip(*(getattr(packed, name).reshape(-1, PROMPT + NEW) for name in names), strict=True)
+    segments = zip(*(getattr(packed, name).reshape(-1, layout.length) for name in names), strict=True)
     for ids, positions, segment, row, place, ends in segments:
         for number in set(segment.tolist()) - {0}:
             (at,) = np.nonzero(segment == number)
@@ -112,9 +113,21 @@ def test_rows_of_one_prompt_stand_behind_one_copy_of_it_as_far_as_a_sequence_hol
 
 
 def test_a_prompt_is_shared_where_it_is_long_and_a_microbatch_holds_several_responses():
-    at = lambda prompt, new, tokens, width=4096: Sharing(8, width).behind_one_prompt(prompt, new, tokens)  # noqa: E731
+    at = lambda prompt, new, tokens, width=4096: Sharing(8, width).together(prompt, new, tokens, 99)  # noqa: E731
     assert at(1024, 512, 8192) == 8 and at(1024, 512, 4096) == 5 and at(1024, 512, 1024) == 1
     assert at(256, 128, 1024, width=256) > 1 and at(8, 512, 8192, width=64) == 1
+
+
+def test_a_sequence_is_for_several_rows_where_attention_to_its_columns_is_cheap_and_every_row_finds_room():
+    """Rows between half and whole, of which a sequence for one holds one; full ones, which fill all there is."""
+    at = lambda tokens, most, width: Sharing(1, width).together(256, 256, tokens, most)  # noqa: E731
+    assert [at(4096, 8, 4096), at(4096, 1, 4096), at(1023, 8, 4096), at(4096, 8, 256)] == [4, 1, 1, 1]
+    for least, shares in ((NEW // 2, (0.8, 1)), (NEW, (0.99, 1))):
+        response = np.arange(NEW) < np.random.default_rng(0).integers(least, NEW + 1, ROWS)[:, None]
+        real = jnp.asarray(np.concatenate([np.arange(PROMPT) >= np.zeros((ROWS, 1)), response], axis=1))
+        packed = packed_of(jnp.zeros((ROWS, PROMPT + NEW), jnp.int32), real, SEVERAL)
+        assert (packed.segment_ids > 0).sum() == real.sum() and shares[0] <= packed.filled <= shares[1]
+    assert packed.used == packed.full == SEVERAL.microbatches == ROWS // 2
 
 
 def test_short_rows_take_few_microbatches_and_no_compilation_of_their_own():
@@ -168,6 +181,7 @@ def test_on_a_mesh_rows_lie_as_on_one_device_and_microbatches_over_the_devices()
         packed = packed_of(tokens, real, layout)
         assert packed.tokens.addressable_shards[0].data.shape[0] == TOGETHER.sequences
     by_sequence = lambda x: np.asarray(x).swapaxes(0, 1).reshape(-1, PROMPT + NEW)[:ROWS]  # noqa: E731
+    packed = dataclasses.replace(packed, full=alone.full)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(by_sequence(a), by_sequence(b)), packed, alone)
 
 

@@ -635,7 +635,8 @@ def test_accumulating_microbatches_equals_the_whole_minibatch():
         state, update = updater(PPOArgs(ppo=config, optim=optim, value_optim=optim))
         ends[accumulate] = update(state, x)
     assert_close(ends[1][0].params, ends[4][0].params, atol=1e-6)
-    assert_close(ends[1][1], ends[4][1], atol=1e-5, rtol=1e-5)
+    share = {"optim/filled": 1}  # of larger microbatches fewer columns are real
+    assert_close(ends[1][1] | share, ends[4][1] | share, atol=1e-5, rtol=1e-5)
 
 
 def test_minibatches_are_optimiser_steps_with_weights_that_sum_to_one():

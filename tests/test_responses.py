@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import ARCH, model_params
 
-from rlhf_jax.config import MeshConfig
+from rlhf_jax.config import DataConfig, MeshConfig, RewardArgs, RewardConfig
 from rlhf_jax.data.collate import collate_preference, collate_ranking
 from rlhf_jax.data.packing import Packing, fill, pack_responses, pack_texts, sequences_needed
 from rlhf_jax.inference.scoring import Likelihood, example_of
@@ -20,8 +20,9 @@ from rlhf_jax.reward import objective as reward_objective
 from rlhf_jax.sharding import make_mesh, put_batch
 from rlhf_jax.training.responses import of_batch, response_scores
 from rlhf_jax.training.step import accumulated_grads
+from rlhf_jax.training.supervised import Claim, cheapest_packing
 
-LENGTH, ROWS = 24, 16
+LENGTH, ROWS, ONE = 24, 16, jax.devices()[:1]
 POLICY, SCORER = Model(ARCH, logprob_chunk=16), Model(ARCH, score_head=True)
 
 
@@ -48,9 +49,12 @@ def batch_of(kind: str) -> dict:
     return collate_ranking(ranked(1, int(kind)), length=LENGTH, width=int(kind))
 
 
-def packing_of(batch: dict, *, ways: int = 1, shared: bool = True, tokens: int = 3 * LENGTH) -> Packing:
+def packing_of(
+    batch: dict, *, ways: int = 1, shared: bool = True, tokens: int = 3 * LENGTH, times: int = 1
+) -> Packing:
     rows, width, length = batch["tokens"].shape
-    return Packing.of(rows, width, length, tokens=tokens, most=rows * width, ways=ways, shared=shared)
+    needed, most = -(-width // times), rows * width
+    return Packing.of(rows, needed, times * length, tokens=tokens, most=most, ways=ways, shared=shared)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -97,9 +101,9 @@ def losses(kind: str):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", ["pairs", "9"])
 def test_losses_gradients_scores_and_logprobs_are_those_of_padded_rows(kind, shared):
-    """Sums run in another order: 2e-6 of scores and log-probs, 1e-5 of gradients."""
+    """Sums run in another order: 2e-6 of scores and log-probs, 1e-5 of gradients. Rankings in longer sequences."""
     batch, key = batch_of(kind), jax.random.key(0)
-    packed = pack_responses(batch, packing_of(batch, shared=shared))
+    packed = pack_responses(batch, packing_of(batch, shared=shared, times=1 if kind == "pairs" else 3))
     assert 1 < int(packed["packed"].used) < packed["packed"].tokens.shape[1]
     for loss_fn, model, says in zip(losses(kind), (SCORER, POLICY), (response_scores, sequence_logprobs), strict=True):
         if loss_fn is None:
@@ -141,24 +145,40 @@ def test_any_lengths_fit_into_the_microbatches_there_are():
         full = [np.full(LENGTH, 3, np.int32)] * width
         examples = [{"prompt_length": 2, "responses": full, "ranks": np.arange(width)} for _ in range(7)]
         batch = collate_ranking(examples, length=LENGTH, width=width)
-        packing = Packing.of(7, width, LENGTH, tokens=tokens, most=most, ways=1, shared=True)
-        packed = pack_responses(batch, packing)
-        assert len(set(packed["packed"].row.reshape(-1).tolist()) - {7 * width}) == 7 * width
-        assert fill([packed])[1] == 1 <= fill([packed])[0]
+        for times in (1, 2):
+            needed = -(-width // times)
+            packing = Packing.of(7, needed, times * LENGTH, tokens=tokens, most=most, ways=1, shared=False)
+            packed = pack_responses(batch, packing)
+            assert len(set(packed["packed"].row.reshape(-1).tolist()) - {7 * width}) == 7 * width
+            assert fill([packed], LENGTH)[1] == 1 <= fill([packed], LENGTH)[0]
+
+
+@pytest.mark.parametrize(("tokens", "width", "times"), [(9 * LENGTH, 4096, 2), (9 * LENGTH, 1, 1), (LENGTH, 4096, 1)])
+def test_sequences_are_for_as_many_rows_as_cost_least(tokens, width, times):
+    """Responses of more than half a sequence; a network whose attention is cheap, one whose is not, and no room."""
+    answers = [np.full(LENGTH // 2 + 1 + i % 4, 3, np.int32) for i in range(3 * ROWS)]
+    examples = [{"prompt_length": 1, "responses": answers[3 * i : 3 * i + 3], "ranks": [0, 1, 2]} for i in range(ROWS)]
+    data = DataConfig(batch_size=ROWS, max_length=LENGTH, microbatch_tokens=tokens)
+    claim = Claim("", RewardArgs(data=data), RewardConfig(), (), {}, make_mesh(MeshConfig(), devices=ONE), *[None] * 4)
+    some = [collate_ranking(examples[i:] + examples[:i], length=LENGTH, width=3) for i in range(2)]
+    pack, packed = cheapest_packing(pack_responses, claim, width, some, some)
+    assert {x["packed"].tokens.shape[-1] for x in (*packed, pack(some[0]))} == {times * LENGTH}
+    share = np.mean([x["packed"].filled for x in packed])
+    assert share > (0.85 if times > 1 else 0.5)
 
 
 def test_examples_that_need_few_sequences_fit_into_microbatches_of_few():
     """Rankings of nine short responses behind one prompt need a few sequences, not nine, and always find them."""
     for shared in (True, False):
         batches = [collate_ranking(ranked(seed, 9)[4:], length=LENGTH, width=9) for seed in range(8)]
-        needed = max(sequences_needed(batch, shared=shared) for batch in batches)
+        needed = max(sequences_needed(batch, LENGTH, shared=shared) for batch in batches)
         packing = Packing.of(ROWS - 4, needed, LENGTH, tokens=1, most=9 * ROWS, ways=1, shared=shared)
         assert packing.sequences == needed <= 9 - shared
         for batch in batches:
             packed = pack_responses(batch, packing)["packed"]
             assert set(packed.row.reshape(-1).tolist()) >= set(np.flatnonzero(batch["lengths"]).tolist())
     with pytest.raises(ValueError, match="finds no room"):
-        pack_responses(batches[0], Packing(1, 100, shared=False))
+        pack_responses(batches[0], Packing(1, 100, LENGTH, shared=False))
 
 
 def test_texts_of_one_prompt_stand_behind_it_once_and_are_read_as_alone():

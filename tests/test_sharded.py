@@ -167,6 +167,7 @@ def ppo_iteration(mesh_name: str) -> dict:
         )
         state, metrics = programs.update(state, scored[0], whole(KEY), whole(np.float32(1.0)), None)
     assert_split(state, mesh)
+    metrics.pop("optim/filled")  # what is computed for how many tokens is the mesh's
     rows = ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])
     assert greedy.tokens.addressable_shards[0].data.shape == (rows, NEW)
     return jax.device_get(

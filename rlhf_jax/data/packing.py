@@ -30,11 +30,13 @@ class Packing:
     Attributes:
         sequences: M, of a microbatch over all devices.
         microbatches: N, as many as any lengths may need.
+        length: S, columns of a sequence.
         shared: a prompt stands once before as many of its responses as a sequence holds.
     """
 
     sequences: int
     microbatches: int
+    length: int
     shared: bool
 
     @classmethod
@@ -46,7 +48,7 @@ class Packing:
         """
         sequences = max(min(ways * max(tokens // length, 1), most), needed)
         sequences = -(-sequences // ways) * ways
-        return cls(sequences, -(-rows // (sequences // needed)), shared)
+        return cls(sequences, -(-rows // (sequences // needed)), length, shared)
 
 
 def pack_responses(batch: Batch, packing: Packing) -> Batch:
@@ -56,14 +58,14 @@ def pack_responses(batch: Batch, packing: Packing) -> Batch:
     first, into the first microbatch with room, each of their segments into the first sequence with room. An example
     that needs more sequences than the packing is made for may find none, a ValueError.
     """
-    rows, width, length = batch["tokens"].shape
-    shape = (packing.sequences, packing.microbatches, length)
+    rows, width, _ = batch["tokens"].shape
+    shape = (packing.sequences, packing.microbatches, packing.length)
     names = "tokens", "positions", "segment_ids", "place", "branches"
     arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in names}
     arrays["row"], arrays["ends"] = np.full(shape, rows * width, np.int32), np.zeros(shape, bool)
     sizes, prompts = (batch["segment_ids"] > 0).sum(axis=-1), batch["prompt_lengths"]
-    groups, columns = _segments(batch, packing.shared)
-    for b, i, (sequence, microbatch), start in _first_fit(columns, packing, length):
+    groups, columns = _segments(batch, packing.length, packing.shared)
+    for b, i, (sequence, microbatch), start in _first_fit(columns, packing):
         at = sequence, microbatch, slice(start, start + columns[b][i])
         number = arrays["segment_ids"][sequence, microbatch].max() + 1
         said = _segment(batch["tokens"][b], sizes[b], int(prompts[b]), groups[b][i])
@@ -76,10 +78,10 @@ def pack_responses(batch: Batch, packing: Packing) -> Batch:
     return {**rest, "packed": Packed(**arrays, num_rows=rows * width)}
 
 
-def sequences_needed(batch: Batch, *, shared: bool) -> int:
-    """The most sequences that one example of a batch of responses needs by itself."""
-    length, most = batch["tokens"].shape[-1], 1
-    for sizes in _segments(batch, shared)[1]:
+def sequences_needed(batch: Batch, length: int, *, shared: bool) -> int:
+    """The most sequences of `length` columns that one example of a batch of responses needs by itself."""
+    most = 1
+    for sizes in _segments(batch, length, shared)[1]:
         room: list[int] = []
         for size in sorted(sizes, reverse=True):
             to = next((i for i, left in enumerate(room) if left >= size), len(room))
@@ -127,20 +129,20 @@ def _equal_prompts(tokens: Sequence[np.ndarray], starts: Sequence[int], length: 
     return segments
 
 
-def fill(batches: Sequence[Batch]) -> tuple[float, float]:
-    """Of packed batches: the columns that are computed, and the real ones, as shares of those of padded rows."""
+def fill(batches: Sequence[Batch], length: int) -> tuple[float, float]:
+    """Of packed batches: columns that are computed, and real ones, as shares of those of rows padded to `length`."""
     packed: list[Packed] = [batch["packed"] for batch in batches]
     used = sum(int((x.segment_ids > 0).any(axis=(0, 2)).sum()) * x.tokens[:, 0].size for x in packed)
     real = sum(int((x.segment_ids > 0).sum()) for x in packed)
-    whole = sum(x.num_rows * x.tokens.shape[-1] for x in packed)
+    whole = sum(x.num_rows * length for x in packed)
     return used / whole, real / whole
 
 
-def _segments(batch: Batch, shared: bool) -> tuple[list[list[Group]], list[list[int]]]:
+def _segments(batch: Batch, length: int, shared: bool) -> tuple[list[list[Group]], list[list[int]]]:
     """Of every example of a batch of responses, its responses by segments and the columns of each segment."""
-    rows, _, length = batch["tokens"].shape
+    rows, _, padded = batch["tokens"].shape
     sizes, prompts = (batch["segment_ids"] > 0).sum(axis=-1), batch["prompt_lengths"]
-    behind = (np.arange(length) >= prompts[:, None, None]) | (sizes == 0)[:, :, None]  # or an empty place
+    behind = (np.arange(padded) >= prompts[:, None, None]) | (sizes == 0)[:, :, None]  # or an empty place
     same = behind | (batch["tokens"] == batch["tokens"][:, :1])
     once = shared & same.all(axis=(1, 2)) & (prompts > 1)
     groups = [_groups(sizes[b], prompts[b], length, once[b]) for b in range(rows)]
@@ -163,14 +165,13 @@ def _columns(sizes: np.ndarray, prompt: int, group: Group) -> int:
     return int(sizes[list(group)].sum()) - (len(group) - 1) * (int(prompt) - 1)
 
 
-def _first_fit(
-    columns: list[list[int]], packing: Packing, length: int
-) -> Iterator[tuple[int, int, tuple[int, int], int]]:
+def _first_fit(columns: list[list[int]], packing: Packing) -> Iterator[tuple[int, int, tuple[int, int], int]]:
     """(example, its segment, (sequence, microbatch), first column) of every segment.
 
     Where an example does not fit beside others, its segments go into empty sequences alone, of which a microbatch that
     holds fewer examples than it must has enough.
     """
+    length = packing.length
     room = np.full((packing.microbatches, packing.sequences), length)
     most = room.max(axis=1)  # that one sequence of each microbatch has left
     for b in np.argsort([-sum(sizes) for sizes in columns], kind="stable").tolist():

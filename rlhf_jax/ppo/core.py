@@ -38,6 +38,7 @@ from rlhf_jax.online.core import (
 )
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
+from rlhf_jax.training.packing import Sharing
 from rlhf_jax.training.responses import response_scores
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
@@ -111,6 +112,11 @@ def values_of(
     else:
         hidden = models.policy.apply(params["policy"], **view.inputs) if policy_hidden is None else policy_hidden
     return view.to_rows(models.value.scores(params["value"]["score"], hidden), num_tokens)
+
+
+def sharing(models: Models) -> Sharing:
+    """Every row has a prompt of its own."""
+    return Sharing(width=models.policy.arch.width)
 
 
 def objective(
@@ -210,7 +216,7 @@ def make_score(
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         whole, mask = models.whole({"ref": ref, "reward": reward}, params), rollout.mask
         run = partial(run_networks, models, whole, ref, reward, temperature, rollout, recompute=recompute)
-        nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run)}
+        nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models))}
         raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
 
@@ -278,9 +284,9 @@ def score_metrics(
     }
 
 
-def make_ppo_update(step: Step, config: PPOConfig) -> Update:
+def make_ppo_update(step: Step, config: PPOConfig, sharing: Sharing | None = None) -> Update:
     """The update program, not yet compiled; `step` is `step.make_update` of the objective."""
-    return make_epochs(step, config, {"weights": "mask", "value_weights": "value_mask"})
+    return make_epochs(step, config, {"weights": "mask", "value_weights": "value_mask"}, sharing)
 
 
 def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
@@ -313,4 +319,4 @@ def make_ppo_step(
     tx, schedule = make_ppo_optimizer(run)
     loss_fn = objective(models, run.ppo, policy_loss, value_loss)
     step = make_update(loss_fn, tx, run.ppo.accumulate, join=models.whole)
-    return make_ppo_update(step, run.ppo), tx, schedule
+    return make_ppo_update(step, run.ppo, sharing(models)), tx, schedule

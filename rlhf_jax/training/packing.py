@@ -22,24 +22,24 @@ class Sharing:
     rows: int = 1
     width: int = 1
 
-    def behind_one_prompt(self, prompt: int, new: int, tokens: int) -> int:
-        """Full rows of `new` response tokens for which a sequence of at most `tokens` is made, 1 where it doesn't pay.
+    def columns(self, rows: int, prompt: int, new: int) -> int:
+        """Columns of so many full rows side by side, those of one prompt behind it: its last token begins each."""
+        whole, rest = divmod(rows, self.rows)
+        return (whole + (rest > 0)) * (prompt - 1) + rows * (1 + new)
 
-        It has the fewest operations for a row: a token costs its matrix products, and attention over the S columns of
-        a sequence about S / (6 width) times as much.
+    def together(self, prompt: int, new: int, tokens: int, most: int) -> int:
+        """Full rows, at most `most`, that a sequence of at most `tokens` is made for; 1 where more don't pay.
+
+        It has the fewest operations for a real token of a row. A column costs its matrix products, and attention over
+        the S columns of a sequence about S / (6 width) times as much. First fit leaves no room for one more
+        row, so that of a sequence for k rows k / (k + 1) is filled or more: it is taken as half way from that to all.
         """
 
         def cost(k: int) -> float:
-            size = columns(k, prompt, new)
-            return size / k * (1 + size / (6 * self.width))
+            size = self.columns(k, prompt, new)
+            return size / k * (1 + size / (6 * self.width)) / (1 - 0.5 / (k + 1))
 
-        fitting = [k for k in range(2, self.rows + 1) if columns(k, prompt, new) <= tokens]
-        return min([1, *fitting], key=cost)
-
-
-def columns(rows: int, prompt: int, new: int) -> int:
-    """Columns of so many full rows behind one prompt, whose last token stands before each response."""
-    return prompt - 1 + rows * (1 + new)
+        return min([1, *(k for k in range(2, most + 1) if self.columns(k, prompt, new) <= tokens)], key=cost)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Layout:
 
     Attributes:
         sequences: M, of a microbatch over all devices.
-        microbatches: N, as many as hold every row in a sequence of its own.
+        microbatches: N, as many as hold every row wherever it may stand.
+        full: microbatches that hold the rows if all are full and those of a prompt are together.
         length: S, columns of a sequence.
         together: rows share sequences; else each has its own.
         shared: rows of one prompt, one after another, stand behind one copy of it.
@@ -56,6 +57,7 @@ class Layout:
 
     sequences: int
     microbatches: int
+    full: int
     length: int
     together: bool
     shared: bool
@@ -64,15 +66,16 @@ class Layout:
     def of(cls, rows: int, prompt: int, new: int, *, tokens: int, most: int, sharing: Sharing | None = None) -> Layout:
         """For rows of at most `prompt` and `new` tokens each; call it inside `jax.set_mesh`.
 
-        A microbatch has about `tokens` tokens on each device, at least one sequence, and at most `most` sequences in
-        all. With tokens = 0 every row has a sequence of its own, and a microbatch `most` of them.
+        A microbatch has about `tokens` tokens on each device, at least one sequence, and room for at most `most` full
+        rows in all. With tokens = 0 every row has a sequence of its own, and a microbatch `most` of them.
         """
-        ways = data_ways()
-        most = -(-min(most or rows, rows) // ways) * ways
-        behind = (sharing or Sharing()).behind_one_prompt(prompt, new, tokens)
-        length = columns(behind, prompt, new)
+        ways, sharing, most = data_ways(), sharing or Sharing(), min(most or rows, rows)
+        together = sharing.together(prompt, new, tokens, most // ways)
+        length, shared = sharing.columns(together, prompt, new), sharing.rows > 1 and together > 1
+        most = -(-most // (ways * together)) * ways
         sequences = min(ways * max(tokens // length, 1), most) if tokens else most
-        return cls(sequences, -(-rows // sequences), length, tokens > 0, behind > 1)
+        full = -(-rows // (together * sequences))
+        return cls(sequences, -(-rows // sequences) if shared else full, full, length, tokens > 0, shared)
 
 
 def behind_prompts(
@@ -176,6 +179,7 @@ def pack(
         ends=cut(speaks & ends),
         branches=cut(jnp.where(speaks, number[here], 0)) if layout.shared else None,
         num_rows=rows,
+        full=layout.full,
     )
 
 
@@ -202,5 +206,5 @@ def over_views(
     if packed.tokens.shape[1] == 1:
         return fn(packed.at(0), 0)
     start = nothing(jax.eval_shape(fn, packed.at(0), 0))
-    with jax.named_scope(f"filled_{packed.tokens.shape[1]}"):  # for `plan`: so many rounds where every row is full
+    with jax.named_scope(f"filled_{packed.full or packed.tokens.shape[1]}"):  # for `plan`: where every row is full
         return jax.lax.fori_loop(0, packed.used, lambda i, total: add(total, fn(packed.at(i), i)), start)

@@ -123,7 +123,8 @@ def make_update(
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         )
-        return state, {**settled(metrics), "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
+        metrics = {**settled(metrics), "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
+        return state, {**metrics, "optim/filled": batch["packed"].filled} if "packed" in batch else metrics
 
     return update
 

@@ -54,6 +54,9 @@ LOOKED_AT = 8
 WORTH = 0.9
 """It packs where that computes at most this share of what padding does."""
 
+TIMES = 4
+"""Padded rows that a packed sequence is made for, at most."""
+
 Pack = Callable[[Batch], Batch]
 """A padded batch of responses, packed."""
 
@@ -225,16 +228,19 @@ def steps_of(settings: StepsConfig, batches: Batches) -> int:
 
 
 def packing_of(
-    data: DataConfig, shape: tuple[int, ...], accumulate: int, mesh: Mesh, model: Model, needed: int | None = None
+    data: DataConfig, shape: tuple[int, ...], accumulate: int, mesh: Mesh, needed: int = 0, times: int = 1
 ) -> Packing:
-    """How padded batches of responses [B, K, S] are packed; an example needs `needed` sequences at most, else K."""
+    """How padded batches of responses [B, K, S] are packed into sequences of `times` S.
+
+    An example needs `needed` of them at most, 0 if all its responses may be of S tokens.
+    """
     rows, width, length = shape
     return Packing.of(
         rows,
-        needed or width,
-        length,
+        needed or -(-width // times),
+        times * length,
         tokens=data.microbatch_tokens,
-        most=-(-rows * width // accumulate),
+        most=-(-rows * width // (accumulate * times)),
         ways=mesh.shape["data"] * mesh.shape["fsdp"],
         shared=True,
     )
@@ -245,12 +251,14 @@ def choose_packing(
 ) -> Pack | None:
     """What packs the batches of a run, None where they stay padded; says what `data.pack` auto chose and why.
 
-    The first batches decide. `everything` are all examples that it will ever pack.
+    The first batches decide, on the length of sequences as well: they are for as many padded rows as cost least, a
+    column its matrix products and attention over the S columns of a sequence about S / (6 width) times as much.
+    `everything` are all examples that it will ever pack.
 
     Raises:
         UserError: packing is asked for, and the method has no use for it.
     """
-    data, mesh = claim.config.data, claim.mesh
+    data = claim.config.data
     if data.pack == "on" and task.pack is None:
         raise UserError(f"data.pack on: {task.group} does not pack responses; set it to auto (sft has sft.pack)")
     if data.pack == "off" or task.pack is None or data.length_buckets:
@@ -264,22 +272,40 @@ def choose_packing(
             raise UserError(f"data.pack on: {what}; make it a sum of weights * something, or set data.pack off")
         tell(f"data.pack auto: padded; {what}")
         return None
-    shape = some[0]["tokens"].shape
-    accumulate = claim.settings.accumulate
-    packing = packing_of(data, shape, accumulate, mesh, model)
-    if packing.sequences > packing_of(data, shape, accumulate, mesh, model, 1).sequences:
-        needed = max(sequences_needed(batch, shared=packing.shared) for batch in everything)  # maybe fewer than K
-        packing = packing_of(data, shape, accumulate, mesh, model, needed)
-    make = task.pack
-    pack: Pack = lambda batch: make(batch, packing)  # noqa: E731
-    packed = [pack(batch) for batch in some]
-    computed, real = fill(packed)
+    pack, packed = cheapest_packing(task.pack, claim, model.arch.width, some, everything)
+    length = some[0]["tokens"].shape[-1]
+    computed, real = fill(packed, length)
     packs = data.pack == "on" or computed <= WORTH
     if is_first():
+        columns = packed[0]["packed"].tokens.shape[-1]
         once = ", prompts once for their responses" if packed[0]["packed"].branches is not None else ""
-        what = f"packing computes {computed:.0%} of columns padded to {shape[-1]} tokens, {real:.0%} are real{once}"
-        tell(f"data.pack {data.pack}: {'packed' if packs else 'padded'}; {what}")
+        what = f"packing computes {computed:.0%} of columns padded to {length} tokens, {real:.0%} are real{once}"
+        tell(f"data.pack {data.pack}: {'packed' if packs else 'padded'}; {what}, in sequences of {columns}")
     return pack if packs else None
+
+
+def cheapest_packing(
+    make: Callable[[Batch, Packing], Batch],
+    claim: Claim,
+    width: int,
+    some: Sequence[Batch],
+    everything: Iterable[Batch],
+) -> tuple[Pack, list[Batch]]:
+    """What packs `some` batches so that they cost a network of a width least, and these packed."""
+    data, length = claim.config.data, some[0]["tokens"].shape[-1]
+    of = partial(packing_of, data, some[0]["tokens"].shape, claim.settings.accumulate, claim.mesh)
+    needed = {n: 0 for n in range(1, TIMES + 1) if n == 1 or n * length <= data.microbatch_tokens}
+    if any(of(0, n).sequences > of(1, n).sequences for n in needed):  # an example may need fewer than K full rows do
+        for batch in everything:
+            needed = {n: max(most, sequences_needed(batch, n * length, shared=True)) for n, most in needed.items()}
+
+    def cost(tried: tuple[Pack, list[Batch]]) -> float:
+        columns = tried[1][0]["packed"].tokens.shape[-1]
+        return fill(tried[1], length)[0] * (1 + columns / (6 * width))
+
+    packings = [of(most, n) for n, most in needed.items()]
+    packs: list[Pack] = [lambda batch, packing=packing: make(batch, packing) for packing in packings]  # type: ignore[misc]
+    return min(((pack, list(map(pack, some))) for pack in packs), key=cost)
 
 
 def add_reference(

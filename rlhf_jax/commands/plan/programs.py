@@ -143,7 +143,7 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: f
     programs, shape = [], batch["tokens"].shape
     auto = config.data.pack == "auto" and fill <= WORTH and not config.data.length_buckets
     if task.pack is not None and (config.data.pack == "on" or auto):
-        batch = task.pack(batch, packing_of(config.data, shape, accumulate, mesh, loaded.model))
+        batch = task.pack(batch, packing_of(config.data, shape, accumulate, mesh))
     batch = _shapes(batch, batch_sharding(mesh))
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
