@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import io
 import os
@@ -22,6 +21,7 @@ import yaml
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 from rlhf_jax import __version__, config
+from rlhf_jax.config.guess import nearest, same_idea
 from rlhf_jax.config.settings import words
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
 from rlhf_jax.hosts import files, yamls
@@ -137,14 +137,6 @@ def dotted(level: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         yield from dotted(value if isinstance(value, dict) else fields(value), f"{prefix}{name}.")
 
 
-def nearest(word: str, known: list[str], command: str) -> str:
-    """ "; did you mean X?" or where to look. The last part of a dotted name may match on its own."""
-    last = {name.split(".")[-1]: name for name in reversed(known)}
-    close = difflib.get_close_matches(word, known, 1, 0.6)
-    close = close or [last[name] for name in difflib.get_close_matches(word.split(".")[-1], last, 1, 0.6)]
-    return f"; did you mean {close[0]}?" if close else f"; `rlhf-jax {command}--help` lists all"
-
-
 def read(path: str, option: str = "--config") -> tuple[str, Tree]:
     """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
     text = files.read_text(path, option)
@@ -223,14 +215,20 @@ def parse(command: str, arguments: list[str]) -> Any:
     plain: list[str] = []
     hints |= {f"{name}+": hint for name, hint in hints.items() if typing.get_origin(hint) is list}  # appends
     for name, text in pairs(arguments):
-        where, tree = "", Tree({name: text})
         if name == "config":
-            where = f"{text}: "
-            text, tree = read(text)
-        elif fields(hints.get(name)):
-            with contextlib.suppress(yaml.YAMLError):
-                tree = {name: yamls.load(text)}
-        given += [(where, option, value) for option, value in dotted(tree)]
+            text, tree = read(path := text)
+            lines = yamls.lines(text)
+            given += [(f"{path}:{lines[option]}: ", option, value) for option, value in dotted(tree)]
+        else:
+            name = same_idea(name, hints)
+            hint = hints.get(name)
+            if typing.get_origin(hint) in (list, tuple) and not fields(typing.get_args(hint)[0]):
+                text = yamls.as_list(text)
+            tree = Tree({name: text})
+            if fields(hint):
+                with contextlib.suppress(yaml.YAMLError):
+                    tree = {name: yamls.load(text)}
+            given += [("", option, value) for option, value in dotted(tree)]
         plain.append(f"--{name}={text}")
     for where, option, value in given:
         if line := refusal(option, value, hints, command):
@@ -271,6 +269,10 @@ def dispatch(arguments: list[str]) -> None:
     if command in OF_A_RUN:
         return run_directory(command, rest)
     if command not in COMMANDS:
+        if parts := [name for name in COMMANDS if name.startswith(f"{command} ")]:
+            if not rest:
+                raise UserError(f"{command} is not a whole command; write one of {', '.join(parts)}")
+            command = f"{command} {rest[0]}"
         raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *OF_A_RUN], '')}")
     if (first := COMMANDS[command].first) and rest and not rest[0].startswith("-"):
         rest = [f"--{first}={rest[0]}", *rest[1:]]
@@ -306,8 +308,7 @@ def stage_command(command: str, rest: list[str]) -> None:
         return execute(command, settings)
     stages = typing.get_args(fields(config.PlanArgs)["stage"])[1:]
     stages = typing.get_args(fields(args)["stage"])[1:] if "stage" in fields(args) else stages
-    # PPO and its kin have a group named reward, too.
-    known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")
+    known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")  # PPO has a reward, too
     stage = getattr(settings, "stage", "auto")
     if stage == "auto":
         stage = next((name for name in known if name in groups and name in stages), "auto")

@@ -22,6 +22,7 @@ from conftest import FAST
 from tiny import ARCH, model_params
 
 from rlhf_jax import __main__, cli, config
+from rlhf_jax.config import guess
 from rlhf_jax.config.checks import HOLDS
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf
@@ -232,8 +233,21 @@ MISTAKES = {
     "sft --model.arch.width wide": "model.arch.width is 'wide'; give a whole number",
     "sft --model.arch.norm batch": "model.arch.norm is 'batch'; give one of rms, layer, layer_no_bias",
     "ppo --ppo.stop never": "ppo.stop is 'never'; give one of eos, truncate",
-    "ppo --reward.functions a:b": "reward.functions is 'a:b'; give a list such as '[one, two]'",
+    "ppo --reward.functions a:b,": "run.output_dir is empty; say where to write, as --run.output_dir runs/first",
     "ppo --sampling.prompt_buckets [4,x]": "sampling.prompt_buckets is '[4,x]'; give a list such as [4, 8]",
+    "ppo --sampling.prompt_buckets x": """sampling.prompt_buckets is '["x"]'; give a list such as [4, 8]""",
+    "ppo --lr 1e-3": "unknown option 'lr'; did you mean optim.learning_rate?",
+    "rloo --beta 0.1": "unknown option 'beta'; did you mean rloo.kl_coef?",
+    "dpo --sft.pack true": "unknown option 'sft.pack'; did you mean data.pack?",
+    "sft --per_device_train_batch_size 8": (
+        "unknown option 'per_device_train_batch_size'; did you mean data.batch_size?"
+    ),
+    "data inspct rows.jsonl": "unknown command 'data inspct'; did you mean data inspect?",
+    "train": "unknown command 'train'; did you mean sft?",
+    "sft --output_dir . --model.path gpt2": "gpt2: no such directory; did you mean hf://openai-community/gpt2?",
+    "score --data.path none/rows.jsonl": "none/rows.jsonl: no such file, and no directory none; check the path",
+    "data": "data is not a whole command; write one of data inspect, data prepare, data aggregate, data make",
+    "inspect a/b": "a/b: no such directory; give a directory, or hf://a/b for a model of the Hub",
     "sft --config nope.yaml": "--config nope.yaml: No such file or directory; check the path",
     "sft --config .": "--config .: Is a directory; check the path",
 }
@@ -245,23 +259,36 @@ def test_a_mistake_on_the_command_line_is_one_line(refused, tmp_path, monkeypatc
     assert refused(*re.findall(r"\{.*?\}|\S+", line)) == MISTAKES[line]
 
 
+def test_what_other_libraries_call_an_option_leads_to_one_of_ours():
+    """No alias points nowhere, and none stands for a name that is ours in every command."""
+    known = {name: list(command.options) for name, command in cli.COMMANDS.items()}
+    everything = [*known, *dict.fromkeys(option for options in known.values() for option in options)]
+    for alias, ends in guess.ALIASES.items():
+        assert all(any(f".{name}".endswith(f".{end}") for name in everything) for end in ends.split()), alias
+    for name in (name for names in guess.SAME for name in names):
+        assert name in everything and guess.same_idea(name, everything) == name
+    assert guess.same_idea("data_path", known["sft"]) == "data.path"
+    assert guess.same_idea("run.output_dir", known["sample"]) == "output"
+    assert guess.same_idea("path", known["sft"]) == "path"  # which may be that of a model
+
+
 FILES = {
-    "modl: {path: x}": ": unknown option 'modl'; did you mean model?",
-    "model: {pth: x}": ": unknown option 'model.pth'; did you mean model.path?",
-    "model: {arch: {widht: 8}}": ": unknown option 'model.arch.widht'; did you mean model.arch.width?",
-    "batch_size: 8": ": unknown option 'batch_size'; did you mean data.batch_size?",
-    "1: x": ": unknown option '1'; did you mean optim.b1?",
-    "model: {eos_ids: [4, x]}": ": model.eos_ids is [4, 'x']; give a list such as [4, 8]",
-    "data: {path: [x]}": ": data.path is ['x']; give text",
-    "model: {arch: {width: wide}}": ": model.arch.width is 'wide'; give a whole number",
-    "model: {arch: {norm: batch}}": ": model.arch.norm is 'batch'; give one of rms, layer, layer_no_bias",
-    "sft: {loss_on: everything}": ": sft.loss_on is 'everything'; give one of response, assistant, all",
-    "data: {batch_size: null}": ": data.batch_size is 'null'; give a whole number",
-    "data: {batch_size: true}": ": data.batch_size is 'true'; give a whole number",
-    "data: {batch_size: [8]}": ": data.batch_size is ['8']; give a whole number",
-    "data: 3": ": data is '3'; it is a group of options, such as data.path",
-    "data: [path]": ": data is ['path']; it is a group of options, such as data.path",
-    "model: {eos_ids: 3}": ": model.eos_ids is '3'; give a list such as [4, 8]",
+    "modl: {path: x}": ":1: unknown option 'modl'; did you mean model?",
+    "data: {path: x}\nmodel:\n  arch: null\n  pth: x": ":4: unknown option 'model.pth'; did you mean model.path?",
+    "model: {arch: {widht: 8}}": ":1: unknown option 'model.arch.widht'; did you mean model.arch.width?",
+    "batch_size: 8": ":1: unknown option 'batch_size'; did you mean data.batch_size?",
+    "1: x": ":1: unknown option '1'; did you mean optim.b1?",
+    "model: {eos_ids: [4, x]}": ":1: model.eos_ids is [4, 'x']; give a list such as [4, 8]",
+    "data: {path: [x]}": ":1: data.path is ['x']; give text",
+    "model: {arch: {width: wide}}": ":1: model.arch.width is 'wide'; give a whole number",
+    "model: {arch: {norm: batch}}": ":1: model.arch.norm is 'batch'; give one of rms, layer, layer_no_bias",
+    "sft: {loss_on: everything}": ":1: sft.loss_on is 'everything'; give one of response, assistant, all",
+    "data: {batch_size: null}": ":1: data.batch_size is 'null'; give a whole number",
+    "data: {batch_size: true}": ":1: data.batch_size is 'true'; give a whole number",
+    "data: {batch_size: [8]}": ":1: data.batch_size is ['8']; give a whole number",
+    "data: 3": ":1: data is '3'; it is a group of options, such as data.path",
+    "data: [path]": ":1: data is ['path']; it is a group of options, such as data.path",
+    "model: {eos_ids: 3}": ":1: model.eos_ids is '3'; give a list such as [4, 8]",
     "data: {seed: 1}\ndata: {path: x}": ":2: invalid YAML ('data' comes twice); correct it",
     "data: [1, 2": ":1: invalid YAML (",
     "data:\n\tpath: x": ":2: invalid YAML (",
@@ -743,7 +770,7 @@ def test_sample_decodes_in_microbatches_and_says_what_it_cut(here, call):
 
 INFERENCE_MISTAKES = {
     "sample --model.path lm": r"there are no prompts; give --prompts .*",
-    "sample --model.path lm --prompts b": r"prompts is 'b'; give a list such as '\[one, two\]'",
+    "sample --model.path lm --prompts [b": r"prompts is '\[b'; give a list such as '\[one, two\]'",
     "sample --model.path lm --prompts ['']": r'prompt 0: "prompt" is empty; fix or remove the row',
     "sample --model.path lm --prompts [b,'_']": r"prompts: kept 1 of 2 rows; .*; remove the empty ones",
     "sample --prompts [b]": r"model\.tokenizer and model\.path are both empty; give one of them",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -68,6 +71,26 @@ def load(text: str, loader: Any = Texts) -> Any:
         raise yaml.YAMLError("nested too deeply") from None
     except (ValueError, OverflowError) as error:  # no such date, too long a number
         raise yaml.YAMLError(reason(error)) from None
+
+
+def as_list(text: str) -> str:
+    """YAML of a list: the text, if it is one (or nothing, or broken), else a list of it alone."""
+    with contextlib.suppress(yaml.YAMLError):
+        if not isinstance(load(text), (list, NoneType)) and text != "null":
+            return json.dumps([text])
+    return text
+
+
+def lines(text: str) -> dict[str, int]:
+    """Dotted name -> line, from 1, of every key of a text that `load` reads; no name of what a list holds."""
+    found: dict[str, int] = {}
+    left: list[tuple[str, yaml.Node | None]] = [("", yaml.compose(text, Loader=Texts))]
+    while left:
+        prefix, node = left.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            found[prefix + key.value] = key.start_mark.line + 1
+            left.append((f"{prefix}{key.value}.", value))
+    return found
 
 
 def read(text: str, where: str, loader: Any = Texts) -> Any:

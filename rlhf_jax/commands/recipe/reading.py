@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf_jax import cli
+from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.yamls import Tree, Value, load
@@ -152,7 +153,7 @@ class Recipe:
             raise self.error(f"stage {name}", f"command is {command!r}; name one, as command: sft")
         place, label = f"stage {name}", f"round{round_}/{name}" if round_ else name
         if command not in cli.COMMANDS:
-            raise self.error(place, f"unknown command {command!r}{cli.nearest(command, list(cli.COMMANDS), '')}")
+            raise self.error(place, f"unknown command {command!r}{nearest(command, list(cli.COMMANDS), '')}")
         hints = cli.COMMANDS[command].options
         target = next((option for option in OUTPUTS if option in hints), "")
         if not target or command == "recipe":
@@ -179,9 +180,7 @@ class Recipe:
         hints = {name: hint for stage in stages for name, hint in cli.COMMANDS[stage.command].options.items()}
         for option, value in cli.dotted(self.defaults):
             if option not in hints:
-                raise self.error(
-                    "defaults", f"no stage has an option {option!r}{cli.nearest(option, list(hints), '')}"
-                )
+                raise self.error("defaults", f"no stage has an option {option!r}{nearest(option, list(hints), '')}")
             if isinstance(value, dict) != bool(cli.fields(hints[option])) and value != "null":
                 raise self.error("defaults", cli.misfit(option, value, hints[option]))
 
@@ -205,7 +204,7 @@ def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
     wanted = template.get_identifiers()
     for name in wanted:
         if name not in names:
-            near = cli.nearest(name, list(names), "").replace("mean ", "mean $")
+            near = nearest(name, list(names), "").replace("mean ", "mean $")
             if not near.startswith("; did you mean "):
                 near = f"; there are {', '.join('$' + one for one in names)}" if names else "; nothing comes before it"
             raise UserError(f"{where}: {value!r}: there is no ${name} at this point{near}")
@@ -213,7 +212,7 @@ def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
     for plain, braced, part in PART.findall(value):
         name = plain or braced
         if names[name].run and part not in OURS:
-            near = cli.nearest(part, list(OURS), "").partition("; `")[0]
+            near = nearest(part, list(OURS), "").partition("; `")[0]
             raise UserError(f"{where}: {value!r}: the run directory of {name} has no {part}{near}")
     if wanted and value in (f"${wanted[0]}", f"${{{wanted[0]}}}"):
         return names[wanted[0]].value
@@ -296,12 +295,10 @@ def replaced(tree: Mapping[str, object], changes: Mapping[str, object], where: s
             name, _, rest = rest.partition(".")
             stages = {str(one.get("name", one.get("command"))): one for one in entries_of(recipe.get("stages"))}
             if name not in stages or not rest:
-                raise UserError(f"--{dotted}: {where} has no stage {name!r}{cli.nearest(name, list(stages), '')}")
+                raise UserError(f"--{dotted}: {where} has no stage {name!r}{nearest(name, list(stages), '')}")
             put(stages[name], rest, new)
         elif group == "variables" and rest not in (variables := recipe.get("variables", {})):
-            raise UserError(
-                f"--{dotted}: {where} has no variable {rest!r}{cli.nearest(rest, [*map(str, variables)], '')}"
-            )
+            raise UserError(f"--{dotted}: {where} has no variable {rest!r}{nearest(rest, [*map(str, variables)], '')}")
         else:
             put(recipe, dotted, new)
     return recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from rlhf_jax.config.guess import of_the_hub
 from rlhf_jax.errors import UserError
 
 PREFIX = "hf://"
@@ -16,9 +17,11 @@ def local_directory(path: str) -> str:
     """The path itself, or where the files of hf://owner/name or hf://owner/name@revision lie after a download.
 
     Raises:
-        UserError: no such repository or revision, or no network.
+        UserError: no such repository or revision, no network, or a path that is none but may be such a name.
     """
     if not path.startswith(PREFIX):
+        if path and not Path(path).expanduser().exists() and (cure := of_the_hub(path)):
+            raise UserError(f"{path}: no such directory; {cure}")
         return path
     name, _, revision = path.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
