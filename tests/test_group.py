@@ -32,9 +32,11 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
 from rlhf_jax.inference.generate import decode
+from rlhf_jax.online.core import make_epochs
 from rlhf_jax.online.iteration import key_at, roll_out
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.sharding import make_mesh
+from rlhf_jax.training.packing import Sharing
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
 
@@ -186,6 +188,27 @@ def test_at_the_first_step_the_ratio_is_one_and_the_loss_minus_the_mean_advantag
     loss, metrics = loss_of(PLAIN, x)
     assert float(metrics["policy/ratio_max"]) == pytest.approx(1, abs=1e-5)
     assert float(loss) == pytest.approx(-f64(x.advantages)[np.asarray(x.mask)].mean(), abs=1e-5)
+
+
+def test_minibatches_keep_the_rows_of_a_prompt_together_and_take_every_row_once_an_epoch():
+    """All of a group, or as many as divide the minibatch; whatever a microbatch holds."""
+    x = score(PLAIN, numbers()[0], host=HOST, models=NO_REWARD)[0]
+    x = dataclasses.replace(x, advantages=jnp.broadcast_to(jnp.arange(8.0)[:, None], x.advantages.shape))
+    for minibatches, together, tokens in ((2, 4, 0), (2, 4, 99), (4, 2, 99), (8, 1, 99)):
+        seen = []
+
+        def step(state, batch, key, frozen, seen=seen):
+            seen.append(np.asarray(batch["experience"].advantages[:, 0], int))
+            return state, {}
+
+        config = replace(PLAIN, minibatches=minibatches, epochs=4, microbatch_tokens=tokens)
+        with jax.disable_jit():
+            update = make_epochs(step, config, {"weights": "mask"}, Sharing(config.group_size))
+            update(TrainState(jnp.zeros((), jnp.int32), (), ()), x, KEY, jnp.float32(1.0))
+        epochs = np.reshape(seen, (4, -1))
+        assert (np.sort(epochs) == np.arange(8)).all() and len({tuple(rows) for rows in epochs.tolist()}) > 1
+        blocks = epochs.reshape(-1, together)
+        assert (blocks == blocks[:, :1] + np.arange(together)).all() and (blocks[:, 0] % together == 0).all()
 
 
 # ---- no setting is idle

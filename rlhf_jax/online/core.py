@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -153,6 +154,7 @@ def corrected(
 def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], sharing: Sharing | None = None) -> Update:
     """update(state, experience, key, temperature, ptx=None, frozen=None): epochs over its rows, each in a fresh order.
 
+    Rows that answer one prompt stay together, all of them or as many as a minibatch is a multiple of.
     `step` is `step.make_update` of the method's objective. Its batch holds rows of the experience, in order, the same
     rows packed, those without a weight left out; the temperature; weights by name, each of a mask of the experience
     (`masks`); and text if there is any: `ptx` has a leading axis of epochs * minibatches. The step reads `frozen`.
@@ -171,9 +173,11 @@ def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], shar
     ) -> tuple[TrainState, Metrics]:
         # The rows of every step, in order: int32[num, B / minibatches], num = epochs * minibatches.
         num_rows = experience.mask.shape[0]
+        together = math.gcd(sharing.rows if sharing else 1, num_rows // config.minibatches)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(config.epochs))
-        orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys).reshape(num, -1)
-        orders = jnp.sort(orders, axis=1)
+        orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows // together))(keys).reshape(num, -1)
+        firsts = together * jnp.sort(orders, axis=1)
+        orders = (firsts[:, :, None] + jnp.arange(together)[None, None]).reshape(num, -1)
 
         # One step: M = B / minibatches rows of every leaf [B, ...] of the experience, and text [ptx rows, S] if given.
         def take(state: TrainState, xs: Any) -> tuple[TrainState, Metrics]:
