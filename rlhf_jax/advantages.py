@@ -39,6 +39,42 @@ def missing_eos_penalty(
     return jnp.where(finished, scores, penalised)
 
 
+def combined(
+    scores: Float[Array, "*B M"], *, combine: str, combine_coef: Float[Array, ""] | float
+) -> Float[Array, "*B"]:
+    """One score of the M members of an ensemble: their mean, the least (min), or mean - coef * std (lower_bound).
+
+    Coste et al. 2023 (arXiv 2310.02743), eqs. 2 to 4, who take the variance for the standard deviation (over M).
+    Members are sorted first and counted from the least of them: no order of members changes a bit, and equal members
+    give their score itself.
+    """
+    ordered = jnp.sort(scores, axis=-1)
+    least = ordered[..., 0]
+    if combine == "min":
+        return least
+    mean = least + (ordered - ordered[..., :1]).mean(axis=-1)
+    return mean - combine_coef * disagreement(scores) if combine == "lower_bound" else mean
+
+
+def disagreement(scores: Float[Array, "*B M"]) -> Float[Array, "*B"]:
+    """The standard deviation (over M) of the members of an ensemble; 0 where all are equal, in any order the same."""
+    ordered = jnp.sort(scores, axis=-1)
+    return (ordered - ordered[..., :1]).std(axis=-1)
+
+
+def overlong_penalty(
+    lengths: Int[Array, " B"], max_length: int, *, overlong_tokens: int, overlong_coef: float
+) -> Float[Array, " B"]:
+    """From 0 at max_length - overlong_tokens tokens linearly to -coef at max_length; 0 below.
+
+    Soft overlong punishment, Yu et al. 2025 (DAPO, arXiv 2503.14476), eq. 13; 0 everywhere if overlong_tokens is 0.
+    """
+    if not overlong_tokens:
+        return jnp.zeros(lengths.shape)
+    beyond = lengths - (max_length - overlong_tokens)
+    return -overlong_coef * jnp.clip(beyond / overlong_tokens, 0.0, 1.0)
+
+
 def gae(
     rewards: Float[Array, "B T"], values: Float[Array, "B T"], *, discount: float, gae_lambda: float
 ) -> Float[Array, "B T"]:

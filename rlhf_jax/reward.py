@@ -26,13 +26,13 @@ from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.packing import pack_responses
 from rlhf_jax.data.rows import Row, layout_of
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.processes import to_host
+from rlhf_jax.hosts.processes import say, to_host
 from rlhf_jax.inference.intervals import share_and_interval
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
-from rlhf_jax.training.responses import of_batch, of_view, response_scores, view_of
+from rlhf_jax.training.responses import by_example, of_batch, of_view, response_scores, standardised, view_of
 from rlhf_jax.training.sums import is_ours
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
@@ -55,10 +55,34 @@ def objective(model: Model, loss: ArrayLoss, inputs: Inputs = of_pairs) -> LossF
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         view = view_of(batch)
-        scores = response_scores(model, params, view).reshape(len(batch["weights"]), -1)
-        return loss(*inputs(scores, of_view(batch, view)))
+        scores, batch = by_example(response_scores(model, params, view), batch), of_view(batch, view)
+        return loss(*inputs(scores, batch)) if scores.ndim == 2 else of_members(loss, inputs, scores, batch)
 
     return loss_fn
+
+
+def of_members(loss: ArrayLoss, inputs: Inputs, scores: Float[Array, "B K E"], batch: Batch) -> tuple[Array, Metrics]:
+    """The mean of the losses of an ensemble's members, each with the weights of its own draw of prompts, if any."""
+    weights = batch["weights"][:, None] * batch.get("member_weights", jnp.ones((1, scores.shape[2])))  # [B, E]
+    each = [loss(*inputs(scores[:, :, i], {**batch, "weights": weights[:, i]})) for i in range(scores.shape[2])]
+    both = {name: jnp.stack([metrics[name] for _, metrics in each]) for name in each[0][1]}
+    metrics = {name: values.max() if name.endswith("_max") else values.mean() for name, values in both.items()}
+    return jnp.stack([total for total, _ in each]).mean(), metrics
+
+
+def resampled(examples: Sequence[Example], *, members: int, seed: int) -> list[Example]:
+    """Examples with member_weights f32[members]: how often each member draws their prompt.
+
+    Every member has a bootstrap of its own (Efron 1979), as many prompts as there are, with replacement, so that all
+    rows of a prompt count alike. It depends on the seed, the member and the prompts, whatever the order of the rows.
+    """
+    keys = sorted({example["prompt_key"] for example in examples})
+    even = np.full(len(keys), 1 / len(keys))
+    draws = [np.random.default_rng([seed, member]).multinomial(len(keys), even) for member in range(members)]
+    counts = dict(zip(keys, np.stack(draws, axis=1).astype(np.float32), strict=True))
+    seen = [f"{share:.0%}" for share in (np.stack(draws) > 0).mean(axis=1)]
+    say(f"reward.members {members}: drawn with replacement, they see {', '.join(seen)} of {len(keys)} prompts")
+    return [{**example, "member_weights": counts[example["prompt_key"]]} for example in examples]
 
 
 class Kind(NamedTuple):
@@ -90,12 +114,16 @@ def kind_of_rows(settings: RewardConfig, rows: Sequence[Row]) -> str:
 
 
 def score_all(model: Model, params: Params, mesh: Mesh, batches: list[Batch]) -> np.ndarray:
-    """Scores [N, K] of all rows of `eval_batches`, fillers left out; NaN where there is no response."""
+    """Scores [N, K] of all rows of `eval_batches`, fillers left out; NaN where there is no response.
+
+    Of an ensemble [N, K, E].
+    """
     forward = jax.jit(partial(of_batch, response_scores, model))
     parts = []
     for batch in batches:
         scores = to_host(forward(params, put_batch(mesh, batch)))
-        parts.append(np.where(batch.get("mask", True), scores, np.nan)[batch["weights"] > 0])
+        there = np.broadcast_to(batch.get("mask", True), scores.shape[:2])
+        parts.append(np.where(there if scores.ndim == 2 else there[..., None], scores, np.nan)[batch["weights"] > 0])
     return np.concatenate(parts)
 
 
@@ -103,13 +131,13 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     """The head shifted (mean) and scaled (mean_std) so that `scores` would have mean 0 and standard deviation 1.
 
     Ziegler et al. 2019, section 2.2: a gain and a bias, here folded into the linear head, so they are saved with it.
+    Of an ensemble, scores [N, K, E], each head by its own.
     """
     if how == "off":
         return params
-    gain = 1.0 / max(float(np.nanstd(scores)), 1e-6) if how == "mean_std" else 1.0
-    score = params["score"]
-    head = {"kernel": score["kernel"] * gain, "bias": (score["bias"] - float(np.nanmean(scores))) * gain}
-    return {**params, "score": head}
+    mean = np.nanmean(scores, axis=(0, 1))
+    std = np.nanstd(scores, axis=(0, 1)) if how == "mean_std" else np.ones_like(mean)
+    return {**params, "score": standardised(params["score"], mean, std)}
 
 
 def pair_accuracy(scores: np.ndarray, batches: list[Batch], prompts: Sequence[str]) -> Summary:
@@ -184,6 +212,8 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
     """A reward model of rows of a kind, else of that which the config names; `loss` replaces the config's."""
     settings, kind = config.reward, kind or KINDS[kind_of_rows(config.reward, [])]
     bound, inputs = bind(loss or kind.loss(settings), settings), kind.inputs
+    members = settings.members if settings.members > 1 else 0
+    draw = partial(resampled, members=members, seed=config.run.seed)
     return Task(
         "reward",
         kind.build(settings),
@@ -191,6 +221,8 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
         objective=lambda model: objective(model, bound, inputs),
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
         head=settings.head_init,
+        members=members,
+        resample=draw if members and settings.bootstrap == "prompts" else None,
         pack=pack_responses,
         foreign=None if is_ours(bound) else lambda scores, batch: bound(*inputs(scores, batch)),
     )
@@ -219,7 +251,7 @@ def run(
     """Train as configured and write the run directory; returns its summary.
 
     `rows` and `eval_rows` (lists of dicts) replace the config's files, `loss` its loss. eval/* in the summary are of
-    the kept parameters before their head is normalised.
+    the kept parameters before their head is normalised, and means over the members of an ensemble.
     """
     claim = begin("reward", config, "reward", rows=rows, eval_rows=eval_rows, loss=loss)
     if isinstance(claim, dict):  # it is finished
@@ -231,9 +263,18 @@ def run(
             params = fit(work, out)
             model, whole = work.loaded.model, work.loaded.whole(params)
             results, agreement = work.evaluate(params), {}
-            if work.held_out:
-                scores = score_all(model, whole, mesh, work.held_out)
-                prompts = [example["prompt_key"] for example in work.held_out_set[: len(scores)]]
-                agreement = kind.agreement(scores, work.held_out, prompts)
             saved = as_saved(config, model, params, whole, mesh, work.train_set, work.collate)
+            if work.held_out:
+                scores = score_all(model, work.loaded.whole(saved), mesh, work.held_out)
+                prompts = [example["prompt_key"] for example in work.held_out_set[: len(scores)]]
+                agreement = agreements(kind, scores, work.held_out, prompts)
             return finish(work, out, saved, {**agreement, **results})
+
+
+def agreements(kind: Kind, scores: np.ndarray, batches: list[Batch], prompts: Sequence[str]) -> Summary:
+    """`kind.agreement`; of an ensemble, scores [N, K, E], that of the members' mean and `members`, each one's."""
+    if scores.ndim == 2:
+        return kind.agreement(scores, batches, prompts)
+    each = [kind.agreement(scores[:, :, i], batches, prompts) for i in range(scores.shape[2])]
+    main = next(iter(each[0]))  # accuracy or spearman
+    return {**kind.agreement(scores.mean(axis=2), batches, prompts), "members": [own[main] for own in each]}

@@ -228,6 +228,7 @@ class Packed:
         empty = jnp.zeros((self.num_rows, num_tokens), x.dtype)
         return empty.at[self.row, self.place].add(x, mode="drop")
 
-    def at_ends(self, x: Float[Array, "M S"]) -> Float[Array, " R"]:
+    def at_ends(self, x: Float[Array, "M S ..."]) -> Float[Array, "R ..."]:
         """What a view's columns say at the last token of each row; 0 for rows elsewhere."""
-        return jnp.zeros(self.num_rows, x.dtype).at[jnp.where(self.ends, self.row, self.num_rows)].add(x, mode="drop")
+        rows = jnp.zeros((self.num_rows, *x.shape[2:]), x.dtype)
+        return rows.at[jnp.where(self.ends, self.row, self.num_rows)].add(x, mode="drop")

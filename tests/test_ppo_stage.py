@@ -19,6 +19,7 @@ from rlhf_jax.config import MeshConfig, PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.models import hf
+from rlhf_jax.online import guards
 from rlhf_jax.online import loop as online_loop
 from rlhf_jax.online import programs as programs_module
 from rlhf_jax.online.iteration import LoopState, evaluate, iterate, key_at, roll_out
@@ -559,6 +560,12 @@ def written(config: PPOConfig):
     return sorted(p.name for p in out.iterdir()), (out / "samples.jsonl").read_text().count("\n")
 
 
+def limited(config: PPOConfig):
+    """Whether an evaluation of this KL, at which members disagree three times as much as before, ends the run."""
+    before, after = ({"eval/kl": 3.0, guards.DISAGREEMENT: times} for times in (1.0, 3.0))
+    return np.array([bool(guards.beyond(config, before, after))])
+
+
 def double_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio):
     return -2 * clip_ratio * jnp.sum(weights * logprobs * advantages), {}
 
@@ -589,6 +596,12 @@ EFFECTS = {
     "score_at": (scored, {}, {"score_at": "after_eos"}),
     "kl_estimator": (scored, {}, {"kl_estimator": "k3"}),
     "kl_controller": (scored, ADAPTIVE, {**ADAPTIVE, "kl_controller": "fixed"}),
+    "reward_standardize": (scored, {}, {"reward_standardize": "mean"}),
+    "reward_clip": (scored, {}, {"reward_clip": 0.1}),
+    "overlong_tokens": (scored, {}, {"overlong_tokens": 2}),
+    "overlong_coef": (scored, {"overlong_tokens": 2}, {"overlong_tokens": 2, "overlong_coef": 2.0}),
+    "kl_budget": (limited, {}, {"kl_budget": 2.0}),
+    "disagreement_budget": (limited, {}, {"disagreement_budget": 2.0}),
     "kl_coef": (staged, {}, {"kl_coef": 0.1}),
     "kl_target": (scored, ADAPTIVE, {**ADAPTIVE, "kl_target": 1e3}),
     "kl_horizon": (scored, ADAPTIVE, {**ADAPTIVE, "kl_horizon": 50.0}),

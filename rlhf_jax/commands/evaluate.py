@@ -95,7 +95,7 @@ def _evaluate(
             sources.draw(number, measure)
             if text:
                 read.append(phases.add(1, 1, partial(held_out, config, sources, source, text)))
-        if functions or config.reward.model or config.reward.functions:
+        if functions or config.reward.paths or config.reward.functions:
             sources.score(functions)
         pairs_of = partial(beside_baseline, sources, baseline)
         compared = sources.judge(config, judge, pairs_of) if judge or config.judge.named() else None

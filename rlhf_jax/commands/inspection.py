@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax import cli, reward
 from rlhf_jax.config import (
@@ -33,9 +34,9 @@ from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import find_family, understood
 from rlhf_jax.models.hf.family import ConfigJson
-from rlhf_jax.models.hf.layout import leaf_shapes
+from rlhf_jax.models.hf.layout import flattened, leaf_shapes
 from rlhf_jax.models.kernels import Quantization, quantized
-from rlhf_jax.models.loading import padded
+from rlhf_jax.models.loading import padded, same_ids
 from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.runs.checkpoint import Checkpoints, damage
 from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, read_record
@@ -141,9 +142,11 @@ def run_inspect(config: InspectArgs) -> dict[str, Any]:
     weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.index.json")))
     named = (raw.get("architectures") or [""])[0]
     score_head = hf.has_score_head(path) if weights else named.endswith("SequenceClassification")
-    shapes = leaf_shapes(arch, score_head=score_head)
+    members = hf.members_of(path) if score_head and path.is_dir() else 0
+    shapes = leaf_shapes(arch, score_head=score_head, members=members)
     count = sum(math.prod(shape) for shape in shapes.values())
-    kind = "scores (reward or value model)" if score_head else "logits (language model)"
+    kind = f"scores of {members} members" if members else "scores (reward or value model)"
+    kind = kind if score_head else "logits (language model)"
     lines = [
         ("model", str(config.model)),
         ("family", f"{raw['model_type']}, {kind}" + ("" if weights else "; no weights here")),
@@ -182,7 +185,9 @@ def run_convert(config: ConvertArgs) -> Path:
     elif config.step:
         raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
     else:
-        model = _of_directory(source, config.dtype)
+        model = _of_directory(source, "float32" if config.average else config.dtype)
+    if config.average:
+        model = averaged(model, config)
     arch, params, tokenizer, pad_id = model.arch, model.params, model.tokenizer, model.pad_id
     with written(f"output {target}"):
         if tokenizer and "score" in params:
@@ -236,6 +241,31 @@ def _of_directory(source: Path, dtype: str) -> Source:
     return Source(arch, raw, params, tokenizer, hf.read_generation(folder), eos_ids)
 
 
+def averaged(model: Source, config: ConvertArgs) -> Source:
+    """The model with the mean of its weights and of those of the directories config.average; equal ones give theirs.
+
+    Raises:
+        UserError: a directory of another shape, another kind of head or another tokenizer.
+    """
+    apart = jax.tree.map(jnp.zeros_like, model.params)
+    for path in config.average:
+        other = _of_directory(Path(hub.local_directory(path)), "float32")
+        shapes = [{name: x.shape for name, x in flattened(one.params).items()} for one in (model, other)]
+        names = [field.name for field in dataclasses.fields(ArchConfig)]
+        differ = [name for name in names if getattr(model.arch, name) != getattr(other.arch, name)]
+        differ += sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()} if not differ else ())
+        if differ:
+            raise UserError(
+                f"average {path}: {', '.join(differ[:3])} is not as in {config.model}; name models of a kind"
+            )
+        if model.tokenizer and other.tokenizer and not same_ids(model.tokenizer, other.tokenizer):
+            raise UserError(f"average {path}: another tokenizer than that of {config.model}; name models of one")
+        apart = jax.tree.map(lambda total, x, first: total + (x - first), apart, other.params, model.params)
+    count = 1 + len(config.average)
+    tell(f"the mean of the weights of {count} models")
+    return model._replace(params=jax.tree.map(lambda first, total: first + total / count, model.params, apart))
+
+
 def _of_checkpoint(run: Path, step: int) -> Source:
     """What a run's checkpoint would be saved as if the run ended there: of PPO and its kin the policy or its average.
 
@@ -271,7 +301,8 @@ def _of_checkpoint(run: Path, step: int) -> Source:
     chosen = next((each for each in tried if not damage(checkpoints.path(each))), None)
     if chosen is None:
         raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
-    model = Model(arch, score_head=stage == "reward")
+    members = record["config"]["reward"].get("members", 1) if stage == "reward" else 1
+    model = Model(arch, score_head=stage == "reward", members=members if members > 1 else 0)
     params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
     # As the stages keep them: LoopState.tree, and the state of `loop.train`.
     place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]

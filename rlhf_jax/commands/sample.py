@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 
@@ -17,7 +18,7 @@ from rlhf_jax.feedback.sources import kept_fields, load_drawer, prompts_of, with
 from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
-from rlhf_jax.inference.scoring import RewardModel
+from rlhf_jax.inference.scoring import RewardModel, combined
 from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.sharding import make_mesh
 
@@ -55,7 +56,7 @@ def run_sample(config: SampleArgs) -> list[Row]:
 
 
 def run_score(config: ScoreArgs) -> list[Row]:
-    """The rows of data_path with "score" added; written or printed, and returned."""
+    """The rows of data_path with "score" added, of an ensemble "scores" too; written or printed, and returned."""
     if not config.data_path:
         raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows")
     rows = rows_from(config.data_path)
@@ -63,20 +64,26 @@ def run_score(config: ScoreArgs) -> list[Row]:
 
     def begin() -> Make:
         limits = Limits(config.max_prompt_length, config.max_length)
-        reader = RewardModel(
-            config.model, make_mesh(config.mesh), limits, batch_size=min(config.batch_size, len(rows))
-        )
-        examples = [reader.example(row) for row in rows]
-        report = Report(len(rows), {}, sum(example["cut"] for example in examples))
+        size, mesh = min(config.batch_size, len(rows)), make_mesh(config.mesh)
+        named = [replace(config.model, path=path) for path in config.models] or [config.model]
+        readers = [RewardModel(one, mesh, limits, batch_size=size) for one in named]
+        read = [[reader.example(row) for row in rows] for reader in readers]
+        cuts = [any(one["cut"] for one in same) for same in zip(*read, strict=True)]
+        report = Report(len(rows), {}, sum(cuts))
         if report.truncated:
             tell(f"{report.mark}rows: {report}", error=True)  # which keeps rows on standard output clean
-        longest = max(len(example["tokens"]) for example in examples)
+        longest = [max(len(one["tokens"]) for one in examples) for examples in read]
 
         def make(start: int, stop: int) -> list[Row]:
-            scores = reader.scores(examples[start:stop], longest)
+            parts = zip(readers, read, longest, strict=True)
+            each = [reader.scores(examples[start:stop], length) for reader, examples, length in parts]
+            scores, members = combined(each, combine=config.combine, combine_coef=config.combine_coef)
             plain = ({name: value for name, value in row.items() if name != "_where"} for row in rows[start:stop])
-            cuts = ({"cut": True} if example["cut"] else {} for example in examples[start:stop])
-            return [{**row, "score": score, **cut} for row, score, cut in zip(plain, scores, cuts, strict=True)]
+            said = [{"score": score} for score in scores.tolist()]
+            if members.shape[1] > 1:
+                said = [{**one, "scores": own} for one, own in zip(said, members.tolist(), strict=True)]
+            marks = ({"cut": True} if cut else {} for cut in cuts[start:stop])
+            return [row | one | mark for row, one, mark in zip(plain, said, marks, strict=True)]
 
         return make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import check
@@ -34,7 +35,7 @@ class InspectArgs:
 
 @settings
 class ConvertArgs:
-    """All of `rlhf-jax convert MODEL --output DIR`: a model in another dtype or file size.
+    """All of `rlhf-jax convert MODEL --output DIR`: a model in another dtype or file size, or averaged with others.
 
     Args:
         model: a Hugging Face directory or hf://owner/name: a policy, or a reward or value model. Or the directory of a
@@ -45,6 +46,8 @@ class ConvertArgs:
         shard_gb: largest weight file, in 10^9 bytes; more than one come with an index.
         overwrite: replace the model in `output`.
         step: of a run's checkpoints, the one of this step; 0 takes the newest.
+        average: directories of more models, of the same shape and tokenizer: what is written has the mean of the
+            weights of all of them (of reward models: WARM, Rame et al. 2024, arXiv 2401.12187).
     """
 
     model: PathText = ""
@@ -53,6 +56,7 @@ class ConvertArgs:
     shard_gb: float = 5.0
     overwrite: bool = False
     step: int = 0
+    average: list[PathText] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check(self, "", {"above 0": "shard_gb", "at least 0": "step"})

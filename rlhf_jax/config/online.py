@@ -16,8 +16,13 @@ class RewardSourceConfig:
     """What PPO maximises: weight * reward model + sum of weights * Python functions.
 
     Args:
-        model: directory of a reward model, as `rlhf-jax reward` writes it; empty means none.
-        model_weight: factor of its score.
+        model: directory of a reward model, as `rlhf-jax reward` writes it; empty means none. One with several heads
+            (reward.members of that stage) is an ensemble.
+        models: directories of several reward models instead, an ensemble.
+        combine: what an ensemble says: the mean of its members, the least of their scores (min), or mean -
+            combine_coef * their standard deviation (lower_bound; Coste et al. 2023, arXiv 2310.02743).
+        combine_coef: standard deviations that lower_bound takes off.
+        model_weight: factor of the model's or the ensemble's score.
         functions: Python functions fn(prompts, responses, **columns) -> list of floats, as "module:name".
         function_weights: a factor for each function; empty means 1 for all.
         gold: a function of the same form that is only logged, as rollout/gold; training never sees it.
@@ -27,6 +32,9 @@ class RewardSourceConfig:
     """
 
     model: PathText = ""
+    models: list[PathText] = field(default_factory=list)
+    combine: Literal["mean", "min", "lower_bound"] = "mean"
+    combine_coef: float = 1.0
     model_weight: float = 1.0
     functions: list[str] = field(default_factory=list)
     function_weights: list[float] = field(default_factory=list)
@@ -36,7 +44,13 @@ class RewardSourceConfig:
     on_failure: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries"})
+        check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries combine_coef"})
+        check_paths("reward.", self.model, self.models)
+        if self.model_weight < 0 and self.combine != "mean":
+            raise UserError(
+                f"reward.model_weight {self.model_weight:g} makes the least score of an ensemble the largest; set "
+                "reward.combine mean"
+            )
         if any(not (weight and abs(weight) <= LARGEST) for weight in self.function_weights):
             raise UserError(
                 f"reward.function_weights {shown(self.function_weights)} are not all finite and other than 0; leave "
@@ -44,6 +58,19 @@ class RewardSourceConfig:
             )
         if any(not name.strip() for name in self.functions):
             raise UserError(f"reward.functions {shown(self.functions)} has an empty text; name module:function")
+
+    @property
+    def paths(self) -> list[str]:
+        """The directories of the reward models."""
+        return [self.model] if self.model else self.models
+
+
+def check_paths(group: str, model: str, models: list[str]) -> None:
+    """Raise a UserError for a reward model and a list of them, or one that is empty or named twice."""
+    if model and models:
+        raise UserError(f"{group}model and {group}models are both given; name one reward model, or a list")
+    if any(not path.strip() for path in models) or len(set(models)) < len(models):
+        raise UserError(f"{group}models {shown(models)} are not different directories; name each member once")
 
 
 PPO_OPTIM = OptimConfig(schedule="linear", eps=1e-5)
@@ -67,6 +94,15 @@ class OnlineConfig:
         truncate_after: tokens before which `stop: truncate` ignores stop ids.
         missing_eos: rows that never stopped: off, replace their score by `missing_eos_value`, or subtract it.
         missing_eos_value: the constant of `missing_eos`.
+        reward_standardize: the first policy's own responses to the held-out prompts set the zero (mean), or zero and
+            unit (mean_std), of the reward model's score, of each member's before an ensemble is combined.
+        reward_clip: rewards beyond +- this count as that; 0 is off.
+        overlong_tokens: the last so many tokens before sampling.max_new_tokens in which a response loses reward, from
+            nothing to overlong_coef at its end (DAPO's soft overlong punishment); 0 is off.
+        overlong_coef: what a response of sampling.max_new_tokens loses.
+        kl_budget: nats per response; an evaluation whose KL is above ends the run and is not the best. 0 is off.
+        disagreement_budget: an evaluation ends the run and is not the best where the members of the reward ensemble
+            disagree by more than this times what they did before training; 0 is off.
         kl_coef: (initial) price of one nat.
         clip_ratio: epsilon of the policy's clip.
         clip_ratio_high: another epsilon above 1 (DAPO takes 0.28); 0 takes clip_ratio.
@@ -100,6 +136,12 @@ class OnlineConfig:
     truncate_after: int = 0
     missing_eos: Literal["off", "replace", "subtract"] = "off"
     missing_eos_value: float = -1.0
+    reward_standardize: Literal["off", "mean", "mean_std"] = "off"
+    reward_clip: float = 0.0
+    overlong_tokens: int = 0
+    overlong_coef: float = 1.0
+    kl_budget: float = 0.0
+    disagreement_budget: float = 0.0
     kl_coef: float = 0.05
     clip_ratio: float = 0.2
     clip_ratio_high: float = 0.0
@@ -123,10 +165,10 @@ class OnlineConfig:
         rules = {
             "at least 1": "iterations epochs minibatches accumulate sample_every",
             "at least 0": "microbatch_tokens score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef "
-            "target_kl num_samples train_temperature importance_cap",
-            "above 0": "clip_ratio max_log_ratio",
+            "target_kl num_samples train_temperature importance_cap reward_clip overlong_tokens kl_budget",
+            "above 0": "clip_ratio max_log_ratio overlong_coef",
             "at least 0 and below 1": "ema_decay",
-            "0 or above 1": "dual_clip",
+            "0 or above 1": "dual_clip disagreement_budget",
             "finite": "missing_eos_value",
         }
         check(self, group, rules)

@@ -20,6 +20,10 @@ class RewardConfig(StepsConfig):
         epochs: passes over the comparisons when `steps` is 0.
         head_init: the scalar head at the start: fresh from N(0, 1/(D+1)) (normal; Stiennon et al. 2020), fresh zeros,
             or the trained one of the model directory, which must hold one.
+        members: scalar heads on one trunk, each with initial values of its own: an ensemble, saved as one model
+            (num_labels of its config.json), that costs one forward pass. 1 is a plain reward model.
+        bootstrap: each of several members learns from its own draw of the prompts with replacement (prompts), or all
+            from the same rows (off).
         comparisons: what a row of a batch is: pairs, rankings (all responses to a prompt, each run once; Ouyang et
             al. 2022), or ratings (one response and a number). auto: rankings if every row is one, ratings if every
             row has a "rating". Pairs of a ranking weigh as much together as one pair.
@@ -40,6 +44,8 @@ class RewardConfig(StepsConfig):
     """
 
     head_init: Literal["normal", "zeros", "trained"] = "normal"
+    members: int = 1
+    bootstrap: Literal["prompts", "off"] = "prompts"
     comparisons: Literal["auto", "pairs", "rankings", "ratings"] = "auto"
     aggregate: Literal["votes", "bradley_terry", "plackett_luce", "crowd_bt"] = "votes"
     aggregate_prior: float = 0.5
@@ -52,7 +58,8 @@ class RewardConfig(StepsConfig):
     rating_high: float = 5.0
 
     def __post_init__(self) -> None:
-        self.check("reward.", "center_coef", {"above 0": "aggregate_prior", "finite": "rating_low rating_high"})
+        rules = {"above 0": "aggregate_prior", "finite": "rating_low rating_high"}
+        self.check("reward.", "center_coef", {**rules, "at least 1": "epochs accumulate members"})
         if self.rating_low >= self.rating_high:
             raise UserError(
                 f"reward.rating_low {self.rating_low:g} is not below reward.rating_high {self.rating_high:g}; give "

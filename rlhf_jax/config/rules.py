@@ -1,7 +1,8 @@
 """Where parameters lie: the axes of every leaf by letter, and the mesh axes that each is split over; no jax here.
 
 Letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head width,
-S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width.
+S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width, E scalar
+heads of an ensemble.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ LEAVES = {
 
 WIDE_QK_NORM = {"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"}
 """Axes that differ where all heads are normalised as one vector."""
+
+MEMBERS = {"score/kernel": "ED", "score/bias": "E"}
+"""Axes that differ where a reward model has several scalar heads."""
+
+OTHER_AXES = WIDE_QK_NORM | MEMBERS
 
 INPUTS = {"layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F"}
 """The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
@@ -72,12 +78,12 @@ class Rules:
             raise UserError(
                 f"parameter {path} with shape {tuple(shape)} has no axes; name them in rlhf_jax.config.rules.LEAVES"
             )
-        axes = LEAVES[leaf] if len(LEAVES[leaf]) == len(shape) else WIDE_QK_NORM.get(leaf, "")
+        axes = LEAVES[leaf] if len(LEAVES[leaf]) == len(shape) else OTHER_AXES.get(leaf, "")
         if len(axes) != len(shape):
             raise UserError(
                 f"parameter {path} with shape {tuple(shape)} should have the axes {' '.join(LEAVES[leaf])}"
             )
-        if not set(axes) - set("LD"):  # norms, biases of the residual stream, scalar heads: small, and used whole
+        if not set(axes) - set("LDE"):  # norms, biases of the residual stream, scalar heads: small, and used whole
             return ((),) * len(axes)
         return tuple(self.letters.get(axis, ()) for axis in axes)
 
@@ -153,7 +159,7 @@ def _check_path(pattern: str, count: int, line: str) -> None:
     if not names:
         raise UserError(f"mesh.rules {line!r} matches no parameter; `rlhf-jax inspect MODEL --mesh.fsdp 2` lists them")
     for name in names:
-        if count not in {len(axes) for axes in (LEAVES[name], WIDE_QK_NORM.get(name, LEAVES[name]))}:
+        if count not in {len(axes) for axes in (LEAVES[name], OTHER_AXES.get(name, LEAVES[name]))}:
             raise UserError(
                 f"mesh.rules {line!r} gives axes to {count} dimensions, but {name} has {len(LEAVES[name])}: "
                 f"{' '.join(LEAVES[name])}; write one for each, - for none"

@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.online import check_paths
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
@@ -56,7 +57,10 @@ class ScoreArgs:
     """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows.
 
     Args:
-        model: a reward model's directory.
+        model: a reward model's directory; with several heads it is an ensemble.
+        models: directories of several reward models instead; `model` then says how they compute.
+        combine: the "score" of an ensemble: mean, min, or lower_bound (mean - combine_coef * standard deviation).
+        combine_coef: standard deviations that lower_bound takes off.
         data_path: rows {prompt, response}, as `rlhf-jax sample --output` writes them.
         max_prompt_length: longest prompt, in tokens.
         max_length: longest prompt and response together, in tokens; longer rows are cut, counted, and say so in `cut`.
@@ -67,6 +71,9 @@ class ScoreArgs:
     """
 
     model: ModelConfig = ModelConfig()
+    models: list[PathText] = field(default_factory=list)
+    combine: Literal["mean", "min", "lower_bound"] = "mean"
+    combine_coef: float = 1.0
     data_path: PathText = ""
     max_prompt_length: int = 256
     max_length: int = 512
@@ -76,7 +83,8 @@ class ScoreArgs:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        check(self, "", {"at least 1": "max_prompt_length max_length batch_size"})
+        check(self, "", {"at least 1": "max_prompt_length max_length batch_size", "at least 0": "combine_coef"})
+        check_paths("", self.model.path, self.models)
         if self.max_prompt_length >= self.max_length:
             raise UserError(
                 f"max_prompt_length {self.max_prompt_length} is not below max_length {self.max_length}, so a response "

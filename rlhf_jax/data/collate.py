@@ -170,7 +170,7 @@ def _responses(
     tokens, segment_ids, positions i32[B, K, S]; last i32[B, K], the index of the last real token; prompt_lengths
     i32[B]; lengths f32[B, K], tokens of the responses alone; weights f32[B], which sum to one; token_weights
     f32[B, K], the weight of one token in the mean over all tokens of the responses that are `imitated` bool[B, K].
-    And ref_logprobs f32[B, K], if the examples have them.
+    And ref_logprobs f32[B, K] and member_weights f32[B, E], if the examples have them.
     """
     sequences, rows = [ids for row in responses for ids in row], len(responses)
     batch = {name: array.reshape(rows, -1, length) for name, array in padded(sequences, length, pad_id).items()}
@@ -182,6 +182,8 @@ def _responses(
     if "ref_logprobs" in examples[0]:
         logprobs = [example["ref_logprobs"] for example in examples]
         batch["ref_logprobs"] = _right_pad(logprobs, sizes.shape[1], 0, np.float32)
+    if "member_weights" in examples[0]:
+        batch["member_weights"] = np.stack([example["member_weights"] for example in examples])
     return {
         **batch,
         "last": np.maximum(sizes - 1, 0),

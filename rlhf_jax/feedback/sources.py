@@ -279,8 +279,9 @@ class Sources:
         limits = Limits(longest, longest + config.sampling.max_new_tokens)
         scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
         reads = [False] * len(self.sources)  # whether a source's ids mean the same to the reward model
-        if scorer.model:
-            reads = [same_ids(load_tokenizer(self._model(one)), scorer.model.tokenizer) for one in self.sources]
+        if scorer.models:
+            tokenizers = [load_tokenizer(self._model(one)) for one in self.sources]
+            reads = [all(same_ids(one, model.tokenizer) for model in scorer.models) for one in tokenizers]
             for name in [name for name, same in zip(self.names, reads, strict=True) if not same]:
                 tell(f"{name}: the reward model has another tokenizer, so it reads the texts of responses anew")
 

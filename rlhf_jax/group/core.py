@@ -33,12 +33,13 @@ from rlhf_jax.online.core import (
     make_epochs,
     of_view,
     response_logprobs,
+    rewards_of,
     rollout_metrics,
     summed,
 )
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import Sharing
-from rlhf_jax.training.responses import response_scores
+from rlhf_jax.training.responses import Ensemble, response_scores
 from rlhf_jax.training.state import make_optimizer, make_schedule
 from rlhf_jax.training.step import make_update
 from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
@@ -71,7 +72,7 @@ class Models:
     """The networks; the trained parameters are {"policy": ...}, with `adapted` adapters on the frozen reference."""
 
     policy: Model
-    reward: Model | None = None
+    reward: Model | Ensemble | None = None
     adapted: bool = False
 
     def whole(self, frozen: Params, params: Params) -> Params:
@@ -126,7 +127,7 @@ def run_networks(
 ) -> dict[str, Array]:
     """Of a view's rows old_logprobs, recomputed, and of a reference ref_logprobs [B, T]; of a reward model score [B].
 
-    The view is of the rollout. What is not asked for or not there is left out.
+    Of an ensemble the score is [B, M]. The view is of the rollout. What is not asked for or not there is left out.
     """
     asked = {"old_logprobs": policy if recompute else None, "ref_logprobs": ref}
     law = temperature, rollout.tokens.shape[1], rollout.kept
@@ -167,12 +168,12 @@ def make_score(
     *,
     recompute: bool,
     importance: str = "off",
-    model_weight: float = 1.0,
     advantage: GroupAdvantage | None = None,
+    **reward_settings: Any,
 ) -> Score:
-    """The scoring program, not yet compiled; its numbers per row are "reward" and, with a reference, "kl".
+    """The scoring program, not yet compiled; of rows it says "kl" of a reference, and what `rewards_of` says.
 
-    Give `advantage` to replace the config's.
+    `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
     """
 
     def score(
@@ -182,15 +183,12 @@ def make_score(
         policy = models.whole(ref, params)["policy"]
         run = partial(run_networks, models, policy, ref, reward, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models, config))}
-        raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
         ref_logprobs = old_logprobs if ref is None else jnp.where(rollout.mask, nets["ref_logprobs"], 0.0)
 
         # What is compared, scores [B] and the paid part of the KL [B, T], and the tokens [B, T] that are trained on.
         k1 = adv.kl_k1(old_logprobs, ref_logprobs)
-        scores = adv.missing_eos_penalty(
-            raw, rollout.finished, missing_eos=config.missing_eos, missing_eos_value=config.missing_eos_value
-        )
+        raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **reward_settings)
         mask = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask
         paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
         advantages = advantages_of(scores, paid, mask, kl_coef, config, advantage)
@@ -210,8 +208,8 @@ def make_score(
             "rollout/objective": (scores - kl_coef * k1.sum(axis=1)).mean(),
             **rollout_metrics(rollout, old_logprobs),
             **weighted,
+            **earned,
         }
-        rows = {"reward": raw}
         if ref is not None:
             metrics["rollout/kl"] = k1.sum(axis=1).mean()
             metrics["rollout/kl_k3"] = adv.kl_k3(old_logprobs, ref_logprobs).sum(axis=1).mean()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from rlhf_jax import advantages as adv
 from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.encoding import Example, Limits
 from rlhf_jax.data.packing import pack_texts
@@ -69,19 +70,31 @@ class RewardModel:
         response, cut = self.limits.response({}, len(prompt), list(ids))
         return {**example_of(prompt, response), "cut": cut or cut_prompt}
 
-    def scores(self, examples: Sequence[Example], length: int) -> list[float]:
-        """The scores of examples of at most `length` tokens, where the last token stands, the stop token if any."""
+    def scores(self, examples: Sequence[Example], length: int) -> np.ndarray:
+        """Scores float32[N] of examples of up to `length` tokens, where the last token stands, the stop token if any.
+
+        Of an ensemble [N, E].
+        """
         check_length(self.arch, length, "length of the longest row (after max_length)")
-        scores = np.zeros(len(examples))
+        members = self.loaded.model.members
+        scores = np.zeros((len(examples), members) if members else len(examples), np.float32)
         with jax.set_mesh(self.mesh.grid):
             for view in pack_texts(examples, length, self.size):
                 said = to_host(self.forward(self.loaded.params, put_batch(self.mesh, view.inputs)))
                 scores[view.row[view.ends]] = said[view.ends]
-        return scores.tolist()
+        return scores
+
+
+def combined(scores: Sequence[np.ndarray], *, combine: str, combine_coef: float) -> tuple[np.ndarray, np.ndarray]:
+    """(one score float32[N], the members' float32[N, M]) of the scores of one reward model or several."""
+    members = np.concatenate([each.reshape(len(each), -1) for each in scores], axis=1)
+    if members.shape[1] == 1:
+        return members[:, 0], members
+    return np.asarray(adv.combined(jnp.asarray(members), combine=combine, combine_coef=combine_coef)), members
 
 
 class Scorer:
-    """What `config` (a `reward` group) makes of responses: weight * reward model + sum of weights * functions."""
+    """What `config` (a `reward` group) makes of responses: weight * reward models + sum of weights * functions."""
 
     def __init__(
         self,
@@ -93,10 +106,10 @@ class Scorer:
         functions: Sequence[RewardFn] | None = None,
     ):
         """`functions` replace the config's."""
-        self.weight, self.length = config.model_weight, limits.max_length
+        self.config, self.length = config, limits.max_length
         self.functions = combine(config, functions)
-        model = ModelConfig(path=config.model)
-        self.model = RewardModel(model, mesh, limits, batch_size=batch_size) if config.model else None
+        load = partial(RewardModel, mesh=mesh, limits=limits, batch_size=batch_size)
+        self.models = [load(ModelConfig(path=path)) for path in config.paths]
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
         """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?}.
@@ -108,21 +121,25 @@ class Scorer:
             RewardFailure: a function raised or ran out of time.
         """
         scores = np.zeros(len(rows), np.float32)
-        if self.model is not None:
-            text = ("prompt", "response", "finished")
-            examples = [
-                self.model.sampled(row["prompt_ids"], row["ids"])
-                if "prompt_ids" in row
-                else self.model.example({**{name: row[name] for name in text}, "_where": "a response"})
-                for row in rows
-            ]
-            if cut := sum(example["cut"] for example in examples):
-                tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
-            by_model = np.asarray(self.model.scores(examples, self.length), np.float32)
-            scores += np.float32(self.weight) * by_model
+        if self.models:
+            each, options = [self._by(model, rows) for model in self.models], self.config
+            by_model, _ = combined(each, combine=options.combine, combine_coef=options.combine_coef)
+            scores += np.float32(options.model_weight) * by_model
         if self.functions is not None:
             scores += self.functions(*function_inputs(rows))
         return scores
+
+    def _by(self, model: RewardModel, rows: Sequence[Row]) -> np.ndarray:
+        text = ("prompt", "response", "finished")
+        examples = [
+            model.sampled(row["prompt_ids"], row["ids"])
+            if "prompt_ids" in row
+            else model.example({**{name: row[name] for name in text}, "_where": "a response"})
+            for row in rows
+        ]
+        if cut := sum(example["cut"] for example in examples):
+            tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
+        return model.scores(examples, self.length)
 
 
 def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]:
@@ -131,8 +148,8 @@ def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]
     return [row["shown"] for row in rows], [row["response"] for row in rows], columns
 
 
-def column_scores(model: Model, params: Params, inputs: dict[str, Array]) -> Float[Array, "M S"]:
-    """The scalar head at every column of packed texts."""
+def column_scores(model: Model, params: Params, inputs: dict[str, Array]) -> Float[Array, "M S ..."]:
+    """The scalar head, or those of an ensemble, at every column of packed texts."""
     return model.scores(params["score"], model.apply(params, **inputs))
 
 

@@ -14,7 +14,7 @@ from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf import directory, hub
 
-OPTIONS = {"path", "model", "tokenizer", "reference", "mixture", "demonstrations"}
+OPTIONS = {"path", "model", "models", "tokenizer", "reference", "mixture", "demonstrations"}
 OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
 """Last parts of the names of options that say what to read."""
 

@@ -221,12 +221,20 @@ class VocabularyHead(nnx.Module):
 
 
 class ScoreHead(nnx.Module):
-    """A scalar per position, in float32: drawn from N(0, 1/(D+1)) (Stiennon et al. 2020), or zeros; bias 0."""
+    """A scalar per position, in float32: drawn from N(0, 1/(D+1)) (Stiennon et al. 2020), or zeros; bias 0.
 
-    def __init__(self, arch: ArchConfig, *, zeros: bool, rngs: nnx.Rngs):
-        std = 0.0 if zeros else (arch.width + 1) ** -0.5
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (arch.width,)))
-        self.bias = nnx.Param(jnp.zeros(()))
+    With `members` E there are so many of them, on a last axis; the first of them is not the one of a single head.
+    """
 
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-        return einsum("btd,d->bt", hidden.astype(jnp.float32), self.kernel[...]) + self.bias[...]
+    def __init__(self, arch: ArchConfig, *, zeros: bool, members: int = 0, rngs: nnx.Rngs):
+        std, each = 0.0 if zeros else (arch.width + 1) ** -0.5, (members,) if members else ()
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*each, arch.width)))
+        self.bias = nnx.Param(jnp.zeros(each))
+
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"] | Float[Array, "B T E"]:
+        hidden, kernel, bias = hidden.astype(jnp.float32), self.kernel[...], self.bias[...]
+        of = lambda kernel, bias: einsum("btd,d->bt", hidden, kernel) + bias  # noqa: E731
+        if kernel.ndim == 1:
+            return of(kernel, bias)
+        # One product for each head rounds as a model of its own would; all of them are nothing beside the trunk.
+        return jnp.stack([of(kernel[i], bias[i]) for i in range(len(kernel))], axis=-1)

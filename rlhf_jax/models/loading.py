@@ -101,12 +101,14 @@ def load_model(
     head: Head = "vocabulary",
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (it is frozen)
     length: int = 0,
+    members: int = 0,
 ) -> Loaded:
     """The model of a directory, or one with random weights in the shape config.arch, placed on the mesh.
 
     `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
     With adapters (lora.rank) all else but the head is frozen. `length` is that of the run's longest sequence, prompt
-    and response together (`Model.length`), `key` that of the weights (`keys.branch`).
+    and response together (`Model.length`), `key` that of the weights (`keys.branch`). `members` is of a fresh head
+    (`Model.members`); a trained one has its own.
 
     Raises:
         UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
@@ -119,7 +121,8 @@ def load_model(
     if head == "trained" and not config.path:
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
     arch = config.arch
-    loaded = _load_directory(config, mesh, key, head) if arch is None else _random(config, arch, mesh, key, head)
+    load = partial(_load_directory, config) if arch is None else partial(_random, config, arch)
+    loaded = load(mesh, key, head, members)
     loaded = replace(loaded, model__length=length)
     if config.quantize != "none":
         small = quantized(loaded.params, config.quantize, free=True)
@@ -127,9 +130,9 @@ def load_model(
     return adapted(loaded, lora, mesh, key)
 
 
-def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: Head) -> Loaded:
+def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, head: Head, members: int) -> Loaded:
     hf.find_family(arch)  # what could not be saved is refused before it is trained
-    model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary")
+    model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary", members=members)
 
     def init(key: jax.Array) -> Params:
         params = model.init(key, config.param_dtype)
@@ -138,15 +141,16 @@ def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, h
     return Loaded(model, placed(mesh, init, key))
 
 
-def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head) -> Loaded:
+def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head, members: int) -> Loaded:
     path = hub.local_directory(config.path)
     arch, base = hf.read_config(path)
     if head == "vocabulary" and hf.has_score_head(path):
         raise UserError(f"{config.path} is a reward or value model; give a language model")
     hf.find_family(arch, base)
     score_head = {"vocabulary": False, "trained": True}.get(head)
+    members = hf.members_of(path) if score_head else members
     params = hf.load_params(path, arch, score_head=score_head, mesh=mesh, dtype=config.param_dtype)
-    model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary")
+    model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary", members=members)
     if score_head is None:
         score = jax.jit(partial(model.init_score, zeros=head == "zeros"), out_shardings=replicated(mesh))(key)
         params = model.with_score(params, score)

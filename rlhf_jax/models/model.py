@@ -73,6 +73,7 @@ class Model:
     Attributes:
         arch: the shape.
         score_head: scalar head instead of vocabulary head.
+        members: scalar heads of an ensemble on this trunk, on a last axis of scores; 0 is a single one without.
         compute_dtype: dtype of activations (float32 or bfloat16).
         remat: none, dots or full.
         logprob_chunk: positions of a device whose logits are alive at once.
@@ -93,14 +94,15 @@ class Model:
     lora_scale: float = 1.0
     length: int = 0
     rules: Rules = field(default_factory=Rules)
+    members: int = 0
 
     @classmethod
     def from_config(
-        cls, config: ModelConfig, arch: ArchConfig, rules: Rules, *, score_head: bool = False, length: int = 0
+        cls, config: ModelConfig, arch: ArchConfig, rules: Rules, *, score_head: bool = False, **more: int
     ) -> Model:
-        """The model that `config` describes, with the shape `arch`, a mesh of these rules and texts of `length`."""
+        """The model that `config` describes, of a shape and with a mesh of these rules; `more`: length, members."""
         dtype, kind = platform_dtype(config.compute_dtype), platform_attention(config.attention)
-        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, length=length, rules=rules)
+        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, rules=rules, **more)
 
     @cached_property
     def _embed(self) -> Pure:
@@ -132,8 +134,8 @@ class Model:
         return {**params, "score": self.init_score(head, zeros=False)} if self.score_head else params
 
     def init_score(self, key: Array, *, zeros: bool) -> Params:
-        """A fresh scalar head, float32: kernel [D], bias []."""
-        return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=zeros, rngs=rngs)).init(key)
+        """A fresh scalar head, float32: kernel [D], bias []; of an ensemble [E, D], [E]."""
+        return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=zeros, members=self.members, rngs=rngs)).init(key)
 
     def with_score(self, params: Params, score: Params) -> Params:
         """The parameters of a scalar model on the trunk of `params`."""
@@ -270,8 +272,8 @@ class Model:
         hidden = self.apply(params, tokens, positions, segment_ids)
         return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature, needed=needed)[0]
 
-    def scores(self, score: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-        """The scalar head `score` at every position, float32."""
+    def scores(self, score: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T *E"]:
+        """The scalar head `score`, or those of an ensemble, at every position, float32."""
         return pure(lambda rngs: decoder.ScoreHead(self.arch, zeros=True, rngs=rngs)).apply(score, hidden)
 
     def decoding_params(self, params: Params) -> Params:

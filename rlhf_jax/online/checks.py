@@ -43,6 +43,13 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
     for name, rows in microbatches.items():
         if rows and size % rows:
             raise UserError(f"data.batch_size {size} is not a multiple of {name} {rows}; choose a divisor, or 0")
+    if settings.overlong_tokens > sampling.max_new_tokens:
+        raise UserError(
+            f"{group}.overlong_tokens {settings.overlong_tokens} is more than sampling.max_new_tokens "
+            f"{sampling.max_new_tokens}; lower it"
+        )
+    if settings.reward_standardize != "off" and not config.reward.paths:
+        raise UserError(f"{group}.reward_standardize is of reward models, and there is none; set it to off")
     if settings.missing_eos == "subtract" and settings.missing_eos_value < 0:
         value = settings.missing_eos_value
         raise UserError(f"{group}.missing_eos_value {value}, subtracted, is a reward; make it positive")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import advantages as adv
 from rlhf_jax.config import OnlineConfig, bind
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import importance_weights
@@ -117,6 +118,45 @@ def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) 
         logprobs=jnp.where(before, rollout.logprobs, 0.0),
         finished=stop.any(axis=1),
     )
+
+
+def rewards_of(
+    score: Float[Array, "B ..."] | None,
+    host: Float[Array, " B"],
+    rollout: Rollout,
+    config: OnlineConfig,
+    *,
+    model_weight: float = 1.0,
+    combine: str = "mean",
+    combine_coef: float = 1.0,
+) -> tuple[Float[Array, " B"], Float[Array, " B"], Metrics, dict[str, Array]]:
+    """(reward, what is paid, metrics, numbers per row): weight * score + host, of an ensemble of its scores combined.
+
+    `score` is a reward model's [B], an ensemble's [B, M], or None. What is paid is the reward, clipped if asked, less
+    the penalties of a missing end and of being too long. Rows have it as "reward", and the scores of an ensemble as
+    "members" [B, M]; those of a single model too, [B, 1], if the first ones are to set its scale.
+    """
+    # The reward [B], and how far the members of an ensemble are apart about it: the mean of their standard deviation.
+    rows, metrics, reward = {}, dict[str, Array](), host
+    if score is not None:
+        several = score.ndim == 2
+        said = adv.combined(score, combine=combine, combine_coef=combine_coef) if several else score
+        reward = model_weight * said + host
+        if several:
+            metrics["rollout/reward_disagreement"] = adv.disagreement(score).mean()
+        if several or config.reward_standardize != "off":
+            rows["members"] = score.reshape(len(host), -1)
+
+    # What is paid [B].
+    paid = reward
+    if config.reward_clip:
+        paid = jnp.clip(reward, -config.reward_clip, config.reward_clip)
+        metrics["rollout/clipped_fraction"] = jnp.mean(paid != reward, dtype=jnp.float32)
+    paid = bind(adv.missing_eos_penalty, config)(paid, rollout.finished)
+    if config.overlong_tokens:
+        penalty = bind(adv.overlong_penalty, config)(rollout.mask.sum(axis=1), rollout.mask.shape[1])
+        paid, metrics["rollout/overlong_penalty"] = paid + penalty, penalty.mean()
+    return reward, paid, metrics, {"reward": reward, **rows}
 
 
 def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -211,19 +212,17 @@ def python_rewards(
 
 
 def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Row]]:
-    """eval/reward, kl, objective and gold over the held-out prompts, the same noise every time; and samples."""
+    """eval/reward, kl, objective, gold and reward_disagreement over the held-out prompts; and samples."""
     parts: list[dict[str, np.ndarray]] = []
     golds, weights, prompts = [], [], list[str]()
     samples: list[Row] = []
-    for i, batch in enumerate(method.inputs.held_out):
-        key, _ = jax.random.split(key_at(method, "evaluation", i))  # as in `iterate`, so that nothing compiles anew
-        rollout, (_, _, _, per_row), gold = roll_out(method, loop, loop.policy, batch, key)
-        parts.append({name: x[batch["valid"]] for name, x in to_host(per_row).items()})
+    for batch, table, rows, gold in held_out(method, loop):
+        parts.append(rows)
         golds.append(gold or 0.0)
         weights.append(batch["valid"].sum())
         prompts += [prompt for prompt, valid in zip(batch["prompts"], batch["valid"], strict=True) if valid]
         if len(samples) < method.settings.num_samples:
-            samples += sample_rows(method, to_host({"rollout": rollout, **per_row}), batch["given"])
+            samples += sample_rows(method, to_host(table), batch["given"])
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     reward = objective = rows["reward"]
     if "kl" in rows:
@@ -235,9 +234,20 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         **({"eval/kl": float(rows["kl"].mean())} if "kl" in rows else {}),
         "eval/objective": float(objective.mean()),
     }
+    if "members" in rows and rows["members"].shape[1] > 1:
+        metrics["eval/reward_disagreement"] = float(rows["members"].std(axis=1).mean())
     if method.inputs.gold is not None:
         metrics["eval/gold"] = float(np.average(golds, weights=weights))
     return metrics, samples
+
+
+def held_out(method: Method, loop: LoopState) -> Iterator[tuple[Batch, Table, dict[str, np.ndarray], float | None]]:
+    """(a held-out batch, its responses, the numbers of its valid rows, mean gold), the same noise every time."""
+    for i, batch in enumerate(method.inputs.held_out):
+        key, _ = jax.random.split(key_at(method, "evaluation", i))  # as in `iterate`, so that nothing compiles anew
+        rollout, (_, _, _, per_row), gold = roll_out(method, loop, loop.policy, batch, key)
+        rows = {name: x[batch["valid"]] for name, x in to_host(per_row).items()}
+        yield batch, {"rollout": rollout, **per_row}, rows, gold
 
 
 def sample_rows(method: Method, table: Table, prompts: list[Any]) -> list[Row]:

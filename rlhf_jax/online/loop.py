@@ -13,6 +13,7 @@ from rlhf_jax.config import OnlineArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.reward_functions import RewardFailure
+from rlhf_jax.online import guards
 from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, iterate, key_at, next_batch, sample_rows
 from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.method import Method
@@ -57,17 +58,28 @@ def run(
 
 
 def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> tuple[LoopState, dict[str, Any]]:
-    """The iterations from out.start on. `notes` {before, after}: the first evaluation and that of the kept policy."""
+    """The iterations from out.start on, up to a limit (`guards`).
+
+    `notes` are {before, after}, the first evaluation and that of the kept policy; and where there are such
+    reward_scale, that of the reward models; alarm, the iteration after which one was given; and why the run ended
+    (stopped) and after how many iterations.
+    """
     config, settings, total = method.config, method.settings, out.total
     tokens = config.data.batch_size * config.sampling.max_new_tokens
     rates = learning_rates(method.programs.schedule, total)
-    if not notes:
-        before, _ = _evaluate(out, method, loop, 0)
-        notes = {"before": before, "after": before}
+    begins = not notes
+    if begins and settings.reward_standardize != "off":
+        notes = {"reward_scale": guards.first_scale(method, loop)}
+    if "reward_scale" in notes:
+        method = guards.on_scale(method, notes["reward_scale"])
+    if begins:
+        notes = _evaluated(out, method, loop, 0, notes)
         out.save_if_due(0, loop.tree(), notes)
     out.metrics.restart_clock()
     logged = out.start
     for i in range(out.start, total):
+        if "stopped" in notes:
+            break
         key, unchanged, step = key_at(method, "training", i), loop, i + 1
         loop, batch, drawn = next_batch(method, unchanged, i, key)
         if drawn is not None:
@@ -87,8 +99,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
                 out.metrics.log(step, metrics, host, tokens=new, table=table if show else None, on_table=write)
                 logged = step
         if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
-            results, kept = _evaluate(out, method, loop, step)
-            notes = {**notes, "after": results if kept else notes["after"]}
+            notes = _evaluated(out, method, loop, step, notes)
             out.metrics.restart_clock()
         out.save_if_due(step, loop.tree(), notes)
     return loop, notes
@@ -113,15 +124,16 @@ def _without_reward(
     return replace(loop, state=replace(loop.state, step=loop.state.step + method.steps))
 
 
-def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dict[str, float], bool]:
-    """Log an evaluation and its samples; returns it and whether its policy is the one to keep.
+def _evaluated(out: Run, method: Method, loop: LoopState, step: int, notes: dict[str, Any]) -> dict[str, Any]:
+    """Log an evaluation and its samples; the notes with what it changes.
 
     The best one has the highest reward less KL at the configured kl_coef: reward alone would pick the most
-    over-optimised policy. While none was finite, the last one is kept.
+    over-optimised policy. While none was finite, the last one is kept. One beyond a limit is never the best.
     """
     out.metrics.flush()
     if not method.inputs.held_out:
-        return {}, False
+        guards.check(method, {})
+        return {"before": {}, "after": {}, **notes}
     out.metrics.bar.doing("evaluating")
     try:
         results, samples = evaluate(method, loop)
@@ -129,8 +141,17 @@ def _evaluate(out: Run, method: Method, loop: LoopState, step: int) -> tuple[dic
         if method.config.reward.on_failure == "stop":
             raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
         out.say(f"{out.stage}: the evaluation after iteration {step} is skipped: {error}")
-        return {}, False
+        return notes if step else {**notes, "before": {}, "after": {}}
     out.metrics.write(step, results)
     out.metrics.samples(step, samples)
-    best = out.best.keep(step, results["eval/objective"])
-    return results, best or out.best.step is None
+    notes = {"before": results, "after": results, **notes}
+    if not step:
+        guards.check(method, results)
+    if why := guards.beyond(method.settings, notes["before"], results):
+        notes |= {"iterations": step, "stopped": why}
+        out.say(f"{out.stage}: stopped after iteration {step}: {why}")
+    elif (line := guards.alarm(notes["before"], results)) and "alarm" not in notes:
+        notes["alarm"] = step
+        out.say(f"{out.stage}: iteration {step}: {line}")
+    best = out.best.keep(step, float("nan") if why else results["eval/objective"])
+    return {**notes, "after": results} if best or out.best.step is None else notes

@@ -73,7 +73,7 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     data, seed, reward_functions = config.data, config.run.seed, sources.get("reward_functions")
     reward = combine(config.reward, reward_functions)
     gold = sources.get("gold") or (resolve(config.reward.gold) if config.reward.gold else None)
-    if reward is None and not config.reward.model:
+    if reward is None and not config.reward.paths:
         raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
     tokenizer = load_tokenizer(config.model)
     asked = functions_of(config.reward, reward_functions) + ([gold] if gold else [])

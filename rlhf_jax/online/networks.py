@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlhf_jax.inference.generate import total_length
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_length, check_same_tokenizer, check_vocabulary, load_model
 from rlhf_jax.sharding import Mesh
+from rlhf_jax.training.responses import Ensemble
 from rlhf_jax.types import Params
 
 
@@ -25,7 +27,7 @@ class Networks:
         models: the method's `core.Models`, which compute.
         policy: the model; its parameters may have been donated to training.
         ref: parameters of the reference; None without any.
-        reward: parameters of the reward model; None without any.
+        reward: parameters of the reward model, of an ensemble a list of each one's; None without any.
         frozen: what trained adapters or layers stand on, as `models.whole` and the update take it; None if all is
             trained.
         critic: the critic that is written to output_dir/value_model; None if none is.
@@ -42,7 +44,7 @@ class Networks:
 def load_policy_and_reward(
     config: OnlineArgs, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array
 ) -> tuple[Loaded, Loaded | None, jax.Array]:
-    """config.model and config.reward.model, which must know the tokenizer's ids and hold prompt and response.
+    """config.model and config.reward.paths, which must know the tokenizer's ids and hold prompt and response.
 
     Also returns the key of new weights, a branch of the run's `key`.
 
@@ -50,14 +52,28 @@ def load_policy_and_reward(
         UserError: a vocabulary or positions that are too few, or a reward model with another tokenizer.
     """
     length, key = total_length(config.sampling, config.data.max_prompt_length), branch(key, "weights")
-    policy, reward = load_model(config.model, mesh, key, length=length), None
+    policy, rewards = load_model(config.model, mesh, key, length=length), list[Loaded]()
     check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
-    if config.reward.model:
-        named = replace(config.model, path=config.reward.model, arch=None)
-        reward = load_model(named, mesh, key, head="trained", length=length)
-        check_vocabulary(reward.model.arch, tokenizer, config.reward.model)
-        check_same_tokenizer(tokenizer, config.reward.model, "reward model")
-    for loaded in (policy, reward):
-        if loaded is not None:
-            check_length(loaded.model.arch, length, "prompt length + sampling.max_new_tokens =")
-    return policy, reward, key
+    for path in config.reward.paths:
+        named = replace(config.model, path=path, arch=None)
+        rewards.append(load_model(named, mesh, key, head="trained", length=length))
+        check_vocabulary(rewards[-1].model.arch, tokenizer, path)
+        check_same_tokenizer(tokenizer, path, "reward model")
+    for loaded in (policy, *rewards):
+        check_length(loaded.model.arch, length, "prompt length + sampling.max_new_tokens =")
+    return policy, together(rewards), key
+
+
+def members(reward: Loaded) -> list[Loaded]:
+    """The models of an ensemble, or the single one; `together` is the way back."""
+    if not isinstance(reward.model, Ensemble):
+        return [reward]
+    return [Loaded(*of_one) for of_one in zip(reward.model.models, reward.params, strict=True)]
+
+
+def together(rewards: Sequence[Loaded]) -> Loaded | None:
+    """Reward models as one: None, the only one, or an `Ensemble`, whose parameters are a list."""
+    if len(rewards) < 2:
+        return rewards[0] if rewards else None
+    models = tuple(one.model for one in rewards)
+    return Loaded(Ensemble(models), [one.params for one in rewards])  # type: ignore[arg-type]

@@ -72,10 +72,12 @@ def compile_programs(
 ) -> tuple[Programs, TrainState]:
     """The sampler of a config and a method's score and update, jitted over the mesh, and the first state.
 
-    `make_score` takes recompute, importance and model_weight. `params`, what is trained, is donated.
+    `make_score` takes recompute, importance and settings of `core.rewards_of`. `params`, what is trained, is donated.
     """
     law = TrainedLaw.of(settings, config.sampling, nets.models.policy.compute_dtype)
-    score = make_score(recompute=law.recompute, importance=law.importance, model_weight=config.reward.model_weight)
+    source = config.reward
+    combining = {"combine": source.combine, "combine_coef": source.combine_coef, "model_weight": source.model_weight}
+    score = make_score(recompute=law.recompute, importance=law.importance, **combining)
     update, tx, schedule = training
     state = create_state(params, tx, mesh)
     stops = () if settings.stop == "truncate" else stop_ids

@@ -33,13 +33,14 @@ from rlhf_jax.online.core import (
     make_epochs,
     of_view,
     response_logprobs,
+    rewards_of,
     rollout_metrics,
     summed,
 )
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Sharing
-from rlhf_jax.training.responses import response_scores
+from rlhf_jax.training.responses import Ensemble, first_of, response_scores
 from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollout, ValueLoss
@@ -80,13 +81,13 @@ class Models:
 
     policy: Model
     value: Model
-    reward: Model | None = None
+    reward: Model | Ensemble | None = None
     shared_trunk: bool = False
     bases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def whole(self, frozen: Mapping[str, Params] | None, params: Params) -> Params:
         """All parameters of policy and critic, of which `params` are trained; frozen has "ref" and "reward"."""
-        frozen = {name: (frozen or {})[base] for name, base in self.bases.items()}
+        frozen = {name: first_of((frozen or {})[base]) for name, base in self.bases.items()}
         return {name: joined(frozen.get(name), tree) for name, tree in params.items()}
 
 
@@ -171,6 +172,8 @@ def run_networks(
 ) -> dict[str, Array]:
     """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; with a reward model score [B].
 
+    Of an ensemble the score is [B, M].
+
     The view is of the rollout.
     """
     law = temperature, rollout.tokens.shape[1], rollout.kept
@@ -204,10 +207,13 @@ def make_score(
     *,
     recompute: bool,
     importance: str = "off",
-    model_weight: float = 1.0,
     advantage: Advantage | None = None,
+    **reward_settings: Any,
 ) -> Score:
-    """The scoring program, not yet compiled; of rows it says "reward" and "kl". `advantage` replaces the config's."""
+    """The scoring program, not yet compiled; of rows it says "kl" and what `rewards_of` says.
+
+    `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
+    """
     estimate: Advantage = bind(advantage or config.advantage, config)
 
     def score(
@@ -217,14 +223,11 @@ def make_score(
         whole, mask = models.whole({"ref": ref, "reward": reward}, params), rollout.mask
         run = partial(run_networks, models, whole, ref, reward, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models))}
-        raw = model_weight * nets["score"] + host if models.reward is not None else host
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
 
         # Rewards [B, T]: the price of each token's KL, and at a row's slot its score.
         k1, k3 = adv.kl_k1(old_logprobs, ref_logprobs), adv.kl_k3(old_logprobs, ref_logprobs)
-        scores = adv.missing_eos_penalty(
-            raw, rollout.finished, missing_eos=config.missing_eos, missing_eos_value=config.missing_eos_value
-        )
+        raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **reward_settings)
         slots, value_mask = score_slots(mask, config.score_at)
         rewards = adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
         if config.whiten_rewards:
@@ -250,11 +253,11 @@ def make_score(
 
         # What is reported, and the price of the next iteration.
         kl = k1.sum(axis=1)
-        metrics = {**score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef), **weighted}
+        metrics = {**score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef), **weighted, **earned}
         if config.kl_controller == "adaptive":
             options = {"kl_target": config.kl_target, "kl_horizon": config.kl_horizon}
             kl_coef = adv.adaptive_kl_coef(kl_coef, kl.mean(), mask.shape[0], **options)
-        return experience, kl_coef, metrics, {"reward": raw, "kl": kl}
+        return experience, kl_coef, metrics, {**rows, "kl": kl}
 
     return score
 

@@ -10,7 +10,7 @@ from rlhf_jax.config import PPOArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.loading import Loaded, adapted
-from rlhf_jax.online.networks import Networks
+from rlhf_jax.online.networks import Networks, members, together
 from rlhf_jax.ppo import core
 from rlhf_jax.sharding import Mesh, copied, placed
 from rlhf_jax.types import Params
@@ -22,14 +22,16 @@ def make_networks(
     """(the networks, what is trained at its start) of policy and reward model; of an abstract key, shapes.
 
     Where a part of a model is trained, adapters or top layers, its frozen rest is shared: the policy stands on the
-    reference, and the critic on that or on the reward model. What is trained is a copy.
+    reference, and the critic on that or on the reward model, of an ensemble the first. What is trained is a copy.
     """
     ppo = config.ppo
     policy = split_layers(policy, ppo.trainable_layers, mesh)
     ref = policy.params
     if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
-        reward = split_layers(reward, ppo.trainable_layers, mesh)
-        value, base = reward, "reward"
+        first, *others = members(reward)
+        first = split_layers(first, ppo.trainable_layers, mesh)
+        reward = together([first, *others])
+        value, base = with_one_head(first), "reward"
     else:
         head = placed(mesh, lambda key: {"score": policy.model.init_score(key, zeros=True)}, key)["score"]
         scored = policy.model.with_score(policy.params, head)
@@ -46,6 +48,14 @@ def make_networks(
     nets = Networks(models, policy, **frozen, frozen=frozen if bases else None, critic=critic)
     trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
     return nets, copied({"policy": policy.params, "value": trained})
+
+
+def with_one_head(loaded: Loaded) -> Loaded:
+    """The reward model with the mean of its heads in place of several; equal ones give that head to the bit."""
+    if not loaded.model.members:
+        return loaded
+    head = jax.tree.map(lambda x: x[0] + (x - x[:1]).mean(axis=0), loaded.params["score"])
+    return replace(loaded, model__members=0, params={**loaded.params, "score": head})
 
 
 def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:

@@ -41,7 +41,7 @@ def check(config: PPOArgs) -> None:
             f"ppo.trainable_layers {ppo.trainable_layers} and lora.rank {config.lora.rank} both say what is trained; "
             "set one of them to 0"
         )
-    if ppo.value_init == "reward_model" and (not config.reward.model or ppo.shared_trunk):
+    if ppo.value_init == "reward_model" and (not config.reward.paths or ppo.shared_trunk):
         raise UserError("ppo.value_init reward_model needs reward.model, and ppo.shared_trunk false")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +15,23 @@ from rlhf_jax.training.packing import over_views
 from rlhf_jax.training.sums import Differences, differences
 from rlhf_jax.types import Batch, Metrics, Params
 
-Says = Callable[[Model, Params, Packed], Float[Array, " R"]]
-"""A number for every response of a view [M, S], 0 for those that it does not hold."""
+Says = Callable[[Model, Params, Packed], Float[Array, "R ..."]]
+"""A number for every response of a view [M, S], or one of each member; 0 for those that it does not hold."""
 
 OfSaid = Callable[[Float[Array, "B K"], Batch], tuple[Array, Metrics]]
 """A loss of what a network says of the responses of a batch."""
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Reward models that score together; their parameters are a list of each one's."""
+
+    models: tuple[Model, ...]
+
+
+def first_of(params: Params | list[Params]) -> Params:
+    """The parameters of a model, of an ensemble those of its first."""
+    return params[0] if isinstance(params, list) else params
 
 
 def view_of(batch: Batch) -> Packed:
@@ -72,15 +85,33 @@ def no_sums(loss: OfSaid, batch: Batch, *, baseline: bool) -> Differences:
     return differences(of_held, len(said))
 
 
-def response_scores(model: Model, params: Params, view: Packed) -> Float[Array, " R"]:
-    """The score of every response of a view, where its last token stands; 0 for those that the view does not hold."""
+def response_scores(model: Model | Ensemble, params: Params, view: Packed) -> Float[Array, "R ..."]:
+    """The score of every response of a view, where its last token stands; 0 for those that the view does not hold.
+
+    Of an ensemble, [R, M], those of all its members.
+    """
+    if isinstance(model, Ensemble):
+        each = [response_scores(one, own, view) for one, own in zip(model.models, params, strict=True)]
+        return jnp.concatenate([said.reshape(view.num_rows, -1) for said in each], axis=1)
     return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
 
 
-def of_batch(says: Says, model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
+def standardised(score: Params, mean: np.ndarray, std: np.ndarray) -> Params:
+    """A scalar head, or those of an ensemble [E], whose scores are (score - mean) / std; a std below 1e-6 is that."""
+    gain = (1.0 / np.maximum(std, 1e-6)).astype(np.float32)
+    return {"kernel": score["kernel"] * gain[..., None], "bias": (score["bias"] - mean.astype(np.float32)) * gain}
+
+
+def of_batch(says: Says, model: Model, params: Params, batch: Batch) -> Float[Array, "B K ..."]:
     """What a network says of all responses of a batch, of all its microbatches if it is packed."""
     if "packed" not in batch:
         said = says(model, params, view_of(batch))
     else:
         said = over_views(batch["packed"], lambda view, _: says(model, params, view))
-    return said.reshape(len(batch["weights"]), -1)
+    return by_example(said, batch)
+
+
+def by_example(said: Float[Array, "R ..."], batch: Batch) -> Float[Array, "B K ..."]:
+    """What is said of all responses of a batch, those to one prompt beside one another."""
+    rows = len(batch["weights"])
+    return said.reshape(rows, len(said) // rows, *said.shape[1:])

@@ -74,7 +74,8 @@ class Task:
         collate: (all examples) -> what makes a batch of some of them, given length= and pad_id=.
         objective: of a model, what to minimise.
         shown: metrics of the progress bar.
-        head: as for `load_model`.
+        head: as for `load_model`, and so is `members`.
+        resample: what becomes of the training examples, and of no held-out ones; None if nothing.
         reference: (model, params, batch) -> f32[B, K]: what the model says of every example before it is trained,
             which the example has as ref_logprobs from then on.
         pack: (batch, packing) -> a packed batch, which objective and reference take as well; None if there is none.
@@ -89,6 +90,8 @@ class Task:
     objective: Callable[[Model], LossFn]
     shown: tuple[str, ...]
     head: Head = "vocabulary"
+    members: int = 0
+    resample: Callable[[Sequence[Example]], list[Example]] | None = None
     reference: Callable[[Model, Params, Batch], jax.Array] | None = None
     pack: Callable[[Batch, Packing], Batch] | None = None
     prepare: Callable[[Model, Params, Batch], Batch] | None = None
@@ -190,13 +193,18 @@ def setup(task: Task, claim: Claim) -> Work:
     config, data, mesh, key = claim.config, claim.config.data, claim.mesh, claim.key
     rows = claim.rows, claim.held_out_rows
     train_set, held_out_set, collate, remarks = examples_of(task, data, claim.tokenizer, *rows)
+    train_set = task.resample(train_set) if task.resample else train_set
     seed, buckets = config.run.seed, length_buckets(data)
     batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=buckets)
+    weights, length = branch(key, "weights"), data.max_length
     loaded = load_model(
-        config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, length=data.max_length
+        config.model, mesh, weights, head=task.head, lora=config.lora, length=length, members=task.members
     )
+    if loaded.model.members != task.members:
+        held, asked = loaded.model.members or 1, task.members or 1
+        raise UserError(f"{config.model.path} has {held} trained heads, not reward.members {asked}; set it to {held}")
     check_vocabulary(loaded.model.arch, claim.tokenizer, config.model.path or "model.arch")
-    check_length(loaded.model.arch, data.max_length, "data.max_length")
+    check_length(loaded.model.arch, length, "data.max_length")
     parts = (examples[i : i + 64] for examples in (train_set, held_out_set) for i in range(0, len(examples), 64))
     pack = choose_packing(task, claim, loaded.model, batches, map(collate, parts))
     if pack is not None:

@@ -29,7 +29,7 @@ from rlhf_jax.models.kernels import quantized
 from rlhf_jax.models.loading import Loaded, adapted, check_length
 from rlhf_jax.online.checks import check_batches
 from rlhf_jax.online.method import stacked
-from rlhf_jax.online.networks import Networks
+from rlhf_jax.online.networks import Networks, together
 from rlhf_jax.online.pool import Pool
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import train as ppo_train
@@ -160,10 +160,9 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: f
 def _policy_and_reward(config: OnlineArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
     length = total_length(config.sampling, config.data.max_prompt_length)
     policy = abstract_model(config.model, mesh, length, score_head=False, attention=attention)
-    if not config.reward.model:
-        return policy, None
-    named = dataclasses.replace(config.model, path=config.reward.model, arch=None)
-    return policy, abstract_model(named, mesh, length, score_head=True, attention=attention)
+    named = [dataclasses.replace(config.model, path=path, arch=None) for path in config.reward.paths]
+    rewards = [abstract_model(one, mesh, length, score_head=True, attention=attention) for one in named]
+    return policy, together(rewards)
 
 
 def _group(config: GroupArgs, mesh: Mesh, attention: str) -> list[Program]:

@@ -38,7 +38,9 @@ _SCALING_KEYS = {  # kind -> field -> key: the same but one
 } | {"ntk": {"factor": "alpha"}}
 _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_NOT_KEPT = ("torch_dtype", "auto_map")  # the old name of dtype; code that lay beside the model
+MEMBERS = "reward_members"
+"""Key of config.json whose number says that the labels of a classifier are the members of a reward ensemble."""
+_NOT_KEPT = ("torch_dtype", "auto_map", MEMBERS)  # the old name of dtype; code that lay beside the model
 
 
 def read_json(file: Path) -> ConfigJson:
@@ -269,7 +271,7 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
     return RopeScaling(kind=kind, **fields)
 
 
-def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson:
+def to_json(family: Family, arch: ArchConfig, *, score_head: bool, members: int = 0) -> ConfigJson:
     """config.json of a shape; `to_arch` reads the same shape from it if the family can hold it."""
     values = {key: getattr(arch, field) for field, key in family.config.items()}
     values |= {family.config[field]: _inverse(getattr(arch, field)) for field in family.inverse}
@@ -293,7 +295,9 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool) -> ConfigJson
         values |= _rope_json(family, arch)
     values |= {key: value(arch) if callable(value) else value for key, value in family.saved.items()}
     if score_head:
-        values |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        labels = [f"LABEL_{i}" for i in range(members or 1)]
+        values |= {"num_labels": len(labels), "id2label": {str(i): name for i, name in enumerate(labels)}}
+        values |= {"label2id": {name: i for i, name in enumerate(labels)}} | ({MEMBERS: members} if members else {})
     architecture = family.classifier if score_head else family.causal
     return {"architectures": [architecture], "model_type": family.model_type} | values
 
@@ -304,9 +308,11 @@ def _inverse(number: float) -> float:
     return short if 1 / short == number else 1 / number
 
 
-def to_json_like(family: Family, arch: ArchConfig, base: ConfigJson, *, score_head: bool) -> ConfigJson:
+def to_json_like(
+    family: Family, arch: ArchConfig, base: ConfigJson, *, score_head: bool, members: int = 0
+) -> ConfigJson:
     """`to_json` with what the config.json of the model that training began with holds beside our settings."""
-    values = to_json(family, arch, score_head=score_head)
+    values = to_json(family, arch, score_head=score_head, members=members)
     if model_type_of(base) != family.model_type:
         return values
     gone = {*_NOT_KEPT, *family.aliases, *(["problem_type"] if score_head else [])}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.config.rules import INPUTS, LEAVES, WIDE_QK_NORM
+from rlhf_jax.config.rules import INPUTS, LEAVES, MEMBERS, WIDE_QK_NORM
 from rlhf_jax.models.hf.family import Tensor
 from rlhf_jax.types import Params
 
@@ -25,15 +25,19 @@ def is_transposed(tensor: Tensor) -> bool:
 
 
 class Layout:
-    """Axes and sizes of every leaf of a shape; with `rank` and their `axes`, of adapters too."""
+    """Axes and sizes of every leaf of a shape; with `rank` and their `axes`, of adapters too.
 
-    def __init__(self, arch: ArchConfig, *, rank: int = 0, axes: Mapping[str, str] | None = None):
+    `members` is the number of scalar heads of an ensemble; 0 is a single one, without an axis for it.
+    """
+
+    def __init__(self, arch: ArchConfig, *, members: int = 0, rank: int = 0, axes: Mapping[str, str] | None = None):
         group = arch.num_heads // arch.num_kv_heads
-        self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | dict(axes or {})
+        self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | (MEMBERS if members else {})
+        self.axes |= axes or {}
         self.sizes = {
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "G": group, "1": 1,
             "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
-            "F": arch.ffn_width, "R": rank,
+            "F": arch.ffn_width, "R": rank, "E": members,
         }  # fmt: skip
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
             "query": ("S", 0, group, "G"), "key": ("S", group, 1, "G"), "value": ("S", group + 1, 1, "G"),
@@ -82,9 +86,9 @@ class Layout:
             yield piece, tuple(slice(first, first + size) for first, size in zip(starts, piece.shape, strict=True))
 
 
-def leaf_shapes(arch: ArchConfig, *, score_head: bool | None) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
-    layout, biased = Layout(arch), arch.norm == "layer"
+    layout, biased = Layout(arch, members=members), arch.norm == "layer"
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
     optional = {
         "embed/positions": arch.positions == "learned", "final_norm/bias": biased,

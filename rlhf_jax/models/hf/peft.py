@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.models.hf import weights as hf_weights
+from rlhf_jax.models.hf.config_json import MEMBERS
 from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson, Family
 from rlhf_jax.models.hf.hub import PREFIX as HUB
@@ -50,15 +51,17 @@ def save_adapter(
     leaves, score_head = flattened(params), "score" in params
     chosen = sites(family, lora.targets)
     tensors = {f"{PREFIX}{site.module}.{name}": tensor for site in chosen for name, tensor in site.stored().items()}
-    heads = {PREFIX + name: tensor for name, tensor in family.tensors.items() if tensor.leaf.startswith("score/")}
+    members = hf_weights.heads_in(leaves)
+    known = hf_weights.with_heads(family, members).tensors
+    heads = {PREFIX + name: tensor for name, tensor in known.items() if tensor.leaf.startswith("score/")}
     if score_head and not np.any(leaves["score/bias"]):
         del leaves["score/bias"]
     axes = {path: letters for site in chosen for path, letters in site.axes().items()}
-    layout = Layout(arch, rank=lora.rank, axes=axes)
+    layout = Layout(arch, members=members, rank=lora.rank, axes=axes)
     stored = dict(
         hf_weights.hf_tensors(family._replace(tensors=tensors | heads), layout, leaves, np.dtype(np.float32))
     )
     folder.mkdir()
     save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = adapter_config(lora, chosen, base=base, score_head=score_head)
+    config = adapter_config(lora, chosen, base=base, score_head=score_head) | ({MEMBERS: members} if members else {})
     (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

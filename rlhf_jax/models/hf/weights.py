@@ -23,8 +23,9 @@ from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
-from rlhf_jax.models.hf.config_json import family_of, find_family, read_json, to_json_like
-from rlhf_jax.models.hf.directory import model_directory
+from rlhf_jax.models.hf.config_json import MEMBERS, family_of, find_family, read_json, to_json_like
+from rlhf_jax.models.hf.directory import ADAPTER, model_directory
+from rlhf_jax.models.hf.families import MEMBERS as HEADS
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
 from rlhf_jax.models.hf.stored import DTYPES, Tensors, check_tied, stored_tensors
@@ -53,6 +54,31 @@ def has_score_head(path: str | os.PathLike[str]) -> bool:
     return "score.weight" in stored_tensors(Path(path))
 
 
+def heads_in(leaves: Leaves) -> int:
+    """The members of the ensemble whose heads are among leaves; 0 if there is a single head or none."""
+    kernel = leaves.get("score/kernel")
+    return len(kernel) if kernel is not None and np.ndim(kernel) == 2 else 0
+
+
+def members_of(path: str | os.PathLike[str]) -> int:
+    """The members of the reward ensemble in a directory; 0 if it holds a model of another kind.
+
+    Raises:
+        UserError: config.json says something else than a number.
+    """
+    adapter = Path(path) / ADAPTER
+    where = adapter if adapter.is_file() else model_directory(path) / "config.json"
+    members = read_json(where).get(MEMBERS) or 0
+    if type(members) is not int or members < 0:
+        raise UserError(f"{where}: {MEMBERS} is {members!r}; make it the number of heads, or leave it out")
+    return members
+
+
+def with_heads(family: Family, members: int) -> Family:
+    """The family whose score head is that of an ensemble, if there are members."""
+    return family._replace(tensors=family.tensors | HEADS) if members else family
+
+
 def load_params(
     path: str | os.PathLike[str],
     arch: ArchConfig,
@@ -75,15 +101,15 @@ def load_params(
     Raises:
         UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
     """
-    folder, layout = Path(path), Layout(arch)
-    config = model_directory(folder) / "config.json"
-    family = family_of(read_json(config), config).of(arch)
+    folder, members = Path(path), members_of(path) if score_head else 0
+    layout, config = Layout(arch, members=members), model_directory(folder) / "config.json"
+    family = with_heads(family_of(read_json(config), config).of(arch), members)
     stored = stored_tensors(folder)
     if stored and not any(name.startswith(family.prefix) for name in stored):
         trunk = {name for name in family.tensors if name.startswith(family.prefix)}
         bare = {name.removeprefix(family.prefix): tensor for name, tensor in family.tensors.items() if name in trunk}
         family = family._replace(tensors=bare | {n: t for n, t in family.tensors.items() if n not in trunk})
-    shapes = leaf_shapes(arch, score_head=score_head)
+    shapes = leaf_shapes(arch, score_head=score_head, members=members)
     wanted = _names(family, layout, shapes)
     _check_stored(folder, family, stored, wanted, layout)
     if arch.tied_head:
@@ -216,7 +242,7 @@ def save_model(
     Args:
         params: our tree, jax or numpy arrays.
         score_head: a reward or value model. transformers' head has no bias, so ours goes into the final norm's where
-            there is one; else it is stored as score.bias, which transformers ignores.
+            there is one; else, as with the heads of an ensemble, it is score.bias, which transformers ignores.
         dtype: float32 or bfloat16.
         base_config: config.json of the model that training began with; gives the family, bos and (default) pad, and
             all that is no setting of ours.
@@ -227,25 +253,26 @@ def save_model(
     Raises:
         UserError: no family has this shape, or params do not have it.
     """
-    family, leaves = find_family(arch, base_config), flattened(params)
-    shapes = leaf_shapes(arch, score_head=score_head)
+    members = heads_in(leaves := flattened(params))
+    family, layout = with_heads(find_family(arch, base_config), members), Layout(arch, members=members)
+    shapes = leaf_shapes(arch, score_head=score_head, members=members)
     if dtype not in _DTYPES:
         raise UserError(f"cannot save in dtype {dtype!r}; use one of: {', '.join(_DTYPES)}")
     wrong = {leaf: np.shape(array) for leaf, array in leaves.items()}.items() ^ shapes.items()
     if wrong:
         names = ", ".join(sorted({leaf for leaf, _ in wrong})[:3])
         raise UserError(f"arch and params disagree about {names}; save params with the arch that they have")
-    if score_head:
-        leaves = _fold_score_bias(leaves)
+    leaves = _fold_score_bias(leaves) if score_head and not members else leaves
     tokens = _token_ids(family, eos_ids, pad_id, base_config or {}, score_head=score_head)
-    config = to_json_like(family, arch, base_config or {}, score_head=score_head) | tokens | {"dtype": dtype}
+    said = to_json_like(family, arch, base_config or {}, score_head=score_head, members=members)
+    config = said | tokens | {"dtype": dtype}
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
-    tensors = hf_tensors(family, Layout(arch), leaves, _DTYPES[dtype])
+    tensors = hf_tensors(family, layout, leaves, _DTYPES[dtype])
     if is_first():
         with _replacing(Path(path)) as folder:
             for name, content in {"config.json": config, "generation_config.json": generation}.items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            _write_weights(folder, tensors, _plan_files(family, arch, leaves, _DTYPES[dtype], shard_bytes))
+            _write_weights(folder, tensors, _plan_files(family, layout, leaves, _DTYPES[dtype], shard_bytes))
             if write_more is not None:
                 write_more(folder)
     else:
@@ -293,11 +320,9 @@ def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) 
                 yield name, stored
 
 
-def _plan_files(
-    family: Family, arch: ArchConfig, leaves: Leaves, dtype: np.dtype, shard_bytes: int
-) -> list[list[str]]:
+def _plan_files(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype, shard_bytes: int) -> list[list[str]]:
     """Names of the tensors of every file, in the order in which they are made."""
-    layout, files, size = Layout(arch), [[]], 0  # type: tuple[Layout, list[list[str]], int]
+    files, size = [[]], 0  # type: tuple[list[list[str]], int]
     for path in leaves:
         entries = _names(family, layout, [path])
         for name in sorted(entries, key=lambda name: entries[name][1]):

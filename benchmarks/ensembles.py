@@ -1,0 +1,168 @@
+"""Whether ensembles and limits keep PPO from exploiting a reward model of few comparisons, on random walks.
+
+    python -m benchmarks.ensembles --output_dir runs/ensembles
+
+Coste et al. 2023 (arXiv 2310.02743) on a scale of two CPU cores. Reward models from comparisons of SFT's walks by a
+rater who errs one time in ten; PPO with a small price on the KL, so that it goes far; the gold reward, which no run
+sees, at the end against its own peak, both means over a tenth of the run. `--seeds` have a graph each. Prints a JSON
+line per run and appends it to ensembles.jsonl, goes on with what is missing there, and ends with a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax import ppo, reward, sft
+from rlhf_jax.commands import quickstart as q
+from rlhf_jax.config import QuickstartArgs
+from rlhf_jax.config.functions import replace
+from rlhf_jax.runs.curves import text_table
+from rlhf_jax.tasks import random_walks as walks
+
+MEMBERS = 4
+RUNS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "mean": {"reward__combine": "mean"},
+    "min": {"reward__combine": "min"},
+    "lower_bound": {"reward__combine": "lower_bound"},
+    "heads mean": {"reward__combine": "mean"},
+    "heads lower_bound": {"reward__combine": "lower_bound"},
+    "single, kl_budget": {"ppo__kl_budget": 3.0},
+    "single, clip": {"ppo__reward_standardize": "mean_std", "ppo__reward_clip": 2.0},
+    "mean, disagreement": {"reward__combine": "mean", "ppo__disagreement_budget": 2.0},
+}
+"""Name -> changes of the config; what its reward is, the first word says: one model, four of them, or four heads."""
+
+
+class Seed:
+    """A graph, its SFT model, and the reward models that runs ask for; what an earlier call made is taken as it is."""
+
+    def __init__(self, seed: int, root: Path, iterations: int):
+        self.path = root / f"seed_{seed}"
+        self.config = QuickstartArgs(str(self.path), seed=seed, progress=False, iterations=iterations)
+        self.graph = walks.make_graph(seed)
+        walks.make_tokenizer().save_pretrained(self.path / "tokenizer")
+        demos = walks.demonstrations(self.graph, 1100, seed)
+        sft.run(replace(q.sft_stage(self.config, self.path), run__overwrite=False), rows=demos[:1000],
+                eval_rows=demos[1000:])  # fmt: skip
+        self.held_out, self._pairs = self._compared(20, 3, 0.0), dict[int, list[dict[str, str]]]()
+
+    def _compared(self, num_each: int, offset: int, noise: float) -> list[dict[str, str]]:
+        """Two walks of SFT from each start so many times, compared by a rater who errs."""
+        seed, base = self.config.seed, str(self.path / "sft" / "model")
+        prompts, first = q.sample_walks(base, num_each, seed + offset)
+        _, second = q.sample_walks(base, num_each, seed + offset + 1)
+        return walks.comparisons(self.graph, prompts, first, second, seed, noise)
+
+    def pairs(self, size: int) -> list[dict[str, str]]:
+        """`size` comparisons in random order."""
+        if size not in self._pairs:
+            rows = self._compared(-(-4 * size // 20), 100, 0.1)
+            order = np.random.default_rng(self.config.seed).permutation(len(rows))[:size]
+            self._pairs[size] = [rows[i] for i in order]
+        return self._pairs[size]
+
+    def reward_model(self, size: int, member: int | None) -> tuple[str, float]:
+        """(directory, accuracy) of a member, whose first head and order of rows are its own; None: of the heads."""
+        name = f"reward_{size}_{'heads' if member is None else member}"
+        config = replace(
+            q.reward_stage(self.config, self.path), run__output_dir=str(self.path / name), run__overwrite=False,
+            run__seed=1000 * self.config.seed + (member or 0), reward__members=MEMBERS if member is None else 1,
+        )  # fmt: skip
+        made = reward.run(config, rows=self.pairs(size), eval_rows=self.held_out)
+        return str(self.path / name / "model"), made["accuracy"]
+
+    def run(self, name: str, size: int, kl_coef: float) -> dict[str, Any]:
+        """One line about one run of PPO."""
+        kind = name.split(",")[0].split()[0]
+        members = {"single": [0], "heads": [None]}.get(kind, list(range(MEMBERS)))
+        models, accuracy = zip(*(self.reward_model(size, member) for member in members), strict=True)
+        out = self.path / f"{name.replace(',', '').replace(' ', '_')}_{size}"
+        config = replace(
+            q.ppo_stage(self.config, self.path), reward__model="", reward__models=list(models), ppo__kl_coef=kl_coef,
+            run__output_dir=str(out), run__overwrite=True, run__eval_every=5, checkpoint__keep_last=1, **RUNS[name],
+        )  # fmt: skip
+        gold = partial(walks.optimality, self.graph)
+        made = ppo.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6, gold=gold)
+        about = {"run": name, "size": size, "seed": self.config.seed, "accuracy": float(np.mean(accuracy))}
+        kept = {f"kept_{n}": made["after"][f"eval/{n}"] for n in ("gold", "kl")}
+        return {**about, **measured(out / "metrics.jsonl"), **kept, "iterations": made["iterations"]}
+
+
+def measured(metrics: Path) -> dict[str, float]:
+    """Gold and proxy at their peak and at the end, means over a tenth of the run; the distance d = sqrt(KL) there."""
+    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "rollout/gold" in line]
+    width = max(len(lines) // 10, 1)
+    smooth = {
+        name: np.convolve([line.get(f"rollout/{key}", 0.0) for line in lines], np.ones(width) / width, "valid")
+        for name, key in (("gold", "gold"), ("proxy", "reward"), ("kl", "kl"), ("apart", "reward_disagreement"))
+    }
+    peak, d = int(smooth["gold"].argmax()), np.sqrt(np.maximum(smooth["kl"], 0))
+    numbers = {
+        "gold_first": smooth["gold"][0], "gold_peak": smooth["gold"][peak], "gold_last": smooth["gold"][-1],
+        "proxy_peak": smooth["proxy"].max(), "proxy_last": smooth["proxy"][-1], "d_peak": d[peak], "d_last": d[-1],
+        "apart_first": smooth["apart"][0], "apart_last": smooth["apart"][-1],
+    }  # fmt: skip
+    return {name: round(float(value), 4) for name, value in numbers.items()}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Per size and run: gold at the end, less its own peak, and less that of the single model of the same seed."""
+    headers = ["comparisons", "run", "seeds", "accuracy", "gold, last", "last - peak", "last - single's", "kept gold",
+               "last d", "disagreement"]  # fmt: skip
+    rows = []
+    for size in sorted({line["size"] for line in lines}):
+        of_size = [line for line in lines if line["size"] == size]
+        single = {line["seed"]: line["gold_last"] for line in of_size if line["run"] == "single"}
+        for name in [name for name in RUNS if any(line["run"] == name for line in of_size)]:
+            own = [line for line in of_size if line["run"] == name]
+            paired = [line["gold_last"] - single[line["seed"]] for line in own if line["seed"] in single]
+            rows.append([
+                size, name, len(own), shown([x["accuracy"] for x in own]), shown([x["gold_last"] for x in own]),
+                shown([x["gold_last"] - x["gold_peak"] for x in own]), shown(paired),
+                shown([x["kept_gold"] for x in own]), shown([x["d_last"] for x in own]),
+                f"{np.mean([x['apart_first'] for x in own]):.2f}, {np.mean([x['apart_last'] for x in own]):.2f}",
+            ])  # fmt: skip
+    return text_table(headers, rows)
+
+
+def shown(values: list[float]) -> str:
+    """Mean and, of several, its standard error."""
+    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{error}" if values else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/ensembles")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 3072], help="comparisons of a reward model")
+    parser.add_argument("--runs", nargs="+", choices=[*RUNS], default=[*RUNS])
+    parser.add_argument("--iterations", type=int, default=80, help="of PPO")
+    parser.add_argument("--kl_coef", type=float, default=0.01, help="price of a nat in PPO, small to go far")
+    args = parser.parse_args()
+    path = Path(args.output_dir) / "ensembles.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["seed"], line["size"], line["run"]) for line in lines}
+    for number in args.seeds:
+        missing = [(size, run) for size in args.sizes for run in args.runs if (number, size, run) not in done]
+        seed = Seed(number, path.parent, args.iterations) if missing else None
+        for size, run in missing:
+            assert seed is not None
+            lines.append(seed.run(run, size, args.kl_coef))
+            with path.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            print(json.dumps(lines[-1]), flush=True)
+    sys.stdout.write("\n" + table(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
