@@ -350,6 +350,16 @@ def test_rewards_that_contradict_each_other_are_refused(settings, words):
 def test_limits_of_what_is_not_there_are_refused(one_device, tmp_path):
     with pytest.raises(UserError, match="disagreement_budget 2 needs several members"):
         train.run(toy_run(tmp_path / "run", disagreement_budget=2.0), **TOY_ROWS)
+    alone = {"rows": TOY_ROWS["rows"]}
+    for setting, words in {
+        "kl_budget": "kl_budget 2 needs .* held-out prompts",
+        "disagreement_budget": "disagreement_budget 2 needs .* held-out prompts",
+        "reward_standardize": "reward_standardize needs held-out prompts",
+    }.items():
+        value = "mean" if setting == "reward_standardize" else 2.0
+        config = toy_run(tmp_path / setting, **{setting: value})
+        with pytest.raises(UserError, match=words):
+            train.run(replace(config, data__eval_fraction=0.0), **alone)
     with pytest.raises(UserError, match=r"ppo.reward_standardize is of reward models, and there is none"):
         train.setup(toy_run(reward_model=False, reward_standardize="mean"), reward_functions=[len], **TOY_ROWS)
     with pytest.raises(UserError, match=r"ppo.overlong_tokens 7 is more than sampling.max_new_tokens 6"):
