@@ -201,8 +201,8 @@ def setup(task: Task, claim: Claim) -> Work:
         config.model, mesh, weights, head=task.head, lora=config.lora, length=length, members=task.members
     )
     if loaded.model.members != task.members:
-        held, asked = loaded.model.members or 1, task.members or 1
-        raise UserError(f"{config.model.path} has {held} trained heads, not reward.members {asked}; set it to {held}")
+        held, wanted = loaded.model.members or 1, task.members or 1
+        raise UserError(f"{config.model.path} has {held} trained heads, not reward.members {wanted}; set it to {held}")
     check_vocabulary(loaded.model.arch, claim.tokenizer, config.model.path or "model.arch")
     check_length(loaded.model.arch, length, "data.max_length")
     parts = (examples[i : i + 64] for examples in (train_set, held_out_set) for i in range(0, len(examples), 64))
