@@ -105,11 +105,12 @@ def test_a_model_against_itself_wins_half_and_is_at_no_distance(tmp_path):
     assert [t[:4] for t in texts] != [t[4:] for t in texts]
 
 
-def test_equal_texts_are_ties_whoever_compares(tmp_path):
+def test_equal_texts_are_ties_whoever_compares(tmp_path, capsys):
     twins = [SourceConfig(name="a", temperature=0.0), SourceConfig(name="b", temperature=0.0)]
-    config = settings(tmp_path / "e", sources=twins, judge=JudgeConfig(function="test_evaluating:longer"))
-    wins = run_evaluate(config, rows=PROMPTS, functions=[length])["models"]["b"]["wins"]
-    assert [wins[by]["rate"] for by in ("reward", "judge")] == [0.5, 0.5]
+    config = settings(tmp_path / "e", sources=twins, judge=JudgeConfig(function="test_evaluating:longer"), pass_at=[2])
+    found = run_evaluate(config, rows=PROMPTS, functions=[length])["models"]["b"]
+    assert [found["wins"][by]["rate"] for by in ("reward", "judge")] == [0.5, 0.5]
+    assert found["pass@2"]["rate"] == 1.0 and "pass@2" in capsys.readouterr().out  # every length is at least 1
 
 
 def test_length_orders_a_terse_and_a_talkative_model_whichever_is_the_baseline(tmp_path, terse):
@@ -297,6 +298,8 @@ MISTAKES = {
     "evaluate --reference r --sources '[{temperature: 0}]'": "but temperature 0 draws them from another law",
     "evaluate --prompts [b] --output_dir e --text_path no.jsonl": "no.jsonl: no such file",
     "evaluate --prompts [b] --output_dir e --judge.function a:b --judge.url http://x": "name one judge",
+    "evaluate --pass_at [1,5]": r"pass_at \[1, 5\] are not different numbers from 1 to 4, the responses",
+    "evaluate --prompts [b] --output_dir e --pass_at [1]": "pass_at asks for a reward; give reward.functions or",
     "evaluate --max_length 0": "max_length is 0; make it at least 1",
     "evaluate --prompts [b] --output_dir e": "model.tokenizer and model.path are both empty",
 }

@@ -55,6 +55,10 @@ def run_evaluate(
     """
     if judge is None and config.judge.named():
         config.judge.check_one()
+    if config.pass_at and not (
+        functions or gold or config.reward.paths or config.reward.functions or config.reward.gold
+    ):
+        raise UserError("pass_at asks for a reward; give reward.functions or reward.gold")
     prompts, text_source = prompts_of(config, rows), config.text_path if text_rows is None else text_rows
     text = rows_from(text_source) if text_source else []
     check_rewards(config, prompts, functions, gold)
@@ -109,7 +113,7 @@ def _evaluate(
                 item["gold"] = value
             row |= compared[i] if compared else {}
         perplexities = [float(np.exp(phase[0]["nll"] / phase[0]["tokens"])) for phase in read]
-        models = compare(out, sources.names, sources.each, baseline, perplexities)
+        models = compare(out, sources.names, sources.each, baseline, perplexities, config.pass_at)
         summary: Summary = {"prompts": len(out), "baseline": sources.names[baseline], "models": models}
         if compared:
             summary["judge"] = judge_report([verdict for row in out for verdict in verdicts_of(row)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import field
+
 from rlhf_jax.config.checks import check
 from rlhf_jax.config.feedback import SourcesArgs
 from rlhf_jax.config.settings import PathText, settings
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown
 
 
 @settings
@@ -16,6 +18,8 @@ class EvaluateArgs(SourcesArgs):
         baseline: the name of the source that the others are compared with; empty is the first.
         reference: a model directory, the distance of the sources to which is measured (KL); empty leaves that out.
         text_path: held-out rows, as data.path of `sft`, whose perplexity is measured; empty leaves that out.
+        pass_at: numbers k; the table has pass@k, the share of prompts of which one of k responses has the gold reward
+            (without one, the reward) of at least 1, from all responses of a source that draws as many.
         max_length: longest held-out row in tokens; documents are cut into windows of it.
         output_dir: holds config.yaml, responses.jsonl and summary.json. The same command goes on after any end.
     """
@@ -23,12 +27,19 @@ class EvaluateArgs(SourcesArgs):
     baseline: str = ""
     reference: PathText = ""
     text_path: PathText = ""
+    pass_at: list[int] = field(default_factory=list)
     max_length: int = 512
     output_dir: PathText = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "", {"at least 1": "max_length"})
+        drawn = max([source.num_samples or self.num_samples for source in self.sources] or [self.num_samples])
+        if any(not 1 <= k <= drawn for k in self.pass_at) or len(set(self.pass_at)) < len(self.pass_at):
+            raise UserError(
+                f"pass_at {shown(self.pass_at)} are not different numbers from 1 to {drawn}, the responses to a "
+                "prompt; raise num_samples, or leave them out"
+            )
         temperatures = [self.sampling.temperature, *(s.temperature for s in self.sources if s.temperature is not None)]
         laws = {
             "sampling.top_k": self.sampling.top_k > 0,

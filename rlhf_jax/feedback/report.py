@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.ballots import Ranking
+from rlhf_jax.data.consensus import best_of_n
 from rlhf_jax.data.encoding import mark_of
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.pairs import Pair
@@ -185,7 +186,12 @@ def _mean_or_none(values: Sequence[float | bool]) -> float | None:
 
 
 def compare(
-    rows: Sequence[Row], names: Sequence[str], each: Sequence[int], baseline: int, perplexities: Sequence[float]
+    rows: Sequence[Row],
+    names: Sequence[str],
+    each: Sequence[int],
+    baseline: int,
+    perplexities: Sequence[float],
+    pass_at: Sequence[int] = (),
 ) -> dict[str, Summary]:
     """What is known of every source, by name.
 
@@ -194,6 +200,7 @@ def compare(
         names, each: of the sources, and their responses to a prompt.
         baseline: number of the source that the others are compared with.
         perplexities: of the sources on held-out rows; empty if there are none.
+        pass_at: as in `passes_at`, by the gold reward, else the reward.
     """
     prompts = [prompt_key(row) for row in rows]
     measured = rows[0]["responses"][0]
@@ -212,6 +219,8 @@ def compare(
         model: Summary = {"responses": of["tokens"][s].size, "tokens": float(of["tokens"][s].mean())}
         model["unfinished"] = float(1 - of["finished"][s].mean())
         model |= {shown: mean_of(of[column][s], prompts) for column, shown in SHOWN.items() if column in of}
+        if pass_at:
+            model |= passes_at(of["gold" if "gold" in of else "score"][s], prompts, pass_at)
         if perplexities:
             model["perplexity"] = perplexities[s]
         if "ref_logprob" in of:
@@ -267,6 +276,20 @@ def wins_over(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     return ((np.sign(own[:, :, None] - other[:, None, :]) + 1) / 2).mean(axis=(1, 2))
 
 
+def passes_at(rewards: np.ndarray, prompts: Sequence[str], pass_at: Sequence[int]) -> dict[str, Summary]:
+    """{"pass@k": {rate, interval, prompts}} for every k of at most K, of rewards [N, K] (1 is right; NaN unknown).
+
+    1 - C(K - c, k)/C(K, k) where c of K responses are right (Chen et al. 2021, arXiv 2107.03374, eq. 1), which is the
+    best of k by 0 and 1.
+    """
+    known, right = ~np.isnan(rewards).any(axis=1), (rewards >= 1).astype(float)
+    return {
+        f"pass@{k}": win_rate(np.where(known, best_of_n(right, right, k), np.nan), prompts)
+        for k in pass_at
+        if k <= rewards.shape[1]
+    }
+
+
 def win_rate(shares: np.ndarray, prompts: Sequence[str]) -> Summary:
     """{rate, interval, prompts}: the mean of the shares won on each prompt, float[N] (NaN: no verdict), and 95% of it.
 
@@ -289,17 +312,18 @@ def evaluation_lines(summary: Summary) -> list[str]:
         headers += [{"kl": "KL, nats"}.get(name, name), "+-"]
     single = [name for name in ("kl_per_token", "perplexity", "tokens", "unfinished") if name in models[baseline]]
     headers += [{"kl_per_token": "per token"}.get(name, name) for name in single]
-    for by in judges:
-        headers += [f"wins by {by}", "95%"]
+    rates = list(dict.fromkeys(name for of in models.values() for name in of if name.startswith("pass@")))
+    for name in [*rates, *(f"wins by {by}" for by in judges)]:
+        headers += [name, "95%"]
     rows = []
     for name, of in models.items():
         row: list[str | float | None] = [name]
         for column in means:
             row += [of[column]["mean"], of[column]["se"]]
         row += [of[column] for column in single]
-        for by in judges:
-            won = of.get("wins", {}).get(by, {"rate": None, "interval": None})
-            row += [won["rate"], won["interval"] and "{:.3f} to {:.3f}".format(*won["interval"])]
+        for won in [*(of.get(name) for name in rates), *(of.get("wins", {}).get(by) for by in judges)]:
+            rate, interval = (won["rate"], won["interval"]) if won else (None, None)
+            row += [rate, interval and "{:.3f} to {:.3f}".format(*interval)]
         rows.append(row)
     said = [text_table(headers, rows), f"{summary['prompts']} prompts; +- is the standard error over them"]
     if judges:

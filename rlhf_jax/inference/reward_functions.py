@@ -58,7 +58,7 @@ def call_reward(
 
     Raises:
         RewardFailure: it raised or ran out of time.
-        UserError: not one number per response that float32 holds.
+        UserError: it raised one, or gave not one number per response that float32 holds.
     """
     check_call(fn, columns)
     name, columns = function_name(fn), {column: columns[column] for column in _asked(fn, columns)}
@@ -68,7 +68,7 @@ def call_reward(
         return as_rewards(fn(own_prompts, own_responses, **own_columns), len(responses))
 
     try:
-        return persist(call, timeout=timeout, retries=retries, limit="reward.timeout", final=(NoRewards,))
+        return persist(call, timeout=timeout, retries=retries, limit="reward.timeout", final=(NoRewards, UserError))
     except NoRewards as wrong:
         raise UserError(f"reward function {name} returned {wrong}") from None
     except Failed as failure:

@@ -1,0 +1,109 @@
+"""The child process of `texts`: a script that imports nothing of ours and reads lines [response, wanted] of JSON.
+
+To each it answers true, false, or a text that says what is wrong with `wanted`. A timer of the kernel ends the process
+with a response that computes too long, be it in C code that no Python exception reaches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+Check = Callable[[str, Any], bool]
+
+
+class Wrong(Exception):
+    """What the row wants cannot be read; the text says why."""
+
+
+def maths() -> Check:
+    """Whether math-verify takes two answers for one."""
+    from math_verify import parse, verify
+
+    def read(text: str) -> list[Any]:
+        found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+        return found or parse(text, parsing_timeout=None)
+
+    def check(response: str, wanted: str) -> bool:
+        gold = read(wanted)
+        if not gold:
+            raise Wrong(f"the answer {wanted[:100]!r} is neither a number nor LaTeX; mend or remove the row")
+        return verify(gold, read(response), timeout_seconds=None)
+
+    return check
+
+
+def regex() -> Check:
+    """Whether a pattern is found."""
+
+    def check(response: str, wanted: str) -> bool:
+        try:
+            pattern = re.compile(wanted)
+        except (re.error, TypeError) as error:
+            raise Wrong(f"the pattern {str(wanted)[:100]!r} does not compile ({error}); mend the row") from error
+        return pattern.search(response) is not None
+
+    return check
+
+
+def json_schema() -> Check:
+    """Whether a response is JSON that a schema allows."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    def check(response: str, wanted: Any) -> bool:
+        try:
+            schema = json.loads(wanted) if isinstance(wanted, str) else wanted
+            kind = validator_for(schema)
+            kind.check_schema(schema)
+        except (SchemaError, ValueError, TypeError, AttributeError) as error:
+            why = getattr(error, "message", error)
+            raise Wrong(f"the schema {str(wanted)[:100]!r} is none ({why}); mend the row") from error
+        fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", response, re.DOTALL)
+        value = json.loads(fenced[1] if fenced else response, parse_constant=refuse, object_pairs_hook=once)
+        return kind(schema, registry=Registry()).is_valid(value)
+
+    return check
+
+
+CHECKS = {"math": maths, "regex": regex, "json_schema": json_schema}
+
+
+def main(name: str, seconds: float, memory: int) -> None:
+    check = CHECKS[name]()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    answers.write("ready\n")
+    answers.flush()
+    for line in sys.stdin:
+        verdict: bool | str = False
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            verdict = bool(check(*json.loads(line)))
+        except Wrong as wrong:
+            verdict = str(wrong)
+        except Exception:  # the response cannot be read, or not in this memory
+            pass
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(json.dumps(verdict) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))

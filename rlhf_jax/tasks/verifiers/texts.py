@@ -1,0 +1,188 @@
+"""Verifiers of texts. What may hang on a hostile response runs in child processes that a kernel timer ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+from rlhf_jax.errors import UserError, shown, tell
+
+SECONDS, MEMORY = 5, 2 << 30
+"""What a child may take for one response: seconds of computing, and bytes."""
+
+WORKERS = min(os.cpu_count() or 1, 8)
+"""Children of a verifier that judge at once."""
+
+NUMBER = re.compile(
+    r"((?<![\w)\]])-)?\$?"  # a sign that is no operator
+    r"(?<![0-9])(?<![0-9]\.)"  # at the beginning of a number
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"([eE][+-]?[0-9]{1,2}(?![0-9]))?(?:/([0-9]+))?"
+)
+LATEX = ((re.compile(r"\\[dt]?frac\{([0-9,.]+)\}\{([0-9]+)\}"), r"\1/\2"), (re.compile(r"\{,\}|\\[,!]"), ""))
+"""How LaTeX writes fractions and thousands -> how `NUMBER` reads them."""
+
+BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
+
+TAIL = 2000
+"""Characters at the end of a response in which an answer without a mark is looked for."""
+
+
+def gsm8k(prompts: list[str], responses: list[str], *, answer: list[object], **columns: object) -> list[float]:
+    """1.0 where the final number of a response equals that of the row's `answer` exactly, as GSM8K has them.
+
+    It stands behind the last "####", else in the last \\boxed{}, else it is the last number of the response. 1,234 is
+    1234, $18.00 is 18, 3/4 is 0.75; what follows a number (units, percent signs) is not read. `answer` is a number or
+    a text with one, such as a whole solution.
+
+    Raises:
+        UserError: an answer without a number.
+    """
+    wanted = [number_of(str(one)) for one in answer]
+    for one, number in zip(answer, wanted, strict=True):
+        if number is None:
+            raise UserError(f"gsm8k: the answer {shown(one)} holds no number; give every row one")
+    return [float(number_of(response) == gold) for response, gold in zip(responses, wanted, strict=True)]
+
+
+def math(prompts: list[str], responses: list[str], *, answer: list[object], **columns: object) -> list[float]:
+    """1.0 where the final answer of a response is mathematically that of the row's `answer`, as math-verify sees it.
+
+    It stands behind the last "####", else in the last \\boxed{}, else it is the last formula or number there is.
+    `answer` is LaTeX or a number, or a whole solution that marks it so. Numbers are compared at 6 decimals. An answer
+    that takes too long to compare, such as 9^{9^{9^9}}, is wrong, and such are counted.
+
+    Raises:
+        UserError: an answer that cannot be read.
+    """
+    wanted = [(marked(str(one)) or str(one)).strip() for one in answer]
+    return _judged("math", [marked(text) or text[-TAIL:] for text in responses], wanted)
+
+
+def regex(prompts: list[str], responses: list[str], *, pattern: list[str], **columns: object) -> list[float]:
+    r"""1.0 where the row's `pattern` (of Python's `re`) is found in the response; \A and \Z bind it to the whole.
+
+    Raises:
+        UserError: a pattern that does not compile.
+    """
+    return _judged("regex", responses, pattern)
+
+
+def json_schema(prompts: list[str], responses: list[str], *, schema: list[object], **columns: object) -> list[float]:
+    """1.0 where a response is JSON, alone or in one ``` fence, that the row's `schema` (an object, or JSON) allows.
+
+    The schema's draft is what its "$schema" says, else the newest. References to other documents are not fetched.
+
+    Raises:
+        UserError: a schema that is none.
+    """
+    return _judged("json_schema", responses, schema)
+
+
+def number_of(text: str) -> Fraction | None:
+    """The final number of a text, see `gsm8k`; None if it has none or one of thousands of digits."""
+    final = marked(text)
+    text = (text if final is None else final)[-TAIL:]
+    for pattern, simple in LATEX:
+        text = pattern.sub(simple, text)
+    found = list(NUMBER.finditer(text if final is None else text.rpartition("=")[2]))
+    if not found:
+        return None
+    sign, digits, exponent, divisor = found[-1 if final is None else 0].groups()
+    try:
+        return Fraction((sign or "") + digits.replace(",", "") + (exponent or "")) / int(divisor or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def marked(text: str) -> str | None:
+    """What a text marks as its answer: the line behind the last "####", or the last \\boxed{} (or \\fbox{}).
+
+    Braces are balanced; a box that never closes is none.
+    """
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
+    opened: list[re.Match[str]] = []
+    start, end = -1, 0
+    for brace in BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append(brace)
+        elif opened and len((last := opened.pop())[0]) > 1 and last.end() > start:  # a box
+            start, end = last.end(), brace.start()
+    return None if start < 0 else text[start:end].strip()
+
+
+class _Child:
+    """A process of checks.py: one response after another, until it is ended for one that took too much."""
+
+    def __init__(self, check: str):
+        script = str(Path(__file__).with_name("checks.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", script, check, str(SECONDS), str(MEMORY)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert self.process.stdin and self.process.stdout
+        self.questions, self.answers = self.process.stdin, self.process.stdout
+        if self.answers.readline() != "ready\n":
+            self.end()
+            raise RuntimeError(f"the process that checks {check} did not start")
+
+    def ask(self, response: str, wanted: object) -> tuple[float | None, str]:
+        """(verdict, ""), (None, "") if it died of the question, or (None, what is wrong with `wanted`)."""
+        try:
+            self.questions.write(json.dumps([response, wanted]) + "\n")
+            self.questions.flush()
+            said = self.answers.readline()
+        except BrokenPipeError:
+            said = ""
+        if not said:
+            self.end()
+            return None, ""
+        verdict = json.loads(said)
+        return (None, verdict) if isinstance(verdict, str) else (float(verdict), "")
+
+    def end(self) -> None:
+        """Kill it, if it lives, and close its pipes."""
+        self.process.kill()
+        self.process.communicate()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+_idle: dict[str, queue.SimpleQueue[_Child]] = defaultdict(queue.SimpleQueue)
+"""Check -> children that wait; they end when this process does, since their input then closes."""
+
+
+def _judged(check: str, responses: Sequence[str], wanted: Sequence[object]) -> list[float]:
+    """The verdicts of one check; a response that no child survives is wrong, and counted."""
+
+    def judge(pair: tuple[str, object]) -> tuple[float | None, str]:
+        try:
+            child = _idle[check].get_nowait()
+        except queue.Empty:
+            child = _Child(check)
+        verdict = child.ask(*pair)
+        if child.alive:
+            _idle[check].put(child)
+        return verdict
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        verdicts = list(pool.map(judge, zip(responses, wanted, strict=True)))
+    for _, wrong in verdicts:
+        if wrong:
+            raise UserError(f"{check}: {wrong}")
+    if lost := sum(verdict is None for verdict, _ in verdicts):
+        limits = f"{SECONDS} s of computing or {MEMORY >> 30} GiB"
+        tell(f"{check}: {lost} of {len(responses)} responses took more than {limits} to check and count as wrong")
+    return [verdict or 0.0 for verdict, _ in verdicts]
