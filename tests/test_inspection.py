@@ -314,9 +314,7 @@ def test_a_checkpoint_of_a_run_converts_and_the_newest_to_what_the_run_itself_wo
         main([*arguments, *more[stage]])
     assert ended.value.code == 0
     (tmp_path / "run" / "model").rename(tmp_path / "model")
-    code, _, said = run(
-        capsys, "convert", str(tmp_path / "run"), "--output", str(tmp_path / "new"), "--dtype", "float32"
-    )
+    code, _, said = run(capsys, "convert", str(tmp_path / "run"), "--output", str(tmp_path / "new"))
     assert code == 0, said
     expected, found = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "new")
     assert expected.keys() == found.keys()

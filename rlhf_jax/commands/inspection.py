@@ -180,12 +180,14 @@ def run_convert(config: ConvertArgs) -> Path:
     check_writable(target.parent, f"output {target}")
     if (target / "config.json").exists() and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
-    if (source / CHECKPOINTS).is_dir():
+    of_run = (source / CHECKPOINTS).is_dir()
+    dtype = config.dtype if config.dtype != "auto" else "float32" if of_run else "bfloat16"
+    if of_run:
         model = _of_checkpoint(source, config.step)
     elif config.step:
         raise UserError(f"step {config.step} is asked for, but {source} has no checkpoints; leave step out")
     else:
-        model = _of_directory(source, "float32" if config.average else config.dtype)
+        model = _of_directory(source, "float32" if config.average else dtype)
     if config.average:
         model = averaged(model, config)
     arch, params, tokenizer, pad_id = model.arch, model.params, model.tokenizer, model.pad_id
@@ -200,13 +202,13 @@ def run_convert(config: ConvertArgs) -> Path:
             eos_ids=model.eos_ids,
             pad_id=pad_id,
             score_head="score" in params,
-            dtype=config.dtype,
+            dtype=dtype,
             base_config=model.raw,
             base_generation=model.generation,
             shard_bytes=int(config.shard_gb * 1e9),
             write_more=(lambda folder: tokenizer.save(str(folder))) if tokenizer else None,
         )
-    tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {config.dtype}")
+    tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {dtype}")
     return target
 
 

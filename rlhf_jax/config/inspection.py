@@ -42,7 +42,7 @@ class ConvertArgs:
             run that has not finished (or keeps its checkpoints, checkpoint.keep_finished), for the model in one of
             them, of PPO or GRPO the policy.
         output: the directory to write: config, generation config, weights, tokenizer and chat template.
-        dtype: of the weights written.
+        dtype: of the weights written; auto keeps float32 of a run's checkpoint, and makes bfloat16 of all else.
         shard_gb: largest weight file, in 10^9 bytes; more than one come with an index.
         overwrite: replace the model in `output`.
         step: of a run's checkpoints, the one of this step; 0 takes the newest.
@@ -52,7 +52,7 @@ class ConvertArgs:
 
     model: PathText = ""
     output: PathText = ""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     shard_gb: float = 5.0
     overwrite: bool = False
     step: int = 0

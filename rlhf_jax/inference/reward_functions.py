@@ -162,9 +162,14 @@ def check_call(fn: RewardFn, columns: Collection[str], where: str = "") -> None:
     try:
         signature.bind([], [], **{column: [] for column in asked})
     except TypeError as error:
-        raise UserError(
-            f"{at}reward function {name}: {error}; define it as fn(prompts, responses, **columns)"
-        ) from error
+        raise _unfit(fn, error, at) from error
+
+
+def _unfit(fn: RewardFn, error: TypeError, at: str = "") -> UserError:
+    """Says that a function cannot be called as rewards are."""
+    return UserError(
+        f"{at}reward function {function_name(fn)}: {error}; define it as fn(prompts, responses, **columns)"
+    )
 
 
 def _signature(fn: RewardFn) -> inspect.Signature | None:
@@ -237,8 +242,18 @@ def of_own_rows(
 
 
 def functions_of(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) -> list[RewardFn]:
-    """The Python rewards: `functions`, which replace the config's names, or those."""
-    return list(functions) if functions is not None else [resolve(name) for name in config.functions]
+    """The Python rewards: `functions`, which replace the config's names, or those.
+
+    Raises:
+        UserError: one that does not take prompts and responses; `columns_for` knows what it gets beside them.
+    """
+    found = list(functions) if functions is not None else [resolve(name) for name in config.functions]
+    for fn, signature in ((fn, _signature(fn)) for fn in found):
+        try:
+            _ = signature and signature.bind_partial([], [])
+        except TypeError as error:
+            raise _unfit(fn, error) from error
+    return found
 
 
 def combine(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) -> ScoreFn | None:

@@ -93,6 +93,19 @@ def check_length(arch: ArchConfig, length: int, what: str) -> None:
         raise UserError(f"{what} {length} is more than the model's {arch.max_positions} positions; lower it")
 
 
+def arch_of(config: ModelConfig) -> ArchConfig:
+    """The shape of the model that `load_model` would load.
+
+    Raises:
+        UserError: neither path nor arch, or both; or the directory does not say.
+    """
+    if config.path and config.arch is not None:
+        raise UserError("model.path and model.arch are both given; leave one out (--model.arch null undoes a file's)")
+    if not config.path and config.arch is None:
+        raise UserError("model.path and model.arch are both empty; give a Hugging Face directory or a shape")
+    return hf.read_config(hub.local_directory(config.path))[0] if config.arch is None else config.arch
+
+
 def load_model(
     config: ModelConfig,
     mesh: Mesh,
@@ -114,14 +127,10 @@ def load_model(
         UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
             Face family can hold.
     """
-    if config.path and config.arch is not None:
-        raise UserError("model.path and model.arch are both given; leave one out (--model.arch null undoes a file's)")
-    if not config.path and config.arch is None:
-        raise UserError("model.path and model.arch are both empty; give a Hugging Face directory or a shape")
+    arch = arch_of(config)
     if head == "trained" and not config.path:
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
-    arch = config.arch
-    load = partial(_load_directory, config) if arch is None else partial(_random, config, arch)
+    load = partial(_load_directory, config) if config.path else partial(_random, config, arch)
     loaded = load(mesh, key, head, members)
     loaded = replace(loaded, model__length=length)
     if config.quantize != "none":

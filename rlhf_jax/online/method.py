@@ -19,10 +19,10 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.inference.generate import spread
+from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.reward_functions import ScoreFn, columns_for, combine, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.models.loading import load_tokenizer, save_model
+from rlhf_jax.models.loading import arch_of, check_length, load_tokenizer, save_model
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.sharding import Mesh, put, replicated
@@ -68,13 +68,15 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     """The inputs of a config, whose sources are replaced by the given ones; `group_size` responses answer each prompt.
 
     Raises:
-        UserError: there is no reward, or something is wrong with the rows.
+        UserError: there is no reward, the policy has too few positions, or something is wrong with the rows.
     """
     data, seed, reward_functions = config.data, config.run.seed, sources.get("reward_functions")
     reward = combine(config.reward, reward_functions)
     gold = sources.get("gold") or (resolve(config.reward.gold) if config.reward.gold else None)
     if reward is None and not config.reward.paths:
         raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
+    length = total_length(config.sampling, data.max_prompt_length)
+    check_length(arch_of(config.model), length, "prompt length + sampling.max_new_tokens =")  # before rows are read
     tokenizer = load_tokenizer(config.model)
     asked = functions_of(config.reward, reward_functions) + ([gold] if gold else [])
     build = partial(prompt_examples, tokenizer=tokenizer, limits=Limits.of(data))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -94,11 +95,17 @@ def check_output_dir(
         tell(f"{stage}: {path} is finished; --run.overwrite true would run it again")
         return read_summary(path, "--run.overwrite true")
     if not steps_in(path / CHECKPOINTS):
-        raise UserError(
-            f"run.output_dir {path} is finished and its checkpoints are gone; start a new run with model.path "
-            f"{path / 'model'}, or set checkpoint.keep_finished true another time"
-        )
+        raise UserError(f"run.output_dir {path} {gone(path)}")
     return None
+
+
+def gone(path: Path) -> str:
+    """Says that a finished run cannot be continued, and what trains its model on instead."""
+    model, other = (shlex.quote(str(place)) for place in (path / "model", f"{path}-more"))
+    return (
+        "is finished and its checkpoints are gone; to train its model on, give the same command with --model.path "
+        f"{model} --model.arch null --run.output_dir {other} (checkpoint.keep_finished true would have kept them)"
+    )
 
 
 def earlier_summary(
@@ -229,6 +236,8 @@ def check_same(
     if not unsafe and (not safe or config.checkpoint.allow_changes):
         return not differ
     shown = ", ".join(f"{name} {differ[name][0]} there, {differ[name][1]} here" for name in unsafe or safe)
+    if not unsafe and record["status"] == "finished" and not steps_in(Path(path) / CHECKPOINTS):
+        raise UserError(f"run.output_dir {path} {gone(Path(path))}; it differs in {shown}")
     if unsafe:
         why, cure = "this cannot change within a run", "choose another directory or pass --run.overwrite true"
     else:
@@ -297,7 +306,8 @@ def write_record(path: Path, record: Record) -> None:
 
 def write_config(path: Path, stage: str, config: Settings | dict[str, Any], option: str = "run.output_dir") -> None:
     """Replace config.yaml; `option` is what the command calls its directory."""
-    header = f"# rlhf-jax {stage} --config {printable(path / 'config.yaml')} --{option} ANOTHER\n"
+    file = shlex.quote(printable(path / "config.yaml"))
+    header = f"# rlhf-jax {stage} --config {file} --{option} {shlex.quote(printable(path))}-again\n"
     plainly = config if isinstance(config, dict) else to_dict(config)
     replace_file(path / "config.yaml", header + yaml.safe_dump(plainly, sort_keys=False))
 

@@ -23,6 +23,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.loading import (
     Head,
     Loaded,
+    arch_of,
     check_length,
     check_vocabulary,
     load_model,
@@ -172,6 +173,7 @@ def begin(
         return finished
     key, mesh, settings = jax.random.key(config.run.seed), make_mesh(config.mesh), getattr(config, group)
     check_rows(mesh, config.data.batch_size // settings.accumulate, f"data.batch_size / {group}.accumulate =")
+    check_length(arch_of(config.model), config.data.max_length, "data.max_length")  # before rows are read
     tokenizer = load_tokenizer(config.model)
     split = load_rows(config.data, rows, eval_rows, config.run.seed)
     return Claim(name, config, settings, given, files, mesh, key, tokenizer, *split)
@@ -204,7 +206,6 @@ def setup(task: Task, claim: Claim) -> Work:
         held, wanted = loaded.model.members or 1, task.members or 1
         raise UserError(f"{config.model.path} has {held} trained heads, not reward.members {wanted}; set it to {held}")
     check_vocabulary(loaded.model.arch, claim.tokenizer, config.model.path or "model.arch")
-    check_length(loaded.model.arch, length, "data.max_length")
     parts = (examples[i : i + 64] for examples in (train_set, held_out_set) for i in range(0, len(examples), 64))
     pack = choose_packing(task, claim, loaded.model, batches, map(collate, parts))
     if pack is not None:
