@@ -237,7 +237,7 @@ def test_rows_hold_every_source_and_are_read_by_the_reward_stage(tmp_path):
     assert summary["sources"]["hot"]["responses"] == 21 and summary["sources"]["cold"]["responses"] == 14
 
 
-def test_a_reward_model_labels_as_score_does(tmp_path):
+def test_a_reward_model_labels_as_score_does_and_its_accuracy_on_pairs_is_said(tmp_path, capsys):
     reward = RewardSourceConfig(model=str(toy_directory() / "reward"), model_weight=2.0)
     rows = run_collect(settings(tmp_path / "a.jsonl", label="reward", reward=reward), rows=PROMPTS[:3])
     from rlhf_jax.config import ScoreArgs
@@ -247,14 +247,28 @@ def test_a_reward_model_labels_as_score_does(tmp_path):
         for row in rows
         for r in row["responses"]
     ]
-    print_rows(flat, str(tmp_path / "flat.jsonl"))
+    of_one = sorted((r for r in rows[0]["responses"] if r["text"].strip()), key=lambda r: r["score"])
+    pairs = [
+        {"prompt": rows[0]["prompt"], "finished": [a["finished"], b["finished"]], "votes": votes}
+        | {"chosen": a["text"], "rejected": b["text"], "chosen_ids": a["ids"], "rejected_ids": b["ids"]}
+        for a, b, votes in ((of_one[-1], of_one[0], [2, 1, 0]), (of_one[0], of_one[-1], [2, 1, 0]),
+                            (of_one[0], of_one[-1], [1, 2, 0]), (of_one[0], of_one[-1], [1, 1, 0]))
+    ]  # fmt: skip
+    same = {"prompt": "b", "chosen": "c", "rejected": "c"}
+    print_rows([*flat, *pairs, same], str(tmp_path / "flat.jsonl"))
     limits = {"max_prompt_length": 2, "max_length": 7, "mesh": MeshConfig()}
     config = ModelConfig(path=str(toy_directory() / "reward"))
     scored = run_score(
         ScoreArgs(model=config, data_path=str(tmp_path / "flat.jsonl"), output=str(tmp_path / "s"), **limits)
     )
     mine = [r["score"] for row in rows for r in row["responses"]]
-    np.testing.assert_allclose(mine, [2 * row["score"] for row in scored], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mine, [2 * row["score"] for row in scored[: len(flat)]], rtol=1e-5, atol=1e-5)
+    best, worst = of_one[-1]["score"], of_one[0]["score"]
+    found = [[2 * row["score_chosen"], 2 * row["score_rejected"]] for row in scored[len(flat) :]]
+    np.testing.assert_allclose(found, [[best, worst]] + [[worst, best]] * 3, rtol=1e-5, atol=1e-5)
+    said = capsys.readouterr().err
+    assert "dropped 1 with chosen equal to rejected" in said
+    assert "score: accuracy 0.667 of 3 pairs" in said  # the fourth is undecided
 
 
 def test_unlabelled_rows_wait_for_people_and_a_judge_labels_them_later(tmp_path):

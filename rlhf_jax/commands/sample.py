@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
+import numpy as np
 
 from rlhf_jax.config import SampleArgs, ScoreArgs
 from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, layout_of
+from rlhf_jax.data.schemas import preference_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
@@ -56,38 +60,77 @@ def run_sample(config: SampleArgs) -> list[Row]:
 
 
 def run_score(config: ScoreArgs) -> list[Row]:
-    """The rows of data_path with "score" added, of an ensemble "scores" too; written or printed, and returned."""
+    """The rows of data_path with "score" added, of an ensemble "scores" too; written or printed, and returned.
+
+    A pair gets both of each, as score_chosen and score_rejected; the share that is the right way round is said.
+    """
     if not config.data_path:
-        raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows")
-    rows = rows_from(config.data_path)
+        raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows, or of pairs")
+    rows, answers, dropped = list[Row](), list[list[Row]](), Counter[str]()
+    for row in rows_from(config.data_path):
+        try:
+            answers.append(answers_of(row))
+            rows.append(row)
+        except DroppedRow as drop:
+            dropped[drop.reason] += 1
+    if not rows:
+        raise UserError(f"{config.data_path}: no row is left: {Report(0, dict(dropped), 0)}; mend the file")
+    places = np.cumsum([0, *map(len, answers)])
     json_lines(rows)  # what could not be written is found before it is scored
 
     def begin() -> Make:
         limits = Limits(config.max_prompt_length, config.max_length)
-        size, mesh = min(config.batch_size, len(rows)), make_mesh(config.mesh)
+        size, mesh = min(config.batch_size, int(places[-1])), make_mesh(config.mesh)
         named = [replace(config.model, path=path) for path in config.models] or [config.model]
         readers = [RewardModel(one, mesh, limits, batch_size=size) for one in named]
-        read = [[reader.example(row) for row in rows] for reader in readers]
+        read = [[reader.example(one) for each in answers for one in each] for reader in readers]
         cuts = [any(one["cut"] for one in same) for same in zip(*read, strict=True)]
-        report = Report(len(rows), {}, sum(cuts))
-        if report.truncated:
+        cuts = [any(cuts[slice(*ends)]) for ends in pairwise(places.tolist())]
+        report = Report(len(rows), dict(dropped), sum(cuts))
+        if report.truncated or dropped:
             tell(f"{report.mark}rows: {report}", error=True)  # which keeps rows on standard output clean
         longest = [max(len(one["tokens"]) for one in examples) for examples in read]
 
         def make(start: int, stop: int) -> list[Row]:
-            parts = zip(readers, read, longest, strict=True)
-            each = [reader.scores(examples[start:stop], length) for reader, examples, length in parts]
+            first, parts = places[start], zip(readers, read, longest, strict=True)
+            each = [reader.scores(examples[first : places[stop]], length) for reader, examples, length in parts]
             scores, members = combined(each, combine=config.combine, combine_coef=config.combine_coef)
-            plain = ({name: value for name, value in row.items() if name != "_where"} for row in rows[start:stop])
-            said = [{"score": score} for score in scores.tolist()]
-            if members.shape[1] > 1:
-                said = [{**one, "scores": own} for one, own in zip(said, members.tolist(), strict=True)]
-            marks = ({"cut": True} if cut else {} for cut in cuts[start:stop])
-            return [row | one | mark for row, one, mark in zip(plain, said, marks, strict=True)]
+            made = []
+            for i in range(start, stop):
+                new = {name: value for name, value in rows[i].items() if name != "_where"}
+                sides = ("_chosen", "_rejected") if len(answers[i]) == 2 else ("",)
+                for place, side in enumerate(sides, places[i] - first):
+                    new[f"score{side}"] = float(scores[place])
+                    if members.shape[1] > 1:
+                        new[f"scores{side}"] = members[place].tolist()
+                made.append(new | ({"cut": True} if cuts[i] else {}))
+            return made
 
         return make
 
-    return _in_one_phase("score", config, {"rows": digest(rows)}, len(rows), config.batch_size, begin)
+    scored = _in_one_phase("score", config, {"rows": digest(rows)}, len(rows), config.batch_size, begin)
+    pairs = [(new, preference_row(row)) for new, row in zip(scored, rows, strict=True) if "score_chosen" in new]
+    told = [(pair["label"] - 0.5) * (new["score_chosen"] - new["score_rejected"]) for new, pair in pairs]
+    if judged := [each for each, (_, pair) in zip(told, pairs, strict=True) if pair["label"] != 0.5]:
+        right = np.mean((np.sign(judged) + 1) / 2)
+        tell(f"score: accuracy {right:.3f} of {len(judged)} pairs, equal scores half", error=True)
+    return scored
+
+
+def answers_of(row: Row) -> list[Row]:
+    """{prompt, response, finished, response_ids} of the chosen and the rejected response of a pair; else the row.
+
+    Raises:
+        DroppedRow: a pair that training drops, too.
+    """
+    if layout_of(row) not in PREFERENCES:
+        return [row]
+    pair = preference_row(row)
+    ends = zip(("chosen", "rejected"), pair["finished"], pair["ids"], strict=True)
+    return [
+        {"prompt": pair["prompt"], "response": pair[name], "finished": finished, "response_ids": ids}
+        for name, finished, ids in ends
+    ]
 
 
 def _in_one_phase(

@@ -54,14 +54,15 @@ class SampleArgs:
 
 @settings
 class ScoreArgs:
-    """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows.
+    """All of `rlhf-jax score`: a reward model's scores of {prompt, response} rows, and its accuracy on pairs.
 
     Args:
         model: a reward model's directory; with several heads it is an ensemble.
         models: directories of several reward models instead; `model` then says how they compute.
         combine: the "score" of an ensemble: mean, min, or lower_bound (mean - combine_coef * standard deviation).
         combine_coef: standard deviations that lower_bound takes off.
-        data_path: rows {prompt, response}, as `rlhf-jax sample --output` writes them.
+        data_path: rows {prompt, response}, as `rlhf-jax sample --output` writes them, or pairs, whose rows get
+            score_chosen and score_rejected.
         max_prompt_length: longest prompt, in tokens.
         max_length: longest prompt and response together, in tokens; longer rows are cut, counted, and say so in `cut`.
         batch_size: rows scored at once.
