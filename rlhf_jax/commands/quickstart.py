@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from dataclasses import replace
@@ -47,6 +48,11 @@ ARCH = ArchConfig(
 )
 SAMPLING = SamplingConfig(max_new_tokens=10, chunk=5)
 DATA = DataConfig(batch_size=64, max_prompt_length=2, max_length=14, eval_batches=0)
+ABOUT = """\
+The task: walks on a graph of lettered nodes, from a start letter to the goal, in few steps. Optimality is the true
+reward: 1 for a shortest walk, less for longer ones, 0 for what is no walk to the goal. SFT imitates random walks, a
+noisy rater says which of two walks is better, a reward model learns that, and PPO learns from the reward model alone.
+"""
 STAGES = ("tokenizer", "sft", "reward_model", "ppo", "learning_curves.png")
 
 
@@ -112,6 +118,7 @@ def run(config: QuickstartArgs) -> Summary:
         if (finished := processes.from_first(lambda: prepare_directory(config))) is not None:
             return finished
         graph = walks.make_graph(config.seed)
+        processes.say(ABOUT)
         if processes.is_first():
             walks.make_tokenizer().save_pretrained(path / "tokenizer")
         processes.barrier("tokenizer")
@@ -124,6 +131,10 @@ def run(config: QuickstartArgs) -> Summary:
         pairs: list[dict[str, str]] = []
         gold, starts = partial(walks.optimality, graph), walks.start_prompts()
         for round_ in range(config.rounds):
+            of = f"{round_ + 1} of {config.rounds}"
+            processes.say(
+                f"\nround {of}: a rater compares walks of the newest policy; reward model; PPO from SFT again"
+            )
             pairs += collect(graph, policy, config, round_)
             judged = reward.run(reward_stage(config, path), rows=pairs, eval_rows=held_out)
             tuned = ppo.run(ppo_stage(config, path), rows=starts * 32, eval_rows=starts * 6, gold=gold)
@@ -212,4 +223,17 @@ def report(
     samples = [[prompts[i], before[i], f"{scores[0][i]:.2f}", after[i], f"{scores[1][i]:.2f}"] for i in shown]
     tell("\n" + text_table(columns, samples))
     tell(f"\ncurves: {path / 'learning_curves.png'}   policy: {path / 'ppo' / 'model'}")
+    tell("\n".join(["\ntry next:", *(f"  {command}" for command in to_try(path, prompts[0]))]))
     return summary
+
+
+def to_try(path: Path, start: str) -> list[str]:
+    """Commands that work with what is there after a quickstart."""
+    policy, judge, samples = (
+        shlex.quote(str(path / part)) for part in ("ppo/model", "reward_model/model", "ppo/samples.jsonl")
+    )
+    return [
+        f"rlhf-jax runs {shlex.quote(str(path))}",
+        f"rlhf-jax sample --model.path {policy} --prompts {start} --num_samples 4 --sampling.max_new_tokens 10",
+        f"rlhf-jax score --model.path {judge} --data_path {samples}",
+    ]
