@@ -31,7 +31,7 @@ from rlhf_jax.models.loading import (
     save_model,
 )
 from rlhf_jax.runs.directory import Summary, names_given
-from rlhf_jax.runs.progress import Progress, write
+from rlhf_jax.runs.progress import Progress
 from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
 from rlhf_jax.training.loop import (
@@ -126,6 +126,10 @@ class Claim:
     rows: list[Row]
     held_out_rows: list[Row]
 
+    def steps(self, batches: Batches) -> int:
+        """Optimiser steps of the run."""
+        return self.settings.steps or self.settings.epochs * len(batches)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -156,7 +160,7 @@ class Work:
 
     def open(self) -> Run:
         """The run, to be entered; as many steps as the settings say, else as their epochs have."""
-        claim, total = self.claim, steps_of(self.claim.settings, self.batches)
+        claim, total = self.claim, self.claim.steps(self.batches)
         return Run(claim.name, claim.config, total=total, shown=self.task.shown, given=claim.given, files=claim.files)
 
 
@@ -214,7 +218,7 @@ def setup(task: Task, claim: Claim) -> Work:
     identity: dict[str, int | str | None] = {}
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
-        total = steps_of(claim.settings, batches)
+        total = claim.steps(batches)
         read = [train_set[i] for i in batches.reached(total)]
         say(f"reference: asked about {len(read)} of {len(train_set)} training examples, all that {total} steps reach")
         asked = [read, held_out_set[: data.batch_size * data.eval_batches or None]]
@@ -229,11 +233,6 @@ def setup(task: Task, claim: Claim) -> Work:
         task, claim, loaded, train_set, held_out_set, collate, batches, held_out, loss_fn, of_trained, identity,
         remarks,
     )  # fmt: skip
-
-
-def steps_of(settings: StepsConfig, batches: Batches) -> int:
-    """Optimiser steps of a run."""
-    return settings.steps or settings.epochs * len(batches)
 
 
 def packing_of(
@@ -331,8 +330,7 @@ def add_reference(
     """
     params, size = loaded.whole(loaded.params), claim.config.data.batch_size
     parts = [examples[i : i + size] for examples in sets for i in range(0, len(examples), size)]
-    shows = claim.config.run.progress and is_first()
-    progress = Progress("reference", len(parts), 0, bar=shows, say=write if is_first() else None)
+    progress = Progress("reference", len(parts), 0, bar=claim.config.run.progress and is_first(), say=say)
     for examples in parts:
         [batch] = eval_batches(examples, batch_size=size, collate=collate)
         batch = batch if pack is None else pack(batch)
