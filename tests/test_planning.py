@@ -220,7 +220,7 @@ def test_bad_plans_are_one_line(capsys):
 
     assert "topology is empty; write --topology v5e:4x4" in said()
     assert "which stage this is; write --stage" in said("--topology", "v5e:4x4")
-    assert "topology 'v9:4x4' is unknown; write a generation (v4, v5e, v5p, v6e)" in said(
+    assert "topology 'v9:4x4' is unknown; write a generation (v4, v5e, v5p, v6e, tpu7x)" in said(
         "--topology", "v9:4x4", "--stage", "sft"
     )
     with pytest.raises(UserError, match=r"hf://a/b has no preset; known are meta-llama/"):
@@ -345,14 +345,25 @@ def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
 
 @pytest.mark.slow
 @pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
-@pytest.mark.parametrize(("name", "count"), [("v5e:1x1", 1), ("v6e:1x1", 1)])
-def test_a_single_chip_is_a_topology_as_larger_slices_are(name, count):
-    program = f"from rlhf_jax.commands.plan.chips import find_topology; print(len(find_topology({name!r})[1]))"
+def test_single_chips_and_chips_of_two_devices_are_topologies():
+    """To JAX a chip of v4 and tpu7x is two devices, each with half of its memory."""
+    names = {
+        "v5e:1x1": (1, 16),
+        "v6e:1x1": (1, 32),
+        "v4:2x2x1": (8, 16),
+        "tpu7x:1x1x1": (2, 96),
+        "tpu7x:2x2x2": (16, 96),
+    }
+    program = (
+        "from rlhf_jax.commands.plan.chips import GIB, find_topology\n"
+        f"for chip, devices in map(find_topology, {list(names)}): print(len(devices), chip.memory / GIB)"
+    )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # in a process of its own, as the compiler wants
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600
     )
-    assert done.stdout.split() == [str(count)], done.stderr
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [(int(count), float(memory)) for count, memory in found] == list(names.values()), done.stderr
 
 
 @pytest.mark.slow

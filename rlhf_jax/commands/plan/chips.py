@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ class Chip(NamedTuple):
     """What a chip can do: memory in bytes, bfloat16 FLOP/s, bytes/s of memory, of one mesh axis and between slices.
 
     The network's figure is both directions of a ring along one axis; a program that uses two axes at once can have
-    twice that, so the plan is on the safe side.
+    twice that, so the plan is on the safe side. So it is where two devices of a chip share its links: each has half.
     """
 
     memory: float
@@ -36,11 +37,14 @@ CHIPS = {
     "v5e": Chip(16 * GIB, 197e12, 0.819e12, 90e9, 3.125e9),
     "v5p": Chip(95 * GIB, 459e12, 2.765e12, 180e9, 6.25e9),
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, 180e9, 12.5e9),
+    "tpu7x": Chip(192 * GIB, 2307e12, 7.38e12, 180e9, 12.5e9),
 }
 
 
 def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
-    """The chip and the devices of slices of a topology such as v5e:4x4, from the TPU compiler; no TPU is needed.
+    """A device's share of a chip, and the devices of slices of a topology such as v5e:4x4; no TPU is needed.
+
+    To JAX a chip of v4 and tpu7x is two devices, each with half of everything; the TPU compiler says so.
 
     Raises:
         UserError: no such generation or shape, or the compiler is not installed.
@@ -65,4 +69,9 @@ def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     except Exception as error:  # XLA's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error
-    return CHIPS[kind], list(devices)
+    return Chip(*(figure / per_chip(devices) for figure in CHIPS[kind])), list(devices)
+
+
+def per_chip(devices: Sequence[Any]) -> int:
+    """Devices of one chip, 1 or 2."""
+    return max(device.core_on_chip for device in devices) + 1

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology
+from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology, per_chip
 from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.commands.plan.programs import Program, programs_of
@@ -265,12 +265,15 @@ def run(plan: PlanArgs, config: StageArgs) -> bool:
         return True
     rows, costs = analyse(config, chip, devices, plan.responses, plan.fill)
     if plan.json:
-        facts = {"topology": plan.topology, "devices": len(devices), "fill": plan.fill, "fits": fits(rows, chip)}
+        facts = {"topology": plan.topology, "devices": len(devices), "chips": len(devices) // per_chip(devices)}
+        facts |= {"fill": plan.fill, "fits": fits(rows, chip)}
         tell("\n".join(to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows))
     else:
         axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
         slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
-        chips = f"{slices}{plan.topology}: {len(devices)} chips of {_gib(chip.memory)}"
-        tell(f"{chips}, mesh {axes}; bytes are per chip\n")
+        cores = per_chip(devices)
+        chips = f"{len(devices) // cores} chips of {_gib(cores * chip.memory)}"
+        of_two = f" with two devices of {_gib(chip.memory)} each" if cores > 1 else ""
+        tell(f"{slices}{plan.topology}: {chips}{of_two}, mesh {axes}; figures are per device\n")
         tell("\n".join([*shown(rows, chip, len(devices)), *decode_lines(rows), cost_line(costs)]))
     return fits(rows, chip)
