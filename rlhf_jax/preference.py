@@ -18,6 +18,7 @@ from rlhf_jax.data.packing import PADDED, Packing, pack_responses
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import Routing, balanced
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.responses import of_batch, of_view, view_of
@@ -25,17 +26,26 @@ from rlhf_jax.training.sums import is_ours
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, Batch, LossFn, Metrics, Params
 
+Said = tuple[Float[Array, "..."], Routing | None]
+"""Log-probs of responses, and what the model's routers did, if it has any."""
+
 
 def sequence_logprobs(model: Model, params: Params, view: Packed) -> Float[Array, " R"]:
     """log p(response | prompt) in nats of every response of a view; 0 for those that it does not hold."""
-    hidden = model.apply(params, **view.inputs)
+    return logprobs_and_routing(model, params, view)[0]
+
+
+def logprobs_and_routing(model: Model, params: Params, view: Packed) -> Said:
+    """`sequence_logprobs`, and what the model's routers did, if it has any."""
+    hidden, routing = model.forward(params, **view.inputs)
     logprobs = model.logprobs(params, hidden, view.targets, needed=view.predicts)[0]
-    return jnp.zeros(view.num_rows, logprobs.dtype).at[view.row].add(logprobs, mode="drop")
+    return jnp.zeros(view.num_rows, logprobs.dtype).at[view.row].add(logprobs, mode="drop"), routing
 
 
-def of_all(model: Model, params: Params, batch: Batch) -> Float[Array, "B K"]:
-    """`sequence_logprobs` of the K responses to each prompt; 0 where there is none, or not in this view."""
-    return sequence_logprobs(model, params, view_of(batch)).reshape(len(batch["weights"]), -1)
+def of_all(model: Model, params: Params, batch: Batch) -> Said:
+    """`logprobs_and_routing` of the K responses to each prompt, [B, K]; 0 where there is none, or not in this view."""
+    logprobs, routing = logprobs_and_routing(model, params, view_of(batch))
+    return logprobs.reshape(len(batch["weights"]), -1), routing
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -71,9 +81,10 @@ def with_baseline(model: Model, params: Params, batch: Batch) -> Batch:
     return {**own, "other_logprobs": said}
 
 
-def own_and_baseline(model: Model, params: Params, batch: Batch) -> Float[Array, "B 2"]:
-    """Log-probs of the own response and what `with_baseline` says of the other."""
-    return jnp.concatenate([of_all(model, params, batch), batch["other_logprobs"][:, None]], axis=1)
+def own_and_baseline(model: Model, params: Params, batch: Batch) -> Said:
+    """Log-probs of the own response and what `with_baseline` says of the other, [B, 2]."""
+    own, routing = of_all(model, params, batch)
+    return jnp.concatenate([own, batch["other_logprobs"][:, None]], axis=1), routing
 
 
 def columns_read(loss: ArrayLoss) -> list[str]:
@@ -94,7 +105,7 @@ def objective(
     loss: ArrayLoss,
     *,
     sft_coef: float = 0.0,
-    logprobs: Callable[[Model, Params, Batch], Float[Array, "B K"]] = of_all,
+    logprobs: Callable[[Model, Params, Batch], Said] = of_all,
 ) -> LossFn:
     """loss(columns of the batch by name) + sft_coef * NLL of the responses to imitate.
 
@@ -102,10 +113,11 @@ def objective(
     """
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        said, batch = logprobs(model, params, batch), of_view(batch, view_of(batch))
+        (said, routing), batch = logprobs(model, params, batch), of_view(batch, view_of(batch))
         value, metrics = of_columns(loss, said, batch)
         nll, nll_metrics = next_token_loss(said, batch["token_weights"])
-        return value + sft_coef * nll, {**metrics, **nll_metrics}
+        metrics = {**metrics, **nll_metrics}
+        return balanced(model.balance_coef, value + sft_coef * nll, metrics, routing, batch["weights"].sum())
 
     return loss_fn
 

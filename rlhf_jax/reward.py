@@ -30,9 +30,18 @@ from rlhf_jax.hosts.processes import say, to_host
 from rlhf_jax.inference.intervals import share_and_interval
 from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import balanced
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.sharding import Mesh, put_batch
-from rlhf_jax.training.responses import by_example, of_batch, of_view, response_scores, standardised, view_of
+from rlhf_jax.training.responses import (
+    by_example,
+    of_batch,
+    of_view,
+    response_scores,
+    scores_and_routing,
+    standardised,
+    view_of,
+)
 from rlhf_jax.training.sums import is_ours
 from rlhf_jax.training.supervised import Build, Task, begin, finish, fit, setup
 from rlhf_jax.types import ArrayLoss, LossFn, Metrics, Params
@@ -55,8 +64,10 @@ def objective(model: Model, loss: ArrayLoss, inputs: Inputs = of_pairs) -> LossF
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         view = view_of(batch)
-        scores, batch = by_example(response_scores(model, params, view), batch), of_view(batch, view)
-        return loss(*inputs(scores, batch)) if scores.ndim == 2 else of_members(loss, inputs, scores, batch)
+        scores, routing = scores_and_routing(model, params, view)
+        scores, batch = by_example(scores, batch), of_view(batch, view)
+        found = loss(*inputs(scores, batch)) if scores.ndim == 2 else of_members(loss, inputs, scores, batch)
+        return balanced(model.balance_coef, *found, routing, batch["weights"].sum())
 
     return loss_fn
 

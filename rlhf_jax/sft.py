@@ -21,6 +21,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import balanced
 from rlhf_jax.models.kernels import count
 from rlhf_jax.runs.directory import Summary
 from rlhf_jax.training.supervised import Task, begin, finish, fit, setup
@@ -39,8 +40,10 @@ def objective(model: Model, loss: TokenLoss) -> LossFn:
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         targets = batch["weights"][:, 1:] > 0
         read = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-        logprobs = model.next_logprobs(params, *read, needed=targets)
+        hidden, routing = model.forward(params, *read)
+        logprobs, _ = model.logprobs(params, hidden[:, :-1], batch["tokens"][:, 1:], needed=targets)
         value, metrics = loss(logprobs, batch["weights"][:, 1:])
+        value, metrics = balanced(model.balance_coef, value, metrics, routing, batch["weights"].sum())
         nll = {"loss/nll": -jnp.sum(logprobs, where=targets), "loss/nll_weight": targets.sum(dtype=jnp.float32)}
         return value, {**metrics, **nll}
 

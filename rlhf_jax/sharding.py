@@ -17,12 +17,12 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from rlhf_jax.config import MeshConfig
-from rlhf_jax.config.rules import MESH_AXES, Rules, Split, entry, over_tensor, parse_rules
+from rlhf_jax.config.rules import EXPERT_AXES, MESH_AXES, Rules, Split, entry, kept_split, parse_rules
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Batch
 
-ROWS = P(("data", "fsdp"))
-"""Batches: rows over both data axes."""
+ROW_AXES = EXPERT_AXES[:3]
+"""The mesh axes that rows of a batch lie over, those of them that a mesh has."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Mesh:
         """Size of every axis."""
         return self.grid.shape
 
+    @property
+    def row_ways(self) -> int:
+        """Devices that rows of a batch lie over."""
+        return _row_ways(self.shape)
+
+
+def _row_ways(sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
+
 
 def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
     """Size of every axis over `count` devices, which the one that is -1 fills; without a count, -1 is 1.
@@ -49,24 +58,23 @@ def mesh_sizes(config: MeshConfig, count: int | None = None) -> dict[str, int]:
     Raises:
         UserError: more than one -1, or the sizes do not multiply to the number of devices.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    axes = MESH_AXES if config.expert == 1 else EXPERT_AXES
+    sizes = [getattr(config, axis) for axis in axes]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, and one at most may be -1"
-        )
+        raise UserError(f"mesh {dict(zip(axes, sizes, strict=True))}: sizes are positive, and one at most may be -1")
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max((count or known) // known, 1)
     if count is not None and math.prod(sizes) != count:
         raise UserError(
-            f"mesh data*fsdp*tensor = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices"
+            f"mesh {'*'.join(axes)} = {'*'.join(map(str, sizes))} = {math.prod(sizes)}, but there are {count} devices"
             "; change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
         )
-    return dict(zip(MESH_AXES, sizes, strict=True))
+    return dict(zip(axes, sizes, strict=True))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices, with the rules of its config; one axis may be -1 for the rest.
+    """The mesh of a config over all devices, with its rules; one axis may be -1 for the rest.
 
     The data axis leads from slice to slice first, and all else stays within one.
 
@@ -81,26 +89,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.slices is {config.slices}, but the devices are in {known} TPU slice(s); set it to {known}"
         )
     if config.slices == 1:
-        grid = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        types = (AxisType.Auto,) * len(sizes)
+        grid = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
     else:
-        grid = _grid_of(_in_slices(config, sizes, devices or jax.devices(), known > 0))
-    return Mesh(grid, parse_rules(config.rules))
+        grid = _grid_of(_in_slices(config, sizes, devices or jax.devices(), known > 0), tuple(sizes))
+    return Mesh(grid, parse_rules(config.rules, expert=config.expert != 1))
 
 
-def _grid_of(devices: np.ndarray) -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def _grid_of(devices: np.ndarray, axes: Split) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _in_slices(config: MeshConfig, sizes: dict[str, int], devices: Sequence[jax.Device], known: bool) -> np.ndarray:
-    """Devices [data, fsdp, tensor], data from slice to slice first; where slices are not known, cut in order."""
+    """Devices [data, fsdp, ..., tensor], data from slice to slice first; where slices are not known, cut in order."""
     if sizes["data"] % config.slices:
         raise UserError(
             f"mesh.data {sizes['data']} is not a multiple of mesh.slices {config.slices}, over which it goes first; "
             "change one of them"
         )
-    within = (sizes["data"] // config.slices, sizes["fsdp"], sizes["tensor"])
+    within = (sizes["data"] // config.slices, *list(sizes.values())[1:])
     if known:
-        across = (config.slices, 1, 1)
+        across = (config.slices, *[1] * (len(sizes) - 1))
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(tuple(sizes.values()))
 
@@ -123,7 +132,7 @@ def rollout_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
         )
     rest = mesh.shape["fsdp"] * mesh.shape["tensor"]
     shape = (-1, rest // ways, ways) if rest % ways == 0 else (-1, 1, ways)
-    return replace(mesh, grid=_grid_of(mesh.grid.devices.reshape(shape)))
+    return replace(mesh, grid=_grid_of(mesh.grid.devices.reshape(shape), MESH_AXES))
 
 
 def shard_shape(
@@ -194,15 +203,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
-    return NamedSharding(mesh.grid, ROWS)
+    """Rows over the axes of `ROW_AXES`."""
+    return NamedSharding(mesh.grid, P(tuple(axis for axis in ROW_AXES if axis in mesh.shape)))
 
 
 def check_rows(mesh: Mesh, rows: int, what: str) -> None:
-    """Raise a UserError unless `rows`, called `what` in the config, divides over the data and fsdp axes."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Raise a UserError unless `rows`, called `what` in the config, divides over the axes that rows lie over."""
+    ways, axes = mesh.row_ways, "*".join(axis for axis in ROW_AXES if axis in mesh.shape)
     if rows % ways:
-        raise UserError(f"{what} {rows} is not divisible by data*fsdp = {ways}; set it to a multiple of {ways}")
+        raise UserError(f"{what} {rows} is not divisible by {axes} = {ways}; set it to a multiple of {ways}")
 
 
 def put(tree: PyTree[np.ndarray], sharding: Sharding) -> PyTree[jax.Array]:
@@ -230,8 +239,13 @@ def own_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 def data_ways() -> int:
     """Devices that rows lie over, of the mesh of `jax.set_mesh`; 1 outside of one."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return shape.get("data", 1) * shape.get("fsdp", 1)
+    return _row_ways(jax.sharding.get_abstract_mesh().shape)
+
+
+def row_axes() -> Split:
+    """The mesh axes that rows lie over, of the mesh of `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in ROW_AXES if axis in mesh.shape)
 
 
 def constrain(x: jax.Array, *axes: str | Split | None) -> jax.Array:
@@ -245,15 +259,20 @@ def on_own_rows(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     """function(x), called by every device with its own rows of x: for what is else done on all rows everywhere."""
     if jax.sharding.get_abstract_mesh().empty or len(x) % data_ways():
         return function(x)
-    return jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
+    return jax.shard_map(function, in_specs=P(row_axes()), out_specs=P(row_axes()), check_vma=False)(x)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Pin an activation's rows to their axes, all else whole."""
+    return constrain(x, row_axes(), *[None] * (x.ndim - 1))
 
 
 def constrain_gathered(rules: Rules, path: str, x: jax.Array, *, stacked: bool) -> jax.Array:
-    """Pin a weight as decoding reads it: whole over data and fsdp, sharded over tensor alone.
+    """Pin a weight as decoding reads it: whole over data and fsdp, sharded over tensor and experts alone.
 
     `stacked` leaves come without their leading L here.
     """
     splits = rules.of(path, (1, *x.shape) if stacked else x.shape)[1 if stacked else 0 :]
     # From many ways over fsdp to some over tensor: first within the groups, then a gather of tensor's parts alone.
     x = constrain(x, *map(entry, splits))
-    return constrain(x, *map(over_tensor, splits))
+    return constrain(x, *map(kept_split, splits))

@@ -223,6 +223,10 @@ class Packed:
         """What rows hold for the token that each column of a view predicts; -1 where it predicts none."""
         return x.at[self.row, self.place].get(mode="fill", fill_value=-1)
 
+    def of_tokens(self, x: Int[Array, "R T L k"]) -> Int[Array, "M S L k"]:
+        """What rows hold for the response token that each column of a view is; -1 where it is none."""
+        return x.at[self.row, jnp.where(self.place > 0, self.place - 1, x.shape[1])].get(mode="fill", fill_value=-1)
+
     def to_rows(self, x: Float[Array, "M S"], num_tokens: int) -> Float[Array, "R T"]:
         """What a view's columns say, at (row, place); 0 elsewhere. A place beyond num_tokens = T is left out."""
         empty = jnp.zeros((self.num_rows, num_tokens), x.dtype)

@@ -91,6 +91,8 @@ class Rollout:
         finished: bool[B], the row ended at a stop token (false: it was cut off by the length).
         kept: int32[B, T, K], the ids that each token was drawn from, -1 in the places of none and off the mask; None
             where that was the whole vocabulary, or is not carried along.
+        experts: int16[B, T, L, k], those that each layer chose for each token as the sampler read it, -1 off the mask;
+            None where they are not carried along.
     """
 
     prompt: Int[Array, "B P"]
@@ -100,3 +102,4 @@ class Rollout:
     logprobs: Float[Array, "B T"]
     finished: Bool[Array, " B"]
     kept: Int[Array, "B T K"] | None = None
+    experts: Int[Array, "B T L k"] | None = None

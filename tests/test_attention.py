@@ -12,8 +12,7 @@ import pytest
 from rlhf_jax.config import ArchConfig, MeshConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
-from rlhf_jax.models.attention import Branches, make_attend
-from rlhf_jax.models.model import platform_attention
+from rlhf_jax.models.attention import Branches, make_attend, platform_attention
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
 

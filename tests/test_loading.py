@@ -188,8 +188,11 @@ def test_damaged_shards(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "no support for mixture-of-experts, model_type 'mixtral'"),
-        ({"model_type": "qwen3_moe", "num_experts": 128}, "no support for mixture-of-experts, model_type 'qwen3_moe'"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+            "no support for mlp_only_layers [0]; choose a checkpoint",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts is 0; take a dense family"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 9}, "no support for mixture-of-experts, model_type 'deeps"),
         ({"model_type": "gemma3", "text_config": {}}, "no support for model_type 'gemma3'; use one of: llama"),
         ({"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]}, "'LlamaForQuestionAnswering'; use"),

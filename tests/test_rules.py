@@ -181,8 +181,8 @@ def chips(slices: int, each: int) -> list:
 
 
 def test_the_data_axis_goes_over_slices_first_and_all_else_stays_within_one(monkeypatch):
-    monkeypatch.setattr("rlhf_jax.sharding._grid_of", lambda devices: SimpleNamespace(
-        devices=devices, shape=dict(zip(("data", "fsdp", "tensor"), devices.shape, strict=True))))  # fmt: skip
+    monkeypatch.setattr("rlhf_jax.sharding._grid_of", lambda devices, axes: SimpleNamespace(
+        devices=devices, shape=dict(zip(axes, devices.shape, strict=True))))  # fmt: skip
     mesh = make_mesh(MeshConfig(slices=2, data=4, fsdp=-1, tensor=2), chips(2, 8))
     assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 2}
     where = np.vectorize(lambda chip: chip.slice_index)(mesh.grid.devices)

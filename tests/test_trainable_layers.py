@@ -20,8 +20,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.kernels import depth, stacks_of
 from rlhf_jax.models.loading import Loaded, save_model
-from rlhf_jax.models.model import depth, stacks_of
 from rlhf_jax.online.core import packed, response_logprobs
 from rlhf_jax.ppo import train
 from rlhf_jax.sharding import make_mesh, tree_shardings

@@ -53,6 +53,7 @@ class Bigram:
     """Stands in for models.Model where compiling must be cheap: the state is the embedding of the current token."""
 
     logprob_chunk: int = 64
+    balance_coef: float = 0.0
     arch: ArchConfig = ARCH
 
     def apply(self, params, tokens, positions, segment_ids, branches=None):
@@ -65,6 +66,9 @@ class Bigram:
     def next_logprobs(self, params, tokens, positions, segment_ids, temperature=1.0, **options):
         hidden = self.apply(params, tokens, positions, segment_ids)
         return self.logprobs(params, hidden[:, :-1], tokens[:, 1:], temperature, **options)[0]
+
+    def forward(self, *inputs, **options):
+        return self.apply(*inputs, **options), None
 
     def scores(self, score, hidden):
         return hidden @ score["kernel"] + score["bias"]

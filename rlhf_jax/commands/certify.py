@@ -18,7 +18,7 @@ from rlhf_jax.group.train import settings_of
 from rlhf_jax.hosts.processes import is_first, say, to_host
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.models import Model
-from rlhf_jax.models.model import STACKS, depth, stacks_of
+from rlhf_jax.models.kernels import STACKS, depth, stacks_of
 from rlhf_jax.online.core import response_logprobs, summed
 from rlhf_jax.online.iteration import LoopState, key_at
 from rlhf_jax.online.method import Method

@@ -25,7 +25,7 @@ from rlhf_jax.config import (
     no_code_below,
     to_dict,
 )
-from rlhf_jax.config.rules import MESH_AXES, Rules, parse_rules
+from rlhf_jax.config.rules import Rules, parse_rules
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.errors import UserError, reason, tell
@@ -167,8 +167,8 @@ def run_inspect(config: InspectArgs) -> dict[str, Any]:
         tell(f"  {size(held):>10}  {name}")
     if config.mesh != MeshConfig():
         sizes = mesh_sizes(config.mesh)
-        tell(f"\nmesh {' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES)}")
-        tell("\n".join(layout_table(shapes, sizes, parse_rules(config.mesh.rules))))
+        tell(f"\nmesh {' x '.join(f'{axis} {size}' for axis, size in sizes.items())}")
+        tell("\n".join(layout_table(shapes, sizes, parse_rules(config.mesh.rules, expert=config.mesh.expert != 1))))
     return {**dict(lines), "parameters": count, "memory": dict(needs)}
 
 

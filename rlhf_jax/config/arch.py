@@ -76,7 +76,10 @@ class ArchConfig:
         num_heads: H, query heads.
         num_kv_heads: K, key-value heads; H must be a multiple.
         head_dim: N, width of a head.
-        ffn_width: hidden width of the MLP.
+        ffn_width: hidden width of the MLP, of each expert where there are experts.
+        num_experts: MLPs in every layer, of which a token uses some; 0 for a single one.
+        experts_per_token: how many a token uses.
+        norm_topk: the weights of a token's experts are divided by their sum.
         max_positions: longest sequence the positions allow.
         norm: rms (RMSNorm), layer (LayerNorm with bias) or layer_no_bias (LayerNorm without, Cohere).
         norm_eps: added to the variance.
@@ -123,6 +126,9 @@ class ArchConfig:
     num_kv_heads: int = 4
     head_dim: int = 32
     ffn_width: int = 352
+    num_experts: int = 0
+    experts_per_token: int = 0
+    norm_topk: bool = True
     max_positions: int = 512
     norm: Literal["rms", "layer", "layer_no_bias"] = "rms"
     norm_eps: float = 1e-5
@@ -164,9 +170,16 @@ class ArchConfig:
             "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions",
             "above 0": "norm_eps rope_theta rope_fraction embedding_multiplier residual_multiplier logit_multiplier",
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
-            "attention_multiplier query_log_scale position_offset",
+            "attention_multiplier query_log_scale position_offset num_experts experts_per_token",
         }
         check(self, "model.arch.", rules)
+        if self.experts_per_token > self.num_experts or bool(self.num_experts) != bool(self.experts_per_token):
+            raise UserError(
+                f"model.arch.experts_per_token {self.experts_per_token} is not between 1 and model.arch.num_experts "
+                f"{self.num_experts}; change one of them, or set both to 0"
+            )
+        if self.num_experts and self.mlp_bias:
+            raise UserError("model.arch.mlp_bias is not for experts, which have no biases here; leave it out")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.num_kv_heads "

@@ -119,6 +119,8 @@ class OnlineConfig:
             sequence where old log-probs are recomputed and the laws differ (bfloat16, another temperature), else off.
         importance_cap: the largest such weight; 0 is none.
         importance_beyond: what is above becomes 0 (mask) or the cap (clip).
+        replay_routing: response tokens go to the experts that they had when they were sampled, in scoring and updates
+            (routing replay, arXiv 2510.11370); for models with experts.
         target_kl: no more updates in this iteration once approx KL exceeds it; 0 is off.
         ema_decay: decay per iteration of an averaged policy, which is then evaluated and saved; 0 is off.
         policy_loss: a function (logprobs, old_logprobs, advantages, weights) -> (scalar, metrics), as "module:name".
@@ -154,6 +156,7 @@ class OnlineConfig:
     importance: Literal["auto", "off", "token", "sequence"] = "auto"
     importance_cap: float = 3.0
     importance_beyond: Literal["mask", "clip"] = "mask"
+    replay_routing: bool = False
     target_kl: float = 0.0
     ema_decay: float = 0.0
     policy_loss: str = "rlhf_jax.losses:clipped_policy_loss"

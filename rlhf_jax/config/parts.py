@@ -32,6 +32,7 @@ class ModelConfig:
             one for every 64 inputs (nf4, QLoRA). Adapters (lora.rank) are trained on such a model.
         remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
         logprob_chunk: positions of a device whose logits are alive at once; more run in checkpointed chunks.
+        balance_coef: weight of the experts' load-balancing loss in all that is trained; 0 is off.
     """
 
     path: PathText = ""
@@ -44,21 +45,24 @@ class ModelConfig:
     quantize: Literal["none", "int8", "nf4"] = "none"
     remat: Literal["none", "dots", "full"] = "dots"
     logprob_chunk: int = 512
+    balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self, "model.", {"at least 1": "logprob_chunk"})
+        check(self, "model.", {"at least 1": "logprob_chunk", "at least 0": "balance_coef"})
         check_list(self, "eos_ids", "model.", "at least 0")
 
 
 @settings
 class MeshConfig:
-    """Devices as a (data, fsdp, tensor) mesh; one axis may be -1 for "the rest".
+    """Devices as a (data, fsdp, tensor) mesh, perhaps with an axis expert; one axis may be -1 for "the rest".
 
     Args:
         data: replicas of the model.
         fsdp: shards of every weight, gathered layer by layer.
         tensor: shards of heads and MLP columns.
-        rollout_tensor: the same while PPO samples, where it should differ; 0 for `tensor`. Every group of that many
+        expert: shards of the experts of every layer. Rows are shared out over this axis too, and tokens go to where
+            their experts are and back (all-to-all).
+        rollout_tensor: `tensor` while PPO samples, where it should differ; 0 for `tensor`. Every group of that many
             devices then holds all weights in the compute dtype, and rows go over the groups.
         slices: TPU slices (or groups of hosts) that only a slower network joins. `data` is split over them first and
             counts them: slices 2, data 2 keeps all that fsdp and tensor send within a slice.
@@ -72,10 +76,16 @@ class MeshConfig:
     rollout_tensor: int = 0
     slices: int = 1
     rules: list[str] = field(default_factory=list)
+    expert: int = 1
 
     def __post_init__(self) -> None:
         check(self, "mesh.", {"at least 1": "slices", "at least 0": "rollout_tensor"})
-        parse_rules(self.rules)
+        parse_rules(self.rules, expert=self.expert != 1)
+        if self.expert != 1 and self.rollout_tensor:
+            raise UserError(
+                f"mesh.rollout_tensor {self.rollout_tensor} regroups fsdp and tensor, between which the experts lie "
+                f"with mesh.expert {self.expert}; leave it out"
+            )
 
 
 @settings

@@ -1,8 +1,8 @@
 """Where parameters lie: the axes of every leaf by letter, and the mesh axes that each is split over; no jax here.
 
 Letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head width,
-S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width, E scalar
-heads of an ensemble.
+S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width,
+E experts, H scalar heads of an ensemble.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from rlhf_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+EXPERT_AXES = ("data", "fsdp", "expert", "tensor")
+"""Those of a mesh with an axis for experts."""
 
 LEAVES = {
     "embed/tokens": "VD", "embed/positions": "PD",
@@ -24,6 +26,7 @@ LEAVES = {
     "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
     "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
     "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
+    "layers/experts/router": "LDE", "layers/experts/up": "LEDMF", "layers/experts/down": "LEFD",
     "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "head/bias": "V",
     "score/kernel": "D", "score/bias": "",
 }  # fmt: skip
@@ -32,12 +35,15 @@ LEAVES = {
 WIDE_QK_NORM = {"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"}
 """Axes that differ where all heads are normalised as one vector."""
 
-MEMBERS = {"score/kernel": "ED", "score/bias": "E"}
+MEMBERS = {"score/kernel": "HD", "score/bias": "H"}
 """Axes that differ where a reward model has several scalar heads."""
 
 OTHER_AXES = WIDE_QK_NORM | MEMBERS
 
-INPUTS = {"layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F"}
+INPUTS = {
+    "layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F",
+    "layers/experts/up": "D", "layers/experts/down": "F",
+}  # fmt: skip
 """The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
 
 Split = tuple[str, ...]
@@ -72,7 +78,7 @@ class Rules:
             if _ends_in(path, pattern) and len(splits) == len(shape):
                 return splits
         if len(axes := _beside_a_kernel(path)) == len(shape):
-            return tuple(self.letters.get(axis, ()) for axis in axes)
+            return self._of_letters(axes)
         leaf = next((name for name in LEAVES if _ends_in(path, re.escape(name))), None)
         if leaf is None:
             raise UserError(
@@ -83,9 +89,14 @@ class Rules:
             raise UserError(
                 f"parameter {path} with shape {tuple(shape)} should have the axes {' '.join(LEAVES[leaf])}"
             )
-        if not set(axes) - set("LDE"):  # norms, biases of the residual stream, scalar heads: small, and used whole
+        if not set(axes) - set("LDEH"):  # norms, biases of the residual stream, routers, scalar heads: used whole
             return ((),) * len(axes)
-        return tuple(self.letters.get(axis, ()) for axis in axes)
+        return self._of_letters(axes)
+
+    def _of_letters(self, axes: str) -> tuple[Split, ...]:
+        """Mesh axes by letter; what the experts E are split over no other dimension is."""
+        taken = self.letters.get("E", ()) if "E" in axes else ()
+        return tuple(tuple(axis for axis in self.letters.get(a, ()) if a == "E" or axis not in taken) for a in axes)
 
 
 def _beside_a_kernel(path: str) -> str:
@@ -93,23 +104,28 @@ def _beside_a_kernel(path: str) -> str:
 
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
-    match = re.search(r"(?:^|/)(layers/(?:attn|mlp)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    match = re.search(r"(?:^|/)(layers/(?:attn|mlp|experts)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
     if match is None or match[1] not in INPUTS:
         return ""
     kernel, scale, adapter = match.groups()
-    inputs = INPUTS[kernel]
-    outputs = LEAVES[kernel].removeprefix("L" + inputs)
+    inputs, first = INPUTS[kernel], stacked(kernel)
+    outputs = LEAVES[kernel].removeprefix(first + inputs)
     if scale:
-        return "L" + "1" * len(inputs) + outputs
-    return f"L{inputs}R" if adapter == "a" else "LR" + re.sub("[SM]", "1", outputs)
+        return first + "1" * len(inputs) + outputs
+    return f"{first}{inputs}R" if adapter == "a" else f"{first}R" + re.sub("[SM]", "1", outputs)
+
+
+def stacked(kernel: str) -> str:
+    """The axes before the inputs of a kernel: layers, and experts where it is one of many."""
+    return LEAVES[kernel].partition(INPUTS[kernel])[0]
 
 
 def _ends_in(path: str, pattern: str) -> bool:
     return re.search(rf"(^|/)(?:{pattern})$", path) is not None
 
 
-def parse_rules(lines: Sequence[str]) -> Rules:
-    """The default table changed by lines LETTER=AXES or PATH=AXES, AXES, ...
+def parse_rules(lines: Sequence[str], *, expert: bool = False) -> Rules:
+    """The default table changed by lines LETTER=AXES or PATH=AXES, AXES, ...; `expert`: of a mesh with that axis.
 
     AXES is a mesh axis, several joined by +, or - for none. LETTER changes an axis wherever it comes, in activations
     too. PATH is a regular expression of the end of a parameter's path, and has AXES for every dimension of it:
@@ -119,13 +135,15 @@ def parse_rules(lines: Sequence[str]) -> Rules:
         UserError: a line that is none of these, or a path that no parameter has.
     """
     letters, leaves = dict(SPLIT), []
+    if expert:
+        letters["E"] = ("expert",)
     for line in lines:
         name, equals, right = (part.strip() for part in line.partition("="))
         if not (name and equals):
             raise UserError(
                 f"mesh.rules {line!r} is no rule; write LETTER=AXES or PATH=AXES,AXES: K=- or embed/tokens=-,fsdp"
             )
-        splits = tuple(_split(text, line) for text in right.split(","))
+        splits = tuple(_split(text, line, EXPERT_AXES if expert else MESH_AXES) for text in right.split(","))
         used = [axis for split in splits for axis in split]
         if len(used) != len(set(used)):
             raise UserError(f"mesh.rules {line!r} uses a mesh axis twice; an array is split over each once at most")
@@ -142,12 +160,12 @@ def parse_rules(lines: Sequence[str]) -> Rules:
     return Rules(letters, tuple(leaves))
 
 
-def _split(text: str, line: str) -> Split:
+def _split(text: str, line: str, known: Split) -> Split:
     axes = tuple(part.strip() for part in text.split("+"))
     if axes == ("-",):
         return ()
-    if unknown := [axis for axis in axes if axis not in MESH_AXES]:
-        raise UserError(f"mesh.rules {line!r}: {unknown[0]!r} is no mesh axis; use {', '.join(MESH_AXES)} or -")
+    if unknown := [axis for axis in axes if axis not in known]:
+        raise UserError(f"mesh.rules {line!r}: {unknown[0]!r} is no mesh axis; use {', '.join(known)} or -")
     return axes
 
 
@@ -169,6 +187,11 @@ def _check_path(pattern: str, count: int, line: str) -> None:
 def entry(split: Split) -> str | Split | None:
     """A mesh axis, a tuple of several, or None: as PartitionSpec takes it."""
     return split[0] if len(split) == 1 else split or None
+
+
+def kept_split(split: Split) -> str | None:
+    """What of a weight's split is kept where it is used whole: the tensor axis, or that of the experts."""
+    return over_tensor(split) or ("expert" if "expert" in split else None)
 
 
 def over_tensor(split: Split) -> str | None:

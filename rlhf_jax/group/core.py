@@ -23,6 +23,7 @@ from rlhf_jax import advantages as adv
 from rlhf_jax.config import GroupConfig, OptimConfig, bind
 from rlhf_jax.losses import reference_kl_loss
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import balanced
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
@@ -56,6 +57,7 @@ class Experience:
         mask: the response tokens that are trained on, the stop token included.
         ref_logprobs: None if the loss has no KL.
         kept: as in `Rollout`: log-probs are of these ids.
+        experts: as in `Rollout`: response tokens go to these.
     """
 
     tokens: Int[Array, "B S"]
@@ -65,6 +67,7 @@ class Experience:
     ref_logprobs: Float[Array, "B T"] | None
     advantages: Float[Array, "B T"]
     kept: Int[Array, "B T K"] | None = None
+    experts: Int[Array, "B T L k"] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | Non
 
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
         x, view = batch["experience"], batch["packed"]
-        logprobs, entropy, _ = response_logprobs(
-            models.policy, params["policy"], view, batch["temperature"], x.mask.shape[1], x.kept, with_entropy=True
+        law = batch["temperature"], x.mask.shape[1], x.kept, x.experts
+        logprobs, entropy, _, routing = response_logprobs(
+            models.policy, params["policy"], view, *law, with_entropy=True
         )
         weights = of_view(view, batch["weights"])
         # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
@@ -109,7 +113,7 @@ def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | Non
             loss, metrics = loss + config.kl_coef * kl, {**metrics, **kl_metrics}
         if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
             loss = loss - config.entropy_coef * entropy
-        return loss, metrics
+        return balanced(models.policy.balance_coef, loss, metrics, routing, weights.sum())
 
     return loss_fn
 
@@ -130,7 +134,7 @@ def run_networks(
     Of an ensemble the score is [B, M]. The view is of the rollout. What is not asked for or not there is left out.
     """
     asked = {"old_logprobs": policy if recompute else None, "ref_logprobs": ref}
-    law = temperature, rollout.tokens.shape[1], rollout.kept
+    law = temperature, rollout.tokens.shape[1], rollout.kept, rollout.experts
     of = lambda params: response_logprobs(models.policy, params, view, *law)[0]  # noqa: E731
     out = {name: of(params) for name, params in asked.items() if params is not None}
     if models.reward is not None:
@@ -200,6 +204,7 @@ def make_score(
             ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
             advantages=advantages,
             kept=rollout.kept,
+            experts=rollout.experts,
         )
 
         # What is reported: scalars, and numbers [B] of each row.

@@ -27,6 +27,8 @@ from rlhf_jax.models.model import Model
 from rlhf_jax.tokens import positions_from_mask
 from rlhf_jax.types import Params
 
+EXPERT = jnp.int16
+"""What the number of an expert is kept as."""
 ADMITTED = 512
 """Prompt tokens that a shard prefills at once between two chunks."""
 
@@ -51,6 +53,7 @@ class Engine:
         samples, slots: G, and the slots of a shard, at most (0: a slot for every row).
         chunk, max_new_tokens: tokens between looks at who is done, and of the longest sequence.
         begun: what rows have already; None where all begin with their first token.
+        routing: keep the experts of every token drawn, [R, L, k], which the model chooses as it reads it.
     """
 
     model: Model
@@ -68,6 +71,7 @@ class Engine:
     chunk: int
     max_new_tokens: int
     begun: Begun | None = None
+    routing: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -137,10 +141,13 @@ class Engine:
         slots = Slots(none, none, none, none > 0, first, self.model.pinned(own))
         # What `draw` makes of all slots, for every row instead.
         token, kept = jax.eval_shape(self.draw, first.reshape(total * width, -1), jnp.zeros(total * width))
+        arch = self.model.arch
+        of_token = (len(token), arch.num_layers, arch.experts_per_token)
+        experts = jax.ShapeDtypeStruct(of_token, EXPERT) if self.routing else None
         chunks = (*self.uniforms.shape[:2], self.uniforms.shape[2] // self.chunk, self.chunk)
         out = jax.tree.map(
             lambda x: jnp.zeros((*chunks, *x.shape[1:]), x.dtype),
-            (token, jax.ShapeDtypeStruct(token.shape, bool), kept),
+            (token, jax.ShapeDtypeStruct(token.shape, bool), kept, experts),
         )
         held = Contexts(number, started, mask.reshape(total, contexts, length), logits, cache)
         state = State(held, slots, queued, jnp.zeros((), jnp.int32), out)
@@ -324,8 +331,10 @@ class Engine:
             sees = jnp.concatenate([own, age <= place[:, None]], axis=1)
             apart = jnp.concatenate([before + place[:, None], jnp.broadcast_to(age, (len(place), columns))], axis=1)
             at = lengths + place
-            logits, cache = self.model.decode(self.params, token, at, sees, apart, held.cache, cache, step % columns)
-            out = (token, alive, kept)
+            read = self.params, token, at, sees, apart, held.cache, cache, step % columns
+            logits, cache, experts = self.model.decode(*read)
+            experts = experts.astype(EXPERT) if self.routing and experts is not None else None
+            out = (token, alive, kept, experts)
             place = place + alive
             alive = alive & (place < limit)
             if self.is_stop is not None:

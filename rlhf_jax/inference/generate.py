@@ -17,6 +17,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.messages import Messages
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model
@@ -27,10 +28,17 @@ from rlhf_jax.types import Params, Rollout
 
 
 def make_sampler(
-    model: Model, config: SamplingConfig, stop_ids: tuple[int, ...], *, carry: bool = False
+    model: Model, config: SamplingConfig, stop_ids: tuple[int, ...], *, carry: bool = False, routing: bool = False
 ) -> Callable[..., Rollout]:
     """The sampler of this config, not yet compiled: (params, prompt, prompt_mask, key, law, active, *, samples) ->
-    Rollout, the last two as in `sample`. With `carry`, what top-k kept comes along, and no ties beyond the k-th."""
+    Rollout, the last two as in `sample`. With `carry`, what top-k kept comes along, and no ties beyond the k-th; with
+    `routing` the experts of each token.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if routing and not model.arch.num_experts:
+        raise UserError("replay_routing is of models with experts, and this one has none; leave it out")
     filtered = config.top_k > 0 or config.top_p < 1
     return partial(
         sample,
@@ -41,6 +49,7 @@ def make_sampler(
         candidates=(1 if carry else 2) * config.top_k if filtered else 0,
         filtered=filtered,
         carry=carry and config.top_k > 0,
+        routing=routing,
         # Where no stop id can be drawn nothing ends early, and all rows begin at once.
         slots=config.slots or (0 if config.min_new_tokens < config.max_new_tokens else None),
         microbatch=config.microbatch,
@@ -116,7 +125,7 @@ class Generator:
         """
         examples, _ = prompt_examples(list(rows), self.tokenizer, self.limits)
         # Prompts of a batch: with their samples they fill whole microbatches and all shards of rows.
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        ways = self.mesh.row_ways
         multiple = math.lcm(ways // math.gcd(ways, samples), max(self.microbatch // samples, 1))
         size = -(-max(batch_size // samples, 1) // multiple) * multiple if batch_size else 0
         size = size or -(-len(examples) // multiple) * multiple

@@ -175,6 +175,7 @@ def sample(
     candidates: int = 0,
     filtered: bool = True,
     carry: bool = False,
+    routing: bool = False,
     microbatch: int = 0,
     budget: int = 0,
 ) -> Rollout:
@@ -182,13 +183,12 @@ def sample(
 
     The responses to prompt n are rows n * samples and following. A row ends with the first stop id, which is part of
     the response; with no `stop_ids` every row runs the full length. `slots` rows are decoded at once (None: all, 0:
-    `choose_slots`); every `chunk` tokens the loop looks which have ended, and begins others in their place. Prompts
-    off `active` are not drawn: the masks of their rows are empty. Rows that are `given` are followed, not drawn; given
-    floats are the noise. Rows go on behind what they have of an `earlier` rollout to the same prompts, which stays as
-    it is, and are cut after `budget` more tokens, in whole chunks.
-    Log-probs are of the law sampled from (greedy: 0, a certain event). A rotary law that depends on length is that of
-    model.length, or else of P + max_new_tokens. The noise of a row depends on the key and its place only, so slots, a
-    microbatch or a mesh change nothing. `draw_from_logits` has candidates, filtered and carry, which fills `kept`.
+    `choose_slots`); every `chunk` tokens those that have ended make room for others. Prompts off `active` are not
+    drawn: the masks of their rows are empty. Rows that are `given` are followed, and given floats are the noise.
+    Rows go on behind what they have of an `earlier` rollout to the same prompts, which stays as it is, and are cut
+    after `budget` more tokens, in whole chunks. Log-probs are of the law sampled from (greedy: 0, a certain event). A
+    rotary law that depends on length is that of model.length, or else of P + max_new_tokens. The noise of a row
+    depends on the key and its place only. `carry` (`draw_from_logits`) fills `kept`, `routing` fills `experts`.
     """
     chunk = min(chunk, max_new_tokens)
     steps = -(-max_new_tokens // chunk) * chunk  # whole chunks
@@ -207,6 +207,7 @@ def sample(
         samples=samples,
         chunk=chunk,
         max_new_tokens=max_new_tokens,
+        routing=routing,
     )
     active = jnp.ones(prompt.shape[0], bool) if active is None else active
     inputs = (prompt, prompt_mask, uniforms, active, _begun(earlier, budget, steps, samples))
@@ -266,7 +267,7 @@ def _behind(earlier: Rollout | None, drawn: Any) -> Any:
     """What an engine drew, where there was nothing before."""
     if earlier is None:
         return drawn
-    had = (earlier.tokens, earlier.mask, (earlier.logprobs, earlier.kept))
+    had = (earlier.tokens, earlier.mask, (earlier.logprobs, earlier.kept), earlier.experts)
     there = lambda x: earlier.mask.reshape(*earlier.mask.shape, *[1] * (x.ndim - 2))  # noqa: E731
     return jax.tree.map(lambda old, new: jnp.where(there(new), old, new), had, drawn)
 
@@ -276,12 +277,14 @@ def _set_of(ids: tuple[int, ...], size: int) -> Bool[Array, " V"]:
 
 
 def _rollout(prompt: Array, prompt_mask: Array, drawn: Any, is_stop: Bool[Array, " V"] | None) -> Rollout:
-    """Of rows: prompts [B, P], and tokens, whether they count, and their log-probs and kept ids [B, T, ...]."""
-    tokens, mask, (logprobs, kept) = drawn
+    """Of rows: prompts [B, P]; tokens, whether they count, their log-probs and kept ids, and experts [B, T, ...]."""
+    tokens, mask, (logprobs, kept), experts = drawn
     if kept is not None:
         kept = jnp.where(mask[:, :, None], kept, -1)
+    if experts is not None:
+        experts = jnp.where(mask[:, :, None, None], experts, jnp.full((), -1, experts.dtype))
     finished = jnp.zeros(len(tokens), bool)  # the last token of a row is a stop id
     if is_stop is not None:
         last = jnp.take_along_axis(tokens, jnp.maximum(mask.sum(1, keepdims=True) - 1, 0), axis=1)[:, 0]
         finished = is_stop[last] & mask.any(1)
-    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, finished, kept)
+    return Rollout(prompt, prompt_mask, tokens, mask, logprobs, finished, kept, experts)

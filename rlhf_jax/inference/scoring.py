@@ -51,7 +51,7 @@ class RewardModel:
 
     def __init__(self, config: ModelConfig, mesh: Mesh, limits: Limits, *, batch_size: int):
         """Load it; `batch_size` rows are scored at once."""
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = mesh.row_ways
         self.mesh, self.limits, self.size = mesh, limits, -(-batch_size // ways) * ways
         self.tokenizer = load_tokenizer(config)
         with jax.set_mesh(mesh.grid):
@@ -170,7 +170,7 @@ class Likelihood:
 
     def __init__(self, model: Model, mesh: Mesh, *, batch_size: int, multiple: int = 64):
         """`batch_size` sequences are read at once, of a multiple of `multiple` tokens that holds the longest text."""
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = mesh.row_ways
         self.mesh, self.multiple = mesh, multiple
         self.size, self.limit = -(-batch_size // ways) * ways, model.arch.max_positions
         self.forward = jax.jit(partial(column_logprobs, model))

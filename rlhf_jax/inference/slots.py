@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models.decoder import Cache
 from rlhf_jax.models.model import Model
-from rlhf_jax.sharding import ROWS, constrain
+from rlhf_jax.sharding import constrain_rows
 from rlhf_jax.types import Params
 
 
@@ -137,8 +137,7 @@ def split(x: Array, parts: int) -> Array:
 
 def flat(x: Array) -> Array:
     """[W, n, ...] as [W * n, ...], with rows over the mesh."""
-    x = x.reshape(-1, *x.shape[2:])
-    return constrain(x, *ROWS, *[None] * (x.ndim - 1))
+    return constrain_rows(x.reshape(-1, *x.shape[2:]))
 
 
 def widened(x: Array, columns: int) -> Array:

@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.sharding import ROWS
+from rlhf_jax.errors import UserError
+from rlhf_jax.sharding import row_axes
 
 Attend = Callable[[Array, Array, Array], Array]
 """(q [B K G T N], k [B K S N], v [B K S N]) -> [B K G T N]: attention with mask, scale and cap closed over."""
@@ -23,6 +24,29 @@ Attend = Callable[[Array, Array, Array], Array]
 LANES = 128
 KERNEL_OUTPUT = "attention"
 """What a remat policy may keep of the kernels: their result and its log-sum-exp."""
+_KEPT = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
+
+
+def platform_dtype(name: str) -> jnp.dtype:
+    """The compute dtype that a config names; auto is float32 on CPU, bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def platform_attention(name: str) -> str:
+    """The attention program that a config names; flash is the splash kernel on TPU and cuDNN's on GPU.
+
+    Raises:
+        UserError: flash on CPU.
+    """
+    platform = jax.default_backend()
+    kinds = {"tpu": "splash", "gpu": "cudnn"}
+    if name == "flash" and platform not in kinds:
+        raise UserError(f"model.attention flash needs a TPU or GPU, not {platform}; set it to auto or plain")
+    return {"auto": kinds.get(platform, "plain"), "flash": kinds.get(platform, "")}.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -180,8 +204,8 @@ def splash_attention(
         return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, seen)  # over B, K
 
     if not jax.sharding.get_abstract_mesh().empty:
-        heads, keys = P(*ROWS, heads_over, None, None, None), P(*ROWS, heads_over, None, None)
-        by_row = P(*ROWS, *[None] * (seen.ndim - 1))
+        heads, keys = P(row_axes(), heads_over, None, None, None), P(row_axes(), heads_over, None, None)
+        by_row = P(row_axes(), *[None] * (seen.ndim - 1))
         rows = jax.shard_map(rows, in_specs=(heads, keys, keys, by_row), out_specs=heads, check_vma=False)
     return rows(q, k, v, seen)[:, :, :, :length].astype(q.dtype)
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import Attend
+from rlhf_jax.models.experts import Experts, Routing
 from rlhf_jax.models.kernels import einsum
 from rlhf_jax.models.rotary import Tables, rotate
 
@@ -162,7 +163,11 @@ class Block(nnx.Module):
             return Norm(arch, (arch.width,), centered=arch.norm != "rms")
 
         self.parallel, self.shared, self.factor = arch.parallel_residual, arch.shared_norm, arch.residual_multiplier
-        self.attn, self.mlp = Attention(arch, rngs=rngs), MLP(arch, rngs=rngs)
+        self.attn = Attention(arch, rngs=rngs)
+        if arch.num_experts:
+            self.experts = Experts(arch, ACTIVATIONS[arch.activation], rngs=rngs)
+        else:
+            self.mlp = MLP(arch, rngs=rngs)
         if arch.norm_position in ("pre", "both"):
             self.attn_norm = norm()
         if arch.norm_position in ("pre", "both") and not arch.shared_norm:
@@ -177,12 +182,19 @@ class Block(nnx.Module):
         attend: Attend,
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        real: Bool[Array, "B T"] | None = None,
+        given: Int[Array, "B T k"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache, Routing | None]:
+        """Experts are those `given`, or else chosen by a router; tokens off `real` (None: all are) have none."""
         near = self._norm("attn_norm", x)
         y, cache = self.attn(near, tables, attend, cache, index)
         mixed = x + times(self._norm("attn_post_norm", y), self.factor)
-        y = self.mlp(near if self.shared else self._norm("mlp_norm", x if self.parallel else mixed))
-        return mixed + times(self._norm("mlp_post_norm", y), self.factor), cache
+        y, routing = near if self.shared else self._norm("mlp_norm", x if self.parallel else mixed), None
+        if hasattr(self, "experts"):
+            y, routing = self.experts(y, jnp.ones(x.shape[:2], bool) if real is None else real, given)
+        else:
+            y = self.mlp(y)
+        return mixed + times(self._norm("mlp_post_norm", y), self.factor), cache, routing
 
     def _norm(self, name: str, x: Array) -> Array:
         return getattr(self, name)(x) if hasattr(self, name) else x

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 import qwix
 from jaxtyping import Array
 
-from rlhf_jax.config.rules import INPUTS
+from rlhf_jax.config.rules import INPUTS, stacked
 from rlhf_jax.types import Params
 
 
@@ -32,19 +32,34 @@ def joined(frozen: Params, params: Params) -> Params:
     return {name: joined(frozen.get(name), params.get(name)) for name in names}
 
 
+def stacks_of(params: Params) -> list[Params]:
+    """The stacked layers of a model from the lowest on: one stack, or the two that `split` made of it."""
+    return [params["lower"]["layers"], params["layers"]] if "lower" in params else [params["layers"]]
+
+
+def depth(stack: Params) -> int:
+    """Layers of a stack."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
 def count(params: Params) -> int:
     """Number of parameters."""
     return sum(x.size for x in jax.tree.leaves(params))
 
+
+STACKS = ("lower", "layers")
+"""Where layers lie in a tree of parameters: all in "layers", or the lower ones, frozen, in "lower/layers"."""
 
 Quantization = Literal["none", "int8", "nf4"]
 SUFFIX = "_lora"
 WHOLE = "whole"
 CUT_AXIS = {"qkv": 2, "up": 1}
 """Kernels that are several of transformers' modules side by side -> the axis of b in which they follow one another."""
+_OF_EXPERTS = {"up": 4, "down": 3}
+"""Kernels that may be of experts -> their axes in a layer, if they are: the first is E, and adapters have it too."""
 _STARTS = {"query": 0, "key": -2, "value": -1, "gate": 0, "up": -1}
-KERNELS = {path: len(axes) for path, axes in INPUTS.items()}
-"""The kernels that can be quantised and adapted -> how many axes are inputs, after the leading L."""
+KERNELS = {path: (len(stacked(path)), len(axes)) for path, axes in INPUTS.items()}
+"""The kernels that can be quantised and adapted -> how many axes lead, L or L and E, and how many then are inputs."""
 BLOCK = 64
 """Weights that share a scale in nf4 (Dettmers et al. 2023)."""
 
@@ -54,22 +69,34 @@ NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981
 """Quantiles of a normal distribution, by code (Dettmers et al. 2023, arXiv 2305.14314, appendix E)."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("kernel", "a", "b"), meta_fields=("scale",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("kernel", "a", "b"), meta_fields=("scale", "of_experts")
+)
 @dataclass(frozen=True)
 class Adapted:
-    """kernel + scale A B, not multiplied out."""
+    """kernel + scale A B, not multiplied out; where it is `of_experts`, one for each of them."""
 
     kernel: Array | qwix.QArray
     a: Array
     b: Array
     scale: float
+    of_experts: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel."""
+        return self.kernel.shape
 
     def __getitem__(self, index: object) -> Adapted:
         """Itself, for the `[...]` by which flax reads a parameter."""
         return self
 
 
-def einsum(letters: str, x: Array, kernel: Array | qwix.QArray | Adapted) -> Array:
+Kernel: TypeAlias = Array | qwix.QArray | Adapted
+"""What stands for the weights of a linear layer."""
+
+
+def einsum(letters: str, x: Array, kernel: Kernel) -> Array:
     """A product in x's dtype; float32 means float32 on TPU too, whose default would round the inputs to bfloat16.
 
     Of an `Adapted` kernel x W + scale (x A) B, which never makes the product A B.
@@ -106,14 +133,18 @@ def _nf4_values(codes: Array) -> Array:
     return values[0]
 
 
-def multiplied_out(kernel: Array | qwix.QArray | Adapted) -> Array:
+def multiplied_out(kernel: Kernel) -> Array:
     """The array that a kernel of any kind stands for, W + scale A B."""
     if not isinstance(kernel, Adapted):
         return dense(kernel)
-    base, rank = dense(kernel.kernel), kernel.b.shape[0]
-    a, b = kernel.a.reshape(-1, rank), kernel.b.reshape(rank, -1)
-    delta = kernel.scale * jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST).reshape(base.shape)
-    return (base + delta).astype(base.dtype)
+
+    def summed(base: Array, a: Array, b: Array) -> Array:
+        rank = b.shape[0]
+        a, b = a.reshape(-1, rank), b.reshape(rank, -1)
+        delta = kernel.scale * jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST).reshape(base.shape)
+        return (base + delta).astype(base.dtype)
+
+    return (jax.vmap(summed) if kernel.of_experts else summed)(dense(kernel.kernel), kernel.a, kernel.b)
 
 
 def side_by_side(name: str, parts: Mapping[str, Params], size: int) -> tuple[Array, Array]:
@@ -141,12 +172,14 @@ def attached(layer: Params, scale: float) -> Params:
         for name, node in layer.items()
         if not name.endswith(SUFFIX)
     }
-    for name in layer:
-        if name.endswith(SUFFIX):
-            kernel = tree[name.removesuffix(SUFFIX)]
-            width = kernel.shape[CUT_AXIS.get(name.removesuffix(SUFFIX), 0)]
-            a, b = side_by_side(name.removesuffix(SUFFIX), layer[name], width)
-            tree[name.removesuffix(SUFFIX)] = Adapted(kernel, a, b, scale)
+    for beside in layer:
+        if beside.endswith(SUFFIX):
+            name = beside.removesuffix(SUFFIX)
+            kernel, of_experts = tree[name], len(tree[name].shape) == _OF_EXPERTS.get(name)
+            width = kernel.shape[CUT_AXIS.get(name, 0) + of_experts]
+            join = functools.partial(side_by_side, name, size=width)
+            a, b = (jax.vmap(join) if of_experts else join)(layer[beside])
+            tree[name] = Adapted(kernel, a, b, scale, of_experts)
     return tree
 
 
@@ -234,21 +267,24 @@ def quantized(params: Params, how: Quantization, *, free: bool = False) -> Param
     if how == "none":
         return params
     tree = jax.tree.map(lambda x: x, params)
-    for path, inputs in KERNELS.items():
+    for path, (first, inputs) in KERNELS.items():
         _, part, leaf = path.split("/")
+        if part not in tree["layers"]:
+            continue
         kernel = tree["layers"][part][leaf]
-        tree["layers"][part][leaf] = _quantize(kernel, how, inputs)
+        tree["layers"][part][leaf] = _quantize(kernel, how, first, inputs)
         if free:
             jax.block_until_ready(tree["layers"][part][leaf])
             kernel.delete()
     return tree
 
 
-@functools.partial(jax.jit, static_argnames=("how", "inputs"))
-def _quantize(kernel: Array, how: str, inputs: int) -> qwix.QArray:
+@functools.partial(jax.jit, static_argnames=("how", "first", "inputs"))
+def _quantize(kernel: Array, how: str, first: int, inputs: int) -> qwix.QArray:
     kernel = kernel.astype(jnp.float32)
     if how == "int8":
-        return qwix.quantize(kernel, jnp.int8, channelwise_axes=(0, *range(inputs + 1, kernel.ndim)))
-    others = tuple(axis for axis in range(kernel.ndim) if axis != inputs)
-    block = math.gcd(BLOCK, kernel.shape[inputs])
-    return qwix.quantize(kernel, "nf4", channelwise_axes=others, tiled_axes={inputs: block})
+        return qwix.quantize(kernel, jnp.int8, channelwise_axes=(*range(first), *range(first + inputs, kernel.ndim)))
+    last = first + inputs - 1
+    others = tuple(axis for axis in range(kernel.ndim) if axis != last)
+    block = math.gcd(BLOCK, kernel.shape[last])
+    return qwix.quantize(kernel, "nf4", channelwise_axes=others, tiled_axes={last: block})

@@ -87,6 +87,14 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     return not dict(theirs.items() ^ ours.items()).keys() - own
 
 
+def check_balance(config: ModelConfig, arch: ArchConfig) -> None:
+    """Raise a UserError if a model without experts is to balance their load."""
+    if config.balance_coef and not arch.num_experts:
+        raise UserError(
+            f"model.balance_coef {config.balance_coef:g} is of models with experts, and this one has none; set it to 0"
+        )
+
+
 def check_length(arch: ArchConfig, length: int, what: str) -> None:
     """Raise a UserError if sequences of `length` tokens, named by `what`, exceed the model's positions."""
     if length > arch.max_positions:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
-from rlhf_jax.config.rules import LEAVES
+from rlhf_jax.config.rules import LEAVES, stacked
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf.family import Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, is_transposed, nested
@@ -50,11 +50,11 @@ class Site(NamedTuple):
         return letters.replace("S", group).replace("G", group).replace("M", "1")
 
     def axes(self) -> dict[str, str]:
-        """Letters of a and b by path, L first; R is the rank."""
-        letters, split = LEAVES[self.tensor.leaf], 1 + KERNELS[self.tensor.leaf]
+        """Letters of a and b by path, L first, then E if it is of experts; R is the rank."""
+        letters, first, split = LEAVES[self.tensor.leaf], stacked(self.tensor.leaf), sum(KERNELS[self.tensor.leaf])
         return {
-            f"{self.leaf}/a": "L" + letters[1:split] + "R",
-            f"{self.leaf}/b": "LR" + self._single(letters[split:]),
+            f"{self.leaf}/a": letters[:split] + "R",
+            f"{self.leaf}/b": f"{first}R" + self._single(letters[split:]),
         }
 
     def stored(self) -> dict[str, Tensor]:
@@ -113,6 +113,7 @@ def init_adapters(arch: ArchConfig, chosen: Sequence[Site], rank: int, key: Arra
         if path.endswith("/b"):
             leaves[path] = jnp.zeros(shape)
             continue
-        bound = math.prod(shape[1:-1]) ** -0.5
+        first = KERNELS[path.partition(SUFFIX)[0]][0]
+        bound = math.prod(shape[first:-1]) ** -0.5
         leaves[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
     return nested(leaves)

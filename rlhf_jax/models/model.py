@@ -16,52 +16,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.config.rules import Rules, over_tensor
-from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoder
-from rlhf_jax.models.attention import KERNEL_OUTPUT, Attend, Branches, group_attention, make_attend, softcapped
-from rlhf_jax.models.kernels import Chained, attached, is_composed, merged, stacks
+from rlhf_jax.models.attention import (
+    REMAT,
+    Attend,
+    Branches,
+    group_attention,
+    make_attend,
+    platform_attention,
+    platform_dtype,
+    softcapped,
+)
+from rlhf_jax.models.experts import Routing
+from rlhf_jax.models.kernels import STACKS, Chained, attached, depth, is_composed, merged, stacks, stacks_of
 from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
-from rlhf_jax.sharding import ROWS, constrain, constrain_gathered, data_ways, path_name
+from rlhf_jax.sharding import constrain, constrain_gathered, constrain_rows, data_ways, path_name, row_axes
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
-_KEPT = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
-_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-STACKS = ("lower", "layers")
-"""Where layers lie in a tree of parameters: all in "layers", or the lower ones, frozen, in "lower/layers"."""
-REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
+FLOAT32 = ("_norm", "router")
 _M = TypeVar("_M")
-
-
-def stacks_of(params: Params) -> list[Params]:
-    """The stacked layers of a model from the lowest on: one stack, or the two that `split` made of it."""
-    return [params["lower"]["layers"], params["layers"]] if "lower" in params else [params["layers"]]
-
-
-def depth(stack: Params) -> int:
-    """Layers of a stack."""
-    return jax.tree.leaves(stack)[0].shape[0]
-
-
-def platform_dtype(name: str) -> jnp.dtype:
-    """The compute dtype that a config names; auto is float32 on CPU, bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def platform_attention(name: str) -> str:
-    """The attention program that a config names; flash is the splash kernel on TPU and cuDNN's on GPU.
-
-    Raises:
-        UserError: flash on CPU.
-    """
-    platform = jax.default_backend()
-    kinds = {"tpu": "splash", "gpu": "cudnn"}
-    if name == "flash" and platform not in kinds:
-        raise UserError(f"model.attention flash needs a TPU or GPU, not {platform}; set it to auto or plain")
-    return {"auto": kinds.get(platform, "plain"), "flash": kinds.get(platform, "")}.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -83,6 +58,7 @@ class Model:
             that depends on length (dynamic, longrope), so that samples, log-probs and scores of a run have one law; 0
             takes the width of the arrays.
         rules: where parameters lie on the mesh that it runs on (`Mesh.rules`); activations are pinned by it.
+        balance_coef: weight of the load-balancing loss of experts (`experts.balanced`).
     """
 
     arch: ArchConfig
@@ -95,6 +71,7 @@ class Model:
     length: int = 0
     rules: Rules = field(default_factory=Rules)
     members: int = 0
+    balance_coef: float = 0.0
 
     @classmethod
     def from_config(
@@ -102,7 +79,8 @@ class Model:
     ) -> Model:
         """The model that `config` describes, of a shape and with a mesh of these rules; `more`: length, members."""
         dtype, kind = platform_dtype(config.compute_dtype), platform_attention(config.attention)
-        return cls(arch, score_head, dtype, config.remat, config.logprob_chunk, kind, rules=rules, **more)
+        chunk, coef = config.logprob_chunk, config.balance_coef if arch.num_experts else 0.0
+        return cls(arch, score_head, dtype, config.remat, chunk, kind, rules=rules, balance_coef=coef, **more)
 
     @cached_property
     def _embed(self) -> Pure:
@@ -186,8 +164,20 @@ class Model:
 
         Of a segment with `branches` it sees what is of branch 0 or of its own; positions go on from branch 0 in each.
         """
+        return self.forward(params, tokens, positions, segment_ids, branches)[0]
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        branches: Int[Array, "B S"] | None = None,
+        experts: Int[Array, "B S L k"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Routing | None]:
+        """`apply`, and what its routers did if it has any; tokens go to `experts` where these are given, not -1."""
         # Rotary tables and attention are the same for all layers of a kind.
-        x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
+        x = constrain_rows(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype))
         kinds = decoder.kinds_of(self.arch)
         kept_apart = None if branches is None else Branches(branches, positions)
         views = {
@@ -195,23 +185,28 @@ class Model:
             for kind in sorted(set(kinds))
         }
 
-        def block(kind: decoder.Kind, x: Array, params: Params) -> Array:
-            return self._block.apply(attached(params, self.lora_scale), x, *views[kind])[0]  # [B, S, D]
+        def block(kind: decoder.Kind, x: Array, params: Params, given: Array | None) -> tuple[Array, Routing | None]:
+            layer = attached(params, self.lora_scale)
+            x, _, routing = self._block.apply(layer, x, *views[kind], None, None, segment_ids > 0, given)
+            return x, routing  # [B, S, D]
 
         # One layer of every kind is compiled, and scanned over the stacked leaves [L, ...] beside its kind int[L].
-        def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
-            params, kind = inputs
-            x = jax.lax.switch(kind, [partial(block, kind) for kind in views], x, params)
-            return constrain(x, *ROWS, None, None), None
+        def layer(x: Array, inputs: tuple[Params, Array, Array | None]) -> tuple[Array, Routing | None]:
+            params, kind, given = inputs
+            x, routing = jax.lax.switch(kind, [partial(block, kind) for kind in views], x, params, given)
+            return constrain_rows(x), routing
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
-        first, numbers = 0, [list(views).index(kind) for kind in kinds]
+        given = None if experts is None else jnp.moveaxis(experts, 2, 0)
+        first, numbers, routings = 0, [list(views).index(kind) for kind in kinds], list[Routing | None]()
         for stack in stacks_of(params):  # one, or the frozen lower layers and those above
             last = first + depth(stack)
-            x, _ = jax.lax.scan(layer, x, (stack, jnp.array(numbers[first:last], jnp.int32)))
-            first = last
-        return self._norm.apply(params["final_norm"], x)
+            own = jnp.array(numbers[first:last], jnp.int32), None if given is None else given[first:last]
+            x, routing = jax.lax.scan(layer, x, (stack, *own))
+            first, routings = last, [*routings, routing]
+        routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings)
+        return self._norm.apply(params["final_norm"], x), routing
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32, sharded over the vocabulary."""
@@ -228,7 +223,7 @@ class Model:
         if "bias" in head:
             logits = logits + head["bias"][None, None].astype(jnp.float32)
         logits = softcapped(decoder.times(logits, self.arch.logit_multiplier), self.arch.logit_softcap)
-        return constrain(logits, *ROWS, None, self._over("V"))
+        return constrain(logits, row_axes(), None, self._over("V"))
 
     def logprobs(
         self,
@@ -280,11 +275,11 @@ class Model:
         """A copy for decoding: compute dtype, one dict per layer, every weight split over the tensor axis alone.
 
         Make it once per rollout, not per token: it is here that fsdp shards are gathered, adapters merged and
-        quantised kernels made dense. Norms stay as they are, since training computes them in float32, too.
+        quantised kernels made dense. Norms and routers stay as they are: training computes them in float32, too.
         """
 
         def cast(path: KeyPath, x: Array) -> Array:
-            return x if "_norm" in path_name(path) else x.astype(self.compute_dtype)
+            return x if any(part in path_name(path) for part in FLOAT32) else x.astype(self.compute_dtype)
 
         def dense(stack: Params) -> Params:
             """Layers [L, ...] as plain arrays, by a loop that compiles one; `copy` sees to those that are plain."""
@@ -326,7 +321,8 @@ class Model:
         """
         segment_ids = mask.astype(jnp.int32)
         attends = [self._attend(segment_ids, local=local) for local in (False, True)]
-        hidden, cache = self._layers(params, tokens, positions, lambda i, local: attends[local], None, None)
+        of_layer = lambda i, local: attends[local]  # noqa: E731
+        hidden, cache, _ = self._layers(params, tokens, positions, of_layer, None, None, mask)
         return self._next_logits(params, hidden), cache
 
     def decode(
@@ -339,8 +335,8 @@ class Model:
         shared: list[decoder.Cache],
         cache: list[decoder.Cache],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
-        """The next token of every row: logits of the one after, and the new `cache`.
+    ) -> tuple[Float[Array, "B V"], list[decoder.Cache], Int[Array, "B L k"] | None]:
+        """The next token of every row: logits of the one after, the new `cache`, and the token's experts, if any.
 
         Rows lie in X groups, one after another. Those of a group share the columns `shared` [X, K, P, N], those of its
         prompts, and have S of their own in `cache` [B, K, S, N], of which the token is written to column `index`.
@@ -353,8 +349,9 @@ class Model:
             softcap = self.arch.attn_softcap
             return partial(group_attention, shared=shared[i], mask=masks[local], scale=self.scale, softcap=softcap)
 
-        hidden, cache = self._layers(params, token[:, None], position[:, None], attend, cache, index)
-        return self._next_logits(params, hidden), cache
+        hidden, cache, routings = self._layers(params, token[:, None], position[:, None], attend, cache, index)
+        experts = jnp.stack([routing.chosen[:, 0] for routing in routings], axis=1) if routings else None
+        return self._next_logits(params, hidden), cache, experts
 
     def _layers(
         self,
@@ -364,29 +361,35 @@ class Model:
         attend: Callable[[int, bool], Attend],
         cache: list[decoder.Cache] | None,
         index: Array | None,
-    ) -> tuple[Array, list[decoder.Cache]]:
-        """Hidden states [B, T, D] and the cache, layer by layer, each with its own arrays; attend(layer, local)."""
+        real: Array | None = None,
+    ) -> tuple[Array, list[decoder.Cache], list[Routing]]:
+        """Hidden states [B, T, D], the cache and what routers did, layer by layer, each with its own arrays.
+
+        attend(layer, local) attends; tokens are those of `real` (None: all).
+        """
         if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
             raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
         kinds = decoder.kinds_of(self.arch)
         tables = {kind: self._tables(positions, kind) for kind in sorted(set(kinds))}
-        x = constrain(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype), *ROWS, None, None)
-        new_cache = []
+        x = constrain_rows(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype))
+        new_cache, routings = [], list[Routing]()
         for i, layer in enumerate(params["layers"]):
             entry = cache[i] if cache is not None else None
-            x, entry = self._block.apply(layer, x, tables[kinds[i]], attend(i, kinds[i].local), entry, index)
-            x = constrain(x, *ROWS, None, None)
+            of_kind = tables[kinds[i]], attend(i, kinds[i].local)
+            x, entry, routing = self._block.apply(layer, x, *of_kind, entry, index, real)
+            x = constrain_rows(x)
             new_cache.append(entry)
-        return x, self.pinned(new_cache)
+            routings += [] if routing is None else [routing]
+        return x, self.pinned(new_cache), routings
 
     def pinned(self, cache: list[decoder.Cache]) -> list[decoder.Cache]:
         """Keys and values [B, K, S, N] where they belong: rows over the data axes, heads over tensor."""
-        return jax.tree.map(lambda c: constrain(c, *ROWS, self._over("K"), None, None), cache)
+        return jax.tree.map(lambda c: constrain(c, row_axes(), self._over("K"), None, None), cache)
 
     def _next_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
         """Logits after the last of T tokens, whole rows on a device, since drawing looks at all of the vocabulary."""
         logits = self.project(params, self._norm.apply(params["final_norm"], hidden[:, -1:]))[:, 0]
-        return constrain(logits, *ROWS, None)
+        return constrain_rows(logits)
 
 
 def of_length(model: _M, length: int) -> _M:

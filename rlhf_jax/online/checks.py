@@ -61,6 +61,7 @@ def check_cut(sampling: SamplingConfig, settings: OnlineConfig, group: str) -> N
     others = {
         f"{group}.stop truncate, of rows of one length": settings.stop == "truncate",
         f"sampling.prompt_buckets {buckets}, since rows of several iterations have one shape": len(buckets) > 1,
+        f"{group}.replay_routing, since earlier tokens are read again": settings.replay_routing,
         f"{group}.redraws {getattr(settings, 'redraws', 0)}, of whole groups": getattr(settings, "redraws", 0) > 0,
     }
     for what, there in others.items():

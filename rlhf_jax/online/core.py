@@ -18,6 +18,7 @@ from rlhf_jax.config import OnlineConfig, bind
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import importance_weights
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import Routing
 from rlhf_jax.sharding import constrain
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Layout, Sharing, over_views, pack, zeros_of
@@ -47,18 +48,21 @@ def response_logprobs(
     temperature: Array,
     num_tokens: int,
     kept: Int[Array, "B T K"] | None = None,
+    experts: Int[Array, "B T L k"] | None = None,
     **kwargs: Any,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "M S D"]]:
-    """Log-probs and entropies of the response tokens of a view's rows, 0 elsewhere; and all hidden states.
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "M S D"], Routing | None]:
+    """Log-probs and entropies of the response tokens of a view's rows, 0 elsewhere; and all hidden states and routing.
 
-    They are of the law of the ids that the rows `kept` (`Rollout.kept`; None: of all).
+    They are of the law of the ids that the rows `kept` (`Rollout.kept`; None: of all). Response tokens go to the
+    `experts` (`Rollout.experts`), if these are given.
     """
-    hidden = model.apply(params, **view.inputs)
+    given = {} if experts is None else {"experts": view.of_tokens(experts)}
+    hidden, routing = model.forward(params, **view.inputs, **given)
     if kept is not None:
         kwargs["kept"] = view.from_rows(kept)
     said = model.logprobs(params, hidden, view.targets, temperature, needed=view.predicts, **kwargs)
     logprobs, entropy = (view.to_rows(x, num_tokens) for x in said)
-    return logprobs, entropy, hidden
+    return logprobs, entropy, hidden, routing
 
 
 def full_sequence(rollout: Rollout) -> dict[str, Array]:

@@ -72,7 +72,7 @@ def gather(method: Method, cut: Cut, policy: Params, pool: Pool, i: int, key: ja
 
     # One rollout after another.
     new, rounds, whole = put_batch(method.mesh, (number, tokens, mask)), 0, np.zeros(len(groups), bool)
-    samples = size // spread(len(groups), size, method.mesh.shape["data"] * method.mesh.shape["fsdp"])
+    samples = size // spread(len(groups), size, method.mesh.row_ways)
     while whole.sum() < wanted:
         pool, ended = cut.go_on(policy, pool, *new, key, method.inputs.law, samples)
         rounds, ended = rounds + 1, to_host(ended)

@@ -140,7 +140,7 @@ def roll_out(
     again: jax.Array | None = None,
     drawn: Rollout | None = None,
 ) -> tuple[Rollout, Scored, float | None]:
-    """A rollout of a batch of prompts with `policy` (without the ids kept), its score, and its mean gold reward.
+    """A rollout of a batch of prompts with `policy` (without what is kept), its score, and its mean gold reward.
 
     One that is `drawn` already is taken as it is.
     With `again`, a key, groups whose responses all have one reward are drawn again, method.redraws times at most, and
@@ -177,7 +177,7 @@ def roll_out(
     if noises:
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
     valid = np.asarray(batch.get("valid", np.ones(rows, bool)))
-    return replace(rollout, kept=None), scored, None if golds is None else float(golds[valid].mean())
+    return replace(rollout, kept=None, experts=None), scored, None if golds is None else float(golds[valid].mean())
 
 
 @jax.jit

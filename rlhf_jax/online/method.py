@@ -144,7 +144,7 @@ class Method:
         Text and columns stand there `group_size` times in a row, once for each response; arrays once, or as often as
         the mesh must have them (`generate.spread`).
         """
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        ways = self.mesh.row_ways
         times = spread(len(prompts["tokens"]), self.group_size, ways)
         arrays = {name: np.repeat(prompts[name], times, axis=0) for name in ("tokens", "mask")}
         batch = {**repeat_rows(prompts, self.group_size), **arrays}

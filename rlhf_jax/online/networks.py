@@ -13,7 +13,14 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import total_length
 from rlhf_jax.keys import branch
-from rlhf_jax.models.loading import Loaded, check_length, check_same_tokenizer, check_vocabulary, load_model
+from rlhf_jax.models.loading import (
+    Loaded,
+    check_balance,
+    check_length,
+    check_same_tokenizer,
+    check_vocabulary,
+    load_model,
+)
 from rlhf_jax.sharding import Mesh
 from rlhf_jax.training.responses import Ensemble
 from rlhf_jax.types import Params
@@ -54,6 +61,7 @@ def load_policy_and_reward(
     length, key = total_length(config.sampling, config.data.max_prompt_length), branch(key, "weights")
     policy, rewards = load_model(config.model, mesh, key, length=length), list[Loaded]()
     check_vocabulary(policy.model.arch, tokenizer, config.model.path or "model.arch")
+    check_balance(config.model, policy.model.arch)
     for path in config.reward.paths:
         named = replace(config.model, path=path, arch=None)
         rewards.append(load_model(named, mesh, key, head="trained", length=length))

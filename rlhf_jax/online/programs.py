@@ -81,7 +81,7 @@ def compile_programs(
     update, tx, schedule = training
     state = create_state(params, tx, mesh)
     stops = () if settings.stop == "truncate" else stop_ids
-    sampler = make_sampler(nets.models.policy, config.sampling, stops, carry=True)
+    sampler = make_sampler(nets.models.policy, config.sampling, stops, carry=True, routing=settings.replay_routing)
 
     def rollout(
         policy: Params,

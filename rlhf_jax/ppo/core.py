@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import advantages as adv
 from rlhf_jax.config import PPOArgs, PPOConfig, bind
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import Routing, balanced
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
@@ -58,6 +59,7 @@ class Experience:
         value_mask: slots whose value is trained; the slot after the response too if the score is there.
         old_values: the value before each token.
         kept: as in `Rollout`: log-probs are of these ids.
+        experts: as in `Rollout`: response tokens go to these.
     """
 
     tokens: Int[Array, "B S"]
@@ -69,6 +71,7 @@ class Experience:
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
     kept: Int[Array, "B T K"] | None = None
+    experts: Int[Array, "B T L k"] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,26 +96,38 @@ class Models:
 
 def forward(
     models: Models, params: Params, view: Packed, temperature: Array, num_tokens: int, *args: Any, **kwargs: Any
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probs, entropies and values of the T response tokens of a view's rows, 0 elsewhere (`response_logprobs`)."""
-    logprobs, entropy, hidden = response_logprobs(
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"], tuple[Routing | None, Routing | None]]:
+    """Log-probs, entropies and values of the T response tokens of a view's rows, 0 elsewhere (`response_logprobs`).
+
+    And what the routers of policy and critic did, None where there are none, or no trunk of the critic's own.
+    """
+    logprobs, entropy, hidden, routing = response_logprobs(
         models.policy, params["policy"], view, temperature, num_tokens, *args, **kwargs
     )
-    return logprobs, entropy, values_of(models, params, view, num_tokens, hidden)
+    values, of_critic = values_of(models, params, view, num_tokens, policy_hidden=hidden)
+    return logprobs, entropy, values, (routing, of_critic)
 
 
 def values_of(
-    models: Models, params: Params, view: Packed, num_tokens: int, policy_hidden: Array | None = None
-) -> Float[Array, "B T"]:
+    models: Models,
+    params: Params,
+    view: Packed,
+    num_tokens: int,
+    experts: Int[Array, "B T L k"] | None = None,
+    policy_hidden: Array | None = None,
+) -> tuple[Float[Array, "B T"], Routing | None]:
     """Values of the states before each response token, and of the one after the last where T holds it.
 
-    They are the critic's, or of a head on the policy's trunk.
+    They are the critic's, and what its routers did, if it has any; or of a head on the policy's trunk, whose response
+    tokens go to `experts` if these are given.
     """
+    routing, hidden = None, policy_hidden
     if not models.shared_trunk:
-        hidden = models.value.apply(params["value"], **view.inputs)
-    else:
-        hidden = models.policy.apply(params["policy"], **view.inputs) if policy_hidden is None else policy_hidden
-    return view.to_rows(models.value.scores(params["value"]["score"], hidden), num_tokens)
+        hidden, routing = models.value.forward(params["value"], **view.inputs)
+    elif hidden is None:
+        given = {} if experts is None else {"experts": view.of_tokens(experts)}
+        hidden, _ = models.policy.forward(params["policy"], **view.inputs, **given)
+    return view.to_rows(models.value.scores(params["value"]["score"], hidden), num_tokens), routing
 
 
 def sharing(models: Models) -> Sharing:
@@ -134,9 +149,8 @@ def objective(
 
     def of_rows(params: Params, batch: Any) -> tuple[Array, Metrics]:
         x, view = batch["experience"], batch["packed"]
-        logprobs, entropy, values = forward(
-            models, params, view, batch["temperature"], x.mask.shape[1], x.kept, with_entropy=True
-        )
+        law = batch["temperature"], x.mask.shape[1], x.kept, x.experts
+        logprobs, entropy, values, routings = forward(models, params, view, *law, with_entropy=True)
         weights, value_weights = of_view(view, batch["weights"]), of_view(view, batch["value_weights"])
         # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
         logprobs = jnp.where(x.mask & view.rows[:, None], logprobs, x.old_logprobs)
@@ -147,7 +161,9 @@ def objective(
         loss = loss + config.value_coef * v_loss
         if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
             loss = loss - config.entropy_coef * entropy
-        return loss, metrics
+        loss, metrics = balanced(models.policy.balance_coef, loss, metrics, routings[0], weights.sum())
+        coef, share = models.value.balance_coef, value_weights.sum()
+        return balanced(coef, loss, metrics, routings[1], share, group="value_experts")
 
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
         loss, metrics = of_rows(params, batch) if "packed" in batch else (jnp.zeros(()), {})
@@ -176,13 +192,12 @@ def run_networks(
 
     The view is of the rollout.
     """
-    law = temperature, rollout.tokens.shape[1], rollout.kept
-    ref_logprobs, _, _ = response_logprobs(models.policy, ref, view, *law)
-    out = {"ref_logprobs": ref_logprobs}
+    law = temperature, rollout.tokens.shape[1], rollout.kept, rollout.experts
+    out = {"ref_logprobs": response_logprobs(models.policy, ref, view, *law)[0]}
     if recompute:
-        out["old_logprobs"], _, out["values"] = forward(models, params, view, *law)
+        out["old_logprobs"], _, out["values"], _ = forward(models, params, view, *law)
     else:
-        out["values"] = values_of(models, params, view, rollout.tokens.shape[1])
+        out["values"], _ = values_of(models, params, view, rollout.tokens.shape[1], rollout.experts)
     if models.reward is not None:
         out["score"] = response_scores(models.reward, reward, view)
     return out
@@ -249,6 +264,7 @@ def make_score(
             advantages=jnp.where(mask, advantages, 0.0),
             returns=jnp.where(value_mask, returns, 0.0),
             kept=rollout.kept,
+            experts=rollout.experts,
         )
 
         # What is reported, and the price of the next iteration.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from rlhf_jax.sharding import ROWS, constrain, data_ways
+from rlhf_jax.sharding import constrain_rows, data_ways
 from rlhf_jax.tokens import Packed
 
 
@@ -168,7 +168,7 @@ def pack(
     def cut(x: Array) -> Array:
         """[M N, S] in order of sequences as [M, N, S], rows over the data axes."""
         x = x.reshape(layout.microbatches, layout.sequences, layout.length).swapaxes(0, 1)
-        return constrain(x, *ROWS, None, None)
+        return constrain_rows(x)
 
     return Packed(
         tokens=cut(jnp.where(within, tokens[here, jnp.where(within, of_row, 0)], 0)),

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.models import Model
+from rlhf_jax.models.experts import Routing
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import over_views
 from rlhf_jax.training.sums import Differences, differences
@@ -93,7 +94,13 @@ def response_scores(model: Model | Ensemble, params: Params, view: Packed) -> Fl
     if isinstance(model, Ensemble):
         each = [response_scores(one, own, view) for one, own in zip(model.models, params, strict=True)]
         return jnp.concatenate([said.reshape(view.num_rows, -1) for said in each], axis=1)
-    return view.at_ends(model.scores(params["score"], model.apply(params, **view.inputs)))
+    return scores_and_routing(model, params, view)[0]
+
+
+def scores_and_routing(model: Model, params: Params, view: Packed) -> tuple[Float[Array, "R ..."], Routing | None]:
+    """`response_scores` of one model, and what its routers did, if it has any."""
+    hidden, routing = model.forward(params, **view.inputs)
+    return view.at_ends(model.scores(params["score"], hidden)), routing
 
 
 def standardised(score: Params, mean: np.ndarray, std: np.ndarray) -> Params:

@@ -24,6 +24,7 @@ from rlhf_jax.models.loading import (
     Head,
     Loaded,
     arch_of,
+    check_balance,
     check_length,
     check_vocabulary,
     load_model,
@@ -177,7 +178,8 @@ def begin(
         return finished
     key, mesh, settings = jax.random.key(config.run.seed), make_mesh(config.mesh), getattr(config, group)
     check_rows(mesh, config.data.batch_size // settings.accumulate, f"data.batch_size / {group}.accumulate =")
-    check_length(arch_of(config.model), config.data.max_length, "data.max_length")  # before rows are read
+    check_length(arch := arch_of(config.model), config.data.max_length, "data.max_length")  # before rows are read
+    check_balance(config.model, arch)
     tokenizer = load_tokenizer(config.model)
     split = load_rows(config.data, rows, eval_rows, config.run.seed)
     return Claim(name, config, settings, given, files, mesh, key, tokenizer, *split)
@@ -202,10 +204,8 @@ def setup(task: Task, claim: Claim) -> Work:
     train_set = task.resample(train_set) if task.resample else train_set
     seed, buckets = config.run.seed, length_buckets(data)
     batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=buckets)
-    weights, length = branch(key, "weights"), data.max_length
-    loaded = load_model(
-        config.model, mesh, weights, head=task.head, lora=config.lora, length=length, members=task.members
-    )
+    more = {"length": data.max_length, "members": task.members}
+    loaded = load_model(config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, **more)
     if loaded.model.members != task.members:
         held, wanted = loaded.model.members or 1, task.members or 1
         raise UserError(f"{config.model.path} has {held} trained heads, not reward.members {wanted}; set it to {held}")
@@ -243,15 +243,8 @@ def packing_of(
     An example needs `needed` of them at most, 0 if all its responses may be of S tokens.
     """
     rows, width, length = shape
-    return Packing.of(
-        rows,
-        needed or -(-width // times),
-        times * length,
-        tokens=data.microbatch_tokens,
-        most=-(-rows * width // (accumulate * times)),
-        ways=mesh.shape["data"] * mesh.shape["fsdp"],
-        shared=True,
-    )
+    size, most = (rows, needed or -(-width // times), times * length), -(-rows * width // (accumulate * times))
+    return Packing.of(*size, tokens=data.microbatch_tokens, most=most, ways=mesh.row_ways, shared=True)
 
 
 def choose_packing(

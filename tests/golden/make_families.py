@@ -49,11 +49,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.numpy import save
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 PAD, LENGTHS, NEW_TOKENS = 0, (12, 5, 9), 8
 LEAST_MARGIN, LEAST_VARIETY = 2e-3, 3  # of logits; of tokens in a continuation, many of which repeat one token
+
+
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 class Case(NamedTuple):
@@ -580,11 +584,70 @@ def _gpt() -> dict[str, Case]:
     }  # fmt: skip
 
 
+def _experts() -> dict[str, Case]:
+    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    three = SHAPE | {"model_type": "qwen3_moe", "head_dim": 8, "moe_intermediate_size": 10, "intermediate_size": 14}
+    three |= {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    mixtral = SHAPE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    olmo = SHAPE | {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3, "eos_token_id": 3}
+    short = {"factor": 4.0, "original_max_position_embeddings": 8}
+    return {
+        "qwen3_moe/plain": Case(three | _rope("default", 400.0)),
+        "qwen3_moe/hub": Case(
+            three | {"rope_theta": 700.0, "tie_word_embeddings": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+            | {"use_sliding_window": False, "max_window_layers": 2, "rope_scaling": None, "sliding_window": None},
+            as_written=True,
+        ),
+        "qwen3_moe/window": Case(
+            three | _rope("default", 50.0) | {"use_sliding_window": True, "sliding_window": 4, "attention_bias": True}
+        ),
+        "qwen3_moe/unnormalised": Case(
+            three | _rope("default", 60.0) | {"norm_topk_prob": False, "num_experts_per_tok": 4, "hidden_act": "gelu"}
+        ),
+        "qwen3_moe/one": Case(
+            three | _rope("yarn", 90.0, **short) | {"num_experts_per_tok": 1, "norm_topk_prob": False, "head_dim": 6}
+        ),
+        "qwen3_moe/all": Case(
+            three | _rope("linear", 40.0, factor=2.0) | {"num_experts": 3, "num_experts_per_tok": 3}
+            | {"num_hidden_layers": 3, "num_key_value_heads": 1}
+        ),
+        "qwen3_moe/score": Case(three | SCORE | {"num_experts": 4}),
+        "mixtral/plain": Case(mixtral | _rope("default", 300.0)),
+        "mixtral/hub": Case(
+            mixtral | {"rope_theta": 200.0, "sliding_window": None, "tie_word_embeddings": True}
+            | {"router_aux_loss_coef": 0.02}, as_written=True,
+        ),
+        "mixtral/window": Case(mixtral | _rope("default", 80.0) | {"sliding_window": 5, "head_dim": 8}),
+        "mixtral/few": Case(mixtral | _rope("default", 70.0) | {"num_local_experts": 3, "num_key_value_heads": 1}),
+        "mixtral/wide": Case(
+            mixtral | _rope("llama3", 100.0, **bands) | {"num_local_experts": 7, "num_experts_per_tok": 3}
+            | {"head_dim": 10, "num_key_value_heads": 4, "hidden_act": "gelu_pytorch_tanh"}
+        ),
+        "mixtral/deep": Case(mixtral | {"num_hidden_layers": 4, "rms_norm_eps": 1e-3}),
+        "mixtral/score": Case(mixtral | SCORE),
+        "olmoe/plain": Case(olmo | _rope("default", 300.0)),
+        "olmoe/hub": Case(
+            olmo | {"rope_theta": 500.0, "rope_scaling": None, "clip_qkv": None, "num_key_value_heads": None},
+            as_written=True,
+        ),
+        "olmoe/normalised": Case(olmo | _rope("default", 60.0) | {"norm_topk_prob": True, "attention_bias": True}),
+        "olmoe/tied": Case(
+            olmo | _rope("linear", 40.0, factor=2.0) | {"tie_word_embeddings": True, "num_experts_per_tok": 8}
+        ),
+        "olmoe/one": Case(
+            olmo | _rope("default", 70.0) | {"num_experts_per_tok": 1, "num_experts": 2, "num_key_value_heads": 1}
+        ),
+        "olmoe/deep": Case(
+            olmo | _rope("yarn", 90.0, **short) | {"num_hidden_layers": 3, "hidden_act": "gelu", "num_experts": 5}
+        ),
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {f"llama/{name}": case for name, case in _llama().items()}
 CASES |= {f"mistral/{name}": case for name, case in _mistral().items()}
 CASES |= {f"phi3/{name}": case for name, case in _phi3().items()}
 CASES |= {f"olmo2/{name}": case for name, case in _olmo2().items()}
-CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts()
+CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts() | _experts()
 
 
 def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn.Module:
@@ -592,7 +655,7 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
     (folder / "config.json").write_text(json.dumps(case.settings))
     config = AutoConfig.from_pretrained(folder)
     auto = AutoModelForSequenceClassification if "num_labels" in case.settings else AutoModelForCausalLM
-    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = auto.from_config(config, **EAGER, dtype=torch.float32).eval()
     norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
     offset = 1 if re.search("gemma|nemotron", config.model_type) else 0  # these norms multiply by 1 + weight
     with torch.no_grad():
@@ -604,7 +667,7 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
                 weight.copy_(0.1 * noise)
             else:
                 conv1d = config.model_type == "gpt2" and re.search("c_(attn|proj|fc)", key)  # multiplies from the left
-                inputs = weight.shape[0 if conv1d else 1]
+                inputs = weight.shape[0 if conv1d else -1]
                 scale = 0.3 if re.search("embed|wte|wpe", key) else 1.5 / inputs**0.5
                 weight.copy_((scale * noise * 32).round() / 32)
     return model
@@ -632,7 +695,10 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> to
 
 
 def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, np.ndarray]:
-    """Logits, the mean log-probability, and its gradients in embeddings, vectors, a query and an MLP matrix."""
+    """Logits, the mean log-probability, and its gradients in embeddings, vectors, a query and an MLP matrix.
+
+    Of experts in all matrices of a layer, by the names of the files: in memory they are one tensor.
+    """
     logits = forward(model, ids, mask)
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     pairs = mask[:, :-1] * mask[:, 1:]
@@ -641,7 +707,15 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
     last = model.config.num_hidden_layers - 1
     matrices = r"embed|wte|wpe|\.0\..*(q_proj|qkv_proj|c_attn|query_key_value)"
     matrices += rf"|\.{last}\..*(\bup_proj|gate_up_proj|c_fc|fc1|fc_in|h_to_4h)"
-    chosen = {name: w.grad for name, w in model.named_parameters() if w.ndim == 1 or re.search(matrices, name)}
+    grads = {name: w.grad for name, w in model.named_parameters()}
+    chosen = {name: g for name, g in grads.items() if g.ndim == 1 or (g.ndim == 2 and re.search(matrices, name))}
+    if hasattr(model.config, "num_experts_per_tok"):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.grad)
+            model.save_pretrained(folder)
+            stored = load_file(Path(folder) / "model.safetensors")
+        chosen |= {name: g for name, g in stored.items() if re.search(rf"\.{last}\..*(experts|gate\.weight)", name)}
     return {
         "logits": (logits * mask[..., None]).detach().numpy(),
         "logprob": mean.detach().numpy(),

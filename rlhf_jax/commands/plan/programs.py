@@ -202,7 +202,7 @@ def _online(
     check_length(nets.policy.model.arch, length + new, "prompt length + sampling.max_new_tokens =")
     key, number, rows = _key(mesh), _whole(mesh, jnp.float32), batch_sharding(mesh)
     law = _shapes(SamplingLaw.from_config(config.sampling), replicated(mesh))
-    ways, group = mesh.shape["data"] * mesh.shape["fsdp"], getattr(settings, "group_size", 1)
+    ways, group = mesh.row_ways, getattr(settings, "group_size", 1)
     samples = group // spread(size // group, group, ways)
     shape = (size // samples, length)
     prompt = _rows(mesh, tokens=(shape, jnp.int32), mask=(shape, jnp.bool_))
@@ -237,7 +237,7 @@ def _decoded(
     model: Model, params: Params, config: OnlineArgs, mesh: Mesh, shape: tuple[int, int], samples: int, fill: float
 ) -> float:
     """Bytes of weights and filled cache that a device reads to decode `samples` of prompts [N, P], token by token."""
-    sampling, ways = config.sampling, math.gcd(mesh.shape["data"] * mesh.shape["fsdp"], shape[0])
+    sampling, ways = config.sampling, math.gcd(mesh.row_ways, shape[0])
     prompts, length, new = shape[0] // ways, shape[1], sampling.max_new_tokens
     weights, arch = jax.eval_shape(model.decoding_params, params), model.arch
     chosen = choose_slots(model, weights, prompts, samples, length, new)

@@ -101,6 +101,8 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
         fields: Fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
         if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
             raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
+        if fields.get("num_experts", 1) < 1:
+            raise UserError(f"{where}: {family.config['num_experts']} is {fields['num_experts']}; take a dense family")
         fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
         fields |= _windows(raw, family, where, fields["num_layers"])
         fields["nope_layers"] = family.nope(raw, fields.get("window_layers", ()))
@@ -287,8 +289,9 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool, members: int 
             "sliding_attention" if i in near else "full_attention" for i in range(arch.num_layers)
         ]
     if family.window_switch:
-        values |= {"use_sliding_window": bool(near)}
-        values |= {"max_window_layers": min(near, default=arch.num_layers)}
+        values["use_sliding_window"] = bool(arch.window_layers)
+    if family.window_switch and family.windows == "types":
+        values["max_window_layers"] = min(near, default=arch.num_layers)
     elif family.windows == "types" and not near:  # transformers wants a size, though no layer has a window
         values["sliding_window"] = family.defaults.get("sliding_window")
     if arch.positions == "rotary" and family.rotary:

@@ -30,7 +30,7 @@ def without(table: Mapping[str, _T], *keys: str) -> dict[str, _T]:
 
 QUERY, KEY, VALUE, GATE, UP = ("query",), ("key",), ("value",), ("gate",), ("up",)
 _SCORE = {"score.weight": Tensor("score/kernel", "1 D"), "score.bias": Tensor("score/bias", "1")}
-MEMBERS = {"score.weight": Tensor("score/kernel", "E D"), "score.bias": Tensor("score/bias", "E")}
+MEMBERS = {"score.weight": Tensor("score/kernel", "H D"), "score.bias": Tensor("score/bias", "H")}
 """The heads of an ensemble, in transformers the labels of a classifier."""
 _LAYER = "model.layers.{}."
 LLAMA = Family(

@@ -41,7 +41,7 @@ class Family(NamedTuple):
         fixed: ArchConfig fields that no key sets: a value, or a function of config.json.
         saved: keys that say what `fixed` or `nope` read in another form: a value, or a function of the ArchConfig.
         inverse: ArchConfig fields whose key holds 1 / field.
-        tensors: by stored name, {} being the layer.
+        tensors: by stored name, {} being the layer, and a second one the expert.
         rotary: ArchConfig field -> (key beside rope_parameters, its default); a key of "" is never read. With
             rope_local_theta among them rope_parameters are by layer type. Empty where no key says anything.
         nope: layers without rotary positions: (config.json, layers with a window) -> layers.

@@ -37,7 +37,7 @@ class Layout:
         self.sizes = {
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "G": group, "1": 1,
             "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
-            "F": arch.ffn_width, "R": rank, "E": members,
+            "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
         }  # fmt: skip
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
             "query": ("S", 0, group, "G"), "key": ("S", group, 1, "G"), "value": ("S", group + 1, 1, "G"),
@@ -64,12 +64,17 @@ class Layout:
         letters = {letter for *_, letter in self.pieces(tensor)} - {""}
         return next((i for i, dim in enumerate(tensor.axes.split()) if letters & set(dim)), 0)
 
+    def single(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of one expert, of which a leaf holds all."""
+        return "E" in self.axes[tensor.leaf] and "E" not in tensor.axes
+
     def views(self, tensor: Tensor, stored: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
         """Every part of a stored array, with the axes of one layer's leaf, and where in that leaf it lies.
 
-        Parts are views, which loading reads and saving fills.
+        Of a `single` expert the leaf is its part of it. Parts are views, which loading reads and saving fills.
         """
         axes, offset, along = self.axes[tensor.leaf].removeprefix("L"), 0, self.along(tensor)
+        axes = axes.removeprefix("E") if self.single(tensor) else axes
         for sizes, start, cut, letter in self.pieces(tensor):
             # The part's rows (or columns) of the file, every dimension as its axes: "KGN D" as [K, G, N, D].
             dims = [[sizes[a] for a in dim] for dim in tensor.axes.split()]
@@ -88,7 +93,7 @@ class Layout:
 
 def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
-    layout, biased = Layout(arch, members=members), arch.norm == "layer"
+    layout, biased, dense = Layout(arch, members=members), arch.norm == "layer", not arch.num_experts
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
     optional = {
         "embed/positions": arch.positions == "learned", "final_norm/bias": biased,
@@ -98,7 +103,9 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "layers/attn_post_norm/bias": post and biased, "layers/mlp_post_norm/bias": post and biased,
         "layers/attn/q_norm/scale": arch.qk_norm != "none", "layers/attn/k_norm/scale": arch.qk_norm != "none",
         "layers/attn/qkv_bias": arch.qkv_bias, "layers/attn/out_bias": arch.out_bias,
-        "layers/mlp/up_bias": arch.mlp_bias, "layers/mlp/down_bias": arch.mlp_bias,
+        "layers/mlp/up": dense, "layers/mlp/up_bias": dense and arch.mlp_bias,
+        "layers/mlp/down": dense, "layers/mlp/down_bias": dense and arch.mlp_bias,
+        "layers/experts/router": not dense, "layers/experts/up": not dense, "layers/experts/down": not dense,
         "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
         "score/kernel": score_head is True, "score/bias": score_head is True,
     }  # fmt: skip

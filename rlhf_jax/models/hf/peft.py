@@ -35,7 +35,7 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(site.transposed for site in chosen),
-        "target_modules": [site.module.partition("{}.")[2] for site in chosen],
+        "target_modules": [site.module.partition("{}.")[2].rpartition("{}.")[2] for site in chosen],
         "modules_to_save": ["score"] if score_head else None,
         "inference_mode": True,
     }

@@ -13,7 +13,8 @@ from rlhf_jax.models.hf.table import FAMILIES
 EXPERTS = "mixture-of-experts"
 _COUNTS = re.compile(r"(^|_)(num|n)_(\w+_)?experts$")
 _PARTS = {
-    EXPERTS: r"experts|moe_|router_|shared_expert|decoder_sparse_step|mlp_only_layers|norm_topk_prob",
+    "shared experts": r"shared_expert|n_shared_experts|num_shared_experts",
+    EXPERTS: r"experts|moe_|router_|decoder_sparse_step|mlp_only_layers|norm_topk_prob",
     "latent attention": r"kv_lora_rank|q_lora_rank|qk_nope_head_dim|qk_rope_head_dim|v_head_dim",
     "linear attention": r"linear_|lightning|short_conv|conv_L_cache",
     "state-space layers": r"mamba|ssm|state_size|d_conv|time_step|hybrid_override_pattern|lru_width|block_types",
@@ -39,7 +40,7 @@ _CODE = {
 _GENERAL = re.compile(
     r"_.*|.*(dropout|pdrop|drop|token_id|token_ids|_index|dtype|version|label|labels|_loss|_range|_std)$"
     r"|architectures|model_type|auto_map|use_cache|pretraining_tp|vocab_size.*|output_.*|return_dict|is_decoder"
-    r"|transformers_version|text_config|problem_type|attn_implementation|tie_.*|initializer_.*|task_specific_params"
+    r"|intermediate_size|transformers_version|text_config|problem_type|attn_implementation|tie_.*|initializer_.*|task_specific_params"
 )
 """Keys that say nothing about what is computed, or that every family has."""
 
@@ -86,12 +87,13 @@ def _distance(name: str, shape: ConfigJson, family: Family) -> float:
         family
     )
     newest = name.startswith(stem) * (4 + list(FAMILIES).index(family.model_type) / 100)
-    return 2 * len(required - set(shape)) + len(unknown) - newest - (common > 1) * common / 4
+    of_experts = "num_experts" in family.config and not _has_experts(name, shape)
+    return 4 * of_experts + 2 * len(required - set(shape)) + len(unknown) - newest - (common > 1) * common / 4
 
 
 def _lacking(name: str, shape: ConfigJson, family: Family) -> Iterator[str]:
     """What a config.json asks for and a family does not have: parts of a decoder by name, other settings by key."""
-    experts = _has_experts(name, shape)
+    experts = _has_experts(name, shape) and "num_experts" not in family.config
     if experts:
         yield EXPERTS
     yield from (part for part, names in _CODE.items() if name in names.split())

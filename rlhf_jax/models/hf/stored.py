@@ -216,7 +216,7 @@ def _whole_names(family: Family, stored: dict[str, Stored | Summed]) -> dict[str
 
 
 def _tensor_of(family: Family, name: str) -> Tensor | None:
-    return family.tensors.get(re.sub(r"\.\d+\.", ".{}.", name, count=1))
+    return family.tensors.get(re.sub(r"\.\d+\.", ".{}.", name))
 
 
 def _transposed(family: Family, name: str, raw: ConfigJson) -> bool:

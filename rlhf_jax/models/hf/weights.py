@@ -39,14 +39,15 @@ SHARD_BYTES = 5 * 10**9
 
 Index = tuple[slice, ...]
 """Where a part of an array lies in it."""
-_Wanted = dict[str, tuple[Tensor, int]]  # stored name -> tensor, layer
+_Wanted = dict[str, tuple[Tensor, tuple[int, ...]]]  # stored name -> tensor, its layer and expert if it is of one
 
 
 def _names(family: Family, layout: Layout, leaves: Iterable[str]) -> _Wanted:
-    """Stored name -> (tensor, layer) of all that these leaves consist of."""
+    """Stored name -> (tensor, place) of all that these leaves consist of."""
     chosen = {name: tensor for name, tensor in family.tensors.items() if tensor.leaf in leaves}
-    layers = {name: range(layout.sizes["L"] if "{}" in name else 1) for name in chosen}
-    return {name.format(layer): (chosen[name], layer) for name in chosen for layer in layers[name]}
+    sizes = [layout.sizes["L"], layout.sizes["E"]]
+    places = {name: itertools.product(*map(range, sizes[: name.count("{}")])) for name in chosen}
+    return {name.format(*place): (chosen[name], place) for name in chosen for place in places[name]}
 
 
 def has_score_head(path: str | os.PathLike[str]) -> bool:
@@ -174,15 +175,15 @@ def _read_shard(
     """The part of a leaf at `index`, read from the files."""
     bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
     out = np.zeros([len(bound) for bound in bounds], spec.dtype)
-    for name, (tensor, layer) in parts.items():
-        target, inner = out, bounds
-        if layout.axes[tensor.leaf].startswith("L"):
-            if layer not in bounds[0]:
-                continue
-            target, inner = out[layer - bounds[0].start], bounds[1:]
-        for piece, place in layout.views(tensor, stored[name].map()):
+    for name, (tensor, place) in parts.items():
+        if any(number not in bound for number, bound in zip(place, bounds, strict=False)):
+            continue
+        target, inner = out, bounds[len(place) :]
+        for number, bound in zip(place, bounds, strict=False):
+            target = target[number - bound.start]
+        for piece, within in layout.views(tensor, stored[name].map()):
             sources, targets = [], []
-            for bound, lies in zip(inner, place, strict=True):  # of every axis what both have
+            for bound, lies in zip(inner, within, strict=True):  # of every axis what both have
                 first = max(bound.start, lies.start)
                 last = max(min(bound.stop, lies.stop), first)
                 sources.append(slice(first - lies.start, last - lies.start))
@@ -306,17 +307,19 @@ def _token_ids(
 
 
 def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Stored names and arrays, one layer of a leaf at a time; scalar heads stay float32."""
+    """Stored names and arrays, one layer or expert of a leaf at a time; scalar heads stay float32."""
     for path, leaf in leaves.items():
-        by_layer: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, (tensor, layer) in _names(family, layout, [path]).items():
-            by_layer.setdefault(layer, []).append((name, tensor))
-        for layer, named in by_layer.items():
-            array = to_host(leaf[layer] if layout.axes[path].startswith("L") else leaf)
+        by_place: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+        for name, (tensor, place) in _names(family, layout, [path]).items():
+            by_place.setdefault(place, []).append((name, tensor))
+        for place, named in by_place.items():
+            if place and place[1:] in ((), (0,)):  # a layer, on the devices
+                layer = leaf[place[0]]
+            array = to_host(layer[place[1:]] if place else leaf)
             for name, tensor in named:
                 stored = np.empty(layout.stored_shape(tensor), np.float32 if path.startswith("score/") else dtype)
-                for piece, place in layout.views(tensor, stored):
-                    piece[...] = array[place]
+                for piece, within in layout.views(tensor, stored):
+                    piece[...] = array[within]
                 yield name, stored
 
 

@@ -1,0 +1,236 @@
+"""Laws of layers with experts: what they compute and cost, their balance, meshes, adapters, replay of routing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import V, model_params, toy_directory
+
+from rlhf_jax import losses, sft
+from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.inference.sampling import SamplingLaw, sample
+from rlhf_jax.models import Model, hf
+from rlhf_jax.models.experts import Experts, Places, balance_loss, grouped, spread
+from rlhf_jax.models.kernels import attached, dense, merged, quantized
+from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
+from rlhf_jax.models.pure import pure
+from rlhf_jax.online.core import packed, response_logprobs
+from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
+
+ARCH = ArchConfig(
+    vocab_size=V, width=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=8, max_positions=40,
+    num_experts=8, experts_per_token=2, qk_norm="head",
+)  # fmt: skip
+MODEL = Model(ARCH)
+LAW = SamplingLaw(jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
+
+
+# --- one layer
+
+
+def layer_and_inputs(experts: int, rows: int, width: int = 16):
+    """(arch, a layer, its parameters, x [2, T, D], mask)."""
+    arch = replace(ARCH, num_experts=experts, width=width, ffn_width=width)
+    layer = pure(lambda rngs: Experts(arch, jax.nn.silu, rngs=rngs))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), layer.init(jax.random.key(0)))
+    x = rng.normal(size=(2, rows // 2, width)).astype(np.float32)
+    return arch, layer, params, jnp.asarray(x), jnp.asarray(rng.random((2, rows // 2)) < 0.7)
+
+
+def by_all_experts(arch, params, x, real):
+    """The same by all experts for every token, weighed by 0 where they are not chosen."""
+    probs = jax.nn.softmax(jnp.einsum("btd,de->bte", x, params["router"], precision="highest"))
+    least = jnp.sort(probs, axis=-1)[..., -arch.experts_per_token, None]
+    gates = jnp.where(probs >= least, probs, 0.0)
+    gates = gates / gates.sum(-1, keepdims=True) * real[..., None]
+    up = jnp.einsum("btd,edmf->mbtef", x, params["up"], precision="highest")
+    y = jnp.einsum("btef,efd->bted", jax.nn.silu(up[0]) * up[1], params["down"], precision="highest")
+    return jnp.einsum("bted,bte->btd", y, gates, precision="highest")
+
+
+def test_a_layer_is_what_all_experts_make_weighed_by_the_router():
+    """Blocks of several rows, and of one; padding gets nothing and counts nowhere, and no token is dropped."""
+    experts = 4
+    arch, layer, params, x, real = layer_and_inputs(experts, 160)
+    weight = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    ours = lambda params, x: jnp.sum(weight * layer.apply(params, x, real)[0] * real[..., None])  # noqa: E731
+    theirs = lambda params, x: jnp.sum(weight * by_all_experts(arch, params, x, real))  # noqa: E731
+    (found, expected) = (jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, x) for fn in (ours, theirs))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), found, expected)
+    apply = jax.jit(layer.apply)
+    y, routing = apply(params, x, real)
+    assert not y[~real].any() and (routing.chosen[~real] == experts).all()
+    assert routing.counts.sum() == 2 * real.sum() == 2 * routing.tokens
+    skewed = {**params, "router": params["router"] * 0 + 50 * (np.arange(experts) < 2)}  # all to the first two
+    counts = apply(skewed, jnp.abs(x), real)[1].counts
+    assert counts[:2].tolist() == [real.sum()] * 2 and not counts[2:].any()
+    few, mask = x[:, :3], real[:, :3]  # blocks of one row
+    np.testing.assert_allclose(apply(params, few, mask)[0], by_all_experts(arch, params, few, mask), atol=1e-5)
+
+
+def test_the_compiled_layer_costs_what_active_experts_cost():
+    """Forward and backward: at most 1.15 times the products of the k experts of each token."""
+    arch, layer, params, x, real = layer_and_inputs(16, 1024, width=64)
+    loss = lambda params, x: jnp.sum(layer.apply(params, x, real)[0] ** 2)  # noqa: E731
+    cost = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile().cost_analysis()["flops"]
+    tokens, width = x.shape[0] * x.shape[1], x.shape[2]
+    active = 3 * 2 * tokens * (arch.experts_per_token * 3 * width * arch.ffn_width + width * arch.num_experts)
+    assert 1 < cost / active < 1.15
+
+
+def test_the_balance_loss_is_that_of_transformers():
+    arch, layer, params, x, real = layer_and_inputs(8, 60)
+    apply = jax.jit(layer.apply)
+    routings = [apply({**params, "router": params["router"] * scale}, x, real)[1] for scale in (1.0, 0.3)]
+    found = balance_loss(jax.tree.map(lambda *parts: jnp.stack(parts), *routings))
+    modeling = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe", exc_type=ImportError)
+    torch = pytest.importorskip("torch")
+    logits = [np.array(x.reshape(-1, 16) @ (params["router"] * scale)) for scale in (1.0, 0.3)]
+    expected = modeling.load_balancing_loss_func(
+        tuple(map(torch.from_numpy, logits)), 8, arch.experts_per_token, torch.from_numpy(np.array(real))
+    )
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+
+
+# --- adapters, quantised kernels, files
+
+
+def test_adapters_and_quantised_kernels_of_experts_are_their_products_and_come_back_from_files(tmp_path):
+    tokenizer = Tokenizer.load(str(toy_directory() / "tokenizer"))
+    mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
+    model = Model(replace(ARCH, norm_eps=1e-6))
+    with jax.set_mesh(mesh.grid):
+        params = jax.device_put(model_params(model, 0), tree_shardings(mesh, model_params(model, 0)))
+        save_model(tmp_path / "base", Loaded(model, params), params, tokenizer)
+        base = load_model(ModelConfig(path=str(tmp_path / "base")), mesh, jax.random.key(0))
+        lora = LoRAConfig(rank=2, targets=["q_proj", "gate_proj", "up_proj", "down_proj"])
+        loaded = adapted(base, lora, mesh, jax.random.key(1))
+        filled = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), loaded.params)
+        save_model(tmp_path / "tuned", loaded, filled, tokenizer)
+        scale, whole = loaded.model.lora_scale, loaded.whole(filled)["layers"]
+        layer = jax.tree.map(lambda x: x[0], whole)["experts"]
+        up, plain = attached(layer, scale)["up"], merged(layer, scale)["up"]
+        assert up.a.shape == (8, 16, 4) and not np.allclose(plain, layer["up"])
+        places = Places.of(jnp.arange(12, dtype=jnp.int32).reshape(6, 2) % 8, 8)
+        x = spread(jax.random.normal(jax.random.key(3), (6, 16)), places)
+        np.testing.assert_allclose(grouped(x, up, places), grouped(x, plain, places), rtol=1e-4, atol=1e-5)
+        # The merged model, and the adapter on its base, are read as the same weights.
+        for folder in (tmp_path / "tuned", tmp_path / "tuned" / "adapter"):
+            again = hf.load_params(folder, base.model.arch, score_head=False)
+            np.testing.assert_allclose(again["layers"]["experts"]["up"][0], plain, rtol=1e-5, atol=1e-6)
+        names = json.loads((tmp_path / "tuned" / "adapter" / "adapter_config.json").read_text())["target_modules"]
+        assert set(names) == {"self_attn.q_proj", "gate_proj", "up_proj", "down_proj"}
+    for how, bound in (("int8", 0.01), ("nf4", 0.15)):
+        small = quantized(model_params(model, 0), how)
+        assert small["layers"]["experts"]["up"].scale.shape[:2] == (1, 8)
+        found, given = dense(small["layers"]["experts"]["down"]), params["layers"]["experts"]["down"]
+        assert np.abs(found - given).max() < bound * np.abs(given).max()
+
+
+# --- meshes
+
+
+def text_batch(rows: int = 8) -> dict:
+    rng = np.random.default_rng(0)
+    mask = np.arange(9) < rng.integers(3, 10, rows)[:, None]
+    targets = mask & (np.arange(9) > 0)
+    return {
+        "tokens": rng.integers(0, V, (rows, 9)).astype(np.int32),
+        "positions": np.where(mask, np.arange(9), 0).astype(np.int32),
+        "segment_ids": mask.astype(np.int32),
+        "weights": (targets / targets.sum()).astype(np.float32),
+    }
+
+
+def step_of(model: Model, params, batch):
+    """((loss, metrics), gradients) of SFT, and greedy tokens."""
+    loss_fn = sft.objective(model, losses.next_token_loss)
+    found = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, jax.random.key(0))
+    law = replace(LAW, temperature=jnp.float32(0))
+    prompts = batch["tokens"][:, :3], batch["segment_ids"][:, :3] > 0
+    drawn = sample(
+        model, params, *prompts, jax.random.key(0), law, max_new_tokens=2, stop_ids=(), chunk=2, filtered=False,
+        routing=True,
+    )  # fmt: skip
+    return found, drawn
+
+
+@functools.cache
+def single():
+    model = replace(MODEL, balance_coef=0.1)
+    return jax.jit(functools.partial(step_of, model))(model_params(MODEL, 0), text_batch())
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 1, "expert": 4}, {"fsdp": 2, "data": 1, "expert": 2, "tensor": 2}], ids=["4", "8"]
+)
+def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(sizes):
+    (expected, grads), drawn = single()
+    mesh = make_mesh(MeshConfig(**sizes), devices=jax.devices()[: math.prod(sizes.values())])
+    model = replace(MODEL, balance_coef=0.1, rules=mesh.rules)
+    params = model_params(MODEL, 0)
+    places = tree_shardings(mesh, params)
+    assert places["layers"]["experts"]["up"].spec[1] == "expert"
+    with jax.set_mesh(mesh.grid):
+        (found, found_grads), tokens = jax.jit(functools.partial(step_of, model))(
+            jax.device_put(params, places), put_batch(mesh, text_batch())
+        )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, found_grads, grads)
+    np.testing.assert_array_equal(tokens.tokens, drawn.tokens)
+    np.testing.assert_array_equal(tokens.experts, drawn.experts)
+
+
+def test_a_crowd_at_one_device_is_served_in_further_rounds():
+    """All tokens to the experts of one device, four times an even share: nothing is dropped."""
+    _, layer, params, x, real = layer_and_inputs(8, 64)
+    params = {**params, "router": params["router"] * 0.01 + 50 * (np.arange(8) < 2)}
+    mesh = make_mesh(MeshConfig(data=1, expert=4), devices=jax.devices()[:4])
+    apply = lambda params, x: layer.apply(params, x, real)[0]  # noqa: E731
+    loss = lambda params, x: jnp.sum(apply(params, jnp.abs(x)) ** 2)  # noqa: E731
+    expected = jax.jit(jax.value_and_grad(loss))(params, x)
+    with jax.set_mesh(mesh.grid):
+        found = jax.jit(jax.value_and_grad(loss))(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+
+
+# --- replay
+
+
+def test_replayed_tokens_go_to_the_experts_they_were_sampled_with():
+    """By the sampler's weights nothing differs; by others the experts stay, and the metric counts what would not."""
+    params = model_params(MODEL, 0)
+    rng = np.random.default_rng(3)
+    prompt, mask = jnp.asarray(rng.integers(0, V, (4, 3)), jnp.int32), jnp.ones((4, 3), bool)
+    options = {"max_new_tokens": 4, "stop_ids": (1, 2, 3, 4), "chunk": 2, "filtered": False, "routing": True}
+    rollout = jax.jit(functools.partial(sample, MODEL, **options))(params, prompt, mask, jax.random.key(0), LAW)
+    assert rollout.experts.shape == (4, 4, 1, 2) and (rollout.experts[rollout.mask] >= 0).all()
+    assert (rollout.experts[~rollout.mask] == -1).all() and not rollout.mask.all()
+    view = packed(rollout).at(0)
+
+    @jax.jit
+    def read(params, experts):
+        logprobs, _, _, routing = response_logprobs(MODEL, params, view, jnp.float32(1), 4, None, experts)
+        return logprobs, routing
+
+    logprobs, routing = read(params, rollout.experts)
+    assert routing.replayed.sum() == rollout.mask.sum() and routing.differs.sum() == 0
+    np.testing.assert_allclose(logprobs, rollout.logprobs, atol=1e-5)
+    other = jax.tree.map(lambda x: x, params)
+    other["layers"]["experts"]["router"] = -params["layers"]["experts"]["router"]
+    _, routing = read(other, rollout.experts)
+    assert routing.differs.sum() > 0.9 * rollout.mask.sum()
+    held = view.of_tokens(rollout.experts)[:, :, 0]
+    np.testing.assert_array_equal(jnp.where(held >= 0, routing.chosen[0], -1), held)
