@@ -144,7 +144,13 @@ def test_a_reward_model_decides_who_wins_by_the_scores_of_score(tmp_path, terse)
     names = {"prompt": "prompt", "response": "text", "response_ids": "ids", "finished": "finished"}
     print_rows([{name: item[of] for name, of in names.items()} for item in items], flat)
     scored = run_score(
-        ScoreArgs(ModelConfig(path=model), flat, max_prompt_length=2, max_length=8, output=str(tmp_path / "s.jsonl"))
+        ScoreArgs(
+            ModelConfig(path=model),
+            data_path=flat,
+            max_prompt_length=2,
+            max_length=8,
+            output=str(tmp_path / "s.jsonl"),
+        )
     )
     scores = np.array([row["score"] for row in scored]).reshape(8, 4)
     assert {item["finished"] for item in items} == {True, False} and scores.std() > 0.1

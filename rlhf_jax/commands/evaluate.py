@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rlhf_jax.commands.rewards import evaluate_reward
 from rlhf_jax.config import EvaluateArgs, SourceConfig
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
@@ -48,11 +49,15 @@ def run_evaluate(
     functions: Sequence[RewardFn] | None = None,
     judge: Judge | None = None,
     gold: RewardFn | None = None,
+    preference_rows: object = None,
 ) -> Summary:
     """Sample, measure, compare, and write config.output_dir; prints a table and returns the summary.
 
-    `rows` (prompts), `text_rows` (held-out rows), `functions`, `judge` and `gold` replace those that the config names.
+    `rows` (prompts), `text_rows` (held-out rows), `functions`, `judge`, `gold` and `preference_rows` replace what the
+    config names. With preferences, the reward is evaluated (`rewards.evaluate_reward`) and no model.
     """
+    if config.preference_path or preference_rows is not None:
+        return evaluate_reward(config, rows=preference_rows, functions=functions, gold=gold)
     if judge is None and config.judge.named():
         config.judge.check_one()
     if config.pass_at and not (

@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_jax.commands.sample import print_rows
 from rlhf_jax.config import RateArgs, resolve
 from rlhf_jax.data.ballots import Ranking
-from rlhf_jax.data.chat import Transcript
+from rlhf_jax.data.chat import in_transcript
 from rlhf_jax.data.consensus import consensus_ranks
 from rlhf_jax.data.encoding import mark_of
 from rlhf_jax.data.messages import text_of
@@ -54,7 +54,6 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
 
 def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
     """float32, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
-    in_transcript = lambda prompt: prompt if isinstance(prompt, str) else Transcript().prompt(prompt)  # noqa: E731
     shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
     own = columns_for([function], [one.prompt for one in given], [{}] * len(given), [one.where for one in given])
     rows = [

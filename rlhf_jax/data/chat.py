@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from rlhf_jax.data.backend import token_text
-from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, Message, Messages, transcript, turns_of
+from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, Message, Messages, Text, transcript, turns_of
 from rlhf_jax.data.rendering import Endless, Span, Template, split_given
 from rlhf_jax.errors import UserError
 
@@ -57,6 +57,11 @@ class Transcript:
 
     def spans(self, messages: Messages) -> list[Span]:
         return _spans_by_difference(self, messages)
+
+
+def in_transcript(prompt: Text) -> str:
+    """A prompt as it is shown where no tokenizer says how messages are written."""
+    return prompt if isinstance(prompt, str) else Transcript().prompt(prompt)
 
 
 class ChatTemplate:

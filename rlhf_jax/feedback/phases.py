@@ -22,7 +22,7 @@ Make = Callable[[int, int], list[Row]]
 """(start, stop) -> the journal's rows for the things start .. stop - 1."""
 
 UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
-UNMADE |= {"data_path", "path", "fields", "prompts", "text_path"}
+UNMADE |= {"data_path", "path", "fields", "prompts", "text_path", "preference_path"}
 UNMADE |= {"reward.gold", *(f"{group}.{name}" for group in ("reward", "judge") for name in ("timeout", "retries"))}
 UNMADE |= {"judge.workers", "judge.api_key_env", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rollout_tensor"}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""

@@ -112,7 +112,7 @@ class Scorer:
         self.models = [load(ModelConfig(path=path)) for path in config.paths]
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
-        """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?}.
+        """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?, response_ids?}.
 
         `shown` is the prompt as text and `columns` are what functions get beside it. `prompt_ids` and `ids` are of a
         sampler whose vocabulary is the reward model's, and just these are scored; without them texts are read.
@@ -130,11 +130,11 @@ class Scorer:
         return scores
 
     def _by(self, model: RewardModel, rows: Sequence[Row]) -> np.ndarray:
-        text = ("prompt", "response", "finished")
+        text = ("prompt", "response", "finished", "response_ids")
         examples = [
             model.sampled(row["prompt_ids"], row["ids"])
             if "prompt_ids" in row
-            else model.example({**{name: row[name] for name in text}, "_where": "a response"})
+            else model.example({**{name: row[name] for name in text if name in row}, "_where": "a response"})
             for row in rows
         ]
         if cut := sum(example["cut"] for example in examples):
