@@ -648,10 +648,14 @@ def known(tree: dict, dotted: str) -> bool:
 
 
 @pytest.mark.slow
-def test_an_sft_run_with_tensorboard_and_without_a_bar(here, call):
+def test_an_sft_run_of_ten_rows_with_tensorboard_and_without_a_bar(here, call):
+    (here / "few.jsonl").write_text("\n".join((here / "sft.jsonl").read_text().splitlines()[:10]))
     given = ["--config", "sft.yaml", "--run.tensorboard", "true", "--run.progress", "false", "--sft.num_samples", "0"]
+    given += ["--data.path", "few.jsonl", "--data.batch_size", str(config.DataConfig().batch_size)]
     code, out, err = call("sft", *given)
     assert (code, err) == (0, "")
+    assert re.search(r"^data\.batch_size 8, since \d training examples do not fill a batch of 32", out, re.M)
+    assert "; batches of 8, prompts up to 4 tokens" in out
     assert "sft: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
     assert "steps 2, tokens of the first step " in out
     assert {path.name for path in (here / "out").iterdir()} == {*WRITTEN, "tensorboard"}

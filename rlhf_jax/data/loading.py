@@ -38,6 +38,15 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
     return train, held_out
 
 
+def filled_batch(data: DataConfig, count: int, multiple: int) -> int:
+    """data.batch_size; if that is the default and `count` examples are fewer, the largest multiple that they fill."""
+    size, fewer = data.batch_size, count // multiple * multiple
+    if count >= size or size != DataConfig().batch_size or not fewer:
+        return size
+    say(f"data.batch_size {fewer}, since {count} training examples do not fill a batch of {size}, the default")
+    return fewer
+
+
 def held_out_batches(data: DataConfig, examples: list[Example], collate: Collate) -> list[Batch]:
     """The held-out examples in order, at most data.eval_batches batches; says how many are never looked at."""
     if not examples:

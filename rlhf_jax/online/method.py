@@ -19,6 +19,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.reward_functions import ScoreFn, columns_for, combine, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
@@ -83,6 +84,9 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     train, held_out, remarks = make_examples(
         build, *load_rows(data, sources.get("rows"), sources.get("eval_rows"), seed)
     )
+    if len(train) < (wanted := data.batch_size // group_size):
+        say(f"{len(train)} prompts are taken {-(-wanted // len(train))} times each, to fill an iteration of {wanted}")
+        train = train * -(-wanted // len(train))
     examples = [*train, *held_out]
     prompts, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
     for example, own in zip(examples, columns_for(asked, prompts, columns, where), strict=True):

@@ -9,15 +9,16 @@ from functools import partial
 import jax
 
 from rlhf_jax.config import DataConfig, StepsConfig, TrainArgs
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.batches import Batches, fingerprint
-from rlhf_jax.data.collate import Batch, Collate, eval_batches, real_tokens
+from rlhf_jax.data.collate import Batch, Collate, real_tokens
 from rlhf_jax.data.encoding import Example, Limits, Report
-from rlhf_jax.data.loading import Rows, held_out_batches, length_buckets, load_rows, make_examples
+from rlhf_jax.data.loading import Rows, filled_batch, held_out_batches, length_buckets, load_rows, make_examples
 from rlhf_jax.data.packing import Packing, fill, sequences_needed
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.processes import is_first, say, to_host
+from rlhf_jax.hosts.processes import is_first, say
 from rlhf_jax.keys import branch
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import (
@@ -32,9 +33,8 @@ from rlhf_jax.models.loading import (
     save_model,
 )
 from rlhf_jax.runs.directory import Summary, names_given
-from rlhf_jax.runs.progress import Progress
 from rlhf_jax.runs.run import Run
-from rlhf_jax.sharding import Mesh, check_rows, make_mesh, put_batch
+from rlhf_jax.sharding import Mesh, check_rows, make_mesh
 from rlhf_jax.training.loop import (
     Evaluate,
     check_trained,
@@ -45,6 +45,7 @@ from rlhf_jax.training.loop import (
     settled_on,
 )
 from rlhf_jax.training.nans import first_nan
+from rlhf_jax.training.reference import add_reference
 from rlhf_jax.training.responses import OfSaid, no_sums
 from rlhf_jax.training.state import create_state, digest, learning_rates, make_optimizer, make_schedule
 from rlhf_jax.training.step import accumulated_grads, make_train_step
@@ -110,6 +111,8 @@ class Claim:
 
     Attributes:
         name: of the command.
+        asked: the config as it was given, which the run's directory holds.
+        config: the same, its batch made smaller where there are few rows.
         settings: the group of `config` that is the method's own.
         given: names of the arguments that replaced parts of the config.
         files: contents of the files that the config names.
@@ -117,6 +120,7 @@ class Claim:
     """
 
     name: str
+    asked: TrainArgs
     config: TrainArgs
     settings: StepsConfig
     given: tuple[str, ...]
@@ -162,7 +166,7 @@ class Work:
     def open(self) -> Run:
         """The run, to be entered; as many steps as the settings say, else as their epochs have."""
         claim, total = self.claim, self.claim.steps(self.batches)
-        return Run(claim.name, claim.config, total=total, shown=self.task.shown, given=claim.given, files=claim.files)
+        return Run(claim.name, claim.asked, total=total, shown=self.task.shown, given=claim.given, files=claim.files)
 
 
 def begin(
@@ -182,7 +186,7 @@ def begin(
     check_balance(config.model, arch)
     tokenizer = load_tokenizer(config.model)
     split = load_rows(config.data, rows, eval_rows, config.run.seed)
-    return Claim(name, config, settings, given, files, mesh, key, tokenizer, *split)
+    return Claim(name, config, config, settings, given, files, mesh, key, tokenizer, *split)
 
 
 def examples_of(
@@ -202,6 +206,9 @@ def setup(task: Task, claim: Claim) -> Work:
     rows = claim.rows, claim.held_out_rows
     train_set, held_out_set, collate, remarks = examples_of(task, data, claim.tokenizer, *rows)
     train_set = task.resample(train_set) if task.resample else train_set
+    multiple = mesh.shape["data"] * mesh.shape["fsdp"] * claim.settings.accumulate
+    claim = replace(claim, config__data__batch_size=filled_batch(data, len(train_set), multiple))
+    config, data = claim.config, claim.config.data
     seed, buckets = config.run.seed, length_buckets(data)
     batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=buckets)
     more = {"length": data.max_length, "members": task.members}
@@ -222,7 +229,7 @@ def setup(task: Task, claim: Claim) -> Work:
         read = [train_set[i] for i in batches.reached(total)]
         say(f"reference: asked about {len(read)} of {len(train_set)} training examples, all that {total} steps reach")
         asked = [read, held_out_set[: data.batch_size * data.eval_batches or None]]
-        identity |= add_reference(forward, loaded, claim, asked, collate, pack)
+        identity |= add_reference(forward, loaded, config, mesh, asked, collate, pack)
     held_out, loss_fn = held_out_batches(data, held_out_set, collate), task.objective(loaded.model)
     identity["held-out rows"] = fingerprint(held_out)
     held_out = held_out if pack is None else [pack(batch) for batch in held_out]
@@ -307,32 +314,6 @@ def cheapest_packing(
     packings = [of(most, n) for n, most in needed.items()]
     packs: list[Pack] = [lambda batch, packing=packing: make(batch, packing) for packing in packings]  # type: ignore[misc]
     return min(((pack, list(map(pack, some))) for pack in packs), key=cost)
-
-
-def add_reference(
-    forward: Callable[[Params, Batch], jax.Array],
-    loaded: Loaded,
-    claim: Claim,
-    sets: Sequence[Sequence[Example]],
-    collate: Collate,
-    pack: Pack | None,
-) -> dict[str, int | None]:
-    """Put `ref_logprobs` float32[K] into the examples of `sets`; returns the digest of the model that said them.
-
-    Computed once, so that no reference is in memory while the policy is trained.
-    """
-    params, size = loaded.whole(loaded.params), claim.config.data.batch_size
-    parts = [examples[i : i + size] for examples in sets for i in range(0, len(examples), size)]
-    progress = Progress("reference", len(parts), 0, bar=claim.config.run.progress and is_first(), say=say)
-    for examples in parts:
-        [batch] = eval_batches(examples, batch_size=size, collate=collate)
-        batch = batch if pack is None else pack(batch)
-        said = to_host(forward(params, put_batch(claim.mesh, batch)))
-        for example, logprobs in zip(examples, said[: len(examples)], strict=True):
-            example["ref_logprobs"] = logprobs
-        progress.update()
-    progress.close()
-    return {"weights of the reference model": digest(params)}
 
 
 def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | None = None) -> Params:
