@@ -1,5 +1,6 @@
 """`rlhf-jax plan`: what it counts, against sums by hand; and, where the TPU compiler is installed, a real topology."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -238,8 +239,13 @@ def test_verdicts_name_the_program_and_the_cure():
     cures = [("update", 9, "mesh.fsdp"), ("update", 1, "model.remat"), ("decode", 1, "sampling.microbatch")]
     for name, arguments, cure in [*cures, ("score", 1, "set score_microbatch")]:
         assert cure in plan.verdict([row(name, arguments * chips.GIB, 20 * chips.GIB)], chip)
-    table = plan.shown([small], chip, 4)
-    assert len({len(line) for line in table[:2]}) == 1 and "tokens/s" in table[0]
+    everything = dict.fromkeys([*hlo.COLLECTIVES, hlo.BETWEEN_SLICES], 999.5 * chips.GIB)
+    waits = {**small.seconds, hlo.BETWEEN_SLICES: 1234.5}
+    large = {"name": "reference", "arguments": 99.5 * chips.GIB, "memory": 9999.5 * chips.GIB, "flops": 1.2345e18}
+    large = dataclasses.replace(small, **large, collectives=everything, seconds=waits, tokens=10**9)
+    lines = plan.shown([small, large], chip, 4)
+    assert max(map(len, lines)) <= 100 and "tokens/s" in "".join(lines)
+    assert len({len(line) for line in lines[:3]}) == 1
 
 
 def test_a_ppo_config_gives_the_three_programs():

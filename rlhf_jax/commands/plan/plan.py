@@ -89,7 +89,8 @@ def compile_all(config: StageArgs, devices: list[jax.Device], width: int, fill: 
         programs = programs_of(config, mesh, attention="splash", width=width, fill=fill)
         counted = programs_of(config, mesh, attention="plain", width=width, fill=fill)
         without = programs_of(plain, mesh, attention="plain", width=width, fill=fill)
-        for program, same, ideal in zip(programs, counted, without, strict=True):
+        for number, (program, same, ideal) in enumerate(zip(programs, counted, without, strict=True)):
+            tell(f"plan: compiling {program.name}, {number + 1} of {len(programs)}", error=True)
             started = time.monotonic()
             compiled = program.function.trace(*program.arguments).lower().compile()
             seconds = time.monotonic() - started
@@ -152,26 +153,29 @@ def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
 
 
 def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
-    """The table, the verdict and what to change; columns of what goes between slices only if anything does."""
+    """Tables of memory, traffic and time, and the verdict; what goes between slices only if anything does."""
     apart = [BETWEEN_SLICES] if any(BETWEEN_SLICES in row.seconds for row in rows) else []
     kinds, times = ["all-gather", "reduce-scatter", "all-reduce"], ["compute", "memory", "network", *apart]
-    head = ("program", "arguments", "temporaries", "peak", "of", "PFLOP", "HBM", "all-gather", "reduce-sc.",
-            "all-reduce", "other", *apart, *times, "bound", "tokens/s", "MFU", "compiled")  # fmt: skip
-    table: list[tuple[str, ...]] = [head]
+    memory = [("program", "arguments", "temporaries", "peak", "of", "compiled in")]
+    heads = "PFLOP", "HBM", "all-gather", "reduce-sc.", "all-reduce", "other"
+    moves: list[tuple[str, ...]] = [("program", *heads, *apart)]
+    clock: list[tuple[str, ...]] = [("program", *times, "bound", "tokens/s", "MFU")]
     for r in rows:
         other = sum(size for kind, size in r.collectives.items() if kind not in (*kinds, BETWEEN_SLICES))
         moved = [*(r.collectives.get(kind, 0) for kind in kinds), other, *(r.collectives.get(k, 0) for k in apart)]
         seconds = max(r.seconds.values())
-        table.append((
-            r.name, _gib(r.arguments), _gib(r.temporaries), _gib(r.peak), f"{r.peak / chip.memory:.0%}",
-            f"{r.flops / 1e15:.3g}", _gib(r.memory), *map(_gib, moved),
-            *(f"{r.seconds.get(kind, 0) * 1e3:.3g} ms" for kind in times), r.bound,
-            f"{r.tokens / seconds:,.0f}", f"{r.model_flops / (seconds * count * chip.flops):.0%}",
-            f"{r.compile_s:.0f} s",
-        ))  # fmt: skip
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return [*lines, "", verdict(rows, chip)]
+        sizes = _gib(r.arguments), _gib(r.temporaries), _gib(r.peak)
+        memory.append((r.name, *sizes, f"{r.peak / chip.memory:.0%}", f"{r.compile_s:.0f} s"))
+        moves.append((r.name, f"{r.flops / 1e15:.3g}", _gib(r.memory), *map(_gib, moved)))
+        waits, used = (r.seconds.get(kind, 0) for kind in times), r.model_flops / (seconds * count * chip.flops)
+        parts = (f"{wait * 1e3:.3g} ms" for wait in waits)
+        clock.append((r.name, *parts, r.bound, f"{r.tokens / seconds:,.0f}", f"{used:.0%}"))
+    lines: list[str] = []
+    for table in (memory, moves, clock):
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        lines.append("")
+    return [*lines, verdict(rows, chip)]
 
 
 def decode_lines(rows: list[Row]) -> list[str]:
