@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax.commands.plan.hlo import traffic
 from rlhf_jax.config import ArchConfig, MeshConfig, SamplingConfig
+from rlhf_jax.inference import engine
 from rlhf_jax.inference.sampling import SamplingLaw, draw, draw_from_logits, keep_top_k, keep_top_p, sample
 from rlhf_jax.inference.slots import choose_slots
 from rlhf_jax.models import Model
@@ -416,6 +417,12 @@ def test_prompts_padded_with_the_stop_id_work():
         np.testing.assert_array_equal(getattr(rollout, name), getattr(rollout_of({}), name))
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """Caches are read in parts of two columns and four, of eight."""
+    monkeypatch.setattr(engine, "LEAST", 2)
+
+
 # The filters are on above and off below: they do not matter where they keep everything.
 unfiltered = partial(sample, MODEL, **OPTIONS, filtered=False)
 
@@ -450,12 +457,14 @@ def token_by_token(samples):
 
 
 @pytest.mark.parametrize(("samples", "slots", "microbatch"), [(1, 3, 0), (3, None, 0), (3, 2, 0), (3, 6, 12)], ids=str)
-def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_another(samples, slots, microbatch):
+def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_another(
+    samples, slots, microbatch, narrow
+):
     """Three slots get two prompts and more, groups of several two contexts, of which one may be another prompt's.
 
     Half of the prompts are not drawn: their rows are empty, and those of the others as if they were.
     """
-    options = {"samples": samples, "slots": slots, "microbatch": microbatch}
+    options = {"samples": samples, "slots": slots, "microbatch": microbatch, "chunk": 2}
     run = jax.jit(partial(unfiltered, **options))
     *expected, finished = token_by_token(samples)
     for active in (np.ones(8, bool), np.arange(8) % 3 != 1):
@@ -470,7 +479,7 @@ def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_anot
     assert run._cache_size() == 1
 
 
-def test_every_shard_of_a_mesh_refills_its_own_slots_and_rows_go_on_as_if_they_were_not_cut():
+def test_every_shard_of_a_mesh_refills_its_own_slots_and_rows_go_on_as_if_they_were_not_cut(narrow):
     """8 shards of 2 prompts and 2 samples of each, with 2 slots; what crosses them is whether all are done.
 
     Rows that are cut after two tokens go on behind what they have, with a window and with the ids that top-k kept.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.inference.slots import Begun, Contexts, Slots, State, flat, layout, split, take, widened
+from rlhf_jax.inference.slots import Begun, Contexts, Slots, State, flat, latest, layout, split, take, widened
 from rlhf_jax.models.decoder import Cache
 from rlhf_jax.models.model import Model
 from rlhf_jax.tokens import positions_from_mask
@@ -31,6 +31,9 @@ EXPERT = jnp.int16
 """What the number of an expert is kept as."""
 ADMITTED = 512
 """Prompt tokens that a shard prefills at once between two chunks."""
+
+LEAST = 32
+"""Columns of the narrowest part of a cache that is read apart."""
 
 Draw = Callable[[Float[Array, "R V"], Float[Array, " R"]], tuple[Int[Array, " R"], Any]]
 """(logits, uniforms in [0, 1)) -> (tokens, a tree of what else is kept of each, [R, ...], as their log-probs)."""
@@ -93,7 +96,7 @@ class Engine:
         """`State.out`, [W, rows, S, ...] each, when all is drawn."""
         state, done = self.start(), 0
         begin = (lambda state: self.assign(self.admit(state))) if self.refills else lambda state: state
-        for columns in self.stages():
+        for columns in self.widths() if self.in_step else self.widths()[-1:]:
             last = columns == self.uniforms.shape[2]
             cache = jax.tree.map(partial(widened, columns=columns), state.slots.cache)
             state = dataclasses.replace(state, slots=dataclasses.replace(state.slots, cache=cache))
@@ -108,19 +111,24 @@ class Engine:
         """A name for `plan`: so often a loop runs at most; where slots are refilled, if all rows are full."""
         return jax.named_scope(f"{'filled' if self.refills else 'trips'}_{number:g}")
 
-    def stages(self) -> list[int]:
-        """Columns of slots that are read, one loop after another: as long as all are young, their first columns."""
+    @property
+    def in_step(self) -> bool:
+        """Whether all sequences have one age: as long as they are young, the first columns of their cache are all."""
+        return not self.refills and self.begun is None
+
+    def widths(self) -> list[int]:
+        """Columns of slots that may be read: those of the oldest sequence, rounded up to one of these."""
         length = self.uniforms.shape[2]
         chunks = length // self.chunk
-        parts = [part for part in (4, 2) if chunks % part == 0 and length // part >= 32]
-        return [length] if self.refills or self.begun is not None else [*(length // part for part in parts), length]
+        parts = [part for part in (4, 2) if chunks % part == 0 and length // part >= LEAST]
+        return [*(length // part for part in parts), length]
 
     # --- contexts
 
     def start(self) -> State:
         """No sequence yet where slots are refilled; else all of them, at their first token."""
         ways, groups, width, contexts, length = self.shape
-        total, columns = ways * groups, self.stages()[0]
+        total, columns = ways * groups, self.widths()[0 if self.in_step else -1]
         if self.refills:
             shapes = jax.eval_shape(self.prefill, jnp.zeros((ways, groups * contexts), jnp.int32))
             mask, logits, cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -313,8 +321,49 @@ class Engine:
 
     def decode_chunk(self, state: State) -> State:
         """One chunk of tokens of every slot, written to the places of their rows."""
-        slots, held, (ways, _, _, _, length) = state.slots, state.contexts, self.shape
+        if self.in_step:
+            return self.draw_within(state, jax.tree.leaves(state.slots.cache)[0].shape[2])
+        # Of the cache what the oldest sequence needs, for this chunk and for what it has. A loop of one round at most
+        # for each width changes the cache where it lies; the branches of a conditional would copy it.
+        oldest = jnp.max(state.slots.place, where=state.slots.alive, initial=0)
+        left, widths = jnp.array(True), self.widths()
+        for width in widths:
+            fits = (oldest + self.chunk <= width) | (width == widths[-1])
+            once = lambda carry, width=width: (self.draw_within(carry[0], width), jnp.array(False))  # noqa: E731
+            with jax.named_scope(f"trips_{int(width == widths[-1])}"):  # for `plan`: as if some row were always old
+                state = jax.lax.while_loop(lambda carry: carry[1], once, (state, left & fits))[0]
+            left = left & ~fits
+        return state
+
+    def draw_within(self, state: State, width: int) -> State:
+        """A chunk where no sequence sees more than the last `width` columns, those of this chunk included."""
+        slots, ways = state.slots, self.prompts.shape[0]
         columns = jax.tree.leaves(slots.cache)[0].shape[2]
+        if width == columns:
+            after, cache, new = self.draw_chunk(state, slots.cache, state.step)
+        else:
+            recent = partial(latest, step=state.step + self.chunk, columns=width, chunk=self.chunk)
+            cache = self.model.pinned(jax.tree.map(recent, slots.cache))
+            after, cache, new = self.draw_chunk(state, cache, jnp.int32(width - self.chunk))
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step % columns, axis=2)
+            written = jax.tree.map(lambda x, new: write(x, new[:, :, -self.chunk :]), slots.cache, cache)
+            cache = self.model.pinned(written)
+        # [chunk, R, ...] -> [W, R / W, chunk, ...], to chunk `number` of row `row`; an idle slot has none.
+        row, number = self.by_shard(slots.row), self.by_shard(slots.place // self.chunk)
+        target = jnp.where(split(flat(slots.alive), ways), row, self.uniforms.shape[1])
+        put = jax.vmap(lambda old, new, r, n: old.at[r, n].set(new, mode="drop"))
+        out = jax.tree.map(lambda old, x: put(old, split(jnp.moveaxis(x, 0, 1), ways), target, number), state.out, new)
+        logits, place, alive = (x.reshape(*slots.row.shape, *x.shape[1:]) for x in after)
+        slots = Slots(slots.row, slots.context, place, alive, logits, cache)
+        return dataclasses.replace(state, slots=slots, step=state.step + self.chunk, out=out)
+
+    def draw_chunk(self, state: State, cache: list[Cache], first: Int[Array, ""]) -> tuple[Any, list[Cache], Any]:
+        """One chunk of tokens of every slot, with a cache [R, K, columns, N] whose column for the first is `first`.
+
+        Returns logits, places and who is alive after it, [R, ...] each, the cache, and the tokens, [chunk, R, ...].
+        """
+        slots, held, length = state.slots, state.contexts, self.shape[-1]
+        columns = jax.tree.leaves(cache)[0].shape[2]
         # The prompts' columns [R, C * P], R = X * M: those of a slot's context, and how far before the first token.
         own = flat((self.of_contexts(slots.context)[..., None] & held.mask[:, None]).reshape(*slots.row.shape, -1))
         before = jnp.tile(length - jnp.arange(length), self.shape[3])[None]
@@ -346,16 +395,9 @@ class Engine:
         limit = self.max_new_tokens if self.begun is None else take(self.begun.limit, row).reshape(-1)
         cut = lambda x: x.reshape(*x.shape[:2], -1, self.chunk)  # noqa: E731
         uniforms = flat(jax.vmap(lambda u, r, n: u[r, n])(cut(self.uniforms), row, number)).T
-        steps = state.step + jnp.arange(self.chunk)
-        start = (flat(slots.logits), slots.cache, flat(slots.place), flat(slots.alive))
-        (logits, cache, place, alive), new = jax.lax.scan(one_token, start, (uniforms, steps))
-        # [chunk, R, ...] -> [W, R / W, chunk, ...], to chunk `number` of row `row`; an idle slot has none.
-        target = jnp.where(split(flat(slots.alive), ways), row, self.uniforms.shape[1])
-        put = jax.vmap(lambda old, new, r, n: old.at[r, n].set(new, mode="drop"))
-        out = jax.tree.map(lambda old, x: put(old, split(jnp.moveaxis(x, 0, 1), ways), target, number), state.out, new)
-        logits, place, alive = (x.reshape(*slots.row.shape, *x.shape[1:]) for x in (logits, place, alive))
-        slots = Slots(slots.row, slots.context, place, alive, logits, cache)
-        return dataclasses.replace(state, slots=slots, step=state.step + self.chunk, out=out)
+        start = (flat(slots.logits), cache, flat(slots.place), flat(slots.alive))
+        (logits, cache, place, alive), new = jax.lax.scan(one_token, start, (uniforms, first + jnp.arange(self.chunk)))
+        return (logits, place, alive), cache, new
 
 
 def _where(alive: Bool[Array, " R"], x: Array) -> Array:

@@ -143,3 +143,10 @@ def flat(x: Array) -> Array:
 def widened(x: Array, columns: int) -> Array:
     """A cache [R, K, S, N] with more columns."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0)))
+
+
+def latest(ring: Array, step: Int[Array, ""], columns: int, chunk: int) -> Array:
+    """Of a ring [R, K, S, N] the columns of the last steps before `step`, oldest first; both in whole chunks."""
+    by_chunk = ring.reshape(*ring.shape[:2], -1, chunk, ring.shape[3])
+    chunks = (step // chunk + jnp.arange(-(columns // chunk), 0)) % by_chunk.shape[2]
+    return jnp.take(by_chunk, chunks, axis=2).reshape(*ring.shape[:2], columns, ring.shape[3])
