@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import ARCH, model_params
 
-from rlhf_jax.config import DataConfig, MeshConfig, RewardArgs, RewardConfig
+from rlhf_jax.config import DataConfig, MeshConfig
 from rlhf_jax.data.collate import collate_preference, collate_ranking
-from rlhf_jax.data.packing import Packing, fill, pack_responses, pack_texts, sequences_needed
+from rlhf_jax.data.packing import Packing, cheapest_packing, fill, pack_responses, pack_texts, sequences_needed
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.losses import dpo_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_jax.models import Model
@@ -18,9 +18,9 @@ from rlhf_jax.preference import sequence_logprobs
 from rlhf_jax.reward import KINDS
 from rlhf_jax.reward import objective as reward_objective
 from rlhf_jax.sharding import make_mesh, put_batch
+from rlhf_jax.training import supervised
 from rlhf_jax.training.responses import of_batch, response_scores
 from rlhf_jax.training.step import accumulated_grads
-from rlhf_jax.training.supervised import Claim, cheapest_packing
 
 LENGTH, ROWS, ONE = 24, 16, jax.devices()[:1]
 POLICY, SCORER = Model(ARCH, logprob_chunk=16), Model(ARCH, score_head=True)
@@ -159,9 +159,9 @@ def test_sequences_are_for_as_many_rows_as_cost_least(tokens, width, times):
     answers = [np.full(LENGTH // 2 + 1 + i % 4, 3, np.int32) for i in range(3 * ROWS)]
     examples = [{"prompt_length": 1, "responses": answers[3 * i : 3 * i + 3], "ranks": [0, 1, 2]} for i in range(ROWS)]
     data = DataConfig(batch_size=ROWS, max_length=LENGTH, microbatch_tokens=tokens)
-    claim = Claim("", RewardArgs(data=data), RewardConfig(), (), {}, make_mesh(MeshConfig(), devices=ONE), *[None] * 4)
+    of = partial(supervised.packing_of, data, (ROWS, 3, LENGTH), 1, make_mesh(MeshConfig(), devices=ONE))
     some = [collate_ranking(examples[i:] + examples[:i], length=LENGTH, width=3) for i in range(2)]
-    pack, packed = cheapest_packing(pack_responses, claim, width, some, some)
+    pack, packed = cheapest_packing(pack_responses, of, some, some, times=tokens // LENGTH, width=width)
     assert {x["packed"].tokens.shape[-1] for x in (*packed, pack(some[0]))} == {times * LENGTH}
     share = np.mean([x["packed"].filled for x in packed])
     assert share > (0.85 if times > 1 else 0.5)

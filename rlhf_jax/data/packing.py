@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ PADDED = ("tokens", "segment_ids", "positions", "last")
 
 MOST = 16
 """Texts behind one prompt that `pack_texts` puts into a segment."""
+
+TIMES = 4
+"""Padded rows that a sequence is made for, at most."""
 
 Group = tuple[int, ...]
 """Places of an example's responses that stand in one segment, behind one copy of their prompt."""
@@ -136,6 +139,34 @@ def fill(batches: Sequence[Batch], length: int) -> tuple[float, float]:
     real = sum(int((x.segment_ids > 0).sum()) for x in packed)
     whole = sum(x.num_rows * length for x in packed)
     return used / whole, real / whole
+
+
+def cheapest_packing(
+    make: Callable[[Batch, Packing], Batch],
+    of: Callable[[int, int], Packing],
+    some: Sequence[Batch],
+    everything: Iterable[Batch],
+    *,
+    times: int,
+    width: int,
+) -> tuple[Callable[[Batch], Batch], list[Batch]]:
+    """What packs `some` batches so that they cost a network of a width least, and these packed.
+
+    `of`(n, m) is a packing for examples of `everything`, of which none needs more than n sequences (0: any number),
+    each for m padded rows; m is at most `times` and TIMES.
+    """
+    length = some[0]["tokens"].shape[-1]
+    needed = dict.fromkeys(range(1, max(min(times, TIMES), 1) + 1), 0)
+    if any(of(0, m).sequences > of(1, m).sequences for m in needed):  # an example may need fewer than K full rows do
+        for batch in everything:
+            needed = {m: max(most, sequences_needed(batch, m * length, shared=True)) for m, most in needed.items()}
+
+    def tried(packing: Packing) -> tuple[float, Callable[[Batch], Batch], list[Batch]]:
+        pack = lambda batch: make(batch, packing)  # noqa: E731
+        packed = list(map(pack, some))
+        return fill(packed, length)[0] * (1 + packing.length / (6 * width)), pack, packed
+
+    return min((tried(of(n, m)) for m, n in needed.items()), key=lambda one: one[0])[1:]
 
 
 def _segments(batch: Batch, length: int, shared: bool) -> tuple[list[list[Group]], list[list[int]]]:

@@ -14,7 +14,7 @@ from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, Collate, real_tokens
 from rlhf_jax.data.encoding import Example, Limits, Report
 from rlhf_jax.data.loading import Rows, filled_batch, held_out_batches, length_buckets, load_rows, make_examples
-from rlhf_jax.data.packing import Packing, fill, sequences_needed
+from rlhf_jax.data.packing import Packing, cheapest_packing, fill
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
@@ -56,9 +56,6 @@ LOOKED_AT = 8
 
 WORTH = 0.9
 """It packs where that computes at most this share of what padding does."""
-
-TIMES = 4
-"""Padded rows that a packed sequence is made for, at most."""
 
 Pack = Callable[[Batch], Batch]
 """A padded batch of responses, packed."""
@@ -280,8 +277,10 @@ def choose_packing(
             raise UserError(f"data.pack on: {what}; make it a sum of weights * something, or set data.pack off")
         tell(f"data.pack auto: padded; {what}")
         return None
-    pack, packed = cheapest_packing(task.pack, claim, model.arch.width, some, everything)
-    length = some[0]["tokens"].shape[-1]
+    shape = some[0]["tokens"].shape
+    length, of = shape[-1], partial(packing_of, data, shape, claim.settings.accumulate, claim.mesh)
+    times = data.microbatch_tokens // length
+    pack, packed = cheapest_packing(task.pack, of, some, everything, times=times, width=model.arch.width)
     computed, real = fill(packed, length)
     packs = data.pack == "on" or computed <= WORTH
     if is_first():
@@ -292,28 +291,6 @@ def choose_packing(
     return pack if packs else None
 
 
-def cheapest_packing(
-    make: Callable[[Batch, Packing], Batch],
-    claim: Claim,
-    width: int,
-    some: Sequence[Batch],
-    everything: Iterable[Batch],
-) -> tuple[Pack, list[Batch]]:
-    """What packs `some` batches so that they cost a network of a width least, and these packed."""
-    data, length = claim.config.data, some[0]["tokens"].shape[-1]
-    of = partial(packing_of, data, some[0]["tokens"].shape, claim.settings.accumulate, claim.mesh)
-    needed = {n: 0 for n in range(1, TIMES + 1) if n == 1 or n * length <= data.microbatch_tokens}
-    if any(of(0, n).sequences > of(1, n).sequences for n in needed):  # an example may need fewer than K full rows do
-        for batch in everything:
-            needed = {n: max(most, sequences_needed(batch, n * length, shared=True)) for n, most in needed.items()}
-
-    def cost(tried: tuple[Pack, list[Batch]]) -> float:
-        columns = tried[1][0]["packed"].tokens.shape[-1]
-        return fill(tried[1], length)[0] * (1 + columns / (6 * width))
-
-    packings = [of(most, n) for n, most in needed.items()]
-    packs: list[Pack] = [lambda batch, packing=packing: make(batch, packing) for packing in packings]  # type: ignore[misc]
-    return min(((pack, list(map(pack, some))) for pack in packs), key=cost)
 
 
 def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | None = None) -> Params:
