@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.inference.slots import Begun, Contexts, Slots, State, flat, latest, layout, split, take, widened
+from rlhf_jax.inference.slots import Begun, Contexts, Slots, State, flat, layout, split, take, widened
 from rlhf_jax.models.decoder import Cache
 from rlhf_jax.models.model import Model
 from rlhf_jax.tokens import positions_from_mask
@@ -323,31 +323,25 @@ class Engine:
         """One chunk of tokens of every slot, written to the places of their rows."""
         if self.in_step:
             return self.draw_within(state, jax.tree.leaves(state.slots.cache)[0].shape[2])
-        # Of the cache what the oldest sequence needs, for this chunk and for what it has. A loop of one round at most
-        # for each width changes the cache where it lies; the branches of a conditional would copy it.
-        oldest = jnp.max(state.slots.place, where=state.slots.alive, initial=0)
-        left, widths = jnp.array(True), self.widths()
-        for width in widths:
-            fits = (oldest + self.chunk <= width) | (width == widths[-1])
+        # What the oldest sequence needs with this chunk. A loop of at most one round changes the cache where it lies;
+        # the branches of a conditional would copy it.
+        oldest, widths = jnp.where(state.slots.alive, state.slots.place, 0).max(), self.widths()
+        needed = (oldest + self.chunk > jnp.asarray(widths[:-1], jnp.int32)).sum()
+        for i, width in enumerate(widths):
             once = lambda carry, width=width: (self.draw_within(carry[0], width), jnp.array(False))  # noqa: E731
             with jax.named_scope(f"trips_{int(width == widths[-1])}"):  # for `plan`: as if some row were always old
-                state = jax.lax.while_loop(lambda carry: carry[1], once, (state, left & fits))[0]
-            left = left & ~fits
+                state = jax.lax.while_loop(lambda carry: carry[1], once, (state, needed == i))[0]
         return state
 
     def draw_within(self, state: State, width: int) -> State:
         """A chunk where no sequence sees more than the last `width` columns, those of this chunk included."""
         slots, ways = state.slots, self.prompts.shape[0]
-        columns = jax.tree.leaves(slots.cache)[0].shape[2]
-        if width == columns:
+        if width == jax.tree.leaves(slots.cache)[0].shape[2]:
             after, cache, new = self.draw_chunk(state, slots.cache, state.step)
         else:
-            recent = partial(latest, step=state.step + self.chunk, columns=width, chunk=self.chunk)
-            cache = self.model.pinned(jax.tree.map(recent, slots.cache))
+            cache = self.model.pinned(slots.latest(state.step + self.chunk, width, self.chunk))
             after, cache, new = self.draw_chunk(state, cache, jnp.int32(width - self.chunk))
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step % columns, axis=2)
-            written = jax.tree.map(lambda x, new: write(x, new[:, :, -self.chunk :]), slots.cache, cache)
-            cache = self.model.pinned(written)
+            cache = self.model.pinned(slots.renewed(cache, state.step, self.chunk))
         # [chunk, R, ...] -> [W, R / W, chunk, ...], to chunk `number` of row `row`; an idle slot has none.
         row, number = self.by_shard(slots.row), self.by_shard(slots.place // self.chunk)
         target = jnp.where(split(flat(slots.alive), ways), row, self.uniforms.shape[1])

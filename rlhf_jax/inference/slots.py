@@ -57,6 +57,24 @@ class Slots:
     logits: Float[Array, "X M V"]
     cache: list[Cache]
 
+    def latest(self, step: Int[Array, ""], columns: int, chunk: int) -> list[Cache]:
+        """The columns of the cache of the last steps before `step`, oldest first; all in whole chunks."""
+
+        def read(x: Array) -> Array:
+            by_chunk = x.reshape(*x.shape[:2], -1, chunk, x.shape[3])
+            chunks = (step // chunk + jnp.arange(-(columns // chunk), 0)) % by_chunk.shape[2]
+            return jnp.take(by_chunk, chunks, axis=2).reshape(*x.shape[:2], columns, x.shape[3])
+
+        return jax.tree.map(read, self.cache)
+
+    def renewed(self, new: list[Cache], step: Int[Array, ""], chunk: int) -> list[Cache]:
+        """The cache with the last chunk of a new one as the columns of `step` and those after it."""
+
+        def write(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new[:, :, -chunk:], step % x.shape[2], axis=2)
+
+        return jax.tree.map(write, self.cache, new)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -143,10 +161,3 @@ def flat(x: Array) -> Array:
 def widened(x: Array, columns: int) -> Array:
     """A cache [R, K, S, N] with more columns."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0)))
-
-
-def latest(ring: Array, step: Int[Array, ""], columns: int, chunk: int) -> Array:
-    """Of a ring [R, K, S, N] the columns of the last steps before `step`, oldest first; both in whole chunks."""
-    by_chunk = ring.reshape(*ring.shape[:2], -1, chunk, ring.shape[3])
-    chunks = (step // chunk + jnp.arange(-(columns // chunk), 0)) % by_chunk.shape[2]
-    return jnp.take(by_chunk, chunks, axis=2).reshape(*ring.shape[:2], columns, ring.shape[3])
