@@ -291,8 +291,6 @@ def choose_packing(
     return pack if packs else None
 
 
-
-
 def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | None = None) -> Params:
     """Train on batches[run.start] .. up to run.total, from the run's checkpoint if it has one; the kept parameters.
 
