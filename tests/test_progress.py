@@ -51,14 +51,15 @@ def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     one = Progress("sft", 100, 10, bar=bar, say=said.append)
     one.values({"nll": 2.5})
-    for _ in range(70):
-        now[0] += 1.0
+    for i in range(70):
+        now[0] += 31.0 if i == 0 else 1.0  # the first step compiles
         one.update()
         one.doing("evaluating")
     one.close()
     assert said == [
-        "sft: 40 of 100, 1 s each, 01:00 left, nll 2.5",
-        "sft: 70 of 100, 1 s each, 00:30 left, nll 2.5",
+        "sft: 11 of 100, the first after 31 s, nll 2.5",
+        "sft: 41 of 100, 1 s each, 00:59 left, nll 2.5",
+        "sft: 71 of 100, 1 s each, 00:29 left, nll 2.5",
     ]
     assert capfd.readouterr() == ("", "")
 

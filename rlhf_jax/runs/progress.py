@@ -43,8 +43,10 @@ class Progress:
         """`start` steps were done before. Without `say` there are no lines."""
         self.name, self.total, self.done, self._say = name, total, start, say
         self._values = ""
-        self._first, self._began = start, time.monotonic()
-        self._said = self._began
+        self._began = self._said = time.monotonic()
+        self._first: tuple[int, float] | None = (
+            None  # steps and time once one was done; it compiled, the others do not
+        )
         self._bar: tqdm | None = None
         if bar and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, bar_format=FORMAT)
@@ -53,13 +55,16 @@ class Progress:
     def update(self, steps: int = 1) -> None:
         """So many more steps are done."""
         self.done += steps
+        now, first = time.monotonic(), self._first
+        self._first = first or (self.done, now)
         if self._bar is not None:
             self._bar.update(steps)
-        elif self._say is not None and time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
-            each = (self._said - self._began) / max(self.done - self._first, 1)
-            left = tqdm.format_interval(each * (self.total - self.done))
-            self._say(f"{self.name}: {self.done} of {self.total}, {each:.3g} s each, {left} left{self._values}")
+        elif self._say is not None and now - self._said >= EVERY:
+            self._said, pace = now, f"the first after {now - self._began:.3g} s"
+            if first is not None:
+                each = (now - first[1]) / max(self.done - first[0], 1)
+                pace = f"{each:.3g} s each, {tqdm.format_interval(each * (self.total - self.done))} left"
+            self._say(f"{self.name}: {self.done} of {self.total}, {pace}{self._values}")
 
     def values(self, numbers: Mapping[str, float]) -> None:
         """The newest values, by name."""
