@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -228,6 +229,8 @@ MISTAKES = {
     "sft --data.batch_size many": "data.batch_size is 'many'; give a whole number",
     "sft --data.batch_size 8.0": "data.batch_size is '8.0'; give a whole number",
     "sft --optim.learning_rate high": "optim.learning_rate is 'high'; give a number, or nothing",
+    "sft --run.profile [3]": "run.profile [3] is not a first and a last step; give two such as [10, 12]",
+    "sft --run.profile [3,2]": "run.profile [3, 2] is not a first and a last step; give two such as [10, 12]",
     "sft --run.overwrite maybe": "run.overwrite is 'maybe'; give true or false",
     "sft --data.path null": "data.path is 'null'; give text",
     "sft --data 3": "data is '3'; it is a group of options, such as data.path",
@@ -648,17 +651,20 @@ def known(tree: dict, dotted: str) -> bool:
 
 
 @pytest.mark.slow
-def test_an_sft_run_of_ten_rows_with_tensorboard_and_without_a_bar(here, call):
+def test_an_sft_run_of_ten_rows_with_tensorboard_and_a_trace_and_without_a_bar(here, call):
     (here / "few.jsonl").write_text("\n".join((here / "sft.jsonl").read_text().splitlines()[:10]))
     given = ["--config", "sft.yaml", "--run.tensorboard", "true", "--run.progress", "false", "--sft.num_samples", "0"]
     given += ["--data.path", "few.jsonl", "--data.batch_size", str(config.DataConfig().batch_size)]
+    given += ["--run.profile", "[2, 9]"]
     code, out, err = call("sft", *given)
     assert (code, err) == (0, "")
     assert re.search(r"^data\.batch_size 8, since \d training examples do not fill a batch of 32", out, re.M)
     assert "; batches of 8, prompts up to 4 tokens" in out
     assert "sft: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
     assert "steps 2, tokens of the first step " in out
-    assert {path.name for path in (here / "out").iterdir()} == {*WRITTEN, "tensorboard"}
+    assert {path.name for path in (here / "out").iterdir()} == {*WRITTEN, "tensorboard", "profile"}
+    [trace] = (here / "out" / "profile").rglob("perfetto_trace.json.gz")  # of step 2 of 2
+    assert b"PjitFunction(" in gzip.decompress(trace.read_bytes())
     assert [p.name[:18] for p in (here / "out" / "tensorboard").iterdir()] == ["events.out.tfevent"]
     saved = cli.parse("sft", ["--config", "out/config.yaml"])
     assert saved == cli.parse("sft", given)

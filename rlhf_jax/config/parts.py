@@ -248,6 +248,8 @@ class RunConfig:
         eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.
         keep_best: end with the weights of the best evaluation instead of the last ones.
         tensorboard: write TensorBoard events to output_dir/tensorboard.
+        profile: [first, last] steps of which JAX's profiler writes a trace to output_dir/profile, for xprof and
+            Perfetto; empty is none.
         progress: show a progress bar, if standard error is a terminal. Without one a plain line says every half minute
             how far the run is.
     """
@@ -259,10 +261,13 @@ class RunConfig:
     eval_every: int = 100
     keep_best: bool = True
     tensorboard: bool = False
+    profile: list[int] = field(default_factory=list)
     progress: bool = True
 
     def __post_init__(self) -> None:
         check(self, "run.", {"at least 1": "log_every", "at least 0": "eval_every", SEEDS: "seed"})
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise UserError(f"run.profile {self.profile} is not a first and a last step; give two such as [10, 12]")
 
 
 @settings

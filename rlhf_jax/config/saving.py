@@ -54,8 +54,8 @@ class FaultConfig:
 
 
 MAY_CHANGE = (
-    "checkpoint.", "faults.", "mesh.", "run.log_every", "run.eval_every", "run.tensorboard", "data.path",
-    "model.remat", "model.logprob_chunk", "sampling.microbatch", "data.pack", "data.microbatch_tokens",
+    "checkpoint.", "faults.", "mesh.", "run.log_every", "run.eval_every", "run.tensorboard", "run.profile",
+    "data.path", "model.remat", "model.logprob_chunk", "sampling.microbatch", "data.pack", "data.microbatch_tokens",
     "sft.steps", "sft.epochs", "sft.accumulate", "sft.num_samples",
     "reward.steps", "reward.epochs", "reward.accumulate", "reward.timeout", "reward.retries", "reward.on_failure",
     "rejection.rounds",

@@ -28,9 +28,10 @@ from rlhf_jax.hosts.files import check_writable, hold, read_text, replace_file, 
 from rlhf_jax.hosts.json_text import JsonObject, to_json
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 OURS = (
-    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", LOCK,
+    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", PROFILE,
+    LOCK,
 )  # fmt: skip
 """What a run writes."""
 

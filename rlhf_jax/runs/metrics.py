@@ -18,6 +18,7 @@ from rlhf_jax.runs.checkpoint import Say, reason_of
 from rlhf_jax.runs.directory import METRICS, SAMPLES
 from rlhf_jax.runs.log import Log
 from rlhf_jax.runs.outcome import widened
+from rlhf_jax.runs.profile import Trace
 from rlhf_jax.runs.progress import Progress
 from rlhf_jax.runs.skips import Skips
 from rlhf_jax.types import Metrics
@@ -48,6 +49,7 @@ class RunMetrics:
         self.started = self._since = time.time()
         self._pending: Callable[[], None] | None = None
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
+        self._trace = Trace(settings.run.output_dir, settings.run.profile)
         self._disk_full = False
         self._events: SummaryWriter | None = None
 
@@ -66,6 +68,7 @@ class RunMetrics:
         self.started = self._since = time.time()
         shown = self.settings.run.progress and self.is_writer
         self.bar = Progress(self.stage, total, step, bar=shown, say=self.say)
+        self._trace.after(step)
 
     def restore(self, record: Mapping[str, Any], step: int) -> None:
         """Go on where a checkpoint's record says that the run stood after `step`; says which lines are lost."""
@@ -82,6 +85,7 @@ class RunMetrics:
         """One step of the progress bar; `skipped` of its `updates` were not finite and changed nothing."""
         self.skips.note(step, skipped, updates)
         self.bar.update(1)
+        self._trace.after(step, skipped)
 
     def log(
         self,
@@ -180,7 +184,8 @@ class RunMetrics:
                 log.add([], sync=True)
 
     def close(self) -> None:
-        """End the progress bar and TensorBoard's file."""
+        """End the progress bar, a trace and TensorBoard's file."""
         self.bar.close()
+        self._trace.close()
         if self._events is not None:
             self._events.close()
