@@ -34,12 +34,14 @@ from rlhf_jax.sharding import make_mesh
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rows"
 
 
-def scored(scores, ranks=None, *, prompt="p", subset="", golds=None, lengths=None, ordered=True, id=""):
+def scored(scores, ranks=None, *, prompt="p", subset="", golds=None, lengths=None, ordered=True, bench=0, id=""):
     ranks = list(range(len(scores))) if ranks is None else ranks
     labels = np.array([[(np.sign(b - a) + 1) / 2 for b in ranks] for a in ranks])
     golds = None if golds is None else np.array(golds, float)
     lengths = np.array(lengths or [1] * len(scores))
-    return Scored(prompt, subset, labels, np.array(scores, float), golds, lengths, ordered, id)
+    if bench == 2:
+        labels = np.where(labels == 0.5, np.nan, labels)
+    return Scored(prompt, subset, labels, np.array(scores, float), golds, lengths, ordered, bench, id)
 
 
 def test_accuracy_is_the_mean_over_rows_of_the_share_of_their_pairs():
@@ -115,7 +117,7 @@ def test_the_scores_of_the_first_reward_bench():
         "hep-go": [1],
         "shp": [1, 1],
     }
-    rows = [scored([x, 0], subset=name) for name, of in won.items() for x in of]
+    rows = [scored([x, 0], subset=name, bench=1) for name, of in won.items() for x in of]
     found = reward_bench(rows)["RewardBench"]
     chat, reasoning = (0.5 * 100 + 40) / 140, (2 * 164) / (984 + 2 * 164)
     assert found["sections"] == {
@@ -127,23 +129,23 @@ def test_the_scores_of_the_first_reward_bench():
 
 
 def test_the_scores_of_the_second_reward_bench_and_of_its_ties():
-    rows = [scored(s, [0, 1, 1, 1], subset="Math") for s in ([3, 1, 2, 0], [1, 3, 0, 0], [2, 2, 1, 0])]
+    rows = [scored(s, [0, 1, 1, 1], subset="Math", bench=2) for s in ([3, 1, 2, 0], [1, 3, 0, 0], [2, 2, 1, 0])]
     found = reward_bench(rows)["RewardBench 2"]
     assert found["score"] == pytest.approx((1 + 0 + 1 / 2) / 3) and found["missing"][0] == "Factuality"
     ties = [
-        scored([5, 4, 1], [0, 0, 1], subset="Ties", id="tied:0"),  # gap 3, spread 1
-        scored([3, 1], subset="Ties", id="ref:0"),  # gap 2
-        scored([9, 4, 3], [0, 0, 1], subset="Ties", id="tied:1"),  # gap 1, spread 5
-        scored([1, 3], subset="Ties", id="ref:1"),  # gap -2
-        scored([1, 1, 0], [0, 0, 1], subset="Ties", id="tied:2"),  # gap 1, spread 0
-        scored([1, 0], subset="Ties", id="ref:2"),
-        scored([0, 1, 2], [0, 0, 1], subset="Ties", id="tied:3"),  # no ref row: in the accuracy alone
+        scored([5, 4, 1], [0, 0, 1], subset="Ties", bench=2, id="tied:0"),  # gap 3, spread 1
+        scored([1.5, 1], subset="Ties", bench=2, id="ref:0"),  # gap 1/2
+        scored([9, 4, 3], [0, 0, 1], subset="Ties", bench=2, id="tied:1"),  # gap 1, spread 5
+        scored([1, 3], subset="Ties", bench=2, id="ref:1"),  # gap -2
+        scored([1, 1, 0], [0, 0, 1], subset="Ties", bench=2, id="tied:2"),  # gap 1, spread 0
+        scored([1, 0], subset="Ties", bench=2, id="ref:2"),
+        scored([0, 1, 2], [0, 0, 1], subset="Ties", bench=2, id="tied:3"),  # no ref row: in the accuracy alone
     ]
-    wanted = 0.3 * 3 / 4 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 2 / 3
-    wanted += 0.01 * (math.tanh(2 / 1 - 1) + math.tanh(-2 / 5 - 1) + 1) / 3
+    wanted = 0.3 * 3 / 4 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 1 / 3
+    wanted += 0.01 * (math.tanh(0.5 / 1 - 1) + math.tanh(-2 / 5 - 1) + 1) / 3
     assert ties_score(ties) == pytest.approx(wanted)
     assert reward_bench(rows + ties)["RewardBench 2"]["score"] == pytest.approx((0.5 + wanted) / 2)
-    for wrong in (replace(ties[0], id="0"), replace(ties[0], id="tie:0"), scored([1, 1], [0, 0], id="ref:0")):
+    for wrong in (replace(ties[0], id="0"), replace(ties[0], id="tie:0"), scored([1, 1], [0, 0], bench=2, id="ref:0")):
         with pytest.raises(UserError, match="a row of RewardBench 2's Ties has the id"):
             ties_score([wrong])
 
@@ -177,7 +179,12 @@ def test_a_reward_on_the_rows_of_a_file_with_what_its_functions_are_given(tmp_pa
         },
         {"prompt": "a", "chosen": ["bb"], "rejected": ["b", "c"], "subset": "Ties", "id": "ref:1"},
         {"prompt": "b", "responses": [{"text": "a", "rank": 1, "gold": 3}, {"text": "aaa", "rank": 0, "gold": 9}]},
-        {"prompt": "c", "chosen": "d", "rejected": "dd"},
+        {
+            "prompt": "c",
+            "chosen": "d",
+            "rejected": "dd",
+            "subset": "Math",
+        },  # a name of RewardBench 2, but not its form
         {"prompt": "c", "chosen": "d", "rejected": "d"},
     ]
     path, seen = tmp_path / "rows.jsonl", []
@@ -191,10 +198,15 @@ def test_a_reward_on_the_rows_of_a_file_with_what_its_functions_are_given(tmp_pa
     summary = run_evaluate(config, functions=[mine])
     assert summary["accuracy"]["accuracy"] == pytest.approx(4 / 5) and summary["rows"] == 5
     assert (summary["accuracy"]["pairs"], summary["accuracy"]["ties"]) == (7, 0), "equals of RewardBench are no ties"
-    assert {name: of["accuracy"] for name, of in summary["subsets"].items()} == {"hep-go": 1, "Ties": 1, "none": 0.5}
+    assert {name: of["accuracy"] for name, of in summary["subsets"].items()} == {
+        "hep-go": 1,
+        "Ties": 1,
+        "none": 1,
+        "Math": 0,
+    }
     assert summary["reward_bench"]["RewardBench"]["sections"] == {"Reasoning": 1.0}
     gap_and_spread = 0.3 + 0.3 + 0.01 * math.tanh(1 / 1 - 1)  # both gaps are 1, and so is the spread
-    assert summary["reward_bench"]["RewardBench 2"]["sections"]["Ties"] == pytest.approx(gap_and_spread)
+    assert summary["reward_bench"]["RewardBench 2"]["sections"] == {"Ties": pytest.approx(gap_and_spread)}
     assert [at["gold"]["mean"] for at in summary["best_of_n"]] == [6.0, 9.0]
     assert seen[0] == ("\n\nHuman: a\n\nAssistant:", "x") and seen[-1] == ("c", None)
     told = capsys.readouterr().out

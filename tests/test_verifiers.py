@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import sys
 import time
 from itertools import combinations
@@ -20,6 +21,7 @@ from rlhf_jax.feedback.report import passes_at
 from rlhf_jax.inference.reward_functions import combine
 from rlhf_jax.tasks import gsm8k
 from rlhf_jax.tasks.verifiers import programs, texts
+from rlhf_jax.tasks.verifiers.sandbox import KERNELS, libc
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rows"
 
@@ -124,6 +126,7 @@ PROGRAMS = {
     "import os; print('ok', flush=True); os._exit(0)": 0,
     f"import os\nos._exit = os.write = print\n{SQUARE}": 1,
     "import os\nos.closerange(3, 99)\n" + SQUARE: 0,
+    "import os\nfor i in range(3, 60):\n    try: os.write(i, b'passed')\n    except OSError: pass\nos._exit(0)": 0,
     "def f(x): return f(x)": 0,
     "x = [0] * 10**10": 0,
     "while True: print('x' * 10**5)": 0,
@@ -168,6 +171,8 @@ def test_programs_reach_neither_processes_nor_network_nor_files_of_ours(allowed,
     programs._check_machine.cache_clear()
     scores("code", [SQUARE], tests=["0"])
     told = capsys.readouterr().out
+    assert platform.machine() not in KERNELS or not ("starting processes" in told or "network" in told)
+    assert libc.syscall(444, None, 0, 1) < 1 or "writing" not in told, "there is Landlock"
     hostile = {
         "starting processes": "import os\nwhile True: os.fork()",
         "the network": "import socket\nsocket.create_connection(('127.0.0.1', 1))",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +16,12 @@ from rlhf_jax.data.chat import in_transcript
 from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.messages import text_of
+from rlhf_jax.data.numbers import is_number
 from rlhf_jax.data.rows import DroppedRow, Row, layout_of, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
-from rlhf_jax.feedback.reward_report import SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
+from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
 from rlhf_jax.inference.scoring import Scorer, function_inputs
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
@@ -27,8 +30,15 @@ from rlhf_jax.types import RewardFn
 
 SCORED = "scored.jsonl"
 
-BENCHES = {*SECTIONS_2, *(subset for section in SECTIONS.values() for subset in section)}
-"""Subsets of RewardBench."""
+PRIOR_SETS = SECTIONS["Prior Sets"]
+
+
+class Item(NamedTuple):
+    """A row, whether it is of RewardBench (`bench_of`), and its responses."""
+
+    row: Row
+    bench: int
+    ranking: Ranking
 
 
 def evaluate_reward(
@@ -41,126 +51,126 @@ def evaluate_reward(
     asked = functions_of(config.reward, functions)
     if not (asked or config.reward.paths):
         raise UserError("nothing is evaluated; give reward.model, reward.models or reward.functions")
-    gold = gold or (resolve(config.reward.gold) if config.reward.gold else None)
-    given, compared = _compared(rows if rows is not None else config.preference_path)
-    fields = [{name: row[name] for name in unread_of(row)} for row in given]
-    where = [one.where for one in compared]
-    columns = columns_for([*asked, *([gold] if gold else [])], [one.prompt for one in compared], fields, where)
-    made_of = {"preferences": digest(given), "given in Python": list(names_given(functions=functions, gold=gold))}
+    judge = gold or (resolve(config.reward.gold) if config.reward.gold else None)
+    items = _items(config.preference_path if rows is None else rows)
+    fields = [{name: item.row[name] for name in unread_of(item.row)} for item in items]
+    prompts, where = zip(*((item.ranking.prompt, item.ranking.where) for item in items), strict=True)
+    columns = columns_for([*asked, *([judge] if judge else [])], prompts, fields, where)
+    made_of = {
+        "preferences": digest([item.row for item in items]),
+        "given in Python": list(names_given(functions=functions, gold=gold)),
+    }
     summary = earlier_summary("evaluate", config, [SCORED, SUMMARY], made_of)
     if summary is None:
         path = Path(config.output_dir)
         path.mkdir(parents=True, exist_ok=True)
         with open_journal(config, path / SCORED, made_of) as journal:
-            scorer = _Reader(config, compared, columns, functions, gold)
             phases = Phases(journal)
-            phase = phases.add(len(compared), config.batch_size, scorer.begin)
+            phase = phases.add(len(items), config.batch_size, partial(_scoring, config, items, columns, functions))
             write_config(path, "evaluate", config, "output_dir")
             phases.fill("evaluate", progress=config.progress)
-            plain = [{name: value for name, value in row.items() if name != "_where"} for row in given]
-            out = [row | said for row, said in zip(plain, phase.rows, strict=True)]
-            summary = reward_report([_scored(*each) for each in zip(given, compared, phase.rows, strict=True)])
+            golds = _golds(config, items, columns, judge) if judge else [{}] * len(items)
+            said = [scores | own for scores, own in zip(phase.rows, golds, strict=True)]
+            summary = reward_report([_scored(*each) for each in zip(items, said, strict=True)])
             summary["made_of"] = made_of
+            plain = [{name: value for name, value in item.row.items() if name != "_where"} for item in items]
+            out = [row | own for row, own in zip(plain, said, strict=True)]
             journal.finish(out, summary, path / SUMMARY)
     tell("\n".join(reward_lines(summary)))
     return summary
 
 
-def _compared(source: Any) -> tuple[list[Row], list[Ranking]]:
-    """The rows that can be used, and the responses of each; says what is dropped."""
-    given, compared, dropped = [], [], dict[str, int]()
-    for row in rows_from(source):
-        row = of_bench(row)
+def _scoring(
+    config: EvaluateArgs, items: Sequence[Item], columns: Sequence[Row], functions: Sequence[RewardFn] | None
+) -> Make:
+    """Makes the rows {scores} of the responses of each item."""
+    limits = Limits(config.max_prompt_length, config.max_length)
+    mesh, size = make_mesh(config.mesh), config.batch_size
+    scorer = Scorer(config.reward, mesh, limits, batch_size=size, functions=functions)
+    shown = scorer.models[0].tokenizer.prompt_text if scorer.models else in_transcript
+
+    def make(start: int, stop: int) -> list[Row]:
+        groups = [_answers(items[i], shown(items[i].ranking.prompt), columns[i]) for i in range(start, stop)]
+        scores = iter(scorer([row for group in groups for row in group]).tolist())
+        return [{"scores": [next(scores) for _ in group]} for group in groups]
+
+    return make
+
+
+def _golds(config: EvaluateArgs, items: Sequence[Item], columns: Sequence[Row], gold: RewardFn) -> list[Row]:
+    """{golds} of the responses of each item."""
+    groups = [
+        _answers(item, in_transcript(item.ranking.prompt), own) for item, own in zip(items, columns, strict=True)
+    ]
+    texts = function_inputs([row for group in groups for row in group])
+    said = iter(call_reward(gold, *texts, timeout=config.reward.timeout, retries=config.reward.retries).tolist())
+    return [{"golds": [next(said) for _ in group]} for group in groups]
+
+
+def _items(source: Any) -> list[Item]:
+    """The rows that can be used; says what is dropped."""
+    items, dropped = list[Item](), Counter[str]()
+    for given in rows_from(source):
+        row = of_bench(given)
         try:
-            compared.append(ranking_row(row, unlabelled=True))
+            items.append(Item(row, bench_of(given), ranking_row(row, unlabelled=True)))
         except DroppedRow as drop:
-            dropped[drop.reason] = dropped.get(drop.reason, 0) + 1
-        else:
-            given.append(row)
-    report = Report(len(given), dropped, 0)
+            dropped[drop.reason] += 1
+    report = Report(len(items), dict(dropped), 0)
     tell(f"{report.mark}rows: {report}")
-    if not given:
+    if not items:
         raise UserError("no row holds two responses to a prompt; give preference or ranking rows")
-    return given, compared
+    return items
+
+
+def bench_of(row: Row) -> int:
+    """1 for a row of RewardBench (or of its prior sets), 2 for one of RewardBench 2, 0 for any other."""
+    subset, chosen = row.get("subset"), row.get("chosen")
+    lists = isinstance(chosen, list) and all(isinstance(text, str) for text in chosen)
+    if layout_of(row) != "preference" or not isinstance(subset, str):
+        return 0
+    return 2 if lists and subset in SECTIONS_2 else int(not lists and subset in (*CORE, *PRIOR_SETS))
 
 
 def of_bench(row: Row) -> Row:
-    """A row of RewardBench as its own code reads it: the prompt is a message of the user, and where there are lists of
-    texts, `chosen` and `rejected`, it is a ranking of them all; any other row as it is.
+    """A row as RewardBench reads its own: the prompt is a message of the user, and where `chosen` and `rejected` are
+    lists of texts, it is a ranking of them all; any other row as it is.
     """
-    if not isinstance(row.get("prompt"), str) or row.get("subset") not in BENCHES or layout_of(row) != "preference":
-        return row
-    row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+    bench = bench_of(row)
+    if bench and isinstance(row["prompt"], str) and row["subset"] not in PRIOR_SETS:
+        row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if bench != 2 or not (isinstance(chosen, list) and isinstance(rejected, list)):
         return row
     rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
     ranks = [0] * len(chosen) + [1] * len(rejected)
     return {**rest, "responses": [{"text": text} for text in [*chosen, *rejected]], "ranks": ranks}
 
 
-class _Reader:
-    """Makes the journal's rows {scores, golds?} of the responses of each row."""
-
-    def __init__(
-        self,
-        config: EvaluateArgs,
-        compared: Sequence[Ranking],
-        columns: Sequence[Row],
-        functions: Sequence[RewardFn] | None,
-        gold: RewardFn | None,
-    ):
-        self.config, self.compared, self.columns = config, compared, columns
-        self.functions, self.gold = functions, gold
-
-    def begin(self) -> Make:
-        config = self.config
-        limits = Limits(config.max_prompt_length, config.max_length)
-        mesh, size = make_mesh(config.mesh), config.batch_size
-        scorer = Scorer(config.reward, mesh, limits, batch_size=size, functions=self.functions)
-        shown = scorer.models[0].tokenizer.prompt_text if scorer.models else in_transcript
-
-        def make(start: int, stop: int) -> list[Row]:
-            rows = [
-                {
-                    "prompt": one.prompt,
-                    "response": text_of(response),
-                    "finished": finished,
-                    "response_ids": ids,
-                    "shown": shown(one.prompt),
-                    "columns": columns,
-                }
-                for one, columns in zip(self.compared[start:stop], self.columns[start:stop], strict=True)
-                for response, finished, ids, _ in one.answers
-            ]
-            told = {"scores": iter(scorer(rows).tolist())}
-            if self.gold:
-                timeout, retries = config.reward.timeout, config.reward.retries
-                golds = call_reward(self.gold, *function_inputs(rows), timeout=timeout, retries=retries)
-                told["golds"] = iter(golds.tolist())
-            return [
-                {name: [next(values) for _ in one.answers] for name, values in told.items()}
-                for one in self.compared[start:stop]
-            ]
-
-        return make
+def _answers(item: Item, shown: str, columns: Row) -> list[Row]:
+    """The responses of an item as `Scorer` takes them."""
+    seen = {"prompt": item.ranking.prompt, "shown": shown, "columns": columns}
+    return [
+        {**seen, "response": text_of(response), "finished": finished, "response_ids": ids}
+        for response, finished, ids, _ in item.ranking.answers
+    ]
 
 
-def _scored(row: Row, one: Ranking, said: Row) -> Scored:
-    """A row, its responses and {scores, golds?} as the report takes them.
+def _scored(item: Item, said: Row) -> Scored:
+    """An item and its {scores, golds?} as the report takes them.
 
     `gold` of the responses stands in for golds, and where nobody says who is better they do.
     """
-    golds = said.get("golds") or [answer.extra.get("gold") for answer in one.answers]
-    known = np.array(golds, np.float64) if all(isinstance(value, int | float) for value in golds) else None
-    if one.ballots:
-        labels = one.consensus()[1]
+    row, bench, ranking = item
+    golds = said.get("golds") or [answer.extra.get("gold") for answer in ranking.answers]
+    known = np.array(golds, np.float64) if all(is_number(value) for value in golds) else None
+    if ranking.ballots:
+        labels = ranking.consensus()[1]
     elif known is not None:
         labels = (np.sign(known[:, None] - known[None, :]) + 1) / 2
     else:
         labels = np.full([len(golds)] * 2, np.nan)
-    bench = row.get("subset") in BENCHES
-    if bench:  # which compares no two that are chosen, or rejected
+    if bench == 2:  # which compares no two that are chosen, or rejected
         labels = np.where(labels == 0.5, np.nan, labels)
     return Scored(
         prompt=prompt_key(row),
@@ -168,7 +178,8 @@ def _scored(row: Row, one: Ranking, said: Row) -> Scored:
         labels=labels,
         scores=np.array(said["scores"], np.float64),
         golds=known,
-        lengths=np.array([len(text_of(response)) for response in one.responses]),
+        lengths=np.array([len(text_of(response)) for response in ranking.responses]),
         ordered=layout_of(row) == "ranking" and not bench,
+        bench=bench,
         id=str(row.get("id", "")),
     )

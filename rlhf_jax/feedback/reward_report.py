@@ -30,7 +30,7 @@ class Scored:
         scores: float[K], of the reward; golds: float[K], or None.
         lengths: int[K], characters.
         ordered: the places in the row say nothing of who is better, as they do in a preference row.
-        id: the row's.
+        bench: 1 or 2 for a row of RewardBench or of RewardBench 2, whose `id` is then the row's.
     """
 
     prompt: str
@@ -40,6 +40,7 @@ class Scored:
     golds: Float[np.ndarray, " K"] | None
     lengths: np.ndarray
     ordered: bool
+    bench: int = 0
     id: str = ""
 
     @property
@@ -53,7 +54,7 @@ class Pairs:
     """All labelled pairs (i, j), i < j, of the responses of rows; every array is [N].
 
     Attributes:
-        row: number of the row; weights: 1 / (pairs of the row that prefer one).
+        row: number of the row.
         margin: score of i less that of j; label: share that prefers i; longer: characters of i less those of j.
     """
 
@@ -232,7 +233,8 @@ SECTIONS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 """RewardBench 2 (Malik et al. 2025, arXiv 2506.01937): sections, each a subset; the score is their mean."""
 
 
-_SUBSETS = [subset for section in SECTIONS.values() for subset in section]
+CORE = [subset for name, section in SECTIONS.items() if name != "Prior Sets" for subset in section]
+"""Subsets of the rows that RewardBench publishes."""
 
 TIES_WEIGHTS = (0.3, 0.3, 0.2, 0.2, 0.01)
 """In RewardBench 2's score of ties, of the five terms of `ties_score`."""
@@ -245,15 +247,15 @@ def reward_bench(scored: Sequence[Scored]) -> dict[str, Summary]:
     score, in parts where others have it, too; `ties_score` is of the subset Ties. A section is the mean over its
     subsets that are there, by weight; `missing` are those that are not.
     """
-    won: dict[str, list[float]] = {}
+    won: dict[int, dict[str, list[float]]] = {1: {}, 2: {}}
     for one in scored:
-        top = one.scores == one.scores.max()
-        share = float((top & one.best).sum() / top.sum()) if one.best.any() else 0.0
-        strict = share == 1 if one.subset in _SUBSETS else share
-        won.setdefault(one.subset, []).append(float(strict))
-    means = {subset: float(np.mean(values)) for subset, values in won.items()}
+        if one.bench:
+            top = one.scores == one.scores.max()
+            share = float((top & one.best).sum() / top.sum())
+            won[one.bench].setdefault(one.subset, []).append(share if one.bench == 2 else float(share == 1))
+    means, means_2 = ({subset: float(np.mean(x)) for subset, x in of.items()} for of in won.values())
     benches = {}
-    if set(means) & set(_SUBSETS):
+    if set(means) & set(CORE):
         sections = {}
         for name, weights in SECTIONS.items():
             there = {subset: weight for subset, weight in weights.items() if subset in means}
@@ -261,13 +263,13 @@ def reward_bench(scored: Sequence[Scored]) -> dict[str, Summary]:
                 sections[name] = sum(means[s] * w for s, w in there.items()) / sum(there.values())
         counts = {name: PRIOR_SETS if name == "Prior Sets" else 1.0 for name in sections}
         score = sum(sections[name] * count for name, count in counts.items()) / sum(counts.values())
-        missing = [s for s in _SUBSETS if s not in means and s not in SECTIONS["Prior Sets"]]
+        missing = [subset for subset in CORE if subset not in means]
         benches["RewardBench"] = {"score": score, "sections": sections, "missing": missing}
-    if set(means) & set(SECTIONS_2):
-        sections = {name: means[name] for name in SECTIONS_2 if name in means}
+    if means_2:
+        sections = {name: means_2[name] for name in SECTIONS_2 if name in means_2}
         if "Ties" in sections:
-            sections["Ties"] = ties_score([one for one in scored if one.subset == "Ties"])
-        missing = [name for name in SECTIONS_2 if name not in means]
+            sections["Ties"] = ties_score([one for one in scored if one.bench == 2 and one.subset == "Ties"])
+        missing = [name for name in SECTIONS_2 if name not in means_2]
         benches["RewardBench 2"] = {
             "score": float(np.mean(list(sections.values()))),
             "sections": sections,

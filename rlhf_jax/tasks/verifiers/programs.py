@@ -148,6 +148,6 @@ def _check_machine() -> None:
         UserError: it runs no program at all.
     """
     if not passes("def one():\n    return 1", [{"tests": "assert one() == 1"}]):
-        raise UserError("the verifier code cannot run Python in a process of its own here; it needs Linux or macOS")
+        raise UserError("the verifier code cannot run Python in a process of its own here; it needs Linux")
     if held := [what for what, probe in PROBES.items() if passes(probe, [{"tests": "0"}])]:
         tell(f"! code: this system does not keep programs from {' or '.join(held)}; run it in a container")

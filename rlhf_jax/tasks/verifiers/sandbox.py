@@ -82,10 +82,9 @@ def main(folder: str, channel: int, seconds: int, memory: int, output: int) -> N
         os.dup2(given.fileno(), 0)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     limit(seconds, memory, output)
-    if sys.platform == "linux":
-        libc.prctl(38, 1, 0, 0, 0)  # no new privileges
-        write_only_below(folder)
-        refuse_calls()
+    libc.prctl(38, 1, 0, 0, 0)  # no new privileges
+    write_only_below(folder)
+    refuse_calls()
     tests = job.get("tests")
     names = {"__name__": "__main__" if tests is None else "program"}
     try:

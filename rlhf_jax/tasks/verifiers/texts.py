@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -161,7 +162,14 @@ class _Child:
 
 
 _idle: dict[str, queue.SimpleQueue[_Child]] = defaultdict(queue.SimpleQueue)
-"""Check -> children that wait; they end when this process does, since their input then closes."""
+"""Check -> children that wait. Should this process be killed, their input closes, and they end."""
+
+
+@atexit.register
+def _end_all() -> None:
+    for waiting in _idle.values():
+        while not waiting.empty():
+            waiting.get().end()
 
 
 def _judged(check: str, responses: Sequence[str], wanted: Sequence[object]) -> list[float]:
