@@ -16,6 +16,7 @@ from tiny import V, model_params, toy_directory
 from rlhf_jax import losses, sft
 from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.experts import Experts, Places, balance_loss, grouped, spread
@@ -134,6 +135,15 @@ def test_adapters_and_quantised_kernels_of_experts_are_their_products_and_come_b
         assert small["layers"]["experts"]["up"].scale.shape[:2] == (1, 8)
         found, given = dense(small["layers"]["experts"]["down"]), params["layers"]["experts"]["down"]
         assert np.abs(found - given).max() < bound * np.abs(given).max()
+
+
+def test_a_shape_that_transformers_cannot_run_is_refused():
+    """OLMoE's heads share the width in transformers: norms of other widths would not load."""
+    wide = replace(ARCH, qk_norm="all")
+    assert hf.find_family(replace(wide, head_dim=4)).model_type == "olmoe"
+    for arch in (wide, replace(ARCH, norm_topk=False, qk_norm="none"), replace(ARCH, gated_mlp=False)):
+        with pytest.raises(UserError, match="no Hugging Face family has this shape; the nearest, "):
+            hf.find_family(arch)
 
 
 # --- meshes

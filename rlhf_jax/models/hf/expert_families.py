@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.models.hf.families import GATE, LLAMA, MISTRAL, OLMO2, QWEN3, UP, heads_or, without
+from rlhf_jax.models.hf.families import GATE, LLAMA, MISTRAL, OLMO2, QWEN3, UP, head_dim, heads_or, without
 from rlhf_jax.models.hf.family import Tensor
 
 _LAYER = "model.layers.{}."
@@ -61,11 +61,11 @@ OLMOE = LLAMA._replace(
     model_type="olmoe",
     causal="OlmoeForCausalLM",
     classifier="OlmoeForSequenceClassification",
-    config=_PLAIN | _CHOICE | {"num_experts": "num_experts", "norm_topk": "norm_topk_prob"},
-    defaults=LLAMA.defaults
+    config=without(_PLAIN, "head_dim") | _CHOICE | {"num_experts": "num_experts", "norm_topk": "norm_topk_prob"},
+    defaults=without(LLAMA.defaults, "head_dim")
     | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8}
     | {"norm_topk_prob": False},
-    fixed=LLAMA.fixed | {"qk_norm": "all"},
+    fixed=LLAMA.fixed | {"qk_norm": "all", "head_dim": head_dim},
     tensors=_sparse(
         LLAMA.tensors | {name: OLMO2.tensors[name] for name in OLMO2.tensors if "_norm.weight" in name}, *_MLP
     ),
