@@ -89,8 +89,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.slices is {config.slices}, but the devices are in {known} TPU slice(s); set it to {known}"
         )
     if config.slices == 1:
-        types = (AxisType.Auto,) * len(sizes)
-        grid = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+        try:
+            grid = jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+        except NotImplementedError:  # of a torus of chips, 4x4x4 say, an axis must be cut: for 8 x 8
+            cut = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            grid = _grid_of(cut, tuple(sizes))
     else:
         grid = _grid_of(_in_slices(config, sizes, devices or jax.devices(), known > 0), tuple(sizes))
     return Mesh(grid, parse_rules(config.rules, expert=config.expert != 1))

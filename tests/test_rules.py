@@ -189,6 +189,13 @@ def test_the_data_axis_goes_over_slices_first_and_all_else_stays_within_one(monk
     np.testing.assert_array_equal(where, np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 2, 2)))
 
 
+def test_an_axis_of_the_torus_is_cut_where_no_product_of_its_axes_is_the_mesh(monkeypatch):
+    monkeypatch.setattr("rlhf_jax.sharding._grid_of", lambda devices, axes: SimpleNamespace(devices=devices))
+    given = chips(1, 64)  # 2 x 32
+    devices = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), given).grid.devices
+    assert devices.shape == (1, 8, 8, 1) and {d.id for d in devices.flat} == set(range(64))
+
+
 def test_slices_that_do_not_fit_are_one_line():
     with pytest.raises(UserError, match=r"mesh.data 3 is not a multiple of mesh.slices 2"):
         make_mesh(MeshConfig(slices=2, data=3), jax.devices()[:3])
