@@ -52,8 +52,9 @@ def codes(processes, home):
 
 def settings(home, stage, steps):
     config = {**crash.settings(home, stage, steps), "mesh": MESHES[stage]}
-    if stage == "ppo":  # rewards of Python functions, each process its own rows
+    if stage == "ppo":  # rewards of Python functions, each process its own rows; rows are cut and go on
         gold = "rlhf_jax.tasks.random_walks:gold"
+        config["sampling"] = {**config["sampling"], "budget": 4}
         config["reward"] = {**config["reward"], "functions": [gold], "gold": gold}
     path = home / f"{stage}_{steps}.yaml"
     path.write_text(yaml.safe_dump(config))
