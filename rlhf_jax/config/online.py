@@ -87,8 +87,8 @@ class OnlineConfig:
         microbatch_tokens: tokens of a microbatch on each device: rows lie side by side in sequences, and a step costs
             what its tokens cost; groups stand behind one copy of their prompt as far as it holds them. At least one
             sequence of the longest row; 0 gives every row a sequence of its own.
-        accumulate: a microbatch of an optimiser step holds at most the minibatch / accumulate sequences.
-        score_microbatch: a microbatch of scoring holds at most so many sequences; 0 sets no bound.
+        accumulate: a microbatch of an optimiser step holds at most the minibatch / accumulate full rows.
+        score_microbatch: a microbatch of scoring holds at most so many full rows; 0 sets no bound.
         stop: eos ends a row at a stop id; truncate samples the full length and cuts at the first stop id at or after
             `truncate_after` (Ziegler et al. 2019).
         truncate_after: tokens before which `stop: truncate` ignores stop ids.
