@@ -14,6 +14,7 @@ import pytest
 from tiny import V, model_params, toy_directory
 
 from rlhf_jax import losses, sft
+from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -86,6 +87,17 @@ def test_the_compiled_layer_costs_what_active_experts_cost():
     tokens, width = x.shape[0] * x.shape[1], x.shape[2]
     active = 3 * 2 * tokens * (arch.experts_per_token * 3 * width * arch.ffn_width + width * arch.num_experts)
     assert 1 < cost / active < 1.15
+
+
+def test_plan_counts_what_all_devices_of_a_mesh_multiply():
+    """A quarter of the tokens and an even share of the experts each, a quarter more to spare, blocks not all full."""
+    _, layer, params, x, real = layer_and_inputs(16, 1024, width=64)
+    mesh = make_mesh(MeshConfig(data=1, expert=4), devices=jax.devices()[:4])
+    x, real = x.reshape(4, -1, 64), real.reshape(4, -1)
+    run = lambda params, x: layer.apply(params, x, real)[0]  # noqa: E731
+    alone = count_flops(jax.make_jaxpr(run)(params, x).jaxpr)
+    with jax.set_mesh(mesh.grid):
+        assert 1 < count_flops(jax.make_jaxpr(run)(params, x).jaxpr) / alone < 1.5
 
 
 def test_the_balance_loss_is_that_of_transformers():

@@ -31,6 +31,8 @@ def count_flops(jaxpr: Any, *, unknown_trips: int = 1, fill: float = 1.0) -> flo
             continue
         elif name == "while":
             total += trips_of(str(equation.source_info.name_stack), unknown_trips, fill) * sum(inner)
+        elif name == "shard_map":  # shapes within are those of one device
+            total += sum(inner) * params["mesh"].size
         else:
             total += sum(inner) * (params["length"] if name == "scan" else 1)
     return total
