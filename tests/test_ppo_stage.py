@@ -498,22 +498,24 @@ def shapes(config: PPOConfig):
 
 
 def sampled(config: PPOConfig):
-    """The rollout program around a sampler that draws full rows, and the stop ids that it got."""
+    """The rollout program around a sampler that draws full rows, and what that was asked: stop ids, routing."""
     full = make_rollout(4, PARAMS["policy"])
     tokens = full.tokens.at[:, 1].set(STOP).at[:, 3].set(STOP)
     full = Rollout(**{**vars(full), "tokens": tokens, "mask": jnp.ones_like(full.mask)})
-    stops = []
+    asked = []
     mesh = make_mesh(MeshConfig(), devices=ONE)
     nets = Networks(BIGRAMS_ON_TOY, None, None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             programs_module,
             "make_sampler",
-            lambda model, sampling, stop_ids, carry: stops.append(stop_ids) or (lambda *args, **options: full),
+            lambda model, sampling, *stop_ids, carry, routing: (
+                asked.append((*stop_ids, routing)) or (lambda *args, **options: full)
+            ),
         )
         params = jax.tree.map(jnp.copy, PARAMS)
         programs, _ = train.make_programs(replace(toy_run(), ppo=config), nets, params, mesh, (STOP,))
-    return stops, programs.rollout(*[None] * 5)
+    return asked, programs.rollout(*[None] * 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -625,6 +627,7 @@ EFFECTS = {
     "importance": (told, {"importance": "token"}, {"importance": "sequence"}),
     "importance_cap": (weighted, {"importance_cap": 0.1}, {"importance_cap": 0.2}),
     "importance_beyond": (weighted, {"importance_cap": 0.1}, {"importance_cap": 0.1, "importance_beyond": "clip"}),
+    "replay_routing": (sampled, {}, {"replay_routing": True}),
     "trainable_layers": (staged, {}, {"trainable_layers": 1}),
     "shared_trunk": (staged, {}, {"shared_trunk": True}),
     "value_init": (staged, {}, {"value_init": "zeros"}),
