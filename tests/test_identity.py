@@ -165,7 +165,9 @@ def test_a_finished_run_of_other_rows_or_of_functions_is_not_taken_for_this_one(
     with pytest.raises(UserError, match="holds a run that got nothing from Python, not rows; give the same, or"):
         sft.run(config, rows=DEMOS)
     write(tmp_path / "rows.jsonl", DEMOS[1:])
-    with pytest.raises(UserError, match=r"another config: data.path .*rows.jsonl as it was there, with other"):
+    with pytest.raises(
+        UserError, match=r"is finished .* differs in data.path .*rows.jsonl as it was there, with other"
+    ):
         sft.run(config)
     (tmp_path / "run" / "summary.json").write_text("")
     write(tmp_path / "rows.jsonl", DEMOS)

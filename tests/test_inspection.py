@@ -372,7 +372,7 @@ def test_a_name_of_the_hub_works_wherever_a_directory_does(tmp_path, capsys, dow
 
 def test_plain_paths_never_go_to_the_network(tmp_path, capsys, downloads):
     assert run(capsys, "inspect", str(toy_directory() / "policy"))[0] == 0
-    assert "for a model of the Hub, give hf://owner/name" in refused(capsys, "inspect", "owner/name")
+    assert "give a directory, or hf://owner/name for a model of the Hub" in refused(capsys, "inspect", "owner/name")
     assert "hf://" in refused(capsys, "convert", "owner/name", "--output", str(tmp_path / "m"))
     assert downloads == []
 

@@ -166,9 +166,13 @@ def test_the_sampler_draws_from_the_adapted_law(how):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
-def test_every_family_adapts_every_linear_layer_of_its_blocks(family):
+def test_every_family_adapts_every_linear_layer_of_its_blocks_but_routers(family):
     found = sites(family)
-    matrices = [n for n, t in family.tensors.items() if "{}" in n and n.endswith("weight") and " " in t.axes]
+    matrices = [
+        n
+        for n, t in family.tensors.items()
+        if "{}" in n and n.endswith("weight") and " " in t.axes and t.axes != "E D"
+    ]
     assert sorted(site.module + ".weight" for site in found) == sorted(n for n in matrices if "norm" not in n)
 
 
@@ -465,7 +469,7 @@ def test_grpo_with_adapters_has_the_frozen_model_for_a_reference_whatever_the_pr
 
 def test_the_reference_of_dpo_is_the_frozen_model_bit_by_bit_so_its_first_loss_is_ln_2():
     whole, columns = joined(PARAMS, adapters(GROUPED, zero=True)), collate_preference(pair_examples(), length=9)
-    columns["ref_logprobs"] = jax.jit(functools.partial(of_all, MODEL))(PARAMS, columns)
+    columns["ref_logprobs"] = jax.jit(functools.partial(of_all, MODEL))(PARAMS, columns)[0]
     loss_fn = preference.objective(ADAPTED, bind(losses.dpo_loss, DPOConfig()))
     value, metrics = jax.jit(loss_fn)(whole, columns, KEY)
     assert float(value) == float(np.float32(np.log(2)))

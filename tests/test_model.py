@@ -277,7 +277,7 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_position(arch):
     for t in range(num):
         mask = np.hstack([prompt_mask, np.broadcast_to(np.arange(num) <= t, (2, num))])
         apart = (5 + t - np.arange(5 + num))[None]
-        logits, own = decode(decode_params, later[:, t], lengths + t, mask, apart, cache, own, t)
+        logits, own, _ = decode(decode_params, later[:, t], lengths + t, mask, apart, cache, own, t)
         np.testing.assert_allclose(logits, expected[:, 5 + t], atol=1e-5)
 
 

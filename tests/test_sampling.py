@@ -184,7 +184,7 @@ class Chain:
     """A policy whose next token depends on the last one only: params are logits [V, V]."""
 
     def __init__(self, size, on_decode=None):
-        self.arch, self.on_decode = SimpleNamespace(vocab_size=size), on_decode
+        self.arch, self.on_decode = SimpleNamespace(vocab_size=size, num_layers=1, experts_per_token=0), on_decode
 
     def decoding_params(self, params):
         return params
@@ -195,7 +195,7 @@ class Chain:
     def decode(self, params, token, position, sees, apart, shared, cache, index):
         if self.on_decode:
             jax.debug.callback(self.on_decode)
-        return params[token], cache
+        return params[token], cache, None
 
     def pinned(self, cache):
         return cache

@@ -185,7 +185,7 @@ def test_the_chat_prompt_that_is_trained_on_is_the_one_that_is_sampled_from(name
 class Chain:
     """A policy whose next token depends on the last one only; params are logits [V, V]."""
 
-    arch = SimpleNamespace(vocab_size=SIZE)
+    arch = SimpleNamespace(vocab_size=SIZE, num_layers=1, experts_per_token=0)
 
     def decoding_params(self, params):
         return params
@@ -197,7 +197,7 @@ class Chain:
         return cache
 
     def decode(self, params, token, position, sees, apart, shared, cache, index):
-        return params[token], cache
+        return params[token], cache, None
 
 
 @pytest.mark.parametrize("name", ["plain", "bos", "pad is eos", "no pad", "chat template"])
