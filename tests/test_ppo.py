@@ -499,7 +499,7 @@ def test_rewards_of_any_numeric_array_library_are_numbers():
 
 def test_weights_of_reward_functions_must_match_them():
     with pytest.raises(UserError, match="2 entries for 1 functions"):
-        combine(RewardSourceConfig(function_weights=[1.0, 2.0]), [len])
+        combine(RewardSourceConfig(function_weights=[1.0, 2.0]), [lambda prompts, responses: responses])
 
 
 def test_the_adaptive_controller_moves_the_coefficient_towards_the_target_and_the_fixed_one_does_not():

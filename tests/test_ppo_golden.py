@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import advantages as adv
-from rlhf_jax.config import PPOConfig, bind
+from rlhf_jax.config import ArchConfig, PPOConfig, bind
 from rlhf_jax.losses import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.models import Model
 from rlhf_jax.ppo import core
 from rlhf_jax.tokens import token_weights
 from rlhf_jax.types import Rollout
@@ -48,7 +49,7 @@ def ours(case, x, monkeypatch):
     rollout = Rollout(ones.astype(jnp.int32), ones, mask.astype(jnp.int32), mask, x["logprobs"], x["finished"])
     nets = {"old_logprobs": x["logprobs"], "ref_logprobs": x["ref"], "values": x["values"]}
     monkeypatch.setattr(core, "run_networks", lambda *args, **kwargs: nets)
-    score = core.make_score(core.Models(None, None), config, recompute=True)
+    score = core.make_score(core.Models(Model(ArchConfig()), None), config, recompute=True)
     seen = {}
     shaped, whiten = adv.shaped_rewards, adv.whiten
     with monkeypatch.context() as patch:

@@ -79,20 +79,20 @@ def expected_logprobs(params, examples):
 def test_the_log_prob_of_a_response_is_over_its_tokens_alone():
     examples = pair_examples()
     batch = collate_preference(examples, length=9)
-    np.testing.assert_allclose(of_all(MODEL, PARAMS, batch), expected_logprobs(PARAMS, examples), rtol=1e-5)
+    np.testing.assert_allclose(of_all(MODEL, PARAMS, batch)[0], expected_logprobs(PARAMS, examples), rtol=1e-5)
     sizes = [[len(e[k]) - e["prompt_length"] for k in ("chosen", "rejected")] for e in examples]
     np.testing.assert_array_equal(batch["lengths"], sizes)
 
 
 def test_padding_and_the_prompts_own_tokens_change_no_log_prob_but_through_the_condition():
     examples = pair_examples()
-    short, long = (of_all(MODEL, PARAMS, collate_preference(examples, length=n, pad_id=n)) for n in (9, 14))
+    short, long = (of_all(MODEL, PARAMS, collate_preference(examples, length=n, pad_id=n))[0] for n in (9, 14))
     np.testing.assert_allclose(short, long, rtol=1e-6)
     for example in examples:
         if example["prompt_length"] > 1:  # a bigram does not see it
             example["chosen"], example["rejected"] = (example[k].copy() for k in ("chosen", "rejected"))
             example["chosen"][0] = example["rejected"][0] = 3
-    np.testing.assert_allclose(of_all(MODEL, PARAMS, collate_preference(examples, length=9)), short, rtol=1e-6)
+    np.testing.assert_allclose(of_all(MODEL, PARAMS, collate_preference(examples, length=9))[0], short, rtol=1e-6)
 
 
 def test_token_weights_make_the_mean_over_all_chosen_tokens_of_a_batch():
