@@ -100,9 +100,8 @@ def test_the_counter_sees_every_way_to_the_host(monkeypatch):
 def test_an_iteration_fetches_once_from_the_devices_and_sends_nothing_unasked(ppo, tmp_path, monkeypatch):
     method, loop = ppo
     config = replace(method.config, run__output_dir=str(tmp_path / "run"))
-    out = Run("ppo", config, total=8)
     tables = []
-    with jax.set_mesh(method.mesh.grid):
+    with jax.set_mesh(method.mesh.grid), Run("ppo", config, total=8) as out:
         loop, _, _ = iteration(method, loop, 20)
         fetches = Fetches(monkeypatch)
         with jax.transfer_guard("disallow"):
@@ -114,9 +113,9 @@ def test_an_iteration_fetches_once_from_the_devices_and_sends_nothing_unasked(pp
                 assert fetches.count == i  # metrics are fetched while the next iteration runs
             out.metrics.flush()
         assert fetches.count == 8
-    monkeypatch.undo()
-    ppo[1] = loop
-    out.finish({})
+        monkeypatch.undo()
+        ppo[1] = loop
+        out.finish({})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[0].keys() >= {"rollout/reward", "rollout/kl", "policy/first_ratio_max", "value/explained_variance"}
