@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import V, model_params, toy_directory
+from tiny import V, model_params, text_batch, toy_directory
 
 from rlhf_jax import losses, sft
 from rlhf_jax.commands.plan.flops import count_flops
-from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig
+from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig, RunConfig, SFTArgs
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.sampling import SamplingLaw, sample
@@ -26,6 +26,7 @@ from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
 from rlhf_jax.models.pure import pure
 from rlhf_jax.online.core import packed, response_logprobs
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
+from rlhf_jax.training import supervised
 
 ARCH = ArchConfig(
     vocab_size=V, width=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=8, max_positions=40,
@@ -161,18 +162,6 @@ def test_a_shape_that_transformers_cannot_run_is_refused():
 # --- meshes
 
 
-def text_batch(rows: int = 8) -> dict:
-    rng = np.random.default_rng(0)
-    mask = np.arange(9) < rng.integers(3, 10, rows)[:, None]
-    targets = mask & (np.arange(9) > 0)
-    return {
-        "tokens": rng.integers(0, V, (rows, 9)).astype(np.int32),
-        "positions": np.where(mask, np.arange(9), 0).astype(np.int32),
-        "segment_ids": mask.astype(np.int32),
-        "weights": (targets / targets.sum()).astype(np.float32),
-    }
-
-
 def step_of(model: Model, params, batch):
     """((loss, metrics), gradients) of SFT, and greedy tokens."""
     loss_fn = sft.objective(model, losses.next_token_loss)
@@ -189,7 +178,7 @@ def step_of(model: Model, params, batch):
 @functools.cache
 def single():
     model = replace(MODEL, balance_coef=0.1)
-    return jax.jit(functools.partial(step_of, model))(model_params(MODEL, 0), text_batch())
+    return jax.jit(functools.partial(step_of, model))(model_params(MODEL, 0), text_batch(8, 9, 3))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +193,7 @@ def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(sizes):
     assert places["layers"]["experts"]["up"].spec[1] == "expert"
     with jax.set_mesh(mesh.grid):
         (found, found_grads), tokens = jax.jit(functools.partial(step_of, model))(
-            jax.device_put(params, places), put_batch(mesh, text_batch())
+            jax.device_put(params, places), put_batch(mesh, text_batch(8, 9, 3))
         )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     for name, value in expected[1].items():
@@ -213,6 +202,17 @@ def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(sizes):
     jax.tree.map(close, found_grads, grads)
     np.testing.assert_array_equal(tokens.tokens, drawn.tokens)
     np.testing.assert_array_equal(tokens.experts, drawn.experts)
+
+
+def test_the_default_batch_of_few_rows_divides_over_the_axis_of_experts_too(tmp_path):
+    rows = [{"prompt": "a", "response": letter} for letter in "bcdefghijk"]
+    model = ModelConfig(arch=ARCH, tokenizer=str(toy_directory() / "tokenizer"))
+    config = SFTArgs(model=model, mesh=MeshConfig(data=2, expert=4), run=RunConfig(output_dir=str(tmp_path / "run")))
+    config = replace(config, data=replace(config.data, max_length=8, max_prompt_length=4, eval_fraction=0.0))
+    claim = supervised.begin("sft", config, "sft", rows=rows, eval_rows=None, loss=None)
+    with jax.set_mesh(claim.mesh.grid):
+        work = supervised.setup(sft.task_of(config), claim)
+    assert work.claim.config.data.batch_size == 8
 
 
 def test_a_crowd_at_one_device_is_served_in_further_rounds():

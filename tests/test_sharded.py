@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny import BIGRAMS, ONE, STOP, V, bigram_params, make_rollout, model_params
+from tiny import BIGRAMS, ONE, STOP, V, bigram_params, make_rollout, model_params, text_batch
 
 from rlhf_jax import losses, reward, sft
 from rlhf_jax.config import (
@@ -49,20 +49,8 @@ def mesh_of(name: str) -> Mesh:
     return make_mesh(MeshConfig(data, fsdp, tensor), devices=ONE if name == "1x1x1" else None)
 
 
-def text_batch() -> dict:
-    rng = np.random.default_rng(0)
-    mask = np.arange(7) < rng.integers(2, 8, ROWS)[:, None]
-    targets = mask & (np.arange(7) > 0)
-    return {
-        "tokens": rng.integers(0, V, (ROWS, 7)).astype(np.int32),
-        "positions": np.where(mask, np.arange(7), 0).astype(np.int32),
-        "segment_ids": mask.astype(np.int32),
-        "weights": (targets / targets.sum()).astype(np.float32),
-    }
-
-
 def pairs_batch() -> dict:
-    one, other = text_batch(), text_batch()
+    one, other = text_batch(ROWS, 7, 2), text_batch(ROWS, 7, 2)
     batch = {n: np.stack([one[n], other[n][::-1]], axis=1) for n in ("tokens", "positions", "segment_ids")}
     last = batch["segment_ids"].sum(2).astype(np.int32) - 1
     zeros = np.zeros(ROWS, np.float32)
@@ -72,7 +60,7 @@ def pairs_batch() -> dict:
 def supervised(kind: str) -> tuple[Any, Any, dict]:
     """(loss function, parameters, batch) of an SFT or a reward step."""
     if kind == "sft":
-        return sft.objective(POLICY, losses.next_token_loss), model_params(POLICY, 0), text_batch()
+        return sft.objective(POLICY, losses.next_token_loss), model_params(POLICY, 0), text_batch(ROWS, 7, 2)
     loss = functools.partial(losses.pairwise_reward_loss, center_coef=0.01)
     return reward.objective(SCALAR, loss), model_params(SCALAR, 0), pairs_batch()
 

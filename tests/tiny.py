@@ -177,6 +177,19 @@ def model_params(model: Model, seed: int, std: float = 0.3) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def text_batch(rows: int, length: int, least: int) -> dict:
+    """Rows of `least` to `length` tokens for `sft.objective`; all tokens but the first are targets."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(length) < rng.integers(least, length + 1, rows)[:, None]
+    targets = mask & (np.arange(length) > 0)
+    return {
+        "tokens": rng.integers(0, V, (rows, length)).astype(np.int32),
+        "positions": np.where(mask, np.arange(length), 0).astype(np.int32),
+        "segment_ids": mask.astype(np.int32),
+        "weights": (targets / targets.sum()).astype(np.float32),
+    }
+
+
 def byte_tokenizer(*, bos=False, pad: str | None = "<pad>", chat_template: str | None = None, **options):
     """A tokenizer of UTF-8 bytes without any file: <pad> 0, <bos> 1, <eos> 2, bytes from 3, ChatML's tokens last.
 

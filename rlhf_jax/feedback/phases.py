@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlhf_jax.config import DrawArgs, JudgeArgs, SampleArgs, ScoreArgs, SourceConfig, SourcesArgs, to_dict
 from rlhf_jax.config.functions import flat
+from rlhf_jax.config.rules import EXPERT_AXES
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
@@ -24,7 +25,7 @@ Make = Callable[[int, int], list[Row]]
 UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
 UNMADE |= {"data_path", "path", "fields", "prompts", "text_path", "preference_path"}
 UNMADE |= {"reward.gold", *(f"{group}.{name}" for group in ("reward", "judge") for name in ("timeout", "retries"))}
-UNMADE |= {"judge.workers", "judge.api_key_env", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rollout_tensor"}
+UNMADE |= {"judge.workers", "judge.api_key_env", "mesh.rollout_tensor", *(f"mesh.{axis}" for axis in EXPERT_AXES)}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""
 
 

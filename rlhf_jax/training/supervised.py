@@ -203,7 +203,7 @@ def setup(task: Task, claim: Claim) -> Work:
     rows = claim.rows, claim.held_out_rows
     train_set, held_out_set, collate, remarks = examples_of(task, data, claim.tokenizer, *rows)
     train_set = task.resample(train_set) if task.resample else train_set
-    multiple = mesh.shape["data"] * mesh.shape["fsdp"] * claim.settings.accumulate
+    multiple = mesh.row_ways * claim.settings.accumulate
     claim = replace(claim, config__data__batch_size=filled_batch(data, len(train_set), multiple))
     config, data = claim.config, claim.config.data
     seed, buckets = config.run.seed, length_buckets(data)
