@@ -7,12 +7,12 @@ import functools
 import itertools
 import json
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_ppo_stage import assert_stopped_and_continued_is_left_alone
 from tiny import ARCH, BIGRAMS, ONE, TOY_ROWS, bigram_params, make_rollout, toy_directory, toy_run
 
 from rlhf_jax import advantages as adv
@@ -33,7 +33,7 @@ from rlhf_jax.config import (
     ScoreArgs,
 )
 from rlhf_jax.config.functions import replace
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import UserError
 from rlhf_jax.losses import pairwise_reward_loss
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf.layout import flattened
@@ -278,30 +278,13 @@ def guarded(path, other, **changes):
 
 
 def test_a_guarded_run_of_an_ensemble_starts_on_its_scale_and_goes_on_as_if_left_alone(one_device, tmp_path, other):
-    summary = train.run(guarded(tmp_path / "alone", other), **TOY_ROWS)
+    summary, again = assert_stopped_and_continued_is_left_alone(lambda name: guarded(tmp_path / name, other))
     lines = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "rollout/reward" in line]
     assert all(0 <= line["rollout/clipped_fraction"] <= 1 for line in trained)
     assert summary["before"]["eval/reward_disagreement"] > 0 and len(summary["reward_scale"]["std"]) == 2
     assert summary["before"]["eval/reward"] == pytest.approx(-summary["before"]["eval/reward_disagreement"], abs=1e-4)
-    calls = iter(range(100))
-
-    def interrupted(config, **overrides):
-        method, loop = train.setup(config, **overrides)
-
-        def update(*args):
-            if next(calls) == 2:
-                signal.raise_signal(signal.SIGTERM)
-            return method.programs.update(*args)
-
-        return dataclasses.replace(method, programs=dataclasses.replace(method.programs, update=update)), loop
-
-    with pytest.raises(Stopped):
-        online_loop.run("ppo", guarded(tmp_path / "stopped", other), interrupted, **TOY_ROWS)
-    again = train.run(guarded(tmp_path / "stopped", other), **TOY_ROWS)
     assert {**again, "wall_s": 0} == {**summary, "wall_s": 0}
-    one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("alone", "stopped"))
-    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(("limit", "words"), [("kl_budget", "the KL of "), ("disagreement_budget", "disagreement")])

@@ -376,8 +376,11 @@ def load(path, head: bool):
 
 
 def assert_stopped_and_continued_is_left_alone(config):
-    """config(name) is a run; SIGTERM comes in the third iteration of "stopped". The models have the same bits."""
-    train.run(config("alone"), **TOY_ROWS)
+    """config(name) is a run; SIGTERM comes in the third iteration of "stopped". The models have the same bits.
+
+    Returns the summaries of the run left alone and of the one that went on.
+    """
+    alone = train.run(config("alone"), **TOY_ROWS)
     calls = iter(range(100))
 
     def interrupted(config, **overrides):
@@ -392,12 +395,13 @@ def assert_stopped_and_continued_is_left_alone(config):
 
     with pytest.raises(Stopped):
         online_loop.run("ppo", config("stopped"), interrupted, **TOY_ROWS)
-    train.run(config("stopped"), **TOY_ROWS)
+    again = train.run(config("stopped"), **TOY_ROWS)
     models = [Path(config(name).run.output_dir) / "model" for name in ("alone", "stopped")]
     files = sorted(path.name for path in models[0].glob("*.safetensors"))
     assert files
     for name in files:
         assert (models[0] / name).read_bytes() == (models[1] / name).read_bytes()
+    return alone, again
 
 
 @pytest.mark.slow

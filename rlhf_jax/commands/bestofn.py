@@ -31,7 +31,7 @@ def run(
 
     `rows` (dicts with a prompt), `functions` and `gold` replace those that the config names.
     """
-    if not (functions or config.reward.paths or config.reward.functions):
+    if not (functions or config.reward.named()):
         raise UserError("nothing says which response is best; give reward.model or reward.functions")
     prompts = prompts_of(config, rows)
     check_rewards(config, prompts, functions, gold)

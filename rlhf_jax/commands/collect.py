@@ -42,7 +42,7 @@ def run_collect(
     `rows` (dicts with a prompt), `functions`, `judge` and `gold` replace those that the config names.
     """
     prompts = prompts_of(config, rows)
-    if config.label == "reward" and not (functions or config.reward.paths or config.reward.functions):
+    if config.label == "reward" and not (functions or config.reward.named()):
         raise UserError("label is reward, but nothing scores; give reward.model or reward.functions")
     if config.label == "judge" and judge is None:
         config.judge.check_one()

@@ -60,9 +60,7 @@ def run_evaluate(
         return evaluate_reward(config, rows=preference_rows, functions=functions, gold=gold)
     if judge is None and config.judge.named():
         config.judge.check_one()
-    if config.pass_at and not (
-        functions or gold or config.reward.paths or config.reward.functions or config.reward.gold
-    ):
+    if config.pass_at and not (functions or gold or config.reward.named() or config.reward.gold):
         raise UserError("pass_at asks for a reward; give reward.functions or reward.gold")
     prompts, text_source = prompts_of(config, rows), config.text_path if text_rows is None else text_rows
     text = rows_from(text_source) if text_source else []
@@ -104,7 +102,7 @@ def _evaluate(
             sources.draw(number, measure)
             if text:
                 read.append(phases.add(1, 1, partial(held_out, config, sources, source, text)))
-        if functions or config.reward.paths or config.reward.functions:
+        if functions or config.reward.named():
             sources.score(functions)
         pairs_of = partial(beside_baseline, sources, baseline)
         compared = sources.judge(config, judge, pairs_of) if judge or config.judge.named() else None

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import SampleArgs, ScoreArgs
@@ -23,6 +24,7 @@ from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
 from rlhf_jax.inference.scoring import RewardModel, combined
+from rlhf_jax.losses.reward import pairs_right
 from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.sharding import make_mesh
 
@@ -110,10 +112,10 @@ def run_score(config: ScoreArgs) -> list[Row]:
 
     scored = _in_one_phase("score", config, {"rows": digest(rows)}, len(rows), config.batch_size, begin)
     pairs = [(new, preference_row(row)) for new, row in zip(scored, rows, strict=True) if "score_chosen" in new]
-    told = [(pair["label"] - 0.5) * (new["score_chosen"] - new["score_rejected"]) for new, pair in pairs]
-    if judged := [each for each, (_, pair) in zip(told, pairs, strict=True) if pair["label"] != 0.5]:
-        right = np.mean((np.sign(judged) + 1) / 2)
-        tell(f"score: accuracy {right:.3f} of {len(judged)} pairs, equal scores half", error=True)
+    margins = jnp.array([new["score_chosen"] - new["score_rejected"] for new, _ in pairs])
+    right, counts = map(np.asarray, pairs_right(margins, jnp.array([pair["label"] for _, pair in pairs])))
+    if counts.any():
+        tell(f"score: accuracy {right[counts].mean():.3f} of {counts.sum()} pairs, equal scores half", error=True)
     return scored
 
 

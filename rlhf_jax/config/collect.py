@@ -34,7 +34,7 @@ class CollectArgs(SourcesArgs):
         super().__post_init__()
         if self.label == "sources" and len(self.sources) < 2:
             raise UserError(f"label is sources, of which there are {len(self.sources)}; give two or more, best first")
-        unused = {"judge": self.judge.named(), "reward": self.reward.paths or self.reward.functions}
+        unused = {"judge": self.judge.named(), "reward": self.reward.named()}
         for name, given in unused.items():
             if given and self.label != name:
                 raise UserError(f"{name} does nothing with label {self.label}; set label {name}, or leave it out")

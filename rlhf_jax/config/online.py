@@ -64,6 +64,10 @@ class RewardSourceConfig:
         """The directories of the reward models."""
         return [self.model] if self.model else self.models
 
+    def named(self) -> bool:
+        """Whether anything is to score."""
+        return bool(self.paths or self.functions)
+
 
 def check_paths(group: str, model: str, models: list[str]) -> None:
     """Raise a UserError for a reward model and a list of them, or one that is empty or named twice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -13,6 +14,7 @@ from rlhf_jax.data.consensus import best_of_n
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.report import mean_of
 from rlhf_jax.inference.intervals import share_and_interval
+from rlhf_jax.losses.reward import pairs_right
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.runs.directory import Summary
 
@@ -110,8 +112,8 @@ def accuracy(scored: Sequence[Scored], pairs: Pairs, inside: np.ndarray | None =
     the rows that count.
     """
     known = np.ones(len(scored), bool) if inside is None else inside
-    taken, decided = known[pairs.row], pairs.label != 0.5
-    right = (1 + np.sign(pairs.margin) * np.sign(pairs.label - 0.5)) / 2
+    right, decided = map(np.asarray, pairs_right(jnp.asarray(pairs.margin), jnp.asarray(pairs.label)))
+    taken = known[pairs.row]
     count = np.bincount(pairs.row[taken & decided], minlength=len(scored))
     won = np.bincount(pairs.row[taken & decided], right[taken & decided], minlength=len(scored))
     rows = np.flatnonzero(count).tolist()

@@ -56,13 +56,20 @@ def response_logprobs(
     They are of the law of the ids that the rows `kept` (`Rollout.kept`; None: of all). Response tokens go to the
     `experts` (`Rollout.experts`), if these are given.
     """
-    given = {} if experts is None else {"experts": view.of_tokens(experts)}
-    hidden, routing = model.forward(params, **view.inputs, **given)
+    hidden, routing = hidden_of(model, params, view, experts)
     if kept is not None:
         kwargs["kept"] = view.from_rows(kept)
     said = model.logprobs(params, hidden, view.targets, temperature, needed=view.predicts, **kwargs)
     logprobs, entropy = (view.to_rows(x, num_tokens) for x in said)
     return logprobs, entropy, hidden, routing
+
+
+def hidden_of(
+    model: Model, params: Params, view: Packed, experts: Int[Array, "B T L k"] | None = None
+) -> tuple[Float[Array, "M S D"], Routing | None]:
+    """Hidden states of a view, and what the routers did; response tokens go to the `experts` of the rows, if given."""
+    given = {} if experts is None else {"experts": view.of_tokens(experts)}
+    return model.forward(params, **view.inputs, **given)
 
 
 def full_sequence(rollout: Rollout) -> dict[str, Array]:

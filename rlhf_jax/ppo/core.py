@@ -31,6 +31,7 @@ from rlhf_jax.online.core import (
     Update,
     corrected,
     full_sequence,
+    hidden_of,
     make_epochs,
     of_view,
     response_logprobs,
@@ -123,10 +124,9 @@ def values_of(
     """
     routing, hidden = None, policy_hidden
     if not models.shared_trunk:
-        hidden, routing = models.value.forward(params["value"], **view.inputs)
+        hidden, routing = hidden_of(models.value, params["value"], view)
     elif hidden is None:
-        given = {} if experts is None else {"experts": view.of_tokens(experts)}
-        hidden, _ = models.policy.forward(params["policy"], **view.inputs, **given)
+        hidden, _ = hidden_of(models.policy, params["policy"], view, experts)
     return view.to_rows(models.value.scores(params["value"]["score"], hidden), num_tokens), routing
 
 

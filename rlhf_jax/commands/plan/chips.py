@@ -69,7 +69,8 @@ def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     except Exception as error:  # XLA's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error
-    return Chip(*(figure / per_chip(devices) for figure in CHIPS[kind])), list(devices)
+    cores = per_chip(devices)
+    return Chip(*(figure / cores for figure in CHIPS[kind])), list(devices)
 
 
 def per_chip(devices: Sequence[Any]) -> int:
