@@ -351,7 +351,7 @@ def test_heads_that_do_not_divide_by_the_rollouts_tensor_axis_are_one_line():
 
 @pytest.mark.slow
 @pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
-def test_single_chips_and_chips_of_two_devices_are_topologies():
+def test_a_topology_may_be_of_single_chips_and_of_chips_that_are_two_devices():
     """To JAX a chip of v4 and tpu7x is two devices, each with half of its memory."""
     names = {
         "v5e:1x1": (1, 16),
