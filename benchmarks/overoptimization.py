@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.stories import CONFIGS, drawn_from
 from rlhf_jax import ppo, reward
 from rlhf_jax.advantages import best_of_n_kl
-from rlhf_jax.cli import parse
+from rlhf_jax.cli.parsing import parse
 from rlhf_jax.commands.sample import run_score
 from rlhf_jax.config import ModelConfig, ScoreArgs
 from rlhf_jax.data.consensus import best_of_n

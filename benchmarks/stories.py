@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import ppo, reward
-from rlhf_jax.cli import parse
+from rlhf_jax.cli.parsing import parse
 from rlhf_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models.loading import load_model, load_tokenizer

@@ -179,7 +179,7 @@ def test_help_and_typos_import_nothing_heavy(arguments):
 
 
 def test_python_m_is_the_same_program():
-    project = tomllib.loads(Path(cli.__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(Path(cli.__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
     script = EntryPoint("rlhf-jax", project["scripts"]["rlhf-jax"], "console_scripts")
     assert script.load() is __main__.main
     done = subprocess.run([sys.executable, "-m", "rlhf_jax", "--help"], capture_output=True, text=True)

@@ -846,7 +846,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes(here):  # noqa: F811
 
 @pytest.mark.slow
 def test_three_kills_change_no_bit_of_a_supervised_and_of_an_online_stage(tmp_path):
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     command = [sys.executable, "-m", "benchmarks.crash", "--kills", "3", "--steps", "20", "--keep", str(tmp_path)]
     command += ["--stages", "sft", "ppo_lora"]
     env = {**os.environ, "XLA_FLAGS": FAST}

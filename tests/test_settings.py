@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax import cli, config
+from rlhf_jax.cli.commands import dotted, fields
 from rlhf_jax.config.settings import PathText
 from rlhf_jax.errors import UserError
 
@@ -53,8 +54,8 @@ def test_settings_come_back_from_yaml_as_they_were(command, data, tmp_path_facto
     cls = cli.COMMANDS[command].args
     hints = {
         name: hint
-        for name, hint in cli.dotted(cli.fields(cls))
-        if not cli.fields(hint) and name.split(".")[0] not in ("sources",) and type(None) not in typing.get_args(hint)
+        for name, hint in dotted(fields(cls))
+        if not fields(hint) and name.split(".")[0] not in ("sources",) and type(None) not in typing.get_args(hint)
     }
     name = data.draw(st.sampled_from(sorted(name for name in hints if ".arch." not in name)))
     value = data.draw(values_of(hints[name]))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from rlhf_jax.cli import COMMANDS
+from rlhf_jax.cli.commands import COMMANDS
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
 from rlhf_jax.config import ArchConfig, GroupArgs, ModelConfig, OnlineArgs, OnlineConfig, PPOArgs, StageArgs, TrainArgs
 from rlhf_jax.data.collate import example_of_all

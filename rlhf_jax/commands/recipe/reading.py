@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from rlhf_jax import cli
+from rlhf_jax.cli.commands import COMMANDS, dotted, fields
+from rlhf_jax.cli.parsing import misfit, parse
 from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
@@ -152,37 +153,37 @@ class Recipe:
         if not isinstance(command, str) or not isinstance(name, str):
             raise self.error(f"stage {name}", f"command is {command!r}; name one, as command: sft")
         place, label = f"stage {name}", f"round{round_}/{name}" if round_ else name
-        if command not in cli.COMMANDS:
-            raise self.error(place, f"unknown command {command!r}{nearest(command, list(cli.COMMANDS), '')}")
-        hints = cli.COMMANDS[command].options
+        if command not in COMMANDS:
+            raise self.error(place, f"unknown command {command!r}{nearest(command, list(COMMANDS), '')}")
+        hints = COMMANDS[command].options
         target = next((option for option in OUTPUTS if option in hints), "")
         if not target or command == "recipe":
             raise self.error(place, f"{command} leaves nothing that another stage could read; leave it out")
         options: Tree = {}
-        for option, value in cli.dotted(self.defaults):
+        for option, value in dotted(self.defaults):
             if option in hints and not isinstance(value, dict):
                 put(options, option, value)
         options = merged(options, {key: value for key, value in entry.items() if key not in ("name", "command")})
         used: set[str] = set()
         options = {key: filled(value, names, f"{self.where}: {place}: {key}", used) for key, value in options.items()}
         ending = ".jsonl" if target == "output" and command != "convert" else ""
-        output = dict(cli.dotted(options)).get(target) or f"{self.root / label}{ending}"
+        output = dict(dotted(options)).get(target) or f"{self.root / label}{ending}"
         put(options, target, output)
         self.add(names, name, Known(output, frozenset([label]), target == "run.output_dir"))
         try:
-            config = cli.parse(command, [f"--{key}={as_argument(value)}" for key, value in options.items()])
+            config = parse(command, [f"--{key}={as_argument(value)}" for key, value in options.items()])
         except UserError as error:
             raise self.error(place, str(error)) from error
         return Stage(label, round_, command, options, config, output, tuple(sorted(used)))
 
     def check_defaults(self, stages: Sequence[Stage]) -> None:
         """Raise a UserError if a default is an option of no stage."""
-        hints = {name: hint for stage in stages for name, hint in cli.COMMANDS[stage.command].options.items()}
-        for option, value in cli.dotted(self.defaults):
+        hints = {name: hint for stage in stages for name, hint in COMMANDS[stage.command].options.items()}
+        for option, value in dotted(self.defaults):
             if option not in hints:
                 raise self.error("defaults", f"no stage has an option {option!r}{nearest(option, list(hints), '')}")
-            if isinstance(value, dict) != bool(cli.fields(hints[option])) and value != "null":
-                raise self.error("defaults", cli.misfit(option, value, hints[option]))
+            if isinstance(value, dict) != bool(fields(hints[option])) and value != "null":
+                raise self.error("defaults", misfit(option, value, hints[option]))
 
 
 def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
@@ -283,24 +284,24 @@ def replaced(tree: Mapping[str, object], changes: Mapping[str, object], where: s
         UserError: there is no such variable or stage.
     """
     recipe = {str(name): as_texts(value) for name, value in tree.items()}
-    for dotted, value in changes.items():
-        group, _, rest = dotted.partition(".")
+    for option, value in changes.items():
+        group, _, rest = option.partition(".")
         new = as_texts(value)
         if isinstance(new, str) and new[:1] in ("[", "{"):
             try:
                 new = load(new)
             except yaml.YAMLError as error:
-                raise UserError(f"--{dotted} {new!r} is no list or group; close its brackets") from error
+                raise UserError(f"--{option} {new!r} is no list or group; close its brackets") from error
         if group == "stages":
             name, _, rest = rest.partition(".")
             stages = {str(one.get("name", one.get("command"))): one for one in entries_of(recipe.get("stages"))}
             if name not in stages or not rest:
-                raise UserError(f"--{dotted}: {where} has no stage {name!r}{nearest(name, list(stages), '')}")
+                raise UserError(f"--{option}: {where} has no stage {name!r}{nearest(name, list(stages), '')}")
             put(stages[name], rest, new)
         elif group == "variables" and rest not in (variables := recipe.get("variables", {})):
-            raise UserError(f"--{dotted}: {where} has no variable {rest!r}{nearest(rest, [*map(str, variables)], '')}")
+            raise UserError(f"--{option}: {where} has no variable {rest!r}{nearest(rest, [*map(str, variables)], '')}")
         else:
-            put(recipe, dotted, new)
+            put(recipe, option, new)
     return recipe
 
 

@@ -1,0 +1,138 @@
+"""Arguments -> the config of a command, from YAML files and dotted options."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+from rlhf_jax.cli.commands import COMMANDS, Hint, dotted, fields
+from rlhf_jax.config.guess import nearest, same_idea
+from rlhf_jax.config.settings import words
+from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts import files, yamls
+from rlhf_jax.hosts.yamls import Tree
+
+
+def read(path: str, option: str = "--config") -> tuple[str, Tree]:
+    """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
+    text = files.read_text(path, option)
+    tree = yamls.read(text, path)
+    if not isinstance(tree, dict):
+        what = "empty" if tree is None else "a list" if isinstance(tree, list) else "plain text"
+        raise UserError(f"{path}: the file is {what}; write options such as `data: {{batch_size: 8}}`")
+    return text, tree
+
+
+def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """(option, text) of `--option text` and `--option=text`; UserError if that is not what they are."""
+    left = iter(arguments)
+    for argument in left:
+        if not argument.startswith("--"):
+            raise UserError(f"unexpected argument {argument!r}; options are written --name VALUE")
+        name, equals, text = argument[2:].partition("=")
+        value = text if equals else next(left, None)
+        if value is None or (not equals and value.startswith("--")):
+            raise UserError(f"--{name} has no value; write --{name} VALUE")
+        yield name, value
+
+
+def misfit(name: str, value: object, hint: Hint) -> str:
+    """Says that a value does not fit its option."""
+    if fields(hint):
+        return f"{name} is {value!r}; it is a group of options, such as {name}.{next(iter(fields(hint)))}"
+    if typing.get_origin(hint) is list and (known := fields(typing.get_args(hint)[0])):
+        return (
+            f"{name} is {value!r}; give a list of groups such as [{{{next(iter(known))}: ...}}] of {', '.join(known)}"
+        )
+    return f"{name} is {value!r}; give {words(hint)}"
+
+
+def refusal(name: str, value: object, hints: Mapping[str, Hint], command: str) -> str:
+    """Says that there is no such option, or that it is or is not a group, or cannot be null; else empty."""
+    if name not in hints:
+        return f"unknown option {name!r}{nearest(name, list(hints), command + ' ')}"
+    hint = hints[name]
+    if isinstance(value, str) and hint is not str and value != "null":
+        with contextlib.suppress(yaml.YAMLError):
+            if yamls.load(value) is None:  # blank, or a comment
+                return misfit(name, value, hint)
+    fits = NoneType in typing.get_args(hint) if value == "null" else isinstance(value, dict) == bool(fields(hint))
+    return "" if fits else misfit(name, value, hint)
+
+
+@functools.cache  # a recipe has many stages of few commands, and to make one takes half a second
+def parser_of(command: str) -> ArgumentParser:
+    """The parser of a command's options; what its help says comes from the docstrings of the config classes."""
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
+
+    set_loader("texts", yamls.load, (yaml.YAMLError,))
+    prog, usage = f"rlhf-jax {command}", "%(prog)s [--config FILE.yaml] [--dotted.option VALUE ...]"
+    parser = ArgumentParser(
+        prog=prog, usage=usage, description=COMMANDS[command].about, parser_mode="texts", exit_on_error=False,
+        print_config=None,
+    )  # fmt: skip
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; what comes later wins")
+    parser.add_class_arguments(COMMANDS[command].args, None, as_group=False)
+    hints = COMMANDS[command].options
+    for action in parser._actions:  # its own text offers a file for each group, which `refusal` does not know
+        if fields(hints.get(action.dest)) and action.metavar:
+            action.metavar, action.help = "{NAME: VALUE, ...}", "several of the following at once"
+    return parser
+
+
+def parse(command: str, arguments: list[str]) -> Any:
+    """The command's config from YAML files and dotted options, later ones winning.
+
+    Raises:
+        UserError: anything in the arguments or the file that does not fit.
+    """
+    cls, hints = COMMANDS[command].args, COMMANDS[command].options
+    given: list[tuple[str, str, Any]] = []
+    plain: list[str] = []
+    hints |= {f"{name}+": hint for name, hint in hints.items() if typing.get_origin(hint) is list}  # appends
+    for name, text in pairs(arguments):
+        if name == "config":
+            text, tree = read(path := text)
+            lines = yamls.lines(text)
+            given += [(f"{path}:{lines[option]}: ", option, value) for option, value in dotted(tree)]
+        else:
+            name = same_idea(name, hints)
+            hint = hints.get(name)
+            if typing.get_origin(hint) in (list, tuple) and not fields(typing.get_args(hint)[0]):
+                text = yamls.as_list(text)
+            tree = Tree({name: text})
+            if fields(hint):
+                with contextlib.suppress(yaml.YAMLError):
+                    tree = {name: yamls.load(text)}
+            given += [("", option, value) for option, value in dotted(tree)]
+        plain.append(f"--{name}={text}")
+    for where, option, value in given:
+        if line := refusal(option, value, hints, command):
+            raise UserError(where + line)
+    parser = parser_of(command)
+    try:
+        parsed = parser.instantiate(parser.parse_args(plain))
+    except ArgumentError as error:
+        for where, option, value in given:
+            try:
+                parser.parse_object({option: value})
+            except ArgumentError:
+                if not isinstance(value, dict):
+                    raise UserError(where + misfit(option, value, hints[option])) from error
+        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:  # jsonargparse wraps what an optional group raises
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    except Exception as error:  # whatever the parser makes of odd input
+        raise UserError(f"the options cannot be read ({type(error).__name__}: {reason(error)})") from error
+    return cls(**{name: parsed[name] for name in fields(cls)})
