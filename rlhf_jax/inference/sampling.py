@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
+from rlhf_jax.inference import drawing
 from rlhf_jax.inference.engine import Engine
 from rlhf_jax.inference.slots import Begun, choose_slots, queue_of, split
 from rlhf_jax.models.model import Model, of_length
@@ -238,7 +239,7 @@ def _of_prompts(
     prompts, masks, active = (split(x, ways) for x in (prompt, mask, active))
     uniforms, begun = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[2:]), (uniforms, begun))
     queue, number = queue_of(active)
-    run = Engine(
+    asked = Engine(
         prompts=prompts,
         masks=masks,
         queue=queue,
@@ -247,8 +248,8 @@ def _of_prompts(
         slots=at_once,
         begun=begun,
         **engine,
-    ).run()
-    return jax.tree.map(lambda x: x.reshape(count, samples, *x.shape[2:]), run)
+    )
+    return jax.tree.map(lambda x: x.reshape(count, samples, *x.shape[2:]), drawing.run(asked))
 
 
 def _begun(earlier: Rollout | None, budget: int, steps: int, samples: int) -> Begun | None:
