@@ -39,6 +39,18 @@ def missing_eos_penalty(
     return jnp.where(finished, scores, penalised)
 
 
+def filled(scores: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """Scores with the mean of the others of its group in place of NaN; in a group of NaN alone, that of all others.
+
+    group_size rows in a row are a group; those of one row are all one group. Without any number it is 0.
+    """
+    groups = scores.reshape((-1, group_size) if group_size > 1 else (1, -1))
+    known = ~jnp.isnan(groups)
+    mean = lambda axis: jnp.nan_to_num(jnp.mean(groups, axis=axis, where=known, keepdims=True))  # noqa: E731
+    of_group = jnp.where(known.any(axis=1, keepdims=True), mean(1), mean(None))
+    return jnp.where(known, groups, of_group).reshape(-1)
+
+
 def combined(
     scores: Float[Array, "*B M"], *, combine: str, combine_coef: Float[Array, ""] | float
 ) -> Float[Array, "*B"]:

@@ -9,6 +9,7 @@ branches themselves are named here and nowhere else:
     seed > training             then a step or iteration: rollout and update, or a loss's noise
     seed > evaluation           then a held-out batch, or a step whose table of samples this is
     seed > held-out loss        the same noise at every evaluation
+    a rollout's > judge         what a judge of its responses writes
     seed > (a number)           of a batch or source, in commands that sample without training
     seed > sampler's weights    of a random model in such a command
 """
@@ -20,10 +21,18 @@ from typing import Literal, get_args
 import jax
 
 Purpose = Literal[
-    "weights", "training", "evaluation", "held-out loss", "adapters", "critic's adapters", "sampler's weights"
+    "weights",
+    "training",
+    "evaluation",
+    "held-out loss",
+    "adapters",
+    "critic's adapters",
+    "sampler's weights",
+    "judge",
 ]
 NUMBERS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 NUMBERS["sampler's weights"] = 2**31  # beside batches and sources, which count from 0
+NUMBERS["judge"] = 2**31  # beside the splits of a rollout's key
 
 
 def branch(key: jax.Array, purpose: Purpose) -> jax.Array:

@@ -494,7 +494,7 @@ def test_a_run_that_cannot_be_is_refused_before_it_writes(here, refused, argumen
 
 
 PPO_MISTAKES = {
-    "--reward.functions []": r"there is no reward; set reward\.model, or reward\.functions to .*",
+    "--reward.functions []": r"there is no reward; set reward\.model, reward\.judge, or reward\.functions to .*",
     "--reward.functions [cli_rewards]": r"'cli_rewards' names no function; write it as .*",
     "--reward.functions [./cli_rewards.py:length]": r"'\./cli_rewards\.py:length' names no function; write it as .*",
     "--reward.functions [cli_rewards:lenght]": r"'cli_rewards:lenght': module cli_rewards has no function 'lenght'.*",

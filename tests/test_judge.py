@@ -184,7 +184,8 @@ def test_a_judge_that_never_answers_ends_it(monkeypatch, failure):
 
 
 def test_braces_within_texts_stay():
-    assert filled("{prompt}|{a}|{b}", ("{a}", "{b} {x}", "\\1")) == "{a}|{b} {x}|\\1"
+    config = JudgeConfig(template="{prompt}|{a}|{b}")
+    assert filled(config, ("{a}", "{b} {x}", "\\1")) == "{a}|{b} {x}|\\1"
 
 
 # --- a server
@@ -207,7 +208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         failing = prompt == "broken" or (prompt == "flaky" and earlier == 1)
         code = 503 if failing else 401 if prompt == "secret" else 200
-        text = {"odd": "Who knows?", "empty": None}.get(prompt, "A" if a.count("x") > b.count("x") else "B")
+        text = {"odd": "Who knows?", "empty": None}.get(prompt, self.server.says(a, b))
         reply = json.dumps({"choices": [{"message": {"content": text}}]} if prompt != "junk" else [1]).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(reply)))
@@ -224,6 +225,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
         found.seen, found.handle_error = [], lambda *args: None  # a client that gave up is no news
+        found.says = lambda a, b: "A" if a.count("x") > b.count("x") else "B"
         thread = threading.Thread(target=found.serve_forever, daemon=True)
         thread.start()
         yield found
@@ -315,7 +317,7 @@ def test_the_log_probs_of_the_letters_are_the_verdict(language_model):
     found = judge(questions, KEY)
     model, params, tokenizer = judge.loaded.model, judge.loaded.params, judge.tokenizer
     for question, p in zip(questions, found, strict=True):
-        ids = tokenizer.encode_prompt(filled(TEMPLATE, question))
+        ids = tokenizer.encode_prompt(filled(config, question))
         total = []
         for letter in (" A", " B"):
             tokens = np.array([*ids, *tokenizer.hf(letter)["input_ids"]])[None]

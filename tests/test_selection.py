@@ -127,7 +127,7 @@ def test_prompts_on_which_the_reward_fails_are_left_out_if_that_is_asked_for(tmp
 
 
 def test_a_best_of_n_without_a_reward_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nothing says which response is best; give reward\.model or reward\.funct"):
+    with pytest.raises(UserError, match=r"nothing says which response is best; give reward\.model, reward\.judge or"):
         bestofn.run(sampling(tmp_path / "best.jsonl"), rows=TOY_ROWS["rows"])
 
 

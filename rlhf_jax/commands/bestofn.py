@@ -32,7 +32,7 @@ def run(
     `rows` (dicts with a prompt), `functions` and `gold` replace those that the config names.
     """
     if not (functions or config.reward.named()):
-        raise UserError("nothing says which response is best; give reward.model or reward.functions")
+        raise UserError("nothing says which response is best; give reward.model, reward.judge or reward.functions")
     prompts = prompts_of(config, rows)
     check_rewards(config, prompts, functions, gold)
     output, prompts = named(config.output), within_limits(config, prompts)
@@ -44,8 +44,12 @@ def run(
         scored = sources.score(functions)
         phases.fill("bestofn", progress=config.progress)
 
-        proxy = np.array([row["scores"] for row in scored.rows], float)  # NaN where the reward failed, on_failure skip
-        known = np.flatnonzero(~np.isnan(proxy).any(axis=1)).tolist()
+        # [prompts, samples], NaN where the reward failed (on_failure skip) or a judge gave no answer; the curve, which
+        # has a number for each, takes the mean of the prompt's others there.
+        said = np.array([row["scores"] for row in scored.rows], float)
+        known = np.flatnonzero(~np.isnan(said).all(axis=1)).tolist()
+        proxy = said.copy()
+        proxy[known] = np.where(np.isnan(said[known]), np.nanmean(said[known], axis=1, keepdims=True), said[known])
         golds = sources.gold(gold)
         if not known:
             raise UserError("the reward failed on every prompt; mend it and give the command again")
@@ -53,11 +57,11 @@ def run(
         curve = curve_of(rewards, [prompt_key(prompts[i]) for i in known])
         out: list[Row] = []  # sft rows
         for i in known:
-            best = int(proxy[i].argmax())  # of equals the first
+            best = int(np.nanargmax(said[i]))  # of equals the first
             answer = answer_fields(sources.responses(i)[best])
             told = {"score": float(proxy[i][best])} | ({} if golds is None else {"gold": float(golds[i][best])})
             out.append({**kept_fields(prompts[i]), **answer, **told})
-        summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
+        summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve, **sources.unscored()}
         write_and_tell("bestofn", journal, out, summary)
     return summary
 

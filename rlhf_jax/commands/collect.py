@@ -43,7 +43,7 @@ def run_collect(
     """
     prompts = prompts_of(config, rows)
     if config.label == "reward" and not (functions or config.reward.named()):
-        raise UserError("label is reward, but nothing scores; give reward.model or reward.functions")
+        raise UserError("label is reward, but nothing scores; give reward.model, reward.judge or reward.functions")
     if config.label == "judge" and judge is None:
         config.judge.check_one()
     check_rewards(config, prompts, functions if config.label == "reward" else [], gold)
@@ -72,7 +72,7 @@ def run_collect(
         pairs = pairs_of(ranked, shares)
         kept = FILTERS[config.length_filter](ranked, pairs)
         out = in_schema(config, ranked, kept)
-        summary: Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked)}
+        summary: Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked), **sources.unscored()}
         if config.label != "none":
             summary["pairs"] = length_bias(ranked, pairs)
         if config.length_filter != "off":

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rlhf_jax.config import EvaluateArgs, resolve
@@ -22,8 +23,9 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
+from rlhf_jax.feedback.scorer import Scorer
 from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
-from rlhf_jax.inference.scoring import Scorer, function_inputs
+from rlhf_jax.inference.scoring import function_inputs
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import RewardFn
@@ -49,8 +51,8 @@ def evaluate_reward(
     `rows`, `functions` and `gold` replace those that the config names.
     """
     asked = functions_of(config.reward, functions)
-    if not (asked or config.reward.paths):
-        raise UserError("nothing is evaluated; give reward.model, reward.models or reward.functions")
+    if not (asked or config.reward.named()):
+        raise UserError("nothing is evaluated; give reward.model, reward.models, reward.judge or reward.functions")
     judge = gold or (resolve(config.reward.gold) if config.reward.gold else None)
     items = _items(config.preference_path if rows is None else rows)
     fields = [{name: item.row[name] for name in unread_of(item.row)} for item in items]
@@ -71,7 +73,13 @@ def evaluate_reward(
             phases.fill("evaluate", progress=config.progress)
             golds = _golds(config, items, columns, judge) if judge else [{}] * len(items)
             said = [scores | own for scores, own in zip(phase.rows, golds, strict=True)]
-            summary = reward_report([_scored(*each) for each in zip(items, said, strict=True)])
+            whole = [each for each in zip(items, said, strict=True) if None not in each[1]["scores"]]
+            if not whole:
+                raise UserError("a judge left a response of every row without a score; look at its template")
+            summary = reward_report([_scored(*each) for each in whole])
+            if len(whole) < len(items):
+                tell(f"! {len(items) - len(whole)} rows with a response that the judge gave no score are left out")
+                summary["unscored"] = len(items) - len(whole)
             summary["made_of"] = made_of
             plain = [{name: value for name, value in item.row.items() if name != "_where"} for item in items]
             out = [row | own for row, own in zip(plain, said, strict=True)]
@@ -87,11 +95,14 @@ def _scoring(
     limits = Limits(config.max_prompt_length, config.max_length)
     mesh, size = make_mesh(config.mesh), config.batch_size
     scorer = Scorer(config.reward, mesh, limits, batch_size=size, functions=functions)
+    if scorer.judge is not None:
+        scorer.judge.check_columns(columns, [item.ranking.where for item in items])
     shown = scorer.models[0].tokenizer.prompt_text if scorer.models else in_transcript
 
     def make(start: int, stop: int) -> list[Row]:
         groups = [_answers(items[i], shown(items[i].ranking.prompt), columns[i]) for i in range(start, stop)]
-        scores = iter(scorer([row for group in groups for row in group]).tolist())
+        said = scorer([row for group in groups for row in group], jax.random.key(start)).tolist()
+        scores = iter([None if np.isnan(score) else score for score in said])
         return [{"scores": [next(scores) for _ in group]} for group in groups]
 
     return make

@@ -13,10 +13,11 @@ from rlhf_jax.config.checks import key_of
 from rlhf_jax.config.collect import CollectArgs, JudgeArgs
 from rlhf_jax.config.datasets import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs
 from rlhf_jax.config.evaluate import EvaluateArgs
-from rlhf_jax.config.feedback import DrawArgs, JudgeConfig, SourceConfig, SourcesArgs
+from rlhf_jax.config.feedback import DrawArgs, SourceConfig, SourcesArgs
 from rlhf_jax.config.functions import bind, no_code_below, resolve, to_dict
 from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
 from rlhf_jax.config.inspection import ConvertArgs, InspectArgs
+from rlhf_jax.config.judge import JudgeConfig, RewardJudgeConfig
 from rlhf_jax.config.label import LabelArgs
 from rlhf_jax.config.online import PPO_OPTIM, OnlineConfig, RewardSourceConfig
 from rlhf_jax.config.parts import (

@@ -6,7 +6,8 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
-from rlhf_jax.config.feedback import JudgeConfig, SourcesArgs
+from rlhf_jax.config.feedback import SourcesArgs
+from rlhf_jax.config.judge import JudgeConfig
 from rlhf_jax.config.parts import MeshConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError

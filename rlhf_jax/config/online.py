@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.checks import LARGEST, check
+from rlhf_jax.config.judge import RewardJudgeConfig
 from rlhf_jax.config.parts import OptimConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
@@ -13,7 +14,7 @@ from rlhf_jax.errors import UserError, shown
 
 @settings
 class RewardSourceConfig:
-    """What PPO maximises: weight * reward model + sum of weights * Python functions.
+    """What PPO maximises: weight * reward model + sum of weights * Python functions + weight * judge.
 
     Args:
         model: directory of a reward model, as `rlhf-jax reward` writes it; empty means none. One with several heads
@@ -25,6 +26,7 @@ class RewardSourceConfig:
         model_weight: factor of the model's or the ensemble's score.
         functions: Python functions fn(prompts, responses, **columns) -> list of floats, as "module:name".
         function_weights: a factor for each function; empty means 1 for all.
+        judge: our own model, an endpoint or, of pairs, a Python function whose opinion of responses is paid.
         gold: a function of the same form that is only logged, as rollout/gold; training never sees it.
         timeout: seconds after which a call of a function has failed; 0 waits for ever and calls it in the main thread.
         retries: further calls after one that raised or ran out of time.
@@ -38,6 +40,7 @@ class RewardSourceConfig:
     model_weight: float = 1.0
     functions: list[str] = field(default_factory=list)
     function_weights: list[float] = field(default_factory=list)
+    judge: RewardJudgeConfig = RewardJudgeConfig()
     gold: str = ""
     timeout: float = 600.0
     retries: int = 2
@@ -66,7 +69,7 @@ class RewardSourceConfig:
 
     def named(self) -> bool:
         """Whether anything is to score."""
-        return bool(self.paths or self.functions)
+        return bool(self.paths or self.functions or self.judge.named())
 
 
 def check_paths(group: str, model: str, models: list[str]) -> None:

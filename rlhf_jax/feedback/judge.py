@@ -49,8 +49,8 @@ STATED = (
 _NOT = "not? never neither nor hardly less least worse worst weaker inferior los\\w+ wrong bad if whether unless"
 NEGATED = re.compile(rf"\b(?:{'|'.join(_NOT.split())})\b|n't\b", re.IGNORECASE)
 
-Question = tuple[str, str, str]
-"""(prompt, response A, response B)"""
+Question = tuple[str, ...]
+"""(prompt, response A, response B), or of a judge of single ones (prompt, response)"""
 
 Ask = Callable[[Sequence[Question], jax.Array], list[Answer]]
 """(questions, key) -> an answer to each."""

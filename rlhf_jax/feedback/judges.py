@@ -1,15 +1,16 @@
-"""Whom a judge asks: a Python function, a server, or a language model of our own."""
+"""Whom judges ask: a Python function, a server, or a language model of our own."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from rlhf_jax.config import JudgeArgs, JudgeConfig, SamplingConfig, SourcesArgs, key_of, resolve
 from rlhf_jax.data.messages import Messages, transcript
@@ -24,9 +25,32 @@ from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
 from rlhf_jax.sharding import Mesh, make_mesh
 
-PLACES = re.compile(r"\{(?:prompt|a|b)\}")
 
-LIMIT = "judge.timeout"
+@dataclass(frozen=True)
+class Form:
+    """What answers to a kind of question mean.
+
+    Attributes:
+        choices: the answers between which a model's log-probs choose, and the number that each means.
+        read: the number that a written answer means, or NONSENSE.
+    """
+
+    choices: Mapping[str, float]
+    read: Callable[[object], Answer]
+
+
+PAIRS = Form({"A": 1.0, "B": 0.0}, parse)
+"""Which of two responses is better: the chance that A is."""
+
+
+class Silent(UserError):
+    """Whoever is asked has gone; `what` is the line without a cure."""
+
+    def __init__(self, what: str):
+        """Of a line without a cure."""
+        super().__init__(f"{what}; mend that, then give the same command again, which goes on here")
+        self.what = what
+
 
 MOST_FAILURES = 16
 """So many questions in a row without an answer end the command."""
@@ -46,28 +70,40 @@ def verdicts(
 
     def make(start: int, stop: int) -> list[Row]:
         groups = [groups_of(i) for i in range(start, stop)]
-        plain = [
-            (prompt if isinstance(prompt, str) else transcript(prompt).strip(), texts)
-            for each in groups
-            for prompt, texts in each
-        ]
+        plain = [(plain_text(prompt), texts) for each in groups for prompt, texts in each]
         of_groups = iter(judge.verdicts(plain, jax.random.fold_in(key, start)))
         return [{"verdicts": [asdict(v) for _ in each for v in next(of_groups)]} for each in groups]
 
     return make
 
 
+def plain_text(prompt: str | Messages) -> str:
+    """A prompt as a judge reads it."""
+    return prompt if isinstance(prompt, str) else transcript(prompt).strip()
+
+
 def make_judge(config: JudgeConfig, mesh: Mesh) -> Judge:
-    """The judge that the config names."""
-    config.check_one()
-    if config.function:
-        ask = ask_function(resolve(config.function), timeout=config.timeout, retries=config.retries)
-    else:
-        ask = ask_server(config) if config.url else ModelJudge(config, mesh)
+    """The judge of pairs that the config names."""
+    return judge_by(make_ask(config, mesh, PAIRS), config)
+
+
+def judge_by(ask: Ask, config: JudgeConfig) -> Judge:
+    """The judge of pairs that asks in this way."""
     return Judge(ask, votes=config.votes, both_orders=config.both_orders, inconsistent=config.inconsistent)
 
 
-def ask_function(fn: Callable[[str, str, str], object], *, timeout: float, retries: int) -> Ask:
+def make_ask(config: JudgeConfig, mesh: Mesh, form: Form, *, skip_long: bool = False) -> Ask:
+    """Whom the config names, for questions of a form; `skip_long` as of `ModelJudge`."""
+    config.check_one()
+    if config.function:
+        function = resolve(config.function)
+        return ask_function(function, timeout=config.timeout, retries=config.retries, group=config.group)
+    return ask_server(config, form) if config.url else ModelJudge(config, mesh, form, skip_long=skip_long)
+
+
+def ask_function(
+    fn: Callable[[str, str, str], object], *, timeout: float, retries: int, group: str = JudgeConfig.group
+) -> Ask:
     """fn(prompt, a, b), one question after another, each within `timeout` seconds (0: any).
 
     Raises:
@@ -84,40 +120,41 @@ def ask_function(fn: Callable[[str, str, str], object], *, timeout: float, retri
             raise UserError(f"judge function {name}: {type(error).__name__}: {reason(error)}; mend it") from error
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
-        tried = partial(persist, timeout=timeout, retries=retries, limit=LIMIT, final=(UserError,))
+        tried = partial(persist, timeout=timeout, retries=retries, limit=f"{group}timeout", final=(UserError,))
         return _counted(f"judge function {name}", (partial(tried, partial(one, question)) for question in questions))
 
     return ask
 
 
-def ask_server(config: JudgeConfig) -> Ask:
+def ask_server(config: JudgeConfig, form: Form = PAIRS) -> Ask:
     """A chat endpoint of OpenAI's form, `workers` requests at once.
 
     Raises:
         UserError: when asked, a request that the server refuses, or no answers any more.
     """
     address = config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    key = key_of("judge.api_key_env", config.api_key_env) if config.api_key_env else ""
-    endpoint = Endpoint("judge.url", address, key=key, timeout=config.timeout, limit=LIMIT)
+    url, limit = f"{config.group}url", f"{config.group}timeout"
+    key = key_of(f"{config.group}api_key_env", config.api_key_env) if config.api_key_env else ""
+    endpoint = Endpoint(url, address, key=key, timeout=config.timeout, limit=limit)
 
     def one(question: Question) -> Answer:
         body = {
             "model": config.url_model,
-            "messages": [{"role": "user", "content": filled(config.template, question)}],
+            "messages": [{"role": "user", "content": filled(config, question)}],
             "temperature": config.temperature,
             "max_tokens": config.max_new_tokens,
         }
         try:
-            return parse(endpoint.post(body)["choices"][0]["message"]["content"])
+            return form.read(endpoint.post(body)["choices"][0]["message"]["content"])
         except (LookupError, TypeError):
             raise Unanswered("an answer that is no chat completion") from None
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
         with ThreadPoolExecutor(config.workers) as pool:  # the endpoint keeps the time itself
-            tried = partial(persist, timeout=0, retries=config.retries, limit=LIMIT, final=(UserError,))
+            tried = partial(persist, timeout=0, retries=config.retries, limit=limit, final=(UserError,))
             waiting = [pool.submit(tried, partial(one, question)) for question in questions]
             try:
-                return _counted("judge.url", (answer.result for answer in waiting))
+                return _counted(url, (answer.result for answer in waiting))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -129,7 +166,7 @@ def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> list[Answer]
     """What each call returns, or NO_ANSWER if it raises Failed.
 
     Raises:
-        UserError: all of them are failures, or MOST_FAILURES in a row are: whoever is asked has gone.
+        Silent: all of them are failures, or MOST_FAILURES in a row are.
     """
     counted: list[Answer] = []
     in_a_row = 0
@@ -144,33 +181,30 @@ def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> list[Answer]
         if in_a_row == MOST_FAILURES:
             break
     if last is not None and (in_a_row == MOST_FAILURES or in_a_row == len(counted)):
-        raise UserError(
-            f"{whom}: {in_a_row} questions in a row had no answer ({reason(last)}); mend that, then give the same "
-            "command again, which goes on here"
-        )
+        raise Silent(f"{whom}: {in_a_row} questions in a row had no answer ({reason(last)})")
     return counted
 
 
-def filled(template: str, question: Question) -> str:
-    """The template with a question in it; braces within the texts stay as they are."""
-    parts = dict(zip(("{prompt}", "{a}", "{b}"), question, strict=True))
-    return PLACES.sub(lambda place: parts[place[0]], template)
+def filled(config: JudgeConfig, question: Question) -> str:
+    """The config's template with a question in it; braces within the texts stay as they are."""
+    parts = dict(zip((f"{{{place}}}" for place in config.places), question, strict=True))
+    return re.sub("|".join(map(re.escape, parts)), lambda place: parts[place[0]], config.template or config.default)
 
 
 class ModelJudge:
     """A language model of our own that answers questions.
 
-    logprob: p = sigmoid(log p(A) - log p(B)) of the two letters as answers. sample: what it writes, with noise of its
-    own for each question of a call.
+    logprob: the expectation of what its choices mean, over their probabilities as answers: of A and B the chance
+    p(A) / (p(A) + p(B)). sample: what it writes, with noise of its own for each question of a call.
     """
 
-    def __init__(self, config: JudgeConfig, mesh: Mesh):
-        """Load the model.
+    def __init__(self, config: JudgeConfig, mesh: Mesh, form: Form = PAIRS, *, skip_long: bool = False):
+        """Load the model; with `skip_long`, questions that are too long have no answer.
 
         Raises:
-            UserError: it cannot hold a question, or its tokenizer does not tell A from B.
+            UserError: it cannot hold a question, or its tokenizer does not tell two choices apart.
         """
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.form, self.skip_long = config, mesh, form, skip_long
         self.tokenizer = tokenizer = load_tokenizer(config.model)
         with jax.set_mesh(mesh.grid):
             length = config.max_prompt_length + (config.max_new_tokens if config.answer == "sample" else 0)
@@ -182,12 +216,13 @@ class ModelJudge:
             longest = config.max_prompt_length
             self.generator = Generator(model, tokenizer, sampling, mesh, max_prompt_length=longest)
             return
-        said = [[{"role": "assistant", "content": letter}] for letter in "AB"]
-        self.letters = [tokenizer.encode_response(each, finished=False) for each in said]
-        if self.letters[0] == self.letters[1]:
-            raise UserError(f"{config.model.path}: its tokenizer does not tell A from B; choose another judge")
-        longest = config.max_prompt_length + max(map(len, self.letters))
-        check_length(model.arch, longest, "judge.max_prompt_length and the answer =")
+        said = [[{"role": "assistant", "content": choice}] for choice in form.choices]
+        self.choices = [tokenizer.encode_response(each, finished=False) for each in said]
+        if len(set(map(tuple, self.choices))) < len(self.choices):
+            names = " from ".join([*form.choices][:2])
+            raise UserError(f"{config.model.path}: its tokenizer does not tell {names}; choose another judge")
+        longest = config.max_prompt_length + max(map(len, self.choices))
+        check_length(model.arch, longest, f"{config.group}max_prompt_length and the answer =")
         self.likelihood = Likelihood(model, mesh, batch_size=2 * config.batch_size)
 
     def __call__(self, questions: Sequence[Question], key: jax.Array) -> list[Answer]:
@@ -196,22 +231,49 @@ class ModelJudge:
         Raises:
             UserError: a question is too long.
         """
-        texts = [filled(self.config.template, question) for question in questions]
+        texts = [filled(self.config, question) for question in questions]
         chat = self.tokenizer.hf.chat_template
         prompts: list[str | Messages] = [[{"role": "user", "content": text}] if chat else text for text in texts]
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         longest, limit = max(map(len, ids)), self.config.max_prompt_length
-        if longest > limit:
+        if longest > limit and not self.skip_long:
             raise UserError(
-                f"a question to the judge has {longest} tokens, more than judge.max_prompt_length {limit}; raise it, "
-                "or judge shorter responses"
+                f"a question to the judge has {longest} tokens, more than {self.config.group}max_prompt_length "
+                f"{limit}; raise it, or judge shorter responses"
             )
-        with jax.set_mesh(self.mesh.grid):
-            if self.config.answer == "sample":
-                rows = [{"prompt": prompt, "_where": "a question"} for prompt in prompts]
-                size = self.config.batch_size
-                drawn = self.generator.responses(self.loaded.params, rows, key, batch_size=size)
-                return [parse(one.text) for one in drawn]
-            examples = [example_of(prompt, letter) for prompt in ids for letter in self.letters]
-            said = [float(logprobs.sum()) for logprobs in self.likelihood.targets(self.loaded.params, examples)]
-        return [1 / (1 + math.exp(min(b - a, 700.0))) for a, b in zip(said[::2], said[1::2], strict=True)]
+        asked = [i for i, each in enumerate(ids) if len(each) <= limit]
+        answers: list[Answer] = [NO_ANSWER] * len(ids)
+        if asked:
+            with jax.set_mesh(self.mesh.grid):
+                said = self._answers([prompts[i] for i in asked], [ids[i] for i in asked], key)
+            for i, answer in zip(asked, said, strict=True):
+                answers[i] = answer
+        return answers
+
+    def _answers(
+        self, prompts: Sequence[str | Messages], ids: Sequence[Sequence[int]], key: jax.Array
+    ) -> Sequence[Answer]:
+        if self.config.answer == "sample":
+            rows = [{"prompt": prompt, "_where": "a question"} for prompt in prompts]
+            size = self.config.batch_size
+            drawn = self.generator.responses(self.loaded.params, rows, key, batch_size=size)
+            return [self.form.read(one.text) for one in drawn]
+        examples = [example_of(prompt, choice) for prompt in ids for choice in self.choices]
+        said = [logprobs.sum(dtype=np.float64) for logprobs in self.likelihood.targets(self.loaded.params, examples)]
+        chances = chosen(np.reshape(said, (len(ids), -1)), self.choices)
+        return (chances @ np.array([*self.form.choices.values()])).tolist()
+
+
+def chosen(logprobs: Float[np.ndarray, "N K"], choices: Sequence[Sequence[int]]) -> Float[np.ndarray, "N K"]:
+    """The probability of each of K continuations given that it is one of them, of the log-probs of all their tokens.
+
+    Where one goes on as another begins, as 10 and 1, the shorter one's own share is without the longer one's.
+    """
+    shares = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    within = [[len(a) < len(b) and list(b[: len(a)]) == list(a) for b in choices] for a in choices]
+    longer = np.array(within, np.float64)  # [K, K], whether choice b goes on where a ends
+    # Of three in a row the longest is a part of the middle one, so what each has of its own is taken off.
+    own = shares.copy()
+    for i in sorted(range(len(choices)), key=lambda i: -len(choices[i])):
+        own[:, i] = np.maximum(shares[:, i] - own @ longer[i], 0.0)
+    return own / own.sum(axis=1, keepdims=True)

@@ -24,8 +24,12 @@ Make = Callable[[int, int], list[Row]]
 
 UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
 UNMADE |= {"data_path", "path", "fields", "prompts", "text_path", "preference_path"}
-UNMADE |= {"reward.gold", *(f"{group}.{name}" for group in ("reward", "judge") for name in ("timeout", "retries"))}
-UNMADE |= {"judge.workers", "judge.api_key_env", "mesh.rollout_tensor", *(f"mesh.{axis}" for axis in EXPERT_AXES)}
+UNMADE |= {
+    "reward.gold",
+    *(f"{group}.{name}" for group in ("reward", "judge", "reward.judge") for name in ("timeout", "retries")),
+}
+UNMADE |= {f"{group}.{name}" for group in ("judge", "reward.judge") for name in ("workers", "api_key_env")}
+UNMADE |= {"mesh.rollout_tensor", *(f"mesh.{axis}" for axis in EXPERT_AXES)}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import numpy as np
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row
@@ -21,10 +22,11 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
+from rlhf_jax.feedback.scorer import Scorer
 from rlhf_jax.inference.generate import Generator, Response, total_length
 from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, columns_for, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.inference.scoring import Scorer, function_inputs
+from rlhf_jax.inference.scoring import function_inputs
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_vocabulary, load_model, load_tokenizer, same_ids
 from rlhf_jax.sharding import Mesh, make_mesh
@@ -270,7 +272,10 @@ class Sources:
     # --- scores and verdicts
 
     def score(self, functions: Sequence[RewardFn] | None) -> Phase:
-        """Add a phase of rows {scores} by config.reward; null where it failed and reward.on_failure is skip."""
+        """Add a phase of rows {scores} by config.reward.
+
+        null where it failed and reward.on_failure is skip, or where a judge gave no answer.
+        """
         self._scored = self.phases.add(len(self.prompts), self._at_once, partial(self._scoring, functions))
         return self._scored
 
@@ -278,6 +283,9 @@ class Sources:
         config, longest = self.config, self.config.max_prompt_length
         limits = Limits(longest, longest + config.sampling.max_new_tokens)
         scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
+        if scorer.judge is not None:
+            scorer.judge.check_columns(self._columns, [where_of(row) for row in self.prompts])
+        key = jax.random.fold_in(jax.random.key(config.seed), len(self.sources) + 1)
         reads = [False] * len(self.sources)  # whether a source's ids mean the same to the reward model
         if scorer.models:
             tokenizers = [load_tokenizer(self._model(one)) for one in self.sources]
@@ -289,7 +297,8 @@ class Sources:
             groups = [self._to_score(i, reads) for i in range(start, stop)]
             rows = [row for each in groups for row in each]
             try:
-                scores = iter(scorer(rows).tolist())
+                said = scorer(rows, jax.random.fold_in(key, start)).tolist()
+                scores = iter([None if np.isnan(score) else score for score in said])
             except RewardFailure:
                 if config.reward.on_failure == "stop":
                     raise
@@ -297,6 +306,11 @@ class Sources:
             return [{"scores": [next(scores) for _ in each]} for each in groups]
 
         return make
+
+    def unscored(self) -> dict[str, int]:
+        """{unscored: how many responses have no score}; empty where all have one, or none was asked for."""
+        count = sum(score is None for row in self._scored.rows for score in row["scores"]) if self._scored else 0
+        return {"unscored": count} if count else {}
 
     def judge(
         self, config: SourcesArgs, judge: Judge | None, groups_of: Callable[[int, list[Row]], list[Group]]

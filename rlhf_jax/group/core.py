@@ -192,8 +192,10 @@ def make_score(
 
         # What is compared, scores [B] and the paid part of the KL [B, T], and the tokens [B, T] that are trained on.
         k1 = adv.kl_k1(old_logprobs, ref_logprobs)
-        raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **reward_settings)
-        mask = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask
+        of_groups = {"group_size": config.group_size, **reward_settings}
+        raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **of_groups)
+        mask = rollout.mask & ~jnp.isnan(host)[:, None]
+        mask = mask & rollout.finished[:, None] if config.mask_truncated else mask
         paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
         advantages = advantages_of(scores, paid, mask, kl_coef, config, advantage)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)

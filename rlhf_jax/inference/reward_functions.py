@@ -210,19 +210,22 @@ def of_own_rows(
     columns: Columns,
     *,
     wanted: np.ndarray | None = None,
+    everywhere: bool = False,
 ) -> np.ndarray:
     """float32[B] from score(prompts, responses, columns), of several processes each for rows of its own.
 
-    Rows that are not `wanted`, bool[B], are not asked for and get 0.
+    Rows that are not `wanted`, bool[B], are not asked for and get 0. What computes on the devices of all processes is
+    asked for all rows `everywhere`.
 
     Raises:
         RewardFailure: it failed in any process.
         UserError: it raised one in any process.
     """
     wanted = np.ones(len(prompts), bool) if wanted is None else wanted
+    apart = several() and not everywhere
     if not several() and wanted.all():
         return score(prompts, responses, columns)
-    own = wanted & own_rows(mesh, len(prompts)) if several() else wanted
+    own = wanted & own_rows(mesh, len(prompts)) if apart else wanted
     chosen = np.flatnonzero(own)
     scores, wrong = np.zeros(len(prompts), np.float32), None
     mine = [[values[i] for i in chosen] for values in (prompts, responses, *columns.values())]
@@ -236,7 +239,7 @@ def of_own_rows(
     if broken:
         kind = RewardFailure if failed else UserError
         raise kind("the reward function failed in another process, whose output says why")
-    if not several():
+    if not apart:
         return scores
     return multihost_utils.process_allgather(scores).sum(axis=0, dtype=np.float32)  # one process has each row
 

@@ -1,4 +1,4 @@
-"""What models say of texts outside of PPO: scores of a reward model and of Python functions, log-probs."""
+"""What models say of texts outside of PPO: scores of a reward model, log-probs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import advantages as adv
-from rlhf_jax.config import ModelConfig, RewardSourceConfig
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.encoding import Example, Limits
 from rlhf_jax.data.packing import pack_texts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import answer_of, finished_of, ids_of, prompt_row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import tell
 from rlhf_jax.hosts.processes import to_host
-from rlhf_jax.inference.reward_functions import Columns, combine
+from rlhf_jax.inference.reward_functions import Columns
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
 from rlhf_jax.sharding import Mesh, put_batch
-from rlhf_jax.types import Params, RewardFn
+from rlhf_jax.types import Params
 
 
 def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
@@ -91,55 +90,6 @@ def combined(scores: Sequence[np.ndarray], *, combine: str, combine_coef: float)
     if members.shape[1] == 1:
         return members[:, 0], members
     return np.asarray(adv.combined(jnp.asarray(members), combine=combine, combine_coef=combine_coef)), members
-
-
-class Scorer:
-    """What `config` (a `reward` group) makes of responses: weight * reward models + sum of weights * functions."""
-
-    def __init__(
-        self,
-        config: RewardSourceConfig,
-        mesh: Mesh,
-        limits: Limits,
-        *,
-        batch_size: int,
-        functions: Sequence[RewardFn] | None = None,
-    ):
-        """`functions` replace the config's."""
-        self.config, self.length = config, limits.max_length
-        self.functions = combine(config, functions)
-        load = partial(RewardModel, mesh=mesh, limits=limits, batch_size=batch_size)
-        self.models = [load(ModelConfig(path=path)) for path in config.paths]
-
-    def __call__(self, rows: Sequence[Row]) -> np.ndarray:
-        """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?, response_ids?}.
-
-        `shown` is the prompt as text and `columns` are what functions get beside it. `prompt_ids` and `ids` are of a
-        sampler whose vocabulary is the reward model's, and just these are scored; without them texts are read.
-
-        Raises:
-            RewardFailure: a function raised or ran out of time.
-        """
-        scores = np.zeros(len(rows), np.float32)
-        if self.models:
-            each, options = [self._by(model, rows) for model in self.models], self.config
-            by_model, _ = combined(each, combine=options.combine, combine_coef=options.combine_coef)
-            scores += np.float32(options.model_weight) * by_model
-        if self.functions is not None:
-            scores += self.functions(*function_inputs(rows))
-        return scores
-
-    def _by(self, model: RewardModel, rows: Sequence[Row]) -> np.ndarray:
-        text = ("prompt", "response", "finished", "response_ids")
-        examples = [
-            model.sampled(row["prompt_ids"], row["ids"])
-            if "prompt_ids" in row
-            else model.example({**{name: row[name] for name in text if name in row}, "_where": "a response"})
-            for row in rows
-        ]
-        if cut := sum(example["cut"] for example in examples):
-            tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
-        return model.scores(examples, self.length)
 
 
 def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]:

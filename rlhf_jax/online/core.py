@@ -137,17 +137,21 @@ def rewards_of(
     rollout: Rollout,
     config: OnlineConfig,
     *,
+    group_size: int = 1,
     model_weight: float = 1.0,
     combine: str = "mean",
     combine_coef: float = 1.0,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Metrics, dict[str, Array]]:
     """(reward, what is paid, metrics, numbers per row): weight * score + host, of an ensemble of its scores combined.
 
-    `score` is a reward model's [B], an ensemble's [B, M], or None. What is paid is the reward, clipped if asked, less
-    the penalties of a missing end and of being too long. Rows have it as "reward", and the scores of an ensemble as
-    "members" [B, M]; those of a single model too, [B, 1], if the first ones are to set its scale.
+    Where host is NaN, no answer of a judge, it is the mean of the others of the row's group (`advantages.filled`), so
+    that it moves no baseline; its row has NaN. `score` is a reward model's [B], an ensemble's [B, M], or None. What is
+    paid is the reward, clipped if asked, less the penalties of a missing end and of being too long. Rows have it as
+    "reward", and the scores of an ensemble as "members" [B, M]; those of a single model too, [B, 1], if the first ones
+    are to set its scale.
     """
     # The reward [B], and how far the members of an ensemble are apart about it: the mean of their standard deviation.
+    answered, host = ~jnp.isnan(host), adv.filled(host, group_size)
     rows, metrics, reward = {}, dict[str, Array](), host
     if score is not None:
         several = score.ndim == 2
@@ -167,7 +171,7 @@ def rewards_of(
     if config.overlong_tokens:
         penalty = bind(adv.overlong_penalty, config)(rollout.mask.sum(axis=1), rollout.mask.shape[1])
         paid, metrics["rollout/overlong_penalty"] = paid + penalty, penalty.mean()
-    return reward, paid, metrics, {"reward": reward, **rows}
+    return reward, paid, metrics, {"reward": jnp.where(answered, reward, jnp.nan), **rows}
 
 
 def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool
 from rlhf_jax.data.collate import Batch
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.generate import decode
 from rlhf_jax.inference.intervals import mean_and_error
@@ -162,7 +163,7 @@ def roll_out(
         return programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
 
     rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
-    rewards, golds = python_rewards(method, batch, rollout)
+    rewards, golds = python_rewards(method, batch, rollout, key)
     scored = score()
     for noise in noises:
         by_group = to_host(scored[3]["reward"]).reshape(-1, method.group_size)
@@ -172,10 +173,12 @@ def roll_out(
         redrawn, wanted = redrawn + int(equal.sum()), np.repeat(equal, method.group_size)
         new = draw(noise, wanted)
         rollout = replaced(rollout, new, put_batch(mesh, wanted))
-        rewards, golds = python_rewards(method, batch, rollout, wanted, (rewards, golds))
+        rewards, golds = python_rewards(method, batch, rollout, noise, wanted, (rewards, golds))
         scored = score()
     if noises:
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
+    if method.inputs.judge is not None:
+        scored[2]["rollout/unanswered"] = put(np.float32(np.isnan(rewards).sum()), replicated(mesh))
     valid = np.asarray(batch.get("valid", np.ones(rows, bool)))
     return replace(rollout, kept=None, experts=None), scored, None if golds is None else float(golds[valid].mean())
 
@@ -190,20 +193,29 @@ def python_rewards(
     method: Method,
     batch: Batch,
     rollout: Rollout,
+    key: jax.Array,
     wanted: np.ndarray | None = None,
     earlier: tuple[np.ndarray, np.ndarray | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Python rewards f32[B] (zeros without any) and gold rewards f32[B] or None; text leaves the device if needed.
 
-    Only the rows that are wanted, bool[B], are asked for; the others have what they had `earlier`.
+    A judge's are among the first, NaN where it gave no answer; what it writes is drawn with a branch of the rollout's
+    `key`. Only the rows that are wanted, bool[B], are asked for; the others have what they had `earlier`.
     """
     inputs, source, mesh = method.inputs, method.config.reward, method.mesh
     wanted = np.ones(len(batch["prompts"]), bool) if wanted is None else wanted
     rewards, golds = earlier or (np.zeros(len(wanted), np.float32), None)
-    if inputs.reward is not None or inputs.gold is not None:
-        rows = batch["prompts"], decode(inputs.tokenizer, rollout, batch["given"]), batch["columns"]
+    judge, paid = inputs.judge, np.zeros(len(wanted), np.float32)
+    if inputs.reward is not None or judge is not None or inputs.gold is not None:
+        texts, columns = decode(inputs.tokenizer, rollout, batch["given"]), batch["columns"]
+        rows = batch["prompts"], texts, columns
         if inputs.reward is not None:
-            rewards = np.where(wanted, of_own_rows(inputs.reward, mesh, *rows, wanted=wanted), rewards)
+            paid = paid + of_own_rows(inputs.reward, mesh, *rows, wanted=wanted)
+        if judge is not None:
+            prompts = [plain_text(prompt) for prompt in batch["given"]]
+            ask = partial(judge, key=jax.random.fold_in(key, put(np.uint32(NUMBERS["judge"]), key.sharding)))
+            paid = paid + of_own_rows(ask, mesh, prompts, texts, columns, wanted=wanted, everywhere=judge.everywhere)
+        rewards = np.where(wanted, paid, rewards)
         if inputs.gold is not None:
             of_gold = partial(call_reward, inputs.gold, timeout=source.timeout, retries=source.retries)
             of_wanted = of_own_rows(of_gold, mesh, *rows, wanted=wanted)
@@ -212,7 +224,10 @@ def python_rewards(
 
 
 def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Row]]:
-    """eval/reward, kl, objective, gold and reward_disagreement over the held-out prompts; and samples."""
+    """eval/reward, kl, objective, gold and reward_disagreement over the held-out prompts; and samples.
+
+    Responses of which a judge said nothing are counted in eval/unanswered, and left out of all but gold.
+    """
     parts: list[dict[str, np.ndarray]] = []
     golds, weights, prompts = [], [], list[str]()
     samples: list[Row] = []
@@ -224,6 +239,12 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         if len(samples) < method.settings.num_samples:
             samples += sample_rows(method, to_host(table), batch["given"])
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    unanswered = {}
+    if method.inputs.judge is not None:
+        known = ~np.isnan(rows["reward"])
+        unanswered = {"eval/unanswered": float((~known).sum())}
+        rows = {name: x[known] for name, x in rows.items()}
+        prompts = [prompts[i] for i in np.flatnonzero(known)]
     reward = objective = rows["reward"]
     if "kl" in rows:
         objective = reward - method.settings.kl_coef * rows["kl"]
@@ -233,6 +254,7 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         "eval/reward_se": float("nan") if error is None else error,
         **({"eval/kl": float(rows["kl"].mean())} if "kl" in rows else {}),
         "eval/objective": float(objective.mean()),
+        **unanswered,
     }
     if "members" in rows and rows["members"].shape[1] > 1:
         metrics["eval/reward_disagreement"] = float(rows["members"].std(axis=1).mean())
@@ -257,5 +279,6 @@ def sample_rows(method: Method, table: Table, prompts: list[Any]) -> list[Row]:
         ids = rollout.tokens[i][rollout.mask[i]].tolist()
         text = method.inputs.tokenizer.response_text(ids, prompt)
         row = {"prompt": prompt, "response": text, "response_ids": ids, "finished": bool(rollout.finished[i])}
-        rows.append({**row, **{name: float(table[name][i]) for name in ("reward", "kl") if name in table}})
+        numbers = {name: float(table[name][i]) for name in ("reward", "kl") if name in table}
+        rows.append({**row, **{name: None if np.isnan(x) else x for name, x in numbers.items()}})
     return rows

@@ -53,7 +53,9 @@ def run(
             check_trained(out.skips.total, total * method.steps, out.dir)
             out.metrics.bar.doing("writing the model")
             method.save(out.dir, out.restore_best(loop.kept(method)))
-            remarks = [*method.inputs.remarks, *not_better(notes["before"], out.metrics.last, out.best.step)]
+            judge = method.inputs.judge
+            remarks = [*method.inputs.remarks, *(judge.remarks() if judge else [])]
+            remarks += [*not_better(notes["before"], out.metrics.last, out.best.step)]
             return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)}, remarks)
 
 

@@ -19,6 +19,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.reward_judge import RewardJudge
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.reward_functions import ScoreFn, columns_for, combine, functions_of
@@ -44,6 +45,7 @@ class Inputs:
         key: the run's, on every device.
         law: what is sampled from, on every device.
         remarks: what the run says of its rows at its end.
+        judge: whose opinion of responses is paid, too; None without any.
     """
 
     tokenizer: Tokenizer
@@ -54,6 +56,7 @@ class Inputs:
     key: jax.Array
     law: SamplingLaw
     remarks: list[str]
+    judge: RewardJudge | None = None
 
 
 class Sources(TypedDict, total=False):
@@ -74,8 +77,8 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     data, seed, reward_functions = config.data, config.run.seed, sources.get("reward_functions")
     reward = combine(config.reward, reward_functions)
     gold = sources.get("gold") or (resolve(config.reward.gold) if config.reward.gold else None)
-    if reward is None and not config.reward.paths:
-        raise UserError("there is no reward; set reward.model, or reward.functions to [module:name]")
+    if reward is None and not (config.reward.paths or config.reward.judge.named()):
+        raise UserError("there is no reward; set reward.model, reward.judge, or reward.functions to [module:name]")
     length = total_length(config.sampling, data.max_prompt_length)
     check_length(arch_of(config.model), length, "prompt length + sampling.max_new_tokens =")  # before rows are read
     tokenizer = load_tokenizer(config.model)
@@ -91,12 +94,16 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     prompts, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
     for example, own in zip(examples, columns_for(asked, prompts, columns, where), strict=True):
         example["columns"] = own
+    judge = RewardJudge(config.reward.judge, mesh) if config.reward.judge.named() else None
+    if judge is not None:
+        judge.check_columns(columns, where)
     buckets = tuple(config.sampling.prompt_buckets or [data.max_prompt_length])
     collate = partial(collate_prompts, buckets=buckets, pad_id=tokenizer.pad_id)
     batches = Batches(train, batch_size=data.batch_size // group_size, seed=seed, collate=collate)
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
     law = SamplingLaw.from_config(config.sampling, replicated(mesh))
-    return Inputs(tokenizer, batches, held_out_batches(data, held_out, collate), reward, gold, key, law, remarks)
+    rows = batches, held_out_batches(data, held_out, collate)
+    return Inputs(tokenizer, *rows, reward, gold, key, law, remarks, judge)
 
 
 def stacked(batches: Sequence[Batch]) -> Batch:
@@ -159,11 +166,14 @@ class Method:
 
     def facts(self) -> dict[str, object]:
         """What a continued run must find unchanged, beside the config."""
+        judge = self.inputs.judge
+        of_judge = {} if judge is None or judge.params is None else {"weights of the judge": digest(judge.params)}
         return {
             "training rows": self.inputs.batches.cursor(),
             "held-out rows": fingerprint(self.inputs.held_out),
             "weights of the reference model": digest(self.nets.ref),
             "weights of the reward model": digest(self.nets.reward),
+            **of_judge,
             **self.identity,
         }
 

@@ -244,6 +244,7 @@ def make_score(
         k1, k3 = adv.kl_k1(old_logprobs, ref_logprobs), adv.kl_k3(old_logprobs, ref_logprobs)
         raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **reward_settings)
         slots, value_mask = score_slots(mask, config.score_at)
+        mask, value_mask = (which & ~jnp.isnan(host)[:, None] for which in (mask, value_mask))
         rewards = adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
         if config.whiten_rewards:
             rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
@@ -270,12 +271,17 @@ def make_score(
         # What is reported, and the price of the next iteration.
         kl = k1.sum(axis=1)
         metrics = {**score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef), **weighted, **earned}
-        if config.kl_controller == "adaptive":
-            options = {"kl_target": config.kl_target, "kl_horizon": config.kl_horizon}
-            kl_coef = adv.adaptive_kl_coef(kl_coef, kl.mean(), mask.shape[0], **options)
-        return experience, kl_coef, metrics, {**rows, "kl": kl}
+        return experience, next_kl_coef(kl_coef, kl, config), metrics, {**rows, "kl": kl}
 
     return score
+
+
+def next_kl_coef(kl_coef: Float[Array, ""], kl: Float[Array, " B"], config: PPOConfig) -> Float[Array, ""]:
+    """The price of the next iteration, of the KL of each row."""
+    if config.kl_controller == "fixed":
+        return kl_coef
+    options = {"kl_target": config.kl_target, "kl_horizon": config.kl_horizon}
+    return adv.adaptive_kl_coef(kl_coef, kl.mean(), len(kl), **options)
 
 
 def score_metrics(

@@ -1,0 +1,74 @@
+"""What a `reward` group makes of responses outside of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from rlhf_jax.config import ModelConfig, RewardSourceConfig
+from rlhf_jax.data.encoding import Limits
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import tell
+from rlhf_jax.feedback.judges import plain_text
+from rlhf_jax.feedback.reward_judge import RewardJudge
+from rlhf_jax.inference.reward_functions import combine
+from rlhf_jax.inference.scoring import RewardModel, combined, function_inputs
+from rlhf_jax.sharding import Mesh
+from rlhf_jax.types import RewardFn
+
+
+class Scorer:
+    """What `config` (a `reward` group) makes of responses: weighted reward models, functions and judge, summed."""
+
+    def __init__(
+        self,
+        config: RewardSourceConfig,
+        mesh: Mesh,
+        limits: Limits,
+        *,
+        batch_size: int,
+        functions: Sequence[RewardFn] | None = None,
+    ):
+        """`functions` replace the config's."""
+        self.config, self.length = config, limits.max_length
+        self.functions = combine(config, functions)
+        load = partial(RewardModel, mesh=mesh, limits=limits, batch_size=batch_size)
+        self.models = [load(ModelConfig(path=path)) for path in config.paths]
+        self.judge = RewardJudge(config.judge, mesh) if config.judge.named() else None
+
+    def __call__(self, rows: Sequence[Row], key: jax.Array) -> np.ndarray:
+        """float32[N] for rows {prompt, response, finished, shown, columns, prompt_ids?, ids?, response_ids?}.
+
+        `shown` is the prompt as text and `columns` are what functions get beside it. `prompt_ids` and `ids` are of a
+        sampler whose vocabulary is the reward model's, and just these are scored; without them texts are read. NaN
+        where a judge gave no answer; `key` is of what it writes.
+
+        Raises:
+            RewardFailure: a function raised or ran out of time, or a judge answered nothing.
+        """
+        scores = np.zeros(len(rows), np.float32)
+        if self.models:
+            each, options = [self._by(model, rows) for model in self.models], self.config
+            by_model, _ = combined(each, combine=options.combine, combine_coef=options.combine_coef)
+            scores += np.float32(options.model_weight) * by_model
+        if self.functions is not None:
+            scores += self.functions(*function_inputs(rows))
+        if self.judge is not None:
+            _, responses, columns = function_inputs(rows)
+            scores += self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
+        return scores
+
+    def _by(self, model: RewardModel, rows: Sequence[Row]) -> np.ndarray:
+        text = ("prompt", "response", "finished", "response_ids")
+        examples = [
+            model.sampled(row["prompt_ids"], row["ids"])
+            if "prompt_ids" in row
+            else model.example({**{name: row[name] for name in text if name in row}, "_where": "a response"})
+            for row in rows
+        ]
+        if cut := sum(example["cut"] for example in examples):
+            tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
+        return model.scores(examples, self.length)
