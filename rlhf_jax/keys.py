@@ -32,7 +32,7 @@ Purpose = Literal[
 ]
 NUMBERS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 NUMBERS["sampler's weights"] = 2**31  # beside batches and sources, which count from 0
-NUMBERS["judge"] = 2**31  # beside the splits of a rollout's key
+NUMBERS["judge"] = 2**31 + 1  # beside the splits of a rollout's key
 
 
 def branch(key: jax.Array, purpose: Purpose) -> jax.Array:

@@ -329,7 +329,7 @@ def test_reward_functions_see_one_text_in_every_command_and_stage(chat_models, t
         batch, left = method.batch(0), {name: list(each) for name, each in of.items()}
         ours = [left[name].pop() for name in batch["columns"]["id"]]
         rollout = rollout_of(ours)
-        python_rewards(method, batch, rollout)
+        python_rewards(method, batch, rollout, jax.random.key(0))
         assert gold.seen == reward.seen
         found[name] = reward.seen
         table = {"rollout": jax.tree.map(np.asarray, rollout), "reward": np.zeros(9)}
