@@ -293,7 +293,9 @@ FILES = {
     "data: {batch_size: [8]}": ":1: data.batch_size is ['8']; give a whole number",
     "data: 3": ":1: data is '3'; it is a group of options, such as data.path",
     "data: [path]": ":1: data is ['path']; it is a group of options, such as data.path",
-    "model: {eos_ids: 3}": ":1: model.eos_ids is '3'; give a list such as [4, 8]",
+    "model: {eos_ids: x}": ":1: model.eos_ids is ['x']; give a list such as [4, 8]",
+    "data:\n  path: x\n  batch_size: 0": ":3: data.batch_size is 0; make it at least 1",
+    "optim: {learning_rate: -1}": ":1: optim.learning_rate is -1.0; make it at least 0",
     "data: {seed: 1}\ndata: {path: x}": ":2: invalid YAML ('data' comes twice); correct it",
     "data: [1, 2": ":1: invalid YAML (",
     "data:\n\tpath: x": ":2: invalid YAML (",
@@ -506,7 +508,7 @@ PPO_MISTAKES = {
     "--model.path rm": r"rm is a reward or value model; give a language model",
     # Before the rows are read, which are not there:
     "--data.path x.jsonl --reward.functions cli_rewards:lonely": r"reward function lonely: too many .*; define .*",
-    "--data.path x.jsonl --sampling.max_new_tokens 39": r"prompt length \+ sampling\.max_new_tokens = 41 is more .*",
+    "--data.path x.jsonl --sampling.max_new_tokens 39": r"lm: prompt length \+ .* = 41 is more .*",
     "--ppo.minibatches 3": r"data\.batch_size 8 is not divisible by ppo\.minibatches \* ppo\.accumulate = 3; .*",
     "--ppo.accumulate 16": r"data\.batch_size 8 is not divisible by ppo\.minibatches \* ppo\.accumulate = 16; .*",
     "--sampling.microbatch 3": r"data\.batch_size 8 is not a multiple of sampling\.microbatch 3; .*",
@@ -522,6 +524,22 @@ def test_a_ppo_run_that_cannot_be_is_refused_before_it_writes(here, refused, arg
     line = refused("ppo", "--config", "ppo.yaml", *re.findall(r"\{.*?\}|\S+", arguments))
     assert re.fullmatch(PPO_MISTAKES[arguments], line)
     assert not (here / "out").exists()
+
+
+def test_a_reward_model_with_few_positions_is_refused_before_rows_are_read(here, refused):
+    config = json.loads((here / "rm/config.json").read_text())
+    (here / "short").mkdir()
+    (here / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
+    line = refused("ppo", "--config", "ppo.yaml", "--data.path", "x.jsonl", "--reward.model", "short")
+    assert re.fullmatch(r"short: prompt length \+ .* = \d+ is more than the model's 3 positions; lower it", line)
+
+
+def test_a_file_may_give_one_value_for_a_list(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text('reward: {functions: "mod:fn", function_weights: 2}\nmodel: {eos_ids: 3}\n# é, 😀\n')
+    parsed = cli.parsing.parse("ppo", ["--config", str(path), "--reward.functions+", "mod:other"])
+    assert parsed.reward.functions == ["mod:fn", "mod:other"]
+    assert (parsed.reward.function_weights, list(parsed.model.eos_ids)) == ([2.0], [3])
 
 
 @pytest.mark.parametrize("command", ["sft", "ppo"])

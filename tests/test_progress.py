@@ -51,7 +51,7 @@ def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     one = Progress("sft", 100, 10, bar=bar, say=said.append)
     one.values({"nll": 2.5})
-    for i in range(70):
+    for i in range(90):
         now[0] += 31.0 if i == 0 else 1.0  # the first step compiles
         one.update()
         one.doing("evaluating")
@@ -60,6 +60,7 @@ def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch
         "sft: 11 of 100, the first after 31 s, nll 2.5",
         "sft: 41 of 100, 1 s each, 00:59 left, nll 2.5",
         "sft: 71 of 100, 1 s each, 00:29 left, nll 2.5",
+        "sft: 100 of 100, evaluating",
     ]
     assert capfd.readouterr() == ("", "")
 

@@ -103,11 +103,12 @@ def parse(command: str, arguments: list[str]) -> Any:
         if name == "config":
             text, tree = read(path := text)
             lines = yamls.lines(text)
+            text = yaml.safe_dump(tree := with_lists(tree, hints), allow_unicode=True, default_style='"')
             given += [(f"{path}:{lines[option]}: ", option, value) for option, value in dotted(tree)]
         else:
             name = same_idea(name, hints)
             hint = hints.get(name)
-            if typing.get_origin(hint) in (list, tuple) and not fields(typing.get_args(hint)[0]):
+            if of_values(hint):
                 text = yamls.as_list(text)
             tree = Tree({name: text})
             if fields(hint):
@@ -130,9 +131,36 @@ def parse(command: str, arguments: list[str]) -> Any:
                     raise UserError(where + misfit(option, value, hints[option])) from error
         raise UserError(" ".join(str(error).split())) from error
     except ValueError as error:  # jsonargparse wraps what an optional group raises
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
+        cause = error if isinstance(error, UserError) else error.__cause__
+        if isinstance(cause, UserError):
+            raise at_line(cause, given) from None
         raise
     except Exception as error:  # whatever the parser makes of odd input
         raise UserError(f"the options cannot be read ({type(error).__name__}: {reason(error)})") from error
-    return cls(**{name: parsed[name] for name in fields(cls)})
+    try:
+        return cls(**{name: parsed[name] for name in fields(cls)})
+    except UserError as error:
+        raise at_line(error, given) from None
+
+
+def of_values(hint: Hint) -> bool:
+    """Whether a type is a list or tuple, and not of groups."""
+    return typing.get_origin(hint) in (list, tuple) and not fields(typing.get_args(hint)[0])
+
+
+def with_lists(tree: Tree, hints: Mapping[str, Hint], prefix: str = "") -> Tree:
+    """The tree with a list of one in place of a single value, where an option is a list."""
+    found = Tree()
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found[name] = with_lists(value, hints, f"{prefix}{name}.")
+        else:
+            found[name] = yamls.listed(value) if of_values(hints.get(prefix + name)) else value
+    return found
+
+
+def at_line(error: UserError, given: list[tuple[str, str, Any]]) -> UserError:
+    """The error with the line of the file where the option with which it begins was given last, if a file did."""
+    option = str(error).split(maxsplit=1)[0].rstrip(":")
+    where = next((where for where, name, _ in reversed(given) if name == option), "")
+    return UserError(f"{where}{error}") if where else error

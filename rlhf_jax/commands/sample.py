@@ -141,6 +141,6 @@ def _in_one_phase(
     with open_journal(config, config.output, decided_by) as journal:
         phases = Phases(journal)
         made = phases.add(count, size, begin)
-        phases.fill(name, progress=False)
+        phases.fill(name, progress=True)
         journal.finish(made.rows)
     return made.rows

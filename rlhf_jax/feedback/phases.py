@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rlhf_jax.config import DrawArgs, JudgeArgs, SampleArgs, ScoreArgs, SourceConfig, SourcesArgs, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.rules import EXPERT_AXES
 from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.models.contents import OPTIONS, contents
@@ -73,7 +74,7 @@ class Phases:
         return self.phases[-1]
 
     def fill(self, name: str, *, progress: bool) -> None:
-        """Make the rows that the journal lacks.
+        """Make the rows that the journal lacks; how far they are is said on standard error, which no row goes to.
 
         Work begins at the start of a batch, so the shapes and the noise of every batch are the same after any end.
 
@@ -82,7 +83,8 @@ class Phases:
         """
         journal, total = self.journal, self.total
         interrupts = Interrupts(write, install=journal.path is not None)
-        bar = Progress(name, total, len(journal.rows), bar=progress, say=write if progress else None)
+        told = partial(tell, error=True) if processes.is_first() else None
+        bar = Progress(name, total, len(journal.rows), bar=progress and processes.is_first(), say=told)
         try:
             for phase in self.phases:
                 done = len(journal.rows) - phase.start

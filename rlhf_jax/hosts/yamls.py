@@ -73,6 +73,11 @@ def load(text: str, loader: Any = Texts) -> Any:
         raise yaml.YAMLError(reason(error)) from None
 
 
+def listed(value: Value) -> Value:
+    """A list of a single value; what is a list, or null, or a blank, as it is."""
+    return [value] if isinstance(value, str) and value not in ("", "null") else value
+
+
 def as_list(text: str) -> str:
     """YAML of a list: the text, if it is one (or nothing, or broken), else a list of it alone."""
     with contextlib.suppress(yaml.YAMLError):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import OnlineArgs, OnlineConfig, resolve
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.batches import Batches, fingerprint
 from rlhf_jax.data.collate import Batch, collate_prompts, repeat_rows
 from rlhf_jax.data.encoding import Limits
@@ -80,7 +81,9 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     if reward is None and not (config.reward.paths or config.reward.judge.named()):
         raise UserError("there is no reward; set reward.model, reward.judge, or reward.functions to [module:name]")
     length = total_length(config.sampling, data.max_prompt_length)
-    check_length(arch_of(config.model), length, "prompt length + sampling.max_new_tokens =")  # before rows are read
+    for path in (config.model.path, *config.reward.paths):  # before rows are read
+        model = config.model if path == config.model.path else replace(config.model, path=path, arch=None)
+        check_length(arch_of(model), length, f"{path or 'model.arch'}: prompt length + sampling.max_new_tokens =")
     tokenizer = load_tokenizer(config.model)
     asked = functions_of(config.reward, reward_functions) + ([gold] if gold else [])
     build = partial(prompt_examples, tokenizer=tokenizer, limits=Limits.of(data))

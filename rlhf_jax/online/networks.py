@@ -16,7 +16,6 @@ from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import (
     Loaded,
     check_balance,
-    check_length,
     check_same_tokenizer,
     check_vocabulary,
     load_model,
@@ -56,7 +55,7 @@ def load_policy_and_reward(
     Also returns the key of new weights, a branch of the run's `key`.
 
     Raises:
-        UserError: a vocabulary or positions that are too few, or a reward model with another tokenizer.
+        UserError: a vocabulary that is too small, or a reward model with another tokenizer.
     """
     length, key = total_length(config.sampling, config.data.max_prompt_length), branch(key, "weights")
     policy, rewards = load_model(config.model, mesh, key, length=length), list[Loaded]()
@@ -67,8 +66,6 @@ def load_policy_and_reward(
         rewards.append(load_model(named, mesh, key, head="trained", length=length))
         check_vocabulary(rewards[-1].model.arch, tokenizer, path)
         check_same_tokenizer(tokenizer, path, "reward model")
-    for loaded in (policy, *rewards):
-        check_length(loaded.model.arch, length, "prompt length + sampling.max_new_tokens =")
     return policy, together(rewards), key
 
 

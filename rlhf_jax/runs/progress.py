@@ -74,9 +74,11 @@ class Progress:
             self._bar.set_postfix_str(" ".join(f"{name} {value}" for name, value in short.items()))
 
     def doing(self, what: str) -> None:
-        """What takes its time now, while no step is done."""
+        """What takes its time now, while no step is done; a line of it where all steps of a long command are."""
         if self._bar is not None:
             self._bar.set_postfix_str(what)
+        elif self._say is not None and self.done == self.total and time.monotonic() - self._began >= EVERY:
+            self._say(f"{self.name}: {self.done} of {self.total}, {what}")
 
     def close(self) -> None:
         """End the bar, if it has not ended."""
