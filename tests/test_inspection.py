@@ -353,9 +353,9 @@ def downloads(monkeypatch):
         return str(toy_directory() / "policy")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    hub.local_directory.cache_clear()
+    hub.downloaded.cache_clear()
     yield calls
-    hub.local_directory.cache_clear()
+    hub.downloaded.cache_clear()
 
 
 def test_a_name_of_the_hub_works_wherever_a_directory_does(tmp_path, capsys, downloads):
@@ -386,7 +386,7 @@ def test_what_is_no_name_of_the_hub(capsys, downloads, name):
 def test_offline_is_one_line(tmp_path, capsys, monkeypatch):
     """HF_HUB_OFFLINE is set for the tests: the real function finds nothing and says so."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    hub.local_directory.cache_clear()
+    hub.downloaded.cache_clear()
     said = refused(capsys, "inspect", "hf://nobody/nothing-at-all")
     assert said.startswith("rlhf-jax: error: hf://nobody/nothing-at-all cannot be downloaded (")
     assert "check the name and the network, or give a directory" in said

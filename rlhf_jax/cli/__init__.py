@@ -17,6 +17,7 @@ from rlhf_jax import __version__, config
 from rlhf_jax.cli.commands import COMMANDS, OF_A_RUN, fields, help_text
 from rlhf_jax.cli.parsing import pairs, parse, parser_of, read
 from rlhf_jax.config.guess import nearest
+from rlhf_jax.config.settings import path_text
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
 
 
@@ -101,11 +102,11 @@ def run_directory(command: str, rest: list[str]) -> None:
     if command == "runs":
         if len(rest) > 1:
             raise UserError(f"unexpected argument {shown(rest[1])}; write rlhf-jax runs DIR")
-        config.resolve("rlhf_jax.runs.listing:show")(*map(os.path.expanduser, rest))
+        config.resolve("rlhf_jax.runs.listing:show")(*map(path_text, rest))
         return
     if not rest or rest[0].startswith("--"):
         raise UserError("resume needs a run directory; write rlhf-jax resume RUN_DIR")
-    directory = Path(os.path.expanduser(rest[0]))
+    directory = Path(path_text(rest[0]))
     with config.no_code_below(directory):
         stage, options = config.resolve("rlhf_jax.runs.listing:resume")(str(directory), rest[1:])
         if stage not in COMMANDS or "run" not in COMMANDS[stage].options:
@@ -128,7 +129,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def code_of(arguments: list[str]) -> int:
-    """The exit code of a command line: 0, also where a signal stopped a run and it saved; 2, after one line on
+    """The exit code of a command line: 0, also where a signal stopped a run and it saved (or what
+    run.exit_code_when_stopped says); 2, after one line on
     standard error, for what the user can mend; 130 when interrupted; 1, after a traceback, for all else.
     """
     debug = "--debug" in arguments
@@ -145,6 +147,7 @@ def code_of(arguments: list[str]) -> int:
         return fail("interrupted", 130)
     except Stopped as stopped:
         tell(stopped)
+        return stopped.code
     except BrokenPipeError:  # as of `| head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import numbers
 import os
+import re
 import typing
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, dataclass_transform
 
@@ -74,6 +75,23 @@ def settings(cls: Class) -> Class:
     return cast(Class, dataclasses.dataclass(frozen=True)(cls))
 
 
+SCHEMES = {"gs": "gs://BUCKET/NAME", "hf": "hf://OWNER/NAME, of rows hf://datasets/OWNER/NAME/FILE"}
+"""How a path begins that names no file of this machine -> how the whole of it is written."""
+
+
+def path_text(path: str) -> str:
+    """A path as somebody gave it, with the home directory for a leading ~ or ~user.
+
+    Raises:
+        UserError: it is of a kind that nothing here reads, such as s3://bucket/name, or has one slash for two.
+    """
+    scheme = re.match("([a-z][a-z0-9]+):/", path)
+    if scheme and not re.match("(gs|hf)://", path) and not os.path.exists(path):
+        cure = SCHEMES.get(scheme[1], f"a path of this machine, or {' or '.join(SCHEMES.values())}")
+        raise UserError(f"{path}: nothing of that kind is read or written here; write {cure}")
+    return os.path.expanduser(path)
+
+
 def fitted(value: Any, hint: object) -> object:
     """A value as an instance of a type.
 
@@ -85,7 +103,7 @@ def fitted(value: Any, hint: object) -> object:
         path = os.fspath(value)
         if not isinstance(path, str) or "\0" in path:
             raise TypeError
-        return os.path.expanduser(path)
+        return path_text(path)
     if kind in (list, tuple) and isinstance(value, (list, tuple)):
         return kind(fitted(item, parts[0]) for item in value)
     if type(None) in parts:

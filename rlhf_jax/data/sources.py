@@ -11,15 +11,17 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import tfds_rows
+from rlhf_jax.data import hub_rows, tfds_rows
 from rlhf_jax.data.fields import map_row, parse_fields
 from rlhf_jax.data.rows import Row, bad_row, layout_of, where_of
 from rlhf_jax.data.shapes import shaped
 from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import is_stream
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".txt", ".txt.gz", ".parquet")
@@ -31,6 +33,21 @@ VOTE = {"item", "rater", "prompt", "responses", "ranks"}
 """A row with all of these fields is a vote: one rater's ranks of the responses of one item."""
 ABOUT_THE_VOTE = ("rater", "ranks", "comment", "all_bad", "skipped")
 DOCUMENT_END = "<|endoftext|>"
+
+
+class File(NamedTuple):
+    """A file of rows.
+
+    Attributes:
+        name: what messages call it.
+        path: where it, or a copy of it, lies on this machine.
+    """
+
+    name: str
+    path: Path
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
@@ -154,6 +171,10 @@ def read_rows(path: str) -> list[Row]:
     "tfds:NAME@SPLIT" is a TFDS builder that is prepared on this machine, a directory "DIR@SPLIT" one that holds a
     prepared dataset; the split is train unless it is named and may be a slice, as train[:10%]. All else is a file.
 
+    A file or such a directory may lie in a bucket, as gs://bucket/name. hf://datasets/OWNER/NAME/FILE is a file of a
+    dataset of the Hugging Face Hub, with NAME@REVISION that of another revision than main, and
+    hf://datasets/OWNER/NAME@SPLIT all files of one of its splits, train unless it is named.
+
     .jsonl and .jsonl.gz give one dict per line, blank lines skipped; .json a list of dicts, or an object that holds
     one list of them, as {"data": [...]}. .csv and .tsv name their columns in the first line; cells are texts, but JSON
     in the columns NOT_TEXT, and those that are empty are left out. .txt and .txt.gz give {"text": document} rows:
@@ -177,15 +198,21 @@ def read_rows(path: str) -> list[Row]:
 
 def _read(path: str) -> Iterable[Row]:
     """The rows of what a path names: the path itself if it is there, else what stands before its last @, a split."""
+    if path.startswith(hub_rows.PREFIX):
+        return chain.from_iterable(_of_file(File(name, place)) for name, place in hub_rows.files_of(path, EXTENSIONS))
     where, _, split = (path, "", "") if os.path.exists(path) or "@" not in path else path.rpartition("@")
     if path.startswith("tfds:"):
         return tfds_rows.read_builder(where.removeprefix("tfds:"), split or "train")
-    if tfds_rows.is_prepared(where):
-        return tfds_rows.read_directory(where, split or "train")
-    file = _existing(path)
+    place = str(local(where)) if in_bucket(where) else where
+    if tfds_rows.is_prepared(place):
+        return tfds_rows.read_directory(place, split or "train")
+    return _of_file(File(path, _existing(place if in_bucket(path) else path)))
+
+
+def _of_file(file: File) -> Iterable[Row]:
     name = file.name.lower()
     if not name.endswith(EXTENSIONS):
-        raise UserError(f"{path}: unknown extension; known are {', '.join(EXTENSIONS)}")
+        raise UserError(f"{file}: unknown extension; known are {', '.join(EXTENSIONS)}")
     readers = {".parquet": _parquet, ".txt": _documents, ".json": _array, ".csv": _table, ".tsv": _table}
     return readers.get(Path(name.removesuffix(".gz")).suffix, _objects)(file)
 
@@ -210,12 +237,12 @@ def _existing(path: str) -> Path:
     raise UserError(f"{path}: no such file; {hint}")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _lines(file: File) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its line break) of a plain or gzipped file."""
     opener = gzip.open if file.name.lower().endswith(".gz") else open
     number = 0
     try:
-        with opener(file, "rb") as stream:
+        with opener(file.path, "rb") as stream:
             # Bytes are split before decoding, so that an invalid byte has a line number, and so that U+2028 inside a
             # JSON string does not end the line.
             for number, raw in enumerate(stream, 1):
@@ -231,7 +258,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _objects(file: Path) -> Iterator[Row]:
+def _objects(file: File) -> Iterator[Row]:
     for number, line in _lines(file):
         if not line.strip():
             continue
@@ -246,7 +273,7 @@ def _objects(file: Path) -> Iterator[Row]:
         yield {**row, "_where": where}
 
 
-def _array(file: Path) -> Iterator[Row]:
+def _array(file: File) -> Iterator[Row]:
     """The objects of a .json file; one that holds a line for each, as a .jsonl does, is read as that."""
     text = "\n".join(line for _, line in _lines(file))
     try:
@@ -267,7 +294,7 @@ def _array(file: Path) -> Iterator[Row]:
         yield {**row, "_where": f"{file}:{number}"}
 
 
-def _table(file: Path) -> Iterator[Row]:
+def _table(file: File) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
     reader = csv.reader((f"{line}\n" for _, line in _lines(file)), delimiter=delimiter)
@@ -292,7 +319,7 @@ def _cell(where: str, name: str, cell: str) -> object:
         raise UserError(f'{where}: "{name}" is {shown(cell)}; write JSON there, such as true, 3 or [1, 0]') from error
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: File) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -300,7 +327,7 @@ def _parquet(file: Path) -> Iterator[Row]:
             f"{file}: Parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
         ) from error
     try:
-        table = parquet.read_table(file)
+        table = parquet.read_table(file.path)
     except (ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{file}: no readable Parquet ({reason}); download it again") from error
@@ -308,7 +335,7 @@ def _parquet(file: Path) -> Iterator[Row]:
         yield {**row, "_where": f"{file}:{number}"}
 
 
-def _documents(file: Path) -> Iterator[Row]:
+def _documents(file: File) -> Iterator[Row]:
     """The documents of a text file; those of white space only are skipped."""
     start = 1
     lines: list[str] = []

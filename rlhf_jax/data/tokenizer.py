@@ -15,6 +15,8 @@ from rlhf_jax.data.backend import continuing, declared_eos, decoded, plain_ids, 
 from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
 from rlhf_jax.data.messages import Messages, Text, text_of
 from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import read_object
 
 if TYPE_CHECKING:
@@ -76,13 +78,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str, eos_ids: Sequence[int] = ()) -> Tokenizer:
-        """The tokenizer of a local directory; nothing is ever downloaded.
+        """The tokenizer of a directory, which may lie in a bucket; nothing is taken from the Hub.
 
         Raises:
             UserError: no such directory, no tokenizer files in it, or they do not load; a package that they need is
                 not installed; no usable stop id.
         """
-        directory = Path(path).expanduser()
+        directory = local(path) if in_bucket(path) else Path(path).expanduser()
         if not path or not directory.is_dir():
             raise UserError(f"{path or 'tokenizer'}: no such directory; set model.tokenizer to a local directory")
         if not any((directory / name).is_file() for name in FILES):

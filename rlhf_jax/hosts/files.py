@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.interrupts import UNFINISHED
 from rlhf_jax.hosts.json_text import JsonObject, from_json, json_lines, strict_json, to_json
 
@@ -38,6 +40,8 @@ def read_text(path: Place, what: str = "") -> str:
     """
     said = f"{what} {os.fspath(path)}".strip()
     try:
+        if in_bucket(path):
+            path = local(str(path))
         if is_stream(path):
             raise UserError(f"{said}: a pipe or a device, not a file; write it to a file first")
         if os.stat(path).st_size > LARGEST_TEXT:
@@ -268,8 +272,15 @@ def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> Bin
     return file
 
 
+def check_place(path: Place, what: str) -> None:
+    """Raise a UserError, about `what`, of a path in a bucket, where nothing is written."""
+    if Path(path).parts[:1] == ("gs:",):
+        raise UserError(f"{what}: buckets are read, not written; give a path of this machine, and copy what is there")
+
+
 def check_writable(directory: Path, what: str) -> None:
     """Raise a UserError, about `what`, if the directory or what is there of its parents cannot be written to."""
+    check_place(directory, what)
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{what}: {there} is a file, not a directory; choose another place")

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf_jax.errors import UserError, reason
-from rlhf_jax.hosts.files import check_writable, is_stream, replace_file, write_all, write_new
+from rlhf_jax.hosts.files import check_place, check_writable, is_stream, replace_file, write_all, write_new
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
@@ -19,6 +19,7 @@ def check_output(path: str, *, overwrite: bool) -> None:
     """
     if not path:
         return
+    check_place(path, f"output {path}")
     if Path(path).is_dir() or path.endswith("/"):
         raise UserError(f"output {path} is a directory; name a .jsonl file")
     if Path(path).exists() and not os.access(path, os.W_OK):

@@ -11,7 +11,11 @@ from pathlib import Path
 from rlhf_jax.config import to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.settings import Settings
+from rlhf_jax.data import hub_rows
+from rlhf_jax.data.sources import EXTENSIONS
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import have
 from rlhf_jax.models.hf import directory, hub
 
 OPTIONS = {"path", "model", "models", "tokenizer", "reference", "mixture", "demonstrations"}
@@ -60,12 +64,21 @@ def _named(option: str, value: object) -> Iterator[str]:
 def digest_of(name: str) -> str:
     """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
     try:
-        local = hub.local_directory(name)
-        places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
-        place = next((place for place in places if place.exists()), None)
-        return "" if place is None else _digest(place)
+        digests = [_digest(place) for place in _places(name)]
     except (OSError, ValueError, RuntimeError):  # it is said where it is read
         return ""
+    if len(digests) > 1:
+        return hashlib.blake2b(" ".join(digests).encode()).hexdigest()[:32]
+    return "".join(digests)
+
+
+def _places(name: str) -> list[Path]:
+    """Where what a name stands for lies on this machine, or a copy of it: files of the Hub, a file, or a directory."""
+    if name.startswith(hub_rows.PREFIX):
+        return [place for _, place in hub_rows.files_of(name, EXTENSIONS)]
+    local = hub.local_directory(name.rpartition("@")[0] if in_bucket(name) and "@" in name else name)
+    places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
+    return [place for place in places if place.exists()][:1]
 
 
 def digest_below(place: Path) -> str:
@@ -101,10 +114,13 @@ def _add(digest: hashlib.blake2b, file: Path) -> None:
     digest.update(f" {size} ".encode())
     with open(file, "rb") as stream:
         if size <= SMALL:
+            have(file, [(0, size)])
             while block := stream.read(1 << 20):
                 digest.update(block)
             return
-        for start in _starts(file, size):
+        starts = _starts(file, size)
+        have(file, [(start, min(start + BLOCK, size)) for start in starts])
+        for start in starts:
             stream.seek(start)
             digest.update(stream.read(BLOCK))
 

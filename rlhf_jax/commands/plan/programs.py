@@ -24,7 +24,7 @@ from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.inference.slots import choose_slots, layout
 from rlhf_jax.models import Model, hf
-from rlhf_jax.models.hf import config_json
+from rlhf_jax.models.hf import config_json, hub
 from rlhf_jax.models.kernels import quantized
 from rlhf_jax.models.loading import Loaded, adapted, check_length
 from rlhf_jax.online.checks import check_batches
@@ -74,7 +74,7 @@ def find_arch(path: str) -> ArchConfig:
     if path.startswith("hf://"):
         known = ", ".join(PRESETS)
         raise UserError(f"{path} has no preset; known are {known}; or give a directory or a config.json")
-    return hf.read_config(path)[0]
+    return hf.read_config(hub.local_directory(path))[0]
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: bool, attention: str) -> Loaded:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import read_json, typed, understood
 
@@ -26,6 +27,8 @@ def stands_on(folder: Path) -> Path | None:
     raw = read_json(folder / ADAPTER)
     with understood(folder / ADAPTER):
         name = typed(raw.get("base_model_name_or_path") or "none", str, "base_model_name_or_path", folder / ADAPTER)
+        if in_bucket(name):
+            return Path(hub.local_directory(name))
         folder_of_base = name if Path(name).is_dir() else hub.cached_directory(name, raw.get("revision"))
     if folder_of_base is None:
         cure = "download that model, or write its directory into base_model_name_or_path"

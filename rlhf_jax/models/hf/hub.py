@@ -1,4 +1,4 @@
-"""Names of the Hugging Face Hub: of models, the only place that uses the network, for a path that begins with hf://."""
+"""Models by their names: a directory, hf://owner/name of the Hugging Face Hub, gs://bucket/name of a bucket."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ from pathlib import Path
 
 from rlhf_jax.config.guess import of_the_hub
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import local
 
 PREFIX = "hf://"
 _WANTED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 
-@functools.cache
 def local_directory(path: str) -> str:
     """The path itself, or where the files of hf://owner/name or hf://owner/name@revision lie after a download.
 
+    Of gs://bucket/name it is where `copies.local` has them.
+
     Raises:
-        UserError: no such repository or revision, no network, or a path that is none but may be such a name.
+        UserError: no such repository, revision or bucket, no network, or a path that is none but may be such a name.
     """
-    if not path.startswith(PREFIX):
-        if path and not Path(path).expanduser().exists() and (cure := of_the_hub(path)):
-            raise UserError(f"{path}: no such directory; {cure}")
-        return path
+    if in_bucket(path):
+        return str(local(path))
+    if path.startswith(PREFIX):
+        return downloaded(path)
+    if path and not Path(path).expanduser().exists() and (cure := of_the_hub(path)):
+        raise UserError(f"{path}: no such directory; {cure}")
+    return path
+
+
+@functools.cache
+def downloaded(path: str) -> str:
+    """Where the files of hf://owner/name or hf://owner/name@revision lie, asked for once."""
     name, _, revision = path.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"{path} is no name of the Hub; write hf://owner/name or hf://owner/name@revision")

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.models.hf import weights as hf_weights
 from rlhf_jax.models.hf.config_json import MEMBERS
 from rlhf_jax.models.hf.directory import ADAPTER
@@ -24,10 +25,11 @@ from rlhf_jax.types import Params
 def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool) -> ConfigJson:
     """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub."""
     name, _, revision = base.removeprefix(HUB).partition("@")
+    place = base if in_bucket(base) else str(Path(base).absolute())
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if score_head else "CAUSAL_LM",
-        "base_model_name_or_path": name if base.startswith(HUB) else str(Path(base).absolute()),
+        "base_model_name_or_path": name if base.startswith(HUB) else place,
         "revision": revision if base.startswith(HUB) and revision else None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,

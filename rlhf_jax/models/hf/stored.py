@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.hosts.copies import have
 from rlhf_jax.hosts.json_text import strict_json
 from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, understood
 from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
@@ -51,7 +53,18 @@ class Stored(NamedTuple):
 
     def map(self) -> np.ndarray:
         """The tensor as it lies in the file; only pages that are read come into memory, until the view is dropped."""
+        have(self.file, [(self.offset, self.offset + math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize)])
+        return self.lazy()
+
+    def lazy(self) -> np.ndarray:
+        """`map` of which nothing may be read but what `bring` has brought: what lies in a bucket is fetched then."""
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+    def bring(self, whole: np.ndarray, part: np.ndarray) -> None:
+        """Have the values of `part` be there, a view of `whole`, which `lazy` gave."""
+        if part.size:
+            (start, _), (first, last) = np.lib.array_utils.byte_bounds(whole), np.lib.array_utils.byte_bounds(part)
+            have(self.file, [(self.offset + first - start, self.offset + last - start)])
 
 
 class Summed(NamedTuple):
@@ -69,6 +82,13 @@ class Summed(NamedTuple):
         """The sum in float32."""
         delta = self.scale * (self.b.map().astype(np.float32) @ self.a.map().astype(np.float32))
         return self.base.map().astype(np.float32) + (delta.T if self.transposed else delta)
+
+    def lazy(self) -> np.ndarray:
+        """All of it."""
+        return self.map()
+
+    def bring(self, whole: np.ndarray, part: np.ndarray) -> None:
+        """It is there."""
 
 
 Tensors = Mapping[str, Stored | Summed]

@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.hosts.copies import release
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
 from rlhf_jax.models.hf.config_json import MEMBERS, family_of, find_family, read_json, to_json_like
-from rlhf_jax.models.hf.directory import ADAPTER, model_directory
+from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
 from rlhf_jax.models.hf.families import MEMBERS as HEADS
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
@@ -127,6 +128,8 @@ def load_params(
         parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
         read = functools.partial(_read_shard, parts, stored, layout, spec, seen)
         leaves[leaf] = _placed(read, spec, shardings[leaf])
+    for each in layers_of(folder):
+        release(each)
     seen.report(folder)
     return nested(leaves)
 
@@ -181,14 +184,17 @@ def _read_shard(
         target, inner = out, bounds[len(place) :]
         for number, bound in zip(place, bounds, strict=False):
             target = target[number - bound.start]
-        for piece, within in layout.views(tensor, stored[name].map()):
+        whole = stored[name].lazy()
+        for piece, within in layout.views(tensor, whole):
             sources, targets = [], []
             for bound, lies in zip(inner, within, strict=True):  # of every axis what both have
                 first = max(bound.start, lies.start)
                 last = max(min(bound.stop, lies.stop), first)
                 sources.append(slice(first - lies.start, last - lies.start))
                 targets.append(slice(first - bound.start, last - bound.start))
-            target[tuple(targets)] = piece[tuple(sources)]
+            part = piece[tuple(sources)]
+            stored[name].bring(whole, part)
+            target[tuple(targets)] = part
             seen.look(name, tensor.leaf, target[tuple(targets)])
     return out
 

@@ -1,0 +1,151 @@
+"""Objects in buckets of Google Cloud Storage, `gs://bucket/name`, by tensorstore, which orbax brings.
+
+An object is there whole or not at all, and every write gives it another generation, by which a reader sees that it is
+still reading the same. A listing that is refused, or of a bucket that does not exist, comes back empty from here, so
+an object of the name itself is always asked for first.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import tensorstore
+from rlhf_jax.errors import UserError, reason
+
+SCHEME = "gs://"
+"""How the name of what lies in a bucket begins."""
+
+RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+"""How often a request that fails for no fault of ours is repeated: for about 25 seconds in all."""
+
+LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the file of a key"
+
+
+class Object(NamedTuple):
+    """What was read of an object, and which of its versions that was."""
+
+    data: bytes
+    generation: bytes
+
+
+def in_bucket(path: object) -> bool:
+    """Whether a path names something in a bucket."""
+    return isinstance(path, str) and path.startswith(SCHEME)
+
+
+def split(url: str) -> tuple[str, str]:
+    """Bucket and name of `gs://bucket/name`, without a slash at its end.
+
+    Raises:
+        UserError: one of the two is empty, or a part of the name is no name of a file.
+    """
+    bucket, _, name = url.removeprefix(SCHEME).rstrip("/").partition("/")
+    if not bucket or not name:
+        raise UserError(f"{url} names no object of a bucket; write gs://BUCKET/NAME")
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name:
+        raise UserError(f"{url}: a part of its name is empty, ., .. or has a \\, which no file of ours has; mend it")
+    return bucket, name
+
+
+@functools.cache
+def store(bucket: str) -> tensorstore.KvStore:
+    """A bucket, whose keys are the names of its objects."""
+    import tensorstore as ts
+
+    return ts.KvStore.open(
+        {"driver": "gcs", "bucket": bucket}, context=ts.Context({"gcs_request_retries": RETRIES})
+    ).result()
+
+
+def _result(url: str, asked: Callable[[], Any]) -> Any:
+    """What `asked` returns, which waits for the service.
+
+    Raises:
+        OSError: why it is not, and what to do.
+    """
+    try:
+        return asked()
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise OSError(errno.EIO, why(error), url) from error
+
+
+def why(error: Exception) -> str:
+    """What tensorstore says of a request that failed, in words, with the cure."""
+    text = str(error)
+    code = match[1] if (match := re.search(r"http_response_code='(\d+)'", text)) else ""
+    if code in ("401", "403") or text.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+        return f"no credentials, or none that may do this; {LOGIN}"
+    if code == "404":
+        return "there is no such bucket; check its name"
+    if text.startswith("OUT_OF_RANGE"):
+        return "it is cut short; upload it again"
+    if "bucket name" in text:
+        return "no bucket has such a name; check it"
+    said = " ".join(re.sub(r"\[[a-z_]+=.*", "", text.partition("failed: ")[2] or text).split())
+    return f"the service cannot be asked ({reason(ValueError(said))}); check the network, or try later"
+
+
+def read(url: str, *, unless: bytes | None = None) -> Object | None:
+    """An object; None if it is missing. Of one that is still the generation `unless` no bytes are sent.
+
+    Raises:
+        OSError: it cannot be read; says why.
+    """
+    bucket, name = split(url)
+    found = _result(url, lambda: store(bucket).read(name, if_not_equal=unless).result())
+    if found.state == "unspecified":
+        return Object(b"", unless or b"")
+    return Object(found.value, found.stamp.generation) if found.state == "value" else None
+
+
+def read_parts(url: str, bounds: Sequence[tuple[int, int]], *, of: bytes = b"") -> list[Object]:
+    """Of an object, the bytes from `first` to before `last` of each of the bounds, all asked for at once.
+
+    Raises:
+        OSError: it cannot be read, is missing, ends earlier, or is not the generation `of` any more; says why.
+    """
+    bucket, name = split(url)
+    asked = [store(bucket).read(name, byte_range=slice(first, last)) for first, last in bounds]
+    found = [_result(url, future.result) for future in asked]
+    if any(each.state != "value" or of not in (b"", each.stamp.generation) for each in found):
+        raise OSError(errno.ESTALE, "it was replaced or deleted while it was read; start again", url)
+    return [Object(each.value, each.stamp.generation) for each in found]
+
+
+def write(url: str, data: bytes) -> None:
+    """Put an object there, in the place of one of that name.
+
+    Raises:
+        OSError: it is not written, and what was there is as it was; says why.
+    """
+    bucket, name = split(url)
+    _result(url, lambda: store(bucket).write(name, data).result())
+
+
+def delete(url: str) -> None:
+    """Delete an object, if it is there.
+
+    Raises:
+        OSError: it cannot be deleted; says why.
+    """
+    bucket, name = split(url)
+    _result(url, lambda: store(bucket).write(name, None).result())
+
+
+def below(url: str) -> list[str]:
+    """The names of all objects below `url`/, without that, sorted.
+
+    Raises:
+        OSError: they cannot be listed; says why.
+    """
+    import tensorstore as ts
+
+    bucket, name = split(url)
+    within = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # 0 follows /
+    keys = _result(url, lambda: store(bucket).list(within).result())
+    return sorted(key.decode()[len(name) + 1 :] for key in keys)

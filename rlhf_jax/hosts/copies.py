@@ -1,0 +1,192 @@
+"""Copies on this machine of what is read from a bucket, for as long as the process runs.
+
+Small files are copied whole. Weights are files with holes: `have` fetches the ranges that are about to be read, so
+that a host of many takes only what its own devices hold.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts import buckets
+
+WANTED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Endings of the files of a model directory that are copied whole."""
+
+WEIGHTS, PICKLES = ".safetensors", ".bin"
+"""Endings of those that are fetched range by range, and of those whose names alone count."""
+
+DATASET = "dataset_info.json"
+"""What makes a directory one that TFDS prepared, of which all is copied."""
+
+LONGEST_HEADER = 100 << 20
+"""Bytes of the header of a safetensors file, as that format bounds them."""
+
+BLOCK, PIECE = 1 << 16, 16 << 20
+"""Bytes that are fetched as a whole, and most of them in one request."""
+
+
+@dataclass
+class Holes:
+    """A copy that is not whole.
+
+    Attributes:
+        url: where the object is.
+        generation: which version of it is being read.
+        header: bytes at the beginning that are always here.
+        here: for every block whether it is here.
+    """
+
+    url: str
+    generation: bytes
+    header: int
+    here: bytearray
+
+
+_whole: dict[str, bytes] = {}  # url -> generation of the copy
+_holes: dict[Path, Holes] = {}
+
+
+@functools.cache
+def _home() -> Path:
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="rlhf-jax-")))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def place_of(url: str) -> Path:
+    """Where the copy of an object or directory lies."""
+    return _home().joinpath(*buckets.split(url))
+
+
+def local(url: str) -> Path:
+    """Where on this machine an object is to be read, or a directory: of that what belongs to a model or a dataset.
+
+    What was copied before is asked for again only if it has changed.
+
+    Raises:
+        UserError: there is neither, or it cannot be read; says why.
+    """
+    url = url.rstrip("/")
+    try:
+        if _copied(url):
+            return place_of(url)
+        names = buckets.below(url)
+        if not names:
+            raise UserError(f"{url}: no such object, none below it, and maybe no such bucket; check both names")
+        _copy_directory(url, names)
+        return place_of(url)
+    except OSError as error:
+        raise UserError(f"{getattr(error, 'filename', None) or url}: {reason(error)}") from error
+
+
+def _copied(url: str) -> bool:
+    """Whether there is such an object, whose copy is then whole and its newest version."""
+    place, known = place_of(url), _whole.get(url)
+    found = buckets.read(url, unless=known)
+    if found is not None and found.generation != known:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(found.data)
+        _whole[url] = found.generation
+    return found is not None
+
+
+def _copy_directory(url: str, names: list[str]) -> None:
+    folder, whole = place_of(url), DATASET in names
+    wanted = [name for name in names if whole or "/" not in name]
+    folder.mkdir(parents=True, exist_ok=True)
+    for gone in {path.name for path in folder.iterdir() if path.is_file()} - set(wanted):
+        (folder / gone).unlink()
+    for name in wanted:
+        if whole or name.endswith(WANTED):
+            _copied(f"{url}/{name}")
+        elif name.endswith(WEIGHTS):
+            _copy_header(f"{url}/{name}")
+        elif name.endswith(PICKLES):
+            (folder / name).touch()
+
+
+def _copy_header(url: str) -> None:
+    """A file as long as the object, of which the header is here; of what is no safetensors file, its beginning."""
+    place = place_of(url)
+    (start,) = buckets.read_parts(url, [(0, 8)])
+    if (known := _holes.get(place)) is not None and known.generation == start.generation:
+        return
+    header = 8 + min(int.from_bytes(start.data, "little"), LONGEST_HEADER)
+    (rest,) = buckets.read_parts(url, [(8, header)], of=start.generation)
+    place.write_bytes(start.data + rest.data)
+    try:
+        tensors = [entry for name, entry in json.loads(rest.data).items() if name != "__metadata__"]
+        size = header + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):  # it is said where the file is read
+        return
+    if size > header:
+        buckets.read_parts(url, [(size - 1, size)], of=start.generation)  # else it is cut short
+    os.truncate(place, size)
+    _holes[place] = Holes(url, start.generation, header, bytearray(size // BLOCK + 1))
+
+
+def have(file: Path, bounds: Iterable[tuple[int, int]]) -> None:
+    """Have the bytes from `first` to before `last` of each of the bounds in a file, if that is a copy with holes.
+
+    Raises:
+        UserError: they cannot be read; says why.
+    """
+    holes = _holes.get(file)
+    if holes is None:
+        return
+    size = os.path.getsize(file)
+    wanted = {block for first, last in bounds for block in range(first // BLOCK, -(-last // BLOCK))}
+    missing = sorted(block for block in wanted if not holes.here[block])
+    # Neighbours come together, up to PIECE: [3, 4, 5, 9] as (3, 6) and (9, 10).
+    cuts = [i for i, (a, b) in enumerate(pairwise(missing), 1) if b != a + 1 or i % (PIECE // BLOCK) == 0]
+    runs = [(missing[a], missing[b - 1] + 1) for a, b in pairwise([0, *cuts, len(missing)]) if b > a]
+    parts = [(first * BLOCK, min(last * BLOCK, size)) for first, last in runs]
+    try:
+        found = buckets.read_parts(holes.url, parts, of=holes.generation)
+    except OSError as error:
+        raise UserError(f"{holes.url}: {reason(error)}") from error
+    with open(file, "r+b") as stream:
+        for (first, _), part in zip(parts, found, strict=True):
+            stream.seek(first)
+            stream.write(part.data)
+    for block in missing:
+        holes.here[block] = 1
+
+
+def upload_model(folder: Path, url: str) -> None:
+    """Put a model directory in the place of what is below `url`/: config.json, without which nothing is a model, goes
+    first of the old one and comes last of the new one, so that there is never half a model.
+
+    Raises:
+        UserError: it was refused; says why.
+    """
+    head, files = "config.json", sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    try:
+        old = [name for name in buckets.below(url) if "/" not in name and name.endswith((*WANTED, WEIGHTS))]
+        for name in sorted(old, key=lambda name: name != head):
+            buckets.delete(f"{url}/{name}")
+        for name in sorted(files, key=lambda name: name == head):
+            buckets.write(f"{url}/{name}", (folder / name).read_bytes())
+    except OSError as error:
+        raise UserError(f"{getattr(error, 'filename', None) or url}: {reason(error)}") from error
+
+
+def release(folder: Path) -> None:
+    """Give the disk back what the weights of a directory take, if that is a copy; they are fetched anew if need be."""
+    for file, holes in _holes.items():
+        if file.parent == folder:
+            size = os.path.getsize(file)
+            os.truncate(file, holes.header)
+            os.truncate(file, size)
+            holes.here[:] = bytes(len(holes.here))
