@@ -60,4 +60,12 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; it has finished its step and saved. The line says how to continue it."""
+    """A signal asked the run to stop; it has finished its step and saved. The line says how to continue it.
+
+    Attributes:
+        code: the exit code that the command line ends with.
+    """
+
+    def __init__(self, line: object, code: int = 0):
+        super().__init__(line)
+        self.code = code

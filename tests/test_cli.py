@@ -229,6 +229,7 @@ MISTAKES = {
     "sft --data.batch_size many": "data.batch_size is 'many'; give a whole number",
     "sft --data.batch_size 8.0": "data.batch_size is '8.0'; give a whole number",
     "sft --optim.learning_rate high": "optim.learning_rate is 'high'; give a number, or nothing",
+    "sft --run.exit_code_when_stopped 256": "run.exit_code_when_stopped 256 is not from 0 to 255; give 75",
     "sft --run.profile [3]": "run.profile [3] is not a first and a last step; give two such as [10, 12]",
     "sft --run.profile [3,2]": "run.profile [3, 2] is not a first and a last step; give two such as [10, 12]",
     "sft --run.overwrite maybe": "run.overwrite is 'maybe'; give true or false",
@@ -723,6 +724,7 @@ def test_an_error_in_the_middle_of_a_run_stands_on_its_own_line(here, call):
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_the_command_that_continues_it_and_leaves_valid_metrics(here):
     run = ["sft", "--config", "sft.yaml", "--sft.steps", "1000000", "--sft.num_samples", "0"]
+    run += ["--run.exit_code_when_stopped", "75"]
     env = {**os.environ, "XLA_FLAGS": FAST}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     metrics = here / "out" / "metrics.jsonl"
@@ -733,7 +735,7 @@ def test_ctrl_c_ends_a_run_with_the_command_that_continues_it_and_leaves_valid_m
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in out + err
+    assert process.returncode == 75 and "Traceback" not in out + err
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert out.splitlines()[-1] == (

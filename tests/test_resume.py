@@ -145,9 +145,11 @@ def test_a_run_stopped_twice_ends_as_one_left_alone_bit_by_bit(tmp_path, changes
     alone = run_fit(settings(tmp_path / "alone", **changes))
     config = settings(tmp_path / "stopped", **changes)
     for at in (2, 6):
-        with pytest.raises(Stopped, match=rf"^sft: stopped by SIGINT after step {at + 1} of 12 and saved; continue "):
+        with pytest.raises(
+            Stopped, match=rf"^sft: stopped by SIGINT after step {at + 1} of 12 and saved; continue "
+        ) as stopped:
             run_fit(config, before_step=signal_at(at))
-        assert statuses(tmp_path / "stopped") == "stopped"
+        assert stopped.value.code == 0 and statuses(tmp_path / "stopped") == "stopped"
     batches = Rows()
     assert same_bits(run_fit(config, batches=batches), alone)
     assert batches.asked == list(range(7, STEPS))

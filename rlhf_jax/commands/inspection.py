@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from rlhf_jax.config.rules import Rules, parse_rules
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.errors import UserError, reason, tell
+from rlhf_jax.hosts import buckets
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import upload_model
 from rlhf_jax.hosts.files import check_writable, written
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf import hub
@@ -39,7 +43,8 @@ from rlhf_jax.models.kernels import Quantization, quantized
 from rlhf_jax.models.loading import padded, same_ids
 from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.runs.checkpoint import Checkpoints, damage
-from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, read_record
+from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, SUMMARY, read_record, read_summary
+from rlhf_jax.runs.push import check_repository, model_card, push
 from rlhf_jax.sharding import make_mesh, mesh_sizes, shard_shape
 from rlhf_jax.training.supervised import examples_of
 from rlhf_jax.types import Params
@@ -173,8 +178,38 @@ def run_inspect(config: InspectArgs) -> dict[str, Any]:
 
 
 def run_convert(config: ConvertArgs) -> Path:
-    """Write the model as the config says; returns the directory."""
-    source, target = Path(hub.local_directory(config.model)), Path(config.output)
+    """Write the model as the config says, to a directory, a bucket, the Hub, or two of them; returns the directory.
+
+    What goes to a bucket or the Hub alone is made in a directory that is gone afterwards.
+    """
+    if config.push:
+        check_repository(config.push, "push")
+    remote, url = in_bucket(config.output), config.output.rstrip("/")
+    if remote and not config.overwrite and buckets.read(f"{url}/config.json") is not None:
+        raise UserError(f"output {config.output} holds a model; give --overwrite true to replace it")
+    with tempfile.TemporaryDirectory(prefix="rlhf-jax-") as place:
+        target = Path(f"{place}/model" if remote or not config.output else config.output)
+        dtype = convert(config, target)
+        if remote:
+            upload_model(target, url)
+            tell(f"wrote {config.output}: {dtype}")
+        if config.push:
+            push(target, config.push, _card(config, dtype), "give the same command again")
+    return target
+
+
+def _card(config: ConvertArgs, dtype: str) -> str:
+    """The card of a model that was converted, of a run's with what its record and summary say."""
+    for run in (Path(config.model), Path(config.model).parent):
+        if (record := read_record(run)) is not None and record["stage"]:
+            summary = read_summary(run, "--run.overwrite true") if (run / SUMMARY).is_file() else {}
+            return model_card(config.push, record["stage"], record["config"], {**summary, "step": record["step"]})
+    return model_card(config.push, "convert", {"model": {"path": config.model}, "dtype": dtype}, {})
+
+
+def convert(config: ConvertArgs, target: Path) -> str:
+    """Write the model as the config says to a directory; returns the dtype of its weights."""
+    source = Path(hub.local_directory(config.model))
     if target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file; name a directory")
     check_writable(target.parent, f"output {target}")
@@ -208,8 +243,9 @@ def run_convert(config: ConvertArgs) -> Path:
             shard_bytes=int(config.shard_gb * 1e9),
             write_more=(lambda folder: tokenizer.save(str(folder))) if tokenizer else None,
         )
-    tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {dtype}")
-    return target
+    if config.output == str(target):
+        tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {dtype}")
+    return dtype
 
 
 class Source(NamedTuple):

@@ -53,7 +53,8 @@ def run(
             try:
                 done.append(one_round(config, k, rows, functions, gold))
             except Stopped as stopped:
-                raise Stopped(f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}") from stopped
+                line = f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}"
+                raise Stopped(line, config.run.exit_code_when_stopped) from stopped
             out.metrics.write(k + 1, metrics_of(done[-1]))
             out.metrics.bar.update(1)
             tree = {"round": jnp.asarray(k + 1, jnp.int32)}
@@ -128,7 +129,7 @@ def sampling_of(config: RejectionArgs, k: int) -> BestOfNArgs:
 def training_of(config: RejectionArgs, k: int) -> SFTArgs:
     """What round k trains on that."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SFTArgs)}
-    run = replace(config.run, output_dir=str(place(config, k) / "sft"), overwrite=False)
+    run = replace(config.run, output_dir=str(place(config, k) / "sft"), overwrite=False, push_to_hub="")
     return SFTArgs(**{**settings, "model": policy_of(config, k), "run": run})
 
 

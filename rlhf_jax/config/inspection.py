@@ -46,6 +46,8 @@ class ConvertArgs:
         shard_gb: largest weight file, in 10^9 bytes; more than one come with an index.
         overwrite: replace the model in `output`.
         step: of a run's checkpoints, the one of this step; 0 takes the newest.
+        push: OWNER/NAME of a model of the Hugging Face Hub, made private if it is not there, to which what was written
+            goes, with a card; of a run's model with the figures of the run. `output` may be left out then.
         average: directories of more models, of the same shape and tokenizer: what is written has the mean of the
             weights of all of them (of reward models: WARM, Rame et al. 2024, arXiv 2401.12187).
     """
@@ -56,10 +58,11 @@ class ConvertArgs:
     shard_gb: float = 5.0
     overwrite: bool = False
     step: int = 0
+    push: str = ""
     average: list[PathText] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check(self, "", {"above 0": "shard_gb", "at least 0": "step"})
         for name in ("model", "output"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "output" and self.push):
                 raise UserError(f"{name} is empty; write rlhf-jax convert MODEL --output DIR")

@@ -250,6 +250,10 @@ class RunConfig:
         tensorboard: write TensorBoard events to output_dir/tensorboard.
         profile: [first, last] steps of which JAX's profiler writes a trace to output_dir/profile, for xprof and
             Perfetto; empty is none.
+        push_to_hub: OWNER/NAME of a model of the Hugging Face Hub, made private if it is not there, to which model/
+            goes when the run has finished, with a card of what it is and with which figures. Empty is none.
+        exit_code_when_stopped: exit code, 0 to 255, after a signal stopped the run and all was saved, for queues that
+            start anew what did not end with 0 (75 is the usual one).
         progress: show a progress bar, if standard error is a terminal. Without one a plain line says every half minute
             how far the run is.
     """
@@ -262,10 +266,14 @@ class RunConfig:
     keep_best: bool = True
     tensorboard: bool = False
     profile: list[int] = field(default_factory=list)
+    push_to_hub: str = ""
+    exit_code_when_stopped: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         check(self, "run.", {"at least 1": "log_every", "at least 0": "eval_every", SEEDS: "seed"})
+        if not 0 <= self.exit_code_when_stopped <= 255:
+            raise UserError(f"run.exit_code_when_stopped {self.exit_code_when_stopped} is not from 0 to 255; give 75")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
             raise UserError(f"run.profile {self.profile} is not a first and a last step; give two such as [10, 12]")
 

@@ -26,6 +26,7 @@ from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.hosts import yamls
 from rlhf_jax.hosts.files import check_writable, hold, read_text, replace_file, write_json
 from rlhf_jax.hosts.json_text import JsonObject, to_json
+from rlhf_jax.runs.push import check_repository
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
@@ -75,6 +76,8 @@ def check_output_dir(
     check_writable(path, f"run.output_dir {path}")
     if run.tensorboard and find_spec("tensorboardX") is None:
         raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX")
+    if run.push_to_hub:
+        check_repository(run.push_to_hub, "run.push_to_hub")
     check_inputs(stage, config)
     if is_held(path):
         raise in_use(path)

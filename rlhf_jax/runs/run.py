@@ -24,6 +24,7 @@ from rlhf_jax.runs.best import Best
 from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.runs.outcome import nothing_learned
+from rlhf_jax.runs.push import model_card, push
 from rlhf_jax.runs.skips import Skips
 
 
@@ -178,7 +179,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.save_now(step, tree, notes or {})
             raise Stopped(
                 f"{self.stage}: stopped by {self.interrupts.received or 'a signal'} after step {step} of {self.total} "
-                f"and saved; {self.how_to_continue()}"
+                f"and saved; {self.how_to_continue()}",
+                self.config.exit_code_when_stopped,
             )
 
     def save_now(self, step: int, tree: object, notes: Mapping[str, object]) -> None:
@@ -264,9 +266,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         summary["wall_s"] = round(self.metrics.elapsed(), 2)
         if self.best.step is not None:
             summary["best_step"] = self.best.step
-        if remarks := [*remarks, *nothing_learned(self.metrics.extremes)]:
-            summary["remarks"] = remarks
+        remarks = [*remarks, *nothing_learned(self.metrics.extremes)]
         self.checkpoints.wait()
+        if self.config.push_to_hub and self.is_writer:
+            remarks += self._push(summary)
+        if remarks:
+            summary["remarks"] = remarks
         if self.is_writer:
             write_json(self.dir / directory.SUMMARY, summary)
             self._record("finished", self.total)
@@ -277,3 +282,15 @@ class Run(contextlib.AbstractContextManager["Run"]):
         for remark in remarks:
             self.say(f"! {remark}")
         return summary
+
+    def _push(self, summary: directory.Summary) -> list[str]:
+        """Upload the model, which the summary then says; a remark if that failed, since the run has finished."""
+        self.metrics.bar.doing("pushing the model")
+        name, model = self.config.push_to_hub, self.dir / "model"
+        card = model_card(name, self.stage, directory.plain(self.settings), summary)
+        again = f"push it with rlhf-jax convert {shlex.quote(str(model))} --dtype float32 --push {name}"
+        try:
+            summary["pushed"] = push(model, name, card, again)
+        except UserError as error:
+            return [str(error)]
+        return []

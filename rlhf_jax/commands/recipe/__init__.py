@@ -136,7 +136,9 @@ def perform(one: Stage, action: Action, record: Record) -> None:
     try:
         figures = processes.from_first(call) if one.command in IN_ONE_PROCESS else call()
     except Stopped as stopped:
-        raise Stopped(f"recipe: stopped in stage {one.label}; the same command goes on there") from stopped
+        raise Stopped(
+            f"recipe: stopped in stage {one.label}; the same command goes on there", stopped.code
+        ) from stopped
     except UserError as error:
         raise UserError(f"stage {one.label}: {error}") from error
     wall_s = round(time.time() - started, 2)

@@ -1,0 +1,115 @@
+"""Rows from the Hugging Face Hub and models to it, through huggingface_hub, with a Hub of the tests' own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hub import TOKEN, Hub, served
+from tiny import toy_directory
+
+from rlhf_jax.data import hub_rows
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs.push import model_card
+
+ROWS = "".join(json.dumps({"prompt": f"p{i}", "response": "r"}) + "\n" for i in range(3)).encode()
+PROGRAM = """
+import sys
+from rlhf_jax.cli import code_of
+for line in sys.stdin.read().splitlines():
+    print("code", code_of(line.split()), flush=True)
+"""
+
+
+def at_the_hub(hub, lines, home, token=TOKEN):
+    """What each command line printed, which ends with its exit code; one process for all."""
+    with served(hub) as address:
+        settings = {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        env = {**os.environ, **settings, **({"HF_TOKEN": token} if token else {})}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], input="\n".join(lines), env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    assert "Traceback" not in done.stdout, done.stdout
+    return done.stdout.split("code ")
+
+
+def test_rows_and_models_of_a_hub(tmp_path):
+    hub, data = Hub(), "hf://datasets/own/data"
+    hub.files["datasets", "own/data", "data/train-00000-of-00002.jsonl"] = ROWS
+    hub.files["datasets", "own/data", "data/train-00001-of-00002.jsonl"] = ROWS
+    hub.files["datasets", "own/data", "data/test.jsonl"] = ROWS
+    inspect = "data inspect --examples 0 --path"
+    run = tmp_path / "run"
+    shown = {"stage": "sft", "eval/total": 1.25, "remarks": ["a remark"]}
+    (run / "model").mkdir(parents=True)
+    for path in (toy_directory() / "policy").iterdir():
+        (run / "model" / path.name).write_bytes(path.read_bytes())
+    config = {
+        "model": {"path": "hf://own/base@v2"},
+        "data": {"path": f"{data}@train"},
+        "run": {"output_dir": str(run)},
+    }
+    (run / "run.json").write_text(json.dumps({"stage": "sft", "config": config, "status": "finished", "step": 7}))
+    (run / "summary.json").write_text(json.dumps(shown))
+    lines = [
+        f"{inspect} {data}", f"{inspect} {data}@test", f"{inspect} {data}@v1/data/test.jsonl", f"{inspect} {data}@dev",
+        f"{inspect} {data}@v3/data/test.jsonl", f"{inspect} hf://datasets/own/other",
+        f"convert {run}/model --push owner/new", f"convert {run}/model --output {tmp_path}/x --push odd",
+    ]  # fmt: skip
+    *said, _ = at_the_hub(hub, lines, tmp_path / "home")
+    said = [text.partition("\n")[2] if i else text for i, text in enumerate(said)]
+    assert "6 rows" in said[0] and "3 rows" in said[1] and "3 rows" in said[2]
+    assert "no file has the split dev in its name; name one of data/train-00000-of-00002.jsonl" in said[3]
+    assert "cannot be downloaded (RevisionNotFoundError" in said[4] and "(RepositoryNotFoundError" in said[5]
+    assert f"to {'http'}" in said[6] and "push odd is no name of the Hub; write OWNER/NAME" in said[7]
+    assert hub.made["owner/new"]["visibility"] == "private" and not (tmp_path / "x").exists()
+    names = {name for kind, repository, name in hub.files if repository == "owner/new"}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    card = hub.files["models", "owner/new", "README.md"].decode()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == "own/base" and header["datasets"] == ["own/data"] and "sft" in header["tags"]
+    assert "| eval/total | 1.25 |" in card and str(tmp_path) not in card
+    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert TOKEN.encode() not in everything and TOKEN not in "".join(said) + str(hub.files)
+
+
+def test_a_run_without_a_token_is_refused_before_it_starts(tmp_path):
+    push = f"sft --run.output_dir {tmp_path}/run --run.push_to_hub owner/new --model.path {toy_directory()}/policy"
+    said = at_the_hub(Hub(), [push], tmp_path / "home", token="")[0]
+    assert "run.push_to_hub owner/new cannot be written to (" in said and "run `hf auth login` or set HF_TOKEN" in said
+    assert not (tmp_path / "run").exists()
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "sub/*.parquet"
+  - split: test
+    path: [a.jsonl, b.jsonl]
+---
+text"""
+
+
+def test_a_card_says_which_files_a_split_has():
+    names = ["README.md", "b.jsonl", "sub/2.parquet", "a.jsonl", "sub/1.parquet", "train.jsonl"]
+    split = lambda name, card=CARD: hub_rows.of_split("x", names, card, name)  # noqa: E731
+    assert split("train") == ["sub/1.parquet", "sub/2.parquet"] and split("test") == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match="no such split; there are train, test"):
+        split("dev")
+    assert split("train", "---\nconfigs: 3\n---\n") == ["train.jsonl"]  # a header that says nothing
+    assert split("train", "---\nconfigs:\n- data_files: a.jsonl\n---\n") == ["a.jsonl"]
+    two = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+    with pytest.raises(UserError, match=r"several configurations \(a, b\)"):
+        split("train", two)
+
+
+def test_a_card_shows_no_place_of_this_machine():
+    config = {"model": {"path": "/home/me/models/llama"}, "data": {"path": "/data/rows.jsonl", "fields": ["a={b}"]}}
+    card = model_card("a/b", "reward", {**config, "run": {"output_dir": "/home/me/run"}}, {"x": {"y": 2.0}, "z": True})
+    assert "/home" not in card and "/data/" not in card and "rows.jsonl" in card and "from llama." in card
+    assert "| x.y | 2 |" in card and "| z |" not in card and "text-classification" in card
