@@ -1,6 +1,6 @@
 """What programs cost against the share of token slots that hold tokens; one JSON line per program.
 
-    python -m benchmarks.shares --size 5m
+    python -m benchmarks.shares --size 5m --rows 128
 
 Rows have lengths as a constant chance of ending at each token makes them, cut at the longest; in a rollout stop ids
 are that chance. One process, all shares in turns, medians. `against` is the cost over that of full rows and over the
@@ -48,29 +48,29 @@ def lengths(share: float, rows: int, longest: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(sizes)
 
 
-def reward_runs(size: str, model: Model, mesh: Mesh) -> Runs:
-    """Steps of a reward model on 16 pairs of up to 512 tokens, behind prompts of two, so that nothing is shared."""
-    work, ids = Work(16, 2, 512), np.random.default_rng(0).integers(3, SIZES[size]["vocab"], 512).tolist()
+def reward_runs(size: str, rows: int, model: Model, mesh: Mesh) -> Runs:
+    """Steps of a reward model on pairs of up to 512 tokens, behind prompts of two, so that nothing is shared."""
+    work, ids = Work(rows // 2, 2, 512), np.random.default_rng(0).integers(3, SIZES[size]["vocab"], 512).tolist()
     steps = [
-        [Row(ids[:2], [ids[2:a], ids[2:b]]) for a, b in lengths(share, 32, 512).reshape(16, 2)] for share in SHARES
+        [Row(ids[:2], [ids[2:a], ids[2:b]]) for a, b in lengths(share, rows, 512).reshape(-1, 2)] for share in SHARES
     ]
     run = make_training("reward", work, steps, model, mesh, pack="on")
-    tokens = [sum(2 + len(ids) for row in step for ids in row.responses) / (32 * 512) for step in steps]
+    tokens = [sum(2 + len(ids) for row in step for ids in row.responses) / (rows * 512) for step in steps]
     return {share: lambda i=i: (run(i)[0], tokens[i]) for i, share in enumerate(SHARES)}
 
 
-def ppo_runs(size: str, model: Model, mesh: Mesh) -> dict[str, Runs]:
-    """Scoring and one epoch of updates of 32 rows of up to 128 + 128 tokens."""
-    work = Work(32, 1, 128, 128)
+def ppo_runs(size: str, rows: int, model: Model, mesh: Mesh) -> dict[str, Runs]:
+    """Scoring and one epoch of updates of rows of up to 128 + 128 tokens."""
+    work = Work(rows, 1, 128, 128)
     (programs, first), nets, _ = ppo_programs(work, model, mesh, (), epochs=1)
     number = lambda x: jax.device_put(np.float32(x), replicated(mesh))  # noqa: E731
     key, box = jax.device_put(jax.random.key(0), replicated(mesh)), [first]
-    host = jax.device_put(np.zeros(32, np.float32), batch_sharding(mesh))
+    host = jax.device_put(np.zeros(rows, np.float32), batch_sharding(mesh))
     rng = np.random.default_rng(0)
 
     def rollout_of(share: float) -> Rollout:
-        sizes = lengths(share, 32, 128)[:, None]
-        ids = rng.integers(3, SIZES[size]["vocab"], (2, 32, 128), dtype=np.int32)
+        sizes = lengths(share, rows, 128)[:, None]
+        ids = rng.integers(3, SIZES[size]["vocab"], (2, rows, 128), dtype=np.int32)
         prompt, mask = np.arange(128) >= 128 - sizes, np.arange(128) < sizes
         logprobs = np.where(mask, -8.0, 0.0).astype(np.float32)
         return Rollout(*put_batch(mesh, (ids[0], prompt, ids[1], mask, logprobs, mask[:, -1])))
@@ -90,12 +90,12 @@ def ppo_runs(size: str, model: Model, mesh: Mesh) -> dict[str, Runs]:
     }
 
 
-def rollout_runs(size: str, model: Model, mesh: Mesh) -> Runs:
-    """Rollouts of 64 prompts of 64 and up to 256 new tokens."""
+def rollout_runs(size: str, rows: int, model: Model, mesh: Mesh) -> Runs:
+    """Rollouts of prompts of 64 and up to 256 new tokens."""
     vocab, config = SIZES[size]["vocab"], SamplingConfig(max_new_tokens=256)
     params, law = jax.jit(model.init)(jax.random.key(0)), SamplingLaw.from_config(config)
-    prompt = np.random.default_rng(0).integers(3, vocab, (64, 64), dtype=np.int32)
-    placed = put_batch(mesh, (prompt, np.ones((64, 64), bool)))
+    prompt = np.random.default_rng(0).integers(3, vocab, (rows, 64), dtype=np.int32)
+    placed = put_batch(mesh, (prompt, np.ones((rows, 64), bool)))
     stops = {share: np.linspace(3, vocab - 1, round(part * vocab)).astype(int) for share, part in STOPS.items()}
     # The program of full rows knows stop ids, too: none is drawn that is not in the vocabulary.
     samplers = {s: jax.jit(make_sampler(model, config, tuple(map(int, ids)) or (vocab,))) for s, ids in stops.items()}
@@ -110,13 +110,17 @@ def rollout_runs(size: str, model: Model, mesh: Mesh) -> Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="5m", choices=tuple(SIZES))
+    parser.add_argument("--rows", type=int, default=128, help="of the reward step and of PPO; twice as many prompts")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh.grid):
         model = model_of(args.size, mesh, "auto")
-        made = {"reward step": reward_runs(args.size, model, mesh), **ppo_runs(args.size, model, mesh)}
-        for name, runs in {**made, "rollout": rollout_runs(args.size, model, mesh)}.items():
+        made = {
+            "reward step": reward_runs(args.size, args.rows, model, mesh),
+            **ppo_runs(args.size, args.rows, model, mesh),
+        }
+        for name, runs in {**made, "rollout": rollout_runs(args.size, 2 * args.rows, model, mesh)}.items():
             seconds: dict[float, list[float]] = {share: [] for share in SHARES}
             real = {}
             for i in range(1 + args.repeats):
