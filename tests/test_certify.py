@@ -29,7 +29,8 @@ def test_the_gap_names_the_first_token_that_differs_and_the_farthest():
 
 
 def test_the_lowest_layers_of_a_model_are_the_same_from_one_stack_and_from_two():
-    model = Model(dataclasses.replace(ARCH, num_layers=3, sliding_window=2, window_layers=(0, 2)))
+    sparse = {"num_experts": 4, "experts_per_token": 2, "dense_layers": 2, "dense_width": 8, "router": "sigmoid"}
+    model = Model(dataclasses.replace(ARCH, num_layers=3, sliding_window=2, window_layers=(0, 2), **sparse))
     params = model_params(model, 0)
     ids = jnp.arange(8).reshape(1, 8)
     for layers in (1, 2, 3):

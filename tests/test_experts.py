@@ -33,6 +33,10 @@ ARCH = ArchConfig(
     num_experts=8, experts_per_token=2, qk_norm="head",
 )  # fmt: skip
 MODEL = Model(ARCH)
+GLM = replace(
+    ARCH, num_layers=2, router="sigmoid", router_groups=2, routed_scale=1.5, shared_width=8, dense_layers=1,
+    dense_width=16,
+)  # fmt: skip
 LAW = SamplingLaw(jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
 
@@ -177,8 +181,8 @@ def step_of(model: Model, params, batch):
 
 @functools.cache
 def single():
-    model = replace(MODEL, balance_coef=0.1)
-    return jax.jit(functools.partial(step_of, model))(model_params(MODEL, 0), text_batch(8, 9, 3))
+    model = Model(GLM, balance_coef=0.1)
+    return jax.jit(functools.partial(step_of, model))(model_params(model, 0), text_batch(8, 9, 3))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +191,8 @@ def single():
 def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(sizes):
     (expected, grads), drawn = single()
     mesh = make_mesh(MeshConfig(**sizes), devices=jax.devices()[: math.prod(sizes.values())])
-    model = replace(MODEL, balance_coef=0.1, rules=mesh.rules)
-    params = model_params(MODEL, 0)
+    model = Model(GLM, balance_coef=0.1, rules=mesh.rules)
+    params = model_params(model, 0)
     places = tree_shardings(mesh, params)
     assert places["layers"]["experts"]["up"].spec[1] == "expert"
     with jax.set_mesh(mesh.grid):

@@ -26,8 +26,18 @@ FAMILIES = (
     "ministral", "seed_oss", "olmo3", "cwm", "vaultgemma", "starcoder2", "smollm3", "exaone4", "granite", "glm",
     "glm4", "cohere", "cohere2", "phi", "stablelm", "falcon", "nemotron", "arcee", "ernie4_5", "ministral3",
     "hunyuan_v1_dense", "opt", "gptj", "qwen3_moe", "mixtral", "olmoe",
+    "glm4_moe",
 )  # fmt: skip
-WITHOUT_CLASSIFIER = {"cwm", "vaultgemma", "granite", "cohere", "cohere2", "ernie4_5", "olmoe"}  # in transformers
+WITHOUT_CLASSIFIER = {
+    "cwm",
+    "vaultgemma",
+    "granite",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "olmoe",
+    "glm4_moe",
+}  # in transformers
 GREEDY = SamplingLaw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
 
@@ -44,9 +54,10 @@ def golden(name):
 
 
 CASES = [f"{f}/{case}" for f in FAMILIES for case in dict.fromkeys(k.split("/")[0] for k in golden_file(f).files)]
-EXPERTS = ("qwen3_moe", "mixtral", "olmoe")
+EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe")
 LIGHT = {f"{family}/{case}" for family in EXPERTS for case in ("hub", "deep", "tied", "all", "few", "one")}
 """Cases whose compilation is spared: of them logits alone are compared, by the code that has the others' gradients."""
+STAY_FLOAT32 = ("score.weight", "e_score_correction_bias")
 LANGUAGE_MODELS = [name for name in CASES if not name.endswith("/score")]
 CLASSIFIERS = [name for name in CASES if name.endswith("/score")]
 each_case = pytest.mark.parametrize("name", CASES)
@@ -260,6 +271,8 @@ def test_the_golden_logits_notice_a_wrong_config(tmp_path, name, changes):
         ("ministral3/scaled", {"query_log_scale": 0.0}),
         ("hunyuan_v1_dense/plain", {"qk_norm": "head"}),
         ("opt/offset", {"position_offset": 0}),
+        ("glm4_moe/hub", {"routed_scale": 1.0}),
+        ("glm4_moe/plain", {"router_groups": 1, "router_top_groups": 1}),
     ],
 )
 def test_the_golden_logits_notice_a_part_left_out(tmp_path, name, plain):
@@ -291,7 +304,7 @@ def test_round_trip(tmp_path, name):
         stored = load_file(new / "model.safetensors")
         assert stored.keys() == weights.keys()
         for key, array in weights.items():
-            expected = array if key == "score.weight" else array.astype(dtype)  # scalar heads stay float32
+            expected = array if key.endswith(STAY_FLOAT32) else array.astype(dtype)
             assert stored[key].dtype == expected.dtype, key
             assert stored[key].tobytes() == expected.tobytes(), key
 

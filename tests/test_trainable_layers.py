@@ -28,6 +28,9 @@ from rlhf_jax.sharding import make_mesh, tree_shardings
 
 DEEP = dataclasses.replace(ARCH, num_layers=3, tied_head=False)
 WINDOWED = dataclasses.replace(DEEP, sliding_window=2, window_layers=(1,), tied_head=True)
+SPARSE_ABOVE = dataclasses.replace(
+    DEEP, num_experts=4, experts_per_token=2, shared_width=8, dense_layers=2, dense_width=8
+)
 TRUNK = ("embed", "lower")
 
 
@@ -71,7 +74,7 @@ def batch():
     return tokens, positions, jnp.ones_like(tokens)
 
 
-@pytest.mark.parametrize("arch", [DEEP, WINDOWED], ids=["plain", "windowed"])
+@pytest.mark.parametrize("arch", [DEEP, WINDOWED, SPARSE_ABOVE], ids=["plain", "windowed", "sparse above"])
 @pytest.mark.parametrize("top", [1, 2, 3])
 def test_layers_in_two_stacks_compute_what_they_do_in_one(arch, top):
     model = Model(arch)

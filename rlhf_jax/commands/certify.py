@@ -11,14 +11,14 @@ import jax
 import numpy as np
 
 from rlhf_jax import group, ppo
-from rlhf_jax.config import CertifyArgs, OnlineArgs, PPOArgs
+from rlhf_jax.config import ArchConfig, CertifyArgs, OnlineArgs, PPOArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import tell
 from rlhf_jax.group.train import settings_of
 from rlhf_jax.hosts.processes import is_first, say, to_host
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.models import Model
-from rlhf_jax.models.kernels import STACKS, depth, stacks_of
+from rlhf_jax.models.kernels import STACKS, cut, depth, stacks_of
 from rlhf_jax.online.core import response_logprobs, summed
 from rlhf_jax.online.iteration import LoopState, key_at
 from rlhf_jax.online.method import Method
@@ -26,6 +26,8 @@ from rlhf_jax.online.programs import EXACT, OnMesh
 from rlhf_jax.sharding import put_batch, rollout_mesh
 from rlhf_jax.training.loop import describe
 from rlhf_jax.types import Params, Rollout
+
+_OF_EXPERTS = ("num_experts", "experts_per_token", "router", "router_groups", "router_top_groups", "dense_layers")
 
 
 def run(config: CertifyArgs, args: OnlineArgs) -> dict[str, Any]:
@@ -85,17 +87,20 @@ def shallow(model: Model, params: Params, layers: int) -> tuple[Model, Params]:
     """The model of the lowest layers, with the norm and the head of the whole."""
     near, unturned = (tuple(i for i in of if i < layers) for of in (model.arch.window_layers, model.arch.nope_layers))
     window = model.arch.sliding_window if near else 0
+    arch = model.arch
+    if layers <= arch.dense_layers:  # none of these has experts
+        none: dict[str, Any] = {name: getattr(ArchConfig(), name) for name in _OF_EXPERTS}
+        arch = dataclasses.replace(arch, **none, ffn_width=arch.dense_width)
     arch = dataclasses.replace(
-        model.arch, num_layers=layers, window_layers=near, sliding_window=window, nope_layers=unturned
+        arch, num_layers=layers, window_layers=near, sliding_window=window, nope_layers=unturned
     )
     model = replace(model, arch=arch)
     rest = {name: tree for name, tree in params.items() if name not in STACKS}
     lower, *upper = stacks_of(params)
     below = depth(lower)
-    cut = lambda stack, n: jax.tree.map(lambda x: x[:n], stack)  # noqa: E731
     if not upper or layers <= below:
-        return model, {**rest, "layers": cut(lower, layers)}
-    return model, {**rest, "lower": {"layers": lower}, "layers": cut(upper[0], layers - below)}
+        return model, {**rest, "layers": cut(lower, 0, layers)}
+    return model, {**rest, "lower": {"layers": lower}, "layers": cut(upper[0], 0, layers - below)}
 
 
 def lowest(method: Method, policy: Params, prompts: Any, key: jax.Array, rollout: Rollout) -> int | None:

@@ -80,6 +80,15 @@ class ArchConfig:
         num_experts: MLPs in every layer, of which a token uses some; 0 for a single one.
         experts_per_token: how many a token uses.
         norm_topk: the weights of a token's experts are divided by their sum.
+        router: scores of experts: softmax over all, or sigmoid of each, chosen by with a bias on top that no gradient
+            trains (DeepSeek-V3, arXiv 2412.19437).
+        router_groups: a token's experts are of `router_top_groups` of so many groups (sigmoid), those whose two best
+            score most.
+        router_top_groups: how many.
+        routed_scale: what a token's experts add is multiplied by it.
+        shared_width: hidden width of an MLP beside the experts that every token uses; 0 for none.
+        dense_layers: the first layers, which have one MLP and no experts.
+        dense_width: its hidden width.
         max_positions: longest sequence the positions allow.
         norm: rms (RMSNorm), layer (LayerNorm with bias) or layer_no_bias (LayerNorm without, Cohere).
         norm_eps: added to the variance.
@@ -129,6 +138,13 @@ class ArchConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     norm_topk: bool = True
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_groups: int = 1
+    router_top_groups: int = 1
+    routed_scale: float = 1.0
+    shared_width: int = 0
+    dense_layers: int = 0
+    dense_width: int = 0
     max_positions: int = 512
     norm: Literal["rms", "layer", "layer_no_bias"] = "rms"
     norm_eps: float = 1e-5
@@ -167,19 +183,16 @@ class ArchConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions",
-            "above 0": "norm_eps rope_theta rope_fraction embedding_multiplier residual_multiplier logit_multiplier",
+            "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions "
+            "router_groups",
+            "above 0": "norm_eps rope_theta rope_fraction embedding_multiplier residual_multiplier logit_multiplier "
+            "routed_scale",
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
-            "attention_multiplier query_log_scale position_offset num_experts experts_per_token",
+            "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
+            "shared_width dense_layers dense_width",
         }
         check(self, "model.arch.", rules)
-        if self.experts_per_token > self.num_experts or bool(self.num_experts) != bool(self.experts_per_token):
-            raise UserError(
-                f"model.arch.experts_per_token {self.experts_per_token} is not between 1 and model.arch.num_experts "
-                f"{self.num_experts}; change one of them, or set both to 0"
-            )
-        if self.num_experts and self.mlp_bias:
-            raise UserError("model.arch.mlp_bias is not for experts, which have no biases here; leave it out")
+        self._check_experts()
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.num_kv_heads "
@@ -213,6 +226,38 @@ class ArchConfig:
                     f"model.arch.rope_scaling.{name} has {count} numbers; give {self.rotary_dim // 2}, one for every "
                     "pair of rotary dimensions"
                 )
+
+    def _check_experts(self) -> None:
+        where, experts, groups = "model.arch.", self.num_experts, self.router_groups
+        if self.experts_per_token > experts or bool(experts) != bool(self.experts_per_token):
+            raise UserError(
+                f"{where}experts_per_token {self.experts_per_token} is not between 1 and {where}num_experts "
+                f"{experts}; change one of them, or set both to 0"
+            )
+        if experts and self.mlp_bias:
+            raise UserError(f"{where}mlp_bias is not for experts, which have no biases here; leave it out")
+        if self.dense_layers >= self.num_layers:
+            raise UserError(
+                f"{where}dense_layers {self.dense_layers} leaves none of {self.num_layers} layers to experts; lower it"
+            )
+        if self.dense_layers and not self.dense_width:
+            raise UserError(f"{where}dense_layers {self.dense_layers} needs {where}dense_width; give it")
+        if self.router == "softmax" and groups > 1:
+            raise UserError(f"{where}router_groups {groups} needs {where}router sigmoid; give it, or 1 group")
+        if self.router == "sigmoid" and (experts % groups or experts // groups < 2):
+            raise UserError(f"{where}router_groups {groups} does not make groups of two or more of {experts} experts")
+        if not 1 <= self.router_top_groups <= groups:
+            raise UserError(f"{where}router_top_groups {self.router_top_groups} is not in 1 to {groups}; correct it")
+        if self.experts_per_token > experts // groups * self.router_top_groups:
+            raise UserError(
+                f"{where}experts_per_token {self.experts_per_token} is more than {self.router_top_groups} of {groups} "
+                f"groups of {experts} experts have; lower it"
+            )
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.num_layers - self.dense_layers if self.num_experts else 0
 
     @property
     def position_rows(self) -> int:

@@ -26,7 +26,9 @@ LEAVES = {
     "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
     "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
     "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
-    "layers/experts/router": "LDE", "layers/experts/up": "LEDMF", "layers/experts/down": "LEFD",
+    "layers/experts/router": "LDE", "layers/experts/router_choice_bias": "LE",
+    "layers/experts/up": "LEDMF", "layers/experts/down": "LEFD",
+    "layers/shared/up": "LDMF", "layers/shared/down": "LFD",
     "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "head/bias": "V",
     "score/kernel": "D", "score/bias": "",
 }  # fmt: skip
@@ -42,7 +44,7 @@ OTHER_AXES = WIDE_QK_NORM | MEMBERS
 
 INPUTS = {
     "layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F",
-    "layers/experts/up": "D", "layers/experts/down": "F",
+    "layers/experts/up": "D", "layers/experts/down": "F", "layers/shared/up": "D", "layers/shared/down": "F",
 }  # fmt: skip
 """The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
 
@@ -104,7 +106,7 @@ def _beside_a_kernel(path: str) -> str:
 
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
-    match = re.search(r"(?:^|/)(layers/(?:attn|mlp|experts)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    match = re.search(r"(?:^|/)(layers/(?:attn|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
     if match is None or match[1] not in INPUTS:
         return ""
     kernel, scale, adapter = match.groups()

@@ -39,7 +39,7 @@ def start(engine: Engine) -> State:
     # What `draw` makes of all slots, for every row instead.
     token, kept = jax.eval_shape(engine.draw, first.reshape(total * width, -1), jnp.zeros(total * width))
     arch = engine.model.arch
-    of_token = (len(token), arch.num_layers, arch.experts_per_token)
+    of_token = (len(token), arch.expert_layers, arch.experts_per_token)
     experts = jax.ShapeDtypeStruct(of_token, EXPERT) if engine.routing else None
     chunks = (*engine.uniforms.shape[:2], engine.uniforms.shape[2] // engine.chunk, engine.chunk)
     out = jax.tree.map(

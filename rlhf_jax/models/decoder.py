@@ -132,8 +132,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(act(gate x) * up x) (Shazeer 2020, arXiv 2002.05202), or down(act(up x)); gate and up are one product."""
 
-    def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
-        d, f, m = arch.width, arch.ffn_width, 2 if arch.gated_mlp else 1
+    def __init__(self, arch: ArchConfig, f: int, *, rngs: nnx.Rngs):
+        d, m = arch.width, 2 if arch.gated_mlp else 1
         self.activation = arch.activation
         self.up = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, m, f)))
         down_std = arch.init_std / (2 * arch.num_layers) ** 0.5
@@ -156,18 +156,24 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side."""
+    """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side.
 
-    def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
+    Args:
+        sparse: it has experts in place of the MLP, perhaps with a shared one beside them.
+    """
+
+    def __init__(self, arch: ArchConfig, *, sparse: bool, rngs: nnx.Rngs):
         def norm() -> Norm:
             return Norm(arch, (arch.width,), centered=arch.norm != "rms")
 
-        self.parallel, self.shared, self.factor = arch.parallel_residual, arch.shared_norm, arch.residual_multiplier
+        self.parallel, self.one_norm, self.factor = arch.parallel_residual, arch.shared_norm, arch.residual_multiplier
         self.attn = Attention(arch, rngs=rngs)
-        if arch.num_experts:
+        if sparse:
             self.experts = Experts(arch, ACTIVATIONS[arch.activation], rngs=rngs)
         else:
-            self.mlp = MLP(arch, rngs=rngs)
+            self.mlp = MLP(arch, arch.dense_width if arch.num_experts else arch.ffn_width, rngs=rngs)
+        if sparse and arch.shared_width:
+            self.shared = MLP(arch, arch.shared_width, rngs=rngs)
         if arch.norm_position in ("pre", "both"):
             self.attn_norm = norm()
         if arch.norm_position in ("pre", "both") and not arch.shared_norm:
@@ -189,9 +195,11 @@ class Block(nnx.Module):
         near = self._norm("attn_norm", x)
         y, cache = self.attn(near, tables, attend, cache, index)
         mixed = x + times(self._norm("attn_post_norm", y), self.factor)
-        y, routing = near if self.shared else self._norm("mlp_norm", x if self.parallel else mixed), None
+        y, routing = near if self.one_norm else self._norm("mlp_norm", x if self.parallel else mixed), None
         if hasattr(self, "experts"):
+            of_all = self.shared(y) if hasattr(self, "shared") else None
             y, routing = self.experts(y, jnp.ones(x.shape[:2], bool) if real is None else real, given)
+            y = y if of_all is None else y + of_all
         else:
             y = self.mlp(y)
         return mixed + times(self._norm("mlp_post_norm", y), self.factor), cache, routing

@@ -26,6 +26,8 @@ from rlhf_jax.types import Metrics
 LARGEST_BLOCK = 512
 SPARE = 5
 """Quarters of an even share that a device can take at once of what another sends."""
+TINY = 1e-20
+"""Added to sums that divide, as in DeepSeek-V3: those of sigmoids may be 0."""
 PADDING = 8
 """Blocks are so small that those that are not full add at most an eighth to the rows."""
 
@@ -36,7 +38,7 @@ class Routing(NamedTuple):
     Attributes:
         chosen: the experts of every token, E on padding.
         counts: real tokens of each expert.
-        probs: sum over real tokens of the probability of each expert.
+        probs: sum over real tokens of the probability of each expert (of sigmoids: its share of their sum).
         tokens: real tokens.
         replayed: tokens whose experts were given; None where none could be.
         differs: of these, tokens for which the router would have chosen others.
@@ -211,8 +213,11 @@ class Experts(nnx.Module):
     def __init__(self, arch: ArchConfig, activation: Callable[[Array], Array], *, rngs: nnx.Rngs):
         d, f, e, m = arch.width, arch.ffn_width, arch.num_experts, 2 if arch.gated_mlp else 1
         self.num, self.top, self.normalised, self.activation = e, arch.experts_per_token, arch.norm_topk, activation
+        self.groups, self.top_groups, self.scale = arch.router_groups, arch.router_top_groups, arch.routed_scale
         draw = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))  # noqa: E731
         self.router = draw(arch.init_std, d, e)
+        if arch.router == "sigmoid":
+            self.router_choice_bias = nnx.Param(jnp.zeros(e))
         self.up = draw(arch.init_std, e, d, m, f)
         self.down = draw(arch.init_std / (2 * arch.num_layers) ** 0.5, e, f, d)
 
@@ -228,12 +233,15 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], given: Int[Array, "B T k"] | None
     ) -> tuple[Float[Array, "B T k"], Routing]:
         """The weight of each expert of every token, in float32, and which they are."""
-        probs = jax.nn.softmax(einsum("btd,de->bte", x.astype(jnp.float32), self.router[...]), axis=-1)
-        own = jax.lax.top_k(probs, self.top)[1].astype(jnp.int32)
+        logits = einsum("btd,de->bte", x.astype(jnp.float32), self.router[...])
+        biased = hasattr(self, "router_choice_bias")
+        scores = jax.nn.sigmoid(logits) if biased else jax.nn.softmax(logits, axis=-1)
+        own = jax.lax.top_k(self.choice(scores) if biased else scores, self.top)[1].astype(jnp.int32)
         chosen = own if given is None else jnp.where(given >= 0, given, own)
-        gates = jnp.take_along_axis(probs, chosen, axis=-1)
+        gates = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.normalised:
-            gates = gates / gates.sum(-1, keepdims=True)
+            gates = gates / (gates.sum(-1, keepdims=True) + TINY)
+        gates, probs = gates * self.scale, scores / (scores.sum(-1, keepdims=True) + TINY) if biased else scores
         count, replayed, differs = partial(jnp.sum, dtype=jnp.float32), None, None
         if given is not None:
             replayed = real & (given >= 0).all(-1)
@@ -244,6 +252,16 @@ class Experts(nnx.Module):
         counts = count(chosen[..., None] == jnp.arange(self.num)[None, None, None], axis=(0, 1, 2))
         weighed = jnp.sum(probs * real[..., None], axis=(0, 1))
         return gates, Routing(chosen, counts, weighed, count(real), replayed, differs)
+
+    def choice(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """By what a sigmoid router chooses: scores with their bias, -inf outside the groups with the best two."""
+        scores = scores + self.router_choice_bias[None, None].astype(jnp.float32)
+        if self.top_groups == self.groups:
+            return scores
+        grouped = scores.reshape(*scores.shape[:2], self.groups, -1)
+        best = jax.lax.top_k(jax.lax.top_k(grouped, 2)[0].sum(-1), self.top_groups)[1]  # [B, T, top groups]
+        open_ = (best[..., None] == jnp.arange(self.groups)[None, None, None]).any(-2)
+        return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
     def apart(
         self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], up: Kernel, down: Kernel

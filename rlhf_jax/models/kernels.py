@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,32 @@ def joined(frozen: Params, params: Params) -> Params:
 def stacks_of(params: Params) -> list[Params]:
     """The stacked layers of a model from the lowest on: one stack, or the two that `split` made of it."""
     return [params["lower"]["layers"], params["layers"]] if "lower" in params else [params["layers"]]
+
+
+def runs_of(params: Params) -> list[Params]:
+    """The same, cut where layers with experts follow those without: all layers of a run have the same parts."""
+    runs = []
+    for stack in stacks_of(params):
+        dense = depth(stack["mlp"]) if stack.keys() >= {"mlp", "experts"} else 0
+        runs += [cut(stack, 0, dense), cut(stack, dense, depth(stack))] if dense else [stack]
+    return [run for run in runs if depth(run)]
+
+
+def cut(stack: Params, first: int, last: int) -> Params:
+    """Layers first to last - 1 of a stack. Its MLP is of the lowest, its experts are of the highest layers."""
+    out, total = {}, depth(stack)
+    for part, tree in stack.items():
+        start = 0 if part == "mlp" else total - depth(tree)
+        a, b = max(first - start, 0), min(last - start, depth(tree))
+        if a < b or depth(tree) == total:
+            out[part] = jax.tree.map(lambda x, a=a, b=b: x[a:b], tree)
+    return out
+
+
+def chained(stacks: Sequence[Params], join: Callable[..., Any]) -> Params:
+    """Stacks one on the other: `join` of the arrays of every part that several have."""
+    parts = dict.fromkeys(part for stack in stacks for part in stack)
+    return {part: jax.tree.map(join, *(stack[part] for stack in stacks if part in stack)) for part in parts}
 
 
 def depth(stack: Params) -> int:

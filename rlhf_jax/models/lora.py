@@ -96,9 +96,9 @@ def _ends_in(module: str, target: str) -> bool:
 
 def adapter_shapes(arch: ArchConfig, chosen: Sequence[Site], rank: int) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the adapters by its path."""
-    sizes = Layout(arch, rank=rank).sizes
+    layout = Layout(arch, rank=rank)
     axes = {path: letters for site in chosen for path, letters in site.axes().items()}
-    return {path: tuple(sizes[letter] for letter in letters) for path, letters in axes.items()}
+    return {path: tuple(layout.sizes_of(path)[letter] for letter in letters) for path, letters in axes.items()}
 
 
 def scale_of(lora: LoRAConfig) -> float:

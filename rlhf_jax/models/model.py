@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import KeyPath, tree_map_with_path
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
@@ -27,15 +26,25 @@ from rlhf_jax.models.attention import (
     platform_dtype,
     softcapped,
 )
+from rlhf_jax.models.decoding import unstacked
 from rlhf_jax.models.experts import Routing
-from rlhf_jax.models.kernels import STACKS, Chained, attached, depth, is_composed, merged, stacks, stacks_of
+from rlhf_jax.models.kernels import (
+    STACKS,
+    Chained,
+    attached,
+    chained,
+    cut,
+    depth,
+    runs_of,
+    stacks,
+    stacks_of,
+)
 from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
-from rlhf_jax.sharding import constrain, constrain_gathered, constrain_rows, data_ways, path_name, row_axes
+from rlhf_jax.sharding import constrain, constrain_rows, data_ways, row_axes
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
-FLOAT32 = ("_norm", "router")
 _M = TypeVar("_M")
 
 
@@ -87,8 +96,10 @@ class Model:
         return pure(lambda rngs: decoder.Embedding(self.arch, rngs=rngs))
 
     @cached_property
-    def _block(self) -> Pure:
-        return pure(lambda rngs: decoder.Block(self.arch, rngs=rngs))
+    def _blocks(self) -> dict[bool, Pure]:
+        """The layers without experts (False) and with them."""
+        made = lambda sparse: pure(lambda rngs: decoder.Block(self.arch, sparse=sparse, rngs=rngs))  # noqa: E731
+        return {sparse: made(sparse) for sparse in (False, True)[: 1 + bool(self.arch.num_experts)]}
 
     @cached_property
     def _norm(self) -> Pure:
@@ -101,9 +112,17 @@ class Model:
     def init(self, key: Array, dtype: str = "float32") -> Params:
         """Fresh parameters in `dtype`, a scalar head in float32; the layers come from one vmapped trace."""
         embed, layers, norm, head = jax.random.split(key, 4)
+        keys, dense = jax.random.split(layers, self.arch.num_layers), self.arch.num_layers - self.arch.expert_layers
         params = {
             "embed": self._embed.init(embed),
-            "layers": jax.vmap(self._block.init)(jax.random.split(layers, self.arch.num_layers)),
+            "layers": chained(
+                [
+                    jax.vmap(self._blocks[i].init)(part)
+                    for i, part in enumerate((keys[:dense], keys[dense:]))
+                    if len(part)
+                ],
+                lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0],
+            ),
             "final_norm": self._norm.init(norm),
         }
         if not self.score_head and (self.arch.head_bias or not self.arch.tied_head):
@@ -121,8 +140,8 @@ class Model:
 
     def split(self, params: Params, top: int) -> Params:
         """The same parameters with all but the `top` layers in "lower/layers"."""
-        lower = jax.tree.map(lambda x: x[:-top], params["layers"])
-        upper = jax.tree.map(lambda x: x[-top:], params["layers"])
+        at, layers = self.arch.num_layers - top, params["layers"]
+        lower, upper = cut(layers, 0, at), cut(layers, at, self.arch.num_layers)
         return {**params, "lower": {"layers": lower}, "layers": upper}
 
     def _tables(self, positions: Int[Array, "B T"], kind: decoder.Kind) -> Tables | None:
@@ -187,7 +206,8 @@ class Model:
 
         def block(kind: decoder.Kind, x: Array, params: Params, given: Array | None) -> tuple[Array, Routing | None]:
             layer = attached(params, self.lora_scale)
-            x, _, routing = self._block.apply(layer, x, *views[kind], None, None, segment_ids > 0, given)
+            block = self._blocks["experts" in params]
+            x, _, routing = block.apply(layer, x, *views[kind], None, None, segment_ids > 0, given)
             return x, routing  # [B, S, D]
 
         # One layer of every kind is compiled, and scanned over the stacked leaves [L, ...] beside its kind int[L].
@@ -199,13 +219,15 @@ class Model:
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat])
         given = None if experts is None else jnp.moveaxis(experts, 2, 0)
-        first, numbers, routings = 0, [list(views).index(kind) for kind in kinds], list[Routing | None]()
-        for stack in stacks_of(params):  # one, or the frozen lower layers and those above
+        first, numbers, routings = 0, [list(views).index(kind) for kind in kinds], list[Routing]()
+        dense = self.arch.num_layers - self.arch.expert_layers
+        for stack in runs_of(params):  # one, or the frozen lower layers and those above, or those without experts
             last = first + depth(stack)
-            own = jnp.array(numbers[first:last], jnp.int32), None if given is None else given[first:last]
+            sparse = given is not None and "experts" in stack
+            own = jnp.array(numbers[first:last], jnp.int32), given[first - dense : last - dense] if sparse else None
             x, routing = jax.lax.scan(layer, x, (stack, *own))
-            first, routings = last, [*routings, routing]
-        routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings)
+            first, routings = last, [*routings, *([] if routing is None else [routing])]
+        routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
         return self._norm.apply(params["final_norm"], x), routing
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -278,37 +300,11 @@ class Model:
         quantised kernels made dense. Norms and routers stay as they are: training computes them in float32, too.
         """
 
-        def cast(path: KeyPath, x: Array) -> Array:
-            return x if any(part in path_name(path) for part in FLOAT32) else x.astype(self.compute_dtype)
-
-        def dense(stack: Params) -> Params:
-            """Layers [L, ...] as plain arrays, by a loop that compiles one; `copy` sees to those that are plain."""
-            if not is_composed(stack):
-                return stack
-            return jax.lax.map(lambda layer: tree_map_with_path(cast, merged(layer, self.lora_scale)), stack)
-
-        def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array:
-            name = "layers/" + path_name(path) if stacked else path_name(path)
-            return constrain_gathered(self.rules, name, cast(path, x), stacked=stacked)
-
-        # [L, ...] -> L dicts; then what is not of a layer.
-        layers = [
-            tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
-            for stack in map(dense, stacks_of(params))
-            for i in range(depth(stack))
-        ]
-        rest = {name: tree for name, tree in params.items() if name not in STACKS}
-        rest = tree_map_with_path(partial(copy, stacked=False), rest)
-        if self.arch.tied_head:  # [V, D] -> [D, V], which a product with few rows reads a third faster
-            kernel = jax.lax.optimization_barrier(rest["embed"]["tokens"].T)
-            rest["head"] = rest.get("head", {}) | {"kernel": kernel}
-        return {**rest, "layers": layers}
+        return unstacked(params, self.arch, self.compute_dtype, self.rules, self.lora_scale)
 
     def merged(self, params: Params) -> Params:
         """The parameters, layers in one stack; adapters are added and kernels made dense when a layer is read."""
-        layers, *upper = stacks_of(params)
-        if upper:
-            layers = jax.tree.map(lambda *parts: Chained(parts), layers, *upper)
+        layers = chained(stacks_of(params), lambda *parts: Chained(parts) if len(parts) > 1 else parts[0])
         rest = {name: tree for name, tree in params.items() if name not in STACKS}
         return {**rest, "layers": stacks(layers, self.lora_scale)}
 
@@ -376,7 +372,7 @@ class Model:
         for i, layer in enumerate(params["layers"]):
             entry = cache[i] if cache is not None else None
             of_kind = tables[kinds[i]], attend(i, kinds[i].local)
-            x, entry, routing = self._block.apply(layer, x, *of_kind, entry, index, real)
+            x, entry, routing = self._blocks["experts" in layer].apply(layer, x, *of_kind, entry, index, real)
             x = constrain_rows(x)
             new_cache.append(entry)
             routings += [] if routing is None else [routing]

@@ -590,6 +590,8 @@ def _experts() -> dict[str, Case]:
     three |= {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}
     mixtral = SHAPE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     olmo = SHAPE | {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3, "eos_token_id": 3}
+    glm = SHAPE | {"model_type": "glm4_moe", "head_dim": 8, "moe_intermediate_size": 10, "intermediate_size": 14}
+    glm |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
     short = {"factor": 4.0, "original_max_position_embeddings": 8}
     return {
         "qwen3_moe/plain": Case(three | _rope("default", 400.0)),
@@ -640,6 +642,31 @@ def _experts() -> dict[str, Case]:
         "olmoe/deep": Case(
             olmo | _rope("yarn", 90.0, **short) | {"num_hidden_layers": 3, "hidden_act": "gelu", "num_experts": 5}
         ),
+        "glm4_moe/plain": Case(
+            glm | _rope("default", 300.0) | {"num_hidden_layers": 3, "use_qk_norm": True, "attention_bias": True}
+            | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+        ),
+        "glm4_moe/hub": Case(
+            glm | {"rope_theta": 500.0, "rope_scaling": None, "partial_rotary_factor": 0.75, "use_qk_norm": True}
+            | {"num_nextn_predict_layers": 1, "n_group": 1, "topk_group": 1},
+            as_written=True,
+        ),
+        "glm4_moe/deep": Case(
+            glm | _rope("yarn", 90.0, partial_rotary_factor=1.0, **short)
+            | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "n_shared_experts": 3}
+            | {"n_group": 3, "topk_group": 1}
+        ),
+        "glm4_moe/all": Case(
+            glm | {"first_k_dense_replace": 0, "n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 2}
+            | {"topk_group": 2, "hidden_act": "gelu"}
+        ),
+        "glm4_moe/tied": Case(
+            glm | _rope("linear", 40.0, factor=2.0) | {"tie_word_embeddings": True, "norm_topk_prob": False}
+        ),
+        "glm4_moe/one": Case(
+            glm | {"num_experts_per_tok": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_group": 3}
+            | {"topk_group": 2, "num_key_value_heads": 1}
+        ),
     }  # fmt: skip
 
 
@@ -670,6 +697,9 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
                 inputs = weight.shape[0 if conv1d else -1]
                 scale = 0.3 if re.search("embed|wte|wpe", key) else 1.5 / inputs**0.5
                 weight.copy_((scale * noise * 32).round() / 32)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):  # of the size of what scores differ by
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -11,18 +11,23 @@ _LAYER = "model.layers.{}."
 _EXPERT = _LAYER + "mlp.experts.{}."
 
 
-def _sparse(dense: Mapping[str, Tensor], router: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
-    """Tensors with experts, named so, in place of the MLP."""
-    kept = {name: tensor for name, tensor in dense.items() if ".mlp." not in name}
-    return kept | {
-        router + ".weight": Tensor("layers/experts/router", "E D"),
-        gate + ".weight": Tensor("layers/experts/up", "MF D", GATE),
-        up + ".weight": Tensor("layers/experts/up", "MF D", UP),
-        down + ".weight": Tensor("layers/experts/down", "D F"),
+def _gated(part: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
+    """Tensors of the MLP or experts that `part` is, named so."""
+    return {
+        gate + ".weight": Tensor(f"layers/{part}/up", "MF D", GATE),
+        up + ".weight": Tensor(f"layers/{part}/up", "MF D", UP),
+        down + ".weight": Tensor(f"layers/{part}/down", "D F"),
     }
 
 
-_MLP = (_LAYER + "mlp.gate", *(_EXPERT + name for name in ("gate_proj", "up_proj", "down_proj")))
+def _sparse(dense: Mapping[str, Tensor], router: str, *names: str) -> dict[str, Tensor]:
+    """Tensors with experts, named so, in place of the MLP."""
+    kept = {name: tensor for name, tensor in dense.items() if ".mlp." not in name}
+    return kept | {router + ".weight": Tensor("layers/experts/router", "E D")} | _gated("experts", *names)
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_MLP = (_LAYER + "mlp.gate", *(_EXPERT + name for name in _PROJECTIONS))
 _PLAIN = without(LLAMA.config, "mlp_bias")
 _CHOICE = {"experts_per_token": "num_experts_per_tok"}
 
@@ -73,4 +78,35 @@ OLMOE = LLAMA._replace(
     only={"clip_qkv": (None,)},
 )
 
-EXPERTS = (QWEN3_MOE, MIXTRAL, OLMOE)
+GLM4_MOE = LLAMA._replace(
+    model_type="glm4_moe",
+    causal="Glm4MoeForCausalLM",
+    classifier="Glm4MoeForSequenceClassification",
+    config=without(_PLAIN, "out_bias")
+    | _CHOICE
+    | {"ffn_width": "moe_intermediate_size", "num_experts": "n_routed_experts", "norm_topk": "norm_topk_prob"}
+    | {"router_groups": "n_group", "router_top_groups": "topk_group", "routed_scale": "routed_scaling_factor"}
+    | {"dense_layers": "first_k_dense_replace", "dense_width": "intermediate_size"},
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": heads_or(8), "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    | {"moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1}
+    | {"intermediate_size": 10944},
+    fixed=LLAMA.fixed
+    | {"router": "sigmoid", "qk_norm": lambda raw: "head" if raw.get("use_qk_norm") else "none"}
+    | {"shared_width": lambda raw: raw.get("n_shared_experts", 1) * raw.get("moe_intermediate_size", 1408)},
+    saved={
+        "use_qk_norm": lambda arch: arch.qk_norm == "head",
+        "n_shared_experts": lambda arch: arch.shared_width // arch.ffn_width,
+    },
+    tensors=_sparse(QWEN3.tensors, *_MLP)
+    | {_LAYER + "mlp.gate.e_score_correction_bias": Tensor("layers/experts/router_choice_bias", "E")}
+    | _gated("mlp", *(_LAYER + f"mlp.{name}" for name in _PROJECTIONS))
+    | _gated("shared", *(_LAYER + f"mlp.shared_experts.{name}" for name in _PROJECTIONS)),
+    rotary=LLAMA.rotary | {"rope_fraction": ("partial_rotary_factor", 0.5)},
+    aliases={"num_local_experts": "n_routed_experts"},
+    only={"n_shared_experts": tuple(range(1, 100))},
+    ignored=rf"{LLAMA.ignored}|model\.layers\.(46|92)\.",
+)
+
+EXPERTS = (QWEN3_MOE, MIXTRAL, OLMOE, GLM4_MOE)

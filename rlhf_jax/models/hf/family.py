@@ -86,6 +86,7 @@ class Family(NamedTuple):
     ignored: str = r"rotary_emb\.inv_freq$"
 
     def of(self, arch: ArchConfig) -> Family:
-        """The family with the names that tensors have in a model of this shape."""
-        names = self.shared_names if arch.shared_norm else {}
-        return self._replace(tensors={names.get(name, name): tensor for name, tensor in self.tensors.items()})
+        """The family with the names that tensors have in a model of this shape, and no MLP where all have experts."""
+        names, all_sparse = self.shared_names if arch.shared_norm else {}, arch.expert_layers == arch.num_layers
+        kept = {n: t for n, t in self.tensors.items() if not (all_sparse and t.leaf.startswith("layers/mlp/"))}
+        return self._replace(tensors={names.get(name, name): tensor for name, tensor in kept.items()})

@@ -39,18 +39,35 @@ class Layout:
             "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
             "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
         }  # fmt: skip
+        dense = arch.num_layers - arch.expert_layers
+        self._some: dict[str, tuple[range, int]] = {} if not arch.num_experts else {  # layers, and F
+            "layers/mlp/": (range(dense), arch.dense_width),
+            "layers/experts/": (range(dense, arch.num_layers), arch.ffn_width),
+            "layers/shared/": (range(dense, arch.num_layers), arch.shared_width),
+        }  # fmt: skip
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
             "query": ("S", 0, group, "G"), "key": ("S", group, 1, "G"), "value": ("S", group + 1, 1, "G"),
             "gate": ("M", 0, 1, "M"), "up": ("M", 1, 1, "M"),
         }  # fmt: skip
 
+    def layers(self, leaf: str) -> range:
+        """The layers that have a leaf, whose axis L they are."""
+        return next((layers for part, (layers, _) in self._some.items() if leaf.startswith(part)),
+                    range(self.sizes["L"]))  # fmt: skip
+
+    def sizes_of(self, leaf: str) -> dict[str, int]:
+        """Sizes by letter in a leaf."""
+        own = {part: {"L": len(layers), "F": width} for part, (layers, width) in self._some.items()}
+        return self.sizes | next((sizes for part, sizes in own.items() if leaf.startswith(part)), {})
+
     def pieces(self, tensor: Tensor) -> Iterator[tuple[dict[str, int], int, str, str]]:
         """For every part: sizes of the stored axes, where it starts on the leaf's cut axis, that axis, its letter."""
+        sizes = self.sizes_of(tensor.leaf)
         for part in tensor.parts:
             cut, start, count, letter = self._parts[part]
-            yield self.sizes | {letter: count}, start, cut, letter
+            yield sizes | {letter: count}, start, cut, letter
         if not tensor.parts:
-            yield self.sizes, 0, "", ""
+            yield sizes, 0, "", ""
 
     def stored_shape(self, tensor: Tensor) -> tuple[int, ...]:
         """Shape in the file: parts follow one another in the dimension of their own letter."""
@@ -93,7 +110,8 @@ class Layout:
 
 def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
-    layout, biased, dense = Layout(arch, members=members), arch.norm == "layer", not arch.num_experts
+    layout, biased, sparse = Layout(arch, members=members), arch.norm == "layer", arch.num_experts > 0
+    dense, shared = arch.expert_layers < arch.num_layers, sparse and arch.shared_width > 0
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
     optional = {
         "embed/positions": arch.positions == "learned", "final_norm/bias": biased,
@@ -105,12 +123,14 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "layers/attn/qkv_bias": arch.qkv_bias, "layers/attn/out_bias": arch.out_bias,
         "layers/mlp/up": dense, "layers/mlp/up_bias": dense and arch.mlp_bias,
         "layers/mlp/down": dense, "layers/mlp/down_bias": dense and arch.mlp_bias,
-        "layers/experts/router": not dense, "layers/experts/up": not dense, "layers/experts/down": not dense,
+        "layers/experts/router": sparse, "layers/experts/router_choice_bias": sparse and arch.router == "sigmoid",
+        "layers/experts/up": sparse, "layers/experts/down": sparse,
+        "layers/shared/up": shared, "layers/shared/down": shared,
         "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
         "score/kernel": score_head is True, "score/bias": score_head is True,
     }  # fmt: skip
     chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True)}
-    return {leaf: tuple(layout.sizes[a] for a in axes) for leaf, axes in chosen.items()}
+    return {leaf: tuple(layout.sizes_of(leaf)[a] for a in axes) for leaf, axes in chosen.items()}
 
 
 def nested(leaves: Mapping[str, object]) -> Params:

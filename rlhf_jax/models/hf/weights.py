@@ -34,21 +34,25 @@ from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_FLOAT32 = re.compile(r"score/|.*/router_choice_bias$")  # leaves of this type always, as transformers has them
 _STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
 SHARD_BYTES = 5 * 10**9
 """Largest weight file written, as in transformers."""
 
 Index = tuple[slice, ...]
 """Where a part of an array lies in it."""
-_Wanted = dict[str, tuple[Tensor, tuple[int, ...]]]  # stored name -> tensor, its layer and expert if it is of one
+_Wanted = dict[str, tuple[Tensor, tuple[int, ...]]]  # stored name -> tensor, its place on the leaf's L and E
 
 
 def _names(family: Family, layout: Layout, leaves: Iterable[str]) -> _Wanted:
     """Stored name -> (tensor, place) of all that these leaves consist of."""
     chosen = {name: tensor for name, tensor in family.tensors.items() if tensor.leaf in leaves}
-    sizes = [layout.sizes["L"], layout.sizes["E"]]
-    places = {name: itertools.product(*map(range, sizes[: name.count("{}")])) for name in chosen}
-    return {name.format(*place): (chosen[name], place) for name in chosen for place in places[name]}
+    found: _Wanted = {}
+    for name, tensor in chosen.items():
+        numbers = [layout.layers(tensor.leaf), range(layout.sizes["E"])][: name.count("{}")]
+        for place in itertools.product(*(range(len(of)) for of in numbers)):
+            found[name.format(*(of[i] for of, i in zip(numbers, place, strict=True)))] = tensor, place
+    return found
 
 
 def has_score_head(path: str | os.PathLike[str]) -> bool:
@@ -98,7 +102,7 @@ def load_params(
 
     Args:
         mesh: where the arrays lie, by the rule table; None for the first device.
-        dtype: float32 or bfloat16; the scalar head is float32 all the same.
+        dtype: float32 or bfloat16; the scalar head and the bias of a sigmoid router are float32 all the same.
 
     Raises:
         UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
@@ -117,7 +121,7 @@ def load_params(
     if arch.tied_head:
         check_tied(folder, family, stored)
     specs = {
-        leaf: jax.ShapeDtypeStruct(shape, np.float32 if leaf.startswith("score/") else _DTYPES[dtype])
+        leaf: jax.ShapeDtypeStruct(shape, np.float32 if _FLOAT32.match(leaf) else _DTYPES[dtype])
         for leaf, shape in shapes.items()
     }
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
@@ -209,6 +213,11 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
         raise UserError(f"{folder} holds no vocabulary head ({', '.join(missing)}); {cure}")
     heads = {name for name, tensor in family.tensors.items() if tensor.leaf.startswith(("head/", "score/"))}
     extra = [n for n in stored if n not in wanted and n not in heads and not re.search(family.ignored, n)]
+    unread = [
+        n for n in stored if n not in wanted and re.search(r"\.layers\.\d+\..*(_proj|norm)\.", n) and n not in extra
+    ]
+    if unread and is_first():
+        tell(f"{folder}: {len(unread)} tensors of layers that predict tokens beyond the next are not read", error=True)
     shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
     shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
     typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in DTYPES]
@@ -323,7 +332,7 @@ def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) 
                 layer = leaf[place[0]]
             array = to_host(layer[place[1:]] if place else leaf)
             for name, tensor in named:
-                stored = np.empty(layout.stored_shape(tensor), np.float32 if path.startswith("score/") else dtype)
+                stored = np.empty(layout.stored_shape(tensor), np.float32 if _FLOAT32.match(path) else dtype)
                 for piece, within in layout.views(tensor, stored):
                     piece[...] = array[within]
                 yield name, stored

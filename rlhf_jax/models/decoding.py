@@ -1,0 +1,48 @@
+"""Parameters as decoding reads them: one dict per layer, dense, in the compute dtype."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import KeyPath, tree_map_with_path
+from jaxtyping import Array
+
+from rlhf_jax.config import ArchConfig
+from rlhf_jax.config.rules import Rules
+from rlhf_jax.models.kernels import STACKS, depth, is_composed, merged, runs_of
+from rlhf_jax.sharding import constrain_gathered, path_name
+from rlhf_jax.types import Params
+
+FLOAT32 = ("_norm", "router")
+
+
+def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, lora_scale: float) -> Params:
+    """`Model.decoding_params`."""
+
+    def cast(path: KeyPath, x: Array) -> Array:
+        return x if any(part in path_name(path) for part in FLOAT32) else x.astype(dtype)
+
+    def dense(stack: Params) -> Params:
+        """Layers [L, ...] as plain arrays, by a loop that compiles one; `copy` sees to those that are plain."""
+        if not is_composed(stack):
+            return stack
+        return jax.lax.map(lambda layer: tree_map_with_path(cast, merged(layer, lora_scale)), stack)
+
+    def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array:
+        name = "layers/" + path_name(path) if stacked else path_name(path)
+        return constrain_gathered(rules, name, cast(path, x), stacked=stacked)
+
+    # [L, ...] -> L dicts; then what is not of a layer.
+    layers = [
+        tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
+        for stack in map(dense, runs_of(params))
+        for i in range(depth(stack))
+    ]
+    rest = {name: tree for name, tree in params.items() if name not in STACKS}
+    rest = tree_map_with_path(partial(copy, stacked=False), rest)
+    if arch.tied_head:  # [V, D] -> [D, V], which a product with few rows reads a third faster
+        kernel = jax.lax.optimization_barrier(rest["embed"]["tokens"].T)
+        rest["head"] = rest.get("head", {}) | {"kernel": kernel}
+    return {**rest, "layers": layers}
