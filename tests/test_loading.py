@@ -194,7 +194,7 @@ def test_damaged_shards(tmp_path):
         ),
         ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts is 0; take a dense family"),
         ({"model_type": "glm4_moe", "n_shared_experts": 0}, "no support for n_shared_experts 0"),
-        ({"model_type": "glm4_moe", "first_k_dense_replace": 9}, "leaves none of 2 layers to experts"),
+        ({"model_type": "glm4_moe", "first_k_dense_replace": 9}, "leaves none of 3 layers to experts"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 9}, "no support for mixture-of-experts, model_type 'deeps"),
         ({"model_type": "gemma3", "text_config": {}}, "no support for model_type 'gemma3'; use one of: llama"),
         ({"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]}, "'LlamaForQuestionAnswering'; use"),

@@ -117,8 +117,8 @@ class Model:
             "embed": self._embed.init(embed),
             "layers": chained(
                 [
-                    jax.vmap(self._blocks[i].init)(part)
-                    for i, part in enumerate((keys[:dense], keys[dense:]))
+                    jax.vmap(self._blocks[sparse].init)(part)
+                    for sparse, part in ((False, keys[:dense]), (True, keys[dense:]))
                     if len(part)
                 ],
                 lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0],
@@ -223,9 +223,8 @@ class Model:
         dense = self.arch.num_layers - self.arch.expert_layers
         for stack in runs_of(params):  # one, or the frozen lower layers and those above, or those without experts
             last = first + depth(stack)
-            sparse = given is not None and "experts" in stack
-            own = jnp.array(numbers[first:last], jnp.int32), given[first - dense : last - dense] if sparse else None
-            x, routing = jax.lax.scan(layer, x, (stack, *own))
+            own = None if given is None or "experts" not in stack else given[first - dense : last - dense]
+            x, routing = jax.lax.scan(layer, x, (stack, jnp.array(numbers[first:last], jnp.int32), own))
             first, routings = last, [*routings, *([] if routing is None else [routing])]
         routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
         return self._norm.apply(params["final_norm"], x), routing
