@@ -38,6 +38,14 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pages():
+    """A run leaves no page: the many runs of the tests would draw for minutes. The page has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_jax.runs.run.write_beside", lambda directory: "")
+        yield
+
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -617,9 +617,12 @@ def without_times(path: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call):
+def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call, monkeypatch):
     from transformers import AutoConfig, AutoTokenizer
 
+    from rlhf_jax.runs.report import write_beside
+
+    monkeypatch.setattr("rlhf_jax.runs.run.write_beside", write_beside)
     leave_run(here / "out")
     arguments = ["--data.path", "prompts_and_long.jsonl", "--run.overwrite", "true"]
     rows = [*walks.start_prompts() * 3, {"prompt": "b c d e f g"}]
@@ -639,7 +642,8 @@ def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call
 
     # The directory: our files are new, foreign ones as they were, TensorBoard was not asked for.
     made = here / "out"
-    assert {path.name for path in made.iterdir()} == {*WRITTEN, "notes.txt", "figures"}
+    assert {path.name for path in made.iterdir()} == {*WRITTEN, "report.html", "notes.txt", "figures"}
+    assert "ppo: the held-out reward" in (made / "report.html").read_text()
     assert (made / "notes.txt").read_text() == "foreign" and (made / "figures" / "a.png").read_bytes() == b"png"
     assert not (made / "model" / "weights").exists()
     assert AutoTokenizer.from_pretrained(made / "model").eos_token == "<eos>"

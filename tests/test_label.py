@@ -51,7 +51,7 @@ def served(tmp_path: Path, rows=ROWS, **options):
     config = LabelArgs(path=path, output=str(tmp_path / "votes.jsonl"), port=0, **options)
     items, _ = items_of(rows_from(path))
     page = Page(items, Votes(config.output, items), config)
-    server = make_server(config, guard(make_app(page), TOKEN, LOOPBACK))
+    server = make_server(config.host, config.port, guard(make_app(page), TOKEN, LOOPBACK))
     page.port = server.server_port
     thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
     thread.start()
@@ -259,7 +259,7 @@ def test_a_time_that_is_none_is_left_out(tmp_path, seconds):
 def test_forty_raters_may_come_before_the_first_is_served(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
     config = LabelArgs(path=path, output=str(tmp_path / "votes.jsonl"), port=0)
-    with make_server(config, lambda *_: []) as server, contextlib.ExitStack() as stack:
+    with make_server(config.host, config.port, lambda *_: []) as server, contextlib.ExitStack() as stack:
         for _ in range(60):
             stack.enter_context(socket.create_connection(server.server_address, timeout=0.5))
 

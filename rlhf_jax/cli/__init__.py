@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import traceback
@@ -43,7 +44,9 @@ def dispatch(arguments: list[str]) -> None:
             command = f"{command} {rest[0]}"
         raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *OF_A_RUN], '')}")
     if (first := COMMANDS[command].first) and rest and not rest[0].startswith("-"):
-        rest = [f"--{first}={rest[0]}", *rest[1:]]
+        several = typing.get_origin(COMMANDS[command].options[first]) is list
+        count = next((i for i, one in enumerate(rest) if one.startswith("-")), len(rest)) if several else 1
+        rest = [f"--{first}={json.dumps(rest[:count]) if several else rest[0]}", *rest[count:]]
     hints = COMMANDS[command].options.items()
     groups = (name for name, hint in hints if any(t is NoneType or fields(t) for t in typing.get_args(hint)))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in groups)} & set(rest):

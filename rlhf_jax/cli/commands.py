@@ -21,7 +21,7 @@ class Command(NamedTuple):
         args: the class of its settings.
         where: its function, as module:function of this package; with a dot before it, of `commands`.
         about: a line for the help.
-        first: the option whose value may stand first, without its --name.
+        first: the option whose value may stand first, without its --name; all values of one that is a list.
         joint: whether several processes run it together.
     """
 
@@ -65,6 +65,8 @@ COMMANDS: dict[str, Command] = {
         config.RecipeArgs, ".recipe:run", "stages chained with their artefacts, any number of rounds", "path"
     ),
     "evaluate": Command(config.EvaluateArgs, ".evaluate:run_evaluate", "reward, wins, KL, perplexity over models"),
+    "report": Command(config.ReportArgs, ".report:run", "runs as one page: curves, samples, what went wrong", "runs"),
+    "watch": Command(config.WatchArgs, ".report:run_watch", "that page of a run, live in a browser", "run"),
     "inspect": Command(config.InspectArgs, ".inspection:run_inspect", "what a model is, and what it costs", "model"),
     "convert": Command(
         config.ConvertArgs, ".inspection:run_convert", "a model in another dtype or file size", "model"

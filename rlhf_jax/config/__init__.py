@@ -36,6 +36,7 @@ from rlhf_jax.config.quickstart import QuickstartArgs
 from rlhf_jax.config.rate import RateArgs
 from rlhf_jax.config.recipe import RecipeArgs
 from rlhf_jax.config.rejection import RejectionArgs, RejectionConfig
+from rlhf_jax.config.report import ReportArgs, WatchArgs
 from rlhf_jax.config.reward import RewardArgs, RewardConfig
 from rlhf_jax.config.sample import SampleArgs, ScoreArgs
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig

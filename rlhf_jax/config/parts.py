@@ -256,6 +256,7 @@ class RunConfig:
             start anew what did not end with 0 (75 is the usual one).
         progress: show a progress bar, if standard error is a terminal. Without one a plain line says every half minute
             how far the run is.
+        report: write report.html at the end: curves, samples, and what went wrong in words (`rlhf-jax report`).
     """
 
     output_dir: PathText = ""
@@ -269,6 +270,7 @@ class RunConfig:
     push_to_hub: str = ""
     exit_code_when_stopped: int = 0
     progress: bool = True
+    report: bool = True
 
     def __post_init__(self) -> None:
         check(self, "run.", {"at least 1": "log_every", "at least 0": "eval_every", SEEDS: "seed"})

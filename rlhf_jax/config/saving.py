@@ -74,7 +74,7 @@ MAY_CHANGE = (
 """Settings, or groups that end in a dot, with which a checkpoint of other values still fits (allow_changes)."""
 
 ALWAYS_MAY_CHANGE = (
-    "run.output_dir", "run.overwrite", "run.progress", "run.push_to_hub", "run.exit_code_when_stopped",
+    "run.output_dir", "run.overwrite", "run.progress", "run.report", "run.push_to_hub", "run.exit_code_when_stopped",
     "output_dir", "overwrite", "progress",
     "checkpoint.allow_changes", "faults.debug_nans",
 )  # fmt: skip

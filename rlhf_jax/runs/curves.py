@@ -103,19 +103,19 @@ def _draw_curve(axes: Axes, lines: History, key: str, colour: str, label: str) -
     """One quantity against the step, pale as measured and dark as smoothed; returns the dark line."""
     steps, values = (np.array([line[name] for line in lines], dtype=float) for name in ("step", key))
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    return axes.plot(steps, _smooth(values), color=colour, linewidth=2.0, label=label)[0]
+    return axes.plot(steps, smooth(values), color=colour, linewidth=2.0, label=label)[0]
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Straight-line fits over windows of about a twelfth of the run, float[n]; unlike means unbiased at the ends."""
     num, half = len(values), len(values) // 24
-    smooth = np.empty(num)
+    smoothed = np.empty(num)
     for index in range(num):
         window = np.arange(max(0, index - half), min(num, index + half + 1))
         offsets = window - window.mean()
         slope = offsets @ values[window] / max(offsets @ offsets, 1)
-        smooth[index] = values[window].mean() + slope * (index - window.mean())
-    return smooth
+        smoothed[index] = values[window].mean() + slope * (index - window.mean())
+    return smoothed
 
 
 def _draw_trade(figure: Figure, axes: Axes, lines: History, gold_key: str | None) -> None:

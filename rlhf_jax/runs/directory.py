@@ -29,10 +29,11 @@ from rlhf_jax.hosts.json_text import JsonObject, to_json
 from rlhf_jax.runs.push import check_repository
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
+REPORT = "report.html"
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
 OURS = (
     RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", PROFILE,
-    LOCK,
+    REPORT, LOCK,
 )  # fmt: skip
 """What a run writes."""
 

@@ -25,6 +25,7 @@ from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.runs.outcome import nothing_learned
 from rlhf_jax.runs.push import model_card, push
+from rlhf_jax.runs.report import write_beside
 from rlhf_jax.runs.skips import Skips
 
 
@@ -277,6 +278,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._record("finished", self.total)
             if not self.settings.checkpoint.keep_finished:
                 directory.drop_checkpoints(self.dir)
+            if self.config.report:
+                self.metrics.bar.doing("writing the report")
+                remarks = [*remarks, *filter(None, [write_beside(self.dir)])]
         self.metrics.bar.close()
         self.say(f"{self.stage}: done in {summary['wall_s']} s, written to {self.dir}")
         for remark in remarks:

@@ -10,7 +10,7 @@ import secrets
 import signal
 import socket
 import socketserver
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ HEADERS = [
 LONGEST_COMMENT, LARGEST_POST = 10_000, 100_000
 
 
-def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIApplication:
+def guard(
+    app: WSGIApplication, token: str, hosts: tuple[str, ...], headers: Sequence[tuple[str, str]] = tuple(HEADERS)
+) -> WSGIApplication:
     """Answers only below /TOKEN/ and only under a known name, and adds the headers that keep the page to itself.
 
     A page of another site cannot know the token; that it cannot reach us under a name of its own (DNS rebinding) is
@@ -49,8 +51,8 @@ def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIAppli
     """
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Callable[[bytes], object]:
-            return start_response(status, [*headers, *HEADERS], *rest)
+        def start(status: str, own: list[tuple[str, str]], *rest: Any) -> Callable[[bytes], object]:
+            return start_response(status, [*own, *headers], *rest)
 
         name = environ.get("HTTP_HOST", "").lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
@@ -59,7 +61,7 @@ def guard(app: WSGIApplication, token: str, hosts: tuple[str, ...]) -> WSGIAppli
         if name not in hosts:
             line = f"This server does not answer to the name {name[:80]!r}."
         elif not secrets.compare_digest(given.encode(), token.encode()):
-            line = "The token in the address is missing or wrong. Open the address that rlhf-jax label printed last."
+            line = "The token in the address is missing or wrong. Open the address that was printed last."
         elif "HTTP_TRANSFER_ENCODING" in environ or not re.fullmatch(r"[0-9]+", size) or float(size) > LARGEST_POST:
             start("413 Content Too Large", [("Content-Type", "application/json")])
             return [b'{"error": "An answer is at most 100 000 bytes, whose number comes first."}']
@@ -248,23 +250,30 @@ class QuietHandler(WSGIRequestHandler):
         return io.StringIO()  # the app says what went wrong in a line of its own
 
 
-def make_server(config: LabelArgs, app: WSGIApplication) -> Server:
-    """A server that listens where the config says.
+def make_server(host: str, port: int, app: WSGIApplication) -> Server:
+    """A server that listens there.
 
     Raises:
         UserError: the port is taken, or the address is not this machine's.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     kind = type("Server", (Server,), {"address_family": family})
     try:
-        server = kind((config.host, config.port), QuietHandler)
+        server = kind((host, port), QuietHandler)
     except OSError as error:
         what = f"{error.strerror or error}".lower()
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port} ({what}); give another --port, 0 for any"
-        ) from error
+        raise UserError(f"cannot listen on {host}:{port} ({what}); give another --port, 0 for any") from error
     server.set_app(app)
     return server
+
+
+def serve(server: Server) -> None:
+    """Answer until Ctrl-C, SIGTERM or SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 def summary(votes: Votes, total: int) -> str:
@@ -287,7 +296,8 @@ def run(config: LabelArgs) -> None:
     with contextlib.closing(Votes(config.output, items)) as votes:
         token = secrets.token_urlsafe(24)
         hosts = LOOPBACK if config.host in LOOPBACK else (*LOOPBACK, config.host.lower())
-        with make_server(config, guard(make_app(Page(items, votes, config)), token, hosts)) as server:
+        app = guard(make_app(Page(items, votes, config)), token, hosts)
+        with make_server(config.host, config.port, app) as server:
             tell(f"{config.path}: {len(items)} items to rank" + (f"; left out: {note}" if note else ""))
             if votes.mended:
                 tell(f"{config.output}: a crash cut the last answer short; its {votes.mended} bytes are removed")
@@ -295,9 +305,5 @@ def run(config: LabelArgs) -> None:
                 tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
             name = f"[{config.host}]" if ":" in config.host else config.host
             tell(f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)")
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                    signal.signal(number, signal.default_int_handler)
-            with contextlib.suppress(KeyboardInterrupt):
-                server.serve_forever()
+            serve(server)
         tell("\n" + summary(votes, len(items)))

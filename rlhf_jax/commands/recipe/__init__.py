@@ -25,6 +25,7 @@ from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.runs.directory import SUMMARY, Summary
+from rlhf_jax.runs.report.outcome import figures_in_words
 
 IN_ONE_PROCESS = {"rate", "convert", "data prepare", "data aggregate", "data make"}
 """Commands that process 0 runs while the others wait."""
@@ -37,20 +38,6 @@ Figures = dict[str, float]
 
 GOLD = re.compile(r"after\.eval/gold|models\..*\.gold\.mean")
 """Figures that are the gold reward of what a stage made; of several models that it evaluated, the last one's."""
-
-SHOWN = {
-    "before.eval/gold": "gold before",
-    "after.eval/gold": "gold",
-    "after.eval/kl": "KL",
-    "after.eval/reward": "reward",
-    "accuracy": "accuracy",
-    "spearman": "Spearman",
-    "eval/accuracy": "accuracy",
-    "eval/perplexity": "perplexity",
-    "gold.agreement": "agrees with gold",
-    "rows": "rows",
-}
-"""Figure -> what the table calls it."""
 
 
 def stages_of(
@@ -200,11 +187,7 @@ def table(summary: Summary) -> str:
     """A line per stage, and the gold reward of every round."""
     rows: list[list[object]] = []
     for row in summary["stages"]:
-        told = {what: row["figures"][name] for name, what in SHOWN.items() if name in row["figures"]}
-        models = [re.fullmatch(r"models\.(.*)\.(gold|kl)\.mean", name) for name in row["figures"]]
-        told |= {f"{name[2]} of {name[1]}": row["figures"][name[0]] for name in models if name}
-        said = ", ".join(f"{what} {value:.4g}" for what, value in told.items())
-        rows.append([row["stage"], row["command"], row["wall_s"], said])
+        rows.append([row["stage"], row["command"], row["wall_s"], figures_in_words(row["figures"])])
     lines = [text_table(["stage", "command", "wall s", "figures"], [*rows, ["total", "", summary["wall_s"], ""]])]
     if summary["rounds"]:
         golds = [f"{one['gold']:.3f}" for one in summary["rounds"]]

@@ -1,0 +1,71 @@
+"""`rlhf-jax report` and `rlhf-jax watch`: the page of runs, as a file or live."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from pathlib import Path
+
+import bottle
+
+from rlhf_jax.commands.label.server import HEADERS, LOOPBACK, guard, make_server, serve
+from rlhf_jax.config import ReportArgs, WatchArgs
+from rlhf_jax.errors import UserError, tell
+from rlhf_jax.hosts.files import replace_file
+from rlhf_jax.runs.report import html_of
+from rlhf_jax.runs.report.reading import newest
+
+OWN_POLICY = [header for header in HEADERS if header[0] != "Content-Security-Policy"]
+"""The page says itself which script it has; see its template."""
+
+
+def run(config: ReportArgs) -> None:
+    """Write the page.
+
+    Raises:
+        UserError: no run is named, or a directory holds none.
+    """
+    if not config.runs:
+        raise UserError("no run is named; write rlhf-jax report RUN [RUN ...] --output report.html")
+    html = html_of(config.runs)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    replace_file(config.output, html)
+    tell(f"report: {config.output} ({len(html.encode()) / 1e6:.2g} MB), to be opened in a browser")
+
+
+def run_watch(config: WatchArgs) -> None:
+    """Serve the page of a run to this machine until Ctrl-C; it is made anew when its files have changed.
+
+    Raises:
+        UserError: no run is named, there is none, or the port is taken.
+    """
+    if not config.run:
+        raise UserError("no run is named; write rlhf-jax watch RUN")
+    app, token = app_of(config), secrets.token_urlsafe(24)
+    with make_server(LOOPBACK[0], config.port, guard(app, token, LOOPBACK, OWN_POLICY)) as server:
+        tell(f"open http://{LOOPBACK[0]}:{server.server_port}/{token}/   (Ctrl-C ends)")
+        serve(server)
+
+
+def app_of(config: WatchArgs) -> bottle.Bottle:
+    """The page of a run as it is now, at /.
+
+    Raises:
+        UserError: there is no run.
+    """
+    app, lock = bottle.Bottle(), threading.Lock()
+
+    def made() -> tuple[float, str]:
+        return newest(config.run), html_of([config.run], live=round(1000 * config.seconds))
+
+    latest = made()
+
+    @app.get("/")
+    def page() -> str:
+        nonlocal latest
+        with lock:  # matplotlib draws one at a time
+            if newest(config.run) > latest[0]:
+                latest = made()
+            return latest[1]
+
+    return app

@@ -1,0 +1,145 @@
+"""How runs ended, in a sentence and in tables: the outcome, where the time went, settings, a recipe's stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf_jax.config.functions import flat
+from rlhf_jax.hosts.json_text import JsonObject, from_json
+from rlhf_jax.runs.report.reading import RECIPE, RunData, is_number
+
+Rows = list[tuple[str, ...]]
+"""Cells of a table."""
+
+FIGURES = {
+    "before.eval/gold": "gold before",
+    "after.eval/gold": "gold",
+    "after.eval/kl": "KL",
+    "after.eval/reward": "reward",
+    "accuracy": "accuracy",
+    "spearman": "Spearman",
+    "eval/accuracy": "accuracy",
+    "eval/perplexity": "perplexity",
+    "gold.agreement": "agrees with gold",
+    "rows": "rows",
+}
+"""Figure of a recipe's stage -> what its tables call it."""
+
+
+def figures_in_words(figures: Mapping[str, float]) -> str:
+    """What came of a recipe's stage."""
+    told = {what: figures[name] for name, what in FIGURES.items() if name in figures}
+    models = [re.fullmatch(r"models\.(.*)\.(gold|kl)\.mean", name) for name in figures]
+    told |= {f"{name[2]} of {name[1]}": figures[name[0]] for name in models if name}
+    return ", ".join(f"{what} {value:.4g}" for what, value in told.items())
+
+
+def outcome(run: RunData) -> str:
+    """How a run ended, or how it stands, in a sentence."""
+    summary = run.summary
+    before, after = (part if isinstance(part := summary.get(name), dict) else {} for name in ("before", "after"))
+    said = ""
+    if is_number(after.get("eval/reward")) and is_number(before.get("eval/reward")):
+        said = change("the held-out reward", before["eval/reward"], after["eval/reward"])
+        if is_number(error := after.get("eval/reward_se")):
+            said += f" (95% of where its mean may lie: +- {1.96 * error:.2g})"
+        said += f", at a KL of {after['eval/kl']:.3g} nats" if is_number(after.get("eval/kl")) else ""
+        if is_number(after.get("eval/gold")) and is_number(before.get("eval/gold")):
+            said += "; " + change("gold", before["eval/gold"], after["eval/gold"])
+    elif is_number(summary.get("accuracy")):
+        said = f"{summary['accuracy']:.1%} of {summary.get('n', '?')} held-out pairs are ranked as the raters did"
+    elif (held_out := run.series("eval/accuracy")) is not None:
+        said = f"{held_out.values[-1]:.1%} of the held-out pairs are ranked as the raters did"
+    elif (loss := run.series("eval/total", "loss/total")) is not None:
+        said = change("the held-out loss" if run.series("eval/total") else "the loss", loss.values[0], loss.values[-1])
+    elif (reward := run.series("rollout/reward")) is not None:
+        said = change("the reward", reward.first, reward.last)
+    unit = "iteration" if run.series("rollout/reward") is not None else "step"
+    length = f"{run.step} of {run.total} {unit}s"
+    if run.status == "finished":
+        kept = summary.get("best_step")
+        time = f" in {duration(summary['wall_s'])}" if is_number(summary.get("wall_s")) else ""
+        best = f"; what is kept is of {unit} {kept}" if kept is not None and kept != run.step else ""
+        ended = f"{run.step} {unit}s{time}{best}"
+    else:
+        ended = f"{run.status} after {length}" + (f" ({run.note})" if run.note else "")
+    return f"{run.stage}: {said + '; ' if said else ''}{ended}."
+
+
+def change(what: str, before: float, after: float) -> str:
+    """A number before and after."""
+    way = "did not change from" if before == after else "rose from" if after > before else "fell from"
+    return f"{what} {way} {before:.3g}" + ("" if before == after else f" to {after:.3g}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def time_by_part(run: RunData) -> Rows:
+    """(part, seconds, share) as the clock of metrics.jsonl says: evaluations, the first step, the others, the rest."""
+    parts: dict[str, float] = {}
+    before = 0.0
+    for line in run.history:
+        if not is_number(now := line.get("time/elapsed_s")):
+            continue
+        part = "evaluations" if any(name.startswith("eval/") for name in line) else "training"
+        first = "the first evaluation" if part == "evaluations" else "the first step"
+        part = part if f"{first}, with compiling" in parts else f"{first}, with compiling"
+        parts[part] = parts.get(part, 0.0) + max(now - before, 0.0)
+        before = max(before, now)
+    if is_number(wall := run.summary.get("wall_s")):
+        parts["the end: weights, summary"] = max(wall - before, 0.0)
+    total = sum(parts.values())
+    return [(part, duration(seconds), f"{seconds / total:.0%}") for part, seconds in parts.items() if total]
+
+
+def differences(runs: Sequence[RunData]) -> Rows:
+    """(setting, its value in every run) of what differs between runs of one stage."""
+    flats = [dict(flat(run.config)) for run in runs]
+    names = [name for name in dict.fromkeys(n for one in flats for n in one) if name != "run.output_dir"]
+    rows = [(name, *(str(one.get(name, "")) for one in flats)) for name in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+class Story(NamedTuple):
+    """A recipe: (stage, command, status, time, figures) of its stages, and (round, gold) of its rounds."""
+
+    name: str
+    stages: Rows
+    rounds: Rows
+
+
+def stories_of(paths: Sequence[str | Path]) -> list[Story]:
+    """The recipes among directories."""
+    found = []
+    for path in map(Path, paths):
+        entries, summary = (object_in(path / name) for name in (RECIPE, "summary.json"))
+        stages: Rows = []
+        for label, entry in entries.items():
+            if isinstance(entry, dict):
+                wall = duration(entry["wall_s"]) if is_number(entry.get("wall_s")) else ""
+                figures = entry.get("figures")
+                figures = {n: v for n, v in figures.items() if is_number(v)} if isinstance(figures, dict) else {}
+                about = (str(label), str(entry.get("command", "")), str(entry.get("status", "")))
+                stages.append((*about, wall, figures_in_words(figures)))
+        golds = summary.get("rounds")
+        rounds = [one for one in golds if isinstance(one, dict)] if isinstance(golds, list) else []
+        told: Rows = [(str(one.get("round")), f"{one['gold']:.3g}") for one in rounds if is_number(one.get("gold"))]
+        found += [Story(path.absolute().name, stages, told)] if stages else []
+    return found
+
+
+def object_in(path: Path) -> JsonObject:
+    """The JSON object of a file; empty if there is none."""
+    try:
+        value = from_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

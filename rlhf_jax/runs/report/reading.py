@@ -1,0 +1,238 @@
+"""What a report reads of run directories: settings, metrics, samples, how it ended. Imports no jax."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+
+from rlhf_jax.errors import UserError, printable, shown
+from rlhf_jax.hosts.json_text import JsonObject, from_json
+from rlhf_jax.runs.directory import METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
+
+RECIPE = "recipe.json"
+"""What a recipe says of its stages; beside it lie their directories."""
+
+
+class Series(NamedTuple):
+    """The finite values of a metric and their steps, each float[n]."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values of the beginning, a twentieth and at most five, and those of the end, a fifth and at most ten."""
+        num = len(self.values)
+        return self.values[: max(1, min(num // 20, 5))], self.values[-max(1, min(num // 5, 10)) :]
+
+    @property
+    def first(self) -> float:
+        """Mean of the beginning."""
+        return float(self.ends[0].mean())
+
+    @property
+    def last(self) -> float:
+        """Mean of the end."""
+        return float(self.ends[1].mean())
+
+    @property
+    def noise(self) -> float:
+        """Standard error of `last` less `first`, from how much neighbours differ; a few jumps do not count."""
+        if len(self.values) < 3:
+            return 0.0
+        deviation = np.quantile(np.abs(np.diff(self.values)), 0.75) / (1.15 * 2**0.5)  # of a Gaussian's differences
+        return float(deviation * sum(1 / len(part) for part in self.ends) ** 0.5)
+
+    @property
+    def mean(self) -> float:
+        """Mean of all."""
+        return float(self.values.mean())
+
+    def thinned(self, most: int) -> Series:
+        """At most so many values: means of neighbours."""
+        size = -(-len(self.values) // most)
+        starts = np.arange(0, len(self.values), size)
+        counts = np.diff(starts, append=len(self.values))
+        return Series(*(np.add.reduceat(part, starts) / counts for part in self))
+
+    def rose(self) -> bool:
+        """Whether the end is above the beginning by more than chance, two standard errors."""
+        return self.last - self.first > max(2 * self.noise, 1e-6 * abs(self.first))
+
+    def fell(self) -> bool:
+        """Whether the end is below the beginning by more than chance."""
+        return Series(self.steps, -self.values).rose()
+
+
+class Sample(NamedTuple):
+    """A response that was drawn on the way.
+
+    Attributes:
+        prompt, response: as text.
+        length: tokens, or characters where no ids were kept.
+        reward, kl: None where there is none.
+    """
+
+    step: int
+    prompt: str
+    response: str
+    length: int
+    reward: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run directory.
+
+    Attributes:
+        name: as the report calls it.
+        stage: the command.
+        status: running, finished, stopped, failed or crashed.
+        note: why it ended, if not by itself.
+        step, total: steps that were taken, and asked for.
+        config, summary: as the files say.
+        history: the lines of metrics.jsonl.
+        samples: of samples.jsonl.
+    """
+
+    path: Path
+    name: str
+    stage: str
+    status: str
+    note: str
+    step: int
+    total: int
+    config: JsonObject
+    summary: JsonObject
+    history: Sequence[JsonObject]
+    samples: Sequence[Sample]
+
+    def series(self, *names: str) -> Series | None:
+        """The first of several metrics that has a finite value; None if none has."""
+        for name in names:
+            found = [(line["step"], line[name]) for line in self.history if is_number(line.get(name))]
+            if found:
+                steps, values = zip(*found, strict=True)
+                return Series(np.array(steps, float), np.array(values, float))
+        return None
+
+    @property
+    def settings(self) -> JsonObject:
+        """The settings of the stage's own group."""
+        group = self.config.get("sft" if self.stage == "pretrain" else self.stage)
+        return group if isinstance(group, dict) else {}
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def lines_of(path: Path) -> Iterator[JsonObject]:
+    """The objects of a .jsonl file that have a step; none if there is no such file. A broken line is left out."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):  # the last one may be under way
+                    row = from_json(line)
+                    if isinstance(row, dict) and isinstance(row.get("step"), int):
+                        yield row
+    except OSError:
+        return
+
+
+def text_of(value: object) -> str:
+    """A prompt or response as text: of messages, each behind its role."""
+    if isinstance(value, list):
+        parts = [one if isinstance(one, dict) else {"content": one} for one in value]
+        return "\n".join(f"{one.get('role', '')}: {one.get('content', '')}" for one in parts)
+    return str(value)
+
+
+def samples_of(path: Path) -> list[Sample]:
+    """The rows of samples.jsonl."""
+    found = []
+    for row in lines_of(path / SAMPLES):
+        prompt, response = text_of(row.get("prompt", "")), text_of(row.get("response", ""))
+        ids = row.get("response_ids")
+        length = len(ids) if isinstance(ids, list) else len(response)
+        reward, kl = (float(v) if is_number(v := row.get(name)) else None for name in ("reward", "kl"))
+        found.append(Sample(row["step"], prompt, response, length, reward, kl))
+    return found
+
+
+def read_run(path: Path, name: str = "") -> RunData:
+    """All of a run directory.
+
+    Raises:
+        UserError: it holds no run.
+    """
+    record = read_record(path)
+    if record is None or record["status"] == VOID:
+        raise UserError(f"{path} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
+    history = list(lines_of(path / METRICS))
+    status = record["status"]
+    if status == "running":
+        status = "running" if is_held(path) else "crashed"
+    summary: Any = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        summary = from_json((path / SUMMARY).read_bytes())
+    step = max([int(record.get("step") or 0), *(line["step"] for line in history[-2:])])
+    return RunData(
+        path=path,
+        name=printable(name or path.absolute().name),
+        stage=str(record["stage"]),
+        status=status,
+        note=str(record.get("note") or ""),
+        step=step,
+        total=int(record.get("total") or 0),
+        config=record["config"],
+        summary=summary if isinstance(summary, dict) else {},
+        history=history,
+        samples=samples_of(path),
+    )
+
+
+def below(path: Path) -> set[Path]:
+    """The run directories at or below a directory, up to three levels down."""
+    return {file.parent for depth in ("", "*/", "*/*/", "*/*/*/") for file in path.glob(depth + RECORD)}
+
+
+def newest(path: str | Path) -> float:
+    """When a run, or one below, was last written to, in seconds of the clock."""
+    files = [each / name for each in below(Path(path)) for name in (RECORD, METRICS, SAMPLES, SUMMARY)]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
+    """The runs of directories, or at or below them, each named once; those below one in the order of their beginning.
+
+    Raises:
+        UserError: there is none.
+    """
+    places: list[Path] = []
+    for path in map(Path, paths):
+        begun = sorted(below(path), key=lambda each: (begun_at(each), str(each)))
+        runs = [each for each in begun if (read_record(each) or {"status": VOID})["status"] != VOID]
+        if not runs:
+            raise UserError(f"{shown(str(path))} holds no run, nor does a directory below it; name a run's directory")
+        places += [each for each in runs if each not in places]
+    shared = common(places)
+    return [read_run(each, str(each.absolute().relative_to(shared)) if len(places) > 1 else "") for each in places]
+
+
+def begun_at(path: Path) -> float:
+    """When a run began, in seconds of the clock: config.yaml is written once."""
+    return next((f.stat().st_mtime for f in (path / "config.yaml", path / RECORD) if f.exists()), 0.0)
+
+
+def common(places: Sequence[Path]) -> Path:
+    """The directory below which all lie."""
+    whole = [each.absolute().parent for each in places]
+    return next(each for each in (whole[0], *whole[0].parents) if all(p.is_relative_to(each) for p in whole))
