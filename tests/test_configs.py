@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from rlhf_jax import cli
+from rlhf_jax.cli.parsing import read
 from rlhf_jax.commands import quickstart
 from rlhf_jax.config import QuickstartArgs, rates, to_dict
+from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -83,3 +85,18 @@ def test_every_method_has_a_preset():
     commands = {re.search(r"rlhf-jax (\w+) --config", path.read_text())[1] for path in CONFIGS}
     drawn = {"sample", "bestofn", "rejection", "collect", "judge", "evaluate"}
     assert commands >= drawn | {"sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp", "dpo", "kto", "rrhf"}
+
+
+def test_a_bare_name_is_a_preset_unless_a_file_has_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("instructgpt", "stories_sample"):  # of recipes and of commands
+        text, _ = read(name)
+        assert text == next((ROOT / "configs").rglob(f"{name}.yaml")).read_text()
+    cli.dispatch(["recipe", "instructgpt", "--dry_run", "true"])
+    assert "rlhf-jax ppo" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such file, nor a preset; did you mean instructgpt"):
+        read("instructgtp")
+    with pytest.raises(UserError, match=r"no such file, nor a preset; presets are .*, instructgpt,"):
+        read("xyzzy")
+    (tmp_path / "instructgpt").write_text("a: 1")
+    assert read("instructgpt") == ("a: 1", {"a": "1"})

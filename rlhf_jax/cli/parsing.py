@@ -15,6 +15,7 @@ import yaml
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 from rlhf_jax.cli.commands import COMMANDS, Hint, dotted, fields
+from rlhf_jax.cli.presets import preset
 from rlhf_jax.config.guess import nearest, same_idea
 from rlhf_jax.config.settings import path_text, words
 from rlhf_jax.errors import UserError, reason
@@ -23,8 +24,12 @@ from rlhf_jax.hosts.yamls import Tree
 
 
 def read(path: str, option: str = "--config") -> tuple[str, Tree]:
-    """A YAML file as it is, and as nested dicts and lists of texts; UserError if it is something else."""
-    text = files.read_text(path_text(path), option)
+    """A YAML file, or a preset of that name, as it is, and as nested dicts and lists of texts.
+
+    Raises:
+        UserError: it is something else.
+    """
+    text = files.read_text(preset(path_text(path), option), option)
     tree = yamls.read(text, path)
     if not isinstance(tree, dict):
         what = "empty" if tree is None else "a list" if isinstance(tree, list) else "plain text"
