@@ -31,8 +31,9 @@ def test_a_preset_is_short_and_its_command_reads_it(path):
     assert type(config) is cli.COMMANDS[command[1]].args
 
 
-STAGES = ("pretrain", "sft", "rejection", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp")
-NAMES = {"pretrain": "sft", "rejection": "sft", "rloo": "grpo", "reinforce_pp": "grpo"}
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "distill")
+STAGES = ("pretrain", "sft", "rejection", "reward", "dpo", "kto", "rrhf", *ONLINE)
+NAMES = {"pretrain": "sft", "rejection": "sft", "rloo": "grpo", "reinforce_pp": "grpo", "distill": "grpo"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -84,7 +85,7 @@ def test_there_are_presets_of_real_sizes():
 def test_every_method_has_a_preset():
     commands = {re.search(r"rlhf-jax (\w+) --config", path.read_text())[1] for path in CONFIGS}
     drawn = {"sample", "bestofn", "rejection", "collect", "judge", "evaluate"}
-    assert commands >= drawn | {"sft", "reward", "ppo", "grpo", "rloo", "reinforce_pp", "dpo", "kto", "rrhf"}
+    assert commands >= drawn | ({*STAGES} - {"pretrain"})
 
 
 def test_a_bare_name_is_a_preset_unless_a_file_has_it(tmp_path, monkeypatch, capsys):

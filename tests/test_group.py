@@ -268,6 +268,7 @@ EFFECTS = {
     "whiten_advantages": (scored, {}, {"whiten_advantages": True}),
     "kl_in": (scored, {}, {"kl_in": "reward"}),
     "reward_to_go": (scored, KL, {**KL, "reward_to_go": True}),
+    "discount": (scored, {**KL, "reward_to_go": True}, {**KL, "reward_to_go": True, "discount": 0.5}),
     "mask_truncated": (scored, {}, {"mask_truncated": True}),
 }
 ELSEWHERE = {"redraws"}  # test_groups_of_one_reward_are_drawn_again_alone_and_only_so_often

@@ -48,7 +48,7 @@ def fake_programs(method: Method, seen: list) -> Programs:
         seen.append(("rollout", params, key))
         return drawn
 
-    def scores(params, ref, reward, rollout, host, kl_coef, temperature):
+    def scores(params, ref, reward, rollout, host, kl_coef, temperature, teacher):
         per_row = {"reward": host - len(seen), "kl": jnp.zeros(rows)}  # every evaluation is worse than the one before
         return make_experience(0, PARAMS, rows=rows), kl_coef, {"rollout/reward": host.mean()}, per_row
 

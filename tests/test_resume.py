@@ -326,7 +326,7 @@ def sections(cls) -> list[str]:
     return [name for name, _ in flat(directory.plain(cls()))]
 
 
-STAGES = ("sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp", "rejection")
+STAGES = ("sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp", "distill", "rejection")
 
 
 def test_every_setting_that_may_change_exists():

@@ -79,7 +79,18 @@ def stage_command(command: str, rest: list[str]) -> None:
         return execute(command, settings)
     stages = typing.get_args(fields(config.PlanArgs)["stage"])[1:]
     stages = typing.get_args(fields(args)["stage"])[1:] if "stage" in fields(args) else stages
-    known = ("ppo", "grpo", "rloo", "reinforce_pp", "sft", "dpo", "kto", "rrhf", "reward")  # PPO has a reward, too
+    known = (
+        "ppo",
+        "grpo",
+        "rloo",
+        "reinforce_pp",
+        "distill",
+        "sft",
+        "dpo",
+        "kto",
+        "rrhf",
+        "reward",
+    )  # PPO has a reward, too
     stage = getattr(settings, "stage", "auto")
     if stage == "auto":
         stage = next((name for name in known if name in groups and name in stages), "auto")

@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "grpo": Joint(config.GRPOArgs, "group:run", "GRPO and kin: responses to a prompt against one another, no critic"),
     "rloo": Joint(config.RLOOArgs, "group:run", "RLOO: each response against the mean of the others"),
     "reinforce_pp": Joint(config.ReinforcePPArgs, "group:run", "REINFORCE++: one response a prompt, no critic"),
+    "distill": Joint(config.DistillArgs, "group:run", "on-policy distillation: a teacher pays the student's tokens"),
     "bestofn": Command(config.BestOfNArgs, ".bestofn:run", "of several responses to a prompt the one a reward likes"),
     "rejection": Command(config.RejectionArgs, ".rejection:run", "SFT on the best of n, in rounds"),
     "sample": Joint(config.SampleArgs, ".sample:run_sample", "responses of a model to prompts"),

@@ -55,8 +55,8 @@ def compared(method: Method, loop: LoopState, number: int, *, layers: bool) -> d
     policy = nets.policy.whole(loop.policy)
     rollout = programs.rollout(policy, *prompts, key, method.inputs.law, None, samples)
     host = put_batch(mesh, np.zeros(len(batch["prompts"]), np.float32))
-    of = (loop.state.params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
-    experience = programs.score(*of)[0]
+    law = loop.kl_coef, method.temperature
+    experience = programs.score(loop.state.params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)[0]
     mask, sampler, scorer = to_host((rollout.mask, rollout.logprobs, experience.old_logprobs))
     found = {"tokens": int(mask.sum()), **gap(mask, sampler, scorer)}
     if layers and found["first"]:

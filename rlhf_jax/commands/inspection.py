@@ -55,7 +55,7 @@ MASTER, ADAM, GRADIENT, COPY = 4, 8, 4, 2
 
 LORA_RANK = 16
 
-ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "distill")
 """Stages whose state has the policy's parameters beside others."""
 
 PARTIAL = (("lora", "rank"), ("ppo", "trainable_layers"))

@@ -15,7 +15,17 @@ from rlhf_jax.config.datasets import DataAggregateArgs, DataInspectArgs, DataMak
 from rlhf_jax.config.evaluate import EvaluateArgs
 from rlhf_jax.config.feedback import DrawArgs, SourceConfig, SourcesArgs
 from rlhf_jax.config.functions import bind, no_code_below, resolve, to_dict
-from rlhf_jax.config.group import REINFORCE_PP, RLOO, GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
+from rlhf_jax.config.group import (
+    DISTILL,
+    REINFORCE_PP,
+    RLOO,
+    DistillArgs,
+    GroupArgs,
+    GroupConfig,
+    GRPOArgs,
+    ReinforcePPArgs,
+    RLOOArgs,
+)
 from rlhf_jax.config.inspection import ConvertArgs, InspectArgs
 from rlhf_jax.config.judge import JudgeConfig, RewardJudgeConfig
 from rlhf_jax.config.label import LabelArgs

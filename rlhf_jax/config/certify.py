@@ -19,7 +19,7 @@ class CertifyArgs:
         json: print one JSON object instead of lines.
     """
 
-    stage: Literal["auto", "ppo", "grpo", "rloo", "reinforce_pp"] = "auto"
+    stage: Literal["auto", "ppo", "grpo", "rloo", "reinforce_pp", "distill"] = "auto"
     batch: int = 0
     layers: bool = True
     json: bool = False

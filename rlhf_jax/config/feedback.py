@@ -84,6 +84,11 @@ class DrawArgs:
 
     def __post_init__(self) -> None:
         check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
+        if self.reward.teacher:
+            raise UserError(
+                f"reward.teacher {self.reward.teacher} pays tokens, and here responses are scored; leave it out, or "
+                "train with distill, ppo, grpo and their kin"
+            )
         self.sampling.check_buckets("max_prompt_length", self.max_prompt_length)
         self.sampling.check_whole()
 

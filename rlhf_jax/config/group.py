@@ -29,7 +29,9 @@ class GroupConfig(OnlineConfig):
         whiten_advantages: mean 0 and variance 1 over the valid tokens of the whole rollout.
         kl_in: the leash is a term of the loss (k3 per token) or of the reward (k1). With kl_coef 0 there is neither,
             and no reference is loaded (but with adapters, whose frozen model is one).
-        reward_to_go: with kl_in reward: a token answers for the KL from itself on, instead of the whole response's.
+        reward_to_go: with kl_in reward: a token answers for the KL, and for what a teacher pays, from itself on, not
+            for those of the whole response.
+        discount: with reward_to_go: what is k tokens later counts discount^k; 0 lets a token answer for itself alone.
         redraws: dynamic sampling (DAPO, arXiv 2503.14476): rounds of an iteration in which prompts whose responses all
             have one reward, which teach nothing, are drawn again. Other prompts wait; what is still equal then stays.
         mask_truncated: rows that were cut off give no gradient (DAPO); they count in the baseline.
@@ -44,13 +46,14 @@ class GroupConfig(OnlineConfig):
     kl_coef: float = 0.04
     kl_in: Literal["loss", "reward"] = "loss"
     reward_to_go: bool = False
+    discount: float = 1.0
     redraws: int = 0
     mask_truncated: bool = False
 
     def check(self, name: str) -> None:
         """Raise a UserError unless the settings are in range and agree; `name` is their group of the config."""
         self.check_rounds(f"{name}.")
-        check(self, f"{name}.", {"at least 1": "group_size", "at least 0": "redraws"})
+        check(self, f"{name}.", {"at least 1": "group_size", "at least 0": "redraws", "between 0 and 1": "discount"})
         if self.redraws and self.group_size == 1:
             raise UserError(
                 f"{name}.redraws {self.redraws} is of groups whose rewards are equal, but {name}.group_size is 1; "
@@ -70,6 +73,10 @@ class GroupConfig(OnlineConfig):
             )
         if self.reward_to_go and self.kl_in != "reward":
             raise UserError(f"{name}.reward_to_go is of the KL in the reward; set {name}.kl_in reward, or it to false")
+        if self.discount != 1 and not self.reward_to_go:
+            raise UserError(
+                f"{name}.discount {self.discount:g} does nothing without {name}.reward_to_go; set that, or 1"
+            )
 
 
 RLOO = GroupConfig(
@@ -90,11 +97,20 @@ REINFORCE_PP = GroupConfig(
     kl_in="reward",
     reward_to_go=True,
 )
+DISTILL = GroupConfig(
+    group_size=1,
+    baseline="none",
+    scale_rewards="none",
+    kl_coef=0.0,
+    kl_in="reward",
+    reward_to_go=True,
+    discount=0.0,
+)
 
 
 @settings
 class GroupArgs:
-    """What grpo, rloo and reinforce_pp have in common."""
+    """What grpo, rloo, reinforce_pp and distill have in common."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -137,3 +153,10 @@ class ReinforcePPArgs(GroupArgs):
     """All of `rlhf-jax reinforce_pp`."""
 
     reinforce_pp: GroupConfig = REINFORCE_PP
+
+
+@settings
+class DistillArgs(GroupArgs):
+    """All of `rlhf-jax distill`: the student is `model`, and the teacher `reward.teacher`."""
+
+    distill: GroupConfig = DISTILL

@@ -14,7 +14,8 @@ from rlhf_jax.errors import UserError, shown
 
 @settings
 class RewardSourceConfig:
-    """What PPO maximises: weight * reward model + sum of weights * Python functions + weight * judge.
+    """What PPO maximises: weight * reward model + sum of weights * Python functions + weight * judge +
+    coef * teacher.
 
     Args:
         model: directory of a reward model, as `rlhf-jax reward` writes it; empty means none. One with several heads
@@ -27,6 +28,10 @@ class RewardSourceConfig:
         functions: Python functions fn(prompts, responses, **columns) -> list of floats, as "module:name".
         function_weights: a factor for each function; empty means 1 for all.
         judge: our own model, an endpoint or, of pairs, a Python function whose opinion of responses is paid.
+        teacher: directory of a language model with the policy's tokenizer, which pays each token of a response what it
+            finds it likelier, log p_teacher - log p: minus the reverse KL to it (Agarwal et al. 2023, arXiv
+            2306.13649).
+        teacher_coef: price of one such nat.
         gold: a function of the same form that is only logged, as rollout/gold; training never sees it.
         timeout: seconds after which a call of a function has failed; 0 waits for ever and calls it in the main thread.
         retries: further calls after one that raised or ran out of time.
@@ -41,6 +46,8 @@ class RewardSourceConfig:
     functions: list[str] = field(default_factory=list)
     function_weights: list[float] = field(default_factory=list)
     judge: RewardJudgeConfig = RewardJudgeConfig()
+    teacher: PathText = ""
+    teacher_coef: float = 1.0
     gold: str = ""
     timeout: float = 600.0
     retries: int = 2
@@ -48,6 +55,7 @@ class RewardSourceConfig:
 
     def __post_init__(self) -> None:
         check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries combine_coef"})
+        check(self, "reward.", {"above 0": "teacher_coef"})
         check_paths("reward.", self.model, self.models)
         if self.model_weight < 0 and self.combine != "mean":
             raise UserError(

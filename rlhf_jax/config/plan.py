@@ -25,7 +25,18 @@ class PlanArgs:
 
     topology: str = ""
     stage: Literal[
-        "auto", "pretrain", "sft", "reward", "dpo", "kto", "rrhf", "ppo", "grpo", "rloo", "reinforce_pp"
+        "auto",
+        "pretrain",
+        "sft",
+        "reward",
+        "dpo",
+        "kto",
+        "rrhf",
+        "ppo",
+        "grpo",
+        "rloo",
+        "reinforce_pp",
+        "distill",
     ] = "auto"
     responses: int = 4
     fill: float = 1.0

@@ -58,12 +58,13 @@ MAY_CHANGE = (
     "data.path", "model.remat", "model.logprob_chunk", "sampling.microbatch", "data.pack", "data.microbatch_tokens",
     "sft.steps", "sft.epochs", "sft.accumulate", "sft.num_samples",
     "reward.steps", "reward.epochs", "reward.accumulate", "reward.timeout", "reward.retries", "reward.on_failure",
+    *(f"reward.judge.{setting}" for setting in ("url", "api_key_env", "timeout", "retries", "workers")),
     "rejection.rounds",
     "dpo.steps", "dpo.epochs", "dpo.accumulate", "kto.steps", "kto.epochs", "rrhf.steps", "rrhf.epochs",
     "rrhf.accumulate",
     "ppo.iterations", "ppo.microbatch_tokens", "ppo.score_microbatch", "ppo.accumulate", "ppo.kl_target",
     "ppo.kl_horizon",
-    *(f"{name}.{setting}" for name in ("grpo", "rloo", "reinforce_pp") for setting in
+    *(f"{name}.{setting}" for name in ("grpo", "rloo", "reinforce_pp", "distill") for setting in
       ("iterations", "microbatch_tokens", "score_microbatch", "accumulate", "num_samples", "sample_every")),
     "ppo.num_samples", "ppo.sample_every", "ppo.save_value_model",
     "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.warmup_ratio",

@@ -77,6 +77,7 @@ class Models:
     policy: Model
     reward: Model | Ensemble | None = None
     adapted: bool = False
+    teacher: Model | None = None
 
     def whole(self, frozen: Params, params: Params) -> Params:
         """All parameters, of which `params` are trained."""
@@ -123,6 +124,7 @@ def run_networks(
     policy: Params,
     ref: Params | None,
     reward: Params | None,
+    teacher: Params | None,
     temperature: Array,
     rollout: Rollout,
     view: Packed,
@@ -131,7 +133,8 @@ def run_networks(
 ) -> dict[str, Array]:
     """Of a view's rows old_logprobs, recomputed, and of a reference ref_logprobs [B, T]; of a reward model score [B].
 
-    Of an ensemble the score is [B, M]. The view is of the rollout. What is not asked for or not there is left out.
+    Of an ensemble the score is [B, M]; of a teacher there are teacher_logprobs [B, T]. The view is of the rollout.
+    What is not asked for or not there is left out.
     """
     asked = {"old_logprobs": policy if recompute else None, "ref_logprobs": ref}
     law = temperature, rollout.tokens.shape[1], rollout.kept, rollout.experts
@@ -139,6 +142,8 @@ def run_networks(
     out = {name: of(params) for name, params in asked.items() if params is not None}
     if models.reward is not None:
         out["score"] = response_scores(models.reward, reward, view)
+    if models.teacher is not None:
+        out["teacher_logprobs"] = response_logprobs(models.teacher, teacher, view, *law[:3])[0]
     return out
 
 
@@ -149,18 +154,20 @@ def advantages_of(
     kl_coef: Float[Array, ""] | float,
     config: GroupConfig,
     advantage: GroupAdvantage | None = None,
+    dense: Float[Array, "B T"] | float = 0.0,
 ) -> Float[Array, "B T"]:
     """Advantages, zero off the mask, of scores and of the KL (k1, 0 off the response) that the reward pays.
 
-    The KL of a whole response lowers its score before the baseline (RLOO); with reward_to_go the KL from a token on
-    lowers that token's advantage after it (REINFORCE++: A_t = r - kl_coef sum of kl_i over i >= t).
+    The KL of a whole response, less what is paid `dense`, lowers its score before the baseline (RLOO); with
+    reward_to_go that from a token on lowers the token's advantage after it (REINFORCE++: A_t = r - sum over i >= t of
+    discount^(i - t) (kl_coef kl_i - dense_i)).
     """
-    compared = bind(advantage or config.advantage, config)
+    compared, cost = bind(advantage or config.advantage, config), kl_coef * kl - dense
     if config.reward_to_go:
-        to_go = jnp.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
-        advantages = compared(scores)[:, None] - kl_coef * to_go
+        to_go = adv.gae(cost, jnp.zeros_like(cost), discount=config.discount, gae_lambda=1.0)  # sums from a token on
+        advantages = compared(scores)[:, None] - to_go
     else:
-        advantages = jnp.broadcast_to(compared(scores - kl_coef * kl.sum(axis=1))[:, None], mask.shape)
+        advantages = jnp.broadcast_to(compared(scores - cost.sum(axis=1))[:, None], mask.shape)
     if config.whiten_advantages:
         advantages = adv.whiten(advantages, mask, shift_mean=True, variance="biased")
     return jnp.where(mask, advantages, 0.0)
@@ -181,23 +188,29 @@ def make_score(
     """
 
     def score(
-        params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
+        params: Params,
+        ref: Params,
+        reward: Params,
+        rollout: Rollout,
+        host: Array,
+        kl_coef: Array,
+        temperature: Array,
+        teacher: Params | None = None,
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
-        policy = models.whole(ref, params)["policy"]
-        run = partial(run_networks, models, policy, ref, reward, temperature, rollout, recompute=recompute)
+        frozen = models.whole(ref, params)["policy"], ref, reward, teacher
+        run = partial(run_networks, models, *frozen, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models, config))}
         old_logprobs = jnp.where(rollout.mask, nets["old_logprobs"], 0.0)
         ref_logprobs = old_logprobs if ref is None else jnp.where(rollout.mask, nets["ref_logprobs"], 0.0)
 
         # What is compared, scores [B] and the paid part of the KL [B, T], and the tokens [B, T] that are trained on.
         k1 = adv.kl_k1(old_logprobs, ref_logprobs)
-        of_groups = {"group_size": config.group_size, **reward_settings}
-        raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **of_groups)
-        mask = rollout.mask & ~jnp.isnan(host)[:, None]
-        mask = mask & rollout.finished[:, None] if config.mask_truncated else mask
+        raw, scores, dense, earned, rows = rewards_of(nets, old_logprobs, host, rollout, config, **reward_settings)
+        trained = ~jnp.isnan(host) & (rollout.finished | (not config.mask_truncated))
+        mask = rollout.mask & trained[:, None]
         paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
-        advantages = advantages_of(scores, paid, mask, kl_coef, config, advantage)
+        advantages = advantages_of(scores, paid, mask, kl_coef, config, advantage, dense)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
@@ -210,13 +223,9 @@ def make_score(
         )
 
         # What is reported: scalars, and numbers [B] of each row.
-        metrics = {
-            **reward_metrics(raw, config.group_size),
-            "rollout/objective": (scores - kl_coef * k1.sum(axis=1)).mean(),
-            **rollout_metrics(rollout, old_logprobs),
-            **weighted,
-            **earned,
-        }
+        metrics = {**reward_metrics(raw, config.group_size), **rollout_metrics(rollout, old_logprobs)}
+        metrics["rollout/objective"] = (scores + dense.sum(axis=1) - kl_coef * k1.sum(axis=1)).mean()
+        metrics |= {**weighted, **earned}
         if ref is not None:
             metrics["rollout/kl"] = k1.sum(axis=1).mean()
             metrics["rollout/kl_k3"] = adv.kl_k3(old_logprobs, ref_logprobs).sum(axis=1).mean()

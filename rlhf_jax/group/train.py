@@ -1,4 +1,4 @@
-"""The stage of GRPO, RLOO and REINFORCE++: networks, text and rewards wired to the programs of `core`."""
+"""The stage of GRPO, RLOO, REINFORCE++ and distillation: networks and rewards wired to the programs of `core`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, Unpack
 
 import jax
 
-from rlhf_jax.config import GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
+from rlhf_jax.config import DistillArgs, GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import core
 from rlhf_jax.models.loading import Loaded, adapted
 from rlhf_jax.online import checks, loop
 from rlhf_jax.online.iteration import LoopState, first_state
 from rlhf_jax.online.method import Method, Sources, read_inputs
-from rlhf_jax.online.networks import Networks, load_policy_and_reward
+from rlhf_jax.online.networks import Networks, load_policy_and_reward, load_teacher
 from rlhf_jax.online.programs import Programs, compile_programs
 from rlhf_jax.sharding import Mesh, copied, make_mesh
 from rlhf_jax.training.state import TrainState
@@ -29,13 +29,18 @@ def settings_of(config: GroupArgs) -> tuple[str, GroupConfig]:
         return "rloo", config.rloo
     if isinstance(config, ReinforcePPArgs):
         return "reinforce_pp", config.reinforce_pp
-    raise UserError(f"{type(config).__name__} is of no method; give a GRPOArgs, an RLOOArgs or a ReinforcePPArgs")
+    if isinstance(config, DistillArgs):
+        return "distill", config.distill
+    kinds = "a GRPOArgs, an RLOOArgs, a ReinforcePPArgs or a DistillArgs"
+    raise UserError(f"{type(config).__name__} is of no method; give {kinds}")
 
 
 def check(config: GroupArgs) -> None:
     """Raise a UserError for settings that contradict each other."""
     name, settings = settings_of(config)
     checks.check(config, settings, name)
+    if name == "distill" and not config.reward.teacher:
+        raise UserError("distill has no teacher; set reward.teacher to the directory of a language model")
     if config.data.batch_size % settings.group_size:
         raise UserError(
             f"data.batch_size {config.data.batch_size}, responses of an iteration, is not divisible by "
@@ -49,9 +54,14 @@ def check(config: GroupArgs) -> None:
 
 
 def make_networks(
-    config: GroupArgs, mesh: Mesh, policy: Loaded, reward: Loaded | None, key: jax.Array
+    config: GroupArgs,
+    mesh: Mesh,
+    policy: Loaded,
+    reward: Loaded | None,
+    key: jax.Array,
+    teacher: Loaded | None = None,
 ) -> tuple[Networks, Params]:
-    """(the networks, what is trained at its start) of policy and reward model; of an abstract key, shapes.
+    """(the networks, what is trained at its start) of policy, reward model and teacher; of an abstract key, shapes.
 
     With a price of the KL the reference is the policy as it is now; with adapters, the frozen model that they stand
     on, which is there anyway.
@@ -60,8 +70,10 @@ def make_networks(
     ref, params = policy.frozen, policy.params
     if ref is None and settings_of(config)[1].kl_coef:
         ref, params = params, copied(params)
-    models = core.Models(policy.model, reward.model if reward else None, policy.frozen is not None)
-    nets = Networks(models, policy, ref, reward.params if reward else None, policy.frozen)
+    judges = [each.model if each else None for each in (reward, teacher)]
+    models = core.Models(policy.model, judges[0], policy.frozen is not None, judges[1])
+    judges = [each.params if each else None for each in (reward, teacher)]
+    nets = Networks(models, policy, ref, judges[0], policy.frozen, teacher=judges[1])
     return nets, {"policy": params}
 
 
@@ -97,7 +109,8 @@ def setup(
     inputs = read_inputs(config, mesh, group_size=size, **sources)
     tokenizer = inputs.tokenizer
     with jax.set_mesh(mesh.grid):
-        nets, params = make_networks(config, mesh, *load_policy_and_reward(config, mesh, tokenizer, inputs.key))
+        loaded = load_policy_and_reward(config, mesh, tokenizer, inputs.key)
+        nets, params = make_networks(config, mesh, *loaded, load_teacher(config, mesh, tokenizer, inputs.key))
         programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, policy_loss, advantage)
         method = Method(config, settings, mesh, inputs, nets, programs, group_size=size, redraws=settings.redraws)
         return method, first_state(method, state)

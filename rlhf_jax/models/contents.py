@@ -18,7 +18,7 @@ from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import have
 from rlhf_jax.models.hf import directory, hub
 
-OPTIONS = {"path", "model", "models", "tokenizer", "reference", "mixture", "demonstrations"}
+OPTIONS = {"path", "model", "models", "tokenizer", "reference", "teacher", "mixture", "demonstrations"}
 OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
 """Last parts of the names of options that say what to read."""
 

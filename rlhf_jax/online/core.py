@@ -29,10 +29,10 @@ from rlhf_jax.types import Batch, Metrics, Params, Rollout
 Scored = tuple[Any, Array, Metrics, dict[str, Array]]
 """What scoring returns: a method's experience, kl_coef of the next iteration, metrics, numbers per row by name."""
 
-Score = Callable[[Params, Params, Params, Rollout, Array, Array, Array], Scored]
-"""score(params, ref, reward, rollout, host rewards f32[B], kl_coef, temperature), a program that is not yet compiled.
+Score = Callable[..., Scored]
+"""score(params, ref, reward, rollout, host rewards f32[B], kl_coef, temperature, teacher=None), not yet compiled.
 
-ref and reward are None where there is none."""
+ref, reward and teacher are None where there is none."""
 
 Update = Callable[..., tuple[TrainState, Metrics]]
 """The program that `make_epochs` returns, not yet compiled."""
@@ -132,28 +132,30 @@ def truncated(rollout: Rollout, stop_ids: tuple[int, ...], truncate_after: int) 
 
 
 def rewards_of(
-    score: Float[Array, "B ..."] | None,
+    nets: Mapping[str, Array],
+    old_logprobs: Float[Array, "B T"],
     host: Float[Array, " B"],
     rollout: Rollout,
     config: OnlineConfig,
     *,
-    group_size: int = 1,
+    teacher_coef: float = 1.0,
     model_weight: float = 1.0,
     combine: str = "mean",
     combine_coef: float = 1.0,
-) -> tuple[Float[Array, " B"], Float[Array, " B"], Metrics, dict[str, Array]]:
-    """(reward, what is paid, metrics, numbers per row): weight * score + host, of an ensemble of its scores combined.
+) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, "B T"], Metrics, dict[str, Array]]:
+    """(reward, what is paid for the whole, dense reward, metrics, numbers per row) of what networks and the host say.
 
-    Where host is NaN, no answer of a judge, it is the mean of the others of the row's group (`advantages.filled`), so
-    that it moves no baseline; its row has NaN. `score` is a reward model's [B], an ensemble's [B, M], or None. What is
-    paid is the reward, clipped if asked, less the penalties of a missing end and of being too long. Rows have it as
-    "reward", and the scores of an ensemble as "members" [B, M]; those of a single model too, [B, 1], if the first ones
-    are to set its scale.
+    The reward is weight * score + host + sum of the dense one. Of `nets` it takes "score", a reward model's [B] or an
+    ensemble's [B, M], and "teacher_logprobs" [B, T], if they are there. Where host is NaN, no answer of a judge, it is
+    the mean of the others of the row's group (`advantages.filled`), so that it moves no baseline; its row has NaN.
+    What is paid for the whole is the reward without the dense one, clipped if asked, less the penalties of a missing
+    end and of being too long. Rows have the reward as "reward", and the scores of an ensemble as "members" [B, M];
+    those of a single model too, [B, 1], if the first ones are to set its scale.
     """
     # The reward [B], and how far the members of an ensemble are apart about it: the mean of their standard deviation.
-    answered, host = ~jnp.isnan(host), adv.filled(host, group_size)
+    answered, host = ~jnp.isnan(host), adv.filled(host, getattr(config, "group_size", 1))
     rows, metrics, reward = {}, dict[str, Array](), host
-    if score is not None:
+    if (score := nets.get("score")) is not None:
         several = score.ndim == 2
         said = adv.combined(score, combine=combine, combine_coef=combine_coef) if several else score
         reward = model_weight * said + host
@@ -171,7 +173,28 @@ def rewards_of(
     if config.overlong_tokens:
         penalty = bind(adv.overlong_penalty, config)(rollout.mask.sum(axis=1), rollout.mask.shape[1])
         paid, metrics["rollout/overlong_penalty"] = paid + penalty, penalty.mean()
-    return reward, paid, metrics, {"reward": jnp.where(answered, reward, jnp.nan), **rows}
+
+    # What is paid for each token [B, T].
+    dense, of_teacher = taught(nets, old_logprobs, rollout.mask, teacher_coef)
+    reward = reward + dense.sum(axis=1)
+    rows["reward"] = jnp.where(answered, reward, jnp.nan)
+    return reward, paid, dense, {**metrics, **of_teacher}, rows
+
+
+def taught(
+    nets: Mapping[str, Array], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], teacher_coef: float
+) -> tuple[Float[Array, "B T"], Metrics]:
+    """What a teacher pays each token, coef * (log p_teacher - log p), and how far the policy is from it in nats.
+
+    Of `nets` it takes teacher_logprobs [B, T]; without them nothing is paid. In the mean over the policy's responses
+    the sum over a response is minus coef times the reverse KL, KL(policy, teacher).
+    """
+    if "teacher_logprobs" not in nets:
+        return jnp.zeros_like(old_logprobs), {}
+    teacher_logprobs = jnp.where(mask, nets["teacher_logprobs"], 0.0)
+    k1, k3 = adv.kl_k1(old_logprobs, teacher_logprobs), adv.kl_k3(old_logprobs, teacher_logprobs)
+    metrics = {"rollout/teacher_kl": k1.sum(axis=1).mean(), "rollout/teacher_kl_k3": k3.sum(axis=1).mean()}
+    return -teacher_coef * k1, metrics
 
 
 def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:

@@ -160,7 +160,8 @@ def roll_out(
 
     def score() -> Scored:
         host = put_batch(mesh, rewards)
-        return programs.score(params, nets.ref, nets.reward, rollout, host, loop.kl_coef, method.temperature)
+        law = loop.kl_coef, method.temperature
+        return programs.score(params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)
 
     rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
     rewards, golds = python_rewards(method, batch, rollout, key)

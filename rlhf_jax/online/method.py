@@ -78,10 +78,11 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     data, seed, reward_functions = config.data, config.run.seed, sources.get("reward_functions")
     reward = combine(config.reward, reward_functions)
     gold = sources.get("gold") or (resolve(config.reward.gold) if config.reward.gold else None)
-    if reward is None and not (config.reward.paths or config.reward.judge.named()):
+    if reward is None and not (config.reward.named() or config.reward.teacher):
         raise UserError("there is no reward; set reward.model, reward.judge, or reward.functions to [module:name]")
     length = total_length(config.sampling, data.max_prompt_length)
-    for path in (config.model.path, *config.reward.paths):  # before rows are read
+    teachers = [config.reward.teacher] if config.reward.teacher else []
+    for path in (config.model.path, *config.reward.paths, *teachers):  # before rows are read
         model = config.model if path == config.model.path else replace(config.model, path=path, arch=None)
         check_length(arch_of(model), length, f"{path or 'model.arch'}: prompt length + sampling.max_new_tokens =")
     tokenizer = load_tokenizer(config.model)
@@ -170,13 +171,13 @@ class Method:
     def facts(self) -> dict[str, object]:
         """What a continued run must find unchanged, beside the config."""
         judge = self.inputs.judge
-        of_judge = {} if judge is None or judge.params is None else {"weights of the judge": digest(judge.params)}
+        further = {"judge": judge and judge.params, "teacher model": self.nets.teacher}
         return {
             "training rows": self.inputs.batches.cursor(),
             "held-out rows": fingerprint(self.inputs.held_out),
             "weights of the reference model": digest(self.nets.ref),
             "weights of the reward model": digest(self.nets.reward),
-            **of_judge,
+            **{f"weights of the {name}": digest(params) for name, params in further.items() if params is not None},
             **self.identity,
         }
 

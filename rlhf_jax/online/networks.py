@@ -37,6 +37,7 @@ class Networks:
         frozen: what trained adapters or layers stand on, as `models.whole` and the update take it; None if all is
             trained.
         critic: the critic that is written to output_dir/value_model; None if none is.
+        teacher: parameters of the teacher; None without any.
     """
 
     models: Any
@@ -45,6 +46,7 @@ class Networks:
     reward: Params | None
     frozen: Params | None
     critic: Loaded | None = None
+    teacher: Params | None = None
 
 
 def load_policy_and_reward(
@@ -67,6 +69,22 @@ def load_policy_and_reward(
         check_vocabulary(rewards[-1].model.arch, tokenizer, path)
         check_same_tokenizer(tokenizer, path, "reward model")
     return policy, together(rewards), key
+
+
+def load_teacher(config: OnlineArgs, mesh: Mesh, tokenizer: Tokenizer, key: jax.Array) -> Loaded | None:
+    """config.reward.teacher, which must have the policy's tokenizer and hold prompt and response; None without any.
+
+    Raises:
+        UserError: it has another tokenizer, or too few ids.
+    """
+    path = config.reward.teacher
+    if not path:
+        return None
+    check_same_tokenizer(tokenizer, path, "teacher")
+    length = total_length(config.sampling, config.data.max_prompt_length)
+    teacher = load_model(replace(config.model, path=path, arch=None), mesh, key, length=length)
+    check_vocabulary(teacher.model.arch, tokenizer, path)
+    return teacher
 
 
 def members(reward: Loaded) -> list[Loaded]:

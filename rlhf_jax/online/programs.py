@@ -45,8 +45,8 @@ class Programs:
     Attributes:
         rollout: (policy, tokens, mask, key, law, active=None, samples=1) -> Rollout, as `inference.sampling.sample`.
         cut: what a pool goes on with; None unless rows are cut.
-        score: (params, ref, reward, rollout, host rewards, kl_coef, temperature) -> (experience, kl_coef of the next
-            iteration, metrics, numbers per row).
+        score: (params, ref, reward, rollout, host rewards, kl_coef, temperature, teacher=None) -> (experience, kl_coef
+            of the next iteration, metrics, numbers per row).
         update: (state, experience, key, temperature, ptx, frozen) -> (state, metrics); donates the state.
         average: (average, policy) -> the next average, which is donated.
         schedule: learning rate of the policy by iteration.
@@ -77,7 +77,7 @@ def compile_programs(
     law = TrainedLaw.of(settings, config.sampling, nets.models.policy.compute_dtype)
     source = config.reward
     combining = {"combine": source.combine, "combine_coef": source.combine_coef, "model_weight": source.model_weight}
-    score = make_score(recompute=law.recompute, importance=law.importance, **combining)
+    options = {"recompute": law.recompute, "importance": law.importance, "teacher_coef": source.teacher_coef}
     update, tx, schedule = training
     state = create_state(params, tx, mesh)
     stops = () if settings.stop == "truncate" else stop_ids
@@ -109,7 +109,7 @@ def compile_programs(
     places = tree_shardings(mesh, state)
     programs = Programs(
         rollout=on_mesh(sampled(rollout)),
-        score=jitted(score, out_shardings=(rows, whole, whole, rows)),
+        score=jitted(make_score(**options, **combining), out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
         update=jitted(update, donate_argnums=() if config.faults.debug_nans else 0, out_shardings=(places, whole)),
         # Without out_shardings the average could come to lie elsewhere.

@@ -87,6 +87,7 @@ class Models:
     value: Model
     reward: Model | Ensemble | None = None
     shared_trunk: bool = False
+    teacher: Model | None = None
     bases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def whole(self, frozen: Mapping[str, Params] | None, params: Params) -> Params:
@@ -180,6 +181,7 @@ def run_networks(
     params: Params,
     ref: Params,
     reward: Params,
+    teacher: Params | None,
     temperature: Array,
     rollout: Rollout,
     view: Packed,
@@ -188,9 +190,7 @@ def run_networks(
 ) -> dict[str, Array]:
     """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; with a reward model score [B].
 
-    Of an ensemble the score is [B, M].
-
-    The view is of the rollout.
+    Of an ensemble the score is [B, M]; with a teacher there are teacher_logprobs [B, T]. The view is of the rollout.
     """
     law = temperature, rollout.tokens.shape[1], rollout.kept, rollout.experts
     out = {"ref_logprobs": response_logprobs(models.policy, ref, view, *law)[0]}
@@ -200,6 +200,8 @@ def run_networks(
         out["values"], _ = values_of(models, params, view, rollout.tokens.shape[1], rollout.experts)
     if models.reward is not None:
         out["score"] = response_scores(models.reward, reward, view)
+    if models.teacher is not None:
+        out["teacher_logprobs"] = response_logprobs(models.teacher, teacher, view, *law[:3])[0]
     return out
 
 
@@ -229,32 +231,33 @@ def make_score(
 
     `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
     """
-    estimate: Advantage = bind(advantage or config.advantage, config)
 
     def score(
-        params: Params, ref: Params, reward: Params, rollout: Rollout, host: Array, kl_coef: Array, temperature: Array
+        params: Params,
+        ref: Params,
+        reward: Params,
+        rollout: Rollout,
+        host: Array,
+        kl_coef: Array,
+        temperature: Array,
+        teacher: Params | None = None,
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
         whole, mask = models.whole({"ref": ref, "reward": reward}, params), rollout.mask
-        run = partial(run_networks, models, whole, ref, reward, temperature, rollout, recompute=recompute)
+        run = partial(run_networks, models, whole, ref, reward, teacher, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models))}
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
 
-        # Rewards [B, T]: the price of each token's KL, and at a row's slot its score.
+        # Rewards [B, T]: the price of each token's KL, what a teacher pays, and at a row's slot its score.
         k1, k3 = adv.kl_k1(old_logprobs, ref_logprobs), adv.kl_k3(old_logprobs, ref_logprobs)
-        raw, scores, earned, rows = rewards_of(nets.get("score"), host, rollout, config, **reward_settings)
+        raw, scores, dense, earned, rows = rewards_of(nets, old_logprobs, host, rollout, config, **reward_settings)
         slots, value_mask = score_slots(mask, config.score_at)
         mask, value_mask = (which & ~jnp.isnan(host)[:, None] for which in (mask, value_mask))
-        rewards = adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
-        if config.whiten_rewards:
-            rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
+        rewards = dense + adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
 
         # Advantages and returns [B, T].
         values = jnp.where(value_mask, nets["values"], 0.0)
-        advantages = estimate(rewards, values)
-        returns = advantages + values
-        if config.whiten_advantages:
-            advantages = adv.whiten(advantages, mask, shift_mean=True, variance=config.whiten_variance)
+        advantages, returns = estimated(advantage, rewards, values, mask, value_mask, config)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
@@ -270,10 +273,30 @@ def make_score(
 
         # What is reported, and the price of the next iteration.
         kl = k1.sum(axis=1)
-        metrics = {**score_metrics(experience, rollout, raw, scores, kl, k3, kl_coef), **weighted, **earned}
+        metrics = score_metrics(experience, rollout, raw, scores + dense.sum(axis=1), kl, k3, kl_coef)
+        metrics |= {**weighted, **earned}
         return experience, next_kl_coef(kl_coef, kl, config), metrics, {**rows, "kl": kl}
 
     return score
+
+
+def estimated(
+    advantage: Advantage | None,
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    value_mask: Bool[Array, "B T"],
+    config: PPOConfig,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """(advantages, returns) of rewards, by `advantage` or the config's; each whitened if the config asks."""
+    estimate: Advantage = bind(advantage or config.advantage, config)
+    if config.whiten_rewards:
+        rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
+    advantages = estimate(rewards, values)
+    returns = advantages + values
+    if config.whiten_advantages:
+        advantages = adv.whiten(advantages, mask, shift_mean=True, variance=config.whiten_variance)
+    return advantages, returns
 
 
 def next_kl_coef(kl_coef: Float[Array, ""], kl: Float[Array, " B"], config: PPOConfig) -> Float[Array, ""]:
@@ -293,7 +316,7 @@ def score_metrics(
     k3: Float[Array, "B T"],
     kl_coef: Float[Array, ""],
 ) -> Metrics:
-    """Rewards (`raw`, and with the penalty of a missing end `scores`) against the KL, how the rows ended, how far the
+    """Rewards (`raw`, and with clip and penalties `scores`) against the KL, how the rows ended, how far the
     sampler's log-probs are from the ones used, and how good the critic is.
     """
     return {

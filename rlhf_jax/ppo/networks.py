@@ -17,9 +17,14 @@ from rlhf_jax.types import Params
 
 
 def make_networks(
-    config: PPOArgs, mesh: Mesh, policy: Loaded, reward: Loaded | None, key: jax.Array
+    config: PPOArgs,
+    mesh: Mesh,
+    policy: Loaded,
+    reward: Loaded | None,
+    key: jax.Array,
+    teacher: Loaded | None = None,
 ) -> tuple[Networks, Params]:
-    """(the networks, what is trained at its start) of policy and reward model; of an abstract key, shapes.
+    """(the networks, what is trained at its start) of policy, reward model and teacher; of an abstract key, shapes.
 
     Where a part of a model is trained, adapters or top layers, its frozen rest is shared: the policy stands on the
     reference, and the critic on that or on the reward model, of an ensemble the first. What is trained is a copy.
@@ -42,10 +47,12 @@ def make_networks(
     bases = {}
     if policy.frozen is not None:
         bases = {"policy": "ref"} if ppo.shared_trunk else {"policy": "ref", "value": base}
-    models = core.Models(policy.model, value.model, reward.model if reward else None, ppo.shared_trunk, bases)
+    judges = reward.model if reward else None, ppo.shared_trunk, teacher.model if teacher else None
+    models = core.Models(policy.model, value.model, *judges, bases)
     frozen = {"ref": ref, "reward": reward.params if reward else None}
     critic = value if ppo.save_value_model else None
-    nets = Networks(models, policy, **frozen, frozen=frozen if bases else None, critic=critic)
+    teaches = teacher.params if teacher else None
+    nets = Networks(models, policy, **frozen, frozen=frozen if bases else None, critic=critic, teacher=teaches)
     trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
     return nets, copied({"policy": policy.params, "value": trained})
 

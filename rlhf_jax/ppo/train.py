@@ -19,7 +19,7 @@ from rlhf_jax.hosts.processes import say
 from rlhf_jax.online import checks, loop
 from rlhf_jax.online.iteration import LoopState, first_state
 from rlhf_jax.online.method import Method, Sources, read_inputs
-from rlhf_jax.online.networks import Networks, load_policy_and_reward
+from rlhf_jax.online.networks import Networks, load_policy_and_reward, load_teacher
 from rlhf_jax.online.programs import Programs, compile_programs
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.networks import make_networks
@@ -107,7 +107,8 @@ def setup(
     tokenizer, swapped = inputs.tokenizer, (policy_loss, value_loss, advantage)
     text = text_batches(config, tokenizer) if ppo.ptx_coef else None
     with jax.set_mesh(mesh.grid):
-        nets, params = make_networks(config, mesh, *load_policy_and_reward(config, mesh, tokenizer, inputs.key))
+        loaded = load_policy_and_reward(config, mesh, tokenizer, inputs.key)
+        nets, params = make_networks(config, mesh, *loaded, load_teacher(config, mesh, tokenizer, inputs.key))
         programs, state = make_programs(config, nets, params, mesh, tokenizer.eos_ids, *swapped)
         facts = {"ptx rows": text and text.cursor()}
         method = Method(config, ppo, mesh, inputs, nets, programs, text=text, identity=facts)

@@ -157,25 +157,30 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: f
     return [*programs, Program("step", step, arguments, math.prod(shape))]
 
 
-def _policy_and_reward(config: OnlineArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None]:
+def _loaded(config: OnlineArgs, mesh: Mesh, attention: str) -> tuple[Loaded, Loaded | None, jax.Array, Loaded | None]:
+    """Policy, reward model, a key and teacher, as `make_networks` takes them."""
     length = total_length(config.sampling, config.data.max_prompt_length)
     policy = abstract_model(config.model, mesh, length, score_head=False, attention=attention)
     named = [dataclasses.replace(config.model, path=path, arch=None) for path in config.reward.paths]
     rewards = [abstract_model(one, mesh, length, score_head=True, attention=attention) for one in named]
-    return policy, together(rewards)
+    teacher = None
+    if path := config.reward.teacher:
+        named_so = dataclasses.replace(config.model, path=path, arch=None)
+        teacher = abstract_model(named_so, mesh, length, score_head=False, attention=attention)
+    return policy, together(rewards), _key(mesh), teacher
 
 
 def _group(config: GroupArgs, mesh: Mesh, attention: str) -> list[Program]:
     name, settings = group_train.settings_of(config)
     check_batches(config, settings, name, mesh)
-    nets, params = group_train.make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
+    nets, params = group_train.make_networks(config, mesh, *_loaded(config, mesh, attention))
     programs, state = group_train.make_programs(config, nets, params, mesh, stop_ids=(0,))
     return _online(config, settings, mesh, nets, programs, state)
 
 
 def _ppo(config: PPOArgs, mesh: Mesh, attention: str) -> list[Program]:
     ppo_train.check_batches(config, mesh)
-    nets, params = make_networks(config, mesh, *_policy_and_reward(config, mesh, attention), _key(mesh))
+    nets, params = make_networks(config, mesh, *_loaded(config, mesh, attention))
     programs, state = ppo_train.make_programs(config, nets, params, mesh, stop_ids=(0,))
     text = None
     if config.ppo.ptx_coef:
@@ -209,7 +214,7 @@ def _online(
     drawn_from = (nets.policy.whole(state.params["policy"]), *prompt.values(), key, law, None, samples)
     rollout = _shapes(programs.rollout.trace(*drawn_from).out_info, rows)
     host = _rows(mesh, host=((size,), jnp.float32))["host"]
-    scored = (state.params, nets.ref, nets.reward, rollout, host, number, number)
+    scored = (state.params, nets.ref, nets.reward, rollout, host, number, number, nets.teacher)
     experience = _shapes(programs.score.trace(*scored).out_info[0], rows)
     least = partial(_decoded, nets.policy.model, drawn_from[0], config, mesh, shape, samples)
     chunks, everything = -(-new // min(config.sampling.chunk, new)), (length + new) * size
