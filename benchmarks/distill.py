@@ -1,0 +1,142 @@
+"""On-policy distillation against PPO, by sampled tokens: a student of half the size, on random walks.
+
+    python -m benchmarks.distill --output_dir runs/distill
+
+For every seed a teacher: SFT, a reward model of comparisons and PPO as in the quickstart; and an SFT student of half
+the width. Then the student learns by `distill` from the teacher (discount 0 and 1) or by `ppo` from the reward model,
+with the same rollouts; gold of its own rollouts by the tokens that it has sampled. `tokens_to_90` is the first number
+of tokens after which the mean gold of five iterations is at least 0.9 times the teacher's; null if it never is. Prints
+a JSON line per run, appends it to distill.jsonl, goes on with what is missing there, and ends with a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ensembles import shown
+from rlhf_jax import group, ppo, reward, sft
+from rlhf_jax.commands import quickstart as q
+from rlhf_jax.config import DISTILL, DistillArgs, QuickstartArgs, RewardSourceConfig
+from rlhf_jax.config.functions import replace
+from rlhf_jax.runs.curves import text_table
+from rlhf_jax.tasks import random_walks as walks
+
+RUNS = ("distill", "distill, discount 1", "ppo")
+SMALL = dataclasses.replace(q.ARCH, width=32, ffn_width=88, num_heads=2, num_kv_heads=2)
+SMOOTH = 5
+
+
+class Seed:
+    """A graph, a teacher, a reward model and a student; what an earlier call made is taken as it is."""
+
+    def __init__(self, seed: int, root: Path, iterations: int):
+        self.path = root / f"seed_{seed}"
+        self.config = QuickstartArgs(str(self.path), seed=seed, progress=False, iterations=iterations)
+        self.gold = partial(walks.optimality, walks.make_graph(seed))
+        graph, path, keep = walks.make_graph(seed), self.path, {"run__overwrite": False}
+        walks.make_tokenizer().save_pretrained(path / "tokenizer")
+        demos = walks.demonstrations(graph, 1100, seed)
+        rows = {"rows": demos[:1000], "eval_rows": demos[1000:]}
+        sft.run(replace(q.sft_stage(self.config, path), **keep), **rows)
+        out = str(path / "student")
+        sft.run(replace(q.sft_stage(self.config, path), model__arch=SMALL, run__output_dir=out, **keep), **rows)
+        pairs = q.collect(graph, str(path / "sft" / "model"), self.config, 0)
+        reward.run(replace(q.reward_stage(self.config, path), **keep), rows=pairs[:-200], eval_rows=pairs[-200:])
+        made = ppo.run(replace(q.ppo_stage(self.config, path), **keep), **self.prompts(), gold=self.gold)
+        self.teacher, self.teacher_gold = str(path / "ppo" / "model"), made["after"]["eval/gold"]
+
+    def prompts(self) -> dict[str, Any]:
+        return {"rows": walks.start_prompts() * 32, "eval_rows": walks.start_prompts() * 6}
+
+    def run(self, name: str) -> dict[str, Any]:
+        """One line about one student."""
+        out, like = self.path / name.replace(", ", "_").replace(" ", "_"), q.ppo_stage(self.config, self.path)
+        changes = {
+            "model__path": str(self.path / "student" / "model"), "run__output_dir": str(out), "run__overwrite": True,
+            "run__log_every": 1, "run__eval_every": 0, "run__keep_best": False,
+        }  # fmt: skip
+        if name == "ppo":
+            # Its critic is a model of the student's own shape: the reward model has the teacher's.
+            ppo.run(replace(like, ppo__value_init="zeros", **changes), **self.prompts(), gold=self.gold)
+        else:
+            config = DistillArgs(
+                model=like.model, data=like.data, sampling=like.sampling, optim=like.optim, run=like.run,
+                reward=RewardSourceConfig(teacher=self.teacher),
+                distill=replace(DISTILL, iterations=self.config.iterations, discount=float("discount" in name)),
+            )  # fmt: skip
+            group.run(replace(config, **changes), **self.prompts(), gold=self.gold)
+        return {"run": name, "seed": self.config.seed, "teacher": self.teacher_gold, **self.measured(out)}
+
+    def measured(self, out: Path) -> dict[str, Any]:
+        """Gold at first and at the end, tokens sampled in all, and up to nine tenths of the teacher's gold."""
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "rollout/gold" in line]
+        rows = q.ppo_stage(self.config, self.path).data.batch_size
+        tokens = np.cumsum([rows * line["rollout/response_length"] for line in lines])
+        smooth = np.convolve([line["rollout/gold"] for line in lines], np.ones(SMOOTH) / SMOOTH, "valid")
+        there = np.flatnonzero(smooth >= 0.9 * self.teacher_gold)
+        first = int(tokens[there[0] + SMOOTH - 1]) if len(there) else None
+        return {
+            "gold_first": round(lines[0]["rollout/gold"], 4), "gold_last": round(float(smooth[-1]), 4),
+            "tokens": int(tokens[-1]), "tokens_to_90": first,
+        }  # fmt: skip
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Per run: gold of teacher and student, and the tokens that it took, over the seeds that got there."""
+    headers = [
+        "run",
+        "seeds",
+        "teacher",
+        "gold, first",
+        "gold, last",
+        "share of teacher's",
+        "tokens to 90 %",
+        "reached",
+    ]
+    rows = []
+    for run in RUNS:
+        own = [line for line in lines if line["run"] == run]
+        if not own:
+            continue
+        there = [float(line["tokens_to_90"]) for line in own if line["tokens_to_90"] is not None]
+        shares = [line["gold_last"] / line["teacher"] for line in own]
+        columns = ([line[name] for line in own] for name in ("teacher", "gold_first", "gold_last"))
+        reached = f"{len(there)} of {len(own)}"
+        rows.append([run, len(own), *map(shown, columns), shown(shares), shown(there), reached])
+    return text_table(headers, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/distill")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
+    parser.add_argument("--iterations", type=int, default=60, help="of the teacher's PPO and of every student")
+    args = parser.parse_args()
+    path = Path(args.output_dir) / "distill.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["seed"], line["run"]) for line in lines}
+    for number in args.seeds:
+        missing = [run for run in args.runs if (number, run) not in done]
+        seed = Seed(number, path.parent, args.iterations) if missing else None
+        for run in missing:
+            assert seed is not None
+            lines.append(seed.run(run))
+            with path.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            print(json.dumps(lines[-1]), flush=True)
+    sys.stdout.write("\n" + table(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
