@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
+import numpy as np
 
 from rlhf_jax.config import CollectArgs, JudgeArgs
 from rlhf_jax.data.messages import key_of
@@ -16,6 +17,7 @@ from rlhf_jax.feedback import report
 from rlhf_jax.feedback.judge import Judge, judged, verdicts_of
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
+from rlhf_jax.feedback.selection import Selection, select
 from rlhf_jax.feedback.sources import (
     Sources,
     check_rewards,
@@ -60,37 +62,85 @@ def run_collect(
             sources.draw(number)
         if config.label == "reward":
             sources.score(functions)
-        all_of = lambda i, items: [(prompts[i]["prompt"], [item["text"] for item in items])]  # noqa: E731
-        compared = sources.judge(config, judge, all_of) if config.label == "judge" else None
+        chosen = Chosen(config, sources)
+        of_chosen = lambda i, items: [(prompts[i]["prompt"], [items[j]["text"] for j in chosen[i].places])]  # noqa: E731
+        compared = sources.judge(config, judge, of_chosen) if config.label == "judge" else None
         phases.fill("collect", progress=config.progress)
 
-        ranked = [ranked_row(config, sources, compared, i) for i in range(len(prompts))]
-        decided = [verdicts_of(row) for row in compared.rows] if compared else []
-        shares = [shares_of(row) for row in ranked]
+        order = chosen.order()
+        ranked = [ranked_row(config, sources, compared, i, chosen[i]) for i in order]
+        decided, shares = [], [shares_of(row) for row in ranked]
         if compared:
+            decided = [verdicts_of(compared[i]) for i in order]
             shares = [{(v.first, v.second): v.share for v in each if v.share is not None} for each in decided]
         pairs = pairs_of(ranked, shares)
         kept = FILTERS[config.length_filter](ranked, pairs)
         out = in_schema(config, ranked, kept)
-        summary: Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked), **sources.unscored()}
-        if config.label != "none":
-            summary["pairs"] = length_bias(ranked, pairs)
-        if config.length_filter != "off":
-            summary["pairs_kept"] = length_bias(ranked, kept)
+        summary: Summary = {"prompts": len(ranked), "sources": report.source_counts(ranked)}
+        summary |= {**sources.unscored(), **chosen.summary(order)}
+        of_pairs = {"pairs": (config.label != "none", pairs), "pairs_kept": (config.length_filter != "off", kept)}
+        summary |= {name: length_bias(ranked, each) for name, (told, each) in of_pairs.items() if told}
         if compared:
             summary["judge"] = report.judge_report([verdict for each in decided for verdict in each])
             summary["apart"] = sum("raters" in row for row in ranked)
         if config.schema == "sft":
             summary["without_best"] = len(ranked) - len(out)
         if (golds := sources.gold(gold)) is not None:
-            summary["gold"] = report.gold_agreement(prompts, kept, golds)
+            of_kept = [[golds[i][j] for j in chosen[i].places] for i in order]
+            summary["gold"] = report.gold_agreement([prompts[i] for i in order], kept, of_kept)
         report.write_and_tell("collect", journal, out, summary)
     return out
 
 
-def ranked_row(config: CollectArgs, sources: Sources, compared: Phase | None, i: int) -> Row:
-    """A ranking row of prompt i, labelled if there are labels."""
-    row, items = kept_fields(sources.prompts[i]), sources.responses(i)
+class Chosen:
+    """What is kept of the responses to each prompt, by config.select; known once those before it are made."""
+
+    def __init__(self, config: CollectArgs, sources: Sources):
+        """Add a phase to those of `sources` if the members of a reward ensemble are asked."""
+        self.config, self.sources = config, sources
+        self.members = sources.members() if config.select in ("disagreement", "top_two") else None
+        self._found: dict[int, Selection] = {}
+
+    def __getitem__(self, i: int) -> Selection:
+        config = self.config
+        if i not in self._found:
+            texts = [item["text"] for item in self.sources.responses(i)]
+            if config.select == "all":
+                return Selection(list(range(len(texts))), None)
+            scores = np.array(self.members[i]["members"]) if self.members else None
+            rng = np.random.default_rng([config.seed, i])
+            self._found[i] = select(config.select, texts, scores, config.selected, rng)
+        return self._found[i]
+
+    def order(self) -> list[int]:
+        """The prompts that are kept, those of the most information first."""
+        config, numbers = self.config, list(range(len(self.sources.prompts)))
+        if config.select == "all":
+            return numbers
+        numbers = [i for i in numbers if len(self[i].places) > 1]
+        if not numbers:
+            raise UserError("no prompt has two different responses; raise num_samples, or a temperature")
+        if config.select != "random":
+            return sorted(numbers, key=lambda i: -(self[i].information or 0.0))[: config.most or None]
+        drawn = np.random.default_rng(config.seed).permutation(numbers)[: config.most or None]
+        return sorted(drawn.tolist())
+
+    def summary(self, order: Sequence[int]) -> Summary:
+        """{drawn: responses of all prompts, alike: prompts without two different ones, information: its mean}."""
+        if self.config.select == "all":
+            return {}
+        count = len(self.sources.prompts)
+        alike = sum(len(self[i].places) < 2 for i in range(count))
+        information = {"information": float(np.mean([self[i].information for i in order]))} if self.members else {}
+        return {"drawn": count * sum(self.sources.each), "alike": alike, **information}
+
+
+def ranked_row(config: CollectArgs, sources: Sources, compared: Phase | None, i: int, chosen: Selection) -> Row:
+    """A ranking row of what is chosen for prompt i, labelled if there are labels."""
+    row, responses = kept_fields(sources.prompts[i]), sources.responses(i)
+    items = [responses[j] for j in chosen.places]
+    if chosen.information is not None:
+        row["information"] = chosen.information
     if compared:
         return {**row, **judged(items, verdicts_of(compared[i]))}
     if config.label == "sources":

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import tell
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
 from rlhf_jax.inference.reward_functions import combine
@@ -60,6 +60,21 @@ class Scorer:
             _, responses, columns = function_inputs(rows)
             scores += self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
         return scores
+
+    def members(self, rows: Sequence[Row]) -> np.ndarray:
+        """float32[N, M], what each member of the reward models says; the rest as of a call.
+
+        Raises:
+            UserError: there is one member alone.
+        """
+        said = [self._by(model, rows) for model in self.models]
+        _, members = combined(said, combine="mean", combine_coef=0.0)
+        if members.shape[1] < 2:
+            raise UserError(
+                f"reward model {self.config.paths[0]} has no other member to disagree with; name several in "
+                "reward.models, or train one with reward.members"
+            )
+        return members
 
     def _by(self, model: RewardModel, rows: Sequence[Row]) -> np.ndarray:
         text = ("prompt", "response", "finished", "response_ids")

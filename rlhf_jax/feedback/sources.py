@@ -279,7 +279,11 @@ class Sources:
         self._scored = self.phases.add(len(self.prompts), self._at_once, partial(self._scoring, functions))
         return self._scored
 
-    def _scoring(self, functions: Sequence[RewardFn] | None) -> Make:
+    def members(self) -> Phase:
+        """Add a phase of rows {members}, what each member of config.reward's models says of each response."""
+        return self.phases.add(len(self.prompts), self._at_once, partial(self._scoring, None, by_member=True))
+
+    def _scoring(self, functions: Sequence[RewardFn] | None, *, by_member: bool = False) -> Make:
         config, longest = self.config, self.config.max_prompt_length
         limits = Limits(longest, longest + config.sampling.max_new_tokens)
         scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
@@ -296,6 +300,9 @@ class Sources:
         def make(start: int, stop: int) -> list[Row]:
             groups = [self._to_score(i, reads) for i in range(start, stop)]
             rows = [row for each in groups for row in each]
+            if by_member:
+                members = iter(scorer.members(rows).tolist())
+                return [{"members": [next(members) for _ in each]} for each in groups]
             try:
                 said = scorer(rows, jax.random.fold_in(key, start)).tolist()
                 scores = iter([None if np.isnan(score) else score for score in said])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.gathering import join
 from rlhf_jax.data.messages import Messages, key_of, split_transcript
+from rlhf_jax.data.numbers import float_of, is_number
 from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, bad_row, empty_row, layout_of
 from rlhf_jax.data.schemas import kind_of
 from rlhf_jax.errors import UserError
@@ -89,15 +90,21 @@ def item_of(row: Row) -> Item:
     return Item(digest(ranking.prompt, texts), [digest(each) for each in texts], ranking)
 
 
+def _little_information(row: Row) -> float:
+    """Minus what `collect --select` says of a row; 0 of one that says nothing."""
+    said = row.get("information")
+    return -(float_of(said) or 0.0) if is_number(said) else 0.0
+
+
 def items_of(rows: list[Row]) -> tuple[list[Item], str]:
-    """(the different items of all rows, in their order; what to say about rows that are none).
+    """(the different items of all rows, the most informative first, else in their order; what to say of other rows).
 
     Raises:
         UserError: a malformed row, or no item at all.
     """
     items: dict[str, Item] = {}
     dropped: Counter[str] = Counter()
-    for row in rows:
+    for row in sorted(rows, key=_little_information):
         try:
             item = item_of(row)
         except DroppedRow as drop:

@@ -1,0 +1,130 @@
+"""Labels well spent: which responses a reward ensemble doubts, what collect keeps, and the order of the page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from test_collecting import PROMPTS, more_vowels, one_device, read, settings  # noqa: F401
+from test_ensembles import other  # noqa: F401
+from tiny import toy_directory
+
+from rlhf_jax.commands.collect import run_collect
+from rlhf_jax.commands.label.items import items_of
+from rlhf_jax.config import CollectArgs, JudgeConfig, RewardSourceConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.selection import doubt, select
+
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(size=(6, 5))
+TEXTS = [f"r{i}" for i in range(6)]
+
+
+def by_hand(i, j):
+    chances = [1 / (1 + math.exp(float(b - a))) for a, b in zip(SCORES[i], SCORES[j], strict=True)]
+    mean = sum(chances) / len(chances)
+    return math.sqrt(sum((p - mean) ** 2 for p in chances) / len(chances))
+
+
+def test_doubt_is_the_deviation_of_the_chances_and_the_pair_with_the_largest_is_chosen():
+    expected = np.array([[by_hand(i, j) for j in range(6)] for i in range(6)])
+    np.testing.assert_allclose(doubt(SCORES), expected, atol=1e-12)
+    best = max(itertools.combinations(range(6), 2), key=lambda pair: by_hand(*pair))
+    found = select("disagreement", TEXTS, SCORES, 2, RNG)
+    assert tuple(found.places) == best and found.information == pytest.approx(by_hand(*best))
+    three = select("disagreement", TEXTS, SCORES, 3, RNG)
+    added = max(set(range(6)) - set(best), key=lambda k: by_hand(k, best[0]) + by_hand(k, best[1]))
+    assert set(three.places) == {*best, added}
+    assert three.information == pytest.approx(np.mean([by_hand(*p) for p in itertools.combinations(three.places, 2)]))
+    shifted = SCORES + RNG.normal(size=(1, 5))  # a member's own zero says nothing of an order
+    np.testing.assert_allclose(doubt(shifted), expected, atol=1e-12)
+    agreed = np.repeat(SCORES[:, :1], 5, axis=1)
+    assert select("disagreement", TEXTS, agreed, 2, RNG).information == pytest.approx(0)
+
+
+def test_top_two_are_those_that_two_drawn_members_like_best():
+    """Members 0 to 3 like r0, member 4 likes r1; so this pair is drawn but where thirty draws miss member 4."""
+    scores = np.zeros((4, 5))
+    scores[0, :4], scores[1, 4] = 1.0, 1.0
+    found = Counter(tuple(select("top_two", TEXTS[:4], scores, 2, RNG).places) for _ in range(300))
+    assert found[0, 1] >= 295 and all(0 in pair or 1 in pair for pair in found)
+    alone = Counter(tuple(select("top_two", TEXTS[:4], scores[:, :4], 2, RNG).places) for _ in range(300))
+    assert set(alone) == {(0, 1), (0, 2), (0, 3)} and min(alone.values()) > 60  # all like r0: then any other
+
+
+@pytest.mark.parametrize("how", ["random", "disagreement", "top_two"])
+def test_equal_texts_are_one_and_a_prompt_of_one_text_has_nothing_to_compare(how):
+    scores = None if how == "random" else SCORES[:4]
+    for _ in range(20):
+        places = select(how, ["a", "b", "a", "c"], scores, 3, RNG).places
+        assert places == [0, 1, 3]
+    assert len(select(how, ["a"] * 4, scores, 2, RNG).places) == 1
+
+
+def test_collect_keeps_the_most_doubted_and_what_they_say_of_it_is_what_the_members_score(tmp_path, other):  # noqa: F811
+    """By the scores that a labelled collect of each model writes for the same responses."""
+    models = [str(toy_directory() / "reward"), other]
+    each = []
+    for number, model in enumerate(models):
+        reward = RewardSourceConfig(model=model)
+        each.append(run_collect(settings(tmp_path / f"{number}.jsonl", label="reward", reward=reward), rows=PROMPTS))
+    chosen = {"select": "disagreement", "reward": RewardSourceConfig(models=models)}
+    rows = run_collect(settings(tmp_path / "a.jsonl", **chosen), rows=PROMPTS)
+    expected = []
+    for first, second in zip(*each, strict=True):
+        texts = [item["text"] for item in first["responses"]]
+        scores = np.array([[item["score"] for item in row["responses"]] for row in (first, second)]).T
+        found = select("disagreement", texts, scores, 2, RNG)
+        if len(found.places) > 1:
+            expected.append((found.information, first["prompt"], [texts[i] for i in found.places]))
+    expected.sort(key=lambda each: -each[0])
+    assert [(r["prompt"], [x["text"] for x in r["responses"]]) for r in rows] == [each[1:] for each in expected]
+    np.testing.assert_allclose([r["information"] for r in rows], [each[0] for each in expected], atol=1e-5)
+    summary = json.loads((tmp_path / "a.summary.json").read_text())
+    assert summary["drawn"] == 35 and summary["information"] > 0 and summary["alike"] == 7 - len(rows)
+    few = run_collect(settings(tmp_path / "few.jsonl", most=3, **chosen), rows=PROMPTS)
+    assert few == rows[:3]
+    with pytest.raises(UserError, match="has no other member to disagree with; name several in"):
+        alone = RewardSourceConfig(model=models[0])
+        run_collect(settings(tmp_path / "b.jsonl", select="top_two", reward=alone), rows=PROMPTS)
+
+
+def test_only_what_is_kept_is_judged_and_any_are_kept_at_random_by_the_seed(tmp_path):
+    judge = JudgeConfig(function="test_collecting:more_vowels")
+    config = settings(tmp_path / "a.jsonl", select="random", most=5, label="judge", judge=judge)
+    rows = run_collect(config, rows=PROMPTS)
+    summary = json.loads((tmp_path / "a.summary.json").read_text())
+    assert summary["judge"]["pairs"] <= 7 and 0 < len(rows) <= 5 and "information" not in rows[0]
+    for row in rows:
+        a, b = row["responses"]
+        assert np.sign(a["rank"] - b["rank"]) == {"A": -1, "B": 1, "tie": 0}[more_vowels("", a["text"], b["text"])]
+    assert read(tmp_path / "a.jsonl") == rows
+    again = run_collect(settings(tmp_path / "b.jsonl", select="random", most=5, seed=1), rows=PROMPTS)
+    assert [r["prompt"] for r in again] != [r["prompt"] for r in rows]
+
+
+def test_the_page_begins_with_the_row_of_the_most_information():
+    rows = [{"prompt": str(i), "responses": ["a", "b"], "_where": "x", **({"information": x} if x else {})}
+            for i, x in enumerate([0.1, None, 0.4, 0.2])]  # fmt: skip
+    assert [item.ranking.prompt for item in items_of(rows)[0]] == ["2", "3", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"select": "disagreement"}, "so it labels nothing; name it by reward.models"),
+        ({"select": "top_two", "label": "reward", "reward": {"model": "a"}}, "set label none, judge or sources"),
+        ({"most": 3}, "most and selected do nothing with select all"),
+        ({"select": "random", "selected": 1}, "selected is 1; make it at least 2"),
+        ({"select": "random", "reward": {"model": "a"}}, "reward does nothing with label none"),
+        ({"select": "top_two", "reward": {"model": "a", "functions": ["a:b"]}}, "asks reward models; leave out"),
+    ],
+)
+def test_selections_that_cannot_be_made_say_so(options, line):
+    reward = RewardSourceConfig(**options.pop("reward", {}))
+    with pytest.raises(UserError, match=line):
+        CollectArgs(reward=reward, **options)
