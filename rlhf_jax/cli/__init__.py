@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 import yaml
 
 from rlhf_jax import __version__, config
-from rlhf_jax.cli.commands import COMMANDS, OF_A_RUN, fields, help_text
+from rlhf_jax.cli.commands import COMMANDS, OF_A_RUN, OF_COMMANDS, fields, help_text
+from rlhf_jax.cli.completion import SHELLS, completion
 from rlhf_jax.cli.parsing import pairs, parse, parser_of, read
+from rlhf_jax.cli.schema import schema_of
 from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.settings import path_text
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
@@ -37,12 +39,14 @@ def dispatch(arguments: list[str]) -> None:
     command, *rest = arguments
     if command in OF_A_RUN:
         return run_directory(command, rest)
+    if command in OF_COMMANDS:
+        return of_commands(command, rest)
     if command not in COMMANDS:
         if parts := [name for name in COMMANDS if name.startswith(f"{command} ")]:
             if not rest:
                 raise UserError(f"{command} is not a whole command; write one of {', '.join(parts)}")
             command = f"{command} {rest[0]}"
-        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *OF_A_RUN], '')}")
+        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *OF_A_RUN, *OF_COMMANDS], '')}")
     if (first := COMMANDS[command].first) and rest and not rest[0].startswith("-"):
         several = typing.get_origin(COMMANDS[command].options[first]) is list
         count = next((i for i, one in enumerate(rest) if one.startswith("-")), len(rest)) if several else 1
@@ -126,6 +130,17 @@ def run_directory(command: str, rest: list[str]) -> None:
         if stage not in COMMANDS or "run" not in COMMANDS[stage].options:
             raise UserError(f"{directory} says that it holds a run of {shown(stage)}, which is no stage of ours")
         execute(stage, parse(stage, options))
+
+
+def of_commands(command: str, rest: list[str]) -> None:
+    """`schema COMMAND` or `completion SHELL`."""
+    if {"-h", "--help"} & set(rest):
+        return tell(OF_COMMANDS[command])
+    asked, known = " ".join(rest), COMMANDS if command == "schema" else SHELLS
+    if asked not in known:
+        what = f"; {asked!r} is none of them" if asked else ""
+        raise UserError(f"write rlhf-jax {command} and one of {', '.join(known)}{what}")
+    tell(json.dumps(schema_of(asked), indent=1) if command == "schema" else completion(asked).rstrip())
 
 
 def execute(command: str, *settings: Any) -> Any:

@@ -74,6 +74,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "certify": Joint(config.CertifyArgs, ".certify:run", "whether sampler and training agree to the bit", "config"),
     "plan": Command(config.PlanArgs, ".plan:run", "what a stage needs on a TPU slice, compiled without one"),
+    "env": Command(config.EnvArgs, ".env:run", "versions and devices, for a bug report"),
     "data inspect": Command(
         config.DataInspectArgs, ".datasets:run_inspect", "what rows hold and what is wrong", "path"
     ),
@@ -87,6 +88,12 @@ OF_A_RUN = {
     "runs": "the runs below a directory and how they stand: runs [DIR]",
 }
 """Commands that take a run directory and have no settings of their own."""
+
+OF_COMMANDS = {
+    "schema": "the JSON schema of a command's YAML, for editors: schema COMMAND",
+    "completion": "a script for the shell's completion: completion bash, completion zsh",
+}
+"""Commands about commands, which have no settings either."""
 
 HELP = """usage: rlhf-jax COMMAND [--config FILE.yaml] [--dotted.option VALUE ...]
 
@@ -105,7 +112,7 @@ options:
 
 def help_text() -> str:
     """What `rlhf-jax --help` prints."""
-    about = {name: command.about for name, command in COMMANDS.items()} | OF_A_RUN
+    about = {name: command.about for name, command in COMMANDS.items()} | OF_A_RUN | OF_COMMANDS
     return HELP.format(commands="\n".join(f"  {name:<14} {what}" for name, what in about.items()))
 
 

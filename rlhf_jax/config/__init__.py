@@ -12,6 +12,7 @@ from rlhf_jax.config.certify import CertifyArgs
 from rlhf_jax.config.checks import key_of
 from rlhf_jax.config.collect import CollectArgs, JudgeArgs
 from rlhf_jax.config.datasets import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs
+from rlhf_jax.config.env import EnvArgs
 from rlhf_jax.config.evaluate import EvaluateArgs
 from rlhf_jax.config.feedback import DrawArgs, SourceConfig, SourcesArgs
 from rlhf_jax.config.functions import bind, no_code_below, resolve, to_dict
