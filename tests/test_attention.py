@@ -36,6 +36,8 @@ def arrays(seed=0):
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_the_splash_kernel_is_plain_attention_in_values_and_gradients(window, softcap, dtype, bound):
     args, ids = arrays()
+    if not softcap:
+        args = (*args, np.linspace(-3, 3, KV_HEADS * GROUPS).reshape(KV_HEADS, GROUPS))  # sinks
     args = tuple(np.asarray(jnp.asarray(x, dtype).astype(jnp.float32)) for x in args)  # the same numbers for both
     real = (ids > 0)[:, None, None, :, None]
     wanted_change = np.random.default_rng(1).standard_normal((ROWS, KV_HEADS, GROUPS, LENGTH, WIDTH))
@@ -81,6 +83,8 @@ def test_responses_behind_one_prompt_are_what_they_are_alone(attention):
 @pytest.mark.parametrize(("window", "softcap", "mesh"), [(0, 0.0, None), (40, 2.0, MeshConfig(data=2, tensor=2))])
 def test_the_splash_kernel_with_branches_is_plain_attention_in_values_and_gradients(window, softcap, mesh):
     args, segments = arrays()
+    if mesh is not None:
+        args = (*args, np.linspace(-3, 3, KV_HEADS * GROUPS).reshape(KV_HEADS, GROUPS).astype(np.float32))  # sinks
     branches, positions = np.zeros((2, *segments.shape), np.int32)
     for row, begin, ends in ((0, 60, (90, 150)), (1, 20, (30, 50, 70)), (1, 75, (100, 140))):
         first = 33 if row == 0 else 0 if begin == 20 else 70
@@ -108,7 +112,7 @@ def test_the_splash_kernel_with_branches_is_plain_attention_in_values_and_gradie
 
 MIXED = ArchConfig(
     vocab_size=23, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=20, max_positions=256,
-    sliding_window=7, window_layers=(0, 2), attn_softcap=3.0, rope_local_theta=100.0,
+    sliding_window=7, window_layers=(0, 2), attn_softcap=3.0, rope_local_theta=100.0, attn_sinks=True,
 )  # fmt: skip
 
 

@@ -239,7 +239,6 @@ def test_a_model_without_windows_is_saved_with_the_size_that_transformers_wants(
           "shared_expert_intermediate_size": 9}, "qwen3_moe", ["shared experts"], False),
         ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, None, [], True),
         ({"model_type": "minicpm", "num_experts": [0, 0], "scale_emb": 12}, None, ["multipliers"], False),
-        ({"model_type": "gpt_oss", "num_local_experts": 32}, None, ["attention sinks"], False),
         ({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]}, "qwen3",
          ["gated DeltaNet layers", "linear_attention"], False),
         ({"model_type": "gemma3", "text_config": {"hidden_size": 8}, "vision_config": {"a": 1}}, "gemma3_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny import V, model_params, text_batch, toy_directory
 
 from rlhf_jax import losses, sft
@@ -20,7 +22,8 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
-from rlhf_jax.models.experts import Experts, Places, balance_loss, grouped, spread
+from rlhf_jax.models.experts import Experts, balance_loss
+from rlhf_jax.models.grouped import Places, grouped, spread
 from rlhf_jax.models.kernels import attached, dense, merged, quantized
 from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
 from rlhf_jax.models.pure import pure
@@ -36,6 +39,10 @@ MODEL = Model(ARCH)
 GLM = replace(
     ARCH, num_layers=2, router="sigmoid", router_groups=2, routed_scale=1.5, shared_width=8, dense_layers=1,
     dense_width=16,
+)  # fmt: skip
+OSS = replace(
+    ARCH, qk_norm="none", mlp_bias=True, router_bias=True, attn_sinks=True, glu_limit=0.05, window_layers=(0,),
+    sliding_window=3,
 )  # fmt: skip
 LAW = SamplingLaw(jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
@@ -163,6 +170,45 @@ def test_a_shape_that_transformers_cannot_run_is_refused():
             hf.find_family(arch)
 
 
+def test_kernels_in_mxfp4_are_read_as_the_dense_ones_of_transformers(tmp_path):
+    """Blocks of 32 four-bit numbers, the low half of a byte first, times two to the scale - 127; saved dense."""
+    arch, rng = replace(OSS, width=64, ffn_width=32, num_experts=2), np.random.default_rng(0)
+    hf.save_model(tmp_path, arch, jax.tree.map(np.asarray, model_params(Model(arch), 0)), eos_ids=[2])
+    tensors, expected = load_file(tmp_path / "model.safetensors"), {}
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    values += [-value for value in values]
+    for leaf in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.experts.{leaf}"
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+        scales = rng.integers(110, 140, blocks.shape[:3], np.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        halves = [[values[byte % 16], values[byte // 16]] for byte in blocks.ravel()]
+        dense = np.reshape(halves, (experts, outputs, inputs // 32, 32)) * 2.0 ** (scales[..., None] - 127.0)
+        expected[name] = dense.reshape(experts, outputs, inputs).swapaxes(1, 2)
+        with contextlib.suppress(ImportError):
+            import torch
+            from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+            theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+            np.testing.assert_array_equal(theirs.float().numpy(), expected[name])
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, raw = hf.read_config(tmp_path)
+    assert found == arch
+    params = hf.load_params(tmp_path, arch, score_head=False)
+    hf.save_model(tmp_path / "dense", arch, params, eos_ids=[2], dtype="bfloat16", base_config=raw)
+    assert "quantization_config" not in hf.read_config(tmp_path / "dense")[1]
+    saved = load_file(tmp_path / "dense" / "model.safetensors")
+    for name, kernel in expected.items():
+        np.testing.assert_array_equal(saved[name].astype(np.float64), kernel)
+    with pytest.raises(UserError, match="no support for quantization_config"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+        hf.read_config(tmp_path)
+
+
 # --- meshes
 
 
@@ -179,20 +225,17 @@ def step_of(model: Model, params, batch):
     return found, drawn
 
 
-@functools.cache
-def single():
-    model = Model(GLM, balance_coef=0.1)
-    return jax.jit(functools.partial(step_of, model))(model_params(model, 0), text_batch(8, 9, 3))
-
-
 @pytest.mark.parametrize(
-    "sizes", [{"data": 1, "expert": 4}, {"fsdp": 2, "data": 1, "expert": 2, "tensor": 2}], ids=["4", "8"]
+    ("arch", "sizes"),
+    [(GLM, {"data": 1, "expert": 4}), (OSS, {"fsdp": 2, "data": 1, "expert": 2, "tensor": 2})],
+    ids=["4", "8"],
 )
-def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(sizes):
-    (expected, grads), drawn = single()
+def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(arch, sizes):
+    model = Model(arch, balance_coef=0.1)
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.arange(x.size).reshape(x.shape) / x.size, model_params(model, 0))
+    (expected, grads), drawn = jax.jit(functools.partial(step_of, model))(params, text_batch(8, 9, 3))
     mesh = make_mesh(MeshConfig(**sizes), devices=jax.devices()[: math.prod(sizes.values())])
-    model = Model(GLM, balance_coef=0.1, rules=mesh.rules)
-    params = model_params(model, 0)
+    model = replace(model, rules=mesh.rules)
     places = tree_shardings(mesh, params)
     assert places["layers"]["experts"]["up"].spec[1] == "expert"
     with jax.set_mesh(mesh.grid):

@@ -26,7 +26,7 @@ FAMILIES = (
     "ministral", "seed_oss", "olmo3", "cwm", "vaultgemma", "starcoder2", "smollm3", "exaone4", "granite", "glm",
     "glm4", "cohere", "cohere2", "phi", "stablelm", "falcon", "nemotron", "arcee", "ernie4_5", "ministral3",
     "hunyuan_v1_dense", "opt", "gptj", "qwen3_moe", "mixtral", "olmoe",
-    "glm4_moe",
+    "glm4_moe", "gpt_oss",
 )  # fmt: skip
 WITHOUT_CLASSIFIER = {
     "cwm",
@@ -54,7 +54,7 @@ def golden(name):
 
 
 CASES = [f"{f}/{case}" for f in FAMILIES for case in dict.fromkeys(k.split("/")[0] for k in golden_file(f).files)]
-EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe")
+EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
 LIGHT = {f"{family}/{case}" for family in EXPERTS for case in ("hub", "deep", "tied", "all", "few", "one")}
 """Cases whose compilation is spared: of them logits alone are compared, by the code that has the others' gradients."""
 STAY_FLOAT32 = ("score.weight", "e_score_correction_bias")
@@ -272,6 +272,8 @@ def test_the_golden_logits_notice_a_wrong_config(tmp_path, name, changes):
         ("hunyuan_v1_dense/plain", {"qk_norm": "head"}),
         ("opt/offset", {"position_offset": 0}),
         ("glm4_moe/hub", {"routed_scale": 1.0}),
+        ("gpt_oss/tied", {"glu_limit": 7.0}),
+        ("gpt_oss/deep", {"glu_alpha": 1.702}),
         ("glm4_moe/plain", {"router_groups": 1, "router_top_groups": 1}),
     ],
 )

@@ -86,6 +86,10 @@ class ArchConfig:
             score most.
         router_top_groups: how many.
         routed_scale: what a token's experts add is multiplied by it.
+        router_bias: bias on the router's scores before the softmax.
+        glu_limit: the gate of experts is at most this and up lies within + and - it, and they make gate *
+            sigmoid(glu_alpha * gate) * (up + 1); 0 for the plain gated MLP (GPT-OSS).
+        glu_alpha: of that sigmoid.
         shared_width: hidden width of an MLP beside the experts that every token uses; 0 for none.
         dense_layers: the first layers, which have one MLP and no experts.
         dense_width: its hidden width.
@@ -112,13 +116,14 @@ class ArchConfig:
         attention_multiplier: attention scores are multiplied by it instead; 0 for none (Granite).
         query_log_scale: queries grow by this times the logarithm of 1 + how often their position holds
             rope_scaling.original_max_positions; 0 for not (Ministral 3).
+        attn_sinks: every head has a score that no key has, which takes a part of the softmax (GPT-OSS).
         attn_softcap: attention scores become cap * tanh(score / cap); 0 for no cap.
         logit_softcap: the same for logits.
         activation: the MLP's nonlinearity.
         gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
         qkv_bias: biases on the query, key and value projections.
         out_bias: bias on the attention's output projection.
-        mlp_bias: biases on the MLP's projections.
+        mlp_bias: biases on the projections of the MLP, or of experts.
         tied_head: use the embedding as the vocabulary projection.
         head_bias: bias on the vocabulary projection (Phi 1 and 2, GPT-J).
         scale_embedding: multiply embedded tokens by the root of the width (Gemma).
@@ -142,6 +147,9 @@ class ArchConfig:
     router_groups: int = 1
     router_top_groups: int = 1
     routed_scale: float = 1.0
+    router_bias: bool = False
+    glu_limit: float = 0.0
+    glu_alpha: float = 1.702
     shared_width: int = 0
     dense_layers: int = 0
     dense_width: int = 0
@@ -166,6 +174,7 @@ class ArchConfig:
     query_pre_attn_scalar: float = 0.0
     attention_multiplier: float = 0.0
     query_log_scale: float = 0.0
+    attn_sinks: bool = False
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
@@ -189,7 +198,7 @@ class ArchConfig:
             "routed_scale",
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
-            "shared_width dense_layers dense_width",
+            "shared_width dense_layers dense_width glu_limit",
         }
         check(self, "model.arch.", rules)
         self._check_experts()
@@ -234,14 +243,18 @@ class ArchConfig:
                 f"{where}experts_per_token {self.experts_per_token} is not between 1 and {where}num_experts "
                 f"{experts}; change one of them, or set both to 0"
             )
-        if experts and self.mlp_bias:
-            raise UserError(f"{where}mlp_bias is not for experts, which have no biases here; leave it out")
         if self.dense_layers >= self.num_layers:
             raise UserError(
                 f"{where}dense_layers {self.dense_layers} leaves none of {self.num_layers} layers to experts; lower it"
             )
         if self.dense_layers and not self.dense_width:
             raise UserError(f"{where}dense_layers {self.dense_layers} needs {where}dense_width; give it")
+        if experts and self.mlp_bias and (self.shared_width or self.dense_layers):
+            raise UserError(f"{where}mlp_bias is of experts without shared or dense MLPs beside them; leave it out")
+        if self.glu_limit and not (experts and self.gated_mlp and self.activation == "silu"):
+            raise UserError(f"{where}glu_limit is of gated experts with activation silu; leave it out")
+        if self.router_bias and not (experts and self.router == "softmax"):
+            raise UserError(f"{where}router_bias is of experts with {where}router softmax; leave it out")
         if self.router == "softmax" and groups > 1:
             raise UserError(f"{where}router_groups {groups} needs {where}router sigmoid; give it, or 1 group")
         if self.router == "sigmoid" and (experts % groups or experts // groups < 2):

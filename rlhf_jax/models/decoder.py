@@ -89,6 +89,8 @@ class Attention(nnx.Module):
             self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, n)))
         if arch.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(d))
+        if arch.attn_sinks:
+            self.sinks = nnx.Param(jnp.zeros((k, g)))
         self.pairs, self.norm_turned = arch.rope_pairs, arch.qk_norm == "turned"
         if arch.qk_norm != "none":
             self.q_norm = Norm(arch, (k, g, n) if arch.qk_norm == "all" else (n,), centered=False)
@@ -122,8 +124,9 @@ class Attention(nnx.Module):
         if cache is not None and index is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+        sinks = self.sinks[...] if hasattr(self, "sinks") else None
         # [B, K, G, T, N] -> [B, T, D].
-        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v), 3, 1), self.out[...])
+        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v, sinks), 3, 1), self.out[...])
         if hasattr(self, "out_bias"):
             y = y + self.out_bias[None, None].astype(x.dtype)
         return y, (k, v)

@@ -15,7 +15,7 @@ from rlhf_jax.models.kernels import STACKS, depth, is_composed, merged, runs_of
 from rlhf_jax.sharding import constrain_gathered, path_name
 from rlhf_jax.types import Params
 
-FLOAT32 = ("_norm", "router")
+FLOAT32 = ("_norm", "router", "sinks")
 
 
 def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, lora_scale: float) -> Params:

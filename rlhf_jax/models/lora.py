@@ -80,7 +80,7 @@ def sites(family: Family, targets: Sequence[str] = ()) -> list[Site]:
     """
     layers = []
     for name, tensor in family.tensors.items():
-        if tensor.leaf in KERNELS:
+        if tensor.leaf in KERNELS and name.endswith(".weight"):  # not one tensor of all experts, which is no layer
             part = tensor.parts[0] if len(tensor.parts) == 1 else WHOLE
             layers.append(Site(name.removesuffix(".weight"), tensor, part))
     known = {site.module.partition("{}.")[2] for site in layers}

@@ -592,7 +592,11 @@ def _experts() -> dict[str, Case]:
     olmo = SHAPE | {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3, "eos_token_id": 3}
     glm = SHAPE | {"model_type": "glm4_moe", "head_dim": 8, "moe_intermediate_size": 10, "intermediate_size": 14}
     glm |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
+    oss = SHAPE | {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2}
+    oss |= {"sliding_window": 4, "swiglu_limit": 0.8}
     short = {"factor": 4.0, "original_max_position_embeddings": 8}
+    without_theta = {"rope_type": "yarn", "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, **short}
+    yarn = {"rope_theta": 90.0, **without_theta}
     return {
         "qwen3_moe/plain": Case(three | _rope("default", 400.0)),
         "qwen3_moe/hub": Case(
@@ -667,6 +671,19 @@ def _experts() -> dict[str, Case]:
             glm | {"num_experts_per_tok": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_group": 3}
             | {"topk_group": 2, "num_key_value_heads": 1}
         ),
+        "gpt_oss/plain": Case(oss | {"rope_parameters": yarn}),
+        "gpt_oss/hub": Case(
+            oss | {"rope_theta": 90.0, "rope_scaling": without_theta, "experts_per_token": 2, "swiglu_limit": 7.0}
+            | {"initial_context_length": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            as_written=True,
+        ),
+        "gpt_oss/deep": Case(
+            oss | _rope("default", 70.0) | {"num_hidden_layers": 3, "attention_bias": False, "swiglu_alpha": 1.0}
+            | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+        ),
+        "gpt_oss/all": Case(oss | {"num_local_experts": 3, "num_experts_per_tok": 3, "num_key_value_heads": 1}),
+        "gpt_oss/tied": Case(oss | _rope("linear", 40.0, factor=2.0) | {"tie_word_embeddings": True}),
+        "gpt_oss/score": Case(oss | SCORE | {"rope_parameters": yarn | {"truncate": True}}),
     }  # fmt: skip
 
 
@@ -690,6 +707,8 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
             noise = torch.randn(weight.shape, generator=generator)
             if key.removesuffix(".weight") in norms:  # the last one: about 0, else a tied head repeats tokens
                 weight.copy_((1 + 0.3 * noise if re.search(r"\.\d+\.", key) else noise) - offset)
+            elif key.endswith("sinks"):
+                weight.copy_(noise)
             elif weight.ndim == 1:
                 weight.copy_(0.1 * noise)
             else:

@@ -24,6 +24,7 @@ MOST = 2**31
 MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
+_FACTORS = ("attention_multiplier", "glu_limit")  # of which 0 stands for none here
 _MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
 _ORIGINAL, _LOG_SCALE = "original_max_position_embeddings", "llama_4_scaling_beta"
 _SCALING = {  # fields of RopeScaling by kind
@@ -40,7 +41,8 @@ _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "l
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MEMBERS = "reward_members"
 """Key of config.json whose number says that the labels of a classifier are the members of a reward ensemble."""
-_NOT_KEPT = ("torch_dtype", "auto_map", MEMBERS)  # the old name of dtype; code that lay beside the model
+_NOT_KEPT = ("torch_dtype", "auto_map", "quantization_config", MEMBERS)
+"""The old name of dtype; code that lay beside the model; how its weights were packed."""
 
 
 def read_json(file: Path) -> ConfigJson:
@@ -95,6 +97,8 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
         only = {key: allowed(raw) if callable(allowed) else allowed for key, allowed in family.only.items()}
         refused = {key: raw[key] for key, allowed in only.items() if key in raw and raw[key] not in allowed}
         refused |= {key: raw[key] for key in ("quantization_config", "per_layer_config") if raw.get(key)}
+        if (raw.get("quantization_config") or {}).get("quant_method") in family.packed:
+            del refused["quantization_config"]
         for key, value in refused.items():
             raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
         _check_tokens(raw, where)
@@ -127,7 +131,7 @@ def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -
     if value is None and field in _MAYBE_NONE:
         return 0.0
     value = typed(value, type(getattr(ArchConfig(), field)), key, where)
-    if (field in family.inverse or field == "attention_multiplier") and value == 0:
+    if (field in family.inverse or field in _FACTORS) and value == 0:
         raise UserError(f"{where}: {key} is 0, by which nothing is left; correct it")
     if field in family.inverse:
         return 1 / value

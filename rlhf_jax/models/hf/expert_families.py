@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.models.hf.families import GATE, LLAMA, MISTRAL, OLMO2, QWEN3, UP, head_dim, heads_or, without
+from rlhf_jax.models.hf.families import (
+    GATE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    QWEN3,
+    UP,
+    head_dim,
+    head_dim_or,
+    heads_or,
+    without,
+)
 from rlhf_jax.models.hf.family import Tensor
 
 _LAYER = "model.layers.{}."
@@ -109,4 +120,39 @@ GLM4_MOE = LLAMA._replace(
     ignored=rf"{LLAMA.ignored}|model\.layers\.(46|92)\.",
 )
 
-EXPERTS = (QWEN3_MOE, MIXTRAL, OLMOE, GLM4_MOE)
+GPT_OSS = LLAMA._replace(
+    model_type="gpt_oss",
+    causal="GptOssForCausalLM",
+    classifier="GptOssForSequenceClassification",
+    config=_PLAIN
+    | _CHOICE
+    | {"num_experts": "num_local_experts", "glu_limit": "swiglu_limit", "glu_alpha": "swiglu_alpha"},
+    defaults=LLAMA.defaults
+    | {"num_key_value_heads": heads_or(8), "head_dim": head_dim_or(64), "max_position_embeddings": 131072}
+    | {"rms_norm_eps": 1e-5, "attention_bias": True, "sliding_window": 128, "num_local_experts": 128}
+    | {"num_experts_per_tok": 4, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    fixed=LLAMA.fixed
+    | {"mlp_bias": True, "router_bias": True, "attn_sinks": True}
+    | {"activation": "silu"},  # whatever hidden_act says, as in transformers
+    tensors={name: tensor for name, tensor in LLAMA.tensors.items() if ".mlp." not in name}
+    | {
+        _LAYER + "self_attn.sinks": Tensor("layers/attn/sinks", "KG"),
+        _LAYER + "mlp.router.weight": Tensor("layers/experts/router", "E D"),
+        _LAYER + "mlp.router.bias": Tensor("layers/experts/router_bias", "E"),
+        _LAYER + "mlp.experts.gate_up_proj": Tensor("layers/experts/up", "E D FM"),
+        _LAYER + "mlp.experts.gate_up_proj_bias": Tensor("layers/experts/up_bias", "E FM"),
+        _LAYER + "mlp.experts.down_proj": Tensor("layers/experts/down", "E F D"),
+        _LAYER + "mlp.experts.down_proj_bias": Tensor("layers/experts/down_bias", "E D"),
+    },
+    rotary={"rope_theta": ("rope_theta", 150000.0)},
+    default_rope={
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    windows="types",
+    window_rule=lambda raw, layer: layer % 2 == 0,
+    aliases={"num_experts": "num_local_experts"},
+    packed=("mxfp4",),
+)  # fmt: skip
+
+EXPERTS = (QWEN3_MOE, MIXTRAL, OLMOE, GLM4_MOE, GPT_OSS)

@@ -56,6 +56,7 @@ class Family(NamedTuple):
         only: keys of config.json whose other values the decoder cannot do -> the values that it can, or a function of
             config.json that gives these.
         shared_names: names of tensors that are others where attention and MLP share a norm.
+        packed: methods of quantization_config whose checkpoints are read, and made dense.
         renamed: names of tensors in memory, which PEFT keeps, that have another in files.
         ignored: pattern of stored tensors that are not weights.
     """
@@ -82,6 +83,7 @@ class Family(NamedTuple):
     aliases: dict[str, str] = {}  # noqa: RUF012
     only: dict[str, tuple[object, ...] | Callable[[ConfigJson], tuple[object, ...]]] = {}  # noqa: RUF012
     shared_names: dict[str, str] = {}  # noqa: RUF012
+    packed: tuple[str, ...] = ()
     renamed: dict[str, str] = {}  # noqa: RUF012
     ignored: str = r"rotary_emb\.inv_freq$"
 

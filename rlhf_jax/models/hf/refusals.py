@@ -31,7 +31,6 @@ _PARTS = {
 """What the decoder lacks -> the keys of config.json that ask for it."""
 _CODE = {
     "xIELU": "apertus",
-    "attention sinks": "gpt_oss",
     "gated DeltaNet layers": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_next",
     "value norms": "gemma4 gemma4_text gemma3n gemma3n_text",
     "norms without weights": "olmo nanochat",

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,7 @@ from rlhf_jax.models.hf.layout import is_transposed
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
+_TYPES: dict[str, Any] = DTYPES | {"U8": np.uint8}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor of the adapted model."""
@@ -53,12 +54,12 @@ class Stored(NamedTuple):
 
     def map(self) -> np.ndarray:
         """The tensor as it lies in the file; only pages that are read come into memory, until the view is dropped."""
-        have(self.file, [(self.offset, self.offset + math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize)])
+        have(self.file, [(self.offset, self.offset + math.prod(self.shape) * np.dtype(_TYPES[self.dtype]).itemsize)])
         return self.lazy()
 
     def lazy(self) -> np.ndarray:
         """`map` of which nothing may be read but what `bring` has brought: what lies in a bucket is fetched then."""
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
+        return np.memmap(self.file, _TYPES[self.dtype], "r", self.offset, self.shape)
 
     def bring(self, whole: np.ndarray, part: np.ndarray) -> None:
         """Have the values of `part` be there, a view of `whole`, which `lazy` gave."""
@@ -70,7 +71,7 @@ class Stored(NamedTuple):
 class Summed(NamedTuple):
     """A weight with an adapter: W + scale B A, or its transpose where the layer is Conv1D; read as a `Stored` is."""
 
-    base: Stored | Summed
+    base: Stored | Summed | Packed
     a: Stored
     b: Stored
     scale: float
@@ -91,7 +92,57 @@ class Summed(NamedTuple):
         """It is there."""
 
 
-Tensors = Mapping[str, Stored | Summed]
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_FP4_PAIRS = np.concatenate([_FP4, -_FP4])[np.stack([np.arange(256) % 16, np.arange(256) // 16], axis=1)]
+"""The two values of a byte, the one in the low bits first."""
+
+
+class Packed(NamedTuple):
+    """Kernels of experts in mxfp4 (OCP Microscaling Formats 1.0): 4-bit floats, and a power of two for every 32.
+
+    Blocks are [E, outputs, inputs / 32, 16] bytes, scales [E, outputs, inputs / 32]; read as a `Stored` is.
+    """
+
+    blocks: Stored
+    scales: Stored
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
+
+    def map(self) -> np.ndarray:
+        """The kernels [E, inputs, outputs], exact in bfloat16, one expert after the other."""
+        blocks, scales = self.blocks.map(), self.scales.map()
+        experts, inputs, outputs = self.shape
+        out = np.empty((experts, outputs, inputs), ml_dtypes.bfloat16)
+        with np.errstate(over="ignore"):
+            for e in range(experts):
+                exponents = scales[e, :, :, None, None].astype(np.int32) - 127
+                out[e] = np.ldexp(_FP4_PAIRS[blocks[e]], exponents).reshape(outputs, inputs)
+        return out.swapaxes(1, 2)
+
+    def lazy(self) -> np.ndarray:
+        """All of it."""
+        return self.map()
+
+    def bring(self, whole: np.ndarray, part: np.ndarray) -> None:
+        """It is there."""
+
+
+Readable = Stored | Summed | Packed
+Tensors = Mapping[str, Readable]
+
+
+def _unpacked(tensors: Tensors, where: Path) -> dict[str, Readable]:
+    """Tensors with a `Packed` for every NAME_blocks and NAME_scales."""
+    out = dict(tensors)
+    for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
+        blocks, scales = out.pop(f"{name}_blocks"), out.pop(f"{name}_scales", None)
+        if not isinstance(blocks, Stored) or not isinstance(scales, Stored) or {blocks.dtype, scales.dtype} != {"U8"}:
+            raise UserError(f"{where}: {name}_blocks has no {name}_scales, or they are no bytes; download it again")
+        if (*scales.shape, 16) != blocks.shape or len(scales.shape) != 3:
+            raise UserError(f"{where}: {name} has blocks {list(blocks.shape)} for scales {list(scales.shape)}, "
+                            "which is no mxfp4; download it again")  # fmt: skip
+        out[name] = Packed(blocks, scales, (scales.shape[0], 32 * scales.shape[2], scales.shape[1]))
+    return out
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
@@ -133,7 +184,7 @@ def read_generation(path: str | os.PathLike[str]) -> ConfigJson:
     return read_json(file) if file.is_file() else {}
 
 
-def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
+def stored_tensors(path: Path) -> dict[str, Readable]:
     """What the safetensors files of a directory hold, by name.
 
     Raises:
@@ -147,9 +198,10 @@ def stored_tensors(path: Path) -> dict[str, Stored | Summed]:
             if bad := [name for name in names if name in ("", ".", "..") or Path(name).name != name]:
                 raise UserError(f"{index} names {shown(bad[0])}, which is no file beside it; download it again")
         files = [path / name for name in names]
-    tensors: dict[str, Stored | Summed] = {}
+    tensors: dict[str, Readable] = {}
     for file in files:
         tensors |= _read_header(file)
+    tensors = _unpacked(tensors, path)
     if adapters:
         arch, family = _shape_of(path / "config.json")
         tensors = _whole_names(family, tensors)
@@ -188,7 +240,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
     }
 
 
-def _with_adapter(folder: Path, base: dict[str, Stored | Summed], family: Family) -> dict[str, Stored | Summed]:
+def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> dict[str, Readable]:
     """The tensors of a model with those of an adapter: low-rank pairs added, whole modules in place of its own.
 
     A model with a tied head has none in `base`, and none in the result where the adapter leaves the two tied. PEFT
@@ -203,7 +255,7 @@ def _with_adapter(folder: Path, base: dict[str, Stored | Summed], family: Family
     embedding, head, bound = names["embed/tokens"], names["head/kernel"], bool(raw.get("ensure_weight_tying"))
     own = () if bound else tuple(raw.get("modules_to_save") or ())
     tied, pairs = head not in base, {}  # type: tuple[bool, dict[str, dict[str, Stored]]]
-    shared, single = dict(base), {}  # type: tuple[dict[str, Stored | Summed], dict[str, Stored | Summed]]
+    shared, single = dict(base), {}  # type: tuple[dict[str, Readable], dict[str, Readable]]
     for stored, tensor in _read_header(where).items():
         if match := _LOW_RANK.fullmatch(stored):
             pairs.setdefault(match[1], {})[match[2]] = tensor
@@ -226,7 +278,7 @@ def _with_adapter(folder: Path, base: dict[str, Stored | Summed], family: Family
     return shared | single
 
 
-def _whole_names(family: Family, stored: dict[str, Stored | Summed]) -> dict[str, Stored | Summed]:
+def _whole_names(family: Family, stored: dict[str, Readable]) -> dict[str, Readable]:
     """A model's tensors by the names that PEFT has: those of the whole model, be they of the bare trunk."""
     bare = not any(name.startswith(family.prefix) for name in stored)
     return {
@@ -259,7 +311,7 @@ def check_tied(folder: Path, family: Family, stored: Tensors) -> None:
 
 
 def _summed(
-    raw: ConfigJson, module: str, base: Stored | Summed, pair: Mapping[str, Stored], transposed: bool, where: Path
+    raw: ConfigJson, module: str, base: Readable, pair: Mapping[str, Stored], transposed: bool, where: Path
 ) -> Summed:
     a, b = pair["A"], pair["B"]
     patterns = raw.get("alpha_pattern") or {}

@@ -29,7 +29,7 @@ from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
 from rlhf_jax.models.hf.families import MEMBERS as HEADS
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
-from rlhf_jax.models.hf.stored import DTYPES, Tensors, check_tied, stored_tensors
+from rlhf_jax.models.hf.stored import DTYPES, Packed, Tensors, check_tied, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
 
@@ -216,6 +216,9 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
     unread = [
         n for n in stored if n not in wanted and re.search(r"\.layers\.\d+\..*(_proj|norm)\.", n) and n not in extra
     ]
+    packed = sum(isinstance(tensor, Packed) for tensor in stored.values())
+    if packed and is_first():
+        tell(f"{folder}: {packed} tensors in mxfp4 are read as bfloat16", error=True)
     if unread and is_first():
         tell(f"{folder}: {len(unread)} tensors of layers that predict tokens beyond the next are not read", error=True)
     shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}

@@ -1,0 +1,120 @@
+"""Experts over the devices of a mesh: what each makes of its tokens, and tokens sent to the devices of their experts.
+
+Shapes as in `experts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.models.grouped import Places, collect, inverse, spread
+from rlhf_jax.models.kernels import Adapted, Kernel, dense
+from rlhf_jax.sharding import data_ways, row_axes
+
+SPARE = 5
+"""Quarters of an even share that a device can take at once of what another sends."""
+
+Apart = Callable[[Array, Array, Kernel, Kernel, Array | None], Array]
+"""(tokens [n, D], experts [n, k] of a device, E where there is none, up, down, bias of up) -> [n, k, D]."""
+
+
+def over_devices(
+    apart: Apart,
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    up: Kernel,
+    down: Kernel,
+    up_bias: Float[Array, "E M F"] | None,
+) -> Float[Array, "B T k D"]:
+    """`apart` on every device: tokens where their rows lie, experts over the mesh axis expert, F over tensor.
+
+    Rows that do not divide over their axes are computed by all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape.get("expert", 1)
+    run = apart if ways == 1 else partial(exchanged, apart, ways)
+
+    def of_rows(x: Array, chosen: Array, up: Kernel, down: Kernel, up_bias: Array | None) -> Array:
+        y = run(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]), up, down, up_bias)
+        y = y if mesh.empty else jax.lax.psum(y, "tensor")  # each has made a part of the sum over F
+        return y.reshape(*chosen.shape, -1)
+
+    if mesh.empty:
+        return of_rows(x, chosen, up, down, up_bias)
+    tokens = P(row_axes() if len(x) % data_ways() == 0 else None, None, None)
+    expert = "expert" if ways > 1 else None
+    specs = _specs(up, P(expert, None, None, "tensor"), 1), _specs(down, P(expert, "tensor", None), 1)
+    up, down = (_dense_base(kernel) for kernel in (up, down))
+    places, of_bias = P(*tokens, None), P(expert, None, "tensor")
+    return jax.shard_map(of_rows, in_specs=(tokens, tokens, *specs, of_bias), out_specs=places, check_vma=False)(
+        x, chosen, up, down, up_bias
+    )
+
+
+def _dense_base(kernel: Kernel) -> Kernel:
+    """An `Adapted` kernel on a dense one; any other dense."""
+    return replace(kernel, kernel=dense(kernel.kernel)) if isinstance(kernel, Adapted) else dense(kernel)
+
+
+def _specs(kernel: Any, spec: P, inputs: int) -> Any:
+    """Where a kernel [E, inputs, outputs] lies, and of an `Adapted` one A [E, inputs, R] and B [E, R, outputs] too."""
+    if not isinstance(kernel, Adapted):
+        return spec
+    return replace(
+        cast(Any, kernel), kernel=spec, a=P(*spec[: 1 + inputs], None), b=P(spec[0], None, *spec[1 + inputs :])
+    )
+
+
+def exchanged(
+    apart: Apart,
+    ways: int,
+    x: Float[Array, "n D"],
+    chosen: Int[Array, "n k"],
+    up: Kernel,
+    down: Kernel,
+    up_bias: Array | None,
+) -> Float[Array, "n k D"]:
+    """`apart` where each of `ways` devices of the mesh axis expert has so many of the experts, one after another.
+
+    Pairs go to the device of their expert and back, a quarter more to each in one round than if all had equally many.
+    What is left goes in further rounds, which run only if some device has anything left.
+    """
+    own, pairs = down.shape[0], chosen.size
+    capacity = min(-(-SPARE * pairs // (4 * ways)), pairs)
+    # Pairs in order of their devices; how many each device gets, and the first of them.
+    device = (chosen // own).reshape(-1)
+    order = jnp.argsort(device, stable=True).astype(jnp.int32)
+    rank = inverse(order)
+    counts = (device[:, None] == jnp.arange(ways)[None]).sum(0, dtype=jnp.int32)
+    first = jnp.cumsum(counts) - counts
+    number = rank - first[jnp.minimum(device, ways - 1)]  # of a pair, among those of its device
+
+    def one_round(i: Int[Array, ""] | int) -> Float[Array, "n k D"]:
+        # Which pair goes to which place [ways, capacity] of the exchange, and where each pair finds its answer.
+        nth = i * capacity + jnp.arange(capacity, dtype=jnp.int32)[None]
+        source = jnp.where(nth < counts[:, None], order[jnp.minimum(first[:, None] + nth, pairs - 1)], pairs)
+        here = (device < ways) & (number // capacity == i)
+        place = jnp.where(here, device * capacity + number % capacity, ways * capacity)
+        places = Places(source.reshape(-1), place.reshape(chosen.shape), counts, counts)
+        ids = jnp.append(chosen.reshape(-1) % own, own)[source]  # of the experts of the device that it goes to
+        swap = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0)
+        sent = swap(spread(x, places).reshape(ways, capacity, -1))
+        y = apart(sent.reshape(ways * capacity, -1), swap(ids).reshape(-1, 1), up, down, up_bias)
+        return collect(swap(y.reshape(ways, capacity, -1)).reshape(ways * capacity, -1), places)
+
+    @jax.checkpoint
+    def further(y: Array, i: Array) -> tuple[Array, None]:
+        left = jax.lax.pmax((counts > i * capacity).any().astype(jnp.int32), "expert") > 0
+        return jax.lax.cond(left, lambda y: y + one_round(i), lambda y: y, y), None
+
+    y = one_round(0)
+    with jax.named_scope("rarely"):
+        return jax.lax.scan(further, y, jnp.arange(1, -(-pairs // capacity)))[0]

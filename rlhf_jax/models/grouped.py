@@ -1,0 +1,132 @@
+"""Products of rows with the kernels of their experts, which cost what the rows cost.
+
+Shapes as in `experts.py`. Rows are (token, expert) pairs. They lie sorted by expert, each expert's in whole blocks of
+b rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.models.kernels import Adapted, Kernel, dense
+
+LARGEST_BLOCK = 512
+PADDING = 8
+"""Blocks are so small that those that are not full add at most an eighth to the rows."""
+
+
+class Places(NamedTuple):
+    """Where rows lie: in `blocks` of `size` rows, each of one expert.
+
+    Attributes:
+        source: the (token, choice) pair of every place, n * k where there is none.
+        place: the place of every pair, that of no row where its expert is E.
+        owner: the expert of every block.
+        counts: places of every expert, whole blocks.
+    """
+
+    source: Int[Array, " R"]
+    place: Int[Array, "n k"]
+    owner: Int[Array, " blocks"]
+    counts: Int[Array, " E"]
+
+    @classmethod
+    def of(cls, chosen: Int[Array, "n k"], experts: int) -> Places:
+        """Of the experts of every token; a pair with expert E = `experts` has no place."""
+        ids, pairs = chosen.reshape(-1), chosen.size
+        size = block_size(pairs, experts)
+        blocks = (pairs + experts * (size - 1)) // size
+        # Pairs in order of their experts; the first pair and the first place of each expert.
+        order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+        real = (ids[:, None] == jnp.arange(experts)[None]).sum(0, dtype=jnp.int32)
+        counts = -(-real // size) * size
+        first, start = jnp.cumsum(real) - real, jnp.cumsum(counts) - counts
+        # Every place's pair, and every pair's place.
+        ends_before = jnp.cumsum(counts)[None] <= size * jnp.arange(blocks)[:, None]  # [blocks, E]
+        owner = jnp.minimum(ends_before.sum(1, dtype=jnp.int32), experts - 1)
+        of_place = jnp.repeat(owner, size)
+        within = jnp.arange(blocks * size, dtype=jnp.int32) - start[of_place]
+        source = order[jnp.minimum(first[of_place] + within, pairs - 1)]
+        source = jnp.where(within < real[of_place], source, pairs)
+        rank, own = inverse(order), jnp.minimum(ids, experts - 1)
+        place = jnp.where(ids < experts, start[own] + rank - first[own], blocks * size)
+        return cls(source, place.reshape(chosen.shape), owner, counts)
+
+
+def inverse(order: Int[Array, " n"]) -> Int[Array, " n"]:
+    """Of a permutation."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+
+
+def block_size(pairs: int, experts: int) -> int:
+    """Rows of a block: the largest power of two of which `experts` blocks are at most an eighth of the pairs."""
+    return min(1 << max((pairs // (PADDING * experts)).bit_length() - 1, 0), LARGEST_BLOCK)
+
+
+@jax.custom_vjp
+def spread(x: Float[Array, "n D"], places: Places) -> Float[Array, "R D"]:
+    """Every place with its token, 0 where there is none; its gradient is a gather, too."""
+    tokens = jnp.minimum(places.source // places.place.shape[1], len(x) - 1)
+    return jnp.where((places.source < places.place.size)[:, None], x[tokens], jnp.zeros((), x.dtype))
+
+
+@jax.custom_vjp
+def collect(y: Float[Array, "R D"], places: Places) -> Float[Array, "n k D"]:
+    """The rows of every token, 0 for pairs without a place: the transpose of `spread`, but for a sum over k."""
+    return y.at[places.place].get(mode="fill", fill_value=0)
+
+
+def _collected(places: Places, grad: Array) -> tuple[Array, None]:
+    of_place = grad.reshape(-1, grad.shape[-1])[jnp.minimum(places.source, places.place.size - 1)]
+    return jnp.where((places.source < places.place.size)[:, None], of_place, jnp.zeros((), grad.dtype)), None
+
+
+spread.defvjp(lambda x, places: (spread(x, places), places), lambda places, g: (collect(g, places).sum(1), None))
+collect.defvjp(lambda y, places: (collect(y, places), places), _collected)
+
+
+def grouped(x: Float[Array, "R D"], kernel: Kernel, places: Places) -> Float[Array, "R F"]:
+    """Every row times the kernel of its expert, [E, D, ...] with all but the first two axes as one.
+
+    On TPU by `jax.lax.ragged_dot`, its own kernel for this, and elsewhere block by block: XLA lowers ragged_dot on CPU
+    and GPU to products with all E experts.
+    """
+    if isinstance(kernel, Adapted):
+        low = kernel.scale * grouped(x, kernel.a, places)
+        return grouped(x, kernel.kernel, places) + grouped(low, kernel.b, places)
+    weight = dense(kernel).astype(x.dtype)
+    weight = weight.reshape(*weight.shape[:2], -1)
+    if x.dtype == jnp.float32:  # in full precision, which TPU kernels do not have
+        return by_blocks(x, weight, places)
+    return jax.lax.platform_dependent(x, weight, places, tpu=by_ragged_dot, default=by_blocks)
+
+
+def by_blocks(x: Float[Array, "R D"], weight: Float[Array, "E D F"], places: Places) -> Float[Array, "R F"]:
+    """A batched product of blocks with the weights of their owners."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    blocks = x.reshape(len(places.owner), -1, x.shape[1])
+    return jnp.einsum("rbd,rdf->rbf", blocks, weight[places.owner], precision=precision).reshape(len(x), -1)
+
+
+@jax.custom_vjp
+def by_ragged_dot(x: Float[Array, "R D"], weight: Float[Array, "E D F"], places: Places) -> Float[Array, "R F"]:
+    """The same by one kernel; the gradient of the weights by megablox's, since ragged_dot's multiplies with all E."""
+    return jax.lax.ragged_dot(x, weight, places.counts)
+
+
+def _ragged_gradients(kept: tuple[Array, Array, Places], grad: Array) -> tuple[Array, Array, None]:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x, weight, places = kept
+    tile = 512 if len(x) >= 512 else -(-len(x) // 8) * 8
+    padded = [jnp.pad(a, ((0, -len(x) % tile), (0, 0))) for a in (x, grad)]
+    tiling = (tile, min(512, x.shape[1]), min(512, grad.shape[1]))
+    of_weight = tgmm(padded[0].T, padded[1], places.counts, weight.dtype, tiling)
+    return jax.lax.ragged_dot(grad, weight.swapaxes(1, 2), places.counts), of_weight, None
+
+
+by_ragged_dot.defvjp(lambda *args: (by_ragged_dot(*args), args), _ragged_gradients)
