@@ -31,9 +31,9 @@ import yaml
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.tasks import random_walks as walks
 
-STAGES = {"sft": "sft", "reward": "reward", "ppo": "ppo", "ppo_lora": "ppo"}
+STAGES = {"sft": "sft", "reward": "reward", "ppo": "ppo", "ppo_lora": "ppo", "distill": "distill"}
 """What is killed -> its command."""
-NEEDS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward")}
+NEEDS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward"), "distill": ("sft", "reward", "ppo")}
 """A command -> the stages whose models it starts from, which are run but not killed unless they are asked for."""
 WAYS = ("step", "save", "start")
 """Kill once a drawn step is reached and no save is under way, inside a save after it, or soon after the start."""
@@ -52,7 +52,7 @@ SHARED = {
 def settings(home: Path, stage: str, steps: int) -> dict[str, Any]:
     """The config of a stage with so many steps."""
     data = {"batch_size": 16, "max_prompt_length": 2, "max_length": 14, "eval_fraction": 0.2, "eval_batches": 2}
-    data["path"] = str(home / f"{STAGES[stage]}.jsonl")
+    data["path"] = str(home / f"{'ppo' if stage == 'distill' else STAGES[stage]}.jsonl")
     sampling = {"max_new_tokens": 8, "chunk": 4}
     trained = {"path": str(home / "sft_alone" / "model")}
     if stage == "sft":
@@ -60,6 +60,10 @@ def settings(home: Path, stage: str, steps: int) -> dict[str, Any]:
         return {**SHARED, "model": model, "data": data, "sft": {"steps": steps}, "sampling": sampling}
     if stage == "reward":
         return {**SHARED, "model": trained, "data": data, "reward": {"steps": steps}}
+    if stage == "distill":
+        distill = {"iterations": steps, "sample_every": 3, "ema_decay": 0.9}
+        reward = {"teacher": str(home / "ppo_alone" / "model")}
+        return {**SHARED, "model": trained, "data": data, "reward": reward, "distill": distill, "sampling": sampling}
     ppo = {"iterations": steps, "epochs": 2, "minibatches": 2, "kl_target": 1.0, "kl_horizon": 200.0,
            "ema_decay": 0.9, "sample_every": 3, "save_value_model": True}  # fmt: skip
     reward = {"model": str(home / "reward_alone" / "model")}

@@ -195,18 +195,18 @@ def many_vowels(prompt, a, b):
 
 
 def test_the_best_of_n_beats_the_response_that_a_column_holds_and_what_has_no_answer_is_counted(one_device, tmp_path):
-    judge = RewardJudgeConfig(function="test_reward_judge:many_vowels", against="earlier", both_orders=False)
+    judge = RewardJudgeConfig(function="test_reward_judge:many_vowels", against="response", both_orders=False)
     config = BestOfNArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")), sampling=SamplingConfig(max_new_tokens=5, chunk=5),
         num_samples=6, max_prompt_length=2, batch_size=12, output=str(tmp_path / "best.jsonl"), progress=False,
         reward=RewardSourceConfig(judge=judge),
     )  # fmt: skip
-    rows = [{**row, "earlier": " a b c"} for row in TOY_ROWS["rows"][:6]]
+    rows = [{**row, "response": " a b c"} for row in TOY_ROWS["rows"][:6]]
     summary = bestofn.run(config, rows=rows)
     drawn = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
     assert len(drawn) == 6 and all(row["score"] in (-1, 0, 1) and "q" not in row["response"] for row in drawn)
     assert summary["unscored"] > 0 and summary["curve"][-1]["proxy"]["mean"] >= summary["curve"][0]["proxy"]["mean"]
-    with pytest.raises(UserError, match=r"no text in the field 'earlier', which reward.judge.against names"):
+    with pytest.raises(UserError, match=r"no text in the field 'response', which reward.judge.against names"):
         bestofn.run(replace(config, overwrite=True), rows=TOY_ROWS["rows"][:6])
 
 

@@ -22,6 +22,7 @@ from rlhf_jax.data.rows import DroppedRow, Row, layout_of, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
+from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.feedback.scorer import Scorer
 from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
@@ -58,6 +59,7 @@ def evaluate_reward(
     fields = [{name: item.row[name] for name in unread_of(item.row)} for item in items]
     prompts, where = zip(*((item.ranking.prompt, item.ranking.where) for item in items), strict=True)
     columns = columns_for([*asked, *([judge] if judge else [])], prompts, fields, where)
+    check_against(config.reward.judge, columns, where)
     made_of = {
         "preferences": digest([item.row for item in items]),
         "given in Python": list(names_given(functions=functions, gold=gold)),
@@ -95,8 +97,6 @@ def _scoring(
     limits = Limits(config.max_prompt_length, config.max_length)
     mesh, size = make_mesh(config.mesh), config.batch_size
     scorer = Scorer(config.reward, mesh, limits, batch_size=size, functions=functions)
-    if scorer.judge is not None:
-        scorer.judge.check_columns(columns, [item.ranking.where for item in items])
     shown = scorer.models[0].tokenizer.prompt_text if scorer.models else in_transcript
 
     def make(start: int, stop: int) -> list[Row]:

@@ -53,6 +53,17 @@ def scores_form(scale: int) -> Form:
     return Form({str(score): float(score) for score in range(1, scale + 1)}, partial(parse_score, scale=scale))
 
 
+def check_against(config: RewardJudgeConfig, columns: Sequence[Mapping[str, object]], where: Sequence[str]) -> None:
+    """Raise a UserError unless prompt rows, of these columns and places, have what responses are compared with."""
+    name = config.against
+    for row, place in zip(columns, where, strict=True):
+        if name and not isinstance(row.get(name), str):
+            raise UserError(
+                f"{place}: no text in the field {name!r}, which reward.judge.against names; give each prompt the "
+                "response to compare with, as `rlhf-jax sample` of the reference model writes it"
+            )
+
+
 class RewardJudge:
     """What config.judge of a `reward` group says of responses.
 
@@ -72,16 +83,6 @@ class RewardJudge:
     def everywhere(self) -> bool:
         """Whether it computes on the devices of all processes, so that all ask the same together."""
         return bool(self.config.model.path)
-
-    def check_columns(self, columns: Sequence[Mapping[str, object]], where: Sequence[str]) -> None:
-        """Raise a UserError unless prompt rows have the text that responses are compared with."""
-        name = self.config.against
-        for row, place in zip(columns, where, strict=True):
-            if name and not isinstance(row.get(name), str):
-                raise UserError(
-                    f"{place}: no text in the field {name!r}, which reward.judge.against names; give each prompt the "
-                    "response to compare with, as `rlhf-jax sample` of the reference model writes it"
-                )
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Columns, key: jax.Array

@@ -22,6 +22,7 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.judges import Group, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
+from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.scorer import Scorer
 from rlhf_jax.inference.generate import Generator, Response, total_length
 from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, columns_for, functions_of
@@ -119,11 +120,12 @@ def reward_columns(functions: Sequence[RewardFn], prompts: Sequence[Row]) -> lis
 def check_rewards(
     config: DrawArgs, prompts: Sequence[Row], functions: Sequence[RewardFn] | None, gold: RewardFn | None
 ) -> None:
-    """Raise a UserError if the reward functions, or the gold one, do not take the columns of the prompt rows."""
+    """Raise a UserError if a reward function, the gold one or a judge of pairs cannot take the columns of the rows."""
     asked = functions_of(config.reward, functions)
     if gold is not None or config.reward.gold:
         asked.append(gold or resolve(config.reward.gold))
-    reward_columns(asked, prompts)
+    columns = reward_columns(asked, prompts)
+    check_against(config.reward.judge, columns, [where_of(row) for row in prompts])
 
 
 def shots_of(source: SourceConfig) -> list[Row]:
@@ -287,8 +289,6 @@ class Sources:
         config, longest = self.config, self.config.max_prompt_length
         limits = Limits(longest, longest + config.sampling.max_new_tokens)
         scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
-        if scorer.judge is not None:
-            scorer.judge.check_columns(self._columns, [where_of(row) for row in self.prompts])
         key = jax.random.fold_in(jax.random.key(config.seed), len(self.sources) + 1)
         reads = [False] * len(self.sources)  # whether a source's ids mean the same to the reward model
         if scorer.models:

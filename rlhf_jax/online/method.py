@@ -20,7 +20,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.loading import Rows, held_out_batches, load_rows, make_examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.reward_judge import RewardJudge
+from rlhf_jax.feedback.reward_judge import RewardJudge, check_against
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.reward_functions import ScoreFn, columns_for, combine, functions_of
@@ -98,9 +98,8 @@ def read_inputs(config: OnlineArgs, mesh: Mesh, *, group_size: int = 1, **source
     prompts, columns, where = ([one[name] for one in examples] for name in ("given", "columns", "where"))
     for example, own in zip(examples, columns_for(asked, prompts, columns, where), strict=True):
         example["columns"] = own
+    check_against(config.reward.judge, columns, where)
     judge = RewardJudge(config.reward.judge, mesh) if config.reward.judge.named() else None
-    if judge is not None:
-        judge.check_columns(columns, where)
     buckets = tuple(config.sampling.prompt_buckets or [data.max_prompt_length])
     collate = partial(collate_prompts, buckets=buckets, pad_id=tokenizer.pad_id)
     batches = Batches(train, batch_size=data.batch_size // group_size, seed=seed, collate=collate)
