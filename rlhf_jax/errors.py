@@ -19,9 +19,9 @@ def printable(text: object, *, lines: bool = False) -> str:
     return UNSEEN.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), str(text))
 
 
-def tell(text: object = "", *, error: bool = False) -> None:
+def tell(text: object = "", *, error: bool = False, end: str = "\n") -> None:
     """Print a text, line breaks and tabs as they are, all else as `printable` has it; `error`: on standard error."""
-    print(printable(text, lines=True), file=sys.stderr if error else sys.stdout, flush=True)
+    print(printable(text, lines=True), file=sys.stderr if error else sys.stdout, flush=True, end=end)
 
 
 def shortened(text: str, longest: int = LONGEST_VALUE) -> str:

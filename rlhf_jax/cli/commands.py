@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "rejection": Command(config.RejectionArgs, ".rejection:run", "SFT on the best of n, in rounds"),
     "sample": Joint(config.SampleArgs, ".sample:run_sample", "responses of a model to prompts"),
     "score": Joint(config.ScoreArgs, ".sample:run_score", "a reward model's scores of responses"),
+    "chat": Command(config.ChatArgs, ".chat:run", "talk to a policy, or to two side by side", "models"),
     "label": Command(config.LabelArgs, ".label:run", "a local page on which people rank responses", "path"),
     "collect": Command(config.CollectArgs, ".collect:run_collect", "several responses to a prompt, labelled"),
     "judge": Command(

@@ -9,6 +9,7 @@ from rlhf_jax.config.adapters import LoRAConfig
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.bestofn import BestOfNArgs
 from rlhf_jax.config.certify import CertifyArgs
+from rlhf_jax.config.chat import ChatArgs
 from rlhf_jax.config.checks import key_of
 from rlhf_jax.config.collect import CollectArgs, JudgeArgs
 from rlhf_jax.config.datasets import DataAggregateArgs, DataInspectArgs, DataMakeArgs, DataPrepareArgs

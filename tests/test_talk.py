@@ -1,0 +1,111 @@
+"""A conversation in the terminal: pieces are one answer, two policies see one conversation, votes are rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import pytest
+from tiny import model_params, toy_directory
+
+from rlhf_jax import cli
+from rlhf_jax.commands import chat
+from rlhf_jax.config import ChatArgs, MeshConfig, SamplingConfig
+from rlhf_jax.data.schemas import preference_row
+from rlhf_jax.data.tokenizer import OTHER_IDS
+from rlhf_jax.errors import UserError
+from rlhf_jax.inference.generate import Generator
+from rlhf_jax.sharding import make_mesh
+
+GREEDY = SamplingConfig(max_new_tokens=5, chunk=2, temperature=0.0)
+TALK = [
+    *("--plain", "true", "--sampling.max_new_tokens", "5", "--sampling.min_new_tokens", "3"),
+    *("--sampling.chunk", "2", "--sampling.temperature", "2"),
+]
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Types lines, then the end of the input."""
+
+    def type_(*lines):
+        left = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda question: next(left, None) or chat_end())
+
+    def chat_end():
+        raise EOFError
+
+    return type_
+
+
+def test_the_pieces_of_an_answer_are_that_of_one_draw_and_are_written_as_they_come():
+    config, mesh = ChatArgs(sampling=GREEDY, plain=True), make_mesh(MeshConfig())
+    policy = chat.Policy(str(toy_directory() / "policy"), config, mesh)
+    whole = Generator(policy.loaded.model, policy.tokenizer, GREEDY, mesh, max_prompt_length=8)
+    with jax.set_mesh(mesh.grid):
+        drawn = whole.responses(policy.loaded.params, [{"prompt": "b"}, {"prompt": "c d"}], jax.random.key(0))
+    for one in drawn:
+        pieces = list[str]()
+        answer = policy.answer(one.prompt, jax.random.key(1), pieces.append)
+        assert (answer.ids, answer.text, answer.finished) == (one.ids.tolist(), one.text, one.finished)
+        assert "".join(pieces) == answer.text and len(pieces) == -(-len(answer.ids) // 2)
+
+
+def test_a_conversation_holds_what_was_preferred_and_texts_have_no_history():
+    talk = chat.Talk([{"role": "system", "content": "s"}])
+    talk.ask("one")
+    talk.answered("1")
+    talk.answered("2")  # another answer in its place
+    talk.ask("two")
+    said = [(turn["role"], turn["content"]) for turn in talk.prompt]
+    assert said == [("system", "s"), ("user", "one"), ("assistant", "2"), ("user", "two")]
+    plain = chat.Talk(None)
+    plain.ask("one")
+    plain.ask("two")
+    assert plain.prompt == "two"
+
+
+def test_two_policies_answer_with_the_same_noise_and_votes_are_rows_that_a_reward_model_reads(
+    typed, tmp_path, monkeypatch, capsys
+):
+    place, output = str(toy_directory() / "policy"), tmp_path / "votes.jsonl"
+    typed("b", "c", "/again", "/reset", "/again")
+    cli.dispatch(["chat", place, place, *TALK])  # never asks: both say the same
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] in ("A:", "B:")]
+    assert len(lines) == 6 and [line[2:] for line in lines[::2]] == [line[2:] for line in lines[1::2]]
+    assert lines[2] != lines[4]  # other noise
+
+    load = chat.load_model
+    monkeypatch.setattr(chat, "load_model", lambda *given: moved(load(*given), given[0].path))
+    typed("b", "a", "c", "b", "d", "t", "e", "", "/quit")
+    (tmp_path / "other").symlink_to(place)
+    cli.dispatch(["chat", place, str(tmp_path / "other"), "--output", str(output), *TALK])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "3 votes in" in capsys.readouterr().out and [row["prompt"] for row in rows] == ["b", "c", "d"]
+    assert [row["models"][0] == place for row in rows] == [True, False, True]
+    policy, remarks = chat.load_tokenizer(replace(ChatArgs().model, path=place)), Counter[str]()
+    for row, label in zip(rows, (1, 1, 0.5), strict=True):
+        assert preference_row(row)["label"] == label
+        for side, finished in zip(("chosen", "rejected"), row["finished"], strict=True):
+            ids = row[f"{side}_ids"]
+            assert policy.encode_response(row[side], row["prompt"], finished=finished, ids=ids, remarks=remarks) == ids
+    assert not remarks[OTHER_IDS]
+
+
+def moved(loaded, path):
+    """A policy with other weights if its path says so."""
+    return replace(loaded, params=model_params(loaded.model, 7)) if path.endswith("other") else loaded
+
+
+@pytest.mark.parametrize(("given", "line"), [
+    ([], "no policy is named"),
+    (["a", "b", "c"], "more than two"),
+    (["a", "--system", "x", "--plain", "true"], "leave one out"),
+    (["a", "--output", "v.txt"], "name a .jsonl file"),
+    (["none"], "no such directory"),
+])  # fmt: skip
+def test_what_cannot_be_talked_to_is_one_line(given, line):
+    with pytest.raises(UserError, match=line):
+        cli.dispatch(["chat", *given])
