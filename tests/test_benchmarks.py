@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import methods, speed
+from benchmarks import distill, labels, methods, speed
 from benchmarks import overoptimization as study
 from benchmarks.peers import common
+from rlhf_jax.config import QuickstartArgs
 
 
 def curve(method, size, a, b):
@@ -103,3 +105,26 @@ def test_systems_take_turns_and_one_that_fails_is_told_of(tmp_path):
     assert lines[2]["error"] == ["RuntimeError: out of luck"]
     compared = {"against": "slow", "ratio": 0.25, "cpu_ratio": 1.0, "per_token_ratio": 0.5}
     assert lines[3:] == [{"task": "t", "model": "m", "lengths": "l", **compared}]
+
+
+def test_labels_are_compared_with_random_ones_of_the_same_seed_and_of_twice_as_many():
+    golds = {("random", 128): [0.3, 0.5], ("random", 256): [0.4, 0.6], ("disagreement", 128): [0.45, 0.55]}
+    lines = [
+        {"run": run, "labels": n, "seed": seed, "gold_last": gold, "accuracy": 0.7}
+        for (run, n), of_seeds in golds.items()
+        for seed, gold in enumerate(of_seeds)
+    ]
+    row = next(line for line in labels.table(lines).splitlines() if "disagreement" in line and "128" in line)
+    assert "0.500 +- 0.050" in row and "0.100 +- 0.050" in row and "0.000 +- 0.050" in row
+
+
+def test_tokens_to_nine_tenths_of_the_teacher_are_those_after_which_five_iterations_are_that_good(tmp_path):
+    golds = [0.0, 0.5, 0.8, 1.0, 0.9, 0.9, 0.9, 0.9]  # the first five to be .9 in the mean end at the seventh
+    lines = [{"rollout/gold": gold, "rollout/response_length": 4.0} for gold in golds]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"eval/gold": 1}, *lines]))
+    seed = distill.Seed.__new__(distill.Seed)
+    seed.config, seed.path, seed.teacher_gold = QuickstartArgs(), tmp_path, 1.0
+    found = seed.measured(tmp_path)
+    assert found["tokens_to_90"] == 7 * 4 * 128 and found["tokens"] == 8 * 4 * 128
+    seed.teacher_gold = 2.0
+    assert seed.measured(tmp_path)["tokens_to_90"] is None
