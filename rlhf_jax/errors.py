@@ -10,6 +10,22 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u
 """Control characters, line and paragraph separators, marks that turn the direction of writing, lone surrogates."""
 
 
+_NAMES: dict[str, str] = {}
+
+
+def call_it(place: str, name: str) -> None:
+    """Have every text call a place of this machine, and what is below it, by the name of what it is a copy of."""
+    _NAMES[place] = name
+
+
+def named(text: object) -> str:
+    """A text in which places of this machine have the names that `call_it` gave them."""
+    said = str(text)
+    for place, name in _NAMES.items():
+        said = said.replace(place, name)
+    return said
+
+
 def printable(text: object, *, lines: bool = False) -> str:
     """A text for a terminal: what would move the cursor, change colours or not encode is written as an escape.
 
@@ -21,7 +37,7 @@ def printable(text: object, *, lines: bool = False) -> str:
 
 def tell(text: object = "", *, error: bool = False, end: str = "\n") -> None:
     """Print a text, line breaks and tabs as they are, all else as `printable` has it; `error`: on standard error."""
-    print(printable(text, lines=True), file=sys.stderr if error else sys.stdout, flush=True, end=end)
+    print(printable(named(text), lines=True), file=sys.stderr if error else sys.stdout, flush=True, end=end)
 
 
 def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
@@ -56,7 +72,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, line: object):
-        super().__init__(shortened(printable(line), LONGEST_LINE))
+        super().__init__(shortened(printable(named(line)), LONGEST_LINE))
 
 
 class Stopped(Exception):
@@ -67,5 +83,5 @@ class Stopped(Exception):
     """
 
     def __init__(self, line: object, code: int = 0):
-        super().__init__(line)
+        super().__init__(named(line))
         self.code = code

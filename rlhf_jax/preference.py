@@ -20,6 +20,7 @@ from rlhf_jax.losses import next_token_loss
 from rlhf_jax.models import Model
 from rlhf_jax.models.experts import Routing, balanced
 from rlhf_jax.runs.directory import Summary
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.responses import of_batch, of_view, view_of
 from rlhf_jax.training.sums import is_ours
@@ -150,6 +151,7 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
     )
 
 
+@in_buckets
 def run(
     config: DPOArgs | KTOArgs | RRHFArgs,
     *,

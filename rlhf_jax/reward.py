@@ -32,6 +32,7 @@ from rlhf_jax.losses.reward import order_right, ordered_pairs, pairs_right
 from rlhf_jax.models import Model
 from rlhf_jax.models.experts import balanced
 from rlhf_jax.runs.directory import Summary
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.training.responses import (
     by_example,
@@ -256,6 +257,7 @@ def as_saved(
     return normalised(params, score_all(model, whole, mesh, some), config.reward.normalize)
 
 
+@in_buckets
 def run(
     config: RewardArgs, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: ArrayLoss | None = None
 ) -> Summary:

@@ -24,6 +24,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.experts import balanced
 from rlhf_jax.models.kernels import count
 from rlhf_jax.runs.directory import Summary
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.training.supervised import Task, begin, finish, fit, setup
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
@@ -67,6 +68,7 @@ def task_of(config: SFTArgs, loss: TokenLoss | None = None) -> Task:
     )
 
 
+@in_buckets
 def run(
     config: SFTArgs, *, rows: Rows | None = None, eval_rows: Rows | None = None, loss: TokenLoss | None = None
 ) -> Summary:

@@ -124,9 +124,9 @@ def run_directory(command: str, rest: list[str]) -> None:
         return
     if not rest or rest[0].startswith("--"):
         raise UserError("resume needs a run directory; write rlhf-jax resume RUN_DIR")
-    directory = Path(path_text(rest[0]))
-    with config.no_code_below(directory):
-        stage, options = config.resolve("rlhf_jax.runs.listing:resume")(str(directory), rest[1:])
+    directory = path_text(rest[0])
+    with config.no_code_below(Path(directory)):
+        stage, options = config.resolve("rlhf_jax.runs.listing:resume")(directory, rest[1:])
         if stage not in COMMANDS or "run" not in COMMANDS[stage].options:
             raise UserError(f"{directory} says that it holds a run of {shown(stage)}, which is no stage of ours")
         execute(stage, parse(stage, options))

@@ -21,10 +21,12 @@ from rlhf_jax.feedback.sources import prompts_of
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.training.loop import claim_directory
 from rlhf_jax.types import RewardFn
 
 
+@in_buckets
 def run(
     config: RejectionArgs,
     *,

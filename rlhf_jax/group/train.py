@@ -16,6 +16,7 @@ from rlhf_jax.online.iteration import LoopState, first_state
 from rlhf_jax.online.method import Method, Sources, read_inputs
 from rlhf_jax.online.networks import Networks, load_policy_and_reward, load_teacher
 from rlhf_jax.online.programs import Programs, compile_programs
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.sharding import Mesh, copied, make_mesh
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import GroupAdvantage, Params, PolicyLoss
@@ -116,6 +117,7 @@ def setup(
         return method, first_state(method, state)
 
 
+@in_buckets
 def run(config: GroupArgs, **overrides: Any) -> dict[str, Any]:
     """Train as configured and write the run directory; returns its summary. The config's class names the method.
 

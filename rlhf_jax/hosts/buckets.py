@@ -127,6 +127,23 @@ def write(url: str, data: bytes) -> None:
     _result(url, lambda: store(bucket).write(name, data).result())
 
 
+def swap(url: str, data: bytes, of: bytes | None) -> bytes | None:
+    """Put an object in the place of the generation `of`, None for none: its generation, or None if another is there.
+
+    A swap whose reply is lost may look like one that was refused.
+
+    Raises:
+        OSError: it may be written or not; says why.
+    """
+    bucket, name = split(url)
+    if of is None:
+        missing = _result(url, lambda: store(bucket).read(name).result())
+        if missing.state != "missing":
+            return None
+        of = missing.stamp.generation
+    return _result(url, lambda: store(bucket).write(name, data, if_equal=of).result()).generation or None
+
+
 def delete(url: str) -> None:
     """Delete an object, if it is there.
 

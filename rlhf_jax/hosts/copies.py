@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, call_it, reason
 from rlhf_jax.hosts import buckets
 
 WANTED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -61,6 +61,7 @@ _holes: dict[Path, Holes] = {}
 def _home() -> Path:
     folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="rlhf-jax-")))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    call_it(f"{folder}/", buckets.SCHEME)
     return folder
 
 

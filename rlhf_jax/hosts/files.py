@@ -273,9 +273,12 @@ def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> Bin
 
 
 def check_place(path: Place, what: str) -> None:
-    """Raise a UserError, about `what`, of a path in a bucket, where nothing is written."""
+    """Raise a UserError, about `what`, of a path in a bucket, where only runs, files of rows and models go."""
     if Path(path).parts[:1] == ("gs:",):
-        raise UserError(f"{what}: buckets are read, not written; give a path of this machine, and copy what is there")
+        raise UserError(
+            f"{what}: of what is written only run.output_dir and files and models named by `output` may be in a "
+            "bucket; give a path of this machine"
+        )
 
 
 def check_writable(directory: Path, what: str) -> None:

@@ -6,10 +6,13 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_jax.errors import UserError, reason
-from rlhf_jax.hosts.files import check_place, check_writable, is_stream, replace_file, write_all, write_new
+from rlhf_jax.hosts import buckets
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.files import check_writable, is_stream, replace_files, write_all, write_new
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
@@ -19,7 +22,8 @@ def check_output(path: str, *, overwrite: bool) -> None:
     """
     if not path:
         return
-    check_place(path, f"output {path}")
+    if in_bucket(path):
+        return _check_object(path, overwrite=overwrite)
     if Path(path).is_dir() or path.endswith("/"):
         raise UserError(f"output {path} is a directory; name a .jsonl file")
     if Path(path).exists() and not os.access(path, os.W_OK):
@@ -41,6 +45,44 @@ def check_output(path: str, *, overwrite: bool) -> None:
         raise UserError(f"output {path}: {reason(error)}; choose another place, or mend that") from error
 
 
+def _check_object(url: str, *, overwrite: bool) -> None:
+    """`check_output` of an object: another one beside it is written and deleted."""
+    if url.endswith("/"):
+        raise UserError(f"output {url} is a directory; name a .jsonl file")
+    try:
+        if not overwrite and buckets.read(url) is not None:
+            raise UserError(f"output {url} exists; choose another name or pass --overwrite true")
+        buckets.write(f"{url}.new", b"\n")
+        buckets.delete(f"{url}.new")
+    except OSError as error:
+        raise UserError(f"output {url}: {reason(error)}") from error
+
+
+def read_output(path: str) -> bytes:
+    """What is in a file or an object.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not in_bucket(path):
+        return Path(path).read_bytes()
+    if (found := buckets.read(path)) is None:
+        raise FileNotFoundError(path)
+    return found.data
+
+
+def put_files(files: Sequence[tuple[str | Path, str | bytes]]) -> None:
+    """`replace_files`, of which objects take their places one after another.
+
+    Raises:
+        OSError: they are not written.
+    """
+    for path, data in files:
+        if in_bucket(path):
+            buckets.write(str(path), data.encode() if isinstance(data, str) else data)
+    replace_files([(path, data) for path, data in files if not in_bucket(path)])
+
+
 def write_output(path: str, data: bytes) -> None:
     """What a command has made, to the file that was asked for, or if none was to standard output.
 
@@ -48,7 +90,7 @@ def write_output(path: str, data: bytes) -> None:
         UserError: it cannot be written, and what was there is as it was; says where the data are instead.
     """
     try:
-        replace_file(path, data) if path else _print(data)
+        put_files([(path, data)]) if path else _print(data)
     except OSError as error:
         raise UserError(
             f"{f'output {path}' if path else 'standard output'}: {reason(error)}; {rescued(data)}"

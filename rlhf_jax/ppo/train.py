@@ -23,6 +23,7 @@ from rlhf_jax.online.networks import Networks, load_policy_and_reward, load_teac
 from rlhf_jax.online.programs import Programs, compile_programs
 from rlhf_jax.ppo import core
 from rlhf_jax.ppo.networks import make_networks
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.sharding import Mesh, check_rows, make_mesh
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Advantage, Params, PolicyLoss, ValueLoss
@@ -115,6 +116,7 @@ def setup(
         return method, first_state(method, state)
 
 
+@in_buckets
 def run(config: PPOArgs, **overrides: Any) -> dict[str, Any]:
     """Train as configured and write the run directory; returns its summary.
 

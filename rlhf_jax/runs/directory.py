@@ -30,7 +30,7 @@ from rlhf_jax.runs.push import check_repository
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 REPORT = "report.html"
-CHECKPOINTS, PROFILE = "checkpoints", "profile"
+CONFIG, CHECKPOINTS, PROFILE = "config.yaml", "checkpoints", "profile"
 OURS = (
     RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", PROFILE,
     REPORT, LOCK,

@@ -13,10 +13,12 @@ from typing import BinaryIO
 
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts import clock, processes
-from rlhf_jax.hosts.files import Lines, hold, is_stream, once_more, replace_files
+from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.files import Lines, hold, is_stream, once_more
 from rlhf_jax.hosts.json_text import JsonObject, json_lines, to_json
-from rlhf_jax.hosts.outputs import check_output, write_output
+from rlhf_jax.hosts.outputs import check_output, put_files, read_output, write_output
 from rlhf_jax.runs.directory import as_json
+from rlhf_jax.runs.twin import Twin
 
 START = b'{"made of"'
 """How OUTPUT.part begins."""
@@ -47,6 +49,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 OUTPUT.part, or it is made of something else.
         """
         self.output = str(output)
+        self._twin: Twin | None = None
         self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
         self._file: BinaryIO | None = None
         header = {"made of": made_of, "time": clock.begin(), **({"overwrite": True} if overwrite else {})}
@@ -60,6 +63,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             raise
 
     def _open(self, overwrite: bool) -> list[JsonObject]:
+        if in_bucket(self.output):
+            self._twin = Twin(f"{self.output}.part")
+            self.path = self._twin.place / "rows.jsonl"
         check_output(self.output, overwrite=overwrite or self._is_written())
         if self.path is None:
             return []
@@ -99,7 +105,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return False
         try:
             *_, last = self.path.read_bytes().splitlines()
-            digest = hashlib.sha256(Path(self.output).read_bytes()).hexdigest()
+            digest = hashlib.sha256(read_output(self.output)).hexdigest()
             return bool(json.loads(last).get(WRITTEN) == digest)
         except (OSError, ValueError, AttributeError):
             return False
@@ -143,13 +149,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _finish(self, data: bytes, summary: Mapping[str, object] | None, to: Path | None) -> None:
         if self.path is None:
             return write_output(self.output, data)
-        files: list[tuple[Path, str | bytes]] = [(Path(self.output), data)]
+        files: list[tuple[str | Path, str | bytes]] = [(self.output, data)]
         if summary is not None:
-            to = to or Path(self.output).with_suffix(".summary.json")
-            files.append((to, to_json(summary, indent=1) + "\n"))
+            beside = f"{os.path.splitext(self.output)[0]}.summary.json"
+            files.append((to or beside, to_json(summary, indent=1) + "\n"))
         with once_more(f"output {self.output}", f"; what was computed is in {self.path}"):
             self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
-            replace_files(files)
+            if self._twin is not None:
+                self._twin.push()
+                self._twin.check_held()
+            put_files(files)
         with contextlib.suppress(OSError):  # it is of no account now, and gone on with next time
             os.unlink(self.path)
 
@@ -157,6 +166,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """Let other processes have OUTPUT.part."""
         if self._file is not None:
             self._file.close()
+        if self._twin is not None:
+            twin, self._twin = self._twin, None
+            twin.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()

@@ -7,9 +7,11 @@ import os
 import time
 from pathlib import Path
 
-from rlhf_jax.errors import UserError, tell
+from rlhf_jax.errors import UserError, named, tell
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.runs.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
+from rlhf_jax.runs.twin import glance, runs_below
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""
@@ -21,7 +23,8 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     Raises:
         UserError: it holds no run, or one that took something from Python.
     """
-    path = Path(directory).absolute()
+    remote = in_bucket(directory)
+    path = glance(directory.rstrip("/"))[0] if remote else Path(directory).absolute()
     record = read_record(path)
     if record is None or record["status"] == VOID:
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
@@ -35,7 +38,8 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
         )
     if Path(record["cwd"]).is_dir():
         os.chdir(record["cwd"])
-    config = ["--config", str(path / "config.yaml"), "--run.output_dir", str(path), "--run.overwrite", "false"]
+    place = directory if remote else str(path)
+    config = ["--config", str(path / "config.yaml"), "--run.output_dir", place, "--run.overwrite", "false"]
     return record["stage"], [*config, *options]
 
 
@@ -54,20 +58,33 @@ def last_metrics(path: Path) -> dict[str, float]:
     return newest
 
 
-def describe(path: Path) -> list[str]:
-    """One row of the list. Status is running, finished, stopped (by a signal, saved), failed, or crashed (killed)."""
+def describe(path: Path, *, held: bool | None = None) -> list[str]:
+    """One row of the list. Status is running, finished, stopped (by a signal, saved), failed, or crashed (killed).
+
+    `held` says of a copy whether a process writes what it is a copy of.
+    """
     record = read_record(path)
     if record is None:
         return [str(path), "?", "unreadable", "", "", ""]
     ended = "crashed" if record["status"] in ("running", VOID) else record["status"]
-    status = "running" if is_held(path) else ended
+    status = "running" if (is_held(path) if held is None else held) else ended
     metrics = last_metrics(path)
     values = [f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-    newest = max((f.stat().st_mtime for f in (path / RECORD, path / METRICS) if f.exists()), default=0.0)
+    newest = written(path) if held is None else updated(path)
     step = f"{metrics.get('step', record['step'])}/{record['total']}"
     since = max(time.time() - newest, 0)
     size, unit = next((each for each in ((86400, "d"), (3600, "h"), (60, "min")) if since >= each[0]), (1, "s"))
-    return [str(path), record["stage"], status, step, f"{since / size:.0f} {unit}", ", ".join(values)]
+    return [named(path), record["stage"], status, step, f"{since / size:.0f} {unit}", ", ".join(values)]
+
+
+def written(path: Path) -> float:
+    """When a run wrote last."""
+    return max((file.stat().st_mtime for file in (path / RECORD, path / METRICS) if file.exists()), default=0.0)
+
+
+def updated(path: Path) -> float:
+    """When a run wrote last, as run.json says, of which this is a copy."""
+    return float((read_record(path) or {}).get("updated", 0.0))
 
 
 def show(directory: str = "runs") -> None:
@@ -77,14 +94,19 @@ def show(directory: str = "runs") -> None:
         UserError: no such directory.
     """
     root = Path(directory)
-    if not root.is_dir():
+    if in_bucket(directory):
+        found = [glance(url) for url in runs_below(directory.rstrip("/"))]
+        found = sorted((each for each in found if (each[0] / RECORD).exists()), key=lambda each: updated(each[0]))
+        made = [describe(path, held=bool(holder)) for path, holder in found]
+    elif root.is_dir():
+        runs = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
+        made = [describe(path) for path in sorted(runs, key=lambda path: (path / RECORD).stat().st_mtime)]
+    else:
         raise UserError(f"{directory} is no directory; write rlhf-jax runs DIR")
-    runs = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
-    if not runs:
+    if not made:
         tell(f"no runs in {directory}")
         return
-    order = sorted(runs, key=lambda path: (path / RECORD).stat().st_mtime)
-    rows = [["run", "stage", "status", "step", "written", "last metrics"], *map(describe, order)]
+    rows = [["run", "stage", "status", "step", "written", "last metrics"], *made]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

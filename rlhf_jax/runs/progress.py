@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
-from rlhf_jax.errors import printable
+from rlhf_jax.errors import named, printable
 
 EVERY = 30.0
 """Seconds between two plain lines."""
@@ -31,7 +31,7 @@ def close_bars() -> None:
 def write(text: str) -> None:
     """A line on standard output, above the bar if there is one."""
     with contextlib.suppress(OSError):  # nobody may be there to read it, after SIGHUP
-        tqdm.write(printable(text, lines=True))
+        tqdm.write(printable(named(text), lines=True))
 
 
 class Progress:

@@ -16,6 +16,7 @@ from rlhf_jax.cli.parsing import misfit, parse
 from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.files import check_place
 from rlhf_jax.hosts.yamls import Tree, Value, load
 from rlhf_jax.runs.directory import OURS
 
@@ -73,6 +74,7 @@ def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
     root = output_dir or tree.get("output_dir", "")
     if not isinstance(root, str) or not root:
         raise UserError(f"{where}: there is no output_dir; say where to write, as --output_dir runs/first")
+    check_place(root, f"{where}: output_dir {root}")
     recipe = Recipe(where, Path(root), group_of(tree.get("defaults", {}), f"{where}: defaults"))
     names: Scope = {}
     for name, value in group_of(tree.get("variables", {}), f"{where}: variables").items():

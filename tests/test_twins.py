@@ -1,0 +1,258 @@
+"""Runs in a bucket: whole whatever is killed when, held by one process, continued bit by bit."""
+
+import contextlib
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from buckets import Bucket, served
+from test_cli import call, here, home  # noqa: F401 (fixtures)
+from test_resume import rows_of, run_fit, same_bits, settings, signal_at
+
+from rlhf_jax.cli.parsing import parse
+from rlhf_jax.data.sources import read_rows
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.hosts import buckets, processes
+from rlhf_jax.hosts.outputs import write_output
+from rlhf_jax.runs import directory, listing, twin
+from rlhf_jax.runs.journal import Journal
+
+URL, HEAD = "gs://bucket/runs/a", twin.HEAD
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket; processes beat and push only where a test has them do so, and are given up for dead at once."""
+    monkeypatch.setattr(buckets, "RETRIES", {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"})
+    monkeypatch.setattr(twin, "PASS", 3600.0)
+    monkeypatch.setattr(twin, "BEAT", 3600.0)
+    monkeypatch.setattr(twin, "LIFETIME", 0.0)
+    monkeypatch.setattr(twin.time, "sleep", lambda seconds: None)
+    buckets.store.cache_clear()
+    with served(Bucket(), monkeypatch) as service:
+        yield service
+    buckets.store.cache_clear()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The newest Twin, in a list."""
+    made = []
+
+    class Seen(twin.Twin):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(twin, "Twin", Seen)
+    return made
+
+
+def config_at(url=URL, **changes):
+    return settings(url, eval_every=4, checkpoint__every=2, **changes)
+
+
+def fit(held, config, **options):
+    """A run whose state goes to the bucket before every step, after the save under way."""
+
+    def before_step(out, i):
+        out.checkpoints.wait()
+        held[-1].push()
+
+    return twin.in_buckets(run_fit)(config, before_step=before_step, **options)
+
+
+def head_of(bucket):
+    return json.loads(bucket.objects["runs/a/.run/head.json"][0])
+
+
+def lines(bucket, name="metrics.jsonl"):
+    """The lines of a finished run, without times."""
+    rows = map(json.loads, bucket.objects[f"runs/a/{name}"][0].splitlines())
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(what a run on a disk returns, its lines)."""
+    path = tmp_path_factory.mktemp("alone")
+    return run_fit(config_at(path / "run")), rows_of(path / "run")
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk_whatever_request_is_the_last_before_a_kill(bucket, held, alone):
+    """After every so many writes nothing reaches the bucket any more; another machine goes on with what is there."""
+    fit(held, config_at())
+    count = sum(method == "POST" for method, *_ in bucket.asked)
+    names = {name.removeprefix("runs/a/") for name in bucket.objects}
+    assert names >= {"metrics.jsonl", "summary.json", "config.yaml", "run.json"} and count > 40
+    assert {name for name in names if name.startswith(".run")} == {".run/head.json"} and head_of(bucket)[
+        "holder"
+    ] == ""
+    for last in range(2, count, count // 5):
+        bucket.objects.clear()
+        left = iter(range(last))
+        bucket.faults = [
+            lambda method, name, left=left: next(left, None) is None and 403 if method == "POST" else None
+        ]
+        with contextlib.suppress(UserError):
+            fit(held, config_at())
+        bucket.faults = []
+        assert same_bits(fit(held, config_at()), alone[0]), last
+        assert lines(bucket) == alone[1] and not [n for n in bucket.objects if "-0" in n], last
+
+
+def test_another_process_is_refused_while_one_beats_and_takes_over_from_one_that_does_not(bucket, held, monkeypatch):
+    with twin.Twin(URL) as first:
+        (first.place / "metrics.jsonl").write_text("{}\n")
+        first.push()
+        monkeypatch.setattr(twin, "LIFETIME", 3600.0)
+        monkeypatch.setattr(twin.time, "sleep", lambda seconds: first._swap())
+        with pytest.raises(UserError, match=r"^gs://bucket/runs/a is being written by process \d+ on "):
+            twin.Twin(URL)
+    monkeypatch.setattr(twin, "LIFETIME", 0.0)
+    zombie = twin.Twin(URL)
+    with twin.Twin(URL) as second:
+        (second.place / "metrics.jsonl").write_text("{}\n{}\n")
+        (zombie.place / "metrics.jsonl").write_text("{}\n[]\n[]\n")
+        zombie.push()
+        assert zombie.lost.startswith("process ") and not zombie._swap()
+        with pytest.raises(UserError, match=r"was taken over by process .*; what this process did since"):
+            zombie.__exit__(None, None, None)
+    with twin.Twin(URL) as third:
+        assert (third.place / "metrics.jsonl").read_text() == "{}\n{}\n"
+    assert head_of(bucket)["epoch"] == 4
+
+
+def test_a_swap_whose_reply_is_lost_is_known_again(bucket):
+    with twin.Twin(URL) as one:
+        lost = iter(["lost", None])
+        bucket.faults = [lambda method, name: next(lost, None) if method == "POST" and name.endswith(HEAD) else None]
+        (one.place / "a.jsonl").write_text("1\n")
+        one.push()
+        assert not one.lost and one._swap()
+    assert head_of(bucket)["files"].keys() == {"a.jsonl"} and head_of(bucket)["holder"] == ""
+
+
+@pytest.mark.parametrize(
+    "head", ["{", "[]", '{"epoch": 1}', '{"epoch": 1, "holder": "", "beat": 0, "files": {"a": [1]}}']
+)
+def test_a_head_that_somebody_broke_is_one_line(bucket, head):
+    bucket.put("runs/a/.run/head.json", head.encode())
+    with pytest.raises(UserError, match=r"gs://bucket/runs/a/.run/head.json is broken"):
+        twin.Twin(URL)
+
+
+def test_lines_are_sent_once_and_whole(bucket):
+    with twin.Twin(URL) as one:
+        file = one.place / "metrics.jsonl"
+        for text in ("1\n", "1\n2\n", "1\n2\n3\nhal", "1\n2\n3\nhalf\n"):
+            file.write_text(text)
+            one.push()
+        sizes = [size for _, size in head_of(bucket)["files"]["metrics.jsonl"]]
+        assert sizes == [2, 2, 2, 5]
+        file.touch()
+        one.push()
+        assert [size for _, size in head_of(bucket)["files"]["metrics.jsonl"]] == sizes
+        file.write_text("1\n9\n2\n3\n")  # cut and written anew
+        one.push()
+        assert [size for _, size in head_of(bucket)["files"]["metrics.jsonl"]] == [8]
+        assert len([name for name in bucket.objects if name.endswith("metrics.jsonl")]) == 1
+
+
+@pytest.mark.parametrize("what", ["flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket, held, alone, capsys, what):
+    def before_step(out, i):
+        out.checkpoints.wait()
+        held[-1].push()
+        if i == 7:
+            bucket.faults = [lambda method, name: 403]
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(UserError):
+        twin.in_buckets(run_fit)(config_at(), before_step=before_step)
+    bucket.faults = []
+    files = head_of(bucket)["files"]
+    path = max(path for path in files if path.startswith("checkpoints/00000006/state/"))
+    name = f"runs/a/{files[path][0][0]}"
+    data, _ = bucket.objects.pop(name)
+    if what == "flipped":
+        bucket.put(name, bytes([data[0] ^ 1]) + data[1:])
+    capsys.readouterr()
+    assert same_bits(fit(held, config_at()), alone[0]) and lines(bucket) == alone[1]
+    said = capsys.readouterr().out
+    assert "checkpoint of step 6 is damaged: " in said and "continuing after step 4 of 12" in said
+
+
+def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, capsys, monkeypatch):
+    with pytest.raises(Stopped, match=r"continue with: rlhf-jax resume gs://bucket/runs/a$"):
+        twin.in_buckets(run_fit)(config_at(), before_step=signal_at(5))
+    twin.Twin("gs://bucket/runs/b").push()
+    listing.show("gs://bucket/runs")
+    head, row = capsys.readouterr().out.splitlines()[-2:]
+    assert head.startswith("run ") and re.match(r"gs://bucket/runs/a +sft +stopped +6/12 ", row)
+    stage, options = listing.resume(f"{URL}/", [])
+    assert stage == "sft" and options[options.index("--run.output_dir") + 1] == f"{URL}/"
+    assert parse(stage, options).optim.learning_rate == 0.05
+    with pytest.raises(UserError, match="gs://bucket/runs/none holds no run"):
+        listing.resume("gs://bucket/runs/none", [])
+    monkeypatch.setattr(processes, "several", lambda: True)
+    with pytest.raises(UserError, match="several processes need a directory that all hosts share"):
+        fit(held, config_at())
+    assert not list(Path(tempfile.gettempdir()).glob("gs:*"))
+
+
+def test_what_a_stage_leaves_in_a_bucket_is_what_it_leaves_on_a_disk(bucket, here, call):  # noqa: F811
+    command = ["sft", "--config", "sft.yaml", "--sft.steps", "2", "--sft.num_samples", "0", "--run.output_dir"]
+    assert call(*command, "disk")[0] == 0
+    code, out, _ = call(*command, "gs://bucket/runs/a")
+    assert code == 0 and out.splitlines()[-1].endswith("written to gs://bucket/runs/a")
+    assert "gs://bucket/runs/a is finished" in call(*command, "gs://bucket/runs/a")[1]
+    there = {name.removeprefix("runs/a/"): data for name, (data, _) in bucket.objects.items()}
+    files = {str(path.relative_to("disk")): path.read_bytes() for path in Path("disk").rglob("*") if path.is_file()}
+    assert there.keys() - {".run/head.json"} == files.keys() - {".lock"}
+    assert all(there[name] == data for name, data in files.items() if name.startswith("model/"))
+    assert "logits (language model)" in call("inspect", "gs://bucket/runs/a/model")[1]
+    assert "is part of the run that would be replaced" in call(*command, URL, "--model.path", f"{URL}/model")[2]
+
+
+def test_a_file_of_rows_in_a_bucket_is_gone_on_with_after_a_kill_and_written_whole(bucket, held):
+    made_of, url, rows = {"seed": 0}, "gs://bucket/out/rows.jsonl", [{"i": i} for i in range(4)]
+    held_by = lambda **options: Journal(url, made_of, overwrite=False, **options)  # noqa: E731
+    with contextlib.suppress(UserError), held_by() as journal:
+        journal.add(rows[:2])
+        journal._twin.push()
+        journal.add(rows[2:])
+        bucket.faults = [lambda method, name: 403]  # killed
+    bucket.faults = []
+    with pytest.raises(UserError, match=r"rows.jsonl is made with seed 0, not 1"):
+        Journal(url, {"seed": 1}, overwrite=False)
+    with held_by() as journal:
+        assert journal.rows == rows[:2]
+        journal.add(rows[2:])
+        zombie = journal._twin
+        with twin.Twin(f"{url}.part"):
+            pass
+        with pytest.raises(UserError, match="was taken over by"):
+            journal.finish(rows, {"n": 4})
+        assert "out/rows.jsonl" not in bucket.objects and zombie.lost
+        journal._twin = None
+    with held_by() as journal:
+        journal.add(rows[2:])
+        journal.finish(rows, {"n": 4})
+    assert read_rows(url)[3]["i"] == 3 and sorted(bucket.objects) == ["out/rows.jsonl", "out/rows.summary.json"]
+    with pytest.raises(UserError, match=r"out/rows.jsonl exists; choose another name or pass --overwrite true"):
+        held_by()
+    write_output(url, b"{}\n")
+    assert bucket.objects["out/rows.jsonl"][0] == b"{}\n"
+    assert sorted(bucket.objects) == ["out/rows.jsonl", "out/rows.summary.json"]
+
+
+def test_a_finished_run_is_left_as_it_is(bucket, held, capsys):
+    fit(held, config_at())
+    bucket.put("runs/a/model/config.json", b"{}")
+    before = {name: data for name, data in bucket.objects.items() if "head" not in name}
+    summary = twin.in_buckets(lambda config: directory.check_output_dir("sft", config))(config_at())
+    assert summary["stage"] == "sft" and "gs://bucket/runs/a is finished; --run" in capsys.readouterr().out
+    assert {name: data for name, data in bucket.objects.items() if "head" not in name} == before
