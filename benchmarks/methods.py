@@ -17,6 +17,7 @@ those that are missing. The table has means over the seeds and their standard er
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -73,6 +74,10 @@ from rlhf_jax.tasks import write_rows
 from rlhf_jax.types import Params, Rollout
 
 RATE = OptimConfig(learning_rate=3e-4, schedule="linear")
+EXPERTS = dataclasses.replace(
+    q.ARCH, qk_norm="head", ffn_width=q.ARCH.ffn_width // 2, num_experts=8, experts_per_token=2
+)
+"""As many active parameters of MLPs as the quickstart's model has."""
 STEPS = 80
 """Optimiser steps of 64 rows of the methods that have no rollouts: three passes over the comparisons or so."""
 
@@ -129,13 +134,14 @@ class Task:
         return RunConfig(str(out), True, self.config.seed, eval_every=25, progress=False)
 
 
-def make_task(seed: int, root: Path, **options: Any) -> Task:
+def make_task(seed: int, root: Path, *, experts: bool = False, **options: Any) -> Task:
     """The quickstart's first half; what an earlier call finished is taken as it is."""
     config = QuickstartArgs(output_dir=str(root / f"seed_{seed}"), seed=seed, progress=False, **options)
     path, graph = Path(config.output_dir), walks.make_graph(seed)
     demos = walks.demonstrations(graph, 1100, seed)
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    made = {"SFT": sft.run(kept(q.sft_stage(config, path)), rows=demos[:1000], eval_rows=demos[1000:])}
+    stage = replace(q.sft_stage(config, path), **({"model__arch": EXPERTS} if experts else {}))
+    made = {"SFT": sft.run(kept(stage), rows=demos[:1000], eval_rows=demos[1000:])}
     base = str(path / "sft" / "model")
     prompts, first = q.sample_walks(base, 20, seed + 3)
     _, second = q.sample_walks(base, 20, seed + 4)
@@ -332,6 +338,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=["SFT", *METHODS], default=["SFT", *METHODS])
     parser.add_argument("--comparisons", type=int, default=3000, help="pairs that the rater sees")
     parser.add_argument("--iterations", type=int, default=40, help="of the methods with rollouts")
+    parser.add_argument("--experts", action="store_true", help="all models of the shape EXPERTS, a Qwen3-MoE")
     args = parser.parse_args()
     root = Path(args.output_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -342,7 +349,7 @@ def main() -> None:
         missing = [m for m in args.methods if not any((line["method"], line["seed"]) == (m, seed) for line in lines)]
         if not missing:
             continue
-        task = make_task(seed, root, comparisons=args.comparisons, iterations=args.iterations)
+        task = make_task(seed, root, experts=args.experts, comparisons=args.comparisons, iterations=args.iterations)
         measure = measure or Meter(task.base)
         for name in missing:
             lines.append(run_one(task, name, measure))

@@ -17,7 +17,7 @@ from tiny import V, model_params, text_batch, toy_directory
 
 from rlhf_jax import losses, sft
 from rlhf_jax.commands.plan.flops import count_flops
-from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig, RunConfig, SFTArgs
+from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, SFTArgs
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference.sampling import SamplingLaw, sample
@@ -28,8 +28,11 @@ from rlhf_jax.models.kernels import attached, dense, merged, quantized
 from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
 from rlhf_jax.models.pure import pure
 from rlhf_jax.online.core import packed, response_logprobs
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.sharding import make_mesh, put_batch, tree_shardings
 from rlhf_jax.training import supervised
+from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
+from rlhf_jax.training.step import make_train_step, make_update
 
 ARCH = ArchConfig(
     vocab_size=V, width=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=8, max_positions=40,
@@ -212,17 +215,19 @@ def test_kernels_in_mxfp4_are_read_as_the_dense_ones_of_transformers(tmp_path):
 # --- meshes
 
 
-def step_of(model: Model, params, batch):
-    """((loss, metrics), gradients) of SFT, and greedy tokens."""
-    loss_fn = sft.objective(model, losses.next_token_loss)
-    found = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, jax.random.key(0))
+# A large epsilon keeps Adam's update smooth in the gradient: near 0 it is the sign, which rounding would decide.
+OPTIM = OptimConfig(learning_rate=0.01, schedule="constant", eps=1e-2)
+TX = make_optimizer(OPTIM, make_schedule(OPTIM, 2))
+KEY = jax.random.key(0)
+
+
+def greedy(model: Model, params, batch):
+    """Two greedy tokens of every row, and their experts."""
     law = replace(LAW, temperature=jnp.float32(0))
     prompts = batch["tokens"][:, :3], batch["segment_ids"][:, :3] > 0
-    drawn = sample(
-        model, params, *prompts, jax.random.key(0), law, max_new_tokens=2, stop_ids=(), chunk=2, filtered=False,
-        routing=True,
-    )  # fmt: skip
-    return found, drawn
+    options = {"max_new_tokens": 2, "stop_ids": (), "chunk": 2, "filtered": False, "routing": True}
+    rollout = sample(model, params, *prompts, KEY, law, **options)
+    return rollout.tokens, rollout.experts
 
 
 @pytest.mark.parametrize(
@@ -230,25 +235,35 @@ def step_of(model: Model, params, batch):
     [(GLM, {"data": 1, "expert": 4}), (OSS, {"fsdp": 2, "data": 1, "expert": 2, "tensor": 2})],
     ids=["4", "8"],
 )
-def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(arch, sizes):
-    model = Model(arch, balance_coef=0.1)
+def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(tmp_path, arch, sizes):
+    """Metrics, parameters after a step, tokens; a step from what a checkpoint brought back is the same to the bit."""
+    model, batch = Model(arch, balance_coef=0.1), text_batch(8, 9, 3)
+    loss_fn = sft.objective(model, losses.next_token_loss)
     params = jax.tree.map(lambda x: x + 0.1 * jnp.arange(x.size).reshape(x.shape) / x.size, model_params(model, 0))
-    (expected, grads), drawn = jax.jit(functools.partial(step_of, model))(params, text_batch(8, 9, 3))
+    update = make_update(loss_fn, TX)
+    expected, metrics = jax.jit(update)(TrainState.create(params, TX), batch, KEY)
+    drawn = jax.jit(functools.partial(greedy, model))(params, batch)
     mesh = make_mesh(MeshConfig(**sizes), devices=jax.devices()[: math.prod(sizes.values())])
     model = replace(model, rules=mesh.rules)
-    places = tree_shardings(mesh, params)
-    assert places["layers"]["experts"]["up"].spec[1] == "expert"
+    assert tree_shardings(mesh, params)["layers"]["experts"]["up"].spec[1] == "expert"
     with jax.set_mesh(mesh.grid):
-        (found, found_grads), tokens = jax.jit(functools.partial(step_of, model))(
-            jax.device_put(params, places), put_batch(mesh, text_batch(8, 9, 3))
-        )
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    for name, value in expected[1].items():
-        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    jax.tree.map(close, found_grads, grads)
-    np.testing.assert_array_equal(tokens.tokens, drawn.tokens)
-    np.testing.assert_array_equal(tokens.experts, drawn.experts)
+        batch = put_batch(mesh, batch)
+        state = create_state(params, TX, mesh)
+        tokens = jax.jit(functools.partial(greedy, model))(state.params, batch)
+        step = make_train_step(sft.objective(model, losses.next_token_loss), TX, mesh=mesh, state=state)
+        state, found = step(state, batch, KEY)
+        kept = Checkpoints(tmp_path, keep_last=1, keep_every=0)
+        kept.save(1, {"state": state}, {"step": 1, "best": None})
+        kept.wait()
+        after = jax.tree.map(np.array, state.params)
+        state, _ = step(state, batch, KEY)
+        on = jax.tree.map(np.array, state)
+        again, _ = step(kept.restore(1, {"state": state})["state"], batch, KEY)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6), after, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, tokens, drawn)
+    jax.tree.map(np.testing.assert_array_equal, on, again)
 
 
 def test_the_default_batch_of_few_rows_divides_over_the_axis_of_experts_too(tmp_path):
