@@ -48,7 +48,7 @@ def dispatch(arguments: list[str]) -> None:
             command = f"{command} {rest[0]}"
         raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, *OF_A_RUN, *OF_COMMANDS], '')}")
     if (first := COMMANDS[command].first) and rest and not rest[0].startswith("-"):
-        several = typing.get_origin(COMMANDS[command].options[first]) is list
+        several = typing.get_origin(COMMANDS[command].options.get(first)) is list  # certify FILE is --config
         count = next((i for i, one in enumerate(rest) if one.startswith("-")), len(rest)) if several else 1
         rest = [f"--{first}={json.dumps(rest[:count]) if several else rest[0]}", *rest[count:]]
     hints = COMMANDS[command].options.items()
