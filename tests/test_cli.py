@@ -571,9 +571,9 @@ def test_a_directory_that_fails_to_be_made_is_one_line_too(tmp_path, monkeypatch
 
 
 def test_tensorboard_without_tensorboardx_is_refused_at_once(here, refused, monkeypatch):
-    monkeypatch.setattr("rlhf_jax.runs.directory.find_spec", lambda name: None)
-    line = refused("sft", "--config", "sft.yaml", "--run.tensorboard", "true")
-    assert line == "run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX"
+    monkeypatch.setattr("rlhf_jax.runs.loggers.find_spec", lambda name: None)
+    line = refused("sft", "--config", "sft.yaml", "--run.loggers", "tensorboard")
+    assert line == 'run.loggers has tensorboard, but tensorboardX is missing; pip install "rlhf-jax[tensorboard]"'
 
 
 @pytest.mark.parametrize("command", ["sft", "ppo"])
@@ -677,7 +677,16 @@ def known(tree: dict, dotted: str) -> bool:
 @pytest.mark.slow
 def test_an_sft_run_of_ten_rows_with_tensorboard_and_a_trace_and_without_a_bar(here, call):
     (here / "few.jsonl").write_text("\n".join((here / "sft.jsonl").read_text().splitlines()[:10]))
-    given = ["--config", "sft.yaml", "--run.tensorboard", "true", "--run.progress", "false", "--sft.num_samples", "0"]
+    given = [
+        "--config",
+        "sft.yaml",
+        "--run.loggers",
+        "tensorboard",
+        "--run.progress",
+        "false",
+        "--sft.num_samples",
+        "0",
+    ]
     given += ["--data.path", "few.jsonl", "--data.batch_size", str(config.DataConfig().batch_size)]
     given += ["--run.profile", "[2, 9]"]
     code, out, err = call("sft", *given)

@@ -29,7 +29,7 @@ ALIASES: dict[str, str] = {
     "load_in_4bit": "quantize", "load_in_8bit": "quantize", "bf16": "compute_dtype", "torch_dtype": "compute_dtype",
     "gradient_checkpointing": "remat", "logging_steps": "log_every", "eval_steps": "eval_every",
     "save_steps": "checkpoint.every", "save_total_limit": "keep_last", "load_best_model_at_end": "keep_best",
-    "report_to": "tensorboard", "overwrite_output_dir": "overwrite", "disable_tqdm": "progress",
+    "report_to": "loggers", "tensorboard": "loggers", "overwrite_output_dir": "overwrite", "disable_tqdm": "progress",
     "train": "sft pretrain", "finetune": "sft", "generate": "sample", "chat": "sample", "rm": "reward",
     "reward_model_training": "reward", "rank": "label", "eval": "evaluate", "serve": "label",
 }  # fmt: skip

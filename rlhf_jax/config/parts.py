@@ -235,6 +235,10 @@ class DataConfig:
             )
 
 
+LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+"""What `run.loggers` may name -> the module that it needs."""
+
+
 @settings
 class RunConfig:
     """The run directory and what is written to it.
@@ -247,7 +251,9 @@ class RunConfig:
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.
         keep_best: end with the weights of the best evaluation instead of the last ones.
-        tensorboard: write TensorBoard events to output_dir/tensorboard.
+        loggers: where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio, or functions of
+            (step, metrics) as "module:function". They stay on this machine, unless WANDB_MODE or
+            MLFLOW_TRACKING_URI says otherwise.
         profile: [first, last] steps of which JAX's profiler writes a trace to output_dir/profile, for xprof and
             Perfetto; empty is none.
         push_to_hub: OWNER/NAME of a model of the Hugging Face Hub, made private if it is not there, to which model/
@@ -265,7 +271,7 @@ class RunConfig:
     log_every: int = 1
     eval_every: int = 100
     keep_best: bool = True
-    tensorboard: bool = False
+    loggers: list[str] = field(default_factory=list)
     profile: list[int] = field(default_factory=list)
     push_to_hub: str = ""
     exit_code_when_stopped: int = 0
@@ -274,6 +280,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self, "run.", {"at least 1": "log_every", "at least 0": "eval_every", SEEDS: "seed"})
+        if unknown := [name for name in self.loggers if name not in LOGGERS and not name.partition(":")[2]]:
+            raise UserError(
+                f"run.loggers has {shown(unknown[0])}; give some of {', '.join(LOGGERS)}, or module:function"
+            )
         if not 0 <= self.exit_code_when_stopped <= 255:
             raise UserError(f"run.exit_code_when_stopped {self.exit_code_when_stopped} is not from 0 to 255; give 75")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):

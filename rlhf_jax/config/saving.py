@@ -54,7 +54,7 @@ class FaultConfig:
 
 
 MAY_CHANGE = (
-    "checkpoint.", "faults.", "mesh.", "run.log_every", "run.eval_every", "run.tensorboard", "run.profile",
+    "checkpoint.", "faults.", "mesh.", "run.log_every", "run.eval_every", "run.loggers", "run.profile",
     "data.path", "model.remat", "model.logprob_chunk", "sampling.microbatch", "data.pack", "data.microbatch_tokens",
     "sft.steps", "sft.epochs", "sft.accumulate", "sft.num_samples",
     "reward.steps", "reward.epochs", "reward.accumulate", "reward.timeout", "reward.retries", "reward.on_failure",

@@ -25,7 +25,16 @@ OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
 OF_A_MODEL = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Endings of the files that make up a model directory."""
 
-OF_NO_ACCOUNT = ("run.json", "config.yaml", "checkpoints", "tensorboard", "profile", "report.html")
+OF_NO_ACCOUNT = (
+    "run.json",
+    "config.yaml",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "profile",
+    "report.html",
+)
 """What a run leaves that is no result."""
 
 SMALL, BLOCK, BLOCKS = 64 << 20, 4096, 4096

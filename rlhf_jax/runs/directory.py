@@ -13,7 +13,6 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,14 +25,15 @@ from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.hosts import yamls
 from rlhf_jax.hosts.files import check_writable, hold, read_text, replace_file, write_json
 from rlhf_jax.hosts.json_text import JsonObject, to_json
+from rlhf_jax.runs.loggers import check_loggers
 from rlhf_jax.runs.push import check_repository
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 REPORT = "report.html"
 CONFIG, CHECKPOINTS, PROFILE = "config.yaml", "checkpoints", "profile"
 OURS = (
-    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard", PROFILE,
-    REPORT, LOCK,
+    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard",
+    "wandb", "mlflow", PROFILE, REPORT, LOCK,
 )  # fmt: skip
 """What a run writes."""
 
@@ -75,8 +75,7 @@ def check_output_dir(
     if path.exists() and not path.is_dir():
         raise UserError(f"run.output_dir {path} is a file; choose a directory")
     check_writable(path, f"run.output_dir {path}")
-    if run.tensorboard and find_spec("tensorboardX") is None:
-        raise UserError("run.tensorboard is true, but tensorboardX is missing; pip install tensorboardX")
+    check_loggers(run.loggers)
     if run.push_to_hub:
         check_repository(run.push_to_hub, "run.push_to_hub")
     check_inputs(stage, config)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.runs.checkpoint import Say, reason_of
-from rlhf_jax.runs.directory import METRICS, SAMPLES
+from rlhf_jax.runs.directory import METRICS, REPORT, SAMPLES, plain
 from rlhf_jax.runs.log import Log
+from rlhf_jax.runs.loggers import Logger, Place, begin, guarded
 from rlhf_jax.runs.outcome import widened
 from rlhf_jax.runs.profile import Trace
 from rlhf_jax.runs.progress import Progress
@@ -51,17 +50,14 @@ class RunMetrics:
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
         self._trace = Trace(settings.run.output_dir, settings.run.profile)
         self._disk_full = False
-        self._events: SummaryWriter | None = None
+        self._loggers: list[Logger] = []
 
     def prepare(self, step: int | None) -> None:
         """Make the files ready, of a run that goes on after `step` if there is one; process 0 only."""
         for log in self._logs.values():
             log.begin(step)
-        if self.settings.run.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            purge = None if step is None else step + 1
-            self._events = SummaryWriter(str(Path(self.settings.run.output_dir, "tensorboard")), purge_step=purge)
+        place = Place(Path(self.settings.run.output_dir), plain(self.settings), step)
+        self._loggers = [guarded(begin(name, place), self.say) for name in self.settings.run.loggers]
 
     def start(self, step: int, total: int) -> None:
         """Start the clock and the progress bar."""
@@ -145,9 +141,8 @@ class RunMetrics:
         if not self.is_writer:
             return
         self._append(METRICS, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.log(step, metrics)
         names = {name: name.split("/")[-1].replace("tokens_per_s", "tok/s") for name in self.shown}
         self.bar.values({short: self.last[name] for name, short in names.items() if name in self.last})
 
@@ -184,8 +179,9 @@ class RunMetrics:
                 log.add([], sync=True)
 
     def close(self) -> None:
-        """End the progress bar, a trace and TensorBoard's file."""
+        """End the progress bar, a trace and the loggers, which take the report along if there is one."""
         self.bar.close()
         self._trace.close()
-        if self._events is not None:
-            self._events.close()
+        report = Path(self.settings.run.output_dir, REPORT)
+        for logger in self._loggers:
+            logger.close(report if report.exists() else None)

@@ -1,0 +1,100 @@
+"""Where metrics go beside metrics.jsonl: each package of its own with its files, functions, and what fails."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from rlhf_jax import cli, config
+from rlhf_jax.config.parts import LOGGERS
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs import loggers
+from rlhf_jax.runs.report import write_beside
+from rlhf_jax.runs.run import Run
+
+SEEN: list[tuple[int, dict[str, float]]] = []
+
+
+def remember(step, metrics):
+    SEEN.append((step, dict(metrics)))
+
+
+def fails(step, metrics):
+    raise OSError(f"no network at {step}")
+
+
+def a_run(path, *names: str):
+    """Two steps of a run with these loggers."""
+    options = ["--run.output_dir", str(path), "--run.progress", "false", "--run.loggers", json.dumps(names)]
+    with Run("sft", cli.parse("sft", options), total=2) as out:
+        out.metrics.write(1, {"loss/total": 3.0})
+        out.metrics.write(2, {"loss/total": 2.5, "eval/total": float("nan")})
+        out.finish({})
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A home of its own, and a report at the end of a run."""
+    for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setattr("rlhf_jax.runs.run.write_beside", write_beside)
+    return tmp_path
+
+
+def needs(name: str):
+    return pytest.mark.skipif(find_spec(LOGGERS[name]) is None, reason=f'needs {name}: pip install "rlhf-jax[{name}]"')
+
+
+def test_functions_get_every_line_and_one_that_fails_is_said_once_and_ends_no_run(tmp_path, capsys):
+    SEEN.clear()
+    a_run(tmp_path / "r", f"{__name__}:remember", f"{__name__}:fails")
+    assert [(step, metrics["loss/total"]) for step, metrics in SEEN] == [(1, 3.0), (2, 2.5)]
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(f"! run.loggers {__name__}:fails failed") == 1
+    assert (tmp_path / "r" / "summary.json").exists()
+
+
+@needs("wandb")
+@pytest.mark.filterwarnings("default")
+def test_wandb_writes_offline_into_the_run_directory(alone):
+    a_run(alone / "r", "wandb")
+    [file] = (alone / "r" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"loss/total" in file.read_bytes() and list((alone / "r" / "wandb").rglob("*.html"))
+
+
+@needs("mlflow")
+@pytest.mark.filterwarnings("default")
+def test_mlflow_writes_into_the_run_directory(alone):
+    from mlflow import MlflowClient
+
+    a_run(alone / "r", "mlflow")
+    client = MlflowClient(f"sqlite:///{alone}/r/mlflow/runs.db")
+    [run] = client.search_runs([client.get_experiment_by_name(loggers.PROJECT).experiment_id])
+    assert [point.value for point in client.get_metric_history(run.info.run_id, "loss/total")] == [3.0, 2.5]
+    assert run.info.status == "FINISHED" and run.info.run_name == "r"
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]
+
+
+@needs("trackio")
+@pytest.mark.filterwarnings("default")
+def test_trackio_writes_on_this_machine(alone):
+    a_run(alone / "r", "trackio")
+    assert list(alone.rglob(f"{loggers.PROJECT}.db"))
+
+
+def test_a_package_that_does_not_begin_is_one_line_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.BEGIN, "tensorboard", lambda place: 1 / 0)
+    with pytest.raises(UserError, match=r"run.loggers tensorboard does not begin \(ZeroDivisionError"):
+        a_run(tmp_path / "r", "tensorboard")
+
+
+def test_every_name_begins_and_what_is_none_is_one_line():
+    assert set(loggers.BEGIN) == set(LOGGERS)
+    with pytest.raises(UserError, match=r"run.loggers has 'wanb'; give some of tensorboard, wandb, mlflow, trackio"):
+        config.RunConfig(loggers=["wanb"])
+    with pytest.raises(UserError):
+        loggers.begin("no_such_module:f", None)
