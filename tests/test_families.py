@@ -17,6 +17,7 @@ from safetensors.numpy import load, load_file, save_file
 
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
+from rlhf_jax.models.cache import apart, together
 from rlhf_jax.models.model import of_length
 from rlhf_jax.tokens import positions_from_mask
 
@@ -26,7 +27,7 @@ FAMILIES = (
     "ministral", "seed_oss", "olmo3", "cwm", "vaultgemma", "starcoder2", "smollm3", "exaone4", "granite", "glm",
     "glm4", "cohere", "cohere2", "phi", "stablelm", "falcon", "nemotron", "arcee", "ernie4_5", "ministral3",
     "hunyuan_v1_dense", "opt", "gptj", "qwen3_moe", "mixtral", "olmoe",
-    "glm4_moe", "gpt_oss",
+    "glm4_moe", "gpt_oss", "qwen3_5_text",
 )  # fmt: skip
 WITHOUT_CLASSIFIER = {
     "cwm",
@@ -56,6 +57,7 @@ def golden(name):
 CASES = [f"{f}/{case}" for f in FAMILIES for case in dict.fromkeys(k.split("/")[0] for k in golden_file(f).files)]
 EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
 LIGHT = {f"{family}/{case}" for family in EXPERTS for case in ("hub", "deep", "tied", "all", "few", "one")}
+LIGHT |= {f"qwen3_5_text/{case}" for case in ("bias", "heads", "old", "full")}
 """Cases whose compilation is spared: of them logits alone are compared, by the code that has the others' gradients."""
 STAY_FLOAT32 = ("score.weight", "e_score_correction_bias")
 LANGUAGE_MODELS = [name for name in CASES if not name.endswith("/score")]
@@ -110,8 +112,10 @@ def best_next(model, params, tokens, mask, forced):
     """Of prompts and continuations int32[B, T]: the likeliest token at each place of these, through the cache."""
     (rows, new), positions = forced.shape, positions_from_mask(mask)
     model, params = of_length(model, tokens.shape[1] + new), model.decoding_params(params)
-    logits, shared = model.prefill(params, tokens, mask, positions)
-    cache = jax.tree.map(lambda c: jnp.zeros((rows, c.shape[1], new, c.shape[3]), c.dtype), shared)
+    logits, cache = model.prefill(params, tokens, mask, positions)
+    shared, states = apart(cache)
+    own = jax.tree.map(lambda c: jnp.zeros((rows, c.shape[1], new, c.shape[3]), c.dtype), shared)
+    cache = together(own, states)
     columns = jnp.concatenate([positions, positions[:, -1:] + 1 + jnp.arange(new)[None]], axis=1)
 
     def step(cache, inputs):
@@ -275,6 +279,7 @@ def test_the_golden_logits_notice_a_wrong_config(tmp_path, name, changes):
         ("gpt_oss/tied", {"glu_limit": 7.0}),
         ("gpt_oss/deep", {"glu_alpha": 1.702}),
         ("glm4_moe/plain", {"router_groups": 1, "router_top_groups": 1}),
+        ("qwen3_5_text/plain", {"rope_fraction": 0.25}),
     ],
 )
 def test_the_golden_logits_notice_a_part_left_out(tmp_path, name, plain):

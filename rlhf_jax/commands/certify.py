@@ -18,7 +18,8 @@ from rlhf_jax.group.train import settings_of
 from rlhf_jax.hosts.processes import is_first, say, to_host
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.models import Model
-from rlhf_jax.models.kernels import STACKS, cut, depth, stacks_of
+from rlhf_jax.models.kernels import STACKS, depth, stacks_of
+from rlhf_jax.models.stacking import cut
 from rlhf_jax.online.core import response_logprobs, summed
 from rlhf_jax.online.iteration import LoopState, key_at
 from rlhf_jax.online.method import Method
@@ -85,22 +86,21 @@ def gap(mask: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 def shallow(model: Model, params: Params, layers: int) -> tuple[Model, Params]:
     """The model of the lowest layers, with the norm and the head of the whole."""
-    near, unturned = (tuple(i for i in of if i < layers) for of in (model.arch.window_layers, model.arch.nope_layers))
-    window = model.arch.sliding_window if near else 0
-    arch = model.arch
+    arch, mixers = model.arch, model.arch.mixers
+    names = "window_layers", "nope_layers", "delta_layers"
+    kept: dict[str, Any] = {name: tuple(i for i in getattr(arch, name) if i < layers) for name in names}
+    window = arch.sliding_window if kept["window_layers"] else 0
     if layers <= arch.dense_layers:  # none of these has experts
         none: dict[str, Any] = {name: getattr(ArchConfig(), name) for name in _OF_EXPERTS}
         arch = dataclasses.replace(arch, **none, ffn_width=arch.dense_width)
-    arch = dataclasses.replace(
-        arch, num_layers=layers, window_layers=near, sliding_window=window, nope_layers=unturned
-    )
+    arch = dataclasses.replace(arch, num_layers=layers, sliding_window=window, **kept)
     model = replace(model, arch=arch)
     rest = {name: tree for name, tree in params.items() if name not in STACKS}
     lower, *upper = stacks_of(params)
     below = depth(lower)
     if not upper or layers <= below:
-        return model, {**rest, "layers": cut(lower, 0, layers)}
-    return model, {**rest, "lower": {"layers": lower}, "layers": cut(upper[0], 0, layers - below)}
+        return model, {**rest, "layers": cut(lower, mixers[:below], 0, layers)}
+    return model, {**rest, "lower": {"layers": lower}, "layers": cut(upper[0], mixers[below:], 0, layers - below)}
 
 
 def lowest(method: Method, policy: Params, prompts: Any, key: jax.Array, rollout: Rollout) -> int | None:

@@ -35,6 +35,7 @@ from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import upload_model
 from rlhf_jax.hosts.files import check_writable, written
 from rlhf_jax.models import Model, hf
+from rlhf_jax.models.cache import column_bytes, state_bytes
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import find_family, understood
 from rlhf_jax.models.hf.family import ConfigJson
@@ -77,7 +78,7 @@ def frozen_bytes(arch: ArchConfig, how: Quantization) -> int:
 def memory(arch: ArchConfig, count: int, batch: int, length: int) -> list[tuple[str, float]]:
     """What the stages hold beside activations, all devices together."""
     trained = count * (MASTER + ADAM + GRADIENT)
-    cache = COPY * 2 * arch.num_layers * batch * length * arch.num_kv_heads * arch.head_dim  # keys and values
+    cache = batch * (length * column_bytes(arch, COPY) + state_bytes(arch, COPY))
     shapes = adapter_shapes(arch, sites(find_family(arch)), LORA_RANK)
     adapters = sum(math.prod(shape) for shape in shapes.values()) * (MASTER + ADAM + GRADIENT)
     return [
@@ -119,7 +120,7 @@ def describe(arch: ArchConfig) -> str:
             continue
         if field.name == "rope_scaling":
             value = f"{value.kind} x{value.factor:g}"
-        elif field.name in ("window_layers", "nope_layers"):
+        elif field.name in ("window_layers", "nope_layers", "delta_layers"):
             value = f"{len(value)} of {arch.num_layers}"
         words.append(field.name if value is True else f"{field.name} {value}")
     return ", ".join(words)

@@ -121,6 +121,13 @@ class ArchConfig:
         logit_softcap: the same for logits.
         activation: the MLP's nonlinearity.
         gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+        attn_gate: what attention mixes is multiplied by the sigmoid of a gate beside each query (Qwen3.5).
+        delta_layers: layers with a gated DeltaNet in place of attention, counted from 0 (`models/delta.py`).
+        delta_key_heads: of them, heads of queries and keys.
+        delta_value_heads: heads of values, each with a state; a multiple of the key heads.
+        delta_key_dim: width of a head of queries and keys.
+        delta_value_dim: width of a head of values.
+        delta_kernel: tokens that their convolution sees, its own included.
         qkv_bias: biases on the query, key and value projections.
         out_bias: bias on the attention's output projection.
         mlp_bias: biases on the projections of the MLP, or of experts.
@@ -179,6 +186,13 @@ class ArchConfig:
     logit_softcap: float = 0.0
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated_mlp: bool = True
+    attn_gate: bool = False
+    delta_layers: tuple[int, ...] = ()
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_kernel: int = 0
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -200,6 +214,8 @@ class ArchConfig:
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
             "shared_width dense_layers dense_width glu_limit",
         }
+        if self.delta_layers:
+            rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
         check(self, "model.arch.", rules)
         self._check_experts()
         if self.num_heads % self.num_kv_heads:
@@ -217,7 +233,12 @@ class ArchConfig:
                 f"model.arch.sliding_window {self.sliding_window} and window_layers {list(self.window_layers)} "
                 "belong together; give both or neither"
             )
-        for name in ("window_layers", "nope_layers"):
+        if self.delta_layers and self.delta_value_heads % self.delta_key_heads:
+            raise UserError(
+                f"model.arch.delta_value_heads {self.delta_value_heads} is not a multiple of "
+                f"model.arch.delta_key_heads {self.delta_key_heads}; change one of them"
+            )
+        for name in ("window_layers", "nope_layers", "delta_layers"):
             check_list(self, name, "model.arch.")
             if any(not 0 <= layer < self.num_layers for layer in getattr(self, name)):
                 raise UserError(
@@ -271,6 +292,11 @@ class ArchConfig:
     def expert_layers(self) -> int:
         """Layers with experts."""
         return self.num_layers - self.dense_layers if self.num_experts else 0
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """What mixes the tokens of every layer: attn or delta."""
+        return tuple("delta" if i in self.delta_layers else "attn" for i in range(self.num_layers))
 
     @property
     def position_rows(self) -> int:

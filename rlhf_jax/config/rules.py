@@ -2,7 +2,8 @@
 
 Letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head width,
 S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width,
-E experts, H scalar heads of an ensemble.
+E experts, H scalar heads of an ensemble. Of a gated DeltaNet: J key heads, I value heads for each of them, O width of
+a value head, U = I O, C = U and two key widths, the channels of a key head, W tokens of the convolution.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ LEAVES = {
     "layers/attn/qkv": "LDKSN", "layers/attn/qkv_bias": "LKSN", "layers/attn/out": "LKGND",
     "layers/attn/out_bias": "LD", "layers/attn/sinks": "LKG",
     "layers/attn/q_norm/scale": "LN", "layers/attn/k_norm/scale": "LN",
+    "layers/delta/qkv": "LDJC", "layers/delta/gate": "LDJU", "layers/delta/out": "LJUD",
+    "layers/delta/beta": "LDJI", "layers/delta/decay": "LDJI", "layers/delta/log_rate": "LJI",
+    "layers/delta/rate_bias": "LJI", "layers/delta/conv": "LJCW", "layers/delta/out_norm": "LO",
     "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
     "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
     "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
@@ -47,13 +51,21 @@ OTHER_AXES = WIDE_QK_NORM | MEMBERS
 INPUTS = {
     "layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F",
     "layers/experts/up": "D", "layers/experts/down": "F", "layers/shared/up": "D", "layers/shared/down": "F",
+    "layers/delta/qkv": "D", "layers/delta/gate": "D", "layers/delta/beta": "D", "layers/delta/decay": "D",
+    "layers/delta/out": "JU",
 }  # fmt: skip
 """The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
+
+NOT_QUANTIZED = ("layers/delta/beta", "layers/delta/decay")
+"""Kernels that stay as they are: small, and a state multiplies what they get wrong."""
+
+MIXERS = ("attn", "delta")
+"""Parts of a layer of which each layer has one: "layers/attn/..." are stacked over the layers with attention alone."""
 
 Split = tuple[str, ...]
 """The mesh axes that one axis of an array is split over; none is ()."""
 
-SPLIT: dict[str, Split] = {"D": ("fsdp",), "V": ("tensor",), "K": ("tensor",), "F": ("tensor",)}
+SPLIT: dict[str, Split] = {"D": ("fsdp",), "V": ("tensor",), "K": ("tensor",), "J": ("tensor",), "F": ("tensor",)}
 """The default: D of matrices, and the others wherever they come; what is not named is whole on every device."""
 
 
@@ -108,7 +120,7 @@ def _beside_a_kernel(path: str) -> str:
 
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
-    match = re.search(r"(?:^|/)(layers/(?:attn|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    match = re.search(r"(?:^|/)(layers/(?:attn|delta|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
     if match is None or match[1] not in INPUTS:
         return ""
     kernel, scale, adapter = match.groups()

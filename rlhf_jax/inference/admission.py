@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool
 
 from rlhf_jax.inference.engine import ADMITTED, EXPERT, Engine
 from rlhf_jax.inference.slots import Begun, Contexts, Slots, State, flat, split, take
+from rlhf_jax.models.cache import apart
 from rlhf_jax.tokens import positions_from_mask
 
 
@@ -20,11 +21,11 @@ def start(engine: Engine) -> State:
     total, columns = ways * groups, engine.widths()[0 if engine.in_step else -1]
     if engine.refills:
         shapes = jax.eval_shape(engine.prefill, jnp.zeros((ways, groups * contexts), jnp.int32))
-        mask, logits, cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        mask, logits, cache, states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         number, queued = jnp.zeros((total, contexts), jnp.int32), jnp.zeros(ways, jnp.int32)
         started = jnp.full((total, contexts), engine.samples, jnp.int32)
     else:
-        mask, logits, cache = engine.prefill(engine.queue)
+        mask, logits, cache, states = engine.prefill(engine.queue)
         numbers = jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32)[None], (ways, groups))
         number, queued = flat(numbers)[:, None], engine.count
         started = flat(jnp.where(numbers < queued[:, None], 0, engine.samples))[:, None]
@@ -35,7 +36,8 @@ def start(engine: Engine) -> State:
     own = jax.tree.map(lambda x: jnp.zeros((total * width, x.shape[1], columns, x.shape[3]), x.dtype), cache)
     none = jnp.zeros((total, width), jnp.int32)
     first = jnp.zeros((total, width, logits.shape[-1]), logits.dtype)
-    slots = Slots(none, none, none, none > 0, first, engine.model.pinned(own))
+    stateless = jax.tree.map(lambda x: jnp.zeros((total * width, *x.shape[1:]), x.dtype), states)
+    slots = Slots(none, none, none, none > 0, first, *map(engine.model.pinned, (own, stateless)))
     # What `draw` makes of all slots, for every row instead.
     token, kept = jax.eval_shape(engine.draw, first.reshape(total * width, -1), jnp.zeros(total * width))
     arch = engine.model.arch
@@ -46,7 +48,7 @@ def start(engine: Engine) -> State:
         lambda x: jnp.zeros((*chunks, *x.shape[1:]), x.dtype),
         (token, jax.ShapeDtypeStruct(token.shape, bool), kept, experts),
     )
-    held = Contexts(number, started, mask.reshape(total, contexts, length), logits, cache)
+    held = Contexts(number, started, mask.reshape(total, contexts, length), logits, cache, states)
     state = State(held, slots, queued, jnp.zeros((), jnp.int32), out)
     return state if engine.refills else assign(engine, state)
 
@@ -77,7 +79,7 @@ def admit_some(engine: Engine, state: State, at_once: int) -> State:
     number = state.queued[:, None] + jnp.arange(at_once)[None]
     good = (number < engine.count[:, None]) & jax.vmap(lambda x, g, c: x[g, c])(free, group, context)
     group = jnp.where(good, group, groups)  # out of range, and so dropped
-    mask, logits, cache = engine.prefill(take(engine.queue, jnp.minimum(number, engine.queue.shape[1] - 1)))
+    mask, logits, cache, states = engine.prefill(take(engine.queue, jnp.minimum(number, engine.queue.shape[1] - 1)))
 
     def put(old: Array, new: Array) -> Array:
         """[X, C, ...] with [W, A, ...] at their places."""
@@ -90,12 +92,17 @@ def admit_some(engine: Engine, state: State, at_once: int) -> State:
         apart = old.reshape(ways, groups, old.shape[1], contexts, length, old.shape[3])
         return place(apart, split(new, ways), group, context).reshape(old.shape)
 
+    def put_state(old: Array, new: Array) -> Array:
+        """[X * C, ...] with [W * A, ...] at their places."""
+        return put(old.reshape(-1, contexts, *old.shape[1:]), split(new, ways)).reshape(old.shape)
+
     held = Contexts(
         put(held.number, number),
         put(held.started, jnp.zeros_like(number)),
         put(held.mask, mask),
         put(held.logits, logits),
         engine.model.pinned(jax.tree.map(put_cache, held.cache, cache)),
+        engine.model.pinned(jax.tree.map(put_state, held.states, states)),
     )
     return dataclasses.replace(state, contexts=held, queued=state.queued + good.sum(1, dtype=jnp.int32))
 
@@ -125,6 +132,12 @@ def assign(engine: Engine, state: State) -> State:
     prompt = take(engine.queue, split(of_context(contexts.number), ways)).reshape(context.shape)
     taken = (new[:, :, None] & engine.of_contexts(context)).sum(1, dtype=jnp.int32)
     first = jnp.take_along_axis(contexts.logits, context[:, :, None], axis=1)
+
+    def begun(old: Array, held: Array) -> Array:
+        """The states of slots [X * M, ...] with those of the contexts [X * C, ...] that new sequences have."""
+        after_prompt = take(split(held, len(context)), context).reshape(old.shape)
+        return jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), after_prompt, old)
+
     slots = Slots(
         jnp.where(new, prompt * engine.samples + number, slots.row),
         jnp.where(new, context, slots.context),
@@ -132,6 +145,7 @@ def assign(engine: Engine, state: State) -> State:
         slots.alive | new,
         jnp.where(new[:, :, None], first, slots.logits),
         slots.cache,
+        engine.model.pinned(jax.tree.map(begun, slots.states, contexts.states)),
     )
     contexts = dataclasses.replace(contexts, started=contexts.started + taken)
     state = dataclasses.replace(state, slots=slots, contexts=contexts)
@@ -169,7 +183,7 @@ def fill(engine: Engine, begun: Begun, state: State) -> State:
     real = jnp.arange(columns)[None, None] < number[:, :, None]
     mask = jnp.concatenate([take(engine.masks, prompt), real], axis=2)
     tokens, mask = (jax.vmap(jnp.roll)(flat(x), flat(columns - number)) for x in (tokens, mask))
-    logits, cache = engine.model.prefill(engine.params, tokens, mask, positions_from_mask(mask))
+    logits, read = engine.model.prefill(engine.params, tokens, mask, positions_from_mask(mask))
     slot = jnp.where(take(empty, slot), slot, engine.at_once)  # out of range, and so dropped
 
     def put(old: Array, new: Array) -> Array:
@@ -179,11 +193,13 @@ def fill(engine: Engine, begun: Begun, state: State) -> State:
         return place(by_slot, split(new, ways), slot).reshape(old.shape)
 
     # The last token lies in the column before that of the next step.
+    cache, states = apart(read)
     own = jax.tree.map(lambda new: jnp.roll(new[:, :, length:], state.step, axis=2), cache)
     slots = dataclasses.replace(
         state.slots,
         place=put(state.slots.place, flat(number)),
         logits=put(state.slots.logits, logits),
         cache=engine.model.pinned(jax.tree.map(put, state.slots.cache, own)),
+        states=engine.model.pinned(jax.tree.map(put, state.slots.states, states)),
     )
     return dataclasses.replace(state, slots=slots)

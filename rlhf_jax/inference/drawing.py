@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Int
 
 from rlhf_jax.inference.admission import admit, assign, start
 from rlhf_jax.inference.engine import EXPERT, Engine
-from rlhf_jax.inference.slots import Slots, State, flat, split, take, widened
-from rlhf_jax.models.decoder import Cache
+from rlhf_jax.inference.slots import Slots, State, flat, split, take, widened, width_of
+from rlhf_jax.models.cache import Columns, apart, together
+from rlhf_jax.models.delta import Recurrent
 
 
 def run(engine: Engine) -> Any:
@@ -41,7 +42,7 @@ def pending(engine: Engine, state: State) -> Bool[Array, ""]:
 def decode_chunk(engine: Engine, state: State) -> State:
     """One chunk of tokens of every slot, written to the places of their rows."""
     if engine.in_step:
-        return draw_within(engine, state, jax.tree.leaves(state.slots.cache)[0].shape[2])
+        return draw_within(engine, state, width_of(state.slots.cache))
     # What the oldest sequence needs with this chunk. A loop of at most one round changes the cache where it lies;
     # the branches of a conditional would copy it.
     oldest, widths = jnp.where(state.slots.alive, state.slots.place, 0).max(), engine.widths()
@@ -56,11 +57,11 @@ def decode_chunk(engine: Engine, state: State) -> State:
 def draw_within(engine: Engine, state: State, width: int) -> State:
     """A chunk where no sequence sees more than the last `width` columns, those of this chunk included."""
     slots, ways = state.slots, engine.prompts.shape[0]
-    if width == jax.tree.leaves(slots.cache)[0].shape[2]:
-        after, cache, new = draw_chunk(engine, state, slots.cache, state.step)
+    if width == width_of(slots.cache):
+        after, cache, states, new = draw_chunk(engine, state, slots.cache, state.step)
     else:
         cache = engine.model.pinned(slots.latest(state.step + engine.chunk, width, engine.chunk))
-        after, cache, new = draw_chunk(engine, state, cache, jnp.int32(width - engine.chunk))
+        after, cache, states, new = draw_chunk(engine, state, cache, jnp.int32(width - engine.chunk))
         cache = engine.model.pinned(slots.renewed(cache, state.step, engine.chunk))
     # [chunk, R, ...] -> [W, R / W, chunk, ...], to chunk `number` of row `row`; an idle slot has none.
     row, number = engine.by_shard(slots.row), engine.by_shard(slots.place // engine.chunk)
@@ -68,19 +69,19 @@ def draw_within(engine: Engine, state: State, width: int) -> State:
     put = jax.vmap(lambda old, new, r, n: old.at[r, n].set(new, mode="drop"))
     out = jax.tree.map(lambda old, x: put(old, split(jnp.moveaxis(x, 0, 1), ways), target, number), state.out, new)
     logits, place, alive = (x.reshape(*slots.row.shape, *x.shape[1:]) for x in after)
-    slots = Slots(slots.row, slots.context, place, alive, logits, cache)
+    slots = Slots(slots.row, slots.context, place, alive, logits, cache, states)
     return dataclasses.replace(state, slots=slots, step=state.step + engine.chunk, out=out)
 
 
 def draw_chunk(
-    engine: Engine, state: State, cache: list[Cache], first: Int[Array, ""]
-) -> tuple[Any, list[Cache], Any]:
+    engine: Engine, state: State, cache: list[Columns | None], first: Int[Array, ""]
+) -> tuple[Any, list[Columns | None], list[Recurrent | None], Any]:
     """One chunk of tokens of every slot, with a cache [R, K, columns, N] whose column for the first is `first`.
 
-    Returns logits, places and who is alive after it, [R, ...] each, the cache, and the tokens, [chunk, R, ...].
+    Returns logits, places and who is alive after it, [R, ...] each, cache, states, and the tokens, [chunk, R, ...].
     """
     slots, held, length = state.slots, state.contexts, engine.shape[-1]
-    columns = jax.tree.leaves(cache)[0].shape[2]
+    columns = width_of(cache)
     # The prompts' columns [R, C * P], R = X * M: those of a slot's context, and how far before the first token.
     own = flat((engine.of_contexts(slots.context)[..., None] & held.mask[:, None]).reshape(*slots.row.shape, -1))
     before = jnp.tile(length - jnp.arange(length), engine.shape[3])[None]
@@ -112,9 +113,9 @@ def draw_chunk(
     limit = engine.max_new_tokens if engine.begun is None else take(engine.begun.limit, row).reshape(-1)
     cut = lambda x: x.reshape(*x.shape[:2], -1, engine.chunk)  # noqa: E731
     uniforms = flat(jax.vmap(lambda u, r, n: u[r, n])(cut(engine.uniforms), row, number)).T
-    start = (flat(slots.logits), cache, flat(slots.place), flat(slots.alive))
-    (logits, cache, place, alive), new = jax.lax.scan(one_token, start, (uniforms, first + jnp.arange(engine.chunk)))
-    return (logits, place, alive), cache, new
+    start = (flat(slots.logits), together(cache, slots.states), flat(slots.place), flat(slots.alive))
+    (logits, after, place, alive), new = jax.lax.scan(one_token, start, (uniforms, first + jnp.arange(engine.chunk)))
+    return (logits, place, alive), *apart(after), new
 
 
 def _where(alive: Bool[Array, " R"], x: Array) -> Array:

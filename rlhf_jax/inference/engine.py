@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.inference.slots import Begun, flat, layout, split, take
-from rlhf_jax.models.decoder import Cache
+from rlhf_jax.models.cache import Columns, apart
+from rlhf_jax.models.delta import Recurrent
 from rlhf_jax.models.model import Model
 from rlhf_jax.tokens import positions_from_mask
 from rlhf_jax.types import Params
@@ -114,12 +115,12 @@ class Engine:
         """Rows of a shard whose earlier tokens are prefilled at once."""
         return min(max(ADMITTED // (self.prompts.shape[2] + self.uniforms.shape[2]), 1), self.at_once)
 
-    def prefill(self, index: Int[Array, "W A"]) -> tuple[Array, Array, list[Cache]]:
-        """Of these prompts of every shard: masks [W, A, P], logits [W, A, V], caches [W * A, K, P, N]."""
+    def prefill(self, index: Int[Array, "W A"]) -> tuple[Array, Array, list[Columns | None], list[Recurrent | None]]:
+        """Of these prompts of every shard: masks [W, A, P], logits [W, A, V], caches and states [W * A, ...]."""
         tokens, mask = take(self.prompts, index), take(self.masks, index)
         rows = flat(mask)
         logits, cache = self.model.prefill(self.params, flat(tokens), rows, positions_from_mask(rows))
-        return mask, split(logits, index.shape[0]), cache
+        return mask, split(logits, index.shape[0]), *apart(cache)
 
     def of_contexts(self, context: Int[Array, "X M"]) -> Bool[Array, "X M C"]:
         """Which context a slot has, as one of all."""

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.models.decoder import Cache
+from rlhf_jax.models.cache import Columns, column_bytes, state_bytes
+from rlhf_jax.models.delta import Recurrent
 from rlhf_jax.models.model import Model
 from rlhf_jax.sharding import constrain_rows
 from rlhf_jax.types import Params
@@ -26,13 +27,15 @@ class Contexts:
         mask: bool[X, C, P].
         logits: float32[X, C, V], after the prompt.
         cache: per layer keys and values [X, K, C * P, N].
+        states: those after the prompt, of layers that have a state instead (`cache.apart`), [X * C, ...].
     """
 
     number: Int[Array, "X C"]
     started: Int[Array, "X C"]
     mask: Bool[Array, "X C P"]
     logits: Float[Array, "X C V"]
-    cache: list[Cache]
+    cache: list[Columns | None]
+    states: list[Recurrent | None]
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +51,7 @@ class Slots:
         logits: float32[X, M, V], of the next token.
         cache: per layer keys and values [X * M, K, S, N] of the tokens so far. All slots write the same column, step
             modulo S: a sequence sees the columns of its own age.
+        states: those after the tokens so far, of layers that have a state instead, [X * M, ...].
     """
 
     row: Int[Array, "X M"]
@@ -55,9 +59,10 @@ class Slots:
     place: Int[Array, "X M"]
     alive: Bool[Array, "X M"]
     logits: Float[Array, "X M V"]
-    cache: list[Cache]
+    cache: list[Columns | None]
+    states: list[Recurrent | None]
 
-    def latest(self, step: Int[Array, ""], columns: int, chunk: int) -> list[Cache]:
+    def latest(self, step: Int[Array, ""], columns: int, chunk: int) -> list[Columns | None]:
         """The columns of the cache of the last steps before `step`, oldest first; all in whole chunks."""
 
         def read(x: Array) -> Array:
@@ -67,7 +72,7 @@ class Slots:
 
         return jax.tree.map(read, self.cache)
 
-    def renewed(self, new: list[Cache], step: Int[Array, ""], chunk: int) -> list[Cache]:
+    def renewed(self, new: list[Columns | None], step: Int[Array, ""], chunk: int) -> list[Columns | None]:
         """The cache with the last chunk of a new one as the columns of `step` and those after it."""
 
         def write(x: Array, new: Array) -> Array:
@@ -122,7 +127,7 @@ def choose_slots(
     arch, size = model.arch, model.compute_dtype.itemsize
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     columns = samples * max_new_tokens + (1 if samples == 1 else 2) * prompt_length  # of a group
-    group = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * size * columns
+    group = column_bytes(arch, size) * columns + state_bytes(arch, size) * samples
     slots = max(weights // group, -(-16 // samples)) * samples
     return slots if 2 * slots <= prompts * samples else prompts * samples
 
@@ -156,6 +161,11 @@ def split(x: Array, parts: int) -> Array:
 def flat(x: Array) -> Array:
     """[W, n, ...] as [W * n, ...], with rows over the mesh."""
     return constrain_rows(x.reshape(-1, *x.shape[2:]))
+
+
+def width_of(cache: list[Columns | None]) -> int:
+    """Columns of a cache; 1 where no layer has any."""
+    return next((x.shape[2] for x in jax.tree.leaves(cache)), 1)
 
 
 def widened(x: Array, columns: int) -> Array:

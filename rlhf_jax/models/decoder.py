@@ -7,7 +7,7 @@ computes in the dtype of its input, and norms and softmax in float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import Attend
+from rlhf_jax.models.cache import Cache, Columns
+from rlhf_jax.models.delta import GatedDelta
 from rlhf_jax.models.experts import Experts, Routing
 from rlhf_jax.models.kernels import einsum
 from rlhf_jax.models.rotary import Tables, rotate
@@ -28,20 +30,19 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv 2109.08668
 }
 
-Cache = tuple[Float[Array, "B K S N"], Float[Array, "B K S N"]]
-"""Keys and values of one layer; a model's cache is a list of these."""
-
 
 class Kind(NamedTuple):
-    """Of a layer: whether it has the window (`local`) or the full view, and whether its queries and keys turn."""
+    """Of a layer: what mixes tokens, whether it has the window (`local`) or the full view, whether queries turn."""
 
+    mixer: str
     local: bool
     turned: bool
 
 
 def kinds_of(arch: ArchConfig) -> list[Kind]:
     """The kind of every layer."""
-    return [Kind(i in arch.window_layers, i not in arch.nope_layers) for i in range(arch.num_layers)]
+    near, still = arch.window_layers, arch.nope_layers
+    return [Kind(mixer, i in near, i not in still) for i, mixer in enumerate(arch.mixers)]
 
 
 def times(x: Array, factor: float) -> Array:
@@ -77,16 +78,20 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped queries. One fused projection: slots 0..G-1 queries, G key, G+1 value."""
+    """Causal self-attention with grouped queries. One fused projection: slots 0..G-1 queries, G key, G+1 value.
+
+    With a gate each query is followed by its own, slots 0..2G-1 (Qiu et al. 2025, arXiv 2505.06708).
+    """
 
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
         d, k, n = arch.width, arch.num_kv_heads, arch.head_dim
-        self.groups = g = arch.num_heads // k
-        self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, g + 2, n)))
+        g, self.gated = arch.num_heads // k, arch.attn_gate
+        self.queries = queries = 2 * g if arch.attn_gate else g
+        self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, queries + 2, n)))
         out_std = arch.init_std / (2 * arch.num_layers) ** 0.5  # GPT-2's scaling of what adds to the residual stream
         self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
         if arch.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((k, g + 2, n)))
+            self.qkv_bias = nnx.Param(jnp.zeros((k, queries + 2, n)))
         if arch.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(d))
         if arch.attn_sinks:
@@ -101,15 +106,18 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         tables: Tables | None,
         attend: Attend,
-        cache: Cache | None = None,
+        cache: Columns | None = None,
         index: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], Columns]:
         """Without a cache T = S. With one, T new columns are written at `index`; `attend` covers all of it."""
         # [B, T, D] -> [B, T, K, G + 2, N], cut into q [B, T, K, G, N] and k, v [B, T, K, 1, N].
         qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
-        q, k, v = jnp.split(qkv, [self.groups, self.groups + 1], axis=3)  # its gradient is one concatenation
+        q, k, v = jnp.split(qkv, [self.queries, self.queries + 1], axis=3)  # its gradient is one concatenation
+        if self.gated:  # [B, T, K, 2G, N] is q and gate in turns
+            pairs = q.reshape(*q.shape[:3], -1, 2, q.shape[-1])
+            q, gate = pairs[..., 0, :], jax.nn.sigmoid(pairs[..., 1, :])
         if hasattr(self, "q_norm") and not self.norm_turned:
             q, k = self.q_norm(q), self.k_norm(k)
         # [B, K, ., T, N], turned by position; k and v lose their 1.
@@ -126,7 +134,8 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
         # [B, K, G, T, N] -> [B, T, D].
-        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, k, v, sinks), 3, 1), self.out[...])
+        y = jnp.moveaxis(attend(q, k, v, sinks), 3, 1)
+        y = einsum("btkgn,kgnd->btd", y * gate if self.gated else y, self.out[...])
         if hasattr(self, "out_bias"):
             y = y + self.out_bias[None, None].astype(x.dtype)
         return y, (k, v)
@@ -162,15 +171,19 @@ class Block(nnx.Module):
     """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side.
 
     Args:
+        mixer: attn or delta, what there is for attention.
         sparse: it has experts in place of the MLP, perhaps with a shared one beside them.
     """
 
-    def __init__(self, arch: ArchConfig, *, sparse: bool, rngs: nnx.Rngs):
+    def __init__(self, arch: ArchConfig, mixer: str = "attn", *, sparse: bool, rngs: nnx.Rngs):
         def norm() -> Norm:
             return Norm(arch, (arch.width,), centered=arch.norm != "rms")
 
         self.parallel, self.one_norm, self.factor = arch.parallel_residual, arch.shared_norm, arch.residual_multiplier
-        self.attn = Attention(arch, rngs=rngs)
+        if mixer == "delta":
+            self.delta = GatedDelta(arch, ACTIVATIONS[arch.activation], rngs=rngs)
+        else:
+            self.attn = Attention(arch, rngs=rngs)
         if sparse:
             self.experts = Experts(arch, ACTIVATIONS[arch.activation], rngs=rngs)
         else:
@@ -188,15 +201,21 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tables: Tables | None,
-        attend: Attend,
-        cache: Cache | None = None,
+        before: Any,
+        cache: Any = None,
         index: Int[Array, ""] | None = None,
         real: Bool[Array, "B T"] | None = None,
         given: Int[Array, "B T k"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache, Routing | None]:
-        """Experts are those `given`, or else chosen by a router; tokens off `real` (None: all are) have none."""
+        """Experts are those `given`, or else chosen by a router; tokens off `real` (None: all are) have none.
+
+        What stands before a token is said by an `Attend`, or where a layer has a state by a `Path` or that in a cache.
+        """
         near = self._norm("attn_norm", x)
-        y, cache = self.attn(near, tables, attend, cache, index)
+        if hasattr(self, "delta"):
+            y, cache = self.delta(near, before if cache is None else cache)
+        else:
+            y, cache = self.attn(near, tables, before, cache, index)
         mixed = x + times(self._norm("attn_post_norm", y), self.factor)
         y, routing = near if self.one_norm else self._norm("mlp_norm", x if self.parallel else mixed), None
         if hasattr(self, "experts"):

@@ -11,11 +11,12 @@ from jaxtyping import Array
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.config.rules import Rules
-from rlhf_jax.models.kernels import STACKS, depth, is_composed, merged, runs_of
+from rlhf_jax.models.kernels import STACKS, is_composed, merged
+from rlhf_jax.models.stacking import layer_of, runs_of
 from rlhf_jax.sharding import constrain_gathered, path_name
 from rlhf_jax.types import Params
 
-FLOAT32 = ("_norm", "router", "sinks")
+FLOAT32 = ("_norm", "router", "sinks", "_rate", "rate_")
 
 
 def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, lora_scale: float) -> Params:
@@ -25,10 +26,9 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
         return x if any(part in path_name(path) for part in FLOAT32) else x.astype(dtype)
 
     def dense(stack: Params) -> Params:
-        """Layers [L, ...] as plain arrays, by a loop that compiles one; `copy` sees to those that are plain."""
-        if not is_composed(stack):
-            return stack
-        return jax.lax.map(lambda layer: tree_map_with_path(cast, merged(layer, lora_scale)), stack)
+        """Layers [L, ...] as plain arrays, by loops that compile one; `copy` sees to those that are plain."""
+        plain = lambda layer: tree_map_with_path(cast, merged(layer, lora_scale))  # noqa: E731
+        return {name: jax.lax.map(plain, node) if is_composed(node) else node for name, node in stack.items()}
 
     def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array:
         name = "layers/" + path_name(path) if stacked else path_name(path)
@@ -36,9 +36,10 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
 
     # [L, ...] -> L dicts; then what is not of a layer.
     layers = [
-        tree_map_with_path(partial(copy, stacked=True), jax.tree.map(lambda x, i=i: x[i], stack))
-        for stack in map(dense, runs_of(params))
-        for i in range(depth(stack))
+        tree_map_with_path(partial(copy, stacked=True), layer_of(stack, mixers, i))
+        for run, mixers in runs_of(params, arch.mixers)
+        for stack in [dense(run)]
+        for i in range(len(mixers))
     ]
     rest = {name: tree for name, tree in params.items() if name not in STACKS}
     rest = tree_map_with_path(partial(copy, stacked=False), rest)

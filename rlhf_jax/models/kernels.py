@@ -20,7 +20,7 @@ import numpy as np
 import qwix
 from jaxtyping import Array
 
-from rlhf_jax.config.rules import INPUTS, stacked
+from rlhf_jax.config.rules import INPUTS, NOT_QUANTIZED, stacked
 from rlhf_jax.types import Params
 
 
@@ -37,26 +37,6 @@ def stacks_of(params: Params) -> list[Params]:
     return [params["lower"]["layers"], params["layers"]] if "lower" in params else [params["layers"]]
 
 
-def runs_of(params: Params) -> list[Params]:
-    """The same, cut where layers with experts follow those without: all layers of a run have the same parts."""
-    runs = []
-    for stack in stacks_of(params):
-        dense = depth(stack["mlp"]) if stack.keys() >= {"mlp", "experts"} else 0
-        runs += [cut(stack, 0, dense), cut(stack, dense, depth(stack))] if dense else [stack]
-    return [run for run in runs if depth(run)]
-
-
-def cut(stack: Params, first: int, last: int) -> Params:
-    """Layers first to last - 1 of a stack. Its MLP is of the lowest, its experts are of the highest layers."""
-    out, total = {}, depth(stack)
-    for part, tree in stack.items():
-        start = 0 if part == "mlp" else total - depth(tree)
-        a, b = max(first - start, 0), min(last - start, depth(tree))
-        if a < b or depth(tree) == total:
-            out[part] = jax.tree.map(lambda x, a=a, b=b: x[a:b], tree)
-    return out
-
-
 def chained(stacks: Sequence[Params], join: Callable[..., Any]) -> Params:
     """Stacks one on the other: `join` of the arrays of every part that several have."""
     parts = dict.fromkeys(part for stack in stacks for part in stack)
@@ -64,8 +44,8 @@ def chained(stacks: Sequence[Params], join: Callable[..., Any]) -> Params:
 
 
 def depth(stack: Params) -> int:
-    """Layers of a stack."""
-    return jax.tree.leaves(stack)[0].shape[0]
+    """Layers of a stack; parts that some layers lack have fewer."""
+    return max(x.shape[0] for x in jax.tree.leaves(stack))
 
 
 def count(params: Params) -> int:
@@ -295,7 +275,7 @@ def quantized(params: Params, how: Quantization, *, free: bool = False) -> Param
     tree = jax.tree.map(lambda x: x, params)
     for path, (first, inputs) in KERNELS.items():
         _, part, leaf = path.split("/")
-        if part not in tree["layers"]:
+        if part not in tree["layers"] or path in NOT_QUANTIZED:
             continue
         kernel = tree["layers"][part][leaf]
         tree["layers"][part][leaf] = _quantize(kernel, how, first, inputs)

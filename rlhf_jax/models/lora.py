@@ -46,7 +46,7 @@ class Site(NamedTuple):
         """The axis that parts are cut from, S or M, as this part has it."""
         if self.part == WHOLE:
             return letters
-        group = "G" if self.part == "query" else "1"
+        group = "Q" if self.part == "query" else "1"
         return letters.replace("S", group).replace("G", group).replace("M", "1")
 
     def axes(self) -> dict[str, str]:
@@ -97,7 +97,7 @@ def _ends_in(module: str, target: str) -> bool:
 def adapter_shapes(arch: ArchConfig, chosen: Sequence[Site], rank: int) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the adapters by its path."""
     layout = Layout(arch, rank=rank)
-    axes = {path: letters for site in chosen for path, letters in site.axes().items()}
+    axes = {path: letters for site in chosen for path, letters in site.axes().items() if layout.layers(path)}
     return {path: tuple(layout.sizes_of(path)[letter] for letter in letters) for path, letters in axes.items()}
 
 

@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.config.rules import Rules, over_tensor
+from rlhf_jax.models import cache as cached
 from rlhf_jax.models import decoder
 from rlhf_jax.models.attention import (
     REMAT,
@@ -26,21 +28,14 @@ from rlhf_jax.models.attention import (
     platform_dtype,
     softcapped,
 )
+from rlhf_jax.models.cache import Cache, Columns
 from rlhf_jax.models.decoding import unstacked
+from rlhf_jax.models.delta import Path
 from rlhf_jax.models.experts import Routing
-from rlhf_jax.models.kernels import (
-    STACKS,
-    Chained,
-    attached,
-    chained,
-    cut,
-    depth,
-    runs_of,
-    stacks,
-    stacks_of,
-)
+from rlhf_jax.models.kernels import STACKS, Chained, attached, chained, stacks, stacks_of
 from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
+from rlhf_jax.models.stacking import cut, interleaved, runs_of, scanned
 from rlhf_jax.sharding import constrain, constrain_rows, data_ways, row_axes
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
@@ -96,10 +91,16 @@ class Model:
         return pure(lambda rngs: decoder.Embedding(self.arch, rngs=rngs))
 
     @cached_property
-    def _blocks(self) -> dict[bool, Pure]:
-        """The layers without experts (False) and with them."""
-        made = lambda sparse: pure(lambda rngs: decoder.Block(self.arch, sparse=sparse, rngs=rngs))  # noqa: E731
-        return {sparse: made(sparse) for sparse in (False, True)[: 1 + bool(self.arch.num_experts)]}
+    def _sorts(self) -> list[tuple[str, bool]]:
+        """Of every layer, what mixes tokens, and whether it has experts."""
+        dense = self.arch.num_layers - self.arch.expert_layers
+        return [(mixer, i >= dense) for i, mixer in enumerate(self.arch.mixers)]
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[str, bool], Pure]:
+        """The layer of each of these sorts."""
+        made = lambda mixer, sparse: pure(lambda rngs: decoder.Block(self.arch, mixer, sparse=sparse, rngs=rngs))  # noqa: E731
+        return {sort: made(*sort) for sort in dict.fromkeys(self._sorts)}
 
     @cached_property
     def _norm(self) -> Pure:
@@ -110,19 +111,14 @@ class Model:
         return pure(lambda rngs: decoder.VocabularyHead(self.arch, rngs=rngs))
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
-        """Fresh parameters in `dtype`, a scalar head in float32; the layers come from one vmapped trace."""
+        """Fresh parameters in `dtype`, a scalar head in float32; the layers come from one vmapped trace by mixer."""
         embed, layers, norm, head = jax.random.split(key, 4)
-        keys, dense = jax.random.split(layers, self.arch.num_layers), self.arch.num_layers - self.arch.expert_layers
+        keys, sorts = jax.random.split(layers, self.arch.num_layers), self._sorts
+        of = lambda sort: keys[np.array([i for i, other in enumerate(sorts) if other == sort])]  # noqa: E731
+        made = {sort: jax.vmap(block.init)(of(sort)) for sort, block in self._blocks.items()}
         params = {
             "embed": self._embed.init(embed),
-            "layers": chained(
-                [
-                    jax.vmap(self._blocks[sparse].init)(part)
-                    for sparse, part in ((False, keys[:dense]), (True, keys[dense:]))
-                    if len(part)
-                ],
-                lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0],
-            ),
+            "layers": interleaved(made, sorts),
             "final_norm": self._norm.init(norm),
         }
         if not self.score_head and (self.arch.head_bias or not self.arch.tied_head):
@@ -140,14 +136,27 @@ class Model:
 
     def split(self, params: Params, top: int) -> Params:
         """The same parameters with all but the `top` layers in "lower/layers"."""
-        at, layers = self.arch.num_layers - top, params["layers"]
-        lower, upper = cut(layers, 0, at), cut(layers, at, self.arch.num_layers)
+        at, mixers, layers = self.arch.num_layers - top, self.arch.mixers, params["layers"]
+        lower, upper = cut(layers, mixers, 0, at), cut(layers, mixers, at, len(mixers))
         return {**params, "lower": {"layers": lower}, "layers": upper}
 
     def _tables(self, positions: Int[Array, "B T"], kind: decoder.Kind) -> Tables | None:
         if self.arch.positions != "rotary" or not kind.turned:
             return None
         return rotary_tables(positions, self.arch, self.length, local=kind.local)
+
+    def _views(
+        self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], branches: Int[Array, "B T"] | None = None
+    ) -> dict[decoder.Kind, tuple[Tables | None, Attend | Path]]:
+        """What layers of each kind are given to read a text: rotary tables and attention, or the path of a state."""
+        kinds = sorted(set(decoder.kinds_of(self.arch)))
+        kept_apart = None if branches is None else Branches(branches, positions)
+        views: dict[decoder.Kind, tuple[Tables | None, Attend | Path]] = {
+            kind: (self._tables(positions, kind), self._attend(segment_ids, kept_apart, local=kind.local))
+            for kind in kinds
+            if kind.mixer == "attn"
+        }
+        return views | {kind: (None, Path.of(segment_ids, branches)) for kind in kinds if kind.mixer == "delta"}
 
     def _attend(self, segment_ids: Int[Array, "B T"], branches: Branches | None = None, *, local: bool) -> Attend:
         """Attention of a layer with or without (`local`) the full view, all of a text at once."""
@@ -195,36 +204,31 @@ class Model:
         experts: Int[Array, "B S L k"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """`apply`, and what its routers did if it has any; tokens go to `experts` where these are given, not -1."""
-        # Rotary tables and attention are the same for all layers of a kind.
         x = constrain_rows(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype))
-        kinds = decoder.kinds_of(self.arch)
-        kept_apart = None if branches is None else Branches(branches, positions)
-        views = {
-            kind: (self._tables(positions, kind), self._attend(segment_ids, kept_apart, local=kind.local))
-            for kind in sorted(set(kinds))
-        }
+        views, kinds = self._views(positions, segment_ids, branches), decoder.kinds_of(self.arch)
 
         def block(kind: decoder.Kind, x: Array, params: Params, given: Array | None) -> tuple[Array, Routing | None]:
             layer = attached(params, self.lora_scale)
-            block = self._blocks["experts" in params]
+            block = self._blocks[kind.mixer, "experts" in params]
             x, _, routing = block.apply(layer, x, *views[kind], None, None, segment_ids > 0, given)
             return x, routing  # [B, S, D]
 
         # One layer of every kind is compiled, and scanned over the stacked leaves [L, ...] beside its kind int[L].
-        def layer(x: Array, inputs: tuple[Params, Array, Array | None]) -> tuple[Array, Routing | None]:
-            params, kind, given = inputs
-            x, routing = jax.lax.switch(kind, [partial(block, kind) for kind in views], x, params, given)
+        def layer(mixer: str, x: Array, params: Params, inputs: tuple[Array, Array | None]) -> tuple[Array, Any]:
+            kind, given = inputs
+            of_mixer = [partial(block, kind) for kind in views if kind.mixer == mixer]
+            x, routing = jax.lax.switch(kind, of_mixer, x, params, given)
             return constrain_rows(x), routing
 
         if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat])
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], static_argnums=0)
         given = None if experts is None else jnp.moveaxis(experts, 2, 0)
-        first, numbers, routings = 0, [list(views).index(kind) for kind in kinds], list[Routing]()
-        dense = self.arch.num_layers - self.arch.expert_layers
-        for stack in runs_of(params):  # one, or the frozen lower layers and those above, or those without experts
-            last = first + depth(stack)
+        numbers = [[k for k in views if k.mixer == kind.mixer].index(kind) for kind in kinds]
+        first, dense, routings = 0, self.arch.num_layers - self.arch.expert_layers, list[Routing]()
+        for stack, mixers in runs_of(params, self.arch.mixers):  # one, or cut where frozen or dense layers end
+            last = first + len(mixers)
             own = None if given is None or "experts" not in stack else given[first - dense : last - dense]
-            x, routing = jax.lax.scan(layer, x, (stack, jnp.array(numbers[first:last], jnp.int32), own))
+            x, routing = scanned(layer, x, stack, mixers, (jnp.array(numbers[first:last], jnp.int32), own))
             first, routings = last, [*routings, *([] if routing is None else [routing])]
         routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
         return self._norm.apply(params["final_norm"], x), routing
@@ -309,15 +313,13 @@ class Model:
 
     def prefill(
         self, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], positions: Int[Array, "B P"]
-    ) -> tuple[Float[Array, "B V"], list[decoder.Cache]]:
-        """Logits after the last prompt token of left-padded prompts, and a cache of P columns.
+    ) -> tuple[Float[Array, "B V"], list[Cache]]:
+        """Logits after the last prompt token of left-padded prompts, and a cache of P columns, or states.
 
         A model whose rotary law depends on length must be given that of prompt and response first (`of_length`).
         """
-        segment_ids = mask.astype(jnp.int32)
-        attends = [self._attend(segment_ids, local=local) for local in (False, True)]
-        of_layer = lambda i, local: attends[local]  # noqa: E731
-        hidden, cache, _ = self._layers(params, tokens, positions, of_layer, None, None, mask)
+        views = self._views(positions, mask.astype(jnp.int32))
+        hidden, cache, _ = self._layers(params, tokens, positions, lambda i, kind: views[kind], None, None, mask)
         return self._next_logits(params, hidden), cache
 
     def decode(
@@ -327,24 +329,29 @@ class Model:
         position: Int[Array, " B"],
         sees: Bool[Array, "B P+S"],
         apart: Int[Array, "#B P+S"],
-        shared: list[decoder.Cache],
-        cache: list[decoder.Cache],
+        shared: list[Columns | None],
+        cache: list[Cache],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], list[decoder.Cache], Int[Array, "B L k"] | None]:
+    ) -> tuple[Float[Array, "B V"], list[Cache], Int[Array, "B L k"] | None]:
         """The next token of every row: logits of the one after, the new `cache`, and the token's experts, if any.
 
         Rows lie in X groups, one after another. Those of a group share the columns `shared` [X, K, P, N], those of its
         prompts, and have S of their own in `cache` [B, K, S, N], of which the token is written to column `index`.
         `sees` says which of both a token sees, itself included; `apart`, how many tokens they lie before it, is for
-        layers with a window.
+        layers with a window. A layer with a state has it in `cache`, at first that of a row's prompt.
         """
-        masks = sees, sees & (apart < self.arch.sliding_window)
+        masks, positions = (sees, sees & (apart < self.arch.sliding_window)), position[:, None]
+        kinds = sorted(set(decoder.kinds_of(self.arch)))
+        tables = {kind: self._tables(positions, kind) for kind in kinds}
 
-        def attend(i: int, local: bool) -> Attend:
-            softcap = self.arch.attn_softcap
-            return partial(group_attention, shared=shared[i], mask=masks[local], scale=self.scale, softcap=softcap)
+        def view(i: int, kind: decoder.Kind) -> tuple[Tables | None, Attend | None]:
+            columns, softcap = shared[i], self.arch.attn_softcap
+            if columns is None:
+                return None, None
+            law = partial(group_attention, mask=masks[kind.local], scale=self.scale, softcap=softcap)
+            return tables[kind], partial(law, shared=columns)
 
-        hidden, cache, routings = self._layers(params, token[:, None], position[:, None], attend, cache, index)
+        hidden, cache, routings = self._layers(params, token[:, None], positions, view, cache, index)
         experts = jnp.stack([routing.chosen[:, 0] for routing in routings], axis=1) if routings else None
         return self._next_logits(params, hidden), cache, experts
 
@@ -353,33 +360,31 @@ class Model:
         params: Params,
         tokens: Array,
         positions: Array,
-        attend: Callable[[int, bool], Attend],
-        cache: list[decoder.Cache] | None,
+        view: Callable[[int, decoder.Kind], tuple[Tables | None, Attend | Path | None]],
+        cache: list[Cache] | None,
         index: Array | None,
         real: Array | None = None,
-    ) -> tuple[Array, list[decoder.Cache], list[Routing]]:
+    ) -> tuple[Array, list[Cache], list[Routing]]:
         """Hidden states [B, T, D], the cache and what routers did, layer by layer, each with its own arrays.
 
-        attend(layer, local) attends; tokens are those of `real` (None: all).
+        view(layer, kind) is what the layer is given to read by; tokens are those of `real` (None: all).
         """
         if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
             raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
-        kinds = decoder.kinds_of(self.arch)
-        tables = {kind: self._tables(positions, kind) for kind in sorted(set(kinds))}
         x = constrain_rows(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype))
         new_cache, routings = [], list[Routing]()
-        for i, layer in enumerate(params["layers"]):
+        for i, (layer, kind) in enumerate(zip(params["layers"], decoder.kinds_of(self.arch), strict=True)):
             entry = cache[i] if cache is not None else None
-            of_kind = tables[kinds[i]], attend(i, kinds[i].local)
-            x, entry, routing = self._blocks["experts" in layer].apply(layer, x, *of_kind, entry, index, real)
+            block = self._blocks[kind.mixer, "experts" in layer]
+            x, entry, routing = block.apply(layer, x, *view(i, kind), entry, index, real)
             x = constrain_rows(x)
             new_cache.append(entry)
             routings += [] if routing is None else [routing]
         return x, self.pinned(new_cache), routings
 
-    def pinned(self, cache: list[decoder.Cache]) -> list[decoder.Cache]:
-        """Keys and values [B, K, S, N] where they belong: rows over the data axes, heads over tensor."""
-        return jax.tree.map(lambda c: constrain(c, row_axes(), self._over("K"), None, None), cache)
+    def pinned(self, cache: Any) -> Any:
+        """A cache, or part of one, where it belongs: rows over the data axes, heads over tensor."""
+        return cached.pinned(cache, self._over("K"), self._over("J"))
 
     def _next_logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
         """Logits after the last of T tokens, whole rows on a device, since drawing looks at all of the vocabulary."""

@@ -687,11 +687,40 @@ def _experts() -> dict[str, Case]:
     }  # fmt: skip
 
 
+def _hybrids() -> dict[str, Case]:
+    short = {"factor": 4.0, "original_max_position_embeddings": 8}
+    delta = SHAPE | {"model_type": "qwen3_5_text", "head_dim": 8, "num_hidden_layers": 3, "linear_num_key_heads": 2}
+    delta |= {"linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
+    delta |= {"full_attention_interval": 3}
+    text = {"mrope_interleaved": True, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+    kinds = {"l": "linear_attention", "f": "full_attention"}
+    of = lambda letters: {"layer_types": [kinds[x] for x in letters], "num_hidden_layers": len(letters)}  # noqa: E731
+    return {
+        "qwen3_5_text/plain": Case(delta | _rope("default", 50.0, partial_rotary_factor=0.5)),
+        "qwen3_5_text/hub": Case(
+            delta | of("lllfl") | _rope("default", 70.0, **text) | {"mtp_num_hidden_layers": 1}
+            | {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "tie_word_embeddings": True},
+            as_written=True,
+        ),
+        "qwen3_5_text/bias": Case(delta | of("fl") | {"attention_bias": True, "linear_conv_kernel_dim": 2}),
+        "qwen3_5_text/heads": Case(
+            delta | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_value_head_dim": 8}
+            | {"num_key_value_heads": 1, "hidden_act": "gelu", "linear_conv_kernel_dim": 5}
+        ),
+        "qwen3_5_text/old": Case(
+            delta | {"rope_theta": 90.0, "partial_rotary_factor": 1.0, "linear_num_key_heads": 1},
+            as_written=True,
+        ),
+        "qwen3_5_text/full": Case(delta | of("ff") | _rope("yarn", 90.0, **short, partial_rotary_factor=0.75)),
+        "qwen3_5_text/score": Case(delta | SCORE | of("lf")),
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {f"llama/{name}": case for name, case in _llama().items()}
 CASES |= {f"mistral/{name}": case for name, case in _mistral().items()}
 CASES |= {f"phi3/{name}": case for name, case in _phi3().items()}
 CASES |= {f"olmo2/{name}": case for name, case in _olmo2().items()}
-CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts() | _experts()
+CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts() | _experts() | _hybrids()
 
 
 def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn.Module:
@@ -701,14 +730,19 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
     auto = AutoModelForSequenceClassification if "num_labels" in case.settings else AutoModelForCausalLM
     model = auto.from_config(config, **EAGER, dtype=torch.float32).eval()
     norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    offset = 1 if re.search("gemma|nemotron", config.model_type) else 0  # these norms multiply by 1 + weight
+    with_one = {name for name in norms if re.search("gemma|nemotron|qwen3_5", config.model_type)} - {
+        name for name, module in model.named_modules() if "Gated" in type(module).__name__
+    }  # these multiply by 1 + weight
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if key.removesuffix(".weight") in norms:  # the last one: about 0, else a tied head repeats tokens
-                weight.copy_((1 + 0.3 * noise if re.search(r"\.\d+\.", key) else noise) - offset)
+                weight.copy_(1 + 0.3 * noise if re.search(r"\.\d+\.", key) else noise)
+                weight.sub_(float(key.removesuffix(".weight") in with_one))
             elif key.endswith("sinks"):
                 weight.copy_(noise)
+            elif key.endswith("A_log"):  # rates that let tokens be seen for long
+                weight.copy_(0.5 * noise - 1.5)
             elif weight.ndim == 1:
                 weight.copy_(0.1 * noise)
             else:
@@ -757,7 +791,12 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
     matrices = r"embed|wte|wpe|\.0\..*(q_proj|qkv_proj|c_attn|query_key_value)"
     matrices += rf"|\.{last}\..*(\bup_proj|gate_up_proj|c_fc|fc1|fc_in|h_to_4h)"
     grads = {name: w.grad for name, w in model.named_parameters()}
-    chosen = {name: g for name, g in grads.items() if g.ndim == 1 or (g.ndim == 2 and re.search(matrices, name))}
+    matrices += r"|linear_attn\.(in_proj|out_proj)"
+    chosen = {
+        name: g
+        for name, g in grads.items()
+        if g.ndim == 1 or (g.ndim == 2 and re.search(matrices, name)) or "conv1d" in name
+    }
     if hasattr(model.config, "num_experts_per_tok"):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             for weight in model.parameters():

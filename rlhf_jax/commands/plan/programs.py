@@ -24,6 +24,7 @@ from rlhf_jax.inference.generate import spread, total_length
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.inference.slots import choose_slots, layout
 from rlhf_jax.models import Model, hf
+from rlhf_jax.models.cache import column_bytes, state_bytes
 from rlhf_jax.models.hf import config_json, hub
 from rlhf_jax.models.kernels import quantized
 from rlhf_jax.models.loading import Loaded, adapted, check_length
@@ -250,8 +251,9 @@ def _decoded(
     refills = groups * width < prompts * samples
     steps = new * fill * prompts * samples / (groups * width) if refills else new
     # A slot has on average half of its tokens behind it, a context all of its prompt.
-    column = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * model.compute_dtype.itemsize
-    cache = groups * (contexts * length + width * new / 2) * fill * column
+    size = model.compute_dtype.itemsize
+    cache = groups * (contexts * length + width * new / 2) * fill * column_bytes(arch, size)
+    cache += groups * width * state_bytes(arch, size)
     whole = {name: part for name, part in weights.items() if name != "embed" or arch.tied_head}  # else rows of it
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
     tensor = config.mesh.rollout_tensor or mesh.shape["tensor"]

@@ -172,9 +172,10 @@ def _windows(raw: ConfigJson, family: Family, where: Path, layers: int) -> Field
     window = raw["sliding_window"] if "sliding_window" in raw else _default("sliding_window", family, raw)
     if family.window_switch or (family.windows == "none" and "use_sliding_window" in raw):
         window = window if raw.get("use_sliding_window", False) else None
-    if kinds is not None and (len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}):
+    known = ("sliding_attention", "full_attention", *family.kinds)
+    if kinds is not None and (len(kinds) != layers or set(kinds) - set(known)):
         raise UserError(f"{where}: no support for layer_types {shown(kinds)}; they must be {layers} of "
-                        "sliding_attention and full_attention")  # fmt: skip
+                        f"{' and '.join(known)}")  # fmt: skip
     if family.windows == "none" and ("sliding_attention" in (kinds or ()) or window is not None):
         raise UserError(f"{where}: no support for sliding windows in {family.model_type}; choose a checkpoint without")
     if family.windows == "all":
@@ -263,7 +264,7 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
             f"{where}: attention_factor is 0, by which no token has a place; write null for the computed one"
         )
     unread = _NOT_SCALING | ({_LOG_SCALE, "max_position_embeddings"} if "query_log_scale" in family.rotary else set())
-    unknown = sorted(set(numbers) - set(keys.values()) - unread - {_ORIGINAL})
+    unknown = sorted(set(numbers) - set(keys.values()) - unread - {_ORIGINAL, *family.unread_rope})
     if unknown:
         raise UserError(
             f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose a checkpoint without"

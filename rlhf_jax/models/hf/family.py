@@ -47,10 +47,12 @@ class Family(NamedTuple):
         nope: layers without rotary positions: (config.json, layers with a window) -> layers.
         scalings: kinds of rotary scaling that transformers takes in this family.
         scaling_names: names of such kinds that mean something else in this family.
+        unread_rope: keys of rope_parameters that say nothing of text.
         default_rope: rope_parameters of a config.json without any.
         windows: layers with a sliding window: none, all of them, or as layer_types says.
         window_rule: which layers have the window if layer_types is absent: (config.json, layer) -> bool.
         window_switch: whether use_sliding_window turns windows on; in other families it says nothing.
+        kinds: other values of layer_types, which `fixed` reads.
         activations: names of nonlinearities that mean something else in this family.
         aliases: other names of keys, which stand above them.
         only: keys of config.json whose other values the decoder cannot do -> the values that it can, or a function of
@@ -74,11 +76,13 @@ class Family(NamedTuple):
     rotary: dict[str, tuple[str, float | None]] = {"rope_theta": ("rope_theta", 1e4)}  # noqa: RUF012
     scalings: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
     scaling_names: dict[str, str] = {}  # noqa: RUF012
+    unread_rope: tuple[str, ...] = ()
     default_rope: ConfigJson = {}  # noqa: RUF012
     windows: Literal["none", "all", "types"] = "none"
     window_rule: Callable[[ConfigJson, int], bool] = lambda raw, layer: False
     window_switch: bool = False
     nope: Callable[[ConfigJson, Sequence[int]], tuple[int, ...]] = lambda raw, near: ()
+    kinds: tuple[str, ...] = ()
     activations: dict[str, str] = {}  # noqa: RUF012
     aliases: dict[str, str] = {}  # noqa: RUF012
     only: dict[str, tuple[object, ...] | Callable[[ConfigJson], tuple[object, ...]]] = {}  # noqa: RUF012

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.config.rules import INPUTS, LEAVES, MEMBERS, WIDE_QK_NORM
+from rlhf_jax.config.rules import INPUTS, LEAVES, MEMBERS, MIXERS, WIDE_QK_NORM
 from rlhf_jax.models.hf.family import Tensor
 from rlhf_jax.types import Params
 
@@ -32,12 +32,17 @@ class Layout:
 
     def __init__(self, arch: ArchConfig, *, members: int = 0, rank: int = 0, axes: Mapping[str, str] | None = None):
         group = arch.num_heads // arch.num_kv_heads
+        queries, self.mixers = 2 * group if arch.attn_gate else group, arch.mixers
+        key, value = arch.delta_key_dim, arch.delta_value_dim
+        values = arch.delta_value_heads // (arch.delta_key_heads or 1) * value
         self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | (MEMBERS if members else {})
         self.axes |= axes or {}
         self.sizes = {
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "G": group, "1": 1,
-            "K": arch.num_kv_heads, "S": group + 2, "N": arch.head_dim, "M": 2 if arch.gated_mlp else 1,
-            "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
+            "K": arch.num_kv_heads, "S": queries + 2, "Q": queries, "N": arch.head_dim,
+            "M": 2 if arch.gated_mlp else 1, "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
+            "J": arch.delta_key_heads, "I": arch.delta_value_heads // (arch.delta_key_heads or 1), "O": value,
+            "U": values, "C": 2 * key + values, "W": arch.delta_kernel,
         }  # fmt: skip
         dense = arch.num_layers - arch.expert_layers
         self._some: dict[str, tuple[range, int]] = {} if not arch.num_experts else {  # layers, and F
@@ -46,19 +51,23 @@ class Layout:
             "layers/shared/": (range(dense, arch.num_layers), arch.shared_width),
         }  # fmt: skip
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
-            "query": ("S", 0, group, "G"), "key": ("S", group, 1, "G"), "value": ("S", group + 1, 1, "G"),
+            "query": ("S", 0, queries, "G"), "key": ("S", queries, 1, "G"), "value": ("S", queries + 1, 1, "G"),
             "gate": ("M", 0, 1, "M"), "up": ("M", 1, 1, "M"),
+            "delta_query": ("C", 0, key, "C"), "delta_key": ("C", key, key, "C"),
+            "delta_value": ("C", 2 * key, values, "C"),
         }  # fmt: skip
 
-    def layers(self, leaf: str) -> range:
+    def layers(self, leaf: str) -> Sequence[int]:
         """The layers that have a leaf, whose axis L they are."""
+        if (part := leaf.split("/")[1:2]) and part[0] in MIXERS:
+            return [i for i, mixer in enumerate(self.mixers) if mixer == part[0]]
         return next((layers for part, (layers, _) in self._some.items() if leaf.startswith(part)),
                     range(self.sizes["L"]))  # fmt: skip
 
     def sizes_of(self, leaf: str) -> dict[str, int]:
         """Sizes by letter in a leaf."""
-        own = {part: {"L": len(layers), "F": width} for part, (layers, width) in self._some.items()}
-        return self.sizes | next((sizes for part, sizes in own.items() if leaf.startswith(part)), {})
+        width = next((width for part, (_, width) in self._some.items() if leaf.startswith(part)), self.sizes["F"])
+        return self.sizes | {"L": len(self.layers(leaf)), "F": width}
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[dict[str, int], int, str, str]]:
         """For every part: sizes of the stored axes, where it starts on the leaf's cut axis, that axis, its letter."""
@@ -132,7 +141,7 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
         "score/kernel": score_head is True, "score/bias": score_head is True,
     }  # fmt: skip
-    chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True)}
+    chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True) and layout.layers(leaf)}
     return {leaf: tuple(layout.sizes_of(leaf)[a] for a in axes) for leaf, axes in chosen.items()}
 
 

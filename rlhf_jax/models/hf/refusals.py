@@ -31,7 +31,6 @@ _PARTS = {
 """What the decoder lacks -> the keys of config.json that ask for it."""
 _CODE = {
     "xIELU": "apertus",
-    "gated DeltaNet layers": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_next",
     "value norms": "gemma4 gemma4_text gemma3n gemma3n_text",
     "norms without weights": "olmo nanochat",
 }
@@ -98,7 +97,7 @@ def _lacking(name: str, shape: ConfigJson, family: Family) -> Iterator[str]:
     yield from (part for part, names in _CODE.items() if name in names.split())
     kinds = shape.get("layer_types")
     odd = {kind for kind in kinds if isinstance(kind, str)} if isinstance(kinds, list) else set()
-    yield from sorted(odd - {"full_attention", "sliding_attention"})
+    yield from sorted(odd - {"full_attention", "sliding_attention", *family.kinds})
     for key, value in shape.items():
         if key in _settings(family) or not value or not isinstance(key, str):
             continue
