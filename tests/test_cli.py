@@ -651,6 +651,11 @@ def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call
     assert json.loads((made / "summary.json").read_text())["iterations"] == 2
     metrics = without_times(made / "metrics.jsonl")
     assert [row["step"] for row in metrics if "rollout/reward" in row] == [1, 2]
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    parts = ("start", "data", "rollout", "reward", "score", "update", "save")
+    spent = [{part: line[f"time/{part}_s"] for part in parts if f"time/{part}_s" in line} for line in lines]
+    assert [set(line) for line in spent if line] == [set(parts) - {"save"}, set(parts) - {"start"}]
+    assert sum(sum(line.values()) for line in spent) <= lines[-1]["time/elapsed_s"]
     samples = [json.loads(line) for line in (made / "samples.jsonl").read_text().splitlines()]
     assert {"step", "prompt", "response", "reward"} <= set(samples[0])
 

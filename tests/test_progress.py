@@ -8,10 +8,11 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from rlhf_jax.runs import outcome, progress
+from rlhf_jax.runs import outcome, parts, progress
 from rlhf_jax.runs.progress import Progress
 
 BAR = """
@@ -63,6 +64,32 @@ def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch
         "sft: 100 of 100, evaluating",
     ]
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_time_of_a_run_goes_to_what_the_devices_waited_for(monkeypatch):
+    host, device = [0.0], [0.0]
+    here = threading.get_ident()
+    monkeypatch.setattr(
+        parts.time, "perf_counter", lambda: host[0] if threading.get_ident() == here else max(device[0], host[0])
+    )
+    monkeypatch.setattr(parts.jax, "block_until_ready", lambda ready: device.__setitem__(0, ready))
+    one = parts.Parts()
+    one.start()
+    for at, name, ready in [
+        (1, "data", None),  # the devices had nothing to do
+        (1, "rollout", 5.0),
+        (2, "save", None),  # beside the rollout
+        (2, "update", 8.0),
+    ]:
+        host[0] = at
+        one.mark(name, ready)
+    first = one.marked
+    assert one.take(first) == {"data": 1, "rollout": 4, "save": 0, "update": 3}
+    host[0] = 12  # the host was late
+    one.mark("data")
+    assert one.take(first) == {} and one.take(one.marked) == {"data": 4}
+    assert one.shares() == "data 42%, rollout 33%, update 25%"
+    one.close()
 
 
 @pytest.mark.parametrize(

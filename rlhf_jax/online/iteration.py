@@ -25,6 +25,7 @@ from rlhf_jax.online.core import Scored
 from rlhf_jax.online.cut import Drawn, empty_pool, gather
 from rlhf_jax.online.method import Method
 from rlhf_jax.online.pool import Pool
+from rlhf_jax.runs.parts import Mark, unmarked
 from rlhf_jax.sharding import put, put_batch, replicated
 from rlhf_jax.training.nans import first_nan
 from rlhf_jax.training.state import TrainState
@@ -100,9 +101,16 @@ def next_batch(method: Method, loop: LoopState, i: int, key: jax.Array) -> tuple
 
 
 def iterate(
-    method: Method, loop: LoopState, batch: Batch, key: jax.Array, drawn: Drawn | None = None
+    method: Method,
+    loop: LoopState,
+    batch: Batch,
+    key: jax.Array,
+    drawn: Drawn | None = None,
+    mark: Mark = unmarked,
 ) -> tuple[LoopState, Metrics, Table]:
     """Rollout, score, update, averaged policy: (the next state, metrics, the arrays of a table of samples).
+
+    `mark` is told when rollout, reward (in Python), score and update end.
 
     `batch` is of `method.batch`; responses that are `drawn` are taken as they are. The arrays of `loop.state` are
     donated; all that is returned lies on the devices.
@@ -114,13 +122,14 @@ def iterate(
     rollout_key, update_key, again_key = jax.random.split(key, 3)
     again = again_key if method.redraws else None
     given = None if drawn is None else drawn.rollout
-    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key, again, given)
+    rollout, scored, gold = roll_out(method, loop, loop.state.params["policy"], batch, rollout_key, again, given, mark)
     experience, kl_coef, metrics, per_row = scored
     temperature, update = method.temperature, method.programs.update
     arguments = (loop.state, experience, update_key, temperature, batch.get("ptx"), method.nets.frozen)
     state, updates = update(*arguments)
     if method.config.faults.debug_nans and updates["optim/skipped"] > 0:
         raise NotFinite(first_nan(update, *arguments))
+    mark("update", updates["optim/skipped"])
     average = loop.average
     if average is not None:
         average = method.programs.average(average, state.params["policy"])
@@ -140,6 +149,7 @@ def roll_out(
     key: jax.Array,
     again: jax.Array | None = None,
     drawn: Rollout | None = None,
+    mark: Mark = unmarked,
 ) -> tuple[Rollout, Scored, float | None]:
     """A rollout of a batch of prompts with `policy` (without what is kept), its score, and its mean gold reward.
 
@@ -164,8 +174,11 @@ def roll_out(
         return programs.score(params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)
 
     rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
+    mark("rollout", rollout.mask)
     rewards, golds = python_rewards(method, batch, rollout, key)
+    mark("reward")
     scored = score()
+    mark("score", scored[3]["reward"])
     for noise in noises:
         by_group = to_host(scored[3]["reward"]).reshape(-1, method.group_size)
         equal = (by_group == by_group[:, :1]).all(axis=1)
@@ -174,8 +187,11 @@ def roll_out(
         redrawn, wanted = redrawn + int(equal.sum()), np.repeat(equal, method.group_size)
         new = draw(noise, wanted)
         rollout = replaced(rollout, new, put_batch(mesh, wanted))
+        mark("rollout", rollout.mask)
         rewards, golds = python_rewards(method, batch, rollout, noise, wanted, (rewards, golds))
+        mark("reward")
         scored = score()
+        mark("score", scored[3]["reward"])
     if noises:
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
     if method.inputs.judge is not None:

@@ -77,17 +77,18 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     if begins:
         notes = _evaluated(out, method, loop, 0, notes)
         out.save_if_due(0, loop.tree(), notes)
-    out.metrics.restart_clock()
+    out.metrics.restart_clock("start")
     logged = out.start
     for i in range(out.start, total):
         if "stopped" in notes:
             break
         key, unchanged, step = key_at(method, "training", i), loop, i + 1
         loop, batch, drawn = next_batch(method, unchanged, i, key)
+        out.metrics.parts.mark("data")
         if drawn is not None:
             out.skips.drawn[i] = drawn.where
         try:
-            loop, metrics, table = iterate(method, loop, batch, key, drawn)
+            loop, metrics, table = iterate(method, loop, batch, key, drawn, out.metrics.parts.mark)
         except RewardFailure as error:
             loop = _without_reward(out, method, unchanged, loop, i, notes, error)
         except NotFinite as error:
@@ -102,8 +103,9 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
                 logged = step
         if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
             notes = _evaluated(out, method, loop, step, notes)
-            out.metrics.restart_clock()
+            out.metrics.restart_clock("evaluation")
         out.save_if_due(step, loop.tree(), notes)
+        out.metrics.parts.mark("save")
     return loop, notes
 
 

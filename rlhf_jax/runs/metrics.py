@@ -17,8 +17,9 @@ from rlhf_jax.runs.directory import METRICS, REPORT, SAMPLES, plain
 from rlhf_jax.runs.log import Log
 from rlhf_jax.runs.loggers import Logger, Place, begin, guarded
 from rlhf_jax.runs.outcome import widened
+from rlhf_jax.runs.parts import Parts
 from rlhf_jax.runs.profile import Trace
-from rlhf_jax.runs.progress import Progress
+from rlhf_jax.runs.progress import EVERY, Progress
 from rlhf_jax.runs.skips import Skips
 from rlhf_jax.types import Metrics
 
@@ -36,6 +37,7 @@ class RunMetrics:
         extremes: of some metrics the lowest and the highest value; see `outcome`.
         started: when the run would have begun had it never stood still, in seconds of the clock.
         bar: the progress bar.
+        parts: where the time goes; a line of metrics has the seconds since the one before as time/PART_s.
     """
 
     def __init__(self, settings: StageArgs, stage: str, shown: Sequence[str], skips: Skips, say: Say, cure: str):
@@ -46,6 +48,7 @@ class RunMetrics:
         self.last: dict[str, float] = {}
         self.extremes: dict[str, list[float]] = {}
         self.started = self._since = time.time()
+        self.parts = Parts()
         self._pending: Callable[[], None] | None = None
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
         self._trace = Trace(settings.run.output_dir, settings.run.profile)
@@ -64,6 +67,7 @@ class RunMetrics:
         self.started = self._since = time.time()
         shown = self.settings.run.progress and self.is_writer
         self.bar = Progress(self.stage, total, step, bar=shown, say=self.say)
+        self.parts.start()
         self._trace.after(step)
 
     def restore(self, record: Mapping[str, Any], step: int) -> None:
@@ -98,13 +102,15 @@ class RunMetrics:
         `tokens` were processed since the last call. `table` comes to the host in the same transfer, for `on_table`.
         """
         names, values, noted = tuple(metrics), processes.pack(tuple(metrics.values())), self.skips.take()
+        marked = self.parts.marked
 
         def write() -> None:
             numbers, rows, counts = processes.to_host((values, table, [skipped for _, skipped, _ in noted]))
             now = time.time()
             speed = {"time/tokens_per_s": round(tokens / (now - self._since), 1)}
             self._since = now
-            self.write(step, {**dict(zip(names, map(float, numbers), strict=True)), **host, **speed})
+            spent = {f"time/{name}_s": round(seconds, 4) for name, seconds in self.parts.take(marked).items()}
+            self.write(step, {**dict(zip(names, map(float, numbers), strict=True)), **host, **speed, **spent})
             if rows is not None:
                 on_table(rows)
             self.skips.count(noted, counts)
@@ -127,9 +133,10 @@ class RunMetrics:
         self.flush()
         raise UserError(f"step {step}: {operation}; rows {self.skips.rows(step)}")
 
-    def restart_clock(self) -> None:
-        """Leave what happened until now (an evaluation) out of time/tokens_per_s."""
+    def restart_clock(self, part: str) -> None:
+        """Leave what happened until now, a part such as an evaluation, out of time/tokens_per_s."""
         self._since = time.time()
+        self.parts.mark(part)
 
     def elapsed(self) -> float:
         """Seconds that the run took so far."""
@@ -172,15 +179,19 @@ class RunMetrics:
         return {name: log.count for name, log in self._logs.items()}
 
     def finish(self) -> None:
-        """Write what is pending, and what a full disk had refused."""
+        """Write what is pending, and what a full disk had refused; of a long run, say where its time went."""
         self.flush()
+        self.parts.take(self.parts.marked)
+        if self.elapsed() >= EVERY and self.parts.total:
+            self.say(f"{self.stage}: time: {self.parts.shares()}")
         if self.is_writer:
             for log in self._logs.values():
                 log.add([], sync=True)
 
     def close(self) -> None:
-        """End the progress bar, a trace and the loggers, which take the report along if there is one."""
+        """End the progress bar, the watch on parts, a trace and the loggers, which take the report along if there is one."""
         self.bar.close()
+        self.parts.close()
         self._trace.close()
         report = Path(self.settings.run.output_dir, REPORT)
         for logger in self._loggers:

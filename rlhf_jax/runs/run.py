@@ -158,7 +158,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.metrics.restore(record, self.start)
         tree = self.checkpoints.restore(self.start, tree)
         self._saved_at = time.time()
-        self.metrics.restart_clock()
+        self.metrics.restart_clock("start")
         return tree, record["notes"]
 
     def save_if_due(self, step: int, tree: object, notes: Mapping[str, object] | None = None) -> None:

@@ -99,11 +99,13 @@ def run_steps(
     """
     steps = run.total
     tokens = 0
-    run.metrics.restart_clock()
+    run.metrics.restart_clock("start")
     for i in range(run.start, steps):
         rows = batches[i]
         batch, step_key = put_batch(mesh, rows), jax.random.fold_in(key, i)
+        run.metrics.parts.mark("data")
         state, metrics = step(state, batch, step_key)
+        run.metrics.parts.mark("update", metrics["optim/skipped"])
         tokens += real_tokens(rows)
         if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
             run.metrics.report_nan(i + 1, explain(state.params, batch, step_key))
@@ -117,8 +119,9 @@ def run_steps(
             if results := evaluate(i + 1, state.params):  # nothing without held-out rows
                 run.metrics.write(i + 1, results)
                 run.best.keep(i + 1, -results["eval/total"])
-            run.metrics.restart_clock()
+            run.metrics.restart_clock("evaluation")
         run.save_if_due(i + 1, {"state": state})
+        run.metrics.parts.mark("save")
     return state
 
 
