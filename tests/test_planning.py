@@ -18,10 +18,11 @@ from test_programs import PRIME, largest_logits
 from rlhf_jax import cli
 from rlhf_jax.commands.plan import chips, flops, hlo, plan, programs
 from rlhf_jax.commands.plan.presets import PRESETS, find_preset
-from rlhf_jax.config import PlanArgs, PPOArgs, SFTArgs
+from rlhf_jax.config import ArchConfig, MeshConfig, ModelConfig, PlanArgs, PPOArgs, SFTArgs
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import leaf_shapes
-from rlhf_jax.sharding import make_mesh
+from rlhf_jax.sharding import make_mesh, placed, put_batch, tree_shardings
 
 WITHOUT_COMPILER = importlib.util.find_spec("libtpu") is None
 TINY = {"vocab_size": 64, "width": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -210,6 +211,31 @@ def test_no_program_holds_the_logits_of_a_batch(stage):
     length = 32 if stage == "ppo" else 63
     for name, text in texts.items():
         assert largest_logits(text) < 4 * length * PRIME, name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_log_probs_in_chunks_gather_and_sum_once_however_many_there_are(tied):
+    arch = ArchConfig(vocab_size=512, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_width=32,
+                      tied_head=tied)  # fmt: skip
+    mesh, rng, grads, moved = make_mesh(MeshConfig(fsdp=4, tensor=2)), np.random.default_rng(0), [], []
+    hidden = put_batch(mesh, rng.normal(size=(4, 16, 16)).astype(np.float32))
+    targets, needed = put_batch(mesh, (rng.integers(0, 512, (4, 16), dtype=np.int32), rng.random((4, 16)) < 0.6))
+    for chunk in (512, 8, 2):  # at once, two and eight rounds
+        model = Model.from_config(ModelConfig(logprob_chunk=chunk, compute_dtype="float32"), arch, mesh.rules)
+        with jax.set_mesh(mesh.grid):
+            params = placed(mesh, model.init, jax.random.key(0))
+
+            def loss(params, hidden, model=model):
+                return model.logprobs(params, hidden, targets, needed=needed)[0].sum()
+
+            step = jax.jit(
+                jax.grad(loss, argnums=(0, 1)), out_shardings=(tree_shardings(mesh, params), hidden.sharding)
+            )
+            moved.append(sum(hlo.traffic(step.lower(params, hidden).compile().as_text()).collectives.values()))
+            grads.append(step(params, hidden))
+    for other in grads[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads[0], other)
+    assert moved[2] <= 1.1 * moved[1], moved
 
 
 def test_bad_plans_are_one_line(capsys):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.config.rules import Rules, over_tensor
 from rlhf_jax.models import cache as cached
-from rlhf_jax.models import decoder
+from rlhf_jax.models import decoder, vocabulary
 from rlhf_jax.models.attention import (
     REMAT,
     Attend,
@@ -26,7 +26,6 @@ from rlhf_jax.models.attention import (
     make_attend,
     platform_attention,
     platform_dtype,
-    softcapped,
 )
 from rlhf_jax.models.cache import Cache, Columns
 from rlhf_jax.models.decoding import unstacked
@@ -36,7 +35,7 @@ from rlhf_jax.models.kernels import STACKS, Chained, attached, chained, stacks, 
 from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
 from rlhf_jax.models.stacking import cut, interleaved, runs_of, scanned
-from rlhf_jax.sharding import constrain, constrain_rows, data_ways, row_axes
+from rlhf_jax.sharding import constrain_rows, data_ways
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
@@ -235,20 +234,7 @@ class Model:
 
     def project(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32, sharded over the vocabulary."""
-        # [B, T, D] with [D, V], or with a tied embedding [V, D]; summed in float32 whatever the inputs are.
-        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        head = params.get("head", {})
-        if "kernel" in head:
-            letters, kernel = "btd,dv->btv", head["kernel"]
-        else:
-            letters, kernel = "btd,vd->btv", params["embed"]["tokens"]
-        logits = jnp.einsum(
-            letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
-        )
-        if "bias" in head:
-            logits = logits + head["bias"][None, None].astype(jnp.float32)
-        logits = softcapped(decoder.times(logits, self.arch.logit_multiplier), self.arch.logit_softcap)
-        return constrain(logits, row_axes(), None, self._over("V"))
+        return vocabulary.project(self.arch, params, hidden, self._over("V"))
 
     def logprobs(
         self,
@@ -266,6 +252,9 @@ class Model:
         Both are 0 off `needed`, and chunks of positions without any that is needed cost nothing (None: all are). They
         are of the law of the ids `kept`, if these are given (-1: none).
         """
+        shards = math.gcd(data_ways(), len(targets))
+        if 1 < shards == data_ways() and targets.size > shards * self.logprob_chunk:  # several chunks
+            params = vocabulary.for_each_shard(params, shards, self._over("V"))
         return token_logprobs(
             partial(self.project, params),
             hidden,
@@ -274,7 +263,7 @@ class Model:
             chunk=self.logprob_chunk,
             needed=needed,
             kept=kept,
-            shards=math.gcd(data_ways(), len(targets)),
+            shards=shards,
             with_entropy=with_entropy,
         )
 

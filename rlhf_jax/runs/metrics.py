@@ -189,7 +189,7 @@ class RunMetrics:
                 log.add([], sync=True)
 
     def close(self) -> None:
-        """End the progress bar, the watch on parts, a trace and the loggers, which take the report along if there is one."""
+        """End the bar, the watch on parts, a trace and the loggers, which take the report along if there is one."""
         self.bar.close()
         self.parts.close()
         self._trace.close()

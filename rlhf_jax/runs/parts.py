@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class Parts:
     """
 
     def __init__(self) -> None:
-        self.marked, self.total = 0, Counter[str]()
+        self.marked, self.total = 0, defaultdict[str, float](float)
         self._taken, self._since = 0, 0.0
         self._marks: SimpleQueue[tuple[str, Any, float] | None] = SimpleQueue()
         self._spent: SimpleQueue[tuple[str, float]] = SimpleQueue()
@@ -52,18 +52,18 @@ class Parts:
 
     def take(self, marked: int) -> dict[str, float]:
         """Seconds by part of the first so many marks, without those that were taken before; waits for their arrays."""
-        spent = Counter[str]()
+        spent = defaultdict[str, float](float)
         while self._taken < marked:
             name, seconds = self._spent.get()
             spent[name] += seconds
+            self.total[name] += seconds
             self._taken += 1
-        self.total.update(spent)
         return dict(spent)
 
     def shares(self) -> str:
         """What was taken so far, the largest first, as "rollout 61%, update 30%, score 9%"."""
-        whole = self.total.total() or 1.0
-        parts = ((name, seconds / whole) for name, seconds in self.total.most_common())
+        whole = sum(self.total.values()) or 1.0
+        parts = sorted(((name, seconds / whole) for name, seconds in self.total.items()), key=lambda part: -part[1])
         return ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
 
     def close(self) -> None:
