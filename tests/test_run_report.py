@@ -154,6 +154,12 @@ def test_a_healthy_run_is_not_accused(kind, run_of):
     assert findings == [] and {one.level for one in checked} <= {"good"}
 
 
+def test_a_method_that_has_no_price_by_default_is_looked_at(run_of):
+    path = run_of(HEALTHY, stage="grpo", settings={"kl_coef": 0.0}, reward=MODEL)
+    [finding] = diagnose(read_run(path))[0]
+    assert finding.level == "look" and "The KL has no price" in finding.title
+
+
 def test_a_rise_is_told_from_noise_and_jumps_do_not_count_as_noise():
     steps = np.arange(100.0)
     flat = [RNG.standard_normal(100) for _ in range(50)]

@@ -8,11 +8,12 @@ for a second sign: the objective or the gold reward that did not rise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax.runs.curves import smooth
+from rlhf_jax.runs.report.evidence import LOWER, Finding, gained, improved, move, rate_of, span
 from rlhf_jax.runs.report.reading import RunData, Series
 
 CLIPPED, FAR_CLIPPED = 0.3, 0.5
@@ -37,15 +38,6 @@ FEW = 8
 """Logged values below which a trend is not judged."""
 
 
-class Finding(NamedTuple):
-    """What is wrong, what shows it, and what helps; `level` is "wrong" or "look"."""
-
-    level: Literal["wrong", "look"]
-    title: str
-    evidence: str
-    cure: str
-
-
 class Watch(NamedTuple):
     """What to watch: `check` is asked where the run has one of `metrics`; the page shows it beside what is healthy."""
 
@@ -53,41 +45,6 @@ class Watch(NamedTuple):
     metrics: tuple[str, ...]
     healthy: str
     check: Callable[[RunData, Series], Finding | None]
-
-
-def move(series: Series, what: str) -> str:
-    """The first and last value of a metric, and where its extreme lies."""
-    text = f"{what} went from {series.first:.3g} to {series.last:.3g} (steps {span(series)})"
-    high = int(np.argmax(series.values))
-    if series.values[high] > max(series.first, series.last) * 1.2 and len(series.values) > 2:
-        text += f", highest {series.values[high]:.3g} at {series.steps[high]:g}"
-    return text
-
-
-def span(series: Series) -> str:
-    """The first and last step."""
-    return f"{series.steps[0]:g} to {series.steps[-1]:g}"
-
-
-def gained(run: RunData) -> Series | None:
-    """What the run maximises: reward less the price of the KL, on the rollouts."""
-    return run.series("rollout/objective", "rollout/reward")
-
-
-def improved(run: RunData) -> bool:
-    """Whether what the run maximises rose, and the gold reward, if there is one, did not fall."""
-    objective, gold = gained(run), run.series("rollout/gold", "eval/gold")
-    return objective is not None and objective.rose() and not (gold is not None and gold.fell())
-
-
-def rate_of(run: RunData) -> str:
-    """The learning rate, in words."""
-    optim = run.config.get("optim")
-    rate = optim.get("learning_rate") if isinstance(optim, dict) else None
-    return f"optim.learning_rate {rate:g}" if isinstance(rate, (int, float)) else "optim.learning_rate"
-
-
-LOWER = "take a tenth of it, and see docs/algorithms.md (Rates); optim.warmup_steps helps at the beginning"
 
 
 def rate_online(run: RunData, kl: Series) -> Finding | None:
@@ -159,7 +116,10 @@ def no_price(run: RunData, reward: Series) -> Finding | None:
             said.append(move(series, what))
     said.append(move(reward, "the reward"))
     cure = "set kl_coef (0.05 for a reward model), or kl_budget; several reward models (reward.models) warn of it"
-    return Finding("wrong", "The KL has no price: nothing holds the policy near the reference", "; ".join(said), cure)
+    gold = run.series("rollout/gold", "eval/gold")
+    default = run.stage == "grpo" and not (gold is not None and gold.fell())  # which is its default
+    title = "The KL has no price: nothing holds the policy near the reference"
+    return Finding("look" if default else "wrong", title, "; ".join(said), cure)
 
 
 def clips(run: RunData, clipped: Series) -> Finding | None:
@@ -219,7 +179,8 @@ def length(run: RunData, series: Series) -> Finding | None:
         said.append(f"within an iteration, reward and length of {count} samples correlate by {within:.2f}")
     if gold is not None:
         said.append(move(gold, "the gold reward"))
-    unearned = gold is not None and not gold.rose()
+    objective = gained(run)  # which does not rise where a policy is only broken, and long for that
+    unearned = gold is not None and not gold.rose() and objective is not None and objective.rose()
     if reward.rose() and (within > TOGETHER or unearned):
         cure = (
             "score responses of all lengths alike (a length penalty, pairs of equal length for the reward model), set "
@@ -269,7 +230,7 @@ def overoptimised(run: RunData, gold: Series) -> Finding | None:
         return None
     smoothed = smooth(gold.values)
     peak = int(np.argmax(smoothed))
-    drop, margin = smoothed[peak] - gold.last, max(3 * gold.noise, 0.1 * abs(smoothed[peak] - smoothed[0]))
+    drop, margin = smoothed[peak] - gold.last, max(3 * gold.errors[1], 0.1 * abs(smoothed[peak] - smoothed[0]))
     after = proxy.values[proxy.steps >= gold.steps[peak]]
     rises = proxy.last > float(after[:5].mean()) or proxy.rose()
     if drop <= margin or not rises:

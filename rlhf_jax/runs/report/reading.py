@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,9 @@ class Series(NamedTuple):
 
     @property
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """The values of the beginning, a twentieth and at most five, and those of the end, a fifth and at most ten."""
+        """The values of the beginning, a fiftieth and at most five, and those of the end, a fifth and at most ten."""
         num = len(self.values)
-        return self.values[: max(1, min(num // 20, 5))], self.values[-max(1, min(num // 5, 10)) :]
+        return self.values[: max(1, min(num // 50, 5))], self.values[-max(1, min(num // 5, 10)) :]
 
     @property
     def first(self) -> float:
@@ -41,12 +42,13 @@ class Series(NamedTuple):
         return float(self.ends[1].mean())
 
     @property
-    def noise(self) -> float:
-        """Standard error of `last` less `first`, from how much neighbours differ; a few jumps do not count."""
+    def errors(self) -> tuple[float, float]:
+        """Standard errors of `first` and `last`, from how much neighbours differ; a few jumps do not count."""
         if len(self.values) < 3:
-            return 0.0
+            return 0.0, 0.0
         deviation = np.quantile(np.abs(np.diff(self.values)), 0.75) / (1.15 * 2**0.5)  # of a Gaussian's differences
-        return float(deviation * sum(1 / len(part) for part in self.ends) ** 0.5)
+        first, last = (float(deviation / len(part) ** 0.5) for part in self.ends)
+        return first, last
 
     @property
     def mean(self) -> float:
@@ -62,7 +64,7 @@ class Series(NamedTuple):
 
     def rose(self) -> bool:
         """Whether the end is above the beginning by more than chance, two standard errors."""
-        return self.last - self.first > max(2 * self.noise, 1e-6 * abs(self.first))
+        return self.last - self.first > max(2 * math.hypot(*self.errors), 1e-6 * abs(self.first))
 
     def fell(self) -> bool:
         """Whether the end is below the beginning by more than chance."""
