@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from rlhf_jax.errors import UserError, printable, shown
+from rlhf_jax.errors import UserError, named, printable, shown
 from rlhf_jax.hosts.json_text import JsonObject, from_json
 from rlhf_jax.runs.directory import METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
 
@@ -188,7 +188,7 @@ def read_run(path: Path, name: str = "") -> RunData:
     step = max([int(record.get("step") or 0), *(line["step"] for line in history[-2:])])
     return RunData(
         path=path,
-        name=printable(name or path.absolute().name),
+        name=printable(name or Path(named(path.absolute())).name),
         stage=str(record["stage"]),
         status=status,
         note=str(record.get("note") or ""),
