@@ -202,6 +202,9 @@ def test_kernels_in_mxfp4_are_read_as_the_dense_ones_of_transformers(tmp_path):
     found, raw = hf.read_config(tmp_path)
     assert found == arch
     params = hf.load_params(tmp_path, arch, score_head=False)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    apart = hf.load_params(tmp_path, arch, score_head=False, mesh=mesh)  # of blocks that two devices share, half each
+    jax.tree.map(np.testing.assert_array_equal, apart, params)
     hf.save_model(tmp_path / "dense", arch, params, eos_ids=[2], dtype="bfloat16", base_config=raw)
     assert "quantization_config" not in hf.read_config(tmp_path / "dense")[1]
     saved = load_file(tmp_path / "dense" / "model.safetensors")

@@ -109,22 +109,30 @@ class Packed(NamedTuple):
     dtype: str = "BF16"
 
     def map(self) -> np.ndarray:
-        """The kernels [E, inputs, outputs], exact in bfloat16, one expert after the other."""
-        blocks, scales = self.blocks.map(), self.scales.map()
-        experts, inputs, outputs = self.shape
-        out = np.empty((experts, outputs, inputs), ml_dtypes.bfloat16)
-        with np.errstate(over="ignore"):
-            for e in range(experts):
-                exponents = scales[e, :, :, None, None].astype(np.int32) - 127
-                out[e] = np.ldexp(_FP4_PAIRS[blocks[e]], exponents).reshape(outputs, inputs)
-        return out.swapaxes(1, 2)
+        """The kernels [E, inputs, outputs], exact in bfloat16."""
+        whole = self.lazy()
+        self.bring(whole, whole)
+        return whole
 
     def lazy(self) -> np.ndarray:
-        """All of it."""
-        return self.map()
+        """An array of their shape, in which `bring` makes what is asked for."""
+        experts, inputs, outputs = self.shape
+        return np.empty((experts, outputs, inputs), ml_dtypes.bfloat16).swapaxes(1, 2)
 
     def bring(self, whole: np.ndarray, part: np.ndarray) -> None:
-        """It is there."""
+        """Make the values of `part`, a box of `whole` whose corners are its first and last elements in memory."""
+        if not part.size:
+            return
+        dense, bounds = whole.swapaxes(1, 2), np.lib.array_utils.byte_bounds
+        ends = (place - bounds(whole)[0] for place in (bounds(part)[0], bounds(part)[1] - dense.itemsize))
+        low, high = (np.unravel_index(end // dense.itemsize, dense.shape) for end in ends)
+        rows, first, last = slice(low[1], high[1] + 1), low[2] // 32, high[2] // 32 + 1  # in blocks of 32 inputs
+        blocks, scales = self.blocks.map(), self.scales.map()
+        for e in range(low[0], high[0] + 1):
+            exponents = scales[e, rows, first:last, None, None].astype(np.int32) - 127
+            with np.errstate(over="ignore"):
+                values = np.ldexp(_FP4_PAIRS[blocks[e, rows, first:last]], exponents)
+            dense[e, rows, 32 * first : 32 * last] = values.reshape(len(values), -1)
 
 
 Readable = Stored | Summed | Packed
