@@ -40,6 +40,10 @@ OWN = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 48, "bias": True},
     "opt": {"ffn_dim": 48}, "gptj": {"rotary_dim": 2}, "nemotron": {"mlp_bias": True}, "arcee": {"mlp_bias": True},
     "ernie4_5": {"use_bias": True}, "smollm3": {"no_rope_layers": [0, 1, 0]}, "exaone4": {"sliding_window": 8},
+    "qwen3_5_text": {
+        "partial_rotary_factor": 0.5, "full_attention_interval": 2, "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+    },
 }  # fmt: skip
 WINDOWED = ("mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
