@@ -38,7 +38,6 @@ ARCH = ArchConfig(
     vocab_size=V, width=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=8, max_positions=40,
     num_experts=8, experts_per_token=2, qk_norm="head",
 )  # fmt: skip
-MODEL = Model(ARCH)
 GLM = replace(
     ARCH, num_layers=2, router="sigmoid", router_groups=2, routed_scale=1.5, shared_width=8, dense_layers=1,
     dense_width=16,
@@ -298,18 +297,19 @@ def test_a_crowd_at_one_device_is_served_in_further_rounds():
 
 def test_replayed_tokens_go_to_the_experts_they_were_sampled_with():
     """By the sampler's weights nothing differs; by others the experts stay, and the metric counts what would not."""
-    params = model_params(MODEL, 0)
+    model = Model(GLM)
+    params = model_params(model, 0)
     rng = np.random.default_rng(3)
     prompt, mask = jnp.asarray(rng.integers(0, V, (4, 3)), jnp.int32), jnp.ones((4, 3), bool)
     options = {"max_new_tokens": 4, "stop_ids": (1, 2, 3, 4), "chunk": 2, "filtered": False, "routing": True}
-    rollout = jax.jit(functools.partial(sample, MODEL, **options))(params, prompt, mask, jax.random.key(0), LAW)
+    rollout = jax.jit(functools.partial(sample, model, **options))(params, prompt, mask, jax.random.key(0), LAW)
     assert rollout.experts.shape == (4, 4, 1, 2) and (rollout.experts[rollout.mask] >= 0).all()
     assert (rollout.experts[~rollout.mask] == -1).all() and not rollout.mask.all()
     view = packed(rollout).at(0)
 
     @jax.jit
     def read(params, experts):
-        logprobs, _, _, routing = response_logprobs(MODEL, params, view, jnp.float32(1), 4, None, experts)
+        logprobs, _, _, routing = response_logprobs(model, params, view, jnp.float32(1), 4, None, experts)
         return logprobs, routing
 
     logprobs, routing = read(params, rollout.experts)
