@@ -4,9 +4,10 @@
 
 For every seed a teacher: SFT, a reward model of comparisons and PPO as in the quickstart; and an SFT student of half
 the width. Then the student learns by `distill` from the teacher (discount 0 and 1) or by `ppo` from the reward model,
-with the same rollouts; gold of its own rollouts by the tokens that it has sampled. `tokens_to_90` is the first number
-of tokens after which the mean gold of five iterations is at least 0.9 times the teacher's; null if it never is. Prints
-a JSON line per run, appends it to distill.jsonl, goes on with what is missing there, and ends with a table.
+with the same rollouts and epochs; gold of its own rollouts by the tokens that it has sampled. `tokens_to_90` is the
+first number of tokens after which the mean gold of five iterations is at least 0.9 times the teacher's; null if it
+never is. Prints a JSON line per run, appends it to distill.jsonl, goes on with what is missing there, and ends with a
+table.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ class Seed:
             # Its critic is a model of the student's own shape: the reward model has the teacher's.
             ppo.run(replace(like, ppo__value_init="zeros", **changes), **self.prompts(), gold=self.gold)
         else:
+            same = {"iterations": self.config.iterations, "epochs": like.ppo.epochs}
             config = DistillArgs(
                 model=like.model, data=like.data, sampling=like.sampling, optim=like.optim, run=like.run,
                 reward=RewardSourceConfig(teacher=self.teacher),
-                distill=replace(DISTILL, iterations=self.config.iterations, discount=float("discount" in name)),
+                distill=replace(DISTILL, discount=float("discount" in name), **same),
             )  # fmt: skip
             group.run(replace(config, **changes), **self.prompts(), gold=self.gold)
         return {"run": name, "seed": self.config.seed, "teacher": self.teacher_gold, **self.measured(out)}
