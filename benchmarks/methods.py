@@ -279,7 +279,7 @@ class Meter:
 def walk_logprobs(model: Model, params: Params, rollout: Rollout) -> Float[Array, " B"]:
     """log p of whole responses, stop tokens included."""
     num = rollout.tokens.shape[1]
-    logprobs, _, _ = response_logprobs(model, params, packed(rollout).at(0), jnp.ones(()), num)
+    logprobs, *_ = response_logprobs(model, params, packed(rollout).at(0), jnp.ones(()), num)
     return jnp.sum(jnp.where(rollout.mask, logprobs, 0.0), axis=1)
 
 
