@@ -231,6 +231,7 @@ def make_score(
 
     `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
     """
+    estimate: Advantage = bind(advantage or config.advantage, config)
 
     def score(
         params: Params,
@@ -257,7 +258,7 @@ def make_score(
 
         # Advantages and returns [B, T].
         values = jnp.where(value_mask, nets["values"], 0.0)
-        advantages, returns = estimated(advantage, rewards, values, mask, value_mask, config)
+        advantages, returns = estimated(estimate, rewards, values, mask, value_mask, config)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
@@ -281,15 +282,14 @@ def make_score(
 
 
 def estimated(
-    advantage: Advantage | None,
+    estimate: Advantage,
     rewards: Float[Array, "B T"],
     values: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     value_mask: Bool[Array, "B T"],
     config: PPOConfig,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(advantages, returns) of rewards, by `advantage` or the config's; each whitened if the config asks."""
-    estimate: Advantage = bind(advantage or config.advantage, config)
+    """(advantages, returns) of rewards; each whitened if the config asks."""
     if config.whiten_rewards:
         rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
     advantages = estimate(rewards, values)
