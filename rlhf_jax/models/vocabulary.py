@@ -12,6 +12,9 @@ from rlhf_jax.models.decoder import times
 from rlhf_jax.sharding import constrain, row_axes
 from rlhf_jax.types import Params
 
+MOST = 2 * 2**30
+"""Bytes of a device that weights for each shard and their gradient may take, float32 both."""
+
 
 def project(
     arch: ArchConfig, params: Params, hidden: Float[Array, "B T D"], over: str | None
@@ -37,12 +40,16 @@ def for_each_shard(params: Params, shards: int, over: str | None) -> Params:
 
     A loop over chunks of positions [W, C, D] has each of them multiplied where its rows lie: weights that lie over
     fsdp are gathered once, and their gradient is summed over the shards once, after the loop and not in each round.
+    Where a device would need more than MOST for it, the parameters as they are.
     """
+    head = params.get("head", {})
+    kernel = head["kernel"] if "kernel" in head else params["embed"]["tokens"]
+    if 8 * kernel.size > MOST * jax.sharding.get_abstract_mesh().shape.get(over, 1):
+        return params
 
     def own(x: Array, *axes: str | None) -> Array:
         return constrain(jnp.broadcast_to(x, (shards, *x.shape)), row_axes(), *axes)
 
-    head = params.get("head", {})
     axes = {"kernel": (None, over), "bias": (over,)}
     found: Params = {"head": {name: own(x, *axes[name]) for name, x in head.items()}}
     return found if "kernel" in head else {**found, "embed": {"tokens": own(params["embed"]["tokens"], over, None)}}
