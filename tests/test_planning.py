@@ -216,7 +216,7 @@ def test_no_program_holds_the_logits_of_a_batch(stage):
 @pytest.mark.parametrize("tied", [True, False])
 def test_log_probs_in_chunks_gather_and_sum_once_however_many_there_are(tied):
     arch = ArchConfig(vocab_size=512, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_width=32,
-                      tied_head=tied)  # fmt: skip
+                      tied_head=tied, head_bias=not tied)  # fmt: skip
     mesh, rng, grads, moved = make_mesh(MeshConfig(fsdp=4, tensor=2)), np.random.default_rng(0), [], []
     hidden = put_batch(mesh, rng.normal(size=(4, 16, 16)).astype(np.float32))
     targets, needed = put_batch(mesh, (rng.integers(0, 512, (4, 16), dtype=np.int32), rng.random((4, 16)) < 0.6))

@@ -30,7 +30,7 @@ def project(
         letters, hidden, kernel.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32
     )
     if "bias" in head:
-        logits = logits + jnp.expand_dims(head["bias"], -2).astype(jnp.float32)
+        logits = logits + head["bias"].reshape(-1, 1, logits.shape[-1]).astype(jnp.float32)
     logits = softcapped(times(logits, arch.logit_multiplier), arch.logit_softcap)
     return constrain(logits, row_axes(), None, over)
 

@@ -273,9 +273,8 @@ def make_score(
         )
 
         # What is reported, and the price of the next iteration.
-        kl = k1.sum(axis=1)
-        metrics = score_metrics(experience, rollout, raw, scores + dense.sum(axis=1), kl, k3, kl_coef)
-        metrics |= {**weighted, **earned}
+        kl, paid = k1.sum(axis=1), scores + dense.sum(axis=1)
+        metrics = {**score_metrics(experience, rollout, raw, paid, kl, k3, kl_coef), **weighted, **earned}
         return experience, next_kl_coef(kl_coef, kl, config), metrics, {**rows, "kl": kl}
 
     return score
