@@ -184,7 +184,10 @@ class Chain:
     """A policy whose next token depends on the last one only: params are logits [V, V]."""
 
     def __init__(self, size, on_decode=None):
-        self.arch, self.on_decode = SimpleNamespace(vocab_size=size, num_layers=1, experts_per_token=0), on_decode
+        self.arch, self.on_decode = (
+            SimpleNamespace(vocab_size=size, num_layers=1, expert_layers=0, experts_per_token=0),
+            on_decode,
+        )
 
     def decoding_params(self, params):
         return params

@@ -185,7 +185,7 @@ def test_the_chat_prompt_that_is_trained_on_is_the_one_that_is_sampled_from(name
 class Chain:
     """A policy whose next token depends on the last one only; params are logits [V, V]."""
 
-    arch = SimpleNamespace(vocab_size=SIZE, num_layers=1, experts_per_token=0)
+    arch = SimpleNamespace(vocab_size=SIZE, num_layers=1, expert_layers=0, experts_per_token=0)
 
     def decoding_params(self, params):
         return params
