@@ -14,48 +14,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.ensembles import shown
-from rlhf_jax import group, ppo, reward, sft
+from benchmarks.studies import Lines, Walks, shown, with_gold
+from rlhf_jax import group, ppo, reward
 from rlhf_jax.commands import quickstart as q
-from rlhf_jax.config import DISTILL, DistillArgs, QuickstartArgs, RewardSourceConfig
+from rlhf_jax.config import DISTILL, DistillArgs, RewardSourceConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import text_table
-from rlhf_jax.tasks import random_walks as walks
 
 RUNS = ("distill", "distill, discount 1", "ppo")
 SMALL = dataclasses.replace(q.ARCH, width=32, ffn_width=88, num_heads=2, num_kv_heads=2)
 SMOOTH = 5
 
 
-class Seed:
-    """A graph, a teacher, a reward model and a student; what an earlier call made is taken as it is."""
+class Seed(Walks):
+    """With a teacher, the reward model that it learned from, and a student."""
 
     def __init__(self, seed: int, root: Path, iterations: int):
-        self.path = root / f"seed_{seed}"
-        self.config = QuickstartArgs(str(self.path), seed=seed, progress=False, iterations=iterations)
-        self.gold = partial(walks.optimality, walks.make_graph(seed))
-        graph, path, keep = walks.make_graph(seed), self.path, {"run__overwrite": False}
-        walks.make_tokenizer().save_pretrained(path / "tokenizer")
-        demos = walks.demonstrations(graph, 1100, seed)
-        rows = {"rows": demos[:1000], "eval_rows": demos[1000:]}
-        sft.run(replace(q.sft_stage(self.config, path), **keep), **rows)
-        out = str(path / "student")
-        sft.run(replace(q.sft_stage(self.config, path), model__arch=SMALL, run__output_dir=out, **keep), **rows)
-        pairs = q.collect(graph, str(path / "sft" / "model"), self.config, 0)
-        reward.run(replace(q.reward_stage(self.config, path), **keep), rows=pairs[:-200], eval_rows=pairs[-200:])
-        made = ppo.run(replace(q.ppo_stage(self.config, path), **keep), **self.prompts(), gold=self.gold)
+        super().__init__(seed, root, iterations=iterations)
+        self.fit(SMALL, "student")
+        pairs, path = q.collect(self.graph, self.base, self.config, 0), self.path
+        kept = {"run__overwrite": False}
+        reward.run(replace(q.reward_stage(self.config, path), **kept), rows=pairs[:-200], eval_rows=pairs[-200:])
+        made = ppo.run(replace(q.ppo_stage(self.config, path), **kept), **self.prompts(), gold=self.gold)
         self.teacher, self.teacher_gold = str(path / "ppo" / "model"), made["after"]["eval/gold"]
-
-    def prompts(self) -> dict[str, Any]:
-        return {"rows": walks.start_prompts() * 32, "eval_rows": walks.start_prompts() * 6}
 
     def run(self, name: str) -> dict[str, Any]:
         """One line about one student."""
@@ -79,8 +65,7 @@ class Seed:
 
     def measured(self, out: Path) -> dict[str, Any]:
         """Gold at first and at the end, tokens sampled in all, and up to nine tenths of the teacher's gold."""
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "rollout/gold" in line]
+        lines = with_gold(out / "metrics.jsonl")
         rows = q.ppo_stage(self.config, self.path).data.batch_size
         tokens = np.cumsum([rows * line["rollout/response_length"] for line in lines])
         smooth = np.convolve([line["rollout/gold"] for line in lines], np.ones(SMOOTH) / SMOOTH, "valid")
@@ -124,20 +109,15 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--iterations", type=int, default=60, help="of the teacher's PPO and of every student")
     args = parser.parse_args()
-    path = Path(args.output_dir) / "distill.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["seed"], line["run"]) for line in lines}
+    root = Path(args.output_dir)
+    lines = Lines(root / "distill.jsonl")
     for number in args.seeds:
-        missing = [run for run in args.runs if (number, run) not in done]
-        seed = Seed(number, path.parent, args.iterations) if missing else None
+        missing = [run for run in args.runs if not lines.has(seed=number, run=run)]
+        seed = Seed(number, root, args.iterations) if missing else None
         for run in missing:
             assert seed is not None
-            lines.append(seed.run(run))
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            print(json.dumps(lines[-1]), flush=True)
-    sys.stdout.write("\n" + table(lines) + "\n")
+            lines.add(seed.run(run))
+    print("\n" + table(lines.all))
 
 
 if __name__ == "__main__":

@@ -11,20 +11,16 @@ line per run and appends it to ensembles.jsonl, goes on with what is missing the
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax import ppo, reward, sft
+from benchmarks.studies import Lines, Walks, shown, with_gold
+from rlhf_jax import ppo, reward
 from rlhf_jax.commands import quickstart as q
-from rlhf_jax.config import QuickstartArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import text_table
-from rlhf_jax.tasks import random_walks as walks
 
 MEMBERS = 4
 RUNS: dict[str, dict[str, Any]] = {
@@ -41,30 +37,17 @@ RUNS: dict[str, dict[str, Any]] = {
 """Name -> changes of the config; what its reward is, the first word says: one model, four of them, or four heads."""
 
 
-class Seed:
-    """A graph, its SFT model, and the reward models that runs ask for; what an earlier call made is taken as it is."""
+class Seed(Walks):
+    """With the reward models that runs ask for."""
 
     def __init__(self, seed: int, root: Path, iterations: int):
-        self.path = root / f"seed_{seed}"
-        self.config = QuickstartArgs(str(self.path), seed=seed, progress=False, iterations=iterations)
-        self.graph = walks.make_graph(seed)
-        walks.make_tokenizer().save_pretrained(self.path / "tokenizer")
-        demos = walks.demonstrations(self.graph, 1100, seed)
-        sft.run(replace(q.sft_stage(self.config, self.path), run__overwrite=False), rows=demos[:1000],
-                eval_rows=demos[1000:])  # fmt: skip
-        self.held_out, self._pairs = self._compared(20, 3, 0.0), dict[int, list[dict[str, str]]]()
-
-    def _compared(self, num_each: int, offset: int, noise: float) -> list[dict[str, str]]:
-        """Two walks of SFT from each start so many times, compared by a rater who errs."""
-        seed, base = self.config.seed, str(self.path / "sft" / "model")
-        prompts, first = q.sample_walks(base, num_each, seed + offset)
-        _, second = q.sample_walks(base, num_each, seed + offset + 1)
-        return walks.comparisons(self.graph, prompts, first, second, seed, noise)
+        super().__init__(seed, root, iterations=iterations)
+        self.held_out, self._pairs = self.compared(20, 3, 0.0), dict[int, list[dict[str, str]]]()
 
     def pairs(self, size: int) -> list[dict[str, str]]:
         """`size` comparisons in random order."""
         if size not in self._pairs:
-            rows = self._compared(-(-4 * size // 20), 100, 0.1)
+            rows = self.compared(-(-4 * size // 20), 100, 0.1)
             order = np.random.default_rng(self.config.seed).permutation(len(rows))[:size]
             self._pairs[size] = [rows[i] for i in order]
         return self._pairs[size]
@@ -89,8 +72,7 @@ class Seed:
             q.ppo_stage(self.config, self.path), reward__model="", reward__models=list(models), ppo__kl_coef=kl_coef,
             run__output_dir=str(out), run__overwrite=True, run__eval_every=5, checkpoint__keep_last=1, **RUNS[name],
         )  # fmt: skip
-        gold = partial(walks.optimality, self.graph)
-        made = ppo.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6, gold=gold)
+        made = ppo.run(config, **self.prompts(), gold=self.gold)
         about = {"run": name, "size": size, "seed": self.config.seed, "accuracy": float(np.mean(accuracy))}
         kept = {f"kept_{n}": made["after"][f"eval/{n}"] for n in ("gold", "kl")}
         return {**about, **measured(out / "metrics.jsonl"), **kept, "iterations": made["iterations"]}
@@ -98,7 +80,7 @@ class Seed:
 
 def measured(metrics: Path) -> dict[str, float]:
     """Gold and proxy at their peak and at the end, means over a tenth of the run; the distance d = sqrt(KL) there."""
-    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "rollout/gold" in line]
+    lines = with_gold(metrics)
     width = max(len(lines) // 10, 1)
     smooth = {
         name: np.convolve([line.get(f"rollout/{key}", 0.0) for line in lines], np.ones(width) / width, "valid")
@@ -133,12 +115,6 @@ def table(lines: list[dict[str, Any]]) -> str:
     return text_table(headers, rows)
 
 
-def shown(values: list[float]) -> str:
-    """Mean and, of several, its standard error."""
-    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{error}" if values else ""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/ensembles")
@@ -148,20 +124,16 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=80, help="of PPO")
     parser.add_argument("--kl_coef", type=float, default=0.01, help="price of a nat in PPO, small to go far")
     args = parser.parse_args()
-    path = Path(args.output_dir) / "ensembles.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["seed"], line["size"], line["run"]) for line in lines}
+    root = Path(args.output_dir)
+    lines = Lines(root / "ensembles.jsonl")
     for number in args.seeds:
-        missing = [(size, run) for size in args.sizes for run in args.runs if (number, size, run) not in done]
-        seed = Seed(number, path.parent, args.iterations) if missing else None
+        pairs = [(size, run) for size in args.sizes for run in args.runs]
+        missing = [(size, run) for size, run in pairs if not lines.has(seed=number, size=size, run=run)]
+        seed = Seed(number, root, args.iterations) if missing else None
         for size, run in missing:
             assert seed is not None
-            lines.append(seed.run(run, size, args.kl_coef))
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            print(json.dumps(lines[-1]), flush=True)
-    sys.stdout.write("\n" + table(lines) + "\n")
+            lines.add(seed.run(run, size, args.kl_coef))
+    print("\n" + table(lines.all))
 
 
 if __name__ == "__main__":

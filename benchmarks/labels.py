@@ -13,17 +13,15 @@ with what is missing there, and ends with a table of gold less that of random la
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ensembles import measured, shown
-from rlhf_jax import ppo, reward, sft
+from benchmarks.ensembles import measured
+from benchmarks.studies import Lines, Walks, shown
+from rlhf_jax import ppo, reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.commands.collect import run_collect
-from rlhf_jax.config import CollectArgs, ModelConfig, QuickstartArgs, RewardSourceConfig
+from rlhf_jax.config import CollectArgs, ModelConfig, RewardSourceConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.tasks import random_walks as walks
@@ -32,21 +30,12 @@ RUNS = ("random", "disagreement", "top_two")
 MEMBERS, SAMPLES, NOISE = 4, 8, 0.1
 
 
-class Seed:
-    """A graph and its SFT model; what an earlier call made is taken as it is."""
+class Seed(Walks):
+    """With the pairs on which its reward models are measured."""
 
     def __init__(self, seed: int, root: Path, iterations: int):
-        self.path = root / f"seed_{seed}"
-        self.config = QuickstartArgs(str(self.path), seed=seed, progress=False, iterations=iterations)
-        self.graph = walks.make_graph(seed)
-        walks.make_tokenizer().save_pretrained(self.path / "tokenizer")
-        demos = walks.demonstrations(self.graph, 1100, seed)
-        sft.run(replace(q.sft_stage(self.config, self.path), run__overwrite=False), rows=demos[:1000],
-                eval_rows=demos[1000:])  # fmt: skip
-        self.base = str(self.path / "sft" / "model")
-        prompts, first = q.sample_walks(self.base, 20, seed + 3)
-        _, second = q.sample_walks(self.base, 20, seed + 4)
-        self.held_out = walks.comparisons(self.graph, prompts, first, second, seed, 0.0)
+        super().__init__(seed, root, iterations=iterations)
+        self.held_out = self.compared(20, 3, 0.0)
 
     def asked(self, run: str, batch: int, number: int, heads: str) -> list[dict[str, str]]:
         """The pairs of a batch, compared, which a run chooses; `heads` is the model that is asked, if there is one."""
@@ -86,8 +75,7 @@ class Seed:
                 q.ppo_stage(self.config, self.path), reward__model=heads, run__output_dir=str(out),
                 run__overwrite=True, run__eval_every=0, checkpoint__keep_last=1,
             )  # fmt: skip
-            gold = partial(walks.optimality, self.graph)
-            ppo.run(config, rows=walks.start_prompts() * 32, eval_rows=walks.start_prompts() * 6, gold=gold)
+            ppo.run(config, **self.prompts(), gold=self.gold)
             about = {"run": run, "labels": labels, "pairs": len(pairs), "seed": self.config.seed}
             found.append({**about, "accuracy": accuracy, **measured(out / "metrics.jsonl")})
         return found
@@ -119,21 +107,17 @@ def main() -> None:
     args = parser.parse_args()
     if any(size % args.batch for size in args.sizes):
         parser.error(f"--sizes {args.sizes} are not whole batches of {args.batch}")
-    path = Path(args.output_dir) / "labels.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["seed"], line["run"], line["labels"]) for line in lines}
+    root = Path(args.output_dir)
+    lines = Lines(root / "labels.jsonl")
     for number in args.seeds:
-        missing = [run for run in args.runs if any((number, run, size) not in done for size in args.sizes)]
-        seed = Seed(number, path.parent, args.iterations) if missing else None
+        missing = [run for run in args.runs if not all(lines.has(seed=number, run=run, labels=n) for n in args.sizes)]
+        seed = Seed(number, root, args.iterations) if missing else None
         for run in missing:
             assert seed is not None
-            new = [x for x in seed.lines(run, args.sizes, args.batch) if (number, run, x["labels"]) not in done]
-            lines += new
-            with path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in new)
-            print(*map(json.dumps, new), sep="\n", flush=True)
-    sys.stdout.write("\n" + table(lines) + "\n")
+            for line in seed.lines(run, args.sizes, args.batch):
+                if not lines.has(seed=number, run=run, labels=line["labels"]):
+                    lines.add(line)
+    print("\n" + table(lines.all))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import group, ppo, preference, reward, sft
+from benchmarks.studies import Lines, Walks
+from rlhf_jax import group, ppo, preference, reward
 from rlhf_jax.commands import bestofn, rejection
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.commands.collect import run_collect
@@ -48,7 +47,6 @@ from rlhf_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    QuickstartArgs,
     RejectionArgs,
     RejectionConfig,
     RewardSourceConfig,
@@ -82,29 +80,18 @@ STEPS = 80
 """Optimiser steps of 64 rows of the methods that have no rollouts: three passes over the comparisons or so."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What the methods of one seed share.
+class Task(Walks):
+    """What the methods of one seed share: sft/ and reward_model/ in its directory, which has one for each method, too.
 
     Attributes:
-        path: holds sft/, reward_model/, and a directory for each method.
-        demos: random walks, of which the last 100 are held out.
         pairs, held_out: comparisons of SFT's walks, by a rater who errs and by one who does not.
-        made: summaries of SFT and of the reward model.
     """
 
-    config: QuickstartArgs
-    path: Path
-    graph: walks.Graph
-    demos: list[dict[str, str]]
-    pairs: list[dict[str, str]]
-    held_out: list[dict[str, str]]
-    made: dict[str, dict[str, Any]]
-
-    @property
-    def base(self) -> str:
-        """The SFT model."""
-        return str(self.path / "sft" / "model")
+    def __init__(self, seed: int, root: Path, *, experts: bool, **options: Any):
+        super().__init__(seed, root, arch=EXPERTS if experts else q.ARCH, **options)
+        self.held_out, self.pairs = self.compared(20, 3, 0.0), q.collect(self.graph, self.base, self.config, 0)
+        stage = replace(q.reward_stage(self.config, self.path), run__overwrite=False)
+        reward.run(stage, rows=self.pairs, eval_rows=self.held_out)
 
     @property
     def judge(self) -> RewardSourceConfig:
@@ -134,33 +121,10 @@ class Task:
         return RunConfig(str(out), True, self.config.seed, eval_every=25, progress=False)
 
 
-def make_task(seed: int, root: Path, *, experts: bool = False, **options: Any) -> Task:
-    """The quickstart's first half; what an earlier call finished is taken as it is."""
-    config = QuickstartArgs(output_dir=str(root / f"seed_{seed}"), seed=seed, progress=False, **options)
-    path, graph = Path(config.output_dir), walks.make_graph(seed)
-    demos = walks.demonstrations(graph, 1100, seed)
-    walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    stage = replace(q.sft_stage(config, path), **({"model__arch": EXPERTS} if experts else {}))
-    made = {"SFT": sft.run(kept(stage), rows=demos[:1000], eval_rows=demos[1000:])}
-    base = str(path / "sft" / "model")
-    prompts, first = q.sample_walks(base, 20, seed + 3)
-    _, second = q.sample_walks(base, 20, seed + 4)
-    held_out = walks.comparisons(graph, prompts, first, second, seed, 0.0)
-    pairs = q.collect(graph, base, config, 0)
-    made["reward model"] = reward.run(kept(q.reward_stage(config, path)), rows=pairs, eval_rows=held_out)
-    return Task(config, path, graph, demos, pairs, held_out, made)
-
-
-def kept(config: Any) -> Any:
-    """The config of a stage whose finished run is not run again."""
-    return replace(config, run__overwrite=False)
-
-
 def by_best_of(task: Task, out: Path) -> dict[str, float]:
     """The best of 16 of SFT's walks by the reward model; its KL is ln n - (n - 1) / n, and it has no NLL."""
     config = BestOfNArgs(**task.drawn(out / "best.jsonl"), num_samples=16)
-    gold = partial(walks.optimality, task.graph)
-    last = bestofn.run(config, rows=walks.start_prompts() * 50, gold=gold)["curve"][-1]
+    last = bestofn.run(config, rows=walks.start_prompts() * 50, gold=task.gold)["curve"][-1]
     return {"gold": last["gold"]["mean"], "kl": last["kl"]}
 
 
@@ -287,7 +251,7 @@ def run_one(task: Task, name: str, measure: Meter) -> dict[str, Any]:
     """The line of a method on a seed."""
     made: str | dict[str, float]
     if name == "SFT":
-        made, used = task.base, {"wall_s": task.made["SFT"]["wall_s"]}
+        made, used = task.base, {"wall_s": task.made["wall_s"]}
     else:
         out, wall, cpu = task.path / name, time.perf_counter(), time.process_time()
         out.mkdir(parents=True, exist_ok=True)
@@ -340,23 +304,17 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=40, help="of the methods with rollouts")
     parser.add_argument("--experts", action="store_true", help="all models of the shape EXPERTS, a Qwen3-MoE")
     args = parser.parse_args()
-    root = Path(args.output_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / "methods.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    measure = None
+    root, measure = Path(args.output_dir), None
+    lines = Lines(root / "methods.jsonl")
     for seed in args.seeds:
-        missing = [m for m in args.methods if not any((line["method"], line["seed"]) == (m, seed) for line in lines)]
+        missing = [name for name in args.methods if not lines.has(seed=seed, method=name)]
         if not missing:
             continue
-        task = make_task(seed, root, experts=args.experts, comparisons=args.comparisons, iterations=args.iterations)
+        task = Task(seed, root, experts=args.experts, comparisons=args.comparisons, iterations=args.iterations)
         measure = measure or Meter(task.base)
         for name in missing:
-            lines.append(run_one(task, name, measure))
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            print(json.dumps(lines[-1]), flush=True)
-    print("\n" + table(lines))
+            lines.add(run_one(task, name, measure))
+    print("\n" + table(lines.all))
 
 
 if __name__ == "__main__":
