@@ -198,6 +198,12 @@ def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, cap
     stage, options = listing.resume(f"{URL}/", [])
     assert stage == "sft" and options[options.index("--run.output_dir") + 1] == f"{URL}/"
     assert parse(stage, options).optim.learning_rate == 0.05
+    with pytest.raises(Stopped):  # a slash at the end is no part of the run that reads itself
+        twin.in_buckets(run_fit)(config_at(f"{URL}/"), before_step=signal_at(8))
+    (name, _), *_ = head_of(bucket)["files"]["config.yaml"]
+    text = bucket.objects[f"runs/a/{name}"][0].decode()
+    assert text.startswith(f"# rlhf-jax sft --config {URL}/config.yaml --run.output_dir {URL}-again\n")
+    assert f"output_dir: {URL}\n" in text
     with pytest.raises(UserError, match="gs://bucket/runs/none holds no run"):
         listing.resume("gs://bucket/runs/none", [])
     monkeypatch.setattr(processes, "several", lambda: True)

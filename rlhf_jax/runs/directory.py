@@ -21,7 +21,7 @@ import yaml
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, EvaluateArgs, QuickstartArgs, StageArgs, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.settings import Settings
-from rlhf_jax.errors import UserError, printable, tell
+from rlhf_jax.errors import UserError, named, printable, tell
 from rlhf_jax.hosts import yamls
 from rlhf_jax.hosts.files import check_writable, hold, read_text, replace_file, write_json
 from rlhf_jax.hosts.json_text import JsonObject, to_json
@@ -32,7 +32,7 @@ RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", 
 REPORT = "report.html"
 CONFIG, CHECKPOINTS, PROFILE = "config.yaml", "checkpoints", "profile"
 OURS = (
-    RECORD, "config.yaml", METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard",
+    RECORD, CONFIG, METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard",
     "wandb", "mlflow", PROFILE, REPORT, LOCK,
 )  # fmt: skip
 """What a run writes."""
@@ -131,14 +131,14 @@ def earlier_summary(
     path = Path(config.output_dir)
     check_name(path, f"output_dir {path}")
     check_writable(path, f"output_dir {path}")
-    there = [name for name in ("config.yaml", *files) if (path / name).exists()]
+    there = [name for name in (CONFIG, *files) if (path / name).exists()]
     if config.overwrite or not there:
         return None
     cure = "choose another directory or pass --overwrite true"
-    text = read_text(path / "config.yaml") if "config.yaml" in there else ""
+    text = read_text(path / CONFIG) if CONFIG in there else ""
     if not text.startswith(f"# rlhf-jax {command} "):
         raise UserError(f"output_dir {path} holds another run ({there[0]}); {cure}")
-    then = yamls.read(text, str(path / "config.yaml"), yamls.Values)
+    then = yamls.read(text, str(path / CONFIG), yamls.Values)
     if not isinstance(then, dict):
         raise UserError(f"output_dir {path}: config.yaml holds no settings; {cure}")
     differ = changes(config, {"config": as_json(then)})
@@ -261,7 +261,7 @@ def read_record(path: Path) -> Record | None:
     if record is not None and all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return record
     try:
-        header, _, text = (path / "config.yaml").read_text().partition("\n")
+        header, _, text = (path / CONFIG).read_text().partition("\n")
         config = yamls.load(text, yamls.Values)
     except (OSError, ValueError, yaml.YAMLError):
         header, config = "", None
@@ -310,10 +310,10 @@ def write_record(path: Path, record: Record) -> None:
 
 def write_config(path: Path, stage: str, config: Settings | dict[str, Any], option: str = "run.output_dir") -> None:
     """Replace config.yaml; `option` is what the command calls its directory."""
-    file = shlex.quote(printable(path / "config.yaml"))
-    header = f"# rlhf-jax {stage} --config {file} --{option} {shlex.quote(printable(path))}-again\n"
+    place = printable(named(path))
+    header = f"# rlhf-jax {stage} --config {shlex.quote(f'{place}/{CONFIG}')} --{option} {shlex.quote(place)}-again\n"
     plainly = config if isinstance(config, dict) else to_dict(config)
-    replace_file(path / "config.yaml", header + yaml.safe_dump(plainly, sort_keys=False))
+    replace_file(path / CONFIG, header + named(yaml.safe_dump(plainly, sort_keys=False)))
 
 
 def mark_void(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_jax.errors import UserError, named, tell
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import from_json
-from rlhf_jax.runs.directory import METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
+from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
 from rlhf_jax.runs.twin import glance, runs_below
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
@@ -29,7 +29,7 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     if record is None or record["status"] == VOID:
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
     check_name(path, directory)
-    if not (path / "config.yaml").is_file():
+    if not (path / CONFIG).is_file():
         write_config(path, record["stage"], record["config"])
     if record["given"]:
         raise UserError(
@@ -39,7 +39,7 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     if Path(record["cwd"]).is_dir():
         os.chdir(record["cwd"])
     place = directory if remote else str(path)
-    config = ["--config", str(path / "config.yaml"), "--run.output_dir", place, "--run.overwrite", "false"]
+    config = ["--config", str(path / CONFIG), "--run.output_dir", place, "--run.overwrite", "false"]
     return record["stage"], [*config, *options]
 
 

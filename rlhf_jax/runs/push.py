@@ -75,9 +75,9 @@ def model_card(repository: str, stage: str, config: Mapping[str, object], summar
     header["tags"] = ["rlhf-jax", stage]
     if base.startswith(HUB):
         header["base_model"] = base.removeprefix(HUB).partition("@")[0]
-    rows = sorted({"/".join(path.removeprefix(ROWS).split("/")[:2]) for path in paths if path.startswith(ROWS)})
-    if rows:
-        header["datasets"] = [name.partition("@")[0] for name in rows]
+    named = ("/".join(path.removeprefix(ROWS).split("/")[:2]) for path in paths if path.startswith(ROWS))
+    if rows := sorted({name.partition("@")[0] for name in named}):
+        header["datasets"] = rows
     lines = [f"# {repository}", "", f"Made by `rlhf-jax {stage}`" + (f" from {_named(base)}." if base else ".")]
     lines += ["", "| figure | value |", "|---|---|", *_figures(summary)]
     plainly = yaml.safe_dump(_without_places(config), sort_keys=False, allow_unicode=True)

@@ -80,7 +80,7 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
         """
         self.url, self.lost = url.rstrip("/"), ""
         self._at, self._id, self._count = f"{self.url}/{HEAD}", uuid.uuid4().hex, 0
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._lock, self._pushing, self._over = threading.Lock(), threading.Lock(), threading.Event()
         self._sent: dict[str, Sent] = {}
         self._head: JsonObject
         self._generation: bytes | None
@@ -89,8 +89,14 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
             self.place = Path(os.path.realpath(tempfile.mkdtemp(prefix="rlhf-jax-run-")))
             call_it(str(self.place), self.url)
             self._left = () if fresh else LEFT
-            if not fresh:
-                self._fetch()
+            try:
+                if not fresh:
+                    self._fetch()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._swap(holder="")
+                shutil.rmtree(self.place, ignore_errors=True)
+                raise
         self._threads = [
             threading.Thread(target=self._again, args=(every, what), name="bucket", daemon=True)
             for every, what in ((BEAT, self._swap), (PASS, self.push))
@@ -117,8 +123,9 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
         self._head = {**head, "epoch": head["epoch"] + 1, "holder": holder, "id": self._id}
         if not self._swap():
             raise UserError(f"{self.url} was just taken by {self.lost}; stop that one first")
+        kept = self._objects(self._head)
         for name in set(buckets.below(f"{self.url}/{HIDDEN}")) - {HEAD.partition("/")[2]}:
-            if f"{HIDDEN}/{name}" not in self._objects(self._head):
+            if f"{HIDDEN}/{name}" not in kept:
                 buckets.delete(f"{self.url}/{HIDDEN}/{name}")  # of a state that was never whole
 
     def _objects(self, head: JsonObject) -> set[str]:
@@ -178,6 +185,10 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
         Raises:
             OSError: the bucket holds what it held before.
         """
+        with self._pushing:  # the thread and whoever holds the directory take turns
+            self._push(finished)
+
+    def _push(self, finished: bool) -> None:
         before = self._head["files"]
         if finished and not self._swap():  # the files' own names are written by the holder alone
             return
@@ -317,7 +328,7 @@ def in_buckets(run: Callable[..., Any]) -> Callable[..., Any]:
         if several():
             raise UserError(f"run.output_dir {url}: several processes need a directory that all hosts share; name one")
         for option, value in flat(to_dict(config)):
-            if isinstance(value, str) and value.startswith(f"{url}/"):
+            if isinstance(value, str) and value.rstrip("/").startswith(f"{url}/"):
                 raise UserError(
                     f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
                 )

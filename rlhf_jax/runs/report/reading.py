@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError, named, printable, shown
 from rlhf_jax.hosts.json_text import JsonObject, from_json
-from rlhf_jax.runs.directory import METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
+from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
 
 RECIPE = "recipe.json"
 """What a recipe says of its stages; beside it lie their directories."""
@@ -231,7 +231,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
 
 def begun_at(path: Path) -> float:
     """When a run began, in seconds of the clock: config.yaml is written once."""
-    return next((f.stat().st_mtime for f in (path / "config.yaml", path / RECORD) if f.exists()), 0.0)
+    return next((f.stat().st_mtime for f in (path / CONFIG, path / RECORD) if f.exists()), 0.0)
 
 
 def common(places: Sequence[Path]) -> Path:
