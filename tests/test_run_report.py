@@ -15,7 +15,7 @@ from rlhf_jax import cli
 from rlhf_jax.commands.report import app_of
 from rlhf_jax.config import WatchArgs
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.report import html_of, write_beside
+from rlhf_jax.runs.report import html_of, outcome, write_beside
 from rlhf_jax.runs.report.diagnoses import diagnose
 from rlhf_jax.runs.report.page import LARGEST
 from rlhf_jax.runs.report.reading import Series, read_run, read_runs
@@ -271,3 +271,15 @@ def test_the_commands_write_a_page_of_several_runs_and_serve_one_that_follows(ru
     with open(paths[0] / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": NUM + 1, "rollout/reward": 99.0}) + "\n")
     assert served() != first
+
+
+def test_the_table_of_times_adds_up_what_the_lines_say_of_parts(run_of):
+    metrics = {"time/rollout_s": np.array([1.0, 0.5]), "time/update_s": np.array([3.0, 3.0])}
+    metrics["time/tokens_per_s"] = np.array([900.0, 900.0])
+    path = run_of(metrics, summary={"wall_s": 10.0})
+    assert outcome.time_by_part(read_run(path)) == [
+        ("update", "6 s", "60%"),
+        ("rollout", "1.5 s", "15%"),
+        ("the end: last evaluation, weights, summary", "2.5 s", "25%"),
+    ]
+    assert outcome.time_by_part(read_run(run_of(FLAT, name="earlier"))) == []

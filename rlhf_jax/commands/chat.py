@@ -14,7 +14,7 @@ from rlhf_jax.data.messages import Messages, Text
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.files import Lines
+from rlhf_jax.hosts.files import Lines, check_writable
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.inference.sampling import SamplingLaw
@@ -119,6 +119,9 @@ def run(config: ChatArgs) -> list[Row]:
     """
     if not config.models:
         raise UserError("no policy is named; write rlhf-jax chat DIR, or chat DIR DIR to compare two")
+    if config.output:
+        check_writable(Path(config.output).parent, f"output {config.output}")
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     mesh, votes = make_mesh(config.mesh), list[Row]()
     policies = [Policy(path, config, mesh) for path in config.models]
     lines = Lines(Path(config.output)) if config.output else None

@@ -244,7 +244,7 @@ def convert(config: ConvertArgs, target: Path) -> str:
             shard_bytes=int(config.shard_gb * 1e9),
             write_more=(lambda folder: tokenizer.save(str(folder))) if tokenizer else None,
         )
-    if config.output == str(target):
+    if config.output and Path(config.output) == target:
         tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {dtype}")
     return dtype
 

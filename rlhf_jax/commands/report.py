@@ -11,7 +11,7 @@ import bottle
 from rlhf_jax.commands.label.server import HEADERS, LOOPBACK, guard, make_server, serve
 from rlhf_jax.config import ReportArgs, WatchArgs
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.files import replace_file
+from rlhf_jax.hosts.files import check_writable, replace_file
 from rlhf_jax.runs.report import html_of
 from rlhf_jax.runs.report.reading import newest
 
@@ -27,6 +27,7 @@ def run(config: ReportArgs) -> None:
     """
     if not config.runs:
         raise UserError("no run is named; write rlhf-jax report RUN [RUN ...] --output report.html")
+    check_writable(Path(config.output).parent, f"output {config.output}")
     html = html_of(config.runs)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     replace_file(config.output, html)

@@ -77,6 +77,11 @@ def describe(path: Path, *, held: bool | None = None) -> list[str]:
     return [named(path), record["stage"], status, step, f"{since / size:.0f} {unit}", ", ".join(values)]
 
 
+def below(path: Path) -> set[Path]:
+    """The run directories at or below a directory, up to three levels down."""
+    return {file.parent for depth in ("", "*/", "*/*/", "*/*/*/") for file in path.glob(depth + RECORD)}
+
+
 def written(path: Path) -> float:
     """When a run wrote last."""
     return max((file.stat().st_mtime for file in (path / RECORD, path / METRICS) if file.exists()), default=0.0)
@@ -99,8 +104,7 @@ def show(directory: str = "runs") -> None:
         found = sorted((each for each in found if (each[0] / RECORD).exists()), key=lambda each: updated(each[0]))
         made = [describe(path, held=bool(holder)) for path, holder in found]
     elif root.is_dir():
-        runs = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(depth + RECORD)}
-        made = [describe(path) for path in sorted(runs, key=lambda path: (path / RECORD).stat().st_mtime)]
+        made = [describe(path) for path in sorted(below(root), key=lambda path: (path / RECORD).stat().st_mtime)]
     else:
         raise UserError(f"{directory} is no directory; write rlhf-jax runs DIR")
     if not made:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config.functions import flat
-from rlhf_jax.hosts.json_text import JsonObject, from_json
-from rlhf_jax.runs.report.reading import RECIPE, RunData, is_number
+from rlhf_jax.runs.directory import SUMMARY
+from rlhf_jax.runs.report.reading import RECIPE, RunData, is_number, object_in
+
+PART = re.compile("time/(?!elapsed|tokens)(\\w+)_s")
+"""What a line of metrics calls the seconds of a part."""
 
 Rows = list[tuple[str, ...]]
 """Cells of a table."""
@@ -83,19 +86,15 @@ def duration(seconds: float) -> str:
 
 
 def time_by_part(run: RunData) -> Rows:
-    """(part, seconds, share) as the clock of metrics.jsonl says: evaluations, the first step, the others, the rest."""
+    """(part, time, share) as the lines of metrics say, the largest first; then what came after the last of them."""
     parts: dict[str, float] = {}
-    before = 0.0
     for line in run.history:
-        if not is_number(now := line.get("time/elapsed_s")):
-            continue
-        part = "evaluations" if any(name.startswith("eval/") for name in line) else "training"
-        first = "the first evaluation" if part == "evaluations" else "the first step"
-        part = part if f"{first}, with compiling" in parts else f"{first}, with compiling"
-        parts[part] = parts.get(part, 0.0) + max(now - before, 0.0)
-        before = max(before, now)
-    if is_number(wall := run.summary.get("wall_s")):
-        parts["the end: weights, summary"] = max(wall - before, 0.0)
+        for name in line:
+            if (found := PART.fullmatch(name)) and is_number(line[name]):
+                parts[found[1]] = parts.get(found[1], 0.0) + line[name]
+    parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
+    if parts and is_number(wall := run.summary.get("wall_s")):
+        parts["the end: last evaluation, weights, summary"] = max(wall - sum(parts.values()), 0.0)
     total = sum(parts.values())
     return [(part, duration(seconds), f"{seconds / total:.0%}") for part, seconds in parts.items() if total]
 
@@ -120,7 +119,7 @@ def stories_of(paths: Sequence[str | Path]) -> list[Story]:
     """The recipes among directories."""
     found = []
     for path in map(Path, paths):
-        entries, summary = (object_in(path / name) for name in (RECIPE, "summary.json"))
+        entries, summary = (object_in(path / name) for name in (RECIPE, SUMMARY))
         stages: Rows = []
         for label, entry in entries.items():
             if isinstance(entry, dict):
@@ -134,12 +133,3 @@ def stories_of(paths: Sequence[str | Path]) -> list[Story]:
         told: Rows = [(str(one.get("round")), f"{one['gold']:.3g}") for one in rounds if is_number(one.get("gold"))]
         found += [Story(path.absolute().name, stages, told)] if stages else []
     return found
-
-
-def object_in(path: Path) -> JsonObject:
-    """The JSON object of a file; empty if there is none."""
-    try:
-        value = from_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
 from rlhf_jax.errors import UserError, named, printable, shown
 from rlhf_jax.hosts.json_text import JsonObject, from_json
 from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
+from rlhf_jax.runs.listing import below
 
 RECIPE = "recipe.json"
 """What a recipe says of its stages; beside it lie their directories."""
@@ -133,7 +134,16 @@ class RunData:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def object_in(path: Path) -> JsonObject:
+    """The JSON object of a file; empty if there is none."""
+    try:
+        value = from_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def lines_of(path: Path) -> Iterator[JsonObject]:
@@ -182,9 +192,6 @@ def read_run(path: Path, name: str = "") -> RunData:
     status = record["status"]
     if status == "running":
         status = "running" if is_held(path) else "crashed"
-    summary: Any = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        summary = from_json((path / SUMMARY).read_bytes())
     step = max([int(record.get("step") or 0), *(line["step"] for line in history[-2:])])
     return RunData(
         path=path,
@@ -195,15 +202,10 @@ def read_run(path: Path, name: str = "") -> RunData:
         step=step,
         total=int(record.get("total") or 0),
         config=record["config"],
-        summary=summary if isinstance(summary, dict) else {},
+        summary=object_in(path / SUMMARY),
         history=history,
         samples=samples_of(path),
     )
-
-
-def below(path: Path) -> set[Path]:
-    """The run directories at or below a directory, up to three levels down."""
-    return {file.parent for depth in ("", "*/", "*/*/", "*/*/*/") for file in path.glob(depth + RECORD)}
 
 
 def newest(path: str | Path) -> float:
