@@ -24,6 +24,7 @@ from conftest import FAST
 from tiny import ARCH, model_params
 
 from rlhf_jax import __main__, cli, config
+from rlhf_jax.cli.commands import dotted
 from rlhf_jax.config import guess
 from rlhf_jax.config.checks import HOLDS
 from rlhf_jax.errors import UserError
@@ -364,6 +365,21 @@ def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(settings)))
     assert cli.parse(command, ["--config", str(path)]) == settings
+
+
+@pytest.mark.parametrize(("arguments", "given"), [
+    ("plan --topology v5e:4x4 --responses 3 --ppo.kl_coef 7 --reward.model rm", [{"responses": 3}, {"ppo.kl_coef": 7}]),
+    ("certify --batch 2 --grpo.group_size 6", [{"batch": 2}, {"grpo.group_size": 6}]),
+    ("data inspect r.jsonl --data.max_length 9", [{"path": "r.jsonl"}, {"data.max_length": 9}]),
+    ("recipe r.yaml --stages.sft.sft.steps 5", [{"path": "r.yaml"}, {"stages.sft.sft.steps": "5"}]),
+    ("report a b", [{"runs": ["a", "b"]}]),
+])  # fmt: skip
+def test_print_config_shows_what_a_command_and_the_stage_that_it_looks_at_would_be_told(call, arguments, given):
+    code, out, _ = call(*arguments.split(), "--print_config")
+    found = [dict(dotted(tree)) for tree in yaml.safe_load_all(out)]
+    assert code == 0 and len(found) == len(given)
+    for told, some in zip(found, given, strict=True):
+        assert some.items() <= told.items()
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.commands.label.items import item_of, items_of, turns_of
-from rlhf_jax.commands.label.server import LOOPBACK, STATIC, Page, guard, make_app, make_server, run, summary
+from rlhf_jax.commands.label.server import STATIC, Page, make_app, run, summary
 from rlhf_jax.commands.label.votes import Votes
+from rlhf_jax.commands.web import LOOPBACK, guard, make_server
 from rlhf_jax.config import LabelArgs
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import rater_taus

@@ -265,9 +265,9 @@ def test_the_commands_write_a_page_of_several_runs_and_serve_one_that_follows(ru
         with pytest.raises(UserError):
             cli.dispatch(wrong)
     app = app_of(WatchArgs(run=str(paths[0])))
-    served = app.routes[0].call
+    served = lambda path="/": b"".join(app({"PATH_INFO": path}, lambda status, headers: None)).decode()  # noqa: E731
     first = served()
-    assert 'data-live="5000"' in first and served() is first
+    assert 'data-live="5000"' in first and served() == first and "one page" in served("/other")
     with open(paths[0] / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": NUM + 1, "rollout/reward": 99.0}) + "\n")
     assert served() != first

@@ -37,10 +37,10 @@ def dispatch(arguments: list[str]) -> None:
     if " ".join(arguments[:2]) in COMMANDS:  # such as "data inspect"
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     command, *rest = arguments
-    if command in OF_A_RUN:
-        return run_directory(command, rest)
-    if command in OF_COMMANDS:
-        return of_commands(command, rest)
+    if about := (OF_A_RUN | OF_COMMANDS).get(command):
+        if {"-h", "--help"} & set(rest):
+            return tell(about)
+        return run_directory(command, rest) if command in OF_A_RUN else of_commands(command, rest)
     if command not in COMMANDS:
         if parts := [name for name in COMMANDS if name.startswith(f"{command} ")]:
             if not rest:
@@ -55,20 +55,26 @@ def dispatch(arguments: list[str]) -> None:
     groups = (name for name, hint in hints if any(t is NoneType or fields(t) for t in typing.get_args(hint)))
     if asked := {"-h", "--help", *(f"--{name}.help" for name in groups)} & set(rest):
         parser_of(command).parse_args([min(asked)])  # prints and exits
-    if shows := "--print_config" in rest:
-        rest.remove("--print_config")
-    if shows and command not in ("plan", "certify", "recipe"):
-        tell(yaml.safe_dump(config.to_dict(parse(command, rest)), sort_keys=False).rstrip())
-    elif command in ("plan", "certify", "data inspect"):
-        stage_command(command, rest)
-    elif command == "recipe":
-        recipe_command(rest)
-    else:
-        execute(command, parse(command, rest))
+    told = settings_of(command, [argument for argument in rest if argument != "--print_config"])
+    if "--print_config" in rest:
+        trees = [one if isinstance(one, dict) else config.to_dict(one) for one in told]
+        return tell("---\n".join(yaml.safe_dump(tree, sort_keys=False) for tree in trees if tree).rstrip())
+    execute(command, *told)
 
 
-def stage_command(command: str, rest: list[str]) -> None:
-    """`plan`, `certify` or `data inspect` with its own options, and those of the stage that it looks at."""
+def settings_of(command: str, rest: list[str]) -> tuple[Any, ...]:
+    """What a command's function is called with: its settings, and of a command that looks at a stage that one's."""
+    if command in ("plan", "certify", "data inspect"):
+        return of_stage(command, rest)
+    if command == "recipe":  # the options that replace parts of its file stay texts
+        given = list(pairs(rest))
+        others = {name: text for name, text in given if name.partition(".")[0] in ("variables", "defaults", "stages")}
+        return parse(command, [f"--{name}={text}" for name, text in given if name not in others]), others
+    return (parse(command, rest),)
+
+
+def of_stage(command: str, rest: list[str]) -> tuple[Any, ...]:
+    """The settings of `plan`, `certify` or `data inspect`, and those of the stage that it looks at, if it does."""
     args = COMMANDS[command].args
     own: list[str] = []
     others: list[str] = []
@@ -80,43 +86,21 @@ def stage_command(command: str, rest: list[str]) -> None:
         groups |= set() if mine else set(tree)
     settings = parse(command, own)
     if not others and command == "data inspect":
-        return execute(command, settings)
-    stages = typing.get_args(fields(config.PlanArgs)["stage"])[1:]
-    stages = typing.get_args(fields(args)["stage"])[1:] if "stage" in fields(args) else stages
-    known = (
-        "ppo",
-        "grpo",
-        "rloo",
-        "reinforce_pp",
-        "distill",
-        "sft",
-        "dpo",
-        "kto",
-        "rrhf",
-        "reward",
-    )  # PPO has a reward, too
+        return (settings,)
+    stages = typing.get_args(fields(args).get("stage", fields(config.PlanArgs)["stage"]))[1:]
     stage = getattr(settings, "stage", "auto")
-    if stage == "auto":
-        stage = next((name for name in known if name in groups and name in stages), "auto")
+    if stage == "auto":  # the one whose group is given; PPO has a group of the reward stage's name, too
+        named = [name for name in stages if name in groups]
+        stage = next((name for name in named if set(named) <= set(fields(COMMANDS[name].args))), "auto")
     if stage == "auto" and command == "data inspect":
         stage = "sft"  # rows, tokenizer and limits stand at the same place in all of them
     if stage == "auto":
         raise UserError(f"the options do not say which stage this is; write --stage and one of {', '.join(stages)}")
-    execute(command, settings, parse(stage, others))
-
-
-def recipe_command(rest: list[str]) -> None:
-    """`recipe FILE.yaml`, its own options, and those that replace parts of the file."""
-    given = list(pairs(rest))
-    others = {name: text for name, text in given if name.partition(".")[0] in ("variables", "defaults", "stages")}
-    own = [f"--{name}={text}" for name, text in given if name not in others]
-    execute("recipe", parse("recipe", own), others)
+    return settings, parse(stage, others)
 
 
 def run_directory(command: str, rest: list[str]) -> None:
     """`resume RUN_DIR [options]` or `runs [DIR]`."""
-    if {"-h", "--help"} & set(rest):
-        return tell(OF_A_RUN[command])
     if command == "runs":
         if len(rest) > 1:
             raise UserError(f"unexpected argument {shown(rest[1])}; write rlhf-jax runs DIR")
@@ -134,8 +118,6 @@ def run_directory(command: str, rest: list[str]) -> None:
 
 def of_commands(command: str, rest: list[str]) -> None:
     """`schema COMMAND` or `completion SHELL`."""
-    if {"-h", "--help"} & set(rest):
-        return tell(OF_COMMANDS[command])
     asked, known = " ".join(rest), COMMANDS if command == "schema" else SHELLS
     if asked not in known:
         what = f"; {asked!r} is none of them" if asked else ""

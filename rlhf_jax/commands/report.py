@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-import bottle
-
-from rlhf_jax.commands.label.server import HEADERS, LOOPBACK, guard, make_server, serve
+from rlhf_jax.commands.web import HEADERS, LOOPBACK, guard, make_server, serve
 from rlhf_jax.config import ReportArgs, WatchArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import check_writable, replace_file
@@ -48,25 +48,28 @@ def run_watch(config: WatchArgs) -> None:
         serve(server)
 
 
-def app_of(config: WatchArgs) -> bottle.Bottle:
+def app_of(config: WatchArgs) -> WSGIApplication:
     """The page of a run as it is now, at /.
 
     Raises:
         UserError: there is no run.
     """
-    app, lock = bottle.Bottle(), threading.Lock()
+    lock = threading.Lock()
 
-    def made() -> tuple[float, str]:
-        return newest(config.run), html_of([config.run], live=round(1000 * config.seconds))
+    def made() -> tuple[float, bytes]:
+        return newest(config.run), html_of([config.run], live=round(1000 * config.seconds)).encode()
 
     latest = made()
 
-    @app.get("/")
-    def page() -> str:
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         nonlocal latest
+        if environ["PATH_INFO"] != "/":
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"There is one page here, at /.\n"]
         with lock:  # matplotlib draws one at a time
             if newest(config.run) > latest[0]:
                 latest = made()
-            return latest[1]
+        start_response("200 OK", [("Content-Type", "text/html; charset=utf-8")])
+        return [latest[1]]
 
     return app

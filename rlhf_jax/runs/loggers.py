@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,6 +84,7 @@ def wandb(place: Place) -> Logger:
 def mlflow(place: Place) -> Logger:
     """MLflow; in output_dir/mlflow unless MLFLOW_TRACKING_URI says otherwise. What goes on is a new run there."""
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
     own, elsewhere = place.path.absolute() / "mlflow", os.environ.get("MLFLOW_TRACKING_URI")
     if not elsewhere:
@@ -94,8 +96,8 @@ def mlflow(place: Place) -> Logger:
     run = client.create_run(experiment, run_name=place.path.name).info.run_id
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            client.log_metric(run, name, value, step=step)
+        now = round(time.time() * 1000)
+        client.log_batch(run, [Metric(name, value, now, step) for name, value in metrics.items()])
 
     def close(report: Path | None) -> None:
         if report is not None:

@@ -39,12 +39,16 @@ STYLE: dict[Any, Any] = {
 
 
 class Chart(NamedTuple):
-    """A picture of metrics against the step: the first of `measured` that is there, and that of the evaluations."""
+    """A picture of metrics against the step: the first of `measured` that is there, and that of the evaluations.
+
+    `online` is whether it says something of a method that learns from its own samples; its loss does not.
+    """
 
     title: str
     measured: tuple[str, ...]
     held_out: str = ""
     error: str = ""
+    online: bool = True
 
 
 CHARTS = (
@@ -59,8 +63,8 @@ CHARTS = (
     Chart("Explained variance of the critic", ("value/explained_variance",)),
     Chart("Share of groups with equal rewards", ("group/equal_fraction",)),
     Chart("Disagreement of reward models", ("rollout/reward_disagreement",), "eval/reward_disagreement"),
-    Chart("Loss", ("loss/nll", "loss/preference", "loss/pairwise", "loss/total"), "eval/total"),
-    Chart("Accuracy on pairs", ("reward_model/accuracy", "rewards/accuracy"), "eval/accuracy"),
+    Chart("Loss", ("loss/nll", "loss/preference", "loss/pairwise", "loss/total"), "eval/total", online=False),
+    Chart("Accuracy on pairs", ("reward_model/accuracy", "rewards/accuracy"), "eval/accuracy", online=False),
     Chart("Margin of chosen over rejected", ("reward_model/margin", "rewards/margin"), "eval/margin"),
     Chart("Implicit reward of chosen responses", ("rewards/chosen",), "eval/chosen"),
     Chart("Norm of the gradient", ("optim/grad_norm",)),
@@ -68,9 +72,7 @@ CHARTS = (
     Chart("Learning rate", ("optim/lr",)),
     Chart("Tokens per second", ("time/tokens_per_s",)),
 )
-"""What matters, as far as a run has it. The loss of a method that learns from its own samples says nothing."""
-
-ONLY_ROWS = {"Loss", "Accuracy on pairs"}
+"""What matters, as far as a run has it."""
 
 
 class Picture(NamedTuple):
@@ -84,7 +86,7 @@ class Picture(NamedTuple):
 def pictures(runs: Sequence[RunData]) -> list[Picture]:
     """The charts of runs of one stage, all in each; those whose metrics no run has, or never moved, are left out."""
     online = any(run.series("rollout/reward") for run in runs)
-    drawn = [picture(chart, runs) for chart in CHARTS if not (online and chart.title in ONLY_ROWS)]
+    drawn = [picture(chart, runs) for chart in CHARTS if chart.online or not online]
     drawn.append(trade(runs, "Reward against KL", "rollout/kl", "rollout/reward", "KL, nats", "reward"))
     drawn.append(trade(runs, "Gold against trained reward", "rollout/reward", "rollout/gold", "trained", "gold"))
     return [one for one in drawn if one is not None]

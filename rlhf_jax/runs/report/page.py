@@ -54,7 +54,7 @@ def page(runs: Sequence[RunData], stories: Sequence[Story] = (), *, live: int = 
     )
     sampled = [run for run in runs if run.samples]
     for most in (MOST_PAIRS, FEWER):
-        html = template.render(samples=[samples_of(run, max(most // len(sampled), 2)) for run in sampled])
+        html = template.render(samples=[before_and_after(run, max(most // len(sampled), 2)) for run in sampled])
         if len(html.encode()) <= LARGEST:
             break
     return html
@@ -77,7 +77,7 @@ def details_of(run: RunData) -> dict[str, Any]:
     return {"name": run.name, "time": time_by_part(run), "settings": settings}
 
 
-def samples_of(run: RunData, most: int) -> dict[str, Any]:
+def before_and_after(run: RunData, most: int) -> dict[str, Any]:
     """What the same prompt was answered at first and at last, side by side; of prompts that came once, that."""
     told: dict[tuple[str, int], list[Sample]] = {}
     seen: dict[tuple[int, str], int] = {}
