@@ -368,7 +368,7 @@ def test_no_arguments_give_the_defaults_and_a_dumped_config_gives_itself(command
 
 
 @pytest.mark.parametrize(("arguments", "given"), [
-    ("plan --topology v5e:4x4 --responses 3 --ppo.kl_coef 7 --reward.model rm", [{"responses": 3}, {"ppo.kl_coef": 7}]),
+    ("plan --topology v5e:4x4 --responses 3 --ppo.kl_coef 7 --reward.model r", [{"responses": 3}, {"ppo.kl_coef": 7}]),
     ("certify --batch 2 --grpo.group_size 6", [{"batch": 2}, {"grpo.group_size": 6}]),
     ("data inspect r.jsonl --data.max_length 9", [{"path": "r.jsonl"}, {"data.max_length": 9}]),
     ("recipe r.yaml --stages.sft.sft.steps 5", [{"path": "r.yaml"}, {"stages.sft.sft.steps": "5"}]),

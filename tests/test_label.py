@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import http.client
 import json
 import os
@@ -13,24 +14,28 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlhf_jax.commands.label.items import item_of, items_of, turns_of
+from rlhf_jax.commands.label.items import check_of, item_of, items_of, turns_of, with_checks
 from rlhf_jax.commands.label.server import STATIC, Page, make_app, run, summary
 from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.commands.web import LOOPBACK, guard, make_server
+from rlhf_jax.commands.web.app import SHARED
 from rlhf_jax.config import LabelArgs
 from rlhf_jax.data import rankings
-from rlhf_jax.data.agreement import rater_taus
+from rlhf_jax.data.agreement import krippendorff_alpha, rater_taus
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 
 TOKEN = "t0ken"
+VENDORED = {"markdown-it.min.js": "391f2aa638e75e6c", "purify.min.js": "f69a46022ab1f53e"}
+"""The beginnings of the digests of the libraries in their packages."""
 ROWS = [
     {
         "prompt": f"Question {i}?",
@@ -46,11 +51,12 @@ def write_lines(path: Path, rows: list[dict]) -> str:
 
 
 @contextlib.contextmanager
-def served(tmp_path: Path, rows=ROWS, **options):
+def served(tmp_path: Path, rows=ROWS, checks=(), **options):
     """(ask, page): a server of the rows in a thread; ask(method, path, body, **headers) -> (status, headers, text)."""
     path = write_lines(tmp_path / "rows.jsonl", rows)
     config = LabelArgs(path=path, output=str(tmp_path / "votes.jsonl"), port=0, **options)
     items, _ = items_of(rows_from(path))
+    items = with_checks(items, [check_of(row) for row in rows_from(checks)] if checks else [], config.seed)
     page = Page(items, Votes(config.output, items), config)
     server = make_server(config.host, config.port, guard(make_app(page), TOKEN, LOOPBACK))
     page.port = server.server_port
@@ -110,16 +116,23 @@ def test_every_answer_forbids_what_the_page_does_not_need(tmp_path):
 
 
 def test_the_page_is_whole_in_itself():
-    names = {path.name for path in STATIC.iterdir()}
-    assert names == {"page.html", "app.css", "app.js", "icon.svg"}
-    for path in STATIC.iterdir():
+    others = [SHARED / name for name in VENDORED]
+    assert {path.name for path in STATIC.iterdir()} == {"page.html", "app.css", "app.js"}
+    for path in {*STATIC.iterdir(), *SHARED.iterdir()} - {*others, SHARED / "LICENSES.txt"}:
         text = path.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert not re.search(
             r"https?://|//[a-z0-9.-]+\.[a-z]{2,}/|innerHTML|insertAdjacentHTML|eval\(|document\.write", text
         )
+    # The libraries are those that were published; none makes code of texts, which the policy would refuse.
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in others} == VENDORED
+    assert all(not re.search(r"\beval\(|new Function", path.read_text()) for path in others)
+    assert all(f"{name} is dist/" in (SHARED / "LICENSES.txt").read_text() for name in VENDORED)
     html = (STATIC / "page.html").read_text()
+    assert all(
+        (STATIC / name).exists() or (SHARED / name).exists() for name in re.findall(r'(?:src|href)="(.+?)"', html)
+    )
     assert not re.search(r"<style|\son\w+=|style=|<script(?! src)", html)  # the policy would block them
-    script = (STATIC / "app.js").read_text()
+    script = (STATIC / "app.js").read_text() + (SHARED / "common.js").read_text()
     assert set(re.findall(r'\$\("([\w-]+)"\)', script)) <= set(re.findall(r'id="([\w-]+)"', html))
 
 
@@ -127,7 +140,7 @@ def test_the_static_files_are_in_the_wheel():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert "commands/label/static/*" in project["tool"]["setuptools"]["package-data"]["rlhf_jax"]
+    assert "commands/*/static/*" in project["tool"]["setuptools"]["package-data"]["rlhf_jax"]
 
 
 def test_ranks_are_stored_in_row_order_whatever_the_order_on_the_page(tmp_path):
@@ -456,6 +469,92 @@ def test_rater_taus_are_kendalls():
     assert rater_taus(two)[0][0] == pytest.approx(scipy.kendalltau([1, 2, 2, 4, 0], [0, 1, 3, 3, 2]).statistic)
 
 
+def alpha_by_definition(values: list[list[float]]) -> float:
+    """1 - observed / expected disagreement over all pairs of values, in a unit and everywhere, by loops."""
+    units = [unit for unit in values if len(unit) > 1]
+    n = sum(map(len, units))
+    observed = sum(
+        (a - b) ** 2 / (len(u) - 1) for u in units for i, a in enumerate(u) for j, b in enumerate(u) if i != j
+    )
+    every = [value for unit in units for value in unit]
+    return 1 - observed / n / (sum((a - b) ** 2 for a in every for b in every) / (n * (n - 1)))
+
+
+def test_krippendorffs_alpha_is_that_of_the_definition_and_of_the_package():
+    rng = np.random.default_rng(1)
+    ranks = rng.integers(0, 3, (3, 4, 4)).astype(float)  # rater, item, response
+    ranks[0, 1, 2] = ranks[2, 3] = ranks[1, 3] = np.nan  # one item has one rater, who says nothing then
+    given = rankings.comparisons([(g, r, ranks[r, g].tolist()) for g in range(4) for r in range(3)], num_raters=3)
+    signs = np.sign(ranks[..., None] - ranks[..., None, :])  # [rater, item, response, response]: both ways round
+    table = signs[..., ~np.eye(4, dtype=bool)].reshape(3, -1)
+    units = [column[~np.isnan(column)].tolist() for column in table.T]
+    assert krippendorff_alpha(given) == pytest.approx(alpha_by_definition(units))
+    same = [(0, 0, [0, 1, 2]), (0, 1, [0, 1, 2]), (1, 0, [2, 0])]
+    assert krippendorff_alpha(rankings.comparisons(same, num_raters=2)) == 1
+    assert np.isnan(krippendorff_alpha(rankings.comparisons(same[2:], num_raters=2)))
+    package = pytest.importorskip("krippendorff")
+    for level in ("interval", "ordinal"):  # one metric, as wins are as many as losses
+        assert krippendorff_alpha(given) == pytest.approx(package.alpha(table, level_of_measurement=level))
+
+
+def test_checks_stand_among_the_items_by_seed_and_those_who_contradict_them_fail():
+    items = items_of([{**row, "_where": "x"} for row in ROWS])[0]
+    row = {
+        "prompt": "check",
+        "responses": ["right", "wrong", "any", "wrong"],
+        "ranks": [0, 1, None, 1],
+        "_where": "c:1",
+    }
+    check = check_of(row)
+    assert [check.passes(ranks) for ranks in ([0, 1, 2], [2, 3, 0], [1, 0, 2], [0, 0, 0])] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    places = {[item.known is not None for item in with_checks(items, [check], seed)].index(True) for seed in range(30)}
+    assert places == set(range(6)) and with_checks(items, [], 0) == items
+    two = with_checks(items, [check, check, replace(items[4], known=np.arange(4))], 0)
+    assert len(two) == 6 and [item.known is not None for item in two].count(True) == 2
+    for bad in ({"ranks": [0, 0, 0, 0]}, {"ranks": [None] * 4}, {"responses": ["a", "a"], "ranks": [0, 1]}):
+        with pytest.raises(UserError, match="c:1: a check"):
+            check_of({**row, **bad})
+
+
+def test_an_answer_to_a_check_is_no_label_and_counts_in_the_summary_alone(tmp_path):
+    checks = [{"prompt": "2 + 2?", "chosen": "answer 0 of x", "rejected": "answer 1 of x"}]
+    with served(tmp_path, ROWS[:1], checks=checks) as (ask, page):
+        answer_all(ask, "anna", [0, 1, 2, 3], 2)
+        answer_all(ask, "ben", [1, 0, 2, 3], 2)
+        assert page.votes.agreement()["pairs"] == 6
+        said = summary(page.votes, 2)
+        assert "anna: 2 of 2 answered, 0 skipped, 1 of 1 checks passed" in said and "0 of 1 checks passed" in said
+        again = [json.loads(ask("GET", f"/{TOKEN}/api/item?rater=ben&at={at}")[2]) for at in (0, 1)]
+        assert all(
+            sorted(shown["answer"]["ranks"].values()) == list(range(len(shown["responses"]))) for shown in again
+        )
+    assert [sum(rank is not None for v in row["raters"] for rank in v["ranks"])
+            for row in rows_from(str(tmp_path / "votes.jsonl")) if row["prompt"] == "2 + 2?"] == [0]  # fmt: skip
+
+
+def test_every_response_is_rated_by_every_criterion_or_the_answer_is_refused(tmp_path):
+    with served(tmp_path, ROWS[:2], criteria=["helpful", "kind"], scale=3) as (ask, page):
+        one, two = page.items
+        post = lambda item, **said: ask("POST", f"/{TOKEN}/api/answer", {"rater": "a", "item": item.key, **said})  # noqa: E731
+        ranks, good = dict(zip(one.names, range(4), strict=True)), dict.fromkeys(one.names, 3)
+        kinds = [{**good, one.names[0]: 4}, 3, {**good, one.names[2]: True}]
+        for bad in (None, {}, {"helpful": good}, *({"helpful": good, "kind": kind} for kind in kinds)):
+            status, _, text = post(one, ranks=ranks, ratings=bad)
+            assert status == 400 and "Rate every response first" in text
+        kind = dict(zip(one.names, [1, 2, 3, 1], strict=True))
+        assert post(one, ranks=ranks, ratings={"helpful": good, "kind": kind})[0] == 200
+        assert post(two, skipped=True)[0] == 200
+    first, second = (json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines())
+    assert (first["rating_helpful"], first["rating_kind"]) == ([3] * 4, [1, 2, 3, 1])
+    assert second["rating_kind"] == [None] * 4
+    assert rows_from(str(tmp_path / "votes.jsonl"))[0]["raters"][0]["rating_kind"] == [1, 2, 3, 1]
+
+
 def test_agreement_of_raters_is_told(tmp_path):
     with served(tmp_path) as (ask, page):
         answer_all(ask, "anna", [0, 1, 2, 3])
@@ -463,7 +562,8 @@ def test_agreement_of_raters_is_told(tmp_path):
         found = json.loads(ask("GET", f"/{TOKEN}/api/agreement")[2])
         assert (found["share"], found["pairs"]) == (pytest.approx(5 / 6), 30)
         assert [one["tau"] for one in found["raters"]] == [pytest.approx(4 / 6)] * 2
-        assert "two raters agree on 83.3% of 30 pairs" in summary(page.votes, 5)
+        assert found["alpha"] == pytest.approx(1 - 2 / 6 * 119 / 120)  # 2 n = 120 values whose squares are 1
+        assert "two raters agree on 83.3% of 30 pairs, Krippendorff's alpha +0.67" in summary(page.votes, 5)
 
 
 def test_several_raters_may_answer_at_once(tmp_path):
@@ -494,9 +594,14 @@ def test_bad_settings_are_one_line(tmp_path):
         ({"raters": ["\x1b[1m"]}, "different names"),
         ({"raters": ["x" * 61]}, "different names"),
         ({"port": 70000}, "port"),
+        ({"criteria": ["kind", "kind"]}, "different names"),
+        ({"criteria": ["very kind"]}, "different names"),
+        ({"scale": 1}, "scale"),
     ):
         with pytest.raises(UserError, match=line):
             LabelArgs(**{"path": path, "output": "v.jsonl", **bad})
+    with pytest.raises(UserError, match=r"guidelines .*g\.md: No such file"):
+        run(LabelArgs(path=path, output=str(tmp_path / "v.jsonl"), guidelines=str(tmp_path / "g.md")))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

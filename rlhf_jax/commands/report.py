@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from rlhf_jax.commands.web import HEADERS, LOOPBACK, guard, make_server, serve
+from rlhf_jax.commands.web import HEADERS, LOOPBACK, listening, serve
 from rlhf_jax.config import ReportArgs, WatchArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import check_writable, replace_file
@@ -42,9 +41,8 @@ def run_watch(config: WatchArgs) -> None:
     """
     if not config.run:
         raise UserError("no run is named; write rlhf-jax watch RUN")
-    app, token = app_of(config), secrets.token_urlsafe(24)
-    with make_server(LOOPBACK[0], config.port, guard(app, token, LOOPBACK, OWN_POLICY)) as server:
-        tell(f"open http://{LOOPBACK[0]}:{server.server_port}/{token}/   (Ctrl-C ends)")
+    with listening(LOOPBACK[0], config.port, app_of(config), OWN_POLICY) as (server, address):
+        tell(f"open {address}   (Ctrl-C ends)")
         serve(server)
 
 

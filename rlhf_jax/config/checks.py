@@ -24,6 +24,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "at least 0 and below 1/2": lambda x: 0 <= x < 0.5,
     "above 0 and below 1": lambda x: 0 < x < 1,
     "at least 2": lambda x: x >= 2,
+    "between 2 and 10": lambda x: 2 <= x <= 10,
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "0 or above 1": lambda x: x == 0 or x > 1,
     SEEDS: lambda x: 0 <= x < 2**32,

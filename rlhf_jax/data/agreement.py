@@ -45,6 +45,24 @@ def rater_taus(verdicts: Comparisons) -> tuple[Float[np.ndarray, " R"], Int[np.n
     return tau, shared.sum(1).astype(np.int64)
 
 
+def krippendorff_alpha(verdicts: Comparisons) -> float:
+    """Krippendorff's alpha of all raters: 1 the same order everywhere, 0 chance, NaN where no pair has two verdicts.
+
+    Units are pairs of items, values s = 1, 0, -1 for first, tie, second, each pair both ways round, since which of the
+    two is the first means nothing. alpha = 1 - D_o / D_e with the metric (s - s')^2 (Krippendorff 2011, Computing
+    Krippendorff's Alpha-Reliability); the ordinal metric is the same one here, as wins are as frequent as losses.
+    """
+    of_pair, wins = _by_pair(verdicts)
+    many, total, squares = (np.bincount(of_pair, values) for values in (np.ones(len(wins)), wins - 1, (wins - 1) ** 2))
+    several = many > 1  # a verdict without a second one says nothing
+    n, spread = many[several].sum(), squares[several].sum()
+    if not spread:
+        return float("nan")
+    observed = 2 * ((many * squares - total**2)[several] / (many[several] - 1)).sum() / n
+    expected = 4 * spread / (2 * n - 1)  # of 2 n values whose sum is 0
+    return float(1 - observed / expected)
+
+
 def _by_pair(verdicts: Comparisons) -> tuple[np.ndarray, np.ndarray]:
     """(number of the pair of items int[N], 2, 1 or 0: the lower item of it wins, ties, loses) of each verdict."""
     first, second = verdicts.first, verdicts.second

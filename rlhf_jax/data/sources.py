@@ -31,7 +31,9 @@ LARGEST_MIXTURE = 10**8
 """Rows of one source in an epoch, copies counted."""
 VOTE = {"item", "rater", "prompt", "responses", "ranks"}
 """A row with all of these fields is a vote: one rater's ranks of the responses of one item."""
-ABOUT_THE_VOTE = ("rater", "ranks", "comment", "all_bad", "skipped")
+ABOUT_THE_VOTE = ("rater", "ranks", "comment", "all_bad", "skipped", "check")
+RATING = "rating_"
+"""How the columns of a vote begin that rate each of the responses, as rating_helpful: [7, 2]."""
 DOCUMENT_END = "<|endoftext|>"
 
 
@@ -137,7 +139,8 @@ def join_votes(rows: list[Row]) -> list[Row]:
         first, _, votes = joined[item]
         if any(row[name] != first[name] for name in ("prompt", "responses")):
             raise bad_row(row, f'another prompt or responses than {where_of(first)}, but both are item "{item}"')
-        votes[str(row["rater"])] = {name: row[name] for name in ABOUT_THE_VOTE if name in row}
+        about = [*ABOUT_THE_VOTE, *(name for name in row if name.startswith(RATING))]
+        votes[str(row["rater"])] = {name: row[name] for name in about if name in row}
     for _, made, votes in joined.values():
         made["raters"] = list(votes.values())
     return out

@@ -8,6 +8,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.gathering import join
 from rlhf_jax.data.messages import Messages, key_of, split_transcript
@@ -35,17 +37,25 @@ class Item:
         names: a digest of each response, by which the page calls it. The place of a response on the page says nothing
             about its place in the row, and nothing has to be turned back into row order.
         ranking: the row, without verdicts.
+        known: of an attention check the ranks that are right, NaN where nothing is known; else None.
     """
 
     key: str
     names: list[str]
     ranking: Ranking
+    known: np.ndarray | None = None
 
     def order(self, rater: str, seed: int) -> list[int]:
         """The order in which a rater sees the responses: random, and the same every time."""
         order = list(range(len(self.names)))
         random.Random(f"{seed} {self.key} {rater}").shuffle(order)
         return order
+
+    def passes(self, ranks: list[int | None]) -> bool:
+        """Whether the ranks of a rater have all known pairs in their order; a tie of two that differ has not."""
+        known, said = np.asarray(self.known, np.float64), np.array(ranks, np.float64)
+        better = known[:, None] < known[None, :]
+        return bool((said[:, None] < said[None, :])[better].all())
 
     def shown(self, order: list[int]) -> JsonObject:
         """What a rater sees; where a response comes from is not said."""
@@ -88,6 +98,34 @@ def item_of(row: Row) -> Item:
         raise bad_row(row, f"{size} responses are more than a person can rank; give at most {MOST}")
     texts = [[key_of(answer.response), answer.finished] for answer in ranking.answers]
     return Item(digest(ranking.prompt, texts), [digest(each) for each in texts], ranking)
+
+
+def check_of(row: Row) -> Item:
+    """The attention check of a row whose ranks, or chosen and rejected, are the known answer.
+
+    Raises:
+        UserError: it is no item, or no two of its responses have a known order.
+    """
+    try:
+        item = item_of(row)
+        known = join([ranking_row(row)], lambda _: "")[0].consensus()[0]
+    except DroppedRow as drop:
+        raise bad_row(row, f"a check {drop.reason}; give responses of which one is known to be better") from drop
+    if len(np.unique(known[~np.isnan(known)])) < 2:
+        raise bad_row(row, "a check in which no response is known to be better than another; give ranks that differ")
+    return replace(item, known=known)
+
+
+def with_checks(items: list[Item], checks: list[Item], seed: int) -> list[Item]:
+    """The items with a check at a random place of each of as many equal stretches."""
+    rng, mixed = random.Random(f"{seed} checks"), list[Item]()
+    known = {check.key: check for check in checks}
+    left = [item for item in items if item.key not in known]
+    for i, check in enumerate(known.values()):
+        stretch = left[len(left) * i // len(known) : len(left) * (i + 1) // len(known)]
+        stretch.insert(rng.randint(0, len(stretch)), check)
+        mixed += stretch
+    return mixed or left
 
 
 def _little_information(row: Row) -> float:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 
 import bottle
 
-from rlhf_jax.commands.label.items import Item, items_of
+from rlhf_jax.commands.label.items import Item, check_of, items_of, with_checks
 from rlhf_jax.commands.label.votes import Votes
-from rlhf_jax.commands.web import LOOPBACK, guard, make_server, serve
+from rlhf_jax.commands.web import LOOPBACK, listening, serve
+from rlhf_jax.commands.web.app import make_app as web_app
+from rlhf_jax.commands.web.app import posted
 from rlhf_jax.config import LabelArgs
 from rlhf_jax.config.label import LONGEST_NAME
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.sources import rows_from
-from rlhf_jax.errors import printable, reason, tell
+from rlhf_jax.data.sources import RATING, rows_from
+from rlhf_jax.errors import printable, tell
+from rlhf_jax.hosts.files import read_text
 from rlhf_jax.hosts.json_text import JsonObject
 
 STATIC = Path(__file__).parent / "static"
@@ -31,15 +32,19 @@ class Page:
         """`config` gives the seed and the names that raters may have."""
         self.items, self.votes, self.config = items, votes, config
         self.by_key = {item.key: item for item in items}
+        self.guidelines = read_text(config.guidelines, "guidelines") if config.guidelines else ""
 
     def start(self) -> JsonObject:
-        """What the entry shows: the rows, who may or did answer, and how many items there are."""
+        """What the entry shows: the rows, who may or did answer, how many items there are, and what is asked."""
         names = self.config.raters or self.votes.raters()
         return {
             "title": Path(self.config.path).name,
             "raters": [{"name": name, "done": len(self.votes.of(name))} for name in names],
             "fixed": bool(self.config.raters),
             "total": len(self.items),
+            "guidelines": self.guidelines,
+            "criteria": self.config.criteria,
+            "scale": self.config.scale,
         }
 
     def rater(self, name: object) -> str:
@@ -67,24 +72,29 @@ class Page:
         order = vote["order"] if vote else item.order(rater, self.config.seed)
         answer = None
         if vote:
-            ranks = dict(zip(item.names, vote["ranks"], strict=True))
-            answer = {"ranks": ranks, **{name: vote[name] for name in ("comment", "all_bad", "skipped")}}
+            said = vote["check"]["ranks"] if vote.get("check") else vote["ranks"]
+            ranks = dict(zip(item.names, said, strict=True))
+            columns = {name: vote.get(RATING + name) for name in self.config.criteria}
+            ratings = {name: dict(zip(item.names, column, strict=True)) for name, column in columns.items() if column}
+            about = {name: vote[name] for name in ("comment", "all_bad", "skipped")}
+            answer = {"ranks": ranks, "ratings": ratings, **about}
         return {"at": at, "states": states, "answer": answer, **item.shown(order)}
 
-    def answer(self, said: object) -> JsonObject:
-        """Keep an answer {rater, item, ranks: {name: place}, all_bad, skipped, comment, seconds}."""
-        if not isinstance(said, dict):
-            raise bottle.HTTPError(400, "An answer is a JSON object.")
+    def answer(self, said: JsonObject) -> JsonObject:
+        """Keep an answer {rater, item, ranks: {name: place}, ratings?: {criterion: {name: rating}}, all_bad, skipped,
+        comment, seconds}."""
         rater, item = self.rater(said.get("rater")), self.by_key.get(str(said.get("item")))
         if item is None:
             raise bottle.HTTPError(404, "These rows do not hold that item.")
         before = self.votes.of(rater).get(item.key)
+        ranks = ranks_of(item, said)
         vote: Row = {
             "item": item.key,
             "rater": rater,
             "prompt": item.ranking.prompt,
             "responses": item.ranking.items(),
-            "ranks": ranks_of(item, said),
+            "ranks": ranks if item.known is None else [None] * len(ranks),  # what is known already is no label
+            **ratings_of(item, said, self.config),
             "all_bad": said.get("all_bad") is True,
             "skipped": said.get("skipped") is True,
             "comment": str(said.get("comment") or "")[:LONGEST_COMMENT],
@@ -92,6 +102,8 @@ class Page:
             "seconds": _seconds(said.get("seconds")),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        if item.known is not None and not vote["skipped"]:
+            vote["check"] = {"ranks": ranks, "passed": item.passes(ranks)}
         try:
             self.votes.add(vote)
         except OSError as error:
@@ -125,17 +137,29 @@ def ranks_of(item: Item, said: JsonObject) -> list[int | None]:
     return [places.index(given[name]) for name in item.names]
 
 
+def ratings_of(item: Item, said: JsonObject, config: LabelArgs) -> dict[str, list[int | None]]:
+    """A column for each criterion, of ratings in row order; null where the item is skipped, or all bad and not rated.
+
+    Raises:
+        HTTPError: a response is not rated, or not by 1 to the scale.
+    """
+    given = said.get("ratings")
+    if said.get("skipped") is True or (said.get("all_bad") is True and not given):
+        return {RATING + criterion: [None] * len(item.names) for criterion in config.criteria}
+    tables = given if isinstance(given, dict) else {}
+    columns = {}
+    for criterion in config.criteria:
+        table = tables.get(criterion)
+        column = [table.get(name) if isinstance(table, dict) else None for name in item.names]
+        if any(type(rating) is not int or not 1 <= rating <= config.scale for rating in column):
+            raise bottle.HTTPError(400, f"Rate every response first: {criterion}, 1 to {config.scale}.")
+        columns[RATING + criterion] = column
+    return columns
+
+
 def make_app(page: Page) -> bottle.Bottle:
-    """The routes of the page; every answer but files is JSON, errors are {"error": line}."""
-    app = bottle.Bottle()
-
-    @app.get("/")
-    def index() -> bottle.HTTPResponse:
-        return bottle.static_file("page.html", root=STATIC)
-
-    @app.get("/<name:re:[a-z]+\\.(css|js|svg)>")
-    def static(name: str) -> bottle.HTTPResponse:
-        return bottle.static_file(name, root=STATIC)
+    """The page and what it asks."""
+    app = web_app(STATIC, "label")
 
     @app.get("/api/start")
     def start() -> JsonObject:
@@ -152,23 +176,7 @@ def make_app(page: Page) -> bottle.Bottle:
 
     @app.post("/api/answer")
     def answer() -> JsonObject:
-        try:
-            said = bottle.request.json
-        except RecursionError:
-            raise bottle.HTTPError(400, "An answer is a JSON object.") from None
-        return page.answer(said)
-
-    @app.error(400)
-    @app.error(404)
-    @app.error(405)
-    @app.error(413)
-    @app.error(500)
-    @app.error(507)
-    def failed(error: bottle.HTTPError) -> str:
-        if error.exception is not None:
-            tell(f"label: {type(error.exception).__name__}: {reason(error.exception)}", error=True)
-        bottle.response.content_type = "application/json"
-        return json.dumps({"error": str(error.body)})
+        return page.answer(posted())
 
     return app
 
@@ -179,28 +187,32 @@ def summary(votes: Votes, total: int) -> str:
     lines = [f"{sum(one['answers'] for one in said['raters'])} answers by {len(said['raters'])} raters"]
     if said["share"] is not None:
         lines[0] += f"; two raters agree on {said['share']:.1%} of {said['pairs']} pairs"
+    if said["alpha"] is not None:
+        lines[0] += f", Krippendorff's alpha {said['alpha']:+.2f}"
     for one in said["raters"]:
         tau = "" if one["tau"] is None else f", Kendall's tau with the others {one['tau']:+.2f}"
-        lines.append(
-            f"  {printable(one['rater'])}: {one['answers']} of {total} answered, {one['skipped']} skipped{tau}"
-        )
+        passed, asked = votes.checks(one["rater"])
+        checks = f", {passed} of {asked} checks passed" if asked else ""
+        counts = f"{one['answers']} of {total} answered, {one['skipped']} skipped"
+        lines.append(f"  {printable(one['rater'])}: {counts}{checks}{tau}")
     return "\n".join(lines)
 
 
 def run(config: LabelArgs) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
     items, note = items_of(rows_from(config.path, config.fields))
+    if config.checks:
+        items = with_checks(items, [check_of(row) for row in rows_from(config.checks)], config.seed)
     with contextlib.closing(Votes(config.output, items)) as votes:
-        token = secrets.token_urlsafe(24)
-        hosts = LOOPBACK if config.host in LOOPBACK else (*LOOPBACK, config.host.lower())
-        app = guard(make_app(Page(items, votes, config)), token, hosts)
-        with make_server(config.host, config.port, app) as server:
-            tell(f"{config.path}: {len(items)} items to rank" + (f"; left out: {note}" if note else ""))
+        app = make_app(Page(items, votes, config))
+        with listening(config.host, config.port, app) as (server, address):
+            checks = sum(item.known is not None for item in items)
+            known, left_out = f", {checks} of them checks" * bool(checks), f"; left out: {note}" * bool(note)
+            tell(f"{config.path}: {len(items)} items to rank{known}{left_out}")
             if votes.mended:
                 tell(f"{config.output}: a crash cut the last answer short; its {votes.mended} bytes are removed")
             if config.host not in LOOPBACK:
                 tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
-            name = f"[{config.host}]" if ":" in config.host else config.host
-            tell(f"open http://{name}:{server.server_port}/{token}/   (answers go to {config.output}; Ctrl-C ends)")
+            tell(f"open {address}   (answers go to {config.output}; Ctrl-C ends)")
             serve(server)
         tell("\n" + summary(votes, len(items)))

@@ -12,9 +12,9 @@ import numpy as np
 
 from rlhf_jax.commands.label.items import Item
 from rlhf_jax.data import rankings
-from rlhf_jax.data.agreement import agreement, rater_taus
+from rlhf_jax.data.agreement import agreement, krippendorff_alpha, rater_taus
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.sources import VOTE, read_rows
+from rlhf_jax.data.sources import RATING, VOTE, read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import Lines, check_writable, hold
 from rlhf_jax.hosts.json_text import JsonObject
@@ -70,8 +70,9 @@ class Votes:
                 f"{row['_where']}: an answer to an item that the rows do not hold; {path} belongs to other rows, so "
                 "choose another --output"
             )
-        if not isinstance(row["ranks"], list) or len(row["ranks"]) != len(item.names):
-            raise UserError(f"{row['_where']}: no rank for each of {len(item.names)} responses; remove the line")
+        for name in ("ranks", *(name for name in row if name.startswith(RATING))):
+            if not isinstance(row[name], list) or len(row[name]) != len(item.names):
+                raise UserError(f"{row['_where']}: {name} has no entry for each response; remove the line")
 
     def add(self, vote: Row) -> None:
         """Append a vote; it is on disk when this returns.
@@ -97,11 +98,17 @@ class Votes:
         with self._one_at_a_time:
             return list(dict.fromkeys(rater for _, rater in self.latest))
 
+    def checks(self, rater: str) -> tuple[int, int]:
+        """(attention checks that a rater passed, those that the rater answered)."""
+        said = [vote["check"]["passed"] for vote in self.of(rater).values() if vote.get("check")]
+        return sum(said), len(said)
+
     def agreement(self) -> JsonObject:
         """How far raters agree.
 
-        {share, pairs} over all verdicts on the same two responses by two raters, and for each rater {answers, skipped,
-        tau, pairs}: Kendall's tau-b with all others together, and the pairs of verdicts behind it; None without any.
+        {share, pairs, alpha} over all verdicts on the same two responses by two raters, alpha being Krippendorff's,
+        and for each rater {answers, skipped, tau, pairs}: Kendall's tau-b with all others together, and the pairs of
+        verdicts behind it; None without any. Answers to attention checks have no part in it.
         """
         names = self.raters()
         groups: dict[str, int] = {}
@@ -114,10 +121,12 @@ class Votes:
                 ballots.append((groups.setdefault(item, len(groups)), names.index(rater), ranks))
         verdicts = rankings.comparisons(ballots, num_raters=len(names))
         share, total = agreement(verdicts)
+        alpha = krippendorff_alpha(verdicts)
         taus, pairs = rater_taus(verdicts)
         return {
             "share": share if total else None,
             "pairs": total,
+            "alpha": None if np.isnan(alpha) else alpha,
             "raters": [
                 {
                     "rater": name,

@@ -1,35 +1,15 @@
 "use strict";
 // All that the page knows. `tiers` is the ranking: lists of names, the best first, several names in one are a tie.
 // Names are digests of the responses, so that neither letters nor places on the page ever reach the file.
-const $ = (id) => document.getElementById(id);
 const LETTERS = "ABCDEFGHIJKL";
 const PLACES = ["1st", "2nd", "3rd"];
 let rater = "", item = null, tiers = [], allBad = false, typed = [];
-let loads = 0, shownAt = 0, hiddenFor = 0, hiddenAt = 0, saving = false;
-const answered = []; // places of answers saved in this session, for undo
+let study = null; // what the server says of the study: title, guidelines, criteria, scale
+let ratings = {}; // criterion -> name -> 1 to the scale
+let later = 0, loads = 0, shownAt = 0, hiddenFor = 0, hiddenAt = 0, saving = false;
+const savedAt = []; // places of answers saved in this session, for undo
 
-async function ask(path, body) {
-  const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  let response;
-  try {
-    response = await fetch("api/" + path, options);
-  } catch {
-    throw new Error("The server does not answer. What is on this page is kept; start rlhf-jax label again.");
-  }
-  if (response.status === 403) throw new Error("The server was started again. Open the address that it printed; this ranking is kept.");
-  const found = await response.json().catch(() => ({ error: "The server answered nonsense." }));
-  if (found.error) throw new Error(found.error);
-  return found;
-}
-
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in element) element[name] = value; else element.setAttribute(name, value);
-  }
-  element.append(...children); // strings become text, never markup
-  return element;
-}
+const ask = async (path, body) => (await request(path, body, "What is on this page is kept; start rlhf-jax label again.")).json();
 
 const place = (i) => PLACES[i] ?? `${i + 1}th`;
 const names = () => item.responses.map((response) => response.name);
@@ -38,6 +18,7 @@ const sorted = (tier) => names().filter((name) => tier.includes(name));
 const tierOf = (name) => tiers.findIndex((tier) => tier.includes(name));
 const unplaced = () => names().filter((name) => tierOf(name) < 0);
 const complete = () => unplaced().length === 0;
+const unrated = () => study.criteria.filter((criterion) => names().some((name) => !ratings[criterion]?.[name]));
 const say = (text) => { $("said").textContent = text; };
 
 function status(text, kind = "") {
@@ -48,9 +29,10 @@ function status(text, kind = "") {
 // ---------------------------------------------------------------- who
 
 async function enter() {
+  study = await ask("start");
   $("work").hidden = true;
   $("entry").hidden = false;
-  const { title, raters, fixed, total } = await ask("start");
+  const { title, raters, fixed, total } = study;
   document.title = `Rank responses · ${title}`;
   $("about").textContent = `${title}: ${total} ${total === 1 ? "item" : "items"}`;
   $("known").replaceChildren(...raters.map(({ name, done }) =>
@@ -62,6 +44,7 @@ async function enter() {
 
 async function begin(name) {
   try {
+    study ??= await ask("start");
     await load(name);
   } catch (error) {
     $("refused").textContent = error.message;
@@ -74,6 +57,14 @@ async function begin(name) {
   $("work").hidden = false;
   $("item").focus({ preventScroll: true });
   scrollTo({ top: 0 });
+  $("show-guidelines").hidden = !study.guidelines;
+  if (!item.states.some(Boolean)) showGuidelines(); // who comes for the first time reads them first
+}
+
+function showGuidelines() {
+  if (!study.guidelines) return;
+  fill($("guidelines-text"), study.guidelines, false);
+  $("guidelines").showModal();
 }
 
 // ---------------------------------------------------------------- one item
@@ -93,6 +84,7 @@ async function load(name, at) {
   }
   tiers = tiers.filter((tier) => tier);
   allBad = kept?.all_bad ?? false;
+  ratings = kept?.ratings ?? {};
   $("comment").value = kept?.comment ?? "";
   $("note").hidden = !$("comment").value;
   typed = [];
@@ -109,6 +101,7 @@ function drawItem() {
   const parts = earlier.map(drawTurn);
   const folded = size > 900 ? [make("details", {}, make("summary", {}, `${earlier.length} earlier turns`), ...parts)] : parts;
   $("prompt").replaceChildren(...folded, drawTurn(item.turns.at(-1)));
+  $("title").textContent = `Item ${item.at + 1} of ${item.states.length}`;
   $("responses").className = [2, 4].includes(item.responses.length) ? "two" : "";
   $("responses").replaceChildren(...item.responses.map(drawCard));
   document.querySelectorAll(".text").forEach(fold);
@@ -116,7 +109,7 @@ function drawItem() {
 
 function drawTurn({ role, content }) {
   const who = { user: "Person", assistant: "Assistant", system: "Instructions", prompt: "Prompt" }[role];
-  return make("div", { className: `turn ${role}` }, make("div", { className: "role" }, who), make("div", { className: "text" }, content));
+  return make("div", { className: `turn ${role}` }, make("div", { className: "role" }, who), fill(make("div"), content));
 }
 
 function drawCard({ name, text, finished }) {
@@ -124,7 +117,17 @@ function drawCard({ name, text, finished }) {
   key.onclick = (event) => put(name, event.shiftKey);
   const head = make("div", { className: "head" }, key, make("span", { className: "place", id: `place-${name}` }));
   if (!finished) head.append(make("span", { className: "cut", title: "It reached the length limit" }, "cut off"));
-  return make("article", { className: "card", "data-card": name, "aria-label": `Response ${letter(name)}` }, head, make("div", { className: "text" }, text));
+  return make("article", { className: "card", "data-card": name, "aria-label": `Response ${letter(name)}` }, head, fill(make("div"), text), ...study.criteria.map((criterion) => scale(name, criterion)));
+}
+
+// One criterion of a response: 1 to the scale, by tapping, or by digits once it has the focus.
+function scale(name, criterion) {
+  const choices = Array.from({ length: study.scale }, (_, i) => {
+    const input = make("input", { type: "radio", name: `${criterion} ${name}`, value: i + 1, checked: ratings[criterion]?.[name] === i + 1 });
+    input.onchange = () => { (ratings[criterion] ??= {})[name] = i + 1; changed(); };
+    return make("label", {}, input, make("span", {}, String(i + 1)));
+  });
+  return make("fieldset", { className: "scale" }, make("legend", {}, criterion.replaceAll("_", " ")), make("div", {}, ...choices));
 }
 
 function fold(text) {
@@ -163,9 +166,16 @@ function draw() {
   $("all-bad").setAttribute("aria-pressed", String(allBad));
   $("show-note").setAttribute("aria-expanded", String(!$("note").hidden));
   $("show-note").classList.toggle("filled", $("comment").value.trim() !== "");
-  $("save").disabled = !(complete() || (allBad && tiers.length === 0));
+  $("save").disabled = missing() !== "";
   $("back").disabled = item.at === 0;
   $("forth").disabled = item.at === total - 1;
+}
+
+// What keeps the answer from being saved.
+function missing() {
+  if (allBad && tiers.length === 0 && Object.keys(ratings).length === 0) return "";
+  if (!complete() && !(allBad && tiers.length === 0)) return `Place ${unplaced().map(letter).join(" and ")} first`;
+  return unrated().length ? `Rate all responses first: ${unrated().join(", ").replaceAll("_", " ")}` : "";
 }
 
 function drawStrip() {
@@ -175,6 +185,7 @@ function drawStrip() {
   });
   parts.push(gap(tiers.length), tiers.length ? make("span", { className: "end" }, "Worst")
     : make("span", { className: "hint" }, "Best first: type, tap or drag the letters"));
+  $("strip").dataset.drop = `gap ${tiers.length}`; // wherever else on the bar
   const left = unplaced();
   if (left.length || tiers.length) parts.push(make("div", { className: "pool", "data-drop": "pool", "aria-label": "Not ranked yet" }, ...left.map(chip)));
   $("strip").replaceChildren(...parts);
@@ -191,7 +202,7 @@ function chip(name) {
 
 function changed(what) {
   tiers = tiers.filter((tier) => tier.length);
-  const kept = { ranks: ranks(), all_bad: allBad, comment: $("comment").value };
+  const kept = { ranks: ranks(), ratings, all_bad: allBad, comment: $("comment").value };
   localStorage.setItem(draftName(), JSON.stringify(kept));
   status("");
   draw();
@@ -222,7 +233,7 @@ function put(name, tie) {
   }
   typed = [...typed.filter((other) => other !== name), name];
   const left = unplaced();
-  if (left.length === 1 && !tie) tiers.push(left);
+  if (left.length === 1) tiers.push(left);
   changed(spoken());
 }
 
@@ -309,18 +320,16 @@ function startDrag(event) {
 async function save(skipped = false) {
   if (saving) return;
   if (!skipped && $("save").disabled) {
-    const left = unplaced().map(letter).join(" and ");
-    status(`Place ${left} first`);
-    return;
+    return status(missing());
   }
   saving = true;
   status("Saving …");
   const seconds = (performance.now() - shownAt - hiddenFor) / 1000;
-  const answer = { rater, item: item.item, ranks: ranks(), all_bad: allBad, skipped, comment: $("comment").value.trim(), seconds };
+  const answer = { rater, item: item.item, ranks: ranks(), ratings, all_bad: allBad, skipped, comment: $("comment").value.trim(), seconds };
   try {
     const { state } = await ask("answer", answer);
     localStorage.removeItem(draftName());
-    answered.push(item.at);
+    savedAt.push(item.at);
     item.states[item.at] = state;
     await goOn();
   } catch (error) {
@@ -342,6 +351,7 @@ async function goOn() {
 
 async function finish() {
   draw();
+  $("item").focus({ preventScroll: true });
   status("Saved ✓", "saved");
   await showProgress(`All ${item.states.length} items are answered. Thank you! Arrow keys go back to any of them.`);
 }
@@ -362,14 +372,24 @@ async function showProgress(line = "") {
   } catch (error) {
     return status(error.message, "failed");
   }
+  const alpha = found.alpha === null ? "" : ` Krippendorff's alpha is ${found.alpha.toFixed(2)}: 1 is the same order everywhere, 0 chance.`;
   const share = found.share === null ? "Agreement shows once two raters have ranked the same item."
-    : `Two raters agree on ${(100 * found.share).toFixed(0)}% of ${found.pairs} pairs of responses.`;
+    : `Two raters agree on ${(100 * found.share).toFixed(0)}% of ${found.pairs} pairs of responses.${alpha}`;
   $("progress-title").textContent = line ? "Done" : "Progress";
   $("agreement").textContent = `${line} ${share}`.trim();
   $("raters").replaceChildren(...found.raters.map((one) => make("tr", {},
     make("td", {}, one.rater), make("td", {}, `${one.answers} of ${item.states.length}`), make("td", {}, String(one.skipped)),
     make("td", {}, one.tau === null ? "–" : `${one.tau.toFixed(2)} of ${one.pairs}`))));
   if (!$("progress").open) $("progress").showModal();
+  clearTimeout(later);
+  later = setTimeout(() => { if ($("progress").open) showProgress(line); }, 5000); // as others go on
+}
+
+function showRaw() {
+  toggleRaw();
+  drawItem();
+  draw();
+  say(raw ? "Texts as they are" : "Texts as Markdown");
 }
 
 function toggleNote(open = $("note").hidden) {
@@ -385,16 +405,11 @@ function toggleBad() {
 
 function clear() {
   tiers = [];
+  ratings = {};
+  drawItem();
   typed = [];
   allBad = false;
   changed("Cleared");
-}
-
-function theme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
-  document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-  localStorage.setItem("theme", document.documentElement.dataset.theme);
 }
 
 // ---------------------------------------------------------------- keys
@@ -402,7 +417,8 @@ function theme() {
 const KEYS = {
   Enter: () => save(), Backspace: takeBack, Escape: clear, ArrowLeft: () => go(item.at - 1), ArrowRight: () => go(item.at + 1),
   x: toggleBad, s: () => save(true), n: () => toggleNote(true), p: () => showProgress(), "?": () => $("help").showModal(),
-  z: () => { if (answered.length) go(answered.pop()); },
+  r: showRaw, u: showGuidelines,
+  z: () => { if (savedAt.length) go(savedAt.pop()); },
   v: () => {
     const all = [...document.querySelectorAll(".more")], open = all.some((more) => more.getAttribute("aria-expanded") === "false");
     all.forEach((more) => unfold(more, open));
@@ -411,7 +427,7 @@ const KEYS = {
 
 function onKey(event) {
   if ($("work").hidden || document.querySelector("dialog[open]") || event.altKey || event.metaKey) return;
-  const { target, key } = event, writes = target.matches("textarea, input");
+  const { target, key } = event, writes = target.matches("textarea, input:not([type=radio])");
   if (key === "Enter" && event.ctrlKey) { event.preventDefault(); return save(); }
   if (event.ctrlKey) return;
   if (writes) {
@@ -419,6 +435,11 @@ function onKey(event) {
     return;
   }
   if (key === "Enter" && target.matches("button, summary")) return; // it presses the button
+  if (target.matches("[type=radio]")) {
+    if (key.startsWith("Arrow")) return; // they choose
+    const choice = target.closest(".scale").querySelector(`input[value="${CSS.escape(key)}"]`);
+    if (choice) return choice.click();
+  }
   const name = target.closest("#strip .key")?.dataset.name;
   if (name && (key === "ArrowLeft" || key === "ArrowRight")) {
     event.preventDefault();
@@ -436,6 +457,9 @@ function listen() {
   $("leave").onclick = () => { sessionStorage.removeItem("rater"); enter(); };
   $("show-progress").onclick = () => showProgress();
   $("show-help").onclick = () => $("help").showModal();
+  $("show-guidelines").onclick = showGuidelines;
+  $("raw").onclick = showRaw;
+  $("raw").setAttribute("aria-pressed", String(raw));
   $("theme").onclick = theme;
   $("all-bad").onclick = toggleBad;
   $("show-note").onclick = () => toggleNote();
@@ -452,8 +476,6 @@ function listen() {
   });
 }
 
-const chosen = localStorage.getItem("theme");
-if (chosen) document.documentElement.dataset.theme = chosen;
 listen();
 const known = sessionStorage.getItem("rater");
 (known ? begin(known).then(() => { if ($("work").hidden) return enter(); }) : enter())

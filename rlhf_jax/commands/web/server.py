@@ -1,4 +1,4 @@
-"""Pages that this machine serves to its user: who may ask, and the server, of the standard library alone."""
+"""A web server for few people: who may ask, what goes with every answer, and its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import secrets
 import signal
 import socket
 import socketserver
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -51,7 +51,7 @@ def guard(
             line = "The token in the address is missing or wrong. Open the address that was printed last."
         elif "HTTP_TRANSFER_ENCODING" in environ or not re.fullmatch(r"[0-9]+", size) or float(size) > LARGEST_POST:
             start("413 Content Too Large", [("Content-Type", "application/json")])
-            return [b'{"error": "An answer is at most 100 000 bytes, whose number comes first."}']
+            return [b'{"error": "What is posted is at most 100 000 bytes, whose number comes first."}']
         else:
             return app({**environ, "SCRIPT_NAME": f"/{token}", "PATH_INFO": f"/{path}"}, start)
         start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
@@ -103,6 +103,22 @@ def make_server(host: str, port: int, app: WSGIApplication) -> Server:
         raise UserError(f"cannot listen on {host}:{port} ({what}); give another --port, 0 for any") from error
     server.set_app(app)
     return server
+
+
+@contextlib.contextmanager
+def listening(
+    host: str, port: int, app: WSGIApplication, headers: Sequence[tuple[str, str]] = tuple(HEADERS)
+) -> Iterator[tuple[Server, str]]:
+    """(a server that listens there and answers behind a new token, the address with it).
+
+    Raises:
+        UserError: as `make_server`.
+    """
+    token = secrets.token_urlsafe(24)
+    hosts = LOOPBACK if host in LOOPBACK else (*LOOPBACK, host.lower())
+    with make_server(host, port, guard(app, token, hosts, headers)) as server:
+        name = f"[{host}]" if ":" in host else host
+        yield server, f"http://{name}:{server.server_port}/{token}/"
 
 
 def serve(server: Server) -> None:
