@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -77,6 +78,27 @@ def _in_chunks(fn: Callable[..., Any], inputs: list[Array], needed: Bool[Array, 
     return [_permuted(x.swapaxes(0, 1).reshape(shards, -1), place, order)[:, :count] for x in outputs]
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A vocabulary that is projected one block after another, so that the weights of a block alone are gathered.
+
+    Attributes:
+        weights: a tree of arrays [N, ...], those of block i at i.
+        width: v. Block i has of every N v ids those from i v to (i + 1) v, one after another.
+        project: (weights of a block) -> (hidden [W, C, D] -> logits [W, C, V / N]).
+    """
+
+    weights: Any
+    width: int
+    project: Callable[[Any], Callable[[Array], Array]]
+
+    def find(self, block: Array, ids: Array) -> tuple[Array, Array]:
+        """(the place of each id in a block, whether it is there)."""
+        number = len(jax.tree.leaves(self.weights)[0])
+        which, rest = ids // self.width, ids % self.width
+        return which // number * self.width + rest, (ids >= 0) & (which % number == block)
+
+
 def token_logprobs(
     project: Callable[[Float[Array, "W C D"]], Float[Array, "W C V"]],
     hidden: Float[Array, "B T D"],
@@ -87,6 +109,7 @@ def token_logprobs(
     needed: Bool[Array, "B T"] | None = None,
     kept: Int[Array, "B T K"] | None = None,
     shards: int = 1,
+    blocks: Blocks | None = None,
     with_entropy: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs (nats) of `targets` under softmax(project(hidden) / temperature), and the entropy if asked (else 0).
@@ -97,30 +120,61 @@ def token_logprobs(
 
     The B T positions lie in W = `shards` blocks of whole rows, as rows lie on a mesh, and the logits of at most
     `chunk` positions of a block are alive at once, in the backward pass too. Where there are more, they run in
-    checkpointed chunks, the needed ones first, and a chunk without any is skipped.
+    checkpointed chunks, the needed ones first, and a chunk without any is skipped; with `blocks` in all chunks for
+    one block of the vocabulary after another.
     """
 
-    def of_chunk(hidden: Array, targets: Array, *kept: Array) -> tuple[Array, Array]:
+    def of_chunk(
+        project: Callable[[Array], Array], find: Callable[[Array], Any], hidden: Array, targets: Array, *kept: Array
+    ) -> tuple[Array, Array, Array]:
+        """Of the ids that `project` has: the target's logit (0: it has another), logsumexp, and the mean logit."""
         logits = project(hidden).astype(jnp.float32) / jnp.asarray(temperature, jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        for ids in kept:  # [W, C, V] -> [W, C, K]
-            logits = jnp.where(ids >= 0, jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1), OUT)
+
+        def at(ids: Array, other: float) -> Array:
+            place, there = find(ids)  # [W, C, V] -> [W, C, K]
+            return jnp.where(there, jnp.take_along_axis(logits, jnp.maximum(place, 0), axis=-1), other)
+
+        chosen = at(targets[..., None], 0.0)[..., 0]
+        for ids in kept:
+            logits = at(ids, OUT)
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         if not with_entropy:
-            return chosen - log_normaliser, jnp.zeros_like(log_normaliser)
+            return chosen, log_normaliser, jnp.zeros_like(chosen)
         probs = jnp.exp(logits - log_normaliser[..., None])
-        return chosen - log_normaliser, log_normaliser - jnp.sum(probs * logits, axis=-1)
+        return chosen, log_normaliser, jnp.sum(probs * logits, axis=-1)
 
     shape, num = targets.shape, -(-(targets.size // shards) // chunk)
     needed = jnp.ones(shape, bool) if needed is None else needed
     inputs = [hidden, targets] if kept is None else [hidden, targets, kept]
+    whole = partial(of_chunk, project, lambda ids: (ids, ids >= 0))
     if num == 1:
-        outputs: Sequence[Array] = of_chunk(*inputs)
+        outputs: Sequence[Array] = whole(*inputs)
     else:  # [B, T, ...] -> [W, B T / W, ...]
         *inputs, flat = (x.reshape(shards, -1, *x.shape[2:]) for x in (*inputs, needed))
-        outputs = _in_chunks(of_chunk, inputs, flat, num)
-    logprobs, entropy = (jnp.where(needed, x.reshape(shape), 0.0) for x in outputs)
-    return logprobs, entropy
+        in_blocks = None if blocks is None else partial(_in_blocks, of_chunk, blocks)
+        outputs = (in_blocks or partial(_in_chunks, whole))(inputs, flat, num)
+    chosen, log_normaliser, mean = (x.reshape(shape) for x in outputs)
+    entropy = log_normaliser - mean if with_entropy else jnp.zeros_like(mean)
+    return jnp.where(needed, chosen - log_normaliser, 0.0), jnp.where(needed, entropy, 0.0)
+
+
+def _in_blocks(
+    of_chunk: Callable[..., Any], blocks: Blocks, inputs: list[Array], needed: Bool[Array, "W N"], num: int
+) -> list[Array]:
+    """`of_chunk` of all chunks, put together from one block of the vocabulary after another."""
+    first, *rest = inputs
+    summed = first.astype(jnp.float32)  # gradients are, over the blocks
+
+    def of_block(block: tuple[Array, Any]) -> list[Array]:
+        number, weights = block
+        fn = partial(of_chunk, blocks.project(weights), partial(blocks.find, number))
+        return _in_chunks(fn, [summed.astype(first.dtype), *rest], needed, num)
+
+    # Each [N, W, ...]; the logarithm of a sum of exponentials is that of the blocks' sums.
+    numbers = jnp.arange(len(jax.tree.leaves(blocks.weights)[0]))
+    chosen, log_sums, means = jax.lax.map(jax.checkpoint(of_block), (numbers, blocks.weights))
+    log_normaliser = jax.nn.logsumexp(log_sums, axis=0)
+    return [chosen.sum(0), log_normaliser, jnp.sum(jnp.exp(log_sums - log_normaliser[None]) * means, axis=0)]
 
 
 def to_microbatches(tree: Tree, num: int) -> Tree:

@@ -213,8 +213,12 @@ def test_no_program_holds_the_logits_of_a_batch(stage):
         assert largest_logits(text) < 4 * length * PRIME, name
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_log_probs_in_chunks_gather_and_sum_once_however_many_there_are(tied):
+@pytest.mark.parametrize(
+    ("tied", "most"), [(True, 2**30), (False, 2**30), (True, 8 * 16 * 512 // 5), (False, 1 << 14)]
+)
+def test_log_probs_in_chunks_gather_and_sum_once_however_many_there_are(tied, most, monkeypatch):
+    """Of the whole projection, or of some blocks of it where weights and gradient would take more than `most`."""
+    monkeypatch.setattr("rlhf_jax.models.vocabulary.MOST", most)
     arch = ArchConfig(vocab_size=512, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, ffn_width=32,
                       tied_head=tied, head_bias=not tied)  # fmt: skip
     mesh, rng, grads, moved = make_mesh(MeshConfig(fsdp=4, tensor=2)), np.random.default_rng(0), [], []
@@ -226,7 +230,8 @@ def test_log_probs_in_chunks_gather_and_sum_once_however_many_there_are(tied):
             params = placed(mesh, model.init, jax.random.key(0))
 
             def loss(params, hidden, model=model):
-                return model.logprobs(params, hidden, targets, needed=needed)[0].sum()
+                logprobs, entropy = model.logprobs(params, hidden, targets, needed=needed, with_entropy=True)
+                return logprobs.sum() + 0.1 * entropy.sum()
 
             step = jax.jit(
                 jax.grad(loss, argnums=(0, 1)), out_shardings=(tree_shardings(mesh, params), hidden.sharding)

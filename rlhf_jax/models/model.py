@@ -252,9 +252,9 @@ class Model:
         Both are 0 off `needed`, and chunks of positions without any that is needed cost nothing (None: all are). They
         are of the law of the ids `kept`, if these are given (-1: none).
         """
-        shards = math.gcd(data_ways(), len(targets))
+        shards, blocks = math.gcd(data_ways(), len(targets)), None
         if 1 < shards == data_ways() and targets.size > shards * self.logprob_chunk:  # several chunks
-            params = vocabulary.for_each_shard(params, shards, self._over("V"))
+            blocks = vocabulary.blocks_of(self.arch, params, shards, self._over("V"))
         return token_logprobs(
             partial(self.project, params),
             hidden,
@@ -264,6 +264,7 @@ class Model:
             needed=needed,
             kept=kept,
             shards=shards,
+            blocks=blocks,
             with_entropy=with_entropy,
         )
 
