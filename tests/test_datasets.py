@@ -147,11 +147,11 @@ def test_split_errors_name_the_splits_there_are(tmp_path):
         sources.read_rows(str(out))
 
 
-@pytest.mark.parametrize("name", fields.catalogue())
+@pytest.mark.parametrize("name", [name for name in fields.catalogue() if name.startswith("tfds:")])
 def test_the_catalogue_names_fields_that_tfds_declares(name):
     import tensorflow_datasets as tfds
 
-    features = tfds.builder(name, try_gcs=False).info.features
+    features = tfds.builder(name.removeprefix("tfds:"), try_gcs=False).info.features
     for template in fields.catalogue()[name]["fields"].values():
         for path in fields.PLACE.findall(template):
             feature = features
@@ -194,7 +194,7 @@ def test_field_maps_rename_nest_and_surround():
     row = {"q": "why", "a": {"text": "so", "votes": [1, 0, 0]}, "_where": "f:1"}
     [mapped] = sources.rows_from([row], ["prompt=Q: {q}\nA:", "response={a.text}", "votes={a.votes}"])
     assert mapped == {"prompt": "Q: why\nA:", "response": "so", "votes": [1, 0, 0], "_where": "f:1"}
-    with pytest.raises(UserError, match=r'^f:1: no field "a.tex" \(found: q, a\); correct data.fields'):
+    with pytest.raises(UserError, match=r'^f:1: no field "a.tex" \(found: q, a\); give data.fields that fit'):
         sources.rows_from([row], ["prompt={a.tex}"])
     with pytest.raises(UserError, match=r"data.fields 'prompt' is no field map; write name="):
         sources.rows_from([row], ["prompt"])

@@ -166,12 +166,13 @@ class DataConfig:
 
     Args:
         path: a .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet file; DIR@SPLIT, a prepared TFDS directory; or
-            tfds:NAME@SPLIT, a TFDS builder. The split is train unless it is named, and may be a slice: train[:10%].
+            tfds:NAME@SPLIT, a TFDS builder; or hf://datasets/OWNER/NAME@SPLIT of the Hugging Face Hub. The split is
+            train unless it is named, and of TFDS may be a slice: train[:10%].
         mixture: more such sources, mixed with `path` by `mixture_weights`.
         mixture_weights: shares of an epoch that come from `path` and from each of `mixture`, in any unit: rows are
             repeated, none is left out. Empty takes every row of all of them once.
         fields: maps the fields of the rows to those a stage takes: "prompt={question}", with text around fields as you
-            like. Empty takes rows as they are, and those of known TFDS sets by our catalogue.
+            like. Empty takes rows as they are, and those of sets in our catalogue (UltraFeedback, GSM8K ...) by it.
         eval_path: held-out rows; empty holds out `eval_fraction` of `path` (and mixture), split by prompt.
         eval_fraction: share of the prompts held out when `eval_path` is empty, at least one of them; 0 evaluates
             nothing, and the last weights are kept.

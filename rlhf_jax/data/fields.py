@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,15 +26,22 @@ def parse_fields(fields: Sequence[str]) -> dict[str, str]:
     return templates
 
 
-def map_row(row: Row, fields: dict[str, str]) -> Row:
+def map_row(row: Row, fields: Mapping[str, object]) -> Row:
     """A row with the mapped fields alone: {name} is a field, {name.part} a part of it, and text around them stays.
 
-    A template that is one field keeps its type, so that lists of messages and numbers can be mapped too.
+    A template that is one field keeps its type, so that lists of messages and numbers can be mapped too. A list or an
+    object of templates becomes one of what they give; a number stays.
     """
     return {name: _fill(template, row) for name, template in fields.items()} | {"_where": row["_where"]}
 
 
-def _fill(template: str, row: Row) -> object:
+def _fill(template: object, row: Row) -> object:
+    if isinstance(template, list):
+        return [_fill(part, row) for part in template]
+    if isinstance(template, dict):
+        return {name: _fill(part, row) for name, part in template.items()}
+    if not isinstance(template, str):
+        return template
     whole = PLACE.fullmatch(template)
     return _part(row, whole[1]) if whole else PLACE.sub(lambda place: str(_part(row, place[1])), template)
 
@@ -44,12 +51,19 @@ def _part(row: Row, path: str) -> object:
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
             there = ", ".join(k for k in row if k != "_where")
-            raise UserError(f'{row["_where"]}: no field "{path}" (found: {there}); correct data.fields')
+            raise UserError(f'{row["_where"]}: no field "{path}" (found: {there}); give data.fields that fit')
         value = value[name]
     return value
 
 
 @cache
 def catalogue() -> dict[str, Row]:
-    """TFDS name -> {fields, split, about} of sets that are known to be useful."""
+    """Name -> {about, stages, fields, configuration?} of data sets that are known to be useful."""
     return yaml.safe_load((Path(__file__).parent / "catalogue.yaml").read_text("utf-8"))
+
+
+def entry_of(path: str) -> Row:
+    """What the catalogue has of a path: the entry with the longest name that is the path's beginning, or {}."""
+    parts = re.split(r"(?=[/:])", re.sub(r"@[^/]*", "", path))  # without split or revision
+    names = ("".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((catalogue()[name] for name in names if name in catalogue()), {})

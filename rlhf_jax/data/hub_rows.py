@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.data.fields import entry_of
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts import yamls
 
@@ -16,6 +17,7 @@ CARD = "README.md"
 """Its header may say which files make up a split."""
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
 """Endings of files of rows, the one first whose files are taken where a split is there in several."""
+SPLITS = re.compile(r"(^|[/._-])(train|valid|validation|dev|test|eval)[/._-]")
 
 
 def files_of(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
@@ -42,7 +44,9 @@ def files_of(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
         if not file:
             names = HfApi().list_repo_files(repository, repo_type="dataset")
             card = hf_hub_download(repository, CARD, repo_type="dataset") if CARD in names else None
-            names = of_split(path, names, Path(card).read_text("utf-8") if card else "", last or "train")
+            text = Path(card).read_text("utf-8") if card else ""
+            configuration = entry_of(path).get("configuration", "default")
+            names = of_split(path, names, text, last or "train", configuration)
         places = [hf_hub_download(repository, each, repo_type="dataset", revision=revision) for each in names]
     except UserError:
         raise
@@ -52,9 +56,12 @@ def files_of(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
     return [(f"{PREFIX}{repository}/{each}", Path(place)) for each, place in zip(names, places, strict=True)]
 
 
-def of_split(path: str, names: Sequence[str], card: str, split: str) -> list[str]:
-    """The files of a split: those that the card's header lists, else those with the split's name in theirs."""
-    told = _told(path, card)
+def of_split(path: str, names: Sequence[str], card: str, split: str, configuration: str = "default") -> list[str]:
+    """The files of a split: those that the card's header lists, else those with the split's name in theirs.
+
+    Where no file has the name of any split, all are train.
+    """
+    told = _told(path, card, configuration)
     if told:
         if split not in told:
             raise UserError(f"{path}: no such split; there are {', '.join(told)}")
@@ -63,20 +70,22 @@ def of_split(path: str, names: Sequence[str], card: str, split: str) -> list[str
             raise UserError(f"{path}: {CARD} names files of this split that are not there; name a file")
         return found
     apart = re.compile(rf"(^|[/._-]){re.escape(split)}[/._-]")  # data/train-00000-of-00002.parquet, my_train.jsonl
+    whole = split == "train" and not any(SPLITS.search(name) for name in names if name.endswith(KINDS))
     for ending in KINDS:
-        if found := [name for name in sorted(names) if name.endswith(ending) and apart.search(name)]:
+        if found := [name for name in sorted(names) if name.endswith(ending) and (whole or apart.search(name))]:
             return found
     there = ", ".join([name for name in names if name.endswith(KINDS)][:8])
     raise UserError(f"{path}: no file has the split {split} in its name; name one of {there or 'none that is read'}")
 
 
-def _told(path: str, card: str) -> dict[str, list[str]]:
-    """Split -> patterns of its files, of the default configuration in the header of a dataset's card."""
+def _told(path: str, card: str, name: str) -> dict[str, list[str]]:
+    """Split -> patterns of its files, of the configuration `name` or the default one in a card's header."""
     header = card.split("---")[1] if card.startswith("---") and card.count("---") > 1 else ""
     try:
         tree: Any = yamls.load(header) or {}
         entries = [entry for entry in tree.get("configs", []) if "data_files" in entry]
-        chosen = [e for e in entries if e.get("default") == "true" or e.get("config_name") == "default"] or entries
+        named = [e for e in entries if e.get("config_name") == name]
+        chosen = named or [e for e in entries if e.get("default") == "true"] or entries
         parts = chosen[0]["data_files"] if chosen else []
         if isinstance(parts, str) or not isinstance(parts[0], dict):
             parts = [{"split": "train", "path": parts}]
@@ -84,6 +93,6 @@ def _told(path: str, card: str) -> dict[str, list[str]]:
     except Exception:  # a header of another's making
         return {}
     if len(chosen) > 1:
-        names = ", ".join(str(each.get("config_name")) for each in chosen)
-        raise UserError(f"{path}: the dataset has several configurations ({names}); name a file of one")
+        known = ", ".join(str(each.get("config_name")) for each in chosen)
+        raise UserError(f"{path}: the dataset has several configurations ({known}); name a file of one")
     return told

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import hub_rows, tfds_rows
-from rlhf_jax.data.fields import map_row, parse_fields
+from rlhf_jax.data.fields import entry_of, map_row, parse_fields
 from rlhf_jax.data.rows import Row, bad_row, layout_of, where_of
 from rlhf_jax.data.shapes import shaped
 from rlhf_jax.errors import UserError, reason, shown
@@ -55,9 +55,9 @@ class File(NamedTuple):
 def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     """Rows of a path (see `read_rows`) or of an iterable of dicts, as new dicts; the caller's are never changed.
 
-    `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`).
-
-    Rows of Alpaca's and ShareGPT's shapes become ours (`shapes.shaped`), unless `fields` say how.
+    `fields` maps them, as ["prompt={question}", "response={answer}"] (see `rlhf_jax.data.fields`). Without it, those
+    of sets in the catalogue are mapped as it says, and rows of Alpaca's and ShareGPT's shapes become ours
+    (`shapes.shaped`).
 
     Lists, generators, arrays of objects, Hugging Face datasets and pandas frames will do. Rows get "_where" = "row i",
     i from 0. Votes on one item become one row (`join_votes`).
@@ -68,7 +68,8 @@ def rows_from(source: Any, fields: Sequence[str] = ()) -> list[Row]:
     if fields:
         templates = parse_fields(fields)
         return [map_row(row, templates) for row in join_votes(_rows_as_they_are(source))]
-    return join_votes([shaped(row) for row in _rows_as_they_are(source)])
+    rows, known = _rows_as_they_are(source), entry_of(source).get("fields") if isinstance(source, str) else None
+    return join_votes([shaped(map_row(row, known) if known else row) for row in rows])
 
 
 def _rows_as_they_are(source: Any) -> list[Row]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.ballots import ranking_row, rater_of
-from rlhf_jax.data.fields import catalogue, map_row
+from rlhf_jax.data.fields import catalogue
 from rlhf_jax.data.messages import Messages, Text
 from rlhf_jax.data.rows import Row, bad_row
 from rlhf_jax.data.schemas import columns_of, preference_row, prompt_row, sft_row
@@ -29,7 +29,7 @@ def is_prepared(path: str) -> bool:
 
 
 def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row]:
-    """Rows of a split of a builder by its name ("imdb_reviews", "reddit_tifu/long:1.1.2"), fields as in the catalogue.
+    """Rows of a split of a builder by its name ("imdb_reviews", "reddit_tifu/long:1.1.2").
 
     Nothing is downloaded: it must be prepared, in the array_record format, in `data_dir`, else $TFDS_DATA_DIR or
     ~/tensorflow_datasets.
@@ -39,22 +39,20 @@ def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row
     """
     import tensorflow_datasets as tfds
 
-    entries = catalogue()
     logging.getLogger("absl").addFilter(_no_folder_yet)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record", try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, ImportError) as error:
         why = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds:{name}: {why}; the catalogue here knows {', '.join(entries)}") from error
+        known = ", ".join(key.removeprefix("tfds:") for key in catalogue() if key.startswith("tfds:"))
+        raise UserError(f"tfds:{name}: {why}; the catalogue here knows {known}") from error
     if not builder.is_prepared():
         command = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and nothing is downloaded here; where there is "
             f'network run python -c "import tensorflow_datasets as tfds; {command}" and copy that directory'
         )
-    rows = _read(builder, split, f"tfds:{name}@{split}")
-    entry = next((entries[key] for key in (name, builder.name) if key in entries), None)
-    return [map_row(row, entry["fields"]) for row in rows] if entry else rows
+    return _read(builder, split, f"tfds:{name}@{split}")
 
 
 def read_directory(path: str, split: str) -> list[Row]:
