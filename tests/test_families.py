@@ -363,10 +363,10 @@ def test_golden_files_are_not_stale(tmp_path, name, maker):
         tensors = [load(arrays[word].tobytes()) for arrays in (old, new)]
         assert tensors[0].keys() == tensors[1].keys()
         for key in tensors[0]:
-            np.testing.assert_allclose(tensors[1][key], tensors[0][key], atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(tensors[1][key], tensors[0][key], rtol=1e-4, atol=5e-5, err_msg=key)
     for key in old.keys() - {"config", "weights", "gradients"}:
-        atol = 5e-5 if key == "margin" else 1e-5  # a margin is a difference of two logits
-        np.testing.assert_allclose(new[key], old[key], atol=atol, err_msg=key)
+        # torch's kernels differ in the last bits between processors.
+        np.testing.assert_allclose(new[key], old[key], rtol=1e-4, atol=5e-5, err_msg=key)
 
 
 @each_case

@@ -54,17 +54,28 @@ def start(engine: Engine) -> State:
 
 
 def admit(engine: Engine, state: State) -> State:
-    """Prefill prompts of the queues, some at a time, until they are empty or no context is free."""
+    """Prefill prompts of the queues, some at a time, until they are empty or no context is free.
+
+    Many at a time where there are more than half as many, else few, so that an early end does not cost many prompts.
+    """
     _, groups, _, contexts, length = engine.shape
-    at_once = min(max(ADMITTED // length, 1), groups * contexts)
+    many = min(max(ADMITTED // length, 1), groups * contexts)
+    few = -(-many // 4)
 
     def wanted(state: State) -> Array:
-        return ((state.queued < engine.count) & free_contexts(engine, state).any((1, 2))).any()
+        """How many prompts of the shard that has most to admit."""
+        free = free_contexts(engine, state).sum((1, 2))
+        return jnp.minimum(free, engine.count - state.queued).max()
 
-    # For `plan`: on average in each of the chunks.
-    rounds = -(-engine.prompts.shape[1] // at_once)
-    with jax.named_scope(f"unfilled_{rounds * engine.chunk * engine.at_once / engine.uniforms[0].size:g}"):
-        return jax.lax.while_loop(wanted, partial(admit_some, engine, at_once=at_once), state)
+    # For `plan`: on average in each of the chunks, many at a time.
+    chunks = engine.uniforms[0].size / engine.chunk / engine.at_once
+    with jax.named_scope(f"unfilled_{-(-engine.prompts.shape[1] // many) / chunks:g}"):
+        some = partial(admit_some, engine, at_once=many)
+        state = jax.lax.while_loop(lambda state: wanted(state) > (many // 2 if few < many else 0), some, state)
+    if few == many:
+        return state
+    with jax.named_scope("trips_0"):
+        return jax.lax.while_loop(lambda state: wanted(state) > 0, partial(admit_some, engine, at_once=few), state)
 
 
 def admit_some(engine: Engine, state: State, at_once: int) -> State:
@@ -82,27 +93,24 @@ def admit_some(engine: Engine, state: State, at_once: int) -> State:
     mask, logits, cache, states = engine.prefill(take(engine.queue, jnp.minimum(number, engine.queue.shape[1] - 1)))
 
     def put(old: Array, new: Array) -> Array:
-        """[X, C, ...] with [W, A, ...] at their places."""
+        """[X, C, ...] or [X * C, ...] with [W, A, ...] at their places."""
         place = jax.vmap(lambda old, new, g, c: old.at[g, c].set(new, mode="drop"))
-        return place(split(old, ways), new, group, context).reshape(old.shape)
+        return place(old.reshape(ways, groups, contexts, *new.shape[2:]), new, group, context).reshape(old.shape)
 
-    def put_cache(old: Array, new: Array) -> Array:
-        """[X, K, C * P, N] with [W * A, K, P, N]."""
+    def put_columns(old: Array, new: Array) -> Array:
+        """[X, K, C * P, N] with [W, A, K, P, N]."""
         place = jax.vmap(lambda old, new, g, c: old.at[g, :, c].set(new, mode="drop"))
-        apart = old.reshape(ways, groups, old.shape[1], contexts, length, old.shape[3])
-        return place(apart, split(new, ways), group, context).reshape(old.shape)
+        by_context = old.reshape(ways, groups, old.shape[1], contexts, length, old.shape[3])
+        return place(by_context, new, group, context).reshape(old.shape)
 
-    def put_state(old: Array, new: Array) -> Array:
-        """[X * C, ...] with [W * A, ...] at their places."""
-        return put(old.reshape(-1, contexts, *old.shape[1:]), split(new, ways)).reshape(old.shape)
-
+    cache, states = jax.tree.map(lambda x: split(x, ways), (cache, states))
     held = Contexts(
         put(held.number, number),
         put(held.started, jnp.zeros_like(number)),
         put(held.mask, mask),
         put(held.logits, logits),
-        engine.model.pinned(jax.tree.map(put_cache, held.cache, cache)),
-        engine.model.pinned(jax.tree.map(put_state, held.states, states)),
+        engine.model.pinned(jax.tree.map(put_columns, held.cache, cache)),
+        engine.model.pinned(jax.tree.map(put, held.states, states)),
     )
     return dataclasses.replace(state, contexts=held, queued=state.queued + good.sum(1, dtype=jnp.int32))
 
