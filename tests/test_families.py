@@ -354,7 +354,7 @@ def test_the_script_and_the_golden_files_have_the_same_cases(maker):
 
 @each_case
 def test_golden_files_are_not_stale(tmp_path, name, maker):
-    """transformers, now and here, computes what the file holds, to what torch's kernels differ by between processors."""
+    """transformers, now and here, computes what the file holds; torch differs a little between processors."""
     old, new = golden(name), maker.make_case(name)
     assert old.keys() == new.keys()
     archs = [hf.read_config(write(tmp_path / word, arrays))[0] for word, arrays in (("old", old), ("new", new))]
@@ -363,7 +363,8 @@ def test_golden_files_are_not_stale(tmp_path, name, maker):
         tensors = [load(arrays[word].tobytes()) for arrays in (old, new)]
         assert tensors[0].keys() == tensors[1].keys()
         for key in tensors[0]:
-            np.testing.assert_allclose(tensors[1][key], tensors[0][key], rtol=1e-3, atol=2e-4, err_msg=key)
+            atol = 1e-5 if word == "weights" else 1e-5 + 1e-3 * np.abs(tensors[0][key]).max()
+            np.testing.assert_allclose(tensors[1][key], tensors[0][key], rtol=0, atol=atol, err_msg=key)
     for key in old.keys() - {"config", "weights", "gradients"}:
         np.testing.assert_allclose(new[key], old[key], rtol=1e-4, atol=5e-5, err_msg=key)
 
