@@ -123,6 +123,7 @@ def test_every_path_has_the_home_directory(cls, monkeypatch, tmp_path):
     for name in paths:
         many = hints[name] is not PathText
         needed = {"LabelArgs": {"output": "v.jsonl"}, "ConvertArgs": {"model": "m", "output": "o"}}
+        needed |= {"PlanArgs": {"topology": "v5e:4x4"}}
         needed |= {"PPOConfig": {"ptx_coef": 1.0}, "SourceConfig": {"shots": 1, "demonstrations": "d"}}
         given = {**needed.get(cls.__name__, {}), name: ["~/x.jsonl", Path("~")] if many else "~/x.jsonl"}
         found = getattr(cls(**given), name)

@@ -22,6 +22,7 @@ from rlhf_jax.inference.reward_functions import combine
 from rlhf_jax.tasks import gsm8k
 from rlhf_jax.tasks.verifiers import programs, texts
 from rlhf_jax.tasks.verifiers.sandbox import KERNELS, libc
+from rlhf_jax.tasks.verifiers.texts import number_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rows"
 
@@ -217,6 +218,20 @@ def test_real_solutions_are_right_and_those_of_other_questions_wrong():
     assert scores("gsm8k", others, answer=answers) == same
     assert gsm8k.form([], solutions) == [1] * 1319
     assert scores("gsm8k", solutions, answer=solutions) == [1] * 1319
+    for split, count in (
+        ("train", 7473),
+        ("test", 1319),
+    ):  # as published: a question, and a solution that ends in ####
+        rows = read_rows(str(DATA / f"gsm8k_{split}.sft.jsonl.gz"))
+        texts = [row["response"][0]["content"] for row in rows]
+        published = [
+            {"question": row["prompt"][0]["content"], "answer": text} for row, text in zip(rows, texts, strict=True)
+        ]
+        made = gsm8k.prompts(published)
+        numbers, wanted = ([number_of(row["answer"]) for row in some] for some in (made, rows))  # 1,080 is 1080
+        assert numbers == wanted and len(made) == count
+        assert scores("gsm8k", texts, answer=[row["answer"] for row in made]) == [1] * count
+        assert all(gsm8k.form([], texts))
     judged = read_rows(str(DATA / "gsm8k_solutions.rank.jsonl.gz"))
     items = [(item, answer) for row, answer in zip(judged, answers, strict=True) for item in row["responses"]]
     found = scores("gsm8k", [item["text"] for item, _ in items], answer=[answer for _, answer in items])
@@ -233,6 +248,8 @@ def test_gsm8k_prompts_and_form():
     assert made["answer"] == "1,018" and made["prompt"][0]["content"].startswith("How many?\n\nThink")
     with pytest.raises(UserError, match=r"^GSM8K row 0: "):
         gsm8k.prompts([{"question": "How?", "answer": "18"}])
+    (made,) = gsm8k.prompts([row], enable_thinking=False)
+    assert made["chat_template_kwargs"] == {"enable_thinking": False}
     right = ["so\n#### 18", "so\n\n#### $1,234.5\n"]
     wrong = ["#### 18", "so #### 18", "so\n#### 18 eggs", "#### 1\n#### 18", "so\n18", "so\n####", "", "so\n#### ,"]
     assert gsm8k.form([], right + wrong) == [1] * 2 + [0] * 8

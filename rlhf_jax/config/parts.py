@@ -257,6 +257,8 @@ class RunConfig:
             MLFLOW_TRACKING_URI says otherwise.
         profile: [first, last] steps of which JAX's profiler writes a trace to output_dir/profile, for xprof and
             Perfetto; empty is none.
+        calibrate: at the end compile the programs once more, and write to summary.json what each took on these devices
+            over what `rlhf-jax plan` says of it, for plan's `calibration`.
         push_to_hub: OWNER/NAME of a model of the Hugging Face Hub, made private if it is not there, to which model/
             goes when the run has finished, with a card of what it is and with which figures. Empty is none.
         exit_code_when_stopped: exit code, 0 to 255, after a signal stopped the run and all was saved, for queues that
@@ -274,6 +276,7 @@ class RunConfig:
     keep_best: bool = True
     loggers: list[str] = field(default_factory=list)
     profile: list[int] = field(default_factory=list)
+    calibrate: bool = False
     push_to_hub: str = ""
     exit_code_when_stopped: int = 0
     progress: bool = True

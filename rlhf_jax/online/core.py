@@ -200,11 +200,13 @@ def taught(
 def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:
     """How the rows ended, and how far the sampler's log-probs are from the ones used."""
     finished = rollout.finished.mean()
+    real = rollout.mask.sum() + rollout.prompt_mask.sum()
     gap = jnp.where(rollout.mask, jnp.abs(old_logprobs - rollout.logprobs), 0.0)
     return {
         "rollout/eos_fraction": finished,
         "rollout/truncated_fraction": 1.0 - finished,
         "rollout/response_length": rollout.mask.sum(axis=1).mean(dtype=jnp.float32),
+        "data/filled": real / (rollout.mask.size + rollout.prompt_mask.size),
         "rollout/logprob_gap": gap.sum() / jnp.maximum(rollout.mask.sum(), 1),
         "rollout/logprob_gap_max": gap.max(),
     }

@@ -56,7 +56,8 @@ def run(
             judge = method.inputs.judge
             remarks = [*method.inputs.remarks, *(judge.remarks() if judge else [])]
             remarks += [*not_better(notes["before"], out.metrics.last, out.best.step)]
-            return out.finish({"iterations": total, **notes, "kl_coef": float(loop.kl_coef)}, remarks)
+            summary = {"iterations": total, **notes, "kl_coef": float(loop.kl_coef), **out.calibration(config)}
+            return out.finish(summary, remarks)
 
 
 def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> tuple[LoopState, dict[str, Any]]:

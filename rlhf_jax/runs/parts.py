@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import jax
+
+LATEST = 1000
+"""Times of a part that are kept."""
 
 
 class Mark(Protocol):
@@ -31,10 +35,12 @@ class Parts:
     Attributes:
         marked: how many marks there were.
         total: seconds of each part that was taken.
+        latest: seconds of the latest marks of each part, up to LATEST.
     """
 
     def __init__(self) -> None:
         self.marked, self.total = 0, defaultdict[str, float](float)
+        self.latest = defaultdict[str, deque[float]](lambda: deque(maxlen=LATEST))
         self._taken, self._since = 0, 0.0
         self._marks: SimpleQueue[tuple[str, Any, float] | None] = SimpleQueue()
         self._spent: SimpleQueue[tuple[str, float]] = SimpleQueue()
@@ -57,6 +63,7 @@ class Parts:
             name, seconds = self._spent.get()
             spent[name] += seconds
             self.total[name] += seconds
+            self.latest[name].append(seconds)
             self._taken += 1
         return dict(spent)
 
@@ -65,6 +72,10 @@ class Parts:
         whole = sum(self.total.values()) or 1.0
         parts = sorted(((name, seconds / whole) for name, seconds in self.total.items()), key=lambda part: -part[1])
         return ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
+
+    def usual(self) -> dict[str, float]:
+        """The median of the latest seconds of each part: a first time, with the compiler in it, is an outlier."""
+        return {name: statistics.median(seconds) for name, seconds in self.latest.items()}
 
     def close(self) -> None:
         """End the thread."""

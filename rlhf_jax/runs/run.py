@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rlhf_jax.config import StageArgs
+from rlhf_jax.config import StageArgs, resolve
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.files import write_json
@@ -255,6 +255,23 @@ class Run(contextlib.AbstractContextManager["Run"]):
             )
             self.best.forget(step)
         return like
+
+    def calibration(self, config: StageArgs) -> dict[str, Any]:
+        """{"calibration": what programs took over what they should}, of the config as it was run; {} if not asked for.
+
+        A summary that says why not is better than a run that fails at its end.
+        """
+        if not self.config.calibrate:
+            return {}
+        self.metrics.flush()
+        self.metrics.parts.take(self.metrics.parts.marked)
+        self.metrics.bar.doing("calibrating")
+        of_run = resolve("rlhf_jax.commands.plan.calibration:of_run")  # by name, as it stands above all stages
+        try:
+            fill = min(self.metrics.last.get("data/filled", 1.0), 1.0)
+            return {"calibration": of_run(config, self.metrics.parts.usual(), fill)}
+        except (UserError, RuntimeError) as error:  # that of XLA, too
+            return {"calibration": {"none": str(error)}}
 
     def finish(self, summary: Mapping[str, object], remarks: Sequence[str] = ()) -> directory.Summary:
         """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept.

@@ -18,15 +18,16 @@ INSTRUCTION = 'Think step by step. Then write "####" and the answer, a number al
 LAST_LINE = re.compile(r"####\s*\$?-?[0-9.,/]+\s*")
 
 
-def prompts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def prompts(rows: Sequence[Mapping[str, Any]], **template: object) -> list[dict[str, Any]]:
     """Prompt rows {prompt, answer} of rows {question, answer} as published.
 
-    A prompt is a message that ends in INSTRUCTION, and `answer` the number that the solution ends with, as text.
+    A prompt is a message that ends in INSTRUCTION, and `answer` the number that the solution ends with, as text. What
+    else is given goes to the chat template: enable_thinking=False keeps Qwen3 from thinking past the response's end.
 
     Raises:
         UserError: a row without the two fields, or an answer without a number behind "####".
     """
-    made = []
+    made, more = [], {"chat_template_kwargs": template} if template else {}
     for i, row in enumerate(rows):
         answer = marked(row.get("answer") or "")
         if not row.get("question") or answer is None or number_of(answer) is None:
@@ -34,7 +35,7 @@ def prompts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 f'GSM8K row {i}: it is no {{question, answer}} with a number behind "####"; mend or remove it'
             )
         content = f"{row['question'].strip()}\n\n{INSTRUCTION}"
-        made.append({"prompt": [{"role": "user", "content": content}], "answer": answer})
+        made.append({"prompt": [{"role": "user", "content": content}], "answer": answer, **more})
     return made
 
 

@@ -98,7 +98,7 @@ def run_steps(
     eval/total are kept. With faults.debug_nans, `explain(params, batch, key)` says what is not finite in a step.
     """
     steps = run.total
-    tokens = 0
+    tokens = slots = 0
     run.metrics.restart_clock("start")
     for i in range(run.start, steps):
         rows = batches[i]
@@ -107,12 +107,14 @@ def run_steps(
         state, metrics = step(state, batch, step_key)
         run.metrics.parts.mark("update", metrics["optim/skipped"])
         tokens += real_tokens(rows)
+        slots += rows["packed"].num_rows * run.settings.data.max_length if "packed" in rows else 0
         if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
             run.metrics.report_nan(i + 1, explain(state.params, batch, step_key))
         run.metrics.advance(i + 1, metrics["optim/skipped"])
         if (i + 1) % run.config.log_every == 0 or i + 1 == steps:
-            run.metrics.log(i + 1, metrics, {"optim/lr": rates[i]}, tokens=tokens)
-            tokens = 0
+            filled = {"data/filled": tokens / slots} if slots else {}
+            run.metrics.log(i + 1, metrics, {"optim/lr": rates[i], **filled}, tokens=tokens)
+            tokens = slots = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
             run.metrics.flush()
             run.metrics.bar.doing("evaluating")

@@ -345,4 +345,4 @@ def finish(work: Work, run: Run, params: Params, summary: Summary) -> Summary:
     """Write the model of the kept parameters and the summary, which is returned."""
     run.metrics.bar.doing("writing the model")
     save_model(run.dir / "model", work.loaded, params, work.claim.tokenizer)
-    return run.finish(summary, work.remarks)
+    return run.finish({**summary, **run.calibration(work.claim.config)}, work.remarks)

@@ -39,12 +39,18 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, 180e9, 12.5e9),
     "tpu7x": Chip(192 * GIB, 2307e12, 7.38e12, 180e9, 12.5e9),
 }
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+"""What JAX calls a device -> its generation."""
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+SLICES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT, "tpu7x": _CUBES}
+"""Shapes of slices that are lent, from 1 or 4 to 256 chips, smallest first."""
 
 
 def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     """A device's share of a chip, and the devices of slices of a topology such as v5e:4x4; no TPU is needed.
 
-    To JAX a chip of v4 and tpu7x is two devices, each with half of everything; the TPU compiler says so.
+    To JAX a chip of tpu7x is two devices, each with half of everything. The two cores of v4 and v5p are one.
 
     Raises:
         UserError: no such generation or shape, or the compiler is not installed.
@@ -64,15 +70,21 @@ def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if set(shape.split("x")) == {"1"}:  # hosts are taken for 2x2
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if kind == "v4":  # without it the compiler takes each core for a device, as no v4 machine does
+        options["chip_config_name"] = "megacore"
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # XLA's own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"topology {name}: the TPU compiler refuses it ({reason}); choose another shape") from error
-    cores = per_chip(devices)
-    return Chip(*(figure / cores for figure in CHIPS[kind])), list(devices)
+    return share_of(kind, devices), list(devices)
+
+
+def share_of(kind: str, devices: Sequence[Any]) -> Chip:
+    """What one of these devices of a generation can do."""
+    return Chip(*(figure / per_chip(devices) for figure in CHIPS[kind]))
 
 
 def per_chip(devices: Sequence[Any]) -> int:
     """Devices of one chip, 1 or 2."""
-    return max(device.core_on_chip for device in devices) + 1
+    return max(getattr(device, "core_on_chip", 0) for device in devices) + 1

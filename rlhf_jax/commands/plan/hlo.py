@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -67,6 +68,7 @@ def _size(text: str) -> float:
     return sum(_BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in _SHAPE.findall(text))
 
 
+@functools.lru_cache(maxsize=1)  # the same program is asked about for several shares of real tokens
 def _parse(text: str) -> tuple[_Computations, str]:
     computations: _Computations = {}
     entry, current = "", None

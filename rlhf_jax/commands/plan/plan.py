@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from rlhf_jax.commands.plan.chips import GIB, Chip, find_topology, per_chip
+from rlhf_jax.commands.plan.chips import GIB, Chip
 from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.commands.plan.programs import Program, programs_of
 from rlhf_jax.config import PlanArgs, StageArgs
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.json_text import to_json
 from rlhf_jax.sharding import make_mesh
 
 RESERVED = 0.25 * GIB
 """What the TPU runtime keeps of a chip's memory for itself."""
+
+FILLED = "weights and optimiser fill it: raise mesh.fsdp or mesh.tensor, or take a larger slice"
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Of token slots that hold tokens, of which the cost of a run is told."""
@@ -71,22 +72,30 @@ class Compiled(NamedTuple):
     """A program, what the compiler made of it and how long that took, and its jaxprs: as configured, without remat."""
 
     program: Program
-    executable: Any
+    sizes: Any
+    text: str
     seconds: float
     jaxprs: tuple[ClosedJaxpr, ClosedJaxpr]
 
 
-def compile_all(config: StageArgs, devices: list[jax.Device], width: int, fill: float) -> list[Compiled]:
+def compile_all(
+    config: StageArgs, devices: list[jax.Device], width: int, fill: float, room: float = math.inf
+) -> list[Compiled]:
     """The programs of a stage's config for these devices, rankings of `width`.
 
     Raises:
-        UserError: what the stage would refuse.
+        UserError: what the stage would refuse; or what a program is given alone needs more than `room` bytes of a
+            device, which is known before anything is compiled.
     """
     mesh = make_mesh(config.mesh, devices)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    attention = "splash" if devices[0].platform == "tpu" else "plain"
     found = []
     with jax.set_mesh(mesh.grid):
-        programs = programs_of(config, mesh, attention="splash", width=width, fill=fill)
+        programs = programs_of(config, mesh, attention=attention, width=width, fill=fill)
+        for program in programs:
+            if (size := given(program)) > room:
+                raise UserError(f"{program.name} is given {gib(size)} of {gib(room)}; {FILLED}")
         counted = programs_of(config, mesh, attention="plain", width=width, fill=fill)
         without = programs_of(plain, mesh, attention="plain", width=width, fill=fill)
         for number, (program, same, ideal) in enumerate(zip(programs, counted, without, strict=True)):
@@ -95,12 +104,23 @@ def compile_all(config: StageArgs, devices: list[jax.Device], width: int, fill: 
             compiled = program.function.trace(*program.arguments).lower().compile()
             seconds = time.monotonic() - started
             jaxprs = same.function.trace(*same.arguments).jaxpr, ideal.function.trace(*ideal.arguments).jaxpr
-            found.append(Compiled(program, compiled, seconds, jaxprs))
+            found.append(Compiled(program, compiled.memory_analysis(), compiled.as_text(), seconds, jaxprs))
     return found
 
 
+def given(program: Program) -> int:
+    """Bytes of a program's arguments on a device."""
+    leaves = [x for x in jax.tree.leaves(program.arguments) if isinstance(x, jax.ShapeDtypeStruct) and x.sharding]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
 def analyse(
-    config: StageArgs, chip: Chip, devices: list[jax.Device], width: int = 2, fill: float = 1.0
+    config: StageArgs,
+    chip: Chip,
+    devices: list[jax.Device],
+    width: int = 2,
+    fill: float = 1.0,
+    room: float = math.inf,
 ) -> tuple[list[Row], dict[float, float]]:
     """The programs of a stage's config; rollout is split into prefill and decode.
 
@@ -109,17 +129,17 @@ def analyse(
     Raises:
         UserError: what the stage would refuse.
     """
-    found = compile_all(config, devices, width, fill)
-
-    def at(share: float) -> list[Row]:
-        return [row for one in found for row in _rows(one, chip, len(devices), share)]
-
-    return at(fill), {share: sum(max(row.seconds.values()) for row in at(share)) for share in SHARES}
+    rows: list[Row] = []
+    costs = dict.fromkeys(SHARES, 0.0)
+    for one in compile_all(config, devices, width, fill, room):
+        rows += _rows(one, chip, len(devices), fill)
+        for share in SHARES:
+            costs[share] += sum(max(row.seconds.values()) for row in _rows(one, chip, len(devices), share))
+    return rows, costs
 
 
 def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
-    program, executable, compile_s, (same, ideal) = compiled
-    sizes, text = executable.memory_analysis(), executable.as_text()
+    program, sizes, text, compile_s, (same, ideal) = compiled
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     peak = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
@@ -164,9 +184,9 @@ def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
         other = sum(size for kind, size in r.collectives.items() if kind not in (*kinds, BETWEEN_SLICES))
         moved = [*(r.collectives.get(kind, 0) for kind in kinds), other, *(r.collectives.get(k, 0) for k in apart)]
         seconds = max(r.seconds.values())
-        sizes = _gib(r.arguments), _gib(r.temporaries), _gib(r.peak)
+        sizes = gib(r.arguments), gib(r.temporaries), gib(r.peak)
         memory.append((r.name, *sizes, f"{r.peak / chip.memory:.0%}", f"{r.compile_s:.0f} s"))
-        moves.append((r.name, f"{r.flops / 1e15:.3g}", _gib(r.memory), *map(_gib, moved)))
+        moves.append((r.name, f"{r.flops / 1e15:.3g}", gib(r.memory), *map(gib, moved)))
         waits, used = (r.seconds.get(kind, 0) for kind in times), r.model_flops / (seconds * count * chip.flops)
         parts = (f"{wait * 1e3:.3g} ms" for wait in waits)
         clock.append((r.name, *parts, r.bound, f"{r.tokens / seconds:,.0f}", f"{used:.0%}"))
@@ -181,7 +201,7 @@ def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
 def decode_lines(rows: list[Row]) -> list[str]:
     """How near decoding is to reading weights and filled cache alone."""
     return [
-        f"{r.name}: {r.memory / r.least:.2f} x the bytes of weights and filled cache, {_gib(r.least)}"
+        f"{r.name}: {r.memory / r.least:.2f} x the bytes of weights and filled cache, {gib(r.least)}"
         for r in rows
         if r.least
     ]
@@ -193,7 +213,8 @@ def cost_line(costs: dict[float, float]) -> str:
     return f"all of it by the share of real tokens (against that share of the last): {', '.join(told)}"
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """A size of memory in words."""
     return f"{size / GIB:.2f} GiB" if size >= 0.995 * GIB / 100 else f"{size / 2**20:.2g} MiB"
 
 
@@ -207,9 +228,9 @@ def verdict(rows: list[Row], chip: Chip) -> str:
     worst = max(rows, key=lambda r: r.peak)
     room = chip.memory - RESERVED
     if fits(rows, chip):
-        return f"fits: the largest program, {worst.name}, needs {_gib(worst.peak)} of {_gib(room)}"
+        return f"fits: the largest program, {worst.name}, needs {gib(worst.peak)} of {gib(room)}"
     if worst.arguments > room / 2:
-        cure = "weights and optimiser fill it: raise mesh.fsdp or mesh.tensor, or take a larger slice"
+        cure = FILLED
     elif worst.name in ("prefill", "decode"):
         cure = "set sampling.microbatch, raise mesh.tensor, or lower data.batch_size"
     elif worst.name == "score":
@@ -218,7 +239,7 @@ def verdict(rows: list[Row], chip: Chip) -> str:
         cure = "lower data.batch_size or model.logprob_chunk"
     else:
         cure = "set model.remat to full, raise accumulate or minibatches, lower model.logprob_chunk"
-    return f"does not fit: {worst.name} needs {_gib(worst.peak)} of {_gib(room)}; {cure}"
+    return f"does not fit: {worst.name} needs {gib(worst.peak)} of {gib(room)}; {cure}"
 
 
 def candidates(config: StageArgs, count: int) -> list[StageArgs]:
@@ -255,29 +276,3 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: Plan
     tell("\nfastest by the roofline:" if fitting else "\nnone fits; take a larger slice")
     for cost, name in sorted(fitting)[:5]:
         tell(f"  {cost * 1e6:.3g} us per token  {name}")
-
-
-def run(plan: PlanArgs, config: StageArgs) -> bool:
-    """Print the plan of a stage's config; returns whether it fits.
-
-    Raises:
-        UserError: an unknown topology, or what the stage would refuse.
-    """
-    chip, devices = find_topology(plan.topology, config.mesh.slices)
-    if plan.suggest:
-        suggest(config, chip, devices, plan)
-        return True
-    rows, costs = analyse(config, chip, devices, plan.responses, plan.fill)
-    if plan.json:
-        facts = {"topology": plan.topology, "devices": len(devices), "chips": len(devices) // per_chip(devices)}
-        facts |= {"fill": plan.fill, "fits": fits(rows, chip)}
-        tell("\n".join(to_json({**facts, **dataclasses.asdict(row), "bound": row.bound}) for row in rows))
-    else:
-        axes = " x ".join(f"{axis} {size}" for axis, size in make_mesh(config.mesh, devices).shape.items())
-        slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
-        cores = per_chip(devices)
-        chips = f"{len(devices) // cores} chips of {_gib(cores * chip.memory)}"
-        of_two = f" with two devices of {_gib(chip.memory)} each" if cores > 1 else ""
-        tell(f"{slices}{plan.topology}: {chips}{of_two}, mesh {axes}; figures are per device\n")
-        tell("\n".join([*shown(rows, chip, len(devices)), *decode_lines(rows), cost_line(costs)]))
-    return fits(rows, chip)
