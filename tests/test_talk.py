@@ -11,7 +11,8 @@ import pytest
 from tiny import model_params, toy_directory
 
 from rlhf_jax import cli
-from rlhf_jax.commands import chat
+from rlhf_jax.commands.chat import policy as policy_module
+from rlhf_jax.commands.chat.talk import Talk
 from rlhf_jax.config import ChatArgs, MeshConfig, SamplingConfig
 from rlhf_jax.data.schemas import preference_row
 from rlhf_jax.data.tokenizer import OTHER_IDS
@@ -40,28 +41,37 @@ def typed(monkeypatch):
     return type_
 
 
+def taken(pieces):
+    """(all that a generator yields, what it returns)."""
+    seen = []
+    while True:
+        try:
+            seen.append(next(pieces))
+        except StopIteration as end:
+            return seen, end.value
+
+
 def test_the_pieces_of_an_answer_are_that_of_one_draw_and_are_written_as_they_come():
     config, mesh = ChatArgs(sampling=GREEDY, plain=True), make_mesh(MeshConfig())
-    policy = chat.Policy(str(toy_directory() / "policy"), config, mesh)
+    policy = policy_module.Policy(str(toy_directory() / "policy"), config, mesh)
     whole = Generator(policy.loaded.model, policy.tokenizer, GREEDY, mesh, max_prompt_length=8)
     with jax.set_mesh(mesh.grid):
         drawn = whole.responses(policy.loaded.params, [{"prompt": "b"}, {"prompt": "c d"}], jax.random.key(0))
     for one in drawn:
-        pieces = list[str]()
-        answer = policy.answer(one.prompt, jax.random.key(1), pieces.append)
+        pieces, answer = taken(policy.answer(one.prompt, jax.random.key(1)))
         assert (answer.ids, answer.text, answer.finished) == (one.ids.tolist(), one.text, one.finished)
         assert "".join(pieces) == answer.text and len(pieces) == -(-len(answer.ids) // 2)
 
 
 def test_a_conversation_holds_what_was_preferred_and_texts_have_no_history():
-    talk = chat.Talk([{"role": "system", "content": "s"}])
+    talk = Talk([{"role": "system", "content": "s"}])
     talk.ask("one")
     talk.answered("1")
     talk.answered("2")  # another answer in its place
     talk.ask("two")
     said = [(turn["role"], turn["content"]) for turn in talk.prompt]
     assert said == [("system", "s"), ("user", "one"), ("assistant", "2"), ("user", "two")]
-    plain = chat.Talk(None)
+    plain = Talk(None)
     plain.ask("one")
     plain.ask("two")
     assert plain.prompt == "two"
@@ -77,15 +87,18 @@ def test_two_policies_answer_with_the_same_noise_and_votes_are_rows_that_a_rewar
     assert len(lines) == 6 and [line[2:] for line in lines[::2]] == [line[2:] for line in lines[1::2]]
     assert lines[2] != lines[4]  # other noise
 
-    load = chat.load_model
-    monkeypatch.setattr(chat, "load_model", lambda *given: moved(load(*given), given[0].path))
-    typed("b", "a", "c", "b", "d", "t", "e", "", "/quit")
+    load = policy_module.load_model
+    monkeypatch.setattr(policy_module, "load_model", lambda *given: moved(load(*given), given[0].path))
+    typed("e d b", "a", "c", "b", "d", "t", "e", "", "/quit")
     (tmp_path / "other").symlink_to(place)
-    cli.dispatch(["chat", place, str(tmp_path / "other"), "--output", str(output), *TALK])
+    cli.dispatch(["chat", place, str(tmp_path / "other"), "--output", str(output), *TALK, "--max_prompt_length", "2"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert "3 votes in" in capsys.readouterr().out and [row["prompt"] for row in rows] == ["b", "c", "d"]
+    said = capsys.readouterr().out
+    assert "3 votes in" in said and [row["prompt"] for row in rows] == ["e d b", "c", "d"]
+    assert said.count("[the first 1 tokens were not seen: max_prompt_length]") == 2  # of both policies
+    assert [row.get("prompt_seen") for row in rows] == ["d b", None, None]
     assert [row["models"][0] == place for row in rows] == [True, False, True]
-    policy, remarks = chat.load_tokenizer(replace(ChatArgs().model, path=place)), Counter[str]()
+    policy, remarks = policy_module.load_tokenizer(replace(ChatArgs().model, path=place)), Counter[str]()
     for row, label in zip(rows, (1, 1, 0.5), strict=True):
         assert preference_row(row)["label"] == label
         for side, finished in zip(("chosen", "rejected"), row["finished"], strict=True):

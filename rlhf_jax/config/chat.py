@@ -1,4 +1,4 @@
-"""Settings of a conversation in the terminal."""
+"""Settings of a conversation."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class ChatArgs:
             leave beside an answer, at most 4096.
         system: a first message of the system.
         plain: what is typed is a text that is continued, without template and history, as base models and toys want.
+        page: talk on a page in the browser, not in the terminal; it is served to this machine alone.
+        port: of the page; 0 takes a free one.
         seed: of the noise; each answer has other noise.
         output: a .jsonl file to which preference rows are appended, one for each vote.
         mesh: the devices.
@@ -33,12 +35,14 @@ class ChatArgs:
     max_prompt_length: int = 0
     system: str = ""
     plain: bool = False
+    page: bool = False
+    port: int = 8766
     seed: int = 0
     output: PathText = ""
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        check(self, "", {"at least 0": "max_prompt_length", SEEDS: "seed"})
+        check(self, "", {"at least 0": "max_prompt_length", "between 0 and 65535": "port", SEEDS: "seed"})
         self.sampling.check_whole()
         if len(self.models) > 2:
             raise UserError(f"models {shown(self.models)} are more than two; name one policy, or two to compare")

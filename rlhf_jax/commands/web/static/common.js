@@ -11,12 +11,14 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-async function request(path, body, kept) {
+// `kept` says what is lost if the server is gone; `running`, an AbortController, may end it.
+async function request(path, body, kept, running) {
   const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   let response;
   try {
-    response = await fetch("api/" + path, options);
-  } catch {
+    response = await fetch("api/" + path, { ...options, signal: running?.signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
     throw new Error(`The server does not answer. ${kept}`);
   }
   if (response.status === 403) throw new Error("The server was started again. Open the address that it printed.");

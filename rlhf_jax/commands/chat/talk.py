@@ -1,0 +1,68 @@
+"""A conversation with one policy or two: what is to be answered, what it goes on with, and the votes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_jax.commands.chat.policy import Answer
+from rlhf_jax.config import ChatArgs
+from rlhf_jax.data.messages import Messages, Text
+from rlhf_jax.data.rows import Row
+
+NAMES = "AB"
+"""What the two policies are called."""
+
+
+class Talk:
+    """A conversation: `prompt` is what is to be answered, empty before anything is asked."""
+
+    def __init__(self, messages: Messages | None):
+        """`messages` begin it; None is of texts without history."""
+        self.prompt: Text = ""
+        self._messages, self._answer = messages, ""
+
+    def ask(self, text: str) -> None:
+        """Go on with what the user says."""
+        if self._messages is None:
+            self.prompt = text
+            return
+        if isinstance(self.prompt, list):
+            self._messages = [*self.prompt, {"role": "assistant", "content": self._answer}]
+        self.prompt = [*self._messages, {"role": "user", "content": text}]
+
+    def answered(self, text: str) -> None:
+        """What the conversation goes on with."""
+        self._answer = text
+
+
+def started(config: ChatArgs) -> Talk:
+    """A conversation in which nothing is said yet."""
+    system: Messages = [{"role": "system", "content": config.system}] if config.system else []
+    return Talk(None if config.plain else system)
+
+
+def comparable(answers: Sequence[Answer]) -> bool:
+    """Whether a vote on them is a row: of empty or equal answers it is none."""
+    texts = [answer.text.strip() for answer in answers]
+    return len(set(texts)) == 2 and all(texts)
+
+
+def first_said(answers: Sequence[Answer]) -> int:
+    """The answer that a conversation goes on with where none is preferred: the first, or the other if it is empty."""
+    return 0 if answers[0].text.strip() or not answers[-1].text.strip() else 1
+
+
+def preference(prompt: Text, answers: list[Answer], models: list[str], best: int, *, tie: bool) -> Row:
+    """A vote as a preference row, with the ids that were sampled and the directories of who said it."""
+    chosen, rejected = answers[best], answers[1 - best]
+    return {
+        "prompt": prompt,
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "chosen_ids": chosen.ids,
+        "rejected_ids": rejected.ids,
+        "finished": [chosen.finished, rejected.finished],
+        "votes": [0, 0, 1] if tie else [1, 0, 0],
+        "models": [models[best], models[1 - best]],
+        **({"prompt_seen": chosen.seen or rejected.seen} if chosen.seen or rejected.seen else {}),
+    }

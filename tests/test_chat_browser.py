@@ -1,0 +1,71 @@
+"""The chat page in a real headless browser; skips where playwright or a Chromium is not installed."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+from test_chat_page import room_of
+from test_label_browser import browser  # noqa: F401 (a fixture)
+
+from rlhf_jax.commands.chat.page import Room, make_app
+from rlhf_jax.commands.web import listening
+
+
+@contextmanager
+def served(room: Room):
+    """The address of the page of a room, served by a thread."""
+    with listening("127.0.0.1", 0, make_app(room)) as (server, address):
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield address
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_page_streams_both_answers_keeps_a_vote_and_shows_the_history(tmp_path, browser):  # noqa: F811
+    room = room_of(tmp_path / "votes.jsonl", "one", "cut")
+    with served(room) as address:
+        page, errors = browser.new_context(viewport={"width": 390, "height": 844}).new_page(), list[str]()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text))
+        page.goto(address)
+        page.wait_for_selector(".intro")
+        room.policies[1].goes_on.clear()
+        page.fill("#text", "what is <b>this</b>?")
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.querySelector('.card .text')?.innerText === 'one '.trim()")
+        page.click("#stop")
+        page.wait_for_function("() => document.getElementById('status').innerText.startsWith('Stopped')")
+        assert page.locator("section.turn").count() == 0 and page.input_value("#text") == "what is <b>this</b>?"
+        room.policies[1].goes_on.set()
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".choices")
+        assert page.locator(".card strong").all_inner_texts() == ["one", "cut"]
+        assert (
+            page.locator(".said").inner_text() == "what is <b>this</b>?"
+            and page.locator("#talk b:not(.head b)").count() == 0
+        )
+        assert (
+            "cut off" in page.locator(".notes").nth(1).inner_text()
+            and "first 3 tokens" in page.locator(".notes").nth(1).inner_text()
+        )
+        page.click("text=B is better")
+        page.wait_for_selector(".card.best")
+        assert "1 vote in" in page.inner_text("#status") and page.locator("text=Tie").count() == 0
+        page.reload()
+        page.wait_for_selector(".card.best")
+        page.fill("#text", "go on")
+        page.click("#send")
+        page.wait_for_function(
+            "() => document.querySelectorAll('section.turn').length === 2 && document.querySelector('.choices')"
+        )
+        assert [turn["content"] for turn in room.policies[0].asked[-1]][1] == "**cut** what is <b>this</b>?"
+        page.click("#raw")
+        assert page.locator(".card .text").first.inner_text().startswith("**one**")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.click("#new")
+        assert page.locator(".intro").count() == 1 and errors == []
+    assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
