@@ -163,9 +163,9 @@ def test_a_save_is_invisible_until_it_is_whole(kept, monkeypatch):
     seen = []
     write = checkpoint.write_manifest
 
-    def watched(path):
+    def watched(path, number):
         seen.append((kept.steps(), path.name))
-        write(path)
+        write(path, number)
         seen.append((kept.steps(), damage(path)))
 
     monkeypatch.setattr(checkpoint, "write_manifest", watched)

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import yaml
+from buckets import Bucket, served
 from conftest import FAST
 from safetensors.numpy import load_file
 
@@ -24,19 +25,38 @@ MAIN = "from rlhf_jax import __main__, hosts; hosts.HEARTBEAT_SECONDS = 10; __ma
 TIMEOUT = 240
 
 
+# With STOP_AT=N the last process gets a SIGTERM after step N, which the thread that takes it may notice late.
+STOP = """
+import os, signal, time
+from rlhf_jax.runs.run import Run
+look = Run.save_if_due
+def stop(run, step, *saved):
+    if str(step) == os.environ.get("STOP_AT") and os.environ["LAST"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.0)
+    look(run, step, *saved)
+Run.save_if_due = stop
+"""
+
+
 def start(home, count, *arguments):
-    """`rlhf-jax ...` on 8 fake devices in `count` processes."""
+    """`rlhf-jax ...` on 8 fake devices in `count` processes, each with a directory for temporary files of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={8 // count} {FAST}"
     found = []
     for i in range(count):
-        env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        mine = home / f"tmp{i}"
+        mine.mkdir(exist_ok=True)
+        env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TMPDIR": str(mine)}
+        env["LAST"] = "yes" if i == count - 1 else ""
         if count > 1:
             env |= dict(zip(GIVEN, (address, str(count), str(i)), strict=True))
         with open(home / f"log{i}.txt", "w") as log:
-            found.append(subprocess.Popen([sys.executable, "-c", MAIN, *arguments], env=env, stdout=log, stderr=log))
+            found.append(
+                subprocess.Popen([sys.executable, "-c", STOP + MAIN, *arguments], env=env, stdout=log, stderr=log)
+            )
     return found
 
 
@@ -127,6 +147,32 @@ def test_a_signal_to_one_process_saves_all_and_another_number_of_them_continues(
     found, logs = codes(start(home, counts[1], "resume", str(directory)), home)
     assert found == [0] * counts[1], logs
     check_same(home / "sft_whole", directory)
+
+
+@pytest.mark.slow
+def test_processes_that_share_nothing_but_a_bucket_are_stopped_and_go_on_in_any_number(home, monkeypatch):
+    if not (home / "ppo_alone").exists():
+        run(home, 1, "ppo", 6, "ppo_alone")
+    with served(Bucket(), monkeypatch) as bucket:
+        of_the_run = ["--run.output_dir", "gs://bucket/ppo", "--run.exit_code_when_stopped", "75"]
+        arguments = [*settings(home, "ppo", 6), *of_the_run]
+        for count, stop in ((2, 2), (1, 4), (2, None)):
+            monkeypatch.setenv("STOP_AT", str(stop))
+            found, logs = codes(start(home, count, *arguments), home)
+            assert found == [75 if stop else 0] * count, logs
+            assert stop == 2 or f"continuing after step {4 if stop is None else 2} of 6" in logs[0], logs
+            head = json.loads(bucket.objects["ppo/.run/head.json"][0])
+            assert head["holder"] == ""
+            if stop:  # what a process of two has written has its number in its name
+                writers = {name.split("-")[1] for name in bucket.objects if name.startswith("ppo/.run/0")}
+                assert writers == {"000", "001"} if stop == 2 else "000" in writers
+                named = {part for parts in head["files"].values() for part, _ in parts}
+                assert named == {name[len("ppo/") :] for name in bucket.objects} - {".run/head.json"}
+        for name, (data, _) in bucket.objects.items():
+            (home / "bucket" / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / "bucket" / name).write_bytes(data)
+    check_same(home / "ppo_alone", home / "bucket" / "ppo")
+    assert not [path for i in range(2) for path in (home / f"tmp{i}").glob("rlhf-jax-*")]
 
 
 @pytest.mark.slow

@@ -715,9 +715,9 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_ratio,
 
 write_manifest = checkpoint.write_manifest
 
-def slowly(directory):
+def slowly(directory, number):
     now("save")
-    write_manifest(directory)
+    write_manifest(directory, number)
 
 checkpoint.write_manifest = slowly
 """

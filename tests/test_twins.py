@@ -14,7 +14,7 @@ from test_resume import rows_of, run_fit, same_bits, settings, signal_at
 from rlhf_jax.cli.parsing import parse
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.hosts import buckets, processes
+from rlhf_jax.hosts import buckets
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.runs import directory, listing, twin
 from rlhf_jax.runs.journal import Journal
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket, held, 
     assert "checkpoint of step 6 is damaged: " in said and "continuing after step 4 of 12" in said
 
 
-def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, capsys, monkeypatch):
+def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, capsys):
     with pytest.raises(Stopped, match=r"continue with: rlhf-jax resume gs://bucket/runs/a$"):
         twin.in_buckets(run_fit)(config_at(), before_step=signal_at(5))
     twin.Twin("gs://bucket/runs/b").push()
@@ -206,9 +206,6 @@ def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, cap
     assert f"output_dir: {URL}\n" in text
     with pytest.raises(UserError, match="gs://bucket/runs/none holds no run"):
         listing.resume("gs://bucket/runs/none", [])
-    monkeypatch.setattr(processes, "several", lambda: True)
-    with pytest.raises(UserError, match="several processes need a directory that all hosts share"):
-        fit(held, config_at())
     assert not list(Path(tempfile.gettempdir()).glob("gs:*"))
 
 

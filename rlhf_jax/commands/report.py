@@ -12,7 +12,7 @@ from rlhf_jax.config import ReportArgs, WatchArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.files import check_writable, replace_file
 from rlhf_jax.runs.report import html_of
-from rlhf_jax.runs.report.reading import newest
+from rlhf_jax.runs.report.reading import state_of
 
 OWN_POLICY = [header for header in HEADERS if header[0] != "Content-Security-Policy"]
 """The page says itself which script it has; see its template."""
@@ -54,8 +54,8 @@ def app_of(config: WatchArgs) -> WSGIApplication:
     """
     lock = threading.Lock()
 
-    def made() -> tuple[float, bytes]:
-        return newest(config.run), html_of([config.run], live=round(1000 * config.seconds)).encode()
+    def made() -> tuple[object, bytes]:
+        return state_of(config.run), html_of([config.run], live=round(1000 * config.seconds)).encode()
 
     latest = made()
 
@@ -65,7 +65,7 @@ def app_of(config: WatchArgs) -> WSGIApplication:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"There is one page here, at /.\n"]
         with lock:  # matplotlib draws one at a time
-            if newest(config.run) > latest[0]:
+            if state_of(config.run) != latest[0]:  # a run that is killed writes nothing
                 latest = made()
         start_response("200 OK", [("Content-Type", "text/html; charset=utf-8")])
         return [latest[1]]

@@ -75,6 +75,9 @@ def settings(cls: Class) -> Class:
     return cast(Class, dataclasses.dataclass(frozen=True)(cls))
 
 
+HUB, HUB_ROWS = "hf://", "hf://datasets/"
+"""How the names of models and of rows on the Hugging Face Hub begin."""
+
 SCHEMES = {"gs": "gs://BUCKET/NAME", "hf": "hf://OWNER/NAME, of rows hf://datasets/OWNER/NAME/FILE"}
 """How a path begins that names no file of this machine -> how the whole of it is written."""
 

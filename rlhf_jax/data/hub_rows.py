@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.config.settings import HUB_ROWS
 from rlhf_jax.data.fields import entry_of
+from rlhf_jax.data.rows import EXTENSIONS
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts import yamls
 
-PREFIX = "hf://datasets/"
 CARD = "README.md"
 """Its header may say which files make up a split."""
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
@@ -20,7 +22,8 @@ KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
 SPLITS = re.compile(r"(^|[/._-])(train|valid|validation|dev|test|eval)[/._-]")
 
 
-def files_of(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
+@functools.cache
+def files_of(path: str) -> list[tuple[str, Path]]:
     """(name for messages, place on this machine) of the files that a path names, in order, after a download.
 
     hf://datasets/OWNER/NAME[@REVISION]/FILE is one file; hf://datasets/OWNER/NAME[@SPLIT] all files of a split.
@@ -28,15 +31,15 @@ def files_of(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
     Raises:
         UserError: no such dataset, revision, file or split, or no network.
     """
-    owner, name, file = [*path.removeprefix(PREFIX).split("/", 2), "", ""][:3]
+    owner, name, file = [*path.removeprefix(HUB_ROWS).split("/", 2), "", ""][:3]
     name, at, last = name.partition("@")
     if not owner or not name or (at and not last):
         raise UserError(
-            f"{path} is no name of rows on the Hub; write {PREFIX}OWNER/NAME/FILE or {PREFIX}OWNER/NAME@SPLIT"
+            f"{path} is no name of rows on the Hub; write {HUB_ROWS}OWNER/NAME/FILE or {HUB_ROWS}OWNER/NAME@SPLIT"
         )
     repository, revision = f"{owner}/{name}", (last or None) if file else None
-    if file and not file.endswith(tuple(known)):
-        raise UserError(f"{path}: unknown extension; known are {', '.join(known)}")
+    if file and not file.endswith(EXTENSIONS):
+        raise UserError(f"{path}: unknown extension; known are {', '.join(EXTENSIONS)}")
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -53,7 +56,7 @@ def files_of(path: str, known: Sequence[str]) -> list[tuple[str, Path]]:
     except Exception as error:  # from httpx, the Hub and the file system
         why = f"{type(error).__name__}: {reason(error)}"
         raise UserError(f"{path} cannot be downloaded ({why}); check the name and the network") from error
-    return [(f"{PREFIX}{repository}/{each}", Path(place)) for each, place in zip(names, places, strict=True)]
+    return [(f"{HUB_ROWS}{repository}/{each}", Path(place)) for each, place in zip(names, places, strict=True)]
 
 
 def of_split(path: str, names: Sequence[str], card: str, split: str, configuration: str = "default") -> list[str]:

@@ -13,6 +13,10 @@ Row = dict[str, Any]
 """One object of a file or a list: fields as JSON has them, and "_where", the file and line that it comes from."""
 
 
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".txt", ".txt.gz", ".parquet")
+"""Endings of files of rows."""
+
+
 class DroppedRow(UserError):
     """A row that is well-formed but holds nothing to learn from; loaders count it and go on.
 

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.config.settings import HUB_ROWS
 from rlhf_jax.data import hub_rows, tfds_rows
 from rlhf_jax.data.fields import entry_of, map_row, parse_fields
-from rlhf_jax.data.rows import Row, bad_row, layout_of, where_of
+from rlhf_jax.data.rows import EXTENSIONS, Row, bad_row, layout_of, where_of
 from rlhf_jax.data.shapes import shaped
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import is_stream
 
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".txt", ".txt.gz", ".parquet")
 NOT_TEXT = {"label", "rating", "votes", "margin", "finished", "responses", "messages", "conversations", "ranks"}
 """Columns of .csv files whose cells are JSON; all others are texts."""
 LARGEST_MIXTURE = 10**8
@@ -202,8 +202,8 @@ def read_rows(path: str) -> list[Row]:
 
 def _read(path: str) -> Iterable[Row]:
     """The rows of what a path names: the path itself if it is there, else what stands before its last @, a split."""
-    if path.startswith(hub_rows.PREFIX):
-        return chain.from_iterable(_of_file(File(name, place)) for name, place in hub_rows.files_of(path, EXTENSIONS))
+    if path.startswith(HUB_ROWS):
+        return chain.from_iterable(_of_file(File(name, place)) for name, place in hub_rows.files_of(path))
     where, _, split = (path, "", "") if os.path.exists(path) or "@" not in path else path.rpartition("@")
     if path.startswith("tfds:"):
         return tfds_rows.read_builder(where.removeprefix("tfds:"), split or "train")

@@ -19,13 +19,14 @@ from rlhf_jax.data.messages import Messages, Text
 from rlhf_jax.data.rows import Row, bad_row
 from rlhf_jax.data.schemas import columns_of, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError, reason
+from rlhf_jax.hosts.copies import DATASET
 
 NAME = "feedback"
 """Name of our builder; its configs are the schemas."""
 
 
 def is_prepared(path: str) -> bool:
-    return (Path(path).expanduser() / "dataset_info.json").is_file()
+    return (Path(path).expanduser() / DATASET).is_file()
 
 
 def read_builder(name: str, split: str, data_dir: str | None = None) -> list[Row]:
@@ -73,7 +74,7 @@ def read_directory(path: str, split: str) -> list[Row]:
 
 
 def _no_folder_yet(record: logging.LogRecord) -> bool:
-    return "has no dataset_info.json" not in record.getMessage()  # `is_prepared` says so, in our words
+    return f"has no {DATASET}" not in record.getMessage()  # `is_prepared` says so, in our words
 
 
 def _read(builder: Any, split: str, where: str) -> list[Row]:

@@ -7,10 +7,11 @@ an object of the name itself is always asked for first.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -72,6 +73,15 @@ def _result(url: str, asked: Callable[[], Any]) -> Any:
         return asked()
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise OSError(errno.EIO, why(error), url) from error
+
+
+@contextlib.contextmanager
+def asked(url: str) -> Iterator[None]:
+    """Around what is asked of a bucket: a refusal becomes a UserError about the object, or else `url`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{getattr(error, 'filename', None) or url}: {reason(error)}") from error
 
 
 def why(error: Exception) -> str:

@@ -6,25 +6,25 @@ that a host of many takes only what its own devices hold.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from rlhf_jax.errors import UserError, call_it, reason
-from rlhf_jax.hosts import buckets
+from rlhf_jax.errors import UserError, call_it
+from rlhf_jax.hosts import buckets, interrupts
 
 WANTED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """Endings of the files of a model directory that are copied whole."""
 
 WEIGHTS, PICKLES = ".safetensors", ".bin"
 """Endings of those that are fetched range by range, and of those whose names alone count."""
+
+OF_A_MODEL = (*WANTED, WEIGHTS)
+"""Endings of all files that make up a model directory."""
 
 DATASET = "dataset_info.json"
 """What makes a directory one that TFDS prepared, of which all is copied."""
@@ -59,8 +59,7 @@ _holes: dict[Path, Holes] = {}
 
 @functools.cache
 def _home() -> Path:
-    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="rlhf-jax-")))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = interrupts.temporary("rlhf-jax-")
     call_it(f"{folder}/", buckets.SCHEME)
     return folder
 
@@ -79,7 +78,7 @@ def local(url: str) -> Path:
         UserError: there is neither, or it cannot be read; says why.
     """
     url = url.rstrip("/")
-    try:
+    with buckets.asked(url):
         if _copied(url):
             return place_of(url)
         names = buckets.below(url)
@@ -87,8 +86,6 @@ def local(url: str) -> Path:
             raise UserError(f"{url}: no such object, none below it, and maybe no such bucket; check both names")
         _copy_directory(url, names)
         return place_of(url)
-    except OSError as error:
-        raise UserError(f"{getattr(error, 'filename', None) or url}: {reason(error)}") from error
 
 
 def _copied(url: str) -> bool:
@@ -153,10 +150,8 @@ def have(file: Path, bounds: Iterable[tuple[int, int]]) -> None:
     cuts = [i for i, (a, b) in enumerate(pairwise(missing), 1) if b != a + 1 or i % (PIECE // BLOCK) == 0]
     runs = [(missing[a], missing[b - 1] + 1) for a, b in pairwise([0, *cuts, len(missing)]) if b > a]
     parts = [(first * BLOCK, min(last * BLOCK, size)) for first, last in runs]
-    try:
+    with buckets.asked(holes.url):
         found = buckets.read_parts(holes.url, parts, of=holes.generation)
-    except OSError as error:
-        raise UserError(f"{holes.url}: {reason(error)}") from error
     with open(file, "r+b") as stream:
         for (first, _), part in zip(parts, found, strict=True):
             stream.seek(first)
@@ -173,14 +168,12 @@ def upload_model(folder: Path, url: str) -> None:
         UserError: it was refused; says why.
     """
     head, files = "config.json", sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    try:
-        old = [name for name in buckets.below(url) if "/" not in name and name.endswith((*WANTED, WEIGHTS))]
+    with buckets.asked(url):
+        old = [name for name in buckets.below(url) if "/" not in name and name.endswith(OF_A_MODEL)]
         for name in sorted(old, key=lambda name: name != head):
             buckets.delete(f"{url}/{name}")
         for name in sorted(files, key=lambda name: name == head):
             buckets.write(f"{url}/{name}", (folder / name).read_bytes())
-    except OSError as error:
-        raise UserError(f"{getattr(error, 'filename', None) or url}: {reason(error)}") from error
 
 
 def release(folder: Path) -> None:

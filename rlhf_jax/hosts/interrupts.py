@@ -6,11 +6,13 @@ a long call into XLA, such as a compilation.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +136,7 @@ def own_process(main: Callable[[], int]) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
+        clear()
         os._exit(code)
     ending.at_last()
     sys.exit(0)
@@ -145,14 +148,27 @@ UNFINISHED: set[Path] = set()
 _ended = threading.Lock()
 
 
+def temporary(prefix: str) -> Path:
+    """A new directory among the temporary ones, which goes when this process ends, however it does but by kill -9."""
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix=prefix)))
+    UNFINISHED.add(folder)
+    return folder
+
+
+@atexit.register
+def clear() -> None:
+    """Delete what is unfinished."""
+    for path in list(UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def end(number: int, before: str = "") -> NoReturn:
     """End the process with a line, as a signal does; exit code 128 + number, as shells have it."""
     _ended.acquire()  # for good: whoever comes second waits for the end
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     with contextlib.suppress(OSError):
         os.write(2, f"{before}rlhf-jax: interrupted{by}\n".encode())
-    for path in list(UNFINISHED):
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    clear()
     os._exit(128 + number)

@@ -49,13 +49,11 @@ def _check_object(url: str, *, overwrite: bool) -> None:
     """`check_output` of an object: another one beside it is written and deleted."""
     if url.endswith("/"):
         raise UserError(f"output {url} is a directory; name a .jsonl file")
-    try:
+    with buckets.asked(url):
         if not overwrite and buckets.read(url) is not None:
             raise UserError(f"output {url} exists; choose another name or pass --overwrite true")
         buckets.write(f"{url}.new", b"\n")
         buckets.delete(f"{url}.new")
-    except OSError as error:
-        raise UserError(f"output {url}: {reason(error)}") from error
 
 
 def read_output(path: str) -> bytes:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import UserError, tell
+from rlhf_jax.hosts.interrupts import clear
 
 Value = TypeVar("Value")
 
@@ -122,6 +123,7 @@ def _explain_abort() -> None:
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def explain(_: int) -> None:
         os.write(2, _WHY_ABORTED.encode())
+        clear()
         os._exit(LOST)
 
     global _explain  # C keeps no reference
@@ -135,6 +137,11 @@ _explain: object = None
 def several() -> bool:
     """Whether the run has several processes."""
     return jax.process_count() > 1
+
+
+def share() -> tuple[int, int]:
+    """(number of this process, from 0; how many there are)."""
+    return jax.process_index(), jax.process_count()
 
 
 def is_first() -> bool:

@@ -10,20 +10,16 @@ from pathlib import Path
 
 from rlhf_jax.config import to_dict
 from rlhf_jax.config.functions import flat
-from rlhf_jax.config.settings import Settings
+from rlhf_jax.config.settings import HUB_ROWS, Settings
 from rlhf_jax.data import hub_rows
-from rlhf_jax.data.sources import EXTENSIONS
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import have
+from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, have
 from rlhf_jax.models.hf import directory, hub
 
 OPTIONS = {"path", "model", "models", "tokenizer", "reference", "teacher", "mixture", "demonstrations"}
 OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
 """Last parts of the names of options that say what to read."""
-
-OF_A_MODEL = (".safetensors", ".json", ".jinja", ".txt", ".model")
-"""Endings of the files that make up a model directory."""
 
 OF_NO_ACCOUNT = (
     "run.json",
@@ -52,10 +48,13 @@ def contents(config: Settings) -> dict[str, str]:
     for option, value in flat(to_dict(config)):
         named = list(_named(option, value))
         if named and all(named):
-            digests[option] = (
-                named[0] if len(named) == 1 else hashlib.blake2b(" ".join(named).encode()).hexdigest()[:32]
-            )
+            digests[option] = _as_one(named)
     return digests
+
+
+def _as_one(digests: list[str]) -> str:
+    """A digest of several; of one, that itself, and of none nothing."""
+    return hashlib.blake2b(" ".join(digests).encode()).hexdigest()[:32] if digests[1:] else "".join(digests)
 
 
 def _named(option: str, value: object) -> Iterator[str]:
@@ -73,18 +72,15 @@ def _named(option: str, value: object) -> Iterator[str]:
 def digest_of(name: str) -> str:
     """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
     try:
-        digests = [_digest(place) for place in _places(name)]
+        return _as_one([_digest(place) for place in _places(name)])
     except (OSError, ValueError, RuntimeError):  # it is said where it is read
         return ""
-    if len(digests) > 1:
-        return hashlib.blake2b(" ".join(digests).encode()).hexdigest()[:32]
-    return "".join(digests)
 
 
 def _places(name: str) -> list[Path]:
     """Where what a name stands for lies on this machine, or a copy of it: files of the Hub, a file, or a directory."""
-    if name.startswith(hub_rows.PREFIX):
-        return [place for _, place in hub_rows.files_of(name, EXTENSIONS)]
+    if name.startswith(HUB_ROWS):
+        return [place for _, place in hub_rows.files_of(name)]
     local = hub.local_directory(name.rpartition("@")[0] if in_bucket(name) and "@" in name else name)
     places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
     return [place for place in places if place.exists()][:1]
@@ -107,9 +103,9 @@ def _digest(place: Path) -> str:
     if place.is_file():
         _add(digest, place)
         return digest.hexdigest()
-    is_data = (place / "dataset_info.json").is_file()
+    is_data = (place / DATASET).is_file()
     files = (file for file in place.glob("**/*" if is_data else "*") if file.is_file())
-    for file in sorted(file for file in files if is_data or file.suffix in OF_A_MODEL):
+    for file in sorted(file for file in files if is_data or file.name.endswith(OF_A_MODEL)):
         digest.update(json.dumps(str(file.relative_to(place))).encode())
         _add(digest, file)
     with contextlib.suppress(UserError):

@@ -4,16 +4,18 @@
     00000120/record.json    what the loop remembers on the host
     00000120/manifest.json  size and SHA-256 of every other file, written last
 
+Of a run in a bucket each process has such a directory for itself, with its shards alone and, but for process 0, a
+manifest-K.json of them; `pieces` brings them together.
+
 A checkpoint is made under the name writing-00000120 and renamed when it is whole and on disk, so a kill leaves the
 name either absent or complete. What is found damaged all the same is renamed to 00000120.damaged, never deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -21,20 +23,31 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import replace_file, sync, sync_tree, write_new
+from rlhf_jax.hosts import buckets, processes
+from rlhf_jax.hosts.files import replace_file, sync
 from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
 from rlhf_jax.runs.directory import steps_in
+from rlhf_jax.runs.manifests import (
+    STATE,
+    Damaged,
+    chunks_of,
+    damage,
+    is_chunk,
+    keep_chunks,
+    listed,
+    overlapping,
+    write_manifest,
+)
+from rlhf_jax.runs.pieces import copy_at
 
 Tree = TypeVar("Tree")
 """A pytree of arrays."""
@@ -42,7 +55,8 @@ Tree = TypeVar("Tree")
 Say = Callable[[str], None]
 """Tells the user a line."""
 
-MANIFEST, RECORD, STATE = "manifest.json", "record.json", "state"
+RECORD = "record.json"
+ELSEWHERE = "in another process; see its output"
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """What the system says, in words, within errors that other libraries make of it."""
 
@@ -83,6 +97,14 @@ class Checkpoints:
         self.failure: tuple[int, str] | None = None
         self.last: int | None = None
         self._thread: threading.Thread | None = None
+        self.copy = copy_at(directory.parent.absolute())
+        self._writes = self.copy is not None or processes.is_first()
+        self._options: dict[str, Any] = {}  # of orbax: how several processes write, and into which files
+        if self.copy is not None:
+            self._options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(primary_host=None)
+
+    def _handler(self) -> ocp.PyTreeCheckpointHandler:
+        return ocp.PyTreeCheckpointHandler(use_ocdbt=self.copy is None, **self._options)
 
     def path(self, step: int) -> Path:
         """The directory of a step."""
@@ -101,11 +123,13 @@ class Checkpoints:
         self.wait()
         self.last = step
         writing = self.directory / f"writing-{step:08d}"
-        if reason := processes.from_first(partial(begin, writing, record)):
-            self._failed(step, reason)
+        reason = begin(writing, record) if self._writes else ""
+        (failed,) = processes.any_of([bool(reason)])
+        if failed:
+            self._failed(step, reason or ELSEWHERE)
             return
         try:
-            checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            checkpointer = ocp.AsyncCheckpointer(self._handler(), **self._options)
             checkpointer.save(writing / STATE, args=ocp.args.PyTreeSave(tree))
         except Exception as error:  # orbax and tensorstore raise many kinds
             self._failed(step, reason_of(error))
@@ -116,8 +140,12 @@ class Checkpoints:
     def _commit(self, step: int, writing: Path, checkpointer: ocp.AsyncCheckpointer) -> None:
         try:
             checkpointer.close()  # waits until all is written, and raises what went wrong there
-            if processes.is_first():
-                write_manifest(writing)
+            if self._writes:
+                number = self.copy.number if self.copy else 0
+                if number:
+                    keep_chunks(writing / STATE)
+                    shutil.rmtree(self.path(step), ignore_errors=True)  # of a save that failed in another process
+                write_manifest(writing, number)
                 writing.rename(self.path(step))
                 sync(self.directory)
                 sync(self.directory.parent)
@@ -127,7 +155,7 @@ class Checkpoints:
 
     def _failed(self, step: int, reason: str) -> None:
         self.failure = (step, reason)
-        if processes.is_first():
+        if self._writes:
             shutil.rmtree(self.directory / f"writing-{step:08d}", ignore_errors=True)
 
     def wait(self) -> None:
@@ -136,9 +164,28 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
+    def drop(self, step: int) -> None:
+        """Forget a checkpoint that another process could not write its part of."""
+        if self.copy is not None:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def settle(self) -> None:
+        """Have the bucket, if the run is in one, hold the newest checkpoint of all processes, which all call this.
+
+        What fails is said at the run's end, where it is tried once more.
+        """
+        if self.copy is None or self.copy.count == 1:
+            return
+        for first in (False, True):  # process 0 names what the others have written
+            if processes.is_first() == first:
+                with contextlib.suppress(OSError):
+                    self.copy.push()
+            processes.barrier("parts of checkpoints")
+
     def _prune(self) -> None:
         steps = self.steps()
-        kept = set(steps[-self.keep_last :])
+        there = [step for step in steps if self.copy is None or self.copy.has(step)]
+        kept = set(there[-self.keep_last :]) | (set(steps) - set(there))
         kept |= {step for step in steps if self.keep_every and step and step % self.keep_every == 0}
         kept |= {self._best_of(step) for step in kept}
         for step in set(steps) - kept:
@@ -159,17 +206,19 @@ class Checkpoints:
         return from_json((self.path(step) / RECORD).read_text())
 
     def newest_intact(self, say: Say) -> int | None:
-        """The newest checkpoint that passes its checksums; None if none was made. Process 0 only.
+        """The newest checkpoint that passes its checksums; None if none was made. All processes call it.
 
         Damaged ones are set aside, and `say` is told.
 
         Raises:
             UserError: there are checkpoints, but all are damaged.
         """
-        for leftover in [*self.directory.glob("writing-*"), *self.directory.glob("deleting-*")]:
-            shutil.rmtree(leftover)
-        newest = next((step for step in reversed(self.steps()) if self.holds(step, say)), None)
-        if newest is None and any(self.directory.glob("*.damaged*")):
+        if self._writes:
+            for leftover in [*self.directory.glob("writing-*"), *self.directory.glob("deleting-*")]:
+                shutil.rmtree(leftover)
+        steps = processes.from_first(self.steps)
+        newest = next((step for step in reversed(steps) if self.holds(step, say)), None)
+        if newest is None and processes.from_first(lambda: any(self.directory.glob("*.damaged*"))):
             raise UserError(
                 f"{self.directory} holds damaged checkpoints only; start anew with --run.overwrite true, or put an "
                 "intact copy there"
@@ -177,18 +226,41 @@ class Checkpoints:
         return newest
 
     def holds(self, step: int, say: Say) -> bool:
-        """Whether there is an intact checkpoint of a step; a damaged one is set aside, `say` told. Process 0 only."""
+        """Whether there is an intact checkpoint of a step; a damaged one is set aside, `say` told. All processes.
+
+        Of one in a bucket each process looks at a part, which it fetches for that.
+        """
         path = self.path(step)
-        if not path.exists():
+        if not processes.from_first(path.exists):
             return False
-        wrong = damage(path)
-        if not wrong:
+        wrong = self._damage(step) if self._writes else ""
+        (damaged,) = processes.any_of([bool(wrong)])
+        if not damaged:
             return True
-        endings = (f".damaged-{i}" if i else ".damaged" for i in itertools.count())
-        aside = next(place for ending in endings if not (place := Path(f"{path}{ending}")).exists())
-        path.rename(aside)
-        say(f"checkpoint of step {step} is damaged: {wrong}; set aside as {aside}, the one before it is used")
+        if self._writes and path.exists():
+            endings = (f".damaged-{i}" if i else ".damaged" for i in itertools.count())
+            aside = next(place for ending in endings if not (place := Path(f"{path}{ending}")).exists())
+            path.rename(aside)
+            wrong = f"{wrong or ELSEWHERE}; set aside as {aside}"
+        say(f"checkpoint of step {step} is damaged: {wrong}, the one before it is used")
         return False
+
+    def _damage(self, step: int) -> str:
+        if self.copy is None:
+            return damage(self.path(step))
+        number, count, path = self.copy.number, self.copy.count, self.path(step)
+        with buckets.asked(self.copy.url):
+            self._bring(step, lambda name: not is_chunk(name))
+            try:
+                mine = {name for name, (of, _, _) in listed(path).items() if of % count == number}
+            except Damaged as error:
+                return str(error)
+            self._bring(step, mine.__contains__)
+        return damage(path, mine)
+
+    def _bring(self, step: int, wanted: Callable[[str], bool]) -> None:
+        if self.copy is not None:
+            self.copy.bring(f"{self.directory.name}/{step:08d}/", wanted)
 
     def restore(self, step: int, like: Tree) -> Tree:
         """The arrays of `like` (all or a part of what was saved) as they were at `step`; `like` is freed first.
@@ -199,6 +271,8 @@ class Checkpoints:
             UserError: the checkpoint does not hold such arrays.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        if self.copy is not None:
+            self._bring_shards(step, abstract)
         for leaf in jax.tree.leaves(like):
             leaf.delete()
         args = ocp.args.PyTreeRestore(
@@ -207,7 +281,7 @@ class Checkpoints:
             partial_restore=True,
         )
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            with ocp.Checkpointer(self._handler(), **self._options) as checkpointer:
                 tree: Tree = checkpointer.restore(self.path(step) / STATE, args=args)
             if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
                 raise KeyError("it lacks arrays")  # orbax leaves their descriptions in their place
@@ -217,6 +291,22 @@ class Checkpoints:
                 f"checkpoint {self.path(step)} does not fit this run ({reason_of(error)}); continue with the version "
                 "and config that wrote it"
             ) from error
+
+    def _bring_shards(self, step: int, abstract: object) -> None:
+        """Fetch what the devices of this process are to hold, and check it; of the rest holes stay."""
+        path, needed = self.path(step), set[str]()
+        with buckets.asked(str(path)):
+            self._bring(step, lambda name: not is_chunk(name))
+            shapes, leaves = chunks_of(path / STATE), ocp.tree.to_flat_dict(abstract, sep=".")
+            if shapes and (lacking := leaves.keys() - shapes.keys()):  # orbax would take zeros for what is not there
+                raise UserError(f"checkpoint {path} does not fit this run: it lacks {min(lacking)}")
+            for name, leaf in leaves.items():
+                held = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+                boxes = [[each.indices(size)[:2] for each, size in zip(box, leaf.shape, strict=True)] for box in held]
+                needed |= {f"{STATE}/{name}/{chunk}" for chunk in overlapping(boxes, shapes.get(name))}
+            self._bring(step, needed.__contains__)
+        if wrong := damage(path, needed):
+            raise UserError(f"checkpoint {path} is damaged: {wrong}; give the same command again")
 
 
 def begin(writing: Path, record: JsonObject) -> str:
@@ -240,43 +330,3 @@ def reason_of(error: BaseException) -> str:
     if words := next((words for words in map(os.strerror, OF_THE_DISK) if words in text), ""):
         return words
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
-
-
-def files_of(directory: Path) -> list[Path]:
-    """All files below a directory but the manifest, sorted."""
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
-
-
-def write_manifest(directory: Path) -> None:
-    """manifest.json of all that the directory holds now, after all of it has reached the disk."""
-    sync_tree(directory)
-    sums = {}
-    for path in files_of(directory):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sums[str(path.relative_to(directory))] = [path.stat().st_size, digest]
-    write_new(directory / MANIFEST, os.O_WRONLY | os.O_CREAT, json.dumps({"files": sums}, indent=1), sync=True)
-    sync(directory)
-
-
-def damage(directory: Path) -> str:
-    """What is wrong with the first bad file of a checkpoint; empty if it is as it was written."""
-    try:
-        sums = json.loads((directory / MANIFEST).read_text())["files"]
-        entries = [(str(name), int(size), str(digest)) for name, (size, digest) in sums.items()]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    if odd := {name for name, _, _ in entries} ^ {str(path.relative_to(directory)) for path in files_of(directory)}:
-        return f"{min(odd)} is missing, or does not belong there"
-    for name, size, digest in entries:
-        try:
-            with open(directory / name, "rb") as file:
-                if (there := os.fstat(file.fileno()).st_size) != size:
-                    return f"{name} has {there} bytes instead of {size}"
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return f"{name} has changed (checksum)"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return ""

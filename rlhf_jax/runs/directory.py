@@ -12,7 +12,7 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,11 +76,11 @@ def check_output_dir(
         raise UserError(f"run.output_dir {path} is a file; choose a directory")
     check_writable(path, f"run.output_dir {path}")
     check_loggers(run.loggers)
-    if run.push_to_hub:
-        check_repository(run.push_to_hub, "run.push_to_hub")
     check_inputs(stage, config)
     if is_held(path):
         raise in_use(path)
+    if run.push_to_hub:
+        check_repository(run.push_to_hub, "run.push_to_hub")
     there = [name for name in OURS if os.path.lexists(path / name) and name != LOCK]
     record = read_record(path)
     if run.overwrite or not there or (record is not None and record["status"] == VOID):
@@ -171,8 +171,13 @@ def check_inputs(stage: str, config: StageArgs) -> None:
     """Raise a UserError if the config reads something that starting its run would delete."""
     real = os.path.realpath  # Path.resolve raises where links go in a circle
     replaced = [real(place) for place in owned(stage, Path(config.run.output_dir))]
+    check_inside(config, lambda value: any(Path(real(value)).is_relative_to(path) for path in replaced))
+
+
+def check_inside(config: StageArgs, replaced: Callable[[str], bool]) -> None:
+    """Raise a UserError if the config names something that is `replaced`."""
     for option, value in flat(to_dict(config)):
-        if isinstance(value, str) and value and any(Path(real(value)).is_relative_to(path) for path in replaced):
+        if isinstance(value, str) and value and replaced(value):
             raise UserError(
                 f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
             )

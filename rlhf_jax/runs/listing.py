@@ -70,7 +70,7 @@ def describe(path: Path, *, held: bool | None = None) -> list[str]:
     status = "running" if (is_held(path) if held is None else held) else ended
     metrics = last_metrics(path)
     values = [f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-    newest = written(path) if held is None else updated(path)
+    newest = written(path, copied=held is not None)
     step = f"{metrics.get('step', record['step'])}/{record['total']}"
     since = max(time.time() - newest, 0)
     size, unit = next((each for each in ((86400, "d"), (3600, "h"), (60, "min")) if since >= each[0]), (1, "s"))
@@ -82,14 +82,11 @@ def below(path: Path) -> set[Path]:
     return {file.parent for depth in ("", "*/", "*/*/", "*/*/*/") for file in path.glob(depth + RECORD)}
 
 
-def written(path: Path) -> float:
-    """When a run wrote last."""
+def written(path: Path, *, copied: bool = False) -> float:
+    """When a run wrote last; of a run that is `copied` run.json says it."""
+    if copied:
+        return float((read_record(path) or {}).get("updated", 0.0))
     return max((file.stat().st_mtime for file in (path / RECORD, path / METRICS) if file.exists()), default=0.0)
-
-
-def updated(path: Path) -> float:
-    """When a run wrote last, as run.json says, of which this is a copy."""
-    return float((read_record(path) or {}).get("updated", 0.0))
 
 
 def show(directory: str = "runs") -> None:
@@ -101,7 +98,9 @@ def show(directory: str = "runs") -> None:
     root = Path(directory)
     if in_bucket(directory):
         found = [glance(url) for url in runs_below(directory.rstrip("/"))]
-        found = sorted((each for each in found if (each[0] / RECORD).exists()), key=lambda each: updated(each[0]))
+        found = sorted(
+            (each for each in found if (each[0] / RECORD).exists()), key=lambda each: written(each[0], copied=True)
+        )
         made = [describe(path, held=bool(holder)) for path, holder in found]
     elif root.is_dir():
         made = [describe(path) for path in sorted(below(root), key=lambda path: (path / RECORD).stat().st_mtime)]

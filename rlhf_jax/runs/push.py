@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from rlhf_jax.config.functions import flat
+from rlhf_jax.config.settings import HUB, HUB_ROWS
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.hosts.json_text import JsonObject
 
@@ -19,8 +20,6 @@ LOGIN = "run `hf auth login` or set HF_TOKEN to a token that may write"
 CARD = "README.md"
 TASKS = {"reward": "text-classification"}
 """Stage -> what the Hub calls what its model does, where that is not text-generation."""
-
-HUB, ROWS = "hf://", "hf://datasets/"
 
 
 @functools.cache
@@ -75,7 +74,7 @@ def model_card(repository: str, stage: str, config: Mapping[str, object], summar
     header["tags"] = ["rlhf-jax", stage]
     if base.startswith(HUB):
         header["base_model"] = base.removeprefix(HUB).partition("@")[0]
-    named = ("/".join(path.removeprefix(ROWS).split("/")[:2]) for path in paths if path.startswith(ROWS))
+    named = ("/".join(path.removeprefix(HUB_ROWS).split("/")[:2]) for path in paths if path.startswith(HUB_ROWS))
     if rows := sorted({name.partition("@")[0] for name in named}):
         header["datasets"] = rows
     lines = [f"# {repository}", "", f"Made by `rlhf-jax {stage}`" + (f" from {_named(base)}." if base else ".")]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from rlhf_jax.config import StageArgs, resolve
 from rlhf_jax.errors import Stopped, UserError
-from rlhf_jax.hosts import clock, processes
+from rlhf_jax.hosts import buckets, clock, processes
 from rlhf_jax.hosts.files import write_json
 from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.runs import directory, progress
@@ -72,28 +72,21 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.best = Best(choose=config.run.keep_best)
         self.metrics = RunMetrics(config, stage, shown, self.skips, self.say, self.how_to_continue())
         self._lock: BinaryIO | None = None
-        step = processes.from_first(self._take)
+        step = self._take()
         self.checkpoints.last = step
         self.resumed, self.start = step is not None, step or 0
-        processes.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
+        if self.checkpoints.copy is None:
+            processes.check_shared(self.dir / directory.RECORD, f"run.output_dir {self.dir}")
         self._saved_at = time.time()
         self.interrupts = Interrupts(self.say)
         self.metrics.start(self.start, total)
 
     def _take(self) -> int | None:
-        """Hold the directory and make its files ready; the step to continue after, if any. Process 0 only."""
+        """Hold the directory and make its files ready; the step to continue after, if any."""
         try:
-            directory.check_output_dir(self.stage, self.settings, self.given, self._files)
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = directory.claim(self.dir)
-            record = directory.read_record(self.dir) or {"status": directory.VOID}
-            goes_on = record["status"] != directory.VOID and not self.config.overwrite
+            goes_on, broken = processes.from_first(self._claim)
             step = self.checkpoints.newest_intact(self.say) if goes_on else None
-            if step is None:
-                directory.wipe(self.stage, self.dir)
-            directory.write_config(self.dir, self.stage, self.settings)
-            self.metrics.prepare(step)
-            self._record("running", step or 0)
+            processes.from_first(partial(self._begin, step))
         except BaseException as error:
             if self._lock is not None:
                 self._lock.close()
@@ -102,9 +95,27 @@ class Run(contextlib.AbstractContextManager["Run"]):
             raise UserError(f"run.output_dir {self.dir}: {reason_of(error)}; choose another place") from error
         if goes_on:
             where = "no checkpoint, starting anew" if step is None else f"continuing after step {step} of {self.total}"
-            broken = f" ({directory.RECORD} was broken)" if "recovered" in record else ""
-            self.say(f"{self.stage}: {self.dir}: {where}{broken}")
+            self.say(f"{self.stage}: {self.dir}: {where}{f' ({directory.RECORD} was broken)' if broken else ''}")
         return step
+
+    def _claim(self) -> tuple[bool, bool]:
+        """Hold the directory: whether a run goes on there, and whether its record was broken. Process 0."""
+        directory.check_output_dir(self.stage, self.settings, self.given, self._files)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock = directory.claim(self.dir)
+        record = directory.read_record(self.dir) or {"status": directory.VOID}
+        return record["status"] != directory.VOID and not self.config.overwrite, "recovered" in record
+
+    def _begin(self, step: int | None) -> None:
+        """Make the files ready, which the bucket then has, if the run is in one. Process 0."""
+        if step is None:
+            directory.wipe(self.stage, self.dir)
+        directory.write_config(self.dir, self.stage, self.settings)
+        self.metrics.prepare(step)
+        self._record("running", step or 0)
+        if (copy := self.checkpoints.copy) is not None:
+            with buckets.asked(copy.url):
+                copy.push()
 
     def _record(self, status: str, step: int, note: str = "") -> None:
         directory.write_record(self.dir, {**self._about(), "status": status, "note": note, "step": step})
@@ -146,7 +157,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._identity = directory.as_json(identity)
         if not self.resumed:
             return tree, {}
-        record = self.checkpoints.record(self.start)
+        record = processes.from_first(partial(self.checkpoints.record, self.start))
         for name, value in self._identity.items():
             then = record["identity"].get(name)
             if then != value:
@@ -189,6 +200,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._save(step, tree, notes)
         self.checkpoints.wait()
         self._check_failure(last_chance=True)
+        self.checkpoints.settle()
 
     def _agreed(self, step: int) -> list[bool]:
         """[stop, the clock asks for a save, a save failed], the same in all processes."""
@@ -226,6 +238,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             return
         step, reason = self.checkpoints.failure or (self.checkpoints.last or 0, "by another process; see its output")
         self.checkpoints.failure = self.checkpoints.last = None
+        self.checkpoints.drop(step)
         self.best.forget(step)
         kept = self.checkpoints.steps()
         where = f"the one of step {kept[-1]} is intact" if kept else "there is none before it"
@@ -248,7 +261,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.checkpoints.wait()
         self._check_failure()
         while (step := self.best.step) is not None and step != self.total:
-            if processes.from_first(partial(self.checkpoints.holds, step, self.say)):
+            self.checkpoints.settle()
+            if self.checkpoints.holds(step, self.say):
                 return self.checkpoints.restore(step, like)
             self.say(
                 f"{self.stage}: the weights of the best evaluation, of step {step}, are lost; taking the next best"
@@ -286,6 +300,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             summary["best_step"] = self.best.step
         remarks = [*remarks, *nothing_learned(self.metrics.extremes)]
         self.checkpoints.wait()
+        if self.settings.checkpoint.keep_finished:
+            self.checkpoints.settle()
         if self.config.push_to_hub and self.is_writer:
             remarks += self._push(summary)
         if remarks:

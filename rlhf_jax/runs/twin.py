@@ -9,36 +9,32 @@ their own names.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from rlhf_jax.config import to_dict
-from rlhf_jax.config.functions import flat, replace
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError, call_it, reason, tell
-from rlhf_jax.hosts import buckets
+from rlhf_jax.hosts import buckets, interrupts
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.json_text import JsonObject, to_json
-from rlhf_jax.runs.directory import CHECKPOINTS, CONFIG, METRICS, RECORD, SUMMARY
+from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
+from rlhf_jax.runs.directory import CHECKPOINTS, CONFIG, METRICS, RECORD, SUMMARY, check_inside
+from rlhf_jax.runs.manifests import is_chunk
+from rlhf_jax.runs.pieces import HEAD, HIDDEN, PASS, Copy, Piece, Sent, digest_of, joined, mark_of
 
-HIDDEN, HEAD = ".run", ".run/head.json"
-BEAT, LIFETIME, PASS = 15.0, 60.0, 30.0
-"""Seconds between signs of life, without one until somebody else may take over, and between looks at what is new."""
+BEAT, LIFETIME = 15.0, 60.0
+"""Seconds between signs of life, and without one until somebody else may take over."""
 
 LEFT = ("model", "value_model", "tensorboard", "profile")
 """What is not needed to go on, and stays in the bucket alone."""
@@ -50,21 +46,7 @@ UNDER_WAY = ("writing-", "deleting-", ".")
 """How names begin of what is no whole thing yet, or no more."""
 
 
-class Sent(NamedTuple):
-    """What the bucket holds of a file.
-
-    Attributes:
-        mark: time of the last change, size and inode of the file.
-        size: bytes that were sent.
-        digest: of these.
-    """
-
-    mark: tuple[int, int, int]
-    size: int
-    digest: bytes
-
-
-class Twin(contextlib.AbstractContextManager["Twin"]):
+class Twin(Copy):
     """Holds a run directory of a bucket for this process.
 
     Attributes:
@@ -72,37 +54,44 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
         lost: who has taken over; empty while nobody has.
     """
 
-    def __init__(self, url: str, *, fresh: bool = False):
-        """Take it over and fetch what is there, which `fresh` leaves out.
+    def __init__(self, url: str, *, fresh: bool = False, count: int = 1):
+        """Take it over and fetch what is there, which `fresh` leaves out; `count` is that of the run's processes.
 
         Raises:
             UserError: another process holds it, or the bucket cannot be read or written.
         """
-        self.url, self.lost = url.rstrip("/"), ""
-        self._at, self._id, self._count = f"{self.url}/{HEAD}", uuid.uuid4().hex, 0
-        self._lock, self._pushing, self._over = threading.Lock(), threading.Lock(), threading.Event()
-        self._sent: dict[str, Sent] = {}
+        super().__init__(url, 0, count)
+        self.lost = ""
+        self._at, self._id, self._lock = f"{self.url}/{HEAD}", uuid.uuid4().hex, threading.Lock()
         self._head: JsonObject
         self._generation: bytes | None
         with said(self.url):
             self._take()
-            self.place = Path(os.path.realpath(tempfile.mkdtemp(prefix="rlhf-jax-run-")))
-            call_it(str(self.place), self.url)
+            self._settle_down()
             self._left = () if fresh else LEFT
             try:
                 if not fresh:
-                    self._fetch()
+                    later = lambda path: path.startswith(CHECKPOINTS) and is_chunk(path)  # noqa: E731
+                    self.bring("", lambda path: path.split("/")[0] not in LEFT and not later(path))
             except BaseException:
                 with contextlib.suppress(OSError):
                     self._swap(holder="")
-                shutil.rmtree(self.place, ignore_errors=True)
+                self._end()
+                self._leave()
                 raise
-        self._threads = [
-            threading.Thread(target=self._again, args=(every, what), name="bucket", daemon=True)
-            for every, what in ((BEAT, self._swap), (PASS, self.push))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._begin((BEAT, self._swap), (PASS, self.push))
+
+    @property
+    def epoch(self) -> int:
+        """How often a process has taken the run over."""
+        return self._epoch
+
+    def files(self) -> JsonObject:
+        files: JsonObject = self._head["files"]
+        return files
+
+    def has(self, step: int) -> bool:
+        return self.count == 1 or any(path.startswith(f"{CHECKPOINTS}/{step:08d}/") for path in self.files())
 
     def _take(self) -> None:
         seen: bytes | None = None
@@ -121,6 +110,7 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
         self._generation = found.generation if found else None
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         self._head = {**head, "epoch": head["epoch"] + 1, "holder": holder, "id": self._id}
+        self._epoch = self._head["epoch"]
         if not self._swap():
             raise UserError(f"{self.url} was just taken by {self.lost}; stop that one first")
         kept = self._objects(self._head)
@@ -148,35 +138,23 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
                     self._generation = found.generation
         return False
 
-    def _fetch(self) -> None:
-        for path, parts in self._head["files"].items():
-            target = self.place / path
-            if path.split("/")[0] in LEFT or not target.resolve().is_relative_to(self.place):
-                continue
-            found = [buckets.read(f"{self.url}/{name}") for name, _ in parts]
-            data = b"".join(each.data for each in found if each)
-            if None in found or len(data) != sum(size for _, size in parts):
-                tell(f"{self.url}/{path}: not all of it is there")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-            self._sent[path] = Sent(mark_of(target), len(data), digest_of(data))
-
     def _again(self, every: float, what: Callable[[], object]) -> None:
-        """Do something every so many seconds, until the end or until another process has taken over."""
-        while not self._over.wait(every):
-            with contextlib.suppress(OSError):  # the next time, or at the end, where it is said
-                what()
+        def once() -> None:
+            what()
             if self.lost:
                 tell(f"{self.url} was taken over by {self.lost}, which had not heard of this process; stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
-                return
+                self._over.set()
+
+        super()._again(every, once)
 
     def _files(self) -> Iterator[str]:
         """Paths of all whole files below the directory: checkpoints first, whose lines are in the files by then."""
         for top in sorted(self.place.iterdir(), key=lambda path: path.name != CHECKPOINTS):
             for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
                 below = path.relative_to(self.place)
-                if path.is_file() and not any(part.startswith(UNDER_WAY) for part in below.parts):
+                names = below.parts[:2] if top.name == CHECKPOINTS else below.parts  # orbax has files named .zarray
+                if path.is_file() and not any(name.startswith(UNDER_WAY) for name in names):
                     yield str(below)
 
     def push(self, *, finished: bool = False) -> None:
@@ -194,7 +172,7 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
             return
         for _ in range(9):  # a checkpoint may go while it is read
             with contextlib.suppress(FileNotFoundError):
-                files, sent = self._uploaded(before, finished)
+                files, sent, letters = self._uploaded(before, finished)
                 break
         else:
             return
@@ -202,13 +180,14 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
             self._sent = sent
             for name in self._objects({"files": before}) - self._objects({"files": files}):
                 buckets.delete(f"{self.url}/{name}")
+            for letter in letters:
+                buckets.delete(letter)
 
-    def _uploaded(self, before: JsonObject, finished: bool) -> tuple[JsonObject, dict[str, Sent]]:
-        """path -> [object, size] of its parts, after what is new was written; and what was sent."""
-        paths = list(self._files())
-        left = set(self._left) - {path.split("/")[0] for path in paths}
-        files = {path: parts for path, parts in before.items() if path.split("/")[0] in left}
+    def _uploaded(self, before: JsonObject, finished: bool) -> tuple[JsonObject, dict[str, Sent], list[str]]:
+        """path -> `Parts` after what is new was written, what was sent, and the letters that were read."""
+        files, letters, waits = self._kept(before)
         sent: dict[str, Sent] = {}
+        paths = [path for path in self._files() if not path.startswith(waits)]
         for path in sorted(paths, key=lambda path: path == "model/config.json"):  # without which it is no model
             old, parts, mark = self._sent.get(path), before.get(path), mark_of(self.place / path)
             own = finished and not path.startswith(CHECKPOINTS)
@@ -220,15 +199,37 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
             kept, tail = [], data
             if old and parts and len(parts) < MOST_PARTS and not own and digest_of(data[: old.size]) == old.digest:
                 kept, tail = parts, data[old.size :]
-            files[path] = [*kept, self._put(path, tail, own)] if tail or not kept else kept
+            files[path] = [*kept, self._put(path, tail, own=own)] if tail or not kept else kept
             sent[path] = Sent(mark, len(data), digest_of(data))
-        return files, sent
+        return files, sent, letters
 
-    def _put(self, path: str, data: bytes, own: bool) -> list[str | int]:
-        self._count += 1
-        name = path if own else f"{HIDDEN}/{self._head['epoch']:06d}-{self._count:06d}-{Path(path).name}"
-        buckets.write(f"{self.url}/{name}", data)
-        return [name, len(data)]
+    def _kept(self, before: JsonObject) -> tuple[JsonObject, list[str], tuple[str, ...]]:
+        """Files that are not all here but stay or come: of what `LEFT` names, and of the checkpoints that are here.
+
+        And the letters in which other processes said so, and where checkpoints begin that wait for one.
+        """
+        left = {name for name in self._left if not (self.place / name).exists()}
+        files = {path: parts for path, parts in before.items() if path.split("/")[0] in left}
+        letters, waits = [], []
+        folder = self.place / CHECKPOINTS
+        for name in sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []:
+            if name.startswith(UNDER_WAY):
+                continue
+            below, was = f"{CHECKPOINTS}/{name}/", f"{CHECKPOINTS}/{name.partition('.')[0]}/"
+            known = {path: parts for path, parts in before.items() if path.startswith(below)}
+            if known or ".damaged" in name:  # which had another name before
+                known = known or {
+                    below + path.removeprefix(was): parts for path, parts in before.items() if path.startswith(was)
+                }
+                files |= known
+                continue
+            asked = [self._letter(int(name), number) for number in range(1, self.count) if name.isdigit()]
+            told = [buckets.read(letter) for letter in asked]
+            for each in told:
+                files |= from_json(each.data) if each else {}
+            letters += asked
+            waits += [] if all(told) else [below]
+        return {path: files[path] for path in files if not path.startswith(tuple(waits))}, letters, tuple(waits)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close(finished=error is None and (self.place / SUMMARY).is_file())
@@ -239,20 +240,19 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
         Raises:
             UserError: that failed, or another process has taken over.
         """
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._end()
         if not self.lost:
             try:
                 self.push(finished=finished)
                 if self._swap(holder="") and not self._head["files"]:
                     buckets.delete(self._at)
             except OSError as failed:
+                interrupts.UNFINISHED.discard(self.place)
                 raise UserError(
                     f"{self.url}: what came last could not be written ({reason(failed)}); it is in "
                     f"{shlex.quote(str(self.place.parent))}/{self.place.name}, and the bucket has what was before"
                 ) from failed
-        shutil.rmtree(self.place, ignore_errors=True)
+        self._leave()
         self.check_held()
 
     def check_held(self) -> None:
@@ -261,24 +261,12 @@ class Twin(contextlib.AbstractContextManager["Twin"]):
             raise UserError(f"{self.url} was taken over by {self.lost}; what this process did since then is not kept")
 
 
-def mark_of(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is written: its time, size and inode."""
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def digest_of(data: bytes) -> bytes:
-    """16 bytes that tell contents apart."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
 @contextlib.contextmanager
 def said(url: str) -> Iterator[None]:
-    """Around what is asked of a bucket: a refusal becomes a UserError."""
+    """`buckets.asked`, of a head that may be broken."""
     try:
-        yield
-    except OSError as error:
-        raise UserError(f"{getattr(error, 'filename', None) or url}: {reason(error)}") from error
+        with buckets.asked(url):
+            yield
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -291,16 +279,14 @@ def glance(url: str) -> tuple[Path, str]:
     Raises:
         UserError: the bucket cannot be read.
     """
-    place = Path(os.path.realpath(tempfile.mkdtemp(prefix="rlhf-jax-run-")))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    place = interrupts.temporary("rlhf-jax-run-")
     call_it(str(place), url)
     with said(url):
         found = buckets.read(f"{url}/{HEAD}")
         head: JsonObject = json.loads(found.data) if found else {"holder": "", "files": {}}
         for name in (RECORD, CONFIG, METRICS):
-            parts = [buckets.read(f"{url}/{part}") for part, _ in head["files"].get(name, [])]
-            if parts:
-                (place / name).write_bytes(b"".join(part.data for part in parts if part))
+            if name in head["files"]:
+                (place / name).write_bytes(joined(url, head["files"][name]))
     return place, head["holder"]
 
 
@@ -315,6 +301,36 @@ def runs_below(url: str) -> list[str]:
     return [f"{url}/{name.removesuffix(HEAD)}".rstrip("/") for name in names]
 
 
+def hold_copy(url: str, *, fresh: bool) -> Copy:
+    """This process's copy of a run, which process 0 takes over; all of its processes call it.
+
+    Raises:
+        UserError: what `Twin` says, or another process cannot read the bucket.
+    """
+    from rlhf_jax.hosts import processes  # imports jax
+
+    number, count = processes.share()
+    held: list[Twin] = []
+
+    def take() -> int:
+        held.append(Twin(url, fresh=fresh, count=count))
+        return held[0].epoch
+
+    epoch = processes.from_first(take)
+    copy: Copy | None = None
+    wrong = ""
+    try:
+        copy = held[0] if held else Piece(url, number, count, epoch)
+    except UserError as error:
+        wrong = str(error)
+    (failed,) = processes.any_of([bool(wrong)])
+    if copy is None or failed:
+        if copy is not None:
+            copy.__exit__(None, None, None)
+        raise UserError(wrong or f"{url}: not all processes can read it; see what the others say")
+    return copy
+
+
 def in_buckets(run: Callable[..., Any]) -> Callable[..., Any]:
     """A stage whose run.output_dir may be in a bucket."""
 
@@ -323,16 +339,8 @@ def in_buckets(run: Callable[..., Any]) -> Callable[..., Any]:
         url = config.run.output_dir.rstrip("/")
         if not in_bucket(url):
             return run(config, **given)
-        from rlhf_jax.hosts.processes import several  # imports jax
-
-        if several():
-            raise UserError(f"run.output_dir {url}: several processes need a directory that all hosts share; name one")
-        for option, value in flat(to_dict(config)):
-            if isinstance(value, str) and value.rstrip("/").startswith(f"{url}/"):
-                raise UserError(
-                    f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
-                )
-        with Twin(url, fresh=config.run.overwrite) as twin:
-            return run(replace(config, run__output_dir=str(twin.place)), **given)
+        check_inside(config, lambda value: value.rstrip("/").startswith(f"{url}/"))
+        with hold_copy(url, fresh=config.run.overwrite) as copy:
+            return run(replace(config, run__output_dir=str(copy.place)), **given)
 
     return kept

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rlhf_jax.config.settings import HUB
+
 _LLAMA3 = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0, "vocab_size": 128256, "tie_word_embeddings": False, "num_key_value_heads": 8,
@@ -107,7 +109,7 @@ def find_preset(path: str) -> dict[str, Any] | None:
 
     A model and what was tuned from it have one shape: a last -Base, -Instruct, -it or -pt counts as not there.
     """
-    name = _stem(path.removeprefix("hf://").partition("@")[0])
+    name = _stem(path.removeprefix(HUB).partition("@")[0])
     for full, raw in PRESETS.items():
         if name in (_stem(full), _stem(full).split("/")[1]):
             return raw

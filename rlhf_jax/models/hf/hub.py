@@ -6,12 +6,12 @@ import functools
 from pathlib import Path
 
 from rlhf_jax.config.guess import of_the_hub
+from rlhf_jax.config.settings import HUB
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import local
+from rlhf_jax.hosts.copies import OF_A_MODEL, local
 
-PREFIX = "hf://"
-_WANTED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+_WANTED = [f"*{ending}" for ending in OF_A_MODEL]
 
 
 def local_directory(path: str) -> str:
@@ -24,7 +24,7 @@ def local_directory(path: str) -> str:
     """
     if in_bucket(path):
         return str(local(path))
-    if path.startswith(PREFIX):
+    if path.startswith(HUB):
         return downloaded(path)
     if path and not Path(path).expanduser().exists() and (cure := of_the_hub(path)):
         raise UserError(f"{path}: no such directory; {cure}")
@@ -34,7 +34,7 @@ def local_directory(path: str) -> str:
 @functools.cache
 def downloaded(path: str) -> str:
     """Where the files of hf://owner/name or hf://owner/name@revision lie, asked for once."""
-    name, _, revision = path.removeprefix(PREFIX).partition("@")
+    name, _, revision = path.removeprefix(HUB).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"{path} is no name of the Hub; write hf://owner/name or hf://owner/name@revision")
     from huggingface_hub import snapshot_download

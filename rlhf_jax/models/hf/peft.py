@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
+from rlhf_jax.config.settings import HUB
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.models.hf import weights as hf_weights
 from rlhf_jax.models.hf.config_json import MEMBERS
 from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson, Family
-from rlhf_jax.models.hf.hub import PREFIX as HUB
 from rlhf_jax.models.hf.layout import Layout, flattened
 from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX
 from rlhf_jax.models.lora import Site, sites

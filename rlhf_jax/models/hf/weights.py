@@ -297,7 +297,7 @@ def save_model(
     else:
         for _ in tensors:  # fetching shards takes all hosts
             pass
-    barrier(f"saved {path}")
+    barrier(f"saved {Path(path).name}")  # whose directory may differ between processes
 
 
 def _fold_score_bias(leaves: Leaves) -> Leaves:

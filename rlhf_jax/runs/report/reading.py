@@ -208,10 +208,12 @@ def read_run(path: Path, name: str = "") -> RunData:
     )
 
 
-def newest(path: str | Path) -> float:
-    """When a run, or one below, was last written to, in seconds of the clock."""
-    files = [each / name for each in below(Path(path)) for name in (RECORD, METRICS, SAMPLES, SUMMARY)]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+def state_of(path: str | Path) -> tuple[float, list[Path]]:
+    """When a run, or one below, was last written to, in seconds of the clock; and which of them processes hold."""
+    runs = sorted(below(Path(path)))
+    files = [each / name for each in runs for name in (RECORD, METRICS, SAMPLES, SUMMARY)]
+    latest = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    return latest, [each for each in runs if is_held(each)]
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunData]:

@@ -1,0 +1,209 @@
+"""What a process has on its machine of a run in a bucket: a directory, filled from the bucket as files are needed.
+
+Process 0 has the `Twin` of the run. Each of the others has a `Piece`: its own files of every checkpoint, and of those
+of others what its devices are to hold. It puts its files into objects, and says which in a letter that only process 0
+opens: a checkpoint is named in the head, by process 0, once the letters of all are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from rlhf_jax.errors import call_it, tell
+from rlhf_jax.hosts import buckets, interrupts
+from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
+from rlhf_jax.runs.directory import CHECKPOINTS, steps_in
+from rlhf_jax.runs.manifests import manifest_of
+
+HIDDEN, HEAD = ".run", ".run/head.json"
+PASS = 30.0
+"""Seconds between looks at what is new."""
+
+Parts = list[list[Any]]
+"""[object, size] of each of the objects that make up a file."""
+
+
+class Sent(NamedTuple):
+    """What the bucket holds of a file.
+
+    Attributes:
+        mark: time of the last change, size and inode of the file.
+        size: bytes that were sent.
+        digest: of these.
+    """
+
+    mark: tuple[int, int, int]
+    size: int
+    digest: bytes
+
+
+_copies: dict[Path, Copy] = {}
+
+
+def copy_at(directory: Path) -> Copy | None:
+    """The copy that a directory of this machine is; None if it is no run of a bucket."""
+    return _copies.get(directory)
+
+
+class Copy(contextlib.AbstractContextManager["Copy"]):
+    """A directory of this machine that stands for a run in a bucket.
+
+    Attributes:
+        url: of the run.
+        place: the directory.
+        number: of this process, from 0.
+        count: how many processes there are.
+    """
+
+    def __init__(self, url: str, number: int, count: int):
+        self.url, self.number, self.count = url.rstrip("/"), number, count
+        self._epoch, self._written = 0, 0
+        self._pushing, self._over = threading.Lock(), threading.Event()
+        self._sent: dict[str, Sent] = {}
+        self._threads: list[threading.Thread] = []
+
+    def _settle_down(self) -> None:
+        self.place = interrupts.temporary("rlhf-jax-run-")
+        call_it(str(self.place), self.url)
+        _copies[self.place] = self
+
+    def files(self) -> JsonObject:
+        """Path -> `Parts` of all files that the bucket has of the run."""
+        raise NotImplementedError
+
+    def push(self) -> None:
+        """Have the bucket hold what is whole in the directory.
+
+        Raises:
+            OSError: it does not.
+        """
+        raise NotImplementedError
+
+    def has(self, step: int) -> bool:
+        """Whether the bucket has what this process made of a checkpoint."""
+        raise NotImplementedError
+
+    def bring(self, below: str, wanted: Callable[[str], bool]) -> None:
+        """Fetch the files below `below` that are wanted (by their paths after that) and not here.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        for path, parts in self.files().items():
+            target = self.place / path
+            within = path.startswith(below) and target.resolve().is_relative_to(self.place)
+            if not within or not wanted(path[len(below) :]) or target.exists():
+                continue
+            data = joined(self.url, parts)
+            if len(data) != sum(size for _, size in parts):
+                tell(f"{self.url}/{path}: not all of it is there")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+            self._sent[path] = Sent(mark_of(target), len(data), digest_of(data))
+
+    def _put(self, path: str, data: bytes, *, own: bool = False) -> list[Any]:
+        """Write an object of a name that is not used again, or of the file's `own`; [object, size]."""
+        self._written += 1
+        number = f"{self._epoch:06d}-{self.number:03d}-{self._written:06d}"
+        name = path if own else f"{HIDDEN}/{number}-{Path(path).name}"
+        buckets.write(f"{self.url}/{name}", data)
+        return [name, len(data)]
+
+    def _letter(self, step: int, number: int) -> str:
+        """Where process `number` says what it has put into the bucket of a checkpoint."""
+        return f"{self.url}/{HIDDEN}/{self._epoch:06d}-{number:03d}-of-{step:08d}.json"
+
+    def _begin(self, *work: tuple[float, Callable[[], object]]) -> None:
+        """Do things every so many seconds, in threads."""
+        self._threads = [threading.Thread(target=self._again, args=each, name="bucket", daemon=True) for each in work]
+        for thread in self._threads:
+            thread.start()
+
+    def _again(self, every: float, what: Callable[[], object]) -> None:
+        while not self._over.wait(every):
+            with contextlib.suppress(OSError):  # the next time, or at the end, where it is said
+                what()
+
+    def _end(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        _copies.pop(self.place, None)
+
+    def _leave(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        interrupts.UNFINISHED.discard(self.place)
+
+
+class Piece(Copy):
+    """What one of several processes has, which is not the first."""
+
+    def __init__(self, url: str, number: int, count: int, epoch: int):
+        """`epoch` is that of the head which process 0 has taken over.
+
+        Raises:
+            UserError: the bucket cannot be read.
+        """
+        super().__init__(url, number, count)
+        self._epoch, self._told = epoch, set[int]()
+        with buckets.asked(self.url):
+            self.files()
+        self._settle_down()
+        self._begin((PASS, self.push))
+
+    def files(self) -> JsonObject:
+        found = buckets.read(f"{self.url}/{HEAD}")
+        return from_json(found.data)["files"] if found else {}
+
+    def has(self, step: int) -> bool:
+        return step in self._told
+
+    def push(self) -> None:
+        with self._pushing:
+            for step in steps_in(self.place / CHECKPOINTS):
+                below = f"{CHECKPOINTS}/{step:08d}"
+                manifest = f"{below}/{manifest_of(self.number)}"
+                if step in self._told or manifest in self._sent:  # which came from the bucket
+                    continue
+                try:
+                    mine = [f"{below}/{name}" for name in from_json((self.place / manifest).read_text())["files"]]
+                    told = {path: [self._put(path, (self.place / path).read_bytes())] for path in [*mine, manifest]}
+                except FileNotFoundError:  # it was deleted meanwhile
+                    continue
+                buckets.write(self._letter(step, self.number), to_json(told).encode())
+                self._told.add(step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._end()
+        self._leave()
+
+
+def joined(url: str, parts: Parts) -> bytes:
+    """What is there of the objects that make up a file, one after another.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    found = [buckets.read(f"{url}/{name}") for name, _ in parts]
+    return b"".join(each.data for each in found if each)
+
+
+def mark_of(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written: its time, size and inode."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def digest_of(data: bytes) -> bytes:
+    """16 bytes that tell contents apart."""
+    return hashlib.blake2b(data, digest_size=16).digest()
