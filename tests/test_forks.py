@@ -213,8 +213,9 @@ def test_the_advantages_of_groups_are_swapped_three_ways(fork, monkeypatch, way)
     config, given = swapped(
         way, monkeypatch, advantages, "group_advantages", GroupConfig(group_size=4), advantage="best"
     )
-    scores, mask = jnp.array([1.0, 4.0, 2.0, 3.0, 8.0, 7.0, 6.0, 5.0]), jnp.ones((8, 2), bool)
-    found = group.core.advantages_of(scores, jnp.zeros((8, 2)), mask, 0.0, config, **given)
+    program = group.make_score(group.Models(BIGRAMS.policy), config, recompute=False, **given)
+    scores, one = jnp.array([1.0, 4.0, 2.0, 3.0, 8.0, 7.0, 6.0, 5.0]), jnp.float32(1.0)
+    found = program({"policy": PARAMS["policy"]}, None, None, ROLLOUT, scores, one, one)[0].advantages
     np.testing.assert_array_equal(found[:, 0], [0, 1, 0, 0, 1, 0, 0, 0])
 
 
@@ -224,6 +225,9 @@ def test_an_advantage_or_value_loss_that_asks_for_what_there_is_not_is_one_line(
         config = PPOConfig(**{field: "my_fork:greedy"})
         ppo.objective(BIGRAMS, config)
         ppo.make_score(BIGRAMS, config, recompute=True)
+    if field == "advantage":
+        with pytest.raises(UserError, match="greedy asks for 'sharpness', which GroupConfig does not have"):
+            group.make_score(group.Models(BIGRAMS.policy), GroupConfig(advantage="my_fork:greedy"), recompute=True)
 
 
 def test_a_run_takes_them_by_name_and_from_python_and_is_continued_as_it_began(fork, tmp_path, monkeypatch):

@@ -153,21 +153,22 @@ def advantages_of(
     mask: Bool[Array, "B T"],
     kl_coef: Float[Array, ""] | float,
     config: GroupConfig,
-    advantage: GroupAdvantage | None = None,
+    compare: GroupAdvantage,
     dense: Float[Array, "B T"] | float = 0.0,
 ) -> Float[Array, "B T"]:
-    """Advantages, zero off the mask, of scores and of the KL (k1, 0 off the response) that the reward pays.
+    """Advantages, zero off the mask, of scores that `compare` sets beside one another, and of the KL (k1, 0 off the
+    response) that the reward pays.
 
     The KL of a whole response, less what is paid `dense`, lowers its score before the baseline (RLOO); with
     reward_to_go that from a token on lowers the token's advantage after it (REINFORCE++: A_t = r - sum over i >= t of
     discount^(i - t) (kl_coef kl_i - dense_i)).
     """
-    compared, cost = bind(advantage or config.advantage, config), kl_coef * kl - dense
+    cost = kl_coef * kl - dense
     if config.reward_to_go:
         to_go = adv.gae(cost, jnp.zeros_like(cost), discount=config.discount, gae_lambda=1.0)  # sums from a token on
-        advantages = compared(scores)[:, None] - to_go
+        advantages = compare(scores)[:, None] - to_go
     else:
-        advantages = jnp.broadcast_to(compared(scores - cost.sum(axis=1))[:, None], mask.shape)
+        advantages = jnp.broadcast_to(compare(scores - cost.sum(axis=1))[:, None], mask.shape)
     if config.whiten_advantages:
         advantages = adv.whiten(advantages, mask, shift_mean=True, variance="biased")
     return jnp.where(mask, advantages, 0.0)
@@ -186,6 +187,7 @@ def make_score(
 
     `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
     """
+    compare: GroupAdvantage = bind(advantage or config.advantage, config)
 
     def score(
         params: Params,
@@ -210,7 +212,7 @@ def make_score(
         trained = ~jnp.isnan(host) & (rollout.finished | (not config.mask_truncated))
         mask = rollout.mask & trained[:, None]
         paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
-        advantages = advantages_of(scores, paid, mask, kl_coef, config, advantage, dense)
+        advantages = advantages_of(scores, paid, mask, kl_coef, config, compare, dense)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
