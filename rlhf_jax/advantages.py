@@ -18,6 +18,26 @@ def kl_k3(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Flo
     return jnp.expm1(d) - d  # exp(d) - 1 - d would round below zero for small d
 
 
+def divergence(
+    log_ratio: Float[Array, "*B"], *, teacher_divergence: str, teacher_beta: float
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """(what a token is paid, its estimate of the divergence in nats) of log_ratio = log p_teacher - log p.
+
+    Tokens are drawn from p. With r = p_teacher / p every divergence is E_p[f(r)], whose gradient is minus
+    E_p[(r f'(r) - f(r)) grad log p] (Go et al. 2023, arXiv 2302.08215, theorem 1), so r f' - f is paid; both are 0 at
+    r = 1. Agarwal et al. 2023 (arXiv 2306.13649), section 2: reverse_kl is KL(p, p_teacher), forward_kl
+    KL(p_teacher, p), and jsd beta KL(p_teacher, m) + (1 - beta) KL(p, m) with m = beta p_teacher + (1 - beta) p.
+    """
+    if teacher_divergence == "reverse_kl":
+        return log_ratio, -log_ratio
+    ratio, less_one = jnp.exp(log_ratio), jnp.expm1(log_ratio)
+    if teacher_divergence == "forward_kl":
+        return less_one, ratio * log_ratio - less_one
+    mixture = jnp.log1p(teacher_beta * less_one)
+    paid = (1 - teacher_beta) * mixture
+    return paid, teacher_beta * ratio * (log_ratio - mixture) - paid
+
+
 def shaped_rewards(
     scores: Float[Array, " B"], kl: Float[Array, "B T"], slots: Int[Array, " B"], kl_coef: Float[Array, ""] | float
 ) -> Float[Array, "B T"]:

@@ -209,7 +209,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         failing = prompt == "broken" or (prompt == "flaky" and earlier == 1)
         code = 503 if failing else 401 if prompt == "secret" else 200
         text = {"odd": "Who knows?", "empty": None}.get(prompt, self.server.says(a, b))
-        reply = json.dumps({"choices": [{"message": {"content": text}}]} if prompt != "junk" else [1]).encode()
+        choice = {"message": {"content": text}}
+        if body.get("logprobs") and prompt != "odd":
+            likeliest = [{"token": token, "logprob": math.log(p)} for token, p in text.items()]
+            choice["logprobs"] = {"content": [{"top_logprobs": likeliest[: body["top_logprobs"]]}]}
+        reply = json.dumps({"choices": [choice]} if prompt != "junk" else [1]).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()

@@ -126,6 +126,18 @@ def test_a_server_is_asked_for_scores_and_one_that_answers_nothing_is_a_reward_t
         judge(["odd"] * 2, ["x", "y"], {}, KEY)
 
 
+def test_of_a_servers_log_probs_the_score_is_expected_over_the_tokens_that_are_one(server):  # noqa: F811
+    server.says = lambda response, _: (
+        {"7": 0.3, " 7": 0.2, "The": 0.2, "10": 0.1, "8": 0.1} if response else {"No": 1.0}
+    )
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    judge = judge_of(url=url, template="{prompt}|{response}|", retries=0, top_logprobs=4)
+    found = judge(["p", "p", "odd"], ["x", "", "x"], {}, KEY)  # of the second no token is a score, the third has none
+    assert found[0] == pytest.approx(((0.5 * 7 + 0.1 * 10) / 0.6 - 5.5) / 4.5) and np.isnan(found[1:]).all()
+    body = server.seen[0][2]
+    assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 4, 1)
+
+
 # --- rows without an answer
 
 
@@ -225,6 +237,8 @@ MISTAKES = {
     "ppo --reward.judge.url http://x --reward.judge.scale 1": "reward.judge.scale is 1; make it at least 2",
     "ppo --reward.judge.url http://x --reward.judge.weight 0": "weight is 0.0; make it finite and not 0",
     "grpo --reward.judge.url http://x --reward.judge.template hi": r"has no \{prompt\}; write \{prompt\} and \{resp",
+    "ppo --reward.judge.top_logprobs 5": "top_logprobs is of reward.judge.url, which is empty",
+    "ppo --reward.judge.url http://x --reward.judge.votes 2 --reward.judge.top_logprobs 5": "judge.top_logprobs 0",
     "rloo --reward.judge.url x": "reward.judge.url is no http address",
     "ppo --reward.judge.url http://x --reward.judge.model.path y": "reward.judge.url and reward.judge.model.path are",
 }

@@ -40,6 +40,8 @@ class JudgeConfig:
         votes: answers to each question.
         both_orders: ask with each response in either place, so that a liking for a place cancels.
         inconsistent: a pair whose two orders contradict each other is a tie, the mean of the two, or dropped.
+        top_logprobs: of `url`: so many of the likeliest first tokens are asked for with their log-probs (20 at most in
+            OpenAI's API), and the answer is the expectation over those that are a choice; 0 reads what is written.
         temperature: of the answers that are written.
         max_new_tokens: longest answer that is written.
         max_prompt_length: longest question to `model`, in tokens; a longer one is an error.
@@ -61,6 +63,7 @@ class JudgeConfig:
     votes: int = 1
     both_orders: bool = True
     inconsistent: Literal["tie", "mean", "drop"] = "tie"
+    top_logprobs: int = 0
     temperature: float = 0.0
     max_new_tokens: int = 16
     max_prompt_length: int = 1024
@@ -72,12 +75,12 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "votes max_new_tokens max_prompt_length batch_size workers",
-            "at least 0": "temperature timeout retries",
+            "at least 0": "temperature timeout retries top_logprobs",
         }
         check(self, self.group, rules)
         if self.url:
             check_url(f"{self.group}url", self.url)
-        for name in ("url_model", "api_key_env"):
+        for name in ("url_model", "api_key_env", "top_logprobs"):
             if getattr(self, name) and not self.url:  # what is there may be a key
                 url = f"{self.group}url"
                 raise UserError(f"{self.group}{name} is of {url}, which is empty; give that one, or leave it out")
@@ -91,6 +94,10 @@ class JudgeConfig:
         if self.votes > 1 and (self.model.path and self.answer == "logprob"):
             raise UserError(
                 f"{self.group}votes {self.votes}: log-probs are the same each time; set {self.group}answer sample"
+            )
+        if self.votes > 1 and self.top_logprobs:
+            raise UserError(
+                f"{self.group}votes {self.votes}: log-probs are the same each time; set {self.group}top_logprobs 0"
             )
         if self.votes > 1 and self.temperature == 0 and (self.model.path or self.url):
             raise UserError(

@@ -32,6 +32,9 @@ class RewardSourceConfig:
             finds it likelier, log p_teacher - log p: minus the reverse KL to it (Agarwal et al. 2023, arXiv
             2306.13649).
         teacher_coef: price of one such nat.
+        teacher_divergence: what that lessens: the reverse KL, KL(p, p_teacher); the forward one, KL(p_teacher, p); or
+            jsd, the Jensen-Shannon divergence of teacher_beta. The latter two with distill.discount 0 alone.
+        teacher_beta: weight of the teacher in the mixture from which jsd measures both.
         gold: a function of the same form that is only logged, as rollout/gold; training never sees it.
         timeout: seconds after which a call of a function has failed; 0 waits for ever and calls it in the main thread.
         retries: further calls after one that raised or ran out of time.
@@ -48,6 +51,8 @@ class RewardSourceConfig:
     judge: RewardJudgeConfig = RewardJudgeConfig()
     teacher: PathText = ""
     teacher_coef: float = 1.0
+    teacher_divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    teacher_beta: float = 0.5
     gold: str = ""
     timeout: float = 600.0
     retries: int = 2
@@ -55,7 +60,7 @@ class RewardSourceConfig:
 
     def __post_init__(self) -> None:
         check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries combine_coef"})
-        check(self, "reward.", {"above 0": "teacher_coef"})
+        check(self, "reward.", {"above 0": "teacher_coef", "above 0 and below 1": "teacher_beta"})
         check_paths("reward.", self.model, self.models)
         if self.model_weight < 0 and self.combine != "mean":
             raise UserError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from rlhf_jax.data.messages import Messages, transcript
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.feedback.endpoint import Endpoint, Unanswered
-from rlhf_jax.feedback.judge import NO_ANSWER, Answer, Ask, Judge, Question, parse
+from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Answer, Ask, Judge, Question, parse
 from rlhf_jax.feedback.phases import Make
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.inference.generate import Generator
@@ -144,10 +146,16 @@ def ask_server(config: JudgeConfig, form: Form = PAIRS) -> Ask:
             "temperature": config.temperature,
             "max_tokens": config.max_new_tokens,
         }
+        if config.top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": config.top_logprobs, "max_tokens": 1}
         try:
-            return form.read(endpoint.post(body)["choices"][0]["message"]["content"])
+            choice = endpoint.post(body)["choices"][0]
+            if config.top_logprobs:
+                return expected(form, choice["logprobs"]["content"][0]["top_logprobs"])
+            return form.read(choice["message"]["content"])
         except (LookupError, TypeError):
-            raise Unanswered("an answer that is no chat completion") from None
+            what = "chat completion with top_logprobs" if config.top_logprobs else "chat completion"
+            raise Unanswered(f"an answer that is no {what}") from None
 
     def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
         with ThreadPoolExecutor(config.workers) as pool:  # the endpoint keeps the time itself
@@ -160,6 +168,17 @@ def ask_server(config: JudgeConfig, form: Form = PAIRS) -> Ask:
                 raise
 
     return ask
+
+
+def expected(form: Form, likeliest: Sequence[Mapping[str, Any]]) -> Answer:
+    """The expectation of what the choices mean over the probabilities of first tokens {token, logprob}.
+
+    White space around a token is not looked at; NONSENSE if none is a choice.
+    """
+    shares = [(one["token"].strip(), math.exp(one["logprob"])) for one in likeliest]
+    chosen = [(form.choices[token], share) for token, share in shares if token in form.choices]
+    total = sum(share for _, share in chosen)
+    return sum(value * share for value, share in chosen) / total if total else NONSENSE
 
 
 def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> list[Answer]:

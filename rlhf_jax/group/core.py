@@ -225,9 +225,8 @@ def make_score(
         )
 
         # What is reported: scalars, and numbers [B] of each row.
-        metrics = {**reward_metrics(raw, config.group_size), **rollout_metrics(rollout, old_logprobs)}
-        metrics["rollout/objective"] = (scores + dense.sum(axis=1) - kl_coef * k1.sum(axis=1)).mean()
-        metrics |= {**weighted, **earned}
+        metrics = {**reward_metrics(raw, config.group_size), **rollout_metrics(rollout, old_logprobs), **weighted}
+        metrics |= {**earned, "rollout/objective": (scores + dense.sum(axis=1) - kl_coef * k1.sum(axis=1)).mean()}
         if ref is not None:
             metrics["rollout/kl"] = k1.sum(axis=1).mean()
             metrics["rollout/kl_k3"] = adv.kl_k3(old_logprobs, ref_logprobs).sum(axis=1).mean()

@@ -50,6 +50,12 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
         )
     if settings.reward_standardize != "off" and not config.reward.paths:
         raise UserError(f"{group}.reward_standardize is of reward models, and there is none; set it to off")
+    held = getattr(settings, "reward_to_go", False) and getattr(settings, "discount", 1.0) == 0
+    if config.reward.teacher_divergence != "reverse_kl" and not held:
+        raise UserError(
+            f"reward.teacher_divergence {config.reward.teacher_divergence} is lessened token by token, which "
+            f"{group} does not do as it is set; take `rlhf-jax distill` with distill.discount 0, or reverse_kl"
+        )
     if settings.missing_eos == "subtract" and settings.missing_eos_value < 0:
         value = settings.missing_eos_value
         raise UserError(f"{group}.missing_eos_value {value}, subtracted, is a reward; make it positive")

@@ -139,18 +139,20 @@ def rewards_of(
     config: OnlineConfig,
     *,
     teacher_coef: float = 1.0,
+    teacher_divergence: str = "reverse_kl",
+    teacher_beta: float = 0.5,
     model_weight: float = 1.0,
     combine: str = "mean",
     combine_coef: float = 1.0,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, "B T"], Metrics, dict[str, Array]]:
     """(reward, what is paid for the whole, dense reward, metrics, numbers per row) of what networks and the host say.
 
-    The reward is weight * score + host + sum of the dense one. Of `nets` it takes "score", a reward model's [B] or an
-    ensemble's [B, M], and "teacher_logprobs" [B, T], if they are there. Where host is NaN, no answer of a judge, it is
-    the mean of the others of the row's group (`advantages.filled`), so that it moves no baseline; its row has NaN.
-    What is paid for the whole is the reward without the dense one, clipped if asked, less the penalties of a missing
-    end and of being too long. Rows have the reward as "reward", and the scores of an ensemble as "members" [B, M];
-    those of a single model too, [B, 1], if the first ones are to set its scale.
+    The reward is weight * score + host - how far a response is from a teacher (`taught`). Of `nets` it takes "score",
+    a reward model's [B] or an ensemble's [B, M], and "teacher_logprobs" [B, T], if they are there. Where host is NaN,
+    no answer of a judge, it is the mean of the others of the row's group (`advantages.filled`), so that it moves no
+    baseline; its row has NaN. What is paid for the whole is the reward without the dense one, clipped if asked, less
+    the penalties of a missing end and of being too long. Rows have the reward as "reward", and the scores of an
+    ensemble as "members" [B, M]; those of a single model too, [B, 1], if the first ones are to set its scale.
     """
     # The reward [B], and how far the members of an ensemble are apart about it: the mean of their standard deviation.
     answered, host = ~jnp.isnan(host), adv.filled(host, getattr(config, "group_size", 1))
@@ -175,26 +177,33 @@ def rewards_of(
         paid, metrics["rollout/overlong_penalty"] = paid + penalty, penalty.mean()
 
     # What is paid for each token [B, T].
-    dense, of_teacher = taught(nets, old_logprobs, rollout.mask, teacher_coef)
-    reward = reward + dense.sum(axis=1)
+    far = partial(adv.divergence, teacher_divergence=teacher_divergence, teacher_beta=teacher_beta)
+    dense, apart, of_teacher = taught(nets, old_logprobs, rollout.mask, teacher_coef, far)
+    reward = reward - apart.sum(axis=1)
     rows["reward"] = jnp.where(answered, reward, jnp.nan)
     return reward, paid, dense, {**metrics, **of_teacher}, rows
 
 
 def taught(
-    nets: Mapping[str, Array], old_logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], teacher_coef: float
-) -> tuple[Float[Array, "B T"], Metrics]:
-    """What a teacher pays each token, coef * (log p_teacher - log p), and how far the policy is from it in nats.
+    nets: Mapping[str, Array],
+    old_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    teacher_coef: float,
+    divergence: Callable[[Array], tuple[Array, Array]],
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Metrics]:
+    """(what a teacher pays each token, how far the policy is from it, metrics): coef * `advantages.divergence`.
 
     Of `nets` it takes teacher_logprobs [B, T]; without them nothing is paid. In the mean over the policy's responses
-    the sum over a response is minus coef times the reverse KL, KL(policy, teacher).
+    the second, summed over a response, is coef times the divergence. The metrics are of the reverse KL, in nats.
     """
     if "teacher_logprobs" not in nets:
-        return jnp.zeros_like(old_logprobs), {}
+        nothing = jnp.zeros_like(old_logprobs)
+        return nothing, nothing, {}
     teacher_logprobs = jnp.where(mask, nets["teacher_logprobs"], 0.0)
     k1, k3 = adv.kl_k1(old_logprobs, teacher_logprobs), adv.kl_k3(old_logprobs, teacher_logprobs)
     metrics = {"rollout/teacher_kl": k1.sum(axis=1).mean(), "rollout/teacher_kl_k3": k3.sum(axis=1).mean()}
-    return -teacher_coef * k1, metrics
+    paid, apart = divergence(-k1)
+    return teacher_coef * paid, teacher_coef * apart, metrics
 
 
 def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:

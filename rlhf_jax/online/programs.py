@@ -11,7 +11,7 @@ import jax
 from jax.stages import Wrapped
 from jaxtyping import Array
 
-from rlhf_jax.config import OnlineArgs, OnlineConfig
+from rlhf_jax.config import OnlineArgs, OnlineConfig, RewardSourceConfig
 from rlhf_jax.inference.generate import make_sampler
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.online import core, pool
@@ -60,6 +60,13 @@ class Programs:
     cut: Cut | None = None
 
 
+def reward_settings(source: RewardSourceConfig) -> dict[str, Any]:
+    """The settings of `core.rewards_of` that are of the `reward` group."""
+    combining = {"combine": source.combine, "combine_coef": source.combine_coef, "model_weight": source.model_weight}
+    of_teacher = {"teacher_divergence": source.teacher_divergence, "teacher_beta": source.teacher_beta}
+    return {**combining, "teacher_coef": source.teacher_coef, **of_teacher}
+
+
 def compile_programs(
     config: OnlineArgs,
     settings: OnlineConfig,
@@ -75,9 +82,7 @@ def compile_programs(
     `make_score` takes recompute, importance and settings of `core.rewards_of`. `params`, what is trained, is donated.
     """
     law = TrainedLaw.of(settings, config.sampling, nets.models.policy.compute_dtype)
-    source = config.reward
-    combining = {"combine": source.combine, "combine_coef": source.combine_coef, "model_weight": source.model_weight}
-    options = {"recompute": law.recompute, "importance": law.importance, "teacher_coef": source.teacher_coef}
+    options = {"recompute": law.recompute, "importance": law.importance, **reward_settings(config.reward)}
     update, tx, schedule = training
     state = create_state(params, tx, mesh)
     stops = () if settings.stop == "truncate" else stop_ids
@@ -109,7 +114,7 @@ def compile_programs(
     places = tree_shardings(mesh, state)
     programs = Programs(
         rollout=on_mesh(sampled(rollout)),
-        score=jitted(make_score(**options, **combining), out_shardings=(rows, whole, whole, rows)),
+        score=jitted(make_score(**options), out_shardings=(rows, whole, whole, rows)),
         # To look for a NaN the update is run again, from the state before it.
         update=jitted(update, donate_argnums=() if config.faults.debug_nans else 0, out_shardings=(places, whole)),
         # Without out_shardings the average could come to lie elsewhere.
