@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from test_collecting import PROMPTS, more_vowels, one_device, read, settings  # noqa: F401
 from test_ensembles import other  # noqa: F401
-from tiny import toy_directory
+from tiny import ONE, toy_directory
 
 from rlhf_jax.commands.collect import run_collect
+from rlhf_jax.commands.label import drawing
 from rlhf_jax.commands.label.items import items_of
-from rlhf_jax.config import CollectArgs, JudgeConfig, RewardSourceConfig
+from rlhf_jax.commands.label.server import Page
+from rlhf_jax.commands.label.votes import Votes
+from rlhf_jax.config import CollectArgs, JudgeConfig, LabelArgs, ModelConfig, RewardSourceConfig, SamplingConfig
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.selection import doubt, select
+from rlhf_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=(6, 5))
@@ -111,6 +118,80 @@ def test_the_page_begins_with_the_row_of_the_most_information():
     rows = [{"prompt": str(i), "responses": ["a", "b"], "_where": "x", **({"information": x} if x else {})}
             for i, x in enumerate([0.1, None, 0.4, 0.2])]  # fmt: skip
     assert [item.ranking.prompt for item in items_of(rows)[0]] == ["2", "3", "0", "1"]
+
+
+def labelling(tmp_path, **changes) -> LabelArgs:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    config = LabelArgs(
+        path=str(path), output=str(tmp_path / "votes.jsonl"), model=ModelConfig(path=str(toy_directory() / "policy")),
+        sampling=SamplingConfig(max_new_tokens=5, chunk=5), num_samples=3, max_prompt_length=2, batch_size=9,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def wait_for(what):
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_page_draws_what_collect_chooses_batch_by_batch_and_goes_on(tmp_path, other, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(drawing, "make_mesh", lambda config: make_mesh(config, devices=ONE))
+    reward = RewardSourceConfig(models=[str(toy_directory() / "reward"), other])
+    config = labelling(tmp_path, select="disagreement", reward=reward)
+    same = {"sources": [], "num_samples": 3, "batch_size": 9, "select": "disagreement", "reward": reward}
+    wanted = run_collect(settings(tmp_path / "a.jsonl", **same), rows=PROMPTS)
+    with drawing.Supply(config) as supply:  # three batches: of 3, 3 and 1 prompts
+        rows, waiting = list(supply.rows), [config.ahead]
+        supply.start(rows.extend, lambda: waiting[0])
+        first = {row["prompt"] for row in PROMPTS[:3]}
+        assert rows and {row["prompt"] for row in rows} <= first and len(supply.journal.rows) == 1
+        waiting[0] = 0  # somebody has answered all of them
+        wait_for(lambda: len(supply.journal.rows) == 3)
+    said = lambda row: (row["prompt"], row["information"], [item["text"] for item in row["responses"]])  # noqa: E731
+    assert [said(row) for row in sorted(rows, key=lambda row: -row["information"])] == [said(row) for row in wanted]
+    with drawing.Supply(config) as again:
+        assert again.rows == rows
+    with pytest.raises(UserError, match=r"votes.jsonl.drawn.part is made with seed 0, not 1; give the same"):
+        drawing.Supply(replace(config, seed=1))
+    with pytest.raises(UserError, match=r"num_samples is of responses that a model draws; give model.path"):
+        replace(config, model=ModelConfig())
+    with pytest.raises(UserError, match="select disagreement asks a reward ensemble what it doubts"):
+        drawing.Supply(replace(config, output=str(tmp_path / "other.jsonl"), reward=RewardSourceConfig()))
+
+
+def test_a_policy_that_fails_leaves_the_page_with_what_is_there_and_its_rows_are_gone_on_with(tmp_path, monkeypatch):
+    class Fake:
+        """A row for every prompt, and none of the third while it is broken."""
+
+        broken = True
+
+        def __init__(self, config):
+            self.prompts, self.size = PROMPTS[:4], 1
+
+        def __call__(self, start):
+            if start == 2 and self.broken:
+                raise RuntimeError("out of memory")
+            return [{"prompt": PROMPTS[start]["prompt"], "responses": [{"text": "a"}, {"text": "b"}]}]
+
+    monkeypatch.setattr(drawing, "Drawing", Fake)
+    config = labelling(tmp_path)
+    with pytest.raises(UserError, match=r"drawing failed \(out of memory\); mend"), drawing.Supply(config) as supply:
+        items, _ = items_of(supply.rows)
+        with contextlib.closing(Votes(config.output, items)) as votes:
+            page = Page(items, votes, config)
+            assert (page.start()["total"], page.waiting()) == (1, 1)
+            supply.start(page.add, page.waiting)
+            wait_for(lambda: page.start()["total"] == 2)
+            shown = page.item("ada", 1)
+            page.answer({"rater": "ada", "item": shown["item"], "ranks": {r["name"]: 0 for r in shown["responses"]}})
+            assert page.waiting() == 1 and page.item("ada")["at"] == 0
+            wait_for(lambda: supply.failure is not None)
+    Fake.broken = False
+    with drawing.Supply(config) as supply, contextlib.closing(Votes(config.output, items_of(supply.rows)[0])) as votes:
+        assert len(supply.rows) == 2 and votes.raters() == ["ada"]  # whose answer is to an item that was drawn
 
 
 @pytest.mark.parametrize(

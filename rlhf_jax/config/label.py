@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import field
+from dataclasses import field, fields
+from typing import Literal
 
 from rlhf_jax.config.checks import SEEDS, check
+from rlhf_jax.config.online import RewardSourceConfig
+from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, printable, shown
 
 LONGEST_NAME = 60
 """Characters of a rater's name."""
+
+DRAWN = ("num_samples", "select", "selected", "reward", "sampling", "max_prompt_length", "batch_size", "ahead", "mesh")
+"""Settings of what a policy draws."""
 
 
 @settings
@@ -19,7 +25,7 @@ class LabelArgs:
 
     Args:
         path: prompts with responses {prompt, responses} or preference rows, as data.path of a stage. Ranks that are
-            there already are not shown.
+            there already are not shown. With `model` prompts alone.
         fields: a field map, as data.fields of a stage.
         output: a .jsonl file, one line per answer; answers that are there already are continued.
         guidelines: a Markdown file with the instructions of the study, which raters see first and can open again.
@@ -31,7 +37,18 @@ class LabelArgs:
         raters: the names that may be chosen; empty lets everyone type one.
         host: the address to listen on. Another than this machine's own sends what is typed unencrypted.
         port: 0 takes a free one.
-        seed: of the order in which each rater sees the responses to each prompt.
+        seed: of the order in which each rater sees the responses to each prompt, and of what is drawn.
+        model: a policy (model.path) that draws responses while people rank those before; it needs no file of them.
+        num_samples: responses that it draws to each prompt.
+        select: which of them are shown: any (random), those whose order members of a reward ensemble doubt most
+            (disagreement), or those that two random members like best (top_two), as of `collect`.
+        selected: how many are shown.
+        reward: names the ensemble.
+        sampling: how responses are drawn.
+        max_prompt_length: longest prompt in tokens; longer ones are left out and counted.
+        batch_size: responses drawn at once; of their prompts those of the most information come first.
+        ahead: more is drawn while the busiest rater has fewer items left.
+        mesh: the devices.
     """
 
     path: PathText = ""
@@ -45,9 +62,23 @@ class LabelArgs:
     host: str = "127.0.0.1"
     port: int = 8765
     seed: int = 0
+    model: ModelConfig = ModelConfig()
+    num_samples: int = 4
+    select: Literal["random", "disagreement", "top_two"] = "random"
+    selected: int = 2
+    reward: RewardSourceConfig = RewardSourceConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_length: int = 256
+    batch_size: int = 64
+    ahead: int = 16
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        check(self, "", {"between 0 and 65535": "port", SEEDS: "seed", "between 2 and 10": "scale"})
+        rules = {"between 0 and 65535": "port", SEEDS: "seed", "between 2 and 10": "scale", "at least 2": "selected"}
+        check(self, "", {**rules, "at least 1": "num_samples max_prompt_length batch_size ahead"})
+        idle = [each.name for each in fields(self) if each.name in DRAWN and getattr(self, each.name) != each.default]
+        if idle and not self.model.path:
+            raise UserError(f"{idle[0]} is of responses that a model draws; give model.path, or leave it out")
         if not self.output.endswith(".jsonl"):
             raise UserError(f"output is {self.output!r}; name a .jsonl file for the answers, as --output votes.jsonl")
         if any(not re.fullmatch(r"\w{1,30}", name) for name in self.criteria) or _repeats(self.criteria):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import bottle
 
@@ -21,6 +22,9 @@ from rlhf_jax.errors import printable, tell
 from rlhf_jax.hosts.files import read_text
 from rlhf_jax.hosts.json_text import JsonObject
 
+if TYPE_CHECKING:
+    from rlhf_jax.commands.label.drawing import Supply
+
 STATIC = Path(__file__).parent / "static"
 LONGEST_COMMENT = 10_000
 
@@ -33,6 +37,16 @@ class Page:
         self.items, self.votes, self.config = items, votes, config
         self.by_key = {item.key: item for item in items}
         self.guidelines = read_text(config.guidelines, "guidelines") if config.guidelines else ""
+
+    def add(self, rows: list[Row]) -> None:
+        """Further rows, whose items stand behind those that are there."""
+        for item in items_of(rows)[0] if rows else []:
+            if self.by_key.setdefault(item.key, item) is item:
+                self.items.append(item)
+
+    def waiting(self) -> int:
+        """Items that the rater with the most answers has left."""
+        return len(self.items) - max((len(self.votes.of(name)) for name in self.votes.raters()), default=0)
 
     def start(self) -> JsonObject:
         """What the entry shows: the rows, who may or did answer, how many items there are, and what is asked."""
@@ -200,12 +214,14 @@ def summary(votes: Votes, total: int) -> str:
 
 def run(config: LabelArgs) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
-    items, note = items_of(rows_from(config.path, config.fields))
-    if config.checks:
-        items = with_checks(items, [check_of(row) for row in rows_from(config.checks)], config.seed)
-    with contextlib.closing(Votes(config.output, items)) as votes:
-        app = make_app(Page(items, votes, config))
-        with listening(config.host, config.port, app) as (server, address):
+    with contextlib.ExitStack() as stack:
+        supply = stack.enter_context(supply_of(config)) if config.model.path else None
+        items, note = items_of(supply.rows if supply else rows_from(config.path, config.fields))
+        if config.checks:
+            items = with_checks(items, [check_of(row) for row in rows_from(config.checks)], config.seed)
+        votes = stack.enter_context(contextlib.closing(Votes(config.output, items)))
+        page = Page(items, votes, config)
+        with listening(config.host, config.port, make_app(page)) as (server, address):
             checks = sum(item.known is not None for item in items)
             known, left_out = f", {checks} of them checks" * bool(checks), f"; left out: {note}" * bool(note)
             tell(f"{config.path}: {len(items)} items to rank{known}{left_out}")
@@ -214,5 +230,14 @@ def run(config: LabelArgs) -> None:
             if config.host not in LOOPBACK:
                 tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
             tell(f"open {address}   (answers go to {config.output}; Ctrl-C ends)")
+            if supply:
+                supply.start(page.add, page.waiting)
             serve(server)
         tell("\n" + summary(votes, len(items)))
+
+
+def supply_of(config: LabelArgs) -> Supply:
+    """What draws for a page; jax is imported for it alone."""
+    from rlhf_jax.commands.label.drawing import Supply
+
+    return Supply(config)
