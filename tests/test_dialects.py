@@ -8,6 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load, save_file
+from test_families import golden
+from test_families import write as write_golden
 from test_hf import message
 from test_loading import tree_of
 
@@ -32,6 +35,7 @@ OWN |= {
     "gptj": {"hidden_size": ..., "n_inner": 14, "rotary_dim": 4}, "ernie4_5": {"head_dim": 8}, "opt": {"ffn_dim": 14},
     "glm": {"head_dim": 8}, "glm4": {"head_dim": 8}, "ministral3": {"head_dim": 8}, "falcon": {"ffn_hidden_size": 14},
     "hunyuan_v1_dense": {"head_dim": 8},
+    "gemma4_text": {"head_dim": 8, "sliding_window": 5, "global_head_dim": 12, "hidden_size_per_layer_input": 0},
 }  # fmt: skip
 SMALL = {"vocab_size": 37, "width": 32, "num_heads": 4, "head_dim": 8, "norm_eps": 1e-6, "ffn_width": 14}
 FULL = {"layer_types": ["full_attention"] * 2}
@@ -105,6 +109,10 @@ SAME = [  # family, changes, and changes that mean the same
      {"rope_scaling": {"type": "dynamic", "alpha": 9.0, "factor": 3.0}}),
     ("opt", {"word_embed_proj_dim": 32, "dropout": 0.1}, {}),
     ("gptj", {"rotary": True, "rope_theta": 7.0}, {}),
+    ("gemma4_text", {"layer_types": ["sliding_attention"] * 2},
+     {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}, "global_head_dim": 4}, {"global_head_dim": 16}),
+    ("gemma4_text", {"num_global_key_value_heads": 1, "rope_theta": 7.0, "rope_local_base_freq": 3.0}, {}),
 ]  # fmt: skip
 
 
@@ -139,6 +147,16 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
             "gemma3_text",
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
             "factor 0.5 in gem",
+        ),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 16}}}, "heads may differ by kind alone"),
+        ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, "heads may differ by kind alone"),
+        ("gemma4_text", {"hidden_size_per_layer_input": ...}, "no support for hidden_size_per_layer_input 256"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "no support for num_kv_shared_layers 1"),
+        ("gemma4_text", {"enable_moe_block": True}, "no support for enable_moe_block True"),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}},
+            "rope_theta is None",
         ),
         ("smollm3", {"no_rope_layers": [1]}, "config.json holds a value of the wrong type or size"),
         ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0, by which nothing is left; correct it"),
@@ -231,9 +249,9 @@ def test_a_model_without_windows_is_saved_with_the_size_that_transformers_wants(
 @pytest.mark.parametrize(
     ("raw", "nearest", "parts", "experts"),
     [
-        ({"model_type": "gemma4_text", "num_experts": None, "top_k_experts": None, "enable_moe_block": False,
-          "attention_k_eq_v": True, "hidden_size_per_layer_input": 256}, "gemma3_text", ["keys that are val"], False),
-        ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 128}, "gemma3_text", [], True),
+        ({"model_type": "gemma3n_text", "num_experts": None, "top_k_experts": None, "enable_moe_block": False,
+          "altup_num_inputs": 4, "hidden_size_per_layer_input": 256}, "gemma3_text", ["value norms"], False),
+        ({"model_type": "gemma5_text", "enable_moe_block": True, "num_experts": 128}, "gemma3_text", [], True),
         ({"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 2}, "granite", [], False),
         ({"model_type": "qwen2_moe", "num_experts": 8, "moe_intermediate_size": 8,
           "shared_expert_intermediate_size": 9}, "qwen3_moe", ["shared experts"], False),
@@ -243,7 +261,7 @@ def test_a_model_without_windows_is_saved_with_the_size_that_transformers_wants(
           "shared_expert_intermediate_size": 4}, "qwen3_moe", ["linear_attention", "shared experts"], False),
         ({"model_type": "olmo_hybrid", "layer_types": ["linear_attention", "full_attention"]}, "olmo3",
          ["linear_attention"], False),
-        ({"model_type": "gemma3", "text_config": {"hidden_size": 8}, "vision_config": {"a": 1}}, "gemma3_text",
+        ({"model_type": "gemma3n", "text_config": {"hidden_size": 8}, "vision_config": {"a": 1}}, "gemma3_text",
          ["images or sound"], False),
         ({"model_type": "deepseek_v3", "n_routed_experts": 256, "kv_lora_rank": 9}, "glm4_moe", ["latent att"], False),
         ({"model_type": "olmo", "clip_qkv": 8.0}, "olmo3", ["norms without weights", "clip_qkv"], False),
@@ -257,6 +275,39 @@ def test_a_refusal_names_the_nearest_family_and_what_it_lacks(tmp_path, raw, nea
     last = said.split("; the nearest, ")[1]
     assert last.split(",")[0] in hf.FAMILIES and (nearest is None or last.startswith(f"{nearest}, "))
     assert all(part in last for part in parts)
+
+
+# ---- models of several parts
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "prefix"),
+    [
+        ("qwen3_5_text/hub", "qwen3_5", "model.language_model."),
+        ("gemma4_text/hub", "gemma4", "model.language_model."),
+        ("gemma3_text/layers_old", "gemma3", "language_model.model."),
+    ],
+)
+def test_of_a_model_with_images_the_language_model_is_read(tmp_path, capsys, name, whole, prefix):
+    arrays = golden(name)
+    alone, text = write_golden(tmp_path / "alone", arrays), json.loads(arrays["config"].tobytes())
+    top = {key: text.pop(key) for key in ("architectures", "tie_word_embeddings", "eos_token_id") if key in text}
+    top["architectures"] = [top["architectures"][0].replace("CausalLM", "ConditionalGeneration")]
+    path = write(tmp_path / "m", top | {"model_type": whole, "text_config": text, "vision_config": {"depth": 1}})
+    tensors = {n.replace("model.", prefix): t for n, t in load(arrays["weights"].tobytes()).items()}
+    beside = {"model.visual.patch_embed.weight": np.ones((2, 2), np.float32), "vision_tower.bias": np.ones(2)}
+    save_file(tensors | beside, path / "model.safetensors")
+    (arch, raw), expected = hf.read_config(path), hf.read_config(alone)
+    assert (arch, raw) == expected
+    params, plain = (hf.load_params(folder, arch, score_head=False) for folder in (path, alone))
+    assert "2 tensors of images or sound are not read" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    hf.save_model(tmp_path / "new", arch, params, eos_ids=[2], base_config=raw)
+    assert hf.read_config(tmp_path / "new")[0] == arch
+    text["model_type"] = "another_text"
+    assert "use one of: llama" in message(
+        hf.read_config, write(path, top | {"model_type": whole, "text_config": text})
+    )
 
 
 # ---- live
@@ -319,6 +370,13 @@ OLMO3 = {"qk_norm": "all", "norm_position": "post", "sliding_window": 4, "window
 FRESH = [
     ("gemma3_text", GEMMA3 | {"rope_local_theta": 10.0}),
     ("gemma2", {**GEMMA3, "qk_norm": "none"}),
+    (
+        "gemma4_text",
+        {**GEMMA3, "norm_offset": False, "query_pre_attn_scalar": 0.0, "attention_multiplier": 1.0, "value_norm": True}
+        | {"layer_gain": True, "full_head_dim": 12, "full_kv_heads": 1, "full_keys_as_values": True}
+        | {"rope_local_theta": 10.0, "rope_scaling": RopeScaling(kind="proportional", fraction=0.5)}
+        | {"sliding_window": 4, "window_layers": (0,)},
+    ),
     ("olmo3", OLMO3),  # one theta for all layers
     ("olmo3", OLMO3 | {"rope_local_theta": 10.0, "rope_scaling": RopeScaling(kind="linear", factor=2.0)}),
     ("cwm", {"mlp_bias": True, "sliding_window": 4, "window_layers": (1,)}),  # which must have a bos_token_id

@@ -27,7 +27,7 @@ FAMILIES = (
     "ministral", "seed_oss", "olmo3", "cwm", "vaultgemma", "starcoder2", "smollm3", "exaone4", "granite", "glm",
     "glm4", "cohere", "cohere2", "phi", "stablelm", "falcon", "nemotron", "arcee", "ernie4_5", "ministral3",
     "hunyuan_v1_dense", "opt", "gptj", "qwen3_moe", "mixtral", "olmoe",
-    "glm4_moe", "gpt_oss", "qwen3_5_text",
+    "glm4_moe", "gpt_oss", "qwen3_5_text", "gemma4_text",
 )  # fmt: skip
 WITHOUT_CLASSIFIER = {
     "cwm",
@@ -38,6 +38,7 @@ WITHOUT_CLASSIFIER = {
     "ernie4_5",
     "olmoe",
     "glm4_moe",
+    "gemma4_text",
 }  # in transformers
 GREEDY = SamplingLaw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
@@ -58,6 +59,7 @@ CASES = [f"{f}/{case}" for f in FAMILIES for case in dict.fromkeys(k.split("/")[
 EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
 LIGHT = {f"{family}/{case}" for family in EXPERTS for case in ("hub", "deep", "tied", "all", "few", "one")}
 LIGHT |= {f"qwen3_5_text/{case}" for case in ("bias", "heads", "old", "full")}
+LIGHT |= {f"gemma4_text/{case}" for case in ("plain", "by_layer", "sixth")}
 """Cases whose compilation is spared: of them logits alone are compared, by the code that has the others' gradients."""
 STAY_FLOAT32 = ("score.weight", "e_score_correction_bias")
 LANGUAGE_MODELS = [name for name in CASES if not name.endswith("/score")]

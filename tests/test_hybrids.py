@@ -1,4 +1,4 @@
-"""Laws of layers with a state: chunks, segments, branches, slots, meshes, stacks of layers of two kinds, adapters."""
+"""Laws of layers of two kinds, a state or attention, heads of two shapes: chunks, slots, meshes, stacks, adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tiny import V, model_params, text_batch
 
 from rlhf_jax import losses, sft
-from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig
+from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig, RopeScaling
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, delta, hf
 from rlhf_jax.models.delta import GatedDelta, Path, Recurrent
@@ -31,6 +31,14 @@ ARCH = ArchConfig(  # two periods of two layers, and one layer more
     delta_key_heads=2, delta_value_heads=4, delta_key_dim=3, delta_value_dim=5, delta_kernel=3,
 )  # fmt: skip
 SMALL = dataclasses.replace(ARCH, num_layers=2, delta_layers=(0,), tied_head=False)
+HEADS = ArchConfig(  # two shapes of heads, as in Gemma 4
+    vocab_size=V, width=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=16, max_positions=40,
+    norm_position="both", qk_norm="head", scale_embedding=True, activation="gelu_tanh", attention_multiplier=1.0,
+    sliding_window=3, window_layers=(0, 2, 4), full_head_dim=12, full_kv_heads=2, full_keys_as_values=True,
+    value_norm=True, layer_gain=True, rope_local_theta=100.0,
+    rope_scaling=RopeScaling(kind="proportional", fraction=0.5),
+)  # fmt: skip
+FEW_HEADS = dataclasses.replace(HEADS, num_layers=2, window_layers=(0,), tied_head=False)
 KEY = jax.random.key(0)
 SEGMENTS = [0] * 2 + [1] * 16 + [2] * 4 + [3] * 5
 BRANCHES = [0] * 2 + [0] * 5 + [1] * 3 + [2] * 6 + [3] * 2 + [0] * 4 + [1] * 3 + [2] * 2
@@ -68,9 +76,10 @@ def test_chunks_are_token_by_token_whatever_lies_beside_a_text():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), last, state)
 
 
-def test_padding_packing_and_a_shared_prompt_change_nothing():
+@pytest.mark.parametrize("arch", [ARCH, HEADS], ids=["delta", "heads"])
+def test_padding_packing_and_a_shared_prompt_change_nothing(arch):
     """Of a model of both kinds of layers; every text is alone in a row of the same shape, at its ends."""
-    model = Model(ARCH)
+    model = Model(arch)
     params = model_params(model, 0)
     tokens = np.random.default_rng(1).integers(2, V, (1, len(SEGMENTS)))
     logits = jax.jit(lambda *inputs: model.project(params, model.apply(params, *inputs)))
@@ -87,14 +96,16 @@ def test_padding_packing_and_a_shared_prompt_change_nothing():
             np.testing.assert_allclose(alone[own], together[columns][own], atol=1e-4)
 
 
-def test_slots_and_rows_that_go_on_give_the_same_tokens_on_a_mesh():
+@pytest.mark.parametrize("arch", [SMALL, FEW_HEADS], ids=["delta", "heads"])
+def test_slots_and_rows_that_go_on_give_the_same_tokens_on_a_mesh(arch):
     """Of 2 x 2 x 2 devices, each shard with half of its rows in slots, cut after every two tokens."""
-    model, mesh, rng = Model(SMALL), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), np.random.default_rng(0)
+    model, mesh, rng = Model(arch), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), np.random.default_rng(0)
     params = jax.tree.map(lambda x: 3 * x, model_params(model, 0))
     law = SamplingLaw(jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
     mask = np.arange(6) >= 6 - rng.integers(1, 7, (8, 1))
     prompt = np.where(mask, rng.integers(3, V, mask.shape), 0).astype(np.int32)
-    run = partial(sample, model, max_new_tokens=7, stop_ids=(1, 2), chunk=2, samples=2, filtered=False)
+    stops = (1, 2) if arch == SMALL else tuple(range(1, 7))
+    run = partial(sample, model, max_new_tokens=7, stop_ids=stops, chunk=2, samples=2, filtered=False)
     expected = jax.jit(run)(params, prompt, mask, KEY, law)
     noise, rollout = jax.random.uniform(KEY, (16, 7)), jax.tree.map(jnp.zeros_like, expected)
     with jax.set_mesh(mesh.grid):
@@ -109,17 +120,23 @@ def test_slots_and_rows_that_go_on_give_the_same_tokens_on_a_mesh():
     assert len(set(np.asarray(expected.mask).sum(1))) > 2
 
 
-def test_a_step_is_the_same_on_a_mesh():
-    model, mesh = Model(ARCH, remat="dots"), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize("arch", [ARCH, HEADS], ids=["delta", "heads"])
+def test_a_step_is_the_same_on_a_mesh(arch):
+    model, mesh = Model(arch, remat="dots"), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params, loss = model_params(model, 0), sft.objective(model, losses.next_token_loss)
     optim = OptimConfig(learning_rate=0.01, schedule="constant", eps=1e-2)
     tx, batch = make_optimizer(optim, make_schedule(optim, 1)), text_batch(8, 7, 2)
+    gains = np.array(params["layers"]["gain"]["scale"]) if arch == HEADS else None
     expected, _ = jax.jit(make_update(loss, tx))(TrainState.create(params, tx), batch, KEY)
     with jax.set_mesh(mesh.grid):
         state = create_state(params, tx, mesh)
         state, _ = make_train_step(loss, tx, mesh=mesh, state=state)(state, put_batch(mesh, batch), KEY)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, jax.device_get(expected.params))
-    assert state.params["layers"]["delta"]["qkv"].addressable_shards[0].data.shape == (3, 8, 1, 16)
+    part, shape = ("delta", (3, 8, 1, 16)) if arch == ARCH else ("full", (2, 8, 1, 3, 12))
+    layers = state.params["layers"]
+    assert layers[part]["qkv"].addressable_shards[0].data.shape == shape
+    if arch == HEADS:  # which no gradient trains, and no decay
+        np.testing.assert_array_equal(layers["gain"]["scale"], gains)
 
 
 # --- stacks
@@ -144,11 +161,11 @@ def test_a_program_has_as_many_operations_however_deep_the_model_is():
     assert operations(2) == operations(5)
 
 
-@pytest.mark.parametrize("top", [1, 2])
-def test_two_stacks_compute_what_one_does_and_are_read_as_one(top):
-    model, batch = Model(ARCH), text_batch(2, 7, 2)
+@pytest.mark.parametrize(("arch", "top"), [(ARCH, 1), (ARCH, 2), (HEADS, 2)], ids=["one", "two", "heads"])
+def test_two_stacks_compute_what_one_does_and_are_read_as_one(arch, top):
+    model, batch = Model(arch), text_batch(2, 7, 2)
     params = model.init(KEY)
-    assert {name: leaf.shape for name, leaf in flattened(params).items()} == leaf_shapes(ARCH, score_head=False)
+    assert {name: leaf.shape for name, leaf in flattened(params).items()} == leaf_shapes(arch, score_head=False)
     split = model.split(params, top)
     assert [depth(stack) for stack in stacks_of(split)] == [5 - top, top]
     inputs = [batch[name] for name in ("tokens", "positions", "segment_ids")]
@@ -164,17 +181,19 @@ def test_two_stacks_compute_what_one_does_and_are_read_as_one(top):
 # --- adapters
 
 
-@pytest.mark.parametrize("how", ["none", "nf4"])
-def test_adapters_of_all_linear_layers_are_what_they_are_merged(how):
-    model = Model(SMALL, lora_scale=2.0)
-    chosen = sites(hf.find_family(SMALL))
+@pytest.mark.parametrize(("arch", "how"), [(SMALL, "none"), (SMALL, "nf4"), (FEW_HEADS, "nf4")])
+def test_adapters_of_all_linear_layers_are_what_they_are_merged(arch, how):
+    model = Model(arch, lora_scale=2.0)
+    chosen = sites(hf.find_family(arch))
     modules = {site.module.partition("{}.")[2] for site in chosen if "linear_attn" in site.module}
-    assert modules == {f"linear_attn.{name}" for name in
-                       ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")}  # fmt: skip
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj") if arch == SMALL else ()
+    assert modules == {f"linear_attn.{name}" for name in names}
     noise = lambda x: x + 0.2 * jax.random.normal(jax.random.fold_in(KEY, x.size), x.shape)  # noqa: E731
     base = quantized(model_params(model, 0), how)
-    assert isinstance(base["layers"]["delta"]["decay"], jax.Array)
-    params = joined(base, jax.tree.map(noise, init_adapters(SMALL, chosen, 2, KEY)))
+    assert arch != SMALL or isinstance(base["layers"]["delta"]["decay"], jax.Array)
+    params = joined(base, jax.tree.map(noise, init_adapters(arch, chosen, 2, KEY)))
+    if arch == FEW_HEADS:
+        assert set(params["layers"]["full"]["qkv_lora"]) == {"query", "key_value"}
     array = lambda x: jnp.stack([x[i] for i in range(x.shape[0])]) if isinstance(x, Stack) else x  # noqa: E731
     merged, batch = jax.tree.map(array, model.merged(params)), text_batch(2, 7, 2)
     inputs, apply = [batch[name] for name in ("tokens", "positions", "segment_ids")], jax.jit(model.apply)

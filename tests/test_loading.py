@@ -40,6 +40,11 @@ OWN = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 48, "bias": True},
     "opt": {"ffn_dim": 48}, "gptj": {"rotary_dim": 2}, "nemotron": {"mlp_bias": True}, "arcee": {"mlp_bias": True},
     "ernie4_5": {"use_bias": True}, "smollm3": {"no_rope_layers": [0, 1, 0]}, "exaone4": {"sliding_window": 8},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0, "sliding_window": 8, "global_head_dim": 6, "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_key_value_heads": 8,
+        "num_global_key_value_heads": 4,
+    },
     "qwen3_5_text": {
         "partial_rotary_factor": 0.5, "full_attention_interval": 2, "linear_num_key_heads": 4,
         "linear_num_value_heads": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
@@ -200,7 +205,7 @@ def test_damaged_shards(tmp_path):
         ({"model_type": "glm4_moe", "n_shared_experts": 0}, "no support for n_shared_experts 0"),
         ({"model_type": "glm4_moe", "first_k_dense_replace": 9}, "leaves none of 3 layers to experts"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 9}, "no support for mixture-of-experts, model_type 'deeps"),
-        ({"model_type": "gemma3", "text_config": {}}, "no support for model_type 'gemma3'; use one of: llama"),
+        ({"model_type": "gemma3n", "text_config": {}}, "no support for model_type 'gemma3n'; use one of: llama"),
         ({"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]}, "'LlamaForQuestionAnswering'; use"),
         (
             {"model_type": "llama", "rope_scaling": {"type": "xpos", "factor": 2.0}},

@@ -17,7 +17,8 @@ class RopeScaling:
     Args:
         kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the length of a whole sequence); ntk
             (the base grows by factor^(d / (d - 2)) for d turning dimensions, at any length); llama3; yarn (Peng et al.
-            2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753).
+            2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753); proportional (Gemma 4: only the
+            fastest frequencies of the whole head turn).
         factor: how many times longer.
         original_max_positions: the length that the frequencies were trained for (llama3, yarn, longrope).
         low_freq_factor: llama3: waves longer than the original length over this are stretched.
@@ -30,9 +31,10 @@ class RopeScaling:
         mscale_all_dim: yarn: its denominator.
         short_factor: longrope: a divisor for every frequency, up to the original length.
         long_factor: longrope: the same, beyond it.
+        fraction: proportional: the part of the frequencies that turn; the others stand still.
     """
 
-    kind: Literal["none", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope"] = "none"
+    kind: Literal["none", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope", "proportional"] = "none"
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
@@ -45,14 +47,17 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         where = "model.arch.rope_scaling."
         rules = {
             "above 0": "factor low_freq_factor high_freq_factor beta_fast beta_slow",
-            "at least 0": "original_max_positions attention_factor mscale mscale_all_dim",
+            "at least 0": "original_max_positions attention_factor mscale mscale_all_dim fraction",
         }
         check(self, where, rules)
+        if self.fraction > 1:
+            raise UserError(f"{where}fraction {self.fraction:g} is more than all frequencies; make it at most 1")
         if any(not 0 < number <= LARGEST for number in (*self.short_factor, *self.long_factor)):
             raise UserError(f"{where}short_factor and long_factor are not all above 0; correct them")
         if self.kind == "none" and self.factor != 1:
@@ -98,6 +103,12 @@ class ArchConfig:
         norm_eps: added to the variance.
         norm_offset: norms multiply by 1 + scale instead of scale (Gemma, Nemotron).
         norm_position: pre (before attention and MLP), post (on what they add, OLMo 2) or both (Gemma 2).
+        full_head_dim: width of a head in layers without the window, which then have weights of other shapes; 0 where
+            all layers are alike (Gemma 4).
+        full_kv_heads: key-value heads of these.
+        full_keys_as_values: their values are the keys, before norm and rotation.
+        value_norm: RMSNorm without a scale of the values of each head.
+        layer_gain: what a layer leaves is multiplied by a number that no gradient trains.
         qk_norm: RMSNorm of queries and keys: none, head (each head by itself), turned (the same after the rotation,
             HunYuan) or all (all heads as one vector).
         parallel_residual: attention and MLP read the same input (GPT-NeoX).
@@ -165,6 +176,11 @@ class ArchConfig:
     norm_eps: float = 1e-5
     norm_offset: bool = False
     norm_position: Literal["pre", "post", "both"] = "pre"
+    full_head_dim: int = 0
+    full_kv_heads: int = 0
+    full_keys_as_values: bool = False
+    value_norm: bool = False
+    layer_gain: bool = False
     qk_norm: Literal["none", "head", "turned", "all"] = "none"
     parallel_residual: bool = False
     shared_norm: bool = False
@@ -212,22 +228,26 @@ class ArchConfig:
             "routed_scale",
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
-            "shared_width dense_layers dense_width glu_limit",
+            "shared_width dense_layers dense_width glu_limit full_head_dim full_kv_heads",
         }
         if self.delta_layers:
             rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
         check(self, "model.arch.", rules)
         self._check_experts()
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.num_kv_heads "
-                f"{self.num_kv_heads}; change one of them"
-            )
-        if self.positions == "rotary" and (self.rotary_dim % 2 or self.rotary_dim < 2 or self.rope_fraction > 1):
-            raise UserError(
-                f"model.arch.head_dim {self.head_dim} and rope_fraction {self.rope_fraction:g} make {self.rotary_dim} "
-                "rotary dimensions; choose them so that it is an even number of at most head_dim"
-            )
+        for prefix, mixer in ("num", "attn"), ("full", "full"):
+            if (heads := self.heads_of(mixer)[0]) and self.num_heads % heads:
+                raise UserError(
+                    f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.{prefix}_kv_heads "
+                    f"{heads}; change one of them"
+                )
+        if bool(self.full_head_dim) != bool(self.full_kv_heads) or self.full_keys_as_values > bool(self.full_head_dim):
+            raise UserError("model.arch.full_keys_as_values needs full_head_dim, and this full_kv_heads; give all")
+        for name, turning in ("head_dim", self.rotary_dim), ("full_head_dim", self.full_rotary_dim):
+            if self.positions == "rotary" and (turning % 2 or turning < 2 or self.rope_fraction > 1):
+                raise UserError(
+                    f"model.arch.{name} {getattr(self, name)} and rope_fraction {self.rope_fraction:g} make {turning} "
+                    f"rotary dimensions; choose them so that it is an even number of at most {name}"
+                )
         if bool(self.sliding_window) != bool(self.window_layers):
             raise UserError(
                 f"model.arch.sliding_window {self.sliding_window} and window_layers {list(self.window_layers)} "
@@ -250,11 +270,11 @@ class ArchConfig:
         if self.query_log_scale and not self.rope_scaling.original_max_positions:
             raise UserError("model.arch.query_log_scale needs rope_scaling.original_max_positions; give it")
         for name in ("short_factor", "long_factor"):
-            count = len(getattr(self.rope_scaling, name))
-            if self.rope_scaling.kind == "longrope" and count != self.rotary_dim // 2:
+            count, pairs = len(getattr(self.rope_scaling, name)), self.full_rotary_dim // 2
+            if self.rope_scaling.kind == "longrope" and count != pairs:
                 raise UserError(
-                    f"model.arch.rope_scaling.{name} has {count} numbers; give {self.rotary_dim // 2}, one for every "
-                    "pair of rotary dimensions"
+                    f"model.arch.rope_scaling.{name} has {count} numbers; give {pairs}, one for every pair of rotary "
+                    "dimensions"
                 )
 
     def _check_experts(self) -> None:
@@ -295,8 +315,14 @@ class ArchConfig:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """What mixes the tokens of every layer: attn or delta."""
-        return tuple("delta" if i in self.delta_layers else "attn" for i in range(self.num_layers))
+        """What mixes the tokens of every layer: attn, delta, or attention with heads of its own in a full view."""
+        full = "full" if self.full_head_dim else "attn"
+        attention = ("attn" if i in self.window_layers else full for i in range(self.num_layers))
+        return tuple("delta" if i in self.delta_layers else kind for i, kind in enumerate(attention))
+
+    def heads_of(self, mixer: str) -> tuple[int, int]:
+        """(key-value heads, width of a head) of layers with attention of this kind."""
+        return (self.full_kv_heads, self.full_head_dim) if mixer == "full" else (self.num_kv_heads, self.head_dim)
 
     @property
     def position_rows(self) -> int:
@@ -307,3 +333,8 @@ class ArchConfig:
     def rotary_dim(self) -> int:
         """Dimensions of a head that turn."""
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def full_rotary_dim(self) -> int:
+        """Those of a head in layers without the window."""
+        return int((self.full_head_dim or self.head_dim) * self.rope_fraction)

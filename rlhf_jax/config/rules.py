@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rlhf_jax.errors import UserError
 
+_T = TypeVar("_T")
 MESH_AXES = ("data", "fsdp", "tensor")
 EXPERT_AXES = ("data", "fsdp", "expert", "tensor")
 """Those of a mesh with an axis for experts."""
@@ -36,11 +38,21 @@ LEAVES = {
     "layers/experts/down": "LEFD", "layers/experts/down_bias": "LED",
     "layers/shared/up": "LDMF", "layers/shared/down": "LFD",
     "final_norm/scale": "D", "final_norm/bias": "D", "head/kernel": "DV", "head/bias": "V",
-    "score/kernel": "D", "score/bias": "",
+    "score/kernel": "D", "score/bias": "", "layers/gain/scale": "L1",
 }  # fmt: skip
 """Every parameter by its path, and its axes."""
 
-WIDE_QK_NORM = {"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"}
+ATTENTION, FULL = "layers/attn/", "layers/full/"
+"""Attention, and that of layers whose full view has heads of its own: the same leaves, in other sizes."""
+
+
+def with_full(table: Mapping[str, _T]) -> dict[str, _T]:
+    """A table by leaf in which those of attention stand for those of layers with a full view, too."""
+    return {**table, **{leaf.replace(ATTENTION, FULL): value for leaf, value in table.items() if ATTENTION in leaf}}
+
+
+LEAVES = with_full(LEAVES)
+WIDE_QK_NORM = with_full({"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"})
 """Axes that differ where all heads are normalised as one vector."""
 
 MEMBERS = {"score/kernel": "HD", "score/bias": "H"}
@@ -48,18 +60,18 @@ MEMBERS = {"score/kernel": "HD", "score/bias": "H"}
 
 OTHER_AXES = WIDE_QK_NORM | MEMBERS
 
-INPUTS = {
+INPUTS = with_full({
     "layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F",
     "layers/experts/up": "D", "layers/experts/down": "F", "layers/shared/up": "D", "layers/shared/down": "F",
     "layers/delta/qkv": "D", "layers/delta/gate": "D", "layers/delta/beta": "D", "layers/delta/decay": "D",
     "layers/delta/out": "JU",
-}  # fmt: skip
+})  # fmt: skip
 """The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
 
 NOT_QUANTIZED = ("layers/delta/beta", "layers/delta/decay")
 """Kernels that stay as they are: small, and a state multiplies what they get wrong."""
 
-MIXERS = ("attn", "delta")
+MIXERS = ("attn", "delta", "full")
 """Parts of a layer of which each layer has one: "layers/attn/..." are stacked over the layers with attention alone."""
 
 Split = tuple[str, ...]
@@ -120,7 +132,9 @@ def _beside_a_kernel(path: str) -> str:
 
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
-    match = re.search(r"(?:^|/)(layers/(?:attn|delta|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
+    match = re.search(
+        r"(?:^|/)(layers/(?:attn|full|delta|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path
+    )
     if match is None or match[1] not in INPUTS:
         return ""
     kernel, scale, adapter = match.groups()

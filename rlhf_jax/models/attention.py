@@ -272,7 +272,7 @@ def make_attend(
 ) -> Attend:
     """Causal attention within segments by `kind`: plain, splash, splash_interpret (on CPU, slow) or cudnn.
 
-    cuDNN has no float32, soft-caps or sinks; such a call is plain.
+    cuDNN has no float32, soft-caps, sinks or heads wider than 256; such a call is plain.
     """
     if kind.startswith("splash"):
         return functools.partial(
@@ -288,7 +288,7 @@ def make_attend(
     mask = causal_mask(segment_ids, window, branches)
 
     def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
-        if kind == "cudnn" and not softcap and sinks is None and q.dtype != jnp.float32:
+        if kind == "cudnn" and not softcap and sinks is None and q.dtype != jnp.float32 and q.shape[-1] <= 256:
             return cudnn_attention(q, k, v, mask, scale=scale)
         return attention(q, k, v, mask, sinks, scale=scale, softcap=softcap)
 

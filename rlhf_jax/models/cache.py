@@ -43,7 +43,8 @@ def pinned(cache: Any, heads: str | None, key_heads: str | None) -> Any:
 
 def column_bytes(arch: ArchConfig, itemsize: int) -> int:
     """Of a token, all layers, with keys and values of so many bytes a number."""
-    return 2 * arch.mixers.count("attn") * arch.num_kv_heads * arch.head_dim * itemsize
+    heads = [arch.heads_of(mixer) for mixer in arch.mixers if mixer != "delta"]
+    return 2 * sum(count * width for count, width in heads) * itemsize
 
 
 def state_bytes(arch: ArchConfig, itemsize: int) -> int:

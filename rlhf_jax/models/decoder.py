@@ -50,6 +50,12 @@ def times(x: Array, factor: float) -> Array:
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
+def normalized(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Float[Array, "..."]:
+    """x over the root of its mean square along axes, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps)
+
+
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), with a bias or not, computed in float32.
 
@@ -70,7 +76,7 @@ class Norm(nnx.Module):
         wide = (1,) * (x.ndim - scale.ndim) + scale.shape
         if self.centered:
             y = y - y.mean(axis=axes, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.eps)
+        y = normalized(y, axes, self.eps)
         y = y * (scale + self.offset).reshape(wide)
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(jnp.float32).reshape(wide)
@@ -81,17 +87,23 @@ class Attention(nnx.Module):
     """Causal self-attention with grouped queries. One fused projection: slots 0..G-1 queries, G key, G+1 value.
 
     With a gate each query is followed by its own, slots 0..2G-1 (Qiu et al. 2025, arXiv 2505.06708).
+
+    Args:
+        mixer: attn, or full, in a layer whose full view has heads of its own; there is no slot of values if they are
+            the keys.
     """
 
-    def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
-        d, k, n = arch.width, arch.num_kv_heads, arch.head_dim
+    def __init__(self, arch: ArchConfig, mixer: str = "attn", *, rngs: nnx.Rngs):
+        d, (k, n) = arch.width, arch.heads_of(mixer)
         g, self.gated = arch.num_heads // k, arch.attn_gate
+        self.keys_as_values = mixer == "full" and arch.full_keys_as_values
         self.queries = queries = 2 * g if arch.attn_gate else g
-        self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, queries + 2, n)))
+        slots, self.value_eps = queries + 2 - self.keys_as_values, arch.norm_eps if arch.value_norm else None
+        self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, slots, n)))
         out_std = arch.init_std / (2 * arch.num_layers) ** 0.5  # GPT-2's scaling of what adds to the residual stream
         self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
         if arch.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((k, queries + 2, n)))
+            self.qkv_bias = nnx.Param(jnp.zeros((k, slots, n)))
         if arch.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(d))
         if arch.attn_sinks:
@@ -115,6 +127,9 @@ class Attention(nnx.Module):
         if hasattr(self, "qkv_bias"):
             qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
         q, k, v = jnp.split(qkv, [self.queries, self.queries + 1], axis=3)  # its gradient is one concatenation
+        v = k if self.keys_as_values else v
+        if self.value_eps is not None:
+            v = normalized(v, (-1,), self.value_eps).astype(v.dtype)
         if self.gated:  # [B, T, K, 2G, N] is q and gate in turns
             pairs = q.reshape(*q.shape[:3], -1, 2, q.shape[-1])
             q, gate = pairs[..., 0, :], jax.nn.sigmoid(pairs[..., 1, :])
@@ -167,11 +182,22 @@ class MLP(nnx.Module):
         return y
 
 
+class Gain(nnx.Module):
+    """A number that multiplies what a layer leaves, and that no gradient trains."""
+
+    def __init__(self) -> None:
+        self.scale = nnx.Param(jnp.ones(1))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gain = jax.lax.stop_gradient(self.scale[...].astype(jnp.float32))
+        return (x.astype(jnp.float32) * gain[None, None]).astype(x.dtype)
+
+
 class Block(nnx.Module):
     """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side.
 
     Args:
-        mixer: attn or delta, what there is for attention.
+        mixer: attn, full or delta, what there is for attention.
         sparse: it has experts in place of the MLP, perhaps with a shared one beside them.
     """
 
@@ -180,10 +206,11 @@ class Block(nnx.Module):
             return Norm(arch, (arch.width,), centered=arch.norm != "rms")
 
         self.parallel, self.one_norm, self.factor = arch.parallel_residual, arch.shared_norm, arch.residual_multiplier
+        self.mixer = mixer
         if mixer == "delta":
             self.delta = GatedDelta(arch, ACTIVATIONS[arch.activation], rngs=rngs)
         else:
-            self.attn = Attention(arch, rngs=rngs)
+            setattr(self, mixer, Attention(arch, mixer, rngs=rngs))
         if sparse:
             self.experts = Experts(arch, ACTIVATIONS[arch.activation], rngs=rngs)
         else:
@@ -196,6 +223,8 @@ class Block(nnx.Module):
             self.mlp_norm = norm()
         if arch.norm_position in ("post", "both"):
             self.attn_post_norm, self.mlp_post_norm = norm(), norm()
+        if arch.layer_gain:
+            self.gain = Gain()
 
     def __call__(
         self,
@@ -215,7 +244,7 @@ class Block(nnx.Module):
         if hasattr(self, "delta"):
             y, cache = self.delta(near, before if cache is None else cache)
         else:
-            y, cache = self.attn(near, tables, before, cache, index)
+            y, cache = getattr(self, self.mixer)(near, tables, before, cache, index)
         mixed = x + times(self._norm("attn_post_norm", y), self.factor)
         y, routing = near if self.one_norm else self._norm("mlp_norm", x if self.parallel else mixed), None
         if hasattr(self, "experts"):
@@ -224,7 +253,8 @@ class Block(nnx.Module):
             y = y if of_all is None else y + of_all
         else:
             y = self.mlp(y)
-        return mixed + times(self._norm("mlp_post_norm", y), self.factor), cache, routing
+        x = mixed + times(self._norm("mlp_post_norm", y), self.factor)
+        return self._norm("gain", x), cache, routing
 
     def _norm(self, name: str, x: Array) -> Array:
         return getattr(self, name)(x) if hasattr(self, name) else x

@@ -16,7 +16,7 @@ from rlhf_jax.models.stacking import layer_of, runs_of
 from rlhf_jax.sharding import constrain_gathered, path_name
 from rlhf_jax.types import Params
 
-FLOAT32 = ("_norm", "router", "sinks", "_rate", "rate_")
+FLOAT32 = ("_norm", "router", "sinks", "_rate", "rate_", "gain")
 
 
 def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, lora_scale: float) -> Params:

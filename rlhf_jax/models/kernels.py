@@ -63,7 +63,7 @@ CUT_AXIS = {"qkv": 2, "up": 1}
 """Kernels that are several of transformers' modules side by side -> the axis of b in which they follow one another."""
 _OF_EXPERTS = {"up": 4, "down": 3}
 """Kernels that may be of experts -> their axes in a layer, if they are: the first is E, and adapters have it too."""
-_STARTS = {"query": 0, "key": -2, "value": -1, "gate": 0, "up": -1}
+_STARTS = {"query": 0, "key": -2, "value": -1, "key_value": -1, "gate": 0, "up": -1}
 KERNELS = {path: (len(stacked(path)), len(axes)) for path, axes in INPUTS.items()}
 """The kernels that can be quantised and adapted -> how many axes lead, L or L and E, and how many then are inputs."""
 BLOCK = 64

@@ -94,10 +94,16 @@ def _ends_in(module: str, target: str) -> bool:
     return f".{module}".endswith(f".{target}")
 
 
+def adapter_axes(arch: ArchConfig, chosen: Sequence[Site]) -> dict[str, str]:
+    """Letters of every leaf of the adapters by its path."""
+    layout, own = Layout(arch), {path: letters for site in chosen for path, letters in site.axes().items()}
+    homes = [(home.leaf, letters) for path, letters in own.items() for home in layout.homes(Tensor(path, letters))]
+    return {path: letters for path, letters in homes if layout.layers(path)}
+
+
 def adapter_shapes(arch: ArchConfig, chosen: Sequence[Site], rank: int) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the adapters by its path."""
-    layout = Layout(arch, rank=rank)
-    axes = {path: letters for site in chosen for path, letters in site.axes().items() if layout.layers(path)}
+    layout, axes = Layout(arch, rank=rank), adapter_axes(arch, chosen)
     return {path: tuple(layout.sizes_of(path)[letter] for letter in letters) for path, letters in axes.items()}
 
 

@@ -148,24 +148,23 @@ class Model:
         self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], branches: Int[Array, "B T"] | None = None
     ) -> dict[decoder.Kind, tuple[Tables | None, Attend | Path]]:
         """What layers of each kind are given to read a text: rotary tables and attention, or the path of a state."""
-        kinds = sorted(set(decoder.kinds_of(self.arch)))
         kept_apart = None if branches is None else Branches(branches, positions)
-        views: dict[decoder.Kind, tuple[Tables | None, Attend | Path]] = {
-            kind: (self._tables(positions, kind), self._attend(segment_ids, kept_apart, local=kind.local))
-            for kind in kinds
-            if kind.mixer == "attn"
-        }
-        return views | {kind: (None, Path.of(segment_ids, branches)) for kind in kinds if kind.mixer == "delta"}
 
-    def _attend(self, segment_ids: Int[Array, "B T"], branches: Branches | None = None, *, local: bool) -> Attend:
-        """Attention of a layer with or without (`local`) the full view, all of a text at once."""
-        window = self.arch.sliding_window if local else 0
+        def view(kind: decoder.Kind) -> tuple[Tables | None, Attend | Path]:
+            if kind.mixer == "delta":
+                return None, Path.of(segment_ids, branches)
+            return self._tables(positions, kind), self._attend(segment_ids, kept_apart, kind)
+
+        return {kind: view(kind) for kind in sorted(set(decoder.kinds_of(self.arch)))}
+
+    def _attend(self, segment_ids: Int[Array, "B T"], branches: Branches | None, kind: decoder.Kind) -> Attend:
+        """Attention of a layer of this kind, all of a text at once."""
         return make_attend(
             self.attention,
             segment_ids,
             branches,
-            window=window,
-            scale=self.scale,
+            window=self.arch.sliding_window if kind.local else 0,
+            scale=self._scale(kind),
             softcap=self.arch.attn_softcap,
             heads_over=self._over("K"),
         )
@@ -174,10 +173,10 @@ class Model:
         """The mesh axis that an axis of activations is split over, beside rows."""
         return over_tensor(self.rules.letters[letter])
 
-    @property
-    def scale(self) -> float:
+    def _scale(self, kind: decoder.Kind) -> float:
         """Of attention scores."""
-        return self.arch.attention_multiplier or (self.arch.query_pre_attn_scalar or self.arch.head_dim) ** -0.5
+        width = self.arch.heads_of(kind.mixer)[1]
+        return self.arch.attention_multiplier or (self.arch.query_pre_attn_scalar or width) ** -0.5
 
     def apply(
         self,
@@ -338,7 +337,7 @@ class Model:
             columns, softcap = shared[i], self.arch.attn_softcap
             if columns is None:
                 return None, None
-            law = partial(group_attention, mask=masks[kind.local], scale=self.scale, softcap=softcap)
+            law = partial(group_attention, mask=masks[kind.local], scale=self._scale(kind), softcap=softcap)
             return tables[kind], partial(law, shared=columns)
 
         hidden, cache, routings = self._layers(params, token[:, None], positions, view, cache, index)

@@ -44,7 +44,8 @@ def rotary_tables(positions: Int[Array, "B T"], arch: ArchConfig, length: int = 
     else:
         scaling, theta = arch.rope_scaling, arch.rope_theta
     length = length or positions.shape[1]
-    frequencies, gain = _frequencies(scaling, theta, arch.rotary_dim, arch.max_positions, length)
+    turning = arch.rotary_dim if local else arch.full_rotary_dim
+    frequencies, gain = _frequencies(scaling, theta, turning, arch.max_positions, length)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     scale = None
     if arch.query_log_scale:
@@ -75,7 +76,7 @@ def check_law(arch: ArchConfig) -> None:
     """Raise a UserError, or whatever arithmetic does, unless the frequencies of short and long texts are numbers."""
     for length in (1, arch.max_positions) if arch.positions == "rotary" else ():
         with np.errstate(all="ignore"):
-            law = arch.rope_scaling, arch.rope_theta, arch.rotary_dim, arch.max_positions
+            law = arch.rope_scaling, arch.rope_theta, arch.full_rotary_dim, arch.max_positions
             frequencies, gain = _frequencies(*law, length)
         if not np.isfinite(frequencies).all() or not np.isfinite(gain):
             raise UserError(f"rope_theta {arch.rope_theta} and the rotary scaling give angles that are no numbers")
@@ -88,6 +89,9 @@ def _frequencies(
     plain, factor = 1 / _powers(theta, dim), scaling.factor
     if scaling.kind == "linear":
         return plain / np.float32(factor), 1.0
+    if scaling.kind == "proportional":
+        turns = np.arange(dim // 2) < int(scaling.fraction * dim // 2)
+        return np.where(turns, plain / np.float32(factor), np.float32(0)), 1.0
     if scaling.kind == "llama3":
         return _llama3(scaling, plain), 1.0
     if scaling.kind == "yarn":

@@ -85,11 +85,11 @@ def learning_rates(schedule: Schedule, total: int) -> list[float]:
 
 
 def decay_mask(params: Params) -> Params:
-    """True for matrices; norms, biases, sinks, rates and scalar heads are not decayed."""
+    """True for matrices; norms, biases, sinks, rates, gains and scalar heads are not decayed."""
 
     def is_matrix(path: jax.tree_util.KeyPath, _: object) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not name.endswith(("bias", "sinks", "_rate")) and "_norm" not in name and "score" not in name
+        return not name.endswith(("bias", "sinks", "_rate", "gain/scale")) and not ("_norm" in name or "score" in name)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -716,11 +716,48 @@ def _hybrids() -> dict[str, Case]:
     }  # fmt: skip
 
 
+def _gemma4() -> dict[str, Case]:
+    shape = SHAPE | {"model_type": "gemma4_text", "num_hidden_layers": 3, "head_dim": 8, "global_head_dim": 12}
+    shape |= {"hidden_size_per_layer_input": 0, "sliding_window": 5}
+    kinds = {"s": "sliding_attention", "f": "full_attention"}
+    of = lambda letters: {"layer_types": [kinds[x] for x in letters], "num_hidden_layers": len(letters)}  # noqa: E731
+    local = {"rope_type": "default", "rope_theta": 40.0}
+    rope = lambda **full: {"rope_parameters": {"sliding_attention": local, "full_attention": full}}  # noqa: E731
+    whole = rope(rope_type="proportional", rope_theta=70.0, partial_rotary_factor=0.7)
+    values = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    return {
+        "plain": Case(shape | of("sff") | whole),
+        "values": Case(shape | of("fsf") | whole | values | {"final_logit_softcapping": 2.0, "sliding_window": 4}),
+        # The Hub's dialect, the default rotary law, and a last layer that is forced to be without a window.
+        "hub": Case(
+            shape | of("ssss") | values | {"use_bidirectional_attention": "vision", "num_global_key_value_heads": 2}
+            | {"use_double_wide_mlp": True, "tie_word_embeddings": True, "global_head_dim": 16, "num_experts": None},
+            as_written=True,
+        ),
+        "bias": Case(
+            shape | of("sf") | rope(rope_type="linear", rope_theta=90.0, factor=2.5)
+            | {"attention_bias": True, "tie_word_embeddings": False, "hidden_activation": "silu"}
+        ),
+        "full": Case(
+            shape | of("ff") | values | {"attention_bias": True, "num_global_key_value_heads": 4}
+            | rope(rope_type="proportional", rope_theta=50.0, factor=1.5)
+        ),
+        "by_layer": Case(
+            shape | of("sf") | whole | {"per_layer_config": {"1": {"head_dim": 6, "num_key_value_heads": 4}}}
+        ),
+        "sixth": Case(
+            shape | whole | values | {"num_hidden_layers": 7, "global_head_dim": 8, "intermediate_size": 6},
+            as_written=True,
+        ),
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {f"llama/{name}": case for name, case in _llama().items()}
 CASES |= {f"mistral/{name}": case for name, case in _mistral().items()}
 CASES |= {f"phi3/{name}": case for name, case in _phi3().items()}
 CASES |= {f"olmo2/{name}": case for name, case in _olmo2().items()}
 CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts() | _experts() | _hybrids()
+CASES |= {f"gemma4_text/{name}": case for name, case in _gemma4().items()}
 
 
 def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn.Module:
@@ -730,7 +767,7 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
     auto = AutoModelForSequenceClassification if "num_labels" in case.settings else AutoModelForCausalLM
     model = auto.from_config(config, **EAGER, dtype=torch.float32).eval()
     norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    with_one = {name for name in norms if re.search("gemma|nemotron|qwen3_5", config.model_type)} - {
+    with_one = {name for name in norms if re.search("gemma(?!4)|nemotron|qwen3_5", config.model_type)} - {
         name for name, module in model.named_modules() if "Gated" in type(module).__name__
     }  # these multiply by 1 + weight
     with torch.no_grad():
@@ -753,6 +790,8 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):  # of the size of what scores differ by
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            elif key.endswith("layer_scalar"):
+                buffer.copy_(1 + 0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

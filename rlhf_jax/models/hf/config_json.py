@@ -32,10 +32,11 @@ _SCALING = {  # fields of RopeScaling by kind
     "llama3": "factor low_freq_factor high_freq_factor original_max_positions",
     "yarn": "factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim original_max_positions",
     "longrope": "factor short_factor long_factor attention_factor original_max_positions",
+    "proportional": "factor fraction",
 }  # fmt: skip
-_SCALING_KEYS = {  # kind -> field -> key: the same but one
-    kind: {name: _ORIGINAL if name == "original_max_positions" else name for name in names.split()}
-    for kind, names in _SCALING.items()
+_OTHERWISE = {"original_max_positions": _ORIGINAL, "fraction": "partial_rotary_factor"}
+_SCALING_KEYS = {  # kind -> field -> key, mostly the same
+    kind: {name: _OTHERWISE.get(name, name) for name in names.split()} for kind, names in _SCALING.items()
 } | {"ntk": {"factor": "alpha"}}
 _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -94,6 +95,10 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
     """
     with understood(where):
         raw = raw | {key: raw[alias] for alias, key in family.aliases.items() if alias in raw}
+        layers = _value("num_layers", family.config["num_layers"], family, raw, where)
+        if layers > MOST_LAYERS_OF_A_MODEL:
+            raise UserError(f"{where}: {layers} layers are more than any model has; correct it")
+        raw = family.plain(raw)
         only = {key: allowed(raw) if callable(allowed) else allowed for key, allowed in family.only.items()}
         refused = {key: raw[key] for key, allowed in only.items() if key in raw and raw[key] not in allowed}
         refused |= {key: raw[key] for key in ("quantization_config", "per_layer_config") if raw.get(key)}
@@ -103,8 +108,6 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
             raise UserError(f"{where}: no support for {key} {shown(value)}; choose a checkpoint without it")
         _check_tokens(raw, where)
         fields: Fields = {field: _value(field, key, family, raw, where) for field, key in family.config.items()}
-        if fields["num_layers"] > MOST_LAYERS_OF_A_MODEL:
-            raise UserError(f"{where}: {fields['num_layers']} layers are more than any model has; correct it")
         if fields.get("num_experts", 1) < 1:
             raise UserError(f"{where}: {family.config['num_experts']} is {fields['num_experts']}; take a dense family")
         fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
@@ -122,7 +125,7 @@ def _default(key: str, family: Family, raw: ConfigJson) -> object:
     return value(raw) if callable(value) else value
 
 
-def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -> object:
+def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -> Any:
     value = raw.get(key)
     if value is None and key not in family.defaults:
         raise UserError(f"{where} lacks {key!r}; download or save it again")
@@ -198,7 +201,7 @@ def _windows(raw: ConfigJson, family: Family, where: Path, layers: int) -> Field
 def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> Fields:
     """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
     scaled: ConfigJson = raw.get("rope_scaling") or {}
-    given: ConfigJson = raw.get("rope_parameters") or {}
+    given: ConfigJson = raw.get("rope_parameters") or family.default_rope
     local: ConfigJson = {}
     by_layer = "rope_local_theta" in family.rotary
     if by_layer:
@@ -207,11 +210,11 @@ def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> F
         local = given.get("sliding_attention") or {}
         given = (given.get("full_attention") or {"rope_type": "default"}) | scaled
     else:
-        given = scaled or given or family.default_rope
+        given = scaled or given
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
     fractions = [local.get("partial_rotary_factor", 1)]
-    if "rope_fraction" not in family.rotary:
+    if "rope_fraction" not in family.rotary and given.get("rope_type") != "proportional":
         fractions.append(_first(given.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), 1))
     if fractions := [fraction for fraction in fractions if fraction != 1]:
         raise UserError(f"{where}: no support for partial_rotary_factor {shown(fractions[0])} in {family.model_type}; "
@@ -259,6 +262,8 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
     if kind == "yarn":  # transformers takes 0 for not given, and looks for truncate where by_layer has layer types
         numbers = {k: v for k, v in numbers.items() if v != 0 or k not in ("beta_fast", "beta_slow")}
         numbers["truncate"] = by_layer or bool(numbers.get("truncate", True))
+    if kind == "proportional":
+        numbers.setdefault("factor", 1.0)
     if numbers.get("attention_factor") == 0:
         raise UserError(
             f"{where}: attention_factor is 0, by which no token has a place; write null for the computed one"
@@ -353,7 +358,7 @@ def _rope_json(family: Family, arch: ArchConfig) -> ConfigJson:
     if "query_log_scale" in family.rotary:
         rope[_LOG_SCALE] = arch.query_log_scale
     rope |= numbers
-    if scaling.kind != "none":
+    if scaling.kind != "none" and values:  # of a family that has such keys beside rope_parameters
         values["rope_scaling"] = dict(rope)
     values["rope_parameters"] = rope
     if "rope_local_theta" in family.rotary:

@@ -155,11 +155,14 @@ GEMMA3 = GEMMA2._replace(
     causal="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
     config=without(GEMMA2.config, "attn_softcap"),  # transformers reads its key and does not apply it
-    defaults=GEMMA2.defaults | {"max_position_embeddings": 131072, "final_logit_softcapping": None},
+    defaults=GEMMA2.defaults
+    | {"max_position_embeddings": 131072, "final_logit_softcapping": None}
+    | {"vocab_size": 262208, "num_attention_heads": 8},  # which the Hub's text_config leaves out
     fixed=GEMMA2.fixed | {"qk_norm": "head"},
     tensors=GEMMA2.tensors | {name: QWEN3.tensors[name] for name in QWEN3.tensors if name not in LLAMA.tensors},
     rotary={"rope_theta": ("rope_theta", 1e6), "rope_local_theta": ("rope_local_base_freq", 1e4)},
     window_rule=lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", 6) != 0,
+    whole="gemma3",
 )
 _SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 PHI3 = LLAMA._replace(

@@ -48,18 +48,20 @@ class Family(NamedTuple):
         scalings: kinds of rotary scaling that transformers takes in this family.
         scaling_names: names of such kinds that mean something else in this family.
         unread_rope: keys of rope_parameters that say nothing of text.
-        default_rope: rope_parameters of a config.json without any.
+        default_rope: rope_parameters of a config.json without any, by layer type where they are so.
         windows: layers with a sliding window: none, all of them, or as layer_types says.
         window_rule: which layers have the window if layer_types is absent: (config.json, layer) -> bool.
         window_switch: whether use_sliding_window turns windows on; in other families it says nothing.
         kinds: other values of layer_types, which `fixed` reads.
         activations: names of nonlinearities that mean something else in this family.
         aliases: other names of keys, which stand above them.
+        plain: a config.json of any dialect as one in the keys of this table.
         only: keys of config.json whose other values the decoder cannot do -> the values that it can, or a function of
             config.json that gives these.
         shared_names: names of tensors that are others where attention and MLP share a norm.
         packed: methods of quantization_config whose checkpoints are read, and made dense.
         renamed: names of tensors in memory, which PEFT keeps, that have another in files.
+        whole: model_type of models beside whose text, which is of this family, are images or sound.
         ignored: pattern of stored tensors that are not weights.
     """
 
@@ -85,10 +87,12 @@ class Family(NamedTuple):
     kinds: tuple[str, ...] = ()
     activations: dict[str, str] = {}  # noqa: RUF012
     aliases: dict[str, str] = {}  # noqa: RUF012
+    plain: Callable[[ConfigJson], ConfigJson] = lambda raw: raw
     only: dict[str, tuple[object, ...] | Callable[[ConfigJson], tuple[object, ...]]] = {}  # noqa: RUF012
     shared_names: dict[str, str] = {}  # noqa: RUF012
     packed: tuple[str, ...] = ()
     renamed: dict[str, str] = {}  # noqa: RUF012
+    whole: str | None = None
     ignored: str = r"rotary_emb\.inv_freq$"
 
     def of(self, arch: ArchConfig) -> Family:

@@ -1,8 +1,10 @@
-"""The tables of families whose layers are of several kinds: some with a state instead of attention (`delta.py`)."""
+"""The tables of families whose layers are of several kinds: a state instead of attention, or heads of other widths."""
 
 from __future__ import annotations
 
-from rlhf_jax.models.hf.families import LLAMA, QWEN3, without
+from rlhf_jax.config import ArchConfig
+from rlhf_jax.errors import UserError, shown
+from rlhf_jax.models.hf.families import GEMMA3, LLAMA, QWEN3, without
 from rlhf_jax.models.hf.family import ConfigJson, Tensor
 
 _LAYER = "model.layers.{}."
@@ -36,7 +38,7 @@ QWEN3_5 = LLAMA._replace(
         "linear_conv_kernel_dim": 4,
     },
     fixed=LLAMA.fixed | {"norm_offset": True, "qk_norm": "head", "attn_gate": True, "delta_layers": _linear},
-    saved={"layer_types": lambda arch: [{"attn": "full", "delta": "linear"}[m] + "_attention" for m in arch.mixers]},
+    saved={"layer_types": lambda arch: [f"{'linear' if m == 'delta' else 'full'}_attention" for m in arch.mixers]},
     tensors=QWEN3.tensors
     | {
         _DELTA + "in_proj_qkv.weight": Tensor("layers/delta/qkv", "JC D", _CHANNELS),
@@ -52,7 +54,60 @@ QWEN3_5 = LLAMA._replace(
     rotary=LLAMA.rotary | {"rope_fraction": ("partial_rotary_factor", 0.25)},
     unread_rope=("mrope_section", "mrope_interleaved"),
     kinds=("linear_attention",),
-    ignored=rf"{LLAMA.ignored}|^mtp\.|^model\.visual\.",
+    whole="qwen3_5",
+    ignored=rf"{LLAMA.ignored}|^mtp\.",
 )  # fmt: skip
 
-HYBRIDS = (QWEN3_5,)
+
+_WINDOW, _FULL = "sliding_attention", "full_attention"
+
+
+def _gemma4(raw: ConfigJson) -> ConfigJson:
+    """Gemma 4: the last layer has no window, whatever is said; heads by layer, in files of transformers, by kind."""
+    layers, kinds = raw["num_hidden_layers"], raw.get("layer_types")
+    kinds = [_WINDOW if (i + 1) % 6 else _FULL for i in range(layers)] if kinds is None else kinds
+    kinds = [*kinds[:-1], _FULL]
+    near = {"head_dim": raw.get("head_dim", 256), "num_key_value_heads": raw.get("num_key_value_heads", 4)}
+    full, by_layer = near | {"head_dim": raw.get("global_head_dim", 512)}, raw.get("per_layer_config") or {}
+    if raw.get("attention_k_eq_v") and raw.get("num_global_key_value_heads") is not None:
+        full["num_key_value_heads"] = raw["num_global_key_value_heads"]
+    if "per_layer_config" in raw:
+        full = near | by_layer.get(str(layers - 1), {})
+        own = [near | by_layer.get(str(i), {}) for i in range(layers)]
+        if own != [near if kind == _WINDOW else full for kind in kinds] or full.keys() != near.keys():
+            raise UserError(f"no support for per_layer_config {shown(by_layer)}; heads may differ by kind alone")
+    raw = {"hidden_size_per_layer_input": 256} | without(raw, "per_layer_config") | {"layer_types": kinds}
+    return raw | {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
+
+
+def _by_layer(arch: ArchConfig) -> ConfigJson:
+    own = {"head_dim": arch.full_head_dim, "num_key_value_heads": arch.full_kv_heads}
+    return {str(i): own for i, mixer in enumerate(arch.mixers) if mixer == "full"}
+
+
+GEMMA4 = GEMMA3._replace(
+    model_type="gemma4_text",
+    causal="Gemma4ForCausalLM",
+    classifier="Gemma4ForSequenceClassification",
+    config=without(GEMMA3.config, "query_pre_attn_scalar")
+    | {"full_head_dim": "global_head_dim", "full_kv_heads": "num_global_key_value_heads"}
+    | {"full_keys_as_values": "attention_k_eq_v"},
+    defaults=GEMMA3.defaults | {"vocab_size": 262144, "sliding_window": 512, "attention_k_eq_v": False},
+    fixed=without(GEMMA3.fixed, "norm_offset") | {"value_norm": True, "layer_gain": True, "attention_multiplier": 1.0},
+    tensors=GEMMA3.tensors | {_LAYER + "layer_scalar": Tensor("layers/gain/scale", "1")},
+    rotary={"rope_theta": ("", None), "rope_local_theta": ("", None)},
+    scalings=("proportional", "linear"),
+    default_rope={
+        _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        _WINDOW: {"rope_type": "default", "rope_theta": 1e4},
+    },
+    plain=_gemma4,
+    whole="gemma4",
+    saved={"hidden_size_per_layer_input": 0, "per_layer_config": _by_layer},
+    only={
+        "hidden_size_per_layer_input": (0,), "num_kv_shared_layers": (0,), "enable_moe_block": (False,),
+        "use_bidirectional_attention": (None, "vision"), "rope_scaling": (None,),
+    },
+)  # fmt: skip
+
+HYBRIDS = (QWEN3_5, GEMMA4)

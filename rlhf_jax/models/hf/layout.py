@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.config.rules import INPUTS, LEAVES, MEMBERS, MIXERS, WIDE_QK_NORM
+from rlhf_jax.config.rules import ATTENTION, FULL, INPUTS, LEAVES, MEMBERS, MIXERS, WIDE_QK_NORM, with_full
 from rlhf_jax.models.hf.family import Tensor
 from rlhf_jax.types import Params
 
@@ -31,16 +31,15 @@ class Layout:
     """
 
     def __init__(self, arch: ArchConfig, *, members: int = 0, rank: int = 0, axes: Mapping[str, str] | None = None):
-        group = arch.num_heads // arch.num_kv_heads
-        queries, self.mixers = 2 * group if arch.attn_gate else group, arch.mixers
+        self.mixers, self.keys_as_values = arch.mixers, arch.full_keys_as_values
         key, value = arch.delta_key_dim, arch.delta_value_dim
         values = arch.delta_value_heads // (arch.delta_key_heads or 1) * value
         self.axes = LEAVES | (WIDE_QK_NORM if arch.qk_norm == "all" else {}) | (MEMBERS if members else {})
         self.axes |= axes or {}
         self.sizes = {
-            "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "G": group, "1": 1,
-            "K": arch.num_kv_heads, "S": queries + 2, "Q": queries, "N": arch.head_dim,
+            "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "1": 1,
             "M": 2 if arch.gated_mlp else 1, "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
+            **_heads(arch, "attn", 2),
             "J": arch.delta_key_heads, "I": arch.delta_value_heads // (arch.delta_key_heads or 1), "O": value,
             "U": values, "C": 2 * key + values, "W": arch.delta_kernel,
         }  # fmt: skip
@@ -50,8 +49,8 @@ class Layout:
             "layers/experts/": (range(dense, arch.num_layers), arch.ffn_width),
             "layers/shared/": (range(dense, arch.num_layers), arch.shared_width),
         }  # fmt: skip
+        self._full = _heads(arch, "full", 2 - arch.full_keys_as_values) if arch.full_head_dim else {}
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
-            "query": ("S", 0, queries, "G"), "key": ("S", queries, 1, "G"), "value": ("S", queries + 1, 1, "G"),
             "gate": ("M", 0, 1, "M"), "up": ("M", 1, 1, "M"),
             "delta_query": ("C", 0, key, "C"), "delta_key": ("C", key, key, "C"),
             "delta_value": ("C", 2 * key, values, "C"),
@@ -67,13 +66,25 @@ class Layout:
     def sizes_of(self, leaf: str) -> dict[str, int]:
         """Sizes by letter in a leaf."""
         width = next((width for part, (_, width) in self._some.items() if leaf.startswith(part)), self.sizes["F"])
-        return self.sizes | {"L": len(self.layers(leaf)), "F": width}
+        return self.sizes | (self._full if leaf.startswith(FULL) else {}) | {"L": len(self.layers(leaf)), "F": width}
+
+    def homes(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The tensor, and what the same name is in layers whose full view has heads of its own."""
+        yield tensor
+        leaf, parts = tensor.leaf.replace(ATTENTION, FULL), tensor.parts
+        if self.keys_as_values:
+            leaf = leaf.replace("_lora/key/", "_lora/key_value/")
+            parts = tuple("key_value" if part == "key" else part for part in parts)
+        if leaf != tensor.leaf and not (self.keys_as_values and ("value" in parts or "_lora/value/" in leaf)):
+            yield tensor._replace(leaf=leaf, parts=parts)
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[dict[str, int], int, str, str]]:
         """For every part: sizes of the stored axes, where it starts on the leaf's cut axis, that axis, its letter."""
         sizes = self.sizes_of(tensor.leaf)
+        queries = sizes["Q"]
+        slots = {"query": (0, queries), "key": (queries, 1), "value": (queries + 1, 1), "key_value": (queries, 1)}
         for part in tensor.parts:
-            cut, start, count, letter = self._parts[part]
+            cut, start, count, letter = ("S", *slots[part], "G") if part in slots else self._parts[part]
             yield sizes | {letter: count}, start, cut, letter
         if not tensor.parts:
             yield sizes, 0, "", ""
@@ -117,6 +128,14 @@ class Layout:
             yield piece, tuple(slice(first, first + size) for first, size in zip(starts, piece.shape, strict=True))
 
 
+def _heads(arch: ArchConfig, mixer: str, others: int) -> dict[str, int]:
+    """Sizes in attention of this kind, with so many slots beside the queries."""
+    kv_heads, width = arch.heads_of(mixer)
+    group = arch.num_heads // kv_heads
+    queries = 2 * group if arch.attn_gate else group
+    return {"K": kv_heads, "G": group, "Q": queries, "S": queries + others, "N": width}
+
+
 def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
     layout, biased, sparse = Layout(arch, members=members), arch.norm == "layer", arch.num_experts > 0
@@ -136,11 +155,12 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "layers/experts/router_bias": sparse and arch.router_bias,
         "layers/experts/up": sparse, "layers/experts/up_bias": sparse and arch.mlp_bias,
         "layers/experts/down": sparse, "layers/experts/down_bias": sparse and arch.mlp_bias,
-        "layers/attn/sinks": arch.attn_sinks,
+        "layers/attn/sinks": arch.attn_sinks, "layers/gain/scale": arch.layer_gain,
         "layers/shared/up": shared, "layers/shared/down": shared,
         "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
         "score/kernel": score_head is True, "score/bias": score_head is True,
     }  # fmt: skip
+    optional = with_full(optional)
     chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True) and layout.layers(leaf)}
     return {leaf: tuple(layout.sizes_of(leaf)[a] for a in axes) for leaf, axes in chosen.items()}
 

@@ -18,7 +18,7 @@ from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson, Family
 from rlhf_jax.models.hf.layout import Layout, flattened
 from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX
-from rlhf_jax.models.lora import Site, sites
+from rlhf_jax.models.lora import Site, adapter_axes, sites
 from rlhf_jax.types import Params
 
 
@@ -58,8 +58,7 @@ def save_adapter(
     heads = {PREFIX + name: tensor for name, tensor in known.items() if tensor.leaf.startswith("score/")}
     if score_head and not np.any(leaves["score/bias"]):
         del leaves["score/bias"]
-    axes = {path: letters for site in chosen for path, letters in site.axes().items()}
-    layout = Layout(arch, members=members, rank=lora.rank, axes=axes)
+    layout = Layout(arch, members=members, rank=lora.rank, axes=adapter_axes(arch, chosen))
     stored = dict(
         hf_weights.hf_tensors(family._replace(tensors=tensors | heads), layout, leaves, np.dtype(np.float32))
     )

@@ -31,7 +31,7 @@ _PARTS = {
 """What the decoder lacks -> the keys of config.json that ask for it."""
 _CODE = {
     "xIELU": "apertus",
-    "value norms": "gemma4 gemma4_text gemma3n gemma3n_text",
+    "value norms": "gemma3n gemma3n_text",
     "norms without weights": "olmo nanochat",
 }
 """What the decoder lacks -> model types whose code has it whatever config.json says."""

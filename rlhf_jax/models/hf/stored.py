@@ -20,6 +20,7 @@ from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.copies import have
 from rlhf_jax.hosts.json_text import strict_json
+from rlhf_jax.models.hf.composite import text_name, text_part
 from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, understood
 from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
@@ -171,7 +172,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ArchConfig, ConfigJson]:
         run = (folder / "model" / "config.json").is_file()
         cure = str(folder / "model") if run else "a directory that `save_pretrained` or rlhf-jax wrote"
         raise UserError(f"{folder} has no config.json; give {cure}")
-    raw = read_json(where)
+    raw = text_part(read_json(where))
     family = family_of(raw, where)
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         kind = family.classifier if family.classifier in (raw.get("architectures") or ()) else family.causal
@@ -208,7 +209,7 @@ def stored_tensors(path: Path) -> dict[str, Readable]:
         files = [path / name for name in names]
     tensors: dict[str, Readable] = {}
     for file in files:
-        tensors |= _read_header(file)
+        tensors |= {text_name(name): tensor for name, tensor in _read_header(file).items()}
     tensors = _unpacked(tensors, path)
     if adapters:
         arch, family = _shape_of(path / "config.json")
@@ -223,7 +224,7 @@ def stored_tensors(path: Path) -> dict[str, Readable]:
 
 
 def _shape_of(config: Path) -> tuple[ArchConfig, Family]:
-    raw = read_json(config)
+    raw = text_part(read_json(config))
     family = family_of(raw, config)
     arch = to_arch(raw, family, config)
     return arch, family.of(arch)

@@ -24,6 +24,7 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.copies import release
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
+from rlhf_jax.models.hf.composite import BESIDE, text_part
 from rlhf_jax.models.hf.config_json import MEMBERS, family_of, find_family, read_json, to_json_like
 from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
 from rlhf_jax.models.hf.families import MEMBERS as HEADS
@@ -46,9 +47,11 @@ _Wanted = dict[str, tuple[Tensor, tuple[int, ...]]]  # stored name -> tensor, it
 
 def _names(family: Family, layout: Layout, leaves: Iterable[str]) -> _Wanted:
     """Stored name -> (tensor, place) of all that these leaves consist of."""
-    chosen = {name: tensor for name, tensor in family.tensors.items() if tensor.leaf in leaves}
+    chosen = [(name, home) for name, tensor in family.tensors.items() for home in layout.homes(tensor)]
     found: _Wanted = {}
-    for name, tensor in chosen.items():
+    for name, tensor in chosen:
+        if tensor.leaf not in leaves:
+            continue
         numbers = [layout.layers(tensor.leaf), range(layout.sizes["E"])][: name.count("{}")]
         for place in itertools.product(*(range(len(of)) for of in numbers)):
             found[name.format(*(of[i] for of, i in zip(numbers, place, strict=True)))] = tensor, place
@@ -109,7 +112,7 @@ def load_params(
     """
     folder, members = Path(path), members_of(path) if score_head else 0
     layout, config = Layout(arch, members=members), model_directory(folder) / "config.json"
-    family = with_heads(family_of(read_json(config), config).of(arch), members)
+    family = with_heads(family_of(text_part(read_json(config)), config).of(arch), members)
     stored = stored_tensors(folder)
     if stored and not any(name.startswith(family.prefix) for name in stored):
         trunk = {name for name in family.tensors if name.startswith(family.prefix)}
@@ -212,13 +215,16 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
         cure = "give a language model, or set tie_word_embeddings to true in config.json if its head is tied"
         raise UserError(f"{folder} holds no vocabulary head ({', '.join(missing)}); {cure}")
     heads = {name for name, tensor in family.tensors.items() if tensor.leaf.startswith(("head/", "score/"))}
-    extra = [n for n in stored if n not in wanted and n not in heads and not re.search(family.ignored, n)]
-    unread = [
-        n for n in stored if n not in wanted and re.search(r"\.layers\.\d+\..*(_proj|norm)\.", n) and n not in extra
-    ]
+    beside = [n for n in stored if family.whole and BESIDE.match(n)]
+    others = [n for n in stored if n not in wanted and n not in heads and n not in set(beside)]
+    extra = [n for n in others if not re.search(family.ignored, n)]
+    ignored = (n for n in others if re.search(family.ignored, n))
+    unread = [n for n in ignored if re.search(r"layers\.\d+\..*(_proj|norm)\.", n)]
     packed = sum(isinstance(tensor, Packed) for tensor in stored.values())
     if packed and is_first():
         tell(f"{folder}: {packed} tensors in mxfp4 are read as bfloat16", error=True)
+    if beside and is_first():
+        tell(f"{folder}: {len(beside)} tensors of images or sound are not read", error=True)
     if unread and is_first():
         tell(f"{folder}: {len(unread)} tensors of layers that predict tokens beyond the next are not read", error=True)
     shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
