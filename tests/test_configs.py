@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import yaml
 from rlhf_jax import cli
 from rlhf_jax.cli.parsing import read
 from rlhf_jax.commands import quickstart
+from rlhf_jax.commands.plan.chips import CHIPS, GIB, SLICES
+from rlhf_jax.commands.plan.programs import find_arch
 from rlhf_jax.config import QuickstartArgs, rates, to_dict
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.hf.layout import leaf_shapes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -101,3 +105,34 @@ def test_a_bare_name_is_a_preset_unless_a_file_has_it(tmp_path, monkeypatch, cap
         read("xyzzy")
     (tmp_path / "instructgpt").write_text("a: 1")
     assert read("instructgpt") == ("a: 1", {"a": "1"})
+
+
+PLANNED = re.compile(
+    r"^#   (\w+):([\dx]+) +([\d.]+) of ([\d.]+) GiB, ([\d.]+) s(?:, ([\d.]+) s where 40 % is real)?$", re.M
+)
+"""What a preset's head has of a plan: slice, peak and room of a device, seconds of a step at the roofline."""
+
+
+def planned(path: Path) -> list[tuple[str, ...]]:
+    return PLANNED.findall(path.read_text())
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if planned(path)], ids=lambda path: path.stem)
+def test_what_a_preset_says_of_a_slice_can_be_and_stands_in_the_docs(path):
+    """Rows go evenly over the devices, what is trained is in the peak, and the table of docs/tpu.md says the same."""
+    stage = re.search(r"^#   rlhf-jax (\w+)", path.read_text(), re.MULTILINE)[1]
+    config = cli.parse(stage, ["--config", str(path)])
+    shapes = leaf_shapes(find_arch(config.model.path), score_head=stage == "reward").values()
+    weights = sum(math.prod(shape) for shape in shapes)
+    settings, table = getattr(config, {"pretrain": "sft"}.get(stage, stage)), (ROOT / "docs" / "tpu.md").read_text()
+    for kind, shape, peak, room, *seconds in planned(path):
+        cores, chips = 2 if kind == "tpu7x" else 1, math.prod(map(int, shape.split("x")))
+        assert shape in SLICES[kind] and float(room) == CHIPS[kind].memory / cores / GIB - 0.25
+        rows = config.data.batch_size // settings.accumulate // getattr(settings, "minibatches", 1)
+        assert rows % (cores * chips) == 0
+        # Masters and two moments in float32, each device its share; or a frozen base as it is.
+        size = 12 if not config.lora.rank else 2 if config.model.param_dtype == "bfloat16" else 4
+        least = size * weights / (cores * chips if config.mesh.fsdp == -1 else 1) / GIB
+        assert least < float(peak) <= float(room), (least, peak, room)
+        told = f"{seconds[0]} s" + (f", {seconds[1]} s" if seconds[1] else "")
+        assert f"| `{path.stem}` | {kind}:{shape} | {peak} of {room} | {told} |" in table
