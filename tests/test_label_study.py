@@ -89,7 +89,7 @@ def test_texts_are_shown_as_markdown_and_one_key_shows_them_as_they_are(browser,
         requests = list[str]()
         page.on("request", lambda request: requests.append(request.url))
         text = page.locator("#prompt .text")
-        assert text.locator("strong").inner_text() == "both" and text.locator("h4").inner_text() == "Sums"
+        assert text.locator("strong").inner_text() == "both" and text.locator("h3").inner_text() == "Sums"
         assert text.locator("td").all_inner_texts() == ["1", "22"]
         assert text.locator("td").last.evaluate("e => getComputedStyle(e).textAlign") == "right"
         assert "    return x < 1  # _not_ *Markdown*" in text.locator("pre").inner_text()

@@ -35,7 +35,7 @@ function drawTurn(turn, i) {
   const last = i === turns.length - 1;
   const cards = turn.answers.map((answer, side) => drawAnswer(turn, answer, side, last));
   const below = last && running === null ? [drawChoices(turn)] : [];
-  return make("section", { className: "turn", "aria-label": `Turn ${i + 1}` }, fill(make("div", { className: "said" }), turn.text),
+  return make("section", { className: "turn", "aria-label": `Turn ${i + 1}` }, make("h2", { className: "hidden" }, `Turn ${i + 1}`), fill(make("div", { className: "said" }), turn.text),
     make("div", { className: "sides" }, ...cards), ...below);
 }
 

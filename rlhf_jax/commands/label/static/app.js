@@ -187,7 +187,7 @@ function drawStrip() {
     : make("span", { className: "hint" }, "Best first: type, tap or drag the letters"));
   $("strip").dataset.drop = `gap ${tiers.length}`; // wherever else on the bar
   const left = unplaced();
-  if (left.length || tiers.length) parts.push(make("div", { className: "pool", "data-drop": "pool", "aria-label": "Not ranked yet" }, ...left.map(chip)));
+  if (left.length || tiers.length) parts.push(make("div", { className: "pool", role: "group", "data-drop": "pool", "aria-label": "Not ranked yet" }, ...left.map(chip)));
   $("strip").replaceChildren(...parts);
 }
 

@@ -73,7 +73,7 @@ rules.formula = (tokens, i) => `<${tokens[i].tag} class="formula">${markdown.uti
 
 // Headings stand below those of the page; the policy of the page has no room for style attributes.
 rules.heading_open = rules.heading_close = (tokens, i, options, env, self) => {
-  tokens[i].tag = `h${Math.min(6, 3 + tokens[i].markup.length)}`;
+  tokens[i].tag = `h${Math.min(6, 2 + tokens[i].markup.length)}`;
   return self.renderToken(tokens, i, options);
 };
 rules.th_open = rules.td_open = (tokens, i, options, env, self) => {
