@@ -16,6 +16,7 @@ from rlhf_jax import sft, sharding
 from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
+from rlhf_jax.training.loop import make_evaluate
 from rlhf_jax.training.state import TrainState, create_state, decay_mask, learning_rates, make_optimizer, make_schedule
 from rlhf_jax.training.step import accumulated_grads, make_train_step, make_update
 
@@ -116,6 +117,11 @@ def test_a_step_that_is_not_finite_changes_no_bit_of_params_and_optimiser_and_is
     assert (
         metrics["optim/skipped"] == 0 and np.isfinite(healed.params["scale"]) and differ(healed.params, after.params)
     )
+
+
+def test_without_held_out_batches_an_evaluation_says_nothing():
+    loss = lambda params, batch, key: pytest.fail("there is no batch")  # noqa: E731
+    assert make_evaluate(loss, sharding.make_mesh(MeshConfig(), devices=ONE), [], jax.random.key(0))({}) == {}
 
 
 def test_the_schedule_goes_by_the_step_and_does_not_lag_after_a_skip():

@@ -157,5 +157,7 @@ def make_train_step(
 
 
 def fetch_scalars(metrics: Metrics) -> dict[str, float]:
-    """Metrics on the host, in one transfer."""
+    """Metrics on the host, in one transfer; none if there are none."""
+    if not metrics:
+        return {}
     return dict(zip(metrics, map(float, jax.device_get(pack(tuple(metrics.values())))), strict=True))
