@@ -74,6 +74,10 @@ class UserError(ValueError):
     def __init__(self, line: object):
         super().__init__(shortened(printable(named(line)), LONGEST_LINE))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows below a cell; `traceback.print_last()` has the rest."""
+        return [f"rlhf_jax: error: {self}"]
+
 
 class Stopped(Exception):
     """A signal asked the run to stop; it has finished its step and saved. The line says how to continue it.
@@ -85,3 +89,7 @@ class Stopped(Exception):
     def __init__(self, line: object, code: int = 0):
         super().__init__(named(line))
         self.code = code
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows below the cell that was interrupted."""
+        return [f"rlhf_jax: {self}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import threading
 
 import pytest
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.runs import outcome, parts, progress
 from rlhf_jax.runs.progress import Progress
 
@@ -44,6 +46,19 @@ def test_on_80_columns_the_bar_keeps_its_numbers_and_a_line_does_not_collide_wit
         part in full for part in ("rloo 9997/10000", "reward -12.3", "gold 0.123", "kl 0.000123", "tok/s 12.3k")
     )
     assert "evaluating" in lines[-1]
+
+
+def test_in_a_notebook_there_is_a_bar_on_the_stream_of_the_lines_and_an_error_is_one_line(monkeypatch):
+    said = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr("sys.stdout", said)
+    bar = Progress("sft", 3, 0, bar=True, say=lambda line: pytest.fail(line))
+    progress.write("a line above")
+    bar.update(2)
+    bar.values({"nll": 0.5})
+    bar.close()
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", said.getvalue()) if line.strip()]
+    assert "a line above" in lines and lines[-1].startswith("sft 2/3 ") and "nll 0.5" in lines[-1]
+    assert UserError("lr is -1")._render_traceback_() == ["rlhf_jax: error: lr is -1"]  # IPython asks for this
 
 
 @pytest.mark.parametrize("bar", [True, False])

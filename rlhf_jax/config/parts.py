@@ -263,8 +263,8 @@ class RunConfig:
             goes when the run has finished, with a card of what it is and with which figures. Empty is none.
         exit_code_when_stopped: exit code, 0 to 255, after a signal stopped the run and all was saved, for queues that
             start anew what did not end with 0 (75 is the usual one).
-        progress: show a progress bar, if standard error is a terminal. Without one a plain line says every half minute
-            how far the run is.
+        progress: show a progress bar, if standard error is a terminal, or in a notebook. Without one a plain line says
+            every half minute how far the run is.
         report: write report.html at the end: curves, samples, and what went wrong in words (`rlhf-jax report`).
     """
 

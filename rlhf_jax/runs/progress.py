@@ -15,10 +15,18 @@ from rlhf_jax.errors import named, printable
 EVERY = 30.0
 """Seconds between two plain lines."""
 
+COLUMNS = 100
+"""Of a notebook's cell, which does not say how wide it is."""
+
 FORMAT = "{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix} |{bar}|"
 """Numbers first: on a narrow terminal the bar goes, not they."""
 
 OPEN: weakref.WeakSet[Progress] = weakref.WeakSet()
+
+
+def in_notebook() -> bool:
+    """Whether standard output is that of a cell: no terminal, but a carriage return begins its line anew as well."""
+    return type(sys.stdout).__module__.partition(".")[0] == "ipykernel"
 
 
 def close_bars() -> None:
@@ -35,8 +43,8 @@ def write(text: str) -> None:
 
 
 class Progress:
-    """Steps done of `total`, and the newest values. A bar where standard error is a terminal and `bar` asks for one;
-    else `say` is given a line every EVERY seconds, and nothing for what takes less.
+    """Steps done of `total`, and the newest values. A bar where standard error is a terminal, or in a notebook, and
+    `bar` asks for one; else `say` is given a line every EVERY seconds, and nothing for what takes less.
     """
 
     def __init__(self, name: str, total: int, start: int, *, bar: bool, say: Callable[[str], None] | None):
@@ -48,8 +56,12 @@ class Progress:
             None  # steps and time once one was done; it compiled, the others do not
         )
         self._bar: tqdm | None = None
-        if bar and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, bar_format=FORMAT)
+        cell = in_notebook()
+        if bar and (cell or sys.stderr.isatty()):
+            self._bar = tqdm(
+                total=total, initial=start, desc=name, bar_format=FORMAT, mininterval=0.5 if cell else 0.1,
+                file=sys.stdout if cell else sys.stderr, ncols=COLUMNS if cell else None, dynamic_ncols=not cell,
+            )  # fmt: skip
         OPEN.add(self)
 
     def update(self, steps: int = 1) -> None:
