@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from test_programs import PRIME, largest_logits
 
 from rlhf_jax import cli
@@ -252,6 +254,16 @@ def test_log_probs_in_chunks_gather_and_sum_once_however_many_there_are(tied, mo
     for other in grads[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads[0], other)
     assert moved[2] <= 1.1 * moved[1], moved
+
+
+def test_a_plan_in_a_notebook_on_a_tpu_leaves_the_process_as_it_is(monkeypatch):
+    device = SimpleNamespace(core_on_chip=0)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: SimpleNamespace(devices=[device]))
+    before = dict(os.environ), jax.config.jax_platforms
+    assert chips.find_topology("v5e:1x1") == (chips.CHIPS["v5e"], [device])
+    assert (dict(os.environ), jax.config.jax_platforms) == before
 
 
 def test_bad_plans_are_one_line(capsys):

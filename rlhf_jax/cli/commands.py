@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command] = {
         config.ConvertArgs, ".inspection:run_convert", "a model in another dtype or file size", "model"
     ),
     "certify": Joint(config.CertifyArgs, ".certify:run", "whether sampler and training agree to the bit", "config"),
-    "plan": Command(config.PlanArgs, ".plan:run", "what a stage needs on a TPU slice, compiled without one"),
+    "plan": Command(config.PlanArgs, ".plan:run_alone", "what a stage needs on a TPU slice, compiled without one"),
     "env": Command(config.EnvArgs, ".env:run", "versions and devices, for a bug report"),
     "data inspect": Command(
         config.DataInspectArgs, ".datasets:run_inspect", "what rows hold and what is wrong", "path"

@@ -62,9 +62,9 @@ def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; pip install 'rlhf-jax[tpu]'")
-    for variable, value in _QUIET.items():
-        os.environ.setdefault(variable, value)
-    jax.config.update("jax_platforms", "cpu")  # on a TPU VM, too: a plan leaves the chips alone
+    if jax.default_backend() != "tpu":  # of which the compiler is loaded, and knows where it is
+        for variable, value in _QUIET.items():
+            os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

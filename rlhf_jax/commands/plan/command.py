@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from rlhf_jax.commands.plan import calibration, slices
 from rlhf_jax.commands.plan.chips import find_topology, per_chip
 from rlhf_jax.commands.plan.plan import analyse, cost_line, decode_lines, fits, gib, shown, suggest
@@ -13,8 +15,14 @@ from rlhf_jax.hosts.json_text import to_json
 from rlhf_jax.sharding import make_mesh
 
 
+def run_alone(plan: PlanArgs, config: StageArgs) -> bool:
+    """`run` for a process that does nothing else: it computes on the CPU and leaves the chips of a TPU VM alone."""
+    jax.config.update("jax_platforms", "cpu")
+    return run(plan, config)
+
+
 def run(plan: PlanArgs, config: StageArgs) -> bool:
-    """Print the plan of a stage's config; returns whether it fits.
+    """Print the plan of a stage's config; returns whether it fits. A notebook on a TPU goes on as before.
 
     Raises:
         UserError: an unknown topology, or what the stage would refuse.
