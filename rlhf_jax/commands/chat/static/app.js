@@ -57,7 +57,8 @@ function drawChoices(turn) {
   const votes = turn.votes && turn.vote === undefined
     ? [button("A is better", () => vote(turn, 0)), button("Tie", () => vote(turn, "tie")), button("B is better", () => vote(turn, 1))] : [];
   const again = make("button", { type: "button", className: "plain", title: "Another answer to the same, with other noise", onclick: () => say() }, "Again");
-  return make("div", { className: "row choices" }, ...votes, again);
+  const none = turn.votes || about.models.length === 1 ? [] : [make("span", { className: "quiet" }, "No vote: the answers are equal, or one is empty.")];
+  return make("div", { className: "row choices" }, ...votes, ...none, again);
 }
 
 // ---------------------------------------------------------------- what is done
