@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import outcome, parts, progress
+from rlhf_jax.runs.metrics import on_bar
 from rlhf_jax.runs.progress import Progress
 
 BAR = """
@@ -46,6 +47,11 @@ def test_on_80_columns_the_bar_keeps_its_numbers_and_a_line_does_not_collide_wit
         part in full for part in ("rloo 9997/10000", "reward -12.3", "gold 0.123", "kl 0.000123", "tok/s 12.3k")
     )
     assert "evaluating" in lines[-1]
+
+
+def test_the_bar_tells_a_held_out_number_from_that_of_the_step():
+    shown = ("loss/nll", "eval/nll", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s")
+    assert [on_bar(name) for name in shown] == ["nll", "eval nll", "accuracy", "eval accuracy", "tok/s"]
 
 
 def test_in_a_notebook_there_is_a_bar_on_the_stream_of_the_lines_and_an_error_is_one_line(monkeypatch):

@@ -27,6 +27,12 @@ Table = TypeVar("Table")
 """A pytree of arrays, which come to the host as numpy's."""
 
 
+def on_bar(name: str) -> str:
+    """What the progress bar calls a metric: loss/nll is nll, and eval/nll, which is older, eval nll."""
+    group, _, last = name.rpartition("/")
+    return {"tokens_per_s": "tok/s"}.get(last, f"eval {last}" if group == "eval" else last)
+
+
 class RunMetrics:
     """What a run reports of its steps. Device metrics are fetched one step late: logging never stalls the devices.
 
@@ -150,8 +156,7 @@ class RunMetrics:
         self._append(METRICS, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])
         for logger in self._loggers:
             logger.log(step, metrics)
-        names = {name: name.split("/")[-1].replace("tokens_per_s", "tok/s") for name in self.shown}
-        self.bar.values({short: self.last[name] for name, short in names.items() if name in self.last})
+        self.bar.values({on_bar(name): self.last[name] for name in self.shown if name in self.last})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, of text and numbers, to samples.jsonl."""
