@@ -182,6 +182,9 @@ LITE = ["--accelerator-type=v5litepod-8"]
 CREATE = vm("create", "rlhf-jax", "--version=v2-alpha-tpuv5-lite", *LITE)
 DELETE = vm("delete", "rlhf-jax", "--quiet")
 QUEUE_CREATE = queue("create", "rlhf-jax", "--node-id=rlhf-jax", "--runtime-version=v2-alpha-tpuv5-lite", *LITE)
+SLICES_CREATE = queue(
+    "create", "rlhf-jax", "--node-count=2", "--node-prefix=rlhf-jax", "--runtime-version=v2-alpha-tpuv5-lite", *LITE
+)
 QUEUE_DELETE = queue("delete", "rlhf-jax", "--force", "--quiet")
 
 
@@ -280,6 +283,9 @@ def test_a_wrong_option_is_one_line_and_code_2(cloud, script, arguments, said):
         ("logs.sh", ["--to", "."], "choose another --to"),
         ("run.sh", ["--to", ".", "--", "ls"], "choose another --to"),
         ("create.sh", ["--accelerator-type", "v9-8"], "pass --runtime-version"),
+        ("create.sh", ["--node-count", "2"], "--node-count 2 needs --queued"),
+        ("run.sh", ["--node-count", "0", "--", "ls"], "--node-count is '0'; give a whole number above 0"),
+        ("resume.sh", ["--until-done", "--detach", "--", "ls"], "leave out --detach and --to"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_code_2(cloud, script, arguments, said):
@@ -321,8 +327,9 @@ def test_without_gcloud_only_a_dry_run_goes(cloud):
         (["--queued"], [QUEUE_CREATE, QUEUE_STATE]),
         (["--queued", "--spot"], [[*QUEUE_CREATE, "--spot"], QUEUE_STATE]),
         (["--queued", "--async"], [[*QUEUE_CREATE, "--async"]]),
+        (["--queued", "--node-count", "2", "--async"], [[*SLICES_CREATE, "--async"]]),
     ],
-    ids=["single", "spot", "place", "pod", "queued", "queued spot", "queued async"],
+    ids=["single", "spot", "place", "pod", "queued", "queued spot", "queued async", "slices"],
 )
 def test_create(cloud, arguments, calls):
     assert cloud.succeed("create.sh", *arguments) == calls
@@ -605,6 +612,50 @@ def test_resume_leaves_a_tpu_alone_that_is_neither_gone_nor_ready(cloud, state, 
     done = cloud.run("resume.sh", "--yes", "--", "ls")
     assert (done.returncode, cloud.calls()) == (2, [STATE])
     assert f"rlhf-jax is {state}; " in done.stderr and cure in done.stderr
+
+
+@needs_git
+def test_several_slices_are_set_up_started_and_followed_as_one(repository):
+    node = lambda call: next(name for name in call if name.startswith("rlhf-jax-")).partition(":")[0]  # noqa: E731
+    repository.reply("value(state)", "rlhf-jax-0", out="READY")
+    repository.reply("value(state)", "rlhf-jax-1", out="PREEMPTED")
+    calls = repository.succeed("resume.sh", "--yes", "--queued", "--node-count=2", "--workers=2", "--", "ls", "-l")
+    assert [call[3] for call in calls[:5]] == ["describe", "describe", "describe", "delete", "create"]
+    assert calls[4] == SLICES_CREATE
+    for verb, where in (("install", "all"), ("idle", "all"), ("start", "all")):
+        asked = [
+            call
+            for call in calls
+            if f"worker.sh {verb}" in str(call) and call[3] == "ssh" and f"--worker={where}" in call
+        ]
+        assert sorted(node(call) for call in asked if verb != "idle" or "install" not in str(call)) == [
+            "rlhf-jax-0", "rlhf-jax-1",
+        ]  # fmt: skip
+    (followed,) = [call for call in calls if "worker.sh follow" in str(call)]
+    assert node(followed) == "rlhf-jax-0"
+    logs = [call for call in calls if "tpu_job/log" in str(call)]
+    assert sorted((node(call), call[5].rpartition("/")[2]) for call in logs) == [
+        (f"rlhf-jax-{i}", f"rlhf-jax-{i}-worker-{k}.log") for i in range(2) for k in range(2)
+    ]
+
+
+@needs_git
+def test_resume_until_done_goes_on_through_preemptions_by_itself(repository):
+    """It is preempted in a run; then the connection alone is lost; then the run saves, ends with 75, and goes on."""
+    states = ["READY", "PREEMPTED", "PREEMPTED", "READY", "READY", "READY"]
+    for state in states:
+        repository.reply("value(state)", out=state, times=1)
+    repository.reply("worker.sh follow", code=255, times=2)
+    repository.reply("worker.sh idle", times=3)  # before the runs, and in the setup
+    repository.reply("worker.sh idle", code=2, times=1)  # it is going
+    repository.reply("worker.sh follow", code=75, times=1)
+    waits = {"POLL_SECONDS": "1"}  # else two directories of logs have one name
+    calls = summary(repository.succeed("resume.sh", "--until-done", "--spot", "--", "ls", **waits))
+    assert calls.count("tpu-vm create") == 1 and calls.count("tpu-vm ssh start") == 3
+    assert calls.count("tpu-vm ssh follow") == 4
+    repository.reply("worker.sh follow", code=5, times=1)
+    repository.reply("worker.sh code", code=5)
+    assert repository.run("resume.sh", "--until-done", "--", "ls", **waits).returncode == 5
 
 
 # What happens on the workers.

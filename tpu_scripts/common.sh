@@ -7,7 +7,8 @@ REMOTE=rlhf_jax # the checkout on every worker, below the home directory
 
 export TPU_NAME=${TPU_NAME:-rlhf-jax} ZONE=${ZONE:-} PROJECT=${PROJECT:-}
 export ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-8} RUNTIME_VERSION=${RUNTIME_VERSION:-}
-export QUEUED=${QUEUED:-} SPOT=${SPOT:-} CREATE_FLAGS=${CREATE_FLAGS:-} POLL_SECONDS=${POLL_SECONDS:-30}
+export QUEUED=${QUEUED:-} NODE_COUNT=${NODE_COUNT:-} SPOT=${SPOT:-}
+export CREATE_FLAGS=${CREATE_FLAGS:-} POLL_SECONDS=${POLL_SECONDS:-30}
 export PYTHON_VERSION=${PYTHON_VERSION:-3.12} SETUP_COMMAND=${SETUP_COMMAND:-} DRY_RUN=${DRY_RUN:-}
 
 COMMON_HELP='
@@ -15,6 +16,7 @@ options of every script, the variable that sets the same, and the default:
   --tpu-name NAME   TPU_NAME   rlhf-jax
   --zone ZONE       ZONE       compute/zone of gcloud config
   --project ID      PROJECT    core/project of gcloud config
+  --node-count N    NODE_COUNT one slice; with more, queued, the nodes are NAME-0, NAME-1 ...
   --dry-run         DRY_RUN=1  print the commands, run nothing
   --help'
 
@@ -41,7 +43,7 @@ quote() {
 # parse OPTIONS SWITCHES ARGUMENTS...: --zone VALUE or --zone=VALUE sets ZONE, a switch is 1 or empty afterwards. What
 # follows -- goes to the array COMMAND, what is no option to REST.
 parse() {
-  local options=" tpu-name zone project $1 " switches=" dry-run $2 " name variable
+  local options=" tpu-name zone project node-count $1 " switches=" dry-run $2 " name variable
   shift 2
   REST=() COMMAND=()
   while [[ $# -gt 0 ]]; do
@@ -80,6 +82,12 @@ parse() {
       *) fail "$variable is '${!variable}'; set it to 1 or 0" ;;
     esac
   done
+  [[ $NODE_COUNT =~ ^([1-9][0-9]*)?$ ]] || fail "--node-count is '$NODE_COUNT'; give a whole number above 0"
+  NODES=("$TPU_NAME")
+  if [[ $NODE_COUNT ]]; then
+    NODES=()
+    for ((i = 0; i < NODE_COUNT; i++)); do NODES+=("$TPU_NAME-$i"); done
+  fi
   [[ $DRY_RUN ]] || command -v gcloud >/dev/null || fail "gcloud is not on PATH; install the Google Cloud CLI"
 }
 
@@ -141,8 +149,28 @@ ask() {
   return "$code"
 }
 
-# remote WORKERS SHELL_COMMAND: in the home directory of worker 0, or 0,2, or all.
-remote() { tpus tpu-vm ssh "$TPU_NAME" --worker="$1" --command="$2"; }
+# at_once FUNCTION ARGUMENTS...: of each node of the TPU, its name first; ends with the code of one that failed.
+at_once() {
+  local code=0 node job jobs=()
+  for node in "${NODES[@]}"; do
+    if [[ $DRY_RUN || ${#NODES[@]} -eq 1 ]]; then
+      "$1" "$node" "${@:2}" || code=$?
+    else
+      "$1" "$node" "${@:2}" &
+      jobs+=($!)
+    fi
+  done
+  for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || code=$?; done
+  return "$code"
+}
+
+remote_on() { tpus tpu-vm ssh "$1" --worker="$2" --command="$3"; }
+copy_to() { tpus tpu-vm scp "$2" "$1:" --worker=all; }
+
+# remote WORKERS SHELL_COMMAND: in the home directory of worker 0, or 0,2 of the first node, or of all of all nodes.
+remote() {
+  if [[ $1 == all ]]; then at_once remote_on "$@"; else remote_on "${NODES[0]}" "$@"; fi
+}
 
 # worker WORKERS ACTION...: an action of worker.sh.
 worker() { remote "$1" "bash $REMOTE/tpu_scripts/worker.sh $(quote "${@:2}")"; }

@@ -6,6 +6,7 @@
 #   --accelerator-type TYPE  ACCELERATOR_TYPE  v5litepod-8. v5litepod-N (or v5e-N) and v6e-N count chips, v5p-N and
 #                                              older ones cores, two to a chip; more than one host makes a pod slice
 #   --runtime-version NAME   RUNTIME_VERSION   the one for PyTorch and JAX that fits the type
+#   --node-count N           NODE_COUNT        so many slices of that type, through the queue (mesh.slices)
 #   --queued                 QUEUED=1          request it as a queued resource of the same name, and wait for it
 #   --spot                   SPOT=1            cheaper, may be taken away at any time
 #   --async                                    return as soon as the request is made
@@ -37,8 +38,11 @@ if [[ $ASYNC ]]; then flags+=(--async); fi
 read -ra more <<<"$CREATE_FLAGS"
 flags+=(${more[@]+"${more[@]}"})
 
+if [[ $NODE_COUNT && ! $QUEUED ]]; then fail "--node-count $NODE_COUNT needs --queued; pass both"; fi
 if [[ $QUEUED ]]; then
-  tpus queued-resources create "$TPU_NAME" --node-id="$TPU_NAME" --runtime-version="$version" "${flags[@]}"
+  node=(--node-id="$TPU_NAME")
+  if [[ $NODE_COUNT ]]; then node=(--node-count="$NODE_COUNT" --node-prefix="$TPU_NAME"); fi
+  tpus queued-resources create "$TPU_NAME" "${node[@]}" --runtime-version="$version" "${flags[@]}"
   [[ $ASYNC ]] || wait_until_active
 else
   tpus tpu-vm create "$TPU_NAME" --version="$version" "${flags[@]}"

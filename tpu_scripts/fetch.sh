@@ -28,6 +28,6 @@ plain_path "$to"
 
 run mkdir -p "$(dirname "$to")"
 run rm -rf "$to.partial"
-tpus tpu-vm scp --recurse "$TPU_NAME:$from" "$to.partial" --worker="$WORKER"
+tpus tpu-vm scp --recurse "${NODES[0]}:$from" "$to.partial" --worker="$WORKER"
 [[ ! $OVERWRITE ]] || run rm -rf "$to"
 run mv "$to.partial" "$to"

@@ -19,26 +19,33 @@ TO=${TO:-runs/tpu/$TPU_NAME/$(date +%Y%m%d-%H%M%S)}
 new_directory "$TO"
 [[ $WORKERS =~ ^([1-9][0-9]*)?$ ]] || fail "--workers is '$WORKERS'; give a whole number above 0"
 
-log_of() { tpus tpu-vm scp "$TPU_NAME:$REMOTE/tpu_job/log" "$TO/worker-$1.log" --worker="$1"; }
+# log_of NODE K: to worker-K.log, or where there are several nodes to NODE-worker-K.log.
+log_of() {
+  local name=worker-$2.log
+  if [[ ${#NODES[@]} -gt 1 ]]; then name=$1-$name; fi
+  tpus tpu-vm scp "$1:$REMOTE/tpu_job/log" "$TO/$name" --worker="$2"
+}
 
 # All at once: a pod slice has many workers. Ends with the code of one that failed.
 gather() {
-  local code=0 k job jobs=()
+  local code=0 k node job jobs=()
   if [[ ! $WORKERS ]]; then
-    ask WORKERS 1 tpu-vm describe "$TPU_NAME" '--format=value(networkEndpoints.len())' || return
-    [[ $WORKERS =~ ^[1-9][0-9]*$ ]] || fail "gcloud counts '$WORKERS' workers of $TPU_NAME; pass --workers"
+    ask WORKERS 1 tpu-vm describe "${NODES[0]}" '--format=value(networkEndpoints.len())' || return
+    [[ $WORKERS =~ ^[1-9][0-9]*$ ]] || fail "gcloud counts '$WORKERS' workers of ${NODES[0]}; pass --workers"
   fi
   run mkdir -p "$TO" || return
-  for ((k = 0; k < WORKERS; k++)); do
-    if [[ $DRY_RUN ]]; then
-      log_of "$k"
-    else
-      log_of "$k" &
-      jobs+=($!)
-    fi
+  for node in "${NODES[@]}"; do
+    for ((k = 0; k < WORKERS; k++)); do
+      if [[ $DRY_RUN ]]; then
+        log_of "$node" "$k"
+      else
+        log_of "$node" "$k" &
+        jobs+=($!)
+      fi
+    done
   done
   for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || code=$?; done
-  [[ $code != 0 ]] || say "logs of $WORKERS worker(s) are in $TO"
+  [[ $code != 0 ]] || say "logs of $((WORKERS * ${#NODES[@]})) worker(s) are in $TO"
   return "$code"
 }
 

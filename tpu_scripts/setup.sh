@@ -35,7 +35,7 @@ if [[ ${#REST[@]} -gt 0 ]]; then run tar -rf "$archive" "${REST[@]}"; fi
 run gzip -f "$archive"
 
 worker_sh=$REMOTE/tpu_scripts/worker.sh
-tpus tpu-vm scp "$archive.gz" "$TPU_NAME:" --worker=all
+at_once copy_to "$archive.gz"
 remote all "if [ -f $worker_sh ]; then bash $worker_sh idle; fi \
 && mkdir -p $REMOTE && tar -xzf rlhf_jax.tar.gz -C $REMOTE \
 && bash $worker_sh install $(quote "$PYTHON_VERSION" "$SETUP_COMMAND")"

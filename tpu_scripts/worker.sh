@@ -6,6 +6,7 @@
 #   start COMMAND ARGUMENT...       runs it detached in the checkout; fails while another is going
 #   follow                          prints the last run's log until it ends, exits with its code
 #   status                          one line
+#   code                            exits with the last run's code
 #   stop TERM|KILL                  signals the run and waits for its end
 
 set -euo pipefail
@@ -71,6 +72,8 @@ follow() {
   last_code
 }
 
+code() { last_code; }
+
 status() {
   local code=0
   if running; then
@@ -103,6 +106,6 @@ stop() {
 
 case ${1:-} in
   idle) refuse_if_running ;;
-  install | start | follow | status | stop | hold) "$@" ;;
+  install | start | follow | status | code | stop | hold) "$@" ;;
   *) fail "unknown action '${1:-}'; the scripts here and on this worker differ: run setup.sh" ;;
 esac
