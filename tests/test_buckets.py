@@ -199,16 +199,8 @@ def test_a_model_in_a_bucket_is_the_old_one_or_the_new_one_or_none(bucket, capsy
     assert "there is no such bucket" in refused(capsys, *convert, "gs://nowhere/m")
 
 
-WRITING = [
-    "recipe instructgpt --output_dir",
-    "quickstart --output_dir",
-    "data make json:dumps --out",
-]
-
-
-@pytest.mark.parametrize("command", WRITING)
-def test_nothing_is_written_in_a_bucket(bucket, capsys, tmp_path, monkeypatch, command):
+def test_a_page_is_not_written_in_a_bucket(bucket, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refused(capsys, *command.split(), "gs://bucket/out/x.jsonl")
-    assert "of what is written only run.output_dir and files and models named by `output`" in said
+    said = refused(capsys, "report", "runs/x", "--output", "gs://bucket/out/x.html")
+    assert "of what is written only runs, evaluations, recipes, rows and models" in said
     assert os.listdir(tmp_path) == [] and all(method == "GET" for method, *_ in bucket.asked)

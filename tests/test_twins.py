@@ -262,3 +262,54 @@ def test_a_finished_run_is_left_as_it_is(bucket, held, capsys):
     summary = twin.in_buckets(lambda config: directory.check_output_dir("sft", config))(config_at())
     assert summary["stage"] == "sft" and "gs://bucket/runs/a is finished; --run" in capsys.readouterr().out
     assert {name: data for name, data in bucket.objects.items() if "head" not in name} == before
+
+
+RECIPE = """
+defaults: {run: {progress: false, eval_every: 0}, progress: false}
+stages:
+- {name: task, command: data make, function: "rlhf_jax.tasks.random_walks:write", num: 64}
+- command: sft
+  model: {tokenizer: $task/tokenizer, arch: {vocab_size: 24, width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 2,
+    head_dim: 8, ffn_width: 32, max_positions: 32}}
+  data: {path: $task/demonstrations.jsonl, eval_path: $task/held_out.jsonl, batch_size: 16, max_prompt_length: 2,
+    max_length: 14}
+  sft: {steps: 2, num_samples: 0}
+- {command: sample, model: {path: $sft/model}, data_path: $task/prompts.jsonl, max_prompt_length: 2,
+   sampling: {max_new_tokens: 4, chunk: 4}}
+- {command: evaluate, model: {path: $sft/model}, data_path: $task/prompts.jsonl, max_prompt_length: 2,
+   sampling: {max_new_tokens: 4, chunk: 4}, reward: {functions: ["rlhf_jax.tasks.random_walks:gold"]}}
+"""
+
+
+def test_a_recipe_in_a_bucket_goes_on_where_requests_failed_and_makes_what_it_makes_on_a_disk(
+    bucket, here, call  # noqa: F811
+):  # fmt: skip
+    Path("recipe.yaml").write_text(RECIPE)
+    command = ["recipe", "recipe.yaml", "--output_dir"]
+    assert call(*command, "disk")[0] == 0
+    there = "gs://bucket/r"
+    stages = {"task": "task/", "sft": "sft/", "sample": "sample.jsonl.part/", "evaluate": "evaluate/"}
+    for number, begins in enumerate(stages.values(), 1):  # from its third object on nothing is written
+        left = iter(range(2))
+        bucket.faults = [
+            lambda method, name, begins=f"r/{begins}", left=left: (
+                403 if method == "POST" and name.startswith(begins) and next(left, None) is None else None
+            )
+        ]
+        code, out, err = call(*command, there)
+        assert code == 2 and f"[{number}/4]" in out and f"[{number + 1}/4]" not in out
+        assert "no credentials, or none" in err, err
+    bucket.faults = []
+    assert call(*command, there, "--dry_run", "true")[1].count("(finished") == 3
+    assert call(*command, there)[0] == 0
+    files = {str(path.relative_to("disk")): path.read_bytes() for path in Path("disk").rglob("*") if path.is_file()}
+    names = {name.removeprefix("r/") for name in bucket.objects}
+    assert {name for name in names if ".run/" not in name} == {name for name in files if not name.endswith(".lock")}
+    same = [name for name in files if name.startswith(("task/", "sft/model/", "sample.jsonl", "evaluate/responses"))]
+    assert len(same) > 10 and all(bucket.objects[f"r/{name}"][0] == files[name] for name in same)
+    code, out, _ = call(*command, there)
+    assert code == 0 and out.count("finished before") == 4
+    bucket.put("r/sft/model/config.json", b"{}")
+    assert "stage sft: gs://bucket/r/sft has changed since it was made" in call(*command, there)[2]
+    assert call(*command, there, "--overwrite", "true")[0] == 0
+    assert all(bucket.objects[f"r/{name}"][0] == files[name] for name in same)

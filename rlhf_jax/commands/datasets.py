@@ -34,8 +34,9 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, printable, shown, tell
 from rlhf_jax.feedback.sources import rankings_given
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, written
-from rlhf_jax.hosts.outputs import check_output
+from rlhf_jax.hosts.outputs import check_output, there, writable_directory
 
 
 def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint.Findings:
@@ -71,10 +72,12 @@ def run_prepare(config: DataPrepareArgs) -> Path:
     """Write the rows as a TFDS dataset; says what was dropped, and returns its directory."""
     if not config.out:
         raise UserError("no directory to write to; give --out DIR")
-    directory = Path(config.out) / tfds_rows.NAME / config.schema / "1.0.0"
-    if directory.exists() and not config.overwrite:
+    below = f"{tfds_rows.NAME}/{config.schema}/1.0.0"
+    directory = f"{config.out.rstrip('/') or '/'}/{below}"
+    if there(directory) and not config.overwrite:
         raise UserError(f"{directory} exists; choose another --out or pass --overwrite true")
-    check_writable(Path(config.out), f"out {config.out}")
+    if not in_bucket(config.out):
+        check_writable(Path(config.out), f"out {config.out}")
     build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
     splits = {}
     for split, path in (("train", config.path), *([("test", config.eval_path)] if config.eval_path else [])):
@@ -82,24 +85,28 @@ def run_prepare(config: DataPrepareArgs) -> Path:
         kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
         splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
         tell(f"{report.mark}{split}: {report}")
-    with written(f"out {config.out}"), scratch(Path(config.out)) as place, replacing(directory) as new:
+    what = f"out {config.out}"
+    with (
+        writable_directory(config.out, what) as out, written(what), scratch(out) as place,
+        replacing(out / below) as new,
+    ):  # fmt: skip
         os.rename(tfds_rows.prepare(splits, config.schema, str(place)), new)
-    tell(f"{directory}: data.path of a stage, or tfds.builder_from_directory({str(directory)!r})")
-    return directory
+    tell(f"{directory}: data.path of a stage, or tfds.builder_from_directory({directory!r})")
+    return Path(directory)
 
 
 def run_make(config: DataMakeArgs) -> list[str]:
     """Have the function write its files, move them to config.out when it is done, and return their names."""
-    out, function = Path(config.out), resolve(config.function)
+    function = resolve(config.function)
     if not config.out:
         raise UserError("no directory to write to; give --out DIR")
-    check_writable(out, f"out {out}")
-    with written(f"out {config.out}"), scratch(out) as place:
+    what = f"out {config.out}"
+    with writable_directory(config.out, what) as out, written(what), scratch(out) as place:
         function(place, num=config.num, seed=config.seed)
         made = sorted(place.iterdir())
-        there = [path.name for path in made if (out / path.name).exists()]
-        if there and not config.overwrite:
-            raise UserError(f"{out / there[0]} exists; choose another --out or pass --overwrite true")
+        places = [f"{config.out.rstrip('/')}/{path.name}" for path in made]
+        if (old := [each for each in places if there(each)]) and not config.overwrite:
+            raise UserError(f"{old[0]} exists; choose another --out or pass --overwrite true")
         for path in made:
             if path.is_dir():
                 with replacing(out / path.name) as new:
@@ -108,7 +115,7 @@ def run_make(config: DataMakeArgs) -> list[str]:
                 sync(path)
                 os.replace(path, out / path.name)
     names = [path.name for path in made]
-    tell(f"data make: {', '.join(names)} in {out}")
+    tell(f"data make: {', '.join(names)} in {config.out}")
     return names
 
 

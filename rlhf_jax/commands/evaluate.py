@@ -36,11 +36,13 @@ from rlhf_jax.inference.generate import Response, total_length
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.types import RewardFn
 
 RESPONSES = "responses.jsonl"
 
 
+@partial(in_buckets, option="output_dir")
 def run_evaluate(
     config: EvaluateArgs,
     *,

@@ -39,6 +39,7 @@ from rlhf_jax.inference.generate import Generator
 from rlhf_jax.models.loading import load_model, load_tokenizer
 from rlhf_jax.runs.curves import learning_curves, text_table
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, write_config
+from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tasks import random_walks as walks
 from rlhf_jax.types import RewardFn
@@ -107,6 +108,7 @@ def collect(graph: walks.Graph, policy: str, config: QuickstartArgs, round_: int
     return pairs
 
 
+@partial(in_buckets, option="output_dir")
 def run(config: QuickstartArgs) -> Summary:
     """SFT on random walks, then rounds of comparisons by a noisy rater, reward model and PPO; prints a table.
 

@@ -164,15 +164,31 @@ def delete(url: str) -> None:
     _result(url, lambda: store(bucket).write(name, None).result())
 
 
+def there(url: str) -> str:
+    """What `url` names: "object", "directory", which objects lie below, or nothing.
+
+    Raises:
+        OSError: it cannot be listed; says why.
+    """
+    _, name = split(url)
+    if _listed(url, name, f"{name}\0"):
+        return "object"
+    return "directory" if below(url) else ""
+
+
 def below(url: str) -> list[str]:
     """The names of all objects below `url`/, without that, sorted.
 
     Raises:
         OSError: they cannot be listed; says why.
     """
+    _, name = split(url)
+    return sorted(key[len(name) + 1 :] for key in _listed(url, f"{name}/", f"{name}0"))  # 0 follows /
+
+
+def _listed(url: str, first: str, last: str) -> list[str]:
+    """The names in the bucket of `url` from `first` to before `last`."""
     import tensorstore as ts
 
-    bucket, name = split(url)
-    within = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # 0 follows /
-    keys = _result(url, lambda: store(bucket).list(within).result())
-    return sorted(key.decode()[len(name) + 1 :] for key in keys)
+    within, (bucket, _) = ts.KvStore.KeyRange(first, last), split(url)
+    return [key.decode() for key in _result(url, lambda: store(bucket).list(within).result())]

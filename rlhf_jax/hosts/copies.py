@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,9 @@ OF_A_MODEL = (*WANTED, WEIGHTS)
 
 DATASET = "dataset_info.json"
 """What makes a directory one that TFDS prepared, of which all is copied."""
+
+HEADS = ("config.json", DATASET)
+"""Files without which a directory is no model and no dataset."""
 
 LONGEST_HEADER = 100 << 20
 """Bytes of the header of a safetensors file, as that format bounds them."""
@@ -86,6 +89,24 @@ def local(url: str) -> Path:
             raise UserError(f"{url}: no such object, none below it, and maybe no such bucket; check both names")
         _copy_directory(url, names)
         return place_of(url)
+
+
+def local_tree(url: str, wanted: Callable[[str], bool]) -> Path:
+    """Where on this machine the object `url` is, or those below whose names are wanted; weights as files with holes.
+
+    Raises:
+        UserError: they cannot be read; says why.
+    """
+    with buckets.asked(url):
+        names, place = [name for name in buckets.below(url) if wanted(name)], place_of(url)
+        if not names:
+            _copied(url)
+        for gone in {path for path in place.rglob("*") if path.is_file()} - {place / name for name in names}:
+            gone.unlink()
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (_copy_header if name.endswith(WEIGHTS) else _copied)(f"{url}/{name}")
+    return place
 
 
 def _copied(url: str) -> bool:
@@ -160,6 +181,21 @@ def have(file: Path, bounds: Iterable[tuple[int, int]]) -> None:
         holes.here[block] = 1
 
 
+def upload_tree(folder: Path, url: str) -> None:
+    """Put all files of a directory below `url`/; what makes one a model or a dataset comes last.
+
+    Raises:
+        UserError: it was refused; says why.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    with buckets.asked(url):
+        for name in names:
+            if name.endswith(HEADS):
+                buckets.delete(f"{url}/{name}")
+        for name in sorted(names, key=lambda name: name.endswith(HEADS)):
+            buckets.write(f"{url}/{name}", (folder / name).read_bytes())
+
+
 def upload_model(folder: Path, url: str) -> None:
     """Put a model directory in the place of what is below `url`/: config.json, without which nothing is a model, goes
     first of the old one and comes last of the new one, so that there is never half a model.
@@ -167,13 +203,11 @@ def upload_model(folder: Path, url: str) -> None:
     Raises:
         UserError: it was refused; says why.
     """
-    head, files = "config.json", sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     with buckets.asked(url):
         old = [name for name in buckets.below(url) if "/" not in name and name.endswith(OF_A_MODEL)]
-        for name in sorted(old, key=lambda name: name != head):
+        for name in sorted(old, key=lambda name: name not in HEADS):
             buckets.delete(f"{url}/{name}")
-        for name in sorted(files, key=lambda name: name == head):
-            buckets.write(f"{url}/{name}", (folder / name).read_bytes())
+    upload_tree(folder, url)
 
 
 def release(folder: Path) -> None:

@@ -273,11 +273,11 @@ def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> Bin
 
 
 def check_place(path: Place, what: str) -> None:
-    """Raise a UserError, about `what`, of a path in a bucket, where only runs, files of rows and models go."""
+    """Raise a UserError, about `what`, of a path in a bucket, where pages, votes and talks do not go."""
     if Path(path).parts[:1] == ("gs:",):
         raise UserError(
-            f"{what}: of what is written only run.output_dir and files and models named by `output` may be in a "
-            "bucket; give a path of this machine"
+            f"{what}: of what is written only runs, evaluations, recipes, rows and models may be in a bucket; give a "
+            "path of this machine"
         )
 
 

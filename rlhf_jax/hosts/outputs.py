@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, call_it, reason
 from rlhf_jax.hosts import buckets
 from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import upload_tree
 from rlhf_jax.hosts.files import check_writable, is_stream, replace_files, write_all, write_new
+from rlhf_jax.hosts.interrupts import UNFINISHED, temporary
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
@@ -54,6 +57,39 @@ def _check_object(url: str, *, overwrite: bool) -> None:
             raise UserError(f"output {url} exists; choose another name or pass --overwrite true")
         buckets.write(f"{url}.new", b"\n")
         buckets.delete(f"{url}.new")
+
+
+def there(path: str) -> str:
+    """What a path names, of this machine or in a bucket: "file", "object", "directory", or nothing.
+
+    Raises:
+        UserError: the bucket cannot be asked.
+    """
+    if in_bucket(path):
+        with buckets.asked(path):
+            return buckets.there(path)
+    return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+
+
+@contextlib.contextmanager
+def writable_directory(path: str, what: str) -> Iterator[Path]:
+    """A directory to write to: `path`, or for one in a bucket one of this machine, whose files go there at the end.
+
+    Raises:
+        UserError: about `what`, it cannot be written to.
+    """
+    if not in_bucket(path):
+        check_writable(Path(path), what)
+        yield Path(path)
+        return
+    folder = temporary("rlhf-jax-")
+    call_it(str(folder), path.rstrip("/"))
+    try:
+        yield folder
+        upload_tree(folder, path.rstrip("/"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        UNFINISHED.discard(folder)
 
 
 def read_output(path: str) -> bytes:

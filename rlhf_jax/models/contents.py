@@ -14,7 +14,7 @@ from rlhf_jax.config.settings import HUB_ROWS, Settings
 from rlhf_jax.data import hub_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, have
+from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, have, local_tree
 from rlhf_jax.models.hf import directory, hub
 
 OPTIONS = {"path", "model", "models", "tokenizer", "reference", "teacher", "mixture", "demonstrations"}
@@ -86,14 +86,16 @@ def _places(name: str) -> list[Path]:
     return [place for place in places if place.exists()][:1]
 
 
-def digest_below(place: Path) -> str:
+def digest_below(output: str) -> str:
     """32 hexadecimal digits of an output: a file, or all files of a directory but what only going on with it needs."""
+    counts = lambda name: not any(part in OF_NO_ACCOUNT or part.startswith(".") for part in Path(name).parts)  # noqa: E731
+    place = local_tree(output.rstrip("/"), counts) if in_bucket(output) else Path(output)
     digest = hashlib.blake2b(digest_size=16)
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
     for file in files:
-        below = file.relative_to(place)
-        if not any(part in OF_NO_ACCOUNT or part.startswith(".") for part in below.parts):
-            digest.update(json.dumps(str(below)).encode())
+        below = str(file.relative_to(place))
+        if counts(below):
+            digest.update(json.dumps(below).encode())
             _add(digest, file)
     return digest.hexdigest()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import operator
 import os
 import shlex
 import signal
@@ -19,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from rlhf_jax.errors import UserError, call_it, reason, tell
 from rlhf_jax.hosts import buckets, interrupts
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
-from rlhf_jax.runs.directory import CHECKPOINTS, CONFIG, METRICS, RECORD, SUMMARY, check_inside
+from rlhf_jax.runs.directory import CHECKPOINTS, CONFIG, METRICS, RECORD, SUMMARY, check_inside, mark_void
 from rlhf_jax.runs.manifests import is_chunk
 from rlhf_jax.runs.pieces import HEAD, HIDDEN, PASS, Copy, Piece, Sent, digest_of, joined, mark_of
 
@@ -273,8 +274,8 @@ def said(url: str) -> Iterator[None]:
         raise UserError(f"{url}/{HEAD} is broken ({reason(error)}); choose another directory") from error
 
 
-def glance(url: str) -> tuple[Path, str]:
-    """A copy of what says how a run in a bucket stands, and who holds it (empty: nobody).
+def glance(url: str, names: Sequence[str] = (RECORD, CONFIG, METRICS)) -> tuple[Path, str]:
+    """A copy of some files of a run in a bucket, those that say how it stands, and who holds it (empty: nobody).
 
     Raises:
         UserError: the bucket cannot be read.
@@ -284,7 +285,7 @@ def glance(url: str) -> tuple[Path, str]:
     with said(url):
         found = buckets.read(f"{url}/{HEAD}")
         head: JsonObject = json.loads(found.data) if found else {"holder": "", "files": {}}
-        for name in (RECORD, CONFIG, METRICS):
+        for name in names:
             if name in head["files"]:
                 (place / name).write_bytes(joined(url, head["files"][name]))
     return place, head["holder"]
@@ -299,6 +300,19 @@ def runs_below(url: str) -> list[str]:
     with said(url):
         names = [name for name in buckets.below(url) if f"/{name}".endswith(f"/{HEAD}")]
     return [f"{url}/{name.removesuffix(HEAD)}".rstrip("/") for name in names]
+
+
+def begun(output: str) -> bool:
+    """Whether a run has its directory, in a bucket or not."""
+    return bool(buckets.there(f"{output.rstrip('/')}/{HEAD}")) if in_bucket(output) else Path(output, RECORD).exists()
+
+
+def void(output: str) -> None:
+    """`directory.mark_void`, of a run in a bucket too, of which nothing else stays there."""
+    if not in_bucket(output):
+        return mark_void(Path(output))
+    with Twin(output, fresh=True) as twin:
+        mark_void(twin.place)
 
 
 def hold_copy(url: str, *, fresh: bool) -> Copy:
@@ -331,16 +345,19 @@ def hold_copy(url: str, *, fresh: bool) -> Copy:
     return copy
 
 
-def in_buckets(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage whose run.output_dir may be in a bucket."""
+def in_buckets(run: Callable[..., Any], *, option: str = "run.output_dir") -> Callable[..., Any]:
+    """A command whose directory, which `option` names, may be in a bucket."""
 
     @functools.wraps(run)
     def kept(config: Any, **given: Any) -> Any:
-        url = config.run.output_dir.rstrip("/")
+        url, of_a_run = operator.attrgetter(option)(config).rstrip("/"), option.startswith("run.")
         if not in_bucket(url):
             return run(config, **given)
-        check_inside(config, lambda value: value.rstrip("/").startswith(f"{url}/"))
-        with hold_copy(url, fresh=config.run.overwrite) as copy:
-            return run(replace(config, run__output_dir=str(copy.place)), **given)
+        if of_a_run:
+            check_inside(config, lambda value: value.rstrip("/").startswith(f"{url}/"))
+        with hold_copy(url, fresh=of_a_run and config.run.overwrite) as copy:
+            if copy.count > 1 and not of_a_run:
+                raise UserError(f"{option} {url}: several processes need a directory that all hosts share; name one")
+            return run(replace(config, **{option.replace(".", "__"): str(copy.place)}), **given)
 
     return kept

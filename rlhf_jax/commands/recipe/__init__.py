@@ -7,11 +7,11 @@ and each stage is the command itself. docs/recipes.md has the format.
 from __future__ import annotations
 
 import gc
+import os
 import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rlhf_jax import cli
 from rlhf_jax.commands.recipe.reading import Stage, as_argument, read, replaced
@@ -20,8 +20,9 @@ from rlhf_jax.config import RecipeArgs, functions
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import read_object, write_json
+from rlhf_jax.hosts.files import read_object
 from rlhf_jax.hosts.json_text import JsonObject
+from rlhf_jax.hosts.outputs import there
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.runs.directory import SUMMARY, Summary
@@ -42,7 +43,7 @@ GOLD = re.compile(r"after\.eval/gold|models\..*\.gold\.mean")
 
 def stages_of(
     config: RecipeArgs, changes: Mapping[str, object] | None = None, recipe: Mapping[str, object] | None = None
-) -> tuple[list[Stage], Path]:
+) -> tuple[list[Stage], str]:
     """All stages of all rounds and the directory they go to, checked; see `run`."""
     tree: Mapping[str, object]
     if recipe is not None:
@@ -91,7 +92,7 @@ def run(
 
     def conclude() -> Summary:
         summary = summary_of(stages, actions, record.entries)
-        write_json(root / SUMMARY, summary)
+        record.conclude(summary)
         return summary
 
     try:
@@ -103,7 +104,7 @@ def run(
         summary = processes.from_first(conclude)
     finally:
         record.close()
-    say("\n" + table(summary) + f"\n\nrecipe: {root / SUMMARY}")
+    say("\n" + table(summary) + f"\n\nrecipe: {root}/{SUMMARY}")
     return summary
 
 
@@ -149,8 +150,8 @@ def figures_of(stage: Stage, result: object) -> Figures:
     told = dict(result) if isinstance(result, Mapping) else {}
     if isinstance(result, list):
         told["rows"] = len(result)
-    beside = Path(stage.output).with_suffix(".summary.json")
-    if beside.is_file():
+    beside = f"{os.path.splitext(stage.output)[0]}.summary.json"
+    if there(beside) in ("file", "object"):
         told |= read_object(beside, "make the stage anew")
     return {
         name: value

@@ -16,7 +16,7 @@ from rlhf_jax.cli.parsing import misfit, parse
 from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import check_place
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.yamls import Tree, Value, load
 from rlhf_jax.runs.directory import OURS
 
@@ -62,7 +62,7 @@ class Known:
 Scope = dict[str, Known]
 
 
-def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
+def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], str]:
     """All stages of all rounds of a recipe, as `replaced` returns it, in order, and its directory.
 
     `where` is the file's name, for messages; `output_dir` replaces the file's unless empty.
@@ -74,8 +74,8 @@ def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
     root = output_dir or tree.get("output_dir", "")
     if not isinstance(root, str) or not root:
         raise UserError(f"{where}: there is no output_dir; say where to write, as --output_dir runs/first")
-    check_place(root, f"{where}: output_dir {root}")
-    recipe = Recipe(where, Path(root), group_of(tree.get("defaults", {}), f"{where}: defaults"))
+    root = root.rstrip("/") if in_bucket(root) else str(Path(root))
+    recipe = Recipe(where, root, group_of(tree.get("defaults", {}), f"{where}: defaults"))
     names: Scope = {}
     for name, value in group_of(tree.get("variables", {}), f"{where}: variables").items():
         if value == "null":
@@ -83,7 +83,7 @@ def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], Path]:
         recipe.add(names, name, recipe.known(value, names, f"variables.{name}"))
     stages = list(recipe.stages(tree.get("stages"), names))
     recipe.check_defaults(stages)
-    return stages, Path(root)
+    return stages, root
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Recipe:
     """What all stages share: the file's name, the directory, and options for every stage that has them."""
 
     where: str
-    root: Path
+    root: str
     defaults: Tree
 
     def error(self, place: str, line: str) -> UserError:
@@ -169,7 +169,7 @@ class Recipe:
         used: set[str] = set()
         options = {key: filled(value, names, f"{self.where}: {place}: {key}", used) for key, value in options.items()}
         ending = ".jsonl" if target == "output" and command != "convert" else ""
-        output = dict(dotted(options)).get(target) or f"{self.root / label}{ending}"
+        output = dict(dotted(options)).get(target) or f"{self.root}/{label}{ending}"
         put(options, target, output)
         self.add(names, name, Known(output, frozenset([label]), target == "run.output_dir"))
         try:

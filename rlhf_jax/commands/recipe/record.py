@@ -5,14 +5,17 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 from rlhf_jax.commands.recipe.reading import Stage
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import files
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject
+from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models.contents import contents, digest_below
 from rlhf_jax.runs import directory
+from rlhf_jax.runs.twin import Twin, begun, glance, void
 
 FILE = "recipe.json"
 
@@ -23,6 +26,9 @@ OF_NO_ACCOUNT = ("overwrite", "progress", "output", "out")
 
 GROWS = ("label",)
 """Commands whose output may grow after their end."""
+
+NEVER_GO_ON = ("data make", "data prepare")
+"""Commands that put files into a directory, and begin anew after a kill."""
 
 Action = Literal["skip", "run", "replace"]
 
@@ -35,11 +41,17 @@ class Record:
     whether something was there before. Once it is finished, to {id, wall_s, figures, made} too, the last a digest.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: str):
         """Of the directory `root`; touches nothing."""
-        self.root, self.path = root, root / FILE
-        self.entries: JsonObject = {}
+        self.root, self.entries = root, cast(JsonObject, {})
+        self._place = Path(root)
         self._lock: BinaryIO | None = None
+        self._twin: Twin | None = None
+
+    @property
+    def path(self) -> Path:
+        """recipe.json, or of a recipe in a bucket its copy."""
+        return self._place / FILE
 
     def claim(self) -> None:
         """Make the directory and keep other processes out until `close`.
@@ -47,9 +59,13 @@ class Record:
         Raises:
             UserError: it cannot be written to, or another process holds it.
         """
-        files.check_writable(self.root, f"output_dir {self.root}")
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = directory.claim(self.root)
+        if in_bucket(self.root):
+            self._twin = Twin(self.root)
+            self._place = self._twin.place
+            return
+        files.check_writable(self._place, f"output_dir {self.root}")
+        self._place.mkdir(parents=True, exist_ok=True)
+        self._lock = directory.claim(self._place)
 
     def load(self) -> None:
         """Read recipe.json, if there is one.
@@ -57,6 +73,8 @@ class Record:
         Raises:
             UserError: it is broken.
         """
+        if self._twin is None and in_bucket(self.root):  # it is looked at alone
+            self._place, _ = glance(self.root, [FILE])
         cure = "delete it: runs are then taken as they are, and other outputs made anew with --overwrite true"
         self.entries = files.read_object(self.path, cure) if self.path.exists() else {}
         if not all(isinstance(entry, dict) and set(entry) >= ENTRY for entry in self.entries.values()):
@@ -77,15 +95,16 @@ class Record:
                     f"stage {stage.label}: {stage.output} {why}; pass --overwrite true to make it and what follows "
                     "anew, or choose another output_dir"
                 )
-            output = Path(stage.output)
             if why:
                 actions[stage.label] = "replace"
-            elif entry and entry["status"] == "finished" and output.exists():
+            elif entry and entry["status"] == "finished" and there(stage.output):
                 actions[stage.label] = "skip"
             else:  # a run directory knows itself what of it is this stage's work
-                begun = entry or overwrite
-                replaces = entry and entry.get("replaces") and not (output / directory.RECORD).exists()
-                actions[stage.label] = "replace" if begun and (output.is_file() or replaces) else "run"
+                ours = entry or overwrite
+                replaces = entry and entry.get("replaces") and not begun(stage.output)
+                place = there(stage.output)
+                whole = place in ("file", "object") or (place and stage.command in NEVER_GO_ON)
+                actions[stage.label] = "replace" if ours and (whole or replaces) else "run"
         return actions
 
     def changed(self, stage: Stage, actions: dict[str, Action]) -> str:
@@ -106,15 +125,15 @@ class Record:
         for name in files:
             if before.get(name, files[name]) != files[name]:
                 return f"was made when {name} had other contents"
-        output, made = Path(stage.output), entry.get("made")
-        if made and output.exists() and stage.command not in GROWS and made != digest_below(output):
+        made = entry.get("made")
+        if made and there(stage.output) and stage.command not in GROWS and made != digest_below(stage.output):
             return "has changed since it was made"
         return ""
 
     def start(self, stage: Stage, action: Action) -> None:
         """Write that a stage is under way; what it replaces is no longer taken for its work, whatever happens next."""
-        if action == "replace" and (Path(stage.output) / directory.RECORD).exists():
-            directory.mark_void(Path(stage.output))
+        if action == "replace" and begun(stage.output):
+            void(stage.output)
         inputs = {label: self.entries[label]["id"] for label in stage.inputs}
         self.entries[stage.label] = {
             "command": stage.command,
@@ -134,15 +153,26 @@ class Record:
             "id": secrets.token_hex(8),
             "wall_s": wall_s,
             "figures": figures,
-            "made": digest_below(Path(stage.output)),
+            "made": digest_below(stage.output),
         }
         self._write()
 
     def _write(self) -> None:
         with files.once_more(str(self.path)):
             files.write_json(self.path, self.entries)
+            if self._twin is not None:
+                self._twin.push()
+                self._twin.check_held()
+
+    def conclude(self, summary: JsonObject) -> None:
+        """Write summary.json."""
+        files.write_json(self._place / directory.SUMMARY, summary)
+        if self._twin is not None:
+            self._twin.push(finished=True)
 
     def close(self) -> None:
         """Let others have the directory."""
+        if self._twin is not None:
+            self._twin.close(finished=(self._place / directory.SUMMARY).is_file())
         if self._lock is not None:
             self._lock.close()
