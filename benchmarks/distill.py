@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.studies import Lines, Walks, shown, with_gold
-from rlhf_jax import group, ppo, reward
+from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.config import DISTILL, DistillArgs, RewardSourceConfig
 from rlhf_jax.config.functions import replace
@@ -40,7 +40,7 @@ class Seed(Walks):
         pairs, path = q.collect(self.graph, self.base, self.config, 0), self.path
         kept = {"run__overwrite": False}
         reward.run(replace(q.reward_stage(self.config, path), **kept), rows=pairs[:-200], eval_rows=pairs[-200:])
-        made = ppo.run(replace(q.ppo_stage(self.config, path), **kept), **self.prompts(), gold=self.gold)
+        made = self.train(replace(q.ppo_stage(self.config, path), **kept))
         self.teacher, self.teacher_gold = str(path / "ppo" / "model"), made["after"]["eval/gold"]
 
     def run(self, name: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Seed(Walks):
         }  # fmt: skip
         if name == "ppo":
             # Its critic is a model of the student's own shape: the reward model has the teacher's.
-            ppo.run(replace(like, ppo__value_init="zeros", **changes), **self.prompts(), gold=self.gold)
+            self.train(replace(like, ppo__value_init="zeros", **changes))
         else:
             same = {"iterations": self.config.iterations, "epochs": like.ppo.epochs}
             config = DistillArgs(
@@ -60,7 +60,7 @@ class Seed(Walks):
                 reward=RewardSourceConfig(teacher=self.teacher),
                 distill=replace(DISTILL, discount=float("discount" in name), **same),
             )  # fmt: skip
-            group.run(replace(config, **changes), **self.prompts(), gold=self.gold)
+            self.train(replace(config, **changes))
         return {"run": name, "seed": self.config.seed, "teacher": self.teacher_gold, **self.measured(out)}
 
     def measured(self, out: Path) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.ensembles --output_dir runs/ensembles
 
-Coste et al. 2023 (arXiv 2310.02743) on a scale of two CPU cores. Reward models from comparisons of SFT's walks by a
-rater who errs one time in ten; PPO with a small price on the KL, so that it goes far; the gold reward, which no run
-sees, at the end against its own peak, both means over a tenth of the run. `--seeds` have a graph each. Prints a JSON
-line per run and appends it to ensembles.jsonl, goes on with what is missing there, and ends with a table.
+Coste et al. 2023 (arXiv 2310.02743) on a scale of two CPU cores. Reward models from comparisons as in the quickstart,
+of SFT's walks with others, as likely and hotter ones, by a rater who errs one time in ten; PPO with a small price on
+the KL, so that it goes far; the gold reward, which no run sees, at the end against its own peak, both means over a
+tenth of the run. `--seeds` have a graph each. Prints a JSON line per run and appends it to ensembles.jsonl, goes on
+with what is missing there, and ends with a table.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from typing import Any
 import numpy as np
 
 from benchmarks.studies import Lines, Walks, shown, with_gold
-from rlhf_jax import ppo, reward
+from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import text_table
 
-MEMBERS = 4
+MEMBERS, EPOCHS = 4, 8
+LOWER = {"reward__combine": "lower_bound", "reward__combine_coef": 2.0}
 RUNS: dict[str, dict[str, Any]] = {
     "single": {},
     "mean": {"reward__combine": "mean"},
     "min": {"reward__combine": "min"},
-    "lower_bound": {"reward__combine": "lower_bound"},
+    "lower_bound": LOWER,
     "heads mean": {"reward__combine": "mean"},
-    "heads lower_bound": {"reward__combine": "lower_bound"},
+    "heads lower_bound": LOWER,
     "single, kl_budget": {"ppo__kl_budget": 3.0},
     "single, clip": {"ppo__reward_standardize": "mean_std", "ppo__reward_clip": 2.0},
     "mean, disagreement": {"reward__combine": "mean", "ppo__disagreement_budget": 2.0},
@@ -47,7 +49,7 @@ class Seed(Walks):
     def pairs(self, size: int) -> list[dict[str, str]]:
         """`size` comparisons in random order."""
         if size not in self._pairs:
-            rows = self.compared(-(-4 * size // 20), 100, 0.1)
+            rows = q.collect(self.graph, self.base, replace(self.config, comparisons=3 * size), 0)
             order = np.random.default_rng(self.config.seed).permutation(len(rows))[:size]
             self._pairs[size] = [rows[i] for i in order]
         return self._pairs[size]
@@ -57,7 +59,8 @@ class Seed(Walks):
         name = f"reward_{size}_{'heads' if member is None else member}"
         config = replace(
             q.reward_stage(self.config, self.path), run__output_dir=str(self.path / name), run__overwrite=False,
-            run__seed=1000 * self.config.seed + (member or 0), reward__members=MEMBERS if member is None else 1,
+            run__seed=1000 * self.config.seed + (member or 0), run__eval_every=0, reward__epochs=EPOCHS,
+            reward__members=MEMBERS if member is None else 1,
         )  # fmt: skip
         made = reward.run(config, rows=self.pairs(size), eval_rows=self.held_out)
         return str(self.path / name / "model"), made["accuracy"]
@@ -67,13 +70,14 @@ class Seed(Walks):
         kind = name.split(",")[0].split()[0]
         members = {"single": [0], "heads": [None]}.get(kind, list(range(MEMBERS)))
         models, accuracy = zip(*(self.reward_model(size, member) for member in members), strict=True)
-        out = self.path / f"{name.replace(',', '').replace(' ', '_')}_{size}"
+        out = self.path / f"{name.replace(',', '').replace(' ', '_')}_{size}_{kl_coef:g}"
         config = replace(
             q.ppo_stage(self.config, self.path), reward__model="", reward__models=list(models), ppo__kl_coef=kl_coef,
-            run__output_dir=str(out), run__overwrite=True, run__eval_every=5, checkpoint__keep_last=1, **RUNS[name],
+            run__output_dir=str(out), run__overwrite=True, run__eval_every=10, checkpoint__keep_last=1, **RUNS[name],
         )  # fmt: skip
-        made = ppo.run(config, **self.prompts(), gold=self.gold)
-        about = {"run": name, "size": size, "seed": self.config.seed, "accuracy": float(np.mean(accuracy))}
+        made = self.train(config)
+        about = {"run": name, "size": size, "kl_coef": kl_coef, "seed": self.config.seed}
+        about["accuracy"] = float(np.mean(accuracy))
         kept = {f"kept_{n}": made["after"][f"eval/{n}"] for n in ("gold", "kl")}
         return {**about, **measured(out / "metrics.jsonl"), **kept, "iterations": made["iterations"]}
 
@@ -96,18 +100,18 @@ def measured(metrics: Path) -> dict[str, float]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Per size and run: gold at the end, less its own peak, and less that of the single model of the same seed."""
-    headers = ["comparisons", "run", "seeds", "accuracy", "gold, last", "last - peak", "last - single's", "kept gold",
-               "last d", "disagreement"]  # fmt: skip
+    """Per size, price and run: gold at the end, less its own peak, and less that of the same seed's single model."""
+    headers = ["comparisons", "kl_coef", "run", "seeds", "accuracy", "gold, last", "last - peak", "last - single's",
+               "kept gold", "last d", "disagreement"]  # fmt: skip
     rows = []
-    for size in sorted({line["size"] for line in lines}):
-        of_size = [line for line in lines if line["size"] == size]
+    for size, price in sorted({(line["size"], line["kl_coef"]) for line in lines}):
+        of_size = [line for line in lines if (line["size"], line["kl_coef"]) == (size, price)]
         single = {line["seed"]: line["gold_last"] for line in of_size if line["run"] == "single"}
         for name in [name for name in RUNS if any(line["run"] == name for line in of_size)]:
             own = [line for line in of_size if line["run"] == name]
             paired = [line["gold_last"] - single[line["seed"]] for line in own if line["seed"] in single]
             rows.append([
-                size, name, len(own), shown([x["accuracy"] for x in own]), shown([x["gold_last"] for x in own]),
+                size, price, name, len(own), shown([x["accuracy"] for x in own]), shown([x["gold_last"] for x in own]),
                 shown([x["gold_last"] - x["gold_peak"] for x in own]), shown(paired),
                 shown([x["kept_gold"] for x in own]), shown([x["d_last"] for x in own]),
                 f"{np.mean([x['apart_first'] for x in own]):.2f}, {np.mean([x['apart_last'] for x in own]):.2f}",
@@ -121,14 +125,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 3072], help="comparisons of a reward model")
     parser.add_argument("--runs", nargs="+", choices=[*RUNS], default=[*RUNS])
-    parser.add_argument("--iterations", type=int, default=80, help="of PPO")
+    parser.add_argument("--iterations", type=int, default=60, help="of PPO")
     parser.add_argument("--kl_coef", type=float, default=0.01, help="price of a nat in PPO, small to go far")
     args = parser.parse_args()
     root = Path(args.output_dir)
     lines = Lines(root / "ensembles.jsonl")
     for number in args.seeds:
         pairs = [(size, run) for size in args.sizes for run in args.runs]
-        missing = [(size, run) for size, run in pairs if not lines.has(seed=number, size=size, run=run)]
+        there = {"seed": number, "kl_coef": args.kl_coef}
+        missing = [(size, run) for size, run in pairs if not lines.has(**there, size=size, run=run)]
         seed = Seed(number, root, args.iterations) if missing else None
         for size, run in missing:
             assert seed is not None

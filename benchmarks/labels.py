@@ -2,32 +2,37 @@
 
     python -m benchmarks.labels --output_dir runs/labels
 
-For every seed an SFT model; then labels in batches of `--batch`, each a pair of eight SFT walks from one start. The
-first batch is random in every run; in the next ones `random` takes any pairs of any starts, `disagreement` and
-`top_two` ask the four heads of the reward model of the batches before (`collect --select`), and keep the starts of the
-most information. A rater errs one time in ten. After each of `--sizes` labels: a reward model of four heads, PPO
-against their mean, gold of its last tenth. Prints a JSON line per run and size, appends it to labels.jsonl, goes on
-with what is missing there, and ends with a table of gold less that of random labels of the same seed and size.
+For every seed an SFT model; then labels, each of a pair of eight SFT walks from one start, no pair twice. `random`
+takes any; so does the first batch of `disagreement` and `top_two`, which in the next ones, of `--batch` labels, ask
+the four heads of the reward model of the batches before (`collect --select`), and keep the starts of the most
+information. A rater errs one time in ten. After each of `--sizes` labels: a reward model of four heads, PPO against
+their mean, gold of its last tenth. Prints a JSON line per run and size, appends it to labels.jsonl, goes on with what
+is missing there, and ends with a figure, labels.png, and a table of gold less that of random labels of the same seed
+and size.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.ensembles import measured
 from benchmarks.studies import Lines, Walks, shown
-from rlhf_jax import ppo, reward
+from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.commands.collect import run_collect
 from rlhf_jax.config import CollectArgs, ModelConfig, RewardSourceConfig
 from rlhf_jax.config.functions import replace
-from rlhf_jax.runs.curves import text_table
+from rlhf_jax.runs.curves import COLOUR_MAP, text_table
 from rlhf_jax.tasks import random_walks as walks
 
 RUNS = ("random", "disagreement", "top_two")
-MEMBERS, SAMPLES, NOISE = 4, 8, 0.1
+MEMBERS, SAMPLES, NOISE, EPOCHS = 4, 8, 0.1, 8
 
 
 class Seed(Walks):
@@ -37,48 +42,55 @@ class Seed(Walks):
         super().__init__(seed, root, iterations=iterations)
         self.held_out = self.compared(20, 3, 0.0)
 
-    def asked(self, run: str, batch: int, number: int, heads: str) -> list[dict[str, str]]:
-        """The pairs of a batch, compared, which a run chooses; `heads` is the model that is asked, if there is one."""
+    def asked(
+        self, run: str, batch: int, number: int, heads: str, before: set[tuple[str, str, str]]
+    ) -> list[dict[str, str]]:
+        """The pairs of a batch, compared, which a run chooses, none of those `before`, to which they are added.
+
+        `heads` is the model that is asked, if there is one.
+        """
         select = run if heads else "random"
         config = CollectArgs(
             model=ModelConfig(path=self.base), sampling=q.SAMPLING, num_samples=SAMPLES, batch_size=1280,
-            max_prompt_length=q.DATA.max_prompt_length, select=select, most=batch, progress=False, overwrite=True,
+            max_prompt_length=q.DATA.max_prompt_length, select=select, most=3 * batch, progress=False, overwrite=True,
             reward=RewardSourceConfig(model=heads if select != "random" else ""),
             seed=1000 * self.config.seed + number, output=str(self.path / f"{run}_asked.jsonl"),
         )  # fmt: skip
         repeats = -(-4 * batch // len(walks.start_prompts()))  # four prompts for each label
         rows = run_collect(config, rows=walks.start_prompts() * repeats)
-        pairs = [[item["text"] for item in row["responses"]] for row in rows]
-        first, second = zip(*pairs, strict=True)
-        prompts = [row["prompt"] for row in rows]
+        of_rows = [(row["prompt"], *sorted(item["text"] for item in row["responses"])) for row in rows]
+        new = [pair for pair in dict.fromkeys(of_rows) if pair not in before][:batch]
+        before |= {*new}
+        prompts, first, second = zip(*new, strict=True)
         return walks.comparisons(self.graph, prompts, first, second, config.seed, NOISE)
 
     def reward_model(self, run: str, pairs: list[dict[str, str]]) -> tuple[str, float]:
         """(directory, accuracy) of four heads on all pairs so far."""
         out = self.path / f"{run}_reward"
-        config = replace(q.reward_stage(self.config, self.path), run__output_dir=str(out), run__overwrite=True,
-                         reward__members=MEMBERS)  # fmt: skip
+        config = replace(
+            q.reward_stage(self.config, self.path), run__output_dir=str(out), run__overwrite=True, run__eval_every=0,
+            reward__members=MEMBERS, reward__epochs=EPOCHS, data__batch_size=min(64, max(len(pairs) // 4, 1)),
+        )  # fmt: skip
         made = reward.run(config, rows=pairs, eval_rows=self.held_out)
         return str(out / "model"), made["accuracy"]
 
-    def lines(self, run: str, sizes: list[int], batch: int) -> list[dict[str, Any]]:
-        """One line for each number of labels."""
-        pairs, heads, found = list[dict[str, str]](), "", []
-        for number in range(-(-max(sizes) // batch)):
-            pairs += self.asked(run, batch, number, heads)
+    def lines(self, run: str, sizes: list[int], batch: int, there: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
+        """One line for each number of labels that is not `there`."""
+        pairs, asked, heads = list[dict[str, str]](), set[tuple[str, str, str]](), ""
+        rounds = sorted(sizes) if run == "random" else range(batch, max(sizes) + 1, batch)
+        for number, (before, labels) in enumerate(itertools.pairwise([0, *rounds])):
+            pairs += self.asked(run, labels - before, number, heads, asked)
             heads, accuracy = self.reward_model(run, pairs)
-            labels = (number + 1) * batch
-            if labels not in sizes:
+            if labels not in sizes or there(labels):
                 continue
             out = self.path / f"{run}_ppo_{labels}"
             config = replace(
                 q.ppo_stage(self.config, self.path), reward__model=heads, run__output_dir=str(out),
                 run__overwrite=True, run__eval_every=0, checkpoint__keep_last=1,
             )  # fmt: skip
-            ppo.run(config, **self.prompts(), gold=self.gold)
-            about = {"run": run, "labels": labels, "pairs": len(pairs), "seed": self.config.seed}
-            found.append({**about, "accuracy": accuracy, **measured(out / "metrics.jsonl")})
-        return found
+            self.train(config)
+            about = {"run": run, "labels": labels, "asked": len(asked), "pairs": len(pairs), "seed": self.config.seed}
+            yield {**about, "accuracy": accuracy, **measured(out / "metrics.jsonl")}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -96,11 +108,36 @@ def table(lines: list[dict[str, Any]]) -> str:
     return text_table(headers, rows)
 
 
+def draw(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Gold after PPO by the number of labels: means over the seeds and their standard errors, a colour per run."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for run, colour in zip(RUNS, colormaps[COLOUR_MAP](np.linspace(0.1, 0.8, len(RUNS))), strict=True):
+        sizes = sorted({line["labels"] for line in lines if line["run"] == run})
+        golds = [[x["gold_last"] for x in lines if (x["run"], x["labels"]) == (run, n)] for n in sizes]
+        error = [np.std(each, ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0 for each in golds]
+        if sizes:
+            axes.errorbar(
+                sizes, [np.mean(each) for each in golds], error, fmt="o-", color=colour, label=run, capsize=3
+            )
+    axes.set_xscale("log", base=2)
+    ticks = sorted({line["labels"] for line in lines})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set(xlabel="labels", ylabel="gold reward after PPO")
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/labels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024], help="labels, of whole batches")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512], help="labels, of whole batches")
     parser.add_argument("--batch", type=int, default=64, help="labels between two reward models")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
@@ -114,10 +151,12 @@ def main() -> None:
         seed = Seed(number, root, args.iterations) if missing else None
         for run in missing:
             assert seed is not None
-            for line in seed.lines(run, args.sizes, args.batch):
-                if not lines.has(seed=number, run=run, labels=line["labels"]):
-                    lines.add(line)
+            about = {"seed": number, "run": run}
+            there = lambda labels, about=about: lines.has(**about, labels=labels)  # noqa: E731
+            for line in seed.lines(run, args.sizes, args.batch, there):
+                lines.add(line)
     print("\n" + table(lines.all))
+    draw(root / "labels.png", lines.all)
 
 
 if __name__ == "__main__":

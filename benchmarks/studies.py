@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from rlhf_jax import sft
+from rlhf_jax import group, ppo, sft
 from rlhf_jax.commands import quickstart as q
-from rlhf_jax.config import ArchConfig, QuickstartArgs
+from rlhf_jax.config import ArchConfig, DistillArgs, ModelConfig, PPOArgs, QuickstartArgs, RunConfig
 from rlhf_jax.config.functions import replace
+from rlhf_jax.online import loop
+from rlhf_jax.online.programs import Programs
 from rlhf_jax.tasks import random_walks as walks
 
 
@@ -39,7 +44,8 @@ class Walks:
 
     def fit(self, arch: ArchConfig, name: str) -> dict[str, Any]:
         """SFT of a model of a shape in a directory of the seed's; its summary."""
-        changes = {"model__arch": arch, "run__output_dir": str(self.path / name), "run__overwrite": False}
+        place = {"run__output_dir": str(self.path / name), "run__overwrite": False}
+        changes = {"model__arch": arch, "run__eval_every": 0, **place}
         config = replace(q.sft_stage(self.config, self.path), **changes)
         return sft.run(config, rows=self.demos[:1000], eval_rows=self.demos[1000:])
 
@@ -53,6 +59,31 @@ class Walks:
     def prompts(self) -> dict[str, Any]:
         """{rows, eval_rows} of PPO and its kin."""
         return {"rows": walks.start_prompts() * 32, "eval_rows": walks.start_prompts() * 6}
+
+    def train(self, config: PPOArgs | DistillArgs) -> dict[str, Any]:
+        """A run of PPO or of distillation on these prompts, which logs gold; its summary."""
+        name, setup = ("ppo", ppo.train.setup) if isinstance(config, PPOArgs) else ("distill", group.train.setup)
+        return loop.run(name, config, reusing(setup), **self.prompts(), gold=self.gold)
+
+
+COMPILED: dict[str, Programs] = {}
+"""The programs of earlier runs, by all that decides them."""
+
+
+def reusing(setup: Callable[..., Any]) -> Callable[..., Any]:
+    """A `setup` of a method whose runs that differ in weights, seed and directory alone share compiled programs."""
+
+    def made(config: Any, **sources: Any) -> Any:
+        method, first = setup(config, **sources)
+        none = {"model": "", "models": [], "teacher": ""}
+        reward = dataclasses.replace(config.reward, **none)
+        what = dataclasses.replace(config, model=ModelConfig(), reward=reward, run=RunConfig())
+        nets = method.nets
+        shapes = jax.tree.map(np.shape, (first.state.params, nets.ref, nets.reward, nets.teacher))
+        programs = COMPILED.setdefault(f"{what} {shapes}", method.programs)
+        return dataclasses.replace(method, programs=programs), first
+
+    return made
 
 
 class Lines:
