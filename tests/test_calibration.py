@@ -12,7 +12,6 @@ from rlhf_jax.commands.plan import calibration, chips, slices
 from rlhf_jax.commands.plan.plan import Row
 from rlhf_jax.config import (
     DataConfig,
-    MeshConfig,
     ModelConfig,
     PlanArgs,
     PPOArgs,
@@ -43,7 +42,6 @@ def test_a_run_says_what_it_took_over_what_it_should_and_a_plan_reads_it(tmp_pat
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=8, eval_fraction=0.3, pack="on"),
         reward=RewardConfig(steps=3),
-        mesh=MeshConfig(data=8),
         run=RunConfig(output_dir=str(tmp_path / "run"), calibrate=True, report=False),
     )
     said = reward.run(config, rows=pairs)["calibration"]
@@ -55,14 +53,18 @@ def test_a_run_says_what_it_took_over_what_it_should_and_a_plan_reads_it(tmp_pat
     assert figures["ratio"] == figures["measured_s"] / figures["planned_s"] and figures["planned_s"] > 0
     filled = {line["data/filled"] for line in lines if "data/filled" in line}
     assert 0 < max(filled) < 1 and said["fill"] in filled
-
     for path in (tmp_path / "run", tmp_path / "run" / "summary.json"):
-        known = calibration.read(str(path))
-        assert known == calibration.Calibration("cpu", {"update": figures["ratio"]})
-    other = calibration.Calibration("cpu", {"rollout": 2.0, "update": 3.0})
+        assert calibration.read(str(path)) == calibration.Calibration("cpu", {"update": figures["ratio"]})
+
+
+def test_what_was_measured_on_chips_of_a_generation_corrects_plans_for_it():
+    known = [
+        calibration.Calibration("cpu", {"update": 5.0}),
+        calibration.Calibration("cpu", {"rollout": 2.0, "update": 3.0}),
+    ]
     rows = [row("prefill", 1.0), row("decode", 4.0), row("score", 1.5), row("update", 2.0)]
-    assert calibration.seconds_of(rows, "cpu", [known, other]) == (2 * 5 + 1.5 + 3 * 2, True)
-    assert calibration.seconds_of(rows, "v5e", [known, other]) == (8.5, False)
+    assert calibration.seconds_of(rows, "cpu", known) == (2 * 5 + 1.5 + 3 * 2, True)
+    assert calibration.seconds_of(rows, "v5e", known) == (8.5, False)
 
 
 def test_a_run_on_devices_without_figures_says_so_and_ends_well(monkeypatch):
@@ -118,8 +120,8 @@ def test_slices_that_fit_are_ranked_by_what_is_asked_for(monkeypatch, capsys, tm
 
 
 def test_the_length_of_a_run_is_that_of_its_config_or_of_its_rows(tmp_path):
-    ppo = PPOArgs(ppo=PPOConfig(iterations=7), reward=RewardSourceConfig(functions=["a:b"]))
-    assert slices.steps_of(ppo, 0) == 7
+    config = PPOArgs(ppo=PPOConfig(iterations=7), reward=RewardSourceConfig(functions=["a:b"]))
+    assert slices.steps_of(config, 0) == 7
     sft = SFTArgs(sft=SFTConfig(epochs=3), data=DataConfig(batch_size=4))
     assert slices.steps_of(sft, 10) == 6
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9)

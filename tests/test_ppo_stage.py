@@ -15,6 +15,8 @@ import pytest
 from test_ppo import PARAMS, batch_of, ppo_run, same_bits, score, updater
 from tiny import BIGRAMS, ONE, STOP, TOY_ROWS, Bigram, iteration, make_experience, make_rollout, toy_directory, toy_run
 
+from rlhf_jax.commands.plan import calibration
+from rlhf_jax.commands.plan.plan import Row
 from rlhf_jax.config import MeshConfig, PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
@@ -368,6 +370,20 @@ def test_without_keep_best_both_are_the_last_ones(fakes, tmp_path):
     np.testing.assert_allclose(last["score"]["kernel"], first["score"]["kernel"] + 4.0, rtol=1e-6)
     before, after = load(toy_directory() / "policy", False), load(tmp_path / "run" / "model", False)
     np.testing.assert_allclose(after["final_norm"]["scale"] - before["final_norm"]["scale"], 4.0, rtol=1e-6)
+
+
+def test_a_run_says_of_each_part_what_it_took_over_the_plan(fakes, tmp_path, monkeypatch):
+    """Rollout is prefill and decode; without figures of the devices it says why not, and has finished all the same."""
+    config = replace(toy_run(tmp_path / "run"), run__calibrate=True)
+    assert "figures of a cpu are not known" in train.run(config, **TOY_ROWS)["calibration"]["none"]
+    monkeypatch.setitem(calibration.KINDS, "cpu", "v5e")
+    row = lambda name, s: Row(name, 0, 0, 0, 1, 1, 1, {}, (), {"compute": s, "memory": s / 2}, 1, 0)  # noqa: E731
+    rows = [row("prefill", 1.0), row("decode", 3.0), row("score", 2.0), row("update", 5.0)]
+    monkeypatch.setattr(calibration, "analyse", lambda config, chip, devices, fill: (rows, {}))
+    said = train.run(replace(config, run__overwrite=True), **TOY_ROWS)["calibration"]
+    planned = {part: figures["planned_s"] for part, figures in said["parts"].items()}
+    assert (said["chip"], planned) == ("v5e", {"rollout": 4.0, "score": 2.0, "update": 5.0})
+    assert calibration.read(str(tmp_path / "run")).ratios.keys() == planned.keys()
 
 
 def load(path, head: bool):

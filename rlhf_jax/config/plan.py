@@ -28,7 +28,7 @@ class PlanArgs:
         goal: what is to be least: hours, chip_hours, or price.
         prices: YAML file with the price of a chip-hour by generation, such as `v5e: 1.0`. None come with the package:
             they differ by region, by contract and by year.
-        rows: of data, where the length of a run follows from them; 0 counts those of data.path.
+        rows: of data (of packed text: sequences), where a run's length follows from them; 0 counts those of data.path.
         max_chips: of the largest slice that is tried.
         calibration: runs (or their summary.json) with run.calibrate: seconds are multiplied by what these measured
             over what was planned, on chips of the same generation.

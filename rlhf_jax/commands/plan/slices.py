@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -127,18 +127,7 @@ def lines_of(found: Sequence[Slice], plan: PlanArgs, steps: int) -> list[str]:
     if not found:
         return ["no slice fits: raise max_chips, give --mesh.data 1 --mesh.fsdp -1, or smaller batches"]
     heads = ["slice", "chips", "peak GiB", "s a step", "hours", "chip-hours", *(["price"] if plan.prices else [])]
-    cells: list[list[Any]] = [
-        [
-            one.topology,
-            one.chips,
-            one.peak_gib,
-            one.step_s,
-            one.hours,
-            one.chip_hours,
-            *([one.price] if plan.prices else []),
-        ]
-        for one in found
-    ]
+    cells = [[*one[:6], *([one.price] if plan.prices else [])] for one in found]
     measured = sorted({one.topology.partition(":")[0] for one in found if one.calibrated})
     by = f"; those of {', '.join(measured)} times what a run measured" if measured else ""
     what = (
