@@ -548,7 +548,7 @@ def test_a_reward_model_with_few_positions_is_refused_before_rows_are_read(here,
     (here / "short").mkdir()
     (here / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
     line = refused("ppo", "--config", "ppo.yaml", "--data.path", "x.jsonl", "--reward.model", "short")
-    assert re.fullmatch(r"short: prompt length \+ .* = \d+ is more than the model's 3 positions; lower it", line)
+    assert re.fullmatch(r"short: prompt length \+ .* = \d+ is more than the model's 3 positions; lower sampl.*", line)
 
 
 def test_a_file_may_give_one_value_for_a_list(tmp_path):
@@ -851,7 +851,7 @@ INFERENCE_MISTAKES = {
     "sample --model.path lm --prompts [b] --output tok": r"output tok is a directory; name a \.jsonl file",
     "sample --model.path lm --prompts [b] --output sft.yaml/x": r"output sft\.yaml/x: \S+ is a file, .*",
     "sample --model.path lm --prompts [b] --sampling.max_new_tokens 40": r"prompt length \+ sampling\.max_new_tokens "
-    r"= 41 is more than the model's 40 positions; lower it",
+    r"= 41 is more than the model's 40 positions; lower sampling\.max_new_tokens",
     "score --model.path rm": r"data_path is empty; give a \.jsonl file of .*",
     "score --model.path rm --data_path nope.jsonl": r"nope\.jsonl: no such file; .*",
     "score --model.path rm --data_path no_field.jsonl": r'no_field\.jsonl:61: no field "response" .*',

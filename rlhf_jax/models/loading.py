@@ -98,7 +98,8 @@ def check_balance(config: ModelConfig, arch: ArchConfig) -> None:
 def check_length(arch: ArchConfig, length: int, what: str) -> None:
     """Raise a UserError if sequences of `length` tokens, named by `what`, exceed the model's positions."""
     if length > arch.max_positions:
-        raise UserError(f"{what} {length} is more than the model's {arch.max_positions} positions; lower it")
+        cure = "sampling.max_new_tokens" if "sampling.max_new_tokens" in what else "it"
+        raise UserError(f"{what} {length} is more than the model's {arch.max_positions} positions; lower {cure}")
 
 
 def arch_of(config: ModelConfig) -> ArchConfig:

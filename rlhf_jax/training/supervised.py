@@ -133,6 +133,10 @@ class Claim:
         return self.settings.steps or self.settings.epochs * len(batches)
 
 
+FEW_STEPS = 10
+"""A run that its rows give fewer steps says so at its end."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What is there before the first step.
@@ -144,7 +148,7 @@ class Work:
         loss_fn: of all parameters.
         evaluate: the held-out loss and its metrics, of parameters as they are trained (`Loaded.params`).
         identity: what a continued run must find unchanged, beside the rows and what is frozen.
-        remarks: what the run says of its rows at its end.
+        remarks: what the run says of its rows and steps at its end.
     """
 
     task: Task
@@ -208,6 +212,9 @@ def setup(task: Task, claim: Claim) -> Work:
     config, data = claim.config, claim.config.data
     seed, buckets = config.run.seed, length_buckets(data)
     batches = Batches(train_set, batch_size=data.batch_size, seed=seed, collate=collate, buckets=buckets)
+    if (total := claim.steps(batches)) < FEW_STEPS and not claim.settings.steps:
+        cure = f"raise {task.group}.epochs ({claim.settings.epochs}) or lower data.batch_size ({data.batch_size})"
+        remarks.append(f"{total} optimiser steps are few for {len(train_set)} rows to be learned; {cure}")
     more = {"length": data.max_length, "members": task.members}
     loaded = load_model(config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, **more)
     if loaded.model.members != task.members:
@@ -222,7 +229,6 @@ def setup(task: Task, claim: Claim) -> Work:
     identity: dict[str, int | str | None] = {}
     if task.reference is not None:
         forward = jax.jit(partial(task.reference, loaded.model))
-        total = claim.steps(batches)
         read = [train_set[i] for i in batches.reached(total)]
         say(f"reference: asked about {len(read)} of {len(train_set)} training examples, all that {total} steps reach")
         asked = [read, held_out_set[: data.batch_size * data.eval_batches or None]]
