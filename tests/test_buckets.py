@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -101,6 +103,15 @@ def test_rows_say_where_in_the_bucket_they_stand(bucket):
     bucket.put("rows/bad.jsonl", b'{"prompt": "a"}\n{"prompt"\n')
     with pytest.raises(UserError, match=r"^gs://bucket/rows/bad.jsonl:2: not JSON"):
         read_rows("gs://bucket/rows/bad.jsonl")
+
+
+def test_a_command_that_fails_leaves_no_copies(bucket, tmp_path):
+    bucket.put("rows/bad.jsonl", b'{"prompt"\n')
+    command = [sys.executable, "-m", "rlhf_jax", "data", "inspect", "gs://bucket/rows/bad.jsonl"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "gs://bucket/rows/bad.jsonl:1: not JSON" in done.stderr
+    assert not list(tmp_path.glob("rlhf-jax-*"))
 
 
 def test_every_command_that_reads_takes_a_bucket(bucket, tmp_path, capsys):

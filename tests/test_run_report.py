@@ -15,7 +15,7 @@ from rlhf_jax import cli
 from rlhf_jax.commands.report import app_of
 from rlhf_jax.config import WatchArgs
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.report import html_of, outcome, write_beside
+from rlhf_jax.runs.report import html_of, outcome, reading, write_beside
 from rlhf_jax.runs.report.diagnoses import diagnose
 from rlhf_jax.runs.report.page import LARGEST
 from rlhf_jax.runs.report.reading import Series, read_run, read_runs
@@ -256,7 +256,7 @@ def test_a_run_leaves_its_page_unless_told_otherwise(tmp_path, monkeypatch, want
     assert not wanted or "the loss fell from 3 to 1; 3 steps in" in (tmp_path / "r" / "report.html").read_text()
 
 
-def test_the_commands_write_a_page_of_several_runs_and_serve_one_that_follows(run_of, tmp_path, capsys):
+def test_the_commands_write_a_page_of_several_runs_and_serve_one_that_follows(run_of, tmp_path, capsys, monkeypatch):
     paths = [run_of({"rollout/reward": TIME}, name=name) for name in ("a", "b")]
     output = tmp_path / "new" / "r.html"
     cli.dispatch(["report", *map(str, paths), "--output", str(output)])
@@ -271,6 +271,12 @@ def test_the_commands_write_a_page_of_several_runs_and_serve_one_that_follows(ru
     with open(paths[0] / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": NUM + 1, "rollout/reward": 99.0}) + "\n")
     assert served() != first
+    record = json.loads((paths[0] / "run.json").read_text())
+    (paths[0] / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    monkeypatch.setattr(reading, "is_held", lambda path: True)
+    running = served()
+    monkeypatch.setattr(reading, "is_held", lambda path: False)  # killed, which writes nothing
+    assert "crashed" in served() and "crashed" not in running
 
 
 def test_the_table_of_times_adds_up_what_the_lines_say_of_parts(run_of):

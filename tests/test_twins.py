@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from buckets import Bucket, served
 from test_cli import call, here, home  # noqa: F401 (fixtures)
@@ -16,7 +17,7 @@ from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import buckets
 from rlhf_jax.hosts.outputs import write_output
-from rlhf_jax.runs import directory, listing, twin
+from rlhf_jax.runs import directory, listing, manifests, pieces, twin
 from rlhf_jax.runs.journal import Journal
 
 URL, HEAD = "gs://bucket/runs/a", twin.HEAD
@@ -27,6 +28,7 @@ def bucket(monkeypatch):
     """A bucket; processes beat and push only where a test has them do so, and are given up for dead at once."""
     monkeypatch.setattr(buckets, "RETRIES", {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"})
     monkeypatch.setattr(twin, "PASS", 3600.0)
+    monkeypatch.setattr(pieces, "PASS", 3600.0)
     monkeypatch.setattr(twin, "BEAT", 3600.0)
     monkeypatch.setattr(twin, "LIFETIME", 0.0)
     monkeypatch.setattr(twin.time, "sleep", lambda seconds: None)
@@ -313,3 +315,69 @@ def test_a_recipe_in_a_bucket_goes_on_where_requests_failed_and_makes_what_it_ma
     assert "stage sft: gs://bucket/r/sft has changed since it was made" in call(*command, there)[2]
     assert call(*command, there, "--overwrite", "true")[0] == 0
     assert all(bucket.objects[f"r/{name}"][0] == files[name] for name in same)
+
+
+def part_of(copy, number, data, step=2):
+    """What a process writes of a checkpoint on its machine."""
+    path = copy.place / "checkpoints" / f"{step:08d}"
+    (path / "state" / "w").mkdir(parents=True)
+    (path / "state" / "w" / f"{number}.0").write_bytes(data)
+    if not number:
+        (path / "record.json").write_text("{}")
+    manifests.write_manifest(path, number)
+
+
+def test_a_checkpoint_is_named_once_the_parts_of_all_processes_are_there_and_each_brings_what_it_needs(bucket):
+    with twin.Twin(URL, count=2) as first, pieces.Piece(URL, 1, 2, first.epoch) as second:
+        part_of(first, 0, b"a" * 9)
+        part_of(second, 1, b"b" * 9)
+        first.push()
+        assert not first.has(2) and not head_of(bucket)["files"]
+        bucket.faults = [lambda method, name: 403 if method == "POST" and name.endswith(".json") else None]
+        with pytest.raises(OSError, match="no credentials"):  # its chunk came, its letter did not
+            second.push()
+        bucket.faults = []
+        first.push()
+        assert not first.has(2) and not second.has(2)
+        second.push()
+        first.push()
+        assert first.has(2) and second.has(2)
+    names = {name.removeprefix("runs/a/") for name in bucket.objects}
+    named = {part for parts in head_of(bucket)["files"].values() for part, _ in parts}
+    assert not [name for name in names if "-of-" in name] and named < names
+    below, whole = "checkpoints/00000002/", lambda name: not manifests.is_chunk(name)
+    with twin.Twin(URL, count=2) as first, pieces.Piece(URL, 1, 2, first.epoch) as second:
+        assert set(bucket.objects) == {
+            f"runs/a/{name}" for name in {*named, HEAD}
+        }  # the chunk without a letter is gone
+        second.bring(below, whole)
+        path = second.place / below
+        assert set(manifests.listed(path)) == {"record.json", "state/w/0.0", "state/w/1.0"}
+        assert manifests.damage(path, {"state/w/1.0"}) == "state/w/1.0 is missing, or does not belong there"
+        second.bring(below, {"state/w/1.0"}.__contains__)
+        assert not manifests.damage(path, {"state/w/1.0"}) and not (path / "state/w/0.0").exists()
+        (path / "state/w/1.0").write_bytes(b"b" * 8 + b"c")
+        assert manifests.damage(path, {"state/w/1.0"}) == "state/w/1.0 has changed (checksum)"
+        (path / "state/w/7.0").write_bytes(b"")
+        assert manifests.damage(path, set()) == "state/w/7.0 is missing, or does not belong there"
+        (path / "manifest-1.json").write_text("[")
+        assert manifests.damage(path, set()) == "manifest-1.json cannot be read"
+        second.push()  # what came from the bucket is not sent again
+        assert len(bucket.objects) == len(named) + 1
+
+
+def test_the_chunks_that_a_box_needs_are_those_that_share_elements_with_it():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        shape = rng.integers(1, 7, size=rng.integers(0, 4))
+        chunk = [int(rng.integers(1, size + 1)) for size in shape]
+        boxes = []
+        for _ in range(rng.integers(1, 3)):
+            first = [int(rng.integers(0, size)) for size in shape]
+            boxes.append([(a, int(rng.integers(a + 1, size + 1))) for a, size in zip(first, shape, strict=True)])
+        needed = {
+            ".".join(str(i // size) for i, size in zip(at, chunk, strict=True)) or "0"
+            for at in np.ndindex(*shape)
+            if any(all(a <= i < b for i, (a, b) in zip(at, box, strict=True)) for box in boxes)
+        }
+        assert manifests.overlapping(boxes, chunk) == needed
