@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.commands.label.items import check_of, item_of, items_of, turns_of, with_checks
+from rlhf_jax.commands.label.notebook import LabelPage
 from rlhf_jax.commands.label.server import STATIC, Page, make_app, run, summary
 from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.commands.web import LOOPBACK, guard, make_server
@@ -564,6 +566,25 @@ def test_agreement_of_raters_is_told(tmp_path):
         assert [one["tau"] for one in found["raters"]] == [pytest.approx(4 / 6)] * 2
         assert found["alpha"] == pytest.approx(1 - 2 / 6 * 119 / 120)  # 2 n = 120 values whose squares are 1
         assert "two raters agree on 83.3% of 30 pairs, Krippendorff's alpha +0.67" in summary(page.votes, 5)
+
+
+def test_in_a_notebook_a_page_is_served_while_cells_run_and_its_cell_may_run_again(tmp_path, capfd):
+    config = LabelArgs(output=str(tmp_path / "votes.jsonl"), port=0)
+    first = LabelPage(config, rows=ROWS)
+    with LabelPage(config, rows=ROWS) as page:  # the same file: the page before is closed
+        with pytest.raises(OSError):  # nobody listens
+            urllib.request.urlopen(first.address, timeout=10)
+        with urllib.request.urlopen(page.address, timeout=10) as response:
+            assert "frame-ancestors *" in response.headers["Content-Security-Policy"]
+        with urllib.request.urlopen(f"{page.address}api/item?rater=ada", timeout=10) as response:
+            shown = json.load(response)
+        ranks = {r["name"]: i for i, r in enumerate(shown["responses"])}
+        said = json.dumps({"rater": "ada", "item": shown["item"], "ranks": ranks}).encode()
+        answer = urllib.request.Request(f"{page.address}api/answer", said, {"Content-Type": "application/json"})
+        urllib.request.urlopen(answer, timeout=10).close()
+    assert "1 answers by 1 raters" in capfd.readouterr().out
+    with contextlib.closing(Votes(config.output, items_of(ROWS)[0])) as votes:  # the file is free again
+        assert len(votes.of("ada")) == 1
 
 
 def test_several_raters_may_answer_at_once(tmp_path):

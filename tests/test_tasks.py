@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import curves
-from rlhf_jax.tasks import label_pairs, stories
+from rlhf_jax.tasks import arithmetic, gsm8k, label_pairs, stories
 from rlhf_jax.tasks import random_walks as walks
+from rlhf_jax.tasks.verifiers import gsm8k as right
 
 SEEDS = range(5)
 LETTERS = "abcdefghijklmnopqrstu"
@@ -350,3 +351,17 @@ def test_a_judge_of_stories_prefers_the_happier_and_of_equals_the_first():
     happy, sad = "Tom was happy.", "Tom was sad."
     assert stories.judge("", happy, sad) > 0.9 and stories.judge("", sad, happy) < 0.5
     assert 0.6 < stories.judge("", sad, sad) < 0.65
+
+
+def test_small_sums_have_the_form_of_gsm8k_and_a_tokenizer_without_an_id_to_spare():
+    rows, pairs, tokenizer = arithmetic.demonstrations(), arithmetic.preferences(), arithmetic.make_tokenizer()
+    texts, answers = [row["response"] for row in rows], [row["answer"] for row in rows]
+    assert len({row["prompt"][0]["content"] for row in rows}) == 25 and len(pairs) == 50
+    assert right(texts, texts, answer=answers) == gsm8k.form(texts, texts) == [1.0] * 25
+    assert len(tokenizer) == arithmetic.VOCABULARY  # a model with more would sample what is no text
+    for pair in pairs:
+        chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
+        assert pair["chosen"][:-1] == pair["rejected"][:-1]
+        answer = answers[[row["prompt"] for row in rows].index(pair["chosen"][:-1])]
+        assert right(["", ""], [chosen, rejected], answer=[answer, answer]) == [1.0, 0.0]
+    assert tokenizer.decode(tokenizer(texts[0])["input_ids"]) == texts[0]

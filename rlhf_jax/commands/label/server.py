@@ -212,13 +212,19 @@ def summary(votes: Votes, total: int) -> str:
     return "\n".join(lines)
 
 
+def items_for(config: LabelArgs, rows: object) -> tuple[list[Item], str]:
+    """(the items of rows or of a path, with the config's checks among them; what to say of rows that are left out)."""
+    items, note = items_of(rows_from(rows, config.fields if isinstance(rows, str) else ()))
+    if config.checks:
+        items = with_checks(items, [check_of(row) for row in rows_from(config.checks)], config.seed)
+    return items, note
+
+
 def run(config: LabelArgs) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
     with contextlib.ExitStack() as stack:
         supply = stack.enter_context(supply_of(config)) if config.model.path else None
-        items, note = items_of(supply.rows if supply else rows_from(config.path, config.fields))
-        if config.checks:
-            items = with_checks(items, [check_of(row) for row in rows_from(config.checks)], config.seed)
+        items, note = items_for(config, supply.rows if supply else config.path)
         votes = stack.enter_context(contextlib.closing(Votes(config.output, items)))
         page = Page(items, votes, config)
         with listening(config.host, config.port, make_app(page)) as (server, address):
