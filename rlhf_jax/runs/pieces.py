@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from rlhf_jax.errors import call_it, tell
 from rlhf_jax.hosts import buckets, interrupts
@@ -60,16 +60,17 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
         place: the directory.
         number: of this process, from 0.
         count: how many processes there are.
+        epoch: how often a process had taken the run over when this one's did.
     """
 
     def __init__(self, url: str, number: int, count: int):
         self.url, self.number, self.count = url.rstrip("/"), number, count
-        self._epoch, self._written = 0, 0
+        self.epoch, self._written = 0, 0
         self._pushing, self._over = threading.Lock(), threading.Event()
         self._sent: dict[str, Sent] = {}
         self._threads: list[threading.Thread] = []
 
-    def _settle_down(self) -> None:
+    def _open(self) -> None:
         self.place = interrupts.temporary("rlhf-jax-run-")
         call_it(str(self.place), self.url)
         _copies[self.place] = self
@@ -111,14 +112,14 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
     def _put(self, path: str, data: bytes, *, own: bool = False) -> list[Any]:
         """Write an object of a name that is not used again, or of the file's `own`; [object, size]."""
         self._written += 1
-        number = f"{self._epoch:06d}-{self.number:03d}-{self._written:06d}"
+        number = f"{self.epoch:06d}-{self.number:03d}-{self._written:06d}"
         name = path if own else f"{HIDDEN}/{number}-{Path(path).name}"
         buckets.write(f"{self.url}/{name}", data)
         return [name, len(data)]
 
     def _letter(self, step: int, number: int) -> str:
         """Where process `number` says what it has put into the bucket of a checkpoint."""
-        return f"{self.url}/{HIDDEN}/{self._epoch:06d}-{number:03d}-of-{step:08d}.json"
+        return f"{self.url}/{HIDDEN}/{self.epoch:06d}-{number:03d}-of-{step:08d}.json"
 
     def _begin(self, *work: tuple[float, Callable[[], object]]) -> None:
         """Do things every so many seconds, in threads."""
@@ -152,10 +153,10 @@ class Piece(Copy):
             UserError: the bucket cannot be read.
         """
         super().__init__(url, number, count)
-        self._epoch, self._told = epoch, set[int]()
+        self.epoch, self._told = epoch, set[int]()
         with buckets.asked(self.url):
             self.files()
-        self._settle_down()
+        self._open()
         self._begin((PASS, self.push))
 
     def files(self) -> JsonObject:
@@ -179,9 +180,6 @@ class Piece(Copy):
                     continue
                 buckets.write(self._letter(step, self.number), to_json(told).encode())
                 self._told.add(step)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._end()

@@ -68,7 +68,7 @@ class Twin(Copy):
         self._generation: bytes | None
         with said(self.url):
             self._take()
-            self._settle_down()
+            self._open()
             self._left = () if fresh else LEFT
             try:
                 if not fresh:
@@ -81,11 +81,6 @@ class Twin(Copy):
                 self._leave()
                 raise
         self._begin((BEAT, self._swap), (PASS, self.push))
-
-    @property
-    def epoch(self) -> int:
-        """How often a process has taken the run over."""
-        return self._epoch
 
     def files(self) -> JsonObject:
         files: JsonObject = self._head["files"]
@@ -111,7 +106,7 @@ class Twin(Copy):
         self._generation = found.generation if found else None
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         self._head = {**head, "epoch": head["epoch"] + 1, "holder": holder, "id": self._id}
-        self._epoch = self._head["epoch"]
+        self.epoch = self._head["epoch"]
         if not self._swap():
             raise UserError(f"{self.url} was just taken by {self.lost}; stop that one first")
         kept = self._objects(self._head)
