@@ -3,7 +3,8 @@
     python -m benchmarks.distill --output_dir runs/distill
 
 For every seed a teacher: SFT, a reward model of comparisons and PPO as in the quickstart; and an SFT student of half
-the width. Then the student learns by `distill` from the teacher (discount 0 and 1) or by `ppo` from the reward model,
+the width. Then the student learns by `distill` from the teacher (discount 0 and 1; forward KL and Jensen-Shannon), by
+`ppo` from the reward model, or by `ppo` from a judge who compares its walks with SFT's (`reward.judge`, direct RLAIF),
 with the same rollouts and epochs; gold of its own rollouts by the tokens that it has sampled. `tokens_to_90` is the
 first number of tokens after which the mean gold of five iterations is at least 0.9 times the teacher's; null if it
 never is. Prints a JSON line per run, appends it to distill.jsonl, goes on with what is missing there, and ends with a
@@ -22,11 +23,11 @@ import numpy as np
 from benchmarks.studies import Lines, Walks, shown, with_gold
 from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
-from rlhf_jax.config import DISTILL, DistillArgs, RewardSourceConfig
+from rlhf_jax.config import DISTILL, DistillArgs, RewardJudgeConfig, RewardSourceConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import text_table
 
-RUNS = ("distill", "distill, discount 1", "ppo")
+RUNS = ("distill", "distill, discount 1", "distill, forward_kl", "distill, jsd", "ppo", "judge")
 SMALL = dataclasses.replace(q.ARCH, width=32, ffn_width=88, num_heads=2, num_kv_heads=2)
 SMOOTH = 5
 
@@ -45,7 +46,8 @@ class Seed(Walks):
 
     def run(self, name: str) -> dict[str, Any]:
         """One line about one student."""
-        out, like = self.path / name.replace(", ", "_").replace(" ", "_"), q.ppo_stage(self.config, self.path)
+        out = self.path / f"student_{name}".replace(", ", "_").replace(" ", "_")
+        like = q.ppo_stage(self.config, self.path)
         changes = {
             "model__path": str(self.path / "student" / "model"), "run__output_dir": str(out), "run__overwrite": True,
             "run__log_every": 1, "run__eval_every": 0, "run__keep_best": False,
@@ -53,15 +55,26 @@ class Seed(Walks):
         if name == "ppo":
             # Its critic is a model of the student's own shape: the reward model has the teacher's.
             self.train(replace(like, ppo__value_init="zeros", **changes))
+        elif name == "judge":
+            judged = RewardJudgeConfig(function="benchmarks.studies:judge", against="response")
+            config = replace(like, reward=RewardSourceConfig(judge=judged), ppo__value_init="zeros", **changes)
+            train, held_out = (self.answered(num, seed) for num, seed in ((32, 7), (6, 8)))
+            self.train(config, rows=train, eval_rows=held_out)
         else:
+            divergence = next((how for how in ("forward_kl", "jsd") if how in name), "reverse_kl")
             same = {"iterations": self.config.iterations, "epochs": like.ppo.epochs}
             config = DistillArgs(
                 model=like.model, data=like.data, sampling=like.sampling, optim=like.optim, run=like.run,
-                reward=RewardSourceConfig(teacher=self.teacher),
+                reward=RewardSourceConfig(teacher=self.teacher, teacher_divergence=divergence),
                 distill=replace(DISTILL, discount=float("discount" in name), **same),
             )  # fmt: skip
             self.train(replace(config, **changes))
         return {"run": name, "seed": self.config.seed, "teacher": self.teacher_gold, **self.measured(out)}
+
+    def answered(self, num_each: int, seed: int) -> list[dict[str, str]]:
+        """Prompts with a walk of the SFT model."""
+        prompts, walked = q.sample_walks(self.base, num_each, self.config.seed + seed)
+        return [{"prompt": prompt, "response": walk} for prompt, walk in zip(prompts, walked, strict=True)]
 
     def measured(self, out: Path) -> dict[str, Any]:
         """Gold at first and at the end, tokens sampled in all, and up to nine tenths of the teacher's gold."""

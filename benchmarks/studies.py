@@ -20,6 +20,14 @@ from rlhf_jax.online import loop
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.tasks import random_walks as walks
 
+GRAPHS: list[walks.Graph] = []
+"""Of every `Walks` that was made."""
+
+
+def judge(prompt: str, a: str, b: str) -> float:
+    """`random_walks.preference` on the graph of the last `Walks`: a judge by name."""
+    return walks.preference(GRAPHS[-1], prompt, a, b)
+
 
 class Walks:
     """A graph and its SFT model, as in the quickstart; what an earlier call made is taken as it is.
@@ -36,6 +44,7 @@ class Walks:
         self.path = root / f"seed_{seed}"
         self.config = QuickstartArgs(str(self.path), seed=seed, progress=False, **options)
         self.graph = walks.make_graph(seed)
+        GRAPHS.append(self.graph)
         self.gold = partial(walks.optimality, self.graph)
         walks.make_tokenizer().save_pretrained(self.path / "tokenizer")
         self.demos = walks.demonstrations(self.graph, 1100, seed)
@@ -60,10 +69,10 @@ class Walks:
         """{rows, eval_rows} of PPO and its kin."""
         return {"rows": walks.start_prompts() * 32, "eval_rows": walks.start_prompts() * 6}
 
-    def train(self, config: PPOArgs | DistillArgs) -> dict[str, Any]:
-        """A run of PPO or of distillation on these prompts, which logs gold; its summary."""
+    def train(self, config: PPOArgs | DistillArgs, **rows: Any) -> dict[str, Any]:
+        """A run of PPO or of distillation on these prompts, or on `rows`, which logs gold; its summary."""
         name, setup = ("ppo", ppo.train.setup) if isinstance(config, PPOArgs) else ("distill", group.train.setup)
-        return loop.run(name, config, reusing(setup), **self.prompts(), gold=self.gold)
+        return loop.run(name, config, reusing(setup), **(rows or self.prompts()), gold=self.gold)
 
 
 COMPILED: dict[str, Programs] = {}

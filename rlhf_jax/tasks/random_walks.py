@@ -148,13 +148,15 @@ def gold(prompts: Sequence[str], responses: Sequence[str], **columns: object) ->
     return optimality(graph_0(), prompts, responses)
 
 
-def judge(prompt: str, a: str, b: str) -> float:
-    """The chance that a judge prefers `a`, sigmoid((gold(a) - gold(b)) / 0.2 + 0.5): a liking for the first place.
-
-    A judge by name, as judge.function takes one.
-    """
-    first, second = gold([prompt, prompt], [a, b])
+def preference(graph: Graph, prompt: str, a: str, b: str) -> float:
+    """The chance that a judge prefers `a`, sigmoid((gold(a) - gold(b)) / 0.2 + 0.5): a liking for the first place."""
+    first, second = optimality(graph, [prompt, prompt], [a, b])
     return 1 / (1 + math.exp(-((first - second) / 0.2 + 0.5)))
+
+
+def judge(prompt: str, a: str, b: str) -> float:
+    """`preference` on `graph_0`: a judge by name, as judge.function takes one."""
+    return preference(graph_0(), prompt, a, b)
 
 
 def write(directory: Path, num: int, seed: int) -> None:
