@@ -25,6 +25,19 @@ def positions_from_mask(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
     return jnp.where(mask, counts - 1, 0)
 
 
+def sees(segments: Int[Array, "*B T"], branches: Int[Array, "*B T"] | None = None) -> Bool[Array, "*B T T"]:
+    """Which tokens [., d] each [c] sees: itself and what is before it in its own segment.
+
+    With branches, of these what is of its own branch or of 0, which all share.
+    """
+    size = segments.shape[-1]
+    causal = jnp.tri(size, dtype=bool).reshape((1,) * (segments.ndim - 1) + (size, size))
+    seen = causal & (segments[..., :, None] == segments[..., None, :])
+    if branches is None:
+        return seen
+    return seen & ((branches[..., None, :] == 0) | (branches[..., None, :] == branches[..., :, None]))
+
+
 def token_weights(mask: Bool[Array, "B T"], reduction: str) -> Float[Array, "B T"]:
     """Weights that make `sum(weights * token_loss)` a mean over the optimiser batch; zero off the mask.
 

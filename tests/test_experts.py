@@ -24,6 +24,7 @@ from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.experts import Experts, balance_loss
 from rlhf_jax.models.grouped import Places, grouped, spread
+from rlhf_jax.models.hf import stored
 from rlhf_jax.models.kernels import attached, dense, merged, quantized
 from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
 from rlhf_jax.models.pure import pure
@@ -172,7 +173,7 @@ def test_a_shape_that_transformers_cannot_run_is_refused():
             hf.find_family(arch)
 
 
-def test_kernels_in_mxfp4_are_read_as_the_dense_ones_of_transformers(tmp_path):
+def test_kernels_in_mxfp4_are_read_as_the_dense_ones_of_transformers(tmp_path, monkeypatch):
     """Blocks of 32 four-bit numbers, the low half of a byte first, times two to the scale - 127; saved dense."""
     arch, rng = replace(OSS, width=64, ffn_width=32, num_experts=2), np.random.default_rng(0)
     hf.save_model(tmp_path, arch, jax.tree.map(np.asarray, model_params(Model(arch), 0)), eos_ids=[2])
@@ -204,6 +205,12 @@ def test_kernels_in_mxfp4_are_read_as_the_dense_ones_of_transformers(tmp_path):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     apart = hf.load_params(tmp_path, arch, score_head=False, mesh=mesh)  # of blocks that two devices share, half each
     jax.tree.map(np.testing.assert_array_equal, apart, params)
+    fetched, packed = [], stored.stored_tensors(tmp_path)[name]  # of one expert of two, half of the bytes
+    monkeypatch.setattr(stored, "have", lambda file, ranges: fetched.extend(ranges))
+    whole = packed.lazy()
+    packed.bring(whole, whole[1:])
+    assert 2 * sum(end - start for start, end in fetched) == blocks.nbytes + scales.nbytes
+    np.testing.assert_array_equal(whole[1].astype(np.float64), expected[name][1])
     hf.save_model(tmp_path / "dense", arch, params, eos_ids=[2], dtype="bfloat16", base_config=raw)
     assert "quantization_config" not in hf.read_config(tmp_path / "dense")[1]
     saved = load_file(tmp_path / "dense" / "model.safetensors")

@@ -12,11 +12,12 @@ import pytest
 from tiny import V, model_params, text_batch
 
 from rlhf_jax import losses, sft
-from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig, RopeScaling
+from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig, OptimConfig, RopeScaling
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, delta, hf
 from rlhf_jax.models.delta import GatedDelta, Path, Recurrent
 from rlhf_jax.models.hf.layout import flattened, leaf_shapes
+from rlhf_jax.models.hf.peft import save_adapter
 from rlhf_jax.models.kernels import Stack, depth, joined, quantized, stacks_of
 from rlhf_jax.models.lora import init_adapters, sites
 from rlhf_jax.models.pure import pure
@@ -181,8 +182,8 @@ def test_two_stacks_compute_what_one_does_and_are_read_as_one(arch, top):
 # --- adapters
 
 
-@pytest.mark.parametrize(("arch", "how"), [(SMALL, "none"), (SMALL, "nf4"), (FEW_HEADS, "nf4")])
-def test_adapters_of_all_linear_layers_are_what_they_are_merged(arch, how):
+@pytest.mark.parametrize(("arch", "how"), [(SMALL, "none"), (SMALL, "nf4"), (FEW_HEADS, "none")])
+def test_adapters_of_all_linear_layers_are_what_they_are_merged_and_come_back_from_files(tmp_path, arch, how):
     model = Model(arch, lora_scale=2.0)
     chosen = sites(hf.find_family(arch))
     modules = {site.module.partition("{}.")[2] for site in chosen if "linear_attn" in site.module}
@@ -191,7 +192,8 @@ def test_adapters_of_all_linear_layers_are_what_they_are_merged(arch, how):
     noise = lambda x: x + 0.2 * jax.random.normal(jax.random.fold_in(KEY, x.size), x.shape)  # noqa: E731
     base = quantized(model_params(model, 0), how)
     assert arch != SMALL or isinstance(base["layers"]["delta"]["decay"], jax.Array)
-    params = joined(base, jax.tree.map(noise, init_adapters(arch, chosen, 2, KEY)))
+    adapters = jax.tree.map(noise, init_adapters(arch, chosen, 2, KEY))
+    params = joined(base, adapters)
     if arch == FEW_HEADS:
         assert set(params["layers"]["full"]["qkv_lora"]) == {"query", "key_value"}
     array = lambda x: jnp.stack([x[i] for i in range(x.shape[0])]) if isinstance(x, Stack) else x  # noqa: E731
@@ -200,3 +202,9 @@ def test_adapters_of_all_linear_layers_are_what_they_are_merged(arch, how):
     found, expected, plain = (apply(p, *inputs) for p in (params, merged, base))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(found - plain).max() > 0.1
+    if how == "none":
+        folder, lora = tmp_path / "adapter", LoRAConfig(rank=2, alpha=4.0)
+        hf.save_model(tmp_path / "base", arch, base, eos_ids=[2])
+        save_adapter(folder, arch, hf.find_family(arch), lora, jax.device_get(adapters), base=str(tmp_path / "base"))
+        read = hf.load_params(folder, arch, score_head=False)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), read, merged)

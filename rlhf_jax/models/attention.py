@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import row_axes
+from rlhf_jax.tokens import sees
 
 Attend = Callable[..., Array]
 """(q [B K G T N], k [B K S N], v [B K S N], sinks [K G] | None) -> [B K G T N], mask, scale and cap closed over."""
@@ -72,14 +72,12 @@ def exponentials(
     scores: Float[Array, "B K G T S"], sinks: Float[Array, "K G"] | None
 ) -> tuple[Float[Array, "B K G T S"], Float[Array, "B K G T 1"]]:
     """exp(score - max) and its sum over keys, in which a sink counts as the score of one more key without a value."""
+    of_head = None if sinks is None else sinks.astype(jnp.float32)[None, :, :, None, None]
     peak = scores.max(axis=-1, keepdims=True)
-    if sinks is None:
-        weights = jnp.exp(scores - jax.lax.stop_gradient(peak))
-        return weights, weights.sum(axis=-1, keepdims=True)
-    of_head = sinks.astype(jnp.float32)[None, :, :, None, None]
-    peak = jax.lax.stop_gradient(jnp.maximum(peak, of_head))
+    peak = jax.lax.stop_gradient(peak if of_head is None else jnp.maximum(peak, of_head))
     weights = jnp.exp(scores - peak)
-    return weights, weights.sum(axis=-1, keepdims=True) + jnp.exp(of_head - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights, total if of_head is None else total + jnp.exp(of_head - peak)
 
 
 def attention(
@@ -250,14 +248,9 @@ def causal_mask(segment_ids: Int[Array, "B T"], window: int, branches: Branches 
 
     With branches, that of its own continuation and of what all share.
     """
-    columns = np.arange(segment_ids.shape[1])
-    apart: Int[Array, "X T T"] = jnp.asarray(columns[:, None] - columns[None])[None]
-    near = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (apart >= 0)
-    if branches is not None:
-        ids, positions = branches.ids, branches.positions
-        near &= (ids[:, None, :] == 0) | (ids[:, None, :] == ids[:, :, None])
-        apart = positions[:, :, None] - positions[:, None, :]
-    return near & (apart < window) if window else near
+    near = sees(segment_ids, None if branches is None else branches.ids)
+    places = jnp.arange(segment_ids.shape[1])[None] if branches is None else branches.positions
+    return near & (places[:, :, None] - places[:, None, :] < window) if window else near
 
 
 def make_attend(

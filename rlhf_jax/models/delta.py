@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.kernels import einsum
+from rlhf_jax.tokens import sees
 
 CHUNK = 64
 _EPS = 1e-6
@@ -72,14 +73,12 @@ class Path(NamedTuple):
         segment = in_chunks(segments, size, -1)
         last = jnp.full_like(segment[:1, :, -1], -2)
         handed = jnp.concatenate([last, segment[:-1, :, -1]])[..., None]  # the segment of the chunk before
-        here, causal = segment == handed, jnp.tri(size, dtype=bool)[None, None]
-        before = causal & (segment[..., :, None] == segment[..., None, :])
+        branch = None if branches is None else in_chunks(branches, size)
+        here, before = segment == handed, sees(segment, branch)
         joined = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        if branches is None:
+        if branches is None or branch is None:
             return cls(joined, None, before, here[:, None], before[:, None, :, -1], here[:, None, None, :, -1])
         # A token of another branch than the last one of the chunk before goes on from the state that is shared.
-        branch = in_chunks(branches, size)
-        before &= (branch[..., None, :] == 0) | (branch[..., None, :] == branch[..., :, None])
         handed = jnp.concatenate([jnp.zeros_like(last), branch[:-1, :, -1]])[..., None]
         goes_on = (handed == 0) | (branch == handed)
         reads = jnp.stack([here & goes_on, here & ~goes_on], axis=1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.grouped import Places, collect, inverse, spread
+from rlhf_jax.models.grouped import Places, by_key, collect, spread
 from rlhf_jax.models.kernels import Adapted, Kernel, dense
 from rlhf_jax.sharding import data_ways, row_axes
 
@@ -51,7 +51,7 @@ def over_devices(
         return of_rows(x, chosen, up, down, up_bias)
     tokens = P(row_axes() if len(x) % data_ways() == 0 else None, None, None)
     expert = "expert" if ways > 1 else None
-    specs = _specs(up, P(expert, None, None, "tensor"), 1), _specs(down, P(expert, "tensor", None), 1)
+    specs = _specs(up, P(expert, None, None, "tensor")), _specs(down, P(expert, "tensor", None))
     up, down = (_dense_base(kernel) for kernel in (up, down))
     places, of_bias = P(*tokens, None), P(expert, None, "tensor")
     return jax.shard_map(of_rows, in_specs=(tokens, tokens, *specs, of_bias), out_specs=places, check_vma=False)(
@@ -64,13 +64,11 @@ def _dense_base(kernel: Kernel) -> Kernel:
     return replace(kernel, kernel=dense(kernel.kernel)) if isinstance(kernel, Adapted) else dense(kernel)
 
 
-def _specs(kernel: Any, spec: P, inputs: int) -> Any:
+def _specs(kernel: Any, spec: P) -> Any:
     """Where a kernel [E, inputs, outputs] lies, and of an `Adapted` one A [E, inputs, R] and B [E, R, outputs] too."""
     if not isinstance(kernel, Adapted):
         return spec
-    return replace(
-        cast(Any, kernel), kernel=spec, a=P(*spec[: 1 + inputs], None), b=P(spec[0], None, *spec[1 + inputs :])
-    )
+    return replace(cast(Any, kernel), kernel=spec, a=P(*spec[:2], None), b=P(spec[0], None, *spec[2:]))
 
 
 def exchanged(
@@ -91,10 +89,7 @@ def exchanged(
     capacity = min(-(-SPARE * pairs // (4 * ways)), pairs)
     # Pairs in order of their devices; how many each device gets, and the first of them.
     device = (chosen // own).reshape(-1)
-    order = jnp.argsort(device, stable=True).astype(jnp.int32)
-    rank = inverse(order)
-    counts = (device[:, None] == jnp.arange(ways)[None]).sum(0, dtype=jnp.int32)
-    first = jnp.cumsum(counts) - counts
+    order, rank, counts, first = by_key(device, ways)
     number = rank - first[jnp.minimum(device, ways - 1)]  # of a pair, among those of its device
 
     def one_round(i: Int[Array, ""] | int) -> Float[Array, "n k D"]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.kernels import Adapted, Kernel, dense
+from rlhf_jax.models.kernels import Adapted, Kernel, dense, einsum
 
 LARGEST_BLOCK = 512
 PADDING = 8
@@ -41,10 +41,9 @@ class Places(NamedTuple):
         size = block_size(pairs, experts)
         blocks = (pairs + experts * (size - 1)) // size
         # Pairs in order of their experts; the first pair and the first place of each expert.
-        order = jnp.argsort(ids, stable=True).astype(jnp.int32)
-        real = (ids[:, None] == jnp.arange(experts)[None]).sum(0, dtype=jnp.int32)
+        order, rank, real, first = by_key(ids, experts)
         counts = -(-real // size) * size
-        first, start = jnp.cumsum(real) - real, jnp.cumsum(counts) - counts
+        start = jnp.cumsum(counts) - counts
         # Every place's pair, and every pair's place.
         ends_before = jnp.cumsum(counts)[None] <= size * jnp.arange(blocks)[:, None]  # [blocks, E]
         owner = jnp.minimum(ends_before.sum(1, dtype=jnp.int32), experts - 1)
@@ -52,14 +51,22 @@ class Places(NamedTuple):
         within = jnp.arange(blocks * size, dtype=jnp.int32) - start[of_place]
         source = order[jnp.minimum(first[of_place] + within, pairs - 1)]
         source = jnp.where(within < real[of_place], source, pairs)
-        rank, own = inverse(order), jnp.minimum(ids, experts - 1)
+        own = jnp.minimum(ids, experts - 1)
         place = jnp.where(ids < experts, start[own] + rank - first[own], blocks * size)
         return cls(source, place.reshape(chosen.shape), owner, counts)
 
 
-def inverse(order: Int[Array, " n"]) -> Int[Array, " n"]:
-    """Of a permutation."""
-    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+def by_key(
+    keys: Int[Array, " n"], count: int
+) -> tuple[Int[Array, " n"], Int[Array, " n"], Int[Array, " g"], Int[Array, " g"]]:
+    """In the order of keys, with equal ones as they were: which are in turn, and the place of each.
+
+    And of each of `count` keys, how many there are and the place of the first; larger keys come last.
+    """
+    order = jnp.argsort(keys, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+    counts = (keys[:, None] == jnp.arange(count)[None]).sum(0, dtype=jnp.int32)
+    return order, place, counts, jnp.cumsum(counts) - counts
 
 
 def block_size(pairs: int, experts: int) -> int:
@@ -70,8 +77,7 @@ def block_size(pairs: int, experts: int) -> int:
 @jax.custom_vjp
 def spread(x: Float[Array, "n D"], places: Places) -> Float[Array, "R D"]:
     """Every place with its token, 0 where there is none; its gradient is a gather, too."""
-    tokens = jnp.minimum(places.source // places.place.shape[1], len(x) - 1)
-    return jnp.where((places.source < places.place.size)[:, None], x[tokens], jnp.zeros((), x.dtype))
+    return x.at[places.source // places.place.shape[1]].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
@@ -81,8 +87,7 @@ def collect(y: Float[Array, "R D"], places: Places) -> Float[Array, "n k D"]:
 
 
 def _collected(places: Places, grad: Array) -> tuple[Array, None]:
-    of_place = grad.reshape(-1, grad.shape[-1])[jnp.minimum(places.source, places.place.size - 1)]
-    return jnp.where((places.source < places.place.size)[:, None], of_place, jnp.zeros((), grad.dtype)), None
+    return grad.reshape(-1, grad.shape[-1]).at[places.source].get(mode="fill", fill_value=0), None
 
 
 spread.defvjp(lambda x, places: (spread(x, places), places), lambda places, g: (collect(g, places).sum(1), None))
@@ -107,9 +112,8 @@ def grouped(x: Float[Array, "R D"], kernel: Kernel, places: Places) -> Float[Arr
 
 def by_blocks(x: Float[Array, "R D"], weight: Float[Array, "E D F"], places: Places) -> Float[Array, "R F"]:
     """A batched product of blocks with the weights of their owners."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     blocks = x.reshape(len(places.owner), -1, x.shape[1])
-    return jnp.einsum("rbd,rdf->rbf", blocks, weight[places.owner], precision=precision).reshape(len(x), -1)
+    return einsum("rbd,rdf->rbf", blocks, weight[places.owner]).reshape(len(x), -1)
 
 
 @jax.custom_vjp

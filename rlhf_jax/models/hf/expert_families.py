@@ -16,7 +16,7 @@ from rlhf_jax.models.hf.families import (
     heads_or,
     without,
 )
-from rlhf_jax.models.hf.family import Tensor
+from rlhf_jax.models.hf.family import Tensor, without_mlp
 
 _LAYER = "model.layers.{}."
 _EXPERT = _LAYER + "mlp.experts.{}."
@@ -33,8 +33,9 @@ def _gated(part: str, gate: str, up: str, down: str) -> dict[str, Tensor]:
 
 def _sparse(dense: Mapping[str, Tensor], router: str, *names: str) -> dict[str, Tensor]:
     """Tensors with experts, named so, in place of the MLP."""
-    kept = {name: tensor for name, tensor in dense.items() if ".mlp." not in name}
-    return kept | {router + ".weight": Tensor("layers/experts/router", "E D")} | _gated("experts", *names)
+    return (
+        without_mlp(dense) | {router + ".weight": Tensor("layers/experts/router", "E D")} | _gated("experts", *names)
+    )
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -134,7 +135,7 @@ GPT_OSS = LLAMA._replace(
     fixed=LLAMA.fixed
     | {"mlp_bias": True, "router_bias": True, "attn_sinks": True}
     | {"activation": "silu"},  # whatever hidden_act says, as in transformers
-    tensors={name: tensor for name, tensor in LLAMA.tensors.items() if ".mlp." not in name}
+    tensors=without_mlp(LLAMA.tensors)
     | {
         _LAYER + "self_attn.sinks": Tensor("layers/attn/sinks", "KG"),
         _LAYER + "mlp.router.weight": Tensor("layers/experts/router", "E D"),

@@ -5,7 +5,7 @@ Axis letters as in `rlhf_jax.config.rules`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.config import ArchConfig
@@ -26,6 +26,11 @@ class Tensor(NamedTuple):
     leaf: str
     axes: str
     parts: tuple[str, ...] = ()
+
+
+def without_mlp(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of layers that have experts in its place."""
+    return {name: tensor for name, tensor in tensors.items() if not tensor.leaf.startswith("layers/mlp/")}
 
 
 class Family(NamedTuple):
@@ -97,6 +102,6 @@ class Family(NamedTuple):
 
     def of(self, arch: ArchConfig) -> Family:
         """The family with the names that tensors have in a model of this shape, and no MLP where all have experts."""
-        names, all_sparse = self.shared_names if arch.shared_norm else {}, arch.expert_layers == arch.num_layers
-        kept = {n: t for n, t in self.tensors.items() if not (all_sparse and t.leaf.startswith("layers/mlp/"))}
+        names = self.shared_names if arch.shared_norm else {}
+        kept = without_mlp(self.tensors) if arch.expert_layers == arch.num_layers else self.tensors
         return self._replace(tensors={names.get(name, name): tensor for name, tensor in kept.items()})

@@ -128,7 +128,9 @@ class Packed(NamedTuple):
         ends = (place - bounds(whole)[0] for place in (bounds(part)[0], bounds(part)[1] - dense.itemsize))
         low, high = (np.unravel_index(end // dense.itemsize, dense.shape) for end in ends)
         rows, first, last = slice(low[1], high[1] + 1), low[2] // 32, high[2] // 32 + 1  # in blocks of 32 inputs
-        blocks, scales = self.blocks.map(), self.scales.map()
+        blocks, scales = self.blocks.lazy(), self.scales.lazy()
+        for stored, of in (self.blocks, blocks), (self.scales, scales):
+            stored.bring(of, of[low[0] : high[0] + 1, rows, first:last])
         for e in range(low[0], high[0] + 1):
             exponents = scales[e, rows, first:last, None, None].astype(np.int32) - 127
             with np.errstate(over="ignore"):
