@@ -37,6 +37,12 @@ OWN |= {
     "hunyuan_v1_dense": {"head_dim": 8},
     "gemma4_text": {"head_dim": 8, "sliding_window": 5, "global_head_dim": 12, "hidden_size_per_layer_input": 0},
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 6, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6, "first_k_dense_replace": 1,
+}  # fmt: skip
+OWN |= {"deepseek_v3": LATENT, "glm4_moe_lite": LATENT}
 SMALL = {"vocab_size": 37, "width": 32, "num_heads": 4, "head_dim": 8, "norm_eps": 1e-6, "ffn_width": 14}
 FULL = {"layer_types": ["full_attention"] * 2}
 
@@ -151,6 +157,12 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
         ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 16}}}, "heads may differ by kind alone"),
         ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, "heads may differ by kind alone"),
         ("gemma4_text", {"hidden_size_per_layer_input": ...}, "no support for hidden_size_per_layer_input 256"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "no support for num_key_value_heads 2"),
+        (
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["sparse", "dense"]},
+            "no support for mlp_layer_types ['sparse', 'dense']",
+        ),
         ("gemma4_text", {"num_kv_shared_layers": 1}, "no support for num_kv_shared_layers 1"),
         ("gemma4_text", {"enable_moe_block": True}, "no support for enable_moe_block True"),
         (
@@ -263,7 +275,7 @@ def test_a_model_without_windows_is_saved_with_the_size_that_transformers_wants(
          ["linear_attention"], False),
         ({"model_type": "gemma3n", "text_config": {"hidden_size": 8}, "vision_config": {"a": 1}}, "gemma3_text",
          ["images or sound"], False),
-        ({"model_type": "deepseek_v3", "n_routed_experts": 256, "kv_lora_rank": 9}, "glm4_moe", ["latent att"], False),
+        ({"model_type": "deepseek_v2", "n_routed_experts": 256, "kv_lora_rank": 9}, None, [], False),
         ({"model_type": "olmo", "clip_qkv": 8.0}, "olmo3", ["norms without weights", "clip_qkv"], False),
         ({"model_type": 7, "hidden_size": [1]}, None, [], False),
     ],

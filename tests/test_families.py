@@ -27,7 +27,8 @@ FAMILIES = (
     "ministral", "seed_oss", "olmo3", "cwm", "vaultgemma", "starcoder2", "smollm3", "exaone4", "granite", "glm",
     "glm4", "cohere", "cohere2", "phi", "stablelm", "falcon", "nemotron", "arcee", "ernie4_5", "ministral3",
     "hunyuan_v1_dense", "opt", "gptj", "qwen3_moe", "mixtral", "olmoe",
-    "glm4_moe", "gpt_oss", "qwen3_5_text", "gemma4_text",
+    "glm4_moe", "gpt_oss", "qwen3_5_text", "gemma4_text", "deepseek_v3",
+    "glm4_moe_lite",
 )  # fmt: skip
 WITHOUT_CLASSIFIER = {
     "cwm",
@@ -39,6 +40,7 @@ WITHOUT_CLASSIFIER = {
     "olmoe",
     "glm4_moe",
     "gemma4_text",
+    "glm4_moe_lite",
 }  # in transformers
 GREEDY = SamplingLaw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
@@ -59,6 +61,8 @@ CASES = [f"{f}/{case}" for f in FAMILIES for case in dict.fromkeys(k.split("/")[
 EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
 LIGHT = {f"{family}/{case}" for family in EXPERTS for case in ("hub", "deep", "tied", "all", "few", "one")}
 LIGHT |= {f"qwen3_5_text/{case}" for case in ("bias", "heads", "old", "full")}
+LIGHT |= {f"deepseek_v3/{case}" for case in ("plain", "gain", "dense")}
+LIGHT |= {f"glm4_moe_lite/{case}" for case in ("plain", "hub", "mixed", "wide", "bias")}
 LIGHT |= {f"gemma4_text/{case}" for case in ("plain", "by_layer", "sixth")}
 """Cases whose compilation is spared: of them logits alone are compared, by the code that has the others' gradients."""
 STAY_FLOAT32 = ("score.weight", "e_score_correction_bias")

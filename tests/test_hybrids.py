@@ -39,6 +39,11 @@ HEADS = ArchConfig(  # two shapes of heads, as in Gemma 4
     value_norm=True, layer_gain=True, rope_local_theta=100.0,
     rope_scaling=RopeScaling(kind="proportional", fraction=0.5),
 )  # fmt: skip
+LATENT = ArchConfig(  # keys and values of one vector, as in DeepSeek-V3
+    vocab_size=V, width=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=10, ffn_width=6, max_positions=40,
+    rope_pairs=True, latent_width=6, latent_query_width=8, latent_rope_dim=4, latent_value_dim=7, num_experts=4,
+    experts_per_token=2, router="sigmoid", shared_width=6, dense_layers=1, dense_width=16, tied_head=False,
+)  # fmt: skip
 FEW_HEADS = dataclasses.replace(HEADS, num_layers=2, window_layers=(0,), tied_head=False)
 KEY = jax.random.key(0)
 SEGMENTS = [0] * 2 + [1] * 16 + [2] * 4 + [3] * 5
@@ -77,7 +82,7 @@ def test_chunks_are_token_by_token_whatever_lies_beside_a_text():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), last, state)
 
 
-@pytest.mark.parametrize("arch", [ARCH, HEADS], ids=["delta", "heads"])
+@pytest.mark.parametrize("arch", [ARCH, HEADS, LATENT], ids=["delta", "heads", "latent"])
 def test_padding_packing_and_a_shared_prompt_change_nothing(arch):
     """Of a model of both kinds of layers; every text is alone in a row of the same shape, at its ends."""
     model = Model(arch)
@@ -121,7 +126,7 @@ def test_slots_and_rows_that_go_on_give_the_same_tokens_on_a_mesh(arch):
     assert len(set(np.asarray(expected.mask).sum(1))) > 2
 
 
-@pytest.mark.parametrize("arch", [ARCH, HEADS], ids=["delta", "heads"])
+@pytest.mark.parametrize("arch", [ARCH, HEADS, LATENT], ids=["delta", "heads", "latent"])
 def test_a_step_is_the_same_on_a_mesh(arch):
     model, mesh = Model(arch, remat="dots"), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params, loss = model_params(model, 0), sft.objective(model, losses.next_token_loss)
@@ -133,9 +138,10 @@ def test_a_step_is_the_same_on_a_mesh(arch):
         state = create_state(params, tx, mesh)
         state, _ = make_train_step(loss, tx, mesh=mesh, state=state)(state, put_batch(mesh, batch), KEY)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, jax.device_get(expected.params))
-    part, shape = ("delta", (3, 8, 1, 16)) if arch == ARCH else ("full", (2, 8, 1, 3, 12))
     layers = state.params["layers"]
-    assert layers[part]["qkv"].addressable_shards[0].data.shape == shape
+    kernels = {ARCH: ("delta", "qkv", (3, 8, 1, 16)), HEADS: ("full", "qkv", (2, 8, 1, 3, 12))}
+    part, kernel, shape = kernels.get(arch, ("latent", "kv_up", (2, 6, 2, 13)))
+    assert layers[part][kernel].addressable_shards[0].data.shape == shape
     if arch == HEADS:  # which no gradient trains, and no decay
         np.testing.assert_array_equal(layers["gain"]["scale"], gains)
 
@@ -182,7 +188,7 @@ def test_two_stacks_compute_what_one_does_and_are_read_as_one(arch, top):
 # --- adapters
 
 
-@pytest.mark.parametrize(("arch", "how"), [(SMALL, "none"), (SMALL, "nf4"), (FEW_HEADS, "none")])
+@pytest.mark.parametrize(("arch", "how"), [(SMALL, "none"), (SMALL, "nf4"), (FEW_HEADS, "none"), (LATENT, "none")])
 def test_adapters_of_all_linear_layers_are_what_they_are_merged_and_come_back_from_files(tmp_path, arch, how):
     model = Model(arch, lora_scale=2.0)
     chosen = sites(hf.find_family(arch))

@@ -50,6 +50,12 @@ OWN = {
         "linear_num_value_heads": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
     },
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 8, "kv_lora_rank": 16, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 6, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
+OWN |= {"deepseek_v3": LATENT, "glm4_moe_lite": LATENT}
 WINDOWED = ("mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 KEY = jax.random.key(0)
@@ -204,7 +210,10 @@ def test_damaged_shards(tmp_path):
         ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts is 0; take a dense family"),
         ({"model_type": "glm4_moe", "n_shared_experts": 0}, "no support for n_shared_experts 0"),
         ({"model_type": "glm4_moe", "first_k_dense_replace": 9}, "leaves none of 3 layers to experts"),
-        ({"model_type": "deepseek_v3", "n_routed_experts": 9}, "no support for mixture-of-experts, model_type 'deeps"),
+        (
+            {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 9}},
+            "no support for mixture-of-experts, model_type 'db",
+        ),
         ({"model_type": "gemma3n", "text_config": {}}, "no support for model_type 'gemma3n'; use one of: llama"),
         ({"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]}, "'LlamaForQuestionAnswering'; use"),
         (

@@ -107,6 +107,11 @@ class ArchConfig:
             all layers are alike (Gemma 4).
         full_kv_heads: key-value heads of these.
         full_keys_as_values: their values are the keys, before norm and rotation.
+        latent_width: keys and values of all heads come from one vector of this width (multi-head latent attention,
+            DeepSeek-V2, arXiv 2405.04434); 0 where they come from the residual stream.
+        latent_query_width: queries come from another; 0 where they do not.
+        latent_rope_dim: dimensions of a head that turn then, the last ones, whose keys all heads share.
+        latent_value_dim: width of a head's values.
         value_norm: RMSNorm without a scale of the values of each head.
         layer_gain: what a layer leaves is multiplied by a number that no gradient trains.
         qk_norm: RMSNorm of queries and keys: none, head (each head by itself), turned (the same after the rotation,
@@ -179,6 +184,10 @@ class ArchConfig:
     full_head_dim: int = 0
     full_kv_heads: int = 0
     full_keys_as_values: bool = False
+    latent_width: int = 0
+    latent_query_width: int = 0
+    latent_rope_dim: int = 0
+    latent_value_dim: int = 0
     value_norm: bool = False
     layer_gain: bool = False
     qk_norm: Literal["none", "head", "turned", "all"] = "none"
@@ -228,7 +237,8 @@ class ArchConfig:
             "routed_scale",
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
-            "shared_width dense_layers dense_width glu_limit full_head_dim full_kv_heads",
+            "shared_width dense_layers dense_width glu_limit full_head_dim full_kv_heads "
+            "latent_width latent_query_width latent_rope_dim latent_value_dim",
         }
         if self.delta_layers:
             rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
@@ -257,6 +267,15 @@ class ArchConfig:
             raise UserError(
                 f"model.arch.delta_value_heads {self.delta_value_heads} is not a multiple of "
                 f"model.arch.delta_key_heads {self.delta_key_heads}; change one of them"
+            )
+        if self.latent_width and not (
+            self.num_kv_heads == self.num_heads
+            and 0 < self.latent_rope_dim < self.head_dim
+            and 0 < self.latent_value_dim <= self.head_dim
+        ):
+            raise UserError(
+                "model.arch.latent_width needs num_kv_heads num_heads, latent_rope_dim below head_dim, and "
+                "latent_value_dim of at most head_dim; give them"
             )
         for name in ("window_layers", "nope_layers", "delta_layers"):
             check_list(self, name, "model.arch.")
@@ -315,9 +334,10 @@ class ArchConfig:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """What mixes the tokens of every layer: attn, delta, or attention with heads of its own in a full view."""
-        full = "full" if self.full_head_dim else "attn"
-        attention = ("attn" if i in self.window_layers else full for i in range(self.num_layers))
+        """What mixes the tokens of every layer: attn, latent, delta, or full, attention with heads of its own."""
+        usual = "latent" if self.latent_width else "attn"
+        full = "full" if self.full_head_dim else usual
+        attention = (usual if i in self.window_layers else full for i in range(self.num_layers))
         return tuple("delta" if i in self.delta_layers else kind for i, kind in enumerate(attention))
 
     def heads_of(self, mixer: str) -> tuple[int, int]:
@@ -332,9 +352,9 @@ class ArchConfig:
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that turn."""
-        return int(self.head_dim * self.rope_fraction)
+        return self.latent_rope_dim or int(self.head_dim * self.rope_fraction)
 
     @property
     def full_rotary_dim(self) -> int:
         """Those of a head in layers without the window."""
-        return int((self.full_head_dim or self.head_dim) * self.rope_fraction)
+        return int(self.full_head_dim * self.rope_fraction) if self.full_head_dim else self.rotary_dim

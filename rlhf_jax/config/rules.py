@@ -3,7 +3,9 @@
 Letters: L layers, D width, V vocabulary, P positions, K key-value heads, G query heads for each of them, N head width,
 S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) or 1 if ungated, F MLP width,
 E experts, H scalar heads of an ensemble. Of a gated DeltaNet: J key heads, I value heads for each of them, O width of
-a value head, U = I O, C = U and two key widths, the channels of a key head, W tokens of the convolution.
+a value head, U = I O, C = U and two key widths, the channels of a key head, W tokens of the convolution. Of latent
+attention: Z and X widths of the latents of keys and of queries, Y = Z and the shared key that turns, B width of a
+value, A = B and the width of a key that does not turn.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ LEAVES = {
     "layers/attn/qkv": "LDKSN", "layers/attn/qkv_bias": "LKSN", "layers/attn/out": "LKGND",
     "layers/attn/out_bias": "LD", "layers/attn/sinks": "LKG",
     "layers/attn/q_norm/scale": "LN", "layers/attn/k_norm/scale": "LN",
+    "layers/latent/q": "LDKN", "layers/latent/q_down": "LDX", "layers/latent/q_down_bias": "LX",
+    "layers/latent/q_norm/scale": "LX", "layers/latent/q_up": "LXKN", "layers/latent/kv_down": "LDY",
+    "layers/latent/kv_down_bias": "LY", "layers/latent/kv_norm/scale": "LZ", "layers/latent/kv_up": "LZKA",
+    "layers/latent/out": "LKBD", "layers/latent/out_bias": "LD",
     "layers/delta/qkv": "LDJC", "layers/delta/gate": "LDJU", "layers/delta/out": "LJUD",
     "layers/delta/beta": "LDJI", "layers/delta/decay": "LDJI", "layers/delta/log_rate": "LJI",
     "layers/delta/rate_bias": "LJI", "layers/delta/conv": "LJCW", "layers/delta/out_norm": "LO",
@@ -65,13 +71,15 @@ INPUTS = with_full({
     "layers/experts/up": "D", "layers/experts/down": "F", "layers/shared/up": "D", "layers/shared/down": "F",
     "layers/delta/qkv": "D", "layers/delta/gate": "D", "layers/delta/beta": "D", "layers/delta/decay": "D",
     "layers/delta/out": "JU",
+    "layers/latent/q": "D", "layers/latent/q_down": "D", "layers/latent/q_up": "X", "layers/latent/kv_down": "D",
+    "layers/latent/kv_up": "Z", "layers/latent/out": "KB",
 })  # fmt: skip
 """The kernels of a layer, which can be quantised and have adapters, and the axes that they sum over."""
 
 NOT_QUANTIZED = ("layers/delta/beta", "layers/delta/decay")
 """Kernels that stay as they are: small, and a state multiplies what they get wrong."""
 
-MIXERS = ("attn", "delta", "full")
+MIXERS = ("attn", "delta", "full", "latent")
 """Parts of a layer of which each layer has one: "layers/attn/..." are stacked over the layers with attention alone."""
 
 Split = tuple[str, ...]
@@ -133,7 +141,7 @@ def _beside_a_kernel(path: str) -> str:
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
     match = re.search(
-        r"(?:^|/)(layers/(?:attn|full|delta|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path
+        r"(?:^|/)(layers/(?:attn|full|latent|delta|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path
     )
     if match is None or match[1] not in INPUTS:
         return ""

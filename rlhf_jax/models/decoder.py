@@ -7,6 +7,7 @@ computes in the dtype of its input, and norms and softmax in float32.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -143,10 +144,7 @@ class Attention(nnx.Module):
         if self.norm_turned:
             q, k = self.q_norm(q), self.k_norm(k)
         k, v = k[:, :, 0], v[:, :, 0]
-        # Into the cache [B, K, S, N], which is then attended to.
-        if cache is not None and index is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+        k, v = written(cache, index, k, v)
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
         # [B, K, G, T, N] -> [B, T, D].
         y = jnp.moveaxis(attend(q, k, v, sinks), 3, 1)
@@ -154,6 +152,82 @@ class Attention(nnx.Module):
         if hasattr(self, "out_bias"):
             y = y + self.out_bias[None, None].astype(x.dtype)
         return y, (k, v)
+
+
+def written(cache: Columns | None, index: Array | None, k: Array, v: Array) -> Columns:
+    """Keys and values [B, K, T, N] in the cache [B, K, S, N], which is then attended to; themselves without one."""
+    if cache is None or index is None:
+        return k, v
+    write = jax.lax.dynamic_update_slice_in_dim
+    keys, values = (write(old, new.astype(old.dtype), index, axis=2) for old, new in zip(cache, (k, v), strict=True))
+    return keys, values
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434).
+
+    Keys and values of all heads are made of one vector, and queries of another or of the stream. Of every head the
+    last dimensions turn, by a key that all heads share. The cache has keys and values, the latter filled up with zeros
+    to the width of keys, as every attention program takes them.
+
+    Shapes: H heads of width N, of which R turn; X, Z, Y, A, B as in `config/rules.py`.
+    """
+
+    def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
+        d, h, n, z, x = arch.width, arch.num_heads, arch.head_dim, arch.latent_width, arch.latent_query_width
+        self.still, self.z, self.pairs = n - arch.latent_rope_dim, z, arch.rope_pairs
+        std, norms = arch.init_std, dataclasses.replace(arch, norm_eps=1e-6)  # whatever that of the others is
+        draw = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))  # noqa: E731
+        if x:
+            self.q_down, self.q_up, self.q_norm = (
+                draw(std, d, x),
+                draw(std, x, h, n),
+                Norm(norms, (x,), centered=False),
+            )
+        else:
+            self.q = draw(std, d, h, n)
+        self.kv_down, self.kv_norm = draw(std, d, z + arch.latent_rope_dim), Norm(norms, (z,), centered=False)
+        self.kv_up = draw(std, z, h, self.still + arch.latent_value_dim)
+        self.out = draw(std / (2 * arch.num_layers) ** 0.5, h, arch.latent_value_dim, d)
+        if arch.qkv_bias and x:
+            self.q_down_bias = nnx.Param(jnp.zeros(x))
+        if arch.qkv_bias:
+            self.kv_down_bias = nnx.Param(jnp.zeros(z + arch.latent_rope_dim))
+        if arch.out_bias:
+            self.out_bias = nnx.Param(jnp.zeros(d))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tables: Tables,
+        attend: Attend,
+        cache: Columns | None = None,
+        index: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Columns]:
+        """As `Attention`."""
+        if hasattr(self, "q_down"):
+            q = self.q_norm(self._plus("q_down_bias", einsum("btd,dx->btx", x, self.q_down[...])))
+            q = einsum("btx,xhn->bthn", q, self.q_up[...])
+        else:
+            q = einsum("btd,dhn->bthn", x, self.q[...])
+        # The latent [B, T, Z], and the key [B, T, R] that all heads share; of the first keys and values [B, T, H, .].
+        latent = self._plus("kv_down_bias", einsum("btd,dy->bty", x, self.kv_down[...]))
+        latent, shared = jnp.split(latent, [self.z], axis=-1)
+        k, v = jnp.split(einsum("btz,zha->btha", self.kv_norm(latent), self.kv_up[...]), [self.still], axis=-1)
+        # [B, H, 1, T, .], what turns behind what does not, and zeros behind values.
+        q, k, v, shared = (jnp.moveaxis(a, 1, -2)[:, :, None] for a in (q, k, v, shared[:, :, None]))
+        q, turning = jnp.split(q, [self.still], axis=-1)
+        turning, shared = (rotate(a, tables, pairs=self.pairs) for a in (turning, shared))
+        q = jnp.concatenate([q, turning], axis=-1)
+        k = jnp.concatenate([k, jnp.broadcast_to(shared, turning.shape)], axis=-1)[:, :, 0]
+        width = v.shape[-1]
+        v = jnp.pad(v[:, :, 0], [(0, 0)] * 3 + [(0, k.shape[-1] - width)])
+        k, v = written(cache, index, k, v)
+        y = jnp.moveaxis(attend(q, k, v, None)[:, :, 0, :, :width], 1, 2)
+        return self._plus("out_bias", einsum("bthv,hvd->btd", y, self.out[...])), (k, v)
+
+    def _plus(self, name: str, x: Array) -> Array:
+        return x + getattr(self, name)[None, None].astype(x.dtype) if hasattr(self, name) else x
 
 
 class MLP(nnx.Module):
@@ -197,7 +271,7 @@ class Block(nnx.Module):
     """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side.
 
     Args:
-        mixer: attn, full or delta, what there is for attention.
+        mixer: attn, full, latent or delta, what there is for attention.
         sparse: it has experts in place of the MLP, perhaps with a shared one beside them.
     """
 
@@ -209,6 +283,8 @@ class Block(nnx.Module):
         self.mixer = mixer
         if mixer == "delta":
             self.delta = GatedDelta(arch, ACTIVATIONS[arch.activation], rngs=rngs)
+        elif mixer == "latent":
+            self.latent = LatentAttention(arch, rngs=rngs)
         else:
             setattr(self, mixer, Attention(arch, mixer, rngs=rngs))
         if sparse:

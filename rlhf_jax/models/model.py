@@ -33,7 +33,7 @@ from rlhf_jax.models.delta import Path
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.models.kernels import STACKS, Chained, attached, chained, stacks, stacks_of
 from rlhf_jax.models.pure import Pure, pure
-from rlhf_jax.models.rotary import BY_LENGTH, Tables, rotary_tables
+from rlhf_jax.models.rotary import BY_LENGTH, Tables, latent_gain, rotary_tables
 from rlhf_jax.models.stacking import cut, interleaved, runs_of, scanned
 from rlhf_jax.sharding import constrain_rows, data_ways
 from rlhf_jax.tokens import token_logprobs
@@ -175,8 +175,9 @@ class Model:
 
     def _scale(self, kind: decoder.Kind) -> float:
         """Of attention scores."""
-        width = self.arch.heads_of(kind.mixer)[1]
-        return self.arch.attention_multiplier or (self.arch.query_pre_attn_scalar or width) ** -0.5
+        gain = latent_gain(self.arch.rope_scaling) if kind.mixer == "latent" else 1.0
+        width = self.arch.query_pre_attn_scalar or self.arch.heads_of(kind.mixer)[1]
+        return self.arch.attention_multiplier or gain * width**-0.5
 
     def apply(
         self,

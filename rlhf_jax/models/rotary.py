@@ -132,12 +132,18 @@ def _yarn(scaling: RopeScaling, theta: float, dim: int) -> np.ndarray:
     return plain / np.float32(scaling.factor) * (1 - blend) + plain * blend
 
 
-def _yarn_gain(scaling: RopeScaling) -> float:
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+def _yarn_scale(scaling: RopeScaling, weight: float) -> float:
+    return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
 
+
+def _yarn_gain(scaling: RopeScaling) -> float:
     if scaling.attention_factor:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
-    return scale(1.0)
+        return _yarn_scale(scaling, scaling.mscale) / _yarn_scale(scaling, scaling.mscale_all_dim)
+    return _yarn_scale(scaling, 1.0)
+
+
+def latent_gain(scaling: RopeScaling) -> float:
+    """By what latent attention multiplies its scores: what does not turn has none of yarn's gain."""
+    return _yarn_scale(scaling, scaling.mscale_all_dim) ** 2

@@ -752,11 +752,50 @@ def _gemma4() -> dict[str, Case]:
     }  # fmt: skip
 
 
+def _latent() -> dict[str, Case]:
+    shape = SHAPE | {"num_key_value_heads": 4, "num_hidden_layers": 3, "moe_intermediate_size": 6, "kv_lora_rank": 10}
+    shape |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 9, "qk_rope_head_dim": 4}
+    shape |= {"v_head_dim": 5, "qk_nope_head_dim": 6, "n_group": 2, "topk_group": 1}
+    deep = shape | {"model_type": "deepseek_v3", "first_k_dense_replace": 1}
+    lite = shape | {"model_type": "glm4_moe_lite", "v_head_dim": 10}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 1.0, "beta_slow": 0.05}
+    kinds = lambda *kinds: {"mlp_layer_types": list(kinds), "num_hidden_layers": len(kinds)}  # noqa: E731
+    return {
+        "deepseek_v3/plain": Case(deep | _rope("default", 60.0)),
+        # The Hub's dialect, by which scores have a gain of yarn's.
+        "deepseek_v3/hub": Case(
+            deep | {"rope_theta": 90.0, "num_nextn_predict_layers": 1, "topk_method": "noaux_tc"}
+            | {"n_shared_experts": 2}
+            | {"rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, **yarn}, "moe_layer_freq": 1},
+            as_written=True,
+        ),
+        "deepseek_v3/gain": Case(deep | _rope("yarn", 70.0, mscale_all_dim=0.7, **yarn) | {"num_hidden_layers": 2}),
+        "deepseek_v3/wide": Case(
+            deep | {"q_lora_rank": None, "num_hidden_layers": 2, "rope_interleave": False, "norm_topk_prob": False}
+        ),
+        "deepseek_v3/bias": Case(deep | {"attention_bias": True, "num_hidden_layers": 2, "tie_word_embeddings": True}),
+        "deepseek_v3/dense": Case(deep | {"first_k_dense_replace": 0, "num_hidden_layers": 1, "v_head_dim": 10}),
+        "deepseek_v3/score": Case(deep | SCORE | {"num_hidden_layers": 2}),
+        "glm4_moe_lite/plain": Case(lite | _rope("default", 60.0)),
+        "glm4_moe_lite/hub": Case(
+            lite | {"rope_theta": 50.0, "partial_rotary_factor": 1.0, "first_k_dense_replace": 2, "n_group": 1}
+            | {"topk_method": "noaux_tc", "num_nextn_predict_layers": 1},
+            as_written=True,
+        ),
+        "glm4_moe_lite/mixed": Case(lite | kinds("dense", "dense", "sparse") | {"routed_scaling_factor": 1.3}),
+        "glm4_moe_lite/wide": Case(lite | kinds("sparse", "sparse") | {"q_lora_rank": None, "v_head_dim": 3}),
+        "glm4_moe_lite/bias": Case(lite | kinds("dense", "sparse") | {"attention_bias": True, "hidden_act": "gelu"}),
+        "glm4_moe_lite/yarn": Case(
+            lite | kinds("dense", "sparse") | _rope("yarn", 70.0, mscale=0.5, mscale_all_dim=1.2, **yarn)
+        ),
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {f"llama/{name}": case for name, case in _llama().items()}
 CASES |= {f"mistral/{name}": case for name, case in _mistral().items()}
 CASES |= {f"phi3/{name}": case for name, case in _phi3().items()}
 CASES |= {f"olmo2/{name}": case for name, case in _olmo2().items()}
-CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts() | _experts() | _hybrids()
+CASES |= _qwen() | _gemma() | _gpt() | _near() | _parts() | _more_parts() | _experts() | _hybrids() | _latent()
 CASES |= {f"gemma4_text/{name}": case for name, case in _gemma4().items()}
 
 

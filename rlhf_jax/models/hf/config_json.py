@@ -25,7 +25,7 @@ MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _FACTORS = ("attention_multiplier", "glu_limit")  # of which 0 stands for none here
-_MAYBE_NONE = ("attn_softcap", "logit_softcap")  # null in config.json, 0 here
+_MAYBE_NONE = ("attn_softcap", "logit_softcap", "latent_query_width")  # null in config.json, 0 here
 _ORIGINAL, _LOG_SCALE = "original_max_position_embeddings", "llama_4_scaling_beta"
 _SCALING = {  # fields of RopeScaling by kind
     "linear": "factor", "dynamic": "factor",
@@ -132,7 +132,7 @@ def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -
     if value is None and not (key in raw and field in _MAYBE_NONE):
         value = _default(key, family, raw)
     if value is None and field in _MAYBE_NONE:
-        return 0.0
+        return type(getattr(ArchConfig(), field))()
     value = typed(value, type(getattr(ArchConfig(), field)), key, where)
     if (field in family.inverse or field in _FACTORS) and value == 0:
         raise UserError(f"{where}: {key} is 0, by which nothing is left; correct it")

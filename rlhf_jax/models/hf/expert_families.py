@@ -16,7 +16,7 @@ from rlhf_jax.models.hf.families import (
     heads_or,
     without,
 )
-from rlhf_jax.models.hf.family import Tensor, without_mlp
+from rlhf_jax.models.hf.family import ConfigJson, Derived, Tensor, without_mlp
 
 _LAYER = "model.layers.{}."
 _EXPERT = _LAYER + "mlp.experts.{}."
@@ -90,6 +90,11 @@ OLMOE = LLAMA._replace(
     only={"clip_qkv": (None,)},
 )
 
+
+def _shared_width(default: int) -> Derived:
+    return lambda raw: raw.get("n_shared_experts", 1) * raw.get("moe_intermediate_size", default)
+
+
 GLM4_MOE = LLAMA._replace(
     model_type="glm4_moe",
     causal="Glm4MoeForCausalLM",
@@ -106,7 +111,7 @@ GLM4_MOE = LLAMA._replace(
     | {"intermediate_size": 10944},
     fixed=LLAMA.fixed
     | {"router": "sigmoid", "qk_norm": lambda raw: "head" if raw.get("use_qk_norm") else "none"}
-    | {"shared_width": lambda raw: raw.get("n_shared_experts", 1) * raw.get("moe_intermediate_size", 1408)},
+    | {"shared_width": _shared_width(1408)},
     saved={
         "use_qk_norm": lambda arch: arch.qk_norm == "head",
         "n_shared_experts": lambda arch: arch.shared_width // arch.ffn_width,
@@ -119,6 +124,82 @@ GLM4_MOE = LLAMA._replace(
     aliases={"num_local_experts": "n_routed_experts"},
     only={"n_shared_experts": tuple(range(1, 100))},
     ignored=rf"{LLAMA.ignored}|model\.layers\.(46|92)\.",
+)
+
+_LATENT = _LAYER + "self_attn."
+
+
+def _key_width(still: int, turning: int = 64) -> Derived:
+    return lambda raw: raw.get("qk_nope_head_dim", still) + raw.get("qk_rope_head_dim", turning)
+
+
+DEEPSEEK_V3 = GLM4_MOE._replace(
+    model_type="deepseek_v3",
+    causal="DeepseekV3ForCausalLM",
+    classifier="DeepseekV3ForSequenceClassification",
+    config=without(GLM4_MOE.config, "head_dim", "num_kv_heads")
+    | {"out_bias": "attention_bias", "rope_pairs": "rope_interleave", "latent_width": "kv_lora_rank"}
+    | {"latent_query_width": "q_lora_rank", "latent_rope_dim": "qk_rope_head_dim", "latent_value_dim": "v_head_dim"},
+    defaults=GLM4_MOE.defaults
+    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "moe_intermediate_size": 2048, "n_routed_experts": 256}
+    | {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3}
+    | {"intermediate_size": 18432, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64}
+    | {"v_head_dim": 128, "rope_interleave": True},
+    fixed=LLAMA.fixed
+    | {"router": "sigmoid", "num_kv_heads": lambda raw: raw["num_attention_heads"]}
+    | {"head_dim": _key_width(128), "shared_width": _shared_width(2048)},
+    saved={
+        "qk_nope_head_dim": lambda arch: arch.head_dim - arch.latent_rope_dim,
+        "num_key_value_heads": lambda arch: arch.num_heads,
+        "n_shared_experts": lambda arch: arch.shared_width // arch.ffn_width,
+    },
+    tensors={name: tensor for name, tensor in GLM4_MOE.tensors.items() if "self_attn" not in name}
+    | {
+        _LATENT + "q_proj.weight": Tensor("layers/latent/q", "KN D"),
+        _LATENT + "q_a_proj.weight": Tensor("layers/latent/q_down", "X D"),
+        _LATENT + "q_a_proj.bias": Tensor("layers/latent/q_down_bias", "X"),
+        _LATENT + "q_a_layernorm.weight": Tensor("layers/latent/q_norm/scale", "X"),
+        _LATENT + "q_b_proj.weight": Tensor("layers/latent/q_up", "KN X"),
+        _LATENT + "kv_a_proj_with_mqa.weight": Tensor("layers/latent/kv_down", "Y D"),
+        _LATENT + "kv_a_proj_with_mqa.bias": Tensor("layers/latent/kv_down_bias", "Y"),
+        _LATENT + "kv_a_layernorm.weight": Tensor("layers/latent/kv_norm/scale", "Z"),
+        _LATENT + "kv_b_proj.weight": Tensor("layers/latent/kv_up", "KA Z"),
+        _LATENT + "o_proj.weight": Tensor("layers/latent/out", "D KB"),
+        _LATENT + "o_proj.bias": Tensor("layers/latent/out_bias", "D"),
+    },
+    rotary=LLAMA.rotary,
+    scalings=("yarn",),
+    only=GLM4_MOE.only | {"num_key_value_heads": lambda raw: (None, raw["num_attention_heads"])},
+    ignored=rf"{LLAMA.ignored}|model\.layers\.61\.",
+)
+
+
+def _dense_layers(raw: ConfigJson) -> int:
+    kinds = raw.get("mlp_layer_types")
+    return 1 if kinds is None else kinds.count("dense")
+
+
+GLM4_MOE_LITE = DEEPSEEK_V3._replace(
+    model_type="glm4_moe_lite",
+    causal="Glm4MoeLiteForCausalLM",
+    classifier="Glm4MoeLiteForSequenceClassification",
+    config=without(DEEPSEEK_V3.config, "dense_layers"),
+    defaults=DEEPSEEK_V3.defaults
+    | {"max_position_embeddings": 202752, "rms_norm_eps": 1e-5, "moe_intermediate_size": 1536, "n_routed_experts": 64}
+    | {"num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8}
+    | {"intermediate_size": 10240, "q_lora_rank": 768, "v_head_dim": 256},
+    fixed=DEEPSEEK_V3.fixed
+    | {"dense_layers": _dense_layers, "head_dim": _key_width(192), "shared_width": _shared_width(1536)},
+    saved=DEEPSEEK_V3.saved
+    | {"mlp_layer_types": lambda arch: ["dense"] * arch.dense_layers + ["sparse"] * arch.expert_layers},
+    only=DEEPSEEK_V3.only
+    | {
+        "mlp_layer_types": lambda raw: (
+            None,
+            ["dense"] * _dense_layers(raw) + ["sparse"] * (raw["num_hidden_layers"] - _dense_layers(raw)),
+        )
+    },
+    ignored=rf"{LLAMA.ignored}|model\.layers\.47\.",
 )
 
 GPT_OSS = LLAMA._replace(
@@ -156,4 +237,4 @@ GPT_OSS = LLAMA._replace(
     packed=("mxfp4",),
 )  # fmt: skip
 
-EXPERTS = (QWEN3_MOE, MIXTRAL, OLMOE, GLM4_MOE, GPT_OSS)
+EXPERTS = (QWEN3_MOE, MIXTRAL, OLMOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V3, GLM4_MOE_LITE)

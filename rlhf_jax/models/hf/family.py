@@ -5,6 +5,7 @@ Axis letters as in `rlhf_jax.config.rules`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -101,7 +102,9 @@ class Family(NamedTuple):
     ignored: str = r"rotary_emb\.inv_freq$"
 
     def of(self, arch: ArchConfig) -> Family:
-        """The family with the names that tensors have in a model of this shape, and no MLP where all have experts."""
+        """The family with the names that tensors have in a model of this shape, without parts that no layer has."""
         names = self.shared_names if arch.shared_norm else {}
         kept = without_mlp(self.tensors) if arch.expert_layers == arch.num_layers else self.tensors
+        query = r"layers/latent/q$" if arch.latent_query_width else r"layers/latent/q_"  # of the way that it lacks
+        kept = {name: tensor for name, tensor in kept.items() if not re.match(query, tensor.leaf)}
         return self._replace(tensors={names.get(name, name): tensor for name, tensor in kept.items()})

@@ -40,6 +40,9 @@ class Layout:
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "1": 1,
             "M": 2 if arch.gated_mlp else 1, "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
             **_heads(arch, "attn", 2),
+            "X": arch.latent_query_width, "Z": arch.latent_width, "B": arch.latent_value_dim,
+            "Y": arch.latent_width + arch.latent_rope_dim,
+            "A": arch.head_dim - arch.latent_rope_dim + arch.latent_value_dim,
             "J": arch.delta_key_heads, "I": arch.delta_value_heads // (arch.delta_key_heads or 1), "O": value,
             "U": values, "C": 2 * key + values, "W": arch.delta_kernel,
         }  # fmt: skip
@@ -140,6 +143,7 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
     layout, biased, sparse = Layout(arch, members=members), arch.norm == "layer", arch.num_experts > 0
     dense, shared = arch.expert_layers < arch.num_layers, sparse and arch.shared_width > 0
+    queries = arch.latent_query_width > 0
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
     optional = {
         "embed/positions": arch.positions == "learned", "final_norm/bias": biased,
@@ -155,6 +159,9 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "layers/experts/router_bias": sparse and arch.router_bias,
         "layers/experts/up": sparse, "layers/experts/up_bias": sparse and arch.mlp_bias,
         "layers/experts/down": sparse, "layers/experts/down_bias": sparse and arch.mlp_bias,
+        **dict.fromkeys(("layers/latent/q_down", "layers/latent/q_up", "layers/latent/q_norm/scale"), queries),
+        "layers/latent/q": not queries, "layers/latent/q_down_bias": queries and arch.qkv_bias,
+        "layers/latent/kv_down_bias": arch.qkv_bias, "layers/latent/out_bias": arch.out_bias,
         "layers/attn/sinks": arch.attn_sinks, "layers/gain/scale": arch.layer_gain,
         "layers/shared/up": shared, "layers/shared/down": shared,
         "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
