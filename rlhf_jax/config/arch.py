@@ -243,21 +243,8 @@ class ArchConfig:
         if self.delta_layers:
             rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
         check(self, "model.arch.", rules)
+        self._check_heads()
         self._check_experts()
-        for prefix, mixer in ("num", "attn"), ("full", "full"):
-            if (heads := self.heads_of(mixer)[0]) and self.num_heads % heads:
-                raise UserError(
-                    f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.{prefix}_kv_heads "
-                    f"{heads}; change one of them"
-                )
-        if bool(self.full_head_dim) != bool(self.full_kv_heads) or self.full_keys_as_values > bool(self.full_head_dim):
-            raise UserError("model.arch.full_keys_as_values needs full_head_dim, and this full_kv_heads; give all")
-        for name, turning in ("head_dim", self.rotary_dim), ("full_head_dim", self.full_rotary_dim):
-            if self.positions == "rotary" and (turning % 2 or turning < 2 or self.rope_fraction > 1):
-                raise UserError(
-                    f"model.arch.{name} {getattr(self, name)} and rope_fraction {self.rope_fraction:g} make {turning} "
-                    f"rotary dimensions; choose them so that it is an even number of at most {name}"
-                )
         if bool(self.sliding_window) != bool(self.window_layers):
             raise UserError(
                 f"model.arch.sliding_window {self.sliding_window} and window_layers {list(self.window_layers)} "
@@ -267,15 +254,6 @@ class ArchConfig:
             raise UserError(
                 f"model.arch.delta_value_heads {self.delta_value_heads} is not a multiple of "
                 f"model.arch.delta_key_heads {self.delta_key_heads}; change one of them"
-            )
-        if self.latent_width and not (
-            self.num_kv_heads == self.num_heads
-            and 0 < self.latent_rope_dim < self.head_dim
-            and 0 < self.latent_value_dim <= self.head_dim
-        ):
-            raise UserError(
-                "model.arch.latent_width needs num_kv_heads num_heads, latent_rope_dim below head_dim, and "
-                "latent_value_dim of at most head_dim; give them"
             )
         for name in ("window_layers", "nope_layers", "delta_layers"):
             check_list(self, name, "model.arch.")
@@ -295,6 +273,31 @@ class ArchConfig:
                     f"model.arch.rope_scaling.{name} has {count} numbers; give {pairs}, one for every pair of rotary "
                     "dimensions"
                 )
+
+    def _check_heads(self) -> None:
+        for prefix, mixer in ("num", "attn"), ("full", "full"):
+            if (heads := self.heads_of(mixer)[0]) and self.num_heads % heads:
+                raise UserError(
+                    f"model.arch.num_heads {self.num_heads} is not a multiple of model.arch.{prefix}_kv_heads "
+                    f"{heads}; change one of them"
+                )
+        if bool(self.full_head_dim) != bool(self.full_kv_heads) or self.full_keys_as_values > bool(self.full_head_dim):
+            raise UserError("model.arch.full_keys_as_values needs full_head_dim, and this full_kv_heads; give all")
+        for name, turning in ("head_dim", self.rotary_dim), ("full_head_dim", self.full_rotary_dim):
+            if self.positions == "rotary" and (turning % 2 or turning < 2 or self.rope_fraction > 1):
+                raise UserError(
+                    f"model.arch.{name} {getattr(self, name)} and rope_fraction {self.rope_fraction:g} make {turning} "
+                    f"rotary dimensions; choose them so that it is an even number of at most {name}"
+                )
+        if self.latent_width and not (
+            self.num_kv_heads == self.num_heads
+            and 0 < self.latent_rope_dim < self.head_dim
+            and 0 < self.latent_value_dim <= self.head_dim
+        ):
+            raise UserError(
+                "model.arch.latent_width needs num_kv_heads num_heads, latent_rope_dim below head_dim, and "
+                "latent_value_dim of at most head_dim; give them"
+            )
 
     def _check_experts(self) -> None:
         where, experts, groups = "model.arch.", self.num_experts, self.router_groups
