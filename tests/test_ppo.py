@@ -306,6 +306,7 @@ def test_padding_changes_nothing():
     for pad in (0, 4):
         rollout = decoder_rollout(pad=pad)
         x, _, metrics, per_row = decoder_score(rollout, recompute=True, ref=model_params(models.policy, 9))
+        assert 0 < metrics.pop("data/filled") <= 1  # of all slots, padding too
         moved = dataclasses.replace(x, old_logprobs=x.old_logprobs + 0.1 * x.mask)
         numbers = (x.old_logprobs, x.old_values, x.advantages, x.returns, metrics, per_row, loss_fn(batch_of(moved)))
         found.append((rollout.tokens, numbers))

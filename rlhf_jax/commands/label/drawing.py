@@ -27,6 +27,9 @@ from rlhf_jax.sharding import make_mesh
 WAIT = 0.2
 """Seconds between two looks at how many items are left."""
 
+ONLY_SOURCE = 0
+"""The number of the policy among sources, as `collect` counts them."""
+
 
 class Drawing:
     """A policy and a reward ensemble, which make rows to rank of prompts, some at once.
@@ -65,7 +68,8 @@ class Drawing:
         They are those of `collect` with the same settings; a prompt whose responses are all alike has none.
         """
         config, prompts = self.config, self.prompts[start : start + self.size]
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0), start)  # as `collect` has it
+        # As `collect` has it: then the number of a source, and the place of the batch.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), ONLY_SOURCE), start)
         options = {"samples": config.num_samples, "batch_size": self.size * config.num_samples}
         with jax.set_mesh(self.mesh.grid):
             drawn = self.drawer.generator.responses(self.drawer.loaded.params, prompts, key, **options)
