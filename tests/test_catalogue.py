@@ -10,6 +10,7 @@ from test_data import CHATML, WORDS, tiny
 from rlhf_jax import reward
 from rlhf_jax.commands.rewards import bench_of, of_bench
 from rlhf_jax.config import RewardConfig
+from rlhf_jax.config.settings import HUB_ROWS
 from rlhf_jax.data import fields, hub_rows, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples
@@ -22,7 +23,7 @@ from rlhf_jax.tasks import gsm8k, verifiers
 
 WORD = {word: 5 + i for i, word in enumerate(WORDS)}
 """Word -> its id: five special tokens come first."""
-HUB = [name for name in fields.catalogue() if name.startswith(hub_rows.PREFIX)]
+HUB = [name for name in fields.catalogue() if name.startswith(HUB_ROWS)]
 
 
 def said(*texts):
@@ -81,7 +82,7 @@ def of_hub(name, rows, tmp_path, monkeypatch, fields=()):
     """The rows as they are read by the name of their set."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(hub_rows, "files_of", lambda path, known: [(f"{path}:{file.name}", file)])
+    monkeypatch.setattr(hub_rows, "files_of", lambda path: [(f"{path}:{file.name}", file)])
     return rows_from(name, fields)
 
 
@@ -99,7 +100,7 @@ def test_rows_of_a_set_are_read_by_the_stages_that_the_catalogue_names(name, tmp
     tokenizer, limits = Tokenizer(tiny(CHATML)), Limits(64, 96, "error")
     _, owner, set_, *folder = name.removeprefix("hf://").split("/")
     path = "/".join(["hf://datasets", owner, f"{set_}@v1", *folder, "x.jsonl"])
-    rows = of_hub(path, SHAPES[name.removeprefix(hub_rows.PREFIX)], tmp_path, monkeypatch)
+    rows = of_hub(path, SHAPES[name.removeprefix(HUB_ROWS)], tmp_path, monkeypatch)
     for stage in fields.catalogue()[name]["stages"]:
         if stage == "sft":
             (example,), _ = sft_examples(rows, tokenizer, limits, loss_on="response")
