@@ -280,3 +280,17 @@ def constrain_gathered(rules: Rules, path: str, x: jax.Array, *, stacked: bool) 
     # From many ways over fsdp to some over tensor: first within the groups, then a gather of tensor's parts alone.
     x = constrain(x, *map(entry, splits))
     return constrain(x, *map(kept_split, splits))
+
+
+def constrain_in_turn(rules: Rules, path: str, x: jax.Array) -> jax.Array:
+    """Pin a weight of one layer that lies over several of the axes of rows to the first of them alone.
+
+    So it is gathered over the others first, and its gradient scattered over the first before it is summed over the
+    others: over both dimensions of a TPU slice at once the compiler has no reduce-scatter, and sums all of it twice.
+    """
+    splits = rules.of(path, (1, *x.shape))[1:]
+    over = [[axis for axis in split if axis in ROW_AXES] for split in splits]
+    if all(len(axes) < 2 for axes in over):
+        return x
+    kept = [tuple(a for a in split if a not in axes[1:]) for split, axes in zip(splits, over, strict=True)]
+    return constrain(x, *map(entry, kept))

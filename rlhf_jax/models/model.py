@@ -35,7 +35,7 @@ from rlhf_jax.models.kernels import STACKS, Chained, attached, chained, stacks, 
 from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, latent_gain, rotary_tables
 from rlhf_jax.models.stacking import cut, interleaved, runs_of, scanned
-from rlhf_jax.sharding import constrain_rows, data_ways
+from rlhf_jax.sharding import constrain_in_turn, constrain_rows, data_ways, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
@@ -207,7 +207,8 @@ class Model:
         views, kinds = self._views(positions, segment_ids, branches), decoder.kinds_of(self.arch)
 
         def block(kind: decoder.Kind, x: Array, params: Params, given: Array | None) -> tuple[Array, Routing | None]:
-            layer = attached(params, self.lora_scale)
+            in_turn = lambda path, x: constrain_in_turn(self.rules, f"layers/{path_name(path)}", x)  # noqa: E731
+            layer = attached(jax.tree_util.tree_map_with_path(in_turn, params), self.lora_scale)
             block = self._blocks[kind.mixer, "experts" in params]
             x, _, routing = block.apply(layer, x, *views[kind], None, None, segment_ids > 0, given)
             return x, routing  # [B, S, D]
