@@ -490,7 +490,7 @@ SFT_MISTAKES = {
     "--mesh.tensor 4": r"parameter .* dimension 2 does not divide by tensor = 4; "
     r"choose another mesh, or leave it whole by mesh.rules",
     "--model.tokenizer=": r"model\.tokenizer and model\.path are both empty; give one of them",
-    "--model.tokenizer out": r"out: no such directory; set model\.tokenizer to a local directory",
+    "--model.tokenizer out": r"out: no such directory; name one that holds the tokenizer",
     "--model.tokenizer .": r"\.: holds no tokenizer; it needs tokenizer\.json, .*",
     "--model.arch null": r"model\.path and model\.arch are both empty; give a Hugging Face directory or a shape",
     "--model.path lm": r"model\.path and model\.arch are both given; leave one out .*",

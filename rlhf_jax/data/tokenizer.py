@@ -86,7 +86,7 @@ class Tokenizer:
         """
         directory = local(path) if in_bucket(path) else Path(path).expanduser()
         if not path or not directory.is_dir():
-            raise UserError(f"{path or 'tokenizer'}: no such directory; set model.tokenizer to a local directory")
+            raise UserError(f"{path or 'tokenizer'}: no such directory; name one that holds the tokenizer")
         if not any((directory / name).is_file() for name in FILES):
             raise UserError(f"{path}: holds no tokenizer; it needs {', '.join(FILES[:2])} or vocab files")
         for name in ("config.json", "tokenizer_config.json"):  # transformers would not say which file is broken
