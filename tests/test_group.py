@@ -190,6 +190,15 @@ def test_at_the_first_step_the_ratio_is_one_and_the_loss_minus_the_mean_advantag
     assert float(loss) == pytest.approx(-f64(x.advantages)[np.asarray(x.mask)].mean(), abs=1e-5)
 
 
+def test_fixed_weights_scale_the_loss_but_not_what_is_said_of_tokens():
+    x = experience(priced := replace(PLAIN, kl_coef=0.5))
+    said = {r: loss_of(replace(priced, loss_reduction=r), x)[1] for r in ("token", "fixed")}
+    share = x.mask.mean()
+    assert share < 0.8
+    for name, value in said["token"].items():
+        np.testing.assert_allclose(said["fixed"][name], value * (share if name.endswith("/loss") else 1), rtol=1e-5)
+
+
 def test_minibatches_keep_the_rows_of_a_prompt_together_and_take_every_row_once_an_epoch():
     """All of a group, or as many as divide the minibatch; whatever a microbatch holds."""
     x = score(PLAIN, numbers()[0], host=HOST, models=NO_REWARD)[0]

@@ -672,6 +672,18 @@ def test_loss_reduction_builds_the_weights_of_each_minibatch(reduction):
         np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
+def test_fixed_weights_scale_the_loss_but_not_what_is_said_of_tokens():
+    """Of rows that fill half of their columns, an entropy in nats per token would be half of itself."""
+    x, said = make_experience(3, PARAMS), {}
+    for reduction in ("token", "fixed"):
+        config = PPOConfig(loss_reduction=reduction)
+        said[reduction] = objective(BIGRAMS, config)(PARAMS, batch_of(x, reduction), KEY)[1]
+    share = x.mask.mean()
+    assert share < 0.8
+    for name, value in said["token"].items():
+        np.testing.assert_allclose(said["fixed"][name], value * (share if name.endswith("/loss") else 1), rtol=1e-5)
+
+
 def test_target_kl_stops_the_epochs_but_not_the_schedule():
     x, ends = make_experience(3, PARAMS), {}
     for epochs in (2, 3):

@@ -37,6 +37,7 @@ from rlhf_jax.online.core import (
     rewards_of,
     rollout_metrics,
     summed,
+    token_means,
 )
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import Sharing
@@ -112,6 +113,8 @@ def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | Non
         if x.ref_logprobs is not None:
             kl, kl_metrics = kl_loss(logprobs, x.ref_logprobs, weights)
             loss, metrics = loss + config.kl_coef * kl, {**metrics, **kl_metrics}
+        if config.loss_reduction == "fixed":
+            metrics = token_means(metrics, batch["weights"])
         if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
             loss = loss - config.entropy_coef * entropy
         return balanced(models.policy.balance_coef, loss, metrics, routing, weights.sum())

@@ -240,6 +240,15 @@ def corrected(
     return weights * advantages, metrics
 
 
+def token_means(metrics: Metrics, weights: Float[Array, "B T"]) -> Metrics:
+    """What a loss says of its tokens as means over them, though weights need not sum to 1 (loss_reduction: fixed).
+
+    Maxima and losses, which are what is minimised, stay. `weights` are the whole minibatch's.
+    """
+    share = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+    return {name: x if name.endswith(("_max", "/loss")) else x / share for name, x in metrics.items()}
+
+
 def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], sharing: Sharing | None = None) -> Update:
     """update(state, experience, key, temperature, ptx=None, frozen=None): epochs over its rows, each in a fresh order.
 

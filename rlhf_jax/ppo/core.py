@@ -38,6 +38,7 @@ from rlhf_jax.online.core import (
     rewards_of,
     rollout_metrics,
     summed,
+    token_means,
 )
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
@@ -158,7 +159,11 @@ def objective(
         loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, weights)
         v_loss, v_metrics = value_loss(values, x.old_values, x.returns, value_weights)
         entropy = jnp.sum(weights * entropy)
-        metrics = {"policy/loss": loss, **metrics, **v_metrics, "policy/entropy": entropy}
+        metrics = {"policy/loss": loss, **metrics, "policy/entropy": entropy}
+        if config.loss_reduction == "fixed":
+            metrics = token_means(metrics, batch["weights"])
+            v_metrics = token_means(v_metrics, batch["value_weights"])
+        metrics = {**metrics, **v_metrics}
         loss = loss + config.value_coef * v_loss
         if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
             loss = loss - config.entropy_coef * entropy
