@@ -19,6 +19,7 @@ from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.exchange import over_devices
 from rlhf_jax.models.grouped import Places, collect, grouped, spread
 from rlhf_jax.models.kernels import Kernel, einsum
+from rlhf_jax.sharding import on_own_rows
 from rlhf_jax.types import Metrics
 
 TINY = 1e-20
@@ -83,6 +84,11 @@ def balanced(
     return loss, {**metrics, **{f"{group}/{name}": value for name, value in load_metrics(routing).items()}}
 
 
+def _best(scores: Float[Array, "*X E"], k: int) -> Int[Array, "*X k"]:
+    """Indices of the k largest, the first of equals; without a gradient."""
+    return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1].astype(jnp.int32)
+
+
 class Experts(nnx.Module):
     """A router, and the gated MLPs among which it chooses.
 
@@ -131,7 +137,7 @@ class Experts(nnx.Module):
             logits = logits + self.router_bias[None, None].astype(jnp.float32)
         biased = hasattr(self, "router_choice_bias")
         scores = jax.nn.sigmoid(logits) if biased else jax.nn.softmax(logits, axis=-1)
-        own = jax.lax.top_k(self.choice(scores) if biased else scores, self.top)[1].astype(jnp.int32)
+        own = on_own_rows(partial(_best, k=self.top), self.choice(scores) if biased else scores)
         chosen = own if given is None else jnp.where(given >= 0, given, own)
         gates = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.normalised:
@@ -154,7 +160,8 @@ class Experts(nnx.Module):
         if self.top_groups == self.groups:
             return scores
         grouped = scores.reshape(*scores.shape[:2], self.groups, -1)
-        best = jax.lax.top_k(jax.lax.top_k(grouped, 2)[0].sum(-1), self.top_groups)[1]  # [B, T, top groups]
+        best_two = lambda groups: jax.lax.top_k(groups, 2)[0].sum(-1)  # noqa: E731
+        best = on_own_rows(lambda groups: _best(best_two(groups), self.top_groups), grouped)  # [B, T, top groups]
         open_ = (best[..., None] == jnp.arange(self.groups)[None, None, None]).any(-2)
         return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
