@@ -16,7 +16,7 @@ from test_ppo_stage import assert_stopped_and_continued_is_left_alone
 from test_preferences import pair_examples, preferences
 from test_preferences import settings as dpo_settings
 from test_step import assert_same_bits, differ
-from tiny import ONE, TOY_ROWS, V, iteration, model_params, toy_directory, toy_run
+from tiny import ARCH, ONE, TOY_ROWS, V, iteration, model_params, save_random, toy_directory, toy_run
 
 from rlhf_jax import losses, preference, reward, sft
 from rlhf_jax.commands.inspection import run_convert
@@ -302,9 +302,22 @@ def rows():
     return [{"prompt": row["prompt"], "response": "ABC"[: 1 + i % 3]} for i, row in enumerate(TOY_ROWS["rows"])]
 
 
-def sft_run(output_dir, *, steps=3, quantize="none", **lora) -> SFTArgs:
+EXPERTS = dataclasses.replace(ARCH, qk_norm="head", ffn_width=8, num_experts=4, experts_per_token=2)
+HYBRID = dataclasses.replace(
+    ARCH, num_layers=2, qk_norm="head", attn_gate=True, norm_offset=True, rope_fraction=0.5, delta_layers=(0,),
+    delta_key_heads=1, delta_value_heads=2, delta_key_dim=4, delta_value_dim=6, delta_kernel=3,
+)  # fmt: skip
+
+
+def policy_of(path, arch):
+    """A random policy of this shape for the toy."""
+    save_random(path / "policy", Model(arch), 0, toy_directory() / "tokenizer")
+    return str(path / "policy")
+
+
+def sft_run(output_dir, policy, *, steps=3, quantize="none", **lora) -> SFTArgs:
     return SFTArgs(
-        model=ModelConfig(path=str(toy_directory() / "policy"), quantize=quantize),
+        model=ModelConfig(path=policy, quantize=quantize),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=8),
         sft=SFTConfig(steps=steps, num_samples=2),
         sampling=SamplingConfig(max_new_tokens=4, chunk=4),
@@ -326,11 +339,12 @@ def test_scale_is_alpha_over_the_rank_or_its_root():
     assert scale_of(LoRAConfig(rank=16, alpha=32, rank_stabilized=True)) == 8
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize(("arch", "quantize"), [(ARCH, "none"), (EXPERTS, "nf4")], ids=["dense", "experts"])
 def test_sft_with_adapters_learns_saves_them_merged_and_beside_and_continues_by_the_bits(
-    one_device, tmp_path, quantize
+    one_device, tmp_path, arch, quantize
 ):
-    sft.run(sft_run(tmp_path / "alone", quantize=quantize), rows=rows(), eval_rows=rows())
+    config = functools.partial(sft_run, policy=policy_of(tmp_path, arch), quantize=quantize)
+    sft.run(config(tmp_path / "alone"), rows=rows(), eval_rows=rows())
     lines = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     losses_seen = [line["eval/total"] for line in lines if "eval/total" in line]
     assert losses_seen[-1] < losses_seen[0]
@@ -348,10 +362,10 @@ def test_sft_with_adapters_learns_saves_them_merged_and_beside_and_continues_by_
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "put_batch", stopped)
-        sft.run(sft_run(tmp_path / "stopped", quantize=quantize), rows=rows(), eval_rows=rows())
+        sft.run(config(tmp_path / "stopped"), rows=rows(), eval_rows=rows())
     with pytest.raises(UserError, match=r"trains adapters.*rlhf-jax resume"):
         run_convert(ConvertArgs(model=str(tmp_path / "stopped"), output=str(tmp_path / "half")))
-    sft.run(sft_run(tmp_path / "stopped", quantize=quantize), rows=rows(), eval_rows=rows())
+    sft.run(config(tmp_path / "stopped"), rows=rows(), eval_rows=rows())
     for name in ("model/model.safetensors", "model/adapter/adapter_model.safetensors"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
@@ -433,9 +447,10 @@ def test_kl_at_step_0_is_exactly_0_and_only_adapters_and_heads_change_of_which_t
 
 @pytest.mark.slow
 def test_ppo_with_adapters_stopped_and_continued_ends_as_one_left_alone_bit_by_bit(one_device, tmp_path):
-    """Rows are cut and go on, some of them after the stop."""
+    """Rows of a policy of layers with a state and with attention are cut and go on, some of them after the stop."""
+    options = {"model__path": policy_of(tmp_path, HYBRID), "model__quantize": "int8", "sampling__budget": 3}
     assert_stopped_and_continued_is_left_alone(
-        lambda name: ppo_stage(tmp_path / name, model__quantize="int8", run__keep_best=False, sampling__budget=3)
+        lambda name: ppo_stage(tmp_path / name, run__keep_best=False, **options)
     )
 
 

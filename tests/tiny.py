@@ -274,13 +274,16 @@ def toy_directory() -> Path:
     path = Path(tempfile.mkdtemp(prefix="rlhf_jax_toy"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     walks.make_tokenizer().save_pretrained(path / "tokenizer")
-    tokenizer, mesh = Tokenizer.load(str(path / "tokenizer")), make_mesh(MeshConfig(), devices=ONE)
     for seed, name in enumerate(("policy", "reward")):
-        model = Model(ARCH, score_head=name == "reward")
-        params = model_params(model, seed)
-        params = jax.device_put(params, tree_shardings(mesh, params))
-        save_model(path / name, Loaded(model, params), params, tokenizer)
+        save_random(path / name, Model(ARCH, score_head=name == "reward"), seed, path / "tokenizer")
     return path
+
+
+def save_random(path: Path, model: Model, seed: int, tokenizer: Path) -> None:
+    """A model directory with random parameters."""
+    params = model_params(model, seed)
+    params = jax.device_put(params, tree_shardings(make_mesh(MeshConfig(), devices=ONE), params))
+    save_model(path, Loaded(model, params), params, Tokenizer.load(str(tokenizer)))
 
 
 TOY_ROWS = {"rows": walks.start_prompts() * 2, "eval_rows": walks.start_prompts()[:5]}

@@ -74,6 +74,10 @@ SHAPE = TOKENS | {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-4,
 }  # fmt: skip
 
+# Of yarn, and of llama3, whose wavelengths at theta 100 are 6.3 (kept, below 8), 20 (blended), 63 and 199 (divided).
+SHORT = {"factor": 4.0, "original_max_position_embeddings": 8}
+BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def _rope(kind: str, theta: float, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
@@ -81,9 +85,6 @@ def _rope(kind: str, theta: float, **more: Any) -> dict[str, Any]:
 
 def _llama() -> dict[str, Case]:
     shape = SHAPE | {"model_type": "llama"}
-    # Wavelengths of the four frequencies: 6.3 (kept, below 8), 20 (blended), 63 and 199 (divided, above 32).
-    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    short = {"factor": 4.0, "original_max_position_embeddings": 8}
     beta = {"beta_fast": 1.0, "beta_slow": 0.05}  # a ramp of several steps; the defaults 32 and 1 leave one
     return {
         "gqa_tied": Case(shape | _rope("default", 500.0) | {"head_dim": 8, "tie_word_embeddings": True}),
@@ -107,18 +108,18 @@ def _llama() -> dict[str, Case]:
         "rope_dynamic": Case(
             shape | _rope("dynamic", 40.0, factor=2.0) | {"head_dim": 8, "max_position_embeddings": 8}
         ),
-        "rope_llama3": Case(shape | _rope("llama3", 100.0, **bands) | {"head_dim": 8}),
+        "rope_llama3": Case(shape | _rope("llama3", 100.0, **BANDS) | {"head_dim": 8}),
         "rope_llama3_old": Case(
             shape | {"head_dim": 8, "eos_token_id": [2, 3], "tie_word_embeddings": True, "rope_theta": 100.0}
-            | {"rope_scaling": {"rope_type": "llama3", **bands, "factor": 3.0}},
+            | {"rope_scaling": {"rope_type": "llama3", **BANDS, "factor": 3.0}},
             as_written=True,
         ),
-        "rope_yarn": Case(shape | _rope("yarn", 90.0, **short) | {"head_dim": 8}),
+        "rope_yarn": Case(shape | _rope("yarn", 90.0, **SHORT) | {"head_dim": 8}),
         "rope_yarn_factors": Case(
-            shape | _rope("yarn", 90.0, **short, **beta, attention_factor=1.3) | {"head_dim": 8}
+            shape | _rope("yarn", 90.0, **SHORT, **beta, attention_factor=1.3) | {"head_dim": 8}
         ),
         "rope_yarn_mscale": Case(
-            shape | _rope("yarn", 90.0, **short, **beta, truncate=False, mscale=1.5, mscale_all_dim=0.4)
+            shape | _rope("yarn", 90.0, **SHORT, **beta, truncate=False, mscale=1.5, mscale_all_dim=0.4)
             | {"head_dim": 8}
         ),
         "score": Case(shape | SCORE | _rope("default", 70.0) | {"head_dim": 8}),
@@ -132,8 +133,20 @@ def _mistral() -> dict[str, Case]:
         "window_old": Case(
             shape | {"rope_theta": 200.0, "sliding_window": 3, "tie_word_embeddings": True}, as_written=True
         ),
+        "mqa": Case(
+            shape | _rope("linear", 40.0, factor=2.0) | {"num_key_value_heads": 1, "head_dim": 10}
+            | {"hidden_act": "gelu", "rms_norm_eps": 1e-3, "sliding_window": None}
+        ),
+        "yarn_old": Case(
+            shape | {"rope_theta": 90.0, "rope_scaling": {"type": "yarn", **SHORT}, "sliding_window": 4},
+            as_written=True,
+        ),
+        "llama3": Case(
+            shape | _rope("llama3", 100.0, **BANDS) | {"num_key_value_heads": 4, "num_hidden_layers": 3}
+            | {"sliding_window": 6, "hidden_act": "relu"}
+        ),
         "score": Case(shape | SCORE | {"sliding_window": None}),
-    }
+    }  # fmt: skip
 
 
 def _qwen() -> dict[str, Case]:
@@ -151,6 +164,14 @@ def _qwen() -> dict[str, Case]:
             | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
             as_written=True,
         ),
+        "qwen2/mqa": Case(
+            two | mixed | _rope("llama3", 100.0, **BANDS)
+            | {"num_key_value_heads": 1, "hidden_act": "gelu", "rms_norm_eps": 1e-3}
+        ),
+        "qwen2/rope_dynamic": Case(
+            two | _rope("dynamic", 40.0, factor=2.0)
+            | {"max_position_embeddings": 8, "head_dim": 10, "max_window_layers": 0, "num_hidden_layers": 2}
+        ),
         "qwen2/score": Case(two | SCORE | {"use_sliding_window": False, "num_hidden_layers": 2}),
         "qwen3/tied": Case(
             three | {"rope_theta": 700.0, "max_window_layers": 3, "use_sliding_window": False}
@@ -158,6 +179,16 @@ def _qwen() -> dict[str, Case]:
             as_written=True,
         ),
         "qwen3/bias_window": Case(three | _rope("default", 50.0) | mixed | {"attention_bias": True}),
+        "qwen3/mqa_old": Case(
+            three | {"rope_theta": 40.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": 10}
+            | {"num_key_value_heads": 1, "hidden_act": "gelu_new", "max_window_layers": 2},
+            as_written=True,
+        ),
+        "qwen3/yarn": Case(three | _rope("yarn", 90.0, **SHORT) | {"max_window_layers": 1, "rms_norm_eps": 1e-3}),
+        "qwen3/deep": Case(
+            three | _rope("llama3", 100.0, **BANDS) | {"num_hidden_layers": 4, "max_window_layers": 0}
+            | {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}
+        ),
         "qwen3/score": Case(three | SCORE | {"max_window_layers": 1, "sliding_window": 6}),
     }  # fmt: skip
 
@@ -171,6 +202,7 @@ def _gemma() -> dict[str, Case]:
     whole = {"rope_type": "linear", "rope_theta": 900.0, "factor": 2.5}
     nested = {"rope_parameters": {"sliding_attention": local, "full_attention": whole}}
     mixed = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    yarn = {"rope_type": "yarn", "rope_theta": 90.0, **SHORT, "attention_factor": 1.2}
     return {
         "gemma/bias": Case(one | _rope("default", 60.0) | {"attention_bias": True, "hidden_act": "silu"}),
         # In Gemma 1 "gelu" means the tanh approximation, whatever hidden_activation says.
@@ -179,6 +211,19 @@ def _gemma() -> dict[str, Case]:
             as_written=True,
         ),
         "gemma/score": Case(one | SCORE | {"tie_word_embeddings": False}),
+        "gemma/wide": Case(
+            one | _rope("linear", 40.0, factor=2.0) | {"head_dim": 10, "num_key_value_heads": 4}
+            | {"tie_word_embeddings": False, "num_hidden_layers": 3}
+        ),
+        "gemma/yarn_old": Case(
+            one | {"rope_theta": 90.0, "rope_scaling": {"type": "yarn", **SHORT}, "attention_bias": True}
+            | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
+            as_written=True,
+        ),
+        "gemma/llama3": Case(
+            one | _rope("llama3", 100.0, **BANDS)
+            | {"hidden_act": "relu", "rms_norm_eps": 1e-2, "num_key_value_heads": 1}
+        ),
         "gemma2/caps": Case(two | _rope("default", 60.0) | {"hidden_activation": "gelu"}),
         "gemma2/caps_old": Case(
             two | {"rope_theta": 90.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
@@ -190,6 +235,15 @@ def _gemma() -> dict[str, Case]:
             | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}
         ),
         "gemma2/score": Case(two | SCORE),
+        "gemma2/mqa": Case(
+            two | mixed | _rope("linear", 40.0, factor=2.0) | {"num_key_value_heads": 1, "head_dim": 10}
+            | {"final_logit_softcapping": None, "rms_norm_eps": 1e-2, "attention_bias": True}
+        ),
+        "gemma2/yarn_old": Case(
+            two | {"rope_theta": 90.0, "rope_scaling": {"type": "yarn", **SHORT}, "hidden_activation": "silu"}
+            | {"attn_logit_softcapping": None, "query_pre_attn_scalar": 24, "num_hidden_layers": 2},
+            as_written=True,
+        ),
         "gemma3_text/layers": Case(three | nested | mixed | {"final_logit_softcapping": 2.0, "attention_bias": True}),
         "gemma3_text/layers_old": Case(
             three | {"rope_theta": 800.0, "rope_local_base_freq": 30.0, "sliding_window_pattern": 2}
@@ -197,6 +251,19 @@ def _gemma() -> dict[str, Case]:
             as_written=True,
         ),
         "gemma3_text/score": Case(three | SCORE | nested | mixed),
+        "gemma3_text/mqa": Case(
+            three | mixed | {"rope_parameters": {"sliding_attention": local, "full_attention": yarn}}
+            | {"num_key_value_heads": 1, "head_dim": 10, "query_pre_attn_scalar": 24, "rms_norm_eps": 1e-2}
+        ),
+        "gemma3_text/untied_old": Case(
+            three | {"rope_theta": 60.0, "rope_local_base_freq": 20.0, "sliding_window_pattern": 3}
+            | {"num_hidden_layers": 4, "tie_word_embeddings": False, "hidden_activation": "silu"},
+            as_written=True,
+        ),
+        "gemma3_text/full": Case(
+            three | nested | {"layer_types": ["full_attention"] * 3, "num_key_value_heads": 4}
+            | {"hidden_activation": "gelu", "attention_bias": True}
+        ),
     }  # fmt: skip
 
 
@@ -231,8 +298,20 @@ def _olmo2() -> dict[str, Case]:
             shape | {"head_dim": 8, "rope_theta": 300.0, "rope_scaling": None, "tie_word_embeddings": True},
             as_written=True,
         ),
+        "mqa": Case(
+            shape | _rope("linear", 40.0, factor=2.0) | {"num_key_value_heads": 1, "hidden_act": "gelu"}
+            | {"rms_norm_eps": 1e-2, "num_hidden_layers": 3}
+        ),
+        "yarn_old": Case(
+            shape | {"rope_theta": 90.0, "rope_scaling": {"type": "yarn", **SHORT}, "num_key_value_heads": None},
+            as_written=True,
+        ),
+        "llama3": Case(
+            shape | _rope("llama3", 100.0, **BANDS) | {"head_dim": 10, "attention_bias": True}
+            | {"tie_word_embeddings": True, "hidden_act": "relu"}
+        ),
         "score": Case(shape | SCORE),
-    }
+    }  # fmt: skip
 
 
 def _near() -> dict[str, Case]:
@@ -245,7 +324,6 @@ def _near() -> dict[str, Case]:
     yarn = {"rope_type": "yarn", "rope_theta": 90.0, "attention_factor": 1.2, **short}
     by_layer = {"full_attention": yarn, "sliding_attention": {"rope_type": "default", "rope_theta": 40.0}}
     cwm = SHAPE | {"model_type": "cwm", "head_dim": 8, "sliding_window": 5} | mixed
-    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     vault = SHAPE | {"model_type": "vaultgemma", "head_dim": 8, "num_hidden_layers": 3, "query_pre_attn_scalar": 10}
     vault |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5}
     coder = SHAPE | {"model_type": "starcoder2", "norm_epsilon": 1e-3}
@@ -272,7 +350,7 @@ def _near() -> dict[str, Case]:
         ),
         "olmo3/mixed": Case(olmo | mixed | {"rope_theta": 70.0, "num_key_value_heads": 4}),
         "olmo3/score": Case(olmo | mixed | SCORE),
-        "cwm/mixed": Case(cwm | _rope("llama3", 100.0, **bands) | {"mlp_bias": True}),
+        "cwm/mixed": Case(cwm | _rope("llama3", 100.0, **BANDS) | {"mlp_bias": True}),
         "cwm/defaults_old": Case(
             cwm | {"layer_types": None, "num_hidden_layers": 5, "tie_word_embeddings": True}, as_written=True
         ),
@@ -296,7 +374,7 @@ def _near() -> dict[str, Case]:
         ),
         "starcoder2/score": Case(coder | SCORE | {"sliding_window": 4}),
         "ministral/llama3_old": Case(
-            ministral | {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **bands}, "layer_types": None}
+            ministral | {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **BANDS}, "layer_types": None}
             | {"num_hidden_layers": 2}, as_written=True,
         ),
         "ministral/full": Case(
@@ -318,7 +396,7 @@ def _near() -> dict[str, Case]:
             cwm | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 50.0, "hidden_act": "gelu"},
             as_written=True,
         ),
-        "cwm/wide": Case(cwm | _rope("llama3", 100.0, **bands) | {"head_dim": 10, "rms_norm_eps": 1e-3}),
+        "cwm/wide": Case(cwm | _rope("llama3", 100.0, **BANDS) | {"head_dim": 10, "rms_norm_eps": 1e-3}),
         "vaultgemma/mqa": Case(vault | mixed | {"num_key_value_heads": 1, "final_logit_softcapping": None}),
         "vaultgemma/linear_old": Case(
             vault | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 70.0}, as_written=True
@@ -338,9 +416,7 @@ def _parts() -> dict[str, Case]:
     smol, exaone = SHAPE | {"model_type": "smollm3"}, SHAPE | {"model_type": "exaone4", "num_hidden_layers": 3}
     mixed = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "num_hidden_layers": 3}
     every_second = {"num_hidden_layers": 3, "no_rope_layer_interval": 2}
-    short = {"factor": 4.0, "original_max_position_embeddings": 8}
-    old_yarn, old_linear = {"type": "yarn", **short}, {"type": "linear", "factor": 2.5}
-    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    old_yarn, old_linear = {"type": "yarn", **SHORT}, {"type": "linear", "factor": 2.5}
     granite = SHAPE | {"model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.5}
     granite |= {"residual_multiplier": 0.6, "logits_scaling": 0.7}
     glm, glm4 = (SHAPE | {"model_type": name, "head_dim": 8} for name in ("glm", "glm4"))
@@ -371,7 +447,7 @@ def _parts() -> dict[str, Case]:
         "exaone4/hybrid": Case(exaone | _rope("default", 300.0) | {"sliding_window": 4, "sliding_window_pattern": 3}),
         "exaone4/full_old": Case(  # the 1.2B
             exaone | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 3}
-            | {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **bands}, "tie_word_embeddings": True},
+            | {"rope_theta": 100.0, "rope_scaling": {"rope_type": "llama3", **BANDS}, "tie_word_embeddings": True},
             as_written=True,
         ),
         "exaone4/hybrid_old": Case(
@@ -379,7 +455,7 @@ def _parts() -> dict[str, Case]:
             as_written=True,
         ),
         "exaone4/nowhere": Case(exaone | {"layer_types": ["full_attention"] * 3, "sliding_window": 4}),
-        "exaone4/mqa": Case(exaone | mixed | _rope("yarn", 90.0, **short) | {"num_key_value_heads": 1}),
+        "exaone4/mqa": Case(exaone | mixed | _rope("yarn", 90.0, **SHORT) | {"num_key_value_heads": 1}),
         "exaone4/score": Case(exaone | mixed | SCORE | {"sliding_window": 4}),
         "granite/multipliers": Case(granite | _rope("default", 500.0)),
         "granite/hub_old": Case(
@@ -389,7 +465,7 @@ def _parts() -> dict[str, Case]:
         ),
         "granite/bias": Case(granite | {"attention_bias": True, "mlp_bias": True, "residual_multiplier": 1.0}),
         "granite/plain": Case(SHAPE | {"model_type": "granite", "num_key_value_heads": None, "num_hidden_layers": 3}),
-        "granite/yarn": Case(granite | _rope("yarn", 90.0, **short) | {"head_dim": 8, "num_key_value_heads": 1}),
+        "granite/yarn": Case(granite | _rope("yarn", 90.0, **SHORT) | {"head_dim": 8, "num_key_value_heads": 1}),
         "granite/gelu": Case(granite | _rope("linear", 40.0, factor=2.0) | {"hidden_act": "gelu"}),
         "glm/half": Case(glm | _rope("default", 50.0, partial_rotary_factor=0.5)),
         "glm/half_old": Case(glm | {"rope_theta": 60.0, "attention_bias": False}, as_written=True),
@@ -403,7 +479,7 @@ def _parts() -> dict[str, Case]:
         "glm4/half_old": Case(
             glm4 | {"rope_theta": 60.0, "partial_rotary_factor": 0.5, "attention_bias": False}, as_written=True
         ),
-        "glm4/whole": Case(glm4 | _rope("yarn", 90.0, partial_rotary_factor=1.0, **short)),
+        "glm4/whole": Case(glm4 | _rope("yarn", 90.0, partial_rotary_factor=1.0, **SHORT)),
         "glm4/tied_old": Case(
             glm4 | {"rope_theta": 40.0, "tie_word_embeddings": True, "rope_scaling": old_linear}, as_written=True
         ),
@@ -417,7 +493,7 @@ def _parts() -> dict[str, Case]:
         "cohere/bias": Case(cohere | _rope("linear", 40.0, factor=2.0) | {"attention_bias": True, "logit_scale": 1.0}),
         "cohere/untied": Case(cohere | {"tie_word_embeddings": False, "num_key_value_heads": 1}),
         "cohere/deep_old": Case(cohere | {"num_hidden_layers": 3, "hidden_act": "gelu"}, as_written=True),
-        "cohere/yarn": Case(cohere | _rope("yarn", 90.0, **short) | {"num_key_value_heads": None}),
+        "cohere/yarn": Case(cohere | _rope("yarn", 90.0, **SHORT) | {"num_key_value_heads": None}),
         "cohere2/windows": Case(cohere2 | _rope("default", 300.0)),
         "cohere2/hub_old": Case(
             cohere2 | {"rope_theta": 80.0, "sliding_window_pattern": 3, "layer_switch": 3, "rotary_pct": 1.0}
@@ -427,7 +503,7 @@ def _parts() -> dict[str, Case]:
         "cohere2/mixed": Case(cohere2 | mixed | {"attention_bias": True, "sliding_window": 5}),
         "cohere2/untied": Case(cohere2 | mixed | {"tie_word_embeddings": False, "num_key_value_heads": 1}),
         "cohere2/nowhere": Case(cohere2 | {"layer_types": ["full_attention"] * 3, "logit_scale": 0.3}),
-        "cohere2/yarn": Case(cohere2 | _rope("yarn", 90.0, **short) | {"layer_types": ["sliding_attention"] * 3}),
+        "cohere2/yarn": Case(cohere2 | _rope("yarn", 90.0, **SHORT) | {"layer_types": ["sliding_attention"] * 3}),
         "phi/half": Case(phi | _rope("default", 50.0, partial_rotary_factor=0.5)),
         "phi/hub_old": Case(
             phi | {"rope_theta": 60.0, "partial_rotary_factor": 0.5, "rope_scaling": None, "qk_layernorm": False}
@@ -447,7 +523,7 @@ def _parts() -> dict[str, Case]:
         "stablelm/parallel_old": Case(
             stable | {"use_parallel_residual": True, "rope_theta": 40.0, "tie_word_embeddings": True}, as_written=True
         ),
-        "stablelm/whole": Case(stable | _rope("yarn", 90.0, partial_rotary_factor=1.0, **short)),
+        "stablelm/whole": Case(stable | _rope("yarn", 90.0, partial_rotary_factor=1.0, **SHORT)),
         "stablelm/score": Case(stable | SCORE | {"num_key_value_heads": 4}),
     }  # fmt: skip
 
@@ -568,6 +644,12 @@ def _gpt() -> dict[str, Case]:
         "gpt2/inner": Case(two | {"n_inner": 18}),
         "gpt2/old": Case(two | {"n_ctx": 24, "n_layer": 3, "activation_function": "gelu"}, as_written=True),
         "gpt2/untied": Case(two | {"n_inner": 18, "activation_function": "relu", "tie_word_embeddings": False}),
+        "gpt2/heads": Case(two | {"n_head": 2, "n_inner": 14, "activation_function": "silu", "n_layer": 1}),
+        "gpt2/hub": Case(  # with what openai-community's say beside the settings
+            two | {"n_head": 3, "n_inner": None, "n_ctx": 24, "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.1}
+            | {"summary_type": "cls_index", "reorder_and_upcast_attn": True, "scale_attn_weights": True},
+            as_written=True,
+        ),
         "gpt2/score": Case(two | SCORE | {"n_inner": 18}),
         "gpt_neox/parallel": Case(neox | _rope("default", 50.0, partial_rotary_factor=0.25)),
         "gpt_neox/parallel_old": Case(
@@ -580,12 +662,16 @@ def _gpt() -> dict[str, Case]:
         "gpt_neox/tied_full": Case(
             neox | _rope("linear", 40.0, partial_rotary_factor=1.0, factor=2.0) | {"tie_word_embeddings": True}
         ),
+        "gpt_neox/deep_old": Case(
+            neox | {"rotary_pct": 0.5, "rotary_emb_base": 90, "rope_scaling": {"type": "yarn", **SHORT}}
+            | {"num_hidden_layers": 3, "num_attention_heads": 4, "attention_bias": False, "layer_norm_eps": 1e-2},
+            as_written=True,
+        ),
         "gpt_neox/score": Case(neox | SCORE | {"use_parallel_residual": False}),
     }  # fmt: skip
 
 
 def _experts() -> dict[str, Case]:
-    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     three = SHAPE | {"model_type": "qwen3_moe", "head_dim": 8, "moe_intermediate_size": 10, "intermediate_size": 14}
     three |= {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}
     mixtral = SHAPE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -594,8 +680,7 @@ def _experts() -> dict[str, Case]:
     glm |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
     oss = SHAPE | {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2}
     oss |= {"sliding_window": 4, "swiglu_limit": 0.8}
-    short = {"factor": 4.0, "original_max_position_embeddings": 8}
-    without_theta = {"rope_type": "yarn", "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, **short}
+    without_theta = {"rope_type": "yarn", "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, **SHORT}
     yarn = {"rope_theta": 90.0, **without_theta}
     return {
         "qwen3_moe/plain": Case(three | _rope("default", 400.0)),
@@ -611,7 +696,7 @@ def _experts() -> dict[str, Case]:
             three | _rope("default", 60.0) | {"norm_topk_prob": False, "num_experts_per_tok": 4, "hidden_act": "gelu"}
         ),
         "qwen3_moe/one": Case(
-            three | _rope("yarn", 90.0, **short) | {"num_experts_per_tok": 1, "norm_topk_prob": False, "head_dim": 6}
+            three | _rope("yarn", 90.0, **SHORT) | {"num_experts_per_tok": 1, "norm_topk_prob": False, "head_dim": 6}
         ),
         "qwen3_moe/all": Case(
             three | _rope("linear", 40.0, factor=2.0) | {"num_experts": 3, "num_experts_per_tok": 3}
@@ -626,7 +711,7 @@ def _experts() -> dict[str, Case]:
         "mixtral/window": Case(mixtral | _rope("default", 80.0) | {"sliding_window": 5, "head_dim": 8}),
         "mixtral/few": Case(mixtral | _rope("default", 70.0) | {"num_local_experts": 3, "num_key_value_heads": 1}),
         "mixtral/wide": Case(
-            mixtral | _rope("llama3", 100.0, **bands) | {"num_local_experts": 7, "num_experts_per_tok": 3}
+            mixtral | _rope("llama3", 100.0, **BANDS) | {"num_local_experts": 7, "num_experts_per_tok": 3}
             | {"head_dim": 10, "num_key_value_heads": 4, "hidden_act": "gelu_pytorch_tanh"}
         ),
         "mixtral/deep": Case(mixtral | {"num_hidden_layers": 4, "rms_norm_eps": 1e-3}),
@@ -644,7 +729,7 @@ def _experts() -> dict[str, Case]:
             olmo | _rope("default", 70.0) | {"num_experts_per_tok": 1, "num_experts": 2, "num_key_value_heads": 1}
         ),
         "olmoe/deep": Case(
-            olmo | _rope("yarn", 90.0, **short) | {"num_hidden_layers": 3, "hidden_act": "gelu", "num_experts": 5}
+            olmo | _rope("yarn", 90.0, **SHORT) | {"num_hidden_layers": 3, "hidden_act": "gelu", "num_experts": 5}
         ),
         "glm4_moe/plain": Case(
             glm | _rope("default", 300.0) | {"num_hidden_layers": 3, "use_qk_norm": True, "attention_bias": True}
@@ -656,7 +741,7 @@ def _experts() -> dict[str, Case]:
             as_written=True,
         ),
         "glm4_moe/deep": Case(
-            glm | _rope("yarn", 90.0, partial_rotary_factor=1.0, **short)
+            glm | _rope("yarn", 90.0, partial_rotary_factor=1.0, **SHORT)
             | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "n_shared_experts": 3}
             | {"n_group": 3, "topk_group": 1}
         ),
@@ -688,7 +773,6 @@ def _experts() -> dict[str, Case]:
 
 
 def _hybrids() -> dict[str, Case]:
-    short = {"factor": 4.0, "original_max_position_embeddings": 8}
     delta = SHAPE | {"model_type": "qwen3_5_text", "head_dim": 8, "num_hidden_layers": 3, "linear_num_key_heads": 2}
     delta |= {"linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
     delta |= {"full_attention_interval": 3}
@@ -711,7 +795,7 @@ def _hybrids() -> dict[str, Case]:
             delta | {"rope_theta": 90.0, "partial_rotary_factor": 1.0, "linear_num_key_heads": 1},
             as_written=True,
         ),
-        "qwen3_5_text/full": Case(delta | of("ff") | _rope("yarn", 90.0, **short, partial_rotary_factor=0.75)),
+        "qwen3_5_text/full": Case(delta | of("ff") | _rope("yarn", 90.0, **SHORT, partial_rotary_factor=0.75)),
         "qwen3_5_text/score": Case(delta | SCORE | of("lf")),
     }  # fmt: skip
 
