@@ -32,7 +32,8 @@ class PlanArgs:
         max_chips: of the largest slice that is tried.
         calibration: runs (or their summary.json) with run.calibrate: seconds are multiplied by what these measured
             over what was planned, on chips of the same generation.
-        suggest: try mesh shapes and batch sizes, and rank those that fit.
+        suggest: try other meshes, rules, batch sizes and fewer minibatches. A sum by hand says which are worth
+            compiling, minutes each; these are ranked.
         json: print one JSON object per line instead of tables.
     """
 

@@ -8,7 +8,8 @@ import jax
 
 from rlhf_jax.commands.plan import calibration, slices
 from rlhf_jax.commands.plan.chips import find_topology, per_chip
-from rlhf_jax.commands.plan.plan import analyse, cost_line, decode_lines, fits, gib, shown, suggest
+from rlhf_jax.commands.plan.plan import analyse, cost_line, decode_lines, exchange_lines, fits, gib, shown
+from rlhf_jax.commands.plan.suggest import suggest
 from rlhf_jax.config import PlanArgs, StageArgs
 from rlhf_jax.errors import tell
 from rlhf_jax.hosts.json_text import to_json
@@ -47,7 +48,8 @@ def run(plan: PlanArgs, config: StageArgs) -> bool:
         chips = f"{len(devices) // cores} chips of {gib(cores * chip.memory)}"
         of_two = f" with two devices of {gib(chip.memory)} each" if cores > 1 else ""
         tell(f"{of}{plan.topology}: {chips}{of_two}, mesh {axes}; figures are per device\n")
-        tell("\n".join([*shown(rows, chip, len(devices)), *decode_lines(rows), cost_line(costs)]))
+        lines = [*shown(rows, chip, len(devices)), *decode_lines(rows), *exchange_lines(rows), cost_line(costs)]
+        tell("\n".join(lines))
         if known:
             planned = sum(calibration.by_part(rows).values())
             said = f"{seconds:.3g} s, as measured" if calibrated else "no run on such chips"

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from rlhf_jax.commands.plan.flops import RARELY, trips_of
+from rlhf_jax.commands.plan.flops import rare, trips_of
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2,
           "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
@@ -144,7 +144,7 @@ def traffic(text: str, *, unknown_trips: int = 1, fill: float = 1.0) -> Traffic:
                 scopes = (re.search(r'op_name="([^"]*)"', i.rest) or ["", ""])[1]
                 # Of a loop that has a name of its own the condition may look like a count, and be none.
                 trips = None if re.search(r"_[\d.]+/while$", scopes) else _trips(i, computations)
-                trips = 0 if f"{RARELY}/while" in scopes else trips
+                trips = 0 if rare(scopes) else trips
                 inner = times * (trips_of(scopes, unknown_trips, fill) if trips is None else trips)
                 walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner)
             elif i.op in ("conditional", "call", "async-start"):

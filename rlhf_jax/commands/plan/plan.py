@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from rlhf_jax.commands.plan.chips import GIB, Chip
 from rlhf_jax.commands.plan.flops import count_flops
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.commands.plan.programs import Program, programs_of
-from rlhf_jax.config import PlanArgs, StageArgs
+from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.sharding import make_mesh
 
@@ -207,6 +206,11 @@ def decode_lines(rows: list[Row]) -> list[str]:
     ]
 
 
+def exchange_lines(rows: list[Row]) -> list[str]:
+    """What of the other collectives takes tokens to their experts and back."""
+    return [f"{r.name}: all-to-all {gib(size)}" for r in rows if (size := r.collectives.get("all-to-all", 0.0))]
+
+
 def cost_line(costs: dict[float, float]) -> str:
     """What one run of all programs costs by the share of token slots that hold tokens, and against the line to 0."""
     told = [f"{share:.0%} {cost:.3g} s ({cost / costs[1.0] / share:.2f})" for share, cost in costs.items()]
@@ -240,39 +244,3 @@ def verdict(rows: list[Row], chip: Chip) -> str:
     else:
         cure = "set model.remat to full, raise accumulate or minibatches, lower model.logprob_chunk"
     return f"does not fit: {worst.name} needs {gib(worst.peak)} of {gib(room)}; {cure}"
-
-
-def candidates(config: StageArgs, count: int) -> list[StageArgs]:
-    """The config on other meshes, and with the batch halved and doubled."""
-    sizes = [2**i for i in range(int(math.log2(count)) + 1)]
-    configs: list[StageArgs] = []
-    for tensor, fsdp in itertools.product(sizes, sizes):
-        if tensor <= 16 and count % (tensor * fsdp) == 0:
-            mesh = dataclasses.replace(config.mesh, data=count // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
-            for factor in (0.5, 1, 2):
-                size = int(config.data.batch_size * factor)
-                data = dataclasses.replace(config.data, batch_size=size)
-                configs.append(dataclasses.replace(config, mesh=mesh, data=data))
-    return configs
-
-
-def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: PlanArgs) -> None:
-    """Compile the candidates and print those that fit, fastest first."""
-    fitting: list[tuple[float, str]] = []
-    for candidate in candidates(config, len(devices)):
-        mesh = candidate.mesh
-        name = f"mesh.data {mesh.data} mesh.fsdp {mesh.fsdp} mesh.tensor {mesh.tensor} "
-        name += f"data.batch_size {candidate.data.batch_size}"
-        try:
-            rows, _ = analyse(candidate, chip, devices, plan.responses, plan.fill)
-        except (UserError, jax.errors.JaxRuntimeError) as error:
-            tell(f"  no     {name}: {str(error).splitlines()[0][:120]}")
-            continue
-        # Roofline seconds of all programs for each token trained on or made.
-        good, cost = fits(rows, chip), sum(max(r.seconds.values()) for r in rows) / max(r.tokens for r in rows)
-        tell(f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token")
-        if good:
-            fitting.append((cost, name))
-    tell("\nfastest by the roofline:" if fitting else "\nnone fits; take a larger slice")
-    for cost, name in sorted(fitting)[:5]:
-        tell(f"  {cost * 1e6:.3g} us per token  {name}")
