@@ -271,14 +271,16 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return constrain(x, row_axes(), *[None] * (x.ndim - 1))
 
 
-def constrain_lookup(rules: Rules, path: str, x: jax.Array) -> jax.Array:
-    """Pin what was read from a table [V, D], [B, T, D]: D as the table's and rows over the other axes, then rows.
+def looked_up(rules: Rules, path: str, read: Callable[..., jax.Array], *ids: jax.Array) -> jax.Array:
+    """read(*ids), [B, T, D] of ids [B, T], with D and ids pinned as its table [V, D] needs them, and then to rows.
 
     So devices that share a table exchange their rows. From one to the other at once the compiler brings the whole
     batch to every device, and in the backward pass its gradient.
     """
-    width = rules.of(path, x.shape[1:])[-1]
-    return constrain_rows(constrain(x, tuple(axis for axis in row_axes() if axis not in width), None, entry(width)))
+    width = rules.of(path, (1, 1))[-1]
+    rows = tuple(axis for axis in row_axes() if axis not in width)
+    x = read(*(constrain(x, rows, None) for x in ids))
+    return constrain_rows(constrain(x, rows, None, entry(width)))
 
 
 def constrain_gathered(rules: Rules, path: str, x: jax.Array, *, stacked: bool) -> jax.Array:

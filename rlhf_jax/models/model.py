@@ -35,7 +35,7 @@ from rlhf_jax.models.kernels import STACKS, Chained, attached, chained, stacks, 
 from rlhf_jax.models.pure import Pure, pure
 from rlhf_jax.models.rotary import BY_LENGTH, Tables, latent_gain, rotary_tables
 from rlhf_jax.models.stacking import cut, interleaved, runs_of, scanned
-from rlhf_jax.sharding import constrain_in_turn, constrain_lookup, constrain_rows, data_ways, path_name
+from rlhf_jax.sharding import constrain_in_turn, constrain_rows, data_ways, looked_up, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
@@ -203,8 +203,8 @@ class Model:
         experts: Int[Array, "B S L k"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """`apply`, and what its routers did if it has any; tokens go to `experts` where these are given, not -1."""
-        x = self._embed.apply(params["embed"], tokens, positions, self.compute_dtype)
-        x = constrain_lookup(self.rules, "embed/tokens", x)
+        embed = lambda *ids: self._embed.apply(params["embed"], *ids, self.compute_dtype)  # noqa: E731
+        x = looked_up(self.rules, "embed/tokens", embed, tokens, positions)
         views, kinds = self._views(positions, segment_ids, branches), decoder.kinds_of(self.arch)
 
         def block(kind: decoder.Kind, x: Array, params: Params, given: Array | None) -> tuple[Array, Routing | None]:
