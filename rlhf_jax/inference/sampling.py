@@ -73,6 +73,12 @@ def _largest_threshold(keys: Int[Array, "B V"], enough: Callable[[Array], Array]
     return jax.lax.fori_loop(0, 32, halve, (low, high))[0]
 
 
+def _first_largest(x: Float[Array, "B V"], top: Float[Array, "B 1"]) -> Int[Array, " B"]:
+    """argmax of rows whose maximum is `top`, as a minimum, since XLA's argmax takes a CPU as long as all else here."""
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return jnp.where(x == top, places, places[-1]).min(axis=1)
+
+
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Bool[Array, "B V"]:
     """The k largest entries of each row, and whatever ties with the k-th; k = 0 keeps all. (Fan et al. 2018)"""
     keys = _ordered(logits)
@@ -149,7 +155,7 @@ def draw_from_logits(
     if jnp.issubdtype(uniform.dtype, jnp.integer):
         index = uniform if ids is None else jnp.argmax(ids == uniform[:, None], axis=-1)
     else:
-        index = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), draw(probs, uniform))
+        index = jnp.where(greedy, _first_largest(scaled, top), draw(probs, uniform))
     # In the order of `token_logprobs`, so that the same logits have the same log-probs.
     logprob = jnp.take_along_axis(scaled, index[:, None], axis=-1)[:, 0] - (jnp.log(probs.sum(-1)) + top[:, 0])
     token = index if ids is None else jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
