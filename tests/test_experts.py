@@ -24,7 +24,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.exchange import over_devices
-from rlhf_jax.models.experts import Experts, balance_loss
+from rlhf_jax.models.experts import Experts, Routing, balance_loss, balanced
 from rlhf_jax.models.grouped import Places, grouped, spread
 from rlhf_jax.models.hf import stored
 from rlhf_jax.models.kernels import attached, dense, merged, quantized
@@ -92,6 +92,10 @@ def test_a_layer_is_what_all_experts_make_weighed_by_the_router():
     skewed = {**params, "router": params["router"] * 0 + 50 * (np.arange(experts) < 2)}  # all to the first two
     counts = apply(skewed, jnp.abs(x), real)[1].counts
     assert counts[:2].tolist() == [real.sum()] * 2 and not counts[2:].any()
+    half = x.astype(jnp.bfloat16)  # the router is in float32 all the same
+    jax.tree.map(
+        np.testing.assert_array_equal, apply(params, half, real)[1], apply(params, half.astype(x.dtype), real)[1]
+    )
     few, mask = x[:, :3], real[:, :3]  # blocks of one row
     np.testing.assert_allclose(apply(params, few, mask)[0], by_all_experts(arch, params, few, mask), atol=1e-5)
 
@@ -153,6 +157,19 @@ def test_the_balance_loss_is_that_of_transformers():
         tuple(map(torch.from_numpy, logits)), 8, arch.experts_per_token, torch.from_numpy(np.array(real))
     )
     np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+
+
+def test_loads_are_the_busiest_expert_over_the_mean_the_idle_ones_and_a_loss_that_is_k_where_all_is_even():
+    counts, probs = jnp.array([[8.0, 0, 0, 0], [2, 2, 2, 2]]), jnp.array([[1.0, 1, 1, 1], [1, 1, 1, 1]])
+    routing = Routing(jnp.zeros((2, 1, 4, 2), jnp.int32), counts, probs, jnp.full(2, 4.0))
+    loss, metrics = balanced(0.5, jnp.float32(1), {"loss": 3}, routing, jnp.float32(0.25))
+    assert metrics["experts/load_max"] == 4 and metrics["loss"] == 3
+    assert metrics["experts/idle"] / metrics["experts/idle_weight"] == 3 / 8
+    assert metrics["experts/balance_loss"] / metrics["experts/balance_loss_weight"] == 2
+    assert loss == 1 + 0.5 * 0.25 * 2
+    crowded = routing._replace(probs=jnp.array([[4.0, 0, 0, 0], [1, 1, 1, 1]]))
+    assert balance_loss(crowded) > balance_loss(routing)
+    assert balanced(0.0, jnp.float32(1), {}, routing, jnp.float32(1))[0] == 1
 
 
 # --- adapters, quantised kernels, files

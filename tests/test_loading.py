@@ -56,6 +56,10 @@ LATENT = {
     "moe_intermediate_size": 16, "first_k_dense_replace": 1,
 }  # fmt: skip
 OWN |= {"deepseek_v3": LATENT, "glm4_moe_lite": LATENT}
+OWN |= {
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16}, "olmoe": {"num_experts": 8},
+    "glm4_moe": {"n_routed_experts": 8, "moe_intermediate_size": 16}, "gpt_oss": {"num_local_experts": 8},
+}  # fmt: skip
 WINDOWED = ("mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 KEY = jax.random.key(0)
@@ -88,8 +92,8 @@ def edit(path, change):
     save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors", metadata={"format": "pt"})
 
 
-def mesh_of(*sizes):
-    return make_mesh(MeshConfig(*sizes))
+def mesh_of(*sizes, expert=1):
+    return make_mesh(MeshConfig(*sizes, expert=expert))
 
 
 def message(call, *args, **kwargs):
@@ -110,8 +114,9 @@ def assert_equal(tree, other):
 def test_every_device_gets_its_slice_of_the_whole(tmp_path, family):
     path, arch, params = write(tmp_path / "m", family)
     assert hf.read_config(path)[0] == arch and hf.read_config(path)[1]["model_type"] == family
-    for sizes in MESHES:
-        mesh, split = mesh_of(*sizes), 0
+    over_experts = [((1, 1, 2), 4)] if arch.num_experts else []
+    for sizes, experts in [(sizes, 1) for sizes in MESHES] + over_experts:
+        mesh, split = mesh_of(*sizes, expert=experts), 0
         loaded = hf.load_params(path, arch, score_head=False, mesh=mesh)
         assert jax.tree.map(lambda x: x.sharding, loaded) == tree_shardings(mesh, params)
         for leaf, whole in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):

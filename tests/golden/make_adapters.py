@@ -125,7 +125,7 @@ def read_back(folder: Path) -> None:
     kind, more = AutoModelForCausalLM, {}
     if raw["task_type"] == "SEQ_CLS":
         kind, more = AutoModelForSequenceClassification, SCORE
-    base = kind.from_pretrained(raw["base_model_name_or_path"], **more)
+    base = kind.from_pretrained(raw["base_model_name_or_path"], experts_implementation="eager", **more)
     model = PeftModel.from_pretrained(base, where).eval()
     with torch.no_grad():
         found = model(input_ids=torch.from_numpy(np.load(folder / "inputs.npy")).long()).logits
