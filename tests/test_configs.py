@@ -17,6 +17,7 @@ from rlhf_jax.commands.plan.programs import find_arch
 from rlhf_jax.config import QuickstartArgs, rates, to_dict
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf.layout import leaf_shapes
+from rlhf_jax.sharding import mesh_sizes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -122,8 +123,9 @@ def test_what_a_preset_says_of_a_slice_can_be_and_stands_in_the_docs(path):
     """Rows go evenly over the devices, what is trained is in the peak, and the table of docs/tpu.md says the same."""
     stage = re.search(r"^#   rlhf-jax (\w+)", path.read_text(), re.MULTILINE)[1]
     config = cli.parse(stage, ["--config", str(path)])
-    shapes = leaf_shapes(find_arch(config.model.path), score_head=stage == "reward").values()
-    weights = sum(math.prod(shape) for shape in shapes)
+    shapes = leaf_shapes(find_arch(config.model.path), score_head=stage == "reward")
+    experts = sum(math.prod(shape) for name, shape in shapes.items() if "/experts/" in name)
+    others = sum(map(math.prod, shapes.values())) - experts
     settings, table = getattr(config, {"pretrain": "sft"}.get(stage, stage)), (ROOT / "docs" / "tpu.md").read_text()
     for kind, shape, peak, room, *seconds in planned(path):
         cores, chips = 2 if kind == "tpu7x" else 1, math.prod(map(int, shape.split("x")))
@@ -132,7 +134,8 @@ def test_what_a_preset_says_of_a_slice_can_be_and_stands_in_the_docs(path):
         assert rows % (cores * chips) == 0
         # Masters and two moments in float32, each device its share; or a frozen base as it is.
         size = 12 if not config.lora.rank else 2 if config.model.param_dtype == "bfloat16" else 4
-        least = size * weights / (cores * chips if config.mesh.fsdp == -1 else 1) / GIB
+        ways = mesh_sizes(config.mesh, cores * chips)
+        least = size * (others + experts / ways.get("expert", 1)) / ways["fsdp"] / GIB
         assert least < float(peak) <= float(room), (least, peak, room)
         told = f"{seconds[0]} s" + (f", {seconds[1]} s" if seconds[1] else "")
         assert f"| `{path.stem}` | {kind}:{shape} | {peak} of {room} | {told} |" in table

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 from rlhf_jax.commands.plan.chips import Chip
 from rlhf_jax.commands.plan.plan import RESERVED, analyse, fits, verdict
 from rlhf_jax.commands.plan.programs import find_arch
-from rlhf_jax.config import MeshConfig, OnlineArgs, PlanArgs, PPOArgs, StageArgs
+from rlhf_jax.config import ArchConfig, MeshConfig, OnlineArgs, PlanArgs, PPOArgs, StageArgs
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import mesh_sizes
@@ -123,45 +123,50 @@ def estimate(config: StageArgs, chip: Chip, dims: tuple[int, ...]) -> Estimate:
     one axis lies over several dimensions of a large slice; over tensor it sums activations. Decoding reads the weights
     for every token.
     """
-    shape, arch = mesh_sizes(config.mesh), config.model.arch or find_arch(config.model.path)
+    shape, arch = mesh_sizes(config.mesh), _arch(config)
     data, fsdp, tensor, count = shape["data"], shape["fsdp"], shape["tensor"], math.prod(shape.values())
-    sizes = {name: math.prod(size) for name, size in leaf_shapes(arch, score_head=False).items()}
-    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if "/experts/" in name)
-    active = total - experts * (1 - arch.experts_per_token / max(arch.num_experts, 1))
-    near = total - experts * (
-        1 - 1 / config.mesh.expert
-    )  # weights that devices along expert have, over fsdp and tensor
+    active, near = _weights(arch, config.mesh.expert)
+    over = data if SCATTERED in config.mesh.rules else 1
 
     # Bytes that a device gets of a pass: weights in bfloat16, gradients, and both sums of activations of every layer.
-    over = data if SCATTERED in config.mesh.rules else 1
     gathered = 2 * near / tensor if fsdp * over > 1 else 0.0
     scattered = gathered * (2 if count >= 64 and fsdp > max(dims) else 1)
-    if data > 1:
-        scattered += 2 * near / tensor / fsdp * (1 if over > 1 else 2)
+    scattered += 2 * near / tensor / fsdp * (1 if over > 1 else 2) if data > 1 else 0.0
     scattered *= not config.lora.rank
-    summed = 2 * 2 * 2 * arch.width * arch.num_layers / (count / tensor) if tensor > 1 else 0.0  # for each column
+    summed = 8 * arch.width * arch.num_layers * tensor / count if tensor > 1 else 0.0  # for each column of all
 
     again, seconds, network = config.model.remat == "full", 0.0, 0.0
-    for columns, passes, networks, backward in _work(
-        config, AbstractMesh(tuple(shape.values()), tuple(shape)), arch.width
-    ):
-        compute = networks * columns * 2 * active * (1 + backward * (2 + again)) / (count * chip.flops)
-        moved = passes * (gathered * (1 + backward) + scattered * backward) + summed * columns * (
-            1 + backward * (1 + again)
-        )
+    for columns, passes, networks, backward in _work(config, AbstractMesh((*shape.values(),), (*shape,)), arch.width):
+        compute = 2 * active * columns * networks * (1 + backward * (2 + again)) / (count * chip.flops)
+        moved = passes * (gathered * (1 + backward) + scattered * backward)
+        moved += columns * summed * (1 + backward * (1 + again))
         seconds += max(compute, networks * moved / chip.network)
         network += networks * moved / chip.network
 
-    trained, frozen = _networks(config)
-    if config.lora.rank:
-        trained, frozen = 0, trained + frozen
-    held = (
-        (16 * trained + (2 if config.model.param_dtype == "bfloat16" else 4) * frozen) * near / (fsdp * over * tensor)
-    )
+    held = _bytes_a_weight(config) * near / (fsdp * over * tensor)
     if isinstance(config, OnlineArgs):
         copy = 2 * near / (config.mesh.rollout_tensor or tensor)
         held, seconds = held + copy, seconds + config.sampling.max_new_tokens * copy / chip.bandwidth
     return Estimate(seconds / config.data.batch_size, network / config.data.batch_size, held)
+
+
+def _arch(config: StageArgs) -> ArchConfig:
+    return config.model.arch or find_arch(config.model.path)
+
+
+def _weights(arch: ArchConfig, ways: int) -> tuple[float, float]:
+    """Those that multiply a token, and those that a group of devices holds, of which `ways` share the experts."""
+    sizes = {name: math.prod(shape) for name, shape in leaf_shapes(arch, score_head=False).items()}
+    experts = sum(size for name, size in sizes.items() if "/experts/" in name)
+    others = sum(sizes.values()) - experts
+    return others + experts * arch.experts_per_token / max(arch.num_experts, 1), others + experts / ways
+
+
+def _bytes_a_weight(config: StageArgs) -> int:
+    """Of all networks: master, gradient and moments of what is trained; with adapters, bases that also score."""
+    trained, scoring = _networks(config)
+    frozen = 2 if config.model.param_dtype == "bfloat16" else 4
+    return frozen * max(trained, scoring) if config.lora.rank else 16 * trained + frozen * scoring
 
 
 def ranked(config: StageArgs, chip: Chip, count: int, dims: tuple[int, ...]) -> list[StageArgs]:
@@ -170,7 +175,9 @@ def ranked(config: StageArgs, chip: Chip, count: int, dims: tuple[int, ...]) -> 
     Of those within a `ROUGH` part of each other that comes first which changes least of what is learned, then that
     which sends least.
     """
-    found = [(estimate(one, chip, dims), one) for one in candidates(config, count)]
+    heads = _arch(config).num_kv_heads if not any(line.startswith("K=") for line in config.mesh.rules) else 0
+    known = [one for one in candidates(config, count) if heads % one.mesh.tensor == 0]
+    found = [(estimate(one, chip, dims), one) for one in known]
     found = [(guess, one) for guess, one in found if guess.memory < chip.memory - RESERVED]
     least = min((guess.seconds for guess, _ in found), default=0.0)
 
