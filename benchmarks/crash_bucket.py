@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,29 +26,51 @@ import pytest
 import yaml
 
 from benchmarks import crash
+from rlhf_jax.cli import code_of
+from rlhf_jax.hosts.interrupts import own_process
+from rlhf_jax.runs import pieces, twin
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from buckets import Bucket, served
 
-PROGRAM = """
-from rlhf_jax.runs import pieces, twin
-twin.BEAT, twin.LIFETIME = 0.3, 3.0
-twin.PASS = pieces.PASS = 0.5
-from rlhf_jax.cli import main
-main()
-"""
+MODULES = ["__main__", "rlhf_jax.ppo", "rlhf_jax.reward", "rlhf_jax.commands.collect", "rlhf_jax.commands.recipe"]
+"""What the process has loaded from which those of the commands are forked: a start costs no imports."""
+
 HEAD = ".run/head.json"
 STAGES = ("sft", "reward", "ppo", "collect", "recipe")
 COLLECT = {"data_path": "ppo.jsonl", "max_prompt_length": 2, "sampling": {"max_new_tokens": 8, "chunk": 4}}
 COLLECT |= {"num_samples": 2, "batch_size": 4, "progress": False}
 
 
-def start(home: Path, *arguments: str) -> subprocess.Popen:
-    """`rlhf-jax ...` in a process of its own that beats fast, with compilations kept on disk."""
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"), "TMPDIR": str(home)}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-    log = open(home / "log.txt", "a")  # noqa: SIM115 (the process has it)
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=env, stdout=log, stderr=log)
+class Command:
+    """`rlhf-jax ...` in a process of its own that beats fast."""
+
+    def __init__(self, home: Path, *arguments: str):
+        self._process = multiprocessing.get_context("forkserver").Process(target=run, args=(home, arguments))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code, once it has ended."""
+        self._process.join(seconds)
+        code = self.poll()
+        return sys.exit(f"it has not ended in {seconds:g} s") if code is None else code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid or 0, number)
+
+
+def run(home: Path, arguments: tuple[str, ...]) -> None:
+    """The whole of such a process."""
+    with open(home / "log.txt", "a") as log:
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+    twin.BEAT, twin.LIFETIME = 1.0, 4.0
+    twin.PASS = pieces.PASS = 1.0
+    own_process(lambda: code_of(list(arguments)))
 
 
 def epoch(bucket: Bucket, place: str) -> int:
@@ -64,13 +86,13 @@ def done(bucket: Bucket) -> set[tuple[str, object]]:
     for name, (data, _) in list(bucket.objects.items()):
         if name.endswith(HEAD):
             for path, parts in json.loads(data)["files"].items():
-                known = path.split("/")[1] if path.startswith("checkpoints/") else sum(size for _, size in parts)
+                known = path.split("/")[1] if path.startswith("checkpoints/") else sum(part[1] for part in parts)
                 if path.startswith(("checkpoints/", "rows.jsonl", "recipe.json")):
                     found.add((name, known))
     return found
 
 
-def wait_for(what, process: subprocess.Popen) -> bool:
+def wait_for(what, process: Command) -> bool:
     """Until `what()`; False if the process ended before."""
     began = time.time()
     while not what():
@@ -78,7 +100,7 @@ def wait_for(what, process: subprocess.Popen) -> bool:
             return False
         if time.time() - began > crash.TIMEOUT:
             sys.exit("the run does not go on")
-        time.sleep(0.01)
+        time.sleep(0.03)
     return True
 
 
@@ -86,9 +108,9 @@ def disturbed(
     bucket: Bucket, home: Path, place: str, command: list[str], kills: int, draw: random.Random
 ) -> list[int | None]:
     """Run a command, which holds `place`, to its end through so many kills; exit codes of those that were stopped."""
-    stopped: list[subprocess.Popen] = []
+    stopped: list[Command] = []
     before, held = done(bucket), epoch(bucket, place)
-    process = start(home, *command)
+    process = Command(home, *command)
     for number in range(kills):
         if not wait_for(lambda held=held: epoch(bucket, place) != held, process):
             sys.exit(f"{command[0]} ended before kill {number + 1}; give it more to do")
@@ -102,7 +124,7 @@ def disturbed(
         before, held = done(bucket), epoch(bucket, place)
         kill = {"command": command[0], "kill": number + 1, "zombie": zombie, "epoch": held, "done": len(before)}
         print(json.dumps(kill), flush=True)
-        old, process = process, start(home, *command)
+        old, process = process, Command(home, *command)
         if zombie:
             wait_for(lambda held=held: epoch(bucket, place) != held, process)
             old.send_signal(signal.SIGCONT)
@@ -165,16 +187,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=crash.TIMEOUT, help="seconds after which a run hangs")
     given = parser.parse_args()
+    crash.TIMEOUT = given.timeout
     draw, bucket, bad = random.Random(given.seed), Bucket(), False
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, served(bucket, patch):
         home = Path(folder)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))  # before the process to fork from starts
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        patch.setenv("TMPDIR", folder)
+        multiprocessing.set_forkserver_preload(MODULES)
         crash.prepare(home)
         needed = {"ppo": ["sft", "reward"], "reward": ["sft"], "collect": ["sft"], "recipe": ["sft"]}
         asked = {*given.stages, *(other for stage in given.stages for other in needed.get(stage, []))}
         for stage in (stage for stage in STAGES if stage in asked):
             command, option, ending = prepared(home, stage, given.steps)
-            crash.finish(crash.start(home, *command, option, str(home / f"{stage}_alone{ending}")), home)
+            if Command(home, *command, option, str(home / f"{stage}_alone{ending}")).wait(crash.TIMEOUT):
+                sys.exit((home / "log.txt").read_text()[-3000:])
             if stage not in given.stages:
                 continue
             place = f"{stage}{ending}" + (".part" if stage == "collect" else "")

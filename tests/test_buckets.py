@@ -82,6 +82,23 @@ def test_ranges_are_fetched_as_they_are_needed_and_given_back(bucket, tmp_path):
         stored["w"].map()
 
 
+def test_a_long_object_is_read_a_few_pieces_at_a_time(bucket, monkeypatch):
+    monkeypatch.setattr(buckets, "PIECE", 10)
+    monkeypatch.setattr(buckets, "AT_ONCE", 3)
+    bucket.put("long", bytes(range(95)))
+    read, asked = buckets.read_parts, []
+    monkeypatch.setattr(buckets, "read_parts", lambda url, bounds: asked.append(bounds) or read(url, bounds))
+    assert b"".join(buckets.stream("gs://bucket/long", 95)) == bytes(range(95)) and list(map(len, asked)) == [
+        3,
+        3,
+        3,
+        1,
+    ]
+    for url, size in (("gs://bucket/long", 96), ("gs://bucket/none", 1)):
+        with pytest.raises(buckets.Gone):
+            list(buckets.stream(url, size))
+
+
 def test_a_copy_is_asked_for_again_and_sent_only_if_it_has_changed(bucket):
     assert len(read_rows("gs://bucket/rows/r.jsonl")) == 2
     bucket.sent = 0

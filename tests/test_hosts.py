@@ -166,7 +166,7 @@ def test_processes_that_share_nothing_but_a_bucket_are_stopped_and_go_on_in_any_
             if stop:  # what a process of two has written has its number in its name
                 writers = {name.split("-")[1] for name in bucket.objects if name.startswith("ppo/.run/0")}
                 assert writers == {"000", "001"} if stop == 2 else "000" in writers
-                named = {part for parts in head["files"].values() for part, _ in parts}
+                named = {part for parts in head["files"].values() for part, *_ in parts}
                 assert named == {name[len("ppo/") :] for name in bucket.objects} - {".run/head.json"}
         for name, (data, _) in bucket.objects.items():
             (home / "bucket" / name).parent.mkdir(parents=True, exist_ok=True)

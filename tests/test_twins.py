@@ -152,17 +152,17 @@ def test_lines_are_sent_once_and_whole(bucket):
         for text in ("1\n", "1\n2\n", "1\n2\n3\nhal", "1\n2\n3\nhalf\n"):
             file.write_text(text)
             one.push()
-        sizes = [size for _, size in head_of(bucket)["files"]["metrics.jsonl"]]
+        sizes = [size for _, size, _ in head_of(bucket)["files"]["metrics.jsonl"]]
         assert sizes == [2, 2, 2, 5]
         file.touch()
         one.push()
-        assert [size for _, size in head_of(bucket)["files"]["metrics.jsonl"]] == sizes
+        assert [size for _, size, _ in head_of(bucket)["files"]["metrics.jsonl"]] == sizes
         for name in ("checkpoints/writing-00000006/a", "checkpoints/deleting-00000003/a", ".model.new/a", ".lock"):
             (one.place / name).parent.mkdir(parents=True, exist_ok=True)
             (one.place / name).write_text("half")
         file.write_text("1\n9\n2\n3\n")  # cut and written anew
         one.push()
-        assert [[size for _, size in parts] for parts in head_of(bucket)["files"].values()] == [[8]]
+        assert [[size for _, size, _ in parts] for parts in head_of(bucket)["files"].values()] == [[8]]
         assert len([name for name in bucket.objects if name.endswith("metrics.jsonl")]) == 1
 
 
@@ -202,7 +202,7 @@ def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, cap
     assert parse(stage, options).optim.learning_rate == 0.05
     with pytest.raises(Stopped):  # a slash at the end is no part of the run that reads itself
         twin.in_buckets(run_fit)(config_at(f"{URL}/"), before_step=signal_at(8))
-    (name, _), *_ = head_of(bucket)["files"]["config.yaml"]
+    (name, *_), *_ = head_of(bucket)["files"]["config.yaml"]
     text = bucket.objects[f"runs/a/{name}"][0].decode()
     assert text.startswith(f"# rlhf-jax sft --config {URL}/config.yaml --run.output_dir {URL}-again\n")
     assert f"output_dir: {URL}\n" in text
@@ -255,6 +255,41 @@ def test_a_file_of_rows_in_a_bucket_is_gone_on_with_after_a_kill_and_written_who
     write_output(url, b"{}\n")
     assert bucket.objects["out/rows.jsonl"][0] == b"{}\n"
     assert sorted(bucket.objects) == ["out/rows.jsonl", "out/rows.summary.json"]
+
+
+DAMAGE = {
+    "flipped": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "foreign": lambda data: b'{"i": 7}\n',
+    "cut short": lambda data: data[:-1],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_rows_of_which_an_object_is_not_as_it_was_go_on_from_what_comes_before_it(bucket, capsys, what):
+    url, rows = "gs://bucket/out/rows.jsonl", [{"i": i} for i in range(4)]
+    with contextlib.suppress(UserError), Journal(url, {"seed": 0}, overwrite=False) as journal:
+        for row in rows[:3]:
+            journal.add([row])
+            journal._twin.push()
+        bucket.faults = [lambda method, name: 403]  # killed
+    bucket.faults = []
+    parts = json.loads(bucket.objects["out/rows.jsonl.part/.run/head.json"][0])["files"]["rows.jsonl"]
+    name = f"out/rows.jsonl.part/{parts[1][0]}"
+    data, _ = bucket.objects.pop(name)
+    assert len(parts) == 3 and json.loads(data) == rows[1]
+    if DAMAGE[what]:
+        bucket.put(name, DAMAGE[what](data))
+    bucket.put("out/rows.jsonl.part/.run/of-nobody", b"")
+    with Journal(url, {"seed": 0}, overwrite=False) as journal:
+        assert journal.rows == rows[:1] and "not all of it is there as it was written" in capsys.readouterr().out
+        journal.add(rows[1:])
+        journal._twin.push()
+        head = json.loads(bucket.objects["out/rows.jsonl.part/.run/head.json"][0])
+        named = {part for part, *_ in head["files"]["rows.jsonl"]} | {HEAD}
+        assert {f"out/rows.jsonl.part/{part}" for part in named} == set(bucket.objects)
+        journal.finish(rows)
+    assert list(map(json.loads, bucket.objects["out/rows.jsonl"][0].splitlines())) == rows
 
 
 def test_a_finished_run_is_left_as_it_is(bucket, held, capsys):
@@ -343,7 +378,7 @@ def test_a_checkpoint_is_named_once_the_parts_of_all_processes_are_there_and_eac
         first.push()
         assert first.has(2) and second.has(2)
     names = {name.removeprefix("runs/a/") for name in bucket.objects}
-    named = {part for parts in head_of(bucket)["files"].values() for part, _ in parts}
+    named = {part for parts in head_of(bucket)["files"].values() for part, *_ in parts}
     assert not [name for name in names if "-of-" in name] and named < names
     below, whole = "checkpoints/00000002/", lambda name: not manifests.is_chunk(name)
     with twin.Twin(URL, count=2) as first, pieces.Piece(URL, 1, 2, first.epoch) as second:

@@ -34,6 +34,14 @@ class Object(NamedTuple):
     generation: bytes
 
 
+class Gone(OSError):
+    """An object is missing, is another one, or ends too early."""
+
+
+PIECE, AT_ONCE = 8 << 20, 4
+"""Bytes of a long object that are read in one request, and such requests at a time."""
+
+
 def in_bucket(path: object) -> bool:
     """Whether a path names something in a bucket."""
     return isinstance(path, str) and path.startswith(SCHEME)
@@ -72,7 +80,8 @@ def _result(url: str, asked: Callable[[], Any]) -> Any:
     try:
         return asked()
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise OSError(errno.EIO, why(error), url) from error
+        kind = Gone if str(error).startswith("OUT_OF_RANGE") else OSError
+        raise kind(errno.EIO, why(error), url) from error
 
 
 @contextlib.contextmanager
@@ -123,8 +132,20 @@ def read_parts(url: str, bounds: Sequence[tuple[int, int]], *, of: bytes = b"") 
     asked = [store(bucket).read(name, byte_range=slice(first, last)) for first, last in bounds]
     found = [_result(url, future.result) for future in asked]
     if any(each.state != "value" or of not in (b"", each.stamp.generation) for each in found):
-        raise OSError(errno.ESTALE, "it was replaced or deleted while it was read; start again", url)
+        raise Gone(errno.ESTALE, "it was replaced or deleted while it was read; start again", url)
     return [Object(each.value, each.stamp.generation) for each in found]
+
+
+def stream(url: str, size: int) -> Iterator[bytes]:
+    """The first `size` bytes of an object, a few pieces in memory at a time.
+
+    Raises:
+        Gone: it is missing, or shorter.
+        OSError: it cannot be read; says why.
+    """
+    bounds = [(first, min(first + PIECE, size)) for first in range(0, size, PIECE)]
+    for i in range(0, len(bounds), AT_ONCE):
+        yield from (piece.data for piece in read_parts(url, bounds[i : i + AT_ONCE]))
 
 
 def write(url: str, data: bytes) -> None:

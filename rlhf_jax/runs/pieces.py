@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.errors import call_it, tell
 from rlhf_jax.hosts import buckets, interrupts
@@ -22,12 +24,17 @@ from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
 from rlhf_jax.runs.directory import CHECKPOINTS, steps_in
 from rlhf_jax.runs.manifests import manifest_of
 
+Value = TypeVar("Value")
+
 HIDDEN, HEAD = ".run", ".run/head.json"
 PASS = 30.0
 """Seconds between looks at what is new."""
 
+FILES, SIZE = 8, 16
+"""Files that are written or read at a time, and bytes of a digest."""
+
 Parts = list[list[Any]]
-"""[object, size] of each of the objects that make up a file."""
+"""[object, size, digest] of each of the objects that make up a file."""
 
 
 class Sent(NamedTuple):
@@ -36,7 +43,7 @@ class Sent(NamedTuple):
     Attributes:
         mark: time of the last change, size and inode of the file.
         size: bytes that were sent.
-        digest: of these.
+        digest: of these; empty if it is not known.
     """
 
     mark: tuple[int, int, int]
@@ -65,7 +72,7 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
 
     def __init__(self, url: str, number: int, count: int):
         self.url, self.number, self.count = url.rstrip("/"), number, count
-        self.epoch, self._written = 0, 0
+        self.epoch, self._written = 0, itertools.count(1)
         self._pushing, self._over = threading.Lock(), threading.Event()
         self._sent: dict[str, Sent] = {}
         self._threads: list[threading.Thread] = []
@@ -97,25 +104,25 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
         Raises:
             OSError: they cannot be read.
         """
+        missing = {}
         for path, parts in self.files().items():
             target = self.place / path
             within = path.startswith(below) and target.resolve().is_relative_to(self.place)
-            if not within or not wanted(path[len(below) :]) or target.exists():
-                continue
-            data = joined(self.url, parts)
-            if len(data) != sum(size for _, size in parts):
-                tell(f"{self.url}/{path}: not all of it is there")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-            self._sent[path] = Sent(mark_of(target), len(data), digest_of(data))
+            if within and wanted(path[len(below) :]) and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                missing[path] = parts
+        for path, digest in together(lambda path: fetch(self.url, missing[path], self.place / path), missing).items():
+            mark = mark_of(self.place / path)
+            self._sent[path] = Sent(mark, mark[1], digest)
+            if not digest:
+                tell(f"{self.url}/{path}: not all of it is there as it was written; what comes before is used")
 
     def _put(self, path: str, data: bytes, *, own: bool = False) -> list[Any]:
-        """Write an object of a name that is not used again, or of the file's `own`; [object, size]."""
-        self._written += 1
-        number = f"{self.epoch:06d}-{self.number:03d}-{self._written:06d}"
+        """Write an object of a name that is not used again, or of the file's `own`; what `Parts` has of it."""
+        number = f"{self.epoch:06d}-{self.number:03d}-{next(self._written):06d}"
         name = path if own else f"{HIDDEN}/{number}-{Path(path).name}"
         buckets.write(f"{self.url}/{name}", data)
-        return [name, len(data)]
+        return [name, len(data), digest_of(data).hex()]
 
     def _letter(self, step: int, number: int) -> str:
         """Where process `number` says what it has put into the bucket of a checkpoint."""
@@ -175,7 +182,9 @@ class Piece(Copy):
                     continue
                 try:
                     mine = [f"{below}/{name}" for name in from_json((self.place / manifest).read_text())["files"]]
-                    told = {path: [self._put(path, (self.place / path).read_bytes())] for path in [*mine, manifest]}
+                    told = together(
+                        lambda path: [self._put(path, (self.place / path).read_bytes())], [*mine, manifest]
+                    )
                 except FileNotFoundError:  # it was deleted meanwhile
                     continue
                 buckets.write(self._letter(step, self.number), to_json(told).encode())
@@ -186,14 +195,42 @@ class Piece(Copy):
         self._leave()
 
 
-def joined(url: str, parts: Parts) -> bytes:
-    """What is there of the objects that make up a file, one after another.
+def together(do: Callable[[str], Value], names: Iterable[str]) -> dict[str, Value]:
+    """Name -> what `do` returns of it, for a few names at a time."""
+    listed = list(names)
+    with ThreadPoolExecutor(FILES) as pool:
+        return dict(zip(listed, pool.map(do, listed), strict=True))
+
+
+def fetch(url: str, parts: Parts, target: Path) -> bytes:
+    """Write the objects that make up a file one after another, and return the digest of all.
+
+    If one is missing or is not what was put there, what comes before it is written, and the digest is empty: a file
+    that grows was once just that.
 
     Raises:
-        OSError: they cannot be read.
+        OSError: they cannot be read; there is no file then.
     """
-    found = [buckets.read(f"{url}/{name}") for name, _ in parts]
-    return b"".join(each.data for each in found if each)
+    try:
+        with open(target, "wb") as file:
+            whole = hashlib.blake2b(digest_size=SIZE)
+            for name, size, digest in parts:
+                begin, one = file.tell(), hashlib.blake2b(digest_size=SIZE)
+                try:
+                    for piece in buckets.stream(f"{url}/{name}", size):
+                        file.write(piece)
+                        one.update(piece)
+                        whole.update(piece)
+                    same = one.hexdigest() == digest
+                except buckets.Gone:
+                    same = False
+                if not same:
+                    file.truncate(begin)
+                    return b""
+            return whole.digest()
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
 
 
 def mark_of(path: Path) -> tuple[int, int, int]:
@@ -203,5 +240,5 @@ def mark_of(path: Path) -> tuple[int, int, int]:
 
 
 def digest_of(data: bytes) -> bytes:
-    """16 bytes that tell contents apart."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    """A few bytes that tell contents apart."""
+    return hashlib.blake2b(data, digest_size=SIZE).digest()

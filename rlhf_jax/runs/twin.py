@@ -32,7 +32,19 @@ from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
 from rlhf_jax.runs.directory import CHECKPOINTS, CONFIG, METRICS, RECORD, SUMMARY, check_inside, mark_void
 from rlhf_jax.runs.manifests import is_chunk
-from rlhf_jax.runs.pieces import HEAD, HIDDEN, PASS, Copy, Piece, Sent, digest_of, joined, mark_of
+from rlhf_jax.runs.pieces import (
+    HEAD,
+    HIDDEN,
+    PASS,
+    Copy,
+    Parts,
+    Piece,
+    Sent,
+    digest_of,
+    fetch,
+    mark_of,
+    together,
+)
 
 BEAT, LIFETIME = 15.0, 60.0
 """Seconds between signs of life, and without one until somebody else may take over."""
@@ -110,12 +122,11 @@ class Twin(Copy):
         if not self._swap():
             raise UserError(f"{self.url} was just taken by {self.lost}; stop that one first")
         kept = self._objects(self._head)
-        for name in set(buckets.below(f"{self.url}/{HIDDEN}")) - {HEAD.partition("/")[2]}:
-            if f"{HIDDEN}/{name}" not in kept:
-                buckets.delete(f"{self.url}/{HIDDEN}/{name}")  # of a state that was never whole
+        there = {f"{HIDDEN}/{name}" for name in buckets.below(f"{self.url}/{HIDDEN}")} - {HEAD}
+        together(buckets.delete, [f"{self.url}/{name}" for name in there - kept])  # of a state that was never whole
 
     def _objects(self, head: JsonObject) -> set[str]:
-        return {name for parts in head["files"].values() for name, _ in parts}
+        return {part[0] for parts in head["files"].values() for part in parts}
 
     def _swap(self, **changes: Any) -> bool:
         """Replace the head, changed or with another beat alone; whether this process still holds it."""
@@ -174,30 +185,36 @@ class Twin(Copy):
             return
         if files != before and self._swap(files=files):
             self._sent = sent
-            for name in self._objects({"files": before}) - self._objects({"files": files}):
-                buckets.delete(f"{self.url}/{name}")
-            for letter in letters:
-                buckets.delete(letter)
+            gone = self._objects({"files": before}) - self._objects({"files": files})
+            together(buckets.delete, [*(f"{self.url}/{name}" for name in gone), *letters])
 
     def _uploaded(self, before: JsonObject, finished: bool) -> tuple[JsonObject, dict[str, Sent], list[str]]:
         """path -> `Parts` after what is new was written, what was sent, and the letters that were read."""
         files, letters, waits = self._kept(before)
         sent: dict[str, Sent] = {}
         paths = [path for path in self._files() if not path.startswith(waits)]
-        for path in sorted(paths, key=lambda path: path == "model/config.json"):  # without which it is no model
-            old, parts, mark = self._sent.get(path), before.get(path), mark_of(self.place / path)
-            own = finished and not path.startswith(CHECKPOINTS)
-            if old and parts and mark == old.mark and (not own or parts[0][0] == path):
-                files[path], sent[path] = parts, old
-                continue
-            data = (self.place / path).read_bytes()
-            data = data[: data.rfind(b"\n") + 1] if path.endswith(".jsonl") else data
-            kept, tail = [], data
-            if old and parts and len(parts) < MOST_PARTS and not own and digest_of(data[: old.size]) == old.digest:
-                kept, tail = parts, data[old.size :]
-            files[path] = [*kept, self._put(path, tail, own=own)] if tail or not kept else kept
-            sent[path] = Sent(mark, len(data), digest_of(data))
+        last = [path for path in paths if path == "model/config.json"]  # without which it is no model
+        for some in ([path for path in paths if path not in last], last):
+            done = together(lambda path: self._upload(path, before.get(path), finished), some)
+            files |= {path: parts for path, (parts, _) in done.items()}
+            sent |= {path: known for path, (_, known) in done.items()}
         return files, sent, letters
+
+    def _upload(self, path: str, parts: Parts | None, finished: bool) -> tuple[Parts, Sent]:
+        """What the bucket has of a file, of which it had `parts`, after what is new was written."""
+        old, mark = self._sent.get(path), mark_of(self.place / path)
+        own = finished and not path.startswith(CHECKPOINTS)
+        if old and parts and mark == old.mark and (not own or parts[0][0] == path):
+            return parts, old
+        data = (self.place / path).read_bytes()
+        data = data[: data.rfind(b"\n") + 1] if path.endswith(".jsonl") else data
+        kept: Parts = []
+        tail = data
+        if old and parts and len(parts) < MOST_PARTS and not own and digest_of(data[: old.size]) == old.digest:
+            kept, tail = parts, data[old.size :]
+        if tail or not kept:
+            kept = [*kept, self._put(path, tail, own=own)]
+        return kept, Sent(mark, len(data), digest_of(data))
 
     def _kept(self, before: JsonObject) -> tuple[JsonObject, list[str], tuple[str, ...]]:
         """Files that are not all here but stay or come: of what `LEFT` names, and of the checkpoints that are here.
@@ -282,7 +299,7 @@ def glance(url: str, names: Sequence[str] = (RECORD, CONFIG, METRICS)) -> tuple[
         head: JsonObject = json.loads(found.data) if found else {"holder": "", "files": {}}
         for name in names:
             if name in head["files"]:
-                (place / name).write_bytes(joined(url, head["files"][name]))
+                fetch(url, head["files"][name], place / name)
     return place, head["holder"]
 
 
