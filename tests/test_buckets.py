@@ -39,15 +39,16 @@ def bucket(monkeypatch):
     buckets.store.cache_clear()
 
 
-def arrays_of(path, mesh):
-    loaded = load_model(ModelConfig(path=str(path)), mesh, jax.random.key(0))
+def arrays_of(path, mesh, head="vocabulary"):
+    loaded = load_model(ModelConfig(path=str(path)), mesh, jax.random.key(0), head=head)
     return loaded, jax.tree.map(np.asarray, loaded.params)
 
 
-def test_a_model_of_a_bucket_is_that_of_the_directory(bucket):
+@pytest.mark.parametrize("name, head", [("policy", "vocabulary"), ("reward", "trained")])
+def test_a_model_of_a_bucket_is_that_of_the_directory(bucket, name, head):
     grid = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    _, there = arrays_of("gs://bucket/models/policy", grid)
-    _, here = arrays_of(toy_directory() / "policy", grid)
+    _, there = arrays_of(f"gs://bucket/models/{name}", grid, head)
+    _, here = arrays_of(toy_directory() / name, grid, head)
     jax.tree.map(np.testing.assert_array_equal, there, here)
 
 

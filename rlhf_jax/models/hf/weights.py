@@ -199,7 +199,7 @@ def _read_shard(
                 last = max(min(bound.stop, lies.stop), first)
                 sources.append(slice(first - lies.start, last - lies.start))
                 targets.append(slice(first - bound.start, last - bound.start))
-            part = piece[tuple(sources)]
+            part = piece[(*sources, ...)]  # a view; of a single number it would be a copy without ...
             stored[name].bring(whole, part)
             target[tuple(targets)] = part
             seen.look(name, tensor.leaf, target[tuple(targets)])
