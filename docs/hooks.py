@@ -1,4 +1,4 @@
-"""What mkdocs builds besides the pages in docs/: the options of every command, the API, the changelog."""
+"""What mkdocs builds besides the pages in docs/: options of every command, the API, notebooks, the changelog."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 from rlhf_jax.cli.commands import COMMANDS, OF_A_RUN, OF_COMMANDS
 from rlhf_jax.cli.schema import schema_of
@@ -28,9 +29,11 @@ API = {
 
 
 def on_config(config: Any) -> Any:
-    """The navigation with a page for every command."""
+    """The navigation with a page for every command and every notebook."""
     reference = next(part["Reference"] for part in config.nav if "Reference" in part)
     reference.insert(1, {"Options": [f"reference/commands/{slug(name)}.md" for name in COMMANDS]})
+    tutorials = next(i for i, part in enumerate(config.nav) if "Tutorials" in part)
+    config.nav.insert(tutorials + 1, {"Notebooks": [f"notebooks/{path.stem}.md" for path in notebooks(config)]})
     return config
 
 
@@ -39,8 +42,12 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {"reference/index.md": commands_page(), "reference/api.md": api_page()}
     pages["reference/changelog.md"] = Path(config.config_file_path).with_name("CHANGELOG.md").read_text("utf-8")
     pages |= {f"reference/commands/{slug(name)}.md": options_page(name) for name in COMMANDS}
-    for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+    for path in notebooks(config):
+        named = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+        pages[f"notebooks/{path.stem}.md"], made = MarkdownExporter().from_filename(str(path), resources=named)
+        pages |= {f"notebooks/{name}": content for name, content in made["outputs"].items()}
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
     return files
 
 
@@ -48,6 +55,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links to files outside of docs/, which the site does not have, as their names."""
     up = "../" * (page.file.src_uri.count("/") + 1)
     return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}([^)]+)\)", r"\1 (`\2`)", markdown)
+
+
+def notebooks(config: Any) -> list[Path]:
+    """The notebooks with their stored outputs, the first one first."""
+    found = Path(config.config_file_path).parent.glob("notebooks/*.ipynb")
+    return sorted(found, key=lambda path: (path.stem != "quickstart", path.stem))
 
 
 def slug(command: str) -> str:
@@ -118,5 +131,5 @@ def api_page() -> str:
     for heading, names in API.items():
         lines += [f"## {heading}", ""]
         for name in names:
-            lines += [f"::: rlhf_jax.{name}", ""]
+            lines += [f"::: rlhf_jax.{name}", "    options:", f"      toc_label: {name}", ""]
     return "\n".join(lines)
