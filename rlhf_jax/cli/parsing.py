@@ -80,11 +80,16 @@ def parser_of(command: str) -> ArgumentParser:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
     set_loader("texts", yamls.load, (yaml.YAMLError,))
-    prog, usage = f"rlhf-jax {command}", "%(prog)s [--config FILE.yaml] [--dotted.option VALUE ...]"
-    parser = ArgumentParser(
-        prog=prog, usage=usage, description=COMMANDS[command].about, parser_mode="texts", exit_on_error=False,
-        print_config=None,
-    )  # fmt: skip
+    named = {"prog": f"rlhf-jax {command}", "usage": "%(prog)s [--config FILE.yaml] [--dotted.option VALUE ...]"}
+
+    class Parser(ArgumentParser):
+        """The help of a group (--model.arch.help) is that of another parser of this class, and begins likewise."""
+
+        def __init__(self, **given: Any):
+            super().__init__(**{**named, **given})
+
+    about = COMMANDS[command].about
+    parser = Parser(description=about, parser_mode="texts", exit_on_error=False, print_config=None)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; what comes later wins")
     parser.add_class_arguments(COMMANDS[command].args, None, as_group=False)
     hints = COMMANDS[command].options
