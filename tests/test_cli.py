@@ -201,6 +201,7 @@ def test_the_help_of_a_command_lists_every_option_with_its_description(call, com
     for group in re.findall(r"--(\S+)\.help\s", out):
         code, arch, err = call(command, f"--{group}.help")
         assert code == 0 and not err and max(map(len, arch.splitlines())) <= 119
+        assert arch.startswith(f"usage: rlhf-jax {command} ")
         out += arch
     flat = "".join(out.split())  # words may be broken at hyphens
     for option, name, cls in options(cli.COMMANDS[command].args):
@@ -296,7 +297,7 @@ FILES = {
     "data: 3": ":1: data is '3'; it is a group of options, such as data.path",
     "data: [path]": ":1: data is ['path']; it is a group of options, such as data.path",
     "model: {eos_ids: x}": ":1: model.eos_ids is ['x']; give a list such as [4, 8]",
-    "data:\n  path: x\n  batch_size: 0": ":3: data.batch_size is 0; make it at least 1",
+    "data:\n  path: x\n  batch_size: -1": ":3: data.batch_size is -1; make it at least 0",
     "optim: {learning_rate: -1}": ":1: optim.learning_rate is -1.0; make it at least 0",
     "data: {seed: 1}\ndata: {path: x}": ":2: invalid YAML ('data' comes twice); correct it",
     "data: [1, 2": ":1: invalid YAML (",
@@ -385,7 +386,7 @@ def test_print_config_shows_what_a_command_and_the_stage_that_it_looks_at_would_
 # --- ranges ---------------------------------------------------------------------------------------------------------
 
 RANGES = {
-    "sft": """data.batch_size 0, data.max_length -1, data.max_prompt_length -1, data.eval_fraction 1,
+    "sft": """data.batch_size -1, data.max_length -1, data.max_prompt_length -1, data.eval_fraction 1,
         data.eval_fraction -0.1, data.eval_fraction .nan, data.eval_batches -1,
         model.logprob_chunk 0,
         model.arch.width 0, model.arch.num_layers 0, model.arch.vocab_size 0, model.arch.norm_eps 0,
@@ -394,7 +395,7 @@ RANGES = {
         optim.eps 0, optim.end_fraction 2, optim.warmup_steps -1, optim.clip_norm -1, optim.weight_decay -1""",
     "reward": """data.microbatch_tokens 0, reward.epochs 0, reward.accumulate 0, reward.steps -1, optim.b1 .nan,
         reward.center_coef -1""",
-    "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.max_new_tokens 0,
+    "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.max_new_tokens -1,
         sampling.min_new_tokens -1, sampling.top_k -1, sampling.chunk 0, sampling.microbatch -1, ppo.epochs 0,
         ppo.iterations 0, ppo.minibatches 0, ppo.accumulate 0, ppo.clip_ratio 0, ppo.clip_ratio -0.2,
         ppo.clip_ratio_high -1,
@@ -403,7 +404,7 @@ RANGES = {
         ppo.ptx_batch_size 0, ppo.truncate_after -1, ppo.score_microbatch -1,
         ppo.microbatch_tokens -1, ppo.missing_eos_value .nan,
         reward.model_weight .nan, reward.model_weight 0, mesh.rollout_tensor -1, value_optim.eps 0""",
-    "sample": "num_samples 0, batch_size 0, max_prompt_length 0, seed -1",
+    "sample": "num_samples 0, batch_size 0, max_prompt_length -1, seed -1",
     "score": "batch_size 0, max_length 0, max_prompt_length -3",
     "quickstart": "comparisons 0, iterations 0, rounds 0, rater_noise 1.5, seed -1",
 }
@@ -449,8 +450,8 @@ TOGETHER = {
     "ppo --data.max_prompt_length 256 --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below "
     "data.max_prompt_length 256; append "
     "256 to it or lower data.max_prompt_length",
-    "sample --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below max_prompt_length 256; append 256 "
-    "to it or lower max_prompt_length",
+    "sample --max_prompt_length 9 --sampling.prompt_buckets [8]": "sampling.prompt_buckets [8] ends below "
+    "max_prompt_length 9; append 9 to it or lower max_prompt_length",
     "score --max_length 256": "max_prompt_length 256 is not below max_length 256, so a response has no room; lower it "
     "or raise max_length",
     "ppo --ppo.stop truncate --ppo.truncate_after 64": "ppo.truncate_after 64 is not below sampling.max_new_tokens "
@@ -708,12 +709,13 @@ def test_an_sft_run_of_ten_rows_with_tensorboard_and_a_trace_and_without_a_bar(h
         "--sft.num_samples",
         "0",
     ]
-    given += ["--data.path", "few.jsonl", "--data.batch_size", str(config.DataConfig().batch_size)]
-    given += ["--run.profile", "[2, 9]"]
+    given += ["--data.path", "few.jsonl", "--data.batch_size", "0", "--run.profile", "[2, 9]"]
+    code, _, err = call("sft", *given, "--data.batch_size", "32")  # the default size, but given
+    assert code == 2 and " examples do not fill one batch of 32; set data.batch_size to at most " in err
     code, out, err = call("sft", *given)
     assert (code, err) == (0, "")
     assert re.search(r"^data\.batch_size 8, since \d training examples do not fill a batch of 32", out, re.M)
-    assert "; batches of 8, prompts up to 4 tokens" in out
+    assert "; batches of 8, prompts up to 4 tokens, responses " in out
     assert "sft: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
     assert "steps 2, tokens of the first step " in out
     assert {path.name for path in (here / "out").iterdir()} == {*WRITTEN, "tensorboard", "profile"}
@@ -721,7 +723,7 @@ def test_an_sft_run_of_ten_rows_with_tensorboard_and_a_trace_and_without_a_bar(h
     assert b"PjitFunction(" in gzip.decompress(trace.read_bytes())
     assert [p.name[:18] for p in (here / "out" / "tensorboard").iterdir()] == ["events.out.tfevent"]
     saved = cli.parse("sft", ["--config", "out/config.yaml"])
-    assert saved == cli.parse("sft", given)
+    assert saved == cli.parse("sft", given) and saved.data.batch_size == 0  # a resumed run chooses again
     assert saved.model.arch == ARCH
 
 
@@ -788,7 +790,8 @@ def rows_of(text: str) -> list[dict]:
 def test_sample_and_score_on_saved_models(here, call):
     ask = ["--prompts", "[b, c d]", "--num_samples", "2", "--sampling.max_new_tokens", "4"]
     code, out, err = call("sample", "--model.path", "lm", *ask, "--output", "made/rows.jsonl")
-    assert (code, out, err) == (0, "", "")
+    loaded = "the model is loaded, the first batch compiles\n"
+    assert (code, out, err) == (0, "", f"sample: 4 responses; prompts up to 36 tokens, responses 4; {loaded}")
     rows = rows_of((here / "made" / "rows.jsonl").read_text())
     assert [row["prompt"] for row in rows] == ["b", "b", "c d", "c d"]
     assert all(set(row) == {"prompt", "response", "response_ids", "finished"} for row in rows)
@@ -800,7 +803,7 @@ def test_sample_and_score_on_saved_models(here, call):
         here / "rows.jsonl", [{**row, "id": i} for i, row in enumerate(rows)] + [{"prompt": "b", "response": ""}]
     )
     code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--output", "scored.jsonl")
-    assert (code, out, err) == (0, "", "")
+    assert (code, out, err) == (0, "", f"score: 5 rows; {loaded}")
     scored = rows_of((here / "scored.jsonl").read_text())
     assert [{k: v for k, v in row.items() if k != "score"} for row in scored] == rows_of(
         (here / "rows.jsonl").read_text()
@@ -818,7 +821,7 @@ def test_sample_and_score_on_saved_models(here, call):
     # Standard output is rows and nothing else, so that it can be piped.
     code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--max_prompt_length", "1")
     assert code == 0 and [row["id"] for row in rows_of(out)[:4]] == [0, 1, 2, 3]
-    assert err == "! rows: kept 5 of 5 rows; dropped 0; truncated 2\n"
+    assert err == f"! rows: kept 5 of 5 rows; dropped 0; truncated 2\nscore: 5 rows; {loaded}"
     assert ["cut" in row for row in rows_of(out)] == [False, False, True, True, False]
 
     before = tree_bytes(here / "made"), (here / "scored.jsonl").read_bytes()
@@ -834,11 +837,11 @@ def test_sample_decodes_in_microbatches_and_says_what_it_cut(here, call):
     arguments = ["--prompts", "[b c d e, c]", "--sampling.microbatch", "3", "--sampling.max_new_tokens", "2"]
     code, out, err = call("sample", "--model.path", "lm", *arguments, "--max_prompt_length", "2", "--batch_size", "1")
     assert code == 0 and [row["prompt"] for row in rows_of(out)] == ["c"]
-    assert err == "! prompts: kept 1 of 2 rows; dropped 1 with a prompt over 2 tokens; truncated 0\n"
+    assert err.startswith("! prompts: kept 1 of 2 rows; dropped 1 with a prompt over 2 tokens; truncated 0\n")
     cutting = ["--max_prompt_length", "2", "--batch_size", "1", "--too_long", "truncate"]
     code, out, err = call("sample", "--model.path", "lm", *arguments, *cutting)
     assert [(row["prompt"], row.get("prompt_seen")) for row in rows_of(out)] == [("b c d e", "d e"), ("c", None)]
-    assert err == "! prompts: kept 2 of 2 rows; dropped 0; truncated 1\n"
+    assert err.startswith("! prompts: kept 2 of 2 rows; dropped 0; truncated 1\n")
 
 
 INFERENCE_MISTAKES = {

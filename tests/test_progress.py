@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import pty
+import queue
 import re
 import subprocess
 import sys
@@ -85,6 +87,21 @@ def test_in_a_log_there_is_a_plain_line_now_and_then_and_no_fragment(monkeypatch
         "sft: 100 of 100, evaluating",
     ]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_says_what_is_waited_for_before_the_first_step_and_not_once_nobody_waits(monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    one = Progress("sft", 3, 0, bar=False, say=said.put)
+    assert said.get().startswith("sft: 0 of 3, compiling, ")
+    one.doing("evaluating")
+    while not said.get().startswith("sft: 0 of 3, evaluating, "):
+        pass
+    waiting = [thread for thread in threading.enumerate() if thread.name.endswith("(_wait)")]
+    del one
+    gc.collect()
+    for thread in waiting:
+        thread.join()
 
 
 def test_the_time_of_a_run_goes_to_what_the_devices_waited_for(monkeypatch):

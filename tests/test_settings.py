@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
 from pathlib import Path
@@ -148,3 +149,49 @@ def test_odd_values_of_any_option_are_taken_or_one_line(command, capfd, monkeypa
             assert end.value.code in (0, 2) and "Traceback" not in err + out, (name, value)
             if end.value.code:
                 assert err.startswith("rlhf-jax: error: ") and err.count("\n") == 1 and len(err) < 1100
+
+
+@pytest.mark.parametrize(
+    ("positions", "command", "given", "prompt", "response"),
+    [
+        (32, "sft", [], 16, 16),
+        (32, "ppo", ["--sampling.max_new_tokens", "20"], 12, 20),
+        (32, "grpo", ["--data.max_prompt_length", "4"], 4, 28),
+        (32, "sample", ["--sampling.prompt_buckets", "[4, 8]"], 8, 24),
+        (32, "collect", [], 16, 16),
+        (32, "label", ["--output", "v.jsonl"], 16, 16),
+        (32, "ppo", ["--data.max_prompt_length", "30", "--sampling.max_new_tokens", "20"], 30, 20),  # refused later
+        (512, "ppo", [], 256, 64),
+        (4096, "ppo", [], 512, 64),
+        (4096, "bestofn", [], 256, 64),
+    ],
+)
+def test_lengths_left_open_fit_the_positions_of_the_model(tmp_path, positions, command, given, prompt, response):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    made = cli.parse(command, ["--model.path", str(tmp_path), *given])
+    longest = made.data.max_prompt_length if hasattr(made, "data") else made.max_prompt_length
+    assert (longest, made.sampling.max_new_tokens) == (prompt, response)
+
+
+def test_lengths_left_open_fit_the_least_of_several_models_and_an_architecture(tmp_path):
+    for name, positions in (("short", 32), ("long", 4096)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"n_positions": positions}))
+    both = [str(tmp_path / "long"), str(tmp_path / "short")]
+    sources = [config.SourceConfig(path=path) for path in both]
+    drawn = config.CollectArgs(sources=sources)
+    assert (drawn.max_prompt_length, drawn.sampling.max_new_tokens) == (16, 16)
+    assert config.ChatArgs(models=both).sampling.max_new_tokens == 16
+    assert config.ChatArgs(models=both[:1]).sampling.max_new_tokens == 256
+    arch = config.ArchConfig(
+        vocab_size=8, width=8, num_layers=1, num_heads=1, num_kv_heads=1, ffn_width=8, max_positions=20
+    )
+    stage = config.SFTArgs(model=config.ModelConfig(arch=arch))
+    assert (stage.data.max_length, stage.data.max_prompt_length, stage.sampling.max_new_tokens) == (20, 10, 10)
+
+
+def test_all_of_config_hides_no_stage():
+    names: dict[str, Any] = {}
+    exec("from rlhf_jax import ppo, reward, sft\nfrom rlhf_jax.config import *", names)
+    assert all(callable(names[stage].run) for stage in ("ppo", "reward", "sft"))
+    assert names["SFTArgs"] is config.SFTArgs and names["TrainArgs"] is config.TrainArgs

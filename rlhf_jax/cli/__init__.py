@@ -20,6 +20,7 @@ from rlhf_jax.cli.completion import SHELLS, completion
 from rlhf_jax.cli.parsing import pairs, parse, parser_of, read
 from rlhf_jax.cli.schema import schema_of
 from rlhf_jax.config.guess import nearest
+from rlhf_jax.config.rates import BATCH
 from rlhf_jax.config.settings import path_text
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
 
@@ -58,7 +59,10 @@ def dispatch(arguments: list[str]) -> None:
     told = settings_of(command, [argument for argument in rest if argument != "--print_config"])
     if "--print_config" in rest:
         trees = [one if isinstance(one, dict) else config.to_dict(one) for one in told]
-        return tell("---\n".join(yaml.safe_dump(tree, sort_keys=False) for tree in trees if tree).rstrip())
+        tell("---\n".join(yaml.safe_dump(tree, sort_keys=False) for tree in trees if tree).rstrip())
+        if any(tree.get("data") and tree["data"].get("batch_size") == 0 for tree in trees):
+            tell(f"# data.batch_size 0: {BATCH}, or as many rows as there are; the start of the run says it")
+        return None
     execute(command, *told)
 
 

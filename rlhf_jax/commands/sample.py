@@ -35,6 +35,12 @@ def print_rows(rows: list[Row], path: str) -> None:
         write_output(path, json_lines(rows))
 
 
+def say_loaded(what: str) -> None:
+    """On standard error, which keeps rows on standard output clean: the first batch of a toy takes long, too."""
+    if is_first():
+        tell(f"{what}; the model is loaded, the first batch compiles", error=True)
+
+
 def run_sample(config: SampleArgs) -> list[Row]:
     """num_samples responses to every prompt, as sft rows with `response_ids`; written or printed, and returned."""
     prompts, tokenizer = within_limits(config, prompts_of(config)), load_tokenizer(config.model)
@@ -48,6 +54,8 @@ def run_sample(config: SampleArgs) -> list[Row]:
 
     def begin() -> Make:
         drawer = load_drawer(config.model, tokenizer, config.sampling, mesh, seed=config.seed, longest=longest)
+        lengths = f"prompts up to {config.max_prompt_length} tokens, responses {config.sampling.max_new_tokens}"
+        say_loaded(f"sample: {count} responses; {lengths}")
 
         def make(start: int, stop: int) -> list[Row]:
             part = prompts[start // each : stop // each]
@@ -90,8 +98,9 @@ def run_score(config: ScoreArgs) -> list[Row]:
         cuts = [any(cuts[slice(*ends)]) for ends in pairwise(places.tolist())]
         report = Report(len(rows), dict(dropped), sum(cuts))
         if report.truncated or dropped:
-            tell(f"{report.mark}rows: {report}", error=True)  # which keeps rows on standard output clean
+            tell(f"{report.mark}rows: {report}", error=True)
         longest = [max(len(one["tokens"]) for one in examples) for examples in read]
+        say_loaded(f"score: {len(rows)} rows")
 
         def make(start: int, stop: int) -> list[Row]:
             first, parts = places[start], zip(readers, read, longest, strict=True)

@@ -5,6 +5,8 @@ them to `sft.run`, `reward.run` and `ppo.run`. Counts are in the unit that the n
 value out of range is a UserError where the class is made.
 """
 
+from types import ModuleType as _Module
+
 from rlhf_jax.config.adapters import LoRAConfig
 from rlhf_jax.config.arch import ArchConfig, RopeScaling
 from rlhf_jax.config.bestofn import BestOfNArgs
@@ -60,3 +62,6 @@ OnlineArgs = PPOArgs | GroupArgs
 """All of a method that learns from its own samples."""
 StageArgs = TrainArgs | OnlineArgs
 """All of a command with a run directory."""
+
+# `import *` brings no module: config.sft would hide rlhf_jax.sft
+__all__ = [name for name, it in list(globals().items()) if not name.startswith("_") and not isinstance(it, _Module)]

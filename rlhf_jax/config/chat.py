@@ -6,8 +6,12 @@ from dataclasses import field
 
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.rates import lengths_within, positions_of
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
+
+ANSWER = 256
+"""Tokens of the longest answer, where sampling.max_new_tokens is 0 and the positions hold them."""
 
 
 @settings
@@ -22,6 +26,8 @@ class ChatArgs:
             leave beside an answer, at most 4096.
         system: a first message of the system.
         plain: what is typed is a text that is continued, without template and history, as base models and toys want.
+        blind: of two policies, do not say which is which: each pair of answers stands in an order by `seed`. The rows
+            of the votes name them, and the end says how often each was preferred.
         page: talk on a page in the browser, not in the terminal; it is served to this machine alone.
         port: of the page; 0 takes a free one.
         seed: of the noise; each answer has other noise.
@@ -31,10 +37,11 @@ class ChatArgs:
 
     models: list[PathText] = field(default_factory=list)
     model: ModelConfig = ModelConfig()
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=256, chunk=8)
+    sampling: SamplingConfig = SamplingConfig(chunk=8)
     max_prompt_length: int = 0
     system: str = ""
     plain: bool = False
+    blind: bool = False
     page: bool = False
     port: int = 8766
     seed: int = 0
@@ -43,10 +50,17 @@ class ChatArgs:
 
     def __post_init__(self) -> None:
         check(self, "", {"at least 0": "max_prompt_length", "between 0 and 65535": "port", SEEDS: "seed"})
+        positions = positions_of(self.model, *self.models)
+        _, sampling = lengths_within(positions, self.max_prompt_length, self.sampling, responses=ANSWER)
+        object.__setattr__(self, "sampling", sampling)
         self.sampling.check_whole()
         if len(self.models) > 2:
             raise UserError(f"models {shown(self.models)} are more than two; name one policy, or two to compare")
         if self.system and self.plain:
             raise UserError("system is a message, and plain has none; leave one out")
+        if self.blind and len(self.models) != 2:
+            raise UserError(
+                f"blind hides which of two policies said what, and models has {len(self.models)}; name two"
+            )
         if self.output and not self.output.endswith(".jsonl"):
             raise UserError(f"output is {self.output!r}; name a .jsonl file for the votes")

@@ -9,6 +9,7 @@ from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.judge import JudgeConfig
 from rlhf_jax.config.online import RewardSourceConfig
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.rates import settle_lengths
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
@@ -57,7 +58,8 @@ class DrawArgs:
         data_path: a file of prompt rows, instead of or besides `prompts`.
         num_samples: responses of each source to each prompt.
         sampling: how responses are drawn.
-        max_prompt_length: longest prompt, demonstrations included, in tokens.
+        max_prompt_length: longest prompt, demonstrations included, in tokens; 0 takes 256, or what the models'
+            positions leave.
         too_long: what happens to longer prompts, as data.too_long of a stage: drop (counted and said), truncate (they
             lose their start; their rows say in `prompt_seen` what was left), or error.
         batch_size: rows decoded at once.
@@ -73,7 +75,7 @@ class DrawArgs:
     data_path: PathText = ""
     num_samples: int = 4
     sampling: SamplingConfig = SamplingConfig()
-    max_prompt_length: int = 256
+    max_prompt_length: int = 0
     too_long: Literal["drop", "truncate", "error"] = "drop"
     batch_size: int = 64
     reward: RewardSourceConfig = RewardSourceConfig()
@@ -83,7 +85,8 @@ class DrawArgs:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
+        check(self, "", {"at least 1": "num_samples batch_size", "at least 0": "max_prompt_length", SEEDS: "seed"})
+        settle_lengths(self, *(source.path for source in getattr(self, "sources", [])))
         if self.reward.teacher:
             raise UserError(
                 f"reward.teacher {self.reward.teacher} pays tokens, and here responses are scored; leave it out, or "

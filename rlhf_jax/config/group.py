@@ -124,7 +124,7 @@ class GroupArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        settle(self, "grpo")
+        settle(self, "grpo", online=True)
         for name, group in vars(self).items():
             if isinstance(group, GroupConfig):  # the method's own
                 group.check(name)

@@ -9,6 +9,7 @@ from typing import Literal
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.online import RewardSourceConfig
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.rates import settle_lengths
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, printable, shown
 
@@ -45,7 +46,8 @@ class LabelArgs:
         selected: how many are shown.
         reward: names the ensemble.
         sampling: how responses are drawn.
-        max_prompt_length: longest prompt in tokens; longer ones are left out and counted.
+        max_prompt_length: longest prompt in tokens; longer ones are left out and counted. 0 takes 256, or what the
+            model's positions leave.
         batch_size: responses drawn at once; of their prompts those of the most information come first.
         ahead: more is drawn while the busiest rater has fewer items left.
         mesh: the devices.
@@ -68,17 +70,20 @@ class LabelArgs:
     selected: int = 2
     reward: RewardSourceConfig = RewardSourceConfig()
     sampling: SamplingConfig = SamplingConfig()
-    max_prompt_length: int = 256
+    max_prompt_length: int = 0
     batch_size: int = 64
     ahead: int = 16
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         rules = {"between 0 and 65535": "port", SEEDS: "seed", "between 2 and 10": "scale", "at least 2": "selected"}
-        check(self, "", {**rules, "at least 1": "num_samples max_prompt_length batch_size ahead"})
+        rules |= {"at least 1": "num_samples batch_size ahead", "at least 0": "max_prompt_length"}
+        check(self, "", rules)
         idle = [each.name for each in fields(self) if each.name in DRAWN and getattr(self, each.name) != each.default]
         if idle and not self.model.path:
             raise UserError(f"{idle[0]} is of responses that a model draws; give model.path, or leave it out")
+        if self.model.path:
+            settle_lengths(self)
         if not self.output.endswith(".jsonl"):
             raise UserError(f"output is {self.output!r}; name a .jsonl file for the answers, as --output votes.jsonl")
         if any(not re.fullmatch(r"\w{1,30}", name) for name in self.criteria) or _repeats(self.criteria):

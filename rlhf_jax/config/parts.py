@@ -176,10 +176,12 @@ class DataConfig:
         eval_path: held-out rows; empty holds out `eval_fraction` of `path` (and mixture), split by prompt.
         eval_fraction: share of the prompts held out when `eval_path` is empty, at least one of them; 0 evaluates
             nothing, and the last weights are kept.
-        batch_size: rows of one optimiser batch, over all devices (for packed text: sequences).
-        max_prompt_length: longest prompt, in tokens; 0: the last of sampling.prompt_buckets, or half of max_length.
+        batch_size: rows of one optimiser batch, over all devices (for packed text: sequences). 0 takes 32, of methods
+            on rows fewer where the training examples do not fill that, or as many as the mesh needs.
+        max_prompt_length: longest prompt, in tokens; 0: the last of sampling.prompt_buckets, or half of max_length,
+            fewer where the model's positions leave no more beside a response.
         max_length: longest prompt and response together, in tokens; also the length of a packed sequence. 0 takes 512,
-            for a model by path 1024, or as many as its positions allow.
+            for a model by path 1024, or as many as the model's positions allow.
         length_buckets: lengths below max_length that a training batch may be padded to instead; rows of similar length
             then share a batch, and each length is one compilation. Empty pads all to max_length.
         too_long: what happens to longer rows: drop (counted and said), truncate (prompts lose their start, responses
@@ -198,7 +200,7 @@ class DataConfig:
     fields: list[str] = field(default_factory=list)
     eval_path: PathText = ""
     eval_fraction: float = 0.05
-    batch_size: int = 32
+    batch_size: int = 0
     max_prompt_length: int = 0
     max_length: int = 0
     length_buckets: list[int] = field(default_factory=list)
@@ -210,9 +212,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "at least 1": "batch_size microbatch_tokens",
+            "at least 1": "microbatch_tokens",
             "at least 0 and below 1": "eval_fraction",
-            "at least 0": "eval_batches max_prompt_length max_length",
+            "at least 0": "batch_size eval_batches max_prompt_length max_length",
         }
         check(self, "data.", rules)
         if self.max_length and not self.max_prompt_length:
@@ -299,7 +301,7 @@ class SamplingConfig:
     """How responses are drawn.
 
     Args:
-        max_new_tokens: T, longest response.
+        max_new_tokens: T, longest response. 0 takes 64 (chat 256), or what the model's positions leave a response.
         min_new_tokens: stop ids cannot be drawn before this many tokens.
         temperature: logits are divided by it; 0 is greedy.
         top_k: keep the k most likely tokens (ties kept); 0 keeps all. Methods that learn from their samples carry the
@@ -317,7 +319,7 @@ class SamplingConfig:
             if need be. 0, or max_new_tokens and more, cuts none.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 0
     min_new_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
@@ -330,12 +332,12 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "at least 1": "max_new_tokens chunk",
-            "at least 0": "min_new_tokens temperature top_k slots microbatch budget",
+            "at least 1": "chunk",
+            "at least 0": "max_new_tokens min_new_tokens temperature top_k slots microbatch budget",
             "above 0 and at most 1": "top_p",
         }
         check(self, "sampling.", rules)
-        if self.min_new_tokens > self.max_new_tokens:
+        if self.max_new_tokens and self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"sampling.min_new_tokens {self.min_new_tokens} is more than sampling.max_new_tokens "
                 f"{self.max_new_tokens}; lower it"

@@ -101,7 +101,7 @@ class PPOArgs:
     faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
-        settle(self, "ppo", "value")
+        settle(self, "ppo", "value", online=True)
         self.optim.check("optim.")
         check_frozen(self.model, self.lora)
         self.value_optim.check("value_optim.")

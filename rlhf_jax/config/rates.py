@@ -1,7 +1,7 @@
-"""Settings that a pretrained model needs otherwise than one of fresh weights: rates, warm-up, lengths.
+"""Settings that depend on the model: rates and warm-up of a pretrained one, lengths that its positions hold.
 
-A stage's class of settings calls `settle` where it is made, so what config.yaml, a resumed run, `plan` and Python see
-is what holds.
+A class of settings calls `settle` or `settle_lengths` where it is made, so what config.yaml, a resumed run, `plan` and
+Python see is what holds.
 """
 
 from __future__ import annotations
@@ -9,10 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rlhf_jax.config.parts import ModelConfig, SamplingConfig
 
 LENGTH, PRETRAINED_LENGTH = 512, 1024
-"""Tokens of `data.max_length` 0: of fresh weights, and of a model by path, whose positions may be fewer."""
+"""Tokens of `data.max_length` 0: of fresh weights, and of a model by path; either's positions may be fewer."""
+
+PROMPT, RESPONSE = 256, 64
+"""Tokens of `max_prompt_length` 0 and of `sampling.max_new_tokens` 0, where the model's positions hold them."""
+
+BATCH = 32
+"""Rows of `data.batch_size` 0. Methods that train on rows take fewer where rows are few (`data.loading`)."""
 
 
 class Rate(NamedTuple):
@@ -42,8 +51,11 @@ RATES = {
 }
 
 
-def settle(args: Any, rate: str, value_rate: str = "") -> None:
-    """Fill in what a stage's settings leave open: `optim` by the name of its rate, `value_optim`, the lengths."""
+def settle(args: Any, rate: str, value_rate: str = "", *, online: bool = False) -> None:
+    """Fill in what a stage's settings leave open: `optim` by the name of its rate, `value_optim`, lengths and batch.
+
+    `online` methods sample their batch, whose size is then known; others may find fewer rows.
+    """
     path, adapters = args.model.path, bool(args.lora.rank)
     for group, name in (("optim", rate), ("value_optim", value_rate)):
         if name and (optim := getattr(args, group)).learning_rate is None:
@@ -53,15 +65,47 @@ def settle(args: Any, rate: str, value_rate: str = "") -> None:
             ratio = optim.warmup_ratio or warmup
             chosen = dataclasses.replace(optim, learning_rate=float(f"{peak:g}"), warmup_ratio=ratio)
             object.__setattr__(args, group, chosen)
-    if not args.data.max_length:
-        length = min(PRETRAINED_LENGTH, positions_of(path)) if path else LENGTH
-        buckets = getattr(args, "sampling", None) and args.sampling.prompt_buckets
-        prompt = args.data.max_prompt_length or (buckets[-1] if buckets else 0)
-        object.__setattr__(args, "data", dataclasses.replace(args.data, max_length=length, max_prompt_length=prompt))
+    data, sampling, positions = args.data, getattr(args, "sampling", None), positions_of(args.model)
+    prompt, length = data.max_prompt_length, data.max_length
+    if not length:
+        length = min(PRETRAINED_LENGTH if path else LENGTH, positions)
+    if sampling is not None:
+        prompt, sampling = lengths_within(positions, prompt, sampling, prompts=max(length // 2, 1))
+        object.__setattr__(args, "sampling", sampling)
+    size = data.batch_size or BATCH * online
+    more = {"max_length": length, "max_prompt_length": prompt, "batch_size": size}
+    object.__setattr__(args, "data", dataclasses.replace(data, **more))
 
 
-def positions_of(path: str) -> int:
-    """Positions of a model directory, as its config.json says; what it does not say is seen when it is loaded."""
+def settle_lengths(args: Any, *paths: str) -> None:
+    """Fill in `max_prompt_length` and `sampling.max_new_tokens` of a command that samples from `model` and `paths`."""
+    prompt, sampling = lengths_within(positions_of(args.model, *paths), args.max_prompt_length, args.sampling)
+    object.__setattr__(args, "max_prompt_length", prompt)
+    object.__setattr__(args, "sampling", sampling)
+
+
+def lengths_within(
+    positions: int, prompt: int, sampling: SamplingConfig, *, prompts: int = PROMPT, responses: int = RESPONSE
+) -> tuple[int, SamplingConfig]:
+    """Longest prompt, and `sampling` with its longest response: `prompts` and `responses` where they are 0, or fewer
+    tokens where the model has no positions for both. What is given stays.
+    """
+    longest = max([prompt, *sampling.prompt_buckets])
+    new = sampling.max_new_tokens or min(responses, positions - longest if longest else positions // 2)
+    prompt = prompt or longest or min(prompts, positions - new)
+    return max(prompt, 1), dataclasses.replace(sampling, max_new_tokens=max(new, 1))
+
+
+def positions_of(model: ModelConfig, *paths: str) -> int:
+    """The fewest positions of a model and of other directories, as far as their config.json says; what it does not say
+    is seen when they are loaded.
+    """
+    told = [told_by(path) for path in (model.path, *paths) if path]
+    return min(told + ([model.arch.max_positions] if model.arch is not None else []), default=PRETRAINED_LENGTH)
+
+
+def told_by(path: str) -> int:
+    """Positions of a model directory by its config.json, or else the longest default length."""
     try:
         config = json.loads(Path(path, "config.json").read_bytes())
         found = config.get("max_position_embeddings", config.get("n_positions"))

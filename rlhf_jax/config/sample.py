@@ -8,6 +8,7 @@ from typing import Literal
 from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.online import check_paths
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
+from rlhf_jax.config.rates import settle_lengths
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError
 
@@ -22,7 +23,7 @@ class SampleArgs:
         data_path: a file of prompt rows, instead of or besides `prompts`.
         num_samples: responses to each prompt.
         sampling: how responses are drawn.
-        max_prompt_length: longest prompt, in tokens.
+        max_prompt_length: longest prompt, in tokens; 0 takes 256, or what the model's positions leave.
         too_long: what happens to longer prompts, as data.too_long of a stage: drop (counted and said), truncate (they
             lose their start; their rows say in `prompt_seen` what was left), or error.
         batch_size: prompts decoded at once.
@@ -38,7 +39,7 @@ class SampleArgs:
     data_path: PathText = ""
     num_samples: int = 1
     sampling: SamplingConfig = SamplingConfig()
-    max_prompt_length: int = 256
+    max_prompt_length: int = 0
     too_long: Literal["drop", "truncate", "error"] = "drop"
     batch_size: int = 64
     seed: int = 0
@@ -47,7 +48,8 @@ class SampleArgs:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        check(self, "", {"at least 1": "num_samples max_prompt_length batch_size", SEEDS: "seed"})
+        check(self, "", {"at least 1": "num_samples batch_size", "at least 0": "max_prompt_length", SEEDS: "seed"})
+        settle_lengths(self)
         self.sampling.check_buckets("max_prompt_length", self.max_prompt_length)
         self.sampling.check_whole()
 

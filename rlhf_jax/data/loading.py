@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rlhf_jax.config import DataConfig
+from rlhf_jax.config.rates import BATCH
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
 from rlhf_jax.data.encoding import Example, Report
 from rlhf_jax.data.examples import split_by_prompt
@@ -38,10 +39,15 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
     return train, held_out
 
 
+def batch_of(data: DataConfig, multiple: int) -> int:
+    """data.batch_size; where it is 0, BATCH or the next multiple."""
+    return data.batch_size or -(-BATCH // multiple) * multiple
+
+
 def filled_batch(data: DataConfig, count: int, multiple: int) -> int:
-    """data.batch_size; if that is the default and `count` examples are fewer, the largest multiple that they fill."""
-    size, fewer = data.batch_size, count // multiple * multiple
-    if count >= size or size != DataConfig().batch_size or not fewer:
+    """`batch_of`; if it is 0 in the config and `count` examples are fewer, the largest multiple that they fill."""
+    size, fewer = batch_of(data, multiple), count // multiple * multiple
+    if data.batch_size or count >= size or not fewer:
         return size
     say(f"data.batch_size {fewer}, since {count} training examples do not fill a batch of {size}, the default")
     return fewer

@@ -92,7 +92,9 @@ class Phases:
                     continue
                 first = done // phase.size * phase.size
                 journal.cut(phase.start + first)
+                bar.doing("loading")
                 make = phase.begin()
+                bar.doing("compiling")
                 for start in range(first, phase.count, phase.size):
                     journal.add(make(start, min(start + phase.size, phase.count)))
                     bar.update(len(journal.rows) - bar.done)

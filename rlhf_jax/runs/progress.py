@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -44,13 +45,14 @@ def write(text: str) -> None:
 
 class Progress:
     """Steps done of `total`, and the newest values. A bar where standard error is a terminal, or in a notebook, and
-    `bar` asks for one; else `say` is given a line every EVERY seconds, and nothing for what takes less.
+    `bar` asks for one; else `say` is given a line every EVERY seconds, before the first step too, which compiles, and
+    nothing for what takes less.
     """
 
     def __init__(self, name: str, total: int, start: int, *, bar: bool, say: Callable[[str], None] | None):
         """`start` steps were done before. Without `say` there are no lines."""
         self.name, self.total, self.done, self._say = name, total, start, say
-        self._values = ""
+        self._values, self._what, self._moved = "", "compiling", threading.Event()
         self._began = self._said = time.monotonic()
         self._first: tuple[int, float] | None = (
             None  # steps and time once one was done; it compiled, the others do not
@@ -62,11 +64,14 @@ class Progress:
                 total=total, initial=start, desc=name, bar_format=FORMAT, mininterval=0.5 if cell else 0.1,
                 file=sys.stdout if cell else sys.stderr, ncols=COLUMNS if cell else None, dynamic_ncols=not cell,
             )  # fmt: skip
+        elif say is not None and start < total:
+            threading.Thread(target=_wait, args=(weakref.ref(self), self._moved), daemon=True).start()
         OPEN.add(self)
 
     def update(self, steps: int = 1) -> None:
         """So many more steps are done."""
         self.done += steps
+        self._moved.set()
         now, first = time.monotonic(), self._first
         self._first = first or (self.done, now)
         if self._bar is not None:
@@ -87,6 +92,7 @@ class Progress:
 
     def doing(self, what: str) -> None:
         """What takes its time now, while no step is done; a line of it where all steps of a long command are."""
+        self._what = what
         if self._bar is not None:
             self._bar.set_postfix_str(what)
         elif self._say is not None and self.done == self.total and time.monotonic() - self._began >= EVERY:
@@ -94,5 +100,19 @@ class Progress:
 
     def close(self) -> None:
         """End the bar, if it has not ended."""
+        self._moved.set()
         if self._bar is not None:
             self._bar.close()
+
+    def waited(self) -> None:
+        """A line of what takes its time before the first step is done."""
+        if self._say is not None:
+            waited = time.monotonic() - self._began
+            self._say(f"{self.name}: {self.done} of {self.total}, {self._what}, {waited:.0f} s so far")
+
+
+def _wait(progress: weakref.ref[Progress], moved: threading.Event) -> None:
+    """Every EVERY seconds until the first step, or until nobody holds the progress any more."""
+    while not moved.wait(EVERY) and (one := progress()) is not None:
+        one.waited()
+        del one

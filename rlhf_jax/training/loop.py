@@ -158,5 +158,6 @@ def settled_on(config: StageArgs, total: int) -> str:
             warmup = warmup_of(optim, total)
             slowly = f" after a warm-up of {warmup}" if warmup else ""
             said.append(f"{name}.learning_rate {optim.learning_rate:g}, {optim.schedule}{slowly}")
-    data = config.data
-    return f"{'; '.join(said)}; batches of {data.batch_size}, prompts up to {data.max_prompt_length} tokens"
+    data, sampling = config.data, getattr(config, "sampling", None)
+    longest = f"responses {sampling.max_new_tokens}" if sampling else f"rows {data.max_length}"
+    return f"{'; '.join(said)}; batches of {data.batch_size}, prompts up to {data.max_prompt_length} tokens, {longest}"

@@ -11,6 +11,8 @@ from rlhf_jax.commands.plan.chips import find_topology, per_chip
 from rlhf_jax.commands.plan.plan import analyse, cost_line, decode_lines, exchange_lines, fits, gib, shown
 from rlhf_jax.commands.plan.suggest import suggest
 from rlhf_jax.config import PlanArgs, StageArgs
+from rlhf_jax.config.functions import replace
+from rlhf_jax.data.loading import batch_of
 from rlhf_jax.errors import tell
 from rlhf_jax.hosts.json_text import to_json
 from rlhf_jax.sharding import make_mesh
@@ -30,8 +32,9 @@ def run(plan: PlanArgs, config: StageArgs) -> bool:
     """
     known = [calibration.read(path) for path in plan.calibration]
     if plan.chips:
-        return slices.compare(plan, config, known)
+        return slices.compare(plan, replace(config, data__batch_size=batch_of(config.data, 1)), known)
     chip, devices = find_topology(plan.topology, config.mesh.slices)
+    config = replace(config, data__batch_size=batch_of(config.data, make_mesh(config.mesh, devices).row_ways))
     if plan.suggest:
         suggest(config, chip, devices, plan)
         return True

@@ -100,7 +100,7 @@ def run(
         for number, one in enumerate(stages, 1):
             say(f"\n[{number}/{len(stages)}] {one.label}: {one.command}, {WORDS[actions[one.label]]}")
             if actions[one.label] != "skip":
-                perform(one, actions[one.label], record)
+                perform(one.now(), actions[one.label], record)
         summary = processes.from_first(conclude)
     finally:
         record.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ class Stage:
     config: Settings
     output: str
     inputs: tuple[str, ...]
+
+    def now(self) -> Stage:
+        """The stage as it is told once those before it have run: lengths that are left open follow their models."""
+        return replace(self, config=config_of(self.command, self.options))
+
+
+def config_of(command: str, options: Tree) -> Settings:
+    """The command's settings of a stage's options."""
+    return parse(command, [f"--{key}={as_argument(value)}" for key, value in options.items()])
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ class Recipe:
         put(options, target, output)
         self.add(names, name, Known(output, frozenset([label]), target == "run.output_dir"))
         try:
-            config = parse(command, [f"--{key}={as_argument(value)}" for key, value in options.items()])
+            config = config_of(command, options)
         except UserError as error:
             raise self.error(place, str(error)) from error
         return Stage(label, round_, command, options, config, output, tuple(sorted(used)))
