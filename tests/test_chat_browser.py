@@ -64,3 +64,14 @@ def test_the_page_streams_both_answers_keeps_a_vote_and_shows_the_history(tmp_pa
         page.click("#new")
         assert page.locator(".intro").count() == 1 and errors == []
     assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_blind_page_names_nobody(browser):  # noqa: F811
+    with served(room_of(None, "one", "two", blind=True)) as address:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        page.fill("#text", "hello")
+        page.keyboard.press("Enter")
+        page.click("text=A is better")
+        page.wait_for_selector(".card.best")
+        assert page.title() == "Chat" and "runs/" not in page.content()

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf_jax.commands.chat.page import Room
 from rlhf_jax.commands.chat.policy import Answer
+from rlhf_jax.commands.chat.talk import preferred
 from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.messages import key_of
 from rlhf_jax.data.schemas import preference_row
@@ -71,6 +72,23 @@ def test_two_policies_are_drawn_in_turn_with_one_noise_and_a_vote_decides_what_t
     assert (
         rows[0]["models"] == ["runs/two/model", "runs/one/model"] and key_of(rows[0]["chosen"]) == "**two** hello you"
     )
+
+
+def test_blind_the_sides_change_by_the_seed_unsaid_and_the_rows_and_the_end_name_them(tmp_path):
+    orders = []
+    for _ in range(2):  # the same seed, the same sides
+        room = room_of(None, "one", "two", blind=True, plain=True, seed=3)
+        assert room.start()["models"] == ["", ""]
+        shown = [said(room, text=f"hello {i}") for i in range(8)]
+        assert all("runs/" not in json.dumps(lines) for lines in shown)
+        orders.append([lines[0]["piece"] for lines in shown])
+        for i, lines in enumerate(shown):
+            room.vote({"talk": lines[-1]["talk"], "best": i % 2})
+    assert orders[0] == orders[1] and set(orders[0]) == {"**one** ", "**two** "}
+    for row in room.votes:
+        assert [f"runs/{row[name][2:5]}/model" for name in ("chosen", "rejected")] == row["models"]
+    ones = sum(row["models"][0] == "runs/one/model" for row in room.votes)
+    assert preferred(room.votes, room.config.models) == f"runs/one/model {ones}; runs/two/model {8 - ones}; ties 0"
 
 
 def test_what_is_broken_off_was_not_said_and_an_end_waits_for_no_whole_answer():

@@ -18,7 +18,7 @@ from tiny import ONE, toy_directory
 from rlhf_jax.commands.collect import run_collect
 from rlhf_jax.commands.label import drawing
 from rlhf_jax.commands.label.items import items_of
-from rlhf_jax.commands.label.server import Page
+from rlhf_jax.commands.label.server import Page, items_drawn
 from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.config import CollectArgs, JudgeConfig, LabelArgs, ModelConfig, RewardSourceConfig, SamplingConfig
 from rlhf_jax.config.functions import replace
@@ -144,16 +144,18 @@ def test_the_page_draws_what_collect_chooses_batch_by_batch_and_goes_on(tmp_path
     same = {"sources": [], "num_samples": 3, "batch_size": 9, "select": "disagreement", "reward": reward}
     wanted = run_collect(settings(tmp_path / "a.jsonl", **same), rows=PROMPTS)
     with drawing.Supply(config) as supply:  # three batches: of 3, 3 and 1 prompts
-        rows, waiting = list(supply.rows), [config.ahead]
-        supply.start(rows.extend, lambda: waiting[0])
+        batches, waiting = list(supply.batches), [config.ahead]
+        supply.start(lambda batch, rows: batches.insert(batch, rows), lambda: waiting[0])
+        rows = batches[0]
         first = {row["prompt"] for row in PROMPTS[:3]}
         assert rows and {row["prompt"] for row in rows} <= first and len(supply.journal.rows) == 1
         waiting[0] = 0  # somebody has answered all of them
-        wait_for(lambda: len(supply.journal.rows) == 3)
+        wait_for(lambda: len(batches) == supply.count == 3)
+    rows = [row for batch in batches for row in batch]
     said = lambda row: (row["prompt"], row["information"], [item["text"] for item in row["responses"]])  # noqa: E731
     assert [said(row) for row in sorted(rows, key=lambda row: -row["information"])] == [said(row) for row in wanted]
     with drawing.Supply(config) as again:
-        assert again.rows == rows
+        assert again.batches == batches
     with pytest.raises(UserError, match=r"votes.jsonl.drawn.part is made with seed 0, not 1; give the same"):
         drawing.Supply(replace(config, seed=1))
     with pytest.raises(UserError, match=r"num_samples is of responses that a model draws; give model.path"):
@@ -177,21 +179,28 @@ def test_a_policy_that_fails_leaves_the_page_with_what_is_there_and_its_rows_are
             return [{"prompt": PROMPTS[start]["prompt"], "responses": [{"text": "a"}, {"text": "b"}]}]
 
     monkeypatch.setattr(drawing, "Drawing", Fake)
-    config = labelling(tmp_path)
+    checks = [{"prompt": f"check {i}", "chosen": "yes", "rejected": "no"} for i in range(2)]
+    (tmp_path / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks))
+    config = labelling(tmp_path, checks=str(tmp_path / "checks.jsonl"))
     with pytest.raises(UserError, match=r"drawing failed \(out of memory\); mend"), drawing.Supply(config) as supply:
-        items, _ = items_of(supply.rows)
+        made, items = items_drawn(config, supply)
         with contextlib.closing(Votes(config.output, items)) as votes:
             page = Page(items, votes, config)
             assert (page.start()["total"], page.waiting()) == (1, 1)
-            supply.start(page.add, page.waiting)
-            wait_for(lambda: page.start()["total"] == 2)
+            supply.start(lambda batch, rows: page.add(made(batch, rows)), page.waiting)
+            wait_for(lambda: page.start()["total"] == 3)  # and the first of two checks, which four batches share
             shown = page.item("ada", 1)
             page.answer({"rater": "ada", "item": shown["item"], "ranks": {r["name"]: 0 for r in shown["responses"]}})
-            assert page.waiting() == 1 and page.item("ada")["at"] == 0
+            assert page.waiting() == 2 and page.item("ada")["at"] == 0
             wait_for(lambda: supply.failure is not None)
     Fake.broken = False
-    with drawing.Supply(config) as supply, contextlib.closing(Votes(config.output, items_of(supply.rows)[0])) as votes:
-        assert len(supply.rows) == 2 and votes.raters() == ["ada"]  # whose answer is to an item that was drawn
+    with drawing.Supply(config) as supply:
+        made, again = items_drawn(config, supply)
+        with contextlib.closing(Votes(config.output, again)) as votes:
+            assert votes.raters() == ["ada"]  # whose answer is to an item that was drawn, or to its batch's check
+    assert [item.key for item in again] == [item.key for item in page.items] and len(supply.batches) == 2
+    kinds = [[item.known is not None for item in made(batch, [])] for batch in range(supply.count)]
+    assert kinds == [[], [True], [], [True]]
 
 
 @pytest.mark.parametrize(

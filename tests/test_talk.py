@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -94,7 +95,9 @@ def test_two_policies_answer_with_the_same_noise_and_votes_are_rows_that_a_rewar
     cli.dispatch(["chat", place, str(tmp_path / "other"), "--output", str(output), *TALK, "--max_prompt_length", "2"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     said = capsys.readouterr().out
-    assert "3 votes in" in said and [row["prompt"] for row in rows] == ["e d b", "c", "d"]
+    assert re.search(r"^3 votes in .*; preferred: .*policy 1; .*other 1; ties 1$", said, re.M) and [
+        row["prompt"] for row in rows
+    ] == ["e d b", "c", "d"]
     assert said.count("[the first 1 tokens were not seen: max_prompt_length]") == 2  # of both policies
     assert [row.get("prompt_seen") for row in rows] == ["d b", None, None]
     assert [row["models"][0] == place for row in rows] == [True, False, True]
@@ -117,6 +120,7 @@ def moved(loaded, path):
     (["a", "b", "c"], "more than two"),
     (["a", "--system", "x", "--plain", "true"], "leave one out"),
     (["a", "--output", "v.txt"], "name a .jsonl file"),
+    (["a", "--blind", "true"], "blind hides which of two policies said what, and models has 1; name two"),
     (["none"], "no such directory"),
 ])  # fmt: skip
 def test_what_cannot_be_talked_to_is_one_line(given, line):

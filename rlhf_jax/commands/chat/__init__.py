@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_jax.commands.chat.policy import Policy
+from rlhf_jax.commands.chat.talk import preferred
 from rlhf_jax.commands.chat.terminal import converse
 from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.rows import Row
@@ -39,5 +40,6 @@ def run(config: ChatArgs) -> list[Row]:
         talk = converse
     votes = talk(config, policies, lines)
     if votes:
-        tell(f"{len(votes)} votes" + (f" in {config.output}" if lines is not None else ", kept nowhere (--output)"))
+        kept = f" in {config.output}" if lines is not None else ", kept nowhere (--output)"
+        tell(f"{len(votes)} votes{kept}; preferred: {preferred(votes, config.models)}")
     return votes

@@ -14,7 +14,7 @@ import bottle
 import jax
 
 from rlhf_jax.commands.chat.policy import Answer, Policy
-from rlhf_jax.commands.chat.talk import Talk, comparable, first_said, preference, started
+from rlhf_jax.commands.chat.talk import Talk, comparable, first_said, preference, sides, started
 from rlhf_jax.commands.web import LOOPBACK, listening, serve
 from rlhf_jax.commands.web.app import make_app as web_app
 from rlhf_jax.commands.web.app import posted
@@ -29,10 +29,11 @@ STATIC = Path(__file__).parent / "static"
 
 @dataclass
 class Held:
-    """A conversation that a page holds, the answers to what was said last, and whether there is a vote on them."""
+    """A conversation that a page holds, the last answers, whose they are, and whether there is a vote on them."""
 
     talk: Talk
     answers: list[Answer] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     voted: bool = False
 
 
@@ -50,7 +51,8 @@ class Room:
     def start(self) -> JsonObject:
         """What the page says of the policies."""
         plain, system = self.config.plain, self.config.system
-        return {"models": self.config.models, "plain": plain, "system": system, "output": self.config.output}
+        models = ["" for _ in self.policies] if self.config.blind else self.config.models
+        return {"models": models, "plain": plain, "system": system, "output": self.config.output}
 
     def say(self, said: JsonObject) -> Iterator[str]:
         """Answer {talk, text}, or {talk} once more: lines of JSON as they come.
@@ -69,7 +71,8 @@ class Room:
         with self._one_at_a_time:
             self._number += 1
             key = jax.random.fold_in(jax.random.key(self.config.seed), self._number)
-            drawn = [policy.answer(talk.prompt, key) for policy in self.policies]
+            order = sides(self.config, self._number)
+            drawn = [self.policies[i].answer(talk.prompt, key) for i in order]
             answers = dict[int, Answer]()
             while len(answers) < len(drawn) and not self._ends:
                 for side in (side for side in range(len(drawn)) if side not in answers):  # a piece of each in turn
@@ -86,7 +89,7 @@ class Room:
         both = [answers[side] for side in range(len(drawn))]
         best = first_said(both)
         talk.answered(both[best].text)
-        self._held[name] = Held(talk, both)
+        self._held[name] = Held(talk, both, order)
         yield line(talk=name, votes=comparable(both), best=best)
 
     def vote(self, said: JsonObject) -> JsonObject:
@@ -97,7 +100,8 @@ class Room:
         with self._one_at_a_time:
             if held.voted:
                 raise bottle.HTTPError(400, "There is a vote on these answers already.")
-            row = preference(held.talk.prompt, held.answers, self.config.models, best, tie=said.get("tie") is True)
+            models = [self.config.models[i] for i in held.order]
+            row = preference(held.talk.prompt, held.answers, models, best, tie=said.get("tie") is True)
             try:
                 if self.lines is not None:
                     self.lines.add([row], sync=True)

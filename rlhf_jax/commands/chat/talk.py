@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Sequence
 
 from rlhf_jax.commands.chat.policy import Answer
@@ -39,6 +41,21 @@ def started(config: ChatArgs) -> Talk:
     """A conversation in which nothing is said yet."""
     system: Messages = [{"role": "system", "content": config.system}] if config.system else []
     return Talk(None if config.plain else system)
+
+
+def sides(config: ChatArgs, number: int) -> list[int]:
+    """The policies by the side on which they give the answers of this number: in order, or if blind by the seed."""
+    order = list(range(len(config.models)))
+    if config.blind:
+        random.Random(f"{config.seed} {number}").shuffle(order)
+    return order
+
+
+def preferred(votes: Sequence[Row], models: list[str]) -> str:
+    """How often each of two policies was preferred."""
+    ties = sum(row["votes"] == [0, 0, 1] for row in votes)
+    counts = Counter(row["models"][0] for row in votes if row["votes"] != [0, 0, 1])
+    return "; ".join([*(f"{model} {counts[model]}" for model in models), f"ties {ties}"])
 
 
 def comparable(answers: Sequence[Answer]) -> bool:

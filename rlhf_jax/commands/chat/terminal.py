@@ -7,7 +7,7 @@ from collections.abc import Generator
 import jax
 
 from rlhf_jax.commands.chat.policy import Answer, Policy
-from rlhf_jax.commands.chat.talk import NAMES, comparable, first_said, preference, started
+from rlhf_jax.commands.chat.talk import NAMES, comparable, first_said, preference, sides, started
 from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import tell
@@ -34,14 +34,17 @@ def converse(config: ChatArgs, policies: list[Policy], lines: Lines | None) -> l
             continue
         number += 1
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        answers = [_told(policy.answer(talk.prompt, key), name if policies[1:] else "")
-                   for policy, name in zip(policies, NAMES, strict=False)]  # fmt: skip
+        order = sides(config, number)
+        answers = [_told(policies[i].answer(talk.prompt, key), name if policies[1:] else "")
+                   for i, name in zip(order, NAMES, strict=False)]  # fmt: skip
         best = first_said(answers)
         if comparable(answers):
             said = (asked(VOTE) or "").strip().lower()
             best = 1 if said == "b" else 0
             if said in ("a", "b", "t"):
-                votes.append(preference(talk.prompt, answers, config.models, best, tie=said == "t"))
+                votes.append(
+                    preference(talk.prompt, answers, [config.models[i] for i in order], best, tie=said == "t")
+                )
                 if lines is not None:
                     lines.add(votes[-1:], sync=True)
         talk.answered(answers[best].text)

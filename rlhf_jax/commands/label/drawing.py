@@ -112,7 +112,8 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
     What was drawn is in OUTPUT.drawn.part, which the same command goes on with.
 
     Attributes:
-        rows: those that are there at first: of an earlier command, or a first batch.
+        batches: rows that are there at first, by batches: of an earlier command, or a first one.
+        count: batches that all prompts make.
         failure: what ended the drawing, if anything did.
     """
 
@@ -128,12 +129,13 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
         decided_by |= {"model": config.model.path, "reward": config.reward.paths}
         decided_by |= {"prompts": digest(self.drawing.prompts)}
         self.journal = Journal(f"{config.output}.drawn", decided_by, overwrite=False)  # a line for each batch
-        self.rows: list[Row] = [row for batch in self.journal.rows for row in batch["rows"]]
+        self.count = -(-len(self.drawing.prompts) // self.drawing.size)
+        self.batches: list[list[Row]] = [batch["rows"] for batch in self.journal.rows]
         self.failure: Exception | None = None
         self._end, self._thread = threading.Event(), threading.Thread(name="drawing", daemon=True)
         try:
-            while not self.rows and self._more():
-                self.rows = self._drawn()
+            while not any(self.batches) and self._more():
+                self.batches.append(self._drawn())
         except BaseException:
             self.journal.close()
             raise
@@ -147,16 +149,16 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
         self.journal.add([{"rows": rows}])
         return rows
 
-    def start(self, add: Callable[[list[Row]], None], waiting: Callable[[], int]) -> None:
-        """Begin to draw; `add` takes the rows of a batch, `waiting` says how many items the busiest rater has left."""
+    def start(self, add: Callable[[int, list[Row]], None], waiting: Callable[[], int]) -> None:
+        """Begin to draw; `add` takes a batch's number and rows, `waiting` says what the busiest rater has left."""
         self._thread = threading.Thread(target=self._run, args=(add, waiting), name="drawing", daemon=True)
         self._thread.start()
 
-    def _run(self, add: Callable[[list[Row]], None], waiting: Callable[[], int]) -> None:
+    def _run(self, add: Callable[[int, list[Row]], None], waiting: Callable[[], int]) -> None:
         try:
             while self._more() and not self._end.is_set():
                 if waiting() < self.ahead:
-                    add(self._drawn())
+                    add(len(self.journal.rows), self._drawn())
                 else:
                     self._end.wait(WAIT)
         except Exception as error:

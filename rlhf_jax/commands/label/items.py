@@ -116,7 +116,7 @@ def check_of(row: Row) -> Item:
     return replace(item, known=known)
 
 
-def with_checks(items: list[Item], checks: list[Item], seed: int) -> list[Item]:
+def with_checks(items: list[Item], checks: list[Item], seed: int | str) -> list[Item]:
     """The items with a check at a random place of each of as many equal stretches."""
     rng, mixed = random.Random(f"{seed} checks"), list[Item]()
     known = {check.key: check for check in checks}
@@ -126,6 +126,13 @@ def with_checks(items: list[Item], checks: list[Item], seed: int) -> list[Item]:
         stretch.insert(rng.randint(0, len(stretch)), check)
         mixed += stretch
     return mixed or left
+
+
+def in_batch(items: list[Item], checks: list[Item], batch: int, batches: int, seed: int) -> list[Item]:
+    """The items of one of `batches`, its share of all checks among them. What is a check anywhere is no item."""
+    known = {check.key for check in checks}
+    share = checks[len(checks) * batch // batches : len(checks) * (batch + 1) // batches]
+    return with_checks([item for item in items if item.key not in known], share, f"{seed} {batch}")
 
 
 def _little_information(row: Row) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bottle
 
-from rlhf_jax.commands.label.items import Item, check_of, items_of, with_checks
+from rlhf_jax.commands.label.items import Item, check_of, in_batch, items_of, with_checks
 from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.commands.web import LOOPBACK, listening, serve
 from rlhf_jax.commands.web.app import make_app as web_app
@@ -38,9 +39,9 @@ class Page:
         self.by_key = {item.key: item for item in items}
         self.guidelines = read_text(config.guidelines, "guidelines") if config.guidelines else ""
 
-    def add(self, rows: list[Row]) -> None:
-        """Further rows, whose items stand behind those that are there."""
-        for item in items_of(rows)[0] if rows else []:
+    def add(self, items: list[Item]) -> None:
+        """Further items, which stand behind those that are there."""
+        for item in items:
             if self.by_key.setdefault(item.key, item) is item:
                 self.items.append(item)
 
@@ -212,19 +213,36 @@ def summary(votes: Votes, total: int) -> str:
     return "\n".join(lines)
 
 
+def checks_for(config: LabelArgs) -> list[Item]:
+    """The config's attention checks."""
+    return [check_of(row) for row in rows_from(config.checks)] if config.checks else []
+
+
 def items_for(config: LabelArgs, rows: object) -> tuple[list[Item], str]:
     """(the items of rows or of a path, with the config's checks among them; what to say of rows that are left out)."""
     items, note = items_of(rows_from(rows, config.fields if isinstance(rows, str) else ()))
-    if config.checks:
-        items = with_checks(items, [check_of(row) for row in rows_from(config.checks)], config.seed)
-    return items, note
+    return with_checks(items, checks_for(config), config.seed), note
+
+
+def items_drawn(config: LabelArgs, supply: Supply) -> tuple[Callable[[int, list[Row]], list[Item]], list[Item]]:
+    """(what makes items of a drawn batch, the checks spread over all batches; the items of the batches there are)."""
+    checks = checks_for(config)
+
+    def made(batch: int, rows: list[Row]) -> list[Item]:
+        return in_batch(items_of(rows)[0] if rows else [], checks, batch, supply.count, config.seed)
+
+    there = [item for batch, rows in enumerate(supply.batches) for item in made(batch, rows)]
+    return made, list({item.key: item for item in there}.values())
 
 
 def run(config: LabelArgs) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
     with contextlib.ExitStack() as stack:
         supply = stack.enter_context(supply_of(config)) if config.model.path else None
-        items, note = items_for(config, supply.rows if supply else config.path)
+        if supply:
+            (made, items), note = items_drawn(config, supply), ""
+        else:
+            items, note = items_for(config, config.path)
         votes = stack.enter_context(contextlib.closing(Votes(config.output, items)))
         page = Page(items, votes, config)
         with listening(config.host, config.port, make_app(page)) as (server, address):
@@ -237,7 +255,7 @@ def run(config: LabelArgs) -> None:
                 tell(f"! {config.host} is open to its network, and what is typed is not encrypted")
             tell(f"open {address}   (answers go to {config.output}; Ctrl-C ends)")
             if supply:
-                supply.start(page.add, page.waiting)
+                supply.start(lambda batch, rows: page.add(made(batch, rows)), page.waiting)
             serve(server)
         tell("\n" + summary(votes, len(items)))
 

@@ -147,7 +147,7 @@ function submit(event) {
 async function start() {
   about = await (await send("start")).json();
   $("title").textContent = about.models.length > 1 ? "Two policies" : short(about.models[0]);
-  document.title = `Chat · ${about.models.map(short).join(" · ")}`;
+  document.title = ["Chat", ...about.models.filter(Boolean).map(short)].join(" · ");
   const kept = JSON.parse(sessionStorage.getItem("talk") ?? "null");
   if (JSON.stringify(kept?.models) === JSON.stringify(about.models)) ({ talk, turns } = kept);
   draw();
