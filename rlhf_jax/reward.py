@@ -22,7 +22,7 @@ from rlhf_jax.data.collate import (
 )
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rating_examples
 from rlhf_jax.data.encoding import Example
-from rlhf_jax.data.loading import Rows
+from rlhf_jax.data.loading import Rows, batch_of
 from rlhf_jax.data.packing import pack_responses
 from rlhf_jax.data.rows import Row, layout_of
 from rlhf_jax.errors import UserError
@@ -252,7 +252,7 @@ def as_saved(
     """`params`, of the model `whole`, as a run saves them: the head normalised by scores of training comparisons."""
     if config.reward.normalize == "off":
         return params
-    size = config.data.batch_size
+    size = batch_of(config.data, mesh.row_ways)
     some = eval_batches(train_set, batch_size=size, collate=collate, limit=-(-NORMALIZE_PAIRS // size))
     return normalised(params, score_all(model, whole, mesh, some), config.reward.normalize)
 

@@ -138,18 +138,18 @@ def count_pairs(scores, ranks, mask, weights, *, center_coef):
 
 
 def test_a_reward_model_is_trained_on_what_was_compared(tmp_path):
-    """8 prompts, each with two pairs that nobody compared with one another: a step of 8 rankings has 8 pairs."""
+    """8 prompts, each with two pairs that nobody compared with one another: a step of all 16 rankings has 16."""
     rows = [row for p in "abcdefgh" for row in in_rows({"m": 0, "n": 1}, {"o": 0, "p": 1}, prompt=p)]
     config = RewardArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
-        data=DataConfig(batch_size=8, max_prompt_length=4, max_length=8),
+        data=DataConfig(max_prompt_length=4, max_length=8),  # a batch that is left open has all 16
         reward=RewardConfig(steps=2, aggregate="bradley_terry"),
         optim=OptimConfig(learning_rate=1e-2),
         run=RunConfig(output_dir=str(tmp_path / "run"), progress=False, eval_every=0, log_every=1),
     )
     reward.run(config, rows=rows, eval_rows=rows, loss=count_pairs)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["reward_model/pairs"] for line in lines if "reward_model/pairs" in line] == [8, 8]
+    assert [line["reward_model/pairs"] for line in lines if "reward_model/pairs" in line] == [16, 16]
 
 
 # --- commands that write rankings
