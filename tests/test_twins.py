@@ -197,6 +197,12 @@ def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, cap
     listing.show("gs://bucket/runs")
     head, row = capsys.readouterr().out.splitlines()[-2:]
     assert head.startswith("run ") and re.match(r"gs://bucket/runs/a +sft +stopped +6/12 ", row)
+    (name, *_), *_ = head_of(bucket)["files"]["run.json"]
+    bucket.put("runs/q/sft/run.json", bucket.objects[f"runs/a/{name}"][0])  # as of a stage of a quickstart
+    listing.show("gs://bucket/runs/q")
+    assert re.match(r"gs://bucket/runs/q/sft +sft +stopped +", capsys.readouterr().out.splitlines()[-1])
+    with pytest.raises(UserError, match="gs://bucket/runs/q/sft holds no run"):
+        listing.resume("gs://bucket/runs/q/sft", [])
     stage, options = listing.resume(f"{URL}/", [])
     assert stage == "sft" and options[options.index("--run.output_dir") + 1] == f"{URL}/"
     assert parse(stage, options).optim.learning_rate == 0.05

@@ -11,7 +11,7 @@ from rlhf_jax.errors import UserError, named, tell
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
-from rlhf_jax.runs.twin import glance, runs_below
+from rlhf_jax.runs.twin import begun, glance, runs_below
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""
@@ -26,7 +26,7 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     remote = in_bucket(directory)
     path = glance(directory.rstrip("/"))[0] if remote else Path(directory).absolute()
     record = read_record(path)
-    if record is None or record["status"] == VOID:
+    if record is None or record["status"] == VOID or (remote and not begun(directory)):
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
     check_name(path, directory)
     if not (path / CONFIG).is_file():

@@ -300,6 +300,8 @@ def glance(url: str, names: Sequence[str] = (RECORD, CONFIG, METRICS)) -> tuple[
         for name in names:
             if name in head["files"]:
                 fetch(url, head["files"][name], place / name)
+            elif not found and (own := buckets.read(f"{url}/{name}")):  # of a stage of a quickstart
+                (place / name).write_bytes(own.data)
     return place, head["holder"]
 
 
@@ -310,8 +312,9 @@ def runs_below(url: str) -> list[str]:
         UserError: the bucket cannot be read.
     """
     with said(url):
-        names = [name for name in buckets.below(url) if f"/{name}".endswith(f"/{HEAD}")]
-    return [f"{url}/{name.removesuffix(HEAD)}".rstrip("/") for name in names]
+        there = buckets.below(url)
+    found = {name.removesuffix(end) for end in (HEAD, RECORD) for name in there if f"/{name}".endswith(f"/{end}")}
+    return sorted(f"{url}/{name}".rstrip("/") for name in found)
 
 
 def begun(output: str) -> bool:
