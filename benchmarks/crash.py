@@ -31,10 +31,19 @@ import yaml
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.tasks import random_walks as walks
 
-STAGES = {"sft": "sft", "reward": "reward", "ppo": "ppo", "ppo_lora": "ppo", "distill": "distill"}
-"""What is killed -> its command."""
-NEEDS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward"), "distill": ("sft", "reward", "ppo")}
-"""A command -> the stages whose models it starts from, which are run but not killed unless they are asked for."""
+STAGES = {
+    "sft": "sft", "reward": "reward", "heads": "reward", "adapters": "reward", "ppo": "ppo", "ppo_lora": "ppo",
+    "ppo_ensemble": "ppo", "grpo_ensemble": "grpo", "ppo_judge": "ppo", "distill": "distill",
+}  # fmt: skip
+"""What is killed -> its command; heads and adapters are ensembles, with whose guarded lower bound two others learn."""
+NEEDS = {
+    "sft": (), "reward": ("sft",), "ppo": ("sft", "reward"), "distill": ("sft", "reward", "ppo"),
+    "ppo_ensemble": ("sft", "heads", "adapters"), "grpo_ensemble": ("sft", "heads", "adapters"), "ppo_judge": ("sft",),
+}  # fmt: skip
+"""A stage, or else a command -> the stages whose models it starts from, run but not killed unless asked for."""
+ENSEMBLES: dict[str, dict[str, Any]] = {"heads": {"members": 2}, "adapters": {"members": 2, "member_adapters": True}}
+GUARDS = {"reward_standardize": "mean_std", "reward_clip": 2.0, "overlong_tokens": 3, "kl_budget": 1e6,
+          "disagreement_budget": 1e6}  # fmt: skip
 WAYS = ("step", "save", "start")
 """Kill once a drawn step is reached and no save is under way, inside a save after it, or soon after the start."""
 TIMEOUT = 300.0
@@ -52,26 +61,48 @@ SHARED = {
 def settings(home: Path, stage: str, steps: int) -> dict[str, Any]:
     """The config of a stage with so many steps."""
     data = {"batch_size": 16, "max_prompt_length": 2, "max_length": 14, "eval_fraction": 0.2, "eval_batches": 2}
-    data["path"] = str(home / f"{'ppo' if stage == 'distill' else STAGES[stage]}.jsonl")
-    sampling = {"max_new_tokens": 8, "chunk": 4}
+    data["path"] = str(home / f"{STAGES[stage] if STAGES[stage] in ('sft', 'reward') else 'ppo'}.jsonl")
+    sampling, walked = {"max_new_tokens": 8, "chunk": 4}, str(home / "sft.jsonl")
     trained = {"path": str(home / "sft_alone" / "model")}
     if stage == "sft":
         model = {"arch": ARCH, "tokenizer": str(home / "tokenizer")}
         return {**SHARED, "model": model, "data": data, "sft": {"steps": steps}, "sampling": sampling}
-    if stage == "reward":
-        return {**SHARED, "model": trained, "data": data, "reward": {"steps": steps}}
+    if STAGES[stage] == "reward":
+        lora, members = {"rank": 2 if stage == "adapters" else 0}, ENSEMBLES.get(stage, {})
+        return {**SHARED, "model": trained, "data": data, "reward": {"steps": steps, **members}, "lora": lora}
     if stage == "distill":
         distill = {"iterations": steps, "sample_every": 3, "ema_decay": 0.9}
         reward = {"teacher": str(home / "ppo_alone" / "model")}
         return {**SHARED, "model": trained, "data": data, "reward": reward, "distill": distill, "sampling": sampling}
     ppo = {"iterations": steps, "epochs": 2, "minibatches": 2, "kl_target": 1.0, "kl_horizon": 200.0,
            "ema_decay": 0.9, "sample_every": 3, "save_value_model": True}  # fmt: skip
-    reward = {"model": str(home / "reward_alone" / "model")}
+    reward: dict[str, Any] = {"model": str(home / "reward_alone" / "model")}
+    if stage.endswith("_ensemble"):
+        reward = {"models": [str(home / f"{name}_alone" / "model") for name in ENSEMBLES], "combine": "lower_bound"}
+        ppo |= GUARDS
+    if stage == "grpo_ensemble":
+        grpo = {
+            "iterations": steps,
+            "group_size": 4,
+            "kl_coef": 0.05,
+            "epochs": 2,
+            "ema_decay": 0.9,
+            "sample_every": 3,
+            **GUARDS,
+        }
+        return {**SHARED, "model": trained, "data": data, "reward": reward, "grpo": grpo, "sampling": sampling}
+    if stage == "ppo_judge":
+        reward, data["path"] = {"judge": {"function": "benchmarks.crash:shorter", "against": "response"}}, walked
     if stage == "ppo_lora":
         trained |= {"quantize": "nf4"}
     lora = {"rank": 2 if stage == "ppo_lora" else 0}
     return {**SHARED, "lora": lora, "model": trained, "data": data, "reward": reward, "ppo": ppo, "sampling": sampling,
             "value_optim": SHARED["optim"]}  # fmt: skip
+
+
+def shorter(prompt: str, a: str, b: str) -> float:
+    """A judge by name: of two walks the shorter one."""
+    return 0.5 if len(a) == len(b) else float(len(a) < len(b))
 
 
 def prepare(home: Path) -> None:
@@ -202,7 +233,7 @@ def differences(one: Path, other: Path) -> list[str]:
     for name in ("metrics.jsonl", "samples.jsonl"):
         if lines(one / name) != lines(other / name):
             found.append(name)
-    for path in sorted(one.glob("*model/*.safetensors")):
+    for path in sorted(one.glob("*model/**/*.safetensors")):
         if path.read_bytes() != (other / path.relative_to(one)).read_bytes():
             found.append(str(path.relative_to(one)))
     return found
@@ -238,7 +269,9 @@ def main() -> None:
         home.mkdir(parents=True, exist_ok=True)
         prepare(home)
         outcomes = []
-        needed = {*args.stages, *(other for stage in args.stages for other in NEEDS[STAGES[stage]])}
+        needed = {*args.stages}
+        for stage in args.stages:
+            needed |= {*(NEEDS[stage] if stage in NEEDS else NEEDS[STAGES[stage]])}
         for stage in (stage for stage in STAGES if stage in needed):
             outcome = crash(home, stage, args.steps, args.kills if stage in args.stages else 0, args.seed)
             if stage in args.stages:

@@ -6,7 +6,8 @@ Coste et al. 2023 (arXiv 2310.02743) on a scale of two CPU cores. Reward models 
 of SFT's walks with others, as likely and hotter ones, by a rater who errs one time in ten; PPO with a small price on
 the KL, so that it goes far; the gold reward, which no run sees, at the end against its own peak, both means over a
 tenth of the run. `--seeds` have a graph each. Prints a JSON line per run and appends it to ensembles.jsonl, goes on
-with what is missing there, and ends with a table.
+with what is missing there, and ends with a table, and with one of what `ppo.kl_budget` (`--budgets`) would have kept
+of the same runs, were every iteration an evaluation: up to where it ends a run, that run is the same.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Seed(Walks):
         kind = name.split(",")[0].split()[0]
         members = {"single": [0], "heads": [None]}.get(kind, list(range(MEMBERS)))
         models, accuracy = zip(*(self.reward_model(size, member) for member in members), strict=True)
-        out = self.path / f"{name.replace(',', '').replace(' ', '_')}_{size}_{kl_coef:g}"
+        out = self.path / directory_of(name, size, kl_coef)
         config = replace(
             q.ppo_stage(self.config, self.path), reward__model="", reward__models=list(models), ppo__kl_coef=kl_coef,
             run__output_dir=str(out), run__overwrite=True, run__eval_every=10, checkpoint__keep_last=1, **RUNS[name],
@@ -82,12 +83,51 @@ class Seed(Walks):
         return {**about, **measured(out / "metrics.jsonl"), **kept, "iterations": made["iterations"]}
 
 
+def directory_of(name: str, size: int, kl_coef: float) -> str:
+    """Of a run, below its seed's."""
+    return f"{name.replace(',', '').replace(' ', '_')}_{size}_{kl_coef:g}"
+
+
+def smoothed(values: list[float]) -> np.ndarray:
+    """Means over a tenth of a run."""
+    width = max(len(values) // 10, 1)
+    return np.convolve(values, np.ones(width) / width, "valid")
+
+
+def budgeted(root: Path, lines: list[dict[str, Any]], budgets: list[float]) -> str:
+    """Per price, run and budget: gold of the rollout that is kept, the best of those before the KL was above."""
+    headers = [
+        "comparisons",
+        "kl_coef",
+        "run",
+        "budget",
+        "seeds",
+        "ended at",
+        "kept gold",
+        "less the whole run's peak",
+    ]
+    rows = []
+    for size, price, name in sorted({(line["size"], line["kl_coef"], line["run"]) for line in lines}):
+        seeds = [line["seed"] for line in lines if (line["size"], line["kl_coef"], line["run"]) == (size, price, name)]
+        files = [root / f"seed_{seed}" / directory_of(name, size, price) / "metrics.jsonl" for seed in seeds]
+        runs = [with_gold(file) for file in files if file.exists()]
+        for budget in budgets if runs else []:
+            ends, kept, less = list[float](), list[float](), list[float]()
+            for run in runs:
+                kl, gold, proxy = ([line[f"rollout/{n}"] for line in run] for n in ("kl", "gold", "reward"))
+                end = next((i for i, value in enumerate(kl) if value > budget), len(run))
+                ends.append(end)
+                kept.append(gold[int(np.argmax(proxy[:end]))])
+                less.append(kept[-1] - smoothed(gold).max())
+            rows.append([size, price, name, budget, len(runs), shown(ends), shown(kept), shown(less)])
+    return text_table(headers, rows)
+
+
 def measured(metrics: Path) -> dict[str, float]:
     """Gold and proxy at their peak and at the end, means over a tenth of the run; the distance d = sqrt(KL) there."""
     lines = with_gold(metrics)
-    width = max(len(lines) // 10, 1)
     smooth = {
-        name: np.convolve([line.get(f"rollout/{key}", 0.0) for line in lines], np.ones(width) / width, "valid")
+        name: smoothed([line.get(f"rollout/{key}", 0.0) for line in lines])
         for name, key in (("gold", "gold"), ("proxy", "reward"), ("kl", "kl"), ("apart", "reward_disagreement"))
     }
     peak, d = int(smooth["gold"].argmax()), np.sqrt(np.maximum(smooth["kl"], 0))
@@ -127,6 +167,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=[*RUNS], default=[*RUNS])
     parser.add_argument("--iterations", type=int, default=60, help="of PPO")
     parser.add_argument("--kl_coef", type=float, default=0.01, help="price of a nat in PPO, small to go far")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, float("inf")])
     args = parser.parse_args()
     root = Path(args.output_dir)
     lines = Lines(root / "ensembles.jsonl")
@@ -139,6 +180,7 @@ def main() -> None:
             assert seed is not None
             lines.add(seed.run(run, size, args.kl_coef))
     print("\n" + table(lines.all))
+    print("\n" + budgeted(root, lines.all, args.budgets))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ and size.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,12 +36,21 @@ RUNS = ("random", "disagreement", "top_two")
 MEMBERS, SAMPLES, NOISE, EPOCHS = 4, 8, 0.1, 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is the same in all runs of a line: labels of a batch, heat of the walks, and PPO's price of a nat."""
+
+    batch: int = 64
+    temperature: float = 1.0
+    kl_coef: float = 0.1
+
+
 class Seed(Walks):
     """With the pairs on which its reward models are measured."""
 
-    def __init__(self, seed: int, root: Path, iterations: int):
+    def __init__(self, seed: int, root: Path, iterations: int, setting: Setting):
         super().__init__(seed, root, iterations=iterations)
-        self.held_out = self.compared(20, 3, 0.0)
+        self.held_out, self.setting = self.compared(20, 3, 0.0), setting
 
     def asked(
         self, run: str, batch: int, number: int, heads: str, before: set[tuple[str, str, str]]
@@ -51,7 +61,8 @@ class Seed(Walks):
         """
         select = run if heads else "random"
         config = CollectArgs(
-            model=ModelConfig(path=self.base), sampling=q.SAMPLING, num_samples=SAMPLES, batch_size=1280,
+            model=ModelConfig(path=self.base), num_samples=SAMPLES, batch_size=1280,
+            sampling=replace(q.SAMPLING, temperature=self.setting.temperature),
             max_prompt_length=q.DATA.max_prompt_length, select=select, most=3 * batch, progress=False, overwrite=True,
             reward=RewardSourceConfig(model=heads if select != "random" else ""),
             seed=1000 * self.config.seed + number, output=str(self.path / f"{run}_asked.jsonl"),
@@ -67,17 +78,18 @@ class Seed(Walks):
     def reward_model(self, run: str, pairs: list[dict[str, str]]) -> tuple[str, float]:
         """(directory, accuracy) of four heads on all pairs so far."""
         out = self.path / f"{run}_reward"
+        rows = 1 << min(max(len(pairs) // 4, 1).bit_length() - 1, 6)  # a power of two: few programs
         config = replace(
             q.reward_stage(self.config, self.path), run__output_dir=str(out), run__overwrite=True, run__eval_every=0,
-            reward__members=MEMBERS, reward__epochs=EPOCHS, data__batch_size=min(64, max(len(pairs) // 4, 1)),
+            reward__members=MEMBERS, reward__epochs=EPOCHS, data__batch_size=rows,
         )  # fmt: skip
         made = reward.run(config, rows=pairs, eval_rows=self.held_out)
         return str(out / "model"), made["accuracy"]
 
-    def lines(self, run: str, sizes: list[int], batch: int, there: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
+    def lines(self, run: str, sizes: list[int], there: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
         """One line for each number of labels that is not `there`."""
         pairs, asked, heads = list[dict[str, str]](), set[tuple[str, str, str]](), ""
-        rounds = sorted(sizes) if run == "random" else range(batch, max(sizes) + 1, batch)
+        rounds = sorted(sizes) if run == "random" else range(batch := self.setting.batch, max(sizes) + 1, batch)
         for number, (before, labels) in enumerate(itertools.pairwise([0, *rounds])):
             pairs += self.asked(run, labels - before, number, heads, asked)
             heads, accuracy = self.reward_model(run, pairs)
@@ -86,10 +98,17 @@ class Seed(Walks):
             out = self.path / f"{run}_ppo_{labels}"
             config = replace(
                 q.ppo_stage(self.config, self.path), reward__model=heads, run__output_dir=str(out),
-                run__overwrite=True, run__eval_every=0, checkpoint__keep_last=1,
+                run__overwrite=True, run__eval_every=0, checkpoint__keep_last=1, ppo__kl_coef=self.setting.kl_coef,
             )  # fmt: skip
             self.train(config)
-            about = {"run": run, "labels": labels, "asked": len(asked), "pairs": len(pairs), "seed": self.config.seed}
+            about = {
+                **dataclasses.asdict(self.setting),
+                "run": run,
+                "labels": labels,
+                "asked": len(asked),
+                "pairs": len(pairs),
+                "seed": self.config.seed,
+            }
             yield {**about, "accuracy": accuracy, **measured(out / "metrics.jsonl")}
 
 
@@ -139,24 +158,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512], help="labels, of whole batches")
     parser.add_argument("--batch", type=int, default=64, help="labels between two reward models")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the walks that are labelled")
+    parser.add_argument("--kl_coef", type=float, default=0.1, help="price of a nat in PPO")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
     args = parser.parse_args()
     if any(size % args.batch for size in args.sizes):
         parser.error(f"--sizes {args.sizes} are not whole batches of {args.batch}")
-    root = Path(args.output_dir)
-    lines = Lines(root / "labels.jsonl")
+    root, setting = Path(args.output_dir), Setting(args.batch, args.temperature, args.kl_coef)
+    lines, same = Lines(root / "labels.jsonl"), dataclasses.asdict(setting)
     for number in args.seeds:
-        missing = [run for run in args.runs if not all(lines.has(seed=number, run=run, labels=n) for n in args.sizes)]
-        seed = Seed(number, root, args.iterations) if missing else None
+        about = {**same, "seed": number}
+        missing = [run for run in args.runs if not all(lines.has(**about, run=run, labels=n) for n in args.sizes)]
+        seed = Seed(number, root, args.iterations, setting) if missing else None
         for run in missing:
             assert seed is not None
-            about = {"seed": number, "run": run}
-            there = lambda labels, about=about: lines.has(**about, labels=labels)  # noqa: E731
-            for line in seed.lines(run, args.sizes, args.batch, there):
+            there = lambda labels, run=run, about=about: lines.has(**about, run=run, labels=labels)  # noqa: E731
+            for line in seed.lines(run, args.sizes, there):
                 lines.add(line)
-    print("\n" + table(lines.all))
-    draw(root / "labels.png", lines.all)
+    shown_lines = [line for line in lines.all if same.items() <= line.items()]
+    print("\n" + table(shown_lines))
+    draw(root / "labels.png", shown_lines)
 
 
 if __name__ == "__main__":

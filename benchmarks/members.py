@@ -1,8 +1,9 @@
-"""What an ensemble of four costs to score with: heads on one trunk, or models of their own, over one model.
+"""What an ensemble of four costs to score with, over one model: heads or adapters on one trunk, models of their own.
 
     python -m benchmarks.members
 
-Processor seconds of a compiled forward pass over 16 responses of 128 tokens, in turns, the median of `--times`.
+Processor seconds of a compiled forward pass over 16 responses of 128 tokens, in turns, the median of `--times`; and
+the parameters that are held. Adapters have rank 8 on every linear layer.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import ArchConfig
+from rlhf_jax.config import ArchConfig, LoRAConfig, MeshConfig
+from rlhf_jax.config.functions import replace
 from rlhf_jax.models import Model
+from rlhf_jax.models.kernels import count
+from rlhf_jax.models.loading import Loaded, adapted
 from rlhf_jax.runs.curves import text_table
+from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.responses import Ensemble, response_scores, view_of
 
 ARCH = ArchConfig(
@@ -46,9 +51,12 @@ def main() -> None:
     }
     one, heads = Model(ARCH, score_head=True), Model(ARCH, score_head=True, members=MEMBERS)
     params = one.init(jax.random.key(0))
+    adapters = Loaded(replace(heads, own_adapters=True), heads.init(jax.random.key(0)))
+    adapters = adapted(adapters, LoRAConfig(rank=8), make_mesh(MeshConfig()), jax.random.key(1))
     asked = {
         "one model": (one, params),
         f"{MEMBERS} heads": (heads, heads.init(jax.random.key(0))),
+        f"{MEMBERS} adapters": (adapters.model, adapters.whole(adapters.params)),
         f"{MEMBERS} models": (Ensemble((one,) * MEMBERS), [params] * MEMBERS),
     }
     programs = {name: jax.jit(partial(response_scores, model)) for name, (model, _) in asked.items()}
@@ -60,8 +68,11 @@ def main() -> None:
             if number:  # the first one compiles
                 spent[name].append(time.process_time() - started)
     median = {name: float(np.median(each)) for name, each in spent.items()}
-    rows = [[name, seconds, seconds / median["one model"]] for name, seconds in median.items()]
-    print(text_table(["scored by", "CPU seconds", "over one model"], rows))
+    rows = [
+        [name, seconds, seconds / median["one model"], count(asked[name][1]) / count(params)]
+        for name, seconds in median.items()
+    ]
+    print(text_table(["scored by", "CPU seconds", "over one model", "parameters over one model's"], rows))
 
 
 if __name__ == "__main__":

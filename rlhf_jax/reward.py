@@ -234,6 +234,7 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
         shown=("loss/total", "reward_model/accuracy", "eval/accuracy", "time/tokens_per_s"),
         head=settings.head_init,
         members=members,
+        own_adapters=settings.member_adapters,
         resample=draw if members and settings.bootstrap == "prompts" else None,
         pack=pack_responses,
         foreign=None if is_ours(bound) else lambda scores, batch: bound(*inputs(scores, batch)),

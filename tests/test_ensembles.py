@@ -210,7 +210,7 @@ def test_heads_on_one_trunk_are_trained_saved_loaded_and_each_scores_as_a_model_
     assert len(np.unique(scores[0, -1])) == 3
     # The critic of equal heads is that head.
     equal = jax.tree.map(lambda x: jnp.stack([x[1]] * 3), loaded.params["score"])
-    alone = networks.with_one_head(replace(loaded, params={**loaded.params, "score": equal}))
+    alone = networks.with_one_head(replace(loaded, params={**loaded.params, "score": equal}), mesh)
     assert same_bits(alone.params["score"], jax.tree.map(lambda x: x[1], loaded.params["score"]))
     # What stands on it, and what scores with it.
     config = replace(reward_args(tmp_path / "two", members=2, head_init="trained"), model__path=str(path))

@@ -24,6 +24,7 @@ from rlhf_jax.config import CollectArgs, JudgeConfig, LabelArgs, ModelConfig, Re
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.selection import doubt, select
+from rlhf_jax.runs import journal
 from rlhf_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -79,6 +80,12 @@ def test_collect_keeps_the_most_doubted_and_what_they_say_of_it_is_what_the_memb
     for number, model in enumerate(models):
         reward = RewardSourceConfig(model=model)
         each.append(run_collect(settings(tmp_path / f"{number}.jsonl", label="reward", reward=reward), rows=PROMPTS))
+    # Together they say what `combine` makes of them, here and in all else that scores outside of training.
+    reward = RewardSourceConfig(models=models, combine="lower_bound", combine_coef=0.5, model_weight=2.0)
+    both = run_collect(settings(tmp_path / "both.jsonl", label="reward", reward=reward), rows=PROMPTS)
+    said = [[[item["score"] for item in row["responses"]] for row in rows] for rows in (*each, both)]
+    a, b, together = (np.concatenate(rows) for rows in said)
+    np.testing.assert_allclose(together, (a + b) - np.abs(a - b) / 2, rtol=1e-4, atol=1e-5)
     chosen = {"select": "disagreement", "reward": RewardSourceConfig(models=models)}
     rows = run_collect(settings(tmp_path / "a.jsonl", **chosen), rows=PROMPTS)
     expected = []
@@ -98,6 +105,20 @@ def test_collect_keeps_the_most_doubted_and_what_they_say_of_it_is_what_the_memb
     with pytest.raises(UserError, match="has no other member to disagree with; name several in"):
         alone = RewardSourceConfig(model=models[0])
         run_collect(settings(tmp_path / "b.jsonl", select="top_two", reward=alone), rows=PROMPTS)
+
+
+@pytest.mark.parametrize(("how", "share"), [("disagreement", 0.95), ("top_two", 0.5)])
+def test_a_collect_that_chooses_goes_on_wherever_its_journal_was_cut(tmp_path, other, monkeypatch, how, share):  # noqa: F811
+    """Within what the members say, which comes last, and within the responses."""
+    reward = RewardSourceConfig(models=[str(toy_directory() / "reward"), other])
+    config = settings(tmp_path / "a.jsonl", select=how, reward=reward)
+    monkeypatch.setattr(journal.Journal, "finish", lambda self, *_: None)
+    run_collect(config, rows=PROMPTS)
+    path = tmp_path / "a.jsonl.part"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    run_collect(config, rows=PROMPTS)
+    assert path.read_bytes() == whole and b'"members"' in whole
 
 
 def test_only_what_is_kept_is_judged_and_any_are_kept_at_random_by_the_seed(tmp_path):

@@ -54,6 +54,7 @@ class Bigram:
 
     logprob_chunk: int = 64
     balance_coef: float = 0.0
+    own_adapters: bool = False
     arch: ArchConfig = ARCH
 
     def apply(self, params, tokens, positions, segment_ids, branches=None):

@@ -149,9 +149,11 @@ def run_inspect(config: InspectArgs) -> dict[str, Any]:
     named = (raw.get("architectures") or [""])[0]
     score_head = hf.has_score_head(path) if weights else named.endswith("SequenceClassification")
     members = hf.members_of(path) if score_head and path.is_dir() else 0
-    shapes = leaf_shapes(arch, score_head=score_head, members=members)
+    own = score_head and hf.own_adapters(path)
+    shapes = leaf_shapes(arch, score_head=None if own else score_head, members=members)
     count = sum(math.prod(shape) for shape in shapes.values())
     kind = f"scores of {members} members" if members else "scores (reward or value model)"
+    kind += " with adapters of their own, beside this trunk" if own else ""
     kind = kind if score_head else "logits (language model)"
     lines = [
         ("model", str(config.model)),

@@ -22,6 +22,8 @@ class RewardConfig(StepsConfig):
             or the trained one of the model directory, which must hold one.
         members: scalar heads on one trunk, each with initial values of its own: an ensemble, saved as one model
             (num_labels of its config.json), that costs one forward pass. 1 is a plain reward model.
+        member_adapters: each of several members has low-rank adapters (lora.rank) of its own beside its head, on one
+            frozen trunk that is held once; else all have those of the run, if there are any.
         bootstrap: each of several members learns from its own draw of the prompts with replacement (prompts), or all
             from the same rows (off).
         comparisons: what a row of a batch is: pairs, rankings (all responses to a prompt, each run once; Ouyang et
@@ -45,6 +47,7 @@ class RewardConfig(StepsConfig):
 
     head_init: Literal["normal", "zeros", "trained"] = "normal"
     members: int = 1
+    member_adapters: bool = False
     bootstrap: Literal["prompts", "off"] = "prompts"
     comparisons: Literal["auto", "pairs", "rankings", "ratings"] = "auto"
     aggregate: Literal["votes", "bradley_terry", "plackett_luce", "crowd_bt"] = "votes"
@@ -60,6 +63,8 @@ class RewardConfig(StepsConfig):
     def __post_init__(self) -> None:
         rules = {"above 0": "aggregate_prior", "finite": "rating_low rating_high"}
         self.check("reward.", "center_coef", {**rules, "at least 1": "epochs accumulate members"})
+        if self.member_adapters and self.members < 2:
+            raise UserError("reward.member_adapters: there is one member; raise reward.members or leave it out")
         if self.rating_low >= self.rating_high:
             raise UserError(
                 f"reward.rating_low {self.rating_low:g} is not below reward.rating_high {self.rating_high:g}; give "
@@ -83,4 +88,6 @@ class RewardArgs:
 
     def __post_init__(self) -> None:
         settle(self, "reward")
+        if self.reward.member_adapters and not self.lora.rank:
+            raise UserError("reward.member_adapters: lora.rank is 0, so there are none; set it")
         check_training("reward", self.reward, self.data, self.model, self.lora, self.optim)

@@ -113,8 +113,11 @@ class Rules:
         for pattern, splits in self.leaves:
             if _ends_in(path, pattern) and len(splits) == len(shape):
                 return splits
-        if len(axes := _beside_a_kernel(path)) == len(shape):
+        axes = _beside_a_kernel(path)
+        if len(axes) == len(shape):
             return self._of_letters(axes)
+        if axes and len(axes) + 1 == len(shape):  # of each member of an ensemble
+            return self._of_letters("H" + axes)
         leaf = next((name for name in LEAVES if _ends_in(path, re.escape(name))), None)
         if leaf is None:
             raise UserError(

@@ -21,6 +21,7 @@ from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.reward_functions import Columns
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
+from rlhf_jax.models.members import scored
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params
 
@@ -100,7 +101,7 @@ def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]
 
 def column_scores(model: Model, params: Params, inputs: dict[str, Array]) -> Float[Array, "M S ..."]:
     """The scalar head, or those of an ensemble, at every column of packed texts."""
-    return model.scores(params["score"], model.apply(params, **inputs))
+    return scored(model, params, **inputs)[0]
 
 
 def column_logprobs(

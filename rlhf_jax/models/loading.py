@@ -15,6 +15,7 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.data.padding import with_own_padding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.processes import say, to_host
 from rlhf_jax.keys import Purpose, branch
 from rlhf_jax.models import Model, hf
@@ -27,6 +28,8 @@ from rlhf_jax.types import Params
 
 Head = Literal["vocabulary", "trained", "normal", "zeros"]
 """That of a language model, or the scalar one of a directory, or a fresh scalar one, drawn or zero."""
+OF_MEMBERS = "members"
+"""Where in a model directory the adapters and heads of an ensemble's members lie."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,14 @@ def load_model(
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (it is frozen)
     length: int = 0,
     members: int = 0,
+    own_adapters: bool = False,
 ) -> Loaded:
     """The model of a directory, or one with random weights in the shape config.arch, placed on the mesh.
 
     `head` asks for a policy (vocabulary), or a scalar model whose head is the directory's trained one or a fresh one.
     With adapters (lora.rank) all else but the head is frozen. `length` is that of the run's longest sequence, prompt
     and response together (`Model.length`), `key` that of the weights (`keys.branch`). `members` is of a fresh head
-    (`Model.members`); a trained one has its own.
+    (`Model.members`); a trained one has its own. With `own_adapters` so are the adapters.
 
     Raises:
         UserError: neither path nor arch, or both; whatever is wrong with the directory; or a shape that no Hugging
@@ -141,7 +145,8 @@ def load_model(
         raise UserError("a trained score head was asked for, but model.path is empty; name a reward model's directory")
     load = partial(_load_directory, config) if config.path else partial(_random, config, arch)
     loaded = load(mesh, key, head, members)
-    loaded = replace(loaded, model__length=length)
+    own = own_adapters or loaded.model.own_adapters
+    loaded = replace(loaded, model__length=length, model__own_adapters=own)
     if config.quantize != "none":
         small = quantized(loaded.params, config.quantize, free=True)
         loaded = replace(loaded, params=jax.device_put(small, tree_shardings(mesh, small)))
@@ -166,6 +171,8 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head,
         raise UserError(f"{config.path} is a reward or value model; give a language model")
     hf.find_family(arch, base)
     score_head = {"vocabulary": False, "trained": True}.get(head)
+    if score_head and hf.own_adapters(path):
+        return _load_members(config, Path(path), mesh)
     members = hf.members_of(path) if score_head else members
     params = hf.load_params(path, arch, score_head=score_head, mesh=mesh, dtype=config.param_dtype)
     model = Model.from_config(config, arch, mesh.rules, score_head=head != "vocabulary", members=members)
@@ -175,6 +182,18 @@ def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head,
     return Loaded(model, params, base, hf.read_generation(path), path=config.path)
 
 
+def _load_members(config: ModelConfig, path: Path, mesh: Mesh) -> Loaded:
+    """A reward ensemble of adapters on one trunk, as `save_model` writes it to `path`."""
+    (arch, base), members = hf.read_config(path), hf.members_of(path)
+    trunk = hf.load_params(path, arch, score_head=None, mesh=mesh, dtype=config.param_dtype)
+    where = config.path if in_bucket(config.path) else str(path)
+    folders = [Path(hub.local_directory(f"{where}/{OF_MEMBERS}/{i}")) for i in range(members)]
+    lora, own = peft.load_members(folders, arch, hf.find_family(arch, base), mesh)
+    model = Model.from_config(config, arch, mesh.rules, score_head=True, members=members, own_adapters=True)
+    model = replace(model, lora_scale=scale_of(lora))
+    return Loaded(model, joined(trunk, own), base, hf.read_generation(path), path=config.path)
+
+
 def adapted(loaded: Loaded, lora: LoRAConfig, mesh: Mesh, key: jax.Array, purpose: Purpose = "adapters") -> Loaded:
     """The model frozen, with adapters and its score head to train; as it is if lora.rank is 0.
 
@@ -182,9 +201,16 @@ def adapted(loaded: Loaded, lora: LoRAConfig, mesh: Mesh, key: jax.Array, purpos
     """
     if not lora.rank:
         return loaded
-    arch = loaded.model.arch
+    arch, members = loaded.model.arch, loaded.model.members if loaded.model.own_adapters else 0
+    if members and arch.num_experts:
+        raise UserError("reward.member_adapters: of a model with experts members cannot have any; leave it out")
     chosen = sites(hf.find_family(arch, loaded.base_config), lora.targets)
-    adapters = placed(mesh, lambda key: init_adapters(arch, chosen, lora.rank, branch(key, purpose)), key)
+
+    def init(key: jax.Array) -> Params:
+        fresh = partial(init_adapters, arch, chosen, lora.rank)
+        return jax.vmap(fresh)(jax.random.split(key, members)) if members else fresh(key)
+
+    adapters = placed(mesh, lambda key: init(branch(key, purpose)), key)
     heads = {name: tree for name, tree in loaded.params.items() if name == "score"}
     base = {name: tree for name, tree in loaded.params.items() if name != "score"}
     model = replace(loaded.model, lora_scale=scale_of(lora))
@@ -195,11 +221,14 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
     """A Hugging Face directory with the tokenizer, written by process 0; all processes call it.
 
     With adapters, `params` are these and the head: the model is saved with them merged, and `adapter` in it is a
-    directory that PEFT loads.
+    directory that PEFT loads. Where each member of an ensemble has its own, the model is their trunk alone, and
+    `members/0` and so on are such directories.
     """
     model, lora = loaded.model, loaded.lora
     arch, trained = model.arch, to_host(params) if lora else {}  # takes all processes
-    whole = params if loaded.frozen is None else model.merged(loaded.whole(params))
+    members = model.members if model.own_adapters else 0
+    whole = loaded.frozen if members else loaded.whole(params)
+    whole = params if loaded.frozen is None else model.merged(whole)
     if model.score_head:
         arch, whole, tokenizer = padded(path, arch, whole, tokenizer)
 
@@ -207,7 +236,9 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
         tokenizer.save(str(folder))
         if lora is not None:
             family = hf.find_family(model.arch, loaded.base_config)
-            peft.save_adapter(folder / "adapter", model.arch, family, lora, trained, base=loaded.path)
+            own = [(f"{OF_MEMBERS}/{i}", jax.tree.map(lambda x, i=i: x[i], trained)) for i in range(members)]
+            for name, tree in own or [("adapter", trained)]:
+                peft.save_adapter(folder / name, model.arch, family, lora, tree, base=loaded.path)
 
     hf.save_model(
         path,
@@ -219,6 +250,7 @@ def save_model(path: Path, loaded: Loaded, params: Params, tokenizer: Tokenizer)
         base_config=loaded.base_config,
         base_generation=loaded.base_generation,
         write_more=write_more,
+        trunk_of=members,
     )
 
 

@@ -52,6 +52,7 @@ class Model:
         arch: the shape.
         score_head: scalar head instead of vocabulary head.
         members: scalar heads of an ensemble on this trunk, on a last axis of scores; 0 is a single one without.
+        own_adapters: every member has adapters of its own, too, a and b with a first axis of members (`members`).
         compute_dtype: dtype of activations (float32 or bfloat16).
         remat: none, dots or full.
         logprob_chunk: positions of a device whose logits are alive at once.
@@ -74,13 +75,14 @@ class Model:
     length: int = 0
     rules: Rules = field(default_factory=Rules)
     members: int = 0
+    own_adapters: bool = False
     balance_coef: float = 0.0
 
     @classmethod
     def from_config(
-        cls, config: ModelConfig, arch: ArchConfig, rules: Rules, *, score_head: bool = False, **more: int
+        cls, config: ModelConfig, arch: ArchConfig, rules: Rules, *, score_head: bool = False, **more: Any
     ) -> Model:
-        """The model that `config` describes, of a shape and with a mesh of these rules; `more`: length, members."""
+        """The model that `config` describes, of a shape and with a mesh of these rules; `more`: other attributes."""
         dtype, kind = platform_dtype(config.compute_dtype), platform_attention(config.attention)
         chunk, coef = config.logprob_chunk, config.balance_coef if arch.num_experts else 0.0
         return cls(arch, score_head, dtype, config.remat, chunk, kind, rules=rules, balance_coef=coef, **more)

@@ -10,6 +10,7 @@ from rlhf_jax.config import PPOArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.loading import Loaded, adapted
+from rlhf_jax.models.members import merged_member
 from rlhf_jax.online.networks import Networks, members, together
 from rlhf_jax.ppo import core
 from rlhf_jax.sharding import Mesh, copied, placed
@@ -34,9 +35,13 @@ def make_networks(
     ref = policy.params
     if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
         first, *others = members(reward)
+        if first.model.own_adapters and (config.lora.rank or ppo.trainable_layers):
+            what = f"lora.rank {config.lora.rank}" if config.lora.rank else f"trainable_layers {ppo.trainable_layers}"
+            said = "the critic would stand on a reward model whose members have adapters"
+            raise UserError(f"{what}: {said}; set ppo.value_init zeros, or ppo.shared_trunk true")
         first = split_layers(first, ppo.trainable_layers, mesh)
         reward = together([first, *others])
-        value, base = with_one_head(first), "reward"
+        value, base = with_one_head(first, mesh), "reward"
     else:
         head = placed(mesh, lambda key: {"score": policy.model.init_score(key, zeros=True)}, key)["score"]
         scored = policy.model.with_score(policy.params, head)
@@ -57,10 +62,17 @@ def make_networks(
     return nets, copied({"policy": policy.params, "value": trained})
 
 
-def with_one_head(loaded: Loaded) -> Loaded:
-    """The reward model with the mean of its heads in place of several; equal ones give that head to the bit."""
+def with_one_head(loaded: Loaded, mesh: Mesh) -> Loaded:
+    """The reward model with the mean of its heads in place of several; equal ones give that head to the bit.
+
+    Of members with adapters of their own it is the first of them.
+    """
     if not loaded.model.members:
         return loaded
+    if loaded.model.own_adapters:
+        first = partial(merged_member, i=0, scale=loaded.model.lora_scale)
+        one = {"model__members": 0, "model__own_adapters": False, "model__lora_scale": 1.0}
+        return replace(loaded, params=placed(mesh, first, loaded.params), **one)
     head = jax.tree.map(lambda x: x[0] + (x - x[:1]).mean(axis=0), loaded.params["score"])
     return replace(loaded, model__members=0, params={**loaded.params, "score": head})
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.models import Model
 from rlhf_jax.models.experts import Routing
+from rlhf_jax.models.members import scored
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import over_views
 from rlhf_jax.training.sums import Differences, differences
@@ -99,8 +100,8 @@ def response_scores(model: Model | Ensemble, params: Params, view: Packed) -> Fl
 
 def scores_and_routing(model: Model, params: Params, view: Packed) -> tuple[Float[Array, "R ..."], Routing | None]:
     """`response_scores` of one model, and what its routers did, if it has any."""
-    hidden, routing = model.forward(params, **view.inputs)
-    return view.at_ends(model.scores(params["score"], hidden)), routing
+    scores, routing = scored(model, params, **view.inputs)
+    return view.at_ends(scores), routing
 
 
 def standardised(score: Params, mean: np.ndarray, std: np.ndarray) -> Params:

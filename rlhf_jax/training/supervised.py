@@ -20,7 +20,8 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.processes import is_first, say
 from rlhf_jax.keys import branch
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, hf
+from rlhf_jax.models.hf import hub
 from rlhf_jax.models.loading import (
     Head,
     Loaded,
@@ -74,7 +75,7 @@ class Task:
         collate: (all examples) -> what makes a batch of some of them, given length= and pad_id=.
         objective: of a model, what to minimise.
         shown: metrics of the progress bar.
-        head: as for `load_model`, and so is `members`.
+        head: as for `load_model`, and so are `members` and `own_adapters`.
         resample: what becomes of the training examples, and of no held-out ones; None if nothing.
         reference: (model, params, batch) -> f32[B, K]: what the model says of every example before it is trained,
             which the example has as ref_logprobs from then on.
@@ -91,6 +92,7 @@ class Task:
     shown: tuple[str, ...]
     head: Head = "vocabulary"
     members: int = 0
+    own_adapters: bool = False
     resample: Callable[[Sequence[Example]], list[Example]] | None = None
     reference: Callable[[Model, Params, Batch], jax.Array] | None = None
     pack: Callable[[Batch, Packing], Batch] | None = None
@@ -215,8 +217,15 @@ def setup(task: Task, claim: Claim) -> Work:
     if (total := claim.steps(batches)) < FEW_STEPS and not claim.settings.steps:
         cure = f"raise {task.group}.epochs ({claim.settings.epochs}) or lower data.batch_size ({data.batch_size})"
         remarks.append(f"{total} optimiser steps are few for {len(train_set)} rows to be learned; {cure}")
-    more = {"length": data.max_length, "members": task.members}
-    loaded = load_model(config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, **more)
+    if config.model.path and hf.own_adapters(hub.local_directory(config.model.path)):
+        cure = "train adapters on the model that they stand on"
+        raise UserError(
+            f"{config.model.path} is a reward ensemble of adapters, on which no other model stands; {cure}"
+        )
+    loaded = load_model(
+        config.model, mesh, branch(key, "weights"), head=task.head, lora=config.lora, length=data.max_length,
+        members=task.members, own_adapters=task.own_adapters,
+    )  # fmt: skip
     if loaded.model.members != task.members:
         held, wanted = loaded.model.members or 1, task.members or 1
         raise UserError(f"{config.model.path} has {held} trained heads, not reward.members {wanted}; set it to {held}")

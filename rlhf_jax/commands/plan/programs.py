@@ -78,13 +78,15 @@ def find_arch(path: str) -> ArchConfig:
     return hf.read_config(hub.local_directory(path))[0]
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh, length: int, *, score_head: bool, attention: str) -> Loaded:
+def abstract_model(
+    config: ModelConfig, mesh: Mesh, length: int, *, score_head: bool, attention: str, **more: Any
+) -> Loaded:
     """The model of a config in bfloat16 (unless it says float32), for `length` tokens, as shapes on the mesh."""
     arch = config.arch or find_arch(config.path)
     if config.compute_dtype == "auto":
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     model = dataclasses.replace(
-        Model.from_config(config, arch, mesh.rules, score_head=score_head, length=length), attention=attention
+        Model.from_config(config, arch, mesh.rules, score_head=score_head, length=length, **more), attention=attention
     )
     init = lambda key: quantized(model.init(key, config.param_dtype), config.quantize)  # noqa: E731
     return Loaded(model, placed(mesh, init, _key(mesh)))
@@ -136,7 +138,8 @@ def _training(config: TrainArgs, mesh: Mesh, attention: str, width: int, fill: f
     accumulate = getattr(config, task.group).accumulate
     check_rows(mesh, size // accumulate, f"data.batch_size / {task.group}.accumulate =")
     scalar = task.head != "vocabulary"
-    loaded = abstract_model(config.model, mesh, length, score_head=scalar, attention=attention)
+    members = {"members": task.members, "own_adapters": task.own_adapters}
+    loaded = abstract_model(config.model, mesh, length, score_head=scalar, attention=attention, **members)
     loaded = adapted(loaded, config.lora, mesh, _key(mesh))
     check_length(loaded.model.arch, length, "data.max_length")
     examples = [example_of_all(width)] * size

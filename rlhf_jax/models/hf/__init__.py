@@ -2,6 +2,7 @@
 
 from rlhf_jax.models.hf.config_json import find_family
 from rlhf_jax.models.hf.directory import model_directory
+from rlhf_jax.models.hf.heads import has_score_head, members_of, own_adapters
 from rlhf_jax.models.hf.stored import read_config, read_generation
 from rlhf_jax.models.hf.table import FAMILIES
-from rlhf_jax.models.hf.weights import has_score_head, load_params, members_of, save_model
+from rlhf_jax.models.hf.weights import load_params, save_model

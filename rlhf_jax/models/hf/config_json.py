@@ -42,7 +42,9 @@ _REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "l
 _NOT_SCALING = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MEMBERS = "reward_members"
 """Key of config.json whose number says that the labels of a classifier are the members of a reward ensemble."""
-_NOT_KEPT = ("torch_dtype", "auto_map", "quantization_config", MEMBERS)
+OWN_ADAPTERS = "reward_member_adapters"
+"""Key beside it: true if the directory holds their trunk, and each member's adapters and head lie below it."""
+_NOT_KEPT = ("torch_dtype", "auto_map", "quantization_config", MEMBERS, OWN_ADAPTERS)
 """The old name of dtype; code that lay beside the model; how its weights were packed."""
 
 

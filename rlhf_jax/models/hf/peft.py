@@ -1,4 +1,7 @@
-"""Adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors. `stored.py` reads them."""
+"""Adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors.
+
+`stored.py` reads them added to their model; here they are written, and those of an ensemble's members are read.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.config.settings import HUB
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.models.hf import heads
 from rlhf_jax.models.hf import weights as hf_weights
-from rlhf_jax.models.hf.config_json import MEMBERS
+from rlhf_jax.models.hf.config_json import MEMBERS, read_json, understood
 from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson, Family
-from rlhf_jax.models.hf.layout import Layout, flattened
-from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX
-from rlhf_jax.models.lora import Site, adapter_axes, sites
+from rlhf_jax.models.hf.layout import Layout, flattened, leaf_shapes
+from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX, read_header
+from rlhf_jax.models.lora import Site, adapter_axes, adapter_shapes, sites
+from rlhf_jax.sharding import Mesh, placed
 from rlhf_jax.types import Params
 
 
@@ -43,6 +51,13 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
     }
 
 
+def _adapters_of(family: Family, chosen: Sequence[Site]) -> Family:
+    """The family with the tensors of a file of adapters, and of score heads, in place of its own."""
+    tensors = {f"{PREFIX}{site.module}.{name}": tensor for site in chosen for name, tensor in site.stored().items()}
+    scores = {PREFIX + name: tensor for name, tensor in family.tensors.items() if tensor.leaf.startswith("score/")}
+    return family._replace(tensors=tensors | scores)
+
+
 def save_adapter(
     folder: Path, arch: ArchConfig, family: Family, lora: LoRAConfig, params: Params, *, base: str
 ) -> None:
@@ -51,18 +66,43 @@ def save_adapter(
     transformers' head has no bias; one that is not 0 is stored as score.bias, which PEFT leaves out.
     """
     leaves, score_head = flattened(params), "score" in params
-    chosen = sites(family, lora.targets)
-    tensors = {f"{PREFIX}{site.module}.{name}": tensor for site in chosen for name, tensor in site.stored().items()}
-    members = hf_weights.heads_in(leaves)
-    known = hf_weights.with_heads(family, members).tensors
-    heads = {PREFIX + name: tensor for name, tensor in known.items() if tensor.leaf.startswith("score/")}
+    chosen, members = sites(family, lora.targets), heads.heads_in(leaves)
+    stored_family = _adapters_of(heads.with_heads(family, members), chosen)
     if score_head and not np.any(leaves["score/bias"]):
         del leaves["score/bias"]
     layout = Layout(arch, members=members, rank=lora.rank, axes=adapter_axes(arch, chosen))
-    stored = dict(
-        hf_weights.hf_tensors(family._replace(tensors=tensors | heads), layout, leaves, np.dtype(np.float32))
-    )
-    folder.mkdir()
+    stored = dict(hf_weights.hf_tensors(stored_family, layout, leaves, np.dtype(np.float32)))
+    folder.mkdir(parents=True)
     save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = adapter_config(lora, chosen, base=base, score_head=score_head) | ({MEMBERS: members} if members else {})
     (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_members(folders: Sequence[Path], arch: ArchConfig, family: Family, mesh: Mesh) -> tuple[LoRAConfig, Params]:
+    """The settings of the members of an ensemble on one trunk, and their adapters and heads, members on a first axis.
+
+    `folders` are as `save_adapter` writes them, one for each.
+
+    Raises:
+        UserError: one is missing or broken, or has other settings than the first.
+    """
+    settings = [_settings_of(folder) for folder in folders]
+    for folder, own in zip(folders, settings, strict=True):
+        if own != settings[0]:
+            cure = "put the member there that was trained with it"
+            raise UserError(f"{folder / ADAPTER} has other settings than {folders[0]}; {cure}")
+    lora = settings[0]
+    chosen = sites(family, lora.targets)
+    layout, stored_family = Layout(arch, rank=lora.rank, axes=adapter_axes(arch, chosen)), _adapters_of(family, chosen)
+    shapes = {name: shape for name, shape in leaf_shapes(arch, score_head=True).items() if name.startswith("score/")}
+    shapes |= adapter_shapes(arch, chosen, lora.rank)
+    of = lambda folder: (read_header(folder / ADAPTER_WEIGHTS), shapes)  # noqa: E731
+    each = [hf_weights.load_leaves(folder, arch, stored_family, layout, *of(folder), mesh=mesh) for folder in folders]
+    return lora, placed(mesh, lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), *each)
+
+
+def _settings_of(folder: Path) -> LoRAConfig:
+    raw = read_json(folder / ADAPTER)
+    with understood(folder / ADAPTER):
+        rank, alpha, targets = int(raw["r"]), float(raw["lora_alpha"]), list(raw["target_modules"])
+        return LoRAConfig(rank, alpha, bool(raw["use_rslora"]), targets)

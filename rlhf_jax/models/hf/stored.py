@@ -211,7 +211,7 @@ def stored_tensors(path: Path) -> dict[str, Readable]:
         files = [path / name for name in names]
     tensors: dict[str, Readable] = {}
     for file in files:
-        tensors |= {text_name(name): tensor for name, tensor in _read_header(file).items()}
+        tensors |= {text_name(name): tensor for name, tensor in read_header(file).items()}
     tensors = _unpacked(tensors, path)
     if adapters:
         arch, family = _shape_of(path / "config.json")
@@ -232,7 +232,8 @@ def _shape_of(config: Path) -> tuple[ArchConfig, Family]:
     return arch, family.of(arch)
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name; a UserError if it is missing or cut short."""
     if not os.path.isfile(file):
         raise UserError(f"{file} is missing; download or save the model again")
     try:
@@ -267,7 +268,7 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
     own = () if bound else tuple(raw.get("modules_to_save") or ())
     tied, pairs = head not in base, {}  # type: tuple[bool, dict[str, dict[str, Stored]]]
     shared, single = dict(base), {}  # type: tuple[dict[str, Readable], dict[str, Readable]]
-    for stored, tensor in _read_header(where).items():
+    for stored, tensor in read_header(where).items():
         if match := _LOW_RANK.fullmatch(stored):
             pairs.setdefault(match[1], {})[match[2]] = tensor
         elif match := _WHOLE.fullmatch(stored):

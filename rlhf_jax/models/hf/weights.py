@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -25,10 +25,10 @@ from rlhf_jax.hosts.copies import release
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
 from rlhf_jax.models.hf.composite import BESIDE, text_part
-from rlhf_jax.models.hf.config_json import MEMBERS, family_of, find_family, read_json, to_json_like
-from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
-from rlhf_jax.models.hf.families import MEMBERS as HEADS
+from rlhf_jax.models.hf.config_json import OWN_ADAPTERS, family_of, find_family, read_json, to_json_like
+from rlhf_jax.models.hf.directory import layers_of, model_directory
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
+from rlhf_jax.models.hf.heads import heads_in, members_of, own_adapters, with_heads
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
 from rlhf_jax.models.hf.stored import DTYPES, Packed, Tensors, check_tied, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
@@ -58,36 +58,6 @@ def _names(family: Family, layout: Layout, leaves: Iterable[str]) -> _Wanted:
     return found
 
 
-def has_score_head(path: str | os.PathLike[str]) -> bool:
-    """Whether a Hugging Face directory holds the trained scalar head of a reward or value model."""
-    return "score.weight" in stored_tensors(Path(path))
-
-
-def heads_in(leaves: Leaves) -> int:
-    """The members of the ensemble whose heads are among leaves; 0 if there is a single head or none."""
-    kernel = leaves.get("score/kernel")
-    return len(kernel) if kernel is not None and np.ndim(kernel) == 2 else 0
-
-
-def members_of(path: str | os.PathLike[str]) -> int:
-    """The members of the reward ensemble in a directory; 0 if it holds a model of another kind.
-
-    Raises:
-        UserError: config.json says something else than a number.
-    """
-    adapter = Path(path) / ADAPTER
-    where = adapter if adapter.is_file() else model_directory(path) / "config.json"
-    members = read_json(where).get(MEMBERS) or 0
-    if type(members) is not int or members < 0:
-        raise UserError(f"{where}: {MEMBERS} is {members!r}; make it the number of heads, or leave it out")
-    return members
-
-
-def with_heads(family: Family, members: int) -> Family:
-    """The family whose score head is that of an ensemble, if there are members."""
-    return family._replace(tensors=family.tensors | HEADS) if members else family
-
-
 def load_params(
     path: str | os.PathLike[str],
     arch: ArchConfig,
@@ -111,6 +81,8 @@ def load_params(
         UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
     """
     folder, members = Path(path), members_of(path) if score_head else 0
+    if score_head and own_adapters(folder):
+        raise UserError(f"{folder} is the trunk of {members} members; name a reward model, such as {folder}/members/0")
     layout, config = Layout(arch, members=members), model_directory(folder) / "config.json"
     family = with_heads(family_of(text_part(read_json(config)), config).of(arch), members)
     stored = stored_tensors(folder)
@@ -118,11 +90,29 @@ def load_params(
         trunk = {name for name in family.tensors if name.startswith(family.prefix)}
         bare = {name.removeprefix(family.prefix): tensor for name, tensor in family.tensors.items() if name in trunk}
         family = family._replace(tensors=bare | {n: t for n, t in family.tensors.items() if n not in trunk})
-    shapes = leaf_shapes(arch, score_head=score_head, members=members)
-    wanted = _names(family, layout, shapes)
-    _check_stored(folder, family, stored, wanted, layout)
     if arch.tied_head:
         check_tied(folder, family, stored)
+    shapes = leaf_shapes(arch, score_head=score_head, members=members)
+    params = load_leaves(folder, arch, family, layout, stored, shapes, mesh=mesh, dtype=dtype)
+    for each in layers_of(folder):
+        release(each)
+    return params
+
+
+def load_leaves(
+    folder: Path,
+    arch: ArchConfig,
+    family: Family,
+    layout: Layout,
+    stored: Tensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    mesh: Mesh | None,
+    dtype: str = "float32",
+) -> Params:
+    """The leaves of these shapes from the tensors of a directory, as `load_params` reads them."""
+    wanted = _names(family, layout, shapes)
+    _check_stored(folder, family, stored, wanted, layout)
     specs = {
         leaf: jax.ShapeDtypeStruct(shape, np.float32 if _FLOAT32.match(leaf) else _DTYPES[dtype])
         for leaf, shape in shapes.items()
@@ -135,8 +125,6 @@ def load_params(
         parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
         read = functools.partial(_read_shard, parts, stored, layout, spec, seen)
         leaves[leaf] = _placed(read, spec, shardings[leaf])
-    for each in layers_of(folder):
-        release(each)
     seen.report(folder)
     return nested(leaves)
 
@@ -257,6 +245,7 @@ def save_model(
     base_generation: ConfigJson | None = None,
     shard_bytes: int = SHARD_BYTES,
     write_more: Callable[[Path], None] | None = None,
+    trunk_of: int = 0,
 ) -> None:
     """Writes config.json, generation_config.json and safetensors; other files in `path` stay.
 
@@ -269,28 +258,27 @@ def save_model(
         score_head: a reward or value model. transformers' head has no bias, so ours goes into the final norm's where
             there is one; else, as with the heads of an ensemble, it is score.bias, which transformers ignores.
         dtype: float32 or bfloat16.
-        base_config: config.json of the model that training began with; gives the family, bos and (default) pad, and
-            all that is no setting of ours.
+        base_config: config.json of the model that training began with: family, bos, (default) pad, what is not ours.
         base_generation: its generation_config.json; what it says beside token ids is kept.
         shard_bytes: the largest weight file; more of them come with an index.
         write_more: writes further files, such as the tokenizer's, into the new directory.
+        trunk_of: so many members of a reward ensemble, whose adapters and heads `write_more` writes: params have none.
 
     Raises:
         UserError: no family has this shape, or params do not have it.
     """
-    members = heads_in(leaves := flattened(params))
+    members = heads_in(leaves := flattened(params)) or trunk_of
     family, layout = with_heads(find_family(arch, base_config), members), Layout(arch, members=members)
-    shapes = leaf_shapes(arch, score_head=score_head, members=members)
+    shapes = leaf_shapes(arch, score_head=None if trunk_of else score_head, members=members)
     if dtype not in _DTYPES:
         raise UserError(f"cannot save in dtype {dtype!r}; use one of: {', '.join(_DTYPES)}")
-    wrong = {leaf: np.shape(array) for leaf, array in leaves.items()}.items() ^ shapes.items()
-    if wrong:
+    if wrong := {leaf: np.shape(array) for leaf, array in leaves.items()}.items() ^ shapes.items():
         names = ", ".join(sorted({leaf for leaf, _ in wrong})[:3])
         raise UserError(f"arch and params disagree about {names}; save params with the arch that they have")
     leaves = _fold_score_bias(leaves) if score_head and not members else leaves
     tokens = _token_ids(family, eos_ids, pad_id, base_config or {}, score_head=score_head)
     said = to_json_like(family, arch, base_config or {}, score_head=score_head, members=members)
-    config = said | tokens | {"dtype": dtype}
+    config = said | tokens | {"dtype": dtype} | ({OWN_ADAPTERS: True} if trunk_of else {})
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = hf_tensors(family, layout, leaves, _DTYPES[dtype])
     if is_first():
