@@ -77,7 +77,7 @@ def by_all_experts(arch, params, x, real):
 
 
 def test_a_layer_is_what_all_experts_make_weighed_by_the_router():
-    """Blocks of several rows, and of one; padding gets nothing and counts nowhere, and no token is dropped."""
+    """Blocks of several rows, and few tokens; padding gets nothing and counts nowhere, and no token is dropped."""
     experts = 4
     arch, layer, params, x, real = layer_and_inputs(experts, 160)
     weight = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
@@ -96,7 +96,7 @@ def test_a_layer_is_what_all_experts_make_weighed_by_the_router():
     jax.tree.map(
         np.testing.assert_array_equal, apply(params, half, real)[1], apply(params, half.astype(x.dtype), real)[1]
     )
-    few, mask = x[:, :3], real[:, :3]  # blocks of one row
+    few, mask = x[:, :3], real[:, :3]  # which all experts get
     np.testing.assert_allclose(apply(params, few, mask)[0], by_all_experts(arch, params, few, mask), atol=1e-5)
 
 
@@ -108,6 +108,13 @@ def test_the_compiled_layer_costs_what_active_experts_cost():
     tokens, width = x.shape[0] * x.shape[1], x.shape[2]
     active = 3 * 2 * tokens * (arch.experts_per_token * 3 * width * arch.ffn_width + width * arch.num_experts)
     assert 1 < cost / active < 1.15
+
+
+def test_few_tokens_copy_no_weights_of_experts():
+    """All bytes that the program moves are fewer than four times the weights'; by blocks they were nine times."""
+    _, layer, params, x, real = layer_and_inputs(16, 32, width=64)
+    compiled = jax.jit(lambda params, x: layer.apply(params, x, real)[0]).lower(params, x).compile()
+    assert compiled.cost_analysis()["bytes accessed"] < 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def test_plan_counts_what_all_devices_of_a_mesh_multiply():

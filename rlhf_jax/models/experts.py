@@ -172,8 +172,8 @@ class Experts(nnx.Module):
         places = Places.of(chosen, down.shape[0])
         y = grouped(spread(x, places), up, places)
         if up_bias is not None:  # that of a block's expert, on all its rows
-            of_block = up_bias.astype(x.dtype).reshape(len(up_bias), 1, -1)[places.owner]
-            y = (y.reshape(len(places.owner), -1, y.shape[-1]) + of_block).reshape(y.shape)
+            of_block = places.of_blocks(up_bias.astype(x.dtype).reshape(len(up_bias), 1, -1))
+            y = (y.reshape(len(of_block), -1, y.shape[-1]) + of_block).reshape(y.shape)
         return collect(grouped(self.between(*jnp.split(y, up.shape[2], axis=-1)), down, places), places)
 
     def between(self, gate: Float[Array, "R F"], *rest: Float[Array, "R F"]) -> Float[Array, "R F"]:

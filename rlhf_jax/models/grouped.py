@@ -17,6 +17,8 @@ from rlhf_jax.models.kernels import Adapted, Kernel, dense, einsum
 LARGEST_BLOCK = 512
 PADDING = 8
 """Blocks are so small that those that are not full add at most an eighth to the rows."""
+FEW = 64
+"""So many tokens go to all experts, if these are fewer than the pairs: it is reading the weights that costs."""
 
 
 class Places(NamedTuple):
@@ -25,19 +27,21 @@ class Places(NamedTuple):
     Attributes:
         source: the (token, choice) pair of every place, n * k where there is none.
         place: the place of every pair, that of no row where its expert is E.
-        owner: the expert of every block.
+        owner: the expert of every block; None where all experts have one, in turn.
         counts: places of every expert, whole blocks.
     """
 
     source: Int[Array, " R"]
     place: Int[Array, "n k"]
-    owner: Int[Array, " blocks"]
+    owner: Int[Array, " blocks"] | None
     counts: Int[Array, " E"]
 
     @classmethod
     def of(cls, chosen: Int[Array, "n k"], experts: int) -> Places:
         """Of the experts of every token; a pair with expert E = `experts` has no place."""
         ids, pairs = chosen.reshape(-1), chosen.size
+        if len(chosen) <= FEW and pairs > experts:
+            return cls._of_few(chosen, experts)
         size = block_size(pairs, experts)
         blocks = (pairs + experts * (size - 1)) // size
         # Pairs in order of their experts; the first pair and the first place of each expert.
@@ -54,6 +58,20 @@ class Places(NamedTuple):
         own = jnp.minimum(ids, experts - 1)
         place = jnp.where(ids < experts, start[own] + rank - first[own], blocks * size)
         return cls(source, place.reshape(chosen.shape), owner, counts)
+
+    @classmethod
+    def _of_few(cls, chosen: Int[Array, "n k"], experts: int) -> Places:
+        """A block of all tokens for every expert, in which those that others have are empty."""
+        tokens, rows = len(chosen), len(chosen) * experts
+        place = chosen * tokens + jnp.arange(tokens, dtype=chosen.dtype)[:, None]
+        place = jnp.where(chosen < experts, place, rows)
+        pairs = jnp.arange(chosen.size, dtype=jnp.int32)
+        source = jnp.full(rows, chosen.size, jnp.int32).at[place.reshape(-1)].set(pairs, mode="drop")
+        return cls(source, place, None, jnp.full(experts, tokens, jnp.int32))
+
+    def of_blocks(self, values: Array) -> Array:
+        """Of [E, ...] what the owner of every block has, [blocks, ...]."""
+        return values if self.owner is None else values[self.owner]
 
 
 def by_key(
@@ -112,8 +130,9 @@ def grouped(x: Float[Array, "R D"], kernel: Kernel, places: Places) -> Float[Arr
 
 def by_blocks(x: Float[Array, "R D"], weight: Float[Array, "E D F"], places: Places) -> Float[Array, "R F"]:
     """A batched product of blocks with the weights of their owners."""
-    blocks = x.reshape(len(places.owner), -1, x.shape[1])
-    return einsum("rbd,rdf->rbf", blocks, weight[places.owner]).reshape(len(x), -1)
+    weights = places.of_blocks(weight)
+    blocks = x.reshape(len(weights), -1, x.shape[1])
+    return einsum("rbd,rdf->rbf", blocks, weights).reshape(len(x), -1)
 
 
 @jax.custom_vjp
