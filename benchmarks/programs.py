@@ -186,9 +186,19 @@ def iterations(
 def model_of(name: str, mesh: Mesh, dtype: str) -> Model:
     """The model of a size."""
     size = SIZES[name]
+    own: dict[str, Any] = {}
+    if "experts" in size:
+        own = {"qk_norm": "head", "num_experts": size["experts"], "experts_per_token": size["top"]}
+    if "delta_heads" in size:
+        heads, width = size["delta_heads"], size["delta_width"]
+        own = {
+            "qk_norm": "head", "norm_offset": True, "attn_gate": True, "rope_fraction": 0.25,
+            "delta_layers": tuple(i for i in range(size["layers"]) if i % 4 != 3), "delta_kernel": 4,
+            "delta_key_heads": heads, "delta_value_heads": heads, "delta_key_dim": width, "delta_value_dim": width,
+        }  # fmt: skip
     arch = ArchConfig(
         width=size["width"], num_layers=size["layers"], num_heads=size["heads"], num_kv_heads=size["heads"],
-        head_dim=size["width"] // size["heads"], ffn_width=size["ffn"], vocab_size=size["vocab"],
+        head_dim=size["width"] // size["heads"], ffn_width=size["ffn"], vocab_size=size["vocab"], **own,
     )  # fmt: skip
     return Model.from_config(ModelConfig(compute_dtype=dtype), arch, mesh.rules)
 

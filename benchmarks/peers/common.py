@@ -18,8 +18,14 @@ import numpy as np
 SIZES = {
     "42m": dict(width=512, layers=8, heads=8, ffn=1408, vocab=32000),
     "5m": dict(width=256, layers=4, heads=4, ffn=704, vocab=4096),
+    "42m_experts": dict(width=512, layers=8, heads=8, ffn=352, vocab=32000, experts=16, top=4),  # 94m, 42m of a token
+    "5m_hybrid": dict(width=256, layers=4, heads=4, ffn=704, vocab=4096, delta_heads=4, delta_width=64),
     "tiny": dict(width=64, layers=1, heads=1, ffn=64, vocab=512),  # to see that a program runs
+    "tiny_experts": dict(width=64, layers=1, heads=1, ffn=64, vocab=512, experts=4, top=2),
+    "tiny_hybrid": dict(width=64, layers=4, heads=1, ffn=64, vocab=512, delta_heads=2, delta_width=16),
 }
+"""With `experts` a Qwen3-MoE, of which a token has `top`; with `delta_heads` a Qwen3.5, attention in every fourth."""
+LLAMAS = tuple(name for name, size in SIZES.items() if not {"experts", "delta_heads"} & set(size))
 WARMUP = 2
 
 
@@ -192,11 +198,11 @@ class Clock:
         print(json.dumps(line), file=self.out, flush=True)
 
 
-def parse(description: str | None, tasks: tuple[str, ...]) -> argparse.Namespace:
-    """The options of a peer's program."""
+def parse(description: str | None, tasks: tuple[str, ...], sizes: tuple[str, ...] = LLAMAS) -> argparse.Namespace:
+    """The options of a peer's program, which has models of these sizes."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--task", choices=tasks, default=tasks[0])
-    parser.add_argument("--size", choices=list(SIZES), default="42m")
+    parser.add_argument("--size", choices=sizes, default="42m")
     parser.add_argument("--lengths", choices=["full", "ragged"], default="full")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--turns", action="store_true", help="begin each step at a line of standard input")

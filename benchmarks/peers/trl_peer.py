@@ -26,7 +26,7 @@ import transformers
 import trl
 from common import SIZES, WARMUP, Clock, left_padded, parse, rows, stop_ids, work_of
 from datasets import Dataset
-from torch_shapes import THREADS, llama_config, make_tokenizer
+from torch_shapes import THREADS, config_of, make_tokenizer, policy_of
 
 COMMON = dict(
     gradient_accumulation_steps=1, learning_rate=1e-5, max_grad_norm=1.0, bf16=False, fp16=False,
@@ -70,19 +70,19 @@ def trainer_of(task, size, batches, folder, clock):
             "input_ids": [row.prompt + row.responses[0] for row in flat],
             "labels": [[-100] * len(row.prompt) + row.responses[0] for row in flat],
         }
-        model, settings = transformers.LlamaForCausalLM(llama_config(size)), trl.SFTConfig(packing=False, **common)
+        model, settings = policy_of(size), trl.SFTConfig(packing=False, **common)
         return trl.SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_dict(columns), **given)
     if task == "dpo":
         texts = [[words(pair[0]), *(words(ids[:-1]) + " [END]" for ids in pair[1:])] for pair in pairs]
         columns = dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*texts, strict=True)), strict=True))
-        model = transformers.LlamaForCausalLM(llama_config(size))
+        model = policy_of(size)
         settings = trl.DPOConfig(precompute_ref_log_probs=True, **common)
         return trl.DPOTrainer(model=model, args=settings, train_dataset=Dataset.from_dict(columns), **given)
     columns = {
         "chosen_ids": [prompt + chosen for prompt, chosen, _ in pairs],
         "rejected_ids": [prompt + rejected for prompt, _, rejected in pairs],
     }
-    model = transformers.LlamaForSequenceClassification(llama_config(size, num_labels=1))
+    model = transformers.AutoModelForSequenceClassification.from_config(config_of(size, num_labels=1))
     return trl.RewardTrainer(
         model=model, args=trl.RewardConfig(**common), train_dataset=Dataset.from_dict(columns), **given
     )
@@ -117,7 +117,7 @@ def train_grpo(size, batches, work, stops, clock):
         drawn.append(sum(map(len, completion_ids)))
         return torch.rand(len(completion_ids)).tolist()
 
-    model = transformers.LlamaForCausalLM(llama_config(size))
+    model = policy_of(size)
     model.generation_config.eos_token_id = stops
     prompts = [words(row.prompt) for step in batches for row in step]
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def train_grpo(size, batches, work, stops, clock):
 
 def generate(size, batches, work, stops, clock):
     """Time generations: of exactly `new` tokens with filters, or of up to as many by temperature alone."""
-    model = transformers.LlamaForCausalLM(llama_config(size)).eval()
+    model = policy_of(size).eval()
     law = dict(top_k=0, top_p=1.0, eos_token_id=stops) if stops else dict(top_k=50, top_p=0.9, min_new_tokens=work.new)
     sampling = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, max_new_tokens=work.new, pad_token_id=0, **law
@@ -155,7 +155,7 @@ def generate(size, batches, work, stops, clock):
 
 
 def main():
-    args = parse(__doc__, ("sft", "reward", "kwise4", "kwise9", "dpo", "generate", "grpo"))
+    args = parse(__doc__, ("sft", "reward", "kwise4", "kwise9", "dpo", "generate", "grpo"), tuple(SIZES))
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     size, work, clock = SIZES[args.size], work_of(args.task, args.lengths), Clock(args.turns)

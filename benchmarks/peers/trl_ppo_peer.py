@@ -24,7 +24,7 @@ import transformers
 import trl
 from common import SIZES, WARMUP, Clock, left_padded, parse, rows, stop_ids, work_of
 from datasets import Dataset
-from torch_shapes import THREADS, llama_config, make_tokenizer
+from torch_shapes import THREADS, config_of, make_tokenizer, policy_of
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 EPOCHS = 4
@@ -47,10 +47,12 @@ class IterationClock(transformers.TrainerCallback):
 
 def run(size, batches, work, stops, clock):
     """Time the PPO iterations on `batches`."""
-    policy = transformers.LlamaForCausalLM(llama_config(size))
-    reference = transformers.LlamaForCausalLM(llama_config(size))
+    policy = policy_of(size)
+    reference = policy_of(size)
     reference.load_state_dict(policy.state_dict())
-    reward, value = (transformers.LlamaForSequenceClassification(llama_config(size, num_labels=1)) for _ in range(2))
+    reward, value = (
+        transformers.AutoModelForSequenceClassification.from_config(config_of(size, num_labels=1)) for _ in range(2)
+    )
 
     width, drawn, plain_generate = max(len(row.prompt) for step in batches for row in step), [], policy.generate
 
@@ -96,7 +98,7 @@ def run(size, batches, work, stops, clock):
 
 
 def main():
-    args = parse(__doc__, ("ppo",))
+    args = parse(__doc__, ("ppo",), tuple(SIZES))
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     size, clock = SIZES[args.size], Clock(args.turns)
