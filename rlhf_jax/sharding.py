@@ -271,16 +271,17 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return constrain(x, row_axes(), *[None] * (x.ndim - 1))
 
 
-def looked_up(rules: Rules, path: str, read: Callable[..., jax.Array], *ids: jax.Array) -> jax.Array:
-    """read(*ids), [B, T, D] of ids [B, T], with D and ids pinned as its table [V, D] needs them, and then to rows.
+def looked_up(rules: Rules, path: str, read: Callable[..., Any], *ids: jax.Array) -> Any:
+    """read(*ids), arrays [B, T, ..., D], with D and ids [B, T] pinned as their table [V, D] needs them, then to rows.
 
     So devices that share a table exchange their rows. From one to the other at once the compiler brings the whole
     batch to every device, and in the backward pass its gradient.
     """
     width = rules.of(path, (1, 1))[-1]
     rows = tuple(axis for axis in row_axes() if axis not in width)
-    x = read(*(constrain(x, rows, None) for x in ids))
-    return constrain_rows(constrain(x, rows, None, entry(width)))
+    found = read(*(constrain(x, rows, None) for x in ids))
+    of_rows = lambda x: constrain_rows(constrain(x, rows, *[None] * (x.ndim - 2), entry(width)))  # noqa: E731
+    return jax.tree.map(of_rows, found)
 
 
 def constrain_gathered(rules: Rules, path: str, x: jax.Array, *, stacked: bool) -> jax.Array:

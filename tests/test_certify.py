@@ -14,6 +14,7 @@ from rlhf_jax import cli, config
 from rlhf_jax.commands.certify import gap, lines, shallow
 from rlhf_jax.config.functions import replace
 from rlhf_jax.models import Model
+from rlhf_jax.models.hf.layout import flattened, leaf_shapes
 
 
 def test_the_gap_names_the_first_token_that_differs_and_the_farthest():
@@ -41,6 +42,17 @@ def test_the_lowest_layers_of_a_model_are_the_same_from_one_stack_and_from_two()
             hidden.append(jax.jit(low.apply)(cut, ids, ids, jnp.ones_like(ids)))
         np.testing.assert_array_equal(hidden[0], hidden[1])
         np.testing.assert_array_equal(hidden[0], hidden[2])
+
+
+def test_the_lowest_layers_have_the_parts_of_their_shape_where_layers_share_keys_and_have_inputs():
+    shared = {"shared_kv_layers": 2, "shared_kv_ffn_width": 8, "layer_input_width": 4}
+    model = Model(dataclasses.replace(ARCH, num_layers=3, **shared))
+    params = model_params(model, 0)
+    for tree in (params, model.split(params, 1)):
+        for layers in (1, 2, 3):
+            low, cut = shallow(model, tree, layers)
+            found = {name: leaf.shape for name, leaf in flattened(low.merged(cut)).items()}
+            assert found == leaf_shapes(low.arch, score_head=False)
 
 
 @pytest.mark.slow

@@ -32,11 +32,12 @@ ARCH = ArchConfig(  # two periods of two layers, and one layer more
     delta_key_heads=2, delta_value_heads=4, delta_key_dim=3, delta_value_dim=5, delta_kernel=3,
 )  # fmt: skip
 SMALL = dataclasses.replace(ARCH, num_layers=2, delta_layers=(0,), tied_head=False)
-HEADS = ArchConfig(  # two shapes of heads, as in Gemma 4
+HEADS = ArchConfig(  # as in Gemma 4: two shapes of heads; two layers with the keys and values of two below; inputs
     vocab_size=V, width=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=16, max_positions=40,
     norm_position="both", qk_norm="head", scale_embedding=True, activation="gelu_tanh", attention_multiplier=1.0,
     sliding_window=3, window_layers=(0, 2, 4), full_head_dim=12, full_kv_heads=2, full_keys_as_values=True,
-    value_norm=True, layer_gain=True, rope_local_theta=100.0,
+    value_norm=True, layer_gain=True, rope_local_theta=100.0, shared_kv_layers=2, shared_kv_ffn_width=32,
+    layer_input_width=6,
     rope_scaling=RopeScaling(kind="proportional", fraction=0.5),
 )  # fmt: skip
 LATENT = ArchConfig(  # keys and values of one vector, as in DeepSeek-V3
@@ -44,7 +45,7 @@ LATENT = ArchConfig(  # keys and values of one vector, as in DeepSeek-V3
     rope_pairs=True, latent_width=6, latent_query_width=8, latent_rope_dim=4, latent_value_dim=7, num_experts=4,
     experts_per_token=2, router="sigmoid", shared_width=6, dense_layers=1, dense_width=16, tied_head=False,
 )  # fmt: skip
-FEW_HEADS = dataclasses.replace(HEADS, num_layers=2, window_layers=(0,), tied_head=False)
+FEW_HEADS = dataclasses.replace(HEADS, num_layers=4, window_layers=(0, 2), tied_head=False)
 KEY = jax.random.key(0)
 SEGMENTS = [0] * 2 + [1] * 16 + [2] * 4 + [3] * 5
 BRANCHES = [0] * 2 + [0] * 5 + [1] * 3 + [2] * 6 + [3] * 2 + [0] * 4 + [1] * 3 + [2] * 2
@@ -139,7 +140,7 @@ def test_a_step_is_the_same_on_a_mesh(arch):
         state, _ = make_train_step(loss, tx, mesh=mesh, state=state)(state, put_batch(mesh, batch), KEY)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, jax.device_get(expected.params))
     layers = state.params["layers"]
-    kernels = {ARCH: ("delta", "qkv", (3, 8, 1, 16)), HEADS: ("full", "qkv", (2, 8, 1, 3, 12))}
+    kernels = {ARCH: ("delta", "qkv", (3, 8, 1, 16)), HEADS: ("full", "qkv", (1, 8, 1, 3, 12))}
     part, kernel, shape = kernels.get(arch, ("latent", "kv_up", (2, 6, 2, 13)))
     assert layers[part][kernel].addressable_shards[0].data.shape == shape
     if arch == HEADS:  # which no gradient trains, and no decay

@@ -81,7 +81,7 @@ def test_rules_move_parameters_and_their_moments():
         ("fsdp", ["'fsdp' is no rule", "LETTER=AXES"]),
         ("=fsdp", ["is no rule"]),
         ("D=fsdp,tensor", ["to one letter of", "D=fsdp"]),
-        ("T=fsdp", ["to one letter of"]),
+        ("Q=fsdp", ["to one letter of"]),
         ("D=model", ["'model' is no mesh axis", "data, fsdp, tensor or -"]),
         ("D=", ["'' is no mesh axis"]),
         ("D=fsdp+fsdp", ["twice"]),

@@ -93,9 +93,13 @@ def shallow(model: Model, params: Params, layers: int) -> tuple[Model, Params]:
     if layers <= arch.dense_layers:  # none of these has experts
         none: dict[str, Any] = {name: getattr(ArchConfig(), name) for name in _OF_EXPERTS}
         arch = dataclasses.replace(arch, **none, ffn_width=arch.dense_width)
+    shared = max(0, layers + arch.shared_kv_layers - arch.num_layers)
+    kept |= {"shared_kv_layers": shared, "shared_kv_ffn_width": arch.shared_kv_ffn_width if shared else 0}
     arch = dataclasses.replace(arch, num_layers=layers, sliding_window=window, **kept)
     model = replace(model, arch=arch)
     rest = {name: tree for name, tree in params.items() if name not in STACKS}
+    inputs = {name: x[:, :layers] for name, x in rest["embed"].items() if name in ("by_layer", "context")}
+    rest["embed"] = {**rest["embed"], **inputs}
     lower, *upper = stacks_of(params)
     below = depth(lower)
     if not upper or layers <= below:

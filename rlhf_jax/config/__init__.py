@@ -8,7 +8,7 @@ value out of range is a UserError where the class is made.
 from types import ModuleType as _Module
 
 from rlhf_jax.config.adapters import LoRAConfig
-from rlhf_jax.config.arch import ArchConfig, RopeScaling
+from rlhf_jax.config.arch import ArchConfig
 from rlhf_jax.config.bestofn import BestOfNArgs
 from rlhf_jax.config.certify import CertifyArgs
 from rlhf_jax.config.chat import ChatArgs
@@ -52,6 +52,7 @@ from rlhf_jax.config.recipe import RecipeArgs
 from rlhf_jax.config.rejection import RejectionArgs, RejectionConfig
 from rlhf_jax.config.report import ReportArgs, WatchArgs
 from rlhf_jax.config.reward import RewardArgs, RewardConfig
+from rlhf_jax.config.rope import RopeScaling
 from rlhf_jax.config.sample import SampleArgs, ScoreArgs
 from rlhf_jax.config.saving import ALWAYS_MAY_CHANGE, MAY_CHANGE, CheckpointConfig, FaultConfig
 from rlhf_jax.config.sft import PretrainArgs, SFTArgs, SFTConfig

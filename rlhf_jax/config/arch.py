@@ -5,69 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from rlhf_jax.config.checks import LARGEST, check, check_list
+from rlhf_jax.config.checks import check, check_list
+from rlhf_jax.config.rope import RopeScaling
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
-
-
-@settings
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length that they were trained for.
-
-    Args:
-        kind: none; linear (Chen et al. 2023, arXiv 2306.15595); dynamic (NTK, by the length of a whole sequence); ntk
-            (the base grows by factor^(d / (d - 2)) for d turning dimensions, at any length); llama3; yarn (Peng et al.
-            2023, arXiv 2309.00071); longrope (Ding et al. 2024, arXiv 2402.13753); proportional (Gemma 4: only the
-            fastest frequencies of the whole head turn).
-        factor: how many times longer.
-        original_max_positions: the length that the frequencies were trained for (llama3, yarn, longrope).
-        low_freq_factor: llama3: waves longer than the original length over this are stretched.
-        high_freq_factor: llama3: waves shorter than the original length over this are left alone.
-        beta_fast: yarn: dimensions that turn more often than this within the original length are left alone.
-        beta_slow: yarn: dimensions that turn less often than this are stretched.
-        truncate: yarn: round the two dimensions to whole ones.
-        attention_factor: yarn, longrope: cosines and sines times this; 0 computes the paper's.
-        mscale: yarn: numerator of the computed attention factor; 0 leaves it out.
-        mscale_all_dim: yarn: its denominator.
-        short_factor: longrope: a divisor for every frequency, up to the original length.
-        long_factor: longrope: the same, beyond it.
-        fraction: proportional: the part of the frequencies that turn; the others stand still.
-    """
-
-    kind: Literal["none", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope", "proportional"] = "none"
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 0.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        where = "model.arch.rope_scaling."
-        rules = {
-            "above 0": "factor low_freq_factor high_freq_factor beta_fast beta_slow",
-            "at least 0": "original_max_positions attention_factor mscale mscale_all_dim fraction",
-        }
-        check(self, where, rules)
-        if self.fraction > 1:
-            raise UserError(f"{where}fraction {self.fraction:g} is more than all frequencies; make it at most 1")
-        if any(not 0 < number <= LARGEST for number in (*self.short_factor, *self.long_factor)):
-            raise UserError(f"{where}short_factor and long_factor are not all above 0; correct them")
-        if self.kind == "none" and self.factor != 1:
-            raise UserError(f"{where}factor {self.factor:g} does nothing with kind none; give the kind")
-        if self.kind in ("llama3", "yarn", "longrope") and self.original_max_positions < 1:
-            raise UserError(f"{where}original_max_positions {self.original_max_positions} must be at least 1")
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                f"{where}high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
-            )
 
 
 @settings
@@ -112,6 +53,11 @@ class ArchConfig:
         latent_query_width: queries come from another; 0 where they do not.
         latent_rope_dim: dimensions of a head that turn then, the last ones, whose keys all heads share.
         latent_value_dim: width of a head's values.
+        shared_kv_layers: the last layers have queries alone and see the keys and values of the last layer before them
+            with a view like theirs, with the window or without (Brandon et al. 2024, arXiv 2405.12981; Gemma 4 E2B).
+        shared_kv_ffn_width: hidden width of the MLP in these; 0 for ffn_width.
+        layer_input_width: every layer adds something made of so many numbers by token, which come from a table of its
+            own and from the embedding (per-layer embeddings, Gemma 4 E2B); 0 for none.
         value_norm: RMSNorm without a scale of the values of each head.
         layer_gain: what a layer leaves is multiplied by a number that no gradient trains.
         qk_norm: RMSNorm of queries and keys: none, head (each head by itself), turned (the same after the rotation,
@@ -188,6 +134,9 @@ class ArchConfig:
     latent_query_width: int = 0
     latent_rope_dim: int = 0
     latent_value_dim: int = 0
+    shared_kv_layers: int = 0
+    shared_kv_ffn_width: int = 0
+    layer_input_width: int = 0
     value_norm: bool = False
     layer_gain: bool = False
     qk_norm: Literal["none", "head", "turned", "all"] = "none"
@@ -238,12 +187,14 @@ class ArchConfig:
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
             "shared_width dense_layers dense_width glu_limit full_head_dim full_kv_heads "
-            "latent_width latent_query_width latent_rope_dim latent_value_dim",
+            "latent_width latent_query_width latent_rope_dim latent_value_dim "
+            "shared_kv_layers shared_kv_ffn_width layer_input_width",
         }
         if self.delta_layers:
             rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
         check(self, "model.arch.", rules)
         self._check_heads()
+        self._check_shared()
         self._check_experts()
         if bool(self.sliding_window) != bool(self.window_layers):
             raise UserError(
@@ -299,6 +250,22 @@ class ArchConfig:
                 "latent_value_dim of at most head_dim; give them"
             )
 
+    def _check_shared(self) -> None:
+        where, own, near = "model.arch.", self.num_layers - self.shared_kv_layers, set(self.window_layers)
+        if not {i in near for i in range(own, self.num_layers)} <= {i in near for i in range(own)}:
+            raise UserError(
+                f"{where}shared_kv_layers {self.shared_kv_layers} of {self.num_layers} layers have none below them "
+                "with the same view, with the window or without; lower it"
+            )
+        odd = ["latent_width", "delta_layers", "attn_gate", "attn_sinks", "query_log_scale", "num_experts", "mlp_bias"]
+        odd = [name for name in odd if getattr(self, name)] + ["qk_norm"] * (self.qk_norm in ("turned", "all"))
+        if self.shared_kv_layers and odd:
+            raise UserError(
+                f"{where}shared_kv_layers is not written for {odd[0]} {getattr(self, odd[0])}; set it to 0"
+            )
+        if self.shared_kv_ffn_width and not self.shared_kv_layers:
+            raise UserError(f"{where}shared_kv_ffn_width is of shared_kv_layers, which is 0; leave it out")
+
     def _check_experts(self) -> None:
         where, experts, groups = "model.arch.", self.num_experts, self.router_groups
         if self.experts_per_token > experts or bool(experts) != bool(self.experts_per_token):
@@ -337,15 +304,34 @@ class ArchConfig:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """What mixes the tokens of every layer: attn, latent, delta, or full, attention with heads of its own."""
+        """What mixes the tokens of every layer: attn, latent, delta, or full, attention with heads of its own.
+
+        Layers whose keys and values are those of others have queries in place of attn, full_queries of full.
+        """
         usual = "latent" if self.latent_width else "attn"
         full = "full" if self.full_head_dim else usual
         attention = (usual if i in self.window_layers else full for i in range(self.num_layers))
-        return tuple("delta" if i in self.delta_layers else kind for i, kind in enumerate(attention))
+        kinds = ["delta" if i in self.delta_layers else kind for i, kind in enumerate(attention)]
+        own, queries = self.num_layers - self.shared_kv_layers, {"attn": "queries", "full": "full_queries"}
+        return tuple(kind if i < own else queries[kind] for i, kind in enumerate(kinds))
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Of every layer, the one whose keys and values it sees: itself, or the last with its view and its own."""
+        own, near = self.num_layers - self.shared_kv_layers, set(self.window_layers)
+        last = {i in near: i for i in range(own)}
+        return tuple(i if i < own else last[i in near] for i in range(self.num_layers))
+
+    @property
+    def kept_layers(self) -> range:
+        """The layers from the lowest whose keys and values others see to the last that has its own."""
+        own = self.num_layers - self.shared_kv_layers
+        return range(min(self.kv_layers[own:], default=own), own)
 
     def heads_of(self, mixer: str) -> tuple[int, int]:
         """(key-value heads, width of a head) of layers with attention of this kind."""
-        return (self.full_kv_heads, self.full_head_dim) if mixer == "full" else (self.num_kv_heads, self.head_dim)
+        full = mixer in ("full", "full_queries")
+        return (self.full_kv_heads, self.full_head_dim) if full else (self.num_kv_heads, self.head_dim)
 
     @property
     def position_rows(self) -> int:

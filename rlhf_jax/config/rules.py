@@ -5,7 +5,8 @@ S = G + 2 slots of the fused projection (queries, key, value), M = 2 (gate, up) 
 E experts, H scalar heads of an ensemble. Of a gated DeltaNet: J key heads, I value heads for each of them, O width of
 a value head, U = I O, C = U and two key widths, the channels of a key head, W tokens of the convolution. Of latent
 attention: Z and X widths of the latents of keys and of queries, Y = Z and the shared key that turns, B width of a
-value, A = B and the width of a key that does not turn.
+value, A = B and the width of a key that does not turn. T width of what each layer is given of a token, which is D of
+`embed/by_layer`, that it may lie as the embedding does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ EXPERT_AXES = ("data", "fsdp", "expert", "tensor")
 
 LEAVES = {
     "embed/tokens": "VD", "embed/positions": "PD",
+    "embed/by_layer": "VLD", "embed/context": "DLT", "embed/context_norm/scale": "T",
     "layers/attn_norm/scale": "LD", "layers/attn_norm/bias": "LD",
     "layers/attn_post_norm/scale": "LD", "layers/attn_post_norm/bias": "LD",
     "layers/attn/qkv": "LDKSN", "layers/attn/qkv_bias": "LKSN", "layers/attn/out": "LKGND",
@@ -39,6 +41,7 @@ LEAVES = {
     "layers/mlp_norm/scale": "LD", "layers/mlp_norm/bias": "LD",
     "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
     "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
+    "layers/input/gate": "LDT", "layers/input/out": "LTD", "layers/input/post_norm/scale": "LD",
     "layers/experts/router": "LDE", "layers/experts/router_bias": "LE", "layers/experts/router_choice_bias": "LE",
     "layers/experts/up": "LEDMF", "layers/experts/up_bias": "LEMF",
     "layers/experts/down": "LEFD", "layers/experts/down_bias": "LED",
@@ -48,17 +51,25 @@ LEAVES = {
 }  # fmt: skip
 """Every parameter by its path, and its axes."""
 
-ATTENTION, FULL = "layers/attn/", "layers/full/"
-"""Attention, and that of layers whose full view has heads of its own: the same leaves, in other sizes."""
+_HOMES = {
+    "layers/attn/": ("layers/full/", "layers/queries/", "layers/full_queries/"), "layers/mlp/": ("layers/wide/",)
+}  # fmt: skip
+_OF_KEYS = re.compile(r"/(sinks|k_norm/scale|qkv_lora/(key|value)/[ab])$")
 
 
-def with_full(table: Mapping[str, _T]) -> dict[str, _T]:
-    """A table by leaf in which those of attention stand for those of layers with a full view, too."""
-    return {**table, **{leaf.replace(ATTENTION, FULL): value for leaf, value in table.items() if ATTENTION in leaf}}
+def homes(leaf: str) -> list[str]:
+    """The leaf, and the same in layers with heads of other sizes, with queries alone, or with a wider MLP."""
+    others = [leaf.replace(part, other) for part, names in _HOMES.items() if part in leaf for other in names]
+    return [leaf, *(home for home in others if "queries/" not in home or not _OF_KEYS.search(home))]
 
 
-LEAVES = with_full(LEAVES)
-WIDE_QK_NORM = with_full({"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"})
+def with_homes(table: Mapping[str, _T]) -> dict[str, _T]:
+    """A table by leaf with all of their `homes`."""
+    return {home: value for leaf, value in table.items() for home in homes(leaf)} | dict(table)
+
+
+LEAVES = with_homes(LEAVES)
+WIDE_QK_NORM = with_homes({"layers/attn/q_norm/scale": "LKGN", "layers/attn/k_norm/scale": "LK1N"})
 """Axes that differ where all heads are normalised as one vector."""
 
 MEMBERS = {"score/kernel": "HD", "score/bias": "H"}
@@ -66,8 +77,9 @@ MEMBERS = {"score/kernel": "HD", "score/bias": "H"}
 
 OTHER_AXES = WIDE_QK_NORM | MEMBERS
 
-INPUTS = with_full({
+INPUTS = with_homes({
     "layers/attn/qkv": "D", "layers/attn/out": "KGN", "layers/mlp/up": "D", "layers/mlp/down": "F",
+    "layers/input/gate": "D", "layers/input/out": "T",
     "layers/experts/up": "D", "layers/experts/down": "F", "layers/shared/up": "D", "layers/shared/down": "F",
     "layers/delta/qkv": "D", "layers/delta/gate": "D", "layers/delta/beta": "D", "layers/delta/decay": "D",
     "layers/delta/out": "JU",
@@ -79,7 +91,7 @@ INPUTS = with_full({
 NOT_QUANTIZED = ("layers/delta/beta", "layers/delta/decay")
 """Kernels that stay as they are: small, and a state multiplies what they get wrong."""
 
-MIXERS = ("attn", "delta", "full", "latent")
+MIXERS = ("attn", "delta", "full", "latent", "queries", "full_queries")
 """Parts of a layer of which each layer has one: "layers/attn/..." are stacked over the layers with attention alone."""
 
 Split = tuple[str, ...]
@@ -143,9 +155,7 @@ def _beside_a_kernel(path: str) -> str:
 
     1 stands for axes that are never split, R for the adapter's rank. Empty for all other leaves.
     """
-    match = re.search(
-        r"(?:^|/)(layers/(?:attn|full|latent|delta|mlp|experts|shared)/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path
-    )
+    match = re.search(r"(?:^|/)(layers/\w+/\w+?)(?:/(scale)|_lora/\w+/(a|b))$", path)
     if match is None or match[1] not in INPUTS:
         return ""
     kernel, scale, adapter = match.groups()

@@ -14,7 +14,16 @@ from rlhf_jax.sharding import constrain, row_axes
 Columns = tuple[Float[Array, "B K S N"], Float[Array, "B K S N"]]
 """Keys and values of one layer."""
 Cache = Columns | Recurrent
-"""Of one layer; that of a model is a list of these."""
+"""Of one layer; that of a model is a list of these, of the layers that have keys and values of their own."""
+
+
+def written(cache: Columns | None, index: Array | None, k: Array, v: Array) -> Columns:
+    """Keys and values [B, K, T, N] in the cache [B, K, S, N], which is then attended to; themselves without one."""
+    if cache is None or index is None:
+        return k, v
+    write = jax.lax.dynamic_update_slice_in_dim
+    keys, values = (write(old, new.astype(old.dtype), index, axis=2) for old, new in zip(cache, (k, v), strict=True))
+    return keys, values
 
 
 def apart(cache: list[Cache]) -> tuple[list[Columns | None], list[Recurrent | None]]:
@@ -43,7 +52,7 @@ def pinned(cache: Any, heads: str | None, key_heads: str | None) -> Any:
 
 def column_bytes(arch: ArchConfig, itemsize: int) -> int:
     """Of a token, all layers, with keys and values of so many bytes a number."""
-    heads = [arch.heads_of(mixer) for mixer in arch.mixers if mixer != "delta"]
+    heads = [arch.heads_of(mixer) for mixer in arch.mixers if mixer not in ("delta", "queries", "full_queries")]
     return 2 * sum(count * width for count, width in heads) * itemsize
 
 

@@ -1,14 +1,13 @@
 """The decoder's modules, in flax NNX; `pure.py` turns them into pure functions. No jax transform is used here.
 
 Shapes: B batch, T query positions, S key positions, D width, K key-value heads, G = H / K query heads per key-value
-head, N head width, F MLP width, M = 2 if gated else 1, V vocabulary. Weights are float32 masters; every module
-computes in the dtype of its input, and norms and softmax in float32.
+head, N head width, F MLP width, M = 2 if gated else 1, V vocabulary, I width of what a layer is given of each token.
+Weights are float32 masters; every module computes in the dtype of its input, and norms and softmax in float32.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import Attend
-from rlhf_jax.models.cache import Cache, Columns
+from rlhf_jax.models.cache import Cache, Columns, written
 from rlhf_jax.models.delta import GatedDelta
 from rlhf_jax.models.experts import Experts, Routing
 from rlhf_jax.models.kernels import einsum
+from rlhf_jax.models.latent import LatentAttention
+from rlhf_jax.models.norms import Gain, Norm, normalized, times
 from rlhf_jax.models.rotary import Tables, rotate
 
 ACTIVATIONS = {
@@ -30,58 +31,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv 2109.08668
 }
-
-
-class Kind(NamedTuple):
-    """Of a layer: what mixes tokens, whether it has the window (`local`) or the full view, whether queries turn."""
-
-    mixer: str
-    local: bool
-    turned: bool
-
-
-def kinds_of(arch: ArchConfig) -> list[Kind]:
-    """The kind of every layer."""
-    near, still = arch.window_layers, arch.nope_layers
-    return [Kind(mixer, i in near, i not in still) for i, mixer in enumerate(arch.mixers)]
-
-
-def times(x: Array, factor: float) -> Array:
-    """x * factor in float32, rounded to the dtype of x."""
-    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def normalized(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Float[Array, "..."]:
-    """x over the root of its mean square along axes, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps)
-
-
-class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), with a bias or not, computed in float32.
-
-    Args:
-        shape: the trailing axes that are normalised as one vector; scale and bias have this shape.
-    """
-
-    def __init__(self, arch: ArchConfig, shape: tuple[int, ...], *, centered: bool):
-        self.eps, self.offset, self.centered = arch.norm_eps, float(arch.norm_offset), centered
-        self.scale = nnx.Param(jnp.full(shape, 1 - self.offset))
-        if centered and arch.norm == "layer":
-            self.bias = nnx.Param(jnp.zeros(shape))
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        # The trailing axes of x that scale has too are one vector; the leading ones of `wide` broadcast.
-        scale = self.scale[...].astype(jnp.float32)
-        axes, y = tuple(range(x.ndim - scale.ndim, x.ndim)), x.astype(jnp.float32)
-        wide = (1,) * (x.ndim - scale.ndim) + scale.shape
-        if self.centered:
-            y = y - y.mean(axis=axes, keepdims=True)
-        y = normalized(y, axes, self.eps)
-        y = y * (scale + self.offset).reshape(wide)
-        if hasattr(self, "bias"):
-            y = y + self.bias[...].astype(jnp.float32).reshape(wide)
-        return y.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -154,80 +103,36 @@ class Attention(nnx.Module):
         return y, (k, v)
 
 
-def written(cache: Columns | None, index: Array | None, k: Array, v: Array) -> Columns:
-    """Keys and values [B, K, T, N] in the cache [B, K, S, N], which is then attended to; themselves without one."""
-    if cache is None or index is None:
-        return k, v
-    write = jax.lax.dynamic_update_slice_in_dim
-    keys, values = (write(old, new.astype(old.dtype), index, axis=2) for old, new in zip(cache, (k, v), strict=True))
-    return keys, values
+class SharedAttention(nnx.Module):
+    """Attention to the keys and values of a layer below (`ArchConfig.shared_kv_layers`): qkv has queries alone."""
 
-
-class LatentAttention(nnx.Module):
-    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434).
-
-    Keys and values of all heads are made of one vector, and queries of another or of the stream. Of every head the
-    last dimensions turn, by a key that all heads share. The cache has keys and values, the latter filled up with zeros
-    to the width of keys, as every attention program takes them.
-
-    Shapes: H heads of width N, of which R turn; X, Z, Y, A, B as in `config/rules.py`.
-    """
-
-    def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
-        d, h, n, z, x = arch.width, arch.num_heads, arch.head_dim, arch.latent_width, arch.latent_query_width
-        self.still, self.z, self.pairs = n - arch.latent_rope_dim, z, arch.rope_pairs
-        std, norms = arch.init_std, dataclasses.replace(arch, norm_eps=1e-6)  # whatever that of the others is
-        draw = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))  # noqa: E731
-        if x:
-            self.q_down, self.q_up, self.q_norm = (
-                draw(std, d, x),
-                draw(std, x, h, n),
-                Norm(norms, (x,), centered=False),
-            )
-        else:
-            self.q = draw(std, d, h, n)
-        self.kv_down, self.kv_norm = draw(std, d, z + arch.latent_rope_dim), Norm(norms, (z,), centered=False)
-        self.kv_up = draw(std, z, h, self.still + arch.latent_value_dim)
-        self.out = draw(std / (2 * arch.num_layers) ** 0.5, h, arch.latent_value_dim, d)
-        if arch.qkv_bias and x:
-            self.q_down_bias = nnx.Param(jnp.zeros(x))
+    def __init__(self, arch: ArchConfig, mixer: str, *, rngs: nnx.Rngs):
+        d, (k, n) = arch.width, arch.heads_of(mixer)
+        g, out_std = arch.num_heads // k, arch.init_std / (2 * arch.num_layers) ** 0.5
+        self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, g, n)))
+        self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
         if arch.qkv_bias:
-            self.kv_down_bias = nnx.Param(jnp.zeros(z + arch.latent_rope_dim))
+            self.qkv_bias = nnx.Param(jnp.zeros((k, g, n)))
         if arch.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(d))
+        self.pairs = arch.rope_pairs
+        if arch.qk_norm == "head":
+            self.q_norm = Norm(arch, (n,), centered=False)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        tables: Tables,
-        attend: Attend,
-        cache: Columns | None = None,
-        index: Int[Array, ""] | None = None,
+        self, x: Float[Array, "B T D"], tables: Tables | None, attend: Attend, cache: Columns, index: None = None
     ) -> tuple[Float[Array, "B T D"], Columns]:
-        """As `Attention`."""
-        if hasattr(self, "q_down"):
-            q = self.q_norm(self._plus("q_down_bias", einsum("btd,dx->btx", x, self.q_down[...])))
-            q = einsum("btx,xhn->bthn", q, self.q_up[...])
-        else:
-            q = einsum("btd,dhn->bthn", x, self.q[...])
-        # The latent [B, T, Z], and the key [B, T, R] that all heads share; of the first keys and values [B, T, H, .].
-        latent = self._plus("kv_down_bias", einsum("btd,dy->bty", x, self.kv_down[...]))
-        latent, shared = jnp.split(latent, [self.z], axis=-1)
-        k, v = jnp.split(einsum("btz,zha->btha", self.kv_norm(latent), self.kv_up[...]), [self.still], axis=-1)
-        # [B, H, 1, T, .], what turns behind what does not, and zeros behind values.
-        q, k, v, shared = (jnp.moveaxis(a, 1, -2)[:, :, None] for a in (q, k, v, shared[:, :, None]))
-        q, turning = jnp.split(q, [self.still], axis=-1)
-        turning, shared = (rotate(a, tables, pairs=self.pairs) for a in (turning, shared))
-        q = jnp.concatenate([q, turning], axis=-1)
-        k = jnp.concatenate([k, jnp.broadcast_to(shared, turning.shape)], axis=-1)[:, :, 0]
-        width = v.shape[-1]
-        v = jnp.pad(v[:, :, 0], [(0, 0)] * 3 + [(0, k.shape[-1] - width)])
-        k, v = written(cache, index, k, v)
-        y = jnp.moveaxis(attend(q, k, v, None)[:, :, 0, :, :width], 1, 2)
-        return self._plus("out_bias", einsum("bthv,hvd->btd", y, self.out[...])), (k, v)
-
-    def _plus(self, name: str, x: Array) -> Array:
-        return x + getattr(self, name)[None, None].astype(x.dtype) if hasattr(self, name) else x
+        """As `Attention`, of a cache that has the columns of all tokens already."""
+        q = einsum("btd,dkgn->btkgn", x, self.qkv[...])
+        if hasattr(self, "qkv_bias"):
+            q = q + self.qkv_bias[None, None].astype(x.dtype)
+        q = jnp.moveaxis(self.q_norm(q) if hasattr(self, "q_norm") else q, 1, 3)  # [B, K, G, T, N]
+        if tables is not None:
+            q = rotate(q, tables, pairs=self.pairs)
+        y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, *cache, None), 3, 1), self.out[...])
+        if hasattr(self, "out_bias"):
+            y = y + self.out_bias[None, None].astype(x.dtype)
+        return y, cache
 
 
 class MLP(nnx.Module):
@@ -256,22 +161,26 @@ class MLP(nnx.Module):
         return y
 
 
-class Gain(nnx.Module):
-    """A number that multiplies what a layer leaves, and that no gradient trains."""
+class LayerInput(nnx.Module):
+    """What a layer adds of its own input by token, gated by the stream (per-layer embeddings, Gemma 3n and 4)."""
 
-    def __init__(self) -> None:
-        self.scale = nnx.Param(jnp.ones(1))
+    def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
+        shape, out_std = (arch.width, arch.layer_input_width), arch.init_std / (2 * arch.num_layers) ** 0.5
+        self.gate = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), shape))
+        self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), shape[::-1]))
+        self.post_norm = Norm(arch, (arch.width,), centered=arch.norm != "rms")
+        self.activation = ACTIVATIONS[arch.activation]
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gain = jax.lax.stop_gradient(self.scale[...].astype(jnp.float32))
-        return (x.astype(jnp.float32) * gain[None, None]).astype(x.dtype)
+    def __call__(self, x: Float[Array, "B T D"], own: Float[Array, "B T I"]) -> Float[Array, "B T D"]:
+        gate = self.activation(einsum("btd,di->bti", x, self.gate[...]))
+        return self.post_norm(einsum("bti,id->btd", gate * own, self.out[...]))
 
 
 class Block(nnx.Module):
     """A residual layer: norms before attention and MLP, on what they add, or both; the two in turn or side by side.
 
     Args:
-        mixer: attn, full, latent or delta, what there is for attention.
+        mixer: what there is for attention (`ArchConfig.mixers`).
         sparse: it has experts in place of the MLP, perhaps with a shared one beside them.
     """
 
@@ -286,9 +195,12 @@ class Block(nnx.Module):
         elif mixer == "latent":
             self.latent = LatentAttention(arch, rngs=rngs)
         else:
-            setattr(self, mixer, Attention(arch, mixer, rngs=rngs))
+            shares = mixer.endswith("queries")
+            setattr(self, mixer, (SharedAttention if shares else Attention)(arch, mixer, rngs=rngs))
         if sparse:
             self.experts = Experts(arch, ACTIVATIONS[arch.activation], rngs=rngs)
+        elif arch.shared_kv_ffn_width and mixer.endswith("queries"):
+            self.wide = MLP(arch, arch.shared_kv_ffn_width, rngs=rngs)
         else:
             self.mlp = MLP(arch, arch.dense_width if arch.num_experts else arch.ffn_width, rngs=rngs)
         if sparse and arch.shared_width:
@@ -299,6 +211,8 @@ class Block(nnx.Module):
             self.mlp_norm = norm()
         if arch.norm_position in ("post", "both"):
             self.attn_post_norm, self.mlp_post_norm = norm(), norm()
+        if arch.layer_input_width:
+            self.input = LayerInput(arch, rngs=rngs)
         if arch.layer_gain:
             self.gain = Gain()
 
@@ -311,10 +225,12 @@ class Block(nnx.Module):
         index: Int[Array, ""] | None = None,
         real: Bool[Array, "B T"] | None = None,
         given: Int[Array, "B T k"] | None = None,
+        own: Float[Array, "B T I"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache, Routing | None]:
         """Experts are those `given`, or else chosen by a router; tokens off `real` (None: all are) have none.
 
-        What stands before a token is said by an `Attend`, or where a layer has a state by a `Path` or that in a cache.
+        What stands before a token is said by an `Attend`, or where a layer has a state by a `Path` or that in a cache;
+        without keys and values of its own the cache is that of the layer that has them. `own` is a layer's own input.
         """
         near = self._norm("attn_norm", x)
         if hasattr(self, "delta"):
@@ -328,8 +244,10 @@ class Block(nnx.Module):
             y, routing = self.experts(y, jnp.ones(x.shape[:2], bool) if real is None else real, given)
             y = y if of_all is None else y + of_all
         else:
-            y = self.mlp(y)
+            y = self.wide(y) if hasattr(self, "wide") else self.mlp(y)
         x = mixed + times(self._norm("mlp_post_norm", y), self.factor)
+        if own is not None:
+            x = x + self.input(x, own)
         return self._norm("gain", x), cache, routing
 
     def _norm(self, name: str, x: Array) -> Array:
@@ -337,7 +255,10 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token rows, plus learned position rows where the family has them."""
+    """Token rows, plus learned position rows where the family has them; and of each layer what it is given of a token.
+
+    That is the mean of a row of a table and of a projection of the embedded token, times the root of 2.
+    """
 
     def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs):
         self.tokens = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (arch.vocab_size, arch.width)))
@@ -347,15 +268,29 @@ class Embedding(nnx.Module):
             )
         self.scale = arch.width**0.5 if arch.scale_embedding else 1.0
         self.factor, self.offset = arch.embedding_multiplier, arch.position_offset
+        if i := arch.layer_input_width:
+            draw = lambda *shape: nnx.Param(arch.init_std * jax.random.normal(rngs.params(), shape))  # noqa: E731
+            self.by_layer, self.context = (
+                draw(arch.vocab_size, arch.num_layers, i),
+                draw(arch.width, arch.num_layers, i),
+            )
+            self.context_norm = Norm(arch, (i,), centered=arch.norm != "rms")
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype) -> Array:
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], dtype: jnp.dtype
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T L I"] | None]:
         x = jnp.take(self.tokens[...], tokens, axis=0, mode="clip").astype(dtype)
         if self.scale != 1:
             x = x * jnp.asarray(self.scale, dtype)  # rounded to the compute dtype, as Gemma was trained
         x = times(x, self.factor)
         if hasattr(self, "positions"):
             x = x + jnp.take(self.positions[...], positions + self.offset, axis=0, mode="clip").astype(dtype)
-        return x
+        if not hasattr(self, "by_layer"):
+            return x, None
+        rows = jnp.take(self.by_layer[...], tokens, axis=0, mode="clip").astype(dtype)
+        context = times(einsum("btd,dli->btli", x, self.context[...]), x.shape[-1] ** -0.5)
+        rows = rows * jnp.asarray(rows.shape[-1] ** 0.5, dtype)  # rounded as those of the embedding are
+        return x, times(self.context_norm(context) + rows, 2**-0.5)
 
 
 class VocabularyHead(nnx.Module):

@@ -37,7 +37,7 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
     # [L, ...] -> L dicts; then what is not of a layer.
     layers = [
         tree_map_with_path(partial(copy, stacked=True), layer_of(stack, mixers, i))
-        for run, mixers in runs_of(params, arch.mixers)
+        for run, mixers in runs_of(params, arch)
         for stack in [dense(run)]
         for i in range(len(mixers))
     ]

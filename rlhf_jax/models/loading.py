@@ -267,7 +267,8 @@ def padded(path: Path, arch: ArchConfig, params: Params, tokenizer: Tokenizer) -
             "responses, and transformers reads a score at the last token that is no padding"
         )
     if rows > arch.vocab_size:
-        embedding = to_host(params["embed"]["tokens"])
-        wide = np.concatenate([embedding, np.zeros((rows - len(embedding), arch.width), embedding.dtype)])
-        arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], "tokens": wide}}
+        embed = {name: to_host(params["embed"][name]) for name in ("tokens", "by_layer") if name in params["embed"]}
+        zeros = {name: np.zeros((rows - len(table), *table.shape[1:]), table.dtype) for name, table in embed.items()}
+        wide = {name: np.concatenate([table, zeros[name]]) for name, table in embed.items()}
+        arch, params = replace(arch, vocab_size=rows), {**params, "embed": {**params["embed"], **wide}}
     return arch, params, own

@@ -18,28 +18,24 @@ from rlhf_jax.config import ArchConfig, ModelConfig
 from rlhf_jax.config.rules import Rules, over_tensor
 from rlhf_jax.models import cache as cached
 from rlhf_jax.models import decoder, vocabulary
-from rlhf_jax.models.attention import (
-    REMAT,
-    Attend,
-    Branches,
-    group_attention,
-    make_attend,
-    platform_attention,
-    platform_dtype,
-)
+from rlhf_jax.models.attention import REMAT, Attend, group_attention, platform_attention, platform_dtype
 from rlhf_jax.models.cache import Cache, Columns
 from rlhf_jax.models.decoding import unstacked
 from rlhf_jax.models.delta import Path
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.models.kernels import STACKS, Chained, attached, chained, stacks, stacks_of
+from rlhf_jax.models.norms import Norm
 from rlhf_jax.models.pure import Pure, pure
-from rlhf_jax.models.rotary import BY_LENGTH, Tables, latent_gain, rotary_tables
+from rlhf_jax.models.rotary import BY_LENGTH, Tables
 from rlhf_jax.models.stacking import cut, interleaved, runs_of, scanned
+from rlhf_jax.models.views import Kind, kinds_of, scale_of, tables_of, views_of
 from rlhf_jax.sharding import constrain_in_turn, constrain_rows, data_ways, looked_up, path_name
 from rlhf_jax.tokens import token_logprobs
 from rlhf_jax.types import Params
 
 _M = TypeVar("_M")
+Kept = dict[bool, Columns]
+"""Keys and values of the last layer so far with the window, and without, that layers above may see."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Model:
 
     @cached_property
     def _norm(self) -> Pure:
-        return pure(lambda _: decoder.Norm(self.arch, (self.arch.width,), centered=self.arch.norm != "rms"))
+        return pure(lambda _: Norm(self.arch, (self.arch.width,), centered=self.arch.norm != "rms"))
 
     @cached_property
     def _head(self) -> Pure:
@@ -141,45 +137,14 @@ class Model:
         lower, upper = cut(layers, mixers, 0, at), cut(layers, mixers, at, len(mixers))
         return {**params, "lower": {"layers": lower}, "layers": upper}
 
-    def _tables(self, positions: Int[Array, "B T"], kind: decoder.Kind) -> Tables | None:
-        if self.arch.positions != "rotary" or not kind.turned:
-            return None
-        return rotary_tables(positions, self.arch, self.length, local=kind.local)
-
     def _views(
         self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], branches: Int[Array, "B T"] | None = None
-    ) -> dict[decoder.Kind, tuple[Tables | None, Attend | Path]]:
-        """What layers of each kind are given to read a text: rotary tables and attention, or the path of a state."""
-        kept_apart = None if branches is None else Branches(branches, positions)
-
-        def view(kind: decoder.Kind) -> tuple[Tables | None, Attend | Path]:
-            if kind.mixer == "delta":
-                return None, Path.of(segment_ids, branches)
-            return self._tables(positions, kind), self._attend(segment_ids, kept_apart, kind)
-
-        return {kind: view(kind) for kind in sorted(set(decoder.kinds_of(self.arch)))}
-
-    def _attend(self, segment_ids: Int[Array, "B T"], branches: Branches | None, kind: decoder.Kind) -> Attend:
-        """Attention of a layer of this kind, all of a text at once."""
-        return make_attend(
-            self.attention,
-            segment_ids,
-            branches,
-            window=self.arch.sliding_window if kind.local else 0,
-            scale=self._scale(kind),
-            softcap=self.arch.attn_softcap,
-            heads_over=self._over("K"),
-        )
+    ) -> dict[Kind, tuple[Tables | None, Attend | Path]]:
+        return views_of(self.arch, self.attention, self.length, self._over("K"), positions, segment_ids, branches)
 
     def _over(self, letter: str) -> str | None:
         """The mesh axis that an axis of activations is split over, beside rows."""
         return over_tensor(self.rules.letters[letter])
-
-    def _scale(self, kind: decoder.Kind) -> float:
-        """Of attention scores."""
-        gain = latent_gain(self.arch.rope_scaling) if kind.mixer == "latent" else 1.0
-        width = self.arch.query_pre_attn_scalar or self.arch.heads_of(kind.mixer)[1]
-        return self.arch.attention_multiplier or gain * width**-0.5
 
     def apply(
         self,
@@ -206,32 +171,36 @@ class Model:
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """`apply`, and what its routers did if it has any; tokens go to `experts` where these are given, not -1."""
         embed = lambda *ids: self._embed.apply(params["embed"], *ids, self.compute_dtype)  # noqa: E731
-        x = looked_up(self.rules, "embed/tokens", embed, tokens, positions)
-        views, kinds = self._views(positions, segment_ids, branches), decoder.kinds_of(self.arch)
+        x, own = looked_up(self.rules, "embed/tokens", embed, tokens, positions)
+        own = None if own is None else jnp.moveaxis(own, 2, 0)  # [L, B, S, I]
+        views, kinds = self._views(positions, segment_ids, branches), kinds_of(self.arch)
 
-        def block(kind: decoder.Kind, x: Array, params: Params, given: Array | None) -> tuple[Array, Routing | None]:
+        def block(kind: Kind, x: Array, params: Params, given: Array | None, own: Array | None, kept: Kept) -> Any:
             in_turn = lambda path, x: constrain_in_turn(self.rules, f"layers/{path_name(path)}", x)  # noqa: E731
             layer = attached(jax.tree_util.tree_map_with_path(in_turn, params), self.lora_scale)
             block = self._blocks[kind.mixer, "experts" in params]
-            x, _, routing = block.apply(layer, x, *views[kind], None, None, segment_ids > 0, given)
-            return x, routing  # [B, S, D]
+            of_lower = kept.get(kind.local)
+            return block.apply(layer, x, *views[kind], of_lower, None, segment_ids > 0, given, own)  # x [B, S, D]
 
         # One layer of every kind is compiled, and scanned over the stacked leaves [L, ...] beside its kind int[L].
-        def layer(mixer: str, x: Array, params: Params, inputs: tuple[Array, Array | None]) -> tuple[Array, Any]:
-            kind, given = inputs
+        def layer(keeps: bool, mixer: str, x: Array, params: Params, inputs: Any, kept: Kept) -> tuple[Array, Any]:
+            kind, *inputs = inputs
             of_mixer = [partial(block, kind) for kind in views if kind.mixer == mixer]
-            x, routing = jax.lax.switch(kind, of_mixer, x, params, given)
-            return constrain_rows(x), routing
+            x, columns, routing = jax.lax.switch(kind, of_mixer, x, params, *inputs, kept)
+            return constrain_rows(x), (routing, columns if keeps else None)
 
         if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat], static_argnums=0)
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], static_argnums=(0, 1))
         given = None if experts is None else jnp.moveaxis(experts, 2, 0)
         numbers = [[k for k in views if k.mixer == kind.mixer].index(kind) for kind in kinds]
         first, dense, routings = 0, self.arch.num_layers - self.arch.expert_layers, list[Routing]()
-        for stack, mixers in runs_of(params, self.arch.mixers):  # one, or cut where frozen or dense layers end
-            last = first + len(mixers)
-            own = None if given is None or "experts" not in stack else given[first - dense : last - dense]
-            x, routing = scanned(layer, x, stack, mixers, (jnp.array(numbers[first:last], jnp.int32), own))
+        kept = Kept()
+        for stack, mixers in runs_of(params, self.arch):  # one, or cut where layers have other parts or are frozen
+            last, keeps = first + len(mixers), first in self.arch.kept_layers
+            chosen = None if given is None or "experts" not in stack else given[first - dense : last - dense]
+            each = jnp.array(numbers[first:last], jnp.int32), chosen, None if own is None else own[first:last]
+            x, (routing, columns) = scanned(partial(layer, keeps, kept=kept), x, stack, mixers, each)
+            kept |= {kinds[first].local: jax.tree.map(lambda a: a[0], columns)} if keeps else {}
             first, routings = last, [*routings, *([] if routing is None else [routing])]
         routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
         return self._norm.apply(params["final_norm"], x), routing
@@ -335,14 +304,13 @@ class Model:
         layers with a window. A layer with a state has it in `cache`, at first that of a row's prompt.
         """
         masks, positions = (sees, sees & (apart < self.arch.sliding_window)), position[:, None]
-        kinds = sorted(set(decoder.kinds_of(self.arch)))
-        tables = {kind: self._tables(positions, kind) for kind in kinds}
+        tables = {kind: tables_of(self.arch, self.length, positions, kind) for kind in set(kinds_of(self.arch))}
 
-        def view(i: int, kind: decoder.Kind) -> tuple[Tables | None, Attend | None]:
+        def view(i: int, kind: Kind) -> tuple[Tables | None, Attend | None]:
             columns, softcap = shared[i], self.arch.attn_softcap
             if columns is None:
                 return None, None
-            law = partial(group_attention, mask=masks[kind.local], scale=self._scale(kind), softcap=softcap)
+            law = partial(group_attention, mask=masks[kind.local], scale=scale_of(self.arch, kind), softcap=softcap)
             return tables[kind], partial(law, shared=columns)
 
         hidden, cache, routings = self._layers(params, token[:, None], positions, view, cache, index)
@@ -354,25 +322,27 @@ class Model:
         params: Params,
         tokens: Array,
         positions: Array,
-        view: Callable[[int, decoder.Kind], tuple[Tables | None, Attend | Path | None]],
+        view: Callable[[int, Kind], tuple[Tables | None, Attend | Path | None]],
         cache: list[Cache] | None,
         index: Array | None,
         real: Array | None = None,
     ) -> tuple[Array, list[Cache], list[Routing]]:
         """Hidden states [B, T, D], the cache and what routers did, layer by layer, each with its own arrays.
 
-        view(layer, kind) is what the layer is given to read by; tokens are those of `real` (None: all).
+        view(layer, kind) is what a layer of this kind is given to read the keys and values of that layer by, which is
+        itself or one below; tokens are those of `real` (None: all).
         """
         if not self.length and self.arch.rope_scaling.kind in BY_LENGTH:
             raise ValueError("the rotary law depends on length; decode with of_length(model, prompt + new tokens)")
-        x = constrain_rows(self._embed.apply(params["embed"], tokens, positions, self.compute_dtype))
-        new_cache, routings = [], list[Routing]()
-        for i, (layer, kind) in enumerate(zip(params["layers"], decoder.kinds_of(self.arch), strict=True)):
-            entry = cache[i] if cache is not None else None
-            block = self._blocks[kind.mixer, "experts" in layer]
-            x, entry, routing = block.apply(layer, x, *view(i, kind), entry, index, real)
+        embedded = self._embed.apply(params["embed"], tokens, positions, self.compute_dtype)
+        x, own = jax.tree.map(constrain_rows, embedded)
+        new_cache, routings, kinds = list[Cache](), list[Routing](), kinds_of(self.arch)
+        for i, (layer, kind, of) in enumerate(zip(params["layers"], kinds, self.arch.kv_layers, strict=True)):
+            entry = new_cache[of] if of < i else None if cache is None else cache[i]
+            block, input_ = self._blocks[kind.mixer, "experts" in layer], None if own is None else own[:, :, i]
+            x, entry, routing = block.apply(layer, x, *view(of, kind), entry, index, real, None, input_)
             x = constrain_rows(x)
-            new_cache.append(entry)
+            new_cache += [entry] if of == i else []
             routings += [] if routing is None else [routing]
         return x, self.pinned(new_cache), routings
 

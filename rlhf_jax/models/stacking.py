@@ -1,12 +1,14 @@
 """Stacks of layers of which some have parts that others lack, and how to run over them.
 
 A stack holds what all of its layers have as [L, ...]. What mixes tokens is of the layers with that mixer alone
-(`ArchConfig.mixers`), an MLP of the lowest layers where experts are of the rest; such a part is [their number, ...].
+(`ArchConfig.mixers`), an MLP of the lowest layers where experts, or wider ones, are of the rest; such a part is [their
+number, ...].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from rlhf_jax.config import ArchConfig
 from rlhf_jax.config.rules import MIXERS
 from rlhf_jax.models.kernels import depth, stacks_of
 from rlhf_jax.types import Params
@@ -39,15 +42,18 @@ def layer_of(stack: Params, mixers: Sequence[str], i: int) -> Params:
     return jax.tree.map(lambda x: x[0], cut(stack, mixers, i, i + 1))
 
 
-def runs_of(params: Params, mixers: Sequence[str]) -> list[tuple[Params, Sequence[str]]]:
-    """The stacks of a model with their mixers, cut where layers with experts follow those without."""
+def runs_of(params: Params, arch: ArchConfig) -> list[tuple[Params, Sequence[str]]]:
+    """The stacks of a model with their mixers, cut where layers with experts, or with queries alone, follow others.
+
+    Of the layers whose keys and values others see (`ArchConfig.kept_layers`) each is a run of its own.
+    """
     runs, at = list[tuple[Params, Sequence[str]]](), 0
+    starts = (arch.num_layers - arch.expert_layers, *arch.kept_layers, arch.num_layers - arch.shared_kv_layers)
     for stack in filter(depth, stacks_of(params)):
-        own = mixers[at : at + depth(stack)]
-        dense = depth(stack["mlp"]) if stack.keys() >= {"mlp", "experts"} else 0
-        ends = ((0, dense), (dense, len(own)))
-        runs += [(cut(stack, own, *end), own[slice(*end)]) for end in ends] if dense else [(stack, own)]
-        at += len(own)
+        size = depth(stack)
+        own, ends = arch.mixers[at : at + size], sorted({0, size} | {i - at for i in starts if at < i < at + size})
+        runs += [(cut(stack, own, *end), own[slice(*end)]) for end in pairwise(ends)]
+        at += size
     return runs
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import softcapped
-from rlhf_jax.models.decoder import times
+from rlhf_jax.models.norms import times
 from rlhf_jax.sharding import constrain, row_axes
 from rlhf_jax.tokens import Blocks
 from rlhf_jax.types import Params

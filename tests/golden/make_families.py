@@ -809,6 +809,7 @@ def _gemma4() -> dict[str, Case]:
     rope = lambda **full: {"rope_parameters": {"sliding_attention": local, "full_attention": full}}  # noqa: E731
     whole = rope(rope_type="proportional", rope_theta=70.0, partial_rotary_factor=0.7)
     values = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    inputs = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": TOKENS["vocab_size"]}
     return {
         "plain": Case(shape | of("sff") | whole),
         "values": Case(shape | of("fsf") | whole | values | {"final_logit_softcapping": 2.0, "sliding_window": 4}),
@@ -833,6 +834,20 @@ def _gemma4() -> dict[str, Case]:
             shape | whole | values | {"num_hidden_layers": 7, "global_head_dim": 8, "intermediate_size": 6},
             as_written=True,
         ),
+        # The small ones: inputs of every layer, keys and values of a layer below, and a wider MLP where these are.
+        "small": Case(
+            shape | of("sfssff") | whole | inputs | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+            | {"tie_word_embeddings": True, "final_logit_softcapping": 3.0, "intermediate_size": 10}
+        ),
+        "small_hub": Case(
+            shape | of("fssf") | inputs | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+            | {"num_global_key_value_heads": None, "attention_k_eq_v": False, "enable_moe_block": False},
+            as_written=True,
+        ),
+        "shared": Case(
+            shape | of("sfsf") | whole | values | inputs | {"num_kv_shared_layers": 2, "attention_bias": True}
+        ),
+        "inputs": Case(shape | of("sf") | whole | inputs | {"hidden_activation": "silu", "use_double_wide_mlp": True}),
     }  # fmt: skip
 
 
@@ -950,7 +965,7 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
     mean = (logprobs * pairs).sum() / pairs.sum()
     mean.backward()
     last = model.config.num_hidden_layers - 1
-    matrices = r"embed|wte|wpe|\.0\..*(q_proj|qkv_proj|c_attn|query_key_value)"
+    matrices = r"embed|per_layer|wte|wpe|\.0\..*(q_proj|qkv_proj|c_attn|query_key_value)"
     matrices += rf"|\.{last}\..*(\bup_proj|gate_up_proj|c_fc|fc1|fc_in|h_to_4h)"
     grads = {name: w.grad for name, w in model.named_parameters()}
     matrices += r"|linear_attn\.(in_proj|out_proj)"

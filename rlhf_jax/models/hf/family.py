@@ -104,7 +104,8 @@ class Family(NamedTuple):
     def of(self, arch: ArchConfig) -> Family:
         """The family with the names that tensors have in a model of this shape, without parts that no layer has."""
         names = self.shared_names if arch.shared_norm else {}
-        kept = without_mlp(self.tensors) if arch.expert_layers == arch.num_layers else self.tensors
-        query = r"layers/latent/q$" if arch.latent_query_width else r"layers/latent/q_"  # of the way that it lacks
-        kept = {name: tensor for name, tensor in kept.items() if not re.match(query, tensor.leaf)}
+        absent = [r"layers/latent/q$" if arch.latent_query_width else r"layers/latent/q_"]  # the way that it lacks
+        absent += ["layers/mlp/"] if arch.expert_layers == arch.num_layers else []
+        absent += [] if arch.layer_input_width else [r"layers/input/|embed/(by_layer|context)"]
+        kept = {name: tensor for name, tensor in self.tensors.items() if not re.match("|".join(absent), tensor.leaf)}
         return self._replace(tensors={names.get(name, name): tensor for name, tensor in kept.items()})

@@ -59,7 +59,7 @@ QWEN3_5 = LLAMA._replace(
 )  # fmt: skip
 
 
-_WINDOW, _FULL = "sliding_attention", "full_attention"
+_WINDOW, _FULL, _VOCABULARY = "sliding_attention", "full_attention", 262144
 
 
 def _gemma4(raw: ConfigJson) -> ConfigJson:
@@ -77,12 +77,21 @@ def _gemma4(raw: ConfigJson) -> ConfigJson:
         if own != [near if kind == _WINDOW else full for kind in kinds] or full.keys() != near.keys():
             raise UserError(f"no support for per_layer_config {shown(by_layer)}; heads may differ by kind alone")
     raw = {"hidden_size_per_layer_input": 256} | without(raw, "per_layer_config") | {"layer_types": kinds}
+    rows = raw.get("vocab_size_per_layer_input", _VOCABULARY)
+    if raw["hidden_size_per_layer_input"] and rows != raw.get("vocab_size", _VOCABULARY):
+        raise UserError(f"no support for vocab_size_per_layer_input {shown(rows)} other than vocab_size")
     return raw | {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
+
+
+def _wide(raw: ConfigJson) -> int:
+    """The MLP of layers that share keys and values is as wide, or twice."""
+    shared = raw.get("use_double_wide_mlp") and raw.get("num_kv_shared_layers")
+    return 2 * raw["intermediate_size"] if shared else 0
 
 
 def _by_layer(arch: ArchConfig) -> ConfigJson:
     own = {"head_dim": arch.full_head_dim, "num_key_value_heads": arch.full_kv_heads}
-    return {str(i): own for i, mixer in enumerate(arch.mixers) if mixer == "full"}
+    return {str(i): own for i, mixer in enumerate(arch.mixers) if mixer.startswith("full")}
 
 
 GEMMA4 = GEMMA3._replace(
@@ -91,10 +100,22 @@ GEMMA4 = GEMMA3._replace(
     classifier="Gemma4ForSequenceClassification",
     config=without(GEMMA3.config, "query_pre_attn_scalar")
     | {"full_head_dim": "global_head_dim", "full_kv_heads": "num_global_key_value_heads"}
-    | {"full_keys_as_values": "attention_k_eq_v"},
-    defaults=GEMMA3.defaults | {"vocab_size": 262144, "sliding_window": 512, "attention_k_eq_v": False},
-    fixed=without(GEMMA3.fixed, "norm_offset") | {"value_norm": True, "layer_gain": True, "attention_multiplier": 1.0},
-    tensors=GEMMA3.tensors | {_LAYER + "layer_scalar": Tensor("layers/gain/scale", "1")},
+    | {"full_keys_as_values": "attention_k_eq_v", "shared_kv_layers": "num_kv_shared_layers"}
+    | {"layer_input_width": "hidden_size_per_layer_input"},
+    defaults=GEMMA3.defaults
+    | {"vocab_size": _VOCABULARY, "sliding_window": 512, "attention_k_eq_v": False, "num_kv_shared_layers": 0},
+    fixed=without(GEMMA3.fixed, "norm_offset")
+    | {"value_norm": True, "layer_gain": True, "attention_multiplier": 1.0, "shared_kv_ffn_width": _wide},
+    tensors=GEMMA3.tensors
+    | {
+        _LAYER + "layer_scalar": Tensor("layers/gain/scale", "1"),
+        "model.embed_tokens_per_layer.weight": Tensor("embed/by_layer", "V LD"),
+        "model.per_layer_model_projection.weight": Tensor("embed/context", "LT D"),
+        "model.per_layer_projection_norm.weight": Tensor("embed/context_norm/scale", "T"),
+        _LAYER + "per_layer_input_gate.weight": Tensor("layers/input/gate", "T D"),
+        _LAYER + "per_layer_projection.weight": Tensor("layers/input/out", "D T"),
+        _LAYER + "post_per_layer_input_norm.weight": Tensor("layers/input/post_norm/scale", "D"),
+    },
     rotary={"rope_theta": ("", None), "rope_local_theta": ("", None)},
     scalings=("proportional", "linear"),
     default_rope={
@@ -103,9 +124,12 @@ GEMMA4 = GEMMA3._replace(
     },
     plain=_gemma4,
     whole="gemma4",
-    saved={"hidden_size_per_layer_input": 0, "per_layer_config": _by_layer},
+    saved={
+        "per_layer_config": _by_layer, "vocab_size_per_layer_input": lambda arch: arch.vocab_size,
+        "use_double_wide_mlp": lambda arch: arch.shared_kv_ffn_width > 0,
+    },
     only={
-        "hidden_size_per_layer_input": (0,), "num_kv_shared_layers": (0,), "enable_moe_block": (False,),
+        "enable_moe_block": (False,),
         "use_bidirectional_attention": (None, "vision"), "rope_scaling": (None,),
     },
 )  # fmt: skip

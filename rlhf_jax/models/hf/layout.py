@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import ArchConfig
-from rlhf_jax.config.rules import ATTENTION, FULL, INPUTS, LEAVES, MEMBERS, MIXERS, WIDE_QK_NORM, with_full
+from rlhf_jax.config.rules import INPUTS, LEAVES, MEMBERS, MIXERS, WIDE_QK_NORM, homes, with_homes
 from rlhf_jax.models.hf.family import Tensor
 from rlhf_jax.types import Params
 
@@ -39,7 +39,7 @@ class Layout:
         self.sizes = {
             "L": arch.num_layers, "D": arch.width, "V": arch.vocab_size, "P": arch.position_rows, "1": 1,
             "M": 2 if arch.gated_mlp else 1, "F": arch.ffn_width, "E": arch.num_experts, "R": rank, "H": members,
-            **_heads(arch, "attn", 2),
+            **_heads(arch, "attn"), "T": arch.layer_input_width,
             "X": arch.latent_query_width, "Z": arch.latent_width, "B": arch.latent_value_dim,
             "Y": arch.latent_width + arch.latent_rope_dim,
             "A": arch.head_dim - arch.latent_rope_dim + arch.latent_value_dim,
@@ -52,7 +52,12 @@ class Layout:
             "layers/experts/": (range(dense, arch.num_layers), arch.ffn_width),
             "layers/shared/": (range(dense, arch.num_layers), arch.shared_width),
         }  # fmt: skip
-        self._full = _heads(arch, "full", 2 - arch.full_keys_as_values) if arch.full_head_dim else {}
+        wide = arch.shared_kv_layers if arch.shared_kv_ffn_width else 0
+        self._some["layers/wide/"] = range(arch.num_layers - wide, arch.num_layers), arch.shared_kv_ffn_width
+        if wide:
+            self._some["layers/mlp/"] = range(arch.num_layers - wide), arch.ffn_width
+        self._of_part: dict[str, dict[str, int]] = {mixer: _heads(arch, mixer) for mixer in set(arch.mixers)}
+        self._of_part |= {"by_layer": {"D": arch.layer_input_width}}
         self._parts = {  # the axis to cut, where, and what stands for it in the stored axes
             "gate": ("M", 0, 1, "M"), "up": ("M", 1, 1, "M"),
             "delta_query": ("C", 0, key, "C"), "delta_key": ("C", key, key, "C"),
@@ -69,17 +74,26 @@ class Layout:
     def sizes_of(self, leaf: str) -> dict[str, int]:
         """Sizes by letter in a leaf."""
         width = next((width for part, (_, width) in self._some.items() if leaf.startswith(part)), self.sizes["F"])
-        return self.sizes | (self._full if leaf.startswith(FULL) else {}) | {"L": len(self.layers(leaf)), "F": width}
+        part = self._of_part.get(leaf.partition("/")[2].partition("/")[0], {})
+        return self.sizes | part | {"L": len(self.layers(leaf)), "F": width}
 
     def homes(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The tensor, and what the same name is in layers whose full view has heads of its own."""
-        yield tensor
-        leaf, parts = tensor.leaf.replace(ATTENTION, FULL), tensor.parts
-        if self.keys_as_values:
-            leaf = leaf.replace("_lora/key/", "_lora/key_value/")
-            parts = tuple("key_value" if part == "key" else part for part in parts)
-        if leaf != tensor.leaf and not (self.keys_as_values and ("value" in parts or "_lora/value/" in leaf)):
-            yield tensor._replace(leaf=leaf, parts=parts)
+        """The tensor, and what the same name is in layers with heads of other sizes, or with queries alone."""
+        for leaf in homes(tensor.leaf):
+            parts = tensor.parts
+            if self.keys_as_values and leaf.startswith("layers/full/"):
+                if "value" in parts or "_lora/value/" in leaf:
+                    continue
+                leaf = leaf.replace("_lora/key/", "_lora/key_value/")
+                parts = tuple("key_value" if part == "key" else part for part in parts)
+            if "queries/" not in leaf or not {"key", "value"} & set(parts):
+                yield tensor._replace(leaf=leaf, parts=parts)
+
+    def unused(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names of keys and values in layers that have queries alone, which files may hold all the same."""
+        queries = lambda tensor: any("queries/" in home.leaf for home in self.homes(tensor))  # noqa: E731
+        keys = [name for name, one in tensors.items() if one.leaf.startswith("layers/attn/") and not queries(one)]
+        return {name.format(i) for name in keys for i, mixer in enumerate(self.mixers) if mixer.endswith("queries")}
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[dict[str, int], int, str, str]]:
         """For every part: sizes of the stored axes, where it starts on the leaf's cut axis, that axis, its letter."""
@@ -131,11 +145,12 @@ class Layout:
             yield piece, tuple(slice(first, first + size) for first, size in zip(starts, piece.shape, strict=True))
 
 
-def _heads(arch: ArchConfig, mixer: str, others: int) -> dict[str, int]:
-    """Sizes in attention of this kind, with so many slots beside the queries."""
+def _heads(arch: ArchConfig, mixer: str) -> dict[str, int]:
+    """Sizes in attention of this kind."""
     kv_heads, width = arch.heads_of(mixer)
     group = arch.num_heads // kv_heads
     queries = 2 * group if arch.attn_gate else group
+    others = 0 if mixer.endswith("queries") else 2 - (mixer == "full" and arch.full_keys_as_values)
     return {"K": kv_heads, "G": group, "Q": queries, "S": queries + others, "N": width}
 
 
@@ -143,7 +158,8 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
     layout, biased, sparse = Layout(arch, members=members), arch.norm == "layer", arch.num_experts > 0
     dense, shared = arch.expert_layers < arch.num_layers, sparse and arch.shared_width > 0
-    queries = arch.latent_query_width > 0
+    queries, inputs = arch.latent_query_width > 0, arch.layer_input_width > 0
+    wide = arch.shared_kv_ffn_width > 0
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
     optional = {
         "embed/positions": arch.positions == "learned", "final_norm/bias": biased,
@@ -155,6 +171,9 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "layers/attn/qkv_bias": arch.qkv_bias, "layers/attn/out_bias": arch.out_bias,
         "layers/mlp/up": dense, "layers/mlp/up_bias": dense and arch.mlp_bias,
         "layers/mlp/down": dense, "layers/mlp/down_bias": dense and arch.mlp_bias,
+        "layers/wide/up": wide, "layers/wide/down": wide, "embed/by_layer": inputs, "embed/context": inputs,
+        "embed/context_norm/scale": inputs,
+        **dict.fromkeys(("layers/input/gate", "layers/input/out", "layers/input/post_norm/scale"), inputs),
         "layers/experts/router": sparse, "layers/experts/router_choice_bias": sparse and arch.router == "sigmoid",
         "layers/experts/router_bias": sparse and arch.router_bias,
         "layers/experts/up": sparse, "layers/experts/up_bias": sparse and arch.mlp_bias,
@@ -167,7 +186,7 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "head/kernel": score_head is False and not arch.tied_head, "head/bias": score_head is False and arch.head_bias,
         "score/kernel": score_head is True, "score/bias": score_head is True,
     }  # fmt: skip
-    optional = with_full(optional)
+    optional = with_homes(optional)
     chosen = {leaf: axes for leaf, axes in layout.axes.items() if optional.get(leaf, True) and layout.layers(leaf)}
     return {leaf: tuple(layout.sizes_of(leaf)[a] for a in axes) for leaf, axes in chosen.items()}
 

@@ -204,17 +204,20 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
         raise UserError(f"{folder} holds no vocabulary head ({', '.join(missing)}); {cure}")
     heads = {name for name, tensor in family.tensors.items() if tensor.leaf.startswith(("head/", "score/"))}
     beside = [n for n in stored if family.whole and BESIDE.match(n)]
-    others = [n for n in stored if n not in wanted and n not in heads and n not in set(beside)]
+    unused = layout.unused(family.tensors) & stored.keys()
+    others = [n for n in stored if n not in wanted and n not in heads and n not in {*beside, *unused}]
     extra = [n for n in others if not re.search(family.ignored, n)]
     ignored = (n for n in others if re.search(family.ignored, n))
     unread = [n for n in ignored if re.search(r"layers\.\d+\..*(_proj|norm)\.", n)]
-    packed = sum(isinstance(tensor, Packed) for tensor in stored.values())
-    if packed and is_first():
-        tell(f"{folder}: {packed} tensors in mxfp4 are read as bfloat16", error=True)
-    if beside and is_first():
-        tell(f"{folder}: {len(beside)} tensors of images or sound are not read", error=True)
-    if unread and is_first():
-        tell(f"{folder}: {len(unread)} tensors of layers that predict tokens beyond the next are not read", error=True)
+    counts = {
+        "in mxfp4 are read as bfloat16": sum(isinstance(tensor, Packed) for tensor in stored.values()),
+        "of images or sound are not read": len(beside),
+        "of layers that predict tokens beyond the next are not read": len(unread),
+        "of keys and values in layers that see those of others are not read": len(unused),
+    }
+    for what, count in counts.items():
+        if count and is_first():
+            tell(f"{folder}: {count} tensors {what}", error=True)
     shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
     shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
     typed = [f"{n} ({stored[n].dtype})" for n in shapes if stored[n].dtype not in DTYPES]
