@@ -824,6 +824,9 @@ def test_sample_and_score_on_saved_models(here, call):
     assert err == f"! rows: kept 5 of 5 rows; dropped 0; truncated 2\nscore: 5 rows; {loaded}"
     assert ["cut" in row for row in rows_of(out)] == [False, False, True, True, False]
 
+    assert call("score", "--model.path", "nowhere", "--data_path", "rows.jsonl", "--output", "again.jsonl")[0] == 2
+    assert call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--output", "again.jsonl")[0] == 0
+
     before = tree_bytes(here / "made"), (here / "scored.jsonl").read_bytes()
     for command, model_path, where in (("sample", "lm", "made/rows.jsonl"), ("score", "rm", "scored.jsonl")):
         arguments = ask if command == "sample" else ["--data_path", "rows.jsonl"]

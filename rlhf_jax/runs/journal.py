@@ -82,7 +82,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         header = (_loaded(lines[0]) if lines else None) or {}
         same = {**header, "time": None} == {**self._header, "time": None}
         begun = START.startswith(data[: len(START)])  # else it is somebody else's
-        if (not lines and begun) or (not same and "overwrite" in self._header):
+        empty = begun and len(lines) < 2  # nothing is lost with a command that failed before its first row
+        if not same and (empty or "overwrite" in self._header):
             os.truncate(path, 0)
             self._lines.add([self._header], sync=True)
             return []
