@@ -49,6 +49,7 @@ OSS = replace(
     ARCH, qk_norm="none", mlp_bias=True, router_bias=True, attn_sinks=True, glu_limit=0.05, window_layers=(0,),
     sliding_window=3,
 )  # fmt: skip
+BESIDE = replace(ARCH, expert_width=6, router_scaled=True, norm_position="both", norm_topk=True)  # as in Gemma 4
 LAW = SamplingLaw(jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
 
@@ -291,8 +292,12 @@ def greedy(model: Model, params, batch):
 
 @pytest.mark.parametrize(
     ("arch", "sizes"),
-    [(GLM, {"data": 1, "expert": 4}), (OSS, {"fsdp": 2, "data": 1, "expert": 2, "tensor": 2})],
-    ids=["4", "8"],
+    [
+        (GLM, {"data": 1, "expert": 4}),
+        (OSS, {"fsdp": 2, "data": 1, "expert": 2, "tensor": 2}),
+        (BESIDE, {"fsdp": 2, "data": 1, "expert": 2}),
+    ],
+    ids=["4", "8", "beside"],
 )
 def test_a_mesh_with_an_axis_for_experts_gives_the_numbers_of_one_device(tmp_path, arch, sizes):
     """Metrics, parameters after a step, tokens; a step from what a checkpoint brought back is the same to the bit."""

@@ -65,6 +65,7 @@ LIGHT |= {f"qwen3_5_text/{case}" for case in ("bias", "heads", "old", "full")}
 LIGHT |= {f"deepseek_v3/{case}" for case in ("plain", "gain", "dense")}
 LIGHT |= {f"glm4_moe_lite/{case}" for case in ("plain", "hub", "mixed", "wide", "bias")}
 LIGHT |= {f"gemma4_text/{case}" for case in ("plain", "by_layer", "sixth", "small_hub", "shared", "inputs")}
+LIGHT |= {"gemma4_text/experts_hub"}
 """Cases whose compilation is spared: of them logits alone are compared, by the code that has the others' gradients.
 
 So are those that differ from an earlier one of their family in NUMBERS alone, or in the table of rotations.

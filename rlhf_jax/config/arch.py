@@ -33,6 +33,10 @@ class ArchConfig:
         router_top_groups: how many.
         routed_scale: what a token's experts add is multiplied by it.
         router_bias: bias on the router's scores before the softmax.
+        router_scaled: routers see tokens through an RMSNorm of their own, over the root of the width, and what each
+            expert adds is multiplied by a number (Gemma 4 26B-A4B).
+        expert_width: hidden width of experts that stand beside the MLP of every layer, each with norms of its own; 0
+            where experts replace it.
         glu_limit: the gate of experts is at most this and up lies within + and - it, and they make gate *
             sigmoid(glu_alpha * gate) * (up + 1); 0 for the plain gated MLP (GPT-OSS).
         glu_alpha: of that sigmoid.
@@ -117,6 +121,8 @@ class ArchConfig:
     router_top_groups: int = 1
     routed_scale: float = 1.0
     router_bias: bool = False
+    router_scaled: bool = False
+    expert_width: int = 0
     glu_limit: float = 0.0
     glu_alpha: float = 1.702
     shared_width: int = 0
@@ -188,7 +194,7 @@ class ArchConfig:
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
             "shared_width dense_layers dense_width glu_limit full_head_dim full_kv_heads "
             "latent_width latent_query_width latent_rope_dim latent_value_dim "
-            "shared_kv_layers shared_kv_ffn_width layer_input_width",
+            "shared_kv_layers shared_kv_ffn_width layer_input_width expert_width",
         }
         if self.delta_layers:
             rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
@@ -279,7 +285,13 @@ class ArchConfig:
             )
         if self.dense_layers and not self.dense_width:
             raise UserError(f"{where}dense_layers {self.dense_layers} needs {where}dense_width; give it")
-        if experts and self.mlp_bias and (self.shared_width or self.dense_layers):
+        if self.expert_width and (not experts or self.shared_width or self.dense_layers or self.parallel_residual):
+            raise UserError(
+                f"{where}expert_width needs {where}num_experts, and no shared_width, dense_layers or parallel_residual"
+            )
+        if self.router_scaled and not experts:
+            raise UserError(f"{where}router_scaled is of experts; leave it out, or give {where}num_experts")
+        if experts and self.mlp_bias and (self.shared_width or self.dense_layers or self.expert_width):
             raise UserError(f"{where}mlp_bias is of experts without shared or dense MLPs beside them; leave it out")
         if self.glu_limit and not (experts and self.gated_mlp and self.activation == "silu"):
             raise UserError(f"{where}glu_limit is of gated experts with activation silu; leave it out")

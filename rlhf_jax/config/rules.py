@@ -42,6 +42,8 @@ LEAVES = {
     "layers/mlp_post_norm/scale": "LD", "layers/mlp_post_norm/bias": "LD",
     "layers/mlp/up": "LDMF", "layers/mlp/up_bias": "LMF", "layers/mlp/down": "LFD", "layers/mlp/down_bias": "LD",
     "layers/input/gate": "LDT", "layers/input/out": "LTD", "layers/input/post_norm/scale": "LD",
+    "layers/mlp_out_norm/scale": "LD", "layers/experts_norm/scale": "LD", "layers/experts_out_norm/scale": "LD",
+    "layers/experts/router_norm/scale": "LD", "layers/experts/router_gain": "LE",
     "layers/experts/router": "LDE", "layers/experts/router_bias": "LE", "layers/experts/router_choice_bias": "LE",
     "layers/experts/up": "LEDMF", "layers/experts/up_bias": "LEMF",
     "layers/experts/down": "LEFD", "layers/experts/down_bias": "LED",

@@ -181,7 +181,7 @@ class Block(nnx.Module):
 
     Args:
         mixer: what there is for attention (`ArchConfig.mixers`).
-        sparse: it has experts in place of the MLP, perhaps with a shared one beside them.
+        sparse: it has experts in place of the MLP, perhaps with a shared one beside them, or beside it.
     """
 
     def __init__(self, arch: ArchConfig, mixer: str = "attn", *, sparse: bool, rngs: nnx.Rngs):
@@ -199,9 +199,12 @@ class Block(nnx.Module):
             setattr(self, mixer, (SharedAttention if shares else Attention)(arch, mixer, rngs=rngs))
         if sparse:
             self.experts = Experts(arch, ACTIVATIONS[arch.activation], rngs=rngs)
+        if sparse and arch.expert_width:
+            self.mlp, self.mlp_out_norm = MLP(arch, arch.ffn_width, rngs=rngs), norm()
+            self.experts_norm, self.experts_out_norm = norm(), norm()
         elif arch.shared_kv_ffn_width and mixer.endswith("queries"):
             self.wide = MLP(arch, arch.shared_kv_ffn_width, rngs=rngs)
-        else:
+        elif not sparse:
             self.mlp = MLP(arch, arch.dense_width if arch.num_experts else arch.ffn_width, rngs=rngs)
         if sparse and arch.shared_width:
             self.shared = MLP(arch, arch.shared_width, rngs=rngs)
@@ -239,9 +242,14 @@ class Block(nnx.Module):
             y, cache = getattr(self, self.mixer)(near, tables, before, cache, index)
         mixed = x + times(self._norm("attn_post_norm", y), self.factor)
         y, routing = near if self.one_norm else self._norm("mlp_norm", x if self.parallel else mixed), None
-        if hasattr(self, "experts"):
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        if hasattr(self, "experts_norm"):  # beside the MLP; the router sees the stream as it is
+            of_mlp = self.mlp_out_norm(self.mlp(y))
+            y, routing = self.experts(self.experts_norm(mixed), real, given, mixed)
+            y = of_mlp + self.experts_out_norm(y)
+        elif hasattr(self, "experts"):
             of_all = self.shared(y) if hasattr(self, "shared") else None
-            y, routing = self.experts(y, jnp.ones(x.shape[:2], bool) if real is None else real, given)
+            y, routing = self.experts(y, real, given)
             y = y if of_all is None else y + of_all
         else:
             y = self.wide(y) if hasattr(self, "wide") else self.mlp(y)

@@ -19,6 +19,7 @@ from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.exchange import over_devices
 from rlhf_jax.models.grouped import Places, collect, grouped, spread
 from rlhf_jax.models.kernels import Kernel, einsum
+from rlhf_jax.models.norms import Norm
 from rlhf_jax.sharding import on_own_rows
 from rlhf_jax.types import Metrics
 
@@ -97,12 +98,14 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, arch: ArchConfig, activation: Callable[[Array], Array], *, rngs: nnx.Rngs):
-        d, f, e, m = arch.width, arch.ffn_width, arch.num_experts, 2 if arch.gated_mlp else 1
+        d, f, e, m = arch.width, arch.expert_width or arch.ffn_width, arch.num_experts, 2 if arch.gated_mlp else 1
         self.num, self.top, self.normalised, self.activation = e, arch.experts_per_token, arch.norm_topk, activation
         self.limit, self.alpha = arch.glu_limit, arch.glu_alpha
         self.groups, self.top_groups, self.scale = arch.router_groups, arch.router_top_groups, arch.routed_scale
         draw = lambda std, *shape: nnx.Param(std * jax.random.normal(rngs.params(), shape))  # noqa: E731
         self.router = draw(arch.init_std, d, e)
+        if arch.router_scaled:
+            self.router_norm, self.router_gain = Norm(arch, (d,), centered=False), nnx.Param(jnp.ones(e))
         if arch.router == "sigmoid":
             self.router_choice_bias = nnx.Param(jnp.zeros(e))
         if arch.router_bias:
@@ -113,10 +116,17 @@ class Experts(nnx.Module):
         self.down = draw(arch.init_std / (2 * arch.num_layers) ** 0.5, e, f, d)
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], given: Int[Array, "B T k"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        given: Int[Array, "B T k"] | None = None,
+        seen: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """What the experts add, 0 on padding (off `real`); tokens with experts `given`, not -1, go to these."""
-        gates, routing = self.route(x, real, given)
+        """What the experts add, 0 on padding (off `real`); tokens with experts `given`, not -1, go to these.
+
+        The router looks at `seen`, or at what experts do.
+        """
+        gates, routing = self.route(x if seen is None else seen, real, given)
         biased = hasattr(self, "up_bias")
         y = over_devices(
             self.apart, x, routing.chosen, self.up[...], self.down[...], self.up_bias[...] if biased else None
@@ -132,7 +142,9 @@ class Experts(nnx.Module):
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], given: Int[Array, "B T k"] | None
     ) -> tuple[Float[Array, "B T k"], Routing]:
         """The weight of each expert of every token, in float32, and which they are."""
-        logits = einsum("btd,de->bte", x.astype(jnp.float32), self.router[...])
+        x = x.astype(jnp.float32)
+        x = self.router_norm(x) * x.shape[-1] ** -0.5 if hasattr(self, "router_norm") else x
+        logits = einsum("btd,de->bte", x, self.router[...])
         if hasattr(self, "router_bias"):
             logits = logits + self.router_bias[None, None].astype(jnp.float32)
         biased = hasattr(self, "router_choice_bias")
@@ -142,6 +154,8 @@ class Experts(nnx.Module):
         gates = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.normalised:
             gates = gates / (gates.sum(-1, keepdims=True) + TINY)
+        if hasattr(self, "router_gain"):
+            gates = gates * self.router_gain[...].astype(jnp.float32)[chosen]
         gates, probs = gates * self.scale, scores / (scores.sum(-1, keepdims=True) + TINY) if biased else scores
         count, replayed, differs = partial(jnp.sum, dtype=jnp.float32), None, None
         if given is not None:

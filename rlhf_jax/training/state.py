@@ -89,7 +89,8 @@ def decay_mask(params: Params) -> Params:
 
     def is_matrix(path: jax.tree_util.KeyPath, _: object) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not name.endswith(("bias", "sinks", "_rate", "gain/scale")) and not ("_norm" in name or "score" in name)
+        odd = name.endswith(("bias", "sinks", "_rate", "_gain", "gain/scale"))
+        return not (odd or "_norm" in name or "score" in name)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -809,6 +809,7 @@ def _gemma4() -> dict[str, Case]:
     rope = lambda **full: {"rope_parameters": {"sliding_attention": local, "full_attention": full}}  # noqa: E731
     whole = rope(rope_type="proportional", rope_theta=70.0, partial_rotary_factor=0.7)
     values = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 6}
     inputs = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": TOKENS["vocab_size"]}
     return {
         "plain": Case(shape | of("sff") | whole),
@@ -846,6 +847,12 @@ def _gemma4() -> dict[str, Case]:
         ),
         "shared": Case(
             shape | of("sfsf") | whole | values | inputs | {"num_kv_shared_layers": 2, "attention_bias": True}
+        ),
+        "experts": Case(shape | of("sf") | whole | values | experts),
+        "experts_hub": Case(
+            shape | of("sf") | experts | {"top_k_experts": 1, "moe_intermediate_size": 10, "num_kv_shared_layers": 0}
+            | {"tie_word_embeddings": True},
+            as_written=True,
         ),
         "inputs": Case(shape | of("sf") | whole | inputs | {"hidden_activation": "silu", "use_double_wide_mlp": True}),
     }  # fmt: skip
@@ -914,6 +921,8 @@ def make_model(case: Case, folder: Path, generator: torch.Generator) -> torch.nn
             if key.removesuffix(".weight") in norms:  # the last one: about 0, else a tied head repeats tokens
                 weight.copy_(1 + 0.3 * noise if re.search(r"\.\d+\.", key) else noise)
                 weight.sub_(float(key.removesuffix(".weight") in with_one))
+            elif key.endswith(("router.scale", "per_expert_scale")):
+                weight.copy_(1 + 0.3 * noise)
             elif key.endswith("sinks"):
                 weight.copy_(noise)
             elif key.endswith("A_log"):  # rates that let tokens be seen for long
@@ -974,13 +983,14 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
         for name, g in grads.items()
         if g.ndim == 1 or (g.ndim == 2 and re.search(matrices, name)) or "conv1d" in name
     }
-    if hasattr(model.config, "num_experts_per_tok"):
+    if hasattr(model.config, "num_experts_per_tok") or getattr(model.config, "enable_moe_block", False):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             for weight in model.parameters():
                 weight.copy_(weight.grad)
             model.save_pretrained(folder)
             stored = load_file(Path(folder) / "model.safetensors")
-        chosen |= {name: g for name, g in stored.items() if re.search(rf"\.{last}\..*(experts|gate\.weight)", name)}
+        routed = rf"\.{last}\..*(experts|gate\.weight|router\.proj)"
+        chosen |= {name: g for name, g in stored.items() if re.search(routed, name)}
     return {
         "logits": (logits * mask[..., None]).detach().numpy(),
         "logprob": mean.detach().numpy(),

@@ -105,7 +105,7 @@ class Family(NamedTuple):
         """The family with the names that tensors have in a model of this shape, without parts that no layer has."""
         names = self.shared_names if arch.shared_norm else {}
         absent = [r"layers/latent/q$" if arch.latent_query_width else r"layers/latent/q_"]  # the way that it lacks
-        absent += ["layers/mlp/"] if arch.expert_layers == arch.num_layers else []
+        absent += ["layers/mlp/"] if arch.expert_layers == arch.num_layers and not arch.expert_width else []
         absent += [] if arch.layer_input_width else [r"layers/input/|embed/(by_layer|context)"]
         kept = {name: tensor for name, tensor in self.tensors.items() if not re.match("|".join(absent), tensor.leaf)}
         return self._replace(tensors={names.get(name, name): tensor for name, tensor in kept.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, shown
 from rlhf_jax.models.hf.families import GEMMA3, LLAMA, QWEN3, without
-from rlhf_jax.models.hf.family import ConfigJson, Tensor
+from rlhf_jax.models.hf.family import ConfigJson, Derived, Tensor
 
 _LAYER = "model.layers.{}."
 _DELTA = _LAYER + "linear_attn."
@@ -76,11 +76,17 @@ def _gemma4(raw: ConfigJson) -> ConfigJson:
         own = [near | by_layer.get(str(i), {}) for i in range(layers)]
         if own != [near if kind == _WINDOW else full for kind in kinds] or full.keys() != near.keys():
             raise UserError(f"no support for per_layer_config {shown(by_layer)}; heads may differ by kind alone")
-    raw = {"hidden_size_per_layer_input": 256} | without(raw, "per_layer_config") | {"layer_types": kinds}
+    said = {"hidden_size_per_layer_input": 256, "enable_moe_block": False}
+    raw = said | without(raw, "per_layer_config") | {"layer_types": kinds}
     rows = raw.get("vocab_size_per_layer_input", _VOCABULARY)
     if raw["hidden_size_per_layer_input"] and rows != raw.get("vocab_size", _VOCABULARY):
         raise UserError(f"no support for vocab_size_per_layer_input {shown(rows)} other than vocab_size")
     return raw | {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
+
+
+def _of_experts(key: str) -> Derived:
+    """The setting if there are experts, else 0: config.json may have both."""
+    return lambda raw: raw[key] if raw.get("enable_moe_block") else 0
 
 
 def _wide(raw: ConfigJson) -> int:
@@ -105,7 +111,9 @@ GEMMA4 = GEMMA3._replace(
     defaults=GEMMA3.defaults
     | {"vocab_size": _VOCABULARY, "sliding_window": 512, "attention_k_eq_v": False, "num_kv_shared_layers": 0},
     fixed=without(GEMMA3.fixed, "norm_offset")
-    | {"value_norm": True, "layer_gain": True, "attention_multiplier": 1.0, "shared_kv_ffn_width": _wide},
+    | {"value_norm": True, "layer_gain": True, "attention_multiplier": 1.0, "shared_kv_ffn_width": _wide}
+    | {"num_experts": _of_experts("num_experts"), "experts_per_token": _of_experts("top_k_experts")}
+    | {"expert_width": _of_experts("moe_intermediate_size"), "router_scaled": lambda raw: raw["enable_moe_block"]},
     tensors=GEMMA3.tensors
     | {
         _LAYER + "layer_scalar": Tensor("layers/gain/scale", "1"),
@@ -115,6 +123,14 @@ GEMMA4 = GEMMA3._replace(
         _LAYER + "per_layer_input_gate.weight": Tensor("layers/input/gate", "T D"),
         _LAYER + "per_layer_projection.weight": Tensor("layers/input/out", "D T"),
         _LAYER + "post_per_layer_input_norm.weight": Tensor("layers/input/post_norm/scale", "D"),
+        _LAYER + "router.proj.weight": Tensor("layers/experts/router", "E D"),
+        _LAYER + "router.scale": Tensor("layers/experts/router_norm/scale", "D"),
+        _LAYER + "router.per_expert_scale": Tensor("layers/experts/router_gain", "E"),
+        _LAYER + "experts.gate_up_proj": Tensor("layers/experts/up", "E MF D"),
+        _LAYER + "experts.down_proj": Tensor("layers/experts/down", "E D F"),
+        _LAYER + "pre_feedforward_layernorm_2.weight": Tensor("layers/experts_norm/scale", "D"),
+        _LAYER + "post_feedforward_layernorm_1.weight": Tensor("layers/mlp_out_norm/scale", "D"),
+        _LAYER + "post_feedforward_layernorm_2.weight": Tensor("layers/experts_out_norm/scale", "D"),
     },
     rotary={"rope_theta": ("", None), "rope_local_theta": ("", None)},
     scalings=("proportional", "linear"),
@@ -127,9 +143,13 @@ GEMMA4 = GEMMA3._replace(
     saved={
         "per_layer_config": _by_layer, "vocab_size_per_layer_input": lambda arch: arch.vocab_size,
         "use_double_wide_mlp": lambda arch: arch.shared_kv_ffn_width > 0,
+        "enable_moe_block": lambda arch: arch.num_experts > 0,
+        "num_experts": lambda arch: arch.num_experts or None,
+        "top_k_experts": lambda arch: arch.experts_per_token or None,
+        "moe_intermediate_size": lambda arch: arch.expert_width or None,
     },
     only={
-        "enable_moe_block": (False,),
+        "enable_moe_block": (False, True),
         "use_bidirectional_attention": (None, "vision"), "rope_scaling": (None,),
     },
 )  # fmt: skip

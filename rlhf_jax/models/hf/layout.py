@@ -49,12 +49,12 @@ class Layout:
         dense = arch.num_layers - arch.expert_layers
         self._some: dict[str, tuple[range, int]] = {} if not arch.num_experts else {  # layers, and F
             "layers/mlp/": (range(dense), arch.dense_width),
-            "layers/experts/": (range(dense, arch.num_layers), arch.ffn_width),
+            "layers/experts/": (range(dense, arch.num_layers), arch.expert_width or arch.ffn_width),
             "layers/shared/": (range(dense, arch.num_layers), arch.shared_width),
         }  # fmt: skip
         wide = arch.shared_kv_layers if arch.shared_kv_ffn_width else 0
         self._some["layers/wide/"] = range(arch.num_layers - wide, arch.num_layers), arch.shared_kv_ffn_width
-        if wide:
+        if wide or arch.expert_width:
             self._some["layers/mlp/"] = range(arch.num_layers - wide), arch.ffn_width
         self._of_part: dict[str, dict[str, int]] = {mixer: _heads(arch, mixer) for mixer in set(arch.mixers)}
         self._of_part |= {"by_layer": {"D": arch.layer_input_width}}
@@ -157,7 +157,8 @@ def _heads(arch: ArchConfig, mixer: str) -> dict[str, int]:
 def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree by its path: with a score head, a vocabulary head (False) or none."""
     layout, biased, sparse = Layout(arch, members=members), arch.norm == "layer", arch.num_experts > 0
-    dense, shared = arch.expert_layers < arch.num_layers, sparse and arch.shared_width > 0
+    beside, shared = arch.expert_width > 0, sparse and arch.shared_width > 0
+    dense = arch.expert_layers < arch.num_layers or beside
     queries, inputs = arch.latent_query_width > 0, arch.layer_input_width > 0
     wide = arch.shared_kv_ffn_width > 0
     pre, post = arch.norm_position in ("pre", "both"), arch.norm_position in ("post", "both")
@@ -175,6 +176,9 @@ def leaf_shapes(arch: ArchConfig, *, score_head: bool | None, members: int = 0) 
         "embed/context_norm/scale": inputs,
         **dict.fromkeys(("layers/input/gate", "layers/input/out", "layers/input/post_norm/scale"), inputs),
         "layers/experts/router": sparse, "layers/experts/router_choice_bias": sparse and arch.router == "sigmoid",
+        **dict.fromkeys(("layers/mlp_out_norm/scale", "layers/experts_norm/scale"), beside),
+        "layers/experts_out_norm/scale": beside, "layers/experts/router_norm/scale": arch.router_scaled,
+        "layers/experts/router_gain": arch.router_scaled,
         "layers/experts/router_bias": sparse and arch.router_bias,
         "layers/experts/up": sparse, "layers/experts/up_bias": sparse and arch.mlp_bias,
         "layers/experts/down": sparse, "layers/experts/down_bias": sparse and arch.mlp_bias,
