@@ -106,6 +106,32 @@ ENTRY %main (a: (s32[], f32[8])) -> f32[8] {
 """
 
 
+TWO_KINDS = """
+%narrow (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), to_apply=%sum
+}
+%full (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %all-gather.1 = f32[32]{0} all-gather(%p), dimensions={0}
+  ROOT %ds = f32[8]{0} dynamic-slice(%all-gather.1), dynamic_slice_sizes={8}
+}
+ENTRY %main (which: s32[], a: f32[8]) -> f32[8] {
+  %which = s32[] parameter(0)
+  %a = f32[8]{0} parameter(1)
+  ROOT %out = f32[8]{0} conditional(%which, %a, %a), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%narrow, %full}", "true_computation=%full, false_computation=%narrow"]
+)
+def test_of_a_conditional_the_branch_that_moves_most_counts_alone(branches):
+    found = hlo.traffic(TWO_KINDS.replace("BRANCHES", branches))
+    assert found.collectives == {"all-gather": 128}
+
+
 def test_collectives_of_a_loop_are_multiplied_by_its_trips():
     found = hlo.traffic(HLO)
     assert found.collectives == {"all-gather": 6 * 64, "all-reduce": 6 * 2 * 32, "reduce-scatter": 128}

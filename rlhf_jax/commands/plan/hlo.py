@@ -16,7 +16,10 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_BRANCHES = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=\{?([\w.\-, %]+)\}?")
+_BRANCHES = re.compile(
+    r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
+    r"(?:\{([\w.\-, %]+)\}|%?([\w.\-]+))"
+)
 _COUNTING = {"parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast", "copy", "tuple"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "opt-barrier"}  # fmt: skip
@@ -41,6 +44,17 @@ class Traffic:
     memory: float = 0.0
     buffers: set[tuple[int, ...]] = field(default_factory=set)
 
+    def total(self) -> float:
+        """All bytes."""
+        return self.memory + sum(self.collectives.values())
+
+    def add(self, other: Traffic) -> None:
+        """What runs besides."""
+        self.memory += other.memory
+        self.buffers |= other.buffers
+        for kind, size in other.collectives.items():
+            self.collectives[kind] += size
+
 
 @dataclass
 class _Instruction:
@@ -58,6 +72,10 @@ class _Instruction:
         """Name of the computation that it uses as calls, body or condition."""
         name = re.search(part + r"=%?([\w.\-]+)", self.rest)
         return name[1] if name else ""
+
+    def branches(self) -> list[str]:
+        """Names of the computations that it calls, of which a conditional runs one."""
+        return re.findall(r"[\w.\-]+", " ".join(map(" ".join, _BRANCHES.findall(self.rest))))
 
 
 _Computations = dict[str, list[_Instruction]]
@@ -147,13 +165,25 @@ def traffic(text: str, *, unknown_trips: int = 1, fill: float = 1.0) -> Traffic:
                 trips = 0 if rare(scopes) else trips
                 inner = times * (trips_of(scopes, unknown_trips, fill) if trips is None else trips)
                 walk(i.called("body"), inner, outside if "windowed" in i.called("body") else inner)
-            elif i.op in ("conditional", "call", "async-start"):
-                for branch in re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(i.rest))):
+            elif i.op == "conditional":  # one branch runs: that which moves most
+                moves = [apart(name, times, outside, parent) for name in i.branches()]
+                out.add(max(moves, key=Traffic.total, default=Traffic()))
+                out.buffers |= set().union(*(one.buffers for one in moves))
+            elif i.op in ("call", "async-start"):
+                for branch in i.branches():
                     walk(branch, times, outside, parent)
             elif i.op == "fusion":
                 walk(i.called("calls"), times, outside, parent or name)
             if not parent and kind not in COLLECTIVES:
                 _add_memory(i, shapes, computations, times, out)
+
+    def apart(name: str, times: float, outside: float, parent: str) -> Traffic:
+        """What one branch moves."""
+        nonlocal out
+        whole, out = out, Traffic()
+        walk(name, times, outside, parent)
+        whole, out = out, whole
+        return whole
 
     walk(entry, 1.0, 1.0)
     return out

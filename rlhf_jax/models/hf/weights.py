@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -181,7 +182,7 @@ def _read_shard(
             target = target[number - bound.start]
         whole = stored[name].lazy()
         for piece, within in layout.views(tensor, whole):
-            sources, targets = [], []
+            sources, targets = list[Any](), list[slice]()
             for bound, lies in zip(inner, within, strict=True):  # of every axis what both have
                 first = max(bound.start, lies.start)
                 last = max(min(bound.stop, lies.stop), first)
