@@ -120,6 +120,10 @@ SAME = [  # family, changes, and changes that mean the same
     ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}, "global_head_dim": 4}, {"global_head_dim": 16}),
     ("gemma4_text", {"num_global_key_value_heads": 1, "rope_theta": 7.0, "rope_local_base_freq": 3.0}, {}),
     ("gemma4_text", {"num_kv_shared_layers": 0, "use_double_wide_mlp": True}, {}),
+    ("olmo2", {"sliding_window": 64, "is_causal": True}, {}),  # a window that no text outgrows
+    ("deepseek_v3", {"sliding_window": 4096, "head_dim": 4}, {}),
+    ("glm4_moe_lite", {"head_dim": 2}, {"qk_rope_head_dim": 2}),
+    ("gpt_neox", {"head_dim": 8}, {"head_dim": None}),
 ]  # fmt: skip
 
 
@@ -159,6 +163,9 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
         ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, "heads may differ by kind alone"),
         ("gemma4_text", {"hidden_size_per_layer_input": ...}, "vocab_size_per_layer_input 262144"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "no support for num_key_value_heads 2"),
+        *((family, {"head_dim": 16}, "support for head_dim 16") for family in ("deepseek_v3", "gpt_neox", "stablelm")),
+        ("gemma", {"sliding_window": 63}, "in gemma, which transformers leaves out of all but its cache; choose"),
+        *((family, {"is_causal": False}, "no support for is_causal False") for family in ("gpt2", "qwen3", "opt")),
         (
             "glm4_moe_lite",
             {"mlp_layer_types": ["sparse", "dense"]},
@@ -349,7 +356,7 @@ def theirs(maker, path, ids, mask):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, **maker.EAGER, dtype=torch.float32).eval()
     with torch.no_grad():
         return (maker.forward(model, ids, mask) * mask[..., None]).numpy()
 

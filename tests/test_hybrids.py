@@ -103,7 +103,7 @@ def test_padding_packing_and_a_shared_prompt_change_nothing(arch):
             np.testing.assert_allclose(alone[own], together[columns][own], atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", [SMALL, FEW_HEADS], ids=["delta", "heads"])
+@pytest.mark.parametrize("arch", [SMALL, FEW_HEADS, LATENT], ids=["delta", "heads", "latent"])
 def test_slots_and_rows_that_go_on_give_the_same_tokens_on_a_mesh(arch):
     """Of 2 x 2 x 2 devices, each shard with half of its rows in slots, cut after every two tokens."""
     model, mesh, rng = Model(arch), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), np.random.default_rng(0)

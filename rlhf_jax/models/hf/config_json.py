@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_jax.config import ArchConfig, RopeScaling
 from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.files import read_object
-from rlhf_jax.models.hf.family import ConfigJson, Family
+from rlhf_jax.models.hf.family import ConfigJson, Family, Only
 from rlhf_jax.models.hf.refusals import unknown_type
 from rlhf_jax.models.hf.table import FAMILIES
 from rlhf_jax.models.rotary import check_law
@@ -24,6 +24,7 @@ MOST = 2**31
 MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
+_ONLY: Only = {"is_causal": (True,)}  # of every family; otherwise transformers lets tokens see those behind them
 _FACTORS = ("attention_multiplier", "glu_limit")  # of which 0 stands for none here
 _MAYBE_NONE = ("attn_softcap", "logit_softcap", "latent_query_width")  # null in config.json, 0 here
 _ORIGINAL, _LOG_SCALE = "original_max_position_embeddings", "llama_4_scaling_beta"
@@ -101,7 +102,7 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
         if layers > MOST_LAYERS_OF_A_MODEL:
             raise UserError(f"{where}: {layers} layers are more than any model has; correct it")
         raw = family.plain(raw)
-        only = {key: allowed(raw) if callable(allowed) else allowed for key, allowed in family.only.items()}
+        only = {key: allowed(raw) if callable(allowed) else allowed for key, allowed in (_ONLY | family.only).items()}
         refused = {key: raw[key] for key, allowed in only.items() if key in raw and raw[key] not in allowed}
         refused |= {key: raw[key] for key in ("quantization_config", "per_layer_config") if raw.get(key)}
         if (raw.get("quantization_config") or {}).get("quant_method") in family.packed:
@@ -113,7 +114,7 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
         if fields.get("num_experts", 1) < 1:
             raise UserError(f"{where}: {family.config['num_experts']} is {fields['num_experts']}; take a dense family")
         fields |= {field: value(raw) if callable(value) else value for field, value in family.fixed.items()}
-        fields |= _windows(raw, family, where, fields["num_layers"])
+        fields |= _windows(raw, family, where, fields["num_layers"], fields["max_positions"])
         fields["nope_layers"] = family.nope(raw, fields.get("window_layers", ()))
         if fields["positions"] == "rotary" and family.rotary:
             fields |= _rope(raw, family, where, fields["max_positions"])
@@ -172,17 +173,20 @@ def typed(value: object, kind: type, key: str, where: Path) -> Any:
     return value
 
 
-def _windows(raw: ConfigJson, family: Family, where: Path, layers: int) -> Fields:
+def _windows(raw: ConfigJson, family: Family, where: Path, layers: int, max_positions: int) -> Fields:
     kinds = raw.get("layer_types")
-    window = raw["sliding_window"] if "sliding_window" in raw else _default("sliding_window", family, raw)
+    window: Any = raw["sliding_window"] if "sliding_window" in raw else _default("sliding_window", family, raw)
     if family.window_switch or (family.windows == "none" and "use_sliding_window" in raw):
         window = window if raw.get("use_sliding_window", False) else None
     known = ("sliding_attention", "full_attention", *family.kinds)
     if kinds is not None and (len(kinds) != layers or set(kinds) - set(known)):
         raise UserError(f"{where}: no support for layer_types {shown(kinds)}; they must be {layers} of "
                         f"{' and '.join(known)}")  # fmt: skip
+    if family.windows == "none" and window is not None and window >= max_positions:
+        window = None  # which no text outgrows
     if family.windows == "none" and ("sliding_attention" in (kinds or ()) or window is not None):
-        raise UserError(f"{where}: no support for sliding windows in {family.model_type}; choose a checkpoint without")
+        raise UserError(f"{where}: no support for sliding windows in {family.model_type}, which transformers leaves "
+                        "out of all but its cache; choose a checkpoint without")  # fmt: skip
     if family.windows == "all":
         chosen = tuple(range(layers))
     elif kinds is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlhf_jax.models.hf.families import (
+    EVEN_HEADS,
     GATE,
     LLAMA,
     MISTRAL,
@@ -87,7 +88,7 @@ OLMOE = LLAMA._replace(
         LLAMA.tensors | {name: OLMO2.tensors[name] for name in OLMO2.tensors if "_norm.weight" in name}, *_MLP
     ),
     aliases={"num_local_experts": "num_experts"},
-    only={"clip_qkv": (None,)},
+    only=EVEN_HEADS | {"clip_qkv": (None,)},
 )
 
 
@@ -169,7 +170,9 @@ DEEPSEEK_V3 = GLM4_MOE._replace(
     },
     rotary=LLAMA.rotary,
     scalings=("yarn",),
-    only=GLM4_MOE.only | {"num_key_value_heads": lambda raw: (None, raw["num_attention_heads"])},
+    only=GLM4_MOE.only
+    | {"num_key_value_heads": lambda raw: (None, raw["num_attention_heads"])}
+    | {"head_dim": lambda raw: (raw.get("qk_rope_head_dim", 64),)},
     ignored=rf"{LLAMA.ignored}|model\.layers\.61\.",
 )
 
@@ -192,6 +195,7 @@ GLM4_MOE_LITE = DEEPSEEK_V3._replace(
     | {"dense_layers": _dense_layers, "head_dim": _key_width(192), "shared_width": _shared_width(1536)},
     saved=DEEPSEEK_V3.saved
     | {"mlp_layer_types": lambda arch: ["dense"] * arch.dense_layers + ["sparse"] * arch.expert_layers},
+    aliases=DEEPSEEK_V3.aliases | {"head_dim": "qk_rope_head_dim"},
     only=DEEPSEEK_V3.only
     | {
         "mlp_layer_types": lambda raw: (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from rlhf_jax.models.hf.family import ConfigJson, Derived, Family, Tensor
+from rlhf_jax.models.hf.family import ConfigJson, Derived, Family, Only, Tensor
 
 _T = TypeVar("_T")
 
@@ -22,6 +22,10 @@ def heads_or(number: int) -> Derived:
 def head_dim_or(number: int) -> Derived:
     """The default of head_dim where null means that heads share the width."""
     return lambda raw: head_dim(raw) if "head_dim" in raw else number
+
+
+EVEN_HEADS: Only = {"head_dim": lambda raw: (None, head_dim(raw))}
+"""`only` of a family in which another width of heads would be that of its rotary table alone."""
 
 
 def without(table: Mapping[str, _T], *keys: str) -> dict[str, _T]:
@@ -285,6 +289,7 @@ GPT_NEOX = Family(
         "embed_out.weight": Tensor("head/kernel", "V D"),
         **_SCORE,
     },
+    only=EVEN_HEADS,
     renamed={"lm_head.weight": "embed_out.weight"},
     ignored=r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$",
 )  # fmt: skip

@@ -15,6 +15,8 @@ ConfigJson = dict[str, Any]
 """config.json, or another JSON object beside it, as it was read: values are of any type until they are checked."""
 Derived = Callable[[ConfigJson], object]
 """What a config.json makes of a setting that it leaves out."""
+Only = dict[str, tuple[object, ...] | Callable[[ConfigJson], tuple[object, ...]]]
+"""Keys of config.json -> the values that are supported, or a function of config.json that gives these."""
 
 
 class Tensor(NamedTuple):
@@ -62,8 +64,7 @@ class Family(NamedTuple):
         activations: names of nonlinearities that mean something else in this family.
         aliases: other names of keys, which stand above them.
         plain: a config.json of any dialect as one in the keys of this table.
-        only: keys of config.json whose other values the decoder cannot do -> the values that it can, or a function of
-            config.json that gives these.
+        only: keys of config.json whose other values the decoder cannot do.
         shared_names: names of tensors that are others where attention and MLP share a norm.
         packed: methods of quantization_config whose checkpoints are read, and made dense.
         renamed: names of tensors in memory, which PEFT keeps, that have another in files.
@@ -94,7 +95,7 @@ class Family(NamedTuple):
     activations: dict[str, str] = {}  # noqa: RUF012
     aliases: dict[str, str] = {}  # noqa: RUF012
     plain: Callable[[ConfigJson], ConfigJson] = lambda raw: raw
-    only: dict[str, tuple[object, ...] | Callable[[ConfigJson], tuple[object, ...]]] = {}  # noqa: RUF012
+    only: Only = {}  # noqa: RUF012
     shared_names: dict[str, str] = {}  # noqa: RUF012
     packed: tuple[str, ...] = ()
     renamed: dict[str, str] = {}  # noqa: RUF012

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from rlhf_jax.models.hf.families import (
+    EVEN_HEADS,
     GPT2,
     GPT_NEOX,
     LLAMA,
@@ -155,7 +156,7 @@ STABLELM = _named(
     fixed=LLAMA.fixed | {"norm": "layer", "head_dim": head_dim},
     tensors=LLAMA.tensors | _NORM_BIASES,
     rotary=LLAMA.rotary | {"rope_fraction": ("partial_rotary_factor", 0.25)},
-    only={"qk_layernorm": (False,)},
+    only=EVEN_HEADS | {"qk_layernorm": (False,)},
 )  # fmt: skip
 
 
