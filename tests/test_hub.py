@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from conftest import FAST
 from hub import TOKEN, Hub, served
 from tiny import toy_directory
 
@@ -27,6 +28,7 @@ def at_the_hub(hub, lines, home, token=TOKEN):
     """What each command line printed, which ends with its exit code; one process for all."""
     with served(hub) as address:
         settings = {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        settings["XLA_FLAGS"] = FAST  # one device, over which any batch divides
         env = {**os.environ, **settings, **({"HF_TOKEN": token} if token else {})}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM], input="\n".join(lines), env=env, text=True,
@@ -54,10 +56,13 @@ def test_rows_and_models_of_a_hub(tmp_path):
     }
     (run / "run.json").write_text(json.dumps({"stage": "sft", "config": config, "status": "finished", "step": 7}))
     (run / "summary.json").write_text(json.dumps(shown))
+    train = f"sft --model.path {toy_directory()}/policy --data.path {data}/data/test.jsonl --data.batch_size 2"
+    pushed = f"--sft.steps 1 --sft.num_samples 0 --run.push_to_hub owner/trained --run.output_dir {tmp_path}/sft"
     lines = [
         f"{inspect} {data}", f"{inspect} {data}@test", f"{inspect} {data}@v1/data/test.jsonl", f"{inspect} {data}@dev",
         f"{inspect} {data}@v3/data/test.jsonl", f"{inspect} hf://datasets/own/other",
         f"convert {run}/model --push owner/new", f"convert {run}/model --output {tmp_path}/x --push odd",
+        f"{train} {pushed} --run.progress false --run.report false",
     ]  # fmt: skip
     *said, _ = at_the_hub(hub, lines, tmp_path / "home")
     said = [text.partition("\n")[2] if i else text for i, text in enumerate(said)]
@@ -72,6 +77,12 @@ def test_rows_and_models_of_a_hub(tmp_path):
     header = yaml.safe_load(card.split("---")[1])
     assert header["base_model"] == "own/base" and header["datasets"] == ["own/data"] and "sft" in header["tags"]
     assert "| eval/total | 1.25 |" in card and str(tmp_path) not in card
+    weights = hub.files.get(("models", "owner/trained", "model.safetensors"))
+    assert weights == (tmp_path / "sft" / "model" / "model.safetensors").read_bytes(), said[8]
+    card = hub.files["models", "owner/trained", "README.md"].decode()
+    summary = json.loads((tmp_path / "sft" / "summary.json").read_text())
+    assert summary["pushed"].endswith("/owner/trained") and f"| eval/nll | {summary['eval/nll']:.6g} |" in card
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["own/data"] and str(tmp_path) not in card
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert TOKEN.encode() not in everything and TOKEN not in "".join(said) + str(hub.files)
 
