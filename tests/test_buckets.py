@@ -181,6 +181,34 @@ def test_a_mistake_in_the_name_of_a_bucket_is_one_line(bucket, capsys, path):
     assert MISTAKES[path] in refused(capsys, "inspect", path)
 
 
+LINES = {
+    "sft --run.output_dir gs://bucket": "gs://bucket names no object of a bucket; write gs://BUCKET/NAME",
+    "sft --run.output_dir gs://": "gs:// names no object of a bucket; write gs://BUCKET/NAME",
+    "sft --run.output_dir GS://bucket/run": "nothing of that kind is read or written here; write gs://BUCKET/NAME",
+    "recipe instructgpt --output_dir gs://bucket/": "gs://bucket names no object of a bucket",
+    "sft --run.output_dir hf://own/run": "to the Hub go models alone, by run.push_to_hub or `rlhf-jax convert --push`",
+    "data inspect hf://own/name": "is no name of rows on the Hub; write hf://datasets/OWNER/NAME/FILE",
+    "runs gs://nowhere/runs": "no such object, none below it, and maybe no such bucket; check both names",
+    "report gs://bucket/rows": "a run that has ended in a bucket has its report.html there",
+    "watch gs://bucket/rows": "a run that has ended in a bucket has its report.html there",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_that_names_no_place_of_a_bucket_or_the_hub_is_one_line(bucket, capsys, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    assert LINES[line] in refused(capsys, *line.split())
+    assert os.listdir(tmp_path) == [] and all(method == "GET" for method, *_ in bucket.asked)
+
+
+def test_credentials_that_cannot_be_read_are_one_line(bucket, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    said = refused(capsys, "inspect", "gs://bucket/models/policy")
+    assert f"GOOGLE_APPLICATION_CREDENTIALS is {tmp_path}/none.json, no file; name the file of a key" in said
+    broken = buckets.why(ValueError("UNKNOWN: Unexpected content of the JSON credentials file: /x [source='a']"))
+    assert broken == f"Unexpected content of the JSON credentials file: /x; {buckets.LOGIN}"
+
+
 @pytest.mark.parametrize(
     "status, said",
     [

@@ -368,7 +368,10 @@ def part_of(copy, number, data, step=2):
     manifests.write_manifest(path, number)
 
 
-def test_a_checkpoint_is_named_once_the_parts_of_all_processes_are_there_and_each_brings_what_it_needs(bucket):
+def test_a_checkpoint_is_named_once_the_parts_of_all_processes_are_there_and_each_brings_what_it_needs(
+    bucket, monkeypatch
+):
+    monkeypatch.setattr(pieces, "LONGEST", 4)  # no more of a file is in memory
     with twin.Twin(URL, count=2) as first, pieces.Piece(URL, 1, 2, first.epoch) as second:
         part_of(first, 0, b"a" * 9)
         part_of(second, 1, b"b" * 9)
@@ -386,6 +389,9 @@ def test_a_checkpoint_is_named_once_the_parts_of_all_processes_are_there_and_eac
     names = {name.removeprefix("runs/a/") for name in bucket.objects}
     named = {part for parts in head_of(bucket)["files"].values() for part, *_ in parts}
     assert not [name for name in names if "-of-" in name] and named < names
+    for number in (0, 1):
+        sent = head_of(bucket)["files"][f"checkpoints/00000002/state/w/{number}.0"]
+        assert [size for _, size, _ in sent] == [4, 4, 1]
     below, whole = "checkpoints/00000002/", lambda name: not manifests.is_chunk(name)
     with twin.Twin(URL, count=2) as first, pieces.Piece(URL, 1, 2, first.epoch) as second:
         assert set(bucket.objects) == {

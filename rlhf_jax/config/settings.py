@@ -88,9 +88,9 @@ def path_text(path: str) -> str:
     Raises:
         UserError: it is of a kind that nothing here reads, such as s3://bucket/name, or has one slash for two.
     """
-    scheme = re.match("([a-z][a-z0-9]+):/", path)
+    scheme = re.match("([A-Za-z][A-Za-z0-9]+):/", path)
     if scheme and not re.match("(gs|hf)://", path) and not os.path.exists(path):
-        cure = SCHEMES.get(scheme[1], f"a path of this machine, or {' or '.join(SCHEMES.values())}")
+        cure = SCHEMES.get(scheme[1].lower(), f"a path of this machine, or {' or '.join(SCHEMES.values())}")
         raise UserError(f"{path}: nothing of that kind is read or written here; write {cure}")
     return os.path.expanduser(path)
 

@@ -33,7 +33,7 @@ def files_of(path: str) -> list[tuple[str, Path]]:
     """
     owner, name, file = [*path.removeprefix(HUB_ROWS).split("/", 2), "", ""][:3]
     name, at, last = name.partition("@")
-    if not owner or not name or (at and not last):
+    if not path.startswith(HUB_ROWS) or not owner or not name or (at and not last):
         raise UserError(
             f"{path} is no name of rows on the Hub; write {HUB_ROWS}OWNER/NAME/FILE or {HUB_ROWS}OWNER/NAME@SPLIT"
         )

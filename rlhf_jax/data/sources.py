@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config.settings import HUB_ROWS
+from rlhf_jax.config.settings import HUB
 from rlhf_jax.data import hub_rows, tfds_rows
 from rlhf_jax.data.fields import entry_of, map_row, parse_fields
 from rlhf_jax.data.rows import EXTENSIONS, Row, bad_row, layout_of, where_of
@@ -202,7 +202,7 @@ def read_rows(path: str) -> list[Row]:
 
 def _read(path: str) -> Iterable[Row]:
     """The rows of what a path names: the path itself if it is there, else what stands before its last @, a split."""
-    if path.startswith(HUB_ROWS):
+    if path.startswith(HUB):
         return chain.from_iterable(_of_file(File(name, place)) for name, place in hub_rows.files_of(path))
     where, _, split = (path, "", "") if os.path.exists(path) or "@" not in path else path.rpartition("@")
     if path.startswith("tfds:"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,11 +62,22 @@ def split(url: str) -> tuple[str, str]:
     return bucket, name
 
 
+def nothing(url: str) -> UserError:
+    """What is to be raised of a name that names nothing."""
+    return UserError(f"{url}: no such object, none below it, and maybe no such bucket; check both names")
+
+
 @functools.cache
 def store(bucket: str) -> tensorstore.KvStore:
-    """A bucket, whose keys are the names of its objects."""
+    """A bucket, whose keys are the names of its objects.
+
+    Raises:
+        UserError: the file of the credentials is not there, without which tensorstore asks as nobody.
+    """
     import tensorstore as ts
 
+    if (key := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")) and not os.path.isfile(key):
+        raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS is {key}, no file; name the file of a key, or unset it")
     return ts.KvStore.open(
         {"driver": "gcs", "bucket": bucket}, context=ts.Context({"gcs_request_retries": RETRIES})
     ).result()
@@ -79,6 +91,8 @@ def _result(url: str, asked: Callable[[], Any]) -> Any:
     """
     try:
         return asked()
+    except UserError:
+        raise
     except (ValueError, RuntimeError, NotImplementedError) as error:
         kind = Gone if str(error).startswith("OUT_OF_RANGE") else OSError
         raise kind(errno.EIO, why(error), url) from error
@@ -106,6 +120,8 @@ def why(error: Exception) -> str:
     if "bucket name" in text:
         return "no bucket has such a name; check it"
     said = " ".join(re.sub(r"\[[a-z_]+=.*", "", text.partition("failed: ")[2] or text).split())
+    if "credentials file" in said:
+        return f"{said.partition(': ')[2]}; {LOGIN}"
     return f"the service cannot be asked ({reason(ValueError(said))}); check the network, or try later"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from rlhf_jax.errors import UserError, call_it
+from rlhf_jax.errors import call_it
 from rlhf_jax.hosts import buckets, interrupts
 
 WANTED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -86,7 +86,7 @@ def local(url: str) -> Path:
             return place_of(url)
         names = buckets.below(url)
         if not names:
-            raise UserError(f"{url}: no such object, none below it, and maybe no such bucket; check both names")
+            raise buckets.nothing(url)
         _copy_directory(url, names)
         return place_of(url)
 

@@ -273,7 +273,12 @@ def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> Bin
 
 
 def check_place(path: Place, what: str) -> None:
-    """Raise a UserError, about `what`, of a path in a bucket, where pages, votes and talks do not go."""
+    """Raise a UserError, about `what`, of a path on the Hub, or in a bucket, where no pages, votes and talks go."""
+    if Path(path).parts[:1] == ("hf:",):
+        raise UserError(
+            f"{what}: to the Hub go models alone, by run.push_to_hub or `rlhf-jax convert --push`; give a path of "
+            "this machine"
+        )
     if Path(path).parts[:1] == ("gs:",):
         raise UserError(
             f"{what}: of what is written only runs, evaluations, recipes, rows and models may be in a bucket; give a "

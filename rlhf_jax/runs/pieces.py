@@ -30,8 +30,8 @@ HIDDEN, HEAD = ".run", ".run/head.json"
 PASS = 30.0
 """Seconds between looks at what is new."""
 
-FILES, SIZE = 8, 16
-"""Files that are written or read at a time, and bytes of a digest."""
+FILES, SIZE, LONGEST = 8, 16, 64 << 20
+"""Files that are written or read at a time, bytes of a digest, and most of an object of a checkpoint."""
 
 Parts = list[list[Any]]
 """[object, size, digest] of each of the objects that make up a file."""
@@ -71,6 +71,7 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
     """
 
     def __init__(self, url: str, number: int, count: int):
+        buckets.split(url)
         self.url, self.number, self.count = url.rstrip("/"), number, count
         self.epoch, self._written = 0, itertools.count(1)
         self._pushing, self._over = threading.Lock(), threading.Event()
@@ -123,6 +124,12 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
         name = path if own else f"{HIDDEN}/{number}-{Path(path).name}"
         buckets.write(f"{self.url}/{name}", data)
         return [name, len(data), digest_of(data).hex()]
+
+    def _put_file(self, path: str) -> Parts:
+        """Write a file of a checkpoint as objects of at most `LONGEST` bytes each, one of them in memory at a time."""
+        with open(self.place / path, "rb") as file:
+            first = self._put(path, file.read(LONGEST))
+            return [first, *(self._put(path, data) for data in iter(lambda: file.read(LONGEST), b""))]
 
     def _letter(self, step: int, number: int) -> str:
         """Where process `number` says what it has put into the bucket of a checkpoint."""
@@ -182,9 +189,7 @@ class Piece(Copy):
                     continue
                 try:
                     mine = [f"{below}/{name}" for name in from_json((self.place / manifest).read_text())["files"]]
-                    told = together(
-                        lambda path: [self._put(path, (self.place / path).read_bytes())], [*mine, manifest]
-                    )
+                    told = together(self._put_file, [*mine, manifest])
                 except FileNotFoundError:  # it was deleted meanwhile
                     continue
                 buckets.write(self._letter(step, self.number), to_json(told).encode())

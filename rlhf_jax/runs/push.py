@@ -36,7 +36,8 @@ def check_repository(repository: str, what: str) -> None:
             HfApi().whoami()
     except Exception as error:  # from httpx and the Hub
         raise UserError(
-            f"{what} {repository} cannot be written to ({type(error).__name__}: {reason(error)}); {LOGIN}"
+            f"{what} {repository} cannot be written to ({type(error).__name__}: {reason(error)}); check the network, "
+            f"or {LOGIN}"
         ) from error
 
 

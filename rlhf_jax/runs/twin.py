@@ -35,6 +35,7 @@ from rlhf_jax.runs.manifests import is_chunk
 from rlhf_jax.runs.pieces import (
     HEAD,
     HIDDEN,
+    LONGEST,
     PASS,
     Copy,
     Parts,
@@ -76,6 +77,7 @@ class Twin(Copy):
         super().__init__(url, 0, count)
         self.lost = ""
         self._at, self._id, self._lock = f"{self.url}/{HEAD}", uuid.uuid4().hex, threading.Lock()
+        self._long = threading.Lock()
         self._head: JsonObject
         self._generation: bytes | None
         with said(self.url):
@@ -203,14 +205,23 @@ class Twin(Copy):
     def _upload(self, path: str, parts: Parts | None, finished: bool) -> tuple[Parts, Sent]:
         """What the bucket has of a file, of which it had `parts`, after what is new was written."""
         old, mark = self._sent.get(path), mark_of(self.place / path)
-        own = finished and not path.startswith(CHECKPOINTS)
+        in_checkpoint = path.startswith(CHECKPOINTS)
+        own = finished and not in_checkpoint
         if old and parts and mark == old.mark and (not own or parts[0][0] == path):
             return parts, old
+        if in_checkpoint:
+            return self._put_file(path), Sent(mark, mark[1], b"")
+        with self._long if mark[1] > LONGEST else contextlib.nullcontext():
+            return self._upload_lines(path, parts or [], old or Sent(mark, 0, b""), own)
+
+    def _upload_lines(self, path: str, parts: Parts, old: Sent, own: bool) -> tuple[Parts, Sent]:
+        """`_upload` of a file that may have grown since `old` was sent, or is to be one object of its `own` name."""
+        mark = mark_of(self.place / path)
         data = (self.place / path).read_bytes()
         data = data[: data.rfind(b"\n") + 1] if path.endswith(".jsonl") else data
         kept: Parts = []
         tail = data
-        if old and parts and len(parts) < MOST_PARTS and not own and digest_of(data[: old.size]) == old.digest:
+        if parts and len(parts) < MOST_PARTS and not own and digest_of(data[: old.size]) == old.digest:
             kept, tail = parts, data[old.size :]
         if tail or not kept:
             kept = [*kept, self._put(path, tail, own=own)]
@@ -309,10 +320,12 @@ def runs_below(url: str) -> list[str]:
     """Where the runs at or below a place of a bucket are.
 
     Raises:
-        UserError: the bucket cannot be read.
+        UserError: the bucket cannot be read, or nothing lies there.
     """
     with said(url):
         there = buckets.below(url)
+    if not there:
+        raise buckets.nothing(url)
     found = {name.removesuffix(end) for end in (HEAD, RECORD) for name in there if f"/{name}".endswith(f"/{end}")}
     return sorted(f"{url}/{name}".rstrip("/") for name in found)
 
@@ -365,9 +378,10 @@ def in_buckets(run: Callable[..., Any], *, option: str = "run.output_dir") -> Ca
 
     @functools.wraps(run)
     def kept(config: Any, **given: Any) -> Any:
-        url, of_a_run = operator.attrgetter(option)(config).rstrip("/"), option.startswith("run.")
+        url, of_a_run = operator.attrgetter(option)(config), option.startswith("run.")
         if not in_bucket(url):
             return run(config, **given)
+        url = buckets.SCHEME + "/".join(buckets.split(url))
         if of_a_run:
             check_inside(config, lambda value: value.rstrip("/").startswith(f"{url}/"))
         with hold_copy(url, fresh=of_a_run and config.run.overwrite) as copy:

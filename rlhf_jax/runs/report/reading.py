@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeGuard
 import numpy as np
 
 from rlhf_jax.errors import UserError, named, printable, shown
+from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject, from_json
 from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
 from rlhf_jax.runs.listing import below
@@ -220,10 +221,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
     """The runs of directories, or at or below them, each named once; those below one in the order of their beginning.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is in a bucket.
     """
     places: list[Path] = []
-    for path in map(Path, paths):
+    for given in paths:
+        if in_bucket(given):
+            raise UserError(
+                f"{given}: a report is made of runs on this machine; a run that has ended in a bucket has its "
+                "report.html there, and rlhf-jax runs lists them"
+            )
+        path = Path(given)
         begun = sorted(below(path), key=lambda each: (begun_at(each), str(each)))
         runs = [each for each in begun if (read_record(each) or {"status": VOID})["status"] != VOID]
         if not runs:
