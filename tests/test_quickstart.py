@@ -26,6 +26,10 @@ def bucket(monkeypatch):
     buckets.store.cache_clear()
 
 
+def test_what_it_says_first_fits_a_terminal():
+    assert max(map(len, quickstart.ABOUT.splitlines())) < 80
+
+
 @pytest.mark.slow
 def test_the_chain_runs_through_every_stage_and_round(tmp_path, capsys, monkeypatch, bucket):
     monkeypatch.chdir(tmp_path)

@@ -289,3 +289,8 @@ def test_the_table_of_times_adds_up_what_the_lines_say_of_parts(run_of):
         ("the end: last evaluation, weights, summary", "2.5 s", "25%"),
     ]
     assert outcome.time_by_part(read_run(run_of(FLAT, name="earlier"))) == []
+
+
+def test_a_kl_that_rounds_to_nothing_has_no_sign(run_of):
+    ends = {"eval/reward": 1.0, "eval/kl": -2e-8}
+    assert "at a KL of 0 nats" in outcome.outcome(read_run(run_of(FLAT, summary={"before": ends, "after": ends})))

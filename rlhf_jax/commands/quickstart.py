@@ -50,9 +50,11 @@ ARCH = ArchConfig(
 SAMPLING = SamplingConfig(max_new_tokens=10, chunk=5)
 DATA = DataConfig(batch_size=64, max_prompt_length=2, max_length=14, eval_batches=0)
 ABOUT = """\
-The task: walks on a graph of lettered nodes, from a start letter to the goal, in few steps. Optimality is the true
-reward: 1 for a shortest walk, less for longer ones, 0 for what is no walk to the goal. SFT imitates random walks, a
-noisy rater says which of two walks is better, a reward model learns that, and PPO learns from the reward model alone.
+The task: walks on a graph of lettered nodes, from a start letter to the goal,
+in few steps. Optimality is the true reward: 1 for a shortest walk, less for
+longer ones, 0 for what is no walk to the goal. SFT imitates random walks, a
+noisy rater says which of two walks is better, a reward model learns that, and
+PPO learns from the reward model alone.
 """
 STAGES = ("tokenizer", "sft", "reward_model", "ppo", "learning_curves.png")
 

@@ -49,7 +49,7 @@ def outcome(run: RunData) -> str:
         said = change("the held-out reward", before["eval/reward"], after["eval/reward"])
         if is_number(error := after.get("eval/reward_se")):
             said += f" (95% of where its mean may lie: +- {1.96 * error:.2g})"
-        said += f", at a KL of {round(after['eval/kl'], 4):.3g} nats" if is_number(after.get("eval/kl")) else ""
+        said += f", at a KL of {round(after['eval/kl'], 4) + 0.0:.3g} nats" if is_number(after.get("eval/kl")) else ""
         if is_number(after.get("eval/gold")) and is_number(before.get("eval/gold")):
             said += "; " + change("gold", before["eval/gold"], after["eval/gold"])
     elif is_number(summary.get("accuracy")):
