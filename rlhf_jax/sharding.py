@@ -253,8 +253,8 @@ def row_axes() -> Split:
 
 
 def constrain(x: jax.Array, *axes: str | Split | None) -> jax.Array:
-    """Pin an activation's axes to mesh axes (one, several or None); nothing happens outside a `jax.set_mesh` block."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin an activation's axes to mesh axes (one, several or None); nothing happens outside jit or `jax.set_mesh`."""
+    if jax.sharding.get_abstract_mesh().empty or not isinstance(x, jax.core.Tracer):
         return x
     return jax.lax.with_sharding_constraint(x, P(*axes))
 

@@ -813,6 +813,20 @@ def test_what_was_being_written_goes_with_an_interrupted_process_and_errors_leav
         assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fails_since_an_interrupted_process_deletes_its_files_says_nothing():
+    code = """if 1:
+        import threading, time
+        from rlhf_jax import cli
+        from rlhf_jax.hosts import interrupts
+        interrupts.clear = lambda: time.sleep(0.5)
+        threading.Thread(target=interrupts.end, args=(2,)).start()
+        time.sleep(0.1)
+        cli.fail("error: No such file", 2)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "rlhf-jax: interrupted\n")
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes(here):  # noqa: F811
     run = [

@@ -23,6 +23,7 @@ from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.rates import BATCH
 from rlhf_jax.config.settings import path_text
 from rlhf_jax.errors import Stopped, UserError, reason, shown, tell
+from rlhf_jax.hosts.interrupts import leave_if_ending
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -172,6 +173,7 @@ def code_of(arguments: list[str]) -> int:
         what = shown(type(error).__name__ if error.filename is None else error.filename)
         return fail(f"error: {UserError(f'{what}: {reason(error)}; mend that (--debug shows where it was)')}", 2)
     except Exception:
+        leave_if_ending()
         traceback.print_exc()
         return 1
     return 0
@@ -179,6 +181,7 @@ def code_of(arguments: list[str]) -> int:
 
 def fail(line: str, code: int) -> int:
     """The exit code, after a line on standard error, below the progress bar if there is one."""
+    leave_if_ending()
     if "rlhf_jax.runs.progress" in sys.modules:
         sys.modules["rlhf_jax.runs.progress"].close_bars()
     tell(f"rlhf-jax: {line}", error=True)

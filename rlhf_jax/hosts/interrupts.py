@@ -164,6 +164,12 @@ def clear() -> None:
             path.unlink(missing_ok=True)
 
 
+def leave_if_ending() -> None:
+    """Does not return where a signal is ending the process: what fails then may fail since `clear` took its file."""
+    if _ended.locked():
+        _ended.acquire()
+
+
 def end(number: int, before: str = "") -> NoReturn:
     """End the process with a line, as a signal does; exit code 128 + number, as shells have it."""
     _ended.acquire()  # for good: whoever comes second waits for the end
