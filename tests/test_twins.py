@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,25 @@ def test_a_checkpoint_is_named_once_the_parts_of_all_processes_are_there_and_eac
         assert manifests.damage(path, set()) == "manifest-1.json cannot be read"
         second.push()  # what came from the bucket is not sent again
         assert len(bucket.objects) == len(named) + 1
+
+
+def test_what_is_being_fetched_is_not_sent(bucket, monkeypatch):
+    with twin.Twin(URL) as one:
+        part_of(one, 0, b"a" * 9)
+    named, fetch, threads = head_of(bucket)["files"], pieces.fetch, []
+
+    def half(url, parts, target):
+        target.write_bytes(b"a")
+        threads.append(threading.Thread(target=one.push))
+        threads[-1].start()
+        threads[-1].join(1.0)  # or it waits for what is fetched
+        return fetch(url, parts, target)
+
+    with twin.Twin(URL) as one:
+        monkeypatch.setattr(pieces, "fetch", half)
+        one.bring("checkpoints/00000002/", "state/w/0.0".__eq__)
+        threads[0].join()
+        assert len(threads) == 1 and head_of(bucket)["files"] == named
 
 
 def test_the_chunks_that_a_box_needs_are_those_that_share_elements_with_it():

@@ -112,9 +112,12 @@ class Copy(contextlib.AbstractContextManager["Copy"]):
             if within and wanted(path[len(below) :]) and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 missing[path] = parts
-        for path, digest in together(lambda path: fetch(self.url, missing[path], self.place / path), missing).items():
-            mark = mark_of(self.place / path)
-            self._sent[path] = Sent(mark, mark[1], digest)
+        with self._pushing:  # else half a file is sent in the place of the whole one
+            fetched = together(lambda path: fetch(self.url, missing[path], self.place / path), missing)
+            for path in fetched:
+                mark = mark_of(self.place / path)
+                self._sent[path] = Sent(mark, mark[1], fetched[path])
+        for path, digest in fetched.items():
             if not digest:
                 tell(f"{self.url}/{path}: not all of it is there as it was written; what comes before is used")
 
