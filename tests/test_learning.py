@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import string
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import pytest
 from tiny import ARCH, BIGRAMS, ONE, bigram_params, toy_directory
 
 from rlhf_jax import losses, ppo, reward, sft
+from rlhf_jax.commands import quickstart
 from rlhf_jax.config import (
     DataConfig,
     MeshConfig,
@@ -19,6 +23,7 @@ from rlhf_jax.config import (
     PPOArgs,
     PPOConfig,
     PretrainArgs,
+    QuickstartArgs,
     RewardArgs,
     RewardConfig,
     RunConfig,
@@ -36,6 +41,7 @@ from rlhf_jax.inference.scoring import Likelihood, RewardModel
 from rlhf_jax.models.loading import load_model
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.sharding import make_mesh
+from rlhf_jax.tasks import random_walks as walks
 from rlhf_jax.training import supervised
 
 LETTERS = "abcdefghijk"
@@ -106,6 +112,24 @@ def test_pretraining_lowers_the_held_out_loss_towards_what_there_is_to_guess(pre
     before = nll(str(toy_directory() / "policy"), tokenizer, documents(100, 1))
     assert before > 2.5 and 0.6 < summary["eval/total"] < 1.15
     assert summary["eval/total"] == pytest.approx(nll(model, tokenizer, documents(100, 1)), rel=1e-4)
+
+
+def test_a_mixture_of_experts_learns_what_random_walks_have_to_teach(tmp_path):
+    """The loss of a Qwen3-MoE on walks that it has not seen comes near the entropy of their steps."""
+    walks.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    stage = quickstart.sft_stage(QuickstartArgs(progress=False), tmp_path)
+    experts = {"qk_norm": "head", "ffn_width": 16, "num_experts": 8, "experts_per_token": 2}
+    arch = dataclasses.replace(quickstart.ARCH, width=32, head_dim=8, **experts)
+    stage = replace(stage, model__arch=arch, sft__steps=120, sft__num_samples=0, run=run_in(tmp_path / "run"))
+    stage = replace(stage, optim__learning_rate=1e-2)
+    graph = walks.make_graph(0)
+    demos = walks.demonstrations(graph, 3200, 0)
+    summary = sft.run(stage, rows=demos[:3000], eval_rows=demos[3000:])
+    choices = dict(zip(string.ascii_lowercase, graph.adjacency.sum(1), strict=False))
+    paths = [[row["prompt"], *row["response"].split()] for row in demos[3000:]]
+    nats = [math.log(choices[node]) for path in paths for node in path[:-1]]  # that a walk ends is sure
+    entropy = sum(nats) / sum(map(len, paths))
+    assert entropy - 0.05 < summary["eval/nll"] < entropy + 0.25
 
 
 def test_the_loss_of_packed_documents_is_that_of_each_alone(pretrained, tokenizer):
