@@ -25,17 +25,29 @@ MAIN = "from rlhf_jax import __main__, hosts; hosts.HEARTBEAT_SECONDS = 10; __ma
 TIMEOUT = 240
 
 
-# With STOP_AT=N the last process gets a SIGTERM after step N, which the thread that takes it may notice late.
+# With STOP_AT=N the last process gets a SIGTERM after step N, which the thread that takes it may notice late. With
+# KILL_AT=N it waits after step N, and is killed once its part of that checkpoint is there, before it says so.
 STOP = """
 import os, signal, time
+from rlhf_jax.runs import pieces, twin
 from rlhf_jax.runs.run import Run
-look = Run.save_if_due
+look, write = Run.save_if_due, pieces.buckets.write
 def stop(run, step, *saved):
     if str(step) == os.environ.get("STOP_AT") and os.environ["LAST"]:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.0)
     look(run, step, *saved)
+    if str(step) == os.environ.get("KILL_AT") and os.environ["LAST"]:
+        time.sleep(1000.0)
+def killed(url, data):
+    if url.endswith(f"-of-{os.environ['KILL_AT']:0>8}.json"):
+        time.sleep(1.0)  # in which process 0 could name the checkpoint
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(url, data)
 Run.save_if_due = stop
+if "KILL_AT" in os.environ:
+    twin.BEAT, twin.LIFETIME, twin.PASS, pieces.PASS = 1.0, 4.0, 0.3, 0.3
+    pieces.buckets.write = killed
 """
 
 
@@ -150,21 +162,28 @@ def test_a_signal_to_one_process_saves_all_and_another_number_of_them_continues(
 
 
 @pytest.mark.slow
-def test_processes_that_share_nothing_but_a_bucket_are_stopped_and_go_on_in_any_number(home, monkeypatch):
+def test_processes_that_share_nothing_but_a_bucket_are_stopped_or_killed_and_go_on_in_any_number(home, monkeypatch):
     if not (home / "ppo_alone").exists():
         run(home, 1, "ppo", 6, "ppo_alone")
     with served(Bucket(), monkeypatch) as bucket:
         of_the_run = ["--run.output_dir", "gs://bucket/ppo", "--run.exit_code_when_stopped", "75"]
-        arguments = [*settings(home, "ppo", 6), *of_the_run]
-        for count, stop in ((2, 2), (1, 4), (2, None)):
+        arguments = [*settings(home, "ppo", 6), *of_the_run, "--checkpoint.every", "2"]
+        for count, stop, kill, begun in ((2, 2, None, 0), (2, None, 4, 2), (1, 4, None, 2), (2, None, None, 4)):
             monkeypatch.setenv("STOP_AT", str(stop))
+            monkeypatch.setenv("KILL_AT", str(kill))
             found, logs = codes(start(home, count, *arguments), home)
-            assert found == [75 if stop else 0] * count, logs
-            assert stop == 2 or f"continuing after step {4 if stop is None else 2} of 6" in logs[0], logs
             head = json.loads(bucket.objects["ppo/.run/head.json"][0])
-            assert head["holder"] == ""
-            if stop:  # what a process of two has written has its number in its name
-                writers = {name.split("-")[1] for name in bucket.objects if name.startswith("ppo/.run/0")}
+            # What a process has written has its number in its name.
+            writers = {name.split("-")[1] for name in bucket.objects if name.startswith("ppo/.run/0")}
+            if kill:
+                assert found[0] != 0 and found[1] == -signal.SIGKILL, logs
+                assert "ppo/.run/000002-001-" in "".join(bucket.objects), logs
+                assert not [path for path in head["files"] if f"{kill:08d}" in path], logs
+                left = set((home / "tmp1").glob("rlhf-jax-*"))  # by what was killed
+                continue
+            assert found == [75 if stop else 0] * count and head["holder"] == "", logs
+            assert not begun or f"continuing after step {begun} of 6" in logs[0], logs
+            if stop:
                 assert writers == {"000", "001"} if stop == 2 else "000" in writers
                 named = {part for parts in head["files"].values() for part, *_ in parts}
                 assert named == {name[len("ppo/") :] for name in bucket.objects} - {".run/head.json"}
@@ -172,7 +191,7 @@ def test_processes_that_share_nothing_but_a_bucket_are_stopped_and_go_on_in_any_
             (home / "bucket" / name).parent.mkdir(parents=True, exist_ok=True)
             (home / "bucket" / name).write_bytes(data)
     check_same(home / "ppo_alone", home / "bucket" / "ppo")
-    assert not [path for i in range(2) for path in (home / f"tmp{i}").glob("rlhf-jax-*")]
+    assert {path for i in range(2) for path in (home / f"tmp{i}").glob("rlhf-jax-*")} == left
 
 
 @pytest.mark.slow
