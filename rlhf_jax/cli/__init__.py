@@ -172,10 +172,11 @@ def code_of(arguments: list[str]) -> int:
             raise
         what = shown(type(error).__name__ if error.filename is None else error.filename)
         return fail(f"error: {UserError(f'{what}: {reason(error)}; mend that (--debug shows where it was)')}", 2)
-    except Exception:
+    except Exception as error:
         leave_if_ending()
         traceback.print_exc()
-        return 1
+        processes = sys.modules.get("rlhf_jax.hosts.processes")  # without it there is one
+        return fail(why, processes.LOST) if processes and (why := processes.why_lost(error)) else 1
     return 0
 
 

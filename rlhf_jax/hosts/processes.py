@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +44,8 @@ CONNECT_SECONDS, HEARTBEAT_SECONDS, GOODBYE_SECONDS = 300, 60, 60
 """How long a process waits for the others to start, to give a sign of life, and to end."""
 
 _WHY_ABORTED = (
-    "\nrlhf-jax: error: JAX ended this process, most likely because another one of the run ended (its own output says "
-    "why); start all of them again with the same command and they continue from the newest checkpoint\n"
+    "error: JAX ended this process, most likely because another one of the run ended (its own output says "
+    "why); start all of them again with the same command and they continue from the newest checkpoint"
 )
 
 
@@ -122,7 +123,7 @@ def _explain_abort() -> None:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def explain(_: int) -> None:
-        os.write(2, _WHY_ABORTED.encode())
+        os.write(2, f"\nrlhf-jax: {_WHY_ABORTED}\n".encode())
         clear()
         os._exit(LOST)
 
@@ -132,6 +133,12 @@ def _explain_abort() -> None:
 
 
 _explain: object = None
+
+
+def why_lost(error: BaseException) -> str:
+    """The same line where what failed is an exchange with a process that has gone; else empty."""
+    gone = re.search(r"(?i)gloo|by peer|heartbeat|coordination service", str(error))
+    return _WHY_ABORTED if several() and isinstance(error, jax.errors.JaxRuntimeError) and gone else ""
 
 
 def several() -> bool:
