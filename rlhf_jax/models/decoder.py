@@ -21,7 +21,7 @@ from rlhf_jax.models.delta import GatedDelta
 from rlhf_jax.models.experts import Experts, Routing
 from rlhf_jax.models.kernels import einsum
 from rlhf_jax.models.latent import LatentAttention
-from rlhf_jax.models.norms import Gain, Norm, normalized, times
+from rlhf_jax.models.norms import Gain, Norm, biased, normalized, times
 from rlhf_jax.models.rotary import Tables, rotate
 
 ACTIVATIONS = {
@@ -73,9 +73,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Columns]:
         """Without a cache T = S. With one, T new columns are written at `index`; `attend` covers all of it."""
         # [B, T, D] -> [B, T, K, G + 2, N], cut into q [B, T, K, G, N] and k, v [B, T, K, 1, N].
-        qkv = einsum("btd,dkgn->btkgn", x, self.qkv[...])
-        if hasattr(self, "qkv_bias"):
-            qkv = qkv + self.qkv_bias[None, None].astype(x.dtype)
+        qkv = biased(self, "qkv_bias", einsum("btd,dkgn->btkgn", x, self.qkv[...]))
         q, k, v = jnp.split(qkv, [self.queries, self.queries + 1], axis=3)  # its gradient is one concatenation
         v = k if self.keys_as_values else v
         if self.value_eps is not None:
@@ -98,9 +96,7 @@ class Attention(nnx.Module):
         # [B, K, G, T, N] -> [B, T, D].
         y = jnp.moveaxis(attend(q, k, v, sinks), 3, 1)
         y = einsum("btkgn,kgnd->btd", y * gate if self.gated else y, self.out[...])
-        if hasattr(self, "out_bias"):
-            y = y + self.out_bias[None, None].astype(x.dtype)
-        return y, (k, v)
+        return biased(self, "out_bias", y), (k, v)
 
 
 class SharedAttention(nnx.Module):
@@ -123,16 +119,12 @@ class SharedAttention(nnx.Module):
         self, x: Float[Array, "B T D"], tables: Tables | None, attend: Attend, cache: Columns, index: None = None
     ) -> tuple[Float[Array, "B T D"], Columns]:
         """As `Attention`, of a cache that has the columns of all tokens already."""
-        q = einsum("btd,dkgn->btkgn", x, self.qkv[...])
-        if hasattr(self, "qkv_bias"):
-            q = q + self.qkv_bias[None, None].astype(x.dtype)
+        q = biased(self, "qkv_bias", einsum("btd,dkgn->btkgn", x, self.qkv[...]))
         q = jnp.moveaxis(self.q_norm(q) if hasattr(self, "q_norm") else q, 1, 3)  # [B, K, G, T, N]
         if tables is not None:
             q = rotate(q, tables, pairs=self.pairs)
         y = einsum("btkgn,kgnd->btd", jnp.moveaxis(attend(q, *cache, None), 3, 1), self.out[...])
-        if hasattr(self, "out_bias"):
-            y = y + self.out_bias[None, None].astype(x.dtype)
-        return y, cache
+        return biased(self, "out_bias", y), cache
 
 
 class MLP(nnx.Module):
@@ -149,16 +141,11 @@ class MLP(nnx.Module):
             self.down_bias = nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = einsum("btd,dmf->btmf", x, self.up[...])  # gate and up, or up alone
-        if hasattr(self, "up_bias"):
-            up = up + self.up_bias[None, None].astype(x.dtype)
+        up = biased(self, "up_bias", einsum("btd,dmf->btmf", x, self.up[...]))  # gate and up, or up alone
         # M arrays [B, T, F]; the first goes through the nonlinearity.
         gate, *rest = (part[..., 0, :] for part in jnp.split(up, up.shape[-2], axis=-2))
         act = ACTIVATIONS[self.activation](gate)
-        y = einsum("btf,fd->btd", act * rest[0] if rest else act, self.down[...])
-        if hasattr(self, "down_bias"):
-            y = y + self.down_bias[None, None].astype(x.dtype)
-        return y
+        return biased(self, "down_bias", einsum("btf,fd->btd", act * rest[0] if rest else act, self.down[...]))
 
 
 class LayerInput(nnx.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.config.rules import Rules
-from rlhf_jax.models.kernels import STACKS, is_composed, merged
+from rlhf_jax.models.kernels import STACKS, layer_by_layer, merged
 from rlhf_jax.models.stacking import layer_of, runs_of
 from rlhf_jax.sharding import constrain_gathered, path_name
 from rlhf_jax.types import Params
@@ -25,10 +25,9 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
     def cast(path: KeyPath, x: Array) -> Array:
         return x if any(part in path_name(path) for part in FLOAT32) else x.astype(dtype)
 
-    def dense(stack: Params) -> Params:
-        """Layers [L, ...] as plain arrays, by loops that compile one; `copy` sees to those that are plain."""
-        plain = lambda layer: tree_map_with_path(cast, merged(layer, lora_scale))  # noqa: E731
-        return {name: jax.lax.map(plain, node) if is_composed(node) else node for name, node in stack.items()}
+    def dense(layer: Params) -> Params:
+        """A layer as plain arrays; `copy` sees to what is plain already."""
+        return tree_map_with_path(cast, merged(layer, lora_scale))
 
     def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array:
         name = "layers/" + path_name(path) if stacked else path_name(path)
@@ -38,7 +37,7 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
     layers = [
         tree_map_with_path(partial(copy, stacked=True), layer_of(stack, mixers, i))
         for run, mixers in runs_of(params, arch)
-        for stack in [dense(run)]
+        for stack in [layer_by_layer(dense, run)]
         for i in range(len(mixers))
     ]
     rest = {name: tree for name, tree in params.items() if name not in STACKS}

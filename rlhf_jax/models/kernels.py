@@ -260,6 +260,11 @@ def merged(layer: Params, scale: float) -> Params:
     return jax.tree.map(multiplied_out, attached(layer, scale), is_leaf=_is_kernel)
 
 
+def layer_by_layer(plain: Callable[[Params], Params], stack: Params) -> Params:
+    """The parts [L, ...] of a stack that are not plain arrays by `plain` of each layer, in loops that compile one."""
+    return {name: jax.lax.map(plain, node) if is_composed(node) else node for name, node in stack.items()}
+
+
 _merged = jax.jit(merged, static_argnames="scale")
 
 

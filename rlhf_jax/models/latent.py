@@ -19,7 +19,7 @@ from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.attention import Attend
 from rlhf_jax.models.cache import Columns, written
 from rlhf_jax.models.kernels import einsum
-from rlhf_jax.models.norms import Norm
+from rlhf_jax.models.norms import Norm, biased
 from rlhf_jax.models.rotary import Tables, rotate
 
 
@@ -52,19 +52,15 @@ class Latents(nnx.Module):
         """Of all heads, not yet turned."""
         if not hasattr(self, "q_down"):
             return einsum("btd,dhn->bthn", x, self.q[...])
-        latent = self.q_norm(self.plus("q_down_bias", einsum("btd,dx->btx", x, self.q_down[...])))
+        latent = self.q_norm(biased(self, "q_down_bias", einsum("btd,dx->btx", x, self.q_down[...])))
         return einsum("btx,xhn->bthn", latent, self.q_up[...])
 
     def keys_and_values(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Float[Array, "B T R"]]:
         """Of all heads [B, T, H, .], keys without what turns; and the key that turns, not yet turned."""
-        latent = self.plus("kv_down_bias", einsum("btd,dy->bty", x, self.kv_down[...]))
+        latent = biased(self, "kv_down_bias", einsum("btd,dy->bty", x, self.kv_down[...]))
         latent, shared = jnp.split(latent, [self.z], axis=-1)
         k, v = jnp.split(einsum("btz,zha->btha", self.kv_norm(latent), self.kv_up[...]), [self.still], axis=-1)
         return k, v, shared
-
-    def plus(self, name: str, x: Array) -> Array:
-        """x with the bias of this name, if there is one."""
-        return x + getattr(self, name)[None, None].astype(x.dtype) if hasattr(self, name) else x
 
 
 class LatentAttention(Latents):
@@ -97,4 +93,4 @@ class LatentAttention(Latents):
         v = jnp.pad(v[:, :, 0], [(0, 0)] * 3 + [(0, k.shape[-1] - width)])
         k, v = written(cache, index, k, v)
         y = jnp.moveaxis(attend(q, k, v, None)[:, :, 0, :, :width], 1, 2)
-        return self.plus("out_bias", einsum("bthv,hvd->btd", y, self.out[...])), (k, v)
+        return biased(self, "out_bias", einsum("bthv,hvd->btd", y, self.out[...])), (k, v)

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from rlhf_jax.models.experts import Routing
-from rlhf_jax.models.kernels import SUFFIX, is_composed, merged
+from rlhf_jax.models.kernels import SUFFIX, layer_by_layer, merged
 from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params
 
@@ -48,6 +48,4 @@ def member(params: Params, i: int) -> Params:
 def merged_member(params: Params, i: int, scale: float) -> Params:
     """The same as a model without adapters: they are added to the kernels of the trunk."""
     tree = member(params, i)
-    plain = partial(merged, scale=scale)  # of one layer at a time
-    layers = {name: jax.lax.map(plain, node) if is_composed(node) else node for name, node in tree["layers"].items()}
-    return {**tree, "layers": layers}
+    return {**tree, "layers": layer_by_layer(partial(merged, scale=scale), tree["layers"])}

@@ -1,4 +1,4 @@
-"""Normalisation, and numbers that multiply: in float32, rounded to the dtype of what comes in."""
+"""Normalisation and numbers that multiply, in float32 and rounded to the dtype of what comes in; and biases."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from rlhf_jax.config import ArchConfig
 def times(x: Array, factor: float) -> Array:
     """x * factor in float32, rounded to the dtype of x."""
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def biased(module: nnx.Module, name: str, x: Float[Array, "B T *X"]) -> Float[Array, "B T *X"]:
+    """x with the module's bias [*X] of this name, if it has one."""
+    return x + getattr(module, name)[None, None].astype(x.dtype) if hasattr(module, name) else x
 
 
 def normalized(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Float[Array, "..."]:

@@ -212,11 +212,12 @@ class Twin(Copy):
         if in_checkpoint:
             return self._put_file(path), Sent(mark, mark[1], b"")
         with self._long if mark[1] > LONGEST else contextlib.nullcontext():
-            return self._upload_lines(path, parts or [], old or Sent(mark, 0, b""), own)
+            return self._upload_lines(path, mark, parts or [], old or Sent(mark, 0, b""), own)
 
-    def _upload_lines(self, path: str, parts: Parts, old: Sent, own: bool) -> tuple[Parts, Sent]:
+    def _upload_lines(
+        self, path: str, mark: tuple[int, int, int], parts: Parts, old: Sent, own: bool
+    ) -> tuple[Parts, Sent]:
         """`_upload` of a file that may have grown since `old` was sent, or is to be one object of its `own` name."""
-        mark = mark_of(self.place / path)
         data = (self.place / path).read_bytes()
         data = data[: data.rfind(b"\n") + 1] if path.endswith(".jsonl") else data
         kept: Parts = []
