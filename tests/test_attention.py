@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from rlhf_jax.config import ArchConfig, MeshConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
 from rlhf_jax.models.attention import Branches, make_attend, platform_attention
+from rlhf_jax.models.blockwise import SIZE
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
 
@@ -31,10 +33,15 @@ def arrays(seed=0):
     return (q, k, v), ids
 
 
-@pytest.mark.parametrize("window", [0, 1, 40, 200])
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_the_splash_kernel_is_plain_attention_in_values_and_gradients(window, softcap, dtype, bound):
+CASES = [
+    *[("splash_interpret", *case) for case in itertools.product([0, 1, 40, 200], [0.0, 2.0], ["float32", "bfloat16"])],
+    *[("blockwise", *case) for case in ((0, 0.0, "float32"), (40, 2.0, "float32"), (200, 0.0, "bfloat16"))],
+]
+
+
+@pytest.mark.parametrize(("kind", "window", "softcap", "dtype"), CASES)
+def test_kernels_and_blocks_are_plain_attention_in_values_and_gradients(kind, window, softcap, dtype):
+    bound = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     args, ids = arrays()
     if not softcap:
         args = (*args, np.linspace(-3, 3, KV_HEADS * GROUPS).reshape(KV_HEADS, GROUPS))  # sinks
@@ -48,7 +55,7 @@ def test_the_splash_kernel_is_plain_attention_in_values_and_gradients(window, so
         return jnp.sum(jnp.where(real, out * wanted_change, 0)), jnp.where(real, out, 0)
 
     (_, expected), expected_grads = jax.value_and_grad(loss, has_aux=True)(args, "plain", "float32")
-    (_, found), grads = jax.value_and_grad(loss, has_aux=True)(args, "splash_interpret", dtype)
+    (_, found), grads = jax.value_and_grad(loss, has_aux=True)(args, kind, dtype)
     for got, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
         np.testing.assert_allclose(got, wanted, atol=bound * max(np.abs(wanted).max(), 1))
 
@@ -80,8 +87,9 @@ def test_responses_behind_one_prompt_are_what_they_are_alone(attention):
         start += len(answer)
 
 
+@pytest.mark.parametrize("kind", ["splash_interpret", "blockwise"])
 @pytest.mark.parametrize(("window", "softcap", "mesh"), [(0, 0.0, None), (40, 2.0, MeshConfig(data=2, tensor=2))])
-def test_the_splash_kernel_with_branches_is_plain_attention_in_values_and_gradients(window, softcap, mesh):
+def test_kernels_and_blocks_with_branches_are_plain_attention_in_values_and_gradients(kind, window, softcap, mesh):
     args, segments = arrays()
     if mesh is not None:
         args = (*args, np.linspace(-3, 3, KV_HEADS * GROUPS).reshape(KV_HEADS, GROUPS).astype(np.float32))  # sinks
@@ -105,7 +113,7 @@ def test_the_splash_kernel_with_branches_is_plain_attention_in_values_and_gradie
     (_, expected), expected_grads = both("plain")
     grid = contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh, jax.devices()[:4]).grid)
     with grid:
-        (_, found), grads = both("splash_interpret")
+        (_, found), grads = both(kind)
     for got, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5 * max(np.abs(wanted).max(), 1))
 
@@ -116,14 +124,29 @@ MIXED = ArchConfig(
 )  # fmt: skip
 
 
+def test_blocks_in_which_nothing_is_seen_are_not_touched():
+    """Three documents of two blocks each: numbers that would spoil all they meet lie in the second one."""
+    ids = jnp.repeat(jnp.arange(1, 4, dtype=jnp.int32), 2 * SIZE)[None]
+    attend = make_attend("blockwise", ids, window=0, scale=0.3, softcap=0.0, heads_over=None)
+    spoiled = ids == 2
+    x = jnp.where(spoiled, jnp.nan, 1.0)[:, None, :, None]
+    own = lambda x: jnp.sum(jnp.where(spoiled[:, None, None, :, None], 0, attend(x[:, :, None], x, x)))  # noqa: E731
+    total, grads = jax.jit(jax.value_and_grad(own))(x)
+    assert total == 4 * SIZE
+    np.testing.assert_array_equal(jnp.isnan(grads[:, 0, :, 0]), spoiled)
+
+
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_a_model_with_the_kernel_is_the_plain_model_on_one_device_and_on_a_mesh(mesh, remat):
+@pytest.mark.parametrize(
+    ("kind", "remat", "length"),
+    [*[("splash_interpret", remat, 20) for remat in ("none", "dots", "full")], ("blockwise", "dots", 150)],
+)
+def test_a_model_with_another_program_is_the_plain_model_on_one_device_and_on_a_mesh(mesh, kind, remat, length):
     plain = Model(MIXED)
-    kernel = dataclasses.replace(plain, attention="splash_interpret", remat=remat)
+    kernel = dataclasses.replace(plain, attention=kind, remat=remat)
     params = plain.init(jax.random.key(0))
-    tokens = np.random.default_rng(1).integers(0, 23, (4, 20)).astype(np.int32)
-    mask = np.arange(20)[None] >= np.array([[0], [5], [11], [0]])
+    tokens = np.random.default_rng(1).integers(0, 23, (4, length)).astype(np.int32)
+    mask = np.arange(length)[None] >= np.array([[0], [5], [11], [0]])
     inputs = tokens, positions_from_mask(mask), mask.astype(np.int32)
 
     def loss(model, params):
@@ -151,7 +174,7 @@ def test_prefill_with_the_kernel_is_plain_prefill():
 
 
 def test_which_program_a_platform_gets(monkeypatch):
-    assert platform_attention("auto") == "plain"
+    assert platform_attention("auto") == "blockwise"
     with pytest.raises(UserError, match=r"model.attention flash needs a TPU or GPU, not cpu; set it to auto or plain"):
         platform_attention("flash")
     for platform, kind in (("tpu", "splash"), ("gpu", "cudnn")):

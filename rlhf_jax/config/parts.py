@@ -27,7 +27,7 @@ class ModelConfig:
         param_dtype: dtype of the weights at rest; bfloat16 halves a frozen model, and loses small updates of a trained
             one. Scalar heads are float32.
         attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores; auto
-            is flash where there is one.
+            is flash where there is one, else by blocks, without those in which nothing is seen.
         quantize: the kernels of a frozen model at rest: one scale for each output (int8), or 4-bit normal floats with
             one for every 64 inputs (nf4, QLoRA). Adapters (lora.rank) are trained on such a model.
         remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).

@@ -1,4 +1,4 @@
-"""Attention by three programs with the same masks: plain XLA, the splash kernel on TPU, cuDNN's flash kernel on GPU.
+"""Attention by programs with the same masks: plain XLA, whole or by blocks, splash on TPU, cuDNN's flash on GPU.
 
 Shapes as in `decoder.py`: B batch, T queries, S keys, K key-value heads, G query heads for each of them, N head width.
 """
@@ -15,15 +15,21 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.sharding import row_axes
+from rlhf_jax.models.blockwise import (
+    KERNEL_OUTPUT,
+    SIZE,
+    blockwise_attention,
+    masked_scores,
+    softcapped,
+    tiles_of,
+)
+from rlhf_jax.sharding import data_ways, row_axes
 from rlhf_jax.tokens import sees
 
 Attend = Callable[..., Array]
 """(q [B K G T N], k [B K S N], v [B K S N], sinks [K G] | None) -> [B K G T N], mask, scale and cap closed over."""
 
 LANES = 128
-KERNEL_OUTPUT = "attention"
-"""What a remat policy may keep of the kernels: their result and its log-sum-exp."""
 _KEPT = jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT)
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT = {"dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KEPT), "full": None}
@@ -37,7 +43,9 @@ def platform_dtype(name: str) -> jnp.dtype:
 
 
 def platform_attention(name: str) -> str:
-    """The attention program that a config names; flash is the splash kernel on TPU and cuDNN's on GPU.
+    """The attention program that a config names: flash is the splash kernel on TPU and cuDNN's on GPU, auto as well.
+
+    On CPU auto is attention by blocks.
 
     Raises:
         UserError: flash on CPU.
@@ -46,7 +54,7 @@ def platform_attention(name: str) -> str:
     kinds = {"tpu": "splash", "gpu": "cudnn"}
     if name == "flash" and platform not in kinds:
         raise UserError(f"model.attention flash needs a TPU or GPU, not {platform}; set it to auto or plain")
-    return {"auto": kinds.get(platform, "plain"), "flash": kinds.get(platform, "")}.get(name, name)
+    return {"auto": kinds.get(platform, "blockwise"), "flash": kinds.get(platform, "")}.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,6 @@ class Branches:
 
     ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-
-
-def softcapped(scores: Array, cap: float) -> Array:
-    """cap * tanh(scores / cap); the scores themselves if the cap is 0."""
-    return cap * jnp.tanh(scores / cap) if cap else scores
 
 
 def exponentials(
@@ -97,12 +100,9 @@ def attention(
     comes after the product with the values, on [T, N] instead of [T, S]: with its backward pass that is a third faster
     on CPU than softmax then product.
     """
-    # [B, K, G, T, S] in float32; masked scores are the least there is.
+    # exp(scores - max) v, then over the sum of exp: [B, K, G, T, S] x [B, K, S, N] -> [B, K, G, T, N].
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("bkgtn,bksn->bkgts", q * scale, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], softcapped(scores, softcap), jnp.finfo(jnp.float32).min)
-    # exp(scores - max) v, then over the sum of exp: [B, K, G, T, N].
-    weights, total = exponentials(scores, sinks)
+    weights, total = exponentials(masked_scores(q * scale, k, mask, softcap), sinks)
     mixed = jnp.einsum("bkgts,bksn->bkgtn", weights.astype(q.dtype), v, precision=precision)
     return mixed / total.astype(q.dtype)
 
@@ -149,6 +149,23 @@ def group_attention(
     mixed = product("bkgts,bksn->bkgtn", of_own, v)
     mixed = mixed + by_row(product("xkrgp,xkpn->xkrgn", by_group(of_shared), shared_v))
     return mixed.astype(q.dtype) / total.astype(q.dtype)
+
+
+def by_device(
+    rows: Callable[..., Array],
+    q: Float[Array, "B K G T N"],
+    k: Float[Array, "B K T N"],
+    v: Float[Array, "B K T N"],
+    seen: Array,
+    sinks: Float[Array, "K G"] | None,
+    heads_over: str | None,
+) -> Float[Array, "B K G T N"]:
+    """rows(q, k, v, seen, sinks) of a device's own rows and heads; `seen` is of rows, [B, ...]."""
+    if jax.sharding.get_abstract_mesh().empty or len(q) % data_ways():
+        return rows(q, k, v, seen, sinks)
+    heads, keys = P(row_axes(), heads_over, None, None, None), P(row_axes(), heads_over, None, None)
+    specs = (heads, keys, keys, P(row_axes(), *[None] * (seen.ndim - 1)), P(heads_over, None))
+    return jax.shard_map(rows, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, seen, sinks)
 
 
 def _splash_kernel(
@@ -219,12 +236,7 @@ def splash_attention(
         kernel = jax.vmap(_splash_kernel(q.shape[2], q.shape[3], window, softcap, interpret), (0, 0, 0, None, 0))  # K
         return jax.vmap(kernel, (0, 0, 0, 0, None))(q, k, v, seen, sinks)  # over B
 
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads, keys = P(row_axes(), heads_over, None, None, None), P(row_axes(), heads_over, None, None)
-        by_row = P(row_axes(), *[None] * (seen.ndim - 1))
-        specs = (heads, keys, keys, by_row, P(heads_over, None))
-        rows = jax.shard_map(rows, in_specs=specs, out_specs=heads, check_vma=False)
-    return rows(q, k, v, seen, sinks)[:, :, :, :length].astype(q.dtype)
+    return by_device(rows, q, k, v, seen, sinks, heads_over)[:, :, :, :length].astype(q.dtype)
 
 
 def cudnn_attention(
@@ -263,9 +275,10 @@ def make_attend(
     softcap: float,
     heads_over: str | None,
 ) -> Attend:
-    """Causal attention within segments by `kind`: plain, splash, splash_interpret (on CPU, slow) or cudnn.
+    """Causal attention within segments by `kind`: plain, blockwise, splash, splash_interpret (on CPU, slow) or cudnn.
 
-    cuDNN has no float32, soft-caps, sinks or heads wider than 256; such a call is plain.
+    Rows of at most two blocks are plain. cuDNN has no float32, soft-caps, sinks or heads wider than 256; such a call
+    is plain, too.
     """
     if kind.startswith("splash"):
         return functools.partial(
@@ -279,6 +292,10 @@ def make_attend(
             interpret=kind == "splash_interpret",
         )
     mask = causal_mask(segment_ids, window, branches)
+    if kind == "blockwise" and mask.shape[1] > 2 * SIZE:
+        tiles = tiles_of(mask & (segment_ids > 0)[:, :, None])  # what padding sees is asked by nobody
+        rows = functools.partial(blockwise_attention, softcap=softcap)
+        return lambda q, k, v, sinks=None: by_device(rows, q * scale, k, v, tiles, sinks, heads_over)
 
     def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
         if kind == "cudnn" and not softcap and sinks is None and q.dtype != jnp.float32 and q.shape[-1] <= 256:

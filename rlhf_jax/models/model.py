@@ -52,7 +52,7 @@ class Model:
         compute_dtype: dtype of activations (float32 or bfloat16).
         remat: none, dots or full.
         logprob_chunk: positions of a device whose logits are alive at once.
-        attention: plain, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
+        attention: plain, blockwise, splash (TPU), splash_interpret or cudnn (GPU); decoding a token is always plain.
         lora_scale: factor of the adapters that lie beside kernels, if any do (`kernels`).
         length: tokens of the longest sequence of the run, prompt and response together. It alone decides a rotary law
             that depends on length (dynamic, longrope), so that samples, log-probs and scores of a run have one law; 0
