@@ -13,7 +13,7 @@ from rlhf_jax.commands.plan.hlo import traffic
 from rlhf_jax.config import ArchConfig, MeshConfig, SamplingConfig
 from rlhf_jax.inference import engine
 from rlhf_jax.inference.sampling import SamplingLaw, draw, draw_from_logits, keep_top_k, keep_top_p, sample
-from rlhf_jax.inference.slots import choose_slots
+from rlhf_jax.inference.slots import choose_slots, take
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import leaf_shapes, nested
 from rlhf_jax.sharding import batch_sharding, make_mesh, put_batch, tree_shardings
@@ -462,12 +462,21 @@ def token_by_token(samples):
 
 @pytest.mark.parametrize(("samples", "slots", "microbatch"), [(1, 3, 0), (3, None, 0), (3, 2, 0), (3, 6, 12)], ids=str)
 def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_another(
-    samples, slots, microbatch, narrow
+    samples, slots, microbatch, narrow, monkeypatch
 ):
     """Three slots get two prompts and more, groups of several two contexts, of which one may be another prompt's.
 
-    Half of the prompts are not drawn: their rows are empty, and those of the others as if they were.
+    Half of the prompts are not drawn: their rows are empty, and those of the others as if they were. The longest come
+    first, so that those of up to three tokens are prefilled in three columns.
     """
+    widths, prefill = list[tuple[int, int]](), engine.Engine.prefill
+
+    def watched(self, index, width):
+        longest = take(self.masks, index[:, :1]).sum()
+        jax.debug.callback(lambda longest: widths.append((int(longest), width)), longest)
+        return prefill(self, index, width)
+
+    monkeypatch.setattr(engine.Engine, "prefill", watched)
     options = {"samples": samples, "slots": slots, "microbatch": microbatch, "chunk": 2}
     run = jax.jit(partial(unfiltered, **options))
     *expected, finished = token_by_token(samples)
@@ -481,6 +490,10 @@ def test_any_slots_and_samples_of_a_prompt_give_the_tokens_of_one_row_after_anot
         np.testing.assert_array_equal(rollout.finished, finished & drawn)
         np.testing.assert_array_equal(rollout.prompt, np.repeat(PROMPT, samples, axis=0))
     assert run._cache_size() == 1
+    jax.effects_barrier()
+    assert all(width == (6 if longest > 3 else 3) for longest, width in widths)
+    if slots == 3:
+        assert {width for _, width in widths} == {3, 6}
 
 
 def test_every_shard_of_a_mesh_refills_its_own_slots_and_rows_go_on_as_if_they_were_not_cut(narrow):

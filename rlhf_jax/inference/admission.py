@@ -19,13 +19,14 @@ def start(engine: Engine) -> State:
     """No sequence yet where slots are refilled; else all of them, at their first token."""
     ways, groups, width, contexts, length = engine.shape
     total, columns = ways * groups, engine.widths()[0 if engine.in_step else -1]
+    whole = partial(engine.prefill, width=length)
     if engine.refills:
-        shapes = jax.eval_shape(engine.prefill, jnp.zeros((ways, groups * contexts), jnp.int32))
+        shapes = jax.eval_shape(whole, jnp.zeros((ways, groups * contexts), jnp.int32))
         mask, logits, cache, states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         number, queued = jnp.zeros((total, contexts), jnp.int32), jnp.zeros(ways, jnp.int32)
         started = jnp.full((total, contexts), engine.samples, jnp.int32)
     else:
-        mask, logits, cache, states = engine.prefill(engine.queue)
+        mask, logits, cache, states = whole(engine.queue)
         numbers = jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32)[None], (ways, groups))
         number, queued = flat(numbers)[:, None], engine.count
         started = flat(jnp.where(numbers < queued[:, None], 0, engine.samples))[:, None]
@@ -57,29 +58,40 @@ def admit(engine: Engine, state: State) -> State:
     """Prefill prompts of the queues, some at a time, until they are empty or no context is free.
 
     Many at a time where there are more than half as many, else few, so that an early end does not cost many prompts.
+    The longest come first; where these fit in fewer columns, few are prefilled in as many (`Engine.prompt_widths`).
     """
     _, groups, _, contexts, length = engine.shape
-    many = min(max(ADMITTED // length, 1), groups * contexts)
-    few = -(-many // 4)
+    at_once = lambda tokens, width: min(max(tokens // width, 1), groups * contexts)  # noqa: E731
+    many, widths = at_once(ADMITTED, length), engine.prompt_widths()
 
     def wanted(state: State) -> Array:
         """How many prompts of the shard that has most to admit."""
         free = free_contexts(engine, state).sum((1, 2))
         return jnp.minimum(free, engine.count - state.queued).max()
 
-    # For `plan`: on average in each of the chunks, many at a time.
+    def longest(state: State) -> Array:
+        """Tokens of the next prompt of any shard."""
+        number = jnp.minimum(state.queued, engine.queue.shape[1] - 1)[:, None]
+        tokens = take(engine.masks, take(engine.queue, number)).sum((1, 2))
+        return jnp.where(state.queued < engine.count, tokens, 0).max()
+
+    # (how many at once, in how many columns; while more than these are wanted, and the longest has more tokens)
+    loops = [(at_once(ADMITTED // 4, w), w, 0, least) for w, least in zip(widths, [-1, *widths], strict=False)][::-1]
+    if many > loops[0][0]:
+        loops = [(many, length, many // 2, loops[0][3]), *loops]
+    # For `plan`: the first on average in each of the chunks, many at a time.
     chunks = engine.uniforms[0].size / engine.chunk / engine.at_once
-    with jax.named_scope(f"unfilled_{-(-engine.prompts.shape[1] // many) / chunks:g}"):
-        some = partial(admit_some, engine, at_once=many)
-        state = jax.lax.while_loop(lambda state: wanted(state) > (many // 2 if few < many else 0), some, state)
-    if few == many:
-        return state
-    with jax.named_scope("trips_0"):
-        return jax.lax.while_loop(lambda state: wanted(state) > 0, partial(admit_some, engine, at_once=few), state)
+    rounds = -(-engine.prompts.shape[1] // many) / chunks
+    for i, (count, width, enough, narrower) in enumerate(loops):
+        some = partial(admit_some, engine, at_once=count, width=width)
+        left = lambda x, n=enough, least=narrower: (wanted(x) > n) & (longest(x) > least)  # noqa: E731
+        with jax.named_scope("trips_0" if i else f"unfilled_{rounds:g}"):
+            state = jax.lax.while_loop(left, some, state)
+    return state
 
 
-def admit_some(engine: Engine, state: State, at_once: int) -> State:
-    """`at_once` prompts of every shard into free contexts, as far as there are any."""
+def admit_some(engine: Engine, state: State, at_once: int, width: int) -> State:
+    """`at_once` prompts of every shard, of at most `width` tokens, into free contexts, as far as there are any."""
     ways, groups, _, contexts, length = engine.shape
     # Free contexts [W, C * groups], first of the groups with the least left to draw: `at_once` of them.
     held, free = state.contexts, free_contexts(engine, state)
@@ -90,7 +102,8 @@ def admit_some(engine: Engine, state: State, at_once: int) -> State:
     number = state.queued[:, None] + jnp.arange(at_once)[None]
     good = (number < engine.count[:, None]) & jax.vmap(lambda x, g, c: x[g, c])(free, group, context)
     group = jnp.where(good, group, groups)  # out of range, and so dropped
-    mask, logits, cache, states = engine.prefill(take(engine.queue, jnp.minimum(number, engine.queue.shape[1] - 1)))
+    index = take(engine.queue, jnp.minimum(number, engine.queue.shape[1] - 1))
+    mask, logits, cache, states = engine.prefill(index, width)
 
     def put(old: Array, new: Array) -> Array:
         """[X, C, ...] or [X * C, ...] with [W, A, ...] at their places."""
@@ -98,8 +111,8 @@ def admit_some(engine: Engine, state: State, at_once: int) -> State:
         return place(old.reshape(ways, groups, contexts, *new.shape[2:]), new, group, context).reshape(old.shape)
 
     def put_columns(old: Array, new: Array) -> Array:
-        """[X, K, C * P, N] with [W, A, K, P, N]."""
-        place = jax.vmap(lambda old, new, g, c: old.at[g, :, c].set(new, mode="drop"))
+        """[X, K, C * P, N] with [W, A, K, width, N], the last columns of a context."""
+        place = jax.vmap(lambda old, new, g, c: old.at[g, :, c, length - width :].set(new, mode="drop"))
         by_context = old.reshape(ways, groups, old.shape[1], contexts, length, old.shape[3])
         return place(by_context, new, group, context).reshape(old.shape)
 

@@ -41,6 +41,12 @@ Draw = Callable[[Float[Array, "R V"], Float[Array, " R"]], tuple[Int[Array, " R"
 """(logits, uniforms in [0, 1)) -> (tokens, a tree of what else is kept of each, [R, ...], as their log-probs)."""
 
 
+def parts_of(length: int, unit: int = 1) -> list[int]:
+    """A quarter, half and all of so many columns, as far as these are whole units and no less than LEAST."""
+    parts = [part for part in (4, 2) if length // unit % part == 0 and length // part >= LEAST]
+    return [*(length // part for part in parts), length]
+
+
 @dataclass(frozen=True)
 class Engine:
     """What stays as it is while all rows of a rollout are drawn. See the module for the shapes.
@@ -52,8 +58,8 @@ class Engine:
         is_stop: bool[V], the tokens that end a sequence; None if none does.
         min_new_tokens: int32[], no stop id is drawn before so many tokens.
         prompts, masks: int32 and bool[W, N, P], left-padded.
-        queue: int32[W, N], the order in which a shard draws its prompts, of which the first `count`, int32[W], are
-            drawn at all.
+        queue: int32[W, N], the order in which a shard draws its prompts, longest first, of which the first `count`,
+            int32[W], are drawn at all.
         uniforms: float32[W, N * G, S].
         samples, slots: G, and the slots of a shard, at most (0: a slot for every row).
         chunk, max_new_tokens: tokens between looks at who is done, and of the longest sequence.
@@ -105,21 +111,27 @@ class Engine:
 
     def widths(self) -> list[int]:
         """Columns of slots that may be read: those of the oldest sequence, rounded up to one of these."""
-        length = self.uniforms.shape[2]
-        chunks = length // self.chunk
-        parts = [part for part in (4, 2) if chunks % part == 0 and length // part >= LEAST]
-        return [*(length // part for part in parts), length]
+        return parts_of(self.uniforms.shape[2], self.chunk)
+
+    def prompt_widths(self) -> list[int]:
+        """Columns of prompts that may be prefilled: those of the longest, rounded up to one of these."""
+        return parts_of(self.prompts.shape[2])
 
     @property
     def filled_at_once(self) -> int:
         """Rows of a shard whose earlier tokens are prefilled at once."""
         return min(max(ADMITTED // (self.prompts.shape[2] + self.uniforms.shape[2]), 1), self.at_once)
 
-    def prefill(self, index: Int[Array, "W A"]) -> tuple[Array, Array, list[Columns | None], list[Recurrent | None]]:
-        """Of these prompts of every shard: masks [W, A, P], logits [W, A, V], caches and states [W * A, ...]."""
+    def prefill(
+        self, index: Int[Array, "W A"], width: int
+    ) -> tuple[Array, Array, list[Columns | None], list[Recurrent | None]]:
+        """Of these prompts of every shard: masks [W, A, P], logits [W, A, V], caches and states [W * A, ...].
+
+        Caches have the last `width` columns, where all tokens are.
+        """
         tokens, mask = take(self.prompts, index), take(self.masks, index)
-        rows = flat(mask)
-        logits, cache = self.model.prefill(self.params, flat(tokens), rows, positions_from_mask(rows))
+        rows = flat(mask[:, :, -width:])
+        logits, cache = self.model.prefill(self.params, flat(tokens[:, :, -width:]), rows, positions_from_mask(rows))
         return mask, split(logits, index.shape[0]), *apart(cache)
 
     def of_contexts(self, context: Int[Array, "X M"]) -> Bool[Array, "X M C"]:

@@ -244,7 +244,7 @@ def _of_prompts(
         at_once = choose_slots(engine["model"], engine["params"], *sizes)
     prompts, masks, active = (split(x, ways) for x in (prompt, mask, active))
     uniforms, begun = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[2:]), (uniforms, begun))
-    queue, number = queue_of(active)
+    queue, number = queue_of(masks, active)
     asked = Engine(
         prompts=prompts,
         masks=masks,

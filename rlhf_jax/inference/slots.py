@@ -143,9 +143,10 @@ def layout(prompts: int, samples: int, slots: int) -> tuple[int, int, int]:
     return groups, slots // groups, 1 if samples == 1 else 2
 
 
-def queue_of(active: Bool[Array, "W N"]) -> tuple[Int[Array, "W N"], Int[Array, " W"]]:
-    """(the prompts of every shard, those that are to be drawn first, and how many these are)."""
-    return jnp.argsort(~active, axis=1, stable=True).astype(jnp.int32), active.sum(1, dtype=jnp.int32)
+def queue_of(masks: Bool[Array, "W N P"], active: Bool[Array, "W N"]) -> tuple[Int[Array, "W N"], Int[Array, " W"]]:
+    """(the prompts of every shard, longest first, those behind that are not to be drawn, and how many are drawn)."""
+    shortness = jnp.where(active, -masks.sum(2, dtype=jnp.int32), 1)
+    return jnp.argsort(shortness, axis=1, stable=True).astype(jnp.int32), active.sum(1, dtype=jnp.int32)
 
 
 def take(x: Array, index: Array) -> Array:
