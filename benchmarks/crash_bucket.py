@@ -140,7 +140,7 @@ def prepared(home: Path, stage: str, steps: int) -> tuple[list[str], str, str]:
         config = recipe_of(home, steps)
     elif stage == "collect":
         config = COLLECT | {"data_path": str(home / "prompts.jsonl"), "model": {"path": str(home / "sft_alone/model")}}
-        rows = [json.dumps({"prompt": chr(97 + i % 20)}) for i in range(16 * steps)]
+        rows = [json.dumps({"prompt": chr(97 + i % 20)}) for i in range(48 * steps)]
         (home / "prompts.jsonl").write_text("".join(f"{row}\n" for row in rows))
     else:
         config = crash.settings(home, stage, steps)

@@ -189,6 +189,8 @@ LINES = {
     "sft --run.output_dir hf://own/run": "to the Hub go models alone, by run.push_to_hub or `rlhf-jax convert --push`",
     "data inspect hf://own/name": "is no name of rows on the Hub; write hf://datasets/OWNER/NAME/FILE",
     "runs gs://nowhere/runs": "no such object, none below it, and maybe no such bucket; check both names",
+    "resume gs://nowhere/run/": "gs://nowhere/run: no such object, none below it, and maybe no such bucket",
+    "resume gs://bucket/models": "gs://bucket/models holds no run (run.json is missing or broken)",
     "report gs://bucket/rows": "a run that has ended in a bucket has its report.html there",
     "watch gs://bucket/rows": "a run that has ended in a bucket has its report.html there",
 }

@@ -27,6 +27,8 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     path = glance(directory.rstrip("/"))[0] if remote else Path(directory).absolute()
     record = read_record(path)
     if record is None or record["status"] == VOID or (remote and not begun(directory)):
+        if remote:
+            runs_below(directory.rstrip("/"))  # where nothing lies at all it says so
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
     check_name(path, directory)
     if not (path / CONFIG).is_file():
