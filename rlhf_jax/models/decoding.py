@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax.tree_util import KeyPath, tree_map_with_path
 from jaxtyping import Array
@@ -42,7 +41,4 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
     ]
     rest = {name: tree for name, tree in params.items() if name not in STACKS}
     rest = tree_map_with_path(partial(copy, stacked=False), rest)
-    if arch.tied_head:  # [V, D] -> [D, V], which a product with few rows reads a third faster
-        kernel = jax.lax.optimization_barrier(rest["embed"]["tokens"].T)
-        rest["head"] = rest.get("head", {}) | {"kernel": kernel}
     return {**rest, "layers": layers}
