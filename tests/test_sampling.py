@@ -531,7 +531,8 @@ def test_slots_are_chosen_from_the_bytes_of_weights_and_cache():
     params = {"w": np.zeros(96 * 50 * 64, np.uint8)}  # 64 rows of 50 columns
     assert choose_slots(MODEL, params, 200, 1, 30, 20) == 64
     assert choose_slots(MODEL, params, 127, 1, 30, 20) == 127  # all, where that is less than twice as many
-    assert choose_slots(MODEL, params, 100, 4, 30, 20) == 4 * (64 * 50 // (4 * 20 + 2 * 30))
+    assert choose_slots(MODEL, params, 66, 4, 30, 20) == 4 * (64 * 50 // (4 * 20 + 2 * 30)) == 88
+    assert choose_slots(MODEL, params, 65, 4, 30, 20) == 260  # of several samples, less than three times as many
     assert choose_slots(MODEL, {}, 100, 3, 30, 20) == 18  # at least 16, in whole groups
 
 

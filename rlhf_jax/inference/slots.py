@@ -122,14 +122,15 @@ def choose_slots(
 ) -> int:
     """Slots of a shard where rows may end early: as many as have a cache no larger than what decoding reads, `params`.
 
-    They are whole groups of `samples` and 16 at least; all rows, unless these are twice as many.
+    They are whole groups of `samples` and 16 at least; all rows, unless these are twice as many, or where samples read
+    one prompt, so that more rows cost less, three times: the last rows of a queue take slots that nothing else can use.
     """
     arch, size = model.arch, model.compute_dtype.itemsize
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     columns = samples * max_new_tokens + (1 if samples == 1 else 2) * prompt_length  # of a group
     group = column_bytes(arch, size) * columns + state_bytes(arch, size) * samples
     slots = max(weights // group, -(-16 // samples)) * samples
-    return slots if 2 * slots <= prompts * samples else prompts * samples
+    return slots if (2 if samples == 1 else 3) * slots <= prompts * samples else prompts * samples
 
 
 def layout(prompts: int, samples: int, slots: int) -> tuple[int, int, int]:

@@ -103,7 +103,7 @@ def _forward(
 ) -> tuple[Array, Array]:
     """The mixture of the values and the log-sum-exp of the scores [X, K, G, SIZE, 1]."""
 
-    def add(pair: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add(pair: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         i, j = pairs.queries[pair], pairs.keys[pair]
         mixed, total, peak = (_at(x, i) for x in sums)
         scores = masked_scores(_at(q, i), _at(k, j), _at(tiles, pairs.masks[pair]), softcap)
@@ -111,7 +111,7 @@ def _forward(
         weights, kept = jnp.exp(scores - highest), jnp.exp(peak - highest)
         mixed = mixed * kept + _product("bkgts,bksn->bkgtn", weights, _at(v, j))
         new = (mixed, total * kept + weights.sum(axis=-1, keepdims=True), highest)
-        return tuple(_put(x, y, i) for x, y in zip(sums, new, strict=True))  # type: ignore[return-value]
+        return tuple(_put(x, y, i) for x, y in zip(sums, new, strict=True))
 
     # A sink is one more key without a value, before all others.
     peak = jnp.broadcast_to(sinks[None, :, :, None, None], (*q.shape[:-1], 1))
@@ -136,7 +136,7 @@ def _backward(softcap: float, kept: Any, change: Array) -> tuple[Any, ...]:
     # A weight is exp(score - log_sum), and log_sum falls by a weight where a score does: its part of the change.
     of_sum = -(change * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
 
-    def add(pair: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add(pair: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         i, j = pairs.queries[pair], pairs.keys[pair]
         ends = _at(log_sum, i)
 
@@ -146,7 +146,7 @@ def _backward(softcap: float, kept: Any, change: Array) -> tuple[Any, ...]:
 
         pull = jax.vjp(parts, _at(q, i), _at(k, j), _at(v, j))[1]
         new = pull((_at(change, i).astype(jnp.float32), _at(of_sum, i)))
-        return tuple(_put(x, _at(x, at) + y, at) for x, y, at in zip(sums, new, (i, j, j), strict=True))  # type: ignore[return-value]
+        return tuple(_put(x, _at(x, at) + y, at) for x, y, at in zip(sums, new, (i, j, j), strict=True))
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     sums = jax.lax.fori_loop(0, pairs.used, add, zeros)
