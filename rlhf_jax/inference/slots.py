@@ -122,8 +122,8 @@ def choose_slots(
 ) -> int:
     """Slots of a shard where rows may end early: as many as have a cache no larger than what decoding reads, `params`.
 
-    They are whole groups of `samples` and 16 at least; all rows, unless these are twice as many, or where samples read
-    one prompt, so that more rows cost less, three times: the last rows of a queue take slots that nothing else can use.
+    They are whole groups of `samples` and 16 at least; all rows, unless these are twice as many, or three times where
+    several share a prompt and more at once cost less: beside the last rows of a queue slots stand empty.
     """
     arch, size = model.arch, model.compute_dtype.itemsize
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
