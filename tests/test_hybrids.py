@@ -159,14 +159,15 @@ def test_the_period_of_layers(mixers, size):
 
 
 def test_a_program_has_as_many_operations_however_deep_the_model_is():
-    def operations(periods):
-        layers = tuple(i for i in range(3 * periods) if i % 3 != 2)
-        model = Model(dataclasses.replace(ARCH, num_layers=3 * periods, delta_layers=layers))
+    def operations(periods, of_one_kind):
+        size = of_one_kind + 1
+        layers = tuple(i for i in range(size * periods) if i % size != of_one_kind)
+        model = Model(dataclasses.replace(ARCH, num_layers=size * periods, delta_layers=layers))
         ids = jax.ShapeDtypeStruct((2, 6), "int32")
         params = jax.eval_shape(model.init, KEY)
         return str(jax.make_jaxpr(jax.grad(lambda p, *x: model.apply(p, *x).sum()))(params, ids, ids, ids)).count("=")
 
-    assert operations(2) == operations(5)
+    assert operations(2, 2) == operations(5, 2) == operations(2, 4)
 
 
 @pytest.mark.parametrize(("arch", "top"), [(ARCH, 1), (ARCH, 2), (HEADS, 2)], ids=["one", "two", "heads"])

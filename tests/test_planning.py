@@ -189,6 +189,27 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert 32 <= hlo.traffic(text).memory <= 36  # and a counter
 
 
+def test_of_what_is_only_cut_the_cuts_are_read():
+    """A layer out of a stack: its own bytes, read and written, and those of what is added to it."""
+    text = """
+%cut (p: f32[8,4], q: f32[4]) -> f32[4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %slice.1 = f32[1,4]{1,0} slice(%p), slice={[2:3], [0:4]}
+  %bitcast = f32[4]{0} bitcast(%slice.1)
+  ROOT %add = f32[4]{0} add(%bitcast, %q)
+}
+ENTRY %main (x: f32[8,4], y: f32[4]) -> f32[4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[4]{0} parameter(1)
+  %slice.2 = f32[2,4]{1,0} slice(%x), slice={[0:2], [0:4]}
+  ROOT %fusion = f32[4]{0} fusion(%x, %y), kind=kLoop, calls=%cut
+}
+"""
+    assert hlo.traffic(text).memory == 2 * 32 + 3 * 16
+    assert hlo.traffic(text.replace("add(%bitcast, %q)", "custom-call(%bitcast, %q, %p)")).memory == 224
+
+
 def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
     text = HLO.replace("  ROOT %lt = pred[] compare(%i, %n), direction=LT",
                        "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip
@@ -368,6 +389,28 @@ def test_a_ppo_config_gives_the_three_programs():
     decoding = whole.collectives["all-gather"] - before.collectives["all-gather"]
     weights = sum(int(np.prod(s)) for n, s in leaf_shapes(config.model.arch, score_head=False).items())
     assert decoding < 16 * weights / 10  # no weight moves per token
+
+
+def test_decoding_reads_the_experts_of_its_device_and_the_rows_of_the_rollouts_mesh():
+    """By hand: with half of the experts on each device; and with half of all weights, and twice the rows."""
+    arch = ArchConfig(**TINY, num_experts=4, experts_per_token=2)
+    given = [f"--model.arch={json.dumps({**TINY, 'num_experts': 4, 'experts_per_token': 2})}", "--data.batch_size=16",
+             "--grpo.group_size=2", "--sampling.max_new_tokens=8", "--reward.functions=[tests.tiny:none]"]  # fmt: skip
+
+    def least(**axes):
+        config = cli.parse("grpo", [*given, *(f"--mesh.{axis}={size}" for axis, size in axes.items())])
+        mesh = make_mesh(config.mesh)
+        model = Model.from_config(ModelConfig(compute_dtype="bfloat16"), arch, mesh.rules)
+        with jax.set_mesh(mesh.grid):
+            return programs._decoded(model, placed(mesh, model.init, jax.random.key(0)), config, mesh, (8, 4), 2, 1.0)
+
+    experts = sum(2 * math.prod(shape) for name, shape in leaf_shapes(arch, score_head=False).items()
+                  if re.search("experts/(up|down)", name))  # fmt: skip
+    router = 3 * 4 * 32 * 4  # which stays whole, and is counted with them
+    alone = least(data=8)
+    assert alone - least(data=4, expert=2) == 8 * (experts + router) / 2
+    # One prompt and two responses of a device, with half of their 8 tokens: 2 kinds, 2 heads of 8, 3 layers, 2 bytes.
+    assert 2 * least(data=8, rollout_tensor=2) - alone == 8 * (4 + 2 * 4) * 2 * 2 * 8 * 3 * 2
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 4), (2, 4, 1, 8), (2, 1, 4, 0)], ids=str)

@@ -8,7 +8,8 @@ number, ...].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -82,19 +83,24 @@ Step = Callable[[str, Array, Params, Any], tuple[Array, Any]]
 def scanned(step: Step, x: Array, stack: Params, mixers: Sequence[str], each: Any) -> tuple[Array, Any]:
     """x through all layers, and what else they make, [L, ...]; `each` has [L, ...] of what else they are given.
 
-    The layers of a period are compiled once, however many there are, and those of a rest.
+    The layers of a period are compiled once, however many there are, and those of a rest; of those with one mixer that
+    follow each other one.
     """
+    one = lambda mixer: lambda x, inputs: step(mixer, x, *inputs)  # noqa: E731
     size = period(mixers)
     if size == 1:
-        return jax.lax.scan(lambda x, inputs: step(mixers[0], x, *inputs), x, (stack, each))
+        return jax.lax.scan(one(mixers[0]), x, (stack, each))
     rounds, made = len(mixers) // size, []
 
     def layers(x: Array, stack: Params, each: Any, mixers: Sequence[str]) -> tuple[Array, Any]:
-        out = []
-        for i, mixer in enumerate(mixers):
-            x, more = step(mixer, x, layer_of(stack, mixers, i), jax.tree.map(lambda a, i=i: a[i], each))
+        out, at = [], 0
+        for mixer, run in groupby(mixers):
+            end = at + len(list(run))
+            part = cut(stack, mixers, at, end), jax.tree.map(itemgetter(slice(at, end)), each)
+            x, more = jax.lax.scan(one(mixer), x, part)
             out.append(more)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *out)
+            at = end
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *out)
 
     def turn(x: Array, inputs: tuple[Params, Any]) -> tuple[Array, Any]:
         return layers(x, *inputs, mixers[:size])

@@ -200,7 +200,7 @@ def _add_memory(
     for kind, dims in _SHAPE.findall(i.shape):
         if kind == "f32":
             out.buffers.add(tuple(int(d) for d in dims.split(",") if d))
-    read = [_size(_off_chip(shape)) for shape in operands]
+    read = [min(_size(_off_chip(shape)), most) for shape, most in zip(operands, _sliced(i, computations), strict=True)]
     inside = {x.op for x in computations.get(i.called("calls"), ())} if i.op == "fusion" else {i.op}
     if "dynamic-update-slice" in inside:  # in place: the large operand is neither read nor written as a whole
         out.memory += times * 2 * sum(sorted(read)[:-1])
@@ -209,6 +209,19 @@ def _add_memory(
         out.memory += times * (result + sum(min(size, max(result, 1)) for size in read))
     else:
         out.memory += times * (sum(read) + _size(_off_chip(i.shape)))
+
+
+def _sliced(i: _Instruction, computations: _Computations) -> list[float]:
+    """Of each operand the bytes of what is cut out of it, where nothing else is done with it; else no bound."""
+    if i.op == "slice":
+        return [_size(_off_chip(i.shape))]
+    inside = computations.get(i.called("calls"), ()) if i.op == "fusion" else ()
+    cuts = [0.0 if inside else math.inf] * len(i.operands())
+    places = {x.name: int(x.rest.split(")")[0]) for x in inside if x.op == "parameter"}
+    for x in inside:
+        for name in places.keys() & x.operands():
+            cuts[places[name]] += _size(x.shape) if x.op == "slice" else math.inf
+    return cuts
 
 
 def _off_chip(shape: str) -> str:

@@ -35,7 +35,7 @@ from rlhf_jax.online.pool import Pool
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.ppo.networks import make_networks
-from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, placed, replicated
+from rlhf_jax.sharding import Mesh, batch_sharding, check_rows, path_name, placed, replicated, rollout_mesh
 from rlhf_jax.training.state import TrainState, create_state, make_optimizer, make_schedule
 from rlhf_jax.training.step import make_train_step
 from rlhf_jax.training.supervised import WORTH, Task, packing_of
@@ -246,7 +246,8 @@ def _decoded(
     model: Model, params: Params, config: OnlineArgs, mesh: Mesh, shape: tuple[int, int], samples: int, fill: float
 ) -> float:
     """Bytes of weights and filled cache that a device reads to decode `samples` of prompts [N, P], token by token."""
-    sampling, ways = config.sampling, math.gcd(mesh.row_ways, shape[0])
+    sampling, mesh = config.sampling, rollout_mesh(config.mesh, mesh)
+    ways = math.gcd(mesh.row_ways, shape[0])
     prompts, length, new = shape[0] // ways, shape[1], sampling.max_new_tokens
     weights, arch = jax.eval_shape(model.decoding_params, params), model.arch
     chosen = choose_slots(model, weights, prompts, samples, length, new)
@@ -257,7 +258,9 @@ def _decoded(
     size = model.compute_dtype.itemsize
     cache = groups * (contexts * length + width * new / 2) * fill * column_bytes(arch, size)
     cache += groups * width * state_bytes(arch, size)
-    whole = {name: part for name, part in weights.items() if name != "embed" or arch.tied_head}  # else rows of it
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
-    tensor = config.mesh.rollout_tensor or mesh.shape["tensor"]
-    return steps * (size + cache) / tensor
+    # Of an embedding apart from the head rows are read; of experts each device has its own.
+    whole = {name: part for name, part in weights.items() if name != "embed" or arch.tied_head}
+    sizes = {path_name(path): x.size * x.dtype.itemsize for path, x in jax.tree_util.tree_leaves_with_path(whole)}
+    experts = sum(n for name, n in sizes.items() if "/experts/" in name)
+    size = sum(sizes.values()) - experts + experts / mesh.shape.get("expert", 1)
+    return steps * (size + cache) / mesh.shape["tensor"]
