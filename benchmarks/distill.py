@@ -69,25 +69,29 @@ class Seed(Walks):
                 distill=replace(DISTILL, discount=float("discount" in name), **same),
             )  # fmt: skip
             self.train(replace(config, **changes))
-        return {"run": name, "seed": self.config.seed, "teacher": self.teacher_gold, **self.measured(out)}
+        tokens = by_tokens(out / "metrics.jsonl", like.data.batch_size, self.teacher_gold)
+        return {"run": name, "seed": self.config.seed, "teacher": self.teacher_gold, **tokens}
 
     def answered(self, num_each: int, seed: int) -> list[dict[str, str]]:
         """Prompts with a walk of the SFT model."""
         prompts, walked = q.sample_walks(self.base, num_each, self.config.seed + seed)
         return [{"prompt": prompt, "response": walk} for prompt, walk in zip(prompts, walked, strict=True)]
 
-    def measured(self, out: Path) -> dict[str, Any]:
-        """Gold at first and at the end, tokens sampled in all, and up to nine tenths of the teacher's gold."""
-        lines = with_gold(out / "metrics.jsonl")
-        rows = q.ppo_stage(self.config, self.path).data.batch_size
-        tokens = np.cumsum([rows * line["rollout/response_length"] for line in lines])
-        smooth = np.convolve([line["rollout/gold"] for line in lines], np.ones(SMOOTH) / SMOOTH, "valid")
-        there = np.flatnonzero(smooth >= 0.9 * self.teacher_gold)
-        first = int(tokens[there[0] + SMOOTH - 1]) if len(there) else None
-        return {
-            "gold_first": round(lines[0]["rollout/gold"], 4), "gold_last": round(float(smooth[-1]), 4),
-            "tokens": int(tokens[-1]), "tokens_to_90": first,
-        }  # fmt: skip
+
+def by_tokens(metrics: Path, rows: int, teacher: float) -> dict[str, Any]:
+    """Gold at first and at the end, tokens sampled in all, and up to nine tenths of the teacher's gold.
+
+    `rows` is how many an iteration samples.
+    """
+    lines = with_gold(metrics)
+    tokens = np.cumsum([rows * line["rollout/response_length"] for line in lines])
+    smooth = np.convolve([line["rollout/gold"] for line in lines], np.ones(SMOOTH) / SMOOTH, "valid")
+    there = np.flatnonzero(smooth >= 0.9 * teacher)
+    first = int(tokens[there[0] + SMOOTH - 1]) if len(there) else None
+    return {
+        "gold_first": round(lines[0]["rollout/gold"], 4), "gold_last": round(float(smooth[-1]), 4),
+        "tokens": int(tokens[-1]), "tokens_to_90": first,
+    }  # fmt: skip
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -13,31 +13,58 @@ of the same runs, were every iteration an evaluation: up to where it ends a run,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.studies import Lines, Walks, shown, with_gold
+from benchmarks.studies import Lines, Walks, from_scratch, shown, with_gold
 from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import text_table
 
 MEMBERS, EPOCHS = 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """What a run of PPO is paid.
+
+    Attributes:
+        changes: of its config.
+        members: reward models, or their heads.
+        heads: on one trunk.
+        own: half of the comparisons are of the policy's own walks, which learned from the other half (price .1).
+        random: the models' trunks have random values, not the SFT model's.
+    """
+
+    changes: dict[str, Any]
+    members: int = MEMBERS
+    heads: bool = False
+    own: bool = False
+    random: bool = False
+
+
+MEAN, MIN, SINGLE = ({"reward__combine": "mean"}, {"reward__combine": "min"}, dict[str, Any]())
 LOWER = {"reward__combine": "lower_bound", "reward__combine_coef": 2.0}
-RUNS: dict[str, dict[str, Any]] = {
-    "single": {},
-    "mean": {"reward__combine": "mean"},
-    "min": {"reward__combine": "min"},
-    "lower_bound": LOWER,
-    "heads mean": {"reward__combine": "mean"},
-    "heads lower_bound": LOWER,
-    "single, kl_budget": {"ppo__kl_budget": 3.0},
-    "single, clip": {"ppo__reward_standardize": "mean_std", "ppo__reward_clip": 2.0},
-    "mean, disagreement": {"reward__combine": "mean", "ppo__disagreement_budget": 2.0},
+RUNS = {
+    "single": Reward(SINGLE, 1),
+    "mean": Reward(MEAN),
+    "min": Reward(MIN),
+    "lower_bound": Reward(LOWER),
+    "heads mean": Reward(MEAN, heads=True),
+    "heads lower_bound": Reward(LOWER, heads=True),
+    "single, kl_budget": Reward({"ppo__kl_budget": 3.0}, 1),
+    "single, clip": Reward({"ppo__reward_standardize": "mean_std", "ppo__reward_clip": 2.0}, 1),
+    "mean, disagreement": Reward({**MEAN, "ppo__disagreement_budget": 2.0}),
+    "single, own walks": Reward(SINGLE, 1, own=True),
+    "lower_bound, own walks": Reward(LOWER, own=True),
+    "lower_bound, random trunks": Reward(LOWER, random=True),
+    "lower_bound of 8": Reward(LOWER, 8),
+    "lower_bound of 8, own walks": Reward(LOWER, 8, own=True),
 }
-"""Name -> changes of the config; what its reward is, the first word says: one model, four of them, or four heads."""
 
 
 class Seed(Walks):
@@ -45,36 +72,52 @@ class Seed(Walks):
 
     def __init__(self, seed: int, root: Path, iterations: int):
         super().__init__(seed, root, iterations=iterations)
-        self.held_out, self._pairs = self.compared(20, 3, 0.0), dict[int, list[dict[str, str]]]()
+        self.held_out, self._pairs = self.compared(20, 3, 0.0), dict[tuple[int, bool], list[dict[str, str]]]()
 
-    def pairs(self, size: int) -> list[dict[str, str]]:
-        """`size` comparisons in random order."""
-        if size not in self._pairs:
-            rows = q.collect(self.graph, self.base, replace(self.config, comparisons=3 * size), 0)
-            order = np.random.default_rng(self.config.seed).permutation(len(rows))[:size]
-            self._pairs[size] = [rows[i] for i in order]
-        return self._pairs[size]
+    def pairs(self, size: int, own: bool = False) -> list[dict[str, str]]:
+        """`size` comparisons in random order, of the SFT model's walks; the `own` half behind the others."""
+        if (size, own) not in self._pairs:
+            before, policy, count = list[dict[str, str]](), self.base, size
+            if own:
+                count = size // 2
+                before, policy = self.pairs(count), self.policy(count)
+            rows = q.collect(self.graph, policy, replace(self.config, comparisons=3 * count), int(own))
+            order = np.random.default_rng(self.config.seed).permutation(len(rows))[:count]
+            self._pairs[size, own] = [*before, *(rows[i] for i in order)]
+        return self._pairs[size, own]
 
-    def reward_model(self, size: int, member: int | None) -> tuple[str, float]:
-        """(directory, accuracy) of a member, whose first head and order of rows are its own; None: of the heads."""
-        name = f"reward_{size}_{'heads' if member is None else member}"
+    def policy(self, size: int) -> str:
+        """The directory of one that learned from a single model of so many comparisons."""
+        out, model = self.path / f"policy_{size}", self.reward_model(size, RUNS["single"], 0)[0]
+        config = replace(
+            q.ppo_stage(self.config, self.path), reward__model=model, run__output_dir=str(out),
+            run__overwrite=False, run__eval_every=0, checkpoint__keep_last=1,
+        )  # fmt: skip
+        self.train(config)
+        return str(out / "model")
+
+    def reward_model(self, size: int, of: Reward, member: int) -> tuple[str, float]:
+        """(directory, accuracy) of a member, whose first head and order of rows are its own, or of all the heads."""
+        sort = "_".join(["own"] * of.own + ["random"] * of.random + [""])
+        name = f"reward_{sort}{size}_{'heads' if of.heads else member}"
         config = replace(
             q.reward_stage(self.config, self.path), run__output_dir=str(self.path / name), run__overwrite=False,
-            run__seed=1000 * self.config.seed + (member or 0), run__eval_every=0, reward__epochs=EPOCHS,
-            reward__members=MEMBERS if member is None else 1,
+            run__seed=1000 * self.config.seed + member, run__eval_every=0,
+            reward__members=of.members if of.heads else 1,
+            **(from_scratch(self.path) if of.random else {"reward__epochs": EPOCHS}),
         )  # fmt: skip
-        made = reward.run(config, rows=self.pairs(size), eval_rows=self.held_out)
+        made = reward.run(config, rows=self.pairs(size, of.own), eval_rows=self.held_out)
         return str(self.path / name / "model"), made["accuracy"]
 
     def run(self, name: str, size: int, kl_coef: float) -> dict[str, Any]:
         """One line about one run of PPO."""
-        kind = name.split(",")[0].split()[0]
-        members = {"single": [0], "heads": [None]}.get(kind, list(range(MEMBERS)))
-        models, accuracy = zip(*(self.reward_model(size, member) for member in members), strict=True)
+        of = RUNS[name]
+        members = range(1 if of.heads else of.members)
+        models, accuracy = zip(*(self.reward_model(size, of, member) for member in members), strict=True)
         out = self.path / directory_of(name, size, kl_coef)
         config = replace(
             q.ppo_stage(self.config, self.path), reward__model="", reward__models=list(models), ppo__kl_coef=kl_coef,
-            run__output_dir=str(out), run__overwrite=True, run__eval_every=10, checkpoint__keep_last=1, **RUNS[name],
+            run__output_dir=str(out), run__overwrite=True, run__eval_every=10, checkpoint__keep_last=1, **of.changes,
         )  # fmt: skip
         made = self.train(config)
         about = {"run": name, "size": size, "kl_coef": kl_coef, "seed": self.config.seed}
@@ -92,6 +135,14 @@ def smoothed(values: list[float]) -> np.ndarray:
     """Means over a tenth of a run."""
     width = max(len(values) // 10, 1)
     return np.convolve(values, np.ones(width) / width, "valid")
+
+
+def fallen(golds: list[float]) -> float:
+    """The end less the peak, means over a tenth of a run: the peak is where every other iteration has it, and what is
+    there and at the end is measured in those between, both ways, so that luck in the one does not count in the other.
+    """
+    halves = [smoothed(golds[start : len(golds) // 2 * 2 : 2]) for start in (0, 1)]
+    return float(np.mean([there[-1] - there[found.argmax()] for found, there in (halves, halves[::-1])]))
 
 
 def budgeted(root: Path, lines: list[dict[str, Any]], budgets: list[float]) -> str:
@@ -135,14 +186,15 @@ def measured(metrics: Path) -> dict[str, float]:
         "gold_first": smooth["gold"][0], "gold_peak": smooth["gold"][peak], "gold_last": smooth["gold"][-1],
         "proxy_peak": smooth["proxy"].max(), "proxy_last": smooth["proxy"][-1], "d_peak": d[peak], "d_last": d[-1],
         "apart_first": smooth["apart"][0], "apart_last": smooth["apart"][-1],
+        "fallen": fallen([line["rollout/gold"] for line in lines]),
     }  # fmt: skip
     return {name: round(float(value), 4) for name, value in numbers.items()}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Per size, price and run: gold at the end, less its own peak, and less that of the same seed's single model."""
-    headers = ["comparisons", "kl_coef", "run", "seeds", "accuracy", "gold, last", "last - peak", "last - single's",
-               "kept gold", "last d", "disagreement"]  # fmt: skip
+    headers = ["comparisons", "kl_coef", "run", "seeds", "accuracy", "gold, last", "last - peak", "fallen",
+               "last - single's", "kept gold", "last d", "disagreement"]  # fmt: skip
     rows = []
     for size, price in sorted({(line["size"], line["kl_coef"]) for line in lines}):
         of_size = [line for line in lines if (line["size"], line["kl_coef"]) == (size, price)]
@@ -152,7 +204,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             paired = [line["gold_last"] - single[line["seed"]] for line in own if line["seed"] in single]
             rows.append([
                 size, price, name, len(own), shown([x["accuracy"] for x in own]), shown([x["gold_last"] for x in own]),
-                shown([x["gold_last"] - x["gold_peak"] for x in own]), shown(paired),
+                shown([x["gold_last"] - x["gold_peak"] for x in own]),
+                shown([x["fallen"] for x in own if "fallen" in x]), shown(paired),
                 shown([x["kept_gold"] for x in own]), shown([x["d_last"] for x in own]),
                 f"{np.mean([x['apart_first'] for x in own]):.2f}, {np.mean([x['apart_last'] for x in own]):.2f}",
             ])  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ensembles import measured
-from benchmarks.studies import Lines, Walks, shown
+from benchmarks.studies import Lines, Walks, from_scratch, shown
 from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.commands.collect import run_collect
@@ -38,11 +38,14 @@ MEMBERS, SAMPLES, NOISE, EPOCHS = 4, 8, 0.1, 8
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is the same in all runs of a line: labels of a batch, heat of the walks, and PPO's price of a nat."""
+    """What is the same in all runs of a line: labels of a batch, heat of the walks, PPO's price of a nat, and whether
+    reward models stand on the SFT model's trunk or on a random one.
+    """
 
     batch: int = 64
     temperature: float = 1.0
     kl_coef: float = 0.1
+    trunk: str = "sft"
 
 
 class Seed(Walks):
@@ -81,7 +84,8 @@ class Seed(Walks):
         rows = 1 << min(max(len(pairs) // 4, 1).bit_length() - 1, 6)  # a power of two: few programs
         config = replace(
             q.reward_stage(self.config, self.path), run__output_dir=str(out), run__overwrite=True, run__eval_every=0,
-            reward__members=MEMBERS, reward__epochs=EPOCHS, data__batch_size=rows,
+            reward__members=MEMBERS, data__batch_size=rows,
+            **(from_scratch(self.path) if self.setting.trunk == "random" else {"reward__epochs": EPOCHS}),
         )  # fmt: skip
         made = reward.run(config, rows=pairs, eval_rows=self.held_out)
         return str(out / "model"), made["accuracy"]
@@ -160,12 +164,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="labels between two reward models")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the walks that are labelled")
     parser.add_argument("--kl_coef", type=float, default=0.1, help="price of a nat in PPO")
+    parser.add_argument("--trunk", choices=("sft", "random"), default="sft", help="of a reward model")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
     args = parser.parse_args()
     if any(size % args.batch for size in args.sizes):
         parser.error(f"--sizes {args.sizes} are not whole batches of {args.batch}")
-    root, setting = Path(args.output_dir), Setting(args.batch, args.temperature, args.kl_coef)
+    root, setting = Path(args.output_dir), Setting(args.batch, args.temperature, args.kl_coef, args.trunk)
     lines, same = Lines(root / "labels.jsonl"), dataclasses.asdict(setting)
     for number in args.seeds:
         about = {**same, "seed": number}

@@ -75,6 +75,12 @@ class Walks:
         return loop.run(name, config, reusing(setup), **(rows or self.prompts()), gold=self.gold)
 
 
+def from_scratch(path: Path) -> dict[str, Any]:
+    """Changes of a reward model's config: its trunk has random values, so that it knows what comparisons say alone."""
+    trunk = ModelConfig(arch=q.ARCH, tokenizer=str(path / "tokenizer"))
+    return {"model": trunk, "reward__epochs": 20, "optim__learning_rate": 2e-3}
+
+
 COMPILED: dict[str, Programs] = {}
 """The programs of earlier runs, by all that decides them."""
 

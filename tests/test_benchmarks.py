@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import distill, labels, methods, speed
+from benchmarks import distill, ensembles, labels, methods, optimum, speed
 from benchmarks import overoptimization as study
 from benchmarks.peers import common
-from rlhf_jax.config import QuickstartArgs
+from rlhf_jax.tasks import random_walks as walks
 
 
 def curve(method, size, a, b):
@@ -118,13 +118,42 @@ def test_labels_are_compared_with_random_ones_of_the_same_seed_and_of_twice_as_m
     assert "0.500 +- 0.050" in row and "0.100 +- 0.050" in row and "0.000 +- 0.050" in row
 
 
+def test_what_a_run_has_lost_since_its_peak_is_measured_in_other_iterations_than_the_peak_is_found_in():
+    up_and_down = [min(i, 59 - i) / 10 for i in range(60)]  # three of every other one: .2 or .3 at the end, about 2.77
+    assert ensembles.fallen(up_and_down) == pytest.approx(0.25 - 2.77, abs=0.01)
+    assert ensembles.fallen(sorted(up_and_down)) == 0.0
+    noise = np.random.default_rng(0).normal(size=(400, 60))
+    lost = [ensembles.fallen([*one]) for one in noise]
+    most = [smooth[-1] - smooth.max() for smooth in map(ensembles.smoothed, noise)]
+    assert abs(np.mean(lost)) < 3 * np.std(lost) / 20 and np.mean(most) < -0.5
+
+
 def test_tokens_to_nine_tenths_of_the_teacher_are_those_after_which_five_iterations_are_that_good(tmp_path):
     golds = [0.0, 0.5, 0.8, 1.0, 0.9, 0.9, 0.9, 0.9]  # the first five to be .9 in the mean end at the seventh
     lines = [{"rollout/gold": gold, "rollout/response_length": 4.0} for gold in golds]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"eval/gold": 1}, *lines]))
-    seed = distill.Seed.__new__(distill.Seed)
-    seed.config, seed.path, seed.teacher_gold = QuickstartArgs(), tmp_path, 1.0
-    found = seed.measured(tmp_path)
+    found = distill.by_tokens(tmp_path / "metrics.jsonl", 128, 1.0)
     assert found["tokens_to_90"] == 7 * 4 * 128 and found["tokens"] == 8 * 4 * 128
-    seed.teacher_gold = 2.0
-    assert seed.measured(tmp_path)["tokens_to_90"] is None
+    assert distill.by_tokens(tmp_path / "metrics.jsonl", 128, 2.0)["tokens_to_90"] is None
+
+
+def test_the_best_policy_for_a_reward_is_that_of_the_tilt_and_goes_where_the_reward_is_wrong_as_the_price_falls():
+    best = optimum.Optimum.__new__(optimum.Optimum)
+    best.starts, best.gold = np.array(["b", "b", "c"]), np.array([1.0, 0.0, 0.5])
+    best.logprobs = np.log([0.2, 0.05, 0.1])
+    gold, kl = best.best(np.array([1.0, 1.5, 7.0]), price=0.5)  # b: .2 e^2 against .05 e^3; c has one walk
+    law = np.array([0.2 * np.e**2, 0.05 * np.e**3])
+    law /= law.sum()
+    assert gold == pytest.approx((law[0] + 0.5) / 2)
+    assert kl == pytest.approx((law @ np.log(law / [0.2, 0.05]) - np.log(0.1)) / 2)
+    golds = [best.best(np.array([1.0, 1.5, 7.0]), price)[0] for price in (1.0, 0.5, 0.2, 0.05)]
+    assert golds == sorted(golds, reverse=True)
+
+
+def test_walks_that_are_weighed_are_the_legal_ones_to_the_goal_and_some_that_leave_the_graph():
+    graph = walks.make_graph(0)
+    pairs = optimum.candidates(graph)
+    golds = walks.optimality(graph, *zip(*pairs, strict=True))
+    drawn = [(row["prompt"], row["response"]) for row in walks.demonstrations(graph, 200, 0)]
+    assert len({*pairs}) == len(pairs) and 0.0 in golds
+    assert {pair for pair in drawn if walks.optimality(graph, *zip(pair))[0]} <= {*pairs}
