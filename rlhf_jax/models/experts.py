@@ -184,11 +184,12 @@ class Experts(nnx.Module):
     ) -> Float[Array, "n k D"]:
         """What each of its experts makes of a token, those of one device; without the bias of down."""
         places = Places.of(chosen, down.shape[0])
-        y = grouped(spread(x, places), up, places)
+        parts = grouped(spread(x, places), up, places)
         if up_bias is not None:  # that of a block's expert, on all its rows
-            of_block = places.of_blocks(up_bias.astype(x.dtype).reshape(len(up_bias), 1, -1))
-            y = (y.reshape(len(of_block), -1, y.shape[-1]) + of_block).reshape(y.shape)
-        return collect(grouped(self.between(*jnp.split(y, up.shape[2], axis=-1)), down, places), places)
+            of_block = places.of_blocks(up_bias.astype(x.dtype))[:, :, None]  # [blocks, M, 1, F]
+            by_block = (y.reshape(len(of_block), -1, y.shape[-1]) for y in parts)
+            parts = [(y + of_block[:, m]).reshape(-1, y.shape[-1]) for m, y in enumerate(by_block)]
+        return collect(*grouped(self.between(*parts), down, places), places)
 
     def between(self, gate: Float[Array, "R F"], *rest: Float[Array, "R F"]) -> Float[Array, "R F"]:
         """What goes into down: act(gate) * up, act(up) of experts without a gate, or the clamped form."""

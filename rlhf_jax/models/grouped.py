@@ -112,27 +112,34 @@ spread.defvjp(lambda x, places: (spread(x, places), places), lambda places, g: (
 collect.defvjp(lambda y, places: (collect(y, places), places), _collected)
 
 
-def grouped(x: Float[Array, "R D"], kernel: Kernel, places: Places) -> Float[Array, "R F"]:
-    """Every row times the kernel of its expert, [E, D, ...] with all but the first two axes as one.
+def grouped(x: Float[Array, "R D"], kernel: Kernel, places: Places) -> list[Float[Array, "R F"]]:
+    """Every row times the kernel of its expert, [E, D, M, F] or [E, D, F]: M products, or one.
 
     On TPU by `jax.lax.ragged_dot`, its own kernel for this, and elsewhere block by block: XLA lowers ragged_dot on CPU
     and GPU to products with all E experts.
     """
     if isinstance(kernel, Adapted):
-        low = kernel.scale * grouped(x, kernel.a, places)
-        return grouped(x, kernel.kernel, places) + grouped(low, kernel.b, places)
+        (low,) = grouped(x, kernel.a, places)
+        both = grouped(x, kernel.kernel, places), grouped(kernel.scale * low, kernel.b, places)
+        return [whole + change for whole, change in zip(*both, strict=True)]
     weight = dense(kernel).astype(x.dtype)
-    weight = weight.reshape(*weight.shape[:2], -1)
+    weight = weight.reshape(*weight.shape[:2], -1, weight.shape[-1])
     if x.dtype == jnp.float32:  # in full precision, which TPU kernels do not have
         return by_blocks(x, weight, places)
-    return jax.lax.platform_dependent(x, weight, places, tpu=by_ragged_dot, default=by_blocks)
+    return jax.lax.platform_dependent(x, weight, places, tpu=by_parts, default=by_blocks)
 
 
-def by_blocks(x: Float[Array, "R D"], weight: Float[Array, "E D F"], places: Places) -> Float[Array, "R F"]:
+def by_blocks(x: Float[Array, "R D"], weight: Float[Array, "E D M F"], places: Places) -> list[Float[Array, "R F"]]:
     """A batched product of blocks with the weights of their owners."""
-    weights = places.of_blocks(weight)
+    weights = places.of_blocks(weight.reshape(*weight.shape[:2], -1))
     blocks = x.reshape(len(weights), -1, x.shape[1])
-    return einsum("rbd,rdf->rbf", blocks, weights).reshape(len(x), -1)
+    return jnp.split(einsum("rbd,rdf->rbf", blocks, weights).reshape(len(x), -1), weight.shape[2], axis=-1)
+
+
+def by_parts(x: Float[Array, "R D"], weight: Float[Array, "E D M F"], places: Places) -> list[Float[Array, "R F"]]:
+    """The same by a kernel for each part: M and F are what a TPU has in tiles, and making one axis of them copies all
+    weights by a program that takes the compiler minutes."""
+    return [by_ragged_dot(x, weight[:, :, m], places) for m in range(weight.shape[2])]
 
 
 @jax.custom_vjp
