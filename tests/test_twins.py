@@ -213,7 +213,7 @@ def test_a_run_in_a_bucket_is_listed_and_resumed_from_anywhere(bucket, held, cap
     text = bucket.objects[f"runs/a/{name}"][0].decode()
     assert text.startswith(f"# rlhf-jax sft --config {URL}/config.yaml --run.output_dir {URL}-again\n")
     assert f"output_dir: {URL}\n" in text
-    with pytest.raises(UserError, match="gs://bucket/runs/none holds no run"):
+    with pytest.raises(UserError, match="gs://bucket/runs/none: no such object, none below it"):
         listing.resume("gs://bucket/runs/none", [])
     assert not list(Path(tempfile.gettempdir()).glob("gs:*"))
 

@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from rlhf_jax.models.attention import LANES
 from rlhf_jax.sharding import constrain_rows, data_ways
 from rlhf_jax.tokens import Packed
+
+LONG = 1024
+"""Longer sequences have whole LANES of a TPU, else every array of their columns is copied to become flat."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Layout:
         ways, sharing, most = data_ways(), sharing or Sharing(), min(most or rows, rows)
         together = sharing.together(prompt, new, tokens, most // ways)
         length, shared = sharing.columns(together, prompt, new), sharing.rows > 1 and together > 1
+        if length > LONG:
+            length = -(-length // LANES) * LANES
         most = -(-most // (ways * together)) * ways
         sequences = min(ways * max(tokens // length, 1), most) if tokens else most
         full = -(-rows // (together * sequences))
