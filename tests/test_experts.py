@@ -25,7 +25,7 @@ from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.exchange import over_devices
 from rlhf_jax.models.experts import Experts, Routing, balance_loss, balanced
-from rlhf_jax.models.grouped import Places, grouped, spread
+from rlhf_jax.models.grouped import COUNTED, Places, by_blocks, by_key, by_parts, grouped, spread
 from rlhf_jax.models.hf import stored
 from rlhf_jax.models.kernels import attached, dense, merged, quantized
 from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
@@ -99,6 +99,17 @@ def test_a_layer_is_what_all_experts_make_weighed_by_the_router():
     )
     few, mask = x[:, :3], real[:, :3]  # which all experts get
     np.testing.assert_allclose(apply(params, few, mask)[0], by_all_experts(arch, params, few, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "count"), [(5, 3), (COUNTED, 2), (3 * COUNTED + 1, 7)])
+def test_keys_are_counted_into_the_order_of_a_stable_sort(number, count):
+    keys = np.random.default_rng(number).integers(0, count + 1, number).astype(np.int32)  # the largest belong nowhere
+    order, place, counts, first = by_key(jnp.asarray(keys), count)
+    expected = np.argsort(keys, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(place[expected], np.arange(number))
+    np.testing.assert_array_equal(counts, np.bincount(keys, minlength=count + 1)[:count])
+    np.testing.assert_array_equal(first, np.searchsorted(keys[expected], np.arange(count)))
 
 
 def test_the_compiled_layer_costs_what_active_experts_cost():
@@ -202,6 +213,8 @@ def test_adapters_and_quantised_kernels_of_experts_are_their_products_and_come_b
         places = Places.of(jnp.arange(12, dtype=jnp.int32).reshape(6, 2) % 8, 8)
         x = spread(jax.random.normal(jax.random.key(3), (6, 16)), places)
         np.testing.assert_allclose(grouped(x, up, places), grouped(x, plain, places), rtol=1e-4, atol=1e-5)
+        # What a TPU computes is what others do, gate and up apart.
+        np.testing.assert_allclose(by_parts(x, plain, places), by_blocks(x, plain, places), rtol=1e-4, atol=1e-5)
         # The merged model, and the adapter on its base, are read as the same weights.
         for folder in (tmp_path / "tuned", tmp_path / "tuned" / "adapter"):
             again = hf.load_params(folder, base.model.arch, score_head=False)

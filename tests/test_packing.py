@@ -95,6 +95,8 @@ def test_rows_of_one_prompt_stand_behind_one_copy_of_it_as_far_as_a_sequence_hol
     )
     layout = Layout.of(ROWS, PROMPT, NEW, tokens=40, most=0, sharing=Sharing(4, 1000))
     assert (layout.length, layout.shared) == (PROMPT - 1 + 4 * (NEW + 1), True)
+    long = Layout.of(64, 256, 1024, tokens=4096, most=0, sharing=Sharing(8, 2048))
+    assert long.length == 27 * 128 > Sharing(8, 2048).columns(3, 256, 1024) == 3330  # three rows, in whole lanes
     packed = jax.device_get(packed_of(tokens, real, layout))
     lengths, prompts = real[:, PROMPT:].sum(1), real[:, :PROMPT].sum(1)
     leaders = range(0, ROWS, 4)

@@ -82,7 +82,7 @@ def by_key(
     """In the order of keys, with equal ones as they were: which are in turn, and the place of each.
 
     And of each of `count` keys, how many there are and the place of the first; larger keys come last. Nothing is
-    sorted: a sort of 53,280 keys takes TPU's compiler 13 s, this .9.
+    sorted: a sort of 53,280 keys takes TPU's compiler 12.5 s, this 1.4.
     """
     n = len(keys)
     blocks = jnp.minimum(jnp.pad(keys, (0, -n % COUNTED), constant_values=count), count).reshape(-1, COUNTED)
