@@ -62,6 +62,12 @@ def split(url: str) -> tuple[str, str]:
     return bucket, name
 
 
+def trimmed(url: str) -> str:
+    """The name of something in a bucket without slashes at its end; raises as `split`."""
+    split(url)
+    return url.rstrip("/")
+
+
 def nothing(url: str) -> UserError:
     """What is to be raised of a name that names nothing."""
     return UserError(f"{url}: no such object, none below it, and maybe no such bucket; check both names")

@@ -80,7 +80,7 @@ def local(url: str) -> Path:
     Raises:
         UserError: there is neither, or it cannot be read; says why.
     """
-    url = url.rstrip("/")
+    url = buckets.trimmed(url)
     with buckets.asked(url):
         if _copied(url):
             return place_of(url)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from rlhf_jax.errors import UserError, named, tell
-from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.buckets import in_bucket, trimmed
 from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
 from rlhf_jax.runs.twin import begun, glance, runs_below
@@ -24,11 +24,11 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
         UserError: it holds no run, or one that took something from Python.
     """
     remote = in_bucket(directory)
-    path = glance(directory.rstrip("/"))[0] if remote else Path(directory).absolute()
+    path = glance(trimmed(directory))[0] if remote else Path(directory).absolute()
     record = read_record(path)
     if record is None or record["status"] == VOID or (remote and not begun(directory)):
         if remote:
-            runs_below(directory.rstrip("/"))  # where nothing lies at all it says so
+            runs_below(trimmed(directory))  # where nothing lies at all it says so
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
     check_name(path, directory)
     if not (path / CONFIG).is_file():
@@ -99,7 +99,7 @@ def show(directory: str = "runs") -> None:
     """
     root = Path(directory)
     if in_bucket(directory):
-        found = [glance(url) for url in runs_below(directory.rstrip("/"))]
+        found = [glance(url) for url in runs_below(trimmed(directory))]
         found = sorted(
             (each for each in found if (each[0] / RECORD).exists()), key=lambda each: written(each[0], copied=True)
         )
