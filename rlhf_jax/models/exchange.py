@@ -5,6 +5,7 @@ Shapes as in `experts.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,8 +20,10 @@ from rlhf_jax.models.grouped import Places, by_key, collect, spread
 from rlhf_jax.models.kernels import Adapted, Kernel, dense
 from rlhf_jax.sharding import data_ways, row_axes
 
-SPARE = 5
-"""Quarters of an even share that a device can take at once of what another sends."""
+SPARE = 0.25
+"""Of an even share, so much more a device can take at once of what another sends."""
+DEVIATIONS = 4
+"""So many roots of an even share more, at least: what chance makes of few pairs, those of a token that is decoded."""
 
 Apart = Callable[[Array, Array, Kernel, Kernel, Array | None], Array]
 """(tokens [n, D], experts [n, k] of a device, E where there is none, up, down, bias of up) -> [n, k, D]."""
@@ -71,6 +74,12 @@ def _specs(kernel: Any, spec: P) -> Any:
     return replace(cast(Any, kernel), kernel=spec, a=P(*spec[:2], None), b=P(spec[0], None, *spec[2:]))
 
 
+def room(pairs: int, ways: int) -> int:
+    """How many of its pairs a device can send to each of so many devices in one round."""
+    share = pairs / ways
+    return min(math.ceil(share + max(SPARE * share, DEVIATIONS * math.sqrt(share))), pairs)
+
+
 def exchanged(
     apart: Apart,
     ways: int,
@@ -82,11 +91,11 @@ def exchanged(
 ) -> Float[Array, "n k D"]:
     """`apart` where each of `ways` devices of the mesh axis expert has so many of the experts, one after another.
 
-    Pairs go to the device of their expert and back, a quarter more to each in one round than if all had equally many.
+    Pairs go to the device of their expert and back, more to each in one round than if all had equally many (`room`).
     What is left goes in further rounds, which run only if some device has anything left.
     """
     own, pairs = down.shape[0], chosen.size
-    capacity = min(-(-SPARE * pairs // (4 * ways)), pairs)
+    capacity = room(pairs, ways)
     # Pairs in order of their devices; how many each device gets, and the first of them.
     device = (chosen // own).reshape(-1)
     order, rank, counts, first = by_key(device, ways)
