@@ -596,9 +596,10 @@ def test_suggest_compiles_the_best_until_a_few_fit_and_ranks_them(monkeypatch, c
     monkeypatch.setattr(suggest, "analyse", compiled)
     given = ["--model.arch", json.dumps(TINY), "--data.batch_size", "32", "--data.max_length", "64"]
     suggest.suggest(cli.parse("sft", given), chips.CHIPS["v5e"], [None] * 4, PlanArgs(topology="v5e:2x2"))
-    out = capsys.readouterr().out
+    out, waiting = capsys.readouterr()
     assert len(tried) == 1 + suggest.FEW <= suggest.TRIED
-    assert "no     --mesh" in out and "does not fit" in out
+    assert "no     --mesh" in out and "does not fit" in out and out.count("MFU in the step") == len(tried)
+    assert waiting.count("plan: setting ") == len(tried) and "plan: setting 2 of 6 at most, minutes each" in waiting
     last = out.partition("fastest by the roofline:")[2].splitlines()[1]
     assert cli.parse("sft", [*given, *shlex.split(last.partition("per token")[2])]) == tried[2]
 

@@ -66,6 +66,10 @@ class Row:
         """What the roofline says it waits for."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
+    def mfu(self, chip: Chip, count: int) -> float:
+        """What of so many devices' FLOP/s it uses at the roofline, recomputation not counted."""
+        return self.model_flops / (max(self.seconds.values()) * count * chip.flops)
+
 
 class Compiled(NamedTuple):
     """A program, what the compiler made of it and how long that took, and its jaxprs: as configured, without remat."""
@@ -186,9 +190,8 @@ def shown(rows: list[Row], chip: Chip, count: int) -> list[str]:
         sizes = gib(r.arguments), gib(r.temporaries), gib(r.peak)
         memory.append((r.name, *sizes, f"{r.peak / chip.memory:.0%}", f"{r.compile_s:.0f} s"))
         moves.append((r.name, f"{r.flops / 1e15:.3g}", gib(r.memory), *map(gib, moved)))
-        waits, used = (r.seconds.get(kind, 0) for kind in times), r.model_flops / (seconds * count * chip.flops)
-        parts = (f"{wait * 1e3:.3g} ms" for wait in waits)
-        clock.append((r.name, *parts, r.bound, f"{r.tokens / seconds:,.0f}", f"{used:.0%}"))
+        parts = (f"{r.seconds.get(kind, 0) * 1e3:.3g} ms" for kind in times)
+        clock.append((r.name, *parts, r.bound, f"{r.tokens / seconds:,.0f}", f"{r.mfu(chip, count):.0%}"))
     lines: list[str] = []
     for table in (memory, moves, clock):
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]

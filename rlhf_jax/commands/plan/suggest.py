@@ -213,8 +213,9 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: Plan
     dims = tuple(map(int, plan.topology.partition(":")[2].split("x")))
     order, fitting = ranked(config, chip, len(devices), dims), []
     tell(f"{len(order)} settings may fit; compiling the best by a sum by hand, until {FEW} fit or {TRIED} are tried")
-    for one in order[:TRIED]:
+    for number, one in enumerate(order[:TRIED], 1):
         name = options(one)
+        tell(f"plan: setting {number} of {TRIED} at most, minutes each: {name}", error=True)
         try:
             rows, _ = analyse(one, chip, devices, plan.responses, plan.fill, chip.memory - RESERVED)
         except (UserError, jax.errors.JaxRuntimeError) as error:
@@ -222,8 +223,8 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: Plan
             continue
         # Roofline seconds of all programs for each token trained on or made.
         cost = sum(max(r.seconds.values()) for r in rows) / max(r.tokens for r in rows)
-        good = fits(rows, chip)
-        tell(f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token")
+        good, used = fits(rows, chip), f"{rows[-1].mfu(chip, len(devices)):.0%} MFU in the {rows[-1].name}"
+        tell(f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token, {used}")
         fitting += [(cost, name)] if good else []
         if len(fitting) == FEW:
             break
