@@ -130,11 +130,19 @@ def test_rows_that_were_cut_off_count_in_the_baseline_and_are_not_trained_on():
 
 
 def test_metrics_of_groups_say_how_many_have_nothing_to_learn_from():
-    host = [0.1] * 4 + [1, 2, 3, 4]
-    metrics = score(PLAIN, numbers()[0], host=host, models=NO_REWARD)[2]
+    """Which what they are paid decides, after the clip and the penalties; the spread is that of the rewards."""
+    rollout, host = numbers()[0], [0.1] * 4 + [1, 2, 3, 4]
+    of = lambda config: score(config, rollout, host=host, models=NO_REWARD)[2]  # noqa: E731
+    metrics = of(PLAIN)
     assert float(metrics["group/equal_fraction"]) == 0.5
     assert float(metrics["group/reward_std"]) == pytest.approx(np.std([1, 2, 3, 4]) / 2)
-    assert "group/equal_fraction" not in score(REINFORCE_PP, numbers()[0], host=host, models=NO_REWARD)[2]
+    assert 0 < rollout.finished[:4].sum() < 4
+    for changes, equal in [({"reward_clip": 1.0}, 1.0), ({"missing_eos": "subtract", "missing_eos_value": 1.0}, 0.0)]:
+        changed = of(replace(PLAIN, **changes))
+        assert float(changed["group/equal_fraction"]) == equal
+        assert changed["group/reward_std"] == metrics["group/reward_std"]
+    for config in (REINFORCE_PP, replace(REINFORCE_PP, group_size=4)):  # nothing is compared
+        assert "group/equal_fraction" not in of(config)
 
 
 def test_the_kl_that_is_reported_is_that_of_numpy_and_the_policy_against_itself_has_none():
@@ -351,16 +359,20 @@ def test_rows_of_a_batch_are_whole_groups_of_one_prompt(one_device, method, size
 
 @pytest.mark.slow
 def test_groups_of_one_reward_are_drawn_again_alone_and_only_so_often():
-    """Here the first of four has a spread at once, the second when it is drawn again, the others never."""
+    """Here the first of four has a spread at once, the second when it is drawn again, the others never.
+
+    What they are paid decides: the others' rewards differ, and are all clipped to one.
+    """
     asked = []
 
     def reward(prompts, responses, **columns):
         asked.append(list(responses))
-        return [float(i) if i < 4 and len(asked) < 3 else 1.0 for i in range(len(prompts))]
+        return [float(i) if i < 4 and len(asked) < 3 else 1.0 + i for i in range(len(prompts))]
 
     def drawn(redraws):
         asked.clear()
-        config = run_config("grpo", reward_model=False, grpo__group_size=4, grpo__redraws=redraws)
+        changes = {"grpo__group_size": 4, "grpo__redraws": redraws, "grpo__reward_clip": 1.0}
+        config = run_config("grpo", reward_model=False, **changes)
         method, loop = train.setup(config, reward_functions=[reward], **TOY_ROWS)
         return iteration(method, loop, 0)[1:]
 

@@ -32,8 +32,9 @@ class GroupConfig(OnlineConfig):
         reward_to_go: with kl_in reward: a token answers for the KL, and for what a teacher pays, from itself on, not
             for those of the whole response.
         discount: with reward_to_go: what is k tokens later counts discount^k; 0 lets a token answer for itself alone.
-        redraws: dynamic sampling (DAPO, arXiv 2503.14476): rounds of an iteration in which prompts whose responses all
-            have one reward, which teach nothing, are drawn again. Other prompts wait; what is still equal then stays.
+        redraws: dynamic sampling (DAPO, arXiv 2503.14476): rounds of an iteration in which prompts whose responses are
+            all paid the same (clip and penalties included), which teach nothing, are drawn again. Other prompts wait;
+            what is still equal then stays.
         mask_truncated: rows that were cut off give no gradient (DAPO); they count in the baseline.
     """
 

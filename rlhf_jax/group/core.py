@@ -186,7 +186,7 @@ def make_score(
     advantage: GroupAdvantage | None = None,
     **reward_settings: Any,
 ) -> Score:
-    """The scoring program, not yet compiled; of rows it says "kl" of a reference, and what `rewards_of` says.
+    """The scoring program, not yet compiled; of rows it says "kl" of a reference, "paid", and what `rewards_of` says.
 
     `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
     """
@@ -213,9 +213,9 @@ def make_score(
         k1 = adv.kl_k1(old_logprobs, ref_logprobs)
         raw, scores, dense, earned, rows = rewards_of(nets, old_logprobs, host, rollout, config, **reward_settings)
         trained = ~jnp.isnan(host) & (rollout.finished | (not config.mask_truncated))
-        mask = rollout.mask & trained[:, None]
-        paid = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
-        advantages = advantages_of(scores, paid, mask, kl_coef, config, compare, dense)
+        mask, paid = rollout.mask & trained[:, None], scores + dense.sum(axis=1)
+        kl = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
+        advantages = advantages_of(scores, kl, mask, kl_coef, config, compare, dense)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
             **full_sequence(rollout),
@@ -228,24 +228,25 @@ def make_score(
         )
 
         # What is reported: scalars, and numbers [B] of each row.
-        metrics = {**reward_metrics(raw, config.group_size), **rollout_metrics(rollout, old_logprobs), **weighted}
-        metrics |= {**earned, "rollout/objective": (scores + dense.sum(axis=1) - kl_coef * k1.sum(axis=1)).mean()}
+        rows["paid"] = paid
+        metrics = {**reward_metrics(raw, paid, config), **rollout_metrics(rollout, old_logprobs), **weighted}
+        metrics |= {**earned, "rollout/objective": (paid - kl_coef * k1.sum(axis=1)).mean()}
         if ref is not None:
-            metrics["rollout/kl"] = k1.sum(axis=1).mean()
-            metrics["rollout/kl_k3"] = adv.kl_k3(old_logprobs, ref_logprobs).sum(axis=1).mean()
-            rows["kl"] = k1.sum(axis=1)
+            rows["kl"], k3 = k1.sum(axis=1), adv.kl_k3(old_logprobs, ref_logprobs)
+            metrics |= {"rollout/kl": rows["kl"].mean(), "rollout/kl_k3": k3.sum(axis=1).mean()}
         return experience, kl_coef, metrics, rows
 
     return score
 
 
-def reward_metrics(rewards: Float[Array, " B"], group_size: int) -> Metrics:
-    """Mean and spread of the rewards; of groups, the mean spread and how many of them have none to learn from."""
+def reward_metrics(rewards: Float[Array, " B"], paid: Float[Array, " B"], config: GroupConfig) -> Metrics:
+    """Mean and spread of the rewards; of groups the mean spread and, if compared, how many are paid alike."""
     metrics = {"rollout/reward": rewards.mean(), "rollout/reward_std": rewards.std()}
-    if group_size > 1:
-        groups = rewards.reshape(-1, group_size)
-        equal = jnp.all(groups == groups[:, :1], axis=1)
-        metrics |= {"group/reward_std": groups.std(axis=1).mean(), "group/equal_fraction": equal.mean()}
+    if config.group_size > 1:
+        metrics["group/reward_std"] = rewards.reshape(-1, config.group_size).std(axis=1).mean()
+    if config.baseline != "none":
+        groups = paid.reshape(-1, config.group_size)
+        metrics["group/equal_fraction"] = jnp.all(groups == groups[:, :1], axis=1).mean()
     return metrics
 
 

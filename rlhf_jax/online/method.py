@@ -121,7 +121,7 @@ class Method:
     Attributes:
         settings: the method's group of the config.
         group_size: responses to each prompt.
-        redraws: rounds in which groups of one reward are drawn again.
+        redraws: rounds in which groups that are paid alike are drawn again.
         text: pretraining text for every optimiser step; None without any.
         identity: what a continued run must find unchanged, beside the config, the rows and the frozen models.
     """

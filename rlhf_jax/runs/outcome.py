@@ -25,7 +25,7 @@ def nothing_learned(extremes: Extremes) -> list[str]:
     never = {name: high <= smallest.get(name, 0) for name, (_, high) in extremes.items()}
     if extremes.get("group/equal_fraction", [0])[0] == 1:
         return [
-            "nothing was learned from the reward: the responses to each prompt all had one and the same, in every "
+            "nothing was learned from the reward: the responses to each prompt were all paid the same, in every "
             "logged iteration, so every advantage was 0; take a reward that tells responses apart, other prompts, a "
             "larger group_size or a higher sampling.temperature (samples.jsonl shows what was rewarded)"
         ]

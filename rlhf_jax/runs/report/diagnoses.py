@@ -213,7 +213,7 @@ def equal_groups(run: RunData, share: Series) -> Finding | None:
     solved = reward is not None and reward.rose() and share.first < EQUAL
     if share.mean < EQUAL or solved:
         return None
-    said = [f"in {share.mean:.0%} of the groups all responses had one and the same reward, so their advantages are 0"]
+    said = [f"in {share.mean:.0%} of the groups all responses were paid the same, so their advantages are 0"]
     said += [move(reward, "the reward")] if reward is not None else []
     cure = (
         "take prompts that are neither always nor never solved, a finer reward, a larger group_size, a higher "
