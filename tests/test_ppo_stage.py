@@ -280,6 +280,16 @@ def test_an_iteration_samples_from_the_newest_policy_and_evaluates_the_averaged_
     np.testing.assert_allclose(leaf(fakes[0][1]) - start, average, atol=1e-6)
 
 
+@pytest.mark.parametrize(("held", "wanted", "shown"), [(5, 9, 5), (16 + 5, 19, 19), (40, 40, 40)])
+def test_the_samples_of_an_evaluation_are_of_different_prompts_and_no_more_than_asked_for(fakes, held, wanted, shown):
+    """Batches of 16, of which the last is filled up with copies of its last prompt."""
+    prompts = [{"prompt": f"{a} {b}"} for a in "bcdefg" for b in "bcdefgh"][:held]
+    config = replace(toy_run(num_samples=wanted), data__max_prompt_length=2)
+    ppo, loop = train.setup(config, **{**TOY_ROWS, "eval_rows": prompts})
+    _, samples = evaluate(ppo, loop)
+    assert [row["prompt"] for row in samples] == [row["prompt"] for row in prompts[:shown]]
+
+
 def write_text(path) -> str:
     """Sixty rows of pretraining text that depend on the file's name."""
     rows = [{"text": " ".join("abcdefghijk"[(i + len(path.name)) % 7 :])} for i in range(60)]

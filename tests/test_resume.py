@@ -550,6 +550,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(attempts, "RETRY_WAIT", 0.0)
 
 
+NAN = float("nan")
 PROMPTS = ["a", "b"]
 
 
@@ -599,14 +600,15 @@ def test_without_a_timeout_a_reward_runs_in_the_main_thread(at_once):
     assert seen == [threading.main_thread()]
 
 
-def flaky(calls: set[int]):
-    """A reward that raises at these calls (0 is the evaluation before the first iteration)."""
+def flaky(calls: set[int], returns: float | None = None):
+    """A reward that raises, or `returns` this, at these calls (0 is the evaluation before the first iteration)."""
     count = iter(range(10**6))
 
     def reward(prompts, responses, **columns):
-        if next(count) in calls:
+        fails = next(count) in calls
+        if fails and returns is None:
             raise RuntimeError("the judge is down")
-        return [0.5] * len(prompts)
+        return [returns if fails else 0.5] * len(prompts)
 
     return reward
 
@@ -626,15 +628,25 @@ def test_a_batch_whose_reward_fails_is_skipped_and_counted(fakes, at_once, tmp_p
     assert len([what for what, *_ in fakes if what == "update"]) == 3
 
 
-def test_a_reward_that_fails_stops_the_run_saved_and_it_continues_without_a_gap(fakes, at_once, tmp_path):  # noqa: F811
-    config = ppo_config(tmp_path / "run", "stop")
+WHERE = {5: ("iteration 4", 3), 3: ("evaluation after iteration 2", 2), 6: ("evaluation after iteration 4", 4)}
+
+
+@pytest.mark.parametrize(("failing", "returns"), [(5, None), (3, None), (6, None), (5, NAN), (3, NAN)])
+def test_a_reward_that_fails_stops_the_run_saved_and_it_continues_without_a_gap(
+    fakes,  # noqa: F811
+    at_once,
+    tmp_path,
+    failing,
+    returns,
+):
+    """What is no number is never skipped; an evaluation that failed is made when the run goes on."""
+    config, (where, saved) = ppo_config(tmp_path / "run", "stop" if returns is None else "skip"), WHERE[failing]
     with pytest.raises(UserError) as error:
-        train.run(config, reward_functions=[flaky({5})], **TOY_ROWS)
-    assert str(error.value).startswith(
-        "iteration 4: reward function reward failed 1 times: RuntimeError: the judge is "
-    )
+        train.run(config, reward_functions=[flaky({failing}, returns)], **TOY_ROWS)
+    what = "failed 1 times: RuntimeError: the judge is down" if returns is None else "returned nan for response 0"
+    assert str(error.value).startswith(f"{where}: reward function reward {what}")
     assert "continue by the same call again (reward_functions, rows, eval_rows came from Python)" in str(error.value)
-    assert (tmp_path / "run" / "checkpoints" / "00000003").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / f"{saved:08}").is_dir()
     train.run(config, reward_functions=[flaky(set())], **TOY_ROWS)
     train.run(ppo_config(tmp_path / "alone", "stop"), reward_functions=[flaky(set())], **TOY_ROWS)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [row["step"] for row in rows_of(tmp_path / "alone")]

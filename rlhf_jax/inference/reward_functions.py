@@ -40,6 +40,10 @@ class RewardFailure(UserError):
     """A reward function raised or ran out of time in every attempt."""
 
 
+class WrongRewards(UserError):
+    """A reward function gave not one number per response: a mistake that leaving out a batch does not mend."""
+
+
 class NoRewards(Exception):
     """What a function returned is not one number per response; the text says what it is."""
 
@@ -58,7 +62,8 @@ def call_reward(
 
     Raises:
         RewardFailure: it raised or ran out of time.
-        UserError: it raised one, or gave not one number per response that float32 holds.
+        WrongRewards: it gave not one number per response that float32 holds.
+        UserError: it raised one.
     """
     check_call(fn, columns)
     name, columns = function_name(fn), {column: columns[column] for column in _asked(fn, columns)}
@@ -70,7 +75,7 @@ def call_reward(
     try:
         return persist(call, timeout=timeout, retries=retries, limit="reward.timeout", final=(NoRewards, UserError))
     except NoRewards as wrong:
-        raise UserError(f"reward function {name} returned {wrong}") from None
+        raise WrongRewards(f"reward function {name} returned {wrong}") from None
     except Failed as failure:
         last = failure.__cause__ or failure
         frames = traceback.extract_tb((last.__cause__ or last).__traceback__)
@@ -218,7 +223,7 @@ def of_own_rows(
     asked for all rows `everywhere`.
 
     Raises:
-        RewardFailure: it failed in any process.
+        RewardFailure, WrongRewards: in any process.
         UserError: it raised one in any process.
     """
     wanted = np.ones(len(prompts), bool) if wanted is None else wanted
@@ -233,11 +238,12 @@ def of_own_rows(
         scores[own] = score(mine[0], mine[1], dict(zip(columns, mine[2:], strict=True))) if len(chosen) else []
     except Exception as error:  # the others wait for an answer
         wrong = error
-    failed, broken = any_of([isinstance(wrong, RewardFailure), wrong is not None])
+    kinds = RewardFailure, WrongRewards
+    *failed, broken = any_of([*(isinstance(wrong, kind) for kind in kinds), wrong is not None])
     if wrong is not None:
         raise wrong
     if broken:
-        kind = RewardFailure if failed else UserError
+        kind = next((kind for kind, there in zip(kinds, failed, strict=True) if there), UserError)
         raise kind("the reward function failed in another process, whose output says why")
     if not apart:
         return scores
@@ -283,7 +289,9 @@ def combine(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) ->
             weighted = [w * part for w, part in zip(weights, parts, strict=True)]
             summed = np.stack(weighted).sum(axis=0, dtype=np.float32)
         if not np.isfinite(summed).all():
-            raise UserError(f"reward.function_weights {weights} make rewards that float32 does not hold; lower them")
+            raise WrongRewards(
+                f"reward.function_weights {weights} make rewards that float32 does not hold; lower them"
+            )
         return summed
 
     return total

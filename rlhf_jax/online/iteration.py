@@ -154,7 +154,7 @@ def roll_out(
     """A rollout of a batch of prompts with `policy` (without what is kept), its score, and its mean gold reward.
 
     One that is `drawn` already is taken as it is.
-    With `again`, a key, groups whose responses all have one reward are drawn again, method.redraws times at most, and
+    With `again`, a key, groups whose responses are paid alike are drawn again, method.redraws times at most, and
     counted in group/drawn_again. Their Python rewards alone are asked for anew.
     """
     nets, programs, law, mesh = method.nets, method.programs, method.inputs.law, method.mesh
@@ -180,7 +180,7 @@ def roll_out(
     scored = score()
     mark("score", scored[3]["reward"])
     for noise in noises:
-        by_group = to_host(scored[3]["reward"]).reshape(-1, method.group_size)
+        by_group = to_host(scored[3]["paid"]).reshape(-1, method.group_size)
         equal = (by_group == by_group[:, :1]).all(axis=1)
         if not equal.any():
             break
@@ -252,9 +252,10 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         parts.append(rows)
         golds.append(gold or 0.0)
         weights.append(batch["valid"].sum())
-        prompts += [prompt for prompt, valid in zip(batch["prompts"], batch["valid"], strict=True) if valid]
-        if len(samples) < method.settings.num_samples:
-            samples += sample_rows(method, to_host(table), batch["given"])
+        valid = batch["given"][: batch["valid"].sum()]  # behind it are copies, which fill a batch up
+        prompts += batch["prompts"][: len(valid)]
+        if (wanted := method.settings.num_samples - len(samples)) > 0:
+            samples += sample_rows(method, to_host(table), valid[:wanted])
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     unanswered = {}
     if method.inputs.judge is not None:

@@ -12,7 +12,7 @@ import jax
 from rlhf_jax.config import OnlineArgs
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
-from rlhf_jax.inference.reward_functions import RewardFailure
+from rlhf_jax.inference.reward_functions import RewardFailure, WrongRewards
 from rlhf_jax.online import guards
 from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, iterate, key_at, next_batch, sample_rows
 from rlhf_jax.online.law import TrainedLaw
@@ -64,8 +64,8 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     """The iterations from out.start on, up to a limit (`guards`).
 
     `notes` are {before, after}, the first evaluation and that of the kept policy; and where there are such
-    reward_scale, that of the reward models; alarm, the iteration after which one was given; and why the run ended
-    (stopped) and after how many iterations.
+    reward_scale, that of the reward models; alarm, the iteration after which one was given; why the run ended
+    (stopped) and after how many iterations; and unevaluated, if a reward failed in the evaluation after out.start.
     """
     config, settings, total = method.config, method.settings, out.total
     tokens = config.data.batch_size * config.sampling.max_new_tokens
@@ -78,6 +78,8 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     if begins:
         notes = _evaluated(out, method, loop, 0, notes)
         out.save_if_due(0, loop.tree(), notes)
+    if "unevaluated" in notes:
+        notes = _evaluated(out, method, loop, out.start, {n: note for n, note in notes.items() if n != "unevaluated"})
     out.metrics.restart_clock("start")
     logged = out.start
     for i in range(out.start, total):
@@ -90,7 +92,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
             out.skips.drawn[i] = drawn.where
         try:
             loop, metrics, table = iterate(method, loop, batch, key, drawn, out.metrics.parts.mark)
-        except RewardFailure as error:
+        except (RewardFailure, WrongRewards) as error:
             loop = _without_reward(out, method, unchanged, loop, i, notes, error)
         except NotFinite as error:
             raise UserError(f"step {step}: {error}; rows {out.skips.rows(step)}") from error.__cause__
@@ -114,11 +116,16 @@ def _write_samples(out: Run, method: Method, step: int, prompts: list[Any], tabl
     out.metrics.samples(step, sample_rows(method, table, prompts))
 
 
+def _ends_the_run(method: Method, error: UserError) -> bool:
+    """Whether a reward's failure does; else its batch is left out."""
+    return method.config.reward.on_failure == "stop" or isinstance(error, WrongRewards)
+
+
 def _without_reward(
-    out: Run, method: Method, before: LoopState, loop: LoopState, i: int, notes: dict[str, Any], error: RewardFailure
+    out: Run, method: Method, before: LoopState, loop: LoopState, i: int, notes: dict[str, Any], error: UserError
 ) -> LoopState:
     """What follows iteration i, whose reward failed: its batch is skipped, or the run ends, saved as it was before."""
-    if method.config.reward.on_failure == "stop":
+    if _ends_the_run(method, error):
         out.save_now(i, before.tree(), notes)
         raise UserError(f"iteration {i + 1}: {error}; then {out.how_to_continue()}") from error
     out.metrics.flush()
@@ -142,8 +149,10 @@ def _evaluated(out: Run, method: Method, loop: LoopState, step: int, notes: dict
     out.metrics.bar.doing("evaluating")
     try:
         results, samples = evaluate(method, loop)
-    except RewardFailure as error:
-        if method.config.reward.on_failure == "stop":
+    except (RewardFailure, WrongRewards) as error:
+        if _ends_the_run(method, error):
+            if step:
+                out.save_now(step, loop.tree(), {**notes, "unevaluated": True})
             raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
         out.say(f"{out.stage}: the evaluation after iteration {step} is skipped: {error}")
         return notes if step else {**notes, "before": {}, "after": {}}
