@@ -316,7 +316,7 @@ def test_a_judge_says_nothing_of_what_its_verdicts_do_not_link(tmp_path):
     assert (summary["rows"], summary["dropped"], summary["apart"]) == (1, 1, 1)
 
 
-def test_pairs_and_demonstrations_of_labels(tmp_path):
+def test_pairs_and_demonstrations_of_labels_and_what_is_left_out_is_counted_and_said(tmp_path, capsys):
     ranked = run_collect(settings(tmp_path / "r.jsonl", label="reward"), rows=PROMPTS, functions=[vowels])
     pairs = run_collect(
         settings(tmp_path / "p.jsonl", label="reward", schema="preference"),
@@ -324,7 +324,10 @@ def test_pairs_and_demonstrations_of_labels(tmp_path):
         functions=[vowels],
         gold=vowels,
     )
+    told = capsys.readouterr().out
     best = run_collect(settings(tmp_path / "s.jsonl", label="reward", schema="sft"), rows=PROMPTS, functions=[vowels])
+    shortest = lambda prompts, responses: [-float(len(text)) for text in responses]  # noqa: E731
+    run_collect(settings(tmp_path / "e.jsonl", label="reward", schema="sft"), rows=PROMPTS, functions=[shortest])
     wanted = {
         (row["prompt"], a["text"], b["text"])
         for row in ranked for a in row["responses"] for b in row["responses"]
@@ -334,8 +337,14 @@ def test_pairs_and_demonstrations_of_labels(tmp_path):
     assert all(preference_row(row)["label"] == 1 for row in pairs)
     top = {row["prompt"]: max(r["score"] for r in row["responses"]) for row in ranked}
     assert all(vowels([], [sft_row(row)["response"]])[0] == top[row["prompt"]] for row in best)
-    gold = json.loads((tmp_path / "p.summary.json").read_text())["gold"]
+    summary = json.loads((tmp_path / "p.summary.json").read_text())
+    gold, left = summary["gold"], summary["pairs_left_out"]
     assert gold["agreement"] == 1 and gold["pairs"] == len(pairs)
+    assert len(pairs) + sum(left.values()) == len(PROMPTS) * 10 and {"tied", "with an empty response"} <= set(left)
+    assert f"{left['tied']} tied" in told
+    assert summary["without_pair"] == len(PROMPTS) - len({row["prompt"] for row in pairs})
+    empty = sum(not all(r["text"].strip() for r in row["responses"]) for row in ranked)
+    assert json.loads((tmp_path / "e.summary.json").read_text())["best_empty"] == empty > 0
 
 
 def test_a_judges_doubt_becomes_a_soft_label(tmp_path):
@@ -346,7 +355,7 @@ def test_a_judges_doubt_becomes_a_soft_label(tmp_path):
     assert all(row["chosen"] < row["rejected"] for row in pairs)
 
 
-def test_a_failing_function_leaves_its_batch_without_labels(tmp_path, monkeypatch):
+def test_a_failing_function_leaves_its_batch_without_labels(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("rlhf_jax.hosts.attempts.RETRY_WAIT", 0.0)
 
     def moody(prompts, responses, **columns):
@@ -357,6 +366,8 @@ def test_a_failing_function_leaves_its_batch_without_labels(tmp_path, monkeypatc
     reward = RewardSourceConfig(functions=["a:b"], on_failure="skip", retries=0)
     rows = run_collect(settings(tmp_path / "a.jsonl", label="reward", reward=reward), rows=PROMPTS, functions=[moody])
     assert [r["score"] for r in rows[0]["responses"]] == [None] * 5 and rows[-1]["responses"][0]["score"] is not None
+    lost = sum(r["score"] is None for row in rows for r in row["responses"])
+    assert f"! {lost} responses have no score: the reward failed" in capsys.readouterr().out
     stopping = settings(tmp_path / "b.jsonl", label="reward", reward=replace(reward, on_failure="stop"))
     with pytest.raises(UserError, match="gone"):
         run_collect(stopping, rows=PROMPTS, functions=[moody])

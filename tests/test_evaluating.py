@@ -183,6 +183,21 @@ def test_a_pair_without_a_verdict_does_not_count(tmp_path):
     assert wins["prompts"] == len(asked) < len(PROMPTS)
 
 
+def test_responses_that_a_reward_failed_on_are_counted_and_said(tmp_path, capsys):
+    """Batches of 8 responses, 2 to a prompt: those of the first four prompts are lost."""
+
+    def moody(prompts, responses, **columns):
+        if PROMPTS[0]["prompt"] in prompts:
+            raise OSError("gone")
+        return length(prompts, responses)
+
+    reward = RewardSourceConfig(functions=["a:b"], on_failure="skip", retries=0)
+    found = run_evaluate(settings(tmp_path / "e", reward=reward), rows=PROMPTS, functions=[moody])
+    assert found["unscored"] == 8 and "! 8 responses have no score" in capsys.readouterr().out
+    scores = [[r["score"] for r in row["responses"]] for row in read(tmp_path / "e" / "responses.jsonl")]
+    assert found["models"]["model"]["reward"]["mean"] == pytest.approx(np.mean(scores[4:]))
+
+
 @pytest.mark.parametrize("spread", [0.05, 0.5, 2.0])
 @pytest.mark.parametrize("middle", [0.5, 0.8, 0.97])
 def test_intervals_hold_the_truth_as_often_as_they_say(spread, middle):

@@ -61,7 +61,9 @@ def run(
             answer = answer_fields(sources.responses(i)[best])
             told = {"score": float(proxy[i][best])} | ({} if golds is None else {"gold": float(golds[i][best])})
             out.append({**kept_fields(prompts[i]), **answer, **told})
-        summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve, **sources.unscored()}
+        lost = {"without_score": len(prompts) - len(known)} if len(known) < len(prompts) else {}
+        summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
+        summary |= {**sources.unscored(), **lost}
         write_and_tell("bestofn", journal, out, summary)
     return summary
 

@@ -10,7 +10,17 @@ import numpy as np
 
 from rlhf_jax.config import CollectArgs, JudgeArgs
 from rlhf_jax.data.messages import key_of
-from rlhf_jax.data.pairs import FILTERS, Pair, demonstration_of, length_bias, pairs_of, preference_of, shares_of
+from rlhf_jax.data.pairs import (
+    FILTERS,
+    Pair,
+    best_is_empty,
+    demonstration_of,
+    left_out,
+    length_bias,
+    pairs_of,
+    preference_of,
+    shares_of,
+)
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import report
@@ -83,8 +93,9 @@ def run_collect(
         if compared:
             summary["judge"] = report.judge_report([verdict for each in decided for verdict in each])
             summary["apart"] = sum("raters" in row for row in ranked)
-        if config.schema == "sft":
-            summary["without_best"] = len(ranked) - len(out)
+        if config.label != "none":
+            summary["pairs_left_out"] = left_out(ranked, shares)
+        summary |= not_in_schema(config, ranked, kept, out)
         if (golds := sources.gold(gold)) is not None:
             of_kept = [[golds[i][j] for j in chosen[i].places] for i in order]
             summary["gold"] = report.gold_agreement([prompts[i] for i in order], kept, of_kept)
@@ -155,6 +166,15 @@ def in_schema(config: CollectArgs, ranked: list[Row], pairs: Sequence[Pair]) -> 
     if config.schema == "preference":
         return [preference_of(ranked, pair) for pair in pairs]
     return [best for row in ranked if (best := demonstration_of(row)) is not None]
+
+
+def not_in_schema(config: CollectArgs, ranked: Sequence[Row], kept: Sequence[Pair], out: Sequence[Row]) -> Summary:
+    """How many prompts give no row of OUTPUT, or not that of their best response."""
+    if config.schema == "preference":
+        return {"without_pair": len(ranked) - len({pair.group for pair in kept})}
+    if config.schema == "sft":
+        return {"without_best": len(ranked) - len(out), "best_empty": sum(map(best_is_empty, ranked))}
+    return {}
 
 
 def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = None) -> list[Row]:

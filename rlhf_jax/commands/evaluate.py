@@ -120,6 +120,7 @@ def _evaluate(
         perplexities = [float(np.exp(phase[0]["nll"] / phase[0]["tokens"])) for phase in read]
         models = compare(out, sources.names, sources.each, baseline, perplexities, config.pass_at)
         summary: Summary = {"prompts": len(out), "baseline": sources.names[baseline], "models": models}
+        summary |= sources.unscored()
         if compared:
             summary["judge"] = judge_report([verdict for row in out for verdict in verdicts_of(row)])
         summary["made_of"] = made_of

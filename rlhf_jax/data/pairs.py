@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -35,14 +36,24 @@ def shares_of(row: Row) -> Shares:
 
 
 def pairs_of(rows: Sequence[Row], shares: Sequence[Shares]) -> list[Pair]:
-    """All pairs of ranking rows that are not tied and whose texts differ."""
-    pairs = []
+    """All pairs of ranking rows that are not tied and whose texts differ, neither of them empty."""
+    return [pair for pair, why_not in _labelled(rows, shares) if not why_not]
+
+
+def left_out(rows: Sequence[Row], shares: Sequence[Shares]) -> dict[str, int]:
+    """Labelled pairs that `pairs_of` leaves out, by the reason: tied, of equal texts, with an empty response."""
+    return dict(Counter(why_not for _, why_not in _labelled(rows, shares) if why_not))
+
+
+def _labelled(rows: Sequence[Row], shares: Sequence[Shares]) -> Iterator[tuple[Pair, str]]:
+    """Every labelled pair, and why nothing is learned from it, if so."""
     for group, (row, of_row) in enumerate(zip(rows, shares, strict=True)):
         texts = [item["text"].strip() for item in row["responses"]]
         for (i, j), share in sorted(of_row.items()):
-            if share != 0.5 and texts[i] and texts[j] and texts[i] != texts[j]:
-                pairs.append(Pair(group, i, j, share) if share > 0.5 else Pair(group, j, i, 1 - share))
-    return pairs
+            pair = Pair(group, i, j, share) if share >= 0.5 else Pair(group, j, i, 1 - share)
+            equal, empty = texts[i] == texts[j], not (texts[i] and texts[j])
+            why_not = "of equal texts" if equal else "with an empty response" if empty else "tied"
+            yield pair, why_not if equal or empty or share == 0.5 else ""
 
 
 def _place(item: Row) -> float | None:
@@ -65,12 +76,20 @@ def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
 
 
 def demonstration_of(row: Row) -> Row | None:
-    """An sft row of the best response (of equals the first), or None if none that has a text is labelled."""
-    known = [item for item in row["responses"] if _place(item) is not None and item["text"].strip()]
-    if not known:
-        return None
-    best = min(known, key=lambda item: _place(item) or 0.0)
-    return {"prompt": row["prompt"], **answer_fields(best)}
+    """An sft row of the best response that has a text (of equals the first), or None if none of these is labelled."""
+    best = _best([item for item in row["responses"] if item["text"].strip()])
+    return None if best is None else {"prompt": row["prompt"], **answer_fields(best)}
+
+
+def best_is_empty(row: Row) -> bool:
+    """Whether the best response of all has no text, so that another one is the demonstration."""
+    best = _best(row["responses"])
+    return best is not None and not best["text"].strip()
+
+
+def _best(items: Sequence[Row]) -> Row | None:
+    known = [item for item in items if _place(item) is not None]
+    return min(known, key=lambda item: _place(item) or 0.0, default=None)
 
 
 def answer_fields(item: Row) -> Row:

@@ -24,6 +24,9 @@ from rlhf_jax.runs.journal import Journal
 LEFT_OUT = {"unlabelled": "without a label", "no_verdict": "labelled without a verdict", "ties": "tied"}
 """Pairs that an agreement leaves out -> what a summary says of them."""
 
+UNSCORED = "unscored", "responses have no score: the reward failed, or a judge gave no answer"
+"""What counts them in a summary -> how it is said."""
+
 SHOWN = {"score": "reward", "gold": "gold"}
 """Columns of responses that a model wins or loses by -> what a summary calls them."""
 
@@ -133,13 +136,19 @@ def summary_lines(summary: Summary) -> list[str]:
             of = summary[name]
             told = ["unknown" if of[k] is None else f"{of[k]:.3f}" for k in ("longer_wins", "length_correlation")]
             said.append(f"  {of['pairs']} {what}: the longer wins {told[0]}, correlation with the label {told[1]}")
+    if of := summary.get("pairs_left_out"):
+        said.append(f"  pairs left out: {', '.join(f'{count} {why}' for why, count in of.items())}")
     said += judge_lines(summary["judge"]) if "judge" in summary else []
     if dropped := summary.get("dropped"):
         mark = mark_of(dropped, summary["rows"] + dropped) or "  "
         said.append(f"{mark}{dropped} rows dropped, without two responses to compare")
     for name, what in (
         ("apart", "rows fall apart where the judge gave no verdict; each part is ranked by itself"),
+        ("without_pair", "prompts give no row: no two of their responses make a pair"),
         ("without_best", "prompts give no row: nothing says which response is the best"),
+        ("best_empty", "prompts have an empty response as their best, which is no demonstration"),
+        ("without_score", "prompts give no row: no response to them has a score"),
+        UNSCORED,
     ):
         said += [f"! {summary[name]} {what}"] if summary.get(name) else []
     if "curve" in summary:  # of best-of-n: n, its KL to the policy that is sampled from, rewards with their errors
@@ -328,4 +337,6 @@ def evaluation_lines(summary: Summary) -> list[str]:
     said = [text_table(headers, rows), f"{summary['prompts']} prompts; +- is the standard error over them"]
     if judges:
         said.append(f"wins against {baseline}, ties half; Wilson's intervals over prompts")
+    name, what = UNSCORED
+    said += [f"! {summary[name]} {what}; reward is over prompts without one"] if name in summary else []
     return said + (judge_lines(summary["judge"]) if "judge" in summary else [])
