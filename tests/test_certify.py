@@ -1,6 +1,7 @@
 """`rlhf-jax certify`: where log-probs part, of which layers, and a method that trains what it samples to the bit."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from tiny import ARCH, model_params, toy_run, walks
+from tiny import ARCH, ONE, TOY_ROWS, model_params, toy_run, walks
 
 from rlhf_jax import cli, config
-from rlhf_jax.commands.certify import gap, lines, shallow
+from rlhf_jax.commands.certify import compared, gap, lines, shallow
 from rlhf_jax.config.functions import replace
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import flattened, leaf_shapes
+from rlhf_jax.ppo import train
+from rlhf_jax.sharding import make_mesh
 
 
 def test_the_gap_names_the_first_token_that_differs_and_the_farthest():
@@ -25,7 +28,8 @@ def test_the_gap_names_the_first_token_that_differs_and_the_farthest():
     found = gap(mask, a, b)
     assert (found["first"], found["largest_at"]) == ([0, 1], [0, 3])
     np.testing.assert_allclose([found["equal"], found["mean"], found["largest"]], [6 / 9, 0.8 / 9, 0.5], rtol=1e-6)
-    shown = "\n".join(lines({"tokens": 9, **found, "layer": 2, "update_ratio_max": 1.25, "update_approx_kl": 0.1}))
+    found |= {"hidden": "", "layer": 2, "update_ratio_max": 1.25, "update_approx_kl": 0.1}
+    shown = "\n".join(lines({"tokens": 9, **found}))
     assert "row 0, token 3" in shown and "lowest 2 layer(s)" in shown and "up to 1.25" in shown
 
 
@@ -53,6 +57,17 @@ def test_the_lowest_layers_have_the_parts_of_their_shape_where_layers_share_keys
             low, cut = shallow(model, tree, layers)
             found = {name: leaf.shape for name, leaf in flattened(low.merged(cut)).items()}
             assert found == leaf_shapes(low.arch, score_head=False)
+
+
+@pytest.mark.parametrize(("changes", "hidden"), [({"top_p": 0.6}, "top_p"), ({"min_new_tokens": 3}, "min_new_tokens")])
+def test_a_law_of_a_part_of_the_vocabulary_is_named_and_no_layer_is_blamed_for_it(monkeypatch, changes, hidden):
+    monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+    asked = {"ppo__old_logprobs": "recompute", **{f"sampling__{name}": value for name, value in changes.items()}}
+    found = compared(*train.setup(replace(toy_run(), **asked), **TOY_ROWS), 0, layers=True)
+    shown = "\n".join(lines(found))
+    assert found["largest"] > 0.01 and "layer" not in found and "layer" not in shown
+    assert f"law: sampling.{hidden} draws from a part of the vocabulary" in shown
+    assert found["update_ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -17,14 +17,16 @@ from rlhf_jax.errors import tell
 from rlhf_jax.group.train import settings_of
 from rlhf_jax.hosts.processes import is_first, say, to_host
 from rlhf_jax.inference.generate import make_sampler
+from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.models import Model
 from rlhf_jax.models.kernels import STACKS, depth, stacks_of
 from rlhf_jax.models.stacking import cut
 from rlhf_jax.online.core import response_logprobs, summed
 from rlhf_jax.online.iteration import LoopState, key_at
+from rlhf_jax.online.law import hidden_filter
 from rlhf_jax.online.method import Method
 from rlhf_jax.online.programs import EXACT, OnMesh
-from rlhf_jax.sharding import put_batch, rollout_mesh
+from rlhf_jax.sharding import put_batch, replicated, rollout_mesh
 from rlhf_jax.training.loop import describe
 from rlhf_jax.types import Params, Rollout
 
@@ -59,8 +61,8 @@ def compared(method: Method, loop: LoopState, number: int, *, layers: bool) -> d
     law = loop.kl_coef, method.temperature
     experience = programs.score(loop.state.params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)[0]
     mask, sampler, scorer = to_host((rollout.mask, rollout.logprobs, experience.old_logprobs))
-    found = {"tokens": int(mask.sum()), **gap(mask, sampler, scorer)}
-    if layers and found["first"]:
+    found = {"tokens": int(mask.sum()), **gap(mask, sampler, scorer), "hidden": hidden_filter(method.config.sampling)}
+    if layers and found["first"] and not found["hidden"]:
         found["layer"] = lowest(method, policy, prompts, key, rollout)
     _, metrics = programs.update(loop.state, experience, key, method.temperature, batch.get("ptx"), nets.frozen)
     ratio, kl = (float(metrics.get(f"policy/first_{name}", np.nan)) for name in ("ratio_max", "approx_kl"))
@@ -112,8 +114,9 @@ def lowest(method: Method, policy: Params, prompts: Any, key: jax.Array, rollout
 
     Both are run alone, over the whole vocabulary. None: they agree then, and part in the method's programs only.
     """
-    config, settings, law = method.config, method.settings, method.inputs.law
+    config, settings = method.config, method.settings
     sampling = replace(config.sampling, top_k=0, top_p=1.0, min_new_tokens=0)
+    law = SamplingLaw.from_config(sampling, replicated(method.mesh))
     stop_ids = () if settings.stop == "truncate" else method.inputs.tokenizer.eos_ids
     samples, num = len(rollout.tokens) // len(prompts[0]), rollout.tokens.shape[1]
 
@@ -149,6 +152,9 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"gap: {found['mean']:.2g} in the mean, {found['largest']:.2g} at most (row {far_row}, token {far})",
             f"first difference: token {token}, in row {row}",
         ]
+        if found["hidden"]:
+            what = "draws from a part of the vocabulary, and the scorer's log-probs are of all of it"
+            out.append(f"law: sampling.{found['hidden']} {what}; sampling.top_k carries its ids along")
         if found.get("layer"):
             out.append(f"layer: with the lowest {found['layer']} layer(s) alone they part, with fewer they do not")
         elif "layer" in found:
