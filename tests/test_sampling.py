@@ -536,6 +536,16 @@ def test_slots_are_chosen_from_the_bytes_of_weights_and_cache():
     assert choose_slots(MODEL, {}, 100, 3, 30, 20) == 18  # at least 16, in whole groups
 
 
+@pytest.mark.parametrize("microbatch", [5, 16, 40])
+def test_a_microbatch_that_does_not_divide_the_rows_is_as_many_as_do(microbatch):
+    """4 prompts of 3 samples, as a mesh of 4 devices draws 6 of each of 2 (`generate.spread`)."""
+    run = partial(sample, Chain(8), max_new_tokens=4, stop_ids=(7,), chunk=2, samples=3)
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
+    inputs = table, np.arange(4)[:, None], np.ones((4, 1), bool), KEY, law()
+    whole, parts = (jax.jit(partial(run, microbatch=n))(*inputs) for n in (0, microbatch))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
 def test_microbatches_change_nothing():
     rollout = jax.jit(partial(unfiltered, microbatch=2))(PARAMS, PROMPT, PROMPT_MASK, KEY, law())
     for name in ("prompt", "prompt_mask", "tokens", "mask", "finished"):

@@ -14,6 +14,9 @@ SEEDS = "between 0 and 2**32 - 1"
 SMALLEST, LARGEST = 1.2e-38, 3.4e38
 """About the smallest and the largest number of float32, in which all is computed."""
 
+TEMPERATURES = "0, or between 1e-30 and 1e30"
+"""Logits over another one are no numbers of float32."""
+
 HOLDS: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
@@ -28,6 +31,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "0 or above 1": lambda x: x == 0 or x > 1,
     SEEDS: lambda x: 0 <= x < 2**32,
+    TEMPERATURES: lambda x: x == 0 or 1e-30 <= x <= 1e30,
     "finite": lambda x: True,
     "finite and not 0": lambda x: x != 0,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from rlhf_jax.config.checks import LARGEST, check
+from rlhf_jax.config.checks import LARGEST, TEMPERATURES, check
 from rlhf_jax.config.judge import RewardJudgeConfig
 from rlhf_jax.config.parts import OptimConfig
 from rlhf_jax.config.settings import PathText, settings
@@ -188,11 +188,12 @@ class OnlineConfig:
         rules = {
             "at least 1": "iterations epochs minibatches accumulate sample_every",
             "at least 0": "microbatch_tokens score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef "
-            "target_kl num_samples train_temperature importance_cap reward_clip overlong_tokens kl_budget",
+            "target_kl num_samples importance_cap reward_clip overlong_tokens kl_budget",
             "above 0": "clip_ratio max_log_ratio overlong_coef",
             "at least 0 and below 1": "ema_decay",
             "0 or above 1": "dual_clip disagreement_budget",
             "finite": "missing_eos_value",
+            TEMPERATURES: "train_temperature",
         }
         check(self, group, rules)
 

@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.arch import ArchConfig
-from rlhf_jax.config.checks import LARGEST, SEEDS, check, check_list
+from rlhf_jax.config.checks import LARGEST, SEEDS, TEMPERATURES, check, check_list
 from rlhf_jax.config.rules import parse_rules
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
@@ -333,8 +333,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "chunk",
-            "at least 0": "max_new_tokens min_new_tokens temperature top_k slots microbatch budget",
+            "at least 0": "max_new_tokens min_new_tokens top_k slots microbatch budget",
             "above 0 and at most 1": "top_p",
+            TEMPERATURES: "temperature",
         }
         check(self, "sampling.", rules)
         if self.max_new_tokens and self.min_new_tokens > self.max_new_tokens:

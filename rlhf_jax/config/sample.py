@@ -26,7 +26,7 @@ class SampleArgs:
         max_prompt_length: longest prompt, in tokens; 0 takes 256, or what the model's positions leave.
         too_long: what happens to longer prompts, as data.too_long of a stage: drop (counted and said), truncate (they
             lose their start; their rows say in `prompt_seen` what was left), or error.
-        batch_size: prompts decoded at once.
+        batch_size: responses decoded at once, those to one prompt together.
         seed: of the noise.
         output: a .jsonl file to write {prompt, response, finished} rows to; finished: it ended by itself and was
             not cut off. Empty prints them.

@@ -218,11 +218,16 @@ def sample(
     )
     active = jnp.ones(prompt.shape[0], bool) if active is None else active
     inputs = (prompt, prompt_mask, uniforms, active, _begun(earlier, budget, steps, samples))
-    prompts_at_once = max(microbatch // samples, 1) if microbatch else 0  # whose samples stay together
-    drawn = map_microbatches(lambda xs: of_prompts(*xs), inputs, prompts_at_once)
+    drawn = map_microbatches(lambda xs: of_prompts(*xs), inputs, _at_once(len(prompt), samples, microbatch))
     drawn = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:, :max_new_tokens], drawn)
     prompt, prompt_mask = (jnp.repeat(x, samples, axis=0) for x in (prompt, prompt_mask))
     return _rollout(prompt, prompt_mask, _behind(earlier, drawn), is_stop)
+
+
+def _at_once(prompts: int, samples: int, microbatch: int) -> int:
+    """Prompts of a microbatch, whose samples stay together: as many as divide all; 0 without one."""
+    most = min(max(microbatch // samples, 1), prompts)
+    return next(n for n in range(most, 0, -1) if prompts % n == 0) if microbatch else 0
 
 
 def _of_prompts(
