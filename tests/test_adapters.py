@@ -78,6 +78,12 @@ def test_an_adapter_of_peft_computes_what_it_does_with_peft(tmp_path, case):
         assert np.abs(outputs(*read(tmp_path / "base"), tokens) - expected).max() > 0.1
 
 
+@pytest.mark.parametrize(("case", "flag"), [("llama", True), ("gpt2", False)])  # PEFT goes by the layer
+def test_fan_in_fan_out_says_nothing(tmp_path, case, flag):
+    plain, told = (read(write(tmp_path, case, **changes))[1] for changes in ({}, {"fan_in_fan_out": flag}))
+    jax.tree.map(np.testing.assert_array_equal, plain, told)
+
+
 def test_an_adapter_is_found_on_a_base_of_the_bare_trunk(tmp_path):
     path = write(tmp_path, "gpt2")
     bare = {name.removeprefix("transformer."): x for name, x in load_file(tmp_path / "base/model.safetensors").items()}
@@ -120,7 +126,6 @@ def test_every_shard_of_a_mesh_has_its_part_of_the_sum(tmp_path):
         ({"use_bdlora": {"nblocks": 2}}, "no support for use_bdlora {'nblocks': 2}; merge"),
         ({"init_lora_weights": "pissa"}, "no support for init_lora_weights 'pissa'"),
         ({"peft_type": "IA3"}, "no support for peft_type 'IA3'"),
-        ({"fan_in_fan_out": True}, r"_proj is for another shape than \["),
         ({"base_model_name_or_path": "no/where"}, "stands on no/where, which is neither a directory nor downloaded"),
         ({"base_model_name_or_path": None}, "stands on none, which is neither"),
     ],

@@ -34,7 +34,7 @@ OWN |= {
     "seed_oss": {"head_dim": 8}, "starcoder2": {"sliding_window": 5}, "gpt2": {"hidden_size": ..., "n_inner": 14},
     "gptj": {"hidden_size": ..., "n_inner": 14, "rotary_dim": 4}, "ernie4_5": {"head_dim": 8}, "opt": {"ffn_dim": 14},
     "glm": {"head_dim": 8}, "glm4": {"head_dim": 8}, "ministral3": {"head_dim": 8}, "falcon": {"ffn_hidden_size": 14},
-    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8}, "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma4_text": {"head_dim": 8, "sliding_window": 5, "global_head_dim": 12, "hidden_size_per_layer_input": 0},
 }  # fmt: skip
 LATENT = {
@@ -95,6 +95,8 @@ SAME = [  # family, changes, and changes that mean the same
     ("olmo3", {"rope_theta": 300.0, "sliding_window": 5},
      {"sliding_window": 5, "rope_parameters": {"full_attention": {"rope_theta": 300.0}}}),
     ("llama", {"per_layer_config": {}}, {}),
+    *((family, {"rope_parameters": {}, "rope_theta": 71.0}, {"rope_parameters": {"rope_theta": 71.0}})
+      for family in ("cwm", "gpt_oss")),  # none at all is yarn or llama3
     ("smollm3", {"no_rope_layers": [1, 0]}, {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     ("smollm3", {"no_rope_layers": [3, 0, 0]}, {"no_rope_layer_interval": 2}),
     ("smollm3", {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
@@ -154,6 +156,14 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
         ),
         ("llama", {"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0, by which no token has a"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "needs rope_parameters by layer type"),
+        *(
+            (
+                family,
+                {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+                "no support for rope scaling of sliding layers",
+            )
+            for family in ("gemma3_text", "olmo3", "gemma4_text")
+        ),
         (
             "gemma3_text",
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},

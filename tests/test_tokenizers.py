@@ -128,6 +128,8 @@ def test_without_a_template_messages_are_a_transcript():
         ({"eos_token_id": 259}, {"eos_token_id": 0}, (259,)),
         ({"eos_token_id": None}, {"eos_token_id": [5, 6]}, (5, 6)),
         ({"temperature": 0.6}, {}, (2,)),
+        ({}, {"eos_token_id": None, "text_config": {"eos_token_id": [5, 6]}}, (5, 6)),
+        ({}, {"eos_token_id": 7, "text_config": {"eos_token_id": [5, 6]}}, (7,)),
         (None, None, (2,)),
     ],
 )

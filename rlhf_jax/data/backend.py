@@ -39,10 +39,12 @@ def token_text(hf: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def declared_eos(directory: Path) -> int | list[int] | None:
-    """eos_token_id of generation_config.json, else of config.json."""
+    """eos_token_id of generation_config.json, else of config.json, else of the text_config in it."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        declared = read_object(file, "write it again", ours=False).get("eos_token_id") if file.is_file() else None
+        whole = read_object(file, "write it again", ours=False) if file.is_file() else {}
+        parts = [part for part in (whole, whole.get("text_config")) if isinstance(part, dict)]
+        declared = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
         if declared is None:
             continue
         if not all(type(i) is int for i in (declared if isinstance(declared, list) else [declared])):

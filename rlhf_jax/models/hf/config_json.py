@@ -207,20 +207,19 @@ def _windows(raw: ConfigJson, family: Family, where: Path, layers: int, max_posi
 def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> Fields:
     """transformers 5 has rope_parameters, perhaps by layer type; 4 has rope_scaling and keys beside it."""
     scaled: ConfigJson = raw.get("rope_scaling") or {}
-    given: ConfigJson = raw.get("rope_parameters") or family.default_rope
-    local: ConfigJson = {}
-    by_layer = "rope_local_theta" in family.rotary
+    given: ConfigJson = family.default_rope if raw.get("rope_parameters") is None else raw["rope_parameters"]
+    local, by_layer = ConfigJson(), "rope_local_theta" in family.rotary
     if by_layer:
         if any(value is not None and not isinstance(value, dict) for value in given.values()):
             raise UserError(f"{where}: {family.model_type} needs rope_parameters by layer type; write them so")
-        local = given.get("sliding_attention") or {}
-        given = (given.get("full_attention") or {"rope_type": "default"}) | scaled
+        local, full = given.get("sliding_attention") or {}, given.get("full_attention")
+        given = ({"rope_type": "default"} if full is None else full) | scaled
     else:
         given = scaled or given
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where}: no support for rope by layer type in {family.model_type}; use a plain one")
     fractions = [local.get("partial_rotary_factor", 1)]
-    if "rope_fraction" not in family.rotary and given.get("rope_type") != "proportional":
+    if "rope_fraction" not in family.rotary and _kind_of(given) != "proportional":
         fractions.append(_first(given.get("partial_rotary_factor"), raw.get("partial_rotary_factor"), 1))
     if fractions := [fraction for fraction in fractions if fraction != 1]:
         raise UserError(f"{where}: no support for partial_rotary_factor {shown(fractions[0])} in {family.model_type}; "
@@ -236,7 +235,7 @@ def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> F
         field: _first(stated[field], raw.get(key), null.get(key, default) if key in raw else default)
         for field, (key, default) in family.rotary.items()
     }
-    if local.get("rope_type", "default") != "default":
+    if _kind_of(local) != "default":
         raise UserError(f"{where}: no support for rope scaling of sliding layers; choose a checkpoint without it")
     numbers = {field: typed(value, float, field, where) for field, value in fields.items()}
     if numbers.get("rope_local_theta", 1) <= 0:
@@ -244,13 +243,18 @@ def _rope(raw: ConfigJson, family: Family, where: Path, max_positions: int) -> F
     return numbers | {"rope_scaling": _scaling(given, raw, family, where, max_positions)}
 
 
+def _kind_of(rope: ConfigJson) -> Any:
+    """Of rotary scaling, by the older name of its key too."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def _first(*values: object) -> object:
     return next((value for value in values if value is not None), None)
 
 
 def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, max_positions: int) -> RopeScaling:
-    kind: Any = given.get("rope_type", given.get("type", "default"))
-    kind, by_layer = family.scaling_names.get(kind, kind), "rope_local_theta" in family.rotary
+    kind = family.scaling_names.get(_kind_of(given), _kind_of(given))
+    by_layer = "rope_local_theta" in family.rotary
     if kind == "dynamic" and given.get("alpha") and "ntk" in family.scalings:
         kind, given = "ntk", {"alpha": given["alpha"]}  # the rest is not looked at
     if kind == "default":
@@ -271,15 +275,11 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
     if kind == "proportional":
         numbers.setdefault("factor", 1.0)
     if numbers.get("attention_factor") == 0:
-        raise UserError(
-            f"{where}: attention_factor is 0, by which no token has a place; write null for the computed one"
-        )
+        raise UserError(f"{where}: attention_factor is 0, by which no token has a place; null computes it")
     unread = _NOT_SCALING | ({_LOG_SCALE, "max_position_embeddings"} if "query_log_scale" in family.rotary else set())
     unknown = sorted(set(numbers) - set(keys.values()) - unread - {_ORIGINAL, *family.unread_rope})
     if unknown:
-        raise UserError(
-            f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose a checkpoint without"
-        )
+        raise UserError(f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose another checkpoint")
     lacking = [key for key in keys.values() if key in _REQUIRED and numbers.get(key) is None]
     if lacking:
         raise UserError(f"{where}: rope scaling {kind!r} lacks {lacking[0]!r}; download or save it again")

@@ -284,7 +284,7 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
         weight = shared.get(embedding if tied and name == head else name)
         if weight is None or len(pair) < 2:
             raise UserError(f"{where}: {module} is not in the model that the adapter names, or half is missing")
-        single[name] = _summed(raw, module, weight, pair, _transposed(family, name, raw), where)
+        single[name] = _summed(raw, module, weight, pair, _transposed(family, name), where)
     if tied and embedding in single:
         single.setdefault(head, shared[embedding])
     return shared | single
@@ -303,14 +303,10 @@ def _tensor_of(family: Family, name: str) -> Tensor | None:
     return family.tensors.get(re.sub(r"\.\d+\.", ".{}.", name))
 
 
-def _transposed(family: Family, name: str, raw: ConfigJson) -> bool:
-    """Whether a weight is that of Conv1D, which the family knows.
-
-    Of fan_in_fan_out PEFT keeps what was right for the last layer; it is true of no family that has no Conv1D.
-    """
+def _transposed(family: Family, name: str) -> bool:
+    """Whether a weight is that of Conv1D; by this PEFT goes too, whatever fan_in_fan_out says."""
     tensor = _tensor_of(family, name)
-    anywhere = any(" " in one.axes and is_transposed(one) for one in family.tensors.values())
-    return is_transposed(tensor) if tensor is not None and anywhere else bool(raw.get("fan_in_fan_out"))
+    return tensor is not None and is_transposed(tensor)
 
 
 def check_tied(folder: Path, family: Family, stored: Tensors) -> None:
