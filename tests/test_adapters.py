@@ -22,7 +22,9 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf.layout import flattened
+from rlhf_jax.models.hf.peft import adapter_config
 from rlhf_jax.models.loading import load_model, load_tokenizer, save_model
+from rlhf_jax.models.lora import scale_of, sites
 from rlhf_jax.sharding import make_mesh
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -215,12 +217,21 @@ def test_an_adapter_of_an_adapter_and_its_tokenizer_are_found(tmp_path):
 
 
 def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_does(tmp_path):
-    from rlhf_jax.models.hf.peft import adapter_config
-
     of = lambda base: adapter_config(LoRAConfig(rank=2), [], base=base, score_head=False)  # noqa: E731
     assert of(str(tmp_path))["base_model_name_or_path"] == str(tmp_path)
     found = of("hf://owner/name@v1")
     assert (found["base_model_name_or_path"], found["revision"]) == ("owner/name", "v1")
+
+
+@pytest.mark.parametrize(("family", "stabilized"), [("llama", True), ("qwen3_moe", False), ("mixtral", False)])
+def test_the_factor_of_adapters_on_experts_is_one_that_peft_keeps(family, stabilized):
+    """It doubles rank and alpha of gate and up, which leaves alpha / rank alone as it is."""
+    for lora in LoRAConfig(rank=4, alpha=3, rank_stabilized=True), LoRAConfig(rank=4, alpha=3):
+        raw = adapter_config(lora, sites(hf.FAMILIES[family]), base="base", score_head=False)
+        assert raw["use_rslora"] == (stabilized and lora.rank_stabilized)
+        assert raw["lora_alpha"] / raw["r"] ** (0.5 if raw["use_rslora"] else 1) == scale_of(lora)
+    few = adapter_config(LoRAConfig(4, 3, True), sites(hf.FAMILIES[family], ["q_proj"]), base="base", score_head=False)
+    assert few["use_rslora"] and few["lora_alpha"] == 3
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's use of transformers
@@ -228,11 +239,11 @@ def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_does(tmp_path
     "ignore:The following .* keys did not match:RuntimeWarning"
 )  # which it makes itself for experts
 @pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3_5_text/plain", "qwen3_moe/plain"])
-@pytest.mark.parametrize("head", ["vocabulary", "zeros"])
-def test_peft_loads_ours_and_computes_the_same(tmp_path, monkeypatch, case, head):
+@pytest.mark.parametrize(("head", "stabilized"), [("vocabulary", True), ("zeros", False)])
+def test_peft_loads_ours_and_computes_the_same(tmp_path, monkeypatch, case, head, stabilized):
     pytest.importorskip("torch", reason="needs torch and peft: the golden file stands in for them")
     pytest.importorskip("peft")
-    loaded, params = saved(tmp_path, case, LoRAConfig(rank=2, alpha=3), head=head)
+    loaded, params = saved(tmp_path, case, LoRAConfig(2, 3, stabilized), head=head)
     if head != "vocabulary":
         params["score"]["bias"] = jnp.zeros(())  # transformers' head has none
     tokens = golden("llama")["tokens"].astype(np.int32) % loaded.model.arch.vocab_size

@@ -126,6 +126,8 @@ SAME = [  # family, changes, and changes that mean the same
     ("deepseek_v3", {"sliding_window": 4096, "head_dim": 4}, {}),
     ("glm4_moe_lite", {"head_dim": 2}, {"qk_rope_head_dim": 2}),
     ("gpt_neox", {"head_dim": 8}, {"head_dim": None}),
+    *(("deepseek_v3", {key: None}, {key: False}) for key in ("norm_topk_prob", "rope_interleave")),
+    ("falcon", {"bias": None, "multi_query": None}, {"multi_query": False}),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, metaspace_tokenizer
 
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data.collate import collate_prompts, collate_sft
@@ -145,6 +145,22 @@ def test_stop_ids_of_the_generation_config(tmp_path, generation, config, expecte
         assert tokenizer.end_id == (260 if closing else expected[0])
         assert tokenizer.encode_response("a")[-1] == expected[0]
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_llama_tokenizer_is_the_same_tokenizer_when_it_is_saved(tmp_path, legacy):
+    metaspace_tokenizer("always" if legacy else "first", CHATML).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    raw = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    file.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    found = [Tokenizer.load(str(tmp_path / "base"))]
+    for name in ("one", "two"):
+        found[-1].save(str(tmp_path / name))
+        found.append(Tokenizer.load(str(tmp_path / name)))
+    texts = "two", "</s>two", "it</s>is", [{"role": "user", "content": "yes</s>it"}]
+    ids = [[each.encode_prompt(text) for text in texts] for each in found]
+    assert ids[0] == ids[1] == ids[2]
+    assert (ids[0][1] == [2, *ids[0][0]]) == bool(legacy)
 
 
 # ---- the border

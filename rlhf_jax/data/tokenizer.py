@@ -284,6 +284,8 @@ class Tokenizer:
 
     def save(self, directory: str) -> None:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""
+        if hasattr(self.hf, "legacy"):  # by it Llama's puts blanks behind special tokens, and it would not save it
+            self.hf.init_kwargs["legacy"] = self.hf.legacy
         self.hf.save_pretrained(directory)
 
 

@@ -129,14 +129,15 @@ def _default(key: str, family: Family, raw: ConfigJson) -> object:
 
 
 def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -> Any:
-    value = raw.get(key)
+    value, kind = raw.get(key), type(getattr(ArchConfig(), field))
     if value is None and key not in family.defaults:
         raise UserError(f"{where} lacks {key!r}; download or save it again")
-    if value is None and not (key in raw and field in _MAYBE_NONE):
+    none = field in _MAYBE_NONE or kind is bool  # where null is no default
+    if value is None and not (key in raw and none):
         value = _default(key, family, raw)
-    if value is None and field in _MAYBE_NONE:
-        return type(getattr(ArchConfig(), field))()
-    value = typed(value, type(getattr(ArchConfig(), field)), key, where)
+    if value is None and none:
+        return kind()
+    value = typed(value, kind, key, where)
     if (field in family.inverse or field in _FACTORS) and value == 0:
         raise UserError(f"{where}: {key} is 0, by which nothing is left; correct it")
     if field in family.inverse:
@@ -277,11 +278,9 @@ def _scaling(given: ConfigJson, raw: ConfigJson, family: Family, where: Path, ma
     if numbers.get("attention_factor") == 0:
         raise UserError(f"{where}: attention_factor is 0, by which no token has a place; null computes it")
     unread = _NOT_SCALING | ({_LOG_SCALE, "max_position_embeddings"} if "query_log_scale" in family.rotary else set())
-    unknown = sorted(set(numbers) - set(keys.values()) - unread - {_ORIGINAL, *family.unread_rope})
-    if unknown:
+    if unknown := sorted(set(numbers) - set(keys.values()) - unread - {_ORIGINAL, *family.unread_rope}):
         raise UserError(f"{where}: no support for {unknown[0]!r} in rope scaling {kind!r}; choose another checkpoint")
-    lacking = [key for key in keys.values() if key in _REQUIRED and numbers.get(key) is None]
-    if lacking:
+    if lacking := [key for key in keys.values() if key in _REQUIRED and numbers.get(key) is None]:
         raise UserError(f"{where}: rope scaling {kind!r} lacks {lacking[0]!r}; download or save it again")
     plain = RopeScaling()
     given_here = {field: key for field, key in keys.items() if numbers.get(key) is not None}

@@ -25,13 +25,18 @@ from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson, Family
 from rlhf_jax.models.hf.layout import Layout, flattened, leaf_shapes
 from rlhf_jax.models.hf.stored import ADAPTER_WEIGHTS, PREFIX, read_header
-from rlhf_jax.models.lora import Site, adapter_axes, adapter_shapes, sites
+from rlhf_jax.models.lora import Site, adapter_axes, adapter_shapes, scale_of, sites
 from rlhf_jax.sharding import Mesh, placed
 from rlhf_jax.types import Params
 
 
 def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool) -> ConfigJson:
-    """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub."""
+    """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub.
+
+    PEFT makes one adapter of twice the rank and alpha of those of an expert's gate and up, and would take another factor
+    where that is alpha / sqrt(rank). So of experts the same factor is written as alpha / rank.
+    """
+    stabilized = lora.rank_stabilized and not any("/experts/" in site.tensor.leaf for site in chosen)
     name, _, revision = base.removeprefix(HUB).partition("@")
     place = base if in_bucket(base) else str(Path(base).absolute())
     return {
@@ -40,8 +45,8 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
         "base_model_name_or_path": name if base.startswith(HUB) else place,
         "revision": revision if base.startswith(HUB) and revision else None,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "use_rslora": lora.rank_stabilized,
+        "lora_alpha": lora.alpha if stabilized else scale_of(lora) * lora.rank,
+        "use_rslora": stabilized,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(site.transposed for site in chosen),
