@@ -33,7 +33,7 @@ from rlhf_jax.types import Params
 def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool) -> ConfigJson:
     """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub.
 
-    PEFT makes one adapter of twice the rank and alpha of those of an expert's gate and up, and would take another factor
+    PEFT makes one adapter of twice the rank and alpha of those of an expert's gate and up, and so takes another factor
     where that is alpha / sqrt(rank). So of experts the same factor is written as alpha / rank.
     """
     stabilized = lora.rank_stabilized and not any("/experts/" in site.tensor.leaf for site in chosen)
