@@ -57,12 +57,16 @@ def shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why, in one short line: what an OSError says of its code, else the first line of the error, else its type."""
+    """Why, in one short line: what an OSError says of its code, else the first line of the error, else its type.
+
+    A first line that ends in a colon has the second one behind it; a full stop at the end is left out.
+    """
     try:
         said = getattr(error, "strerror", None) or str(error)
     except Exception:
         said = ""
-    return shortened(next((line.strip() for line in str(said).splitlines() if line.strip()), type(error).__name__))
+    first, *rest = [line.strip() for line in str(said).splitlines() if line.strip()] or [type(error).__name__]
+    return shortened((f"{first} {rest[0]}" if rest and first.endswith(":") else first).removesuffix("."))
 
 
 class UserError(ValueError):

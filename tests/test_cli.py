@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -870,6 +871,70 @@ INFERENCE_MISTAKES = {
 def test_mistakes_of_sample_and_score_are_one_line(here, refused, line):
     arguments = [part.replace("_'", " '") if part == "[b,'_']" else part for part in line.split()]
     assert re.fullmatch(INFERENCE_MISTAKES[line], refused(*arguments))
+
+
+LATE = {
+    "bestofn --output o.jsonl --reward.model lm": r"lm holds no trained score head .*",
+    "bestofn --output o.jsonl --reward.model cut": r"cut/model\.safetensors is no complete safetensors file .*",
+    "bestofn --output o.jsonl --reward.model short": r"short: prompt length \+ .* = 6 is more than the model's 3 .*",
+    "collect --output o.jsonl --label reward --reward.models [rm,lm]": r"lm holds no trained score head .*",
+    "collect --output o.jsonl --select top_two --reward.models [rm,lm]": r"lm holds no trained score head .*",
+    "collect --output o.jsonl --select random --selected 3": r"selected 3 of 2 responses to a prompt cannot be; .*",
+    "collect --output o.jsonl --label judge --judge.model.path rm": r"rm is a reward or value model; .*",
+    "collect --output o.jsonl --label sources --sources [{name:_a},{name:_b,path:_rm}]": r"rm is a reward or .*",
+    "evaluate --output_dir o --reward.model lm": r"lm holds no trained score head .*",
+    "evaluate --output_dir o --judge.model.path rm": r"rm is a reward or value model; .*",
+    "evaluate --output_dir o --text_path prompts.jsonl": r'prompts\.jsonl:1: no field "response" .*',
+    "rejection --run.output_dir o --reward.model lm --data.batch_size 8": r"lm holds no trained score head .*",
+    "rejection --run.output_dir o --data.batch_size 8": r"nothing says which response is best; .*",
+}
+
+
+@pytest.mark.parametrize("line", LATE)
+def test_what_would_be_wrong_after_hours_of_sampling_is_said_before_and_leaves_the_place_free(
+    here, refused, monkeypatch, line
+):
+    monkeypatch.setattr("rlhf_jax.feedback.sources.load_drawer", lambda *_, **__: pytest.fail("it samples"))
+    for name in ("cut", "short"):
+        shutil.copytree(here / "rm", here / name)
+    weights = here / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    config = json.loads((here / "rm" / "config.json").read_text())
+    (here / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
+    limits = ["--sampling.max_new_tokens", "4", "--model.path", "lm", "--data_path", "prompts.jsonl"]
+    each = (
+        ["--data.max_prompt_length", "2"]
+        if "rejection" in line
+        else ["--max_prompt_length", "2", "--num_samples", "2"]
+    )
+    assert re.fullmatch(
+        LATE[line],
+        refused(*[part.replace("_", " ") if "{" in part else part for part in line.split()], *limits, *each),
+    )
+    assert all(
+        len(path.read_bytes().splitlines()) < 2 for path in here.rglob("*.part")
+    )  # a header, which binds nobody
+    assert not (here / "o.jsonl").exists() and not (here / "o" / "config.yaml").exists()
+
+
+PLACES = (
+    "sample --prompts [b] --model.path lm --output",
+    "score --data_path sft.jsonl --model.path rm --output",
+    "bestofn --prompts [b] --model.path lm --reward.functions cli_rewards:length --output",
+    "rate sft.jsonl --function a:b --output",
+    "data aggregate sft.jsonl --output",
+    "convert lm --output",
+    "data prepare sft.jsonl --out",
+    "report out --output",
+    "evaluate --prompts [b] --model.path lm --output_dir",
+    "recipe instructgpt --output_dir",
+)
+
+
+@pytest.mark.parametrize("line", PLACES)
+def test_nothing_is_written_to_a_directory_named_after_the_hub(here, refused, line):
+    assert "to the Hub go models alone" in refused(*line.split(), "hf://own/name.jsonl")
+    assert not (here / "hf:").exists()
 
 
 def test_quickstart_refuses_a_directory_in_use(here, refused):

@@ -95,7 +95,7 @@ def test_every_method_has_a_preset():
 
 def test_a_bare_name_is_a_preset_unless_a_file_has_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("instructgpt", "stories_sample"):  # of recipes and of commands
+    for name in ("instructgpt", "stories_sample", "llama3.2_1b_sft"):  # of recipes and of commands
         text, _ = read(name)
         assert text == next((ROOT / "configs").rglob(f"{name}.yaml")).read_text()
     cli.dispatch(["recipe", "instructgpt", "--dry_run", "true"])

@@ -301,6 +301,11 @@ def test_tokenizer_errors(tmp_path, tokenizer):
         Tokenizer.load(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="holds no tokenizer"):
         Tokenizer.load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 17, "num_attention_heads": 2}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"unusable tokenizer \(.*: .*17.*\); check config.json, and that"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "config.json").unlink()
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="unusable tokenizer"):
         Tokenizer.load(str(tmp_path))

@@ -262,7 +262,7 @@ def test_all_answers_of_real_conversations_are_those_that_transformers_marks(tok
 def test_gpt2_files_without_a_class_name_say_what_is_missing(tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((DATA / NAMES["gpt2"] / name).read_bytes())
-    with pytest.raises(UserError, match=r"unusable tokenizer .* check that tokenizer_config.json names its class"):
+    with pytest.raises(UserError, match=r"unusable tokenizer .* and that tokenizer_config.json names its class"):
         Tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_bytes((DATA / NAMES["gpt2"] / "tokenizer_config.json").read_bytes())
     assert Tokenizer.load(str(tmp_path)).vocab_size == 50257

@@ -464,5 +464,8 @@ def test_data_commands_run_from_the_command_line(tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and "builder_from_directory" in done.stdout
     done = call("prepare", path, "--schema", "rankings", "--out", "x")
     assert done.returncode == 2 and "give one of sft, preference, ranking, prompts" in done.stderr
+    done = call("make", "os:getcwd", "--out", "x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "os:getcwd failed (TypeError: posix.getcwd() takes no keyword" in done.stderr
     done = call("inspct", path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

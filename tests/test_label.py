@@ -356,6 +356,8 @@ def test_files_of_others_are_left_alone(tmp_path):
         ('{"note": "mine"}\n', r"votes.jsonl:1: not an answer"),
         ('{"item": "x", "rater": "a", "prompt": "p", "responses": [], "ranks": [], "order": [], "all_bad": false, '
          '"skipped": false, "comment": ""}\n', "votes.jsonl:1: an answer to an item that the rows do not hold"),
+        ('{"item": ["x"], "rater": "a", "prompt": "p", "responses": [], "ranks": [], "order": [], "all_bad": false, '
+         '"skipped": false, "comment": ""}\n', "votes.jsonl:1: not an answer"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(UserError, match=line):

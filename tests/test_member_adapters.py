@@ -23,6 +23,7 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.losses import pairwise_reward_loss
 from rlhf_jax.models import hf
+from rlhf_jax.models.contents import digest_of
 from rlhf_jax.models.loading import adapted, load_model, load_tokenizer, save_model
 from rlhf_jax.models.members import member, scored
 from rlhf_jax.ppo import networks, train
@@ -91,13 +92,18 @@ def test_members_score_and_learn_as_models_of_their_own(ensemble):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient["layers"])) > 0
 
 
-def test_a_directory_holds_the_trunk_and_each_member_is_a_reward_model_by_itself(ensemble):
+def test_a_directory_holds_the_trunk_and_each_member_is_a_reward_model_by_itself(ensemble, tmp_path):
     path, loaded, own = ensemble
     before, _ = scored(loaded.model, loaded.whole(own), *INPUTS)
     again = read(path)
     assert again.model.members == MEMBERS and again.model.own_adapters and hf.members_of(path) == MEMBERS
     assert "score.weight" not in hf.weights.stored_tensors(path)  # which transformers would take without adapters
     assert same_bits(scored(again.model, again.params, *INPUTS)[0], before)
+    other = tmp_path / "other"
+    shutil.copytree(path, other)
+    assert digest_of(str(other)) == digest_of(str(path)) != ""
+    shutil.copytree(path / "members" / "0", other / "members" / "1", dirs_exist_ok=True)  # the trunk is as it was
+    assert digest_of(str(other)) != digest_of(str(path))
     for i in range(MEMBERS):
         by_itself = read(path / "members" / str(i))
         np.testing.assert_allclose(scored(by_itself.model, by_itself.params, *INPUTS)[0], before[..., i], atol=1e-5)

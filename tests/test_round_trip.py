@@ -117,7 +117,7 @@ def test_ids_of_another_text_are_left_and_counted(tokenizer):
 def test_ids_that_are_none_are_a_bad_row(ids):
     tokenizer = Tokenizer(byte_tokenizer())
     rows = rows_from([{"prompt": "a", "response": "b", "response_ids": ids}])
-    with pytest.raises(UserError, match=r'row 0: "response_ids" is a .*; give a list of token ids, or leave it out'):
+    with pytest.raises(UserError, match=r'row 0: "response_ids" is .*; give a list of token ids, or leave it out'):
         sft_examples(rows, tokenizer, LIMITS, loss_on="response")
 
 

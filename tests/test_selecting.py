@@ -177,8 +177,11 @@ def test_the_page_draws_what_collect_chooses_batch_by_batch_and_goes_on(tmp_path
     assert [said(row) for row in sorted(rows, key=lambda row: -row["information"])] == [said(row) for row in wanted]
     with drawing.Supply(config) as again:
         assert again.batches == batches
-    with pytest.raises(UserError, match=r"votes.jsonl.drawn.part is made with seed 0, not 1; give the same"):
+    with pytest.raises(UserError, match=r"votes.jsonl.drawn.part is made with seed 0, not 1; .* or another --o"):
         drawing.Supply(replace(config, seed=1))
+    monkeypatch.setattr(drawing, "contents", lambda config: {"model.path": "trained anew"})
+    with pytest.raises(UserError, match=r"votes.jsonl.drawn.part is made with contents of model.path "):
+        drawing.Supply(config)
     with pytest.raises(UserError, match=r"num_samples is of responses that a model draws; give model.path"):
         replace(config, model=ModelConfig())
     with pytest.raises(UserError, match="select disagreement asks a reward ensemble what it doubts"):
@@ -214,6 +217,11 @@ def test_a_policy_that_fails_leaves_the_page_with_what_is_there_and_its_rows_are
             page.answer({"rater": "ada", "item": shown["item"], "ranks": {r["name"]: 0 for r in shown["responses"]}})
             assert page.waiting() == 2 and page.item("ada")["at"] == 0
             wait_for(lambda: supply.failure is not None)
+    monkeypatch.setattr(Fake, "__call__", lambda self, start: [])
+    with pytest.raises(UserError, match="no prompt has two different responses; raise num_samples or"):
+        drawing.Supply(replace(config, output=str(tmp_path / "alike.jsonl")))
+    monkeypatch.undo()
+    monkeypatch.setattr(drawing, "Drawing", Fake)
     Fake.broken = False
     with drawing.Supply(config) as supply:
         made, again = items_drawn(config, supply)
@@ -231,6 +239,7 @@ def test_a_policy_that_fails_leaves_the_page_with_what_is_there_and_its_rows_are
         ({"select": "top_two", "label": "reward", "reward": {"model": "a"}}, "set label none, judge or sources"),
         ({"most": 3}, "most and selected do nothing with select all"),
         ({"select": "random", "selected": 1}, "selected is 1; make it at least 2"),
+        ({"select": "random", "num_samples": 1}, "selected 2 of 1 responses to a prompt cannot be; raise num_samples"),
         ({"select": "random", "reward": {"model": "a"}}, "reward does nothing with label none"),
         ({"select": "top_two", "reward": {"model": "a", "functions": ["a:b"]}}, "asks reward models; leave out"),
     ],

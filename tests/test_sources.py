@@ -47,6 +47,10 @@ def refused(call) -> str:
         ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "Parquet"),
         ("a.parquet", b"", "Parquet"),
         ("a.tsv", b"a\tb\nc\n", "a.tsv:2: 1 cells under 2 names"),
+        ("a.jsonl", LINE + b'{"a": {"b": 1, "b": 2}}', ":2: not JSON ('b' comes twice)"),
+        ("a.json", b'[{"a": 1, "a": 2}]', "not JSON ('a' comes twice)"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "there are two columns 'a'; rename one"),
         ("a", LINE, "unknown extension"),
     ],
 )

@@ -17,10 +17,10 @@ def preset(path: str, option: str) -> str:
     Raises:
         UserError: there is neither a file nor a preset of that name.
     """
-    if Path(path).name != path or "." in path or Path(path).exists():
+    if Path(path).name != path or Path(path).exists():
         return path
     known = {file.stem: str(file) for folder in ("recipes", ".") for file in sorted((PRESETS / folder).glob("*.yaml"))}
-    if path in known:
-        return known[path]
+    if path in known or path.endswith((".yaml", ".yml")):
+        return known.get(path, path)
     cure = nearest(path, list(known), "").partition("; `")[0] or f"; presets are {', '.join(known)}"
     raise UserError(f"{option} {path}: no such file, nor a preset{cure}")

@@ -15,7 +15,9 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.phases import Phases, digest, named, open_journal
 from rlhf_jax.feedback.report import mean_of, write_and_tell
-from rlhf_jax.feedback.sources import Sources, check_rewards, kept_fields, prompts_of, within_limits
+from rlhf_jax.feedback.scorer import check_scorers
+from rlhf_jax.feedback.sources import SAMPLED, Sources, check_rewards, kept_fields, prompts_of, within_limits
+from rlhf_jax.inference.generate import total_length
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.types import RewardFn
 
@@ -31,10 +33,7 @@ def run(
 
     `rows` (dicts with a prompt), `functions` and `gold` replace those that the config names.
     """
-    if not (functions or config.reward.named()):
-        raise UserError("nothing says which response is best; give reward.model, reward.judge or reward.functions")
-    prompts = prompts_of(config, rows)
-    check_rewards(config, prompts, functions, gold)
+    prompts = checked_prompts(config, rows, functions, gold)
     output, prompts = named(config.output), within_limits(config, prompts)
     decided_by = {"prompts": digest(prompts), "given in Python": names_given(functions=functions)}
     with open_journal(config, output, decided_by) as journal:
@@ -66,6 +65,18 @@ def run(
         summary |= {**sources.unscored(), **lost}
         write_and_tell("bestofn", journal, out, summary)
     return summary
+
+
+def checked_prompts(
+    config: BestOfNArgs, rows: object, functions: Sequence[RewardFn] | None, gold: RewardFn | None
+) -> list[Row]:
+    """The prompts; a UserError if there is no reward, or one that cannot be asked about them."""
+    if not (functions or config.reward.named()):
+        raise UserError("nothing says which response is best; give reward.model, reward.judge or reward.functions")
+    prompts = prompts_of(config, rows)
+    check_rewards(config, prompts, functions, gold)
+    check_scorers(config.reward, total_length(config.sampling, config.max_prompt_length), SAMPLED)
+    return prompts
 
 
 def curve_of(rewards: dict[str, np.ndarray], prompts: Sequence[str]) -> list[Summary]:

@@ -32,7 +32,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError, printable, shown, tell
+from rlhf_jax.errors import UserError, printable, reason, shown, tell
 from rlhf_jax.feedback.sources import rankings_given
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, written
@@ -102,7 +102,13 @@ def run_make(config: DataMakeArgs) -> list[str]:
         raise UserError("no directory to write to; give --out DIR")
     what = f"out {config.out}"
     with writable_directory(config.out, what) as out, written(what), scratch(out) as place:
-        function(place, num=config.num, seed=config.seed)
+        try:
+            function(place, num=config.num, seed=config.seed)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {reason(error)}"
+            raise UserError(f"{config.function} failed ({why}); it is called as fn(folder, num=, seed=)") from error
         made = sorted(place.iterdir())
         places = [f"{config.out.rstrip('/')}/{path.name}" for path in made]
         if (old := [each for each in places if there(each)]) and not config.overwrite:

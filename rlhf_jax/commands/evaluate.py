@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from rlhf_jax.commands.rewards import evaluate_reward
 from rlhf_jax.config import EvaluateArgs, SourceConfig
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import DroppedRow, Row, layout_of
+from rlhf_jax.data.schemas import sft_row, text_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
@@ -66,6 +68,9 @@ def run_evaluate(
         raise UserError("pass_at asks for a reward; give reward.functions or reward.gold")
     prompts, text_source = prompts_of(config, rows), config.text_path if text_rows is None else text_rows
     text = rows_from(text_source) if text_source else []
+    for row in text:  # of what has no answer to read it is said before hours of sampling
+        with suppress(DroppedRow):
+            text_row(row) if layout_of(row) == "text" else sft_row(row)
     check_rewards(config, prompts, functions, gold)
     made_of = {
         "prompts": digest(prompts),
@@ -108,7 +113,6 @@ def _evaluate(
             sources.score(functions)
         pairs_of = partial(beside_baseline, sources, baseline)
         compared = sources.judge(config, judge, pairs_of) if judge or config.judge.named() else None
-        write_config(path, "evaluate", config, "output_dir")
         phases.fill("evaluate", progress=config.progress)
 
         out = [{**kept_fields(prompt), "responses": sources.responses(i)} for i, prompt in enumerate(prompts)]
@@ -124,6 +128,7 @@ def _evaluate(
         if compared:
             summary["judge"] = judge_report([verdict for row in out for verdict in verdicts_of(row)])
         summary["made_of"] = made_of
+        write_config(path, "evaluate", config, "output_dir")
         journal.finish(out, summary, path / SUMMARY)
     return summary
 

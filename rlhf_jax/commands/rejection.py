@@ -17,7 +17,6 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
-from rlhf_jax.feedback.sources import prompts_of
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
@@ -44,7 +43,7 @@ def run(
     if finished is not None:
         return finished
     total, path = config.rejection.rounds, Path(config.run.output_dir)
-    prompts = prompts_of(sampling_of(config, 0), rows)
+    prompts = bestofn.checked_prompts(sampling_of(config, 0), rows, functions, gold)
     shown = ("rollout/reward", "rollout/gold")
     with Run("rejection", config, total=total, shown=shown, given=given, files=files) as out:
         tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})

@@ -71,7 +71,6 @@ def evaluate_reward(
         with open_journal(config, path / SCORED, made_of) as journal:
             phases = Phases(journal)
             phase = phases.add(len(items), config.batch_size, partial(_scoring, config, items, columns, functions))
-            write_config(path, "evaluate", config, "output_dir")
             phases.fill("evaluate", progress=config.progress)
             golds = _golds(config, items, columns, judge) if judge else [{}] * len(items)
             said = [scores | own for scores, own in zip(phase.rows, golds, strict=True)]
@@ -85,6 +84,7 @@ def evaluate_reward(
             summary["made_of"] = made_of
             plain = [{name: value for name, value in item.row.items() if name != "_where"} for item in items]
             out = [row | own for row, own in zip(plain, said, strict=True)]
+            write_config(path, "evaluate", config, "output_dir")
             journal.finish(out, summary, path / SUMMARY)
     tell("\n".join(reward_lines(summary)))
     return summary

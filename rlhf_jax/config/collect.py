@@ -52,6 +52,11 @@ class CollectArgs(SourcesArgs):
         check(self, "", {"at least 2": "selected", "at least 0": "most"})
         if self.select == "all" and (self.most or self.selected != 2):
             raise UserError("most and selected do nothing with select all; set select random, disagreement or top_two")
+        each = [source.num_samples or self.num_samples for source in self.sources] or [self.num_samples]
+        if self.select != "all" and sum(each) < self.selected:
+            raise UserError(
+                f"selected {self.selected} of {sum(each)} responses to a prompt cannot be; raise num_samples"
+            )
         if asks and (self.label == "reward" or not self.reward.paths):
             cure = "set label none, judge or sources" if self.label == "reward" else "name it by reward.models"
             raise UserError(

@@ -24,6 +24,7 @@ from rlhf_jax.data.messages import (
 from rlhf_jax.data.numbers import LARGEST, is_number, number_of, off_centre
 from rlhf_jax.data.rows import PREFERENCES, RANKINGS, Row, bad_row, empty_row, layout_of, require, type_of, where_of
 from rlhf_jax.data.shapes import proposal
+from rlhf_jax.errors import shown
 
 
 class Answer(NamedTuple):
@@ -205,7 +206,7 @@ def ids_of(row: Row, name: str) -> list[int] | None:
     """The token ids that a row gives for a response, or None."""
     ids = row.get(name)
     if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
-        raise bad_row(row, f'"{name}" is {type_of(ids)}; give a list of token ids, or leave it out')
+        raise bad_row(row, f'"{name}" is {shown(ids)}; give a list of token ids, or leave it out')
     return ids
 
 

@@ -24,6 +24,7 @@ from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import is_stream
+from rlhf_jax.hosts.json_text import once
 
 NOT_TEXT = {"label", "rating", "votes", "margin", "finished", "responses", "messages", "conversations", "ranks"}
 """Columns of .csv files whose cells are JSON; all others are texts."""
@@ -268,7 +269,7 @@ def _objects(file: File) -> Iterator[Row]:
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:  # nested too deeply, too long a number
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
             raise UserError(f"{where}: not JSON ({why}); write one object per line") from error
@@ -281,12 +282,14 @@ def _array(file: File) -> Iterator[Row]:
     """The objects of a .json file; one that holds a line for each, as a .jsonl does, is read as that."""
     text = "\n".join(line for _, line in _lines(file))
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
             yield from _objects(file)
             return
         raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); mend it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({reason(error)}); mend it") from error
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list)]
         value = lists[0] if len(lists) == 1 and layout_of(value) == "unknown" else [value]
@@ -302,7 +305,7 @@ def _table(file: File) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
     reader = csv.reader((f"{line}\n" for _, line in _lines(file)), delimiter=delimiter)
-    names = next(reader, [])
+    names = _different(file, next(reader, []))
     for cells in reader:
         if not cells:
             continue
@@ -312,6 +315,13 @@ def _table(file: File) -> Iterator[Row]:
                 f"{where}: {len(cells)} cells under {len(names)} names; put texts with {delimiter!r} in quotes"
             )
         yield {**{n: _cell(where, n, c) for n, c in zip(names, cells, strict=True) if c}, "_where": where}
+
+
+def _different(file: File, names: Sequence[str]) -> Sequence[str]:
+    """The names of the columns of a file; a UserError if two are alike, since a row has one value for a name."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: there are two columns {shown(max(names, key=names.count))}; rename one")
+    return names
 
 
 def _cell(where: str, name: str, cell: str) -> object:

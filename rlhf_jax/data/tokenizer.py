@@ -105,8 +105,8 @@ class Tokenizer:
         except BaseException as error:  # transformers raises anything, its Rust parts a kind of exception of their own
             if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
                 raise
-            message = f"{path}: unusable tokenizer ({reason(error)}); check that tokenizer_config.json names its class"
-            raise UserError(message) from error
+            cure = "check config.json, and that tokenizer_config.json names its class"
+            raise UserError(f"{path}: unusable tokenizer ({reason(error)}); {cure}") from error
 
     def encode_prompt(self, prompt: Text, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a prompt, ready for the response's first token.

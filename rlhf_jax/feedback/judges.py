@@ -24,7 +24,7 @@ from rlhf_jax.feedback.phases import Make
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.inference.scoring import Likelihood, example_of
-from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
+from rlhf_jax.models.loading import check_length, check_model, check_vocabulary, load_model, load_tokenizer
 from rlhf_jax.sharding import Mesh, make_mesh
 
 
@@ -87,6 +87,13 @@ def plain_text(prompt: str | Messages) -> str:
 def make_judge(config: JudgeConfig, mesh: Mesh) -> Judge:
     """The judge of pairs that the config names."""
     return judge_by(make_ask(config, mesh, PAIRS), config)
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """Raise a UserError if the judge is a model that cannot be loaded."""
+    if config.model.path:
+        length = config.max_prompt_length + (config.max_new_tokens if config.answer == "sample" else 1)
+        check_model(config.model, length, f"{config.group}max_prompt_length and the answer =")
 
 
 def judge_by(ask: Ask, config: JudgeConfig) -> Judge:

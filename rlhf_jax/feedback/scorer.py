@@ -12,12 +12,20 @@ from rlhf_jax.config import ModelConfig, RewardSourceConfig
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.judges import plain_text
+from rlhf_jax.feedback.judges import check_judge, plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
 from rlhf_jax.inference.reward_functions import combine
 from rlhf_jax.inference.scoring import RewardModel, combined, function_inputs
+from rlhf_jax.models.loading import check_model
 from rlhf_jax.sharding import Mesh
 from rlhf_jax.types import RewardFn
+
+
+def check_scorers(config: RewardSourceConfig, length: int, what: str) -> None:
+    """Raise a UserError if a model of a `reward` group cannot be loaded, or not for `length` tokens (`what`)."""
+    for path in config.paths:
+        check_model(ModelConfig(path=path), length, what, head="trained")
+    check_judge(config.judge)
 
 
 class Scorer:

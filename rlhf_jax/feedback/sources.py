@@ -20,18 +20,21 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge
-from rlhf_jax.feedback.judges import Group, verdicts
+from rlhf_jax.feedback.judges import Group, check_judge, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
 from rlhf_jax.feedback.reward_judge import check_against
-from rlhf_jax.feedback.scorer import Scorer
+from rlhf_jax.feedback.scorer import Scorer, check_scorers
 from rlhf_jax.inference.generate import Generator, Response, total_length
 from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, columns_for, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.inference.scoring import function_inputs
 from rlhf_jax.keys import branch
-from rlhf_jax.models.loading import Loaded, check_vocabulary, load_model, load_tokenizer, same_ids
+from rlhf_jax.models.loading import Loaded, check_model, check_vocabulary, load_model, load_tokenizer, same_ids
 from rlhf_jax.sharding import Mesh, make_mesh
 from rlhf_jax.types import RewardFn
+
+SAMPLED = "prompt length + sampling.max_new_tokens ="
+"""What the longest sequence consists of."""
 
 
 def prompts_of(config: DrawArgs | SampleArgs, rows: object = None) -> list[Row]:
@@ -195,6 +198,7 @@ class Sources:
         self.mesh = make_mesh(config.mesh)
         self.each = [source.num_samples or config.num_samples for source in self.sources]
         self._at_once = max(config.batch_size // sum(self.each), 1)  # prompts whose responses make up a batch
+        self._length = total_length(config.sampling, config.max_prompt_length)
         self._columns = reward_columns([], prompts)
         self._last: tuple[tuple[str, bool], Drawer] | None = None
         self._drawn: list[Phase] = []
@@ -216,6 +220,7 @@ class Sources:
         demonstrations before it, as the source's model is shown it.
         """
         size = max(self.config.batch_size // self.each[number], 1)
+        check_model(self._model(self.sources[number]), self._length, SAMPLED)
         self._drawn.append(self.phases.add(len(self.prompts), size, partial(self._drawing, number, size, begin)))
 
     def _drawing(self, number: int, size: int, begin: Callable[[Drawer], Measure] | None) -> Make:
@@ -278,16 +283,18 @@ class Sources:
 
         null where it failed and reward.on_failure is skip, or where a judge gave no answer.
         """
+        check_scorers(self.config.reward, self._length, SAMPLED)
         self._scored = self.phases.add(len(self.prompts), self._at_once, partial(self._scoring, functions))
         return self._scored
 
     def members(self) -> Phase:
         """Add a phase of rows {members}, what each member of config.reward's models says of each response."""
+        check_scorers(self.config.reward, self._length, SAMPLED)
         return self.phases.add(len(self.prompts), self._at_once, partial(self._scoring, None, by_member=True))
 
     def _scoring(self, functions: Sequence[RewardFn] | None, *, by_member: bool = False) -> Make:
-        config, longest = self.config, self.config.max_prompt_length
-        limits = Limits(longest, longest + config.sampling.max_new_tokens)
+        config = self.config
+        limits = Limits(config.max_prompt_length, self._length)
         scorer = Scorer(config.reward, self.mesh, limits, batch_size=config.batch_size, functions=functions)
         key = jax.random.fold_in(jax.random.key(config.seed), len(self.sources) + 1)
         reads = [False] * len(self.sources)  # whether a source's ids mean the same to the reward model
@@ -325,6 +332,8 @@ class Sources:
         """Add a phase of rows {verdicts}; groups_of(i, responses) are the responses to prompt i to be compared."""
         key = jax.random.fold_in(jax.random.key(config.seed), len(self.sources))
         groups = lambda i: groups_of(i, self.responses(i))  # noqa: E731
+        if judge is None:
+            check_judge(config.judge)
         return self.phases.add(len(self.prompts), self._at_once, partial(verdicts, config, judge, groups, key))
 
     def gold(self, function: RewardFn | None) -> list[list[float]] | None:

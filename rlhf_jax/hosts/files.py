@@ -272,13 +272,18 @@ def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> Bin
     return file
 
 
-def check_place(path: Place, what: str) -> None:
-    """Raise a UserError, about `what`, of a path on the Hub, or in a bucket, where no pages, votes and talks go."""
+def check_hub(path: Place, what: str) -> None:
+    """Raise a UserError, about `what`, of a path on the Hub, to which nothing is written by its name."""
     if Path(path).parts[:1] == ("hf:",):
         raise UserError(
             f"{what}: to the Hub go models alone, by run.push_to_hub or `rlhf-jax convert --push`; give a path of "
             "this machine"
         )
+
+
+def check_place(path: Place, what: str) -> None:
+    """Raise a UserError, about `what`, of a path on the Hub, or in a bucket, where no pages, votes and talks go."""
+    check_hub(path, what)
     if Path(path).parts[:1] == ("gs:",):
         raise UserError(
             f"{what}: of what is written only runs, evaluations, recipes, rows and models may be in a bucket; give a "

@@ -77,6 +77,19 @@ def from_json(text: str | bytes) -> Any:
     return json.loads(text, object_hook=restored)
 
 
+def once(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """The object of these names and values.
+
+    Raises:
+        ValueError: a name comes twice, of which all but the last would be lost.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{shown(twice)} comes twice")
+    return fields
+
+
 def strict_json(text: str | bytes) -> Any:
     """JSON that somebody else wrote. No name may come twice, and NaN or Infinity is no number.
 
@@ -84,13 +97,6 @@ def strict_json(text: str | bytes) -> Any:
         ValueError: it is something else, or a number is too long.
         RecursionError: it is too deep.
     """
-
-    def once(pairs: list[tuple[str, object]]) -> JsonObject:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise ValueError(f"{shown(twice)} comes twice")
-        return fields
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")

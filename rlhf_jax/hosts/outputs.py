@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError, call_it, reason
 from rlhf_jax.hosts import buckets
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import upload_tree
-from rlhf_jax.hosts.files import check_writable, is_stream, replace_files, write_all, write_new
+from rlhf_jax.hosts.files import check_hub, check_writable, is_stream, replace_files, write_all, write_new
 from rlhf_jax.hosts.interrupts import UNFINISHED, temporary
 
 
@@ -27,6 +27,7 @@ def check_output(path: str, *, overwrite: bool) -> None:
         return
     if in_bucket(path):
         return _check_object(path, overwrite=overwrite)
+    check_hub(path, f"output {path}")
     if Path(path).is_dir() or path.endswith("/"):
         raise UserError(f"output {path} is a directory; name a .jsonl file")
     if Path(path).exists() and not os.access(path, os.W_OK):

@@ -15,7 +15,9 @@ from rlhf_jax.data import hub_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, have, local_tree
+from rlhf_jax.models import hf
 from rlhf_jax.models.hf import directory, hub
+from rlhf_jax.models.loading import OF_MEMBERS
 
 OPTIONS = {"path", "model", "models", "tokenizer", "reference", "teacher", "mixture", "demonstrations"}
 OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
@@ -72,7 +74,9 @@ def _named(option: str, value: object) -> Iterator[str]:
 def digest_of(name: str) -> str:
     """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
     try:
-        return _as_one([_digest(place) for place in _places(name)])
+        places = _places(name)
+        places += [place for trunk in places for place in _members(name, trunk)]
+        return _as_one([_digest(place) for place in places])
     except (OSError, ValueError, RuntimeError):  # it is said where it is read
         return ""
 
@@ -84,6 +88,14 @@ def _places(name: str) -> list[Path]:
     local = hub.local_directory(name.rpartition("@")[0] if in_bucket(name) and "@" in name else name)
     places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
     return [place for place in places if place.exists()][:1]
+
+
+def _members(name: str, trunk: Path) -> list[Path]:
+    """Where the adapters of an ensemble's members lie, whose `trunk` `name` stands for; nothing of another model."""
+    if not hf.own_adapters(trunk):
+        return []
+    where = name if in_bucket(name) else str(trunk)
+    return [Path(hub.local_directory(f"{where}/{OF_MEMBERS}/{i}")) for i in range(hf.members_of(trunk))]
 
 
 def digest_below(output: str) -> str:

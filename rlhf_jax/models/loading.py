@@ -118,6 +118,19 @@ def arch_of(config: ModelConfig) -> ArchConfig:
     return hf.read_config(hub.local_directory(config.path))[0] if config.arch is None else config.arch
 
 
+def check_model(config: ModelConfig, length: int, what: str, *, head: Head = "vocabulary") -> None:
+    """Raise the UserError of `load_tokenizer`, `load_model` and a `check_length` that names the length by `what`.
+
+    As far as config.json and the headers of files tell: so hours of work do not come before what could have been said.
+    """
+    tokenizer, arch = load_tokenizer(config), arch_of(config)
+    path = _checked(config, head) if config.path else ""
+    check_length(arch, length, f"{config.path or 'model.arch'}: {what}")
+    check_vocabulary(arch, tokenizer, config.path)
+    if path:
+        hf.check_params(path, arch, score_head=None if hf.own_adapters(path) else head == "trained")
+
+
 def load_model(
     config: ModelConfig,
     mesh: Mesh,
@@ -164,11 +177,17 @@ def _random(config: ModelConfig, arch: ArchConfig, mesh: Mesh, key: jax.Array, h
     return Loaded(model, placed(mesh, init, key))
 
 
-def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head, members: int) -> Loaded:
+def _checked(config: ModelConfig, head: Head) -> str:
+    """Where the config's directory lies on this machine; a UserError if it is to be of a language model and is not."""
     path = hub.local_directory(config.path)
-    arch, base = hf.read_config(path)
     if head == "vocabulary" and hf.has_score_head(path):
         raise UserError(f"{config.path} is a reward or value model; give a language model")
+    return path
+
+
+def _load_directory(config: ModelConfig, mesh: Mesh, key: jax.Array, head: Head, members: int) -> Loaded:
+    path = _checked(config, head)
+    arch, base = hf.read_config(path)
     hf.find_family(arch, base)
     score_head = {"vocabulary": False, "trained": True}.get(head)
     if score_head and hf.own_adapters(path):

@@ -39,16 +39,24 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         rows: the lines after the first.
     """
 
-    def __init__(self, output: str | Path, made_of: Mapping[str, object], *, overwrite: bool):
+    def __init__(
+        self,
+        output: str | Path,
+        made_of: Mapping[str, object],
+        *,
+        overwrite: bool,
+        cure: str = "give the same, or pass --overwrite true",
+    ):
         """Claim OUTPUT.part and read it; `made_of` is all that decides the rows.
 
-        With `overwrite` it continues only what was begun with `overwrite` too.
+        With `overwrite` it continues only what was begun with `overwrite` too. `cure` is what to do where it is made
+        of something else.
 
         Raises:
             UserError: OUTPUT cannot be written, or is there and may not be replaced; another process writes
                 OUTPUT.part, or it is made of something else.
         """
-        self.output = str(output)
+        self.output, self._cure = str(output), cure
         self._twin: Twin | None = None
         self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
         self._file: BinaryIO | None = None
@@ -89,9 +97,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return []
         made_of = header.get("made of")
         if made_of != self._header["made of"]:
-            raise UserError(
-                f"{path} {_difference(made_of, self._header['made of'])}; give the same, or pass --overwrite true"
-            )
+            raise UserError(f"{path} {_difference(made_of, self._header['made of'])}; {self._cure}")
         clock.begin(header.get("time"))  # chat templates see when it was begun
         rows = [_loaded(line) for line in lines[1:]]
         count = next((i for i, row in enumerate(rows) if row is None or WRITTEN in row), len(rows))

@@ -20,6 +20,7 @@ from rlhf_jax.feedback.scorer import Scorer
 from rlhf_jax.feedback.selection import select
 from rlhf_jax.feedback.sources import kept_fields, load_drawer, prompts_of, within_limits
 from rlhf_jax.inference.generate import Response
+from rlhf_jax.models.contents import contents
 from rlhf_jax.models.loading import load_tokenizer, same_ids
 from rlhf_jax.runs.journal import Journal
 from rlhf_jax.sharding import make_mesh
@@ -126,9 +127,11 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
         self.ahead, self.drawing = config.ahead, Drawing(config)
         names = ("num_samples", "max_prompt_length", "batch_size", "select", "selected", "seed")
         decided_by = {name: getattr(config, name) for name in names} | {"sampling": asdict(config.sampling)}
-        decided_by |= {"model": config.model.path, "reward": config.reward.paths}
+        read = contents(config)
+        decided_by |= {f"contents of {name}": read[name] for name in read if name.startswith(("model.", "reward."))}
         decided_by |= {"prompts": digest(self.drawing.prompts)}
-        self.journal = Journal(f"{config.output}.drawn", decided_by, overwrite=False)  # a line for each batch
+        cure = "give the same, or another --output"
+        self.journal = Journal(f"{config.output}.drawn", decided_by, overwrite=False, cure=cure)  # a line for a batch
         self.count = -(-len(self.drawing.prompts) // self.drawing.size)
         self.batches: list[list[Row]] = [batch["rows"] for batch in self.journal.rows]
         self.failure: Exception | None = None
@@ -136,6 +139,11 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
         try:
             while not any(self.batches) and self._more():
                 self.batches.append(self._drawn())
+            if not any(self.batches):
+                raise UserError(
+                    "no prompt has two different responses; raise num_samples or sampling.temperature, and give "
+                    "another --output"
+                )
         except BaseException:
             self.journal.close()
             raise

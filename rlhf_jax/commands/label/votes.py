@@ -62,7 +62,8 @@ class Votes:
             raise
 
     def _check(self, row: Row, path: str) -> None:
-        if not set(row) >= VOTE | {"order", "all_bad", "skipped", "comment"}:
+        named = all(isinstance(row.get(name), str) for name in ("item", "rater"))
+        if not (named and set(row) >= VOTE | {"order", "all_bad", "skipped", "comment"}):
             raise UserError(f"{row['_where']}: not an answer of `rlhf-jax label`; choose another --output")
         item = self.items.get(row["item"])
         if item is None:

@@ -20,7 +20,7 @@ from rlhf_jax.config import RecipeArgs, functions
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
-from rlhf_jax.hosts.files import read_object
+from rlhf_jax.hosts.files import check_hub, read_object
 from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.hosts.outputs import there
 from rlhf_jax.hosts.processes import say
@@ -52,6 +52,7 @@ def stages_of(
         where, (_, tree) = config.path, cli.read(config.path, "recipe")
     else:
         raise UserError("no recipe is named; write rlhf-jax recipe FILE.yaml")
+    check_hub(config.output_dir, f"output_dir {config.output_dir}")
     stages, root = read(replaced(tree, changes or {}, where), where, config.output_dir)
     if processes.several():
         for one in stages:

@@ -5,4 +5,4 @@ from rlhf_jax.models.hf.directory import model_directory
 from rlhf_jax.models.hf.heads import has_score_head, members_of, own_adapters
 from rlhf_jax.models.hf.stored import read_config, read_generation
 from rlhf_jax.models.hf.table import FAMILIES
-from rlhf_jax.models.hf.weights import load_params, save_model
+from rlhf_jax.models.hf.weights import check_params, load_params, save_model

@@ -81,7 +81,26 @@ def load_params(
     Raises:
         UserError: tensors are missing, unknown, misshapen, quantized or cut short, or there is no trained score head.
     """
-    folder, members = Path(path), members_of(path) if score_head else 0
+    folder = Path(path)
+    family, layout, stored, shapes = _held(folder, arch, score_head)
+    params = load_leaves(folder, arch, family, layout, stored, shapes, mesh=mesh, dtype=dtype)
+    for each in layers_of(folder):
+        release(each)
+    return params
+
+
+def check_params(path: str | os.PathLike[str], arch: ArchConfig, *, score_head: bool | None) -> None:
+    """Raise the UserError of `load_params`, as far as the headers of the files tell; reads no tensor, says nothing."""
+    folder = Path(path)
+    family, layout, stored, shapes = _held(folder, arch, score_head)
+    _check_stored(folder, family, stored, _names(family, layout, shapes), layout, say=False)
+
+
+def _held(
+    folder: Path, arch: ArchConfig, score_head: bool | None
+) -> tuple[Family, Layout, Tensors, dict[str, tuple[int, ...]]]:
+    """(family, layout, stored tensors, leaf -> shape) of what `load_params` reads of a directory."""
+    members = members_of(folder) if score_head else 0
     if score_head and own_adapters(folder):
         raise UserError(f"{folder} is the trunk of {members} members; name a reward model, such as {folder}/members/0")
     layout, config = Layout(arch, members=members), model_directory(folder) / "config.json"
@@ -93,11 +112,7 @@ def load_params(
         family = family._replace(tensors=bare | {n: t for n, t in family.tensors.items() if n not in trunk})
     if arch.tied_head:
         check_tied(folder, family, stored)
-    shapes = leaf_shapes(arch, score_head=score_head, members=members)
-    params = load_leaves(folder, arch, family, layout, stored, shapes, mesh=mesh, dtype=dtype)
-    for each in layers_of(folder):
-        release(each)
-    return params
+    return family, layout, stored, leaf_shapes(arch, score_head=score_head, members=members)
 
 
 def load_leaves(
@@ -195,7 +210,9 @@ def _read_shard(
     return out
 
 
-def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted, layout: Layout) -> None:
+def _check_stored(
+    folder: Path, family: Family, stored: Tensors, wanted: _Wanted, layout: Layout, *, say: bool = True
+) -> None:
     missing = {name: tensor.leaf for name, (tensor, _) in wanted.items() if name not in stored}
     missing = {name: leaf for name, leaf in missing.items() if leaf != "score/bias"}
     if "score/kernel" in missing.values():
@@ -217,7 +234,7 @@ def _check_stored(folder: Path, family: Family, stored: Tensors, wanted: _Wanted
         "of keys and values in layers that see those of others are not read": len(unused),
     }
     for what, count in counts.items():
-        if count and is_first():
+        if count and say and is_first():
             tell(f"{folder}: {count} tensors {what}", error=True)
     shapes = {name: layout.stored_shape(wanted[name][0]) for name in wanted if name in stored}
     shaped = [f"{n} {list(stored[n].shape)}, not {list(s)}" for n, s in shapes.items() if s != stored[n].shape]
