@@ -123,6 +123,14 @@ def test_rows_say_where_in_the_bucket_they_stand(bucket):
         read_rows("gs://bucket/rows/bad.jsonl")
 
 
+def test_a_name_with_an_at_sign_is_that_of_an_object_where_there_is_one(bucket):
+    bucket.put("rows/me@home.jsonl", b'{"prompt": "a"}\n')
+    assert read_rows("gs://bucket/rows/me@home.jsonl")[0]["prompt"] == "a"
+    assert digest_of("gs://bucket/rows/me@home.jsonl") != ""
+    with pytest.raises(UserError, match="gs://bucket/rows/none: no such object"):
+        read_rows("gs://bucket/rows/none@train")
+
+
 def test_a_command_that_fails_leaves_no_copies(bucket, tmp_path):
     bucket.put("rows/bad.jsonl", b'{"prompt"\n')
     command = [sys.executable, "-m", "rlhf_jax", "data", "inspect", "gs://bucket/rows/bad.jsonl"]

@@ -1,8 +1,10 @@
 """Runs in a bucket: whole whatever is killed when, held by one process, continued bit by bit."""
 
 import contextlib
+import itertools
 import json
 import re
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -262,6 +264,48 @@ def test_a_file_of_rows_in_a_bucket_is_gone_on_with_after_a_kill_and_written_who
     write_output(url, b"{}\n")
     assert bucket.objects["out/rows.jsonl"][0] == b"{}\n"
     assert sorted(bucket.objects) == ["out/rows.jsonl", "out/rows.summary.json"]
+
+
+def at(status, method, name):
+    """A fault that never ends: this status to requests of a method of objects whose names end so."""
+    return lambda asked, of: status if asked == method and (of or "").endswith(name) else None
+
+
+REFUSED = {
+    "the rows": (at(403, "POST", "out/rows.jsonl"), r"out/rows.jsonl: no credentials.*computed is in gs://.*\.part/"),
+    "the rows, by a policy": (at(412, "POST", "out/rows.jsonl"), r"out/rows.jsonl: the service refuses it \(412\).*"),
+    "the summary": (at(503, "POST", "summary.json"), r"the service cannot be asked.*what was computed is in gs://"),
+    "the head": (at(412, "POST", "head.json"), r"what came last could not be written.*refuses it \(412\).*it is in /"),
+    "all": (lambda method, name: 503, r"what came last could not be written.*it is in /"),
+    "deleting": (at(403, "DELETE", ""), None),
+    "every other reply": (None, None),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_last_write_to_a_bucket_that_is_refused_loses_nothing_and_says_where_the_rows_are(bucket, held, what):
+    url, rows, (fault, line) = "gs://bucket/out/rows.jsonl", [{"i": i} for i in range(4)], REFUSED[what]
+    lost = itertools.cycle(["lost", None])
+    fault = fault or (lambda method, name: next(lost) if method != "GET" else None)
+    refused = pytest.raises(UserError, match=line) if line else contextlib.nullcontext()
+    with refused as error, Journal(url, {"seed": 0}, overwrite=False) as journal:
+        journal.add(rows)
+        bucket.faults = [fault]
+        journal.finish(rows, {"n": 4})
+    bucket.faults = []
+    if line and (kept := re.search("it is in (/[^ ,]+)", str(error.value))):
+        assert rows_in(Path(kept[1]) / "rows.jsonl")[1:5] == rows  # on this machine, under its own name
+        shutil.rmtree(kept[1])
+    elif line:
+        with Journal(url, {"seed": 0}, overwrite=False) as journal:
+            assert journal.rows == rows
+            journal.finish(rows, {"n": 4})
+    else:
+        assert read_rows(url)[3]["i"] == 3 and "out/rows.summary.json" in bucket.objects
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 DAMAGE = {

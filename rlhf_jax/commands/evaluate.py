@@ -34,6 +34,7 @@ from rlhf_jax.feedback.sources import (
     shots_of,
     within_limits,
 )
+from rlhf_jax.hosts.files import once_more
 from rlhf_jax.inference.generate import Response, total_length
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
@@ -128,7 +129,8 @@ def _evaluate(
         if compared:
             summary["judge"] = judge_report([verdict for row in out for verdict in verdicts_of(row)])
         summary["made_of"] = made_of
-        write_config(path, "evaluate", config, "output_dir")
+        with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
+            write_config(path, "evaluate", config, "output_dir")
         journal.finish(out, summary, path / SUMMARY)
     return summary
 

@@ -25,6 +25,7 @@ from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.feedback.scorer import Scorer
+from rlhf_jax.hosts.files import once_more
 from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
 from rlhf_jax.inference.scoring import function_inputs
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
@@ -84,7 +85,8 @@ def evaluate_reward(
             summary["made_of"] = made_of
             plain = [{name: value for name, value in item.row.items() if name != "_where"} for item in items]
             out = [row | own for row, own in zip(plain, said, strict=True)]
-            write_config(path, "evaluate", config, "output_dir")
+            with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
+                write_config(path, "evaluate", config, "output_dir")
             journal.finish(out, summary, path / SUMMARY)
     tell("\n".join(reward_lines(summary)))
     return summary

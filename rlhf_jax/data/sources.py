@@ -25,6 +25,7 @@ from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import is_stream
 from rlhf_jax.hosts.json_text import once
+from rlhf_jax.hosts.outputs import there
 
 NOT_TEXT = {"label", "rating", "votes", "margin", "finished", "responses", "messages", "conversations", "ranks"}
 """Columns of .csv files whose cells are JSON; all others are texts."""
@@ -205,7 +206,7 @@ def _read(path: str) -> Iterable[Row]:
     """The rows of what a path names: the path itself if it is there, else what stands before its last @, a split."""
     if path.startswith(HUB):
         return chain.from_iterable(_of_file(File(name, place)) for name, place in hub_rows.files_of(path))
-    where, _, split = (path, "", "") if os.path.exists(path) or "@" not in path else path.rpartition("@")
+    where, _, split = (path, "", "") if "@" not in path or there(path) else path.rpartition("@")
     if path.startswith("tfds:"):
         return tfds_rows.read_builder(where.removeprefix("tfds:"), split or "train")
     place = str(local(where)) if in_bucket(where) else where

@@ -123,8 +123,8 @@ def why(error: Exception) -> str:
         return "there is no such bucket; check its name"
     if text.startswith("OUT_OF_RANGE"):
         return "it is cut short; upload it again"
-    if "bucket name" in text:
-        return "no bucket has such a name; check it"
+    if match := re.search("(bucket|object) name", text):
+        return f"no {match[1]} has such a name; check it"
     said = " ".join(re.sub(r"\[[a-z_]+=.*", "", text.partition("failed: ")[2] or text).split())
     if "credentials file" in said:
         return f"{said.partition(': ')[2]}; {LOGIN}"
@@ -177,7 +177,14 @@ def write(url: str, data: bytes) -> None:
         OSError: it is not written, and what was there is as it was; says why.
     """
     bucket, name = split(url)
-    _result(url, lambda: store(bucket).write(name, data).result())
+    if not _result(url, lambda: store(bucket).write(name, data).result()).generation:
+        raise refused(url)  # tensorstore takes a 412 for a condition that is not met, also where there is none
+
+
+def refused(url: str) -> OSError:
+    """What is to be raised where the service answers 412 for no condition of ours, as by a policy of the bucket."""
+    cure = "look at the policies of the bucket and its organisation, or take another"
+    return OSError(errno.EPERM, f"the service refuses it (412); {cure}", url)
 
 
 def swap(url: str, data: bytes, of: bytes | None) -> bytes | None:
@@ -186,15 +193,19 @@ def swap(url: str, data: bytes, of: bytes | None) -> bytes | None:
     A swap whose reply is lost may look like one that was refused.
 
     Raises:
-        OSError: it may be written or not; says why.
+        OSError: it may be written or not, or it is refused though no other is there; says why.
     """
     bucket, name = split(url)
+    now = lambda: _result(url, lambda: store(bucket).read(name).result())  # noqa: E731
     if of is None:
-        missing = _result(url, lambda: store(bucket).read(name).result())
+        missing = now()
         if missing.state != "missing":
             return None
         of = missing.stamp.generation
-    return _result(url, lambda: store(bucket).write(name, data, if_equal=of).result()).generation or None
+    made = _result(url, lambda: store(bucket).write(name, data, if_equal=of).result()).generation
+    if not made and now().stamp.generation == of:
+        raise refused(url)
+    return made or None
 
 
 def delete(url: str) -> None:

@@ -15,6 +15,7 @@ from rlhf_jax.data import hub_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, have, local_tree
+from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import directory, hub
 from rlhf_jax.models.loading import OF_MEMBERS
@@ -85,7 +86,8 @@ def _places(name: str) -> list[Path]:
     """Where what a name stands for lies on this machine, or a copy of it: files of the Hub, a file, or a directory."""
     if name.startswith(HUB_ROWS):
         return [place for _, place in hub_rows.files_of(name)]
-    local = hub.local_directory(name.rpartition("@")[0] if in_bucket(name) and "@" in name else name)
+    with_split = in_bucket(name) and "@" in name and not there(name)
+    local = hub.local_directory(name.rpartition("@")[0] if with_split else name)
     places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
     return [place for place in places if place.exists()][:1]
 

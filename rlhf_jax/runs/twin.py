@@ -135,16 +135,18 @@ class Twin(Copy):
         with self._lock:
             while not self.lost:
                 head = {**self._head, **changes, "beat": self._head["beat"] + 1}
-                generation = buckets.swap(self._at, to_json(head).encode(), self._generation)
+                data = to_json(head).encode()
+                if (generation := buckets.swap(self._at, data, self._generation)) is None:
+                    found = buckets.read(self._at)
+                    there = json.loads(found.data) if found else {}
+                    if found is None or there.get("id") != self._id:
+                        self.lost = there.get("holder") or "another process, which has ended"
+                        break
+                    self._generation = found.generation  # a swap came through, but its reply was lost:
+                    generation = found.generation if found.data == data else None  # this one, or an earlier one
                 if generation is not None:
                     self._head, self._generation = head, generation
                     return True
-                found = buckets.read(self._at)
-                there = json.loads(found.data) if found else {}
-                if found is None or there.get("id") != self._id:
-                    self.lost = there.get("holder") or "another process, which has ended"
-                else:  # an earlier swap came through, but its reply was lost
-                    self._generation = found.generation
         return False
 
     def _again(self, every: float, what: Callable[[], object]) -> None:
@@ -188,7 +190,8 @@ class Twin(Copy):
         if files != before and self._swap(files=files):
             self._sent = sent
             gone = self._objects({"files": before}) - self._objects({"files": files})
-            together(buckets.delete, [*(f"{self.url}/{name}" for name in gone), *letters])
+            with contextlib.suppress(OSError):  # what the head does not name the next holder deletes
+                together(buckets.delete, [*(f"{self.url}/{name}" for name in gone), *letters])
 
     def _uploaded(self, before: JsonObject, finished: bool) -> tuple[JsonObject, dict[str, Sent], list[str]]:
         """path -> `Parts` after what is new was written, what was sent, and the letters that were read."""
@@ -270,12 +273,14 @@ class Twin(Copy):
             try:
                 self.push(finished=finished)
                 if self._swap(holder="") and not self._head["files"]:
-                    buckets.delete(self._at)
+                    with contextlib.suppress(OSError):  # it says that nobody holds anything
+                        buckets.delete(self._at)
             except OSError as failed:
                 interrupts.UNFINISHED.discard(self.place)
+                call_it(str(self.place), str(self.place))  # from here on it has its own name
                 raise UserError(
                     f"{self.url}: what came last could not be written ({reason(failed)}); it is in "
-                    f"{shlex.quote(str(self.place.parent))}/{self.place.name}, and the bucket has what was before"
+                    f"{shlex.quote(str(self.place))}, and the bucket has what was before"
                 ) from failed
         self._leave()
         self.check_held()
