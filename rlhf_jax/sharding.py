@@ -246,6 +246,14 @@ def data_ways() -> int:
     return _row_ways(jax.sharding.get_abstract_mesh().shape)
 
 
+def on_one_cpu() -> bool:
+    """Whether the mesh of `jax.set_mesh`, or JAX outside of one, is a CPU alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and getattr(mesh.abstract_device, "device_kind", "") == "cpu"
+
+
 def row_axes() -> Split:
     """The mesh axes that rows lie over, of the mesh of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()

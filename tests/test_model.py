@@ -1,6 +1,7 @@
 """The decoder: equal to transformers and to plain numpy, indifferent to padding, packing, remat, caching and dtype."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import ArchConfig
+from rlhf_jax.config import ArchConfig, MeshConfig
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, decoder, hf, rotary
 from rlhf_jax.models.hf.layout import flattened, leaf_shapes, nested
+from rlhf_jax.models.kernels import einsum
+from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
 
 ROTARY = ArchConfig(
@@ -228,6 +231,33 @@ def test_rotation_by_position_zero_is_the_identity_and_keeps_lengths():
 def loss_of(model, params, tokens, mask):
     hidden = model.apply(params, tokens, positions_from_mask(mask), mask.astype(np.int32))
     return jnp.sum(jnp.sin(hidden[:, :6].astype(jnp.float32)))
+
+
+@pytest.mark.parametrize(
+    "letters", ["btd,dmf->btmf", "btd,dkgn->btkgn", "btkgn,kgnd->btd", "btf,fd->btd", "btd,d->bt"]
+)
+def test_products_are_of_matrices_on_a_cpu_alone_and_equal_those_of_all_axes(letters):
+    # With more axes gradients of weights copy the largest array of a layer; across devices the axes stay as split.
+    sizes, rng = dict(b=3, t=5, d=8, m=2, f=6, k=2, g=3, n=4), np.random.default_rng(0)
+    x, kernel, ct = (rng.standard_normal([sizes[c] for c in part]) for part in re.split(",|->", letters))
+    inputs, weight, outputs = re.split(",|->", letters)
+
+    def of(x, kernel):
+        return (einsum(letters, x, kernel) * ct.astype(np.float32)).sum()
+
+    args = x.astype(np.float32), kernel.astype(np.float32)
+    np.testing.assert_allclose(einsum(letters, *args), np.einsum(letters, x, kernel), atol=1e-5)
+    by_x, by_kernel = jax.grad(of, (0, 1))(*args)
+    np.testing.assert_allclose(by_x, np.einsum(f"{outputs},{weight}->{inputs}", ct, kernel), atol=1e-5)
+    np.testing.assert_allclose(by_kernel, np.einsum(f"{inputs},{outputs}->{weight}", x, ct), atol=1e-5)
+
+    def axes():
+        eqns = jax.make_jaxpr(jax.grad(of, (0, 1)))(*args).eqns
+        return {var.aval.ndim for eqn in eqns if eqn.primitive.name == "dot_general" for var in eqn.invars}
+
+    assert axes() == {2}
+    with jax.set_mesh(make_mesh(MeshConfig(data=-1)).grid):
+        assert max(axes()) > 2
 
 
 def test_remat_changes_neither_value_nor_gradient():

@@ -21,6 +21,7 @@ import qwix
 from jaxtyping import Array
 
 from rlhf_jax.config.rules import INPUTS, NOT_QUANTIZED, stacked
+from rlhf_jax.sharding import on_one_cpu
 from rlhf_jax.types import Params
 
 
@@ -107,15 +108,23 @@ def einsum(letters: str, x: Array, kernel: Kernel) -> Array:
 
     Of an `Adapted` kernel x W + scale (x A) B, which never makes the product A B.
     """
+    # btd,dkgn->btkgn: bt are rows, d is summed over, kgn are the kernel's own.
+    inputs, weight, outputs = re.split(",|->", letters)
+    summed, kept = ("".join(c for c in weight if (c in outputs) == out) for out in (False, True))
+    rows = "".join(c for c in inputs if c not in summed)
     if isinstance(kernel, Adapted):
-        # btd,dkgn->btkgn is btd,dr->btr and then btr,rkgn->btkgn: through the rank R, which is small.
-        inputs, weight, outputs = re.split(",|->", letters)
-        summed, kept = ("".join(c for c in weight if (c in outputs) == out) for out in (False, True))
-        rows = "".join(c for c in inputs if c not in summed)
+        # btd,dr->btr and then btr,rkgn->btkgn: through the rank R, which is small.
         low = kernel.scale * einsum(f"{inputs},{summed}r->{rows}r", x, kernel.a)
         return einsum(letters, x, kernel.kernel) + einsum(f"{rows}r,r{kept}->{outputs}", low, kernel.b)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(letters, x, dense(kernel).astype(x.dtype), precision=precision)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
+    weights = dense(kernel).astype(x.dtype)
+    if not on_one_cpu() or letters != f"{rows}{summed},{summed}{kept}->{rows}{kept}":
+        return product(letters, x, weights)
+    # Of matrices: with more axes the gradient of the weights would copy that of the output, the largest array of a
+    # layer, into another order. (On TPU it is the matrices that cost copies, and across devices they cut split axes.)
+    inner, own = weights.shape[: len(summed)], weights.shape[len(summed) :]
+    y = product("rs,sk->rk", x.reshape(-1, math.prod(inner)), weights.reshape(-1, math.prod(own)))
+    return y.reshape(*x.shape[: len(rows)], *own)
 
 
 def dense(kernel: Array | qwix.QArray) -> Array:
