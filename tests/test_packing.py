@@ -115,15 +115,18 @@ def test_rows_of_one_prompt_stand_behind_one_copy_of_it_as_far_as_a_sequence_hol
 
 
 def test_a_prompt_is_shared_where_it_is_long_and_a_microbatch_holds_several_responses():
-    at = lambda prompt, new, tokens, width=4096: Sharing(8, width).together(prompt, new, tokens, 99)  # noqa: E731
+    at = lambda prompt, new, tokens, width=4096: Sharing(8, width).together(64, prompt, new, tokens, 64)  # noqa: E731
     assert at(1024, 512, 8192) == 8 and at(1024, 512, 4096) == 5 and at(1024, 512, 1024) == 1
     assert at(256, 128, 1024, width=256) > 1 and at(8, 512, 8192, width=64) == 1
 
 
 def test_a_sequence_is_for_several_rows_where_attention_to_its_columns_is_cheap_and_every_row_finds_room():
     """Rows between half and whole, of which a sequence for one holds one; full ones, which fill all there is."""
-    at = lambda tokens, most, width: Sharing(1, width).together(256, 256, tokens, most)  # noqa: E731
+    at = lambda tokens, most, width: Sharing(1, width).together(most, 256, 256, tokens, most)  # noqa: E731
     assert [at(4096, 8, 4096), at(4096, 1, 4096), at(1023, 8, 4096), at(4096, 8, 256)] == [4, 1, 1, 1]
+    # 16 full rows of 128 in sequences for three would leave an eighth of six empty; 2 x 1024 hold them.
+    layout = Layout.of(16, 64, 64, tokens=1024, most=16, sharing=Sharing(1, 512))
+    assert layout.full * layout.sequences * layout.length == 16 * 128
     for least, shares in ((NEW // 2, (0.8, 1)), (NEW, (0.99, 1))):
         response = np.arange(NEW) < np.random.default_rng(0).integers(least, NEW + 1, ROWS)[:, None]
         real = jnp.asarray(np.concatenate([np.arange(PROMPT) >= np.zeros((ROWS, 1)), response], axis=1))

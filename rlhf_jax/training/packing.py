@@ -31,17 +31,20 @@ class Sharing:
         whole, rest = divmod(rows, self.rows)
         return (whole + (rest > 0)) * (prompt - 1) + rows * (1 + new)
 
-    def together(self, prompt: int, new: int, tokens: int, most: int) -> int:
+    def together(self, rows: int, prompt: int, new: int, tokens: int, most: int) -> int:
         """Full rows, at most `most`, that a sequence of at most `tokens` is made for; 1 where more don't pay.
 
-        It has the fewest operations for a real token of a row. A column costs its matrix products, and attention over
-        the S columns of a sequence about S / (6 width) times as much. First fit leaves no room for one more
-        row, so that of a sequence for k rows k / (k + 1) is filled or more: it is taken as half way from that to all.
+        It has the fewest operations for a real token of `rows` rows. A column costs its matrix products, and attention
+        over the S columns of a sequence about S / (6 width) times as much. First fit leaves no room for one more row,
+        so that of a sequence for k rows k / (k + 1) is filled or more: it is taken as half way from that to what full
+        rows fill of the microbatches that hold them.
         """
 
         def cost(k: int) -> float:
             size = self.columns(k, prompt, new)
-            return size / k * (1 + size / (6 * self.width)) / (1 - 0.5 / (k + 1))
+            microbatch = k * min(max(tokens // size, 1), -(-most // k))
+            full = rows / (microbatch * -(-rows // microbatch))
+            return size / k * (1 + size / (6 * self.width)) / ((k / (k + 1) + full) / 2)
 
         return min([1, *(k for k in range(2, most + 1) if self.columns(k, prompt, new) <= tokens)], key=cost)
 
@@ -74,7 +77,7 @@ class Layout:
         rows in all. With tokens = 0 every row has a sequence of its own, and a microbatch `most` of them.
         """
         ways, sharing, most = data_ways(), sharing or Sharing(), min(most or rows, rows)
-        together = sharing.together(prompt, new, tokens, most // ways)
+        together = sharing.together(max(rows // ways, 1), prompt, new, tokens, max(most // ways, 1))
         length, shared = sharing.columns(together, prompt, new), sharing.rows > 1 and together > 1
         if length > LONG:
             length = -(-length // LANES) * LANES
