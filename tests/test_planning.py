@@ -208,6 +208,9 @@ ENTRY %main (x: f32[8,4], y: f32[4]) -> f32[4] {
 """
     assert hlo.traffic(text).memory == 2 * 32 + 3 * 16
     assert hlo.traffic(text.replace("add(%bitcast, %q)", "custom-call(%bitcast, %q, %p)")).memory == 224
+    # So of a table in which rows are looked up; the numbers of the rows are read, too.
+    looked_up = text.replace("slice(%p)", "gather(%p, %q)").replace("slice(%x)", "gather(%x, %y)")
+    assert hlo.traffic(looked_up).memory == (2 * 32 + 16) + 3 * 16
 
 
 def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():

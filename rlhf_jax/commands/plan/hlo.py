@@ -21,6 +21,8 @@ _BRANCHES = re.compile(
     r"(?:\{([\w.\-, %]+)\}|%?([\w.\-]+))"
 )
 _COUNTING = {"parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast", "copy", "tuple"}
+_CUTS = {"slice", "gather"}
+"""Of their first operand they read no more than they return."""
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "opt-barrier"}  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -212,15 +214,16 @@ def _add_memory(
 
 
 def _sliced(i: _Instruction, computations: _Computations) -> list[float]:
-    """Of each operand the bytes of what is cut out of it, where nothing else is done with it; else no bound."""
-    if i.op == "slice":
-        return [_size(_off_chip(i.shape))]
+    """Of each operand the bytes of what is cut out of it, or looked up, where nothing else is done with it."""
+    if i.op in _CUTS:
+        return [_size(_off_chip(i.shape)), *[math.inf] * (len(i.operands()) - 1)]
     inside = computations.get(i.called("calls"), ()) if i.op == "fusion" else ()
     cuts = [0.0 if inside else math.inf] * len(i.operands())
     places = {x.name: int(x.rest.split(")")[0]) for x in inside if x.op == "parameter"}
     for x in inside:
-        for name in places.keys() & x.operands():
-            cuts[places[name]] += _size(x.shape) if x.op == "slice" else math.inf
+        for number, name in enumerate(x.operands()):
+            if name in places:
+                cuts[places[name]] += _size(x.shape) if x.op in _CUTS and number == 0 else math.inf
     return cuts
 
 
