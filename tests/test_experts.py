@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -127,6 +128,23 @@ def test_few_tokens_copy_no_weights_of_experts():
     _, layer, params, x, real = layer_and_inputs(16, 32, width=64)
     compiled = jax.jit(lambda params, x: layer.apply(params, x, real)[0]).lower(params, x).compile()
     assert compiled.cost_analysis()["bytes accessed"] < 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_decoding_cuts_nothing_out_of_the_weights_of_experts():
+    """A TPU would copy gate and up for every token: its kernel reads whole arrays. They are apart in what decodes."""
+    arch, layer, _, x, real = layer_and_inputs(16, 32)
+    model = Model(arch, compute_dtype=jnp.dtype("bfloat16"))
+    params = model_params(model, 0)
+    read, trained = model.decoding_params(params)["layers"][0]["experts"], params["layers"]["experts"]["up"][0]
+    whole = trained.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(jnp.stack(read["up"].parts, axis=2), whole)
+
+    def cuts(up):
+        apply = jax.jit(lambda params: layer.apply(params, x.astype(jnp.bfloat16), real)[0])
+        text = apply.trace({**read, "up": up}).lower(lowering_platforms=("tpu",)).as_text()
+        return len(re.findall(r"stablehlo.slice %\w+ .* : \(tensor<16x16x2x16xbf16>\)", text))
+
+    assert cuts(whole) == 2 and cuts(read["up"]) == 0
 
 
 def test_plan_counts_what_all_devices_of_a_mesh_multiply():

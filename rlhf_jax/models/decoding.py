@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.config.rules import Rules
-from rlhf_jax.models.kernels import STACKS, layer_by_layer, merged
+from rlhf_jax.models.kernels import STACKS, Split, layer_by_layer, merged
 from rlhf_jax.models.stacking import layer_of, runs_of
 from rlhf_jax.sharding import constrain_gathered, path_name
 from rlhf_jax.types import Params
@@ -28,9 +28,10 @@ def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, 
         """A layer as plain arrays; `copy` sees to what is plain already."""
         return tree_map_with_path(cast, merged(layer, lora_scale))
 
-    def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array:
+    def copy(path: KeyPath, x: Array, *, stacked: bool) -> Array | Split:
         name = "layers/" + path_name(path) if stacked else path_name(path)
-        return constrain_gathered(rules, name, cast(path, x), stacked=stacked)
+        x = constrain_gathered(rules, name, cast(path, x), stacked=stacked)
+        return Split(tuple(x[:, :, m] for m in range(x.shape[2]))) if name.endswith("/experts/up") else x
 
     # [L, ...] -> L dicts; then what is not of a layer.
     layers = [

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models.grouped import Places, by_key, collect, spread
-from rlhf_jax.models.kernels import Adapted, Kernel, dense
+from rlhf_jax.models.kernels import Adapted, ExpertKernel, Split, dense
 from rlhf_jax.sharding import data_ways, row_axes
 
 SPARE = 0.25
@@ -25,7 +25,7 @@ SPARE = 0.25
 DEVIATIONS = 4
 """So many roots of an even share more, at least: what chance makes of few pairs, those of a token that is decoded."""
 
-Apart = Callable[[Array, Array, Kernel, Kernel, Array | None], Array]
+Apart = Callable[[Array, Array, ExpertKernel, ExpertKernel, Array | None], Array]
 """(tokens [n, D], experts [n, k] of a device, E where there is none, up, down, bias of up) -> [n, k, D]."""
 
 
@@ -33,8 +33,8 @@ def over_devices(
     apart: Apart,
     x: Float[Array, "B T D"],
     chosen: Int[Array, "B T k"],
-    up: Kernel,
-    down: Kernel,
+    up: ExpertKernel,
+    down: ExpertKernel,
     up_bias: Float[Array, "E M F"] | None,
 ) -> Float[Array, "B T k D"]:
     """`apart` on every device: tokens where their rows lie, experts over the mesh axis expert, F over tensor.
@@ -45,7 +45,7 @@ def over_devices(
     ways = 1 if mesh.empty else mesh.shape.get("expert", 1)
     run = apart if ways == 1 else partial(exchanged, apart, ways)
 
-    def of_rows(x: Array, chosen: Array, up: Kernel, down: Kernel, up_bias: Array | None) -> Array:
+    def of_rows(x: Array, chosen: Array, up: ExpertKernel, down: ExpertKernel, up_bias: Array | None) -> Array:
         y = run(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]), up, down, up_bias)
         y = y if mesh.empty else jax.lax.psum(y, "tensor")  # each has made a part of the sum over F
         return y.reshape(*chosen.shape, -1)
@@ -62,13 +62,17 @@ def over_devices(
     )
 
 
-def _dense_base(kernel: Kernel) -> Kernel:
+def _dense_base(kernel: ExpertKernel) -> ExpertKernel:
     """An `Adapted` kernel on a dense one; any other dense."""
+    if isinstance(kernel, Split):
+        return kernel
     return replace(kernel, kernel=dense(kernel.kernel)) if isinstance(kernel, Adapted) else dense(kernel)
 
 
 def _specs(kernel: Any, spec: P) -> Any:
     """Where a kernel [E, inputs, outputs] lies, and of an `Adapted` one A [E, inputs, R] and B [E, R, outputs] too."""
+    if isinstance(kernel, Split):
+        return Split(cast(Any, (P(*spec[:2], *spec[3:]),) * len(kernel.parts)))
     if not isinstance(kernel, Adapted):
         return spec
     return replace(cast(Any, kernel), kernel=spec, a=P(*spec[:2], None), b=P(spec[0], None, *spec[2:]))
@@ -85,8 +89,8 @@ def exchanged(
     ways: int,
     x: Float[Array, "n D"],
     chosen: Int[Array, "n k"],
-    up: Kernel,
-    down: Kernel,
+    up: ExpertKernel,
+    down: ExpertKernel,
     up_bias: Array | None,
 ) -> Float[Array, "n k D"]:
     """`apart` where each of `ways` devices of the mesh axis expert has so many of the experts, one after another.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.models.exchange import over_devices
 from rlhf_jax.models.grouped import Places, collect, grouped, spread
-from rlhf_jax.models.kernels import Kernel, einsum
+from rlhf_jax.models.kernels import ExpertKernel, einsum
 from rlhf_jax.models.norms import Norm
 from rlhf_jax.sharding import on_own_rows
 from rlhf_jax.types import Metrics
@@ -180,7 +180,12 @@ class Experts(nnx.Module):
         return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
     def apart(
-        self, x: Float[Array, "n D"], chosen: Int[Array, "n k"], up: Kernel, down: Kernel, up_bias: Array | None
+        self,
+        x: Float[Array, "n D"],
+        chosen: Int[Array, "n k"],
+        up: ExpertKernel,
+        down: ExpertKernel,
+        up_bias: Array | None,
     ) -> Float[Array, "n k D"]:
         """What each of its experts makes of a token, those of one device; without the bias of down."""
         places = Places.of(chosen, down.shape[0])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.kernels import Adapted, Kernel, dense, einsum
+from rlhf_jax.models.kernels import Adapted, ExpertKernel, Split, dense, einsum
 
 LARGEST_BLOCK = 512
 PADDING = 8
@@ -125,12 +125,14 @@ spread.defvjp(lambda x, places: (spread(x, places), places), lambda places, g: (
 collect.defvjp(lambda y, places: (collect(y, places), places), _collected)
 
 
-def grouped(x: Float[Array, "R D"], kernel: Kernel, places: Places) -> list[Float[Array, "R F"]]:
+def grouped(x: Float[Array, "R D"], kernel: ExpertKernel, places: Places) -> list[Float[Array, "R F"]]:
     """Every row times the kernel of its expert, [E, D, M, F] or [E, D, F]: M products, or one.
 
     On TPU by `jax.lax.ragged_dot`, its own kernel for this, and elsewhere block by block: XLA lowers ragged_dot on CPU
     and GPU to products with all E experts.
     """
+    if isinstance(kernel, Split):
+        return [y for part in kernel.parts for y in grouped(x, part, places)]
     if isinstance(kernel, Adapted):
         (low,) = grouped(x, kernel.a, places)
         both = grouped(x, kernel.kernel, places), grouped(kernel.scale * low, kernel.b, places)

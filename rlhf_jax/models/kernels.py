@@ -99,8 +99,28 @@ class Adapted:
         return self
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
+@dataclass(frozen=True)
+class Split:
+    """A kernel of experts [E, D, M, F] as M arrays [E, D, F]: a TPU's ragged product reads each as it lies, and would
+    copy it out of one of all for every token that is decoded."""
+
+    parts: tuple[Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel."""
+        return *self.parts[0].shape[:2], len(self.parts), *self.parts[0].shape[2:]
+
+    def __getitem__(self, index: object) -> Split:
+        """Itself, as of `Adapted`."""
+        return self
+
+
 Kernel: TypeAlias = Array | qwix.QArray | Adapted
 """What stands for the weights of a linear layer."""
+ExpertKernel: TypeAlias = Kernel | Split
+"""Or for those of a layer of experts."""
 
 
 def einsum(letters: str, x: Array, kernel: Kernel) -> Array:
