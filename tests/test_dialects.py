@@ -177,6 +177,9 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
         ("deepseek_v3", {"num_key_value_heads": 2}, "no support for num_key_value_heads 2"),
         *((family, {"head_dim": 16}, "support for head_dim 16") for family in ("deepseek_v3", "gpt_neox", "stablelm")),
         ("gemma", {"sliding_window": 63}, "in gemma, which transformers leaves out of all but its cache; choose"),
+        ("qwen2", {"use_sliding_window": "false"}, "no support for use_sliding_window 'false'"),
+        ("falcon", {"multi_query": "no"}, "no support for multi_query 'no'; choose"),
+        ("llama", {"transformers_weights": "other.safetensors"}, "no support for transformers_weights 'other.safet"),
         *((family, {"is_causal": False}, "no support for is_causal False") for family in ("gpt2", "qwen3", "opt")),
         (
             "glm4_moe_lite",
@@ -231,6 +234,7 @@ def test_what_is_no_setting_of_ours_is_kept(tmp_path, family, score_head):
     old = {
         "torch_dtype": "float16",
         "auto_map": {"AutoConfig": "code.C"},
+        "transformers_weights": "model.safetensors",  # which it is not where there are several
         "problem_type": "single_label_classification",
     }
     arch, raw = hf.read_config(write(tmp_path / "m", config(family, **EXTRA, **old)))
@@ -238,7 +242,7 @@ def test_what_is_no_setting_of_ours_is_kept(tmp_path, family, score_head):
     hf.save_model(tmp_path / "new", arch, params, eos_ids=[2], score_head=score_head, base_config=raw)
     found, saved = hf.read_config(tmp_path / "new")
     assert found == arch and EXTRA.items() <= saved.items()
-    assert not {"torch_dtype", "auto_map"} & set(saved) and saved["dtype"] == "float32"
+    assert not {"torch_dtype", "auto_map", "transformers_weights"} & set(saved) and saved["dtype"] == "float32"
     assert ("problem_type" in saved) != score_head  # with which transformers refuses one label
     hf.save_model(tmp_path / "again", found, params, eos_ids=[2], score_head=score_head, base_config=saved)
     assert hf.read_config(tmp_path / "again")[1] == saved
@@ -340,6 +344,8 @@ def test_of_a_model_with_images_the_language_model_is_read(tmp_path, capsys, nam
     jax.tree.map(np.testing.assert_array_equal, params, plain)
     hf.save_model(tmp_path / "new", arch, params, eos_ids=[2], base_config=raw)
     assert hf.read_config(tmp_path / "new")[0] == arch
+    packed = top | {"model_type": whole, "text_config": text, "quantization_config": {"quant_method": "fp8"}}
+    assert "no support for quantization_config" in message(hf.read_config, write(path, packed))
     text["model_type"] = "another_text"
     assert "use one of: llama" in message(
         hf.read_config, write(path, top | {"model_type": whole, "text_config": text})

@@ -7,7 +7,7 @@ import re
 from rlhf_jax.models.hf.family import ConfigJson
 from rlhf_jax.models.hf.table import FAMILIES
 
-_OF_ALL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+_OF_ALL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
 """Keys that stand above those of text_config, if they are there."""
 BESIDE = re.compile(r"^(?:model\.)?(?:visual|vision_\w+|audio_\w+|embed_vision|embed_audio|multi_modal_projector)\.")
 """Names of the tensors of images and sound."""

@@ -24,7 +24,9 @@ MOST = 2**31
 MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
-_ONLY: Only = {"is_causal": (True,)}  # of every family; otherwise transformers lets tokens see those behind them
+_SWITCHES = ("use_sliding_window", "use_qk_norm", "use_double_wide_mlp", "new_decoder_architecture", "multi_query")
+_ONLY: Only = {"is_causal": (True,), "transformers_weights": (None, "model.safetensors")}  # of every family
+_ONLY |= dict.fromkeys(_SWITCHES, (True, False, None))  # a text would be a yes whatever it says
 _FACTORS = ("attention_multiplier", "glu_limit")  # of which 0 stands for none here
 _MAYBE_NONE = ("attn_softcap", "logit_softcap", "latent_query_width")  # null in config.json, 0 here
 _ORIGINAL, _LOG_SCALE = "original_max_position_embeddings", "llama_4_scaling_beta"
@@ -45,8 +47,8 @@ MEMBERS = "reward_members"
 """Key of config.json whose number says that the labels of a classifier are the members of a reward ensemble."""
 OWN_ADAPTERS = "reward_member_adapters"
 """Key beside it: true if the directory holds their trunk, and each member's adapters and head lie below it."""
-_NOT_KEPT = ("torch_dtype", "auto_map", "quantization_config", MEMBERS, OWN_ADAPTERS)
-"""The old name of dtype; code that lay beside the model; how its weights were packed."""
+_NOT_KEPT = ("torch_dtype", "auto_map", "quantization_config", "transformers_weights", MEMBERS, OWN_ADAPTERS)
+"""The old name of dtype; code that lay beside the model; how its weights were packed, and in which file."""
 
 
 def read_json(file: Path) -> ConfigJson:
@@ -124,8 +126,7 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
 
 
 def _default(key: str, family: Family, raw: ConfigJson) -> object:
-    value = family.defaults.get(key)
-    return value(raw) if callable(value) else value
+    return value(raw) if callable(value := family.defaults.get(key)) else value
 
 
 def _value(field: str, key: str, family: Family, raw: ConfigJson, where: Path) -> Any:
