@@ -48,6 +48,7 @@ NUMBERS = [
     ("", 0, 0), ("none", 0, 0), ("1/0", 0, 0), (".5", 0.5, 1), ("5e3", 5000, 1), ("1e999999999", 1, 0),
     ("9" * 10_000, 9, 0), ("it is...18", 18, 1), ("10%", 10, 1), ("0.1", 0.1, 1), ("0.30000000000000004", 0.3, 0),
     ("#### 18", "9 * 2 = 18\n#### 18", 1), ("1,2345", 12345, 0), ("1 234", 1234, 0),
+    ("\u22123", 3, 0), ("#### \u22123", -3, 1),
 ]  # fmt: skip
 
 
@@ -116,6 +117,19 @@ def test_json_is_checked_strictly_and_nothing_is_fetched():
             scores("json_schema", ["1"], schema=[wrong])
 
 
+THIEF = """
+import os, sys
+frame = sys._getframe(1)
+while frame:
+    for held in [v for v in frame.f_locals.values() if isinstance(v, dict)]:
+        for secret in [v for v in held.values() if isinstance(v, str)]:
+            for i in range(3, 64):
+                try: os.write(i, secret.encode())
+                except OSError: pass
+    frame = frame.f_back
+os._exit(0)
+"""
+"""It passes on what it finds in the frames that it is called from."""
 SQUARE = "def f(x):\n    return x * x\n"
 PROGRAMS = {
     SQUARE: 1,
@@ -128,6 +142,9 @@ PROGRAMS = {
     f"import os\nos._exit = os.write = print\n{SQUARE}": 1,
     "import os\nos.closerange(3, 10**5)\n" + SQUARE: 0,
     "import os\nfor i in range(3, 3000):\n    try: os.write(i, b'passed')\n    except OSError: pass\nos._exit(0)": 0,
+    "import builtins\nbuiltins.exec = builtins.compile = builtins.map = lambda *a, **k: []": 0,
+    THIEF: 0,
+    f"{SQUARE}\ndef g(x: int): pass\nassert g.__annotations__['x'] is int": 1,
     "def f(x): return f(x)": 0,
     "x = [0] * 10**10": 0,
     "while True: print('x' * 10**5)": 0,

@@ -14,6 +14,11 @@ import resource
 import struct
 import sys
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import CodeType
+from typing import Any
 
 KERNELS = {
     "x86_64": (0xC000003E, {56, 57, 58, 435, 41, 62, 129, 200, 234, 424, 101, 310, 311, 425, 160, 302, 272, 308, 321}),
@@ -72,12 +77,37 @@ def refuse_calls() -> None:
     libc.prctl(22, 2, program, 0, 0)
 
 
+def ran(run: Callable[..., object], program: CodeType, names: dict[str, Any], may_exit: bool) -> None:
+    """Run a program, which of its own accord `may_exit` well."""
+    try:
+        run(program, names)
+    except SystemExit as error:
+        if not may_exit or error.code not in (None, 0):
+            raise
+
+
+def steps_of(job: dict[str, str], channel: int) -> Iterator[object]:
+    """The program, its tests and the proof, each done when it is asked for.
+
+    All is compiled and looked up before the program runs, which may put what it likes in its place; and what is left
+    to do is in no frame that the program is called from.
+    """
+    tests = job.get("tests")
+    names: dict[str, Any] = {"__name__": "__main__" if tests is None else "program"}
+    compiled = partial(compile, mode="exec", dont_inherit=True)  # not with the __future__ of this file
+    steps: list[Callable[[], object]] = [partial(ran, exec, compiled(job["code"], "program"), names, tests is None)]
+    if tests is not None:
+        steps.append(partial(exec, compiled(tests, "tests"), names))
+    write = partial(os.write, channel, job["marker"].encode())
+    return map(lambda step: step(), [*steps, lambda: sys.stdout.flush(), write])
+
+
 def main(folder: str, channel: int, seconds: int, memory: int, output: int) -> None:
-    job = json.load(sys.stdin)
-    write, end = os.write, os._exit  # what a program puts in their place is not called
+    end = os._exit
     os.chdir(folder)
+    job = json.load(sys.stdin)
     with tempfile.TemporaryFile(dir=folder) as given:
-        given.write(job.get("input", "").encode())
+        given.write(job.pop("input", "").encode())
         given.seek(0)
         os.dup2(given.fileno(), 0)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
@@ -85,19 +115,12 @@ def main(folder: str, channel: int, seconds: int, memory: int, output: int) -> N
     libc.prctl(38, 1, 0, 0, 0)  # no new privileges
     write_only_below(folder)
     refuse_calls()
-    tests = job.get("tests")
-    names = {"__name__": "__main__" if tests is None else "program"}
     try:
-        exec(compile(job["code"], "program", "exec"), names)
-        if tests is not None:
-            exec(compile(tests, "tests", "exec"), names)
-    except SystemExit as error:
-        if tests is not None or error.code not in (None, 0):
-            end(1)
+        asked = [job]
+        del job
+        deque(steps_of(asked.pop(), channel), maxlen=0)
     except BaseException:
         end(1)
-    sys.stdout.flush()
-    write(channel, job["marker"].encode())
     end(0)
 
 

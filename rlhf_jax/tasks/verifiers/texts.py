@@ -29,8 +29,12 @@ NUMBER = re.compile(
     r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
     r"([eE][+-]?[0-9]{1,2}(?![0-9]))?(?:/([0-9]+))?"
 )
-LATEX = ((re.compile(r"\\[dt]?frac\{([0-9,.]+)\}\{([0-9]+)\}"), r"\1/\2"), (re.compile(r"\{,\}|\\[,!]"), ""))
-"""How LaTeX writes fractions and thousands -> how `NUMBER` reads them."""
+LATEX = (
+    (re.compile(r"\\[dt]?frac\{([0-9,.]+)\}\{([0-9]+)\}"), r"\1/\2"),
+    (re.compile(r"\{,\}|\\[,!]"), ""),
+    (re.compile("\u2212"), "-"),
+)
+"""How LaTeX writes fractions and thousands, and typesetters a minus -> how `NUMBER` reads them."""
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
 
