@@ -98,8 +98,8 @@ def steps_of(job: dict[str, str], channel: int) -> Iterator[object]:
     steps: list[Callable[[], object]] = [partial(ran, exec, compiled(job["code"], "program"), names, tests is None)]
     if tests is not None:
         steps.append(partial(exec, compiled(tests, "tests"), names))
-    write = partial(os.write, channel, job["marker"].encode())
-    return map(lambda step: step(), [*steps, lambda: sys.stdout.flush(), write])
+    steps += [lambda: sys.stdout.flush(), partial(os.write, channel, job["marker"].encode())]
+    return map(lambda step: step(), steps)
 
 
 def main(folder: str, channel: int, seconds: int, memory: int, output: int) -> None:
