@@ -29,6 +29,7 @@ from rlhf_jax.online.method import Method
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import Models, core, objective, train
+from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import Rollout
 
@@ -278,6 +279,17 @@ def test_an_iteration_samples_from_the_newest_policy_and_evaluates_the_averaged_
     del fakes[:]
     evaluate(ppo, loop)
     np.testing.assert_allclose(leaf(fakes[0][1]) - start, average, atol=1e-6)
+
+
+def test_the_tokens_of_a_line_are_those_of_all_responses_since_the_one_before(fakes, tmp_path, monkeypatch):
+    """Not the slots; here every iteration has the responses of `fake_programs`."""
+    counted = []
+    note = lambda self, step, *_, tokens, **__: counted.append((step, int(np.sum(jax.device_get(tokens)))))  # noqa: E731
+    monkeypatch.setattr(RunMetrics, "log", note)
+    train.run(replace(toy_run(tmp_path / "run", num_samples=0), run__log_every=3), **TOY_ROWS)
+    mask = make_rollout(0, PARAMS["policy"], rows=16, prompt_len=2, num=6).mask
+    each = int(mask.sum())
+    assert counted == [(3, 3 * each), (4, each)] and 0 < each < mask.size
 
 
 @pytest.mark.parametrize(("held", "wanted", "shown"), [(5, 9, 5), (16 + 5, 19, 19), (40, 40, 40)])

@@ -107,9 +107,9 @@ def test_an_iteration_fetches_once_from_the_devices_and_sends_nothing_unasked(pp
         with jax.transfer_guard("disallow"):
             for i in range(8):
                 loop, metrics, table = iteration(method, loop, 21 + i)
-                show = i % 4 == 3  # a sample table travels with the metrics of its iteration
-                table = table if show else None
-                out.metrics.log(i + 1, metrics, {}, tokens=96, table=table, on_table=tables.append)
+                tokens = [table["rollout"].mask.sum()]
+                table = table if i % 4 == 3 else None  # a sample table travels with the metrics of its iteration
+                out.metrics.log(i + 1, metrics, {}, tokens=tokens, table=table, on_table=tables.append)
                 assert fetches.count == i  # metrics are fetched while the next iteration runs
             out.metrics.flush()
         assert fetches.count == 8

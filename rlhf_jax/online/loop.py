@@ -41,7 +41,7 @@ def run(
     total, batches = method.settings.iterations, method.inputs.batches
     tokens = config.data.batch_size * config.sampling.max_new_tokens
     with jax.set_mesh(method.mesh.grid):
-        facts = {"new_tokens_per_iteration": tokens, "prompts_left_over_by_each_epoch": batches.left_over}
+        facts = {"new_tokens_per_iteration_at_most": tokens, "prompts_left_over_by_each_epoch": batches.left_over}
         lines = describe(stage, method.mesh, method.nets.policy, iterations=total, **facts)
         law = TrainedLaw.of(method.settings, config.sampling, method.nets.models.policy.compute_dtype)
         for line in (*lines, settled_on(config, total), *law.remarks(method.settings)):
@@ -68,7 +68,6 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     (stopped) and after how many iterations; and unevaluated, if a reward failed in the evaluation after out.start.
     """
     config, settings, total = method.config, method.settings, out.total
-    tokens = config.data.batch_size * config.sampling.max_new_tokens
     rates = learning_rates(method.programs.schedule, total)
     begins = not notes
     if begins and settings.reward_standardize != "off":
@@ -81,7 +80,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     if "unevaluated" in notes:
         notes = _evaluated(out, method, loop, out.start, {n: note for n, note in notes.items() if n != "unevaluated"})
     out.metrics.restart_clock("start")
-    logged = out.start
+    drawn_tokens: list[jax.Array] = []  # of each iteration since the last line
     for i in range(out.start, total):
         if "stopped" in notes:
             break
@@ -98,12 +97,13 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
             raise UserError(f"step {step}: {error}; rows {out.skips.rows(step)}") from error.__cause__
         else:
             out.metrics.advance(step, metrics["optim/skipped"], method.steps)
+            drawn_tokens.append(table["rollout"].mask.sum())
             show = settings.num_samples > 0 and step % settings.sample_every == 0
             if show or step % config.run.log_every == 0 or step == total:
-                host, new = {"optim/lr": rates[i]}, tokens * (step - logged)
-                write = partial(_write_samples, out, method, step, batch["given"])
-                out.metrics.log(step, metrics, host, tokens=new, table=table if show else None, on_table=write)
-                logged = step
+                host, write = {"optim/lr": rates[i]}, partial(_write_samples, out, method, step, batch["given"])
+                samples = table if show else None
+                out.metrics.log(step, metrics, host, tokens=drawn_tokens, table=samples, on_table=write)
+                drawn_tokens = []
         if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
             notes = _evaluated(out, method, loop, step, notes)
             out.metrics.restart_clock("evaluation")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
 
 from rlhf_jax.config import StageArgs
 from rlhf_jax.errors import UserError
@@ -99,21 +100,23 @@ class RunMetrics:
         metrics: Metrics,
         host: Mapping[str, float],
         *,
-        tokens: int,
+        tokens: int | Sequence[jax.Array],
         table: Table | None = None,
         on_table: Callable[[Table], None] = lambda table: None,
     ) -> None:
         """Device metrics and host numbers of a step; written when the next ones arrive, or at the end.
 
-        `tokens` were processed since the last call. `table` comes to the host in the same transfer, for `on_table`.
+        `tokens`, or as many as these say together, were processed since the last call. `table` comes to the host in
+        the same transfer, for `on_table`.
         """
         names, values, noted = tuple(metrics), processes.pack(tuple(metrics.values())), self.skips.take()
         marked = self.parts.marked
 
         def write() -> None:
-            numbers, rows, counts = processes.to_host((values, table, [skipped for _, skipped, _ in noted]))
+            skipped = [count for _, count, _ in noted]
+            numbers, rows, counts, processed = processes.to_host((values, table, skipped, tokens))
             now = time.time()
-            speed = {"time/tokens_per_s": round(tokens / (now - self._since), 1)}
+            speed = {"time/tokens_per_s": round(float(np.sum(processed)) / (now - self._since), 1)}
             self._since = now
             spent = {f"time/{name}_s": round(seconds, 4) for name, seconds in self.parts.take(marked).items()}
             self.write(step, {**dict(zip(names, map(float, numbers), strict=True)), **host, **speed, **spent})
