@@ -228,6 +228,33 @@ def test_minibatches_keep_the_rows_of_a_prompt_together_and_take_every_row_once_
         assert (blocks == blocks[:, :1] + np.arange(together)).all() and (blocks[:, 0] % together == 0).all()
 
 
+@pytest.mark.parametrize("target_kl", [0.0, 9.0])
+def test_a_minibatch_without_a_token_that_is_trained_on_says_nothing_of_tokens(target_kl):
+    """Of two groups in a minibatch each the second was cut off: metrics are those of the first, packed or not."""
+    config = replace(PLAIN, minibatches=2, target_kl=target_kl)
+    x = score(config, numbers()[0], host=HOST, models=NO_REWARD)[0]
+    x, held = (dataclasses.replace(x, mask=x.mask & jnp.array(rows)[:, None]) for rows in ([1] * 4 + [0] * 4, [0] * 8))
+    params, none = dict(PARAMS), OptimConfig(learning_rate=0.0, schedule="constant")
+
+    def said(x, minibatches, tokens):
+        changed = replace(config, minibatches=minibatches, microbatch_tokens=tokens)
+        update, tx, _ = group.make_group_step(MODELS, changed, none)
+        state = TrainState.create(jax.tree.map(jnp.copy, params), tx)
+        return jax.tree.map(float, jax.jit(update)(state, x, KEY, jnp.float32(1.0))[1])
+
+    of_first = jax.tree.map(lambda leaf: leaf[:4], x)
+    wanted = said(of_first, 1, 0)
+    assert wanted["policy/entropy"] > 1 and wanted["policy/first_ratio_max"] == pytest.approx(1, abs=1e-5)
+    for tokens in (0, 18):
+        found = said(x, 2, tokens)
+        tokenwise = [name for name in wanted if not name.startswith("optim/")]
+        np.testing.assert_allclose([found[n] for n in tokenwise], [wanted[n] for n in tokenwise], rtol=1e-5, atol=1e-6)
+        assert found["optim/grad_norm"] == pytest.approx(wanted["optim/grad_norm"] / 2, rel=1e-5)  # a step is a step
+        nothing = said(held, 2, tokens)
+        assert np.isnan(nothing["policy/entropy"]) and nothing["policy/ratio_max"] == -np.inf
+        assert nothing["optim/grad_norm"] == nothing["optim/skipped"] == 0
+
+
 # ---- no setting is idle
 
 FAR = Rollout(**{**vars(numbers()[0]), "logprobs": jnp.where(numbers()[0].mask, -0.1, 0.0)})

@@ -50,7 +50,7 @@ def ratio_metrics(
         "policy/approx_kl": jnp.sum(weights * (jnp.expm1(log_ratio) - log_ratio)),  # the k3 estimator
         "policy/clip_fraction": jnp.sum(weights, where=clipped),
         "policy/ratio": jnp.sum(weights * ratio),
-        "policy/ratio_max": jnp.max(ratio, where=weights > 0, initial=0.0),
+        "policy/ratio_max": jnp.max(ratio, where=weights > 0, initial=-jnp.inf),
     }
 
 

@@ -37,6 +37,9 @@ ref, reward and teacher are None where there is none."""
 Update = Callable[..., tuple[TrainState, Metrics]]
 """The program that `make_epochs` returns, not yet compiled."""
 
+TRAINED = "update/trained"
+"""A metric of a step, whether its minibatch has a token that is trained on."""
+
 Training = tuple[Update, optax.GradientTransformationExtraArgs, Schedule]
 """The update program of a method, its optimiser, and the learning rate of the policy by iteration."""
 
@@ -257,7 +260,8 @@ def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], shar
     rows packed, those without a weight left out; the temperature; weights by name, each of a mask of the experience
     (`masks`); and text if there is any: `ptx` has a leading axis of epochs * minibatches. The step reads `frozen`.
     A minibatch of all rows is packed as scoring packed it, so that the first step's ratio is exactly 1.
-    Metrics are means over the optimiser steps; policy/first_* are those of the first step, whose ratio should be 1.
+    Metrics are means over the optimiser steps, but for those of the optimiser over steps with a token that is trained
+    on; policy/first_* are those of the first of these, whose ratio should be 1.
     """
     num = config.epochs * config.minibatches
 
@@ -286,7 +290,8 @@ def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], shar
             views = packed(x, config, most=rows.shape[0] // config.accumulate, wanted=wanted, sharing=sharing)
             batch = {"experience": x, "packed": views, **weights, "temperature": temperature}
             batch = batch if text is None else {**batch, "ptx": text}
-            return step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)
+            state, metrics = step(state, batch, jax.random.fold_in(key, config.epochs + number), frozen)
+            return state, {**metrics, TRAINED: wanted.any()}
 
         # All steps, one after the other: metrics [num] each, and bool[num], whether a step was measured.
         xs, start = (orders, jnp.arange(num), ptx), state.step
@@ -330,19 +335,19 @@ def stopping(
 def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
     """Metrics [N] of an update's steps: means, maxima of *_max, sums of counts, and the first step's invariants.
 
-    Steps off `measured` did not happen.
+    Steps off `measured` did not happen. Those off TRAINED had no token to train on, and none to say anything of.
     """
-    out = {}
+    out, trained = {}, measured & metrics[TRAINED]
     for name, values in metrics.items():
         if name.endswith("_max"):
-            out[name] = values.max(where=measured, initial=-jnp.inf)
+            out[name] = values.max(where=trained, initial=-jnp.inf)
         elif name in ("optim/skipped", "policy/epochs_taken"):
             out[name] = values.sum()
-        else:
-            out[name] = values.mean(where=measured)
+        elif name != TRAINED:
+            out[name] = values.mean(where=measured if name.startswith("optim/") else trained)
     for name in ("ratio_max", "approx_kl", "clip_fraction"):
         if f"policy/{name}" in metrics:
-            out[f"policy/first_{name}"] = metrics[f"policy/{name}"][0]
+            out[f"policy/first_{name}"] = metrics[f"policy/{name}"][jnp.argmax(trained)]
     return out
 
 
