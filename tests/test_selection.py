@@ -204,6 +204,25 @@ def test_rounds_that_were_killed_go_on_to_the_same_bits(tmp_path, whole, monkeyp
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_prompts_are_read_by_the_field_map_and_samples_as_they_are(tmp_path, one_device, monkeypatch):
+    trained = []
+
+    def run_sft(config, rows):
+        trained.append((config.data.fields, rows))
+        Path(config.run.output_dir, "model").mkdir(parents=True)
+        return {}
+
+    monkeypatch.setattr(sft, "run", run_sft)
+    rows = [{"question": row["prompt"], "id": i} for i, row in enumerate(TOY_ROWS["rows"][:4])]
+    changes = {"data__fields": ["prompt={question}"], "rejection__rounds": 1}
+    config = rejecting(tmp_path / "run", **changes)
+    rejection.run(config, rows=rows, functions=[short])
+    ((fields, chosen),) = trained
+    assert fields == [] and {row["prompt"] for row in chosen} <= {row["question"] for row in rows}
+    with pytest.raises(UserError, match=r"^data\.mixture \['more\.jsonl'\] does nothing in rejection"):
+        replace(config, data__mixture=["more.jsonl"])
+
+
 def test_a_run_of_rejection_is_a_command_and_its_options_are_checked():
     config = cli.parse("rejection", ["--rejection.rounds", "3", "--sft.epochs", "2", "--reward.functions", "[a:b]"])
     assert isinstance(config, RejectionArgs) and (config.rejection.rounds, config.sft.epochs) == (3, 2)

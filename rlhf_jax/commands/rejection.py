@@ -14,6 +14,7 @@ from rlhf_jax import sft
 from rlhf_jax.commands import bestofn
 from rlhf_jax.config import BestOfNArgs, ModelConfig, RejectionArgs, SFTArgs
 from rlhf_jax.config.functions import replace
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
@@ -43,7 +44,9 @@ def run(
     if finished is not None:
         return finished
     total, path = config.rejection.rounds, Path(config.run.output_dir)
-    prompts = bestofn.checked_prompts(sampling_of(config, 0), rows, functions, gold)
+    source = config.data.path if rows is None else rows
+    mapped = rows_from(source, config.data.fields) if rows is not None or source else None
+    prompts = bestofn.checked_prompts(sampling_of(config, 0), mapped, functions, gold)
     shown = ("rollout/reward", "rollout/gold")
     with Run("rejection", config, total=total, shown=shown, given=given, files=files) as out:
         tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})
@@ -52,7 +55,7 @@ def run(
             out.save_now(0, tree, {"rounds": done})
         for k in range(out.start, total):
             try:
-                done.append(one_round(config, k, rows, functions, gold))
+                done.append(one_round(config, k, prompts, functions, gold))
             except Stopped as stopped:
                 line = f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}"
                 raise Stopped(line, config.run.exit_code_when_stopped) from stopped
@@ -69,7 +72,7 @@ def run(
 def one_round(
     config: RejectionArgs,
     k: int,
-    rows: object,
+    prompts: Sequence[Row],
     functions: Sequence[RewardFn] | None,
     gold: RewardFn | None,
 ) -> Summary:
@@ -78,7 +81,7 @@ def one_round(
     output = Path(best.output)
     summary = finished(output)
     if summary is None:
-        summary = bestofn.run(best, rows=rows, functions=functions, gold=gold)
+        summary = bestofn.run(best, rows=prompts, functions=functions, gold=gold)
     chosen = [row for row in rows_from(str(output)) if row["response"].strip()]
     if not chosen:
         raise UserError(f"round {k + 1}: the best response to every prompt is empty; look at {output}")
@@ -128,10 +131,10 @@ def sampling_of(config: RejectionArgs, k: int) -> BestOfNArgs:
 
 
 def training_of(config: RejectionArgs, k: int) -> SFTArgs:
-    """What round k trains on that."""
+    """What round k trains on that; its samples are no rows for the field map of the prompts."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SFTArgs)}
     run = replace(config.run, output_dir=str(place(config, k) / "sft"), overwrite=False, push_to_hub="")
-    return SFTArgs(**{**settings, "model": policy_of(config, k), "run": run})
+    return SFTArgs(**{**settings, "model": policy_of(config, k), "data": replace(config.data, fields=[]), "run": run})
 
 
 def metrics_of(summary: Summary) -> dict[str, float]:

@@ -6,6 +6,7 @@ from rlhf_jax.config.checks import check
 from rlhf_jax.config.online import RewardSourceConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.config.sft import SFTArgs
+from rlhf_jax.errors import UserError, shown
 
 
 @settings
@@ -32,3 +33,11 @@ class RejectionArgs(SFTArgs):
 
     reward: RewardSourceConfig = RewardSourceConfig()
     rejection: RejectionConfig = RejectionConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.mixture:
+            raise UserError(
+                f"data.mixture {shown(self.data.mixture)} does nothing in rejection, which learns from its own "
+                "samples alone; put all prompts into the file of data.path"
+            )
