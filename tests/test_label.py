@@ -441,6 +441,8 @@ def test_votes_of_one_item_join_and_other_rows_stay():
         {"rater": "ben", "ranks": [1, 0]},
     ]
     assert rows[1]["item"] == ["odd"] and prompt_key(rows[0]) == "p"
+    [anonymous] = rows_from([vote(None, [0, 1]), vote("", [1, 0]), vote(None, [1, 0])])
+    assert [said["ranks"] for said in anonymous["raters"]] == [[0, 1], [1, 0], [1, 0]]
     with pytest.raises(UserError, match=r"row 1: another prompt or responses than row 0"):
         rows_from([vote("anna", [0, 1]), {**vote("ben", [0, 1]), "responses": ["a", "c"]}])
 

@@ -123,12 +123,13 @@ def _as_row(where: str, row: object) -> Row:
 def join_votes(rows: list[Row]) -> list[Row]:
     """The votes on one item as one row {prompt, responses, raters: [{rater, ranks, ...}]}, in the place of the first.
 
-    Of several votes of a rater on an item the last one counts: it is a change of mind. Other rows stay as they are.
+    Of several votes of a rater on an item the last one counts: it is a change of mind. Those of nobody in particular
+    (rater null or empty) all do. Other rows stay as they are.
 
     Raises:
         UserError: two votes on one item that differ in prompt or responses.
     """
-    joined: dict[str, tuple[Row, Row, dict[str, Row]]] = {}  # item -> its first vote, the row made, rater -> vote
+    joined: dict[str, tuple[Row, Row, dict[object, Row]]] = {}  # item -> its first vote, the row made, rater -> vote
     out: list[Row] = []
     for row in rows:
         if not set(row) >= VOTE:
@@ -143,7 +144,7 @@ def join_votes(rows: list[Row]) -> list[Row]:
         if any(row[name] != first[name] for name in ("prompt", "responses")):
             raise bad_row(row, f'another prompt or responses than {where_of(first)}, but both are item "{item}"')
         about = [*ABOUT_THE_VOTE, *(name for name in row if name.startswith(RATING))]
-        votes[str(row["rater"])] = {name: row[name] for name in about if name in row}
+        votes[str(row["rater"]) if row["rater"] else len(votes)] = {name: row[name] for name in about if name in row}
     for _, made, votes in joined.values():
         made["raters"] = list(votes.values())
     return out
