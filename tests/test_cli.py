@@ -857,6 +857,9 @@ INFERENCE_MISTAKES = {
     "sample --prompts [b]": r"model\.tokenizer and model\.path are both empty; give one of them",
     "sample --model.path rm --prompts [b]": r"rm is a reward or value model; give a language model",
     "sample --model.path lm --prompts [b] --output tok": r"output tok is a directory; name a \.jsonl file",
+    "sample --model.path lm --prompts prompts.jsonl": r"prompts are texts, and prompts\.jsonl is a file; .*",
+    "sample --model.path lm --prompts [b] --output o.csv": r"output o\.csv would be read as something else, .*",
+    "sample --model.path lm --prompts [b] --output o.jsonl.gz": r"output o\.jsonl\.gz would be read as .*",
     "sample --model.path lm --prompts [b] --output sft.yaml/x": r"output sft\.yaml/x: \S+ is a file, .*",
     "sample --model.path lm --prompts [b] --sampling.max_new_tokens 40": r"prompt length \+ sampling\.max_new_tokens "
     r"= 41 is more than the model's 40 positions; lower sampling\.max_new_tokens",

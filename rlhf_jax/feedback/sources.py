@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, S
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.encoding import Encoder, Limits, Report
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.rows import DroppedRow, Row, where_of
+from rlhf_jax.data.rows import EXTENSIONS, DroppedRow, Row, where_of
 from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ SAMPLED = "prompt length + sampling.max_new_tokens ="
 def prompts_of(config: DrawArgs | SampleArgs, rows: object = None) -> list[Row]:
     """The prompt rows of a config; `rows`, as `rows_from` takes them, replace its file."""
     source = config.data_path if rows is None else rows
+    if file := next((text for text in config.prompts if text.endswith(EXTENSIONS) and os.path.isfile(text)), ""):
+        raise UserError(f"prompts are texts, and {file} is a file; give it as --data_path {file}")
     prompts: list[Row] = [{"prompt": text, "_where": f"prompt {i}"} for i, text in enumerate(config.prompts)]
     prompts += rows_from(source) if source else []
     if not prompts:

@@ -17,6 +17,9 @@ from rlhf_jax.hosts.copies import upload_tree
 from rlhf_jax.hosts.files import check_hub, check_writable, is_stream, replace_files, write_all, write_new
 from rlhf_jax.hosts.interrupts import UNFINISHED, temporary
 
+OTHERS = (".csv", ".tsv", ".txt", ".gz", ".parquet")
+"""Endings by which rows are read in another form than they are written in."""
+
 
 def check_output(path: str, *, overwrite: bool) -> None:
     """Raise a UserError if a file cannot be written as `replace_file` will, or exists and may not be replaced.
@@ -25,6 +28,8 @@ def check_output(path: str, *, overwrite: bool) -> None:
     """
     if not path:
         return
+    if path.endswith(OTHERS) and not is_stream(path):
+        raise UserError(f"output {path} would be read as something else, and rows are JSON lines; name a .jsonl file")
     if in_bucket(path):
         return _check_object(path, overwrite=overwrite)
     check_hub(path, f"output {path}")
