@@ -12,6 +12,7 @@ import pytest
 from tiny import model_params, toy_directory
 
 from rlhf_jax import cli
+from rlhf_jax.commands.chat import held
 from rlhf_jax.commands.chat import policy as policy_module
 from rlhf_jax.commands.chat.talk import Talk
 from rlhf_jax.config import ChatArgs, MeshConfig, SamplingConfig
@@ -108,6 +109,29 @@ def test_two_policies_answer_with_the_same_noise_and_votes_are_rows_that_a_rewar
             ids = row[f"{side}_ids"]
             assert policy.encode_response(row[side], row["prompt"], finished=finished, ids=ids, remarks=remarks) == ids
     assert not remarks[OTHER_IDS]
+
+
+@pytest.mark.parametrize(("there", "line"), [
+    (b'{"prompt": "b", "response": "c"}\n', "votes.jsonl:1: not a vote of `rlhf-jax chat`; choose another --output"),
+    (b'{"prompt": "b"}\n{"text": "c"}', "votes.jsonl: the last line is no vote of `rlhf-jax chat`"),
+    (b"notes", "votes.jsonl: the last line is no vote of `rlhf-jax chat`"),
+])  # fmt: skip
+def test_a_file_of_others_gets_no_votes_and_loses_no_line(tmp_path, there, line):
+    (tmp_path / "votes.jsonl").write_bytes(there)
+    with pytest.raises(UserError, match=line):
+        cli.dispatch(["chat", "nowhere", "--output", str(tmp_path / "votes.jsonl")])
+    assert (tmp_path / "votes.jsonl").read_bytes() == there
+
+
+def test_votes_without_a_last_line_break_stay_and_one_process_writes(tmp_path):
+    vote = {"prompt": "b", "chosen": "c", "rejected": "d", "votes": [1, 0, 0], "models": ["x", "y"]}
+    path = tmp_path / "votes.jsonl"
+    path.write_text(json.dumps(vote))
+    with held(str(path)) as lines:
+        with pytest.raises(UserError, match="is being written by another process"), held(str(path)):
+            pass
+        lines.add([vote])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [vote, vote]
 
 
 def moved(loaded, path):

@@ -250,6 +250,28 @@ def whole_end(descriptor: int) -> int:
     return 0
 
 
+def mend(path: Path, start: bytes, what: str) -> int:
+    """Give the last line its end, or take it away if a crash cut it short; returns the bytes taken away.
+
+    Raises:
+        UserError: it does not begin with `start`, as each line does that is `what`, so the file is somebody else's.
+    """
+    data = path.read_bytes()
+    last = data[data.rfind(b"\n") + 1 :]
+    if not last:
+        return 0
+    if not (last.startswith(start) or start.startswith(last)):
+        raise UserError(f"output {path}: the last line is no {what}; choose another --output")
+    try:
+        from_json(last)
+    except ValueError:
+        os.truncate(path, len(data) - len(last))
+        return len(last)
+    with open(path, "ab") as file:
+        file.write(b"\n")
+    return 0
+
+
 def write_json(path: Place, value: object) -> None:
     """`replace_file` a file by a value as JSON, spread over lines for people."""
     replace_file(path, to_json(value, indent=1) + "\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from rlhf_jax.data.agreement import agreement, krippendorff_alpha, rater_taus
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import RATING, VOTE, read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import Lines, check_writable, hold
+from rlhf_jax.hosts.files import Lines, check_writable, hold, mend
 from rlhf_jax.hosts.json_text import JsonObject
 
 START = b'{"item": "'
@@ -52,7 +50,7 @@ class Votes:
             raise UserError(f"output {path} is being written by another `rlhf-jax label`; stop that one first")
         self._held = held
         try:
-            self.mended = mend(Path(path))
+            self.mended = mend(Path(path), START, "answer of `rlhf-jax label`")
             self._lines = Lines(Path(path))
             for row in read_rows(path) if Path(path).stat().st_size else []:
                 self._check(row, path)
@@ -139,25 +137,3 @@ class Votes:
                 for i, name in enumerate(names)
             ],
         }
-
-
-def mend(path: Path) -> int:
-    """Give the last line its end, or take it away if a crash cut it short; returns the bytes taken away.
-
-    Raises:
-        UserError: it is no beginning of a vote, so the file is somebody else's.
-    """
-    data = path.read_bytes()
-    last = data[data.rfind(b"\n") + 1 :]
-    if not last:
-        return 0
-    if not (last.startswith(START) or START.startswith(last)):
-        raise UserError(f"output {path}: the last line is no answer of `rlhf-jax label`; choose another --output")
-    try:
-        json.loads(last)
-    except ValueError:
-        os.truncate(path, len(data) - len(last))
-        return len(last)
-    with open(path, "ab") as file:
-        file.write(b"\n")
-    return 0
