@@ -74,7 +74,8 @@ def test_an_adapter_of_peft_computes_what_it_does_with_peft(tmp_path, case):
     np.testing.assert_allclose(got, expected, atol=1e-4)
     whole = hf.read_config(path)[0].tied_head
     assert whole == (
-        hf.read_config(tmp_path / "base")[0].tied_head and case not in ("embedding", "head_pair", "gpt2_tied")
+        hf.read_config(tmp_path / "base")[0].tied_head
+        and case not in ("embedding", "head_pair", "gpt2_tied", "table", "table_tied")
     )
     if "scores" not in arrays:
         assert np.abs(outputs(*read(tmp_path / "base"), tokens) - expected).max() > 0.1
@@ -94,7 +95,7 @@ def test_an_adapter_is_found_on_a_base_of_the_bare_trunk(tmp_path):
     np.testing.assert_allclose(outputs(*read(path), tokens), golden("gpt2")["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["embedding", "gpt2_tied", "neox_pair"])
+@pytest.mark.parametrize("case", ["embedding", "gpt2_tied", "neox_pair", "table"])
 def test_a_pair_that_an_adapter_unties_is_saved_untied(tmp_path, case):
     path = write(tmp_path, case)
     arch, base = hf.read_config(path)

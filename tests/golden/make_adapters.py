@@ -68,6 +68,8 @@ CASES = {
         "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True,
     }),
     "head_pair": Case(LLAMA, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "r": 3}),
+    "table": Case(LLAMA, {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5}),
+    "table_tied": Case(GPT2, {"target_modules": ["wte", "wpe"], "ensure_weight_tying": True, "r": 2}),
     # fan_in_fan_out is saved as it was right for the last layer, the head, though c_proj is Conv1D and square.
     "gpt2_head": Case(GPT2 | UNTIED, {"target_modules": ["attn.c_proj", "lm_head"], "r": 2}, BARE),
     "gpt2_tied": Case(GPT2, {"target_modules": ["attn.c_proj", "lm_head"], "modules_to_save": ["wpe", "wte"]}),

@@ -32,7 +32,7 @@ _TYPES: dict[str, Any] = DTYPES | {"U8": np.uint8}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor of the adapted model."""
-_LOW_RANK = re.compile(re.escape(PREFIX) + r"(.*)\.lora_([AB])\.weight")
+_LOW_RANK = re.compile(re.escape(PREFIX) + r"(.*)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 _WHOLE = re.compile(re.escape(PREFIX) + r"((?!.*lora_).*?)(\.base_layer)?(\.weight|\.bias)")
 _ONLY: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian"),
@@ -267,10 +267,11 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
     embedding, head, bound = names["embed/tokens"], names["head/kernel"], bool(raw.get("ensure_weight_tying"))
     own = () if bound else tuple(raw.get("modules_to_save") or ())
     tied, pairs = head not in base, {}  # type: tuple[bool, dict[str, dict[str, Stored]]]
-    shared, single = dict(base), {}  # type: tuple[dict[str, Readable], dict[str, Readable]]
+    shared, single, tables = dict(base), {}, set()  # type: tuple[dict[str, Readable], dict[str, Readable], set[str]]
     for stored, tensor in read_header(where).items():
         if match := _LOW_RANK.fullmatch(stored):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
+            pairs.setdefault(match[1], {})[match[3]] = tensor
+            tables |= {match[1]} if match[2] else set()  # [rows, width], where a layer is [outputs, inputs]
         elif match := _WHOLE.fullmatch(stored):
             name = family.renamed.get(match[1] + match[3], match[1] + match[3])
             if not match[2] and match[1].endswith(own):
@@ -284,7 +285,8 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
         weight = shared.get(embedding if tied and name == head else name)
         if weight is None or len(pair) < 2:
             raise UserError(f"{where}: {module} is not in the model that the adapter names, or half is missing")
-        single[name] = _summed(raw, module, weight, pair, _transposed(family, name), where)
+        transposed = module in tables or _transposed(family, name)
+        single[name] = _summed(raw, module, weight, pair, transposed, where)
     if tied and embedding in single:
         single.setdefault(head, shared[embedding])
     return shared | single
