@@ -213,6 +213,22 @@ ENTRY %main (x: f32[8,4], y: f32[4]) -> f32[4] {
     assert hlo.traffic(looked_up).memory == (2 * 32 + 16) + 3 * 16
 
 
+def test_collectives_beside_the_cores_are_counted():
+    """As tpu7x has them, in a computation that is started and waited for."""
+    text = """
+%gathered (p: f32[8]) -> f32[16] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %all-gather = f32[16]{0} all-gather(%p), dimensions={0}
+}
+ENTRY %main (x: f32[8]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  %start = ((f32[8]{0}), f32[16]{0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%gathered
+  ROOT %done = f32[16]{0} call-done(%start)
+}
+"""
+    assert dict(hlo.traffic(text).collectives) == {"all-gather": 64}
+
+
 def test_a_loop_that_looks_at_its_data_runs_as_often_as_it_is_said_to():
     text = HLO.replace("  ROOT %lt = pred[] compare(%i, %n), direction=LT",
                        "  %lt = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%lt, %lt)")  # fmt: skip

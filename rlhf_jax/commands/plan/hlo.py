@@ -171,7 +171,7 @@ def traffic(text: str, *, unknown_trips: int = 1, fill: float = 1.0) -> Traffic:
                 moves = [apart(name, times, outside, parent) for name in i.branches()]
                 out.add(max(moves, key=Traffic.total, default=Traffic()))
                 out.buffers |= set().union(*(one.buffers for one in moves))
-            elif i.op in ("call", "async-start"):
+            elif i.op in ("call", "call-start", "async-start"):  # call-start: tpu7x's sparse cores
                 for branch in i.branches():
                     walk(branch, times, outside, parent)
             elif i.op == "fusion":
