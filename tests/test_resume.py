@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -680,10 +681,15 @@ def test_runs_lists_stage_status_step_and_metrics_without_jax(tmp_path):
         path.mkdir(parents=True)
         record = {"stage": "sft", "status": status, "step": 4, "total": 9, "config": directory.plain(config)}
         directory.write_record(path, record)
-        (path / "metrics.jsonl").write_text('{"step": 5, "loss/nll": 2.5}\n{"step": 6, "eval/total": 3.25}\n{"ste')
+        (path / "metrics.jsonl").write_text(
+            '{"step": 5, "loss/nll": 2.5}\n{"step": 6, "eval/total": 3.25}\n3\n[1]\n{"ste'
+        )
     broken = tmp_path / "g"
     broken.mkdir()
     (broken / "run.json").write_text("{")
+    shutil.copytree(tmp_path / "f", tmp_path / "h")
+    (tmp_path / "h" / "run.json").write_text(json.dumps(record | {"total": "many"}))
+    assert directory.read_record(tmp_path / "h") is None  # broken, and nothing else says what it was
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "d")], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         listing = f"c.main(['runs', {str(tmp_path)!r}])"
@@ -697,7 +703,7 @@ def test_runs_lists_stage_status_step_and_metrics_without_jax(tmp_path):
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     rows = {Path(row.split()[0]).name: row.split() for row in done.stdout.splitlines()[1:-1]}
     expected = {"a": "finished", "c": "stopped", "d": "running", "e": "crashed", "f": "failed"}
-    assert {name: row[2] for name, row in rows.items() if name != "g"} == expected
+    assert {name: row[2] for name, row in rows.items() if name not in "gh"} == expected
     assert rows["a"][1] == "sft" and rows["a"][3] == "6/9" and "nll 2.5, total 3.25" in " ".join(rows["a"])
     assert rows["g"][2] == "unreadable"
     directory.claim(tmp_path / "d").close()  # the dead hold nothing

@@ -261,8 +261,8 @@ def read_record(path: Path) -> Record | None:
     that does not say it either.
     """
     record = _object(path / RECORD)
-    kinds = {"stage": str, "config": dict, "status": str, "cwd": str, "given": list}
-    record = record and {"cwd": ".", "given": [], **record}
+    kinds = {"stage": str, "config": dict, "status": str, "cwd": str, "given": list, "step": int, "total": int}
+    record = record and {"cwd": ".", "given": [], "step": 0, "total": 0, **record}
     if record is not None and all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return record
     try:

@@ -56,7 +56,8 @@ def last_metrics(path: Path) -> dict[str, float]:
         return {}
     for line in lines:
         with contextlib.suppress(ValueError):  # the first one is cut, and the last one may be under way
-            newest.update(from_json(line))
+            said = from_json(line)
+            newest |= said if isinstance(said, dict) else {}
     return newest
 
 
