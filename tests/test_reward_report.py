@@ -215,6 +215,10 @@ def test_a_reward_on_the_rows_of_a_file_with_what_its_functions_are_given(tmp_pa
     assert first["scores"] == [2.0, 1.0] and first["answer"] == "x"
     count = len(seen)
     assert run_evaluate(config, functions=[mine]) == summary and len(seen) == count
+    older = {name: value for name, value in summary.items() if name != "likings"}
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"summary.json is not as this version writes it \(KeyError: 'likings'\)"):
+        run_evaluate(config, functions=[mine])
     given = run_evaluate(settings(tmp_path / "gold"), preference_rows=rows[4:5], functions=[length], gold=length)
     assert given["best_of_n"][-1]["gold"]["mean"] == 2.0
 

@@ -79,7 +79,7 @@ def run_evaluate(
         "demonstrations": [digest(shots_of(source)) for source in config.sources],
         "given in Python": list(names_given(functions=functions, judge=judge, gold=gold)),
     }
-    summary = earlier_summary("evaluate", config, [RESPONSES, SUMMARY], made_of)
+    summary = earlier_summary("evaluate", config, [RESPONSES, SUMMARY], made_of, evaluation_lines)
     if summary is None:
         summary = _evaluate(config, prompts, text, made_of, functions, judge, gold)
     tell("\n".join(evaluation_lines(summary)))

@@ -65,7 +65,7 @@ def evaluate_reward(
         "preferences": digest([item.row for item in items]),
         "given in Python": list(names_given(functions=functions, gold=gold)),
     }
-    summary = earlier_summary("evaluate", config, [SCORED, SUMMARY], made_of)
+    summary = earlier_summary("evaluate", config, [SCORED, SUMMARY], made_of, reward_lines)
     if summary is None:
         path = Path(config.output_dir)
         path.mkdir(parents=True, exist_ok=True)

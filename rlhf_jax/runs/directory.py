@@ -21,7 +21,7 @@ import yaml
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, EvaluateArgs, QuickstartArgs, StageArgs, to_dict
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.settings import Settings
-from rlhf_jax.errors import UserError, named, printable, tell
+from rlhf_jax.errors import UserError, named, printable, reason, tell
 from rlhf_jax.hosts import yamls
 from rlhf_jax.hosts.files import check_writable, hold, read_text, replace_file, write_json
 from rlhf_jax.hosts.json_text import JsonObject, to_json
@@ -117,11 +117,12 @@ def earlier_summary(
     config: QuickstartArgs | EvaluateArgs,
     files: Sequence[str],
     made_of: Mapping[str, object] | None = None,
+    lines: Callable[[Summary], object] | None = None,
 ) -> Summary | None:
     """The summary, if config.output_dir holds all `files` of this very command, which is then finished; else None.
 
     For commands whose directory is their own to lay out, with config.yaml and summary.json. `made_of` is what decides
-    the outcome beside the config; the summary holds it too.
+    the outcome beside the config; the summary holds it too. `lines` is what will print the summary.
 
     Raises:
         UserError: the directory holds something else, or it cannot be written to.
@@ -150,6 +151,12 @@ def earlier_summary(
     summary = read_summary(path, "--overwrite true")
     if made_of is not None and summary.get("made_of") != as_json(made_of):
         raise UserError(f"output_dir {path} holds {command} of other rows or functions; {cure}")
+    try:
+        if lines is not None:
+            lines(summary)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{path / SUMMARY} is not as this version writes it ({why}); {cure}") from error
     tell(f"{command}: {path} is finished; --overwrite true would run it again")
     return summary
 
