@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import distill, ensembles, labels, methods, optimum, speed
+from benchmarks import distill, ensembles, judged, labels, methods, optimum, speed
 from benchmarks import overoptimization as study
 from benchmarks.peers import common
 from rlhf_jax.tasks import random_walks as walks
@@ -135,6 +135,14 @@ def test_tokens_to_nine_tenths_of_the_teacher_are_those_after_which_five_iterati
     found = distill.by_tokens(tmp_path / "metrics.jsonl", 128, 1.0)
     assert found["tokens_to_90"] == 7 * 4 * 128 and found["tokens"] == 8 * 4 * 128
     assert distill.by_tokens(tmp_path / "metrics.jsonl", 128, 2.0)["tokens_to_90"] is None
+
+
+def test_a_judged_student_is_told_by_its_share_of_the_teacher_and_the_tokens_of_the_seeds_that_got_there():
+    told = {"run": "student, ppo", "before": 0.3, "after": 0.6, "gain": 0.3, "teacher": 0.8}
+    lines = [{**told, "tokens_to_90": 4000}, {**told, "after": 0.8, "gain": 0.5, "tokens_to_90": None}]
+    row = judged.table([*lines, {"run": "judge", "before": 0.3, "after": 0.8, "gain": 0.5}]).splitlines()
+    assert row[2].split() == ["judge", "1", "0.300", "0.800", "0.500"]
+    assert row[3].endswith("1 of 2") and "0.400 +- 0.100  0.875 +- 0.125      4000.000" in row[3]
 
 
 def test_the_best_policy_for_a_reward_is_that_of_the_tilt_and_goes_where_the_reward_is_wrong_as_the_price_falls():
