@@ -749,14 +749,15 @@ def test_a_reward_function_that_returns_something_else_is_one_line(here, refused
     monkeypatch.setattr(iteration, "roll_out", roll_out)
     arguments = ["--reward.functions", f"[cli_rewards:{name}]", "--run.progress", "false"]
     line = refused("ppo", "--config", "ppo.yaml", *arguments)
-    assert re.fullmatch(rf"reward function {name} {says}", line)
+    assert re.fullmatch(rf"evaluation after iteration 0: reward function {name} {says}; then continue .*", line)
 
 
 def test_an_error_in_the_middle_of_a_run_stands_on_its_own_line(here, call):
     code, _, err = call("ppo", "--config", "ppo.yaml", "--reward.functions", "[cli_rewards:nan]")
     assert code == 2
     last = err.rstrip("\n").split("\n")[-1]
-    assert last.startswith("rlhf-jax: error: reward function nan returned nan for response 0; return a finite number")
+    what = "evaluation after iteration 0: reward function nan returned nan for response 0; return a finite number"
+    assert last.startswith(f"rlhf-jax: error: {what}")
 
 
 @pytest.mark.slow
