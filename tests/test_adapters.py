@@ -87,6 +87,12 @@ def test_fan_in_fan_out_says_nothing(tmp_path, case, flag):
     jax.tree.map(np.testing.assert_array_equal, plain, told)
 
 
+def test_a_pattern_as_peft_writes_it_for_fused_layers(tmp_path):
+    names = "layers.1.mlp.down_proj", r".*\.layers\.1\.mlp\.down_proj"
+    plain, told = (read(write(tmp_path, "patterns", alpha_pattern={name: 3}))[1] for name in names)
+    jax.tree.map(np.testing.assert_array_equal, plain, told)
+
+
 def test_an_adapter_is_found_on_a_base_of_the_bare_trunk(tmp_path):
     path = write(tmp_path, "gpt2")
     bare = {name.removeprefix("transformer."): x for name, x in load_file(tmp_path / "base/model.safetensors").items()}

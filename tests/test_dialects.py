@@ -197,6 +197,8 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
         ("smollm3", {"no_rope_layers": [1]}, "config.json holds a value of the wrong type or size"),
         ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0, by which nothing is left; correct it"),
         ("granite", {"logits_scaling": 0.0}, "logits_scaling is 0, by which nothing is left"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0, by which nothing is left"),
+        ("gemma4_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0, by which nothing is left"),
         ("falcon", {"alibi": True}, "no support for alibi True; choose a checkpoint without it"),
         ("falcon", {"parallel_attn": False}, "no support for parallel_attn False"),
         ("phi", {"qk_layernorm": True}, "no support for qk_layernorm True"),

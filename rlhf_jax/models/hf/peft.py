@@ -45,7 +45,7 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
         "base_model_name_or_path": name if base.startswith(HUB) else place,
         "revision": revision if base.startswith(HUB) and revision else None,
         "r": lora.rank,
-        "lora_alpha": lora.alpha if stabilized else scale_of(lora) * lora.rank,
+        "lora_alpha": lora.alpha if stabilized == lora.rank_stabilized else scale_of(lora) * lora.rank,
         "use_rslora": stabilized,
         "lora_dropout": 0.0,
         "bias": "none",

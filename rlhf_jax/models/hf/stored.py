@@ -325,7 +325,7 @@ def _summed(
 ) -> Summed:
     a, b = pair["A"], pair["B"]
     patterns = raw.get("alpha_pattern") or {}
-    if odd := [key for key in patterns if not re.fullmatch(r"[\w.]*", key)]:  # which could run for ever
+    if odd := [key for key in patterns if not re.fullmatch(r"(\.\*)?(\\?\.|\w)+", key)]:  # which could run for ever
         raise UserError(f"alpha_pattern has the regular expression {shown(odd[0])}; {_MERGE}")
     alphas = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = float(next(alphas, raw["lora_alpha"]))
