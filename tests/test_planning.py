@@ -628,9 +628,13 @@ def test_suggest_finds_two_axes_for_weights_and_fewer_minibatches_on_a_large_sli
     config = cli.parse("ppo", ["--config", "llama3_8b_ppo", "--mesh.rules", "[]", "--mesh.data", "1", "--mesh.fsdp",
                                "256", "--ppo.minibatches", "4"])  # fmt: skip
     chip, dims = chips.CHIPS["v5e"], (16, 16)
-    first = suggest.ranked(config, chip, 256, dims)[: suggest.FEW]
-    assert any("D=fsdp+data" in one.mesh.rules and one.mesh.tensor == 1 and one.ppo.minibatches == 2
-               and {one.mesh.data, one.mesh.fsdp} == {16} for one in first)  # fmt: skip
+    order = suggest.ranked(config, chip, 256, dims)
+    two = [one for one in order if "D=fsdp+data" in one.mesh.rules and one.mesh.data > 1]
+    assert two[: suggest.FEW] == order[: suggest.FEW] and any(one.ppo.minibatches == 2 for one in two[: suggest.FEW])
+    # Over one axis of data, as in the preset, it takes not much more by the sum.
+    seconds = [suggest.estimate(one, chip, dims).seconds for one in two]
+    assert any(one.mesh.tensor == 1 and one.mesh.data == 16 and took < (1 + suggest.ROUGH) * min(seconds)
+               for one, took in zip(two, seconds, strict=True))  # fmt: skip
     # What was compiled for it: 29.3 s an iteration as given; 15.1 over two axes, in two minibatches.
     preset = cli.parse("ppo", ["--config", "llama3_8b_ppo"])
     before, after = (1024 * suggest.estimate(one, chip, dims).seconds for one in (config, preset))
