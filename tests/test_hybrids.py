@@ -123,7 +123,7 @@ def test_slots_and_rows_that_go_on_give_the_same_tokens_on_a_mesh(arch):
             rollout = refilled(*placed, KEY, law, put_batch(mesh, np.ones(8, bool)), noise, rollout)
     for name in ("tokens", "mask", "finished"):
         np.testing.assert_array_equal(getattr(rollout, name), getattr(expected, name))
-    np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-4)
+    np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=2e-4)  # weights are three times as large
     assert len(set(np.asarray(expected.mask).sum(1))) > 2
 
 
