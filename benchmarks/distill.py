@@ -94,6 +94,12 @@ def by_tokens(metrics: Path, rows: int, teacher: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reached(lines: list[dict[str, Any]]) -> list[str]:
+    """The tokens that runs took, of those that got there, and how many did."""
+    there = [float(line["tokens_to_90"]) for line in lines if line["tokens_to_90"] is not None]
+    return [shown(there), f"{len(there)} of {len(lines)}"]
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Per run: gold of teacher and student, and the tokens that it took, over the seeds that got there."""
     headers = [
@@ -111,11 +117,9 @@ def table(lines: list[dict[str, Any]]) -> str:
         own = [line for line in lines if line["run"] == run]
         if not own:
             continue
-        there = [float(line["tokens_to_90"]) for line in own if line["tokens_to_90"] is not None]
         shares = [line["gold_last"] / line["teacher"] for line in own]
         columns = ([line[name] for line in own] for name in ("teacher", "gold_first", "gold_last"))
-        reached = f"{len(there)} of {len(own)}"
-        rows.append([run, len(own), *map(shown, columns), shown(shares), shown(there), reached])
+        rows.append([run, len(own), *map(shown, columns), shown(shares), *reached(own)])
     return text_table(headers, rows)
 
 
@@ -128,12 +132,9 @@ def main() -> None:
     args = parser.parse_args()
     root = Path(args.output_dir)
     lines = Lines(root / "distill.jsonl")
-    for number in args.seeds:
-        missing = [run for run in args.runs if not lines.has(seed=number, run=run)]
-        seed = Seed(number, root, args.iterations) if missing else None
-        for run in missing:
-            assert seed is not None
-            lines.add(seed.run(run))
+    lines.fill(
+        args.seeds, [{"run": run} for run in args.runs], lambda seed: Seed(seed, root, args.iterations), Seed.run
+    )
     print("\n" + table(lines.all))
 
 

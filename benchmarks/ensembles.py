@@ -224,14 +224,8 @@ def main() -> None:
     args = parser.parse_args()
     root = Path(args.output_dir)
     lines = Lines(root / "ensembles.jsonl")
-    for number in args.seeds:
-        pairs = [(size, run) for size in args.sizes for run in args.runs]
-        there = {"seed": number, "kl_coef": args.kl_coef}
-        missing = [(size, run) for size, run in pairs if not lines.has(**there, size=size, run=run)]
-        seed = Seed(number, root, args.iterations) if missing else None
-        for size, run in missing:
-            assert seed is not None
-            lines.add(seed.run(run, size, args.kl_coef))
+    runs = [{"run": run, "size": size, "kl_coef": args.kl_coef} for size in args.sizes for run in args.runs]
+    lines.fill(args.seeds, runs, lambda seed: Seed(seed, root, args.iterations), Seed.run)
     print("\n" + table(lines.all))
     print("\n" + budgeted(root, lines.all, args.budgets))
 

@@ -19,13 +19,14 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.distill import by_tokens
+from benchmarks.distill import by_tokens, reached
 from benchmarks.stories import CONFIGS, drawn_from
 from benchmarks.studies import Lines, shown
 from rlhf_jax import group, ppo, sft
@@ -149,9 +150,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         own = [line for line in lines if line["run"] == run]
         columns = [[line[name] for line in own if name in line] for name in ("teacher", "before", "after", "gain")]
         shares = [line["after"] / line["teacher"] for line in own if "teacher" in line]
-        there = [float(line["tokens_to_90"]) for line in own if line.get("tokens_to_90") is not None]
-        reached = f"{len(there)} of {len(own)}" if shares else ""
-        rows += [[run, len(own), *map(shown, columns), shown(shares), shown(there), reached]] if own else []
+        got = reached(own) if shares else ["", ""]
+        rows += [[run, len(own), *map(shown, columns), shown(shares), *got]] if own else []
     return text_table(headers, rows)
 
 
@@ -167,12 +167,9 @@ def main() -> None:
     args = parser.parse_args()
     root = Path(args.output_dir)
     lines = Lines(root / "judged.jsonl")
-    for number in args.seeds:
-        missing = [run for run in args.runs if not lines.has(seed=number, run=run)]
-        seed = Seed(number, root, args.model) if missing else None
-        for run in missing:
-            assert seed is not None
-            lines.add(seed.run(run, args.rate, args.iterations, args.steps))
+    how = {"rate": args.rate, "iterations": args.iterations, "steps": args.steps}
+    runs = [{"run": run} for run in args.runs]
+    lines.fill(args.seeds, runs, lambda seed: Seed(seed, root, args.model), partial(Seed.run, **how))
     print("\n" + table(lines.all))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from rlhf_jax.online import loop
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.tasks import random_walks as walks
 
+T = TypeVar("T")
 GRAPHS: list[walks.Graph] = []
 """Of every `Walks` that was made."""
 
@@ -119,6 +120,24 @@ class Lines:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+
+    def fill(
+        self,
+        seeds: Sequence[int],
+        runs: Sequence[dict[str, Any]],
+        make: Callable[[int], T],
+        line: Callable[..., dict[str, Any]],
+    ) -> None:
+        """Add `line(made, *about.values())` of every seed and each `about` of `runs` that has none.
+
+        `make(seed)` is what a seed's runs share; it is made only where one of them is missing.
+        """
+        for seed in seeds:
+            missing = [about for about in runs if not self.has(seed=seed, **about)]
+            if missing:
+                made = make(seed)
+                for about in missing:
+                    self.add(line(made, *about.values()))
 
 
 def shown(values: list[float]) -> str:
