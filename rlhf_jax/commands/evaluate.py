@@ -21,7 +21,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
-from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal, source_name
+from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, open_journal, source_name
 from rlhf_jax.feedback.report import compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import (
     Drawer,
@@ -34,11 +34,10 @@ from rlhf_jax.feedback.sources import (
     shots_of,
     within_limits,
 )
-from rlhf_jax.hosts.files import once_more
 from rlhf_jax.inference.generate import Response, total_length
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
-from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
+from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given
 from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.types import RewardFn
 
@@ -129,9 +128,7 @@ def _evaluate(
         if compared:
             summary["judge"] = judge_report([verdict for row in out for verdict in verdicts_of(row)])
         summary["made_of"] = made_of
-        with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
-            write_config(path, "evaluate", config, "output_dir")
-        journal.finish(out, summary, path / SUMMARY)
+        finish_evaluation(config, journal, out, summary)
     return summary
 
 

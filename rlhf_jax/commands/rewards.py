@@ -21,14 +21,13 @@ from rlhf_jax.data.numbers import is_number
 from rlhf_jax.data.rows import DroppedRow, Row, layout_of, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
+from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, open_journal
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.feedback.scorer import Scorer
-from rlhf_jax.hosts.files import once_more
 from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
 from rlhf_jax.inference.scoring import function_inputs
-from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given, write_config
+from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import RewardFn
 
@@ -85,9 +84,7 @@ def evaluate_reward(
             summary["made_of"] = made_of
             plain = [{name: value for name, value in item.row.items() if name != "_where"} for item in items]
             out = [row | own for row, own in zip(plain, said, strict=True)]
-            with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
-                write_config(path, "evaluate", config, "output_dir")
-            journal.finish(out, summary, path / SUMMARY)
+            finish_evaluation(config, journal, out, summary)
     tell("\n".join(reward_lines(summary)))
     return summary
 

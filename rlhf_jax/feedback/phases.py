@@ -9,14 +9,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf_jax.config import DrawArgs, JudgeArgs, SampleArgs, ScoreArgs, SourceConfig, SourcesArgs, to_dict
+from rlhf_jax.config import (
+    DrawArgs,
+    EvaluateArgs,
+    JudgeArgs,
+    SampleArgs,
+    ScoreArgs,
+    SourceConfig,
+    SourcesArgs,
+    to_dict,
+)
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.rules import EXPERT_AXES
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import Stopped, UserError, tell
 from rlhf_jax.hosts import processes
+from rlhf_jax.hosts.files import once_more
 from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.models.contents import OPTIONS, contents
+from rlhf_jax.runs.directory import SUMMARY, Summary, write_config
 from rlhf_jax.runs.journal import Journal
 from rlhf_jax.runs.progress import Progress, write
 
@@ -125,6 +136,14 @@ def open_journal(
         ]
     made_of["rows"] = "with ids"  # earlier versions wrote none
     return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
+
+
+def finish_evaluation(config: EvaluateArgs, journal: Journal, rows: list[Row], summary: Summary) -> None:
+    """Write config.yaml, the rows and, last, the summary of an evaluation; what was computed survives a failure."""
+    path = Path(config.output_dir)
+    with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
+        write_config(path, "evaluate", config, "output_dir")
+    journal.finish(rows, summary, path / SUMMARY)
 
 
 def named(output: str) -> str:

@@ -294,6 +294,23 @@ def hold(path: Path, lock: Callable[[BinaryIO, int], None] = fcntl.flock) -> Bin
     return file
 
 
+def hold_lines(path: str, who: str, cure: str) -> BinaryIO:
+    """`hold` an output to which what people say is added, line by line; its directory is made.
+
+    Raises:
+        UserError: it cannot be written, or another `who` writes it, against which `cure` is.
+    """
+    check_writable(Path(path).parent, f"output {path}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = hold(Path(path))
+    except OSError as error:
+        raise UserError(f"output {path}: {error.strerror}; choose another --output") from error
+    if held is None:
+        raise UserError(f"output {path} is being written by another {who}; {cure}")
+    return held
+
+
 def check_hub(path: Place, what: str) -> None:
     """Raise a UserError, about `what`, of a path on the Hub, to which nothing is written by its name."""
     if Path(path).parts[:1] == ("hf:",):

@@ -16,7 +16,7 @@ from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.files import Lines, check_writable, hold, mend
+from rlhf_jax.hosts.files import Lines, hold_lines, mend
 from rlhf_jax.sharding import make_mesh
 
 START, VOTE = b'{"prompt": ', {"prompt", "chosen", "rejected", "votes", "models"}
@@ -59,13 +59,7 @@ def held(output: str) -> Iterator[Lines | None]:
         yield None
         return
     path = Path(output)
-    check_writable(path.parent, f"output {output}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (file := hold(path)) is None:
-        raise UserError(
-            f"output {output} is being written by another process; stop that one, or give another --output"
-        )
-    with file:
+    with hold_lines(output, "process", "stop that one, or give another --output"):
         mend(path, START, "vote of `rlhf-jax chat`")
         for row in read_rows(output) if path.stat().st_size else []:
             if not set(row) >= VOTE:

@@ -14,7 +14,7 @@ from rlhf_jax.data.agreement import agreement, krippendorff_alpha, rater_taus
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import RATING, VOTE, read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts.files import Lines, check_writable, hold, mend
+from rlhf_jax.hosts.files import Lines, hold_lines, mend
 from rlhf_jax.hosts.json_text import JsonObject
 
 START = b'{"item": "'
@@ -40,15 +40,7 @@ class Votes:
         self._one_at_a_time = threading.Lock()
         if Path(path).is_dir():
             raise UserError(f"output {path} is a directory; name a .jsonl file")
-        check_writable(Path(path).parent, f"output {path}")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held = hold(Path(path))
-        except OSError as error:
-            raise UserError(f"output {path}: {error.strerror}; choose another --output") from error
-        if held is None:
-            raise UserError(f"output {path} is being written by another `rlhf-jax label`; stop that one first")
-        self._held = held
+        self._held = hold_lines(path, "`rlhf-jax label`", "stop that one first")
         try:
             self.mended = mend(Path(path), START, "answer of `rlhf-jax label`")
             self._lines = Lines(Path(path))
