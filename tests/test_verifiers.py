@@ -70,6 +70,12 @@ LATEX = [
     (r"\boxed{(1,2)}", "(2,1)", 0), (r"\boxed{\{1,2\}}", r"\{2,1\}", 1), (r"\boxed{3} or \boxed{4}", "3", 0),
     (r"\boxed{3} or \boxed{4}", "4", 1), (r"\boxed{x=4}", "4", 1), (r"\boxed{3", "4", 0), ("", "3", 0), ("no", "3", 0),
     (r"The area is \boxed{\pi}.", r"We find \boxed{\pi} cm.", 1),
+    (r"\boxed{1\,234}", "1234", 1), (r"\boxed{(1\,,\,234)}", "(1,234)", 1), (r"\boxed{\text{even}}", "even", 1),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
+    # Prose is no product of its letters, and a formula no prose.
+    ("first 3 then 4, so we have 12", "12", 1), ("#### 1,234 dollars", "1234", 1), ("it is -5", "-5", 1),
+    ("Thus $x=3$ and $y=4$, so $x+y=7$", "7", 1), ("2x+3", "2x+3", 1), ("2x+3", "2", 0), ("sqrt(2)", r"\sqrt{2}", 1),
+    (r"\boxed{x=3 and y=4}", "x=3, y=4", 1), ("Monday", "Monday", 1),
     (r"\boxed{9^{9^{9^{9}}}}", "3", 0),
 ]  # fmt: skip
 

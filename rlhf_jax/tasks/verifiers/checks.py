@@ -18,6 +18,18 @@ from typing import Any, NoReturn
 
 Check = Callable[[str, Any], bool]
 
+NAMED = re.compile(r"\\(?:begin|end|text\w*|math\w+|mbox|operatorname)\s*\{[^{}]*\}")
+"""What a formula names in words."""
+
+WORD = re.compile(
+    r"(?<![\\A-Za-z])(?!(?:and|arc\w+|cos|cot|exp|inf|log|sin|sqrt|tan)(?![A-Za-z]))"
+    r"(?:[A-Za-z]{3,}|(?:is|it|of|to|we)\b)"
+)
+"""A word that is no function or command: a text that has one is prose."""
+
+THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3}(?![0-9]))")
+"""How LaTeX parts thousands."""
+
 
 class Wrong(Exception):
     """What the row wants cannot be read; the text says why."""
@@ -28,8 +40,12 @@ def maths() -> Check:
     from math_verify import parse, verify
 
     def read(text: str) -> list[Any]:
-        found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
-        return found or parse(text, parsing_timeout=None)
+        # A formula is read whole; of prose, which would be a product of its letters, the last formula or number.
+        text = THOUSANDS.sub("", text)
+        both = [f"\\boxed{{{text}}}", text]
+        if WORD.search(NAMED.sub("", text)):
+            both.reverse()
+        return parse(both[0], parsing_timeout=None) or parse(both[1], parsing_timeout=None)
 
     def check(response: str, wanted: str) -> bool:
         gold = read(wanted)
