@@ -24,17 +24,21 @@ WORKERS = min(os.cpu_count() or 1, 8)
 """Children of a verifier that judge at once."""
 
 NUMBER = re.compile(
-    r"((?<![\w)\]])-)?\$?"  # a sign that is no operator
+    r"((?<![\w)\]])-)?(?:\\?[$€£] ?)?"  # a sign that is no operator
     r"(?<![0-9])(?<![0-9]\.)"  # at the beginning of a number
+    r"(?:([0-9]{1,3}) +(?=[0-9]+ ?/ ?[0-9]))?"  # the 1 of 1 1/2
     r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-    r"([eE][+-]?[0-9]{1,2}(?![0-9]))?(?:/([0-9]+))?"
+    r"([eE][+-]?[0-9]{1,2}(?![0-9]))?(?: ?/ ?([0-9]+))?"
 )
 LATEX = (
-    (re.compile(r"\\[dt]?frac\{([0-9,.]+)\}\{([0-9]+)\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\{([0-9,.]+)\}\{([0-9]+)\}"), r" \1/\2"),
     (re.compile(r"\{,\}|\\[,!]"), ""),
-    (re.compile("\u2212"), "-"),
+    (re.compile("[\u2212\u2013]"), "-"),
+    (re.compile(r"([=:({\[$] *)(?:- *|(?i:minus|negative) +)"), r"\1-"),
 )
-"""How LaTeX writes fractions and thousands, and typesetters a minus -> how `NUMBER` reads them."""
+"""How LaTeX writes fractions and thousands, typesetters a minus and people a sign -> how `NUMBER` reads them."""
+GOES_ON = re.compile(r"[,.]?[0-9]| *(?:[-+*^/\u00d7\u00f7\u00b7]|\\times|\\cdot|\\div) *\\?[$(]? *[0-9]|\\(?:sqrt|pi)")
+"""Behind a number: it is a part of a formula, or written in another way, and not the answer."""
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
 
@@ -46,8 +50,9 @@ def gsm8k(prompts: list[str], responses: list[str], *, answer: list[object], **c
     """1.0 where the final number of a response equals that of the row's `answer` exactly, as GSM8K has them.
 
     It stands behind the last "####", else in the last \\boxed{}, else it is the last number of the response. 1,234 is
-    1234, $18.00 is 18, 3/4 is 0.75; what follows a number (units, percent signs) is not read. `answer` is a number or
-    a text with one, such as a whole solution.
+    1234, $18.00 is 18, 3/4 is 0.75, - $3 is -3; what follows a number (units, percent signs) is not read. A marked
+    formula is none: of 10 - 3 = 7 it is 7, of 10 - 3 none. `answer` is a number or a text with one, such as a whole
+    solution.
 
     Raises:
         UserError: an answer without a number.
@@ -97,16 +102,21 @@ def number_of(text: str) -> Fraction | None:
     """The final number of a text, see `gsm8k`; None if it has none or one of thousands of digits."""
     final = marked(text)
     text = (text if final is None else final)[-TAIL:]
+    text = text if "\n" in text else f"={text}"  # where a dash is a sign, not that of a list
     for pattern, simple in LATEX:
         text = pattern.sub(simple, text)
-    found = list(NUMBER.finditer(text if final is None else text.rpartition("=")[2]))
-    if not found:
+    if final is None:
+        *_, found = None, *NUMBER.finditer(text)
+    else:
+        found = NUMBER.search(text, max(text.rfind("="), 0))
+    if found is None or (final is not None and GOES_ON.match(text, found.end())):
         return None
-    sign, digits, exponent, divisor = found[-1 if final is None else 0].groups()
+    sign, whole, digits, exponent, divisor = found.groups()
     try:
-        return Fraction((sign or "") + digits.replace(",", "") + (exponent or "")) / int(divisor or 1)
+        size = Fraction(digits.replace(",", "") + (exponent or "")) / int(divisor or 1) + int(whole or 0)
     except (ValueError, ZeroDivisionError):
         return None
+    return -size if sign else size
 
 
 def marked(text: str) -> str | None:
