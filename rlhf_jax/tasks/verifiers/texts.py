@@ -122,10 +122,10 @@ def number_of(text: str) -> Fraction | None:
 def marked(text: str) -> str | None:
     """What a text marks as its answer: the line behind the last "####", or the last \\boxed{} (or \\fbox{}).
 
-    Braces are balanced; a box that never closes is none.
+    Braces are balanced; a box that never closes is none. A full stop at the end is no part of it.
     """
     if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
+        return text.rpartition("####")[2].strip().partition("\n")[0].rstrip(" .")
     opened: list[re.Match[str]] = []
     start, end = -1, 0
     for brace in BRACE.finditer(text):
@@ -133,7 +133,7 @@ def marked(text: str) -> str | None:
             opened.append(brace)
         elif opened and len((last := opened.pop())[0]) > 1 and last.end() > start:  # a box
             start, end = last.end(), brace.start()
-    return None if start < 0 else text[start:end].strip()
+    return None if start < 0 else text[start:end].strip().rstrip(" .")
 
 
 class _Child:
