@@ -29,10 +29,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def drawn_from(model: str, rows: list[dict[str, str]], seeds: list[int]) -> list[tuple[list[str], list[bool]]]:
     """Per seed a response to every row, and which of them ended by themselves."""
     settings, mesh = ModelConfig(path=model, eos_ids=[1]), make_mesh(MeshConfig())
+    tokenizer = load_tokenizer(settings)
+    longest = max(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
     with jax.set_mesh(mesh.grid):
         loaded = load_model(settings, mesh, jax.random.key(0))
         sampling = SamplingConfig(max_new_tokens=64)
-        generator = Generator(loaded.model, load_tokenizer(settings), sampling, mesh, max_prompt_length=32)
+        generator = Generator(loaded.model, tokenizer, sampling, mesh, max_prompt_length=longest)
         of_seeds = [generator.responses(loaded.params, rows, jax.random.key(s), batch_size=256) for s in seeds]
     return [([one.text for one in drawn], [one.finished for one in drawn]) for drawn in of_seeds]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.config import PretrainArgs, SFTArgs, bind
 from rlhf_jax.data.collate import collate_sft
-from rlhf_jax.data.encoding import Example, Limits, Report
+from rlhf_jax.data.encoding import Encoder, Example, Limits, Report
 from rlhf_jax.data.examples import pack, sft_examples
 from rlhf_jax.data.loading import Rows
 from rlhf_jax.data.rows import DroppedRow, Row, where_of
@@ -84,7 +84,7 @@ def run(
         work = setup(task_of(config, loss), claim)
         model, key, length = work.loaded.model, branch(claim.key, "evaluation"), config.data.max_prompt_length
         num = config.sft.num_samples if config.sft.loss_on != "all" else 0
-        prompts = prompts_of(claim.held_out_rows, claim.tokenizer, num)
+        prompts = prompts_of(claim.held_out_rows, Encoder(claim.tokenizer, Limits.of(config.data)), num)
         sampler = None
         if prompts:
             sampler = Generator(model, claim.tokenizer, config.sampling, claim.mesh, max_prompt_length=length)
@@ -101,14 +101,15 @@ def run(
             return finish(work, out, params, {"parameters": size, **results, **perplexity})
 
 
-def prompts_of(rows: list[Row], tokenizer: Tokenizer, num: int) -> list[Row]:
-    """{prompt} of the first `num` sft rows that have one to sample from; a document has none."""
+def prompts_of(rows: list[Row], encoder: Encoder, num: int) -> list[Row]:
+    """{prompt, prompt_seen?} of the first `num` sft rows that have one to sample from; a document has none."""
     prompts: list[Row] = []
     for row in rows:
         if len(prompts) == num:
             break
         with contextlib.suppress(DroppedRow):
             prompt = None if kind_of(row) == "text" else sft_row(row)["prompt"]
-            if prompt and tokenizer.encode_prompt(prompt):
-                prompts.append({"prompt": prompt, "_where": where_of(row)})
+            made = {"prompt": prompt, "_where": where_of(row)}
+            if prompt and (found := encoder.prompt(made))[0]:
+                prompts.append(made | encoder.seen(*found))
     return prompts

@@ -36,12 +36,13 @@ from rlhf_jax.config import (
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.consensus import consensus_ranks
 from rlhf_jax.data.pairs import Pair, almost_filter, balance_filter, length_bias, pairs_of, shares_of
+from rlhf_jax.data.rows import carried
 from rlhf_jax.data.schemas import columns_of, preference_row, sft_row
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback import judges, phases, sources
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.phases import source_name
-from rlhf_jax.feedback.sources import kept_fields, prompts_of, with_shots, within_limits
+from rlhf_jax.feedback.sources import prompts_of, with_shots, within_limits
 from rlhf_jax.runs import journal
 from rlhf_jax.sharding import make_mesh
 
@@ -101,7 +102,7 @@ def test_long_prompts_are_dropped_or_their_rows_say_what_was_seen_and_rejection_
         "! prompts: kept 2 of 3 rows; dropped 1 with a prompt over 2 tokens; truncated 0\n"  # once for both sources
     )
     cut = seen(too_long="truncate")
-    told = [(row["prompt"], kept_fields(row).get("prompt_seen")) for row in cut]
+    told = [(row["prompt"], carried(row).get("prompt_seen")) for row in cut]
     assert told == [("b", None), ("c d e f", "e f"), ("d", None)] and len(capsys.readouterr().err.splitlines()) == 1
     assert columns_of(cut[1]) == {"id": 1}  # which is no column of a reward function
     with pytest.raises(UserError, match=r"row 1: a prompt of 4 tokens is over max_prompt_length = 2; .* too_long=tr"):

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from rlhf_jax.config import DataConfig
 from rlhf_jax.data import schemas, sources
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.collate import (
@@ -21,6 +22,7 @@ from rlhf_jax.data.collate import (
 from rlhf_jax.data.comparisons import preference_examples
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_examples, split_by_prompt
+from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -429,6 +431,33 @@ def test_split_gives_one_prompt_one_key_in_every_kind_of_row():
     messages = {"messages": [*USER, turn("assistant", "yes")]}
     assert prompt_key(hh) == prompt_key(messages) == prompt_key({"prompt": USER})
     assert isinstance(prompt_key({"nonsense": object()}), str)
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_whatever_kind_of_row_they_are(tmp_path, capsys):
+    hh = "\n\nHuman: a b\n\nAssistant: "
+    train = [
+        {"messages": [*USER, turn("assistant", "yes")], "id": 1},
+        {"prompt": "p", "response": "r"},
+        {"text": "d\n"},
+    ]
+    held_out = [
+        {"id": 2, "messages": [*USER, turn("assistant", "yes")]},  # the same row
+        {"chosen": f"{hh}x", "rejected": f"{hh}y"},  # another of that prompt
+        {"prompt": "p", "response": "other"},
+        {"prompt": "q", "response": "r"},
+        {"text": "d"},
+        {"prompt": [1]},  # whose fault another says
+    ]
+    for name, rows in (("train", train), ("eval", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(path=f"{tmp_path}/train.jsonl", eval_path=f"{tmp_path}/eval.jsonl")
+    line = "have a prompt of the training rows, 1 are equal to one of these; what they measure is not held out\n"
+    for given in ((None, None), (train, held_out)):
+        rows = load_rows(data, *given, 0)
+        assert capsys.readouterr().out == f"! held-out rows: 3 of 6 {line}" and [*map(len, rows)] == [3, 6]
+    load_rows(data, None, held_out[3:5], 0)
+    load_rows(DataConfig(path=data.path, eval_fraction=0.5), None, None, 0)
+    assert capsys.readouterr().out == ""
 
 
 def test_split_cuts_a_single_document_at_a_line_break():

@@ -11,12 +11,12 @@ from rlhf_jax.config import BestOfNArgs
 from rlhf_jax.data.consensus import best_of_n
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.pairs import answer_fields
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import Row, carried
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.phases import Phases, digest, named, open_journal
 from rlhf_jax.feedback.report import mean_of, write_and_tell
 from rlhf_jax.feedback.scorer import check_scorers
-from rlhf_jax.feedback.sources import SAMPLED, Sources, check_rewards, kept_fields, prompts_of, within_limits
+from rlhf_jax.feedback.sources import SAMPLED, Sources, check_rewards, prompts_of, within_limits
 from rlhf_jax.inference.generate import total_length
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.types import RewardFn
@@ -59,7 +59,7 @@ def run(
             best = int(np.nanargmax(said[i]))  # of equals the first
             answer = answer_fields(sources.responses(i)[best])
             told = {"score": float(proxy[i][best])} | ({} if golds is None else {"gold": float(golds[i][best])})
-            out.append({**kept_fields(prompts[i]), **answer, **told})
+            out.append({**carried(prompts[i]), **answer, **told})
         lost = {"without_score": len(prompts) - len(known)} if len(known) < len(prompts) else {}
         summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
         summary |= {**sources.unscored(), **lost}

@@ -21,7 +21,7 @@ from rlhf_jax.data.pairs import (
     preference_of,
     shares_of,
 )
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import Row, carried
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import report
 from rlhf_jax.feedback.judge import Judge, judged, verdicts_of
@@ -31,7 +31,6 @@ from rlhf_jax.feedback.selection import Selection, select
 from rlhf_jax.feedback.sources import (
     Sources,
     check_rewards,
-    kept_fields,
     prompts_of,
     rankings_given,
     shots_of,
@@ -148,7 +147,7 @@ class Chosen:
 
 def ranked_row(config: CollectArgs, sources: Sources, compared: Phase | None, i: int, chosen: Selection) -> Row:
     """A ranking row of what is chosen for prompt i, labelled if there are labels."""
-    row, responses = kept_fields(sources.prompts[i]), sources.responses(i)
+    row, responses = carried(sources.prompts[i]), sources.responses(i)
     items = [responses[j] for j in chosen.places]
     if chosen.information is not None:
         row["information"] = chosen.information
@@ -199,7 +198,10 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
         phases.fill("judge", progress=config.progress)
 
         decided = [verdicts_of(row) for row in compared.rows]
-        out = [{"prompt": one.prompt, **judged(one.items(), each)} for one, each in zip(given, decided, strict=True)]
+        out = [
+            {**one.fields, "prompt": one.prompt, **judged(one.items(), each)}
+            for one, each in zip(given, decided, strict=True)
+        ]
         summary: Summary = {"rows": len(out), "dropped": dropped, "apart": sum("raters" in row for row in out)}
         summary["judge"] = report.judge_report([verdict for each in decided for verdict in each])
         if any(one.ballots for one in given):

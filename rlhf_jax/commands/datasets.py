@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from rlhf_jax.data.encoding import collect, mark_of
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import describe, describe_parts, fit, join, linked_parts, numbered, same_text
 from rlhf_jax.data.messages import as_key, text_of
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import Row, counts_of
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -138,6 +139,7 @@ def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     counted = f"{mark}{len(together)} rows, {dropped} dropped, {len(joined)} groups"
     equal = sum(len(ranking.answers) for ranking in together) - sum(len(ranking.answers) for ranking in joined)
     notes = [f"{equal} responses are equal to another of their prompt"] if equal and not config.by else []
+    notes += _apart(together, joined)
     tell("; ".join([counted, *describe(raters, facts), *describe_parts(joined, parts), *notes]))
     bounds = _intervals(fitted, config) if config.intervals else [None] * len(fitted)
     if config.method == "crowd_bt" and len(raters) > 1:
@@ -151,6 +153,16 @@ def run_aggregate(config: DataAggregateArgs) -> list[Row]:
     if config.output:
         print_rows(out, config.output)
     return out
+
+
+def _apart(together: Sequence[Ranking], joined: Sequence[Ranking]) -> list[str]:
+    """What to say of fields that rankings of one prompt had, but not alike."""
+    had: dict[str, set[str]] = defaultdict(set)
+    key = lambda one: prompt_key({"prompt": one.prompt})  # noqa: E731
+    for one in together:
+        had[key(one)] |= one.fields.keys() - {"prompt"}
+    lost = Counter(name for one in joined for name in had[key(one)] - one.fields.keys())
+    return [f"fields in which rows of a prompt differ are left out: {counts_of(lost)}"] if lost else []
 
 
 def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
@@ -173,7 +185,7 @@ def _by_field(together: Sequence[Ranking], name: str) -> Ranking:
         raise UserError(f'all responses have one "{name}", {shown(names[0])}; {cure}')
     order = sorted(range(len(names)), key=names.__getitem__)
     ballots = [ballot._replace(ranks=[ballot.ranks[i] for i in order]) for ballot in joined.ballots]
-    return replace(joined, prompt=name, answers=[Answer(names[i]) for i in order], ballots=ballots)
+    return replace(joined, prompt=name, fields={}, answers=[Answer(names[i]) for i in order], ballots=ballots)
 
 
 def _intervals(fitted: list[Ranking], config: DataAggregateArgs) -> list[np.ndarray]:
@@ -215,4 +227,4 @@ def _row(ranking: Ranking, bound: np.ndarray | None) -> Row:
         if bound is not None:
             item["interval"] = [round(float(end), 4) for end in bound[:, i]]
         items.append(item)
-    return {"prompt": ranking.prompt, "responses": items}
+    return {**ranking.fields, "prompt": ranking.prompt, "responses": items}

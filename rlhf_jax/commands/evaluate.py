@@ -15,7 +15,7 @@ from rlhf_jax.commands.rewards import evaluate_reward
 from rlhf_jax.config import EvaluateArgs, SourceConfig
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
-from rlhf_jax.data.rows import DroppedRow, Row, layout_of
+from rlhf_jax.data.rows import DroppedRow, Row, carried, layout_of
 from rlhf_jax.data.schemas import sft_row, text_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
@@ -28,7 +28,6 @@ from rlhf_jax.feedback.sources import (
     Measure,
     Sources,
     check_rewards,
-    kept_fields,
     names_of,
     prompts_of,
     shots_of,
@@ -115,7 +114,7 @@ def _evaluate(
         compared = sources.judge(config, judge, pairs_of) if judge or config.judge.named() else None
         phases.fill("evaluate", progress=config.progress)
 
-        out = [{**kept_fields(prompt), "responses": sources.responses(i)} for i, prompt in enumerate(prompts)]
+        out = [{**carried(prompt), "responses": sources.responses(i)} for i, prompt in enumerate(prompts)]
         golds = sources.gold(gold)
         for i, row in enumerate(out):
             for item, value in zip(row["responses"], golds[i] if golds else (), strict=False):

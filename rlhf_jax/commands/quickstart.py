@@ -54,7 +54,8 @@ The task: walks on a graph of lettered nodes, from a start letter to the goal,
 in few steps. Optimality is the true reward: 1 for a shortest walk, less for
 longer ones, 0 for what is no walk to the goal. SFT imitates random walks, a
 noisy rater says which of two walks is better, a reward model learns that, and
-PPO learns from the reward model alone.
+PPO learns from the reward model alone. There are no prompts but the start
+letters, so held-out rows have them, too.
 """
 STAGES = ("tokenizer", "sft", "reward_model", "ppo", "learning_curves.png")
 

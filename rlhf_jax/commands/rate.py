@@ -77,10 +77,12 @@ def ranked_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
         {"rater": f"rater {r}", "ranks": consensus_ranks(column, tolerance=0.0).tolist()}
         for r, column in enumerate(seen.T)
     ]
-    return [{"prompt": one.prompt, "responses": items, "raters": verdicts}]
+    return [{**one.fields, "prompt": one.prompt, "responses": items, "raters": verdicts}]
 
 
 def ratings_of(one: Ranking, seen: np.ndarray) -> Sequence[Row]:
     """A row {prompt, response, finished, rating} for each response; `seen` [K, raters]."""
     rated = zip(one.items(), seen.mean(axis=1), strict=True)
-    return [{"prompt": one.prompt, **answer_fields(item), "rating": float(rating)} for item, rating in rated]
+    return [
+        {**one.fields, "prompt": one.prompt, **answer_fields(item), "rating": float(rating)} for item, rating in rated
+    ]

@@ -14,12 +14,12 @@ import numpy as np
 from rlhf_jax.config import SampleArgs, ScoreArgs
 from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, layout_of
+from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, carried, layout_of
 from rlhf_jax.data.schemas import preference_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
-from rlhf_jax.feedback.sources import kept_fields, load_drawer, prompts_of, within_limits
+from rlhf_jax.feedback.sources import load_drawer, prompts_of, within_limits
 from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
@@ -62,7 +62,7 @@ def run_sample(config: SampleArgs) -> list[Row]:
             with jax.set_mesh(mesh.grid):
                 key, at_once = jax.random.key(config.seed), {"batch_size": size, "first": start // size}
                 made = drawer.generator.rows(drawer.loaded.params, part, key, samples=each, **at_once)
-            return [{**kept_fields(part[i // each]), **row} for i, row in enumerate(made)]
+            return [{**carried(part[i // each]), **row} for i, row in enumerate(made)]
 
         return make
 

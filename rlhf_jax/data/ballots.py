@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Ranking:
     ballots: list[Ballot]
     where: str  # file:line
     strengths: np.ndarray | None = None  # float[K], once aggregated
+    fields: Row = field(default_factory=dict)  # that rows made of it carry along
 
     @property
     def responses(self) -> list[Text]:

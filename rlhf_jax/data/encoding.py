@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.data.rows import DroppedRow, Row, unread_of, where_of
+from rlhf_jax.data.rows import DroppedRow, Row, counts_of, unread_of, where_of
 from rlhf_jax.data.schemas import Answer, kind_of
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError, shown
+from rlhf_jax.errors import UserError
 
 Example = dict[str, Any]
 """Small numpy arrays and numbers by name, and "where", the file and line that it comes from."""
@@ -60,7 +60,7 @@ class Report:
             parts.append("read as " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
         parts += [f"{count} {remark}" for remark, count in self.remarks.items()]
         if self.unread:
-            parts.append("fields not read: " + ", ".join(f"{shown(name)} of {n}" for name, n in self.unread.items()))
+            parts.append("fields not read: " + counts_of(self.unread))
         return "; ".join([*parts, self.note] if self.note else parts)
 
 
@@ -129,6 +129,10 @@ class Encoder:
         with naming(row):
             ids = self.tokenizer.encode_prompt(row["prompt"], self.remarks)
         return self.limits.prompt(row, ids, self.tokenizer.bos_id)
+
+    def seen(self, ids: list[int], cut: bool) -> Row:
+        """{prompt_seen} of a prompt that was cut, the text that its ids are; else {}."""
+        return {"prompt_seen": self.tokenizer.hf.decode(ids)} if cut else {}
 
     def response(self, row: Row, answer: Answer, prompt_length: int) -> tuple[list[int], bool]:
         """(ids of an answer to the row's prompt, as far as they fit after it, whether they were cut)."""

@@ -96,6 +96,11 @@ def prompt_key(row: Row) -> str:
     return as_key(prompt)
 
 
+def row_key(row: Row) -> str:
+    """A text that is equal for equal rows, whatever their id."""
+    return as_key({name: value for name, value in row.items() if name not in ("_where", "id")})
+
+
 def split_by_prompt(rows: list[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, eval) rows; all rows of one prompt land on the same side, which only the prompt and `seed` decide.
 

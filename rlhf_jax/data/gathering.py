@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax.data import rankings
 from rlhf_jax.data.ballots import Ballot, Ranking, ranking_row
 from rlhf_jax.data.consensus import aggregate
-from rlhf_jax.data.messages import key_of
+from rlhf_jax.data.messages import as_key, key_of
 from rlhf_jax.data.rows import DroppedRow, Joined, Row, layout_of
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.errors import UserError
@@ -75,7 +75,10 @@ def join(
 
 
 def _join(members: list[Ranking], identity: Callable[[Answer], Hashable]) -> Ranking:
-    """All rankings of one prompt as one. Every verdict on a response counts for what it is one with."""
+    """All rankings of one prompt as one, with the fields in which they are alike.
+
+    Every verdict on a response counts for what it is one with.
+    """
     places: dict[Hashable, int] = {}
     answers: list[Answer] = []
     verdicts: list[tuple[str, dict[int, float], float, int]] = []  # rater, ranks by place, times, unit
@@ -102,7 +105,10 @@ def _join(members: list[Ranking], identity: Callable[[Answer], Hashable]) -> Ran
         Ballot(rater, [by_place.get(i, float("nan")) for i in range(len(answers))], times, unit)
         for rater, by_place, times, unit in verdicts
     ]
-    return replace(members[0], answers=answers, ballots=ballots)
+    first, *others = members
+    same = lambda name: all(as_key(one.fields.get(name)) == as_key(first.fields[name]) for one in others)  # noqa: E731
+    fields = {name: value for name, value in first.fields.items() if same(name)}
+    return replace(first, answers=answers, ballots=ballots, fields=fields)
 
 
 def _ranks_by_place(at: list[int], ranks: list[float]) -> list[dict[int, float]]:

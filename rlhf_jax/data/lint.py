@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from itertools import combinations, pairwise
 from typing import Any
@@ -14,13 +13,13 @@ from rlhf_jax.data.agreement import agreement, length_bias
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.comparisons import rating_of
 from rlhf_jax.data.encoding import Limits, naming, unread_in
-from rlhf_jax.data.examples import prompt_key, sft_examples
+from rlhf_jax.data.examples import prompt_key, row_key, sft_examples
 from rlhf_jax.data.gathering import numbered
 from rlhf_jax.data.messages import Text, text_of
-from rlhf_jax.data.rows import ANSWERS, PREFERENCES, DroppedRow, Row, layout_of
+from rlhf_jax.data.rows import ANSWERS, PREFERENCES, DroppedRow, Row, counts_of, layout_of
 from rlhf_jax.data.schemas import Answer, answer_of, flag_of, kind_of, prompt_row, single_answer, text_row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import printable, shown
+from rlhf_jax.errors import printable
 
 Findings = dict[str, Any]
 """Name -> a count, (count, first places), a share or a table: what `lines` says in words."""
@@ -77,9 +76,8 @@ def duplicates(train: list[Row], held_out: list[Row]) -> Findings:
     seen: dict[str, str] = {}
     twice = []
     for row in train + held_out:
-        same = json.dumps({k: v for k, v in row.items() if k not in ("_where", "id")}, sort_keys=True, default=repr)
-        if seen.setdefault(same, row["_where"]) != row["_where"]:
-            twice.append(f"{row['_where']} = {seen[same]}")
+        if (first := seen.setdefault(row_key(row), row["_where"])) != row["_where"]:
+            twice.append(f"{row['_where']} = {first}")
     known = {prompt_key(row): row["_where"] for row in train}
     leaked = [f"{row['_where']} = {known[key]}" for row in held_out if (key := prompt_key(row)) in known]
     return {"repeated": (len(twice), twice[:3]), "leaked": (len(leaked), leaked[:3])}
@@ -164,8 +162,8 @@ def lines(findings: Findings) -> list[str]:
     text = [f"  {findings['rows']} rows{held_out}: {kinds}"]
     places = lambda count, where: f"{', '.join(where)}{', ...' if count > len(where) else ''}"  # noqa: E731
     text += [f"! {each[0]} {reason}, dropped: {places(*each)}" for reason, each in findings["dropped"].items()]
-    if unread := ", ".join(f"{shown(name)} of {n}" for name, n in findings["unread"].items()):
-        text.append(f"  fields not read: {unread}")
+    if findings["unread"]:
+        text.append(f"  fields not read: {counts_of(findings['unread'])}")
     text += [f"! {each[0]} {remark}: {places(*each)}" for remark, each in findings["remarks"].items()]
     text.append(f"  {findings['unit']:<12}" + "".join(f"{f'{p}%':>8}" for p in PERCENTILES[:-1]) + "     max")
     text += [f"  {name:<12}" + "".join(f"{v:>8}" for v in values) for name, values in findings["lengths"].items()]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from rlhf_jax.config import DataConfig
 from rlhf_jax.config.rates import BATCH
 from rlhf_jax.data.collate import Batch, Collate, eval_batches
-from rlhf_jax.data.encoding import Example, Report
-from rlhf_jax.data.examples import split_by_prompt
+from rlhf_jax.data.encoding import Example, Report, mark_of
+from rlhf_jax.data.examples import prompt_key, row_key, split_by_prompt
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.sources import mix, rows_from
 from rlhf_jax.errors import UserError
@@ -27,6 +27,7 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
     train = [row for source in sources for row in source]
     if eval_rows is not None or data.eval_path:
         held_out = rows_from(data.eval_path if eval_rows is None else eval_rows, data.fields)
+        _say_shared(train, held_out)
     else:
         train, held_out = split_by_prompt(train, data.eval_fraction, seed)
     if data.mixture_weights:
@@ -37,6 +38,17 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
         counts = ", ".join(f"{sum(times[id(row)] for row in part)} from {len(part)}" for part in parts)
         say(f"mixture: rows of an epoch from rows of each source: {counts}")
     return train, held_out
+
+
+def _say_shared(train: list[Row], held_out: list[Row]) -> None:
+    """Say how many held-out rows are not: they, or their prompts, are among the training rows."""
+    asked = set(map(prompt_key, held_out))
+    again = [row for row in train if prompt_key(row) in asked]
+    prompts, whole = set(map(prompt_key, again)), set(map(row_key, again))
+    count, same = sum(prompt_key(row) in prompts for row in held_out), sum(row_key(row) in whole for row in held_out)
+    if count:
+        what = f"{count} of {len(held_out)} have a prompt of the training rows, {same} are equal to one of these"
+        say(f"{mark_of(same, len(held_out))}held-out rows: {what}; what they measure is not held out")
 
 
 def batch_of(data: DataConfig, multiple: int) -> int:

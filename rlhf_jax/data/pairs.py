@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from rlhf_jax.data import agreement
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.rows import Row, carried
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _place(item: Row) -> float | None:
 def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
     row = rows[pair.group]
     both = [row["responses"][pair.chosen], row["responses"][pair.rejected]]
-    preference: Row = {"prompt": row["prompt"]}
+    preference: Row = carried(row)
     for name, item in zip(("chosen", "rejected"), both, strict=True):
         preference |= {name: item["text"], **({f"{name}_ids": item["ids"]} if item.get("ids") is not None else {})}
     preference["finished"] = [item["finished"] for item in both]
@@ -78,7 +78,7 @@ def preference_of(rows: Sequence[Row], pair: Pair) -> Row:
 def demonstration_of(row: Row) -> Row | None:
     """An sft row of the best response that has a text (of equals the first), or None if none of these is labelled."""
     best = _best([item for item in row["responses"] if item["text"].strip()])
-    return None if best is None else {"prompt": row["prompt"], **answer_fields(best)}
+    return None if best is None else {**carried(row), **answer_fields(best)}
 
 
 def best_is_empty(row: Row) -> bool:

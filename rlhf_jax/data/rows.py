@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, shown, tell
+from rlhf_jax.hosts.json_text import to_json
 
 if TYPE_CHECKING:
     from rlhf_jax.data.ballots import Ranking
@@ -106,6 +109,37 @@ READ = {
 }
 """Kind of row -> the fields that are read of it, and names of rows: others are not, but of prompts, whose fields are
 columns."""
+
+OF_ANSWERS = set().union(*READ.values()) - {"prompt", "id", "item", "text"}
+OF_ANSWERS |= {f"{name}{side}" for name in ("score", "scores") for side in ("", "_chosen", "_rejected")}
+OF_ANSWERS |= {"gold", "information", "verdicts", "sources", "cut"}
+"""Fields that say what the answers of a row are, how good these are, or what its template was given."""
+
+
+def carried(row: Row) -> Row:
+    """The fields of a row that rows with other answers to its prompt keep: all but OF_ANSWERS and what JSON cannot
+    hold."""
+    return {name: value for name, value in row.items() if name not in OF_ANSWERS and _is_json(value)}
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return isinstance(value, str) or bool(to_json(value))
+    except UserError:
+        return False
+
+
+def tell_left(rows: Sequence[Row], kept: Callable[[Row], Set[str]]) -> None:
+    """Say on standard error which fields of rows are not among those `kept`, if any."""
+    lost = ((row, row.keys() - kept(row) - {"_where"}) for row in rows)
+    if left := Counter(name for row, names in lost for name in names if row[name] is not None):
+        why = "fields that are not carried along, being of other answers, no JSON or names of ours"
+        tell(f"{why}: {counts_of(left)}; rename what should be", error=True)
+
+
+def counts_of(names: Mapping[str, int]) -> str:
+    """Names of fields and how many rows have each, in words."""
+    return ", ".join(f"{shown(name)} of {count}" for name, count in sorted(names.items()))
 
 
 def unread_of(row: Row) -> list[str]:

@@ -36,6 +36,8 @@ VOTE = {"item", "rater", "prompt", "responses", "ranks"}
 ABOUT_THE_VOTE = ("rater", "ranks", "comment", "all_bad", "skipped", "check")
 RATING = "rating_"
 """How the columns of a vote begin that rate each of the responses, as rating_helpful: [7, 2]."""
+OF_A_VOTE = {*VOTE, *ABOUT_THE_VOTE, "order", "seconds", "time"}
+"""All that a vote says itself."""
 DOCUMENT_END = "<|endoftext|>"
 
 
@@ -124,7 +126,7 @@ def join_votes(rows: list[Row]) -> list[Row]:
     """The votes on one item as one row {prompt, responses, raters: [{rater, ranks, ...}]}, in the place of the first.
 
     Of several votes of a rater on an item the last one counts: it is a change of mind. Those of nobody in particular
-    (rater null or empty) all do. Other rows stay as they are.
+    (rater null or empty) all do. What they carry along the first one says; other rows stay as they are.
 
     Raises:
         UserError: two votes on one item that differ in prompt or responses.
@@ -138,6 +140,7 @@ def join_votes(rows: list[Row]) -> list[Row]:
         item = str(row["item"])
         if item not in joined:
             made = {"prompt": row["prompt"], "responses": row["responses"], "item": item, "_where": where_of(row)}
+            made = beside_vote(row) | made
             joined[item] = row, made, {}
             out.append(made)
         first, _, votes = joined[item]
@@ -148,6 +151,11 @@ def join_votes(rows: list[Row]) -> list[Row]:
     for _, made, votes in joined.values():
         made["raters"] = list(votes.values())
     return out
+
+
+def beside_vote(row: Row) -> Row:
+    """The fields of a row that a vote on it carries along: all that no vote says itself."""
+    return {name: row[name] for name in row if name not in OF_A_VOTE and not name.startswith(RATING)}
 
 
 def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> list[Row]:

@@ -15,7 +15,7 @@ from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, S
 from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.encoding import Encoder, Limits, Report
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.rows import EXTENSIONS, DroppedRow, Row, where_of
+from rlhf_jax.data.rows import EXTENSIONS, READ, DroppedRow, Row, carried, layout_of, tell_left, where_of
 from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -47,17 +47,21 @@ def prompts_of(config: DrawArgs | SampleArgs, rows: object = None) -> list[Row]:
     prompts += rows_from(source) if source else []
     if not prompts:
         raise UserError("there are no prompts; give --prompts '[\"Once upon a time\"]' or --data_path FILE.jsonl")
+    for row in prompts:
+        row.pop("prompt_seen", None)  # of another limit
     return [prompt_row(row) for row in prompts]
 
 
 def within_limits(config: DrawArgs | SampleArgs, prompts: list[Row]) -> list[Row]:
-    """The prompts that the models of a config can be shown.
+    """The prompts that the models of a config can be shown; says which of their fields rows with responses lack.
 
     Longer ones than config.max_prompt_length are dropped, or have in `prompt_seen` what is left (config.too_long);
     how many is said on standard error.
     """
     sources = (config.sources if isinstance(config, SourcesArgs) else []) or [SourceConfig()]
     names_of(sources)
+    in_prompt = {"tools", "chat_template_kwargs"}  # of messages
+    tell_left(prompts, lambda row: carried(row).keys() | (set() if isinstance(row["prompt"], str) else in_prompt))
     limits = Limits(config.max_prompt_length, too_long=config.too_long, group="")
     different = {(source.path, source.demonstrations, source.shots): source for source in sources}
     for source in different.values():
@@ -74,7 +78,7 @@ def fitting(prompts: list[Row], tokenizer: Tokenizer, limits: Limits, shots: Seq
         except DroppedRow as drop:
             dropped[drop.reason] += 1
             continue
-        kept.append({**row, "prompt_seen": tokenizer.hf.decode(ids)} if cut else row)
+        kept.append(row | encoder.seen(ids, cut))
         cuts += cut
     report = Report(len(kept), dict(dropped), cuts)
     if not kept:
@@ -97,17 +101,16 @@ def of_source(model: ModelConfig, source: SourceConfig) -> ModelConfig:
     return replace(model, path=source.path, arch=None) if source.path else model
 
 
-def kept_fields(prompt: Row) -> Row:
-    """The fields of a prompt row that the rows made of it keep: id, prompt, and of a cut one what was seen of it."""
-    return {name: prompt[name] for name in ("id", "prompt", "prompt_seen") if name in prompt}
-
-
 def rankings_given(rows: object, fields: list[str], *, unlabelled: bool = True) -> tuple[list[Ranking], int]:
-    """(the responses to each prompt, `unlabelled` too; how many rows were dropped); the rest as in `rows_from`."""
+    """(the responses to each prompt, `unlabelled` too; how many rows were dropped); the rest as in `rows_from`.
+
+    Says which of the rows' fields rows with verdicts lack."""
     rankings, dropped = [], 0
-    for row in rows_from(rows, fields):
+    given = rows_from(rows, fields)
+    tell_left(given, lambda row: carried(row).keys() | READ.get(layout_of(row), set()))
+    for row in given:
         try:
-            rankings.append(ranking_row(row, unlabelled=unlabelled))
+            rankings.append(replace(ranking_row(row, unlabelled=unlabelled), fields=carried(row)))
         except DroppedRow:
             dropped += 1
     return rankings, dropped

@@ -150,9 +150,10 @@ class Generator:
     ) -> list[Row]:
         """The `responses` as sft rows, which read as what was sampled; all `rows` have tokens."""
         responses = self.responses(params, rows, key, samples=samples, **options)
-        prompts = (row["prompt"] for row in rows for _ in range(samples))
+        told = ("prompt", "prompt_seen")
+        prompts = ({name: row[name] for name in told if name in row} for row in rows for _ in range(samples))
         return [
-            {"prompt": prompt, "response": one.text, "response_ids": one.ids.tolist(), "finished": one.finished}
+            {**prompt, "response": one.text, "response_ids": one.ids.tolist(), "finished": one.finished}
             for prompt, one in zip(prompts, responses, strict=True)
         ]
 

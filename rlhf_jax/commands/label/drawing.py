@@ -12,13 +12,13 @@ import numpy as np
 
 from rlhf_jax.config import CollectArgs, LabelArgs
 from rlhf_jax.data.encoding import Limits
-from rlhf_jax.data.rows import Row
-from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.rows import OF_ANSWERS, Row, carried, tell_left
+from rlhf_jax.data.sources import beside_vote, rows_from
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.feedback.phases import digest
 from rlhf_jax.feedback.scorer import Scorer
 from rlhf_jax.feedback.selection import select
-from rlhf_jax.feedback.sources import kept_fields, load_drawer, prompts_of, within_limits
+from rlhf_jax.feedback.sources import load_drawer, prompts_of, within_limits
 from rlhf_jax.inference.generate import Response
 from rlhf_jax.models.contents import contents
 from rlhf_jax.models.loading import load_tokenizer, same_ids
@@ -47,6 +47,7 @@ class Drawing:
         """
         self.config, collect = config, collect_args(config)
         self.prompts = within_limits(collect, prompts_of(collect, rows_from(config.path, config.fields)))
+        tell_left(self.prompts, lambda row: beside_vote(row).keys() | OF_ANSWERS | {"prompt"})
         self.mesh, longest = make_mesh(config.mesh), config.max_prompt_length
         tokenizer = load_tokenizer(config.model)
         self.drawer = load_drawer(
@@ -85,7 +86,7 @@ class Drawing:
             items = [{"text": texts[j], "finished": responses[j].finished} for j in chosen.places]
             told = {} if chosen.information is None else {"information": chosen.information}
             if len(items) > 1:
-                rows.append({**kept_fields(prompt), **told, "responses": items})
+                rows.append({**carried(prompt), **told, "responses": items})
         return sorted(rows, key=lambda row: -row.get("information", 0.0))
 
     def _members(self, prompts: list[Row], each: list[list[Response]]) -> list[np.ndarray] | None:

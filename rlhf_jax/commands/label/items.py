@@ -14,7 +14,7 @@ from rlhf_jax.data.ballots import Ranking, ranking_row
 from rlhf_jax.data.gathering import join
 from rlhf_jax.data.messages import Messages, key_of, split_transcript
 from rlhf_jax.data.numbers import float_of, is_number
-from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, bad_row, empty_row, layout_of
+from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, bad_row, carried, empty_row, layout_of
 from rlhf_jax.data.schemas import kind_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.json_text import JsonObject
@@ -89,7 +89,7 @@ def item_of(row: Row) -> Item:
             row,
             f"a {kind_of(row)} row has no responses to compare; give {{prompt, responses}}, as `sample` rows joined",
         )
-    ranking = replace(ranking_row({**row, "raters": []}), ballots=[])
+    ranking = replace(ranking_row({**row, "raters": []}), ballots=[], fields=carried(row))
     ranking = join([ranking], lambda _: "")[0]
     size = len(ranking.responses)
     if size < 2:

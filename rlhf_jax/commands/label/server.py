@@ -17,8 +17,8 @@ from rlhf_jax.commands.web.app import make_app as web_app
 from rlhf_jax.commands.web.app import posted
 from rlhf_jax.config import LabelArgs
 from rlhf_jax.config.label import LONGEST_NAME
-from rlhf_jax.data.rows import Row
-from rlhf_jax.data.sources import RATING, rows_from
+from rlhf_jax.data.rows import READ, Row, carried, layout_of, tell_left
+from rlhf_jax.data.sources import RATING, beside_vote, rows_from
 from rlhf_jax.errors import printable, tell
 from rlhf_jax.hosts.files import read_text
 from rlhf_jax.hosts.json_text import JsonObject
@@ -117,6 +117,7 @@ class Page:
             "seconds": _seconds(said.get("seconds")),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        vote |= beside_vote(item.ranking.fields)
         if item.known is not None and not vote["skipped"]:
             vote["check"] = {"ranks": ranks, "passed": item.passes(ranks)}
         try:
@@ -220,7 +221,9 @@ def checks_for(config: LabelArgs) -> list[Item]:
 
 def items_for(config: LabelArgs, rows: object) -> tuple[list[Item], str]:
     """(the items of rows or of a path, with the config's checks among them; what to say of rows that are left out)."""
-    items, note = items_of(rows_from(rows, config.fields if isinstance(rows, str) else ()))
+    given = rows_from(rows, config.fields if isinstance(rows, str) else ())
+    tell_left(given, lambda row: beside_vote(carried(row)).keys() | READ.get(layout_of(row), set()))
+    items, note = items_of(given)
     return with_checks(items, checks_for(config), config.seed), note
 
 

@@ -105,10 +105,9 @@ def number_of(text: str) -> Fraction | None:
     text = text if "\n" in text else f"={text}"  # where a dash is a sign, not that of a list
     for pattern, simple in LATEX:
         text = pattern.sub(simple, text)
+    found = NUMBER.search(text, max(text.rfind("="), 0))
     if final is None:
         *_, found = None, *NUMBER.finditer(text)
-    else:
-        found = NUMBER.search(text, max(text.rfind("="), 0))
     if found is None or (final is not None and GOES_ON.match(text, found.end())):
         return None
     sign, whole, digits, exponent, divisor = found.groups()
