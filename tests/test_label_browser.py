@@ -282,6 +282,70 @@ def test_undo_ties_and_moves_by_keys(browser, rows):
     assert len(rows_from(str(Path(rows).with_name("votes.jsonl")))) == 2
 
 
+def test_a_change_of_an_answer_outlives_a_reload_and_other_items_and_says_that_it_is_not_saved(browser, rows):
+    with labelling(rows) as (_, url), opened(browser, url, "anna") as page:
+        for at, letters_of in ((2, "abc"), (3, "abcd")):
+            by_letters(page, letters_of)
+            saved(page, f"{at} of 5")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function("() => document.getElementById('at').textContent === '2 of 5'")
+        by_letters(page, "dcba", save=False)
+        page.keyboard.press("n")
+        page.keyboard.type("a <b>comment</b>")
+        for _ in range(2):
+            page.reload()
+            page.wait_for_selector("#work:visible")
+            assert page.inner_text("#at") == "2 of 5" and order(page) == "D > C > B > A"
+            assert page.input_value("#comment") == "a <b>comment</b>"
+            assert "Changed since it was saved" in page.inner_text("#status")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function("() => document.getElementById('at').textContent === '1 of 5'")
+        assert order(page) == "A > B > C" and "change of item 2 is not saved" in page.inner_text("#status")
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("() => document.getElementById('at').textContent === '2 of 5'")
+        assert order(page) == "D > C > B > A"
+        page.keyboard.press("Enter")
+        saved(page, "3 of 5")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function("() => document.getElementById('at').textContent === '2 of 5'")
+        assert order(page) == "D > C > B > A" and "Answered earlier" in page.inner_text("#status")
+        by_letters(page, "ab", save=False)  # left as it is
+        page.evaluate("sessionStorage.setItem('at', 99)")  # as of other rows behind the same port
+        page.reload()
+        page.wait_for_selector("#work:visible")
+        assert page.inner_text("#at") == "3 of 5" and order(page) == ""
+    votes = [json.loads(line) for line in Path(rows).with_name("votes.jsonl").read_text().splitlines()]
+    assert [vote["comment"] for vote in votes] == ["", "", "a <b>comment</b>"]
+
+
+def by_letters(page, letters_of: str, *, save: bool = True) -> None:
+    """Type the letters of responses, the best first."""
+    for letter in letters_of:
+        page.keyboard.press(letter)
+    if save:
+        page.keyboard.press("Enter")
+
+
+def test_a_browser_that_keeps_nothing_asks_before_an_answer_is_lost(browser, rows):
+    """As in a frame of another site, where to touch its storage is an error."""
+    refuse = "Object.defineProperty(window, '{}', {{get() {{ throw new DOMException('no', 'SecurityError'); }}}});"
+    with labelling(rows) as (_, url):
+        context = browser.new_context()
+        context.add_init_script("".join(map(refuse.format, ("localStorage", "sessionStorage"))))
+        page, asked, errors = context.new_page(), [], []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+        enter(page, url, "anna")
+        by_letters(page, "abc")
+        saved(page, "2 of 5")
+        page.click("#raw")
+        by_letters(page, "a", save=False)
+        assert order(page) == "A"
+        page.reload()
+        assert asked == ["beforeunload"] and errors == []
+        context.close()
+
+
 def test_text_is_never_markup_and_a_phone_has_room(browser, tmp_path):
     evil = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
     path = tmp_path / "rows.jsonl"

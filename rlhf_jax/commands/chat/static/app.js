@@ -13,7 +13,7 @@ function status(text) {
 }
 
 function keep() {
-  sessionStorage.setItem("talk", JSON.stringify({ models: about.models, talk, turns }));
+  session.setItem("talk", JSON.stringify({ models: about.models, talk, turns }));
 }
 
 // ---------------------------------------------------------------- what is shown
@@ -148,7 +148,7 @@ async function start() {
   about = await (await send("start")).json();
   $("title").textContent = about.models.length > 1 ? "Two policies" : short(about.models[0]);
   document.title = ["Chat", ...about.models.filter(Boolean).map(short)].join(" · ");
-  const kept = JSON.parse(sessionStorage.getItem("talk") ?? "null");
+  const kept = JSON.parse(session.getItem("talk") ?? "null");
   if (JSON.stringify(kept?.models) === JSON.stringify(about.models)) ({ talk, turns } = kept);
   draw();
   $("text").focus();

@@ -6,6 +6,7 @@ const PLACES = ["1st", "2nd", "3rd"];
 let rater = "", item = null, tiers = [], allBad = false, typed = [];
 let study = null; // what the server says of the study: title, guidelines, criteria, scale
 let ratings = {}; // criterion -> name -> 1 to the scale
+let unsaved = false, draftKept = true; // whether an answer that is saved was changed since; whether a reload keeps what is here
 let later = 0, loads = 0, shownAt = 0, hiddenFor = 0, hiddenAt = 0, saving = false;
 const savedAt = []; // places of answers saved in this session, for undo
 
@@ -42,15 +43,15 @@ async function enter() {
   (fixed ? $("known").querySelector("button") : $("name"))?.focus();
 }
 
-async function begin(name) {
+async function begin(name, at) {
   try {
     study ??= await ask("start");
-    await load(name);
+    await load(name, at < study.total ? at : undefined);
   } catch (error) {
     $("refused").textContent = error.message;
     return;
   }
-  sessionStorage.setItem("rater", rater);
+  session.setItem("rater", rater);
   $("refused").textContent = "";
   $("rater").textContent = rater;
   $("entry").hidden = true;
@@ -77,7 +78,10 @@ async function load(name, at) {
   if (mine !== loads) return; // another item was asked for meanwhile
   rater = name.trim();
   item = found;
-  const kept = item.answer ?? JSON.parse(localStorage.getItem(draftName()) ?? "null");
+  session.setItem("at", item.at);
+  const draft = JSON.parse(local.getItem(draftName()) ?? "null"), kept = draft ?? item.answer;
+  unsaved = draft !== null && item.answer !== null;
+  draftKept = true;
   tiers = [];
   for (const [name, rank] of Object.entries(kept?.ranks ?? {})) {
     if (rank !== null && names().includes(name)) (tiers[rank] ??= []).push(name);
@@ -93,7 +97,8 @@ async function load(name, at) {
   drawItem();
   draw();
   scrollTo({ top: 0 });
-  status(item.answer ? (item.answer.skipped ? "Skipped earlier" : "Answered earlier; saving again changes it") : "");
+  if (unsaved) status("Changed since it was saved; Enter saves the change");
+  else status(item.answer ? (item.answer.skipped ? "Skipped earlier" : "Answered earlier; saving again changes it") : "");
 }
 
 function drawItem() {
@@ -203,7 +208,8 @@ function chip(name) {
 function changed(what) {
   tiers = tiers.filter((tier) => tier.length);
   const kept = { ranks: ranks(), ratings, all_bad: allBad, comment: $("comment").value };
-  localStorage.setItem(draftName(), JSON.stringify(kept));
+  draftKept = local.setItem(draftName(), JSON.stringify(kept));
+  unsaved = item.answer !== null;
   status("");
   draw();
   if (what) say(what);
@@ -328,7 +334,9 @@ async function save(skipped = false) {
   const answer = { rater, item: item.item, ranks: ranks(), ratings, all_bad: allBad, skipped, comment: $("comment").value.trim(), seconds };
   try {
     const { state } = await ask("answer", answer);
-    localStorage.removeItem(draftName());
+    local.removeItem(draftName());
+    unsaved = false;
+    draftKept = true;
     savedAt.push(item.at);
     item.states[item.at] = state;
     await goOn();
@@ -358,8 +366,10 @@ async function finish() {
 
 async function go(at) {
   if (at < 0 || at >= item.states.length) return;
+  const left = unsaved ? item.at + 1 : 0;
   try {
     await load(rater, at);
+    if (left && !unsaved) status(`The change of item ${left} is not saved; it is kept there`);
   } catch (error) {
     status(error.message, "failed");
   }
@@ -454,7 +464,7 @@ function onKey(event) {
 
 function listen() {
   $("who").onsubmit = (event) => { event.preventDefault(); begin($("name").value); };
-  $("leave").onclick = () => { sessionStorage.removeItem("rater"); enter(); };
+  $("leave").onclick = () => { session.removeItem("rater"); enter(); };
   $("show-progress").onclick = () => showProgress();
   $("show-help").onclick = () => $("help").showModal();
   $("show-guidelines").onclick = showGuidelines;
@@ -471,12 +481,13 @@ function listen() {
   $("save").onclick = () => save();
   addEventListener("keydown", onKey);
   addEventListener("pointerdown", startDrag);
+  addEventListener("beforeunload", (event) => { if (!draftKept) event.preventDefault(); });
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) hiddenAt = performance.now(); else hiddenFor += performance.now() - hiddenAt;
   });
 }
 
 listen();
-const known = sessionStorage.getItem("rater");
-(known ? begin(known).then(() => { if ($("work").hidden) return enter(); }) : enter())
+const known = session.getItem("rater");
+(known ? begin(known, session.getItem("at") ?? undefined).then(() => { if ($("work").hidden) return enter(); }) : enter())
   .catch((error) => { $("entry").hidden = false; $("refused").textContent = error.message; });

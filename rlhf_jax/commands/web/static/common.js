@@ -29,13 +29,24 @@ async function request(path, body, kept, running) {
   return response;
 }
 
+// What the browser keeps over a reload; one that refuses, as to some frames, keeps nothing.
+function storage(kind) {
+  const tried = (what, ...rest) => { try { return window[kind][what](...rest); } catch { return null; } };
+  return {
+    getItem: (name) => tried("getItem", name),
+    setItem: (name, value) => tried("setItem", name, value) !== null, // whether it is kept
+    removeItem: (name) => tried("removeItem", name),
+  };
+}
+const local = storage("localStorage"), session = storage("sessionStorage");
+
 function theme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const now = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
   document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-  localStorage.setItem("theme", document.documentElement.dataset.theme);
+  local.setItem("theme", document.documentElement.dataset.theme);
 }
-if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
+if (local.getItem("theme")) document.documentElement.dataset.theme = local.getItem("theme");
 
 // ---------------------------------------------------------------- Markdown
 
@@ -87,11 +98,11 @@ rules.link_open = (tokens, i, options, env, self) => {
   return self.renderToken(tokens, i, options);
 };
 
-let raw = localStorage.getItem("raw") === "yes"; // whether texts are shown as they are, character by character
+let raw = local.getItem("raw") === "yes"; // whether texts are shown as they are, character by character
 
 function toggleRaw() {
   raw = !raw;
-  localStorage.setItem("raw", raw ? "yes" : "no");
+  local.setItem("raw", raw ? "yes" : "no");
   $("raw").setAttribute("aria-pressed", String(raw));
 }
 
