@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -88,9 +89,9 @@ def test_fan_in_fan_out_says_nothing(tmp_path, case, flag):
 
 
 def test_a_pattern_as_peft_writes_it_for_fused_layers(tmp_path):
-    names = "layers.1.mlp.down_proj", r".*\.layers\.1\.mlp\.down_proj"
-    plain, told = (read(write(tmp_path, "patterns", alpha_pattern={name: 3}))[1] for name in names)
-    jax.tree.map(np.testing.assert_array_equal, plain, told)
+    names = "layers.1.mlp.down_proj", r".*\.layers\.1\.mlp\.down_proj", r"layers\.1\.(self_attn|mlp)\.[a-e]own_proj|q"
+    plain, *told = (read(write(tmp_path, "patterns", alpha_pattern={name: 3}))[1] for name in names)
+    jax.tree.map(np.testing.assert_array_equal, [plain] * 2, told)
 
 
 def test_an_adapter_is_found_on_a_base_of_the_bare_trunk(tmp_path):
@@ -118,6 +119,39 @@ def test_an_adapter_on_the_bare_trunk_of_a_tied_model(tmp_path):
     save_file(bare, tmp_path / "base/model.safetensors")
     tokens = golden("gpt2_tied")["tokens"].astype(np.int32)
     np.testing.assert_allclose(outputs(*read(path), tokens), golden("gpt2_tied")["logits"], atol=1e-4)
+
+
+ATTENTION = r"model\.layers\.\d+\.(?:self_attn|attn)\.(?:(?:q|v)_proj)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"target_modules": ["q_proj", "mlp.down_proj"]}, r".*(q_proj|mlp\.down_proj)"),
+        ({"target_modules": ["proj", "layers.1.self_attn.q_proj"]}, r".*layers\.1\.self_attn\.q_proj"),
+        ({"target_modules": ATTENTION}, ATTENTION),
+        ({"target_modules": "All-Linear", "exclude_modules": ["v_proj"]}, r".*(?<!v_proj)"),
+        ({"exclude_modules": r".*\.layers\.1\..*"}, r".*layers\.0.*"),
+        ({"modules_to_save": ["up_proj"]}, r".*(?<!up_proj)"),
+        ({"layers_to_transform": [1, 5]}, r".*layers\.1.*"),
+        ({"layers_to_transform": 0, "layers_pattern": ["h", "layers"]}, r".*layers\.0.*"),
+        ({"layers_to_transform": [0], "layers_pattern": "h"}, None),
+    ],
+    ids=str,
+)
+def test_pairs_of_modules_that_an_adapter_does_not_target_are_left_out_as_by_peft_and_counted(
+    tmp_path, capsys, changes, kept
+):
+    path = write(tmp_path, **changes)
+    pairs = load_file(path / "adapter_model.safetensors")
+    module = re.compile(r"base_model\.model\.(.*)\.lora_[AB]\.weight")
+    least = {name: x for name, x in pairs.items() if kept and re.fullmatch(kept, module.fullmatch(name)[1])}
+    told = read(path)[1]
+    count = (len(pairs) - len(least)) // 2
+    assert f"{path}: {count} adapters of modules that it does not target are left out: " in capsys.readouterr().err
+    save_file(least, path / "adapter_model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, told, read(path)[1])
+    assert not capsys.readouterr().err and len(least) < len(pairs) and bool(least) == bool(kept)
 
 
 def test_every_shard_of_a_mesh_has_its_part_of_the_sum(tmp_path):

@@ -226,10 +226,13 @@ def test_an_adapter_on_an_adapter_is_added_to_it(tmp_path):
     assert np.abs(kernels[1] - kernels[0]).max() > 0.01
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", ".*", "[a-z]+", "q_proj|k_proj"])
-def test_a_pattern_of_an_adapter_is_a_name(tmp_path, pattern):
-    said = read(adapter(tmp_path / "a", make(tmp_path / "m"), alpha_pattern={pattern: 3}))
-    assert "regular expression" in said and "adapter_config.json" in said
+@pytest.mark.parametrize("key", ["alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"])
+@pytest.mark.parametrize("pattern", ["(", "(.*)" * 8 + r"\1\2[A-Z]"])
+def test_a_regular_expression_of_an_adapter_that_is_none_or_finds_no_end(tmp_path, key, pattern):
+    changes = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    changes[key] = {pattern: 3} if key == "alpha_pattern" else pattern
+    said = read(adapter(tmp_path / "a", make(tmp_path / "m"), **changes))
+    assert f"{key} makes the regular expression" in said and "adapter_config.json" in said
 
 
 def test_weights_that_no_trained_model_has_are_said(tmp_path, capsys):

@@ -22,9 +22,10 @@ from rlhf_jax.hosts.copies import have
 from rlhf_jax.hosts.json_text import strict_json
 from rlhf_jax.models.hf.composite import text_name, text_part
 from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, understood
-from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory
+from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory, stands_on
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import is_transposed
+from rlhf_jax.models.hf.targets import matched, targeted
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -285,11 +286,21 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
         weight = shared.get(embedding if tied and name == head else name)
         if weight is None or len(pair) < 2:
             raise UserError(f"{where}: {module} is not in the model that the adapter names, or half is missing")
+        if not targeted(raw, module):
+            continue  # as PEFT does, which does not say so (`left_out`)
         transposed = module in tables or _transposed(family, name)
         single[name] = _summed(raw, module, weight, pair, transposed, where)
     if tied and embedding in single:
         single.setdefault(head, shared[embedding])
     return shared | single
+
+
+def left_out(folder: Path) -> list[str]:
+    """The modules of which an adapter's file has a pair that PEFT does not read, nor do we; none of a model."""
+    if stands_on(folder) is None:
+        return []
+    raw, found = read_json(folder / ADAPTER), map(_LOW_RANK.fullmatch, read_header(folder / ADAPTER_WEIGHTS))
+    return [module for module in dict.fromkeys(match[1] for match in found if match) if not targeted(raw, module)]
 
 
 def _whole_names(family: Family, stored: dict[str, Readable]) -> dict[str, Readable]:
@@ -324,10 +335,8 @@ def _summed(
     raw: ConfigJson, module: str, base: Readable, pair: Mapping[str, Stored], transposed: bool, where: Path
 ) -> Summed:
     a, b = pair["A"], pair["B"]
-    patterns = raw.get("alpha_pattern") or {}
-    if odd := [key for key in patterns if not re.fullmatch(r"(\.\*)?(\\?\.|\w)+", key)]:  # which could run for ever
-        raise UserError(f"alpha_pattern has the regular expression {shown(odd[0])}; {_MERGE}")
-    alphas = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    patterns = (raw.get("alpha_pattern") or {}).items()
+    alphas = (alpha for key, alpha in patterns if matched(rf"(.*\.)?({key})", module, "alpha_pattern"))
     alpha = float(next(alphas, raw["lora_alpha"]))
     if not abs(alpha) < 1e9:
         raise UserError(f"lora_alpha is {shown(alpha)}, which no adapter has")

@@ -31,7 +31,7 @@ from rlhf_jax.models.hf.directory import layers_of, model_directory
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.heads import heads_in, members_of, own_adapters, with_heads
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
-from rlhf_jax.models.hf.stored import DTYPES, Packed, Tensors, check_tied, stored_tensors
+from rlhf_jax.models.hf.stored import DTYPES, Packed, Tensors, check_tied, left_out, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
 
@@ -85,8 +85,15 @@ def load_params(
     family, layout, stored, shapes = _held(folder, arch, score_head)
     params = load_leaves(folder, arch, family, layout, stored, shapes, mesh=mesh, dtype=dtype)
     for each in layers_of(folder):
+        if (beyond := left_out(each)) and is_first():
+            said = f"{len(beyond)} adapters of modules that it does not target are left out: {_few(beyond)}"
+            tell(f"{each}: {said}", error=True)
         release(each)
     return params
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_params(path: str | os.PathLike[str], arch: ArchConfig, *, score_head: bool | None) -> None:
@@ -165,9 +172,7 @@ class _Seen:
         zero = [name for name, some in self.some.items() if not some]
         for names, what in ((sorted(self.broken), "are not finite"), (zero, "are all zero")):
             if names and is_first():
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                said = f"weights of {len(names)} tensors {what}: {', '.join(names[:3])}{more}"
-                tell(f"{folder}: {said}", error=True)
+                tell(f"{folder}: weights of {len(names)} tensors {what}: {_few(names)}", error=True)
 
 
 def _placed(read: Callable[[Index], np.ndarray], spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
@@ -249,8 +254,7 @@ def _check_stored(
         (typed, "has quantized tensors", "save the model in bfloat16"),
     ):
         if items:
-            more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-            raise UserError(f"{folder} {what}: {', '.join(items[:3])}{more}; {cure}")
+            raise UserError(f"{folder} {what}: {_few(items)}; {cure}")
 
 
 def save_model(
