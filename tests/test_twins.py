@@ -267,8 +267,12 @@ def test_a_file_of_rows_in_a_bucket_is_gone_on_with_after_a_kill_and_written_who
 
 
 def at(status, method, name):
-    """A fault that never ends: this status to requests of a method of objects whose names end so."""
-    return lambda asked, of: status if asked == method and (of or "").endswith(name) else None
+    """A fault that never ends: this status to requests of a method of objects whose names end so.
+
+    Who asks 500 times would ask for ever, and has another answer from then on.
+    """
+    asks = itertools.chain([status] * 500, itertools.repeat(401))
+    return lambda asked, of: next(asks) if asked == method and (of or "").endswith(name) else None
 
 
 REFUSED = {
