@@ -161,14 +161,17 @@ def test_the_stop_token_gets_gradient():
     assert gain[ends].mean() > 1e-4
 
 
-def test_ptx_gradient_is_the_sum_of_both_gradients_and_takes_one_step():
-    ptx = {
+def ptx_text() -> dict:
+    return {
         "tokens": jnp.arange(12, dtype=jnp.int32).reshape(2, 6) + 2,
         "positions": jnp.broadcast_to(jnp.arange(6), (2, 6)),
         "segment_ids": jnp.ones((2, 6), jnp.int32),
         "weights": jnp.full((2, 6), 0.1).at[:, 0].set(0.0),
     }
-    run, x = ppo_run(ptx_coef=27.8, epochs=1), make_experience(3, PARAMS)
+
+
+def test_ptx_gradient_is_the_sum_of_both_gradients_and_takes_one_step():
+    ptx, run, x = ptx_text(), ppo_run(ptx_coef=27.8, epochs=1), make_experience(3, PARAMS)
     lm = sft.objective(BIGRAMS.policy, lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
     by_lm = jax.grad(lambda params: lm(params["policy"], ptx, KEY)[0])(PARAMS)
     summed = jax.tree.map(lambda a, b: a + 27.8 * b, grad_of(run.ppo, batch_of(x)), by_lm)
@@ -179,6 +182,22 @@ def test_ptx_gradient_is_the_sum_of_both_gradients_and_takes_one_step():
     counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0 and leaf.dtype == jnp.int32]
     assert state.step == 1 and counts and all(count == 1 for count in counts)
     np.testing.assert_allclose(metrics["ptx/nll"], lm(PARAMS["policy"], ptx, KEY)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("coef", [0.0, 3.0])
+def test_ptx_nll_is_of_the_text_alone_and_of_steps_without_a_trained_token_as_well(coef):
+    """Whatever experts add to what is trained."""
+    arch = dataclasses.replace(ARCH, num_experts=4, experts_per_token=2)
+    models, ptx = Models(Model(arch, balance_coef=coef), BIGRAMS.value), ptx_text()
+    params, none = {**PARAMS, "policy": model_params(models.policy, 0)}, np.zeros((8, 6), bool)
+    x = dataclasses.replace(make_experience(3, PARAMS), mask=none, value_mask=none)
+    run = ppo_run(ptx_coef=0.5, epochs=2, minibatches=1, rate=0.0)
+    state, update = updater(run, models, params)
+    _, metrics = update(state, x, ptx=jax.tree.map(lambda a: jnp.stack([a, a]), ptx))
+    said = models.policy.next_logprobs(params["policy"], *(ptx[n] for n in ("tokens", "positions", "segment_ids")))
+    np.testing.assert_allclose(metrics["ptx/nll"], -said.mean(), rtol=1e-5)
+    assert (metrics["loss/total"] > 0.5 * metrics["ptx/nll"] + 0.1) == bool(coef)
+    assert jnp.isnan(metrics["policy/loss"]) and metrics["optim/grad_norm"] > 0
 
 
 def test_entropy_bonus_is_the_weighted_entropy_that_numpy_computes():

@@ -260,8 +260,8 @@ def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], shar
     rows packed, those without a weight left out; the temperature; weights by name, each of a mask of the experience
     (`masks`); and text if there is any: `ptx` has a leading axis of epochs * minibatches. The step reads `frozen`.
     A minibatch of all rows is packed as scoring packed it, so that the first step's ratio is exactly 1.
-    Metrics are means over the optimiser steps, but for those of the optimiser over steps with a token that is trained
-    on; policy/first_* are those of the first of these, whose ratio should be 1.
+    Metrics are means over the optimiser steps, those of responses over steps with a token that is trained on;
+    policy/first_* are those of the first of these, whose ratio should be 1.
     """
     num = config.epochs * config.minibatches
 
@@ -335,16 +335,19 @@ def stopping(
 def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
     """Metrics [N] of an update's steps: means, maxima of *_max, sums of counts, and the first step's invariants.
 
-    Steps off `measured` did not happen. Those off TRAINED had no token to train on, and none to say anything of.
+    Steps off `measured` did not happen. Those off TRAINED had no token of a response to train on, and none to say
+    anything of; what they did with text they say.
     """
     out, trained = {}, measured & metrics[TRAINED]
+    of_all = {name for name in metrics if name.startswith(("optim/", "ptx/"))}
+    of_all |= {"loss/total"} if "ptx/nll" in metrics else set()
     for name, values in metrics.items():
         if name.endswith("_max"):
             out[name] = values.max(where=trained, initial=-jnp.inf)
         elif name in ("optim/skipped", "policy/epochs_taken"):
             out[name] = values.sum()
         elif name != TRAINED:
-            out[name] = values.mean(where=measured if name.startswith("optim/") else trained)
+            out[name] = values.mean(where=measured if name in of_all else trained)
     for name in ("ratio_max", "approx_kl", "clip_fraction"):
         if f"policy/{name}" in metrics:
             out[f"policy/first_{name}"] = metrics[f"policy/{name}"][jnp.argmax(trained)]

@@ -174,8 +174,9 @@ def objective(
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
         loss, metrics = of_rows(params, batch) if "packed" in batch else (jnp.zeros(()), {})
         if "ptx" in batch:
-            lm, _ = lm_loss(params["policy"], batch["ptx"], key)
-            loss, metrics["ptx/nll"] = loss + config.ptx_coef * lm, lm
+            lm, said = lm_loss(params["policy"], batch["ptx"], key)
+            loss = loss + config.ptx_coef * lm
+            metrics |= {f"ptx/{name}": said[f"loss/{name}"] for name in ("nll", "nll_weight")}
         return loss, metrics
 
     return loss_fn
