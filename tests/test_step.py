@@ -264,6 +264,18 @@ def test_the_clip_bounds_large_gradients_and_leaves_small_ones():
     assert rates[0.01] < 1e-7 and rates[10.0] > 1e-3
 
 
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_a_decay_that_float32_rounds_to_1_is_refused_and_the_largest_that_is_allowed_trains(name):
+    """With 1 the first update would be 0, or infinite, and nothing said so: 1 - b^t is 0."""
+    with pytest.raises(UserError, match=rf"^optim.{name} is 0.99999999; make it at least 0 and at most 0.9999999$"):
+        OptimConfig(learning_rate=1e-3, **{name: 0.99999999}).check("optim.")
+    config = OptimConfig(learning_rate=1e-3, schedule="constant", **{name: 0.9999999})
+    config.check("optim.")
+    params, tx = {"w": jnp.ones(2)}, make_optimizer(config, make_schedule(config, 1))
+    updates, _ = tx.update({"w": jnp.full(2, 0.5)}, tx.init(params), params, step=jnp.int32(0))
+    np.testing.assert_allclose(updates["w"], -1e-3, rtol=0.3)
+
+
 def test_tensorflows_epsilon_makes_early_updates_smaller_and_late_ones_equal():
     grad, moved = {"x": jnp.full(1, 1e-4)}, {}
     for form in ("standard", "tensorflow"):

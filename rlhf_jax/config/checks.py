@@ -23,6 +23,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: x > 0,
     "between 0 and 1": lambda x: 0 <= x <= 1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "at least 0 and at most 0.9999999": lambda x: 0 <= x <= 0.9999999,  # what is above may be 1 in float32
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "at least 0 and below 1/2": lambda x: 0 <= x < 0.5,
     "above 0 and below 1": lambda x: 0 < x < 1,

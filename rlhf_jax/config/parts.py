@@ -125,7 +125,7 @@ class OptimConfig:
         rules = {
             "at least 0": "learning_rate warmup_steps weight_decay clip_norm",
             "between 0 and 1": "end_fraction warmup_ratio",
-            "at least 0 and below 1": "b1 b2",
+            "at least 0 and at most 0.9999999": "b1 b2",
             "above 0": "eps",
         }
         check(self, group, rules)
