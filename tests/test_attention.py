@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from rlhf_jax.config import ArchConfig, MeshConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
-from rlhf_jax.models.attention import Branches, make_attend, platform_attention
+from rlhf_jax.models.attention import Branches, _block, make_attend, platform_attention
 from rlhf_jax.models.blockwise import SIZE
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
@@ -116,6 +118,28 @@ def test_kernels_and_blocks_with_branches_are_plain_attention_in_values_and_grad
         (_, found), grads = both(kind)
     for got, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5 * max(np.abs(wanted).max(), 1))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_kernel_is_given_the_mask_of_branches_once_for_all_query_heads(groups):
+    """On TPU the kernel takes four bytes for each pair of columns, made and read in every layer."""
+    segments = jnp.ones((1, 256), jnp.int32)
+    read = segments, Branches(segments, jnp.arange(256, dtype=jnp.int32)[None])
+    q, k = jnp.ones((1, KV_HEADS, groups, 256, WIDTH)), jnp.ones((1, KV_HEADS, 256, WIDTH))
+    change = jax.grad(
+        lambda *args: make_attend("splash", *read, window=0, scale=1.0, softcap=0.0, heads_over=None)(*args).sum()
+    )
+    sizes = [
+        math.prod(map(int, dims.split(",")))
+        for dims in re.findall(r"bool\[([\d,]+)\]", str(jax.make_jaxpr(change)(q, k, k)))
+    ]
+    assert max(sizes) == 256 * 256
+
+
+def test_blocks_of_the_kernel_are_large_also_where_the_columns_do_not_divide():
+    """Of 2432 or 4480 columns, which are whole lanes, only blocks of 128 divide: 361 and 1225 steps."""
+    wanted = {64: (128, 1), 150: (256, 1), 640: (384, 4), 1024: (512, 4), 2432: (512, 25), 4480: (512, 81)}
+    assert {n: (_block(n), (-(-n // _block(n))) ** 2) for n in wanted} == wanted
 
 
 MIXED = ArchConfig(
