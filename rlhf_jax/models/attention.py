@@ -242,13 +242,13 @@ def splash_attention(
 
     def row(sinks: Array | None, args: tuple[Array, Array, Array, Array]) -> Array:
         q, k, v, seen = args
-        kernel = _splash_kernel(*q.shape[1:3], block, window, softcap, interpret, seen)
+        kernel = _splash_kernel(q.shape[1], q.shape[2], block, window, softcap, interpret, seen)
         return jax.vmap(kernel)(q, k, v, sinks)  # K
 
     def rows(q: Array, k: Array, v: Array, seen: Array, sinks: Array | None) -> Array:
         if branches is not None:
             return jax.lax.map(functools.partial(row, sinks), (q, k, v, seen))
-        kernel = _splash_kernel(*q.shape[2:4], block, window, softcap, interpret)
+        kernel = _splash_kernel(q.shape[2], q.shape[3], block, window, softcap, interpret)
         return jax.vmap(jax.vmap(kernel, (0, 0, 0, None, 0)), (0, 0, 0, 0, None))(q, k, v, seen, sinks)  # K, B
 
     return by_device(rows, q, k, v, seen, sinks, heads_over)[:, :, :, :length].astype(q.dtype)
