@@ -12,7 +12,7 @@ from tiny import BIGRAMS, bigram_params, make_rollout
 from rlhf_jax import group, ppo
 from rlhf_jax.config import GroupConfig, PPOConfig
 from rlhf_jax.losses import cispo_policy_loss, clipped_policy_loss, importance_weights, sequence_policy_loss
-from rlhf_jax.tokens import token_logprobs
+from rlhf_jax.tokens import Blocks, token_logprobs
 
 V, T = 3, 4
 RESPONSES = np.array(list(itertools.product(range(V), repeat=T)))  # [81, T]
@@ -102,7 +102,9 @@ def test_with_the_kept_ids_carried_the_gradient_is_that_of_the_filtered_law(carr
 
     def filtered(logits, kept=ids):
         kept = None if kept is None else kept[places]
-        return token_logprobs(lambda x: x, logits[places], RESPONSES, 0.8, chunk=7, kept=kept)[0]
+        return token_logprobs(
+            Blocks(jnp.zeros((1, 0)), lambda _, x: x), logits[places], RESPONSES, 0.8, chunk=7, kept=kept
+        )[0]
 
     possible = (ids[places] == RESPONSES[..., None]).any(-1).all(-1)  # responses of kept tokens alone
     rewards = jnp.where(possible, REWARDS, 0.0)

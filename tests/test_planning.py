@@ -26,6 +26,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import make_mesh, placed, put_batch, tree_shardings
+from rlhf_jax.tokens import Blocks, token_logprobs
 
 WITHOUT_COMPILER = importlib.util.find_spec("libtpu") is None
 TINY = {"vocab_size": 64, "width": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -293,6 +294,19 @@ def test_no_program_holds_the_logits_of_a_batch(stage):
     length = 32 if stage == "ppo" else 63
     for name, text in texts.items():
         assert largest_logits(text) < 4 * length * PRIME, name
+
+
+def test_flops_of_gradients_that_nobody_reads_do_not_count():
+    """Of a frozen projection: forward, once more, and the gradient of what it projects."""
+    kernel, hidden = jnp.ones((1, 4, 32)), jnp.ones((2, 8, 4))
+
+    def loss(kernel, hidden):
+        vocabulary = Blocks(kernel, lambda kernel, h: jnp.einsum("btd,dv->btv", h, kernel))
+        return token_logprobs(vocabulary, hidden, jnp.zeros((2, 8), jnp.int32), 1.0, chunk=4)[0].sum()
+
+    for argnums, products in ((0, 3), (1, 3), ((0, 1), 4)):
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums))(kernel, hidden)
+        assert flops.count_flops(flops.without_unread(jaxpr)) == products * 2 * 16 * 4 * 32
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,11 @@ ALL, SOME = np.ones((B, T), bool), np.random.default_rng(1).random((B, T)) < 0.4
 def in_blocks(kernel):
     """Three blocks of 18 ids: 9 of the first half of the vocabulary and 9 of the second."""
     weights = jnp.moveaxis(kernel.reshape(D, 2, 3, 9), 2, 0).reshape(3, D, 18)
-    return Blocks(weights, 9, lambda part: lambda hidden: jnp.einsum("btd,dv->btv", hidden, part, precision="highest"))
+    return Blocks(weights, product, number=3, width=9)
+
+
+def product(kernel, hidden):
+    return jnp.einsum("btd,dv->btv", hidden, kernel, precision="highest")
 
 
 @partial(jax.jit, static_argnames=("chunk", "shards", "cut"))
@@ -43,11 +47,9 @@ def logprobs(kernel, hidden, temperature, *, chunk, needed=ALL, shards=1, cut=Fa
     """Log-probs, entropies, and the gradients by (kernel, hidden, temperature) of a weighted sum of both."""
 
     def loss(kernel, hidden, temperature):
-        project = partial(jnp.einsum, "btd,dv->btv", precision="highest")
+        vocabulary = in_blocks(kernel) if cut else Blocks(kernel[None], product)
         options = {"chunk": chunk, "needed": needed, "shards": shards, "with_entropy": True}
-        if cut:
-            options["blocks"] = in_blocks(kernel)
-        outputs = token_logprobs(lambda h: project(h, kernel), hidden, TARGETS, temperature, **options)
+        outputs = token_logprobs(vocabulary, hidden, TARGETS, temperature, **options)
         return sum(jnp.sum(w * x) for w, x in zip(WEIGHTS, outputs, strict=True)), outputs
 
     grads, outputs = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(kernel, hidden, temperature)
@@ -122,8 +124,9 @@ def test_logprobs_of_kept_ids_are_of_these_alone_renormalised(chunk, cut):
     inside = (kept[..., None] == np.arange(V)).any(2)
 
     def of_kept(kernel, hidden):
-        options = {"needed": SOME, "kept": kept, "blocks": in_blocks(kernel) if cut else None, "with_entropy": True}
-        return token_logprobs(lambda h: h @ kernel, hidden, TARGETS, 0.7, chunk=chunk, **options)
+        vocabulary = in_blocks(kernel) if cut else Blocks(kernel[None], product)
+        options = {"needed": SOME, "kept": kept, "with_entropy": True}
+        return token_logprobs(vocabulary, hidden, TARGETS, 0.7, chunk=chunk, **options)
 
     def of_all(kernel, hidden):
         log_p = jax.nn.log_softmax(jnp.where(inside, hidden @ kernel / 0.7, -1e30))
@@ -144,11 +147,12 @@ def test_logprobs_of_kept_ids_are_of_these_alone_renormalised(chunk, cut):
 def test_only_chunks_with_a_needed_position_are_projected():
     calls = []
 
-    def project(hidden):
+    def project(kernel, hidden):
         jax.debug.callback(lambda x: calls.append(x.shape[1]), hidden)
-        return hidden @ KERNEL
+        return hidden @ kernel
 
-    run = jax.jit(lambda needed: token_logprobs(project, jnp.asarray(HIDDEN), TARGETS, 1.0, chunk=4, needed=needed)[0])
+    vocabulary = Blocks(KERNEL[None], project)
+    run = jax.jit(lambda some: token_logprobs(vocabulary, jnp.asarray(HIDDEN), TARGETS, 1.0, chunk=4, needed=some)[0])
     for count in (0, 1, 4, 5, B * T):
         calls.clear()
         jax.block_until_ready(run(np.random.default_rng(count).permutation(B * T).reshape(B, T) < count))
@@ -163,8 +167,10 @@ def test_on_a_mesh_chunks_are_of_rows_that_a_device_has():
     shapes = [jax.ShapeDtypeStruct((16, 32, *more), d, sharding=rows) for *more, d in ((D, float), (int,), (bool,))]
 
     def loss(hidden, targets, needed):
-        project = lambda h: jax.lax.with_sharding_constraint(h @ KERNEL, rows)  # noqa: E731
-        return token_logprobs(project, hidden, targets, 1.0, chunk=16, needed=needed, shards=8)[0].sum()
+        project = lambda kernel, h: jax.lax.with_sharding_constraint(h @ kernel, rows)  # noqa: E731
+        return token_logprobs(Blocks(KERNEL[None], project), hidden, targets, 1.0, chunk=16, needed=needed, shards=8)[
+            0
+        ].sum()
 
     text = jax.jit(jax.grad(loss), out_shardings=rows).lower(*shapes).compile().as_text()
     assert not re.search("all-gather|all-to-all|collective-permute", text)
@@ -175,7 +181,7 @@ def test_on_a_mesh_chunks_are_of_rows_that_a_device_has():
 
 
 def test_entropy_of_equal_logits_is_ln_v_and_zero_when_not_asked_for():
-    equal = partial(token_logprobs, lambda h: jnp.zeros((B, T, V)), HIDDEN, TARGETS, 1.0, chunk=B * T)
+    equal = partial(token_logprobs, Blocks(np.zeros((1, B, T, V)), lambda x, _: x), HIDDEN, TARGETS, 1.0, chunk=B * T)
     np.testing.assert_allclose(equal(with_entropy=True)[1], math.log(V), rtol=1e-6)
     np.testing.assert_allclose(equal()[0], -math.log(V), rtol=1e-6)
     assert not equal()[1].any()
@@ -183,7 +189,9 @@ def test_entropy_of_equal_logits_is_ln_v_and_zero_when_not_asked_for():
 
 def test_log_softmax_is_float32_of_bfloat16_logits():
     logits = (40 * RNG.standard_normal((B, T, V))).astype(jnp.bfloat16)
-    chosen, entropy = token_logprobs(lambda h: logits, HIDDEN, TARGETS, 1.0, chunk=B * T, with_entropy=True)
+    chosen, entropy = token_logprobs(
+        Blocks(logits[None], lambda x, _: x), HIDDEN, TARGETS, 1.0, chunk=B * T, with_entropy=True
+    )
     assert chosen.dtype == entropy.dtype == jnp.float32
     expected = jax.nn.log_softmax(logits.astype(jnp.float32))
     expected = np.take_along_axis(expected, TARGETS[..., None], -1)[..., 0]
@@ -243,10 +251,8 @@ def test_microbatch_that_does_not_divide_the_batch_is_an_error():
 
 def test_tokens_promote_no_dtype():
     def all_of_them(hidden, mask, temperature):
-        project = partial(jnp.einsum, "btd,dv->btv")
-        logprobs, entropy = token_logprobs(
-            lambda h: project(h, KERNEL), hidden, TARGETS, temperature, chunk=5, with_entropy=True
-        )
+        vocabulary = Blocks(KERNEL[None], product)
+        logprobs, entropy = token_logprobs(vocabulary, hidden, TARGETS, temperature, chunk=5, with_entropy=True)
         return logprobs, entropy, [token_weights(mask, r) for r in ("token", "sequence", "fixed")]
 
     with jax.numpy_dtype_promotion("strict"):

@@ -36,7 +36,7 @@ from rlhf_jax.online.method import Method
 from rlhf_jax.ppo import Experience, Models
 from rlhf_jax.sharding import make_mesh, tree_shardings
 from rlhf_jax.tasks import random_walks as walks
-from rlhf_jax.tokens import token_logprobs
+from rlhf_jax.tokens import Blocks, token_logprobs
 from rlhf_jax.types import Rollout
 
 V, D = 24, 16
@@ -61,8 +61,8 @@ class Bigram:
         return params["embed"]["tokens"][tokens]
 
     def logprobs(self, params, hidden, targets, temperature=1.0, **options):
-        project = lambda h: h @ params["head"]["kernel"]  # noqa: E731
-        return token_logprobs(project, hidden, targets, temperature, chunk=self.logprob_chunk, **options)
+        vocabulary = Blocks(params["head"]["kernel"][None], lambda kernel, h: h @ kernel)
+        return token_logprobs(vocabulary, hidden, targets, temperature, chunk=self.logprob_chunk, **options)
 
     def next_logprobs(self, params, tokens, positions, segment_ids, temperature=1.0, **options):
         hidden = self.apply(params, tokens, positions, segment_ids)

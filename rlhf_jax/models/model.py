@@ -225,19 +225,18 @@ class Model:
         Both are 0 off `needed`, and chunks of positions without any that is needed cost nothing (None: all are). They
         are of the law of the ids `kept`, if these are given (-1: none).
         """
-        shards, blocks = math.gcd(data_ways(), len(targets)), None
-        if 1 < shards == data_ways() and targets.size > shards * self.logprob_chunk:  # several chunks
-            blocks = vocabulary.blocks_of(self.arch, params, shards, self._over("V"))
+        shards, chunk = math.gcd(data_ways(), len(targets)), self.logprob_chunk
+        positions = targets.size // shards if shards == data_ways() else 0  # else as it lies
+        read = vocabulary.vocabulary_of(self.arch, params, positions, chunk, shards, self._over("V"))
         return token_logprobs(
-            partial(self.project, params),
+            read,
             hidden,
             targets,
             temperature,
-            chunk=self.logprob_chunk,
+            chunk=chunk * read.number,
             needed=needed,
             kept=kept,
             shards=shards,
-            blocks=blocks,
             with_entropy=with_entropy,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,11 +19,14 @@ from rlhf_jax.types import Params
 MOST = 2 * 2**30
 """Bytes of a device that weights for each shard and their gradient may take, float32 both."""
 
+BLOCKS = CHUNKS = 8
+"""Blocks are no more than these for the sake of larger chunks, nor so many that fewer chunks than these are left."""
+
 
 def project(
     arch: ArchConfig, params: Params, hidden: Float[Array, "B T D"], over: str | None
 ) -> Float[Array, "B T V"]:
-    """Logits in float32, their vocabulary over the mesh axis `over`; `params` of a model, or of `blocks_of`."""
+    """Logits in float32, their vocabulary over the mesh axis `over`; `params` of a model, or of `vocabulary_of`."""
     # [B, T, D] with [D, V], or with a tied embedding [V, D], [B, ...] each where every shard of rows has its own;
     # summed in float32 whatever the inputs are.
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
@@ -42,12 +44,16 @@ def project(
     return constrain(logits, row_axes(), None, over)
 
 
-def blocks_of(arch: ArchConfig, params: Params, shards: int, over: str | None) -> Blocks | None:
-    """What `project` reads, once for each of W shards of rows, in as few blocks of the vocabulary as MOST allows.
+def vocabulary_of(
+    arch: ArchConfig, params: Params, positions: int, chunk: int, shards: int, over: str | None
+) -> Blocks:
+    """What `project` reads of W shards of rows with so many positions each.
 
-    A loop over chunks of positions [W, C, D] has each of them multiplied where its rows lie: weights that lie over
-    fsdp are gathered once for each block, and their gradient is summed over the shards once, after the loop and not
-    in each round. A block has ids of every shard of the vocabulary. None where it cannot be cut.
+    Of no more than a chunk, as it lies. A loop over chunks [W, C, D] has each of them multiplied where its rows lie:
+    weights that lie over fsdp are gathered once for each block, and their gradient is summed over the shards once,
+    after the loop and not in each round. There are as many blocks as MOST asks for, and up to BLOCKS where CHUNKS are
+    left, each so many times longer: every chunk reads a block's weights and adds to their gradient. A block has ids of
+    every shard of the vocabulary. One that cannot be cut is read as it lies.
     """
     head = params.get("head", {})
     read: Params = (
@@ -56,9 +62,12 @@ def blocks_of(arch: ArchConfig, params: Params, shards: int, over: str | None) -
     # [D, V], [V, D] and [V]: the axis that is cut, of [parts, N, v] ids.
     axis, parts = {"kernel": 1, "tokens": 0, "bias": 0}, jax.sharding.get_abstract_mesh().shape.get(over, 1)
     least = -(-8 * max(x.size for x in jax.tree.leaves(read)) // (MOST * parts))
-    number = next((n for n in range(least, 65) if arch.vocab_size % (n * parts) == 0), 0)
-    if number == 0:
-        return None
+    most = max(least, min(BLOCKS, positions // (CHUNKS * chunk)))
+    divide = [n for n in range(least, 65) if arch.vocab_size % (n * parts) == 0]
+    number = max((n for n in divide if n <= most), default=divide[0] if divide else 0)
+    if positions <= chunk or number == 0:
+        whole = jax.tree.map(lambda x: x[None], read)
+        return Blocks(whole, lambda weights, hidden: project(arch, weights, hidden, over))
     width = arch.vocab_size // (number * parts)
 
     def cut(path: Any, x: Array) -> Array:
@@ -66,12 +75,19 @@ def blocks_of(arch: ArchConfig, params: Params, shards: int, over: str | None) -
         by_block = jnp.moveaxis(x.reshape(*before, parts, number, width, *after), len(before) + 1, 0)
         return by_block.reshape(number, *before, -1, *after)
 
-    def own(path: Any, x: Array) -> Array:
-        axes = [over if i == axis[path[-1].key] else None for i in range(x.ndim)]
-        return constrain(jnp.broadcast_to(x, (shards, *x.shape)), row_axes(), *axes)
+    def spread(weights: Params, dtype: Any) -> Params:
+        def own(path: Any, x: Array) -> Array:
+            name = path[-1].key
+            axes = [over if i == axis[name] else None for i in range(x.ndim)]
+            x = x if name == "bias" else x.astype(dtype)  # a bias is added to float32
+            return constrain(jnp.broadcast_to(x, (shards, *x.shape)), row_axes(), *axes)
 
-    def projection(weights: Params) -> Callable[[Array], Array]:
-        weights = jax.tree_util.tree_map_with_path(own, weights)
-        return lambda hidden: project(arch, weights, hidden, over)
+        return jax.tree_util.tree_map_with_path(own, weights)
 
-    return Blocks(jax.tree_util.tree_map_with_path(cut, read), width, projection)
+    return Blocks(
+        jax.tree_util.tree_map_with_path(cut, read),
+        lambda weights, hidden: project(arch, weights, hidden, over),
+        number,
+        width,
+        spread,
+    )

@@ -6,8 +6,16 @@ import math
 import re
 from typing import Any
 
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
+
 RARELY = "rarely"
 """The name scope of a loop that runs only where experts have far more tokens on some devices than on others."""
+
+
+def without_unread(jaxpr: ClosedJaxpr) -> Any:
+    """The jaxpr without what no result needs, such as gradients of frozen weights: XLA leaves it out, too."""
+    return dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0]
 
 
 def count_flops(jaxpr: Any, *, unknown_trips: int = 1, fill: float = 1.0) -> float:

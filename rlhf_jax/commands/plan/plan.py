@@ -8,10 +8,9 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr
 
 from rlhf_jax.commands.plan.chips import GIB, Chip
-from rlhf_jax.commands.plan.flops import count_flops
+from rlhf_jax.commands.plan.flops import count_flops, without_unread
 from rlhf_jax.commands.plan.hlo import BETWEEN_SLICES, Traffic, traffic
 from rlhf_jax.commands.plan.programs import Program, programs_of
 from rlhf_jax.config import StageArgs
@@ -72,13 +71,14 @@ class Row:
 
 
 class Compiled(NamedTuple):
-    """A program, what the compiler made of it and how long that took, and its jaxprs: as configured, without remat."""
+    """A program, what the compiler made of it and in what time, and its jaxprs: as configured, without remat."""
 
     program: Program
     sizes: Any
     text: str
     seconds: float
-    jaxprs: tuple[ClosedJaxpr, ClosedJaxpr]
+    jaxpr: Any
+    ideal: Any
 
 
 def compile_all(
@@ -106,8 +106,8 @@ def compile_all(
             started = time.monotonic()
             compiled = program.function.trace(*program.arguments).lower().compile()
             seconds = time.monotonic() - started
-            jaxprs = same.function.trace(*same.arguments).jaxpr, ideal.function.trace(*ideal.arguments).jaxpr
-            found.append(Compiled(program, compiled.memory_analysis(), compiled.as_text(), seconds, jaxprs))
+            jaxprs = [without_unread(x.function.trace(*x.arguments).jaxpr) for x in (same, ideal)]
+            found.append(Compiled(program, compiled.memory_analysis(), compiled.as_text(), seconds, *jaxprs))
     return found
 
 
@@ -142,7 +142,7 @@ def analyse(
 
 
 def _rows(compiled: Compiled, chip: Chip, count: int, fill: float) -> list[Row]:
-    program, sizes, text, compile_s, (same, ideal) = compiled
+    program, sizes, text, compile_s, same, ideal = compiled
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     peak = arguments + temporaries + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
