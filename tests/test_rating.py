@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import fails
 
-from rlhf_jax.commands import rate
+from rlhf_jax.commands import datasets, rate
 from rlhf_jax.commands.datasets import run_make
 from rlhf_jax.config import DataMakeArgs, RateArgs
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import outputs
 from rlhf_jax.tasks import random_walks as walks
 
 ROWS = [{"prompt": f"p{i}", "responses": ["ccc", {"text": "a", "finished": False}, "bb", "a"]} for i in range(200)]
@@ -76,6 +81,60 @@ def make(directory: Path, num: int, seed: int) -> None:
         raise UserError("no such seed")
 
 
+def make_several(directory: Path, num: int, seed: int) -> None:
+    for name in "abc"[:num]:
+        (directory / name).write_text("new")
+    if num > 2:
+        (directory / "d").mkdir()
+        (directory / "d" / "e").write_text("new")
+
+
+def nothing(directory: Path, num: int, seed: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("refused", ["", "a", "c", "exists", "bucket"])
+def test_what_a_function_made_outlives_the_failure_to_put_it_in_place(tmp_path, monkeypatch, refused):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "b").write_text("old")
+    settings = DataMakeArgs(function=f"{__name__}:make_several", out=str(out), num=3, overwrite=refused != "exists")
+
+    def upload(folder, url):
+        raise UserError(f"{url}: no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        if refused == "bucket":
+            settings = replace(settings, out="gs://nobody/there")
+            patch.setattr(datasets, "there", lambda path: "")
+            patch.setattr(outputs, "upload_tree", upload)
+        elif refused != "exists":
+            fails(patch, "replace", {0}, of=f".making/{refused}" if refused else "nothing", code=errno.EROFS)
+        if not refused:
+            run_make(settings)
+            assert not [path for path in tmp_path.rglob("*") if "made" in path.name or "making" in path.name]
+            return
+        said = {"bucket": "gs://nobody/there: no answer", "exists": "b exists.*true"}.get(refused, "Read-only.*")
+        with pytest.raises(UserError, match=rf"{said}; what was to be written is in /") as error:
+            run_make(settings)
+    kept = Path(str(error.value).split()[-1])
+    found = [
+        *(path for path in out.iterdir() if path != kept and (path.name != "b" or path.read_text() != "old")),
+        *kept.iterdir(),
+    ]
+    assert not list(tmp_path.rglob(".making")) and {path.name for path in found} == set("abcd")
+    assert (kept / "d" / "e").read_text() == "new" or (out / "d" / "e").read_text() == "new"
+    if refused != "c":
+        assert (out / "b").read_text() == "old"
+
+
+def test_a_function_that_makes_nothing_is_an_error(tmp_path):
+    settings = DataMakeArgs(function=f"{__name__}:nothing", out=str(tmp_path))
+    with pytest.raises(UserError, match="nothing wrote nothing into the folder that it was given; correct it"):
+        run_make(settings)
+
+
 def test_files_are_made_whole_or_not_at_all(tmp_path):
     out = tmp_path / "out"
     settings = {"function": f"{__name__}:make", "out": str(out)}
@@ -84,7 +143,7 @@ def test_files_are_made_whole_or_not_at_all(tmp_path):
     assert list(out.iterdir()) == []
     (out / "notes.txt").write_text("mine")
     assert run_make(DataMakeArgs(**settings, num=3)) == ["rows.jsonl"]
-    with pytest.raises(UserError, match=r"rows.jsonl exists; choose another --out or pass --overwrite true"):
+    with pytest.raises(UserError, match=r"rows.jsonl exists; choose another --out or pass --overwrite true; what was"):
         run_make(DataMakeArgs(**settings, num=4))
     assert (out / "rows.jsonl").read_text() == "xxx"
     run_make(DataMakeArgs(**settings, num=4, overwrite=True))

@@ -7,9 +7,11 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import fails
 
 from rlhf_jax import cli
 from rlhf_jax.commands.report import app_of
@@ -254,6 +256,28 @@ def test_a_run_leaves_its_page_unless_told_otherwise(tmp_path, monkeypatch, want
         out.finish({})
     assert (tmp_path / "r" / "report.html").exists() == wanted
     assert not wanted or "the loss fell from 3 to 1; 3 steps in" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_a_page_replaces_no_file_but_a_page_and_outlives_the_failure_to_write_it(run_of, tmp_path, monkeypatch):
+    run, mine = str(run_of({"rollout/reward": TIME})), tmp_path / "mine.html"
+    report = lambda output: cli.dispatch(["report", run, "--output", str(output)])  # noqa: E731
+    mine.write_text("<!doctype html>\nmine")
+    with pytest.raises(UserError, match=r"mine.html is there and no report; choose another --output$"):
+        report(mine)
+    with pytest.raises(UserError, match=r" is a directory; name an .html file in it$"):
+        report(tmp_path)
+    mine.write_text("")
+    for _ in range(2):
+        report(mine)
+    old = mine.read_text()
+    for name, of in (("open", ".mine.html.new"), ("replace", ".mine.html.new"), ("mkdir", "deep")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="what was to be written is in") as error:
+            fails(patch, name, {0}, of=of)
+            report(tmp_path / "deep" / "r.html" if name == "mkdir" else mine)
+        kept = Path(str(error.value).split()[-1])
+        assert kept.suffix == ".html" and kept.read_text() == old == mine.read_text()
+        kept.unlink()
+    assert not (tmp_path / "deep").exists()
 
 
 def test_the_commands_write_a_page_of_several_runs_and_serve_one_that_follows(run_of, tmp_path, capsys, monkeypatch):

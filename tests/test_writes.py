@@ -438,3 +438,36 @@ def test_a_lost_terminal_saves_like_sigterm_and_nohup_ignores_it(ignored, signal
     numbers = [str(int(number)) for number in signals]
     command = [sys.executable, "-c", HANGS_UP, "ignored" if ignored else "", *numbers]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == expected
+
+
+# --- standard output
+
+
+COMMANDS = ["schema sft", "sft --help", "data inspect rows.jsonl", "data make test_writes:make --out o"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_behind_standard_output_ends_no_command_and_what_it_said_is_kept(tmp_path, command):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": LONE, "response": "b"}) + "\n")
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": paths}
+
+    def run(stdout, stderr=subprocess.PIPE):
+        arguments = [sys.executable, "-m", "rlhf_jax", *command.split()]
+        return subprocess.run(arguments, stdout=stdout, stderr=stderr, cwd=tmp_path, env=env, text=True)
+
+    whole = run(subprocess.PIPE)
+    assert whole.returncode == 0
+    for made in (tmp_path / "o").glob("*"):
+        made.unlink()
+    with open("/dev/full", "w") as full:
+        done = run(full)
+        assert done.returncode == 2 and done.stderr.startswith(f"rlhf-jax: error: standard output: {KEPT}{tmp_path}")
+        assert done.stderr.count("\n") == 1 and Path(done.stderr.split()[-1]).read_text() == whole.stdout
+        assert (tmp_path / "o" / "a").exists() == command.startswith("data make")
+        command += " --overwrite true" if "make" in command else ""
+        assert run(full, full).returncode == 2  # and where nothing can be said at all
+
+
+def make(folder, num, seed):
+    (folder / "a").write_text("x")

@@ -19,6 +19,7 @@ from rlhf_jax.cli.commands import COMMANDS, OF_A_RUN, OF_COMMANDS, fields, help_
 from rlhf_jax.cli.completion import SHELLS, completion
 from rlhf_jax.cli.parsing import pairs, parse, parser_of, read
 from rlhf_jax.cli.schema import schema_of
+from rlhf_jax.cli.streams import kept
 from rlhf_jax.config.guess import nearest
 from rlhf_jax.config.rates import BATCH
 from rlhf_jax.config.settings import path_text
@@ -149,16 +150,28 @@ def code_of(arguments: list[str]) -> int:
     run.exit_code_when_stopped says); 2, after one line on
     standard error, for what the user can mend; 130 when interrupted; 1, after a traceback, for all else.
     """
-    debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a text that the terminal's encoding lacks is no error
+    with kept() as out:
+        code = _code_of(arguments)
+        if out.failure is None:
+            return code
+        told = "".join(out.told).encode(errors="backslashreplace")
+        where = config.resolve("rlhf_jax.hosts.outputs:rescued")(told, ".txt")
+        return fail(f"error: standard output: {reason(out.failure)}; {where}", code or 2)
+
+
+def _code_of(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
     try:
         dispatch([a for a in arguments if a != "--debug"])
     except UserError as error:
         if debug:
             raise
         return fail(f"error: {error}", 2)
+    except SystemExit as ended:  # of --help
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except Stopped as stopped:

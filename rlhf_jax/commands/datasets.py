@@ -36,8 +36,8 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, printable, reason, shown, tell
 from rlhf_jax.feedback.sources import rankings_given
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, written
-from rlhf_jax.hosts.outputs import check_output, there, writable_directory
+from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, sync_tree, written
+from rlhf_jax.hosts.outputs import check_output, keeping, there, writable_directory
 
 
 def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint.Findings:
@@ -110,17 +110,20 @@ def run_make(config: DataMakeArgs) -> list[str]:
         except Exception as error:
             why = f"{type(error).__name__}: {reason(error)}"
             raise UserError(f"{config.function} failed ({why}); it is called as fn(folder, num=, seed=)") from error
-        made = sorted(place.iterdir())
-        places = [f"{config.out.rstrip('/')}/{path.name}" for path in made]
-        if (old := [each for each in places if there(each)]) and not config.overwrite:
-            raise UserError(f"{old[0]} exists; choose another --out or pass --overwrite true")
-        for path in made:
-            if path.is_dir():
-                with replacing(out / path.name) as new:
-                    os.rename(path, new)
-            else:
-                sync(path)
-                os.replace(path, out / path.name)
+        if not (made := sorted(place.iterdir())):
+            raise UserError(f"{config.function} wrote nothing into the folder that it was given; correct it")
+        with keeping(place, Path(config.out) if not in_bucket(config.out) else out.parent):
+            places = [f"{config.out.rstrip('/')}/{path.name}" for path in made]
+            if (old := [each for each in places if there(each)]) and not config.overwrite:
+                raise UserError(f"{old[0]} exists; choose another --out or pass --overwrite true")
+            for path in made:
+                (sync_tree if path.is_dir() else sync)(path)
+            for path in made:
+                if path.is_dir():
+                    with replacing(out / path.name) as new:
+                        os.rename(path, new)
+                else:
+                    os.replace(path, out / path.name)
     names = [path.name for path in made]
     tell(f"data make: {', '.join(names)} in {config.out}")
     return names

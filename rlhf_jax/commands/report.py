@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +11,9 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from rlhf_jax.commands.web import HEADERS, LOOPBACK, listening, serve
 from rlhf_jax.config import ReportArgs, WatchArgs
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.hosts.files import check_writable, replace_file
-from rlhf_jax.runs.report import html_of
+from rlhf_jax.hosts.files import check_writable
+from rlhf_jax.hosts.outputs import write_output
+from rlhf_jax.runs.report import html_of, is_page
 from rlhf_jax.runs.report.reading import state_of
 
 OWN_POLICY = [header for header in HEADERS if header[0] != "Content-Security-Policy"]
@@ -22,14 +24,20 @@ def run(config: ReportArgs) -> None:
     """Write the page.
 
     Raises:
-        UserError: no run is named, or a directory holds none.
+        UserError: no run is named, a directory holds none, or the page cannot be written or would replace something.
     """
     if not config.runs:
         raise UserError("no run is named; write rlhf-jax report RUN [RUN ...] --output report.html")
-    check_writable(Path(config.output).parent, f"output {config.output}")
+    output = Path(config.output)
+    check_writable(output.parent, f"output {output}")
+    if output.is_dir():
+        raise UserError(f"output {output} is a directory; name an .html file in it")
+    if output.is_file() and not is_page(output):
+        raise UserError(f"output {output} is there and no report; choose another --output")
     html = html_of(config.runs)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    replace_file(config.output, html)
+    with contextlib.suppress(OSError):  # the next line says why
+        output.parent.mkdir(parents=True, exist_ok=True)
+    write_output(config.output, html.encode())
     tell(f"report: {config.output} ({len(html.encode()) / 1e6:.2g} MB), to be opened in a browser")
 
 

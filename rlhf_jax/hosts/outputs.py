@@ -82,7 +82,7 @@ def writable_directory(path: str, what: str) -> Iterator[Path]:
     """A directory to write to: `path`, or for one in a bucket one of this machine, whose files go there at the end.
 
     Raises:
-        UserError: about `what`, it cannot be written to.
+        UserError: about `what`, it cannot be written to; what did not reach a bucket is kept, and it is said where.
     """
     if not in_bucket(path):
         check_writable(Path(path), what)
@@ -92,7 +92,8 @@ def writable_directory(path: str, what: str) -> Iterator[Path]:
     call_it(str(folder), path.rstrip("/"))
     try:
         yield folder
-        upload_tree(folder, path.rstrip("/"))
+        with keeping(folder, folder.parent):
+            upload_tree(folder, path.rstrip("/"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         UNFINISHED.discard(folder)
@@ -132,15 +133,16 @@ def write_output(path: str, data: bytes) -> None:
     try:
         put_files([(path, data)]) if path else _print(data)
     except OSError as error:
-        raise UserError(
-            f"{f'output {path}' if path else 'standard output'}: {reason(error)}; {rescued(data)}"
-        ) from error
+        what, ending = (f"output {path}", Path(path).suffix) if path else ("standard output", "")
+        raise UserError(f"{what}: {reason(error)}; {rescued(data, ending or '.jsonl')}") from error
 
 
 def _print(data: bytes) -> None:
     out = getattr(sys.stdout, "buffer", None)  # bytes, since a terminal may have another encoding
     try:
         sys.stdout.flush()
+        if failure := getattr(sys.stdout, "failure", None):  # of what was told before (`cli.streams`)
+            raise failure
         out.write(data) if out is not None else sys.stdout.write(data.decode())
         sys.stdout.flush()
     except OSError:
@@ -149,10 +151,32 @@ def _print(data: bytes) -> None:
         raise
 
 
-def rescued(data: bytes) -> str:
+@contextlib.contextmanager
+def keeping(folder: Path, beside: Path) -> Iterator[None]:
+    """Around the last steps of a command: if they fail, what `folder` still holds gets a directory of its own.
+
+    That is one `beside`, or else among the temporary ones.
+    """
+    try:
+        yield
+    except (OSError, UserError) as error:
+        try:
+            try:
+                place = tempfile.mkdtemp(prefix="rlhf-jax-made-", dir=beside)
+            except OSError:
+                place = tempfile.mkdtemp(prefix="rlhf-jax-made-")
+            for path in folder.iterdir():
+                shutil.move(path, place)
+            kept = f"what was to be written is in {place}"
+        except OSError as again:
+            kept = f"nor could what was to be written be kept ({reason(again)})"
+        raise UserError(f"{error if isinstance(error, UserError) else reason(error)}; {kept}") from error
+
+
+def rescued(data: bytes, ending: str = ".jsonl") -> str:
     """Write data to a file of its own among the temporary ones, and say so."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix="rlhf-jax-", suffix=".jsonl")
+        descriptor, name = tempfile.mkstemp(prefix="rlhf-jax-", suffix=ending)
         try:
             write_all(descriptor, data)
             os.fsync(descriptor)

@@ -9,7 +9,7 @@ from rlhf_jax.errors import reason
 from rlhf_jax.hosts.files import replace_file
 from rlhf_jax.runs.directory import REPORT
 from rlhf_jax.runs.report.outcome import stories_of
-from rlhf_jax.runs.report.page import page
+from rlhf_jax.runs.report.page import HERE, page
 from rlhf_jax.runs.report.reading import read_runs
 
 
@@ -20,6 +20,13 @@ def html_of(paths: Sequence[str | Path], *, live: int = 0) -> str:
         UserError: there is no run.
     """
     return page(read_runs(paths), stories_of(paths), live=live)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is empty or a page of ours, as it begins."""
+    start = (HERE / "page.html").read_bytes().partition(b"{{")[0]
+    with open(path, "rb") as file:
+        return file.read(len(start)) in (b"", start)
 
 
 def write_beside(directory: Path) -> str:

@@ -1,0 +1,63 @@
+"""Standard output and error on a disk that is full: a command goes on, and what it said is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Stream:
+    """A standard stream that remembers what it was given.
+
+    Attributes:
+        told: all of it.
+        failure: why it is not all where it should be, if it is not; from then on nothing more is.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.told: list[str] = []
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self.told.append(text)
+        with self._noticing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._noticing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL or self.failure:
+                raise
+            self.failure = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # for what the stream still holds
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[Stream]:
+    """Both streams as a `Stream`, of which that of standard output is given."""
+    out, error = sys.stdout, sys.stderr
+    mine = Stream(out)
+    sys.stdout, sys.stderr = cast(TextIO, mine), cast(TextIO, Stream(error))
+    try:
+        yield mine
+    finally:
+        sys.stdout, sys.stderr = out, error
