@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -25,7 +26,7 @@ from rlhf_jax.data.examples import pack, prompt_examples, prompt_key, sft_exampl
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.messages import transcript
 from rlhf_jax.data.rows import DroppedRow
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import UNKNOWN, Tokenizer
 from rlhf_jax.errors import UserError
 
 WORDS = [*"abcdefgh:", "Human", "Assistant", "System", "yes", "no"]
@@ -804,3 +805,21 @@ def test_a_template_that_rewrites_history_is_refused():
     forgets = "{{ messages | length }} {% for m in messages %}{{ '<start> ' + m['content'] + '<end>' }}{% endfor %}"
     with pytest.raises(UserError, match=r"changes earlier turns when later ones follow.* set sft.loss_on to response"):
         Tokenizer(tiny(forgets)).answers_in(TALK)
+
+
+def test_what_the_tokenizer_has_no_token_for_is_counted(chat):
+    known, other = "a b", "a \u4e2d b"
+    for text, wanted in ((known, 0), (other, 1)):
+        turns, remarks = [turn("user", text)], [Counter() for _ in range(5)]
+        chat.encode_prompt(text, remarks[0])
+        chat.encode_prompt(turns, remarks[1])
+        chat.encode_document(text, remarks[2])
+        chat.encode_response(text, remarks=remarks[3])
+        chat.encode_response([turn("assistant", text)], turns, remarks=remarks[4])
+        assert [count[UNKNOWN] for count in remarks] == [wanted, 1, *[wanted] * 3]  # 1: words of the template itself
+    rows = [{"prompt": known, "response": "b"}, {"prompt": known, "response": other}, {"text": other}]
+    rows = sources.rows_from(rows)
+    assert sft_examples(rows, Tokenizer(tiny()), Limits(9, 20), loss_on="response")[1].remarks == {UNKNOWN: 2}
+    remarks = Counter()
+    Tokenizer(tiny(unk_token="<eos>")).encode_document(known, remarks)  # as of GPT-2
+    assert not remarks

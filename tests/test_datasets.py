@@ -79,6 +79,18 @@ def test_a_prepared_dataset_gives_its_rows_back_in_order(tmp_path, schema, capsy
         datasets.run_prepare(DataPrepareArgs(path=path, schema=schema, out=str(tmp_path / "out")))
 
 
+def test_what_a_prepared_dataset_does_not_hold_is_counted_by_name(tmp_path, capsys):
+    rows = [{**row, "id": i, "more": 1} for i, row in enumerate(ROWS["ranking"])]
+    rows.append({"prompt": "a", "responses": [{"text": "b", "model": "m", "rank": 0}, {"text": "c", "rank": 1}, None]})
+    path = write(tmp_path / "rows.jsonl", rows)
+    datasets.run_prepare(DataPrepareArgs(path=path, schema="ranking", out=str(tmp_path / "out")))
+    said = capsys.readouterr().out
+    assert '; 1 responses that are null or empty, left out; 1 responses with "model", which is not stored' in said
+    assert "; fields not read: 'id' of 2, 'more' of 2" in said
+    with pytest.raises(UserError, match=r"row 1: this cannot be written as JSON \(a bytes has no form there\)"):
+        tfds_rows.stored({"prompt": "a", "image": b"x", "_where": "row 1"}, "prompts", Counter())
+
+
 def test_elo_intervals_take_the_votes_on_a_prompt_as_one(tmp_path):
     """Ten raters who say the same of a prompt, or ten votes on it, tell as much about the models as one does."""
     rng = np.random.default_rng(0)

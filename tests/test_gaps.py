@@ -186,3 +186,20 @@ def test_a_row_that_a_mixture_repeats_is_no_more_ballots():
     assert [example["label"] for example in mixed] == [once[0]["label"]] * 4
     assert [TOKENIZER.decode(example["chosen"][:1]) for example in mixed] == ["a", "d", "d", "d"]
     assert "2 verdicts" in str(report)
+
+
+@pytest.mark.parametrize("build", [preference_examples, ranking_examples])
+def test_responses_of_which_nothing_is_learned_are_counted_by_what_they_are(build):
+    rows = [
+        {"prompt": "a", "responses": ["b", "b", "c", None, " ", "d"], "ranks": [0, 0, 1, None, None, None]},
+        {"prompt": "a", "responses": ["c", {"text": "d"}, [{"role": "assistant", "content": ""}]], "ranks": [1, 0, 2]},
+    ]
+    examples, report = build(sources.rows_from(rows), TOKENIZER, LIMITS)
+    assert len(examples) == 2 and report.remarks == {
+        "responses that are null or empty, left out": 3,
+        "responses that nobody ranked, left out": 1,
+        "responses equal to another of their prompt, joined with it": 1,
+    }
+    assert not build(sources.rows_from([{"prompt": "a", "chosen": "b", "rejected": "c"}]), TOKENIZER, LIMITS)[
+        1
+    ].remarks

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,8 @@ def refused(call) -> str:
         ("a.json", b'[{"a": 1, "a": 2}]', "not JSON ('a' comes twice)"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.csv", b"a,b,a\n1,2,3\n", "there are two columns 'a'; rename one"),
+        ("a.tsv", b'a\tb\n1\t"2\n3\t4"5\n', "a.tsv:3: '\\t' expected after '\"'; close each quote"),  # not one row
+        ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv:3: unexpected end of data; close each quote"),
         ("a", LINE, "unknown extension"),
     ],
 )
@@ -139,7 +142,7 @@ def test_home_and_at_signs_in_paths(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    rows = [tfds_rows.stored({**ROW, "_where": f"a:{i}"}, "sft") for i in range(4)]
+    rows = [tfds_rows.stored({**ROW, "_where": f"a:{i}"}, "sft", Counter()) for i in range(4)]
     return tfds_rows.prepare(
         {"train": rows, "test": rows[:1]}, "sft", str(tmp_path_factory.mktemp("tfds") / "at@home")
     )

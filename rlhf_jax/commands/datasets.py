@@ -79,11 +79,14 @@ def run_prepare(config: DataPrepareArgs) -> Path:
         raise UserError(f"{directory} exists; choose another --out or pass --overwrite true")
     if not in_bucket(config.out):
         check_writable(Path(config.out), f"out {config.out}")
-    build = lambda row: ([tfds_rows.stored(row, config.schema)], False)  # noqa: E731
     splits = {}
     for split, path in (("train", config.path), *([("test", config.eval_path)] if config.eval_path else [])):
-        rows = rows_from(path, config.fields)
-        kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts")
+        rows, remarks = rows_from(path, config.fields), Counter[str]()
+        build = lambda row: ([tfds_rows.stored(row, config.schema, remarks)], False)  # noqa: B023, E731
+        kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts", remarks=remarks)
+        if config.schema != "prompts":
+            names = Counter(name for row in rows for name in ("id", "item") if row.get(name) is not None)
+            report = replace(report, unread=names + Counter(report.unread))
         splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
         tell(f"{report.mark}{split}: {report}")
     what = f"out {config.out}"

@@ -45,10 +45,9 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
     make = ratings_of if config.verdict == "rating" else ranked_of
     out = [row for one, part in zip(given, parts, strict=True) for row in make(one, part)]
     print_rows(out, config.output)
-    if config.output:
-        mark = mark_of(dropped, len(given) + dropped)
-        counted = f"{mark}rate: {len(given)} rows, {dropped} dropped, {config.raters} raters"
-        tell(f"{counted}; {len(out)} rows, {config.output}")
+    mark = mark_of(dropped, len(given) + dropped)
+    counted = f"{mark}rate: {len(given)} rows, {dropped} dropped, {config.raters} raters; {len(out)} rows"
+    tell(f"{counted}, {config.output}" if config.output else counted, error=not config.output)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from rlhf_jax.data.messages import SAID, Text, prompt_of, response_of, written
 from rlhf_jax.data.numbers import in_order, is_number, number_of
 from rlhf_jax.data.rows import Row, bad_row, empty_row, layout_of, require, type_of, where_of
 from rlhf_jax.data.schemas import Answer, finished_of, flag_of, ids_of
+
+EMPTY = "responses that are null or empty, left out"
 
 
 class Ballot(NamedTuple):
@@ -139,6 +143,12 @@ def _items(row: Row) -> list[Row]:
             raise bad_row(row, f'responses {number} has no "text" (found: {", ".join(item) or "nothing"}); add it')
         items.append(item)
     return items
+
+
+def without_text(rows: Sequence[Row]) -> Counter[str]:
+    """How many responses of ranking rows are null or empty, which leave their ranking, for a report."""
+    rankings = (row for row in rows if layout_of(row) == "ranking")
+    return +Counter({EMPTY: sum(not _has_text(item["text"]) for row in rankings for item in _items(row))})
 
 
 def _has_text(value: object) -> bool:

@@ -9,7 +9,7 @@ from itertools import permutations
 
 import numpy as np
 
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.encoding import Encoder, Example, Limits, Report, collect
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import gather
@@ -83,7 +83,7 @@ def _gathered(
         lost = Counter({"margins that are 0 in float32": sum(0 < size < SMALLEST for size in sizes)})
     else:
         lost = Counter({"margins not used": sum(size != 0 for size in sizes)})
-    encoder.remarks.update(+lost)
+    encoder.remarks.update(+lost + without_text(rows))
     return collect(joined, build, strict=encoder.limits.strict, note=note, remarks=encoder.remarks)
 
 
@@ -117,8 +117,12 @@ def _ranking(ranking: Ranking, encoder: Encoder) -> tuple[list[Example], bool]:
     kept, ranks, labels = _distinct(tokens, ranks[ranked], labels[np.ix_(ranked, ranked)])
     unknown = int(np.count_nonzero((ranks[:, None] < ranks[None, :]) & np.isnan(labels)))
     groups = _linked(ranks, labels) if unknown else [(np.arange(len(kept)), ranks)]
-    remarks = encoder.remarks
-    remarks += Counter({"pairs of responses that nobody compared, not trained on": unknown})  # forgets what is 0
+    left = {
+        "pairs of responses that nobody compared, not trained on": unknown,
+        "responses that nobody ranked, left out": len(ranking.answers) - len(ranked),
+        "responses equal to another of their prompt, joined with it": len(ranked) - len(kept),
+    }
+    encoder.remarks.update(+Counter(left))
     examples: list[Example] = [
         {
             "responses": [tokens[kept[i]] for i in group],

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, length_bias
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.comparisons import rating_of
 from rlhf_jax.data.encoding import Limits, naming, unread_in
 from rlhf_jax.data.examples import prompt_key, row_key, sft_examples
@@ -45,7 +45,7 @@ def inspect(
             dropped[drop.reason].append(row["_where"])
             continue
         compared += [ranking] if ranking is not None else []
-        of_row = Counter[str]()
+        of_row = without_text([row])
         size = _prompt_length(row, prompt, tokenizer, of_row)
         sizes = [_answer_length(row, prompt, answer, tokenizer, of_row) for answer in answers]
         remarks += of_row
@@ -182,8 +182,9 @@ def lines(findings: Findings) -> list[str]:
         raters = f"{findings['raters']} named raters"
         text.append(f"  {findings['pairs']} compared pairs, {findings['ties']} tied, {raters}")
         text += [f"  {gaps} pairs of one row that nobody compared have no label"] if gaps else []
-        length = f"length: the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
-        text.append(f"{'!' if abs(r) > 0.2 else ' '} {length}")
+        length = f"the longer response wins {wins:.1%} of pairs, correlation with the label {r:+.3f}"
+        length = "no two responses differ in it that are not tied" if wins != wins else length
+        text.append(f"{'!' if abs(r) > 0.2 else ' '} length: {length}")
         if findings["agreement"] is not None:
             text.append(f"  raters agree on {findings['agreement']:.1%} of the pairs that two of them judged")
     return text

@@ -314,9 +314,10 @@ def _array(file: File) -> Iterator[Row]:
 def _table(file: File) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
-    reader = csv.reader((f"{line}\n" for _, line in _lines(file)), delimiter=delimiter)
-    names = _different(file, next(reader, []))
-    for cells in reader:
+    reader = csv.reader((f"{line}\n" for _, line in _lines(file)), delimiter=delimiter, strict=True)
+    cells_of = _strictly(file, reader)
+    names = _different(file, next(cells_of, []))
+    for cells in cells_of:
         if not cells:
             continue
         where = f"{file}:{reader.line_num}"
@@ -325,6 +326,15 @@ def _table(file: File) -> Iterator[Row]:
                 f"{where}: {len(cells)} cells under {len(names)} names; put texts with {delimiter!r} in quotes"
             )
         yield {**{n: _cell(where, n, c) for n, c in zip(names, cells, strict=True) if c}, "_where": where}
+
+
+def _strictly(file: File, reader: Any) -> Iterator[list[str]]:
+    """The cells of each line; a quote that is not closed where a cell ends would make one row of several."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        cure = "close each quote at the end of its cell, and double one within"
+        raise UserError(f"{file}:{reader.line_num}: {reason(error)}; {cure}") from error
 
 
 def _different(file: File, names: Sequence[str]) -> Sequence[str]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.ballots import ranking_row, rater_of
+from rlhf_jax.data.ballots import ranking_row, rater_of, without_text
+from rlhf_jax.data.encoding import naming
 from rlhf_jax.data.fields import catalogue
 from rlhf_jax.data.messages import Messages, Text
 from rlhf_jax.data.rows import Row, bad_row
 from rlhf_jax.data.schemas import columns_of, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts.copies import DATASET
+from rlhf_jax.hosts.json_text import to_json
 
 NAME = "feedback"
 """Name of our builder; its configs are the schemas."""
@@ -132,8 +135,11 @@ def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
     return Path(builder.data_dir)
 
 
-def stored(row: Row, schema: str) -> Row:
-    """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out."""
+def stored(row: Row, schema: str, remarks: Counter[str]) -> Row:
+    """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out.
+
+    `remarks` counts what responses lose.
+    """
     if schema == "sft":
         answer = sft_row(row)
         kept = {"response": _text(answer["response"]), "finished": answer["finished"]}
@@ -155,6 +161,10 @@ def stored(row: Row, schema: str) -> Row:
         if any(ballot.times % 1 for ballot in ranking.ballots):
             message = '"votes" are no whole numbers, and a ranking is stored as whole ballots; store a preference'
             raise bad_row(row, message)
+        remarks += without_text([row])
+        remarks.update(
+            f'responses with "{name}", which is not stored' for one in ranking.answers for name in one.extra
+        )
         ballots = [ballot for ballot in ranking.ballots for _ in range(int(ballot.times))]
         return {
             "prompt": _turns(ranking.prompt),
@@ -165,7 +175,8 @@ def stored(row: Row, schema: str) -> Row:
             **_flat([answer.ids for answer in ranking.answers]),
         }
     row = prompt_row(row)
-    return {"prompt": _turns(row["prompt"]), "columns": json.dumps(columns_of(row), ensure_ascii=False)}
+    with naming(row):
+        return {"prompt": _turns(row["prompt"]), "columns": to_json(columns_of(row))}
 
 
 def _turns(prompt: Text) -> Messages:

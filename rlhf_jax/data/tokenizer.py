@@ -29,6 +29,7 @@ MODELS = {
 }
 """Kinds of .model files -> our extra that reads them, and its modules with the packages that have them."""
 OTHER_IDS = "responses whose ids were not of their text"
+UNKNOWN = "texts with something that the tokenizer has no token for"
 STOPPED = "responses or documents that already ended in a stop token's text"
 
 
@@ -71,6 +72,8 @@ class Tokenizer:
         self._inner = continuing(hf)  # for texts that go on where another ended
         self._last_prompt: tuple[Messages, str, list[int]] | None = None
         self._special = specials(hf)
+        others = (hf.bos_token_id, hf.pad_token_id, *self.eos_ids)  # that of GPT-2 ends documents
+        self._unknown = None if hf.unk_token_id in others else hf.unk_token_id
         self._stop_texts = [token_text(hf, i) for i in self.eos_ids if i in self._special]
         if isinstance(self.chat, ChatTemplate):
             self.chat.close_with(closing if closing in self.eos_ids else None)
@@ -119,17 +122,17 @@ class Tokenizer:
             UserError: the template refuses the messages, or has no place for what they say; or the text is not valid
                 Unicode.
         """
-        if isinstance(prompt, str):
-            return self._with_prefix(plain_ids(self.hf, prompt))
         remarks = Counter() if remarks is None else remarks
+        if isinstance(prompt, str):
+            return self._with_prefix(self._known(plain_ids(self.hf, prompt), remarks))
         text, ids = self._rendered(prompt)
         self.chat.check(self._stopped_once(prompt, remarks), text, remarks)
-        return list(ids)
+        return self._known(list(ids), remarks)
 
     def encode_document(self, text: str, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a document, with leading special tokens and one stop id at its end."""
-        whole = self._without_stop(text, remarks)
-        return self._ended(self._with_prefix(plain_ids(self.hf, whole)), self.eos_ids[0], True)
+        ids = self._known(plain_ids(self.hf, self._without_stop(text, remarks)), remarks)
+        return self._ended(self._with_prefix(ids), self.eos_ids[0], True)
 
     def encode_response(
         self,
@@ -162,7 +165,7 @@ class Tokenizer:
                 return [int(i) for i in ids]
             remarks[OTHER_IDS] += 1
         if isinstance(response, str):
-            return self._ended(plain_ids(self._inner, text), self.eos_ids[0], finished)
+            return self._ended(self._known(plain_ids(self._inner, text), remarks), self.eos_ids[0], finished)
         asked = prompt if isinstance(prompt, list) else ASKED
         prompt_text, prompt_ids = self._rendered(asked)
         turn = {**response[-1], "content": text}
@@ -171,7 +174,7 @@ class Tokenizer:
         if answer_ids is None:
             remarks[MERGED] += isinstance(self.chat, ChatTemplate)
             answer_ids = plain_ids(self._inner, written)
-        return self._ended(answer_ids, self.end_id, finished)
+        return self._ended(self._known(answer_ids, remarks), self.end_id, finished)
 
     def response_text(self, ids: Sequence[int], prompt: Text) -> str:
         """The text of a sampled response to a prompt, as rows hold it; the inverse of `encode_response`.
@@ -227,6 +230,12 @@ class Tokenizer:
         """Ids with one stop id at their end, or none."""
         size = next((n for n in range(len(ids), 0, -1) if ids[n - 1] not in self.eos_ids), 0)
         return ids[:size] + [stop] * finished
+
+    def _known(self, ids: list[int], remarks: Counter[str] | None) -> list[int]:
+        """The ids of a text; counts one that holds the unknown token."""
+        if remarks is not None and self._unknown in ids:
+            remarks[UNKNOWN] += 1
+        return ids
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         """Ids with the tokenizer's leading special tokens, once."""

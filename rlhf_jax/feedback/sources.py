@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.encoding import Encoder, Limits, Report
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.rows import EXTENSIONS, READ, DroppedRow, Row, carried, layout_of, tell_left, where_of
@@ -107,6 +107,8 @@ def rankings_given(rows: object, fields: list[str], *, unlabelled: bool = True) 
     Says which of the rows' fields rows with verdicts lack."""
     rankings, dropped = [], 0
     given = rows_from(rows, fields)
+    for what, count in without_text(given).items():
+        tell(f"{count} {what}", error=True)
     tell_left(given, lambda row: carried(row).keys() | READ.get(layout_of(row), set()))
     for row in given:
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.gathering import join
 from rlhf_jax.data.messages import Messages, key_of, split_transcript
 from rlhf_jax.data.numbers import float_of, is_number
@@ -157,7 +157,7 @@ def items_of(rows: list[Row]) -> tuple[list[Item], str]:
             continue
         if items.setdefault(item.key, item) is not item:
             dropped["there already"] += 1
-    note = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+    note = "; ".join(f"{count} {reason}" for reason, count in (dropped + without_text(rows)).items())
     if not items:
         raise UserError(f"no row has anything to rank: {note}; give rows with at least two different responses")
     return list(items.values()), note
