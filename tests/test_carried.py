@@ -25,6 +25,7 @@ from rlhf_jax.config import (
     RunConfig,
     SampleArgs,
     SamplingConfig,
+    ScoreArgs,
     SFTArgs,
     SFTConfig,
 )
@@ -149,6 +150,7 @@ def test_votes_hold_what_their_rows_held_and_what_they_say_themselves_is_theirs(
     kept = {name: value for name, value in OWN.items() if name not in ("time", "item")}
     for row in (read := rows_from(config.output)):
         assert {name: row[name] for name in kept} == kept and layout_of(row) == "ranking" and "time" not in row
+    assert "4 votes do not count, their raters having changed them later\n" in capsys.readouterr().err
     again, _ = items_of(read)  # and ranked anew
     assert [item.ranking.fields["answer"] for item in again] == ["18", "18"]
 
@@ -166,3 +168,20 @@ def test_samples_of_sft_are_of_prompts_that_it_reads_and_say_what_was_seen(tmp_p
     sft.run(config, rows=rows * 4, eval_rows=rows)
     told = [(row["prompt"], row.get("prompt_seen")) for row in rows_from(str(tmp_path / "run" / "samples.jsonl"))]
     assert set(told) == {("b", None), ("d", None)} | ({("c d e f", "e f")} if too_long == "truncate" else set())
+
+
+def test_scores_that_rows_have_are_not_those_that_are_written_and_it_is_said(tmp_path, capsys):
+    own = {"score": 9.0, "scores": [1, 2], "cut": True, "id": 1, "votes": None}
+    rows = [
+        {"prompt": "b", "response": "c", **own},
+        {"prompt": "b", "chosen": "c", "rejected": "d", "score_chosen": 8.0},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ModelConfig(path=str(toy_directory() / "reward"))
+    limits = {"max_prompt_length": 4, "max_length": 8}
+    first, second = sample.run_score(ScoreArgs(model=model, data_path=str(path), output=str(tmp_path / "o"), **limits))
+    names = "'cut' of 1, 'score' of 1, 'score_chosen' of 1, 'scores' of 1"
+    assert f"fields that are written anew, the old ones are not kept: {names}\n" in capsys.readouterr().err
+    assert set(first) == {"prompt", "response", "id", "votes", "score"} and first["score"] != 9
+    assert set(second) == {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}

@@ -85,7 +85,7 @@ def test_what_a_prepared_dataset_does_not_hold_is_counted_by_name(tmp_path, caps
     path = write(tmp_path / "rows.jsonl", rows)
     datasets.run_prepare(DataPrepareArgs(path=path, schema="ranking", out=str(tmp_path / "out")))
     said = capsys.readouterr().out
-    assert '; 1 responses that are null or empty, left out; 1 responses with "model", which is not stored' in said
+    assert '; 1 responses with "model", which is not stored; 1 responses that are null or empty, left out' in said
     assert "; fields not read: 'id' of 2, 'more' of 2" in said
     with pytest.raises(UserError, match=r"row 1: this cannot be written as JSON \(a bytes has no form there\)"):
         tfds_rows.stored({"prompt": "a", "image": b"x", "_where": "row 1"}, "prompts", Counter())
@@ -248,9 +248,9 @@ def chat():
 def test_inspect_finds_what_is_wrong(chat):
     rows = sources.rows_from(
         [
-            {"prompt": "a b", "chosen": "c d e", "rejected": "c"},
-            {"prompt": "a b", "chosen": "c d e", "rejected": "c"},
-            {"prompt": "b", "chosen": "d e f", "rejected": "c d", "votes": [2, 1, 0]},
+            {"prompt": "a b", "chosen": "c d e", "rejected": "c", "id": 1},
+            {"prompt": "a b", "chosen": "c d e", "rejected": "c", "id": 1},
+            {"prompt": "b", "chosen": "d e f", "rejected": "c d", "votes": [2, 1, 0], "id": 1},
             {"prompt": "c", "chosen": "a", "rejected": "a "},
             {"prompt": "d", "chosen": "", "rejected": "a"},
         ]
@@ -259,6 +259,7 @@ def test_inspect_finds_what_is_wrong(chat):
     found = lint.inspect(rows, held_out, chat, 1, 5)
     assert found["dropped"] == {"with chosen equal to rejected": (1, ["row 3"]), "with an empty turn": (1, ["row 4"])}
     assert found["repeated"] == (1, ["row 1 = row 0"])
+    assert found["ids"] == (1, ["row 2 = row 0"])
     assert found["leaked"] == (1, ["h:1 = row 2"])
     assert found["longer_wins"] == 1.0
     assert found["length_correlation"] > 0.9
@@ -270,6 +271,7 @@ def test_inspect_finds_what_is_wrong(chat):
     for part in (
         "! 1 with an empty turn, dropped: row 4",
         "! 1 rows are there twice",
+        "! 1 rows have the id of another: row 2 = row 0",
         "! length: the longer response",
     ):
         assert part in text

@@ -258,7 +258,7 @@ def test_a_run_leaves_its_page_unless_told_otherwise(tmp_path, monkeypatch, want
     assert not wanted or "the loss fell from 3 to 1; 3 steps in" in (tmp_path / "r" / "report.html").read_text()
 
 
-def test_a_page_replaces_no_file_but_a_page_and_outlives_the_failure_to_write_it(run_of, tmp_path, monkeypatch):
+def test_a_page_replaces_only_a_page_and_outlives_the_failure_to_write_it(run_of, tmp_path, monkeypatch, capsys):
     run, mine = str(run_of({"rollout/reward": TIME})), tmp_path / "mine.html"
     report = lambda output: cli.dispatch(["report", run, "--output", str(output)])  # noqa: E731
     mine.write_text("<!doctype html>\nmine")
@@ -267,9 +267,12 @@ def test_a_page_replaces_no_file_but_a_page_and_outlives_the_failure_to_write_it
     with pytest.raises(UserError, match=r" is a directory; name an .html file in it$"):
         report(tmp_path)
     mine.write_text("")
+    (Path(run) / "broken").mkdir()
+    (Path(run) / "broken" / "run.json").write_text("{")
     for _ in range(2):
         report(mine)
     old = mine.read_text()
+    assert f"! 1 are left out, since their run.json cannot be read: {run}/broken\n" in capsys.readouterr().err
     for name, of in (("open", ".mine.html.new"), ("replace", ".mine.html.new"), ("mkdir", "deep")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="what was to be written is in") as error:
             fails(patch, name, {0}, of=of)

@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import threading
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +141,7 @@ def test_home_and_at_signs_in_paths(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    rows = [tfds_rows.stored({**ROW, "_where": f"a:{i}"}, "sft", Counter()) for i in range(4)]
+    rows = [tfds_rows.stored({**ROW, "_where": f"a:{i}"}, "sft") for i in range(4)]
     return tfds_rows.prepare(
         {"train": rows, "test": rows[:1]}, "sft", str(tmp_path_factory.mktemp("tfds") / "at@home")
     )

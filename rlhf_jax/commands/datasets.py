@@ -167,7 +167,7 @@ def _apart(together: Sequence[Ranking], joined: Sequence[Ranking]) -> list[str]:
     key = lambda one: prompt_key({"prompt": one.prompt})  # noqa: E731
     for one in together:
         had[key(one)] |= one.fields.keys() - {"prompt"}
-    lost = Counter(name for one in joined for name in had[key(one)] - one.fields.keys())
+    lost = Counter(name for one in joined for name in sorted(had[key(one)] - one.fields.keys()))
     return [f"fields in which rows of a prompt differ are left out: {counts_of(lost)}"] if lost else []
 
 

@@ -10,11 +10,11 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from rlhf_jax.commands.web import HEADERS, LOOPBACK, listening, serve
 from rlhf_jax.config import ReportArgs, WatchArgs
-from rlhf_jax.errors import UserError, tell
+from rlhf_jax.errors import UserError, shortened, tell
 from rlhf_jax.hosts.files import check_writable
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.runs.report import html_of, is_page
-from rlhf_jax.runs.report.reading import state_of
+from rlhf_jax.runs.report.reading import state_of, unreadable
 
 OWN_POLICY = [header for header in HEADERS if header[0] != "Content-Security-Policy"]
 """The page says itself which script it has; see its template."""
@@ -35,6 +35,11 @@ def run(config: ReportArgs) -> None:
     if output.is_file() and not is_page(output):
         raise UserError(f"output {output} is there and no report; choose another --output")
     html = html_of(config.runs)
+    if left := unreadable(config.runs):
+        tell(
+            f"! {len(left)} are left out, since their run.json cannot be read: {shortened(', '.join(left))}",
+            error=True,
+        )
     with contextlib.suppress(OSError):  # the next line says why
         output.parent.mkdir(parents=True, exist_ok=True)
     write_output(config.output, html.encode())

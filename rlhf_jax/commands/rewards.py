@@ -18,7 +18,7 @@ from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.messages import text_of
 from rlhf_jax.data.numbers import is_number
-from rlhf_jax.data.rows import DroppedRow, Row, layout_of, unread_of
+from rlhf_jax.data.rows import DroppedRow, Row, layout_of, tell_anew, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, open_journal
@@ -57,6 +57,7 @@ def evaluate_reward(
     judge = gold or (resolve(config.reward.gold) if config.reward.gold else None)
     items = _items(config.preference_path if rows is None else rows)
     fields = [{name: item.row[name] for name in unread_of(item.row)} for item in items]
+    tell_anew([item.row for item in items], {"scores", "golds"})
     prompts, where = zip(*((item.ranking.prompt, item.ranking.where) for item in items), strict=True)
     columns = columns_for([*asked, *([judge] if judge else [])], prompts, fields, where)
     check_against(config.reward.judge, columns, where)

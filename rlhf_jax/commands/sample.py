@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.config import SampleArgs, ScoreArgs
 from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, carried, layout_of
+from rlhf_jax.data.rows import OF_SCORES, PREFERENCES, DroppedRow, Row, carried, layout_of, tell_anew
 from rlhf_jax.data.schemas import preference_row
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
@@ -86,6 +86,7 @@ def run_score(config: ScoreArgs) -> list[Row]:
     if not rows:
         raise UserError(f"{config.data_path}: no row is left: {Report(0, dict(dropped), 0)}; mend the file")
     places = np.cumsum([0, *map(len, answers)])
+    tell_anew(rows, OF_SCORES)
     json_lines(rows)  # what could not be written is found before it is scored
 
     def begin() -> Make:
@@ -108,7 +109,7 @@ def run_score(config: ScoreArgs) -> list[Row]:
             scores, members = combined(each, combine=config.combine, combine_coef=config.combine_coef)
             made = []
             for i in range(start, stop):
-                new = {name: value for name, value in rows[i].items() if name != "_where"}
+                new = {name: value for name, value in rows[i].items() if name not in OF_SCORES | {"_where"}}
                 sides = ("_chosen", "_rejected") if len(answers[i]) == 2 else ("",)
                 for place, side in enumerate(sides, places[i] - first):
                     new[f"score{side}"] = float(scores[place])

@@ -15,7 +15,7 @@ from rlhf_jax.data.comparisons import rating_of
 from rlhf_jax.data.encoding import Limits, naming, unread_in
 from rlhf_jax.data.examples import prompt_key, row_key, sft_examples
 from rlhf_jax.data.gathering import numbered
-from rlhf_jax.data.messages import Text, text_of
+from rlhf_jax.data.messages import Text, as_key, text_of
 from rlhf_jax.data.rows import ANSWERS, PREFERENCES, DroppedRow, Row, counts_of, layout_of
 from rlhf_jax.data.schemas import Answer, answer_of, flag_of, kind_of, prompt_row, single_answer, text_row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -72,15 +72,21 @@ def inspect(
 
 
 def duplicates(train: list[Row], held_out: list[Row]) -> Findings:
-    """Rows that are there twice, and held-out rows whose prompt is trained on, each with its first places."""
+    """Rows that are there twice, others with the id of one, and held-out rows whose prompt is trained on, each with
+    its first places."""
     seen: dict[str, str] = {}
-    twice = []
+    ids: dict[str, str] = {}
+    twice, one_id = [], []
     for row in train + held_out:
-        if (first := seen.setdefault(row_key(row), row["_where"])) != row["_where"]:
-            twice.append(f"{row['_where']} = {first}")
+        where, named = row["_where"], "" if row.get("id") is None else as_key(row["id"])
+        if (first := seen.setdefault(row_key(row), where)) != where:
+            twice.append(f"{where} = {first}")
+        elif named and (first := ids.setdefault(named, where)) != where:
+            one_id.append(f"{where} = {first}")
     known = {prompt_key(row): row["_where"] for row in train}
     leaked = [f"{row['_where']} = {known[key]}" for row in held_out if (key := prompt_key(row)) in known]
-    return {"repeated": (len(twice), twice[:3]), "leaked": (len(leaked), leaked[:3])}
+    found = {"repeated": twice, "ids": one_id, "leaked": leaked}
+    return {name: (len(places), places[:3]) for name, places in found.items()}
 
 
 def _comparisons(compared: list[Ranking], tokenizer: Tokenizer | None) -> Findings:
@@ -170,9 +176,10 @@ def lines(findings: Findings) -> list[str]:
     for name, limit in zip(("prompts", "rows"), findings["limits"], strict=True):
         value = findings[f"cut_{name}"]
         text.append(f"{'!' if value > 0.05 else ' '} {value:.1%} of {name} over {limit} {findings['unit']}")
-    for name, about in (("repeated", "rows are there twice"), ("leaked", "held-out rows have a prompt of training")):
+    abouts = ("rows are there twice", "rows have the id of another", "held-out rows have a prompt of training")
+    for name, about in zip(("repeated", "ids", "leaked"), abouts, strict=True):
         count, where = findings[name]
-        if name == "leaked" and not findings["held_out"]:
+        if (name == "leaked" and not findings["held_out"]) or (name == "ids" and not count):
             continue
         text.append(f"{'!' if count else ' '} {count} {about}" + (f": {', '.join(where)}" if count else ""))
     if "gaps" in findings and "pairs" not in findings:

@@ -110,9 +110,10 @@ READ = {
 """Kind of row -> the fields that are read of it, and names of rows: others are not, but of prompts, whose fields are
 columns."""
 
-OF_ANSWERS = set().union(*READ.values()) - {"prompt", "id", "item", "text"}
-OF_ANSWERS |= {f"{name}{side}" for name in ("score", "scores") for side in ("", "_chosen", "_rejected")}
-OF_ANSWERS |= {"gold", "information", "verdicts", "sources", "cut"}
+OF_SCORES = {f"{name}{side}" for name in ("score", "scores") for side in ("", "_chosen", "_rejected")} | {"cut"}
+"""Fields that `score` writes."""
+OF_ANSWERS = set().union(*READ.values(), OF_SCORES) - {"prompt", "id", "item", "text"}
+OF_ANSWERS |= {"gold", "information", "verdicts", "sources"}
 """Fields that say what the answers of a row are, how good these are, or what its template was given."""
 
 
@@ -132,14 +133,20 @@ def _is_json(value: object) -> bool:
 def tell_left(rows: Sequence[Row], kept: Callable[[Row], Set[str]]) -> None:
     """Say on standard error which fields of rows are not among those `kept`, if any."""
     lost = ((row, row.keys() - kept(row) - {"_where"}) for row in rows)
-    if left := Counter(name for row, names in lost for name in names if row[name] is not None):
+    if left := Counter(name for row, names in lost for name in sorted(names) if row[name] is not None):
         why = "fields that are not carried along, being of other answers, no JSON or names of ours"
         tell(f"{why}: {counts_of(left)}; rename what should be", error=True)
 
 
+def tell_anew(rows: Sequence[Row], names: Set[str]) -> None:
+    """Say on standard error which of the fields that are written anew rows have already."""
+    if old := Counter(name for row in rows for name in sorted(names & row.keys()) if row[name] is not None):
+        tell(f"fields that are written anew, the old ones are not kept: {counts_of(old)}", error=True)
+
+
 def counts_of(names: Mapping[str, int]) -> str:
     """Names of fields and how many rows have each, in words."""
-    return ", ".join(f"{shown(name)} of {count}" for name, count in sorted(names.items()))
+    return ", ".join(f"{shown(name)} of {count}" for name, count in names.items())
 
 
 def unread_of(row: Row) -> list[str]:

@@ -20,7 +20,7 @@ from rlhf_jax.data import hub_rows, tfds_rows
 from rlhf_jax.data.fields import entry_of, map_row, parse_fields
 from rlhf_jax.data.rows import EXTENSIONS, Row, bad_row, layout_of, where_of
 from rlhf_jax.data.shapes import shaped
-from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.errors import UserError, reason, shown, tell
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import is_stream
@@ -150,6 +150,9 @@ def join_votes(rows: list[Row]) -> list[Row]:
         votes[str(row["rater"]) if row["rater"] else len(votes)] = {name: row[name] for name in about if name in row}
     for _, made, votes in joined.values():
         made["raters"] = list(votes.values())
+    counted = sum(len(made["raters"]) for _, made, _ in joined.values())
+    if changed := len(rows) - len(out) + len(joined) - counted:
+        tell(f"{changed} votes do not count, their raters having changed them later", error=True)
     return out
 
 

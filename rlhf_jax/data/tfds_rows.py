@@ -135,7 +135,7 @@ def prepare(splits: dict[str, list[Row]], schema: str, out: str) -> Path:
     return Path(builder.data_dir)
 
 
-def stored(row: Row, schema: str, remarks: Counter[str]) -> Row:
+def stored(row: Row, schema: str, remarks: Counter[str] | None = None) -> Row:
     """A row checked and normalised for `prepare`, every field flat; what the schema does not know is left out.
 
     `remarks` counts what responses lose.
@@ -161,10 +161,10 @@ def stored(row: Row, schema: str, remarks: Counter[str]) -> Row:
         if any(ballot.times % 1 for ballot in ranking.ballots):
             message = '"votes" are no whole numbers, and a ranking is stored as whole ballots; store a preference'
             raise bad_row(row, message)
-        remarks += without_text([row])
-        remarks.update(
-            f'responses with "{name}", which is not stored' for one in ranking.answers for name in one.extra
-        )
+        if remarks is not None:
+            others = (name for answer in ranking.answers for name in answer.extra)
+            remarks.update(f'responses with "{name}", which is not stored' for name in others)
+            remarks.update(without_text([row]))
         ballots = [ballot for ballot in ranking.ballots for _ in range(int(ballot.times))]
         return {
             "prompt": _turns(ranking.prompt),

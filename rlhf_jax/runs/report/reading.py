@@ -240,6 +240,11 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
     return [read_run(each, str(each.absolute().relative_to(shared)) if len(places) > 1 else "") for each in places]
 
 
+def unreadable(paths: Sequence[str | Path]) -> list[str]:
+    """The run directories at or below directories whose run.json nobody can read, so that they are no runs here."""
+    return sorted(str(each) for path in paths for each in below(Path(path)) if read_record(each) is None)
+
+
 def begun_at(path: Path) -> float:
     """When a run began, in seconds of the clock: config.yaml is written once."""
     return next((f.stat().st_mtime for f in (path / CONFIG, path / RECORD) if f.exists()), 0.0)
