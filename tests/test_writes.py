@@ -471,3 +471,21 @@ def test_a_full_disk_behind_standard_output_ends_no_command_and_what_it_said_is_
 
 def make(folder, num, seed):
     (folder / "a").write_text("x")
+
+
+def rated(prompts, responses, **columns):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize("count", [1, 1000])  # within a buffer and beyond it
+def test_rows_for_a_full_standard_output_are_kept_as_rows(tmp_path, monkeypatch, count):
+    row = {"prompt": LONE, "responses": ["a", "b"], "id": 1}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * count)
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": paths}
+    arguments = [sys.executable, "-m", "rlhf_jax", "rate", "rows.jsonl", "--function", "test_writes:rated"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, env=env, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith(f"rlhf-jax: error: standard output: {KEPT}{tmp_path}")
+    assert [row["id"] for row in read_rows(last.split()[-1])] == [1] * count

@@ -144,7 +144,7 @@ def _print(data: bytes) -> None:
         if failure := getattr(sys.stdout, "failure", None):  # of what was told before (`cli.streams`)
             raise failure
         out.write(data) if out is not None else sys.stdout.write(data.decode())
-        sys.stdout.flush()
+        (out or sys.stdout).flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again when Python ends
