@@ -126,7 +126,7 @@ def test_rows_joined_to_one_hold_that_in_which_they_are_alike(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = datasets.run_aggregate(DataAggregateArgs(path=str(path), output=str(tmp_path / "o.jsonl")))
     assert first["id"] == 1 and "x" not in first and {name: second[name] for name in OWN} == OWN
-    assert "fields in which rows of a prompt differ are left out: 'more' of 1, 'x' of 1" in capsys.readouterr().out
+    assert "fields in which rows of a prompt differ are left out: 'x' of 1, 'more' of 1" in capsys.readouterr().out
 
 
 def test_votes_hold_what_their_rows_held_and_what_they_say_themselves_is_theirs(tmp_path, capsys):
