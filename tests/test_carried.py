@@ -181,7 +181,7 @@ def test_scores_that_rows_have_are_not_those_that_are_written_and_it_is_said(tmp
     model = ModelConfig(path=str(toy_directory() / "reward"))
     limits = {"max_prompt_length": 4, "max_length": 8}
     first, second = sample.run_score(ScoreArgs(model=model, data_path=str(path), output=str(tmp_path / "o"), **limits))
-    names = "'cut' of 1, 'score' of 1, 'score_chosen' of 1, 'scores' of 1"
+    names = "'cut' of 1, 'score' of 1, 'scores' of 1, 'score_chosen' of 1"
     assert f"fields that are written anew, the old ones are not kept: {names}\n" in capsys.readouterr().err
     assert set(first) == {"prompt", "response", "id", "votes", "score"} and first["score"] != 9
     assert set(second) == {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}
