@@ -8,6 +8,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import signal
 import stat
 import subprocess
@@ -467,6 +468,10 @@ def test_a_full_disk_behind_standard_output_ends_no_command_and_what_it_said_is_
         assert (tmp_path / "o" / "a").exists() == command.startswith("data make")
         command += " --overwrite true" if "make" in command else ""
         assert run(full, full).returncode == 2  # and where nothing can be said at all
+    closed = f"exec {shlex.join([sys.executable, '-m', 'rlhf_jax', *command.split()])} >&- 2>&-"
+    assert (
+        subprocess.run(["bash", "-c", closed], cwd=tmp_path, env=env).returncode == 0
+    )  # where nobody wants to hear it
 
 
 def make(folder, num, seed):
@@ -486,6 +491,9 @@ def test_rows_for_a_full_standard_output_are_kept_as_rows(tmp_path, monkeypatch,
     arguments = [sys.executable, "-m", "rlhf_jax", "rate", "rows.jsonl", "--function", "test_writes:rated"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, env=env, text=True)
+        closed = f"exec {shlex.join(arguments)} >&-"
+        shut = subprocess.run(["bash", "-c", closed], stderr=subprocess.PIPE, cwd=tmp_path, env=env, text=True)
+    assert shut.returncode == 2 and "standard output: it is closed; what was to be written is in" in shut.stderr
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith(f"rlhf-jax: error: standard output: {KEPT}{tmp_path}")
     assert [row["id"] for row in read_rows(last.split()[-1])] == [1] * count

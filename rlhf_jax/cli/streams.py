@@ -17,11 +17,13 @@ class Stream:
 
     Attributes:
         told: all of it.
+        missing: the process was started without one.
         failure: why it is not all where it should be, if it is not; from then on nothing more is.
     """
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO | None):
+        self.missing = stream is None
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115
         self.told: list[str] = []
         self.failure: OSError | None = None
 

@@ -133,9 +133,9 @@ def own_process(main: Callable[[], int]) -> NoReturn:
     ending = Ending()
     code = main()
     if code:  # an interpreter that clears up while XLA computes may crash, or hang in a thread of ours
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or None
+                stream.flush()
         clear()
         os._exit(code)
     ending.at_last()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -138,6 +139,8 @@ def write_output(path: str, data: bytes) -> None:
 
 
 def _print(data: bytes) -> None:
+    if getattr(sys.stdout, "missing", sys.stdout is None):
+        raise OSError(errno.EBADF, "it is closed")
     out = getattr(sys.stdout, "buffer", None)  # bytes, since a terminal may have another encoding
     try:
         sys.stdout.flush()
