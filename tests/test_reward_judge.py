@@ -12,7 +12,7 @@ import pytest
 from test_ensembles import BOTH, MEMBERS, ROLLOUT
 from test_judge import language_model, server  # noqa: F401
 from test_ppo_stage import assert_stopped_and_continued_is_left_alone
-from tiny import ONE, TOY_ROWS, bigram_params, toy_directory, toy_run
+from tiny import ONE, TOY_ROWS, bigram_params, iteration, toy_directory, toy_run
 
 from rlhf_jax import advantages as adv
 from rlhf_jax import cli, ppo
@@ -20,6 +20,8 @@ from rlhf_jax.commands import bestofn, rewards
 from rlhf_jax.config import (
     BestOfNArgs,
     EvaluateArgs,
+    GroupConfig,
+    GRPOArgs,
     ModelConfig,
     RewardJudgeConfig,
     RewardSourceConfig,
@@ -31,7 +33,9 @@ from rlhf_jax.feedback import sources
 from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE
 from rlhf_jax.feedback.judges import chosen, filled
 from rlhf_jax.feedback.reward_judge import RewardJudge, parse_score
+from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.reward_functions import RewardFailure
+from rlhf_jax.online.iteration import evaluate
 from rlhf_jax.ppo import train
 from rlhf_jax.sharding import make_mesh
 
@@ -123,7 +127,7 @@ def test_a_server_is_asked_for_scores_and_one_that_answers_nothing_is_a_reward_t
     with pytest.raises(RewardFailure, match=r"^reward.judge.url: 2 questions in a row .*; mend that, or set reward"):
         judge(["broken"] * 2, ["x", "y"], {}, KEY)
     with pytest.raises(RewardFailure, match="none of 2 responses got an answer that says anything"):
-        judge(["odd"] * 2, ["x", "y"], {}, KEY)
+        judge.check_answered(judge(["odd"] * 2, ["x", "y"], {}, KEY))
 
 
 def test_of_a_servers_log_probs_the_score_is_expected_over_the_tokens_that_are_one(server):  # noqa: F811
@@ -204,6 +208,36 @@ def test_a_run_that_our_own_model_pays_goes_on_as_if_left_alone(one_device, tmp_
 def many_vowels(prompt, a, b):
     count = lambda text: sum(letter in "aeiou" for letter in text)  # noqa: E731
     return "?" if "q" in a + b else "A" if count(a) > count(b) else "B" if count(b) > count(a) else "tie"
+
+
+def of_no_b(prompt, a, b):
+    return "?" if "b" in prompt else "A" if len(a) > len(b) else "tie"
+
+
+def places(prompts, responses, **columns):
+    return list(range(len(responses)))
+
+
+def test_rows_without_an_answer_alone_in_a_redraw_or_at_the_end_of_an_evaluation_do_not_end_the_run(monkeypatch):
+    """A judge has failed where it says nothing of a whole batch, or of all that is held out."""
+    monkeypatch.setattr(group_train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+    toy, judge = toy_run(), RewardJudgeConfig(function="test_reward_judge:of_no_b", against="response")
+    config = GRPOArgs(
+        model=toy.model, data=replace(toy.data, batch_size=4), sampling=toy.sampling, run=toy.run,
+        reward=RewardSourceConfig(judge=judge, functions=["test_reward_judge:places"]),
+        grpo=GroupConfig(iterations=2, group_size=2, redraws=2),
+    )  # fmt: skip
+    rows = lambda *prompts: [{"prompt": prompt, "response": " c d e"} for prompt in prompts]  # noqa: E731
+    method, loop = group_train.setup(config, rows=rows("b", "c"), eval_rows=rows(*"cdefb"))
+    with jax.set_mesh(method.mesh.grid):
+        _, metrics, _ = iteration(method, loop, 0)
+        assert metrics["rollout/unanswered"] == 2 and metrics["group/drawn_again"] == 2
+        method, loop = group_train.setup(config, rows=rows("b", "b"), eval_rows=rows(*"cdefb"))
+        assert evaluate(method, loop)[0]["eval/unanswered"] == 1
+        last = replace(method, inputs__held_out=method.inputs.held_out[1:])
+        for failing, count in ((lambda: iteration(method, loop, 0), 4), (lambda: evaluate(last, loop), 1)):
+            with pytest.raises(RewardFailure, match=f"none of {count} responses got an answer that says anything"):
+                failing()
 
 
 def test_the_best_of_n_beats_the_response_that_a_column_holds_and_what_has_no_answer_is_counted(one_device, tmp_path):

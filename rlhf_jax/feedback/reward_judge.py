@@ -90,7 +90,7 @@ class RewardJudge:
         """weight * (a number from -1 to 1), float32, NaN without an answer; `prompts` are what `plain_text` makes.
 
         Raises:
-            RewardFailure: there was no answer to any of them.
+            RewardFailure: who is asked has gone.
             UserError: a judge function raised, or a server refuses.
         """
         questions = list(zip(prompts, responses, strict=True))
@@ -99,12 +99,16 @@ class RewardJudge:
         except Silent as silent:
             raise RewardFailure(f"{silent.what}; mend that, or set reward.on_failure skip") from silent
         self.asked, self.unanswered = self.asked + len(said), self.unanswered + int(np.isnan(said).sum())
+        return np.float32(self.config.weight) * said.astype(np.float32)
+
+    @staticmethod
+    def check_answered(said: Float[np.ndarray, " N"]) -> None:
+        """Raise a RewardFailure if all is NaN of what belongs together: a batch, or what is held out, not a part."""
         if len(said) and np.isnan(said).all():
             raise RewardFailure(
                 f"reward.judge: none of {len(said)} responses got an answer that says anything; look at "
                 "reward.judge.template and max_prompt_length, or set reward.on_failure skip"
             )
-        return np.float32(self.config.weight) * said.astype(np.float32)
 
     def _scored(self, questions: Sequence[tuple[str, str]], key: jax.Array) -> Float[np.ndarray, " N"]:
         votes, middle = self.config.votes, (1 + self.config.scale) / 2

@@ -66,7 +66,9 @@ class Scorer:
             scores += self.functions(*function_inputs(rows))
         if self.judge is not None:
             _, responses, columns = function_inputs(rows)
-            scores += self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
+            said = self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
+            self.judge.check_answered(said)
+            scores += said
         return scores
 
     def members(self, rows: Sequence[Row]) -> np.ndarray:

@@ -176,6 +176,8 @@ def roll_out(
     rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
     mark("rollout", rollout.mask)
     rewards, golds = python_rewards(method, batch, rollout, key)
+    if method.inputs.judge is not None and "valid" not in batch:  # `evaluate` looks at all that is held out
+        method.inputs.judge.check_answered(rewards)
     mark("reward")
     scored = score()
     mark("score", scored[3]["reward"])
@@ -259,6 +261,7 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     unanswered = {}
     if method.inputs.judge is not None:
+        method.inputs.judge.check_answered(rows["reward"])
         known = ~np.isnan(rows["reward"])
         unanswered = {"eval/unanswered": float((~known).sum())}
         rows = {name: x[known] for name, x in rows.items()}
