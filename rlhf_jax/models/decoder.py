@@ -142,10 +142,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         up = biased(self, "up_bias", einsum("btd,dmf->btmf", x, self.up[...]))  # gate and up, or up alone
-        # M arrays [B, T, F]; the first goes through the nonlinearity.
-        gate, *rest = (part[..., 0, :] for part in jnp.split(up, up.shape[-2], axis=-2))
-        act = ACTIVATIONS[self.activation](gate)
-        return biased(self, "down_bias", einsum("btf,fd->btd", act * rest[0] if rest else act, self.down[...]))
+
+        def inner(up: Float[Array, "B T M F"]) -> Float[Array, "B T F"]:
+            gate, *rest = (part[..., 0, :] for part in jnp.split(up, up.shape[-2], axis=-2))
+            act = ACTIVATIONS[self.activation](gate)
+            return act * rest[0] if rest else act
+
+        # Computed again for its gradient, of which each factor would be stored: of GELU five arrays [B, T, F].
+        inner = jax.checkpoint(inner, prevent_cse=False)
+        return biased(self, "down_bias", einsum("btf,fd->btd", inner(up), self.down[...]))
 
 
 class LayerInput(nnx.Module):

@@ -185,7 +185,9 @@ class Model:
         # One layer of every kind is compiled, and scanned over the stacked leaves [L, ...] beside its kind int[L].
         def layer(keeps: bool, mixer: str, x: Array, params: Params, inputs: Any, kept: Kept) -> tuple[Array, Any]:
             kind, *inputs = inputs
-            of_mixer = [partial(block, kind) for kind in views if kind.mixer == mixer]
+            of_mixer: list[Callable[..., Any]] = [partial(block, kind) for kind in views if kind.mixer == mixer]
+            if self.remat != "none" and len(of_mixer) > 1:  # or the switch would store all that a branch computes anew
+                of_mixer = [jax.checkpoint(of, policy=REMAT[self.remat]) for of in of_mixer]
             x, columns, routing = jax.lax.switch(kind, of_mixer, x, params, *inputs, kept)
             return constrain_rows(x), (routing, columns if keeps else None)
 

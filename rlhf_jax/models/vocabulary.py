@@ -20,7 +20,7 @@ MOST = 2 * 2**30
 """Bytes of a device that weights for each shard and their gradient may take, float32 both."""
 
 BLOCKS = CHUNKS = 8
-"""Blocks are no more than these for the sake of larger chunks, nor so many that fewer chunks than these are left."""
+"""Blocks are no more than these for the sake of larger chunks, and about as many chunks as these are left."""
 
 
 def project(
@@ -62,7 +62,7 @@ def vocabulary_of(
     # [D, V], [V, D] and [V]: the axis that is cut, of [parts, N, v] ids.
     axis, parts = {"kernel": 1, "tokens": 0, "bias": 0}, jax.sharding.get_abstract_mesh().shape.get(over, 1)
     least = -(-8 * max(x.size for x in jax.tree.leaves(read)) // (MOST * parts))
-    most = max(least, min(BLOCKS, positions // (CHUNKS * chunk)))
+    most = max(least, min(BLOCKS, -(-positions // (CHUNKS * chunk))))
     divide = [n for n in range(least, 65) if arch.vocab_size % (n * parts) == 0]
     number = max((n for n in divide if n <= most), default=divide[0] if divide else 0)
     if positions <= chunk or number == 0:
