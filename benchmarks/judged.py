@@ -144,14 +144,18 @@ def shrink(model: Path, out: Path) -> None:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Per run: gold before and after, and the tokens that it took, over the seeds that got there."""
-    headers = ["run", "seeds", "teacher", "before", "after", "gain", "share of teacher's", "tokens to 90 %", "reached"]
+    headers = ["run", "seeds", "teacher", "before", "after", "gain", "share of teacher's", "tokens to 90 %", "reached",
+               "fewer than ppo's"]  # fmt: skip
+    ppo = {line["seed"]: line["tokens_to_90"] for line in lines if line["run"] == RUNS[-1]}
     rows = []
     for run in RUNS:
         own = [line for line in lines if line["run"] == run]
         columns = [[line[name] for line in own if name in line] for name in ("teacher", "before", "after", "gain")]
         shares = [line["after"] / line["teacher"] for line in own if "teacher" in line]
         got = reached(own) if shares else ["", ""]
-        rows += [[run, len(own), *map(shown, columns), shown(shares), *got]] if own else []
+        pairs = [(ppo.get(line["seed"]), line.get("tokens_to_90")) for line in own if run.startswith("student, d")]
+        fewer = shown([float(a - b) for a, b in pairs if a is not None and b is not None])
+        rows += [[run, len(own), *map(shown, columns), shown(shares), *got, fewer]] if own else []
     return text_table(headers, rows)
 
 

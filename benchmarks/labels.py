@@ -6,9 +6,10 @@ For every seed an SFT model; then labels, each of a pair of eight SFT walks from
 takes any; so does the first batch of `disagreement` and `top_two`, which in the next ones, of `--batch` labels, ask
 the four heads of the reward model of the batches before (`collect --select`), and keep the starts of the most
 information. A rater errs one time in ten. After each of `--sizes` labels: a reward model of four heads, PPO against
-their mean, gold of its last tenth. Prints a JSON line per run and size, appends it to labels.jsonl, goes on with what
-is missing there, and ends with a figure, labels.png, and a table of gold less that of random labels of the same seed
-and size.
+their mean, gold of its last tenth. With `--own` the batches are the sizes; half of the 16 walks of a start are of the
+policy that PPO made of the labels before, in all runs; and that a rater finds two walks equal is learned, too.
+Prints a JSON line per run and size, appends it to labels.jsonl, goes on with what is missing there, and ends with a
+figure, labels.png, and a table of gold less that of random labels of the same seed and size.
 """
 
 from __future__ import annotations
@@ -27,25 +28,27 @@ from benchmarks.studies import Lines, Walks, from_scratch, shown
 from rlhf_jax import reward
 from rlhf_jax.commands import quickstart as q
 from rlhf_jax.commands.collect import run_collect
-from rlhf_jax.config import CollectArgs, ModelConfig, RewardSourceConfig
+from rlhf_jax.config import CollectArgs, ModelConfig, RewardSourceConfig, SourceConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.runs.curves import COLOUR_MAP, text_table
 from rlhf_jax.tasks import random_walks as walks
 
 RUNS = ("random", "disagreement", "top_two")
-MEMBERS, SAMPLES, NOISE, EPOCHS = 4, 8, 0.1, 8
+MEMBERS, SAMPLES, NOISE, EPOCHS, STEPS = 4, 8, 0.1, 8, 96
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is the same in all runs of a line: labels of a batch, heat of the walks, PPO's price of a nat, and whether
-    reward models stand on the SFT model's trunk or on a random one.
+    """What is the same in all runs of a line: labels of a batch, heat of the walks, PPO's price of a nat, whether
+    reward models stand on the SFT model's trunk or on a random one, and whether walks of the policy are labelled and
+    ties learned, by heads that draw rows, not starts, in as many steps for any number of labels.
     """
 
     batch: int = 64
     temperature: float = 1.0
     kl_coef: float = 0.1
     trunk: str = "sft"
+    own: bool = False
 
 
 class Seed(Walks):
@@ -56,15 +59,16 @@ class Seed(Walks):
         self.held_out, self.setting = self.compared(20, 3, 0.0), setting
 
     def asked(
-        self, run: str, batch: int, number: int, heads: str, before: set[tuple[str, str, str]]
-    ) -> list[dict[str, str]]:
+        self, run: str, batch: int, number: int, heads: str, policy: str, before: set[tuple[str, str, str]]
+    ) -> list[dict[str, Any]]:
         """The pairs of a batch, compared, which a run chooses, none of those `before`, to which they are added.
 
-        `heads` is the model that is asked, if there is one.
+        `heads` is the model that is asked, `policy` the one whose walks stand beside those of SFT, if there is one.
         """
-        select = run if heads else "random"
+        select, alone = run if heads else "random", self.setting.own and not policy
         config = CollectArgs(
-            model=ModelConfig(path=self.base), num_samples=SAMPLES, batch_size=1280,
+            model=ModelConfig(path=self.base), num_samples=2 * SAMPLES if alone else SAMPLES, batch_size=1280,
+            sources=[SourceConfig("sft", self.base), SourceConfig("policy", policy)] if policy else [],
             sampling=replace(q.SAMPLING, temperature=self.setting.temperature),
             max_prompt_length=q.DATA.max_prompt_length, select=select, most=3 * batch, progress=False, overwrite=True,
             reward=RewardSourceConfig(model=heads if select != "random" else ""),
@@ -76,30 +80,36 @@ class Seed(Walks):
         new = [pair for pair in dict.fromkeys(of_rows) if pair not in before][:batch]
         before |= {*new}
         prompts, first, second = zip(*new, strict=True)
-        return walks.comparisons(self.graph, prompts, first, second, config.seed, NOISE)
+        rows = walks.comparisons(self.graph, prompts, first, second, config.seed, NOISE)
+        golds = zip(self.gold(prompts, first), self.gold(prompts, second), strict=True)
+        ties = [pair for pair, (a, b) in zip(new, golds, strict=True) if a == b and self.setting.own]
+        return [*rows, *({"prompt": start, "chosen": a, "rejected": b, "votes": [0, 0, 1]} for start, a, b in ties)]
 
-    def reward_model(self, run: str, pairs: list[dict[str, str]]) -> tuple[str, float]:
+    def reward_model(self, run: str, pairs: list[dict[str, Any]]) -> tuple[str, float]:
         """(directory, accuracy) of four heads on all pairs so far."""
         out = self.path / f"{run}_reward"
         rows = 1 << min(max(len(pairs) // 4, 1).bit_length() - 1, 6)  # a power of two: few programs
+        how = {"reward__steps": STEPS, "reward__bootstrap": "rows"} if self.setting.own else {"reward__epochs": EPOCHS}
         config = replace(
             q.reward_stage(self.config, self.path), run__output_dir=str(out), run__overwrite=True, run__eval_every=0,
             reward__members=MEMBERS, data__batch_size=rows,
-            **(from_scratch(self.path) if self.setting.trunk == "random" else {"reward__epochs": EPOCHS}),
+            **(from_scratch(self.path) if self.setting.trunk == "random" else how),
         )  # fmt: skip
         made = reward.run(config, rows=pairs, eval_rows=self.held_out)
         return str(out / "model"), made["accuracy"]
 
     def lines(self, run: str, sizes: list[int], there: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
         """One line for each number of labels that is not `there`."""
-        pairs, asked, heads = list[dict[str, str]](), set[tuple[str, str, str]](), ""
-        rounds = sorted(sizes) if run == "random" else range(batch := self.setting.batch, max(sizes) + 1, batch)
+        pairs, asked, heads, policy = list[dict[str, Any]](), set[tuple[str, str, str]](), "", ""
+        by_batch, batch = run != "random" and not self.setting.own, self.setting.batch
+        rounds = range(batch, max(sizes) + 1, batch) if by_batch else sorted(sizes)
         for number, (before, labels) in enumerate(itertools.pairwise([0, *rounds])):
-            pairs += self.asked(run, labels - before, number, heads, asked)
+            pairs += self.asked(run, labels - before, number, heads, policy, asked)
             heads, accuracy = self.reward_model(run, pairs)
+            out = self.path / f"{run}_ppo_{labels}"
+            policy = str(out / "model") if self.setting.own else ""
             if labels not in sizes or there(labels):
                 continue
-            out = self.path / f"{run}_ppo_{labels}"
             config = replace(
                 q.ppo_stage(self.config, self.path), reward__model=heads, run__output_dir=str(out),
                 run__overwrite=True, run__eval_every=0, checkpoint__keep_last=1, ppo__kl_coef=self.setting.kl_coef,
@@ -165,12 +175,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the walks that are labelled")
     parser.add_argument("--kl_coef", type=float, default=0.1, help="price of a nat in PPO")
     parser.add_argument("--trunk", choices=("sft", "random"), default="sft", help="of a reward model")
+    parser.add_argument("--own", action="store_true", help="label the policy's walks too, and learn of ties")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
     args = parser.parse_args()
-    if any(size % args.batch for size in args.sizes):
+    if not args.own and any(size % args.batch for size in args.sizes):
         parser.error(f"--sizes {args.sizes} are not whole batches of {args.batch}")
-    root, setting = Path(args.output_dir), Setting(args.batch, args.temperature, args.kl_coef, args.trunk)
+    root, setting = Path(args.output_dir), Setting(args.batch, args.temperature, args.kl_coef, args.trunk, args.own)
     lines, same = Lines(root / "labels.jsonl"), dataclasses.asdict(setting)
     for number in args.seeds:
         about = {**same, "seed": number}

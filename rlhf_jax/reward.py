@@ -82,19 +82,21 @@ def of_members(loss: ArrayLoss, inputs: Inputs, scores: Float[Array, "B K E"], b
     return jnp.stack([total for total, _ in each]).mean(), metrics
 
 
-def resampled(examples: Sequence[Example], *, members: int, seed: int) -> list[Example]:
-    """Examples with member_weights f32[members]: how often each member draws their prompt.
+def resampled(examples: Sequence[Example], *, members: int, seed: int, of: str) -> list[Example]:
+    """Examples with member_weights f32[members]: how often each member draws them.
 
-    Every member has a bootstrap of its own (Efron 1979), as many prompts as there are, with replacement, so that all
-    rows of a prompt count alike. It depends on the seed, the member and the prompts, whatever the order of the rows.
+    Every member has a bootstrap of its own (Efron 1979), as many draws as there are, with replacement: of prompts, so
+    that all rows of a prompt count alike, or of rows. That of prompts depends on the seed, the member and the prompts,
+    whatever the order of the rows.
     """
-    keys = sorted({example["prompt_key"] for example in examples})
+    names = [example["prompt_key"] for example in examples] if of == "prompts" else list(range(len(examples)))
+    keys = sorted({*names})
     even = np.full(len(keys), 1 / len(keys))
     draws = [np.random.default_rng([seed, member]).multinomial(len(keys), even) for member in range(members)]
     counts = dict(zip(keys, np.stack(draws, axis=1).astype(np.float32), strict=True))
     seen = [f"{share:.0%}" for share in (np.stack(draws) > 0).mean(axis=1)]
-    say(f"reward.members {members}: drawn with replacement, they see {', '.join(seen)} of {len(keys)} prompts")
-    return [{**example, "member_weights": counts[example["prompt_key"]]} for example in examples]
+    say(f"reward.members {members}: drawn with replacement, they see {', '.join(seen)} of {len(keys)} {of}")
+    return [{**example, "member_weights": counts[name]} for name, example in zip(names, examples, strict=True)]
 
 
 class Kind(NamedTuple):
@@ -225,7 +227,7 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
     settings, kind = config.reward, kind or KINDS[kind_of_rows(config.reward, [])]
     bound, inputs = bind(loss or kind.loss(settings), settings), kind.inputs
     members = settings.members if settings.members > 1 else 0
-    draw = partial(resampled, members=members, seed=config.run.seed)
+    draw = partial(resampled, members=members, seed=config.run.seed, of=settings.bootstrap)
     return Task(
         "reward",
         kind.build(settings),
@@ -235,7 +237,7 @@ def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None
         head=settings.head_init,
         members=members,
         own_adapters=settings.member_adapters,
-        resample=draw if members and settings.bootstrap == "prompts" else None,
+        resample=draw if members and settings.bootstrap != "off" else None,
         pack=pack_responses,
         foreign=None if is_ours(bound) else lambda scores, batch: bound(*inputs(scores, batch)),
     )

@@ -178,14 +178,26 @@ def test_the_loss_of_members_is_the_mean_over_them_of_their_own_draws():
 
 def test_every_member_draws_as_many_prompts_as_there_are_by_the_seed_alone(capsys):
     rows = [{"prompt_key": key, "n": i} for i, key in enumerate("abcdefabcdfff")]
-    drawn = reward.resampled(rows, members=4, seed=1)
+    resampled = functools.partial(reward.resampled, of="prompts")
+    drawn = resampled(rows, members=4, seed=1)
     by_key = {row["prompt_key"]: row["member_weights"] for row in drawn}
     assert np.stack(list(by_key.values())).sum(axis=0).tolist() == [6.0] * 4
     assert all((row["member_weights"] == by_key[row["prompt_key"]]).all() for row in drawn)
     assert "reward.members 4: drawn with replacement, they see" in capsys.readouterr().out
-    again = {row["n"]: row["member_weights"] for row in reward.resampled(rows[::-1], members=4, seed=1)}
+    again = {row["n"]: row["member_weights"] for row in resampled(rows[::-1], members=4, seed=1)}
     assert all((again[row["n"]] == row["member_weights"]).all() for row in drawn)
-    assert any((again[row["n"]] != row["member_weights"]).any() for row in reward.resampled(rows, members=4, seed=2))
+    assert any((again[row["n"]] != row["member_weights"]).any() for row in resampled(rows, members=4, seed=2))
+
+
+def test_a_draw_of_rows_counts_each_by_itself(capsys):
+    rows = [{"prompt_key": key, "n": i} for i, key in enumerate("aaaaaaaabb")]
+    drawn = reward.resampled(rows, members=4, seed=1, of="rows")
+    counts = np.stack([row["member_weights"] for row in drawn])  # [rows, members]
+    assert counts.sum(axis=0).tolist() == [10.0] * 4
+    assert len(np.unique(counts[:8], axis=0)) > 1  # a prompt's rows differ
+    assert "of 10 rows" in capsys.readouterr().out
+    resample = reward.task_of(reward_args("", members=4, bootstrap="rows")).resample
+    assert len({tuple(row["member_weights"]) for row in resample(rows)[:8]}) > 1
 
 
 def test_heads_on_one_trunk_are_trained_saved_loaded_and_each_scores_as_a_model_of_its_own(one_device, tmp_path):

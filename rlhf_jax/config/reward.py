@@ -24,8 +24,8 @@ class RewardConfig(StepsConfig):
             (num_labels of its config.json), that costs one forward pass. 1 is a plain reward model.
         member_adapters: each of several members has low-rank adapters (lora.rank) of its own beside its head, on one
             frozen trunk that is held once; else all have those of the run, if there are any.
-        bootstrap: each of several members learns from its own draw of the prompts with replacement (prompts), or all
-            from the same rows (off).
+        bootstrap: each of several members learns from its own draw with replacement of the prompts, each with all its
+            rows (prompts), or of the rows, where prompts are few (rows); or all from the same rows (off).
         comparisons: what a row of a batch is: pairs, rankings (all responses to a prompt, each run once; Ouyang et
             al. 2022), or ratings (one response and a number). auto: rankings if every row is one, ratings if every
             row has a "rating". Pairs of a ranking weigh as much together as one pair.
@@ -48,7 +48,7 @@ class RewardConfig(StepsConfig):
     head_init: Literal["normal", "zeros", "trained"] = "normal"
     members: int = 1
     member_adapters: bool = False
-    bootstrap: Literal["prompts", "off"] = "prompts"
+    bootstrap: Literal["prompts", "rows", "off"] = "prompts"
     comparisons: Literal["auto", "pairs", "rankings", "ratings"] = "auto"
     aggregate: Literal["votes", "bradley_terry", "plackett_luce", "crowd_bt"] = "votes"
     aggregate_prior: float = 0.5
