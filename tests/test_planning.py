@@ -209,6 +209,17 @@ ENTRY %main (x: f32[8,4], y: f32[4]) -> f32[4] {
 """
     assert hlo.traffic(text).memory == 2 * 32 + 3 * 16
     assert hlo.traffic(text.replace("add(%bitcast, %q)", "custom-call(%bitcast, %q, %p)")).memory == 224
+    # Also within a fusion of the fusion.
+    nested = text.replace("%cut (", "%inner (").replace(
+        "ENTRY",
+        """%cut (p: f32[8,4], q: f32[4]) -> f32[4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  ROOT %fusion.1 = f32[4]{0} fusion(%p, %q), kind=kLoop, calls=%inner
+}
+ENTRY""",
+    )
+    assert hlo.traffic(nested).memory == hlo.traffic(text.replace("slice(%p)", "dynamic-slice(%p, %q)")).memory == 112
     # So of a table in which rows are looked up; the numbers of the rows are read, too.
     looked_up = text.replace("slice(%p)", "gather(%p, %q)").replace("slice(%x)", "gather(%x, %y)")
     assert hlo.traffic(looked_up).memory == (2 * 32 + 16) + 3 * 16

@@ -21,7 +21,7 @@ _BRANCHES = re.compile(
     r"(?:\{([\w.\-, %]+)\}|%?([\w.\-]+))"
 )
 _COUNTING = {"parameter", "constant", "get-tuple-element", "compare", "fusion", "bitcast", "copy", "tuple"}
-_CUTS = {"slice", "gather"}
+_CUTS = {"slice", "dynamic-slice", "gather"}
 """Of their first operand they read no more than they return."""
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "opt-barrier"}  # fmt: skip
@@ -221,9 +221,9 @@ def _sliced(i: _Instruction, computations: _Computations) -> list[float]:
     cuts = [0.0 if inside else math.inf] * len(i.operands())
     places = {x.name: int(x.rest.split(")")[0]) for x in inside if x.op == "parameter"}
     for x in inside:
-        for number, name in enumerate(x.operands()):
+        for name, size in zip(x.operands(), _sliced(x, computations), strict=True):  # x may be a fusion, too
             if name in places:
-                cuts[places[name]] += _size(x.shape) if x.op in _CUTS and number == 0 else math.inf
+                cuts[places[name]] += size
     return cuts
 
 
