@@ -139,10 +139,15 @@ def test_tokens_to_nine_tenths_of_the_teacher_are_those_after_which_five_iterati
 
 def test_a_judged_student_is_told_by_its_share_of_the_teacher_and_the_tokens_of_the_seeds_that_got_there():
     told = {"run": "student, ppo", "before": 0.3, "after": 0.6, "gain": 0.3, "teacher": 0.8}
-    lines = [{**told, "tokens_to_90": 4000}, {**told, "after": 0.8, "gain": 0.5, "tokens_to_90": None}]
-    row = judged.table([*lines, {"run": "judge", "before": 0.3, "after": 0.8, "gain": 0.5}]).splitlines()
+    lines = [
+        {**told, "seed": 0, "tokens_to_90": 4000},
+        {**told, "seed": 1, "after": 0.8, "gain": 0.5, "tokens_to_90": None},
+        *({**told, "seed": seed, "run": "student, distill", "tokens_to_90": 3000} for seed in (0, 1)),
+    ]
+    row = judged.table([*lines, {"run": "judge", "seed": 0, "before": 0.3, "after": 0.8, "gain": 0.5}]).splitlines()
     assert row[2].split() == ["judge", "1", "0.300", "0.800", "0.500"]
-    assert row[3].endswith("1 of 2") and "0.400 +- 0.100  0.875 +- 0.125      4000.000" in row[3]
+    assert row[3].split()[-4:] == ["2", "of", "2", "1000.000"]  # less than ppo's, of the seed on which both got there
+    assert row[4].endswith("1 of 2") and "0.400 +- 0.100  0.875 +- 0.125" in row[4] and "4000.000" in row[4]
 
 
 def test_the_best_policy_for_a_reward_is_that_of_the_tilt_and_goes_where_the_reward_is_wrong_as_the_price_falls():
