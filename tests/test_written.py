@@ -33,12 +33,13 @@ from rlhf_jax.config import (
     SamplingConfig,
     ScoreArgs,
 )
+from rlhf_jax.data.chat import MERGED
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
 from rlhf_jax.data.pairs import pairs_of, preference_of, shares_of
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import OTHER_IDS, STOPPED, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import judges, sources
 from rlhf_jax.feedback.judge import Judge
@@ -151,7 +152,7 @@ def sampled(drawn) -> list[list[int]]:
 def trained(build, rows, tokenizer, *names, **options) -> list[list[int]]:
     """The token sequences of all examples; nothing may be read anew."""
     examples, report = build(rows_from(rows), tokenizer, LIMITS, **options)
-    assert not report.remarks
+    assert not {OTHER_IDS, MERGED, STOPPED} & report.remarks.keys()
     found = [example[name] for example in examples for name in names]
     return [ids.tolist() for each in found for ids in (each if isinstance(each, list) else [each])]
 
