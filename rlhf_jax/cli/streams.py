@@ -13,22 +13,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stream:
-    """A standard stream that remembers what it was given.
+    """A standard stream that may remember what it was given.
 
     Attributes:
-        told: all of it.
+        told: all of it, if it `remembers`.
         missing: the process was started without one.
         failure: why it is not all where it should be, if it is not; from then on nothing more is.
     """
 
-    def __init__(self, stream: TextIO | None):
-        self.missing = stream is None
+    def __init__(self, stream: TextIO | None, *, remembers: bool):
+        self.missing, self._remembers = stream is None, remembers
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115
         self.told: list[str] = []
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        self.told.append(text)
+        if self._remembers:
+            self.told.append(text)
         with self._noticing():
             self._stream.write(text)
         return len(text)
@@ -55,10 +56,13 @@ class Stream:
 
 @contextlib.contextmanager
 def kept() -> Iterator[Stream]:
-    """Both streams as a `Stream`, of which that of standard output is given."""
+    """Both streams as a `Stream`, of which that of standard output is given; it remembers, unless it is a terminal.
+
+    Standard error has the bar, which is drawn anew for as long as a run lasts.
+    """
     out, error = sys.stdout, sys.stderr
-    mine = Stream(out)
-    sys.stdout, sys.stderr = cast(TextIO, mine), cast(TextIO, Stream(error))
+    mine = Stream(out, remembers=out is not None and not out.isatty())
+    sys.stdout, sys.stderr = cast(TextIO, mine), cast(TextIO, Stream(error, remembers=False))
     try:
         yield mine
     finally:
