@@ -92,15 +92,17 @@ class Blocks:
         which, rest = ids // self.width, ids % self.width
         return which // self.number * self.width + rest, (ids >= 0) & (which % self.number == block)
 
-    def at(self, block: Array | int, values: Float[Array, "W C v"], ids: Int[Array, "W C K"]) -> Float[Array, "W C K"]:
-        """What a block says of ids, OUT of those that it has not."""
+    def at(
+        self, block: Array | int, values: Float[Array, "W C v"], ids: Int[Array, "W C K"], other: float
+    ) -> Float[Array, "W C K"]:
+        """What a block says of ids, `other` of those that it has not."""
         place, there = self.find(block, ids)
-        return jnp.where(there, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=-1), OUT)
+        return jnp.where(there, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=-1), other)
 
     def scaled(self, block: Array | int, logits: Array, temperature: Array, kept: Array | None) -> Array:
         """z [W, C, v or K]: logits over the temperature, of the ids that a block has, or of those that are kept."""
         z = logits.astype(jnp.float32) / temperature
-        return z if kept is None else self.at(block, z, kept)
+        return z if kept is None else self.at(block, z, kept, OUT)
 
 
 class _Told(NamedTuple):
@@ -115,10 +117,10 @@ def _told(
     blocks: Blocks, with_entropy: bool, block: Array | int, logits: Array, temperature: Array, ids: tuple[Any, Any]
 ) -> _Told:
     """What a block tells of (targets [W, C], kept [W, C, K] or None)."""
-    targets, kept = ids[0][..., None], ids[1]
-    chosen = blocks.at(block, logits.astype(jnp.float32) / temperature, targets)[..., 0]
-    chosen = jnp.where(blocks.find(block, targets)[1][..., 0], chosen, 0.0)
-    z = blocks.scaled(block, logits, temperature, kept)
+    targets, kept = ids
+    z = blocks.scaled(block, logits, temperature, None)
+    chosen = blocks.at(block, z, targets[..., None], 0.0)[..., 0]
+    z = z if kept is None else blocks.at(block, z, kept, OUT)
     log_sum = jax.nn.logsumexp(z, axis=-1)
     if not with_entropy:
         return _Told(chosen, log_sum, jnp.zeros_like(chosen))
