@@ -42,11 +42,11 @@ def load_rows(data: DataConfig, rows: Rows | None, eval_rows: Rows | None, seed:
 
 def _say_shared(train: list[Row], held_out: list[Row]) -> None:
     """Say how many held-out rows are not: they, or their prompts, are among the training rows."""
-    asked = set(map(prompt_key, held_out))
-    again = [row for row in train if prompt_key(row) in asked]
-    prompts, whole = set(map(prompt_key, again)), set(map(row_key, again))
-    count, same = sum(prompt_key(row) in prompts for row in held_out), sum(row_key(row) in whole for row in held_out)
-    if count:
+    asked = Counter(map(prompt_key, held_out))
+    again = [(key, row) for row in train if (key := prompt_key(row)) in asked]
+    if count := sum(asked[key] for key in {key for key, _ in again}):
+        whole = {row_key(row) for _, row in again}
+        same = sum(row_key(row) in whole for row in held_out)
         what = f"{count} of {len(held_out)} have a prompt of the training rows, {same} are equal to one of these"
         say(f"{mark_of(same, len(held_out))}held-out rows: {what}; what they measure is not held out")
 
