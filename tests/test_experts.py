@@ -123,6 +123,17 @@ def test_the_compiled_layer_costs_what_active_experts_cost():
     assert 1 < cost / active < 1.15
 
 
+def test_no_pass_over_all_pairs_clears_what_nobody_reads():
+    """Forward: a TPU would not join it with the gather before it. Over the axis of experts neither."""
+    _, layer, params, x, real = layer_and_inputs(16, 1024, width=64)
+    mesh = make_mesh(MeshConfig(data=1, expert=4), devices=jax.devices()[:4])
+    for grid, gathers in ((contextlib.nullcontext(), 2), (jax.set_mesh(mesh.grid), 4)):
+        with grid:
+            text = str(jax.make_jaxpr(lambda params, x: layer.apply(params, x, real)[0])(params, x))
+        found = re.findall(r":f32\[([\d,]+),64\] = gather\[.*?mode=GatherScatterMode\.(\w+)", text, re.DOTALL)
+        assert len(found) >= gathers and {mode for _, mode in found} <= {"CLIP", "PROMISE_IN_BOUNDS"}, found
+
+
 def test_few_tokens_copy_no_weights_of_experts():
     """All bytes that the program moves are fewer than four times the weights'; by blocks they were nine times."""
     _, layer, params, x, real = layer_and_inputs(16, 32, width=64)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models.grouped import Places, by_key, collect, spread
 from rlhf_jax.models.kernels import Adapted, ExpertKernel, Split, dense
@@ -39,6 +39,7 @@ def over_devices(
 ) -> Float[Array, "B T k D"]:
     """`apart` on every device: tokens where their rows lie, experts over the mesh axis expert, F over tensor.
 
+    Anything, also what is no number, for pairs without an expert.
     Rows that do not divide over their axes are computed by all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -105,12 +106,14 @@ def exchanged(
     order, rank, counts, first = by_key(device, ways)
     number = rank - first[jnp.minimum(device, ways - 1)]  # of a pair, among those of its device
 
+    def served(i: Int[Array, ""] | int) -> Bool[Array, " pairs"]:
+        return (device < ways) & (number // capacity == i)
+
     def one_round(i: Int[Array, ""] | int) -> Float[Array, "n k D"]:
         # Which pair goes to which place [ways, capacity] of the exchange, and where each pair finds its answer.
         nth = i * capacity + jnp.arange(capacity, dtype=jnp.int32)[None]
         source = jnp.where(nth < counts[:, None], order[jnp.minimum(first[:, None] + nth, pairs - 1)], pairs)
-        here = (device < ways) & (number // capacity == i)
-        place = jnp.where(here, device * capacity + number % capacity, ways * capacity)
+        place = jnp.where(served(i), device * capacity + number % capacity, ways * capacity)
         places = Places(source.reshape(-1), place.reshape(chosen.shape), counts, counts)
         ids = jnp.append(chosen.reshape(-1) % own, own)[source]  # of the experts of the device that it goes to
         swap = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0)
@@ -121,7 +124,8 @@ def exchanged(
     @jax.checkpoint
     def further(y: Array, i: Array) -> tuple[Array, None]:
         left = jax.lax.pmax((counts > i * capacity).any().astype(jnp.int32), "expert") > 0
-        return jax.lax.cond(left, lambda y: y + one_round(i), lambda y: y, y), None
+        here = served(i).reshape(*chosen.shape, 1)
+        return jax.lax.cond(left, lambda y: jnp.where(here, one_round(i), y), lambda y: y, y), None
 
     y = one_round(0)
     with jax.named_scope("rarely"):

@@ -131,7 +131,10 @@ class Experts(nnx.Module):
         y = over_devices(
             self.apart, x, routing.chosen, self.up[...], self.down[...], self.up_bias[...] if biased else None
         )
-        y = einsum("btkd,btk->btd", y, gates)
+        # What padding got was never cleared: neither it nor its gradient, that of its gates, is read.
+        real = real[..., None]
+        gates = jnp.where(real, gates, 0.0)
+        y = jnp.where(real, einsum("btkd,btk->btd", y, gates), 0.0)
         if biased:  # that of down as one product with the weights of all experts [B, T, E], 0 where not chosen
             one_hot = routing.chosen[..., None] == jnp.arange(self.num)[None, None, None]
             weights = jnp.sum(one_hot * gates[..., None], axis=2).astype(x.dtype)
