@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 import shlex
@@ -25,9 +26,10 @@ from conftest import FAST
 from tiny import ARCH, model_params
 
 from rlhf_jax import __main__, cli, config
-from rlhf_jax.cli.commands import dotted
+from rlhf_jax.cli.commands import COMMANDS, dotted
 from rlhf_jax.config import guess
 from rlhf_jax.config.checks import HOLDS
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model, hf
 from rlhf_jax.tasks import random_walks as walks
@@ -396,9 +398,10 @@ RANGES = {
         optim.eps 0, optim.end_fraction 2, optim.warmup_steps -1, optim.clip_norm -1, optim.weight_decay -1""",
     "reward": """data.microbatch_tokens 0, reward.epochs 0, reward.accumulate 0, reward.steps -1, optim.b1 .nan,
         reward.center_coef -1""",
-    "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.temperature 1e-31,
-        sampling.temperature 1e31, ppo.train_temperature 1e31, sampling.max_new_tokens -1,
-        sampling.min_new_tokens -1, sampling.top_k -1, sampling.chunk 0, sampling.microbatch -1, ppo.epochs 0,
+    "ppo": """sampling.top_p 0, sampling.top_p 1.5, sampling.temperature -1, sampling.max_new_tokens -1,
+        ppo.clip_ratio 1e-8, ppo.clip_ratio_high 1e-9, ppo.dual_clip 1.0000000001, ppo.ema_decay 0.99999999,
+        reward.timeout 1e10, reward.judge.timeout 1e7, sampling.min_new_tokens -1,
+        sampling.top_k -1, sampling.chunk 0, sampling.microbatch -1, ppo.epochs 0,
         ppo.iterations 0, ppo.minibatches 0, ppo.accumulate 0, ppo.clip_ratio 0, ppo.clip_ratio -0.2,
         ppo.clip_ratio_high -1,
         ppo.sample_every 0, ppo.discount 1.1, ppo.gae_lambda -1, ppo.kl_coef -1, ppo.kl_horizon 0, ppo.value_clip -1,
@@ -408,6 +411,7 @@ RANGES = {
         reward.model_weight .nan, reward.model_weight 0, mesh.rollout_tensor -1, value_optim.eps 0""",
     "sample": "num_samples 0, batch_size 0, max_prompt_length -1, seed -1",
     "score": "batch_size 0, max_length 0, max_prompt_length -3",
+    "watch": "seconds 0, seconds 1e9",
     "quickstart": "comparisons 0, iterations 0, rounds 0, rater_noise 1.5, seed -1",
 }
 BAD = [(command, *pair.split()) for command, text in RANGES.items() for pair in text.split(",")]
@@ -419,6 +423,35 @@ def test_a_value_out_of_range_is_one_line_with_option_value_and_cure(refused, co
     shown, cure = re.fullmatch(rf"{re.escape(option)} is (\S+); make it (.*)", line).groups()
     assert shown == value.removeprefix(".") or float(shown) == float(value)  # YAML writes .nan and .inf
     assert cure in HOLDS
+
+
+NUMBERS = {float: (math.nan, math.inf, -1e39, 1e19, 1e-19, -1e-46), int: (2**32, -(2**31), 10**30)}
+"""What float32, or a product or ratio of two there, and int32 do not hold."""
+GIVEN = {
+    "label": {"output": "a.jsonl"}, "inspect": {"model": "m"}, "convert": {"model": "m", "output": "o"},
+    "plan": {"topology": "v5e:2x2"},
+}  # fmt: skip
+"""What commands need to be made."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_of_every_command_is_refused_where_it_is_not_what_would_be_computed_with(command):
+    """Whoever adds a field has to say its range."""
+    known = COMMANDS[command]
+    whole = known.args(**GIVEN.get(command, {}))
+    for option, hint in known.options.items():
+        parts = [hint, *typing.get_args(hint)]
+        for value in NUMBERS.get(next((part for part in parts if part in (int, float)), None), ()):
+            if typing.get_origin(hint) in (list, tuple):
+                value = [value]
+            _, _, rest = option.partition("model.arch.")
+            with pytest.raises(UserError) as error:
+                if rest:
+                    replace(config.ArchConfig(), **{rest.replace(".", "__"): value})
+                else:
+                    replace(whole, **{option.replace(".", "__"): value})
+                pytest.fail(f"--{option} {value} is taken")
+            assert isinstance(value, list) or option.split(".")[-1] in str(error.value), option
 
 
 def test_the_edges_of_the_ranges_are_allowed():
@@ -456,6 +489,14 @@ TOGETHER = {
     "max_prompt_length 9; append 9 to it or lower max_prompt_length",
     "score --max_length 256": "max_prompt_length 256 is not below max_length 256, so a response has no room; lower it "
     "or raise max_length",
+    "ppo --data.batch_size 64 --ppo.kl_horizon 12.8": "ppo.kl_horizon 12.8 lets one batch of 64 rows bring kl_coef to "
+    "0 or below; raise it above 12.8, or set ppo.kl_controller fixed",
+    "ppo --ppo.kl_horizon 1": "ppo.kl_horizon 1 lets one batch of 32 rows bring kl_coef to 0 or below; raise it above "
+    "6.4, or set ppo.kl_controller fixed",
+    "kto --kto.desirable_weight 0 --kto.undesirable_weight 0": "kto.desirable_weight and kto.undesirable_weight are "
+    "both 0; raise one of them",
+    "reward --reward.rating_low 5 --reward.rating_high 5.0000001": "reward.rating_low 5 is not 1 or more below "
+    "reward.rating_high 5; give the ends of the scale",
     "ppo --ppo.stop truncate --ppo.truncate_after 64": "ppo.truncate_after 64 is not below sampling.max_new_tokens "
     "64, so no row would ever stop; lower it",
 }

@@ -597,7 +597,7 @@ REFUSED = {
     "grpo --sampling.budget 10": "sampling.budget 10 is not a multiple of sampling.chunk 32; change one of them",
     "sample --sampling.budget 32": "sampling.budget 32 is of ppo, grpo, rloo and reinforce_pp, whose rows go on in "
     "the next iteration; set it to 0",
-    "rloo --rloo.clip_ratio 0": "rloo.clip_ratio is 0.0; make it above 0",
+    "rloo --rloo.clip_ratio 0": "rloo.clip_ratio is 0.0; make it at least 0.000001",
 }
 
 

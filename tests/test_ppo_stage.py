@@ -7,6 +7,7 @@ import functools
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,15 @@ from rlhf_jax.models import hf
 from rlhf_jax.online import guards
 from rlhf_jax.online import loop as online_loop
 from rlhf_jax.online import programs as programs_module
-from rlhf_jax.online.iteration import LoopState, evaluate, iterate, key_at, roll_out
+from rlhf_jax.online.core import ema
+from rlhf_jax.online.iteration import LoopState, evaluate, first_state, iterate, key_at, roll_out
 from rlhf_jax.online.method import Method
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import Models, core, objective, train
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.sharding import make_mesh
+from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
 
 NAN = float("nan")
@@ -279,6 +282,20 @@ def test_an_iteration_samples_from_the_newest_policy_and_evaluates_the_averaged_
     del fakes[:]
     evaluate(ppo, loop)
     np.testing.assert_allclose(leaf(fakes[0][1]) - start, average, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.992, 0.999])
+def test_the_average_of_a_bfloat16_policy_is_kept_in_float32_and_evaluated_in_bfloat16(decay):
+    """In bfloat16 a thousandth of what is added is rounded away, so that it stayed the first policy for ever."""
+    mesh = make_mesh(MeshConfig(), devices=ONE)
+    before, after = (TrainState(0, {"policy": {"w": jnp.full(3, x, jnp.bfloat16)}}, ()) for x in (1.0, 2.0))
+    loop = first_state(SimpleNamespace(config=toy_run(), settings=PPOConfig(ema_decay=decay), mesh=mesh), before)
+    for _ in range(200):
+        loop = dataclasses.replace(loop, average=ema(loop.average, after.params["policy"], decay))
+    expected = 2 - decay**200
+    np.testing.assert_allclose(loop.average["w"], expected, rtol=1e-4)
+    assert loop.policy["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(loop.policy["w"].astype(jnp.float32), expected, rtol=0.004)
 
 
 def test_the_tokens_of_a_line_are_those_of_all_responses_since_the_one_before(fakes, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def run_fit(
 
         key = jax.random.key(0)
         state = run_steps(
-            out, step, tree["state"], batches, key, mesh=mesh, rates=learning_rates(schedule, total),
+            out, step, tree["state"], batches, key, mesh=mesh, rates=learning_rates(schedule),
             evaluate=evaluate, explain=partial(first_nan, jax.grad(lambda p, b, k: loss(p, b, k)[0])),
         )  # fmt: skip
         final = jax.device_get(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -17,7 +18,15 @@ from rlhf_jax.config import ArchConfig, MeshConfig, OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Model
 from rlhf_jax.training.loop import make_evaluate
-from rlhf_jax.training.state import TrainState, create_state, decay_mask, learning_rates, make_optimizer, make_schedule
+from rlhf_jax.training.state import (
+    TrainState,
+    create_state,
+    decay_mask,
+    in_float32,
+    learning_rates,
+    make_optimizer,
+    make_schedule,
+)
 from rlhf_jax.training.step import accumulated_grads, make_train_step, make_update
 
 KEY = jax.random.key(0)
@@ -68,6 +77,14 @@ def test_accumulated_equals_whole_batch_for_ragged_masks(num):
     assert metrics.keys() == whole.keys() >= {"loss/total", "loss/nll_max"}
     for name in whole:
         np.testing.assert_allclose(metrics[name], whole[name], atol=1e-6, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("num", [1, 64, 1024])
+def test_gradients_of_bfloat16_parameters_are_added_up_in_float32(num):
+    """In bfloat16 256 + 1 is 256, so that a sum of 1024 equal gradients stood still at a quarter of it."""
+    loss_fn = lambda params, batch, key: (params["x"].astype(jnp.float32).sum() * batch["x"].sum() / 1024, {})  # noqa: E731
+    grads, _ = accumulated_grads(loss_fn, {"x": jnp.ones(2, jnp.bfloat16)}, {"x": jnp.ones(1024)}, KEY, num)
+    np.testing.assert_array_equal(grads["x"], np.ones(2, np.float32))
 
 
 def test_a_negative_maximum_survives_accumulation():
@@ -157,13 +174,14 @@ def numpy_schedule(kind: str, peak: float, end: float, warmup: int, total: int) 
 )
 def test_schedules_follow_their_formulas(kind, warmup, end):
     config = OptimConfig(learning_rate=0.3, schedule=kind, warmup_steps=warmup, end_fraction=end)
-    rates = learning_rates(make_schedule(config, 12), 12)
+    rates = [*map(learning_rates(make_schedule(config, 12)), range(12))]
     np.testing.assert_allclose(rates, numpy_schedule(kind, 0.3, end, warmup, 12), rtol=1e-5, atol=1e-8)
 
 
 def test_a_warm_up_longer_than_the_run_only_warms_up():
     config = OptimConfig(learning_rate=1.0, schedule="linear", warmup_steps=8)
-    np.testing.assert_allclose(learning_rates(make_schedule(config, 4), 4), [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
+    rates = [*map(learning_rates(make_schedule(config, 4)), range(4))]
+    np.testing.assert_allclose(rates, [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
 
 
 EVERYTHING = ArchConfig(  # every parameter that a decoder can have
@@ -274,6 +292,50 @@ def test_a_decay_that_float32_rounds_to_1_is_refused_and_the_largest_that_is_all
     params, tx = {"w": jnp.ones(2)}, make_optimizer(config, make_schedule(config, 1))
     updates, _ = tx.update({"w": jnp.full(2, 0.5)}, tx.init(params), params, step=jnp.int32(0))
     np.testing.assert_allclose(updates["w"], -1e-3, rtol=0.3)
+
+
+@pytest.mark.parametrize("eps_form", ["standard", "tensorflow"])
+@pytest.mark.parametrize("b2", [0.95, 0.999, 0.9999])
+def test_bfloat16_parameters_have_the_moments_of_float32_ones(b2, eps_form):
+    """A decay of 0.999 is 1 in bfloat16: the second moment only ever grew."""
+    options = {"learning_rate": 0.01, "schedule": "constant", "clip_norm": 1.0, "weight_decay": 0.1}
+    config = OptimConfig(b2=b2, eps_form=eps_form, **options)
+    tx = make_optimizer(config, make_schedule(config, 60))
+    loss = lambda params, batch, key: (jnp.sum(params["x"].astype(jnp.float32) * batch["x"][0]), {})  # noqa: E731
+    update, rng = jax.jit(make_update(loss, tx)), np.random.default_rng(0)
+    short, exact = (TrainState.create({"x": jnp.ones(8, dtype)}, tx) for dtype in (jnp.bfloat16, jnp.float32))
+    for i in range(60):
+        given = {"x": jnp.asarray(rng.normal(size=(1, 8)) * (20 if i < 3 else 0.5), jnp.bfloat16).astype(jnp.float32)}
+        exact, _ = update(dataclasses.replace(exact, params=in_float32(short.params)), given, KEY)
+        short, _ = update(short, given, KEY)
+        rounded = in_float32(short.params)["x"]
+        np.testing.assert_allclose(rounded, exact.params["x"], rtol=0.004)  # half of the last bit
+    assert short.params["x"].dtype == jnp.bfloat16
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), short.opt_state, exact.opt_state)
+
+
+def test_rates_of_a_run_that_is_ended_by_hand_are_those_of_its_schedule_wherever_it_is():
+    """A list of them for 2 * 10^9 steps would not fit into memory."""
+    total = 2**31 - 1
+    config = OptimConfig(learning_rate=1e-3, schedule="linear", end_fraction=0.5, warmup_steps=10_000)
+    schedule = make_schedule(config, total)
+    rates = learning_rates(schedule)
+    for count in (0, 4095, 4096, 9_999, 10_000, total // 2, total - 1):
+        exact = 1e-3 * min((count + 1) / 10_000, 1 - 0.5 * max(count - 10_000, 0) / (total - 10_000))
+        np.testing.assert_allclose([rates(count), schedule(jnp.int32(count))], exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eps_form", ["standard", "tensorflow"])
+@pytest.mark.parametrize("size", [1e-12, 1e-17, 1e-19, 1e-24, 1e-30])
+def test_the_smallest_epsilon_that_is_allowed_bounds_steps_whose_squared_gradients_are_0_in_float32(size, eps_form):
+    """With 1e-30 a gradient of 1e-20, whose square is none, made a step of 10^10 rates."""
+    with pytest.raises(UserError, match=r"^optim.eps is 1e-30; make it 0, or 1e-18 to 1e\+18 in size, "):
+        OptimConfig(learning_rate=1e-3, eps=1e-30).check("optim.")
+    config = OptimConfig(learning_rate=1e-3, schedule="constant", eps=1e-18, eps_form=eps_form, clip_norm=0.0)
+    config.check("optim.")
+    params, tx = {"w": jnp.ones(2)}, make_optimizer(config, make_schedule(config, 1))
+    updates, _ = tx.update({"w": jnp.full(2, size)}, tx.init(params), params, step=jnp.int32(0))
+    assert 0 <= -updates["w"][0] <= 4e-3
 
 
 def test_tensorflows_epsilon_makes_early_updates_smaller_and_late_ones_equal():

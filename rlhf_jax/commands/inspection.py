@@ -344,9 +344,10 @@ def _of_checkpoint(run: Path, step: int) -> Source:
         raise UserError(f"{run} has no intact checkpoint yet; wait for one, or let checkpoint.minutes be less")
     members = record["config"]["reward"].get("members", 1) if stage == "reward" else 1
     model = Model(arch, score_head=stage == "reward", members=members if members > 1 else 0)
-    params = jax.jit(lambda: model.init(jax.random.key(0), settings["param_dtype"]))()  # where the saved ones go
     # As the stages keep them: LoopState.tree, and the state of `loop.train`.
     place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]
+    dtype = "float32" if place == ["average"] else settings["param_dtype"]
+    params = jax.jit(lambda: model.init(jax.random.key(0), dtype))()  # where the saved ones go
     place += ["policy"] if stage in ONLINE and place[0] == "state" else []
     tree = checkpoints.restore(chosen, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
     params = functools.reduce(lambda node, name: node[name], place, tree)

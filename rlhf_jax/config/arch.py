@@ -186,18 +186,21 @@ class ArchConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "at least 1": "vocab_size width num_layers num_heads num_kv_heads head_dim ffn_width max_positions "
-            "router_groups",
+            "at least 1": "vocab_size width num_heads num_kv_heads head_dim ffn_width max_positions router_groups",
             "above 0": "norm_eps rope_theta rope_fraction embedding_multiplier residual_multiplier logit_multiplier "
             "routed_scale",
             "at least 0": "init_std rope_local_theta sliding_window query_pre_attn_scalar attn_softcap logit_softcap "
             "attention_multiplier query_log_scale position_offset num_experts experts_per_token "
             "shared_width dense_layers dense_width glu_limit full_head_dim full_kv_heads "
             "latent_width latent_query_width latent_rope_dim latent_value_dim "
-            "shared_kv_layers shared_kv_ffn_width layer_input_width expert_width",
+            "shared_kv_ffn_width layer_input_width expert_width",
+            "between 1 and 9999": "num_layers",
+            "between 0 and 9999": "shared_kv_layers",
+            "finite": "glu_alpha",
         }
-        if self.delta_layers:
-            rules["at least 1"] += " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
+        rules["at least 1" if self.delta_layers else "at least 0"] += (
+            " delta_key_heads delta_value_heads delta_key_dim delta_value_dim delta_kernel"
+        )
         check(self, "model.arch.", rules)
         self._check_heads()
         self._check_shared()

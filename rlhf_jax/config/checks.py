@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import urllib.parse
@@ -11,11 +12,11 @@ from rlhf_jax.errors import UserError, shown
 
 SEEDS = "between 0 and 2**32 - 1"
 
-SMALLEST, LARGEST = 1.2e-38, 3.4e38
-"""About the smallest and the largest number of float32, in which all is computed."""
+SMALLEST, LARGEST = 1e-18, 1e18
+"""Sizes of numbers whose squares, products and ratios are numbers of float32, in which all is computed."""
 
-TEMPERATURES = "0, or between 1e-30 and 1e30"
-"""Logits over another one are no numbers of float32."""
+SECONDS = "at least 0 and at most 1000000"
+"""More is too long for the clocks of threads, sockets and browsers."""
 
 HOLDS: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
@@ -23,16 +24,23 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: x > 0,
     "between 0 and 1": lambda x: 0 <= x <= 1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
-    "at least 0 and at most 0.9999999": lambda x: 0 <= x <= 0.9999999,  # what is above may be 1 in float32
+    # What is nearer to 1 may be 1 in float32.
+    "at least 0 and at most 0.9999999": lambda x: 0 <= x <= 0.9999999,
+    "0, or at least 1.000001": lambda x: x == 0 or x >= 1.000001,
+    "at least 0.000001": lambda x: x >= 0.000001,
+    "0, or at least 0.000001": lambda x: x == 0 or x >= 0.000001,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "at least 0 and below 1/2": lambda x: 0 <= x < 0.5,
     "above 0 and below 1": lambda x: 0 < x < 1,
     "at least 2": lambda x: x >= 2,
     "between 2 and 10": lambda x: 2 <= x <= 10,
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
-    "0 or above 1": lambda x: x == 0 or x > 1,
+    "between 0 and 9999": lambda x: 0 <= x <= 9999,
+    "between 1 and 9999": lambda x: 1 <= x <= 9999,
+    "between 1 and 1000000": lambda x: 1 <= x <= 1e6,
+    "between -1000000 and 1000000": lambda x: -1e6 <= x <= 1e6,
     SEEDS: lambda x: 0 <= x < 2**32,
-    TEMPERATURES: lambda x: x == 0 or 1e-30 <= x <= 1e30,
+    SECONDS: lambda x: 0 <= x <= 1e6,
     "finite": lambda x: True,
     "finite and not 0": lambda x: x != 0,
 }
@@ -48,9 +56,9 @@ def check(config: object, group: str, rules: dict[str, str]) -> None:
     for rule, names in rules.items():
         for name in names.split():
             value = getattr(config, name)
-            if not _fits(value) and rule != SEEDS:
-                small = f"0, or at least {SMALLEST:g}, below which float32 has nothing"
-                cure = "less than 2**31" if isinstance(value, int) else small if abs(value) < 1 else "finite"
+            if not fits(value) and rule != SEEDS:
+                size = f"0, or {SMALLEST:g} to {LARGEST:g} in size, whose products and ratios float32 holds"
+                cure = "less than 2**31" if isinstance(value, int) else size if math.isfinite(value) else "finite"
                 raise UserError(f"{group}{name} is {shown(value)}; make it {cure}")
             if not HOLDS[rule](value):
                 raise UserError(f"{group}{name} is {shown(value)}; make it {rule}")
@@ -63,7 +71,7 @@ def check_list(config: object, name: str, group: str, rule: str = "finite", *, a
         UserError: they are not.
     """
     values = list(getattr(config, name))
-    bad = next((v for v in values if not isinstance(v, str) and not (_fits(v) and HOLDS[rule](v))), None)
+    bad = next((v for v in values if not isinstance(v, str) and not (fits(v) and HOLDS[rule](v))), None)
     empty = any(isinstance(v, str) and not v.strip() for v in values)
     if bad is not None or empty:
         raise UserError(f"{group}{name} {shown(values)} has {bad if not empty else 'an empty text'}; make each {rule}")
@@ -73,8 +81,8 @@ def check_list(config: object, name: str, group: str, rule: str = "finite", *, a
         raise UserError(f"{group}{name} {shown(values)} do not ascend; sort them")
 
 
-def _fits(value: float) -> bool:
-    """Whether int32 or float32 holds a number."""
+def fits(value: float) -> bool:
+    """Whether int32 holds an integer, or float32 a number and what becomes of it."""
     if isinstance(value, int):
         return abs(value) < 2**31
     return value == 0 or SMALLEST <= abs(value) <= LARGEST  # which a NaN is not

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from rlhf_jax.config.checks import SEEDS, TEMPERATURES, check
+from rlhf_jax.config.checks import SEEDS, check
 from rlhf_jax.config.judge import JudgeConfig
 from rlhf_jax.config.online import RewardSourceConfig
 from rlhf_jax.config.parts import MeshConfig, ModelConfig, SamplingConfig
@@ -39,7 +39,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check(self, "sources.", {"at least 0": "num_samples shots"})
         if self.temperature is not None:
-            check(self, "sources.", {TEMPERATURES: "temperature"})
+            check(self, "sources.", {"at least 0": "temperature"})
         if self.top_p is not None:
             check(self, "sources.", {"above 0 and at most 1": "top_p"})
         if self.demonstrations and not self.shots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.config.checks import TEMPERATURES, check, check_url, key_of
+from rlhf_jax.config.checks import SECONDS, check, check_url, key_of
 from rlhf_jax.config.parts import ModelConfig
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
@@ -75,8 +75,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "votes max_new_tokens max_prompt_length batch_size workers",
-            "at least 0": "timeout retries top_logprobs",
-            TEMPERATURES: "temperature",
+            "at least 0": "retries top_logprobs temperature",
+            SECONDS: "timeout",
         }
         check(self, self.group, rules)
         if self.url:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from rlhf_jax.config.checks import LARGEST, TEMPERATURES, check
+from rlhf_jax.config.checks import SECONDS, check, fits
 from rlhf_jax.config.judge import RewardJudgeConfig
 from rlhf_jax.config.parts import OptimConfig
 from rlhf_jax.config.settings import PathText, settings
@@ -59,15 +59,15 @@ class RewardSourceConfig:
     on_failure: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "timeout retries combine_coef"})
-        check(self, "reward.", {"above 0": "teacher_coef", "above 0 and below 1": "teacher_beta"})
+        check(self, "reward.", {"finite and not 0": "model_weight", "at least 0": "retries combine_coef"})
+        check(self, "reward.", {"above 0": "teacher_coef", "above 0 and below 1": "teacher_beta", SECONDS: "timeout"})
         check_paths("reward.", self.model, self.models)
         if self.model_weight < 0 and self.combine != "mean":
             raise UserError(
                 f"reward.model_weight {self.model_weight:g} makes the least score of an ensemble the largest; set "
                 "reward.combine mean"
             )
-        if any(not (weight and abs(weight) <= LARGEST) for weight in self.function_weights):
+        if any(not (weight and fits(weight)) for weight in self.function_weights):
             raise UserError(
                 f"reward.function_weights {shown(self.function_weights)} are not all finite and other than 0; leave "
                 "out a function that should not count, or make it reward.gold"
@@ -187,13 +187,14 @@ class OnlineConfig:
         """Raise a UserError unless these settings are in range; `group` is their dotted prefix."""
         rules = {
             "at least 1": "iterations epochs minibatches accumulate sample_every",
-            "at least 0": "microbatch_tokens score_microbatch truncate_after kl_coef clip_ratio_high entropy_coef "
+            "at least 0": "microbatch_tokens score_microbatch truncate_after kl_coef entropy_coef train_temperature "
             "target_kl num_samples importance_cap reward_clip overlong_tokens kl_budget",
-            "above 0": "clip_ratio max_log_ratio overlong_coef",
-            "at least 0 and below 1": "ema_decay",
-            "0 or above 1": "dual_clip disagreement_budget",
+            "above 0": "max_log_ratio overlong_coef",
+            "at least 0.000001": "clip_ratio",
+            "0, or at least 0.000001": "clip_ratio_high",
+            "at least 0 and at most 0.9999999": "ema_decay",
+            "0, or at least 1.000001": "dual_clip disagreement_budget",
             "finite": "missing_eos_value",
-            TEMPERATURES: "train_temperature",
         }
         check(self, group, rules)
 

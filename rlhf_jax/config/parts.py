@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import Literal
 
 from rlhf_jax.config.arch import ArchConfig
-from rlhf_jax.config.checks import LARGEST, SEEDS, TEMPERATURES, check, check_list
+from rlhf_jax.config.checks import SEEDS, check, check_list, fits
 from rlhf_jax.config.rules import parse_rules
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
@@ -25,7 +25,7 @@ class ModelConfig:
         eos_ids: ids that end a response; empty means the ids that the model directory or the tokenizer names.
         compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU.
         param_dtype: dtype of the weights at rest; bfloat16 halves a frozen model, and loses small updates of a trained
-            one. Scalar heads are float32.
+            one. Scalar heads are float32, and so are gradients and what the optimiser keeps.
         attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores; auto
             is flash where there is one, else by blocks, without those in which nothing is seen.
         quantize: the kernels of a frozen model at rest: one scale for each output (int8), or 4-bit normal floats with
@@ -79,7 +79,8 @@ class MeshConfig:
     expert: int = 1
 
     def __post_init__(self) -> None:
-        check(self, "mesh.", {"at least 1": "slices", "at least 0": "rollout_tensor"})
+        sizes = {"finite": "data fsdp tensor expert"}  # `sharding.mesh_sizes` knows how many devices there are
+        check(self, "mesh.", {"at least 1": "slices", "at least 0": "rollout_tensor", **sizes})
         parse_rules(self.rules, expert=self.expert != 1)
         if self.expert != 1 and self.rollout_tensor:
             raise UserError(
@@ -230,7 +231,7 @@ class DataConfig:
             raise UserError("data.pack on makes sequences of data.max_length; leave out data.length_buckets")
         sources = 1 + len(self.mixture)
         weights = self.mixture_weights
-        positive = all(0 < weight <= LARGEST for weight in weights)
+        positive = all(weight > 0 and fits(weight) for weight in weights)
         if weights and (len(weights) != sources or sources == 1 or not positive):
             raise UserError(
                 f"data.mixture_weights {shown(weights)} are not {sources} positive numbers; give one for "
@@ -333,9 +334,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         rules = {
             "at least 1": "chunk",
-            "at least 0": "max_new_tokens min_new_tokens top_k slots microbatch budget",
+            "at least 0": "max_new_tokens min_new_tokens temperature top_k slots microbatch budget",
             "above 0 and at most 1": "top_p",
-            TEMPERATURES: "temperature",
         }
         check(self, "sampling.", rules)
         if self.max_new_tokens and self.min_new_tokens > self.max_new_tokens:

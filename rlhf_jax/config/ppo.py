@@ -107,3 +107,9 @@ class PPOArgs:
         self.value_optim.check("value_optim.")
         self.sampling.check_buckets("data.max_prompt_length", self.data.max_prompt_length)
         self.ppo.check_truncation("ppo", self.sampling.max_new_tokens)
+        least = 0.2 * self.data.batch_size  # the controller's largest error times the rows
+        if self.ppo.kl_controller == "adaptive" and self.ppo.kl_horizon <= least:
+            raise UserError(
+                f"ppo.kl_horizon {self.ppo.kl_horizon:g} lets one batch of {self.data.batch_size} rows bring kl_coef "
+                f"to 0 or below; raise it above {least:g}, or set ppo.kl_controller fixed"
+            )

@@ -9,6 +9,7 @@ from rlhf_jax.config.parts import DataConfig, MeshConfig, ModelConfig, OptimConf
 from rlhf_jax.config.rates import settle
 from rlhf_jax.config.saving import CheckpointConfig, FaultConfig
 from rlhf_jax.config.settings import settings
+from rlhf_jax.errors import UserError
 
 POLICY_OPTIM = OptimConfig(schedule="linear")
 
@@ -64,6 +65,8 @@ class KTOConfig(StepsConfig):
 
     def __post_init__(self) -> None:
         self.check("kto.", "desirable_weight undesirable_weight sft_coef", {"above 0": "beta"})
+        if not (self.desirable_weight or self.undesirable_weight):
+            raise UserError("kto.desirable_weight and kto.undesirable_weight are both 0; raise one of them")
 
 
 @settings

@@ -36,4 +36,4 @@ class WatchArgs:
     seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        check(self, "", {"between 0 and 65535": "port", "at least 1": "seconds"})
+        check(self, "", {"between 0 and 65535": "port", "between 1 and 1000000": "seconds"})

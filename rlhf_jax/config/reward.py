@@ -61,14 +61,14 @@ class RewardConfig(StepsConfig):
     rating_high: float = 5.0
 
     def __post_init__(self) -> None:
-        rules = {"above 0": "aggregate_prior", "finite": "rating_low rating_high"}
+        rules = {"above 0": "aggregate_prior", "between -1000000 and 1000000": "rating_low rating_high"}
         self.check("reward.", "center_coef", {**rules, "at least 1": "epochs accumulate members"})
         if self.member_adapters and self.members < 2:
             raise UserError("reward.member_adapters: there is one member; raise reward.members or leave it out")
-        if self.rating_low >= self.rating_high:
+        if self.rating_high - self.rating_low < 1:
             raise UserError(
-                f"reward.rating_low {self.rating_low:g} is not below reward.rating_high {self.rating_high:g}; give "
-                "the ends of the scale"
+                f"reward.rating_low {self.rating_low:g} is not 1 or more below reward.rating_high "
+                f"{self.rating_high:g}; give the ends of the scale"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf_jax.config.checks import LARGEST, check
+from rlhf_jax.config.checks import check, fits
 from rlhf_jax.config.settings import settings
 from rlhf_jax.errors import UserError
 
@@ -57,7 +57,7 @@ class RopeScaling:
         check(self, where, rules)
         if self.fraction > 1:
             raise UserError(f"{where}fraction {self.fraction:g} is more than all frequencies; make it at most 1")
-        if any(not 0 < number <= LARGEST for number in (*self.short_factor, *self.long_factor)):
+        if any(not (number > 0 and fits(number)) for number in (*self.short_factor, *self.long_factor)):
             raise UserError(f"{where}short_factor and long_factor are not all above 0; correct them")
         if self.kind == "none" and self.factor != 1:
             raise UserError(f"{where}factor {self.factor:g} does nothing with kind none; give the kind")

@@ -22,7 +22,7 @@ from rlhf_jax.models.experts import Routing
 from rlhf_jax.sharding import constrain
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Layout, Sharing, over_views, pack, zeros_of
-from rlhf_jax.training.state import Schedule, TrainState
+from rlhf_jax.training.state import Schedule, TrainState, in_float32
 from rlhf_jax.training.step import Step
 from rlhf_jax.types import Batch, Metrics, Params, Rollout
 
@@ -355,5 +355,5 @@ def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
 
 
 def ema(average: Params, params: Params, decay: float) -> Params:
-    """decay * average + (1 - decay) * params (InstructGPT keeps one with decay 0.992)."""
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+    """decay * average + (1 - decay) * params, in float32 (InstructGPT keeps one with decay 0.992)."""
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, in_float32(params))

@@ -28,7 +28,7 @@ from rlhf_jax.online.pool import Pool
 from rlhf_jax.runs.parts import Mark, unmarked
 from rlhf_jax.sharding import put, put_batch, replicated
 from rlhf_jax.training.nans import first_nan
-from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.state import TrainState, in_float32
 from rlhf_jax.types import Metrics, Params, Rollout
 
 Table = dict[str, Any]
@@ -47,7 +47,7 @@ class LoopState:
     Attributes:
         state: the training state; its parameters are {"policy": ...} and what else the method trains.
         kl_coef: float32[], the price of a nat.
-        average: the averaged policy; None without `ema_decay`.
+        average: the averaged policy, float32; None without `ema_decay`.
         pool: rows under way; None unless rows are cut (`sampling.budget`).
     """
 
@@ -59,7 +59,8 @@ class LoopState:
     @property
     def policy(self) -> Params:
         """The policy that is evaluated and saved: the average if there is one."""
-        return self.state.params["policy"] if self.average is None else self.average
+        policy = self.state.params["policy"]
+        return policy if self.average is None else jax.tree.map(lambda a, p: a.astype(p.dtype), self.average, policy)
 
     def tree(self) -> dict[str, Any]:
         """What a checkpoint holds; LoopState(**tree) is the way back."""
@@ -75,7 +76,7 @@ class LoopState:
 
 def first_state(method: Method, state: TrainState) -> LoopState:
     """What the loop carries at first; `state` becomes a part of it."""
-    average = jax.tree.map(jnp.copy, state.params["policy"]) if method.settings.ema_decay else None
+    average = jax.tree.map(jnp.copy, in_float32(state.params["policy"])) if method.settings.ema_decay else None
     pool = empty_pool(method) if method.config.sampling.cut else None
     return LoopState(state, put(np.float32(method.settings.kl_coef), replicated(method.mesh)), average, pool)
 

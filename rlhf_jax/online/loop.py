@@ -68,7 +68,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     (stopped) and after how many iterations; and unevaluated, if a reward failed in the evaluation after out.start.
     """
     config, settings, total = method.config, method.settings, out.total
-    rates = learning_rates(method.programs.schedule, total)
+    rates = learning_rates(method.programs.schedule)
     begins = not notes
     if begins and settings.reward_standardize != "off":
         notes = {"reward_scale": guards.first_scale(method, loop)}
@@ -100,7 +100,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
             drawn_tokens.append(table["rollout"].mask.sum())
             show = settings.num_samples > 0 and step % settings.sample_every == 0
             if show or step % config.run.log_every == 0 or step == total:
-                host, write = {"optim/lr": rates[i]}, partial(_write_samples, out, method, step, batch["given"])
+                host, write = {"optim/lr": rates(i)}, partial(_write_samples, out, method, step, batch["given"])
                 samples = table if show else None
                 out.metrics.log(step, metrics, host, tokens=drawn_tokens, table=samples, on_table=write)
                 drawn_tokens = []

@@ -88,11 +88,11 @@ def run_steps(
     key: jax.Array,
     *,
     mesh: Mesh,
-    rates: Sequence[float],
+    rates: Callable[[int], float],
     evaluate: Callable[[int, Params], dict[str, float]],
     explain: Callable[[Params, Batch, jax.Array], str],
 ) -> TrainState:
-    """Run the steps run.start .. run.total - 1; batch i is batches[i], its key fold_in(key, i) and its rate rates[i].
+    """Run the steps run.start .. run.total - 1; batch i is batches[i], its key fold_in(key, i) and its rate rates(i).
 
     Every run.eval_every steps, and at the end, `evaluate(step, params)` is logged, and the parameters with the lowest
     eval/total are kept. With faults.debug_nans, `explain(params, batch, key)` says what is not finite in a step.
@@ -113,7 +113,7 @@ def run_steps(
         run.metrics.advance(i + 1, metrics["optim/skipped"])
         if (i + 1) % run.config.log_every == 0 or i + 1 == steps:
             filled = {"data/filled": tokens / slots} if slots else {}
-            run.metrics.log(i + 1, metrics, {"optim/lr": rates[i], **filled}, tokens=tokens)
+            run.metrics.log(i + 1, metrics, {"optim/lr": rates(i), **filled}, tokens=tokens)
             tokens = slots = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
             run.metrics.flush()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rlhf_jax.config import OptimConfig
@@ -25,7 +26,7 @@ class TrainState:
 
     Attributes:
         step: int32[], optimiser steps taken, skipped ones included.
-        params: nested dict of float32 arrays.
+        params: nested dict of arrays, float32 unless model.param_dtype says otherwise.
         opt_state: what the optax transformation keeps.
     """
 
@@ -35,8 +36,13 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, tx: optax.GradientTransformation) -> TrainState:
-        """A state at step 0."""
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+        """A state at step 0; what the optimiser keeps is float32, whatever the parameters are."""
+        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(in_float32(params)))
+
+
+def in_float32(tree: Params) -> Params:
+    """A tree's arrays in float32, in which all is added up: in bfloat16 a decay of 0.999 is 1, and 256 + 1 is 256."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def create_state(params: Params, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -79,9 +85,21 @@ def warmup_of(config: OptimConfig, total: int) -> int:
     return config.warmup_steps or round(config.warmup_ratio * total)
 
 
-def learning_rates(schedule: Schedule, total: int) -> list[float]:
-    """The schedule at counts 0 .. total - 1 on the host, for logging without a transfer per step."""
-    return jax.device_get(jax.jit(jax.vmap(schedule))(jnp.arange(total))).tolist()
+AT_ONCE = 4096
+"""Rates that are computed together."""
+
+
+def learning_rates(schedule: Schedule) -> Callable[[int], float]:
+    """The schedule at a count, on the host, for logging without a transfer per step: computed AT_ONCE counts a time,
+    since a run that is to be ended by hand may have a thousand million steps.
+    """
+    some = jax.jit(lambda first: jax.vmap(schedule)(first + jnp.arange(AT_ONCE)))
+
+    @lru_cache(maxsize=1)
+    def block(number: int) -> list[float]:
+        return jax.device_get(some(jax.device_put(np.int32(number * AT_ONCE)))).tolist()
+
+    return lambda count: block(count // AT_ONCE)[count % AT_ONCE]
 
 
 def decay_mask(params: Params) -> Params:

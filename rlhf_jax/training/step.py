@@ -14,7 +14,7 @@ from rlhf_jax.models.kernels import joined
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, tree_shardings
 from rlhf_jax.tokens import Packed, to_microbatches
 from rlhf_jax.training.packing import over_views, tree_sum, zeros_of
-from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.state import TrainState, in_float32
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -46,7 +46,7 @@ def settled(metrics: Metrics) -> Metrics:
 def accumulated_grads(
     loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array, num: int
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics of loss_fn over microbatches, added up. Exact, since the batch carries its weights.
+    """Gradients, float32, and metrics of loss_fn over microbatches, added up: exact, as the batch carries its weights.
 
     A batch with packed rows, {"packed": tokens.Packed, ...}, is read view by view, as many as hold rows: loss_fn gets
     the view and all else whole. Its text "ptx", if any, is a batch {"ptx": ...} of its own. What is not packed is
@@ -58,7 +58,7 @@ def accumulated_grads(
 
     def of(batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-        return grads, {"loss/total": loss, **metrics}
+        return in_float32(grads), {"loss/total": loss, **metrics}
 
     if isinstance(batch, dict) and "packed" in batch:
         rest = {name: value for name, value in batch.items() if name not in ("packed", "ptx")}
@@ -115,7 +115,7 @@ def make_update(
         grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
+        updates, opt_state = tx.update(grads, state.opt_state, in_float32(state.params), step=state.step)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         state = TrainState(

@@ -131,8 +131,15 @@ class Claim:
     held_out_rows: list[Row]
 
     def steps(self, batches: Batches) -> int:
-        """Optimiser steps of the run."""
-        return self.settings.steps or self.settings.epochs * len(batches)
+        """Optimiser steps of the run.
+
+        Raises:
+            UserError: more than int32 counts.
+        """
+        epochs, total = self.settings.epochs, self.settings.steps or self.settings.epochs * len(batches)
+        if total >= 2**31:
+            raise UserError(f"epochs {epochs} of {len(batches)} batches are {total} steps, over 2**31 - 1; lower it")
+        return total
 
 
 FEW_STEPS = 10
@@ -348,7 +355,7 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
         batches,
         branch(claim.key, "training"),
         mesh=mesh,
-        rates=learning_rates(schedule, run.total),
+        rates=learning_rates(schedule),
         evaluate=evaluate,
         explain=partial(first_nan, grads_of),
     )
