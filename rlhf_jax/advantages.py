@@ -128,6 +128,16 @@ def gae(
     return jax.vmap(of_one)(rewards, values)
 
 
+def _count_and_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The valid entries and their mean, which of equal ones is that number: a second sum takes back the first's error.
+
+    An error of a bit is all that equal entries have to be whitened, and would become a variance of 1.
+    """
+    count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
+    mean = jnp.sum(x, where=mask) / count
+    return count, mean + jnp.sum(x - mean, where=mask) / count
+
+
 def whiten(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, shift_mean: bool, variance: str
 ) -> Float[Array, "B T"]:
@@ -135,8 +145,7 @@ def whiten(
 
     variance is "biased" (divide by n) or "bessel" (n - 1, as TRL does).
     """
-    count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
-    mean = jnp.sum(x, where=mask) / count
+    count, mean = _count_and_mean(x, mask)
     var = jnp.sum((x - mean) ** 2, where=mask) / count
     if variance == "bessel":
         var = var * count / jnp.maximum(count - 1.0, 1.0)
@@ -155,17 +164,15 @@ def group_advantages(
     GRPO, Liu et al. 2025, arXiv 2503.20783). With a baseline, equal scores in a group give exactly 0.
     """
     groups = scores.reshape(-1, group_size)
-    advantages = groups
-    if baseline != "none":
-        # Counted from the first score of the group: the mean of equal floats may differ from them by rounding.
-        from_first = groups - groups[:, :1]
-        advantages = from_first - from_first.mean(axis=1, keepdims=True)
+    # Counted from the first score of the group: the mean of equal floats may differ from them by rounding.
+    from_first = groups - groups[:, :1]
+    advantages = groups if baseline == "none" else from_first - from_first.mean(axis=1, keepdims=True)
     if baseline == "leave_one_out":
         advantages = advantages * (group_size / (group_size - 1))
     if scale_rewards == "group":
-        advantages = advantages / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+        advantages = advantages / (from_first.std(axis=1, ddof=1, keepdims=True) + 1e-4)
     elif scale_rewards == "batch":
-        advantages = advantages / (scores.std(ddof=1) + 1e-4)
+        advantages = advantages / ((scores - scores[:1]).std(ddof=1) + 1e-4)
     return advantages.reshape(-1)
 
 
@@ -188,14 +195,15 @@ def adaptive_kl_coef(
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - var(returns - values) / var(returns) over the valid entries; 0 where returns do not vary."""
-    count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
+    """1 - var(returns - values) / var(returns) over the valid entries; 0 where returns vary by rounding alone."""
 
     def var(x: Array) -> Array:
-        return jnp.sum((x - jnp.sum(x, where=mask) / count) ** 2, where=mask) / count
+        count, mean = _count_and_mean(x, mask)
+        return jnp.sum((x - mean) ** 2, where=mask) / count
 
-    total = var(returns)
-    return jnp.where(total > 1e-12, 1 - var(returns - values) / jnp.maximum(total, 1e-12), 0.0)
+    total, size = var(returns), jnp.max(jnp.abs(returns), where=mask, initial=0.0)
+    varies = total > (4 * jnp.finfo(jnp.float32).eps * size) ** 2
+    return jnp.where(varies, 1 - var(returns - values) / jnp.where(varies, total, 1.0), 0.0)
 
 
 def best_of_n_kl(n: Real[Array, "*N"] | int) -> Float[Array, "*N"]:

@@ -149,6 +149,7 @@ def normalised(params: Params, scores: np.ndarray, how: str) -> Params:
     """
     if how == "off":
         return params
+    scores = scores.astype(np.float64)
     mean = np.nanmean(scores, axis=(0, 1))
     std = np.nanstd(scores, axis=(0, 1)) if how == "mean_std" else np.ones_like(mean)
     return {**params, "score": standardised(params["score"], mean, std)}

@@ -137,6 +137,33 @@ def test_whitening_what_does_not_vary_is_finite(variance, valid):
     np.testing.assert_array_equal(white, 0)
 
 
+@pytest.mark.parametrize("value", [0.1, -1.7, 100.3, 1000.7, 12345.6, 1e6 + 0.5])
+def test_equal_values_have_nothing_to_whiten_or_explain_whatever_their_size(value):
+    """The mean of equal floats may be a bit off, and what is left of them was scaled up to a variance of 1."""
+    equal, mask = np.full((64, 37), value, np.float32), RNG.random((64, 37)) < 0.7
+    np.testing.assert_array_equal(whiten(equal, mask, shift_mean=True, variance="biased"), 0)
+    np.testing.assert_array_equal(whiten(equal, mask, shift_mean=False, variance="bessel"), np.where(mask, equal, 0))
+    assert explained_variance(RNG.normal(size=(64, 37)).astype(np.float32), equal, mask) == 0
+    rounded = equal + (RNG.integers(-1, 2, equal.shape) * np.spacing(equal)).astype(np.float32)
+    assert explained_variance(RNG.normal(size=(64, 37)).astype(np.float32), rounded, mask) == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -3e4, 1e6])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+def test_a_large_offset_costs_what_float32_rounds_off_the_values_and_no_more(offset, spread):
+    x = (offset + spread * RNG.normal(size=(64, 8))).astype(np.float32)
+    exact = x.astype(np.float64)
+    white = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-8)
+    got = whiten(x, np.ones(x.shape, bool), shift_mean=True, variance="biased")
+    last_bit = np.spacing(np.float32(abs(offset))) / np.sqrt(exact.var() + 1e-8)  # of the mean
+    np.testing.assert_allclose(got, white, atol=1e-5 + last_bit / 2)
+    centred = exact - exact.mean(axis=1, keepdims=True)
+    for scale, std in ("group", exact.std(axis=1, ddof=1, keepdims=True)), ("batch", exact.std(ddof=1)):
+        options = {"group_size": 8, "baseline": "group", "scale_rewards": scale}
+        got = adv.group_advantages(jnp.asarray(x.reshape(-1)), **options)
+        np.testing.assert_allclose(got, (centred / (std + 1e-4)).reshape(-1), atol=1e-5, rtol=1e-5)
+
+
 def test_whitening_is_over_the_whole_batch_not_per_device():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     x, mask = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (X, MASK))

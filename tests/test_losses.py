@@ -518,6 +518,15 @@ def test_value_loss_known_answers():
     assert value(0.1, 0.0, 2.0, 0.2) == (pytest.approx(0.5 * 1.9**2), 0.0)
 
 
+@pytest.mark.parametrize("value", [1.0, -300.0, 1e7])
+def test_values_that_have_not_moved_are_within_a_clip_that_float32_cannot_add_to_them(value):
+    """At the bounds half of the gradient was lost, and where both losses were equal half of the rest."""
+    values = jnp.array([value], jnp.float32)
+    of = lambda clip: jax.grad(lambda v: losses.clipped_value_loss(v, values, values + 4, one, value_clip=clip)[0])  # noqa: E731
+    one = jnp.ones(1)
+    np.testing.assert_array_equal(of(1e-9)(values), of(0.0)(values))
+
+
 def test_value_clip_zero_is_off():
     assert value(1.0, 0.0, 2.0, 0.0) == (0.5, 0.0)
 

@@ -68,7 +68,9 @@ def clipped_value_loss(
     """
     error = (values - returns) ** 2
     if value_clip:
-        clipped = jnp.clip(values, old_values - value_clip, old_values + value_clip)  # exactly v where it is inside
+        # Exactly v where it is inside, also where float32 has no number between v_old and a bound.
+        bounded = jnp.clip(values, old_values - value_clip, old_values + value_clip)
+        clipped = jnp.where(jnp.abs(values - old_values) <= value_clip, values, bounded)
         clipped_error = (clipped - returns) ** 2
         clip_fraction = jnp.sum(weights, where=clipped_error > error)
         error = jnp.maximum(error, clipped_error)
