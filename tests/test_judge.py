@@ -22,7 +22,7 @@ from rlhf_jax.data.agreement import length_bias
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Judge, Verdict, parse, ranks
-from rlhf_jax.feedback.judges import ModelJudge, ask_function, ask_server, filled, make_judge
+from rlhf_jax.feedback.judges import PAIRS, ModelJudge, ask_function, ask_server, expected, filled, make_judge
 from rlhf_jax.feedback.report import judge_lines, judge_report
 from rlhf_jax.hosts import attempts
 from rlhf_jax.inference.scoring import Likelihood, example_of
@@ -288,6 +288,29 @@ def test_a_server_that_refuses_or_points_elsewhere_is_an_error(server, prompt, c
 def test_judges_that_cannot_be_asked_say_so(options, line):
     with pytest.raises(UserError, match=line):
         make_judge(JudgeConfig(**options), make_mesh(MeshConfig(), devices=ONE))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "share"),
+    [
+        (-0.5, -0.5, 0.5),
+        (-800.0, -801.0, 1 / (1 + math.exp(-1))),
+        (-9999.0, -9999.0, 0.5),
+        (-math.inf, -3.0, 0.0),
+        (1e-7, -40.0, 1.0),
+        (-math.inf, -math.inf, NONSENSE),
+        (math.nan, -1.0, NONSENSE),
+        (-1.0, math.nan, NONSENSE),
+        (math.inf, -1.0, NONSENSE),
+        (2.5, -1.0, NONSENSE),
+        (True, -1.0, NONSENSE),
+    ],
+)
+def test_log_probs_of_any_size_are_weighed_and_what_is_none_is_no_answer(a, b, share):
+    """A NaN among them was a verdict of NaN; two of less than -745 were none."""
+    said = [{"token": "A", "logprob": a}, {"token": " B", "logprob": b}, {"token": "The", "logprob": -0.1}]
+    found = expected(PAIRS, said)
+    assert found == (share if isinstance(share, str) else pytest.approx(share))
 
 
 # --- a language model

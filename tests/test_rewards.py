@@ -67,7 +67,7 @@ class Scalar:
 )
 def test_numbers_of_any_kind_are_rewards(returned):
     found = rewards(returned)
-    assert found.dtype == np.float32 and found.tolist() == [1.0, 2.0]
+    assert found.dtype == np.float64 and found.tolist() == [1.0, 2.0]
 
 
 def test_tensors_of_torch_are_rewards():
@@ -203,8 +203,31 @@ def test_inputs_are_copies_in_every_attempt():
     assert all(seen == (PROMPTS, RESPONSES, [["a"], []]) for _, seen in kept) and len(kept) == 3
 
 
+@pytest.mark.parametrize(
+    ("rewards", "lost"),
+    [
+        ([1700000001.0, 1700000000.0, 1700000002.0, 1.7e9], 2),
+        ([1e6, 1e6 + 0.01, 5.0, 5.0], 1),
+        ([1e6, 1e6 + 0.5, 0.3, 0.1 + 0.2], 0),
+        ([0.1, 0.1, 1e-7, 2e-7], 0),
+    ],
+)
+def test_rewards_that_differ_by_less_than_float32_can_say_are_counted_once(rewards, lost, capsys):
+    total = combine(RewardSourceConfig(), [lambda prompts, responses: rewards])
+    found = [total(["p"] * 4, ["r"] * 4, {}) for _ in range(2)]
+    np.testing.assert_array_equal(found, [np.float32(rewards)] * 2)
+    assert capsys.readouterr().err.count(f"! {lost} of 4 rewards, ") == bool(lost)
+
+
+def test_what_functions_share_goes_before_float32_rounds():
+    """Each rounded by itself, 1.7e9 + x less 1.7e9 was 0 for every x up to 64."""
+    stamps = [lambda prompts, responses: [1.7e9 + 0.25, 1.7e9 + 31], lambda prompts, responses: [1.7e9, 1.7e9]]
+    total = combine(RewardSourceConfig(function_weights=[1.0, -1.0]), stamps)
+    assert total(PROMPTS, RESPONSES, {}).tolist() == [0.25, 31.0]
+
+
 def test_a_weighted_sum_beyond_float32_is_refused():
-    total = combine(RewardSourceConfig(function_weights=[1e20]), [lambda prompts, responses: [1e30, 0.0]])
+    total = combine(RewardSourceConfig(function_weights=[1e18]), [lambda prompts, responses: [1e30, 0.0]])
     with pytest.raises(UserError, match="float32 does not hold"):
         total(PROMPTS, RESPONSES, {})
 

@@ -52,7 +52,7 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
 
 
 def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
-    """float32, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
+    """float64, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
     shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
     own = columns_for([function], [one.prompt for one in given], [{}] * len(given), [one.where for one in given])
     rows = [

@@ -49,6 +49,15 @@ def in_order(values: Sequence[float | None], sign: int = 1) -> list[float]:
     return [math.nan if value is None else place[value] for value in signed]
 
 
+def merged(values: np.ndarray) -> int:
+    """How many numbers float32 makes equal to the next smaller one though they differ, by a part in 10^12 or more:
+    less is rounding of float64.
+    """
+    ordered = np.sort(values)
+    differ = np.diff(ordered) > 1e-12 * np.abs(ordered[1:])
+    return int(np.count_nonzero(differ & (np.diff(ordered.astype(np.float32)) == 0)))
+
+
 def off_centre(share: float, more: bool) -> float:
     """A share that is above 1/2 if `more`, else below it, also where float32 would round it to 1/2."""
     return share if np.float32(share) != 0.5 else 0.5 + 2.0**-24 * (1 if more else -1)

@@ -180,12 +180,15 @@ def ask_server(config: JudgeConfig, form: Form = PAIRS) -> Ask:
 def expected(form: Form, likeliest: Sequence[Mapping[str, Any]]) -> Answer:
     """The expectation of what the choices mean over the probabilities of first tokens {token, logprob}.
 
-    White space around a token is not looked at; NONSENSE if none is a choice.
+    White space around a token is not looked at; NONSENSE if none is a choice, or if a log-prob of one is no such.
     """
-    shares = [(one["token"].strip(), math.exp(one["logprob"])) for one in likeliest]
-    chosen = [(form.choices[token], share) for token, share in shares if token in form.choices]
-    total = sum(share for _, share in chosen)
-    return sum(value * share for value, share in chosen) / total if total else NONSENSE
+    said = [(one["token"].strip(), one["logprob"]) for one in likeliest]
+    chosen = [(form.choices[token], logprob) for token, logprob in said if token in form.choices]
+    most = max((logprob for _, logprob in chosen), default=-math.inf)
+    if most == -math.inf or not all(logprob < 0.01 for _, logprob in chosen):  # above 0 by rounding; a NaN is not
+        return NONSENSE
+    shares = [(value, math.exp(logprob - most)) for value, logprob in chosen]
+    return sum(value * share for value, share in shares) / sum(share for _, share in shares)
 
 
 def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> list[Answer]:

@@ -21,9 +21,9 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax.config import RewardSourceConfig, resolve
 from rlhf_jax.data.messages import Messages, turns_of
-from rlhf_jax.data.numbers import float_of
+from rlhf_jax.data.numbers import LARGEST, float_of, merged
 from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import UserError, reason, shown
+from rlhf_jax.errors import UserError, reason, shown, tell
 from rlhf_jax.hosts.attempts import Failed, persist
 from rlhf_jax.hosts.processes import any_of, several
 from rlhf_jax.sharding import Mesh, own_rows
@@ -33,7 +33,7 @@ Columns = dict[str, list[Any]]
 """What a function gets beside prompts and responses: name -> a value for each row."""
 
 ScoreFn = Callable[[list[str], list[str], Columns], np.ndarray]
-"""(prompts, responses, columns) -> float32[B]."""
+"""(prompts, responses, columns) -> float[B]."""
 
 
 class RewardFailure(UserError):
@@ -56,7 +56,7 @@ def function_name(fn: RewardFn) -> str:
 def call_reward(
     fn: RewardFn, prompts: list[str], responses: list[str], columns: Columns, *, timeout: float, retries: int
 ) -> np.ndarray:
-    """float32[B] from fn(prompts, responses, **columns), within `timeout` seconds (0: any) and so many retries.
+    """float64[B] from fn(prompts, responses, **columns), within `timeout` seconds (0: any) and so many retries.
 
     Every attempt gets copies of its own, and what it returns, lazily perhaps, becomes numbers within its time.
 
@@ -87,7 +87,7 @@ def call_reward(
 
 
 def as_rewards(returned: object, count: int) -> np.ndarray:
-    """float32[count] of a list, generator, array or tensor of numbers.
+    """float64[count] of a list, generator, array or tensor of numbers, each of a size that float32 holds.
 
     Numbers are those of Python (fractions and decimals too) and what array libraries call so, of any dtype.
 
@@ -102,15 +102,14 @@ def as_rewards(returned: object, count: int) -> np.ndarray:
     if len(values) != count:
         many = len(returned) if isinstance(returned, Sized) else len(values) if len(values) < count else "more"
         raise NoRewards(f"{many} rewards for {count} responses; return one each")
-    rewards = np.zeros(count, np.float32)
+    rewards = np.zeros(count)
     for i, value in enumerate(values):
         number = float_of(value)
         if number is None:
             raise NoRewards(f"{shown(value)} for response {i}; return a number")
-        with np.errstate(over="ignore"):
-            rewards[i] = number
-        if not np.isfinite(rewards[i]):
+        if not abs(number) <= LARGEST:
             raise NoRewards(f"{shown(value)} for response {i}; return a finite number that float32 holds")
+        rewards[i] = number
     return rewards
 
 
@@ -266,7 +265,8 @@ def functions_of(config: RewardSourceConfig, functions: Sequence[RewardFn] | Non
 
 
 def combine(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) -> ScoreFn | None:
-    """The weighted sum of the Python rewards; None if there are none. `functions` replace the config's names.
+    """The weighted sum of the Python rewards, float32[B]; None if there are none. `functions` replace the config's
+    names. Where rewards that differ are one number in float32, a line says so, once.
 
     Raises:
         UserError: the weights do not match the functions.
@@ -279,19 +279,25 @@ def combine(config: RewardSourceConfig, functions: Sequence[RewardFn] | None) ->
         )
     if not rewards:
         return None
+    said: list[int] = []
 
     def total(prompts: list[str], responses: list[str], columns: Columns) -> np.ndarray:
         parts = [
             call_reward(fn, prompts, responses, columns, timeout=config.timeout, retries=config.retries)
             for fn in rewards
         ]
-        with np.errstate(over="ignore", invalid="ignore"):
-            weighted = [w * part for w, part in zip(weights, parts, strict=True)]
-            summed = np.stack(weighted).sum(axis=0, dtype=np.float32)
-        if not np.isfinite(summed).all():
+        exact = np.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum(axis=0)
+        if not (abs(exact) <= LARGEST).all():
             raise WrongRewards(
                 f"reward.function_weights {weights} make rewards that float32 does not hold; lower them"
             )
-        return summed
+        if not said and (lost := merged(exact)):
+            said.append(lost)
+            tell(
+                f"! {lost} of {len(exact)} rewards, up to {abs(exact).max():.10g}, differ from another by less than "
+                "float32 can say, and are equal to it; subtract what they share, or scale the difference",
+                error=True,
+            )
+        return exact.astype(np.float32)
 
     return total
