@@ -26,6 +26,7 @@ from conftest import FAST
 from tiny import ARCH, model_params
 
 from rlhf_jax import __main__, cli, config
+from rlhf_jax.cli import parsing
 from rlhf_jax.cli.commands import COMMANDS, dotted
 from rlhf_jax.config import guess
 from rlhf_jax.config.checks import HOLDS
@@ -303,6 +304,8 @@ FILES = {
     "data:\n  path: x\n  batch_size: -1": ":3: data.batch_size is -1; make it at least 0",
     "optim: {learning_rate: -1}": ":1: optim.learning_rate is -1.0; make it at least 0",
     "data: {seed: 1}\ndata: {path: x}": ":2: invalid YAML ('data' comes twice); correct it",
+    "data: {path: x}\ndata.path: y": ":1: data.path comes twice; leave one out",
+    "data.path: y\ndata: {path: y}": ":2: data.path comes twice; leave one out",
     "data: [1, 2": ":1: invalid YAML (",
     "data:\n\tpath: x": ":2: invalid YAML (",
     "data: *nowhere": ":1: invalid YAML (",
@@ -353,6 +356,53 @@ def test_values_reach_the_config_and_later_ones_win(tmp_path):
         "ppo", ["--config", str(path), "--model.arch", "null", "--optim", "{b1: 0.5}", "--ppo.kl_coef", "2"]
     )
     assert (got.model.arch, got.optim.learning_rate, got.optim.b1, got.ppo.kl_coef) == (None, 1e-3, 0.5, 2.0)
+
+
+TWICE = {
+    "--optim.b1 .5 --optim.b1 .6": "optim.b1 '.5', then '.6'",
+    "--optim.b1 .5 --optim.b1 .5": "",
+    "--data_path x --data.path y": "data.path 'x', then 'y'",
+    "--optim {b1:\u00a0.5} --optim {b1:\u00a0.6,\u00a0b2:\u00a0.9}": "optim.b1 '.5', then '.6'",
+    "--optim.b1 .5 --optim.b2 .6": "",
+    "--config a --optim.b1 .7": "",
+    "--optim.b1 .7 --config a": "optim.b1 '.7', then '.5' (a:1)",
+    "--config a --config b": "optim.b1 '.5' (a:1), then '.6' (b:2); data.path 'x' (a:2), then 'z' (b:3)",
+    "--config a --config b --optim.b1 .7 --config b": (
+        "optim.b1 '.5' (a:1), then '.6' (b:2); data.path 'x' (a:2), then 'z' (b:3); optim.b1 '.7', then '.6' (b:2)"
+    ),
+    "--reward.functions+ a:b --reward.functions c:d": (
+        "reward.functions+ '[\"a:b\"]', then reward.functions '[\"c:d\"]'"
+    ),
+    "--reward.functions c:d --reward.functions+ a:b --reward.functions+ e:f": "",
+    "--model.arch.width 8 --model.arch null": "model.arch.width '8', then model.arch 'null'",
+}
+
+
+@pytest.mark.parametrize("line", TWICE)
+def test_what_is_given_twice_is_said_unless_a_command_line_changes_what_a_file_says(
+    line, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("optim: {b1: .5, b2: .9}\ndata.path: x")
+    Path("b").write_text("# more\noptim: {b1: .6, b2: .9}\ndata: {path: z}")
+    cli.parse("grpo", [word.replace("\u00a0", " ") for word in line.split(" ")])
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"given twice, the last one holds: {TWICE[line]}\n" if TWICE[line] else "")
+
+
+def test_of_very_many_given_twice_some_are_named_and_the_rest_is_counted(capfd):
+    names = [f"optim.{name}" for name in ("learning_rate", "eps", "weight_decay", "clip_norm", "warmup_steps")]
+    names += [f"data.{name}" for name in ("max_length", "max_prompt_length", "batch_size", "path", "eval_path")]
+    cli.parse("ppo", [f"--{name}={i + 1}" for i in range(2) for name in names])
+    err = capfd.readouterr().err
+    assert err.count("'1', then '2'") == parsing.MOST_SAID and f" and {10 - parsing.MOST_SAID} more\n" in err
+
+
+def test_a_part_of_a_recipe_given_twice_is_said(capfd, tmp_path):
+    assert cli.settings_of("recipe", ["--path", "x", "--variables.n", "1", "--variables.n", "2"])[1] == {
+        "variables.n": "2"
+    }
+    assert capfd.readouterr().err == "given twice, the last one holds: variables.n '1', then '2'\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -17,7 +17,7 @@ import yaml
 from rlhf_jax import __version__, config
 from rlhf_jax.cli.commands import COMMANDS, OF_A_RUN, OF_COMMANDS, fields, help_text
 from rlhf_jax.cli.completion import SHELLS, completion
-from rlhf_jax.cli.parsing import pairs, parse, parser_of, read
+from rlhf_jax.cli.parsing import pairs, parse, parser_of, read, tell_replaced
 from rlhf_jax.cli.schema import schema_of
 from rlhf_jax.cli.streams import kept
 from rlhf_jax.config.guess import nearest
@@ -75,6 +75,7 @@ def settings_of(command: str, rest: list[str]) -> tuple[Any, ...]:
     if command == "recipe":  # the options that replace parts of its file stay texts
         given = list(pairs(rest))
         others = {name: text for name, text in given if name.partition(".")[0] in ("variables", "defaults", "stages")}
+        tell_replaced([("", name, text) for name, text in given if name in others])
         return parse(command, [f"--{name}={text}" for name, text in given if name not in others]), others
     return (parse(command, rest),)
 

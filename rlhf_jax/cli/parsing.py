@@ -6,7 +6,7 @@ import contextlib
 import functools
 import typing
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,15 @@ from rlhf_jax.cli.commands import COMMANDS, Hint, dotted, fields
 from rlhf_jax.cli.presets import preset
 from rlhf_jax.config.guess import nearest, same_idea
 from rlhf_jax.config.settings import path_text, words
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, reason, shown, tell
 from rlhf_jax.hosts import files, yamls
 from rlhf_jax.hosts.yamls import Tree
+
+Given = tuple[str, str, Any]
+"""Where an option was given, "FILE:LINE: " or "" for the command line; its dotted name; its value."""
+
+MOST_SAID = 8
+"""So many replaced values are named, the others counted."""
 
 
 def read(path: str, option: str = "--config") -> tuple[str, Tree]:
@@ -106,7 +112,7 @@ def parse(command: str, arguments: list[str]) -> Any:
         UserError: anything in the arguments or the file that does not fit.
     """
     cls, hints = COMMANDS[command].args, COMMANDS[command].options
-    given: list[tuple[str, str, Any]] = []
+    given: list[Given] = []
     plain: list[str] = []
     hints |= {f"{name}+": hint for name, hint in hints.items() if typing.get_origin(hint) is list}  # appends
     for name, text in pairs(arguments):
@@ -114,21 +120,25 @@ def parse(command: str, arguments: list[str]) -> Any:
             text, tree = read(path := text)
             lines = yamls.lines(text)
             text = yaml.safe_dump(tree := with_lists(tree, hints), allow_unicode=True, default_style='"')
-            given += [(f"{path}:{lines[option]}: ", option, value) for option, value in dotted(tree)]
+            told = [(f"{path}:{lines[option]}: ", option, value) for option, value in dotted(tree)]
         else:
             name = same_idea(name, hints)
             hint = hints.get(name)
             if of_values(hint):
                 text = yamls.as_list(text)
-            tree = Tree({name: text})
-            if fields(hint):
-                with contextlib.suppress(yaml.YAMLError):
-                    tree = {name: yamls.load(text)}
-            given += [("", option, value) for option, value in dotted(tree)]
+            tree = Tree({name: yamls.read(text, f"--{name}") if fields(hint) else text})
+            told = [("", option, value) for option, value in dotted(tree)]
+        names = set[str]()
+        for where, option, _ in told:
+            if option in names:  # as `a: {b: 1}` and `a.b: 2`
+                raise UserError(f"{where}{option} comes twice; leave one out")
+            names.add(option)
+        given += told
         plain.append(f"--{name}={text}")
     for where, option, value in given:
         if line := refusal(option, value, hints, command):
             raise UserError(where + line)
+    tell_replaced(given)
     parser = parser_of(command)
     try:
         parsed = parser.instantiate(parser.parse_args(plain))
@@ -169,7 +179,34 @@ def with_lists(tree: Tree, hints: Mapping[str, Hint], prefix: str = "") -> Tree:
     return found
 
 
-def at_line(error: UserError, given: list[tuple[str, str, Any]]) -> UserError:
+def tell_replaced(given: Sequence[Given]) -> None:
+    """Say on standard error which values hold no more, because another one comes later.
+
+    What a file says and a command line says otherwise, which is what both are for, is left out.
+    """
+    held: dict[str, tuple[str, object]] = {}
+    said = []
+    for where, option, value in given:
+        if isinstance(value, dict):  # its options follow
+            continue
+        for name in [] if option.endswith("+") else [name for name in held if is_one(name.removesuffix("+"), option)]:
+            place, old = held.pop(name)
+            if old != value and (where or not place):
+                first, then = (f" ({each.removesuffix(': ')})" if each else "" for each in (place, where))
+                other = "" if name == option else f"{option} "
+                said.append(f"{name} {shown(old)}{first}, then {other}{shown(value)}{then}")
+        held[option] = where, value
+    if said:
+        more = f" and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else ""
+        tell(f"given twice, the last one holds: {'; '.join(said[:MOST_SAID])}{more}", error=True)
+
+
+def is_one(a: str, b: str) -> bool:
+    """Whether two options are the same, or one is a group that holds the other."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
+def at_line(error: UserError, given: Sequence[Given]) -> UserError:
     """The error with the line of the file where the option with which it begins was given last, if a file did."""
     option = str(error).split(maxsplit=1)[0].rstrip(":")
     where = next((where for where, name, _ in reversed(given) if name == option), "")

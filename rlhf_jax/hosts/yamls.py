@@ -19,8 +19,8 @@ MOST_NODES = 100_000
 """Values of a file, aliases written out."""
 
 
-class Bounded:
-    """Refuses what a few lines of aliases blow up to, before anything is made of it."""
+class Strict:
+    """Refuses what a few lines of aliases blow up to, before anything is made of it, and a name that comes twice."""
 
     def get_single_data(self: Any) -> object:
         node = self.get_single_node()
@@ -28,6 +28,13 @@ class Bounded:
             return None
         size_of(node, {})
         return self.construct_document(node)
+
+    def construct_mapping(self: Any, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in names[:i]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep=deep)  # type: ignore[misc]
 
 
 def size_of(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -44,18 +51,11 @@ def size_of(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
-class Texts(Bounded, yaml.BaseLoader):
+class Texts(Strict, yaml.BaseLoader):
     """YAML whose values stay text, so that the option's type decides what `off`, `1e-3` and `123` mean."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in names[:i]:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep=True)
 
-
-class Values(Bounded, yaml.SafeLoader):
+class Values(Strict, yaml.SafeLoader):
     """YAML with numbers, as `config.yaml` is written."""
 
 
