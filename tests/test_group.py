@@ -251,7 +251,31 @@ def test_a_minibatch_without_a_token_that_is_trained_on_says_nothing_of_tokens()
         assert found["optim/grad_norm"] == pytest.approx(wanted["optim/grad_norm"] / 2, rel=1e-5)  # a step is a step
         nothing = said(held, 2, tokens)
         assert np.isnan(nothing["policy/entropy"]) and nothing["policy/ratio_max"] == -np.inf
-        assert nothing["optim/grad_norm"] == nothing["optim/skipped"] == 0
+        assert nothing["optim/grad_norm"] == nothing["optim/skipped"] == 0 and nothing["optim/empty"] == 2
+
+
+EQUAL = {
+    "group": dict(scale_rewards="group"),
+    "leave_one_out": dict(baseline="leave_one_out", scale_rewards="batch"),
+    "whitened": dict(group_size=1, baseline="none", whiten_advantages=True),
+    "sequence": dict(policy_loss="rlhf_jax.losses:sequence_policy_loss"),
+}
+
+
+@pytest.mark.parametrize("options", EQUAL.values(), ids=EQUAL)
+def test_responses_that_are_all_paid_alike_move_no_weight_whatever_momentum_says(options):
+    """Two minibatches: the whole of one iteration is empty, and the one after it goes on where the first stood."""
+    config = replace(PLAIN, minibatches=2, **options)
+    x, equal = (score(config, numbers()[0], host=h, models=NO_REWARD)[0] for h in (HOST, np.full(8, 0.7)))
+    optim = OptimConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1)
+    update, tx, _ = group.make_group_step(MODELS, config, optim)
+    update = jax.jit(update)
+    state, said = update(TrainState.create(dict(PARAMS), tx), x, KEY, jnp.float32(1.0))
+    after, none = update(state, equal, KEY, jnp.float32(1.0))
+    assert (said["optim/empty"], none["optim/empty"], none["optim/skipped"]) == (0, 2, 0) and after.step == 4
+    for a, b in zip(jax.tree.leaves(after)[1:], jax.tree.leaves(state)[1:], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.leaves(after)[0] == 4
 
 
 # ---- no setting is idle

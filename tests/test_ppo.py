@@ -747,6 +747,15 @@ def test_updates_that_are_not_finite_are_skipped_and_counted():
     assert same_bits((end.params, end.opt_state), (state.params, state.opt_state))
 
 
+def test_an_update_without_a_token_that_is_trained_on_moves_nothing_and_is_counted():
+    x, none = make_experience(3, PARAMS), np.zeros((8, 6), bool)
+    state, update = updater(ppo_run(epochs=2, minibatches=2))
+    state, metrics = update(state, x)
+    end, said = update(state, dataclasses.replace(x, mask=none, value_mask=none))
+    assert (metrics["optim/empty"], said["optim/empty"], said["optim/skipped"], end.step) == (0, 4, 0, 8)
+    assert same_bits((end.params, end.opt_state), (state.params, state.opt_state))
+
+
 def test_the_critic_learns_alone_while_it_warms_up():
     x = make_experience(3, PARAMS)
     state, update = updater(ppo_run(epochs=2, critic_warmup=2))

@@ -64,6 +64,7 @@ def fake_programs(method: Method, seen: list) -> Programs:
         return dataclasses.replace(state, params=params), {
             "policy/loss": jnp.zeros(()),
             "optim/skipped": jnp.zeros(()),
+            "optim/empty": jnp.zeros(()),
         }
 
     return dataclasses.replace(method.programs, rollout=rollout, score=scores, update=update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import partial
@@ -35,6 +36,7 @@ from rlhf_jax.data.packing import Packing
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.preference import of_all
+from rlhf_jax.runs.directory import METRICS
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.training import supervised
 from rlhf_jax.training.step import accumulated_grads
@@ -355,17 +357,17 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_continues_to_the_same_bits(tmp_path, monkeypatch, stage):
-    """The reference is that of the start, although the policy has moved on."""
-    kwargs = {"checkpoint__every": 2, "checkpoint__minutes": 0.0}
+    """The reference is that of the start, although the policy has moved on; a line is of all steps since the last."""
+    kwargs = {"checkpoint__every": 2, "checkpoint__minutes": 0.0, "run__log_every": 3, "data__pack": "on"}
     run_of(stage, tmp_path / "whole", **kwargs)
     advance = RunMetrics.advance
 
-    def kill(self, step, skipped):
+    def kill(self, step, metrics):
         if step == 5:
             self.skips.checkpoints.wait()
             self._pending = None  # what was not written is lost
             raise Killed
-        advance(self, step, skipped)
+        advance(self, step, metrics)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RunMetrics, "advance", kill)
@@ -373,6 +375,9 @@ def test_a_killed_stage_continues_to_the_same_bits(tmp_path, monkeypatch, stage)
     run_of(stage, tmp_path / "killed", **kwargs)
     whole, killed = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
+    rows = [[*map(json.loads, (tmp_path / name / METRICS).read_text().splitlines())] for name in ("whole", "killed")]
+    lines = [[{n: v for n, v in row.items() if not n.startswith("time/")} for row in each] for each in rows]
+    assert lines[0] == lines[1] and all("data/filled" in line for line in lines[0] if "loss/total" in line)
 
 
 @pytest.mark.parametrize("loss", ["squared_rating_loss", "ordinal_rating_loss"])

@@ -48,14 +48,14 @@ HELD_OUT = RNG.normal(size=(8, 24)).astype(np.float32)
 
 
 class Rows:
-    """Batches by step, which remember what they were asked for; where `bad` says so, they make NaNs."""
+    """Batches by step, which remember what they were asked for; those that are `bad` are `spoilt` times as large."""
 
-    def __init__(self, bad=()):
-        self.asked, self.bad = [], set(bad)
+    def __init__(self, bad=(), spoilt=np.nan):
+        self.asked, self.bad, self.spoilt = [], set(bad), spoilt
 
     def __getitem__(self, step):
         self.asked.append(step)
-        return {"x": DATA[step] * (np.nan if step in self.bad else 1), "tokens": np.zeros(8, np.int32)}
+        return {"x": DATA[step] * (self.spoilt if step in self.bad else 1), "tokens": np.zeros(8, np.int32)}
 
 
 def squares(params, batch, key):
@@ -211,7 +211,7 @@ def test_a_finished_run_is_not_run_again_but_gives_its_summary(tmp_path, capsys)
     assert "is finished" in capsys.readouterr().out
 
 
-def test_more_steps_continue_a_finished_run_that_kept_its_checkpoints(tmp_path):
+def test_more_steps_continue_a_finished_run_that_kept_its_checkpoints_and_what_is_changed_is_said(tmp_path, capsys):
     constant = {"checkpoint__keep_finished": True, "optim__schedule": "constant"}
     config = settings(tmp_path / "run", sft__steps=8, **constant)
     run_fit(config, total=8)
@@ -220,8 +220,25 @@ def test_more_steps_continue_a_finished_run_that_kept_its_checkpoints(tmp_path):
     assert directory.check_output_dir("sft", more) is None
     last, _ = run_fit(more, batches=batches)
     assert batches.asked == list(range(8, STEPS))
+    assert f"run: continuing after step 8 of {STEPS}, sft.steps {STEPS} in place of 8\n" in capsys.readouterr().out
     alone, _ = run_fit(settings(tmp_path / "alone", **constant))
     assert same_bits(last, alone)
+
+
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_lost(tmp_path):
+    config = settings(tmp_path / "run", sft__steps=8)
+    with pytest.raises(Stopped):
+        run_fit(config, total=8, before_step=signal_at(4))
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    fewer = replace(config, sft__steps=3, checkpoint__allow_changes=True)
+    with pytest.raises(
+        UserError, match=r"has done 5 steps, more than the 3 that are asked for; ask for as many or more"
+    ):
+        run_fit(fewer, total=3)
+    files.pop(tmp_path / "run" / directory.LOCK)
+    assert all(path.read_bytes() == held for path, held in files.items())
+    run_fit(replace(fewer, sft__steps=5), total=5)
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "loss/total" in row] == [1, 2, 3, 4, 5]
 
 
 def test_without_its_checkpoints_a_finished_run_refuses_more_steps(tmp_path):
@@ -411,6 +428,26 @@ def test_the_count_of_skipped_updates_is_kept_over_a_stop(tmp_path, log_every):
     never = replace(config, faults__max_skipped=0, checkpoint__allow_changes=True)
     run_fit(never, batches=bad)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped"] == 4
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_steps_without_gradient_are_counted_over_a_stop_after_which_all_is_as_if_there_had_been_none(
+    tmp_path, log_every
+):
+    def loss(params, batch, key):
+        return squares(params, batch, key)[0] * batch["x"].any(), {}
+
+    empty = lambda: Rows(bad=[1, 4, 5, 9], spoilt=0.0)  # noqa: E731
+    alone, stopped = (settings(tmp_path / name, log_every=log_every) for name in ("alone", "stopped"))
+    wanted = run_fit(alone, batches=empty(), loss=loss)
+    with pytest.raises(Stopped):
+        run_fit(stopped, batches=empty(), loss=loss, before_step=signal_at(4))
+    assert same_bits(run_fit(stopped, batches=empty(), loss=loss), wanted)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "alone")
+    for name in ("alone", "stopped"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert (summary["skipped"], summary["empty"]) == (0, 4)
+        assert any("4 updates had a gradient of 0 and changed nothing" in line for line in summary["remarks"])
 
 
 def logs(params, batch, key):

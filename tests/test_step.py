@@ -136,6 +136,23 @@ def test_a_step_that_is_not_finite_changes_no_bit_of_params_and_optimiser_and_is
     )
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_gradient_changes_no_bit_of_params_and_optimiser_and_is_counted(accumulate):
+    """Momentum and weight decay would move the weights; of microbatches one that has a token is enough."""
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.1)
+    tx, batch = make_optimizer(config, make_schedule(config, 10)), ragged_batch(0)
+    update = jax.jit(make_update(sft.objective(BIGRAMS.policy, lm_loss), tx, accumulate))
+    state, metrics = update(TrainState.create(POLICY, tx), batch, KEY)
+    assert metrics["optim/empty"] == 0 and differ(state.params, POLICY)
+    after, metrics = update(state, {**batch, "weights": jnp.zeros_like(batch["weights"])}, KEY)
+    assert (metrics["optim/empty"], metrics["optim/skipped"], metrics["optim/grad_norm"]) == (1, 0, 0)
+    assert after.step == state.step + 1 == 2
+    assert_same_bits((after.params, after.opt_state), (state.params, state.opt_state))
+    of_one = batch["weights"] * (jnp.arange(8) == 3)[:, None]
+    again, metrics = update(after, {**batch, "weights": of_one}, KEY)
+    assert metrics["optim/empty"] == 0 and differ(again.params, after.params)
+
+
 def test_without_held_out_batches_an_evaluation_says_nothing():
     loss = lambda params, batch, key: pytest.fail("there is no batch")  # noqa: E731
     assert make_evaluate(loss, sharding.make_mesh(MeshConfig(), devices=ONE), [], jax.random.key(0))({}) == {}
@@ -210,11 +227,11 @@ def test_decay_without_gradient_shrinks_matrices_by_rate_times_decay_and_leaves_
         "final_norm": {"scale": jnp.ones(3)},
         "score": {"kernel": jnp.ones(3)},
     }
-    update = make_update(lambda params, batch, key: (jnp.zeros(()), {}), tx)
-    state, _ = update(TrainState.create(params, tx), {"x": jnp.zeros(1)}, KEY)
-    np.testing.assert_allclose(state.params["embed"]["tokens"], 0.95, rtol=1e-6)
-    assert_same_bits(state.params["final_norm"], params["final_norm"])
-    assert_same_bits(state.params["score"], params["score"])
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, step=0)
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(after["embed"]["tokens"], 0.95, rtol=1e-6)
+    assert_same_bits(after["final_norm"], params["final_norm"])
+    assert_same_bits(after["score"], params["score"])
 
 
 def numpy_adam(

@@ -344,7 +344,7 @@ def summarise(metrics: Metrics, measured: Bool[Array, " N"]) -> Metrics:
     for name, values in metrics.items():
         if name.endswith("_max"):
             out[name] = values.max(where=trained, initial=-jnp.inf)
-        elif name in ("optim/skipped", "policy/epochs_taken"):
+        elif name in ("optim/skipped", "optim/empty", "policy/epochs_taken"):
             out[name] = values.sum()
         elif name != TRAINED:
             out[name] = values.mean(where=measured if name in of_all else trained)

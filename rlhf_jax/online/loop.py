@@ -96,7 +96,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
         except NotFinite as error:
             raise UserError(f"step {step}: {error}; rows {out.skips.rows(step)}") from error.__cause__
         else:
-            out.metrics.advance(step, metrics["optim/skipped"], method.steps)
+            out.metrics.advance(step, metrics, method.steps)
             drawn_tokens.append(table["rollout"].mask.sum())
             show = settings.num_samples > 0 and step % settings.sample_every == 0
             if show or step % config.run.log_every == 0 or step == total:

@@ -80,6 +80,7 @@ class RunMetrics:
     def restore(self, record: Mapping[str, Any], step: int) -> None:
         """Go on where a checkpoint's record says that the run stood after `step`; says which lines are lost."""
         self.skips.total, self.skips.streak = record["skipped"], record["streak"]
+        self.skips.empty = record.get("empty", 0)
         self.last, self.extremes = record["metrics"], record.get("extremes", {})
         for name, log in self._logs.items():
             written = record.get("lines", {}).get(name, log.count)
@@ -88,11 +89,12 @@ class RunMetrics:
                 self.say(f"{self.stage}: {log.path} {line}; what is missing is lost")
         self.started = time.time() - record["elapsed_s"]
 
-    def advance(self, step: int, skipped: jax.Array, updates: int = 1) -> None:
-        """One step of the progress bar; `skipped` of its `updates` were not finite and changed nothing."""
-        self.skips.note(step, skipped, updates)
+    def advance(self, step: int, metrics: Metrics, updates: int = 1) -> None:
+        """One step of the progress bar; its `metrics` say which of its `updates` changed nothing."""
+        counts = metrics["optim/skipped"], metrics["optim/empty"]
+        self.skips.note(step, counts, updates)
         self.bar.update(1)
-        self._trace.after(step, skipped)
+        self._trace.after(step, counts)
 
     def log(
         self,
@@ -113,8 +115,8 @@ class RunMetrics:
         marked = self.parts.marked
 
         def write() -> None:
-            skipped = [count for _, count, _ in noted]
-            numbers, rows, counts, processed = processes.to_host((values, table, skipped, tokens))
+            unmoved = [counts for _, counts, _ in noted]
+            numbers, rows, counts, processed = processes.to_host((values, table, unmoved, tokens))
             now = time.time()
             speed = {"time/tokens_per_s": round(float(np.sum(processed)) / (now - self._since), 1)}
             self._since = now

@@ -84,8 +84,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _take(self) -> int | None:
         """Hold the directory and make its files ready; the step to continue after, if any."""
         try:
-            goes_on, broken = processes.from_first(self._claim)
+            goes_on, about = processes.from_first(self._claim)
             step = self.checkpoints.newest_intact(self.say) if goes_on else None
+            if step is not None and step > self.total:
+                raise UserError(
+                    f"run.output_dir {self.dir} has done {step} steps, more than the {self.total} that are asked for; "
+                    "ask for as many or more, or choose another directory"
+                )
             processes.from_first(partial(self._begin, step))
         except BaseException as error:
             if self._lock is not None:
@@ -95,16 +100,20 @@ class Run(contextlib.AbstractContextManager["Run"]):
             raise UserError(f"run.output_dir {self.dir}: {reason_of(error)}; choose another place") from error
         if goes_on:
             where = "no checkpoint, starting anew" if step is None else f"continuing after step {step} of {self.total}"
-            self.say(f"{self.stage}: {self.dir}: {where}{f' ({directory.RECORD} was broken)' if broken else ''}")
+            self.say(f"{self.stage}: {self.dir}: {where}{about}")
         return step
 
-    def _claim(self) -> tuple[bool, bool]:
-        """Hold the directory: whether a run goes on there, and whether its record was broken. Process 0."""
+    def _claim(self) -> tuple[bool, str]:
+        """Hold the directory: whether a run goes on there, and what is to be said of it. Process 0."""
         directory.check_output_dir(self.stage, self.settings, self.given, self._files)
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock = directory.claim(self.dir)
         record = directory.read_record(self.dir) or {"status": directory.VOID}
-        return record["status"] != directory.VOID and not self.config.overwrite, "recovered" in record
+        if record["status"] == directory.VOID or self.config.overwrite:
+            return False, ""
+        changes = directory.changes(self.settings, record).items()
+        changed = "".join(f", {name} {now} in place of {then}" for name, (then, now) in changes)
+        return True, changed + f" ({directory.RECORD} was broken)" * ("recovered" in record)
 
     def _begin(self, step: int | None) -> None:
         """Make the files ready, which the bucket then has, if the run is in one. Process 0."""
@@ -220,6 +229,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             "best": self.best.step,
             "improvements": self.best.improvements,
             "skipped": self.skips.total,
+            "empty": self.skips.empty,
             "streak": self.skips.streak,
             "metrics": self.metrics.last,
             "extremes": self.metrics.extremes,
@@ -288,17 +298,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
             return {"calibration": {"none": str(error)}}
 
     def finish(self, summary: Mapping[str, object], remarks: Sequence[str] = ()) -> directory.Summary:
-        """Write summary.json; the summary gains the wall time, the skipped updates and the step that was kept.
+        """Write summary.json; the summary gains the wall time, idle updates and the step that was kept.
 
         It ends with the `remarks` and with what the metrics say against the run, if there is any such thing.
         """
         self.metrics.finish()
         self.metrics.bar.doing("writing the summary")
-        summary = {"stage": self.stage, **summary, "skipped": self.skips.total}
+        summary = {"stage": self.stage, **summary, "skipped": self.skips.total, "empty": self.skips.empty}
         summary["wall_s"] = round(self.metrics.elapsed(), 2)
         if self.best.step is not None:
             summary["best_step"] = self.best.step
-        remarks = [*remarks, *nothing_learned(self.metrics.extremes)]
+        remarks = [*remarks, *self.skips.remarks(), *nothing_learned(self.metrics.extremes)]
         self.checkpoints.wait()
         if self.settings.checkpoint.keep_finished:
             self.checkpoints.settle()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -91,14 +92,17 @@ def run_steps(
     rates: Callable[[int], float],
     evaluate: Callable[[int, Params], dict[str, float]],
     explain: Callable[[Params, Batch, jax.Array], str],
+    notes: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Run the steps run.start .. run.total - 1; batch i is batches[i], its key fold_in(key, i) and its rate rates(i).
+
+    `notes` are those of a run that goes on: the real tokens and the slots of packed batches since the last line.
 
     Every run.eval_every steps, and at the end, `evaluate(step, params)` is logged, and the parameters with the lowest
     eval/total are kept. With faults.debug_nans, `explain(params, batch, key)` says what is not finite in a step.
     """
-    steps = run.total
-    tokens = slots = 0
+    steps, tokens = run.total, 0
+    real, slots = (notes or {}).get("filled", (0, 0))
     run.metrics.restart_clock("start")
     for i in range(run.start, steps):
         rows = batches[i]
@@ -106,15 +110,16 @@ def run_steps(
         run.metrics.parts.mark("data")
         state, metrics = step(state, batch, step_key)
         run.metrics.parts.mark("update", metrics["optim/skipped"])
-        tokens += real_tokens(rows)
-        slots += rows["packed"].num_rows * run.settings.data.max_length if "packed" in rows else 0
+        tokens += (held := real_tokens(rows))
+        if "packed" in rows:
+            real, slots = real + held, slots + rows["packed"].num_rows * run.settings.data.max_length
         if run.settings.faults.debug_nans and metrics["optim/skipped"] > 0:  # the parameters are as they were before
             run.metrics.report_nan(i + 1, explain(state.params, batch, step_key))
-        run.metrics.advance(i + 1, metrics["optim/skipped"])
+        run.metrics.advance(i + 1, metrics)
         if (i + 1) % run.config.log_every == 0 or i + 1 == steps:
-            filled = {"data/filled": tokens / slots} if slots else {}
+            filled = {"data/filled": real / slots} if slots else {}
             run.metrics.log(i + 1, metrics, {"optim/lr": rates(i), **filled}, tokens=tokens)
-            tokens = slots = 0
+            tokens = real = slots = 0
         if i + 1 == steps or (run.config.eval_every and (i + 1) % run.config.eval_every == 0):
             run.metrics.flush()
             run.metrics.bar.doing("evaluating")
@@ -122,7 +127,7 @@ def run_steps(
                 run.metrics.write(i + 1, results)
                 run.best.keep(i + 1, -results["eval/total"])
             run.metrics.restart_clock("evaluation")
-        run.save_if_due(i + 1, {"state": state})
+        run.save_if_due(i + 1, {"state": state}, {"filled": [int(real), int(slots)]})
         run.metrics.parts.mark("save")
     return state
 

@@ -104,7 +104,8 @@ def make_update(
     What loss_fn needs of the whole batch, `prepare`(all parameters, batch) computes before there are microbatches.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimiser state; it is counted in
-    `optim/skipped`.
+    `optim/skipped`. Nor does one whose gradient is 0 (no token is trained on, all groups are paid alike, every ratio
+    is clipped): Adam's momentum and weight decay would move the weights. It is counted in `optim/empty`.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -115,15 +116,21 @@ def make_update(
         grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
+        moves = finite & (norm > 0)
         updates, opt_state = tx.update(grads, state.opt_state, in_float32(state.params), step=state.step)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(moves, new, old)  # noqa: E731
         state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         )
-        metrics = {**settled(metrics), "optim/grad_norm": norm, "optim/skipped": 1.0 - finite.astype(jnp.float32)}
+        unmoved = {"optim/skipped": ~finite, "optim/empty": finite & ~moves}
+        metrics = {
+            **settled(metrics),
+            "optim/grad_norm": norm,
+            **{n: x.astype(jnp.float32) for n, x in unmoved.items()},
+        }
         return state, {**metrics, "optim/filled": batch["packed"].filled} if "packed" in batch else metrics
 
     return update

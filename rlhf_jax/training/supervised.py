@@ -333,7 +333,7 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
     identity = {"training rows": batches.cursor(), **work.identity}
     if frozen is not None:
         identity["weights of the frozen model"] = digest(frozen)
-    tree, _ = run.restore({"state": state}, identity)
+    tree, notes = run.restore({"state": state}, identity)
     run.skips.rows_of = batches.where
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
@@ -358,6 +358,7 @@ def fit(work: Work, run: Run, at_evaluation: Callable[[int, Params], None] | Non
         rates=learning_rates(schedule),
         evaluate=evaluate,
         explain=partial(first_nan, grads_of),
+        notes=notes,
     )
     check_trained(run.skips.total, run.total, run.dir)
     return run.restore_best({"state": {"params": state.params}})["state"]["params"]
