@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
-from tiny import ONE, toy_directory
+from tiny import ONE, toy_directory, toy_run
 
 from rlhf_jax import sft
 from rlhf_jax.commands import bestofn, collect, datasets, evaluate, rate, sample
@@ -18,6 +19,8 @@ from rlhf_jax.config import (
     DataAggregateArgs,
     DataConfig,
     EvaluateArgs,
+    GroupConfig,
+    GRPOArgs,
     JudgeArgs,
     LabelArgs,
     ModelConfig,
@@ -29,10 +32,12 @@ from rlhf_jax.config import (
     SFTArgs,
     SFTConfig,
 )
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.rows import layout_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.feedback import judges, sources
 from rlhf_jax.feedback.judge import Judge
+from rlhf_jax.group import train as group_train
 from rlhf_jax.sharding import make_mesh
 
 OWN = {
@@ -168,6 +173,30 @@ def test_samples_of_sft_are_of_prompts_that_it_reads_and_say_what_was_seen(tmp_p
     sft.run(config, rows=rows * 4, eval_rows=rows)
     told = [(row["prompt"], row.get("prompt_seen")) for row in rows_from(str(tmp_path / "run" / "samples.jsonl"))]
     assert set(told) == {("b", None), ("d", None)} | ({("c d e f", "e f")} if too_long == "truncate" else set())
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_samples_of_an_online_run_say_what_was_seen_of_prompts_that_were_cut(tmp_path, monkeypatch, too_long):
+    monkeypatch.setattr(group_train, "make_mesh", functools.partial(make_mesh, devices=ONE))
+    toy, rows = toy_run(), [{"prompt": prompt} for prompt in ("b", "c d e f", "d")]
+    config = GRPOArgs(
+        model=toy.model, data=replace(toy.data, batch_size=6, max_prompt_length=2, too_long=too_long),
+        sampling=toy.sampling, run=replace(toy.run, output_dir=str(tmp_path / "run"), eval_every=1),
+        grpo=GroupConfig(iterations=2, group_size=2, num_samples=6, sample_every=1),
+    )  # fmt: skip
+    asked = []
+
+    def reward(prompts, responses):
+        asked.append(len(prompts))
+        return [1.0] * len(prompts)
+
+    group_train.run(config, rows=rows, eval_rows=rows, reward_functions=[reward])
+    held_out = 3 if too_long == "truncate" else 2  # without the copies that fill a batch up
+    assert asked == [held_out, 6, held_out, 6, held_out]
+    samples = rows_from(str(tmp_path / "run" / "samples.jsonl"))
+    assert len({row["step"] for row in samples}) == 3 and len(samples) > 6
+    told = {(row["prompt"], row.get("prompt_seen")) for row in samples}
+    assert told == {("b", None), ("d", None)} | ({("c d e f", "e f")} if too_long == "truncate" else set())
 
 
 def test_scores_that_rows_have_are_not_those_that_are_written_and_it_is_said(tmp_path, capsys):

@@ -16,9 +16,11 @@ from tiny import ONE, TOY_ROWS, bigram_params, iteration, toy_directory, toy_run
 
 from rlhf_jax import advantages as adv
 from rlhf_jax import cli, ppo
-from rlhf_jax.commands import bestofn, rewards
+from rlhf_jax.commands import bestofn, collect, rewards
+from rlhf_jax.commands.evaluate import run_evaluate as evaluate_command
 from rlhf_jax.config import (
     BestOfNArgs,
+    CollectArgs,
     EvaluateArgs,
     GroupConfig,
     GRPOArgs,
@@ -197,7 +199,8 @@ def test_a_run_that_our_own_model_pays_goes_on_as_if_left_alone(one_device, tmp_
         return replace(toy_run(tmp_path / name, reward_model=False), reward__judge=judge, run__log_every=1)
 
     alone, again = assert_stopped_and_continued_is_left_alone(config)
-    assert {**again, "wall_s": 0, "remarks": 0} == {**alone, "wall_s": 0, "remarks": 0}
+    assert {**again, "wall_s": 0} == {**alone, "wall_s": 0} and again["judged"]["asked"] == 4 * 16 + 3 * 5  # no copies
+    assert any("reward.judge gave no answer to" in line for line in again["remarks"])
     lines = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     counts = [line["rollout/unanswered"] for line in lines if "rollout/unanswered" in line]
     assert len(counts) == 4 and 0 < sum(counts) < 64  # longer questions than 18 bytes
@@ -254,6 +257,35 @@ def test_the_best_of_n_beats_the_response_that_a_column_holds_and_what_has_no_an
     assert summary["unscored"] > 0 and summary["curve"][-1]["proxy"]["mean"] >= summary["curve"][0]["proxy"]["mean"]
     with pytest.raises(UserError, match=r"no text in the field 'response', which reward.judge.against names"):
         bestofn.run(replace(config, overwrite=True), rows=TOY_ROWS["rows"][:6])
+
+
+def test_a_judge_that_says_nothing_of_a_batch_ends_no_command_and_one_that_says_nothing_at_all_does(
+    one_device, tmp_path
+):
+    """Batches of one prompt; a judge has failed where it says nothing of all prompts, as in a run (the law above)."""
+    judge = RewardJudgeConfig(function="test_reward_judge:of_no_b", against="response")
+    drawn = {
+        "model": ModelConfig(path=str(toy_directory() / "policy")), "num_samples": 2, "max_prompt_length": 2,
+        "sampling": SamplingConfig(max_new_tokens=5, chunk=5), "batch_size": 2, "progress": False,
+        "reward": RewardSourceConfig(judge=judge),
+    }  # fmt: skip
+    rows = lambda *prompts: [{"prompt": prompt, "response": " c d e"} for prompt in prompts]  # noqa: E731
+    best = BestOfNArgs(**drawn, output=str(tmp_path / "best.jsonl"))
+    labelled = CollectArgs(**drawn, output=str(tmp_path / "rows.jsonl"), label="reward")
+    measured = EvaluateArgs(**drawn, output_dir=str(tmp_path / "evaluation"))
+    unscored = lambda ranked: sum(item["score"] is None for row in ranked for item in row["responses"])  # noqa: E731
+    summary = bestofn.run(best, rows=rows(*"bcb"))
+    assert (summary["unscored"], summary["without_score"], summary["prompts"]) == (4, 2, 1)
+    assert unscored(collect.run_collect(labelled, rows=rows(*"bcb"))) == 4
+    assert evaluate_command(measured, rows=rows(*"bcb"))["unscored"] == 4
+    for command, config in ((bestofn.run, best), (collect.run_collect, labelled), (evaluate_command, measured)):
+        with pytest.raises(RewardFailure, match="none of 6 responses got an answer that says anything"):
+            command(replace(config, overwrite=True), rows=rows(*"bbb"))
+    skips = {"overwrite": True, "reward__on_failure": "skip"}
+    with pytest.raises(UserError, match="the reward failed on every prompt"):
+        bestofn.run(replace(best, **skips), rows=rows(*"bbb"))
+    assert unscored(collect.run_collect(replace(labelled, **skips), rows=rows(*"bbb"))) == 6
+    assert evaluate_command(replace(measured, **skips), rows=rows(*"bbb"))["unscored"] == 6
 
 
 def test_a_judge_is_evaluated_as_a_reward_on_pairs(one_device, tmp_path, capsys):

@@ -334,7 +334,7 @@ def test_reward_functions_see_one_text_in_every_command_and_stage(chat_models, t
         assert gold.seen == reward.seen
         found[name] = reward.seen
         table = {"rollout": jax.tree.map(np.asarray, rollout), "reward": np.zeros(9)}
-        table = sample_rows(method, table, batch["given"])
+        table = sample_rows(method, table, batch, len(batch["given"]))
         spoken = [i for i, row in enumerate(table) if row["response"].strip()]
         wanted = [sampled(ours)[i] for i in spoken]
         kept = [table[i] for i in spoken]

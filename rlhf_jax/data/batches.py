@@ -120,11 +120,11 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """16 hexadecimal digits that change with the examples and their order, but not with where they come from.
 
     Nor with `ref_logprobs`, which a model makes of them, maybe to another last bit on other devices, or with `given`,
-    of which a prompt's text and tokens are made.
+    of which a prompt's text and tokens are made, and `seen`, which is made of these.
     """
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
-        for name in sorted(set(example) - {"where", "ref_logprobs", "given"}):
+        for name in sorted(set(example) - {"where", "ref_logprobs", "given", "seen"}):
             arrays = example[name] if name == "responses" else [example[name]]
             for value in arrays:
                 if isinstance(value, np.ndarray):

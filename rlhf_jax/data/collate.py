@@ -126,9 +126,10 @@ def example_of_all(width: int) -> Example:
 
 
 def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_id: int = 0) -> Batch:
-    """tokens i32[B, P] and mask bool[B, P] (True on real tokens), prompts list[str], given, columns {name: list}.
+    """tokens i32[B, P], mask bool[B, P] (True on real tokens), lists prompts, given and seen, columns {name: list}.
 
-    Left-padded to P, the smallest bucket that holds the longest prompt. `given` are the prompts as texts or messages.
+    Left-padded to P, the smallest bucket that holds the longest prompt. `given` are the prompts as texts or messages,
+    `seen` is {prompt_seen} of those that were cut and {} of others.
     A column is there if every row has it; `reward_functions.columns_for` gives all rows of a data set the same.
     """
     longest = max(len(example["tokens"]) for example in examples)
@@ -145,7 +146,8 @@ def collate_prompts(examples: Sequence[Example], *, buckets: Sequence[int], pad_
     columns = {name: [example["columns"][name] for example in examples] for name in shared}
     prompts = [example["prompt"] for example in examples]
     given = [example.get("given", example["prompt"]) for example in examples]
-    return {"tokens": tokens, "mask": mask, "prompts": prompts, "given": given, "columns": columns}
+    seen = [example.get("seen", {}) for example in examples]
+    return {"tokens": tokens, "mask": mask, "prompts": prompts, "given": given, "seen": seen, "columns": columns}
 
 
 def repeat_rows(batch: Batch, times: int) -> Batch:

@@ -62,10 +62,10 @@ def sft_examples(
 
 
 def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
-    """[{tokens int32[n], prompt: str, given, columns: dict}].
+    """[{tokens int32[n], prompt: str, given, seen: dict, columns: dict}].
 
-    `prompt` is the whole prompt as text, even if cut; `given` is it as the row has it, a text or messages; `columns`
-    are the row's other fields.
+    `prompt` is the whole prompt as text, even if cut; `given` is it as the row has it, a text or messages; `seen` is
+    {prompt_seen} if it was cut; `columns` are the row's other fields.
     """
     encoder = Encoder(tokenizer, limits)
 
@@ -76,7 +76,8 @@ def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tu
             raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
         given, ids = row["prompt"], np.asarray(tokens, np.int32)
         text, columns = tokenizer.prompt_text(given), schemas.columns_of(row)
-        return [{"tokens": ids, "prompt": text, "given": given, "columns": columns}], cut
+        seen = encoder.seen(tokens, cut)
+        return [{"tokens": ids, "prompt": text, "given": given, "seen": seen, "columns": columns}], cut
 
     return collect(rows, build, strict=limits.strict, remarks=encoder.remarks, columns=True)
 

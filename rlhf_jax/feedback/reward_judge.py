@@ -69,7 +69,7 @@ class RewardJudge:
 
     Attributes:
         params: of a model of our own, else None.
-        asked, unanswered: responses since it was made, and those of them that got no answer.
+        asked, unanswered: responses so far, and those of them that got no answer.
     """
 
     def __init__(self, config: RewardJudgeConfig, mesh: Mesh):

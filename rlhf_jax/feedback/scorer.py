@@ -55,7 +55,7 @@ class Scorer:
         where a judge gave no answer; `key` is of what it writes.
 
         Raises:
-            RewardFailure: a function raised or ran out of time, or a judge answered nothing.
+            RewardFailure: a function raised or ran out of time, or a judge has gone.
         """
         scores = np.zeros(len(rows), np.float32)
         if self.models:
@@ -66,9 +66,7 @@ class Scorer:
             scores += self.functions(*function_inputs(rows))
         if self.judge is not None:
             _, responses, columns = function_inputs(rows)
-            said = self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
-            self.judge.check_answered(said)
-            scores += said
+            scores += self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
         return scores
 
     def members(self, rows: Sequence[Row]) -> np.ndarray:

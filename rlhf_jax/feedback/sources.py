@@ -319,8 +319,11 @@ class Sources:
                 members = iter(scorer.members(rows).tolist())
                 return [{"members": [next(members) for _ in each]} for each in groups]
             try:
-                said = scorer(rows, jax.random.fold_in(key, start)).tolist()
-                scores = iter([None if np.isnan(score) else score for score in said])
+                said = scorer(rows, jax.random.fold_in(key, start))
+                if scorer.judge is not None and stop == len(self.prompts):  # of all of them, not of a batch
+                    before = [score for row in (self._scored.rows if self._scored else ()) for score in row["scores"]]
+                    scorer.judge.check_answered(np.array([*before, *said], float))
+                scores = iter([None if np.isnan(score) else score for score in said.tolist()])
             except RewardFailure:
                 if config.reward.on_failure == "stop":
                     raise

@@ -161,6 +161,7 @@ def roll_out(
     nets, programs, law, mesh = method.nets, method.programs, method.inputs.law, method.mesh
     placed, params = put_batch(mesh, (batch["tokens"], batch["mask"])), {**loop.state.params, "policy": policy}
     rows, redrawn, more = len(batch["prompts"]), 0, range(0 if again is None else method.redraws)
+    valid = np.asarray(batch.get("valid", np.ones(rows, bool)))  # others fill a batch up
     samples = rows // len(batch["tokens"])
     noises = [] if again is None else [jax.random.fold_in(again, put(np.uint32(i), again.sharding)) for i in more]
 
@@ -176,7 +177,7 @@ def roll_out(
 
     rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
     mark("rollout", rollout.mask)
-    rewards, golds = python_rewards(method, batch, rollout, key)
+    rewards, golds = python_rewards(method, batch, rollout, key, valid)
     if method.inputs.judge is not None and "valid" not in batch:  # `evaluate` looks at all that is held out
         method.inputs.judge.check_answered(rewards)
     mark("reward")
@@ -199,7 +200,6 @@ def roll_out(
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
     if method.inputs.judge is not None:
         scored[2]["rollout/unanswered"] = put(np.float32(np.isnan(rewards).sum()), replicated(mesh))
-    valid = np.asarray(batch.get("valid", np.ones(rows, bool)))
     return replace(rollout, kept=None, experts=None), scored, None if golds is None else float(golds[valid].mean())
 
 
@@ -255,10 +255,10 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         parts.append(rows)
         golds.append(gold or 0.0)
         weights.append(batch["valid"].sum())
-        valid = batch["given"][: batch["valid"].sum()]  # behind it are copies, which fill a batch up
-        prompts += batch["prompts"][: len(valid)]
+        valid = batch["valid"].sum()  # behind it are copies, which fill a batch up
+        prompts += batch["prompts"][:valid]
         if (wanted := method.settings.num_samples - len(samples)) > 0:
-            samples += sample_rows(method, to_host(table), valid[:wanted])
+            samples += sample_rows(method, to_host(table), batch, min(valid, wanted))
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     unanswered = {}
     if method.inputs.judge is not None:
@@ -294,13 +294,15 @@ def held_out(method: Method, loop: LoopState) -> Iterator[tuple[Batch, Table, di
         yield batch, {"rollout": rollout, **per_row}, rows, gold
 
 
-def sample_rows(method: Method, table: Table, prompts: list[Any]) -> list[Row]:
-    """sft rows, with reward and, where there is a reference, kl, of a fetched table; `prompts` as given."""
+def sample_rows(method: Method, table: Table, batch: Batch, count: int) -> list[Row]:
+    """The first `count` rows of a batch as sft rows, with reward and, where there is a reference, kl, of its fetched
+    table.
+    """
     rollout, rows = table["rollout"], list[Row]()
-    for i, prompt in enumerate(prompts[: method.settings.num_samples]):
+    for i, (prompt, seen) in enumerate(zip(batch["given"][:count], batch["seen"], strict=False)):
         ids = rollout.tokens[i][rollout.mask[i]].tolist()
         text = method.inputs.tokenizer.response_text(ids, prompt)
-        row = {"prompt": prompt, "response": text, "response_ids": ids, "finished": bool(rollout.finished[i])}
+        row = {"prompt": prompt, **seen, "response": text, "response_ids": ids, "finished": bool(rollout.finished[i])}
         numbers = {name: float(table[name][i]) for name in ("reward", "kl") if name in table}
         rows.append({**row, **{name: None if np.isnan(x) else x for name, x in numbers.items()}})
     return rows

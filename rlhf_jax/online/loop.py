@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.config import OnlineArgs
+from rlhf_jax.data.collate import Batch
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.inference.reward_functions import RewardFailure, WrongRewards
@@ -56,7 +57,12 @@ def run(
             judge = method.inputs.judge
             remarks = [*method.inputs.remarks, *(judge.remarks() if judge else [])]
             remarks += [*not_better(notes["before"], out.metrics.last, out.best.step)]
-            summary = {"iterations": total, **notes, "kl_coef": float(loop.kl_coef), **out.calibration(config)}
+            summary = {
+                "iterations": total,
+                **_judged(method, notes),
+                "kl_coef": float(loop.kl_coef),
+                **out.calibration(config),
+            }
             return out.finish(summary, remarks)
 
 
@@ -64,19 +70,22 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     """The iterations from out.start on, up to a limit (`guards`).
 
     `notes` are {before, after}, the first evaluation and that of the kept policy; and where there are such
-    reward_scale, that of the reward models; alarm, the iteration after which one was given; why the run ended
-    (stopped) and after how many iterations; and unevaluated, if a reward failed in the evaluation after out.start.
+    reward_scale, that of the reward models; judged, what a judge was asked; alarm, the iteration after which one was
+    given; why the run ended (stopped) and after how many iterations; and unevaluated, if a reward failed in the
+    evaluation after out.start.
     """
     config, settings, total = method.config, method.settings, out.total
     rates = learning_rates(method.programs.schedule)
     begins = not notes
+    if (judge := method.inputs.judge) is not None and "judged" in notes:
+        judge.asked, judge.unanswered = (notes["judged"][name] for name in ("asked", "unanswered"))
     if begins and settings.reward_standardize != "off":
         notes = {"reward_scale": guards.first_scale(method, loop)}
     if "reward_scale" in notes:
         method = guards.on_scale(method, notes["reward_scale"])
     if begins:
         notes = _evaluated(out, method, loop, 0, notes)
-        out.save_if_due(0, loop.tree(), notes)
+        out.save_if_due(0, loop.tree(), _judged(method, notes))
     if "unevaluated" in notes:
         notes = _evaluated(out, method, loop, out.start, {n: note for n, note in notes.items() if n != "unevaluated"})
     out.metrics.restart_clock("start")
@@ -100,20 +109,27 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
             drawn_tokens.append(table["rollout"].mask.sum())
             show = settings.num_samples > 0 and step % settings.sample_every == 0
             if show or step % config.run.log_every == 0 or step == total:
-                host, write = {"optim/lr": rates(i)}, partial(_write_samples, out, method, step, batch["given"])
+                host, write = {"optim/lr": rates(i)}, partial(_write_samples, out, method, step, batch)
                 samples = table if show else None
                 out.metrics.log(step, metrics, host, tokens=drawn_tokens, table=samples, on_table=write)
                 drawn_tokens = []
+        notes = _judged(method, notes)
         if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
             notes = _evaluated(out, method, loop, step, notes)
             out.metrics.restart_clock("evaluation")
-        out.save_if_due(step, loop.tree(), notes)
+        out.save_if_due(step, loop.tree(), _judged(method, notes))
         out.metrics.parts.mark("save")
     return loop, notes
 
 
-def _write_samples(out: Run, method: Method, step: int, prompts: list[Any], table: Table) -> None:
-    out.metrics.samples(step, sample_rows(method, table, prompts))
+def _judged(method: Method, notes: dict[str, Any]) -> dict[str, Any]:
+    """The notes with what the judge, if there is one, was asked so far, by processes before this one too."""
+    judge = method.inputs.judge
+    return notes if judge is None else {**notes, "judged": {"asked": judge.asked, "unanswered": judge.unanswered}}
+
+
+def _write_samples(out: Run, method: Method, step: int, batch: Batch, table: Table) -> None:
+    out.metrics.samples(step, sample_rows(method, table, batch, method.settings.num_samples))
 
 
 def _ends_the_run(method: Method, error: UserError) -> bool:
