@@ -625,7 +625,9 @@ PPO_MISTAKES = {
     "--sampling.microbatch 3": r"data\.batch_size 8 is not a multiple of sampling\.microbatch 3; .*",
     "--ppo.score_microbatch 3": r"data\.batch_size 8 is not a multiple of ppo\.score_microbatch 3; .*",
     "--data.batch_size 12": r"data\.batch_size 12 is not divisible by data\*fsdp = 8; .*",
-    "--sampling.temperature 0": r"sampling\.temperature 0\.0: PPO learns from random samples; set it above 0",
+    "--sampling.temperature 0": r"sampling\.temperature 0\.0: PPO learns from log-probs of random samples; make it "
+    r"at least 0\.01",
+    "--ppo.train_temperature 0.001": r"ppo\.train_temperature 0\.001: PPO learns from .*; make it at least 0\.01",
     "--model.path= --model.tokenizer tok --model.arch {norm: layer, positions: learned}": r"no Hugging Face family .*",
 }
 

@@ -111,6 +111,22 @@ def test_draw_follows_the_exact_law(size):
     assert not counts[probs == 0].any()
 
 
+@pytest.mark.parametrize("candidates", [0, 8])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9}], ids=["all", "filtered"])
+@pytest.mark.parametrize("temperature", [1e-18, 1e-9, 1e-6, 1e-4, 0.003, 0.0099, 0.02, 1.0])
+def test_no_temperature_makes_a_token_that_is_not_or_a_log_prob_that_is_not_its_own(temperature, filters, candidates):
+    """Compiled, the largest of the logits over 1e-6 was nats away from itself: ids beyond the vocabulary, NaN."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300, 50)).astype(np.float32) * 4
+    rows[:, 1] = rows.max(axis=1) - 2 * np.float32(temperature)  # as likely as exp(-2) says, where float32 has such
+    drawn = jax.jit(partial(draw_from_logits, candidates=candidates * bool(filters), filtered=bool(filters)))
+    tokens, (logprobs, _) = drawn(rows, rng.random(300).astype(np.float32), law(temperature=temperature, **filters))
+    expected = [
+        law_of(row, temperature=temperature, **filters)[token] for row, token in zip(rows, tokens, strict=True)
+    ]
+    np.testing.assert_allclose(logprobs, np.log(expected), atol=2e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("uniform", [0.0, LARGEST])
 def test_no_uniform_draws_an_impossible_entry(uniform):
     rng = np.random.default_rng(0)

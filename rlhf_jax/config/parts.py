@@ -304,7 +304,7 @@ class SamplingConfig:
     Args:
         max_new_tokens: T, longest response. 0 takes 64 (chat 256), or what the model's positions leave a response.
         min_new_tokens: stop ids cannot be drawn before this many tokens.
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; 0 is greedy. Methods that learn from their samples need 0.01.
         top_k: keep the k most likely tokens (ties kept); 0 keeps all. Methods that learn from their samples carry the
             ids along (without ties): their log-probs are of what top_k and top_p kept, renormalised.
         top_p: keep the smallest set of likely tokens whose mass reaches p; 1 keeps all.

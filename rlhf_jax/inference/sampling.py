@@ -23,6 +23,9 @@ from rlhf_jax.sharding import data_ways, on_own_rows
 from rlhf_jax.tokens import map_microbatches
 from rlhf_jax.types import Params, Rollout
 
+SMALL = 0.01
+"""Log-probs over a temperature below it are sampled from, but not learned from: rounding is a part of them."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -143,7 +146,10 @@ def draw_from_logits(
     `candidates` that the filters keep, and -1 for the others; without it None.
     """
     greedy = law.temperature == 0
-    scaled = logits / jnp.where(greedy, 1.0, law.temperature)
+    # Over a small temperature logits are so large that a bit of them is many nats; what they are below the largest is
+    # exact. Over another one they stay as they are, as those of `token_logprobs` do.
+    origin = jnp.where(law.temperature < SMALL, logits.max(axis=-1, keepdims=True), 0.0)
+    scaled = (logits - origin) / jnp.where(greedy, 1.0, law.temperature)
     ids = None
     if candidates and filtered:
         scaled, ids = on_own_rows(partial(jax.lax.top_k, k=min(candidates, scaled.shape[1])), scaled)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_jax.config import OnlineArgs, OnlineConfig, SamplingConfig, bind
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference.sampling import SMALL
 from rlhf_jax.online.law import hidden_filter
 from rlhf_jax.sharding import Mesh, check_rows
 from rlhf_jax.training.sums import check_sum
@@ -15,11 +16,12 @@ from rlhf_jax.training.sums import check_sum
 def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
     """Raise a UserError for settings that contradict each other."""
     sampling, size = config.sampling, config.data.batch_size
-    if sampling.temperature <= 0:
-        name = group.upper()
-        raise UserError(
-            f"sampling.temperature {sampling.temperature}: {name} learns from random samples; set it above 0"
-        )
+    trained = settings.train_temperature or sampling.temperature
+    for name, value in (("sampling.temperature", sampling.temperature), (f"{group}.train_temperature", trained)):
+        if value < SMALL:
+            raise UserError(
+                f"{name} {value}: {group.upper()} learns from log-probs of random samples; make it at least {SMALL}"
+            )
     check_law(config, settings, group)
     if sampling.min_new_tokens and settings.stop == "truncate":
         raise UserError(
