@@ -29,8 +29,22 @@ TURN = re.compile(r"\n\n(System|Human|Assistant):")
 
 def transcript(messages: Messages) -> str:
     """Messages as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH form), without an open last turn."""
-    turns = turns_of(messages)
+    turns = in_words(messages)
     return "".join(f"\n\n{SPEAKERS.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in turns)
+
+
+def in_words(messages: Messages) -> Messages:
+    """Messages of role and content alone, for who reads them without a chat template: what else they say, such as
+    calls, and the tools and documents that they are given, stands there as JSON."""
+    turns: Messages = []
+    for turn in messages:
+        if turn["role"] == TEMPLATE:
+            turns += [{"role": name, "content": _json(turn[name])} for name in ("tools", "documents") if name in turn]
+            continue
+        more = {name: turn[name] for name in turn if name in SAID}
+        said = [turn["content"], *([_json(more)] if more else [])]
+        turns.append({"role": turn["role"], "content": "\n".join(filter(None, said))})
+    return turns
 
 
 def turns_of(messages: Messages) -> Messages:
@@ -181,3 +195,7 @@ def key_of(response: Text) -> str:
 def as_key(value: object) -> str:
     """A text that is equal for equal values: a text itself, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=repr)

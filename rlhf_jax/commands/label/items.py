@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.gathering import join
-from rlhf_jax.data.messages import Messages, key_of, split_transcript
+from rlhf_jax.data.messages import Messages, in_words, key_of, split_transcript
 from rlhf_jax.data.numbers import float_of, is_number
 from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, bad_row, carried, empty_row, layout_of
 from rlhf_jax.data.schemas import kind_of
@@ -72,7 +72,7 @@ class Item:
 
 def turns_of(prompt: str | Messages) -> Messages:
     """A prompt as turns [{role, content}]; the role of plain text is "prompt"."""
-    turns = split_transcript(prompt) if isinstance(prompt, str) else prompt
+    turns = split_transcript(prompt) if isinstance(prompt, str) else in_words(prompt)
     turns = [turn for turn in turns if turn["content"]]  # an open "Assistant:" at the end
     return turns or [{"role": "prompt", "content": str(prompt).strip()}]
 

@@ -113,7 +113,7 @@ function drawItem() {
 }
 
 function drawTurn({ role, content }) {
-  const who = { user: "Person", assistant: "Assistant", system: "Instructions", prompt: "Prompt" }[role];
+  const who = { user: "Person", assistant: "Assistant", system: "Instructions", prompt: "Prompt" }[role] ?? role;
   return make("div", { className: `turn ${role}` }, make("div", { className: "role" }, who), fill(make("div"), content));
 }
 
