@@ -256,7 +256,7 @@ def _existing(path: str) -> Path:
 
 
 def _lines(file: File) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its line break) of a plain or gzipped file."""
+    """(line number from 1, line without its line feed) of a plain or gzipped file."""
     opener = gzip.open if file.name.lower().endswith(".gz") else open
     number = 0
     try:
@@ -265,7 +265,7 @@ def _lines(file: File) -> Iterator[tuple[int, str]]:
             # JSON string does not end the line.
             for number, raw in enumerate(stream, 1):
                 encoding = "utf-8-sig" if number == 1 else "utf-8"
-                yield number, raw.decode(encoding).rstrip("\r\n")
+                yield number, raw.decode(encoding).removesuffix("\n")
     except UnicodeDecodeError as error:
         what = f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
         raise UserError(f"{file}:{number}: {what}; save it as UTF-8") from error
@@ -377,9 +377,9 @@ def _documents(file: File) -> Iterator[Row]:
     start = 1
     lines: list[str] = []
     for number, line in chain(_lines(file), [(0, DOCUMENT_END)]):
-        if line != DOCUMENT_END:
+        if line.removesuffix("\r") != DOCUMENT_END:
             lines.append(line)
             continue
-        if (text := "\n".join(lines).strip("\n")).strip():
+        if (text := "\n".join(lines).strip("\r\n")).strip():
             yield {"text": text, "_where": f"{file}:{start}"}
         start, lines = number + 1, []

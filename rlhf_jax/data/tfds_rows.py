@@ -105,7 +105,9 @@ def _plain(value: Any, feature: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item, feature[name]) for name, item in value.items()}
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        with contextlib.suppress(UnicodeDecodeError):  # what is no text stays what it is
+            return value.decode()
+        return value
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
