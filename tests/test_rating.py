@@ -158,3 +158,10 @@ def test_files_are_made_whole_or_not_at_all(tmp_path):
     assert (out / "rows.jsonl").read_text() == "xxx"
     run_make(DataMakeArgs(**settings, num=4, overwrite=True))
     assert (out / "rows.jsonl").read_text() == "xxxx" and (out / "notes.txt").read_text() == "mine"
+
+
+def test_the_function_gets_the_other_fields_of_rows():
+    """As everywhere: a verifier asks for the answer."""
+    rows = [{"prompt": "2 + 2?", "responses": ["#### 4", "#### 5"], "answer": "#### 4", "id": 7}]
+    rated = rate.run(RateArgs(function="rlhf_jax.tasks.verifiers:gsm8k"), rows=rows)
+    assert rated[0]["raters"][0]["ranks"] == [0, 1] and rated[0]["answer"] == "#### 4"

@@ -54,7 +54,8 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
 def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
     """float64, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
     shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
-    own = columns_for([function], [one.prompt for one in given], [{}] * len(given), [one.where for one in given])
+    prompts, fields, where = zip(*((one.prompt, one.fields, one.where) for one in given), strict=True)
+    own = columns_for([function], prompts, fields, where)
     rows = [
         {"shown": shown(one.prompt), "response": text_of(response), "columns": columns}
         for one, columns in zip(given, own, strict=True)
