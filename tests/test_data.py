@@ -822,4 +822,4 @@ def test_what_the_tokenizer_has_no_token_for_is_counted(chat):
     assert sft_examples(rows, Tokenizer(tiny()), Limits(9, 20), loss_on="response")[1].remarks == {UNKNOWN: 2}
     remarks = Counter()
     Tokenizer(tiny(unk_token="<eos>")).encode_document(known, remarks)  # as of GPT-2
-    assert not remarks
+    assert not +remarks

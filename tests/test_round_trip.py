@@ -12,7 +12,7 @@ from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rat
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import sft_examples
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import OTHER_IDS, UNKNOWN, Tokenizer
+from rlhf_jax.data.tokenizer import ALTERED, HIDDEN, OTHER_IDS, RESPACED, UNKNOWN, Tokenizer
 from rlhf_jax.errors import UserError
 
 CHATML = (
@@ -37,6 +37,7 @@ KINDS = {
     "blank, legacy": lambda: metaspace_tokenizer("legacy", SPACED),
 }
 LIMITS = Limits(200, 400, "error")
+OF_SOME = {UNKNOWN, ALTERED, RESPACED, HIDDEN}  # what some vocabularies say of a template, and of what is drawn
 each_kind = pytest.mark.parametrize("tokenizer", [Tokenizer(make()) for make in KINDS.values()], ids=list(KINDS))
 MESSAGES = [{"role": "user", "content": "yes, it is"}]
 PROMPTS = ["it is", MESSAGES]
@@ -72,7 +73,7 @@ def test_sampled_ids_are_what_is_trained(tokenizer, prompt):
         seen += 1
         [example], report = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")
         assert example["tokens"][example["loss_mask"]].tolist() == ids
-        assert not report.remarks.keys() - {UNKNOWN}  # of some vocabularies, the words of a template
+        assert not report.remarks.keys() - OF_SOME
     assert seen > 20
 
 
@@ -106,7 +107,7 @@ def test_ids_of_another_text_are_left_and_counted(tokenizer):
     changed = [{**row, "response": row["response"] + " two"}, {**row, "finished": False}]
     changed += [{**row, "response_ids": [*ids[:-1], ids[-1], ids[-1]]}, {**row, "response_ids": [10**6, *ids]}]
     examples, report = sft_examples(rows_from(changed), tokenizer, LIMITS, loss_on="response")
-    assert {name: count for name, count in report.remarks.items() if name != UNKNOWN} == {OTHER_IDS: 4}
+    assert {name: count for name, count in report.remarks.items() if name not in OF_SOME} == {OTHER_IDS: 4}
     assert "4 responses whose ids were not of their text" in str(report)
     for row, example in zip(changed, examples, strict=True):
         wanted = tokenizer.encode_response(row["response"], finished=row["finished"])
@@ -157,7 +158,7 @@ def test_whatever_is_drawn_is_trained(tokenizer, prompt, data):
         return
     [example], report = sft_examples(rows_from([row]), tokenizer, LIMITS, loss_on="response")
     assert example["tokens"].tolist() == tokenizer.encode_prompt(prompt) + ids
-    assert not report.remarks.keys() - {UNKNOWN}
+    assert not report.remarks.keys() - OF_SOME
     assert written(tokenizer, prompt, example["tokens"][example["loss_mask"]].tolist(), finished) == row
 
 

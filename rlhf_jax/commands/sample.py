@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from functools import reduce
+from itertools import chain, pairwise
+from operator import or_
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +96,13 @@ def run_score(config: ScoreArgs) -> list[Row]:
         size, mesh = min(config.batch_size, int(places[-1])), make_mesh(config.mesh)
         named = [replace(config.model, path=path) for path in config.models] or [config.model]
         readers = [RewardModel(one, mesh, limits, batch_size=size) for one in named]
-        read = [[reader.example(one) for each in answers for one in each] for reader in readers]
+        remarks = [Counter[str]() for _ in readers]
+        flat = list(chain.from_iterable(answers))
+        read = [[reader.example(one, own) for one in flat] for reader, own in zip(readers, remarks, strict=True)]
         cuts = [any(one["cut"] for one in same) for same in zip(*read, strict=True)]
         cuts = [any(cuts[slice(*ends)]) for ends in pairwise(places.tolist())]
-        report = Report(len(rows), dict(dropped), sum(cuts))
-        if report.truncated or dropped:
+        report = Report(len(rows), dict(dropped), sum(cuts), remarks=dict(+reduce(or_, remarks)))
+        if report.truncated or dropped or report.remarks:
             tell(f"{report.mark}rows: {report}", error=True)
         longest = [max(len(one["tokens"]) for one in examples) for examples in read]
         say_loaded(f"score: {len(rows)} rows")

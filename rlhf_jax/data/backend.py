@@ -29,9 +29,10 @@ def plain_ids(hf: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise UserError(f"the text cannot be tokenised ({error}); remove its lone surrogates") from error
 
 
-def decoded(hf: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of some ids, special tokens left out."""
-    return str(hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def decoded(hf: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of some ids, with their special tokens or without, and no blank that is theirs tidied away."""
+    text = hf.decode([int(i) for i in ids], skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    return str(text)
 
 
 def token_text(hf: PreTrainedTokenizerBase, token: int) -> str:

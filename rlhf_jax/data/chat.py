@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from rlhf_jax.data.backend import token_text
-from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, Message, Messages, Text, transcript, turns_of
+from rlhf_jax.data.messages import SAID, SPEAKERS, TEMPLATE, TURN, Message, Messages, Text, transcript, turns_of
 from rlhf_jax.data.rendering import Endless, Span, Template, split_given
 from rlhf_jax.errors import UserError
 
@@ -28,6 +28,7 @@ REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing
 FOLLOWS = "answers to a prompt that the chat template writes otherwise once they are there"
 MERGED = "answers whose start and the prompt's end would be one token, had they been one text"
 CHANGED = "turns whose text the chat template changes or leaves out"
+TURNED = "turns in which the beginning of another is written out, and read as one"
 
 
 class Transcript:
@@ -49,6 +50,7 @@ class Transcript:
             if turn["role"] not in SPEAKERS:
                 what = '"tools" and the like' if turn["role"] == TEMPLATE else f"messages of role {turn['role']}"
                 raise UserError(f"{what} need a chat template, which this tokenizer does not have; leave them out")
+            remarks[TURNED] += bool(TURN.search(turn["content"]))
             for name in _extras(turn):
                 if name in SAID:
                     message = f'"{name}" needs a chat template, which this tokenizer does not have; leave it out'
@@ -185,7 +187,7 @@ class ChatTemplate:
             rest = rest.removesuffix(self._after)
         elif self._closing in rest:
             rest = rest[: rest.rindex(self._closing)]
-        remarks[CHANGED] += _squeezed(turn["content"]) not in _squeezed(prompt[-LONGEST_TAG:] + rest)
+        remarks[CHANGED] += squeezed(turn["content"]) not in squeezed(prompt[-LONGEST_TAG:] + rest)
         return rest + self._closing * closed
 
     def _following(self, prompt: str, messages: Messages, turn: Message, whole: str) -> str:
@@ -239,8 +241,8 @@ class ChatTemplate:
             remarks[_unseen(name)] += 1
         places = list(range(len(messages)))
         self._check_fields(messages, places, lambda bare: self.prompt(bare) != prompt, remarks)
-        shown = _squeezed(prompt)
-        remarks[CHANGED] += sum(_squeezed(turn["content"]) not in shown for turn in messages)
+        shown = squeezed(prompt)
+        remarks[CHANGED] += sum(squeezed(turn["content"]) not in shown for turn in messages)
 
     def _check_fields(
         self, messages: Messages, places: list[int], changes: Callable[[Messages], bool], remarks: Counter[str]
@@ -314,7 +316,7 @@ def _num_shared(a: Sequence[object], b: Sequence[object]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _squeezed(text: str) -> str:
+def squeezed(text: str) -> str:
     return "".join(text.split())
 
 

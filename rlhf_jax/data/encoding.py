@@ -132,7 +132,7 @@ class Encoder:
 
     def seen(self, ids: list[int], cut: bool) -> Row:
         """{prompt_seen} of a prompt that was cut, the text that its ids are; else {}."""
-        return {"prompt_seen": self.tokenizer.hf.decode(ids)} if cut else {}
+        return {"prompt_seen": self.tokenizer.seen(ids)} if cut else {}
 
     def response(self, row: Row, answer: Answer, prompt_length: int) -> tuple[list[int], bool]:
         """(ids of an answer to the row's prompt, as far as they fit after it, whether they were cut)."""

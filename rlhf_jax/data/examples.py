@@ -39,6 +39,8 @@ def sft_examples(
             text = schemas.text_row(row)["text"]
             with naming(row):
                 ids = tokenizer.encode_document(text, encoder.remarks)
+            if len(ids) < 2:
+                raise DroppedRow(f"{row['_where']}: the text has no tokens", "with a text that has no tokens")
             starts = range(0, len(ids), limits.max_length)
             windows = [np.asarray(ids[start : start + limits.max_length], np.int32) for start in starts]
             return [{"tokens": w, "loss_mask": np.arange(len(w)) > 0} for w in windows if len(w) > 1], False

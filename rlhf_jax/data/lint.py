@@ -136,25 +136,19 @@ def _parts(row: Row) -> tuple[Text, list[Answer], Ranking | None]:
 
 
 def _prompt_length(row: Row, prompt: Text, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
-    """The tokens of a prompt, or its characters; counts the special tokens that are written out in it."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    """The tokens of a prompt, or its characters; `remarks` counts what tokenising it has to say."""
     if tokenizer is None:
-        return sum(len(turn["content"]) for turn in turns)
-    for turn in turns:
-        for name in tokenizer.written_out(turn["content"], closed=turn["role"] == "assistant"):
-            remarks[f"prompts in which {name} is written out and read as the token"] += 1
+        return len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
     with naming(row):
         return len(tokenizer.encode_prompt(prompt, remarks)) if prompt else 0
 
 
 def _answer_length(row: Row, prompt: Text, answer: Answer, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
-    """The tokens of an answer, or its characters; counts the special tokens that are written out in it."""
+    """The tokens of an answer, or its characters; `remarks` counts what tokenising it has to say."""
     response, finished, ids, _ = answer
     text = text_of(response)
     if tokenizer is None:
         return len(text)
-    for name in tokenizer.written_out(text, closed=True):
-        remarks[f"responses or documents in which {name} is written out and read as the token"] += 1
     with naming(row):
         if not prompt:
             return len(tokenizer.encode_document(text, remarks))
@@ -227,7 +221,7 @@ def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, tone: str, 
     starts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     spans = []
     for start, end in pairwise(starts):
-        text = printable(tokenizer.hf.decode(ids[start:end].tolist(), skip_special_tokens=False), lines=True)
+        text = printable(tokenizer.seen(ids[start:end].tolist()), lines=True)
         if color:
             spans.append(f"{tone if mask[start] else DIM}{text}{PLAIN}")
         else:

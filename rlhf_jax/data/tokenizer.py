@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_jax.data.backend import continuing, declared_eos, decoded, plain_ids, prefix_specials, token_text
-from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials
+from rlhf_jax.data.chat import ASKED, MARKER, MERGED, ChatTemplate, Transcript, specials, squeezed
 from rlhf_jax.data.messages import Messages, Text, text_of
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts.buckets import in_bucket
@@ -30,7 +31,12 @@ MODELS = {
 """Kinds of .model files -> our extra that reads them, and its modules with the packages that have them."""
 OTHER_IDS = "responses whose ids were not of their text"
 UNKNOWN = "texts with something that the tokenizer has no token for"
+ALTERED = "texts of which the tokenizer drops or changes characters"
+RESPACED = "texts of which the tokenizer changes the white space alone"
 STOPPED = "responses or documents that already ended in a stop token's text"
+WITHIN = "responses or documents with a stop token before their end"
+HIDDEN = "responses whose ids have special tokens that their text does not show"
+PROMPTS, RESPONSES = "prompts", "responses or documents"
 
 
 class Tokenizer:
@@ -75,6 +81,10 @@ class Tokenizer:
         others = (hf.bos_token_id, hf.pad_token_id, *self.eos_ids)  # that of GPT-2 ends documents
         self._unknown = None if hf.unk_token_id in others else hf.unk_token_id
         self._stop_texts = [token_text(hf, i) for i in self.eos_ids if i in self._special]
+        self._control = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
+        self._names = {token_text(hf, i) for i in self._control - {hf.unk_token_id}}
+        self._heads = re.compile("|".join(sorted({re.escape(name[0]) for name in self._names})))
+        self._sizes = {len(name) for name in self._names}
         if isinstance(self.chat, ChatTemplate):
             self.chat.close_with(closing if closing in self.eos_ids else None)
         self._lead, self._tail = self._around_an_answer()
@@ -124,15 +134,22 @@ class Tokenizer:
         """
         remarks = Counter() if remarks is None else remarks
         if isinstance(prompt, str):
-            return self._with_prefix(self._known(plain_ids(self.hf, prompt), remarks))
+            ids = plain_ids(self.hf, prompt)
+            self._compare(ids, [prompt], prompt, PROMPTS, remarks)
+            return self._with_prefix(ids)
         text, ids = self._rendered(prompt)
-        self.chat.check(self._stopped_once(prompt, remarks), text, remarks)
-        return self._known(list(ids), remarks)
+        turns = self._stopped_once(prompt, remarks)
+        self.chat.check(turns, text, remarks)
+        self._compare(ids, [turn["content"] for turn in turns], text, PROMPTS, remarks)
+        return list(ids)
 
     def encode_document(self, text: str, remarks: Counter[str] | None = None) -> list[int]:
         """Ids of a document, with leading special tokens and one stop id at its end."""
-        ids = self._known(plain_ids(self.hf, self._without_stop(text, remarks)), remarks)
-        return self._ended(self._with_prefix(ids), self.eos_ids[0], True)
+        remarks = Counter() if remarks is None else remarks
+        text = self._without_stop(text, remarks)
+        ids = plain_ids(self.hf, text)
+        self._compare(ids, [text], text, RESPONSES, remarks)
+        return self._ended(self._with_prefix(ids), self.eos_ids[0], True, remarks)
 
     def encode_response(
         self,
@@ -159,13 +176,16 @@ class Tokenizer:
             UserError: the template has no place for the answer, or for what it says; or the text is not valid Unicode.
         """
         remarks = Counter() if remarks is None else remarks
-        text = self._without_stop(text_of(response), remarks)
         if ids is not None:
-            if self._are_of(ids, text, response, finished):
+            if self._are_of(ids, response, finished):
+                remarks[HIDDEN] += self.hides(ids)
                 return [int(i) for i in ids]
             remarks[OTHER_IDS] += 1
+        text = self._without_stop(text_of(response), remarks)
         if isinstance(response, str):
-            return self._ended(self._known(plain_ids(self._inner, text), remarks), self.eos_ids[0], finished)
+            own = plain_ids(self._inner, text)
+            self._compare(own, [text], text, RESPONSES, remarks, self._inner)
+            return self._ended(own, self.eos_ids[0], finished, remarks)
         asked = prompt if isinstance(prompt, list) else ASKED
         prompt_text, prompt_ids = self._rendered(asked)
         turn = {**response[-1], "content": text}
@@ -174,7 +194,8 @@ class Tokenizer:
         if answer_ids is None:
             remarks[MERGED] += isinstance(self.chat, ChatTemplate)
             answer_ids = plain_ids(self._inner, written)
-        return self._ended(self._known(answer_ids, remarks), self.end_id, finished)
+        self._compare(answer_ids, [text], written, RESPONSES, remarks, self._inner)
+        return self._ended(answer_ids, self.end_id, finished, remarks)
 
     def response_text(self, ids: Sequence[int], prompt: Text) -> str:
         """The text of a sampled response to a prompt, as rows hold it; the inverse of `encode_response`.
@@ -186,6 +207,10 @@ class Tokenizer:
             return text
         return text.removeprefix(self._lead).removesuffix(self._tail if ids and ids[-1] in self.eos_ids else "")
 
+    def hides(self, ids: Sequence[int]) -> bool:
+        """Whether a sampled response has special tokens, other than one that ends it, which its text does not show."""
+        return not self._control.isdisjoint(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
+
     def _around_an_answer(self) -> tuple[str, str]:
         """(what stands before, what after the content of an answer that finished), as its ids are decoded."""
         marked: Messages = [{"role": "assistant", "content": MARKER}]
@@ -195,12 +220,16 @@ class Tokenizer:
             return "", ""  # a template for other roles
         return (before, after) if there else ("", "")  # a vocabulary without digits has no marker
 
-    def _are_of(self, ids: Sequence[int], text: str, response: Text, finished: bool) -> bool:
-        """Whether a sampler that stops at the first stop id could have drawn `ids`, and they are of the text."""
+    def _are_of(self, ids: Sequence[int], response: Text, finished: bool) -> bool:
+        """Whether a sampler that stops at the first stop id could have drawn `ids`, and they are of the text.
+
+        That may show the stop tokens at its end or not.
+        """
         if not all(0 <= i < self.vocab_size for i in ids):
             return False
-        stops = [place for place, i in enumerate(ids) if i in self.eos_ids]
-        return stops == [len(ids) - 1] * finished and self.response_text(ids, response) == text
+        stops, text = [place for place, i in enumerate(ids) if i in self.eos_ids], text_of(response)
+        shown = text, self._without_stop(text, None)
+        return stops == [len(ids) - 1] * finished and self.response_text(ids, response) in shown
 
     def _ids_after(self, prompt_text: str, prompt_ids: list[int], written: str) -> list[int] | None:
         """Ids of what follows a prompt; None where prompt and answer as one text do not begin with the prompt's ids.
@@ -226,16 +255,46 @@ class Tokenizer:
             self._last_prompt = messages, text, ids if templated else self._with_prefix(ids)
         return self._last_prompt[1:]
 
-    def _ended(self, ids: list[int], stop: int, finished: bool) -> list[int]:
-        """Ids with one stop id at their end, or none."""
+    def _ended(self, ids: list[int], stop: int, finished: bool, remarks: Counter[str]) -> list[int]:
+        """Ids with one stop id at their end, or none; counts those with others, the special ones at the end apart."""
         size = next((n for n in range(len(ids), 0, -1) if ids[n - 1] not in self.eos_ids), 0)
+        remarks[STOPPED] += not self._special.issuperset(ids[size:])
+        remarks[WITHIN] += not set(self.eos_ids).isdisjoint(ids[:size])
         return ids[:size] + [stop] * finished
 
-    def _known(self, ids: list[int], remarks: Counter[str] | None) -> list[int]:
-        """The ids of a text; counts one that holds the unknown token."""
-        if remarks is not None and self._unknown in ids:
+    def _compare(
+        self,
+        ids: Sequence[int],
+        texts: Sequence[str],
+        written: str,
+        what: str,
+        remarks: Counter[str],
+        by: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Count what the ids of what is `written` say otherwise, and special tokens that its `texts` write out.
+
+        `what` the texts are; the ids are decoded by `by`, else by the tokenizer. White space is that of the texts as
+        they are written, since some tokenizers put a blank beside the special tokens of a template.
+        """
+        for text in texts:
+            for name in dict.fromkeys(self._written_out(text)):
+                remarks[f"{what} in which {name} is written out and read as the token"] += 1
+        back = decoded(by or self.hf, ids, special=True)
+        if self._unknown in ids:
             remarks[UNKNOWN] += 1
-        return ids
+        elif written in back:
+            return
+        elif squeezed(written) not in squeezed(back):
+            remarks[ALTERED] += 1
+        else:
+            parts = (text if text in written else text.strip() for text in texts)
+            remarks[RESPACED] += any(part in written and part not in back for part in parts)
+
+    def _written_out(self, text: str) -> Iterable[str]:
+        """The special tokens whose text stands in a text, wherever it does."""
+        starts = [place.start() for place in self._heads.finditer(text)]
+        parts = (text[start : start + size] for start in starts for size in self._sizes)
+        return (part for part in parts if part in self._names)
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         """Ids with the tokenizer's leading special tokens, once."""
@@ -285,11 +344,9 @@ class Tokenizer:
         """What the model is shown for a prompt, as text: a reward function gets the same."""
         return prompt if isinstance(prompt, str) else self.chat.prompt(self._stopped_once(prompt))
 
-    def written_out(self, text: str, *, closed: bool) -> list[str]:
-        """The special tokens whose text stands in a text, each once; not what closes it, if it is `closed` by one."""
-        ids = dict.fromkeys(plain_ids(self.hf, self._without_stop(text, None) if closed else text))
-        special = {*self.hf.all_special_ids, *(i for i, t in self.hf.added_tokens_decoder.items() if t.special)}
-        return [token_text(self.hf, i) for i in ids if i in special and i != self.hf.unk_token_id]
+    def seen(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return decoded(self.hf, ids, special=True)
 
     def save(self, directory: str) -> None:
         """Write the tokenizer's files and template; stop ids belong to the model's generation_config.json."""

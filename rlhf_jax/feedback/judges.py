@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from rlhf_jax.config import JudgeArgs, JudgeConfig, SamplingConfig, SourcesArgs, key_of, resolve
 from rlhf_jax.data.messages import Messages, transcript
 from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.feedback.endpoint import Endpoint, Unanswered
 from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE, Answer, Ask, Judge, Question, parse
 from rlhf_jax.feedback.phases import Make
@@ -225,6 +226,9 @@ class ModelJudge:
 
     logprob: the expectation of what its choices mean, over their probabilities as answers: of A and B the chance
     p(A) / (p(A) + p(B)). sample: what it writes, with noise of its own for each question of a call.
+
+    Attributes:
+        remarks: what tokenising questions had to say, counted; each is said when it first occurs.
     """
 
     def __init__(self, config: JudgeConfig, mesh: Mesh, form: Form = PAIRS, *, skip_long: bool = False):
@@ -234,6 +238,7 @@ class ModelJudge:
             UserError: it cannot hold a question, or its tokenizer does not tell two choices apart.
         """
         self.config, self.mesh, self.form, self.skip_long = config, mesh, form, skip_long
+        self.remarks = Counter[str]()
         self.tokenizer = tokenizer = load_tokenizer(config.model)
         with jax.set_mesh(mesh.grid):
             length = config.max_prompt_length + (config.max_new_tokens if config.answer == "sample" else 0)
@@ -263,7 +268,11 @@ class ModelJudge:
         texts = [filled(self.config, question) for question in questions]
         chat = self.tokenizer.hf.chat_template
         prompts: list[str | Messages] = [[{"role": "user", "content": text}] if chat else text for text in texts]
-        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        remarks = Counter[str]()
+        ids = [self.tokenizer.encode_prompt(prompt, remarks) for prompt in prompts]
+        for remark in [name for name in +remarks if name not in self.remarks]:
+            tell(f"! {self.config.group}model: of {len(ids)} questions {remarks[remark]} {remark}", error=True)
+        self.remarks += remarks
         longest, limit = max(map(len, ids)), self.config.max_prompt_length
         if longest > limit and not self.skip_long:
             raise UserError(

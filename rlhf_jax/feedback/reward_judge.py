@@ -126,10 +126,12 @@ class RewardJudge:
         return np.array([np.nan if share is None else 2 * share - 1 for share in shares])
 
     def remarks(self) -> list[str]:
-        """A line about responses without an answer; none where all had one."""
-        if not self.unanswered:
-            return []
-        return [
-            f"reward.judge gave no answer to {self.unanswered} of {self.asked} responses, which taught nothing "
-            "(rollout/unanswered)"
-        ]
+        """Lines about responses without an answer, if there were any, and what tokenising questions had to say."""
+        counts = self.ask.remarks if isinstance(self.ask, ModelJudge) else {}
+        lines = [f"reward.judge.model: of {self.asked} responses {count} {what}" for what, count in counts.items()]
+        if self.unanswered:
+            lines += [
+                f"reward.judge gave no answer to {self.unanswered} of {self.asked} responses, which taught nothing "
+                "(rollout/unanswered)"
+            ]
+        return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -85,13 +86,15 @@ class Scorer:
         return members
 
     def _by(self, model: RewardModel, rows: Sequence[Row]) -> np.ndarray:
-        text = ("prompt", "response", "finished", "response_ids")
+        text, remarks = ("prompt", "response", "finished", "response_ids"), Counter[str]()
         examples = [
             model.sampled(row["prompt_ids"], row["ids"])
             if "prompt_ids" in row
-            else model.example({**{name: row[name] for name in text if name in row}, "_where": "a response"})
+            else model.example({**{name: row[name] for name in text if name in row}, "_where": "a response"}, remarks)
             for row in rows
         ]
         if cut := sum(example["cut"] for example in examples):
             tell(f"{cut} of {len(rows)} responses or prompts are cut to {self.length} tokens of the reward model")
+        for remark, count in (+remarks).items():
+            tell(f"of what the reward model reads of {len(rows)} responses: {count} {remark}")
         return model.scores(examples, self.length)

@@ -80,10 +80,10 @@ def fitting(prompts: list[Row], tokenizer: Tokenizer, limits: Limits, shots: Seq
             continue
         kept.append(row | encoder.seen(ids, cut))
         cuts += cut
-    report = Report(len(kept), dict(dropped), cuts)
+    report = Report(len(kept), dict(dropped), cuts, remarks=dict(+encoder.remarks))
     if not kept:
         raise UserError(f"no prompt is left: {report}; raise max_prompt_length, or set too_long truncate")
-    if dropped or cuts:
+    if dropped or cuts or report.remarks:
         tell(f"{report.mark}prompts: {report}", error=True)
     return kept
 

@@ -17,7 +17,7 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.messages import Messages
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model
@@ -143,6 +143,10 @@ class Generator:
                 ids = tokens[row][mask[row]]
                 text = self.tokenizer.response_text(ids.tolist(), example["given"])
                 responses.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
+        if hidden := sum(self.tokenizer.hides(one.ids.tolist()) for one in responses):
+            tell(
+                f"{hidden} of {len(responses)} responses have special tokens that their text does not show", error=True
+            )
         return responses
 
     def rows(
@@ -163,3 +167,9 @@ def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[str | Messa
     tokens, mask = to_host((rollout.tokens, rollout.mask))
     rows = zip(tokens, mask, prompts, strict=True)
     return [tokenizer.response_text(ids[kept].tolist(), prompt) for ids, kept, prompt in rows]
+
+
+def hidden_fraction(tokenizer: Tokenizer, rollout: Rollout) -> float:
+    """The share of the responses of a rollout that have special tokens which their text does not show."""
+    tokens, mask = to_host((rollout.tokens, rollout.mask))
+    return float(np.mean([tokenizer.hides(ids[kept].tolist()) for ids, kept in zip(tokens, mask, strict=True)]))

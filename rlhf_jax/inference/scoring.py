@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -26,8 +27,10 @@ from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params
 
 
-def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
+def score_example(row: Row, tokenizer: Tokenizer, limits: Limits, remarks: Counter[str] | None = None) -> Example:
     """{tokens int32[n], loss_mask, cut} of a {prompt, response, finished?} row; an empty response is a stop id.
+
+    `remarks` counts what tokenising has to say.
 
     Raises:
         UserError: a missing field or a wrong type.
@@ -39,9 +42,9 @@ def score_example(row: Row, tokenizer: Tokenizer, limits: Limits) -> Example:
         row = {**row, "response": said, "finished": finished_of(row), "ids": ids}
     else:
         row = answer_of(row)
-    told = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids")}
+    told = {"prompt": row["prompt"], "finished": row["finished"], "ids": row.get("ids"), "remarks": remarks}
     response = tokenizer.encode_response(row["response"], **told)
-    prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"]), tokenizer.bos_id)
+    prompt, cut_prompt = limits.prompt(row, tokenizer.encode_prompt(row["prompt"], remarks), tokenizer.bos_id)
     response, cut = limits.response(row, len(prompt), response)
     return {**example_of(prompt, response), "cut": cut or cut_prompt}
 
@@ -60,9 +63,9 @@ class RewardModel:
         check_vocabulary(self.arch, self.tokenizer, config.path)
         self.forward = jax.jit(partial(column_scores, self.loaded.model))
 
-    def example(self, row: Row) -> Example:
-        """The tokens of a {prompt, response, finished?} row."""
-        return score_example(row, self.tokenizer, self.limits)
+    def example(self, row: Row, remarks: Counter[str] | None = None) -> Example:
+        """The tokens of a {prompt, response, finished?} row; `remarks` counts what tokenising has to say."""
+        return score_example(row, self.tokenizer, self.limits, remarks)
 
     def sampled(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Example:
         """A prompt as a model saw it and what it wrote, in ids of the vocabulary that is this model's, too."""

@@ -75,12 +75,18 @@ def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
 
 
 def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
-    """Raise a UserError if the directory, that of `what`, holds a tokenizer that maps text to other ids."""
+    """Raise a UserError if the directory, that of `what`, holds a tokenizer that maps text to other ids.
+
+    Says if its chat template is another one.
+    """
     directory = hf.model_directory(hub.local_directory(path))
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    if not same_ids(Tokenizer.load(str(directory)), tokenizer):
+    own = Tokenizer.load(str(directory))
+    if not same_ids(own, tokenizer):
         raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
+    if own.hf.chat_template != tokenizer.hf.chat_template:
+        say(f"! {what} {path} has another chat template than the policy, and reads messages in the policy's")
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:

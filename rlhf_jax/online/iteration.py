@@ -17,7 +17,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.hosts.processes import to_host
-from rlhf_jax.inference.generate import decode
+from rlhf_jax.inference.generate import decode, hidden_fraction
 from rlhf_jax.inference.intervals import mean_and_error
 from rlhf_jax.inference.reward_functions import call_reward, of_own_rows
 from rlhf_jax.keys import NUMBERS, Purpose
@@ -198,9 +198,19 @@ def roll_out(
         mark("score", scored[3]["reward"])
     if noises:
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
-    if method.inputs.judge is not None:
-        scored[2]["rollout/unanswered"] = put(np.float32(np.isnan(rewards).sum()), replicated(mesh))
+    counts = of_texts(method, rollout, rewards)
+    scored[2].update({name: put(np.float32(number), replicated(mesh)) for name, number in counts.items()})
     return replace(rollout, kept=None, experts=None), scored, None if golds is None else float(golds[valid].mean())
+
+
+def of_texts(method: Method, rollout: Rollout, rewards: np.ndarray) -> dict[str, float]:
+    """What a reward that reads texts said nothing of, or did not see; nothing where none does."""
+    counts: dict[str, float] = {}
+    if method.inputs.judge is not None:
+        counts["rollout/unanswered"] = float(np.isnan(rewards).sum())
+    if method.inputs.judge is not None or method.inputs.reward is not None:
+        counts["rollout/hidden_fraction"] = hidden_fraction(method.inputs.tokenizer, rollout)
+    return counts
 
 
 @jax.jit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-WATCHED = ("optim/grad_norm", "optim/lr", "group/equal_fraction", "rollout/reward_std")
-"""Metrics whose extremes tell whether there was anything to learn."""
+WATCHED = ("optim/grad_norm", "optim/lr", "group/equal_fraction", "rollout/reward_std", "rollout/hidden_fraction")
+"""Metrics whose extremes tell whether there was anything to learn, and whether a reward saw it."""
 
 Extremes = Mapping[str, list[float]]
 """Metric -> its lowest and its highest value in the logged steps."""
@@ -41,6 +41,17 @@ def nothing_learned(extremes: Extremes) -> list[str]:
     if never.get("optim/lr"):
         return ["nothing was learned: the learning rate was 0 in every logged step; raise optim.learning_rate"]
     return []
+
+
+def not_seen(extremes: Extremes) -> list[str]:
+    """What a reward that reads texts did not see of them, where it is more than a little."""
+    share = extremes.get("rollout/hidden_fraction", [0])[-1]
+    if share <= 0.05:
+        return []
+    return [
+        f"up to {share:.0%} of the responses of an iteration had special tokens, which their texts do not show to the "
+        "reward (rollout/hidden_fraction); if one of them ends an answer, add it to model.eos_ids"
+    ]
 
 
 def not_better(first: Mapping[str, float], last: Mapping[str, float], best_step: int | None) -> list[str]:

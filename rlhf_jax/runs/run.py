@@ -23,7 +23,7 @@ from rlhf_jax.runs import directory, progress
 from rlhf_jax.runs.best import Best
 from rlhf_jax.runs.checkpoint import Checkpoints, Tree, reason_of
 from rlhf_jax.runs.metrics import RunMetrics
-from rlhf_jax.runs.outcome import nothing_learned
+from rlhf_jax.runs.outcome import not_seen, nothing_learned
 from rlhf_jax.runs.push import model_card, push
 from rlhf_jax.runs.report import write_beside
 from rlhf_jax.runs.skips import Skips
@@ -308,7 +308,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         summary["wall_s"] = round(self.metrics.elapsed(), 2)
         if self.best.step is not None:
             summary["best_step"] = self.best.step
-        remarks = [*remarks, *self.skips.remarks(), *nothing_learned(self.metrics.extremes)]
+        extremes = self.metrics.extremes
+        remarks = [*remarks, *self.skips.remarks(), *nothing_learned(extremes), *not_seen(extremes)]
         self.checkpoints.wait()
         if self.settings.checkpoint.keep_finished:
             self.checkpoints.settle()

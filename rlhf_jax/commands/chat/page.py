@@ -57,9 +57,9 @@ class Room:
     def say(self, said: JsonObject) -> Iterator[str]:
         """Answer {talk, text}, or {talk} once more: lines of JSON as they come.
 
-        {side, piece} is more of an answer, {side, text, finished, left_out} the whole of it. The last line is {talk,
-        votes, best}: the conversation's name, a new one if none was named, whether a vote is taken, and what it goes
-        on with. Where the page goes away meanwhile, nothing was said.
+        {side, piece} is more of an answer, {side, text, finished, left_out, remarks} the whole of it. The last line is
+        {talk, votes, best}: the conversation's name, a new one if none was named, whether a vote is taken, and what it
+        goes on with. Where the page goes away meanwhile, nothing was said.
         """
         name, text = said.get("talk"), said.get("text")
         held = self._find(name) if name else Held(started(self.config))
@@ -80,7 +80,8 @@ class Room:
                         yield line(side=side, piece=next(drawn[side]))
                     except StopIteration as end:
                         answers[side] = one = end.value
-                        yield line(side=side, text=one.text, finished=one.finished, left_out=one.left_out)
+                        told = {"finished": one.finished, "left_out": one.left_out, "remarks": one.remarks}
+                        yield line(side=side, text=one.text, **told)
                     except UserError as error:
                         yield line(error=str(error))
                         return

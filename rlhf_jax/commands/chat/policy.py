@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.messages import Text
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import HIDDEN, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.generate import make_sampler
@@ -29,6 +30,7 @@ class Answer:
     """What a policy said: its text, its ids with the stop id if it `finished`.
 
     Of a conversation longer than `max_prompt_length` the first `left_out` tokens were not seen; `seen` is the rest.
+    `remarks` are of what the policy sees of the conversation, and one sees of the answer, otherwise than it stands.
     """
 
     text: str
@@ -36,6 +38,7 @@ class Answer:
     finished: bool
     left_out: int = 0
     seen: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 class Policy:
@@ -62,7 +65,8 @@ class Policy:
 
     def answer(self, prompt: Text, key: jax.Array) -> Generator[str, None, Answer]:
         """Answer a text or messages: yields what can be read of each piece when it is drawn, returns the whole."""
-        context = self.tokenizer.encode_prompt(prompt)
+        remarks = Counter[str]()
+        context = self.tokenizer.encode_prompt(prompt, remarks)
         if not context:
             raise UserError("the prompt has no token; type something")
         ids, said, finished = list[int](), "", False
@@ -78,8 +82,10 @@ class Policy:
             if text.startswith(said):
                 yield text[len(said) :]
                 said = text
-        seen = str(self.tokenizer.hf.decode(context[left_out:])) if left_out else ""
-        return Answer(self.tokenizer.response_text(ids, prompt), ids, finished, left_out, seen)
+        seen = self.tokenizer.seen(context[left_out:]) if left_out else ""
+        remarks[HIDDEN] += self.tokenizer.hides(ids)
+        notes = tuple(f"{count} {remark}" for remark, count in (+remarks).items())
+        return Answer(self.tokenizer.response_text(ids, prompt), ids, finished, left_out, seen, notes)
 
     def _draw(self, context: list[int], key: jax.Array, minimum: int) -> tuple[list[int], bool]:
         """(ids of the next piece, whether it ended)."""

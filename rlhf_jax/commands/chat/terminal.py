@@ -61,7 +61,8 @@ def _told(pieces: Generator[str, None, Answer], name: str) -> Answer:
             answer: Answer = end.value
             break
     unseen = f" [the first {answer.left_out} tokens were not seen: max_prompt_length]" if answer.left_out else ""
-    tell(("" if answer.finished else " [cut off: sampling.max_new_tokens]") + unseen)
+    cut = "" if answer.finished else " [cut off: sampling.max_new_tokens]"
+    tell(cut + unseen + "".join(f" [{remark}]" for remark in answer.remarks))
     return answer
 
 

@@ -1,6 +1,6 @@
 "use strict";
-// A turn is {text, answers: [{text, finished, left_out}], votes, best, vote}. The server holds the conversation that the
-// policies see; the page keeps what is shown, so that it can be loaded again.
+// A turn is {text, answers: [{text, finished, left_out, remarks}], votes, best, vote}. The server holds the conversation
+// that the policies see; the page keeps what is shown, so that it can be loaded again.
 const NAMES = "AB";
 let about = null, talk = "", turns = [], running = null;
 
@@ -45,6 +45,7 @@ function drawAnswer(turn, answer, side, last) {
   const notes = [];
   if (answer.finished === false) notes.push("cut off: sampling.max_new_tokens");
   if (answer.left_out) notes.push(`the first ${answer.left_out} tokens of the conversation were not seen: max_prompt_length`);
+  notes.push(...(answer.remarks ?? []));
   if (answer.text === "" && answer.finished) notes.push("an empty answer");
   if (chosen) notes.push(turn.vote === side ? "voted better" : "the conversation went on with this one");
   if (turn.vote === "tie") notes.push("voted a tie");
@@ -112,7 +113,7 @@ function take(turn, said) {
   if (said.side !== undefined) {
     const answer = turn.answers[said.side];
     if (said.piece !== undefined) answer.text += said.piece;
-    else Object.assign(answer, { text: said.text, finished: said.finished, left_out: said.left_out });
+    else Object.assign(answer, { text: said.text, finished: said.finished, left_out: said.left_out, remarks: said.remarks });
     const card = $("talk").lastElementChild.querySelectorAll(".card .text")[said.side], low = atEnd();
     fill(card, answer.text);
     if (low) scrollTo({ top: document.body.scrollHeight });
