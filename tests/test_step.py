@@ -151,6 +151,8 @@ def test_a_step_without_gradient_changes_no_bit_of_params_and_optimiser_and_is_c
     of_one = batch["weights"] * (jnp.arange(8) == 3)[:, None]
     again, metrics = update(after, {**batch, "weights": of_one}, KEY)
     assert metrics["optim/empty"] == 0 and differ(again.params, after.params)
+    _, metrics = update(again, {**batch, "weights": 1e-22 * of_one}, KEY)
+    assert metrics["optim/empty"] == metrics["optim/grad_norm"] == 0  # float32 has no squares of such a gradient
 
 
 def test_without_held_out_batches_an_evaluation_says_nothing():

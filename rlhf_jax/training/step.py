@@ -116,7 +116,7 @@ def make_update(
         grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
-        moves = finite & (norm > 0)
+        moves = finite & jnp.stack([g.any() for g in jax.tree.leaves(grads)]).any()  # squares of 1e-20 are 0
         updates, opt_state = tx.update(grads, state.opt_state, in_float32(state.params), step=state.step)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(moves, new, old)  # noqa: E731
