@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rlhf_jax.commands import recipe
 from rlhf_jax.commands.recipe.reading import read, replaced
 from rlhf_jax.config import RecipeArgs, rates
 from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.hosts import interrupts
 
 FILES = """
 import json
@@ -338,6 +340,34 @@ stages:
    reward: {functions: ["stopping:reward"]}, ppo: {iterations: 4, epochs: 1}}
 - {command: sample, model: {path: $ppo/model}, data_path: $task/eval_prompts.jsonl, max_prompt_length: 2}
 """
+
+
+TWO = """
+output_dir: out
+stages:
+- {name: one, command: data make, function: "rlhf_jax.tasks.random_walks:write", num: 4}
+- {name: two, command: data make, function: "rlhf_jax.tasks.random_walks:write", num: 4}
+"""
+
+
+def test_a_signal_that_came_as_a_stage_ended_stops_the_recipe_before_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    execute, watch = cli.execute, interrupts.Watch()
+
+    def ends(*given):
+        loop = interrupts.Interrupts(print)
+        signal.raise_signal(signal.SIGTERM)
+        loop.close()
+        return execute(*given)
+
+    try:
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after stage one; the same command"):
+            patch.setattr(cli, "execute", ends)
+            run(TWO)
+    finally:
+        watch.close()
+    assert Path("out/one").exists() and not Path("out/two").exists()
+    assert [row["finished_before"] for row in run(TWO)["stages"]] == [True, False]
 
 
 @pytest.mark.slow

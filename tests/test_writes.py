@@ -441,6 +441,30 @@ def test_a_lost_terminal_saves_like_sigterm_and_nohup_ignores_it(ignored, signal
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == expected
 
 
+HANDS_ON = """
+import os, signal, time
+from rlhf_jax.hosts.interrupts import Ending, Interrupts, in_force
+ending, said = Ending(), []
+outer = Interrupts(said.append)
+first = Interrupts(said.append)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+first.close()
+second = Interrupts(said.append)
+print(first.received, outer.received, second.received, repr(ending.received), len(said), end=" ")
+second.close()
+outer.close()
+print(in_force() is ending, ending.received, end="")
+"""
+
+
+def test_a_signal_that_came_after_a_loops_last_step_stops_what_comes_next():
+    """A loop within a loop, as the SFT of a round, has nothing left to stop; what is around and after it has."""
+    command = [sys.executable, "-c", HANDS_ON]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == "SIGTERM SIGTERM SIGTERM '' 1 True SIGTERM"
+
+
 # --- standard output
 
 

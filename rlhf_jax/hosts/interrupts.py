@@ -28,10 +28,16 @@ class Watch:
     Of two watches the later one has them until it is closed. A SIGHUP that is ignored, as it is under nohup, stays so.
     A SIGINT is taken even so: shells start background jobs with it ignored, and `kill -INT` should stop these too.
     Outside the main thread nothing is installed.
+
+    Attributes:
+        received: name of the first signal that a loop was asked to stop by; here one that had no step left to stop
+            after, so that what comes next has to.
     """
 
     def __init__(self, *, install: bool = True):
         """Without `install` signals are left as they are."""
+        below = in_force()
+        self.received = below.received if below else ""
         self._installed = install and threading.current_thread() is threading.main_thread()
         if not self._installed:
             return
@@ -71,19 +77,22 @@ class Watch:
         os.close(self._reader)
 
 
+def in_force() -> Watch | None:
+    """The watch that has the signals, if one has."""
+    watch = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return watch if isinstance(watch, Watch) else None
+
+
 class Interrupts(Watch):
-    """The first signal sets `received` and is said; the second ends the process at once, unless it is a SIGHUP: a
-    terminal that closes, or a machine that shuts down, may send that one beside others.
+    """The first signal sets `received` and is said; the watch below has it, too, when this one is closed. The second
+    ends the process at once, unless it is a SIGHUP: a terminal that closes, or a machine that shuts down, may send that
+    one beside others.
 
     In a notebook the second one raises KeyboardInterrupt instead, as soon as it can.
-
-    Attributes:
-        received: name of the first signal, or empty.
     """
 
     def __init__(self, say: Callable[[str], None], *, install: bool = True):
         """`say` is told that the run is stopping, in the thread."""
-        self.received = ""
         self._say, self._count, self._said = say, 0, False
         self._interactive = hasattr(sys, "ps1")
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
@@ -105,6 +114,11 @@ class Interrupts(Watch):
                 self._say(f"{self.received}: finishing the step and saving; a second one stops at once")
         elif number != signal.SIGHUP and not self._interactive:
             end(number, "\n")
+
+    def close(self) -> None:
+        super().close()
+        if below := in_force():
+            below.received = below.received or self.received
 
     def _leave_terminal(self) -> None:
         """What is still to be said goes nowhere: to a terminal that is gone it would be an error."""

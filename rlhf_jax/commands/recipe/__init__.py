@@ -21,6 +21,7 @@ from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import check_hub, read_object
+from rlhf_jax.hosts.interrupts import in_force
 from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.hosts.outputs import there
 from rlhf_jax.hosts.processes import say
@@ -102,6 +103,10 @@ def run(
             say(f"\n[{number}/{len(stages)}] {one.label}: {one.command}, {WORDS[actions[one.label]]}")
             if actions[one.label] != "skip":
                 perform(one.now(), actions[one.label], record)
+            (stop,) = processes.any_of([bool((watch := in_force()) and watch.received)])
+            if stop and number < len(stages):
+                code = getattr(getattr(one.config, "run", None), "exit_code_when_stopped", 0)
+                raise Stopped(f"recipe: stopped after stage {one.label}; the same command goes on there", code)
         summary = processes.from_first(conclude)
     finally:
         record.close()
