@@ -37,7 +37,7 @@ class Watch:
     def __init__(self, *, install: bool = True):
         """Without `install` signals are left as they are."""
         below = in_force()
-        self.received = below.received if below else ""
+        self.received: str = below.received if below else ""
         self._installed = install and threading.current_thread() is threading.main_thread()
         if not self._installed:
             return
@@ -84,11 +84,10 @@ def in_force() -> Watch | None:
 
 
 class Interrupts(Watch):
-    """The first signal sets `received` and is said; the watch below has it, too, when this one is closed. The second
-    ends the process at once, unless it is a SIGHUP: a terminal that closes, or a machine that shuts down, may send that
-    one beside others.
+    """The first signal sets `received` and is said; the watch below has it, too, when this one is closed.
 
-    In a notebook the second one raises KeyboardInterrupt instead, as soon as it can.
+    The second ends the process at once, unless it is a SIGHUP: a terminal that closes, or a machine that shuts down,
+    may send that one beside others. In a notebook the second one raises KeyboardInterrupt instead, as soon as it can.
     """
 
     def __init__(self, say: Callable[[str], None], *, install: bool = True):
