@@ -317,6 +317,7 @@ MISTAKES = {
     "evaluate --reference r --sources '[{top_p: 0.9}]'": "of a model's own samples, but top_p draws them from another",
     "evaluate --reference r --sampling.top_k 4": "but sampling.top_k draws them from another law",
     "evaluate --reference r --sources '[{temperature: 0}]'": "but temperature 0 draws them from another law",
+    "evaluate --reference r --sampling.temperature 1e-5": "but temperature 1e-05 draws them from another law",
     "evaluate --prompts [b] --output_dir e --text_path no.jsonl": "no.jsonl: no such file",
     "evaluate --prompts [b] --output_dir e --judge.function a:b --judge.url http://x": "name one judge",
     "evaluate --pass_at [1,5]": r"pass_at \[1, 5\] are not different numbers from 1 to 4, the responses",

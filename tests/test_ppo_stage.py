@@ -182,7 +182,7 @@ def test_there_is_no_kl_at_step_0_where_stop_ids_are_forbidden_at_first(one_devi
 @pytest.mark.parametrize(
     ("ppo", "other", "words"),
     [
-        ({}, {"sampling__temperature": 0.0}, ["sampling.temperature 0.0", "above 0"]),
+        ({}, {"sampling__temperature": 0.0}, ["sampling.temperature 0.0", "at least 0.01"]),
         ({"old_logprobs": "sampler"}, {"sampling__top_p": 0.9}, ["ppo.old_logprobs", "top_p"]),
         ({"old_logprobs": "sampler"}, {"sampling__min_new_tokens": 1}, ["ppo.old_logprobs", "min_new_tokens"]),
         ({"old_logprobs": "sampler", "train_temperature": 2.0}, {}, ["ppo.train_temperature 2", "recompute"]),

@@ -15,6 +15,9 @@ SEEDS = "between 0 and 2**32 - 1"
 SMALLEST, LARGEST = 1e-18, 1e18
 """Sizes of numbers whose squares, products and ratios are numbers of float32, in which all is computed."""
 
+COLDEST = 0.01
+"""Log-probs over a lower temperature are sampled from, but not learned from: rounding is a part of them."""
+
 SECONDS = "at least 0 and at most 1000000"
 """More is too long for the clocks of threads, sockets and browsers."""
 

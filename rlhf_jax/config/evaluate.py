@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from rlhf_jax.config.checks import check
+from rlhf_jax.config.checks import COLDEST, check
 from rlhf_jax.config.feedback import SourcesArgs
 from rlhf_jax.config.settings import PathText, settings
 from rlhf_jax.errors import UserError, shown
@@ -51,7 +51,7 @@ class EvaluateArgs(SourcesArgs):
             "sampling.top_k": self.sampling.top_k > 0,
             "top_p": min([self.sampling.top_p, *(s.top_p for s in self.sources if s.top_p is not None)]) < 1,
             "sampling.min_new_tokens": self.sampling.min_new_tokens > 0,
-            "temperature 0": min(temperatures) == 0,
+            f"temperature {min(temperatures):g}": min(temperatures) < COLDEST,
         }
         if self.reference and any(laws.values()):
             name = next(name for name, other in laws.items() if other)

@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import SamplingConfig
+from rlhf_jax.config.checks import COLDEST
 from rlhf_jax.inference import drawing
 from rlhf_jax.inference.engine import Engine
 from rlhf_jax.inference.slots import Begun, choose_slots, queue_of, split
@@ -22,9 +23,6 @@ from rlhf_jax.models.model import Model, of_length
 from rlhf_jax.sharding import data_ways, on_own_rows
 from rlhf_jax.tokens import map_microbatches
 from rlhf_jax.types import Params, Rollout
-
-SMALL = 0.01
-"""Log-probs over a temperature below it are sampled from, but not learned from: rounding is a part of them."""
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +146,7 @@ def draw_from_logits(
     greedy = law.temperature == 0
     # Over a small temperature logits are so large that a bit of them is many nats; what they are below the largest is
     # exact. Over another one they stay as they are, as those of `token_logprobs` do.
-    origin = jnp.where(law.temperature < SMALL, logits.max(axis=-1, keepdims=True), 0.0)
+    origin = jnp.where(law.temperature < COLDEST, logits.max(axis=-1, keepdims=True), 0.0)
     scaled = (logits - origin) / jnp.where(greedy, 1.0, law.temperature)
     ids = None
     if candidates and filtered:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.config import OnlineArgs, OnlineConfig, SamplingConfig, bind
+from rlhf_jax.config.checks import COLDEST
 from rlhf_jax.errors import UserError
-from rlhf_jax.inference.sampling import SMALL
 from rlhf_jax.online.law import hidden_filter
 from rlhf_jax.sharding import Mesh, check_rows
 from rlhf_jax.training.sums import check_sum
@@ -18,9 +18,9 @@ def check(config: OnlineArgs, settings: OnlineConfig, group: str) -> None:
     sampling, size = config.sampling, config.data.batch_size
     trained = settings.train_temperature or sampling.temperature
     for name, value in (("sampling.temperature", sampling.temperature), (f"{group}.train_temperature", trained)):
-        if value < SMALL:
+        if value < COLDEST:
             raise UserError(
-                f"{name} {value}: {group.upper()} learns from log-probs of random samples; make it at least {SMALL}"
+                f"{name} {value}: {group.upper()} learns from log-probs of random samples; make it at least {COLDEST}"
             )
     check_law(config, settings, group)
     if sampling.min_new_tokens and settings.stop == "truncate":
