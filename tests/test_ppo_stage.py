@@ -487,7 +487,7 @@ def test_a_run_with_every_option_at_once_trains_and_reports_its_invariants(one_d
         assert abs(line["policy/first_ratio_max"] - 1) < 2e-6 and line["policy/first_clip_fraction"] == 0.0
         assert line["optim/skipped"] == 0.0 and line["policy/epochs_taken"] == 2.0 and line["ptx/nll"] > 0
     assert trained[0]["optim/lr"] > trained[1]["optim/lr"] > 0
-    assert {len(prompts) for prompts, _ in seen} == {16}
+    assert {len(prompts) for prompts, _ in seen} == {16, 5}
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {0, 1, 2}
     policy, value = (load(tmp_path / "run" / name, head) for name, head in (("model", False), ("value_model", True)))
