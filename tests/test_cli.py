@@ -123,12 +123,12 @@ def call(capsys):
 
 @pytest.fixture
 def refused(call):
-    """refused(*arguments) -> the error's line, after checking that there is nothing else and the exit code is 2."""
+    """refused(*arguments) -> the error line of exit code 2, beside which only what prompts were read is told."""
 
     def refused(*arguments: str) -> str:
         code, _, err = call(*arguments)
         assert code == 2
-        lines = [line for line in re.split(r"[\r\n]", err) if line]
+        lines = [line for line in re.split(r"[\r\n]", err) if line and not line.startswith("prompts: kept")]
         assert len(lines) == 1, err
         assert lines[0].startswith("rlhf-jax: error: ") and "Traceback" not in err
         return lines[0].removeprefix("rlhf-jax: error: ")
@@ -747,7 +747,7 @@ def test_a_ppo_run_from_start_to_finish_and_again_from_its_own_config(here, call
     assert "ppo: 8 device(s) (cpu), mesh data 8 x fsdp 1 x tensor 1" in out
     assert "model: 2,992 parameters, 1 layers, computing in float32" in out
     assert "iterations 2, new tokens per iteration at most 32" in out
-    done, *remarks = out.splitlines()[-2:]  # two iterations made nothing better
+    done, *remarks = out.splitlines()[-3:]  # nothing got better; special tokens within responses
     assert re.fullmatch(r"ppo: done in \S+ s, written to out", done)
     assert remarks == [f"! {remark}" for remark in json.loads((here / "out" / "summary.json").read_text())["remarks"]]
     assert not err
@@ -887,7 +887,9 @@ def test_sample_and_score_on_saved_models(here, call):
     ask = ["--prompts", "[b, c d]", "--num_samples", "2", "--sampling.max_new_tokens", "4"]
     code, out, err = call("sample", "--model.path", "lm", *ask, "--output", "made/rows.jsonl")
     loaded = "the model is loaded, the first batch compiles\n"
-    assert (code, out, err) == (0, "", f"sample: 4 responses; prompts up to 36 tokens, responses 4; {loaded}")
+    begun = f"sample: 4 responses; prompts up to 36 tokens, responses 4; {loaded}"
+    hidden = "2 of 4 responses have special tokens that their text does not show\n"
+    assert (code, out, err) == (0, "", begun + hidden)
     rows = rows_of((here / "made" / "rows.jsonl").read_text())
     assert [row["prompt"] for row in rows] == ["b", "b", "c d", "c d"]
     assert all(set(row) == {"prompt", "response", "response_ids", "finished"} for row in rows)
@@ -899,7 +901,9 @@ def test_sample_and_score_on_saved_models(here, call):
         here / "rows.jsonl", [{**row, "id": i} for i, row in enumerate(rows)] + [{"prompt": "b", "response": ""}]
     )
     code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--output", "scored.jsonl")
-    assert (code, out, err) == (0, "", f"score: 5 rows; {loaded}")
+    unseen = "2 responses whose ids have special tokens that their text does not show\n"
+    kept = "rows: kept 5 of 5 rows; dropped 0; truncated"
+    assert (code, out, err) == (0, "", f"{kept} 0; {unseen}score: 5 rows; {loaded}")
     scored = rows_of((here / "scored.jsonl").read_text())
     assert [{k: v for k, v in row.items() if k != "score"} for row in scored] == rows_of(
         (here / "rows.jsonl").read_text()
@@ -917,7 +921,7 @@ def test_sample_and_score_on_saved_models(here, call):
     # Standard output is rows and nothing else, so that it can be piped.
     code, out, err = call("score", "--model.path", "rm", "--data_path", "rows.jsonl", "--max_prompt_length", "1")
     assert code == 0 and [row["id"] for row in rows_of(out)[:4]] == [0, 1, 2, 3]
-    assert err == f"! rows: kept 5 of 5 rows; dropped 0; truncated 2\nscore: 5 rows; {loaded}"
+    assert err == f"! {kept} 2; {unseen}score: 5 rows; {loaded}"
     assert ["cut" in row for row in rows_of(out)] == [False, False, True, True, False]
 
     assert call("score", "--model.path", "nowhere", "--data_path", "rows.jsonl", "--output", "again.jsonl")[0] == 2
