@@ -123,12 +123,12 @@ def call(capsys):
 
 @pytest.fixture
 def refused(call):
-    """refused(*arguments) -> the error line of exit code 2, beside which only what prompts were read is told."""
+    """refused(*arguments) -> the error's line, after checking that there is nothing else and the exit code is 2."""
 
     def refused(*arguments: str) -> str:
         code, _, err = call(*arguments)
         assert code == 2
-        lines = [line for line in re.split(r"[\r\n]", err) if line and not line.startswith("prompts: kept")]
+        lines = [line for line in re.split(r"[\r\n]", err) if line]
         assert len(lines) == 1, err
         assert lines[0].startswith("rlhf-jax: error: ") and "Traceback" not in err
         return lines[0].removeprefix("rlhf-jax: error: ")

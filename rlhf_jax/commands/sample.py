@@ -46,9 +46,7 @@ def say_loaded(what: str) -> None:
 def run_sample(config: SampleArgs) -> list[Row]:
     """num_samples responses to every prompt, as sft rows with `response_ids`; written or printed, and returned."""
     prompts, tokenizer = within_limits(config, prompts_of(config)), load_tokenizer(config.model)
-    examples, report = prompt_examples(prompts, tokenizer, Limits(config.max_prompt_length))
-    if len(examples) != len(prompts):
-        raise UserError(f"prompts: {report}; remove the empty ones")
+    examples, _ = prompt_examples(prompts, tokenizer, Limits(config.max_prompt_length))
     longest = max(len(example["tokens"]) for example in examples)
     each, count = config.num_samples, len(prompts) * config.num_samples
     size = min(max(config.batch_size // each, 1) * each, count)  # whole prompts

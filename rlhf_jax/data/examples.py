@@ -19,6 +19,9 @@ from rlhf_jax.data.rows import ANSWERS, DroppedRow, Row, bad_row, layout_of
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
+EMPTY = "with an empty prompt"
+"""Why a prompt is left out."""
+
 OPEN_PACKS = 64  # sequences that `pack` keeps open: more fill better, but every row looks at all of them
 
 
@@ -75,7 +78,7 @@ def prompt_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tu
         row = schemas.prompt_row(row)
         tokens, cut = encoder.prompt(row)
         if not tokens:
-            raise DroppedRow(f"{row['_where']}: the prompt has no tokens", "with an empty prompt")
+            raise DroppedRow(f"{row['_where']}: the prompt has no tokens", EMPTY)
         given, ids = row["prompt"], np.asarray(tokens, np.int32)
         text, columns = tokenizer.prompt_text(given), schemas.columns_of(row)
         seen = encoder.seen(tokens, cut)

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.encoding import Encoder, Limits, Report
-from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.examples import EMPTY, prompt_examples
 from rlhf_jax.data.rows import EXTENSIONS, READ, DroppedRow, Row, carried, layout_of, tell_left, where_of
 from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
@@ -70,17 +70,25 @@ def within_limits(config: DrawArgs | SampleArgs, prompts: list[Row]) -> list[Row
 
 
 def fitting(prompts: list[Row], tokenizer: Tokenizer, limits: Limits, shots: Sequence[Row]) -> list[Row]:
-    """The prompts that are within the limits, with demonstrations before them; says what became of the others."""
+    """The prompts that are within the limits, with demonstrations before them; says what became of the others.
+
+    Raises:
+        UserError: none is left, or one has no token of its own.
+    """
     encoder, kept, dropped, cuts = Encoder(tokenizer, limits), list[Row](), Counter[str](), 0
     for row in prompts:
         try:
             ids, cut = encoder.prompt(with_shots(row, shots))
+            if not (tokenizer.encode_prompt(row["prompt"]) if shots else ids):
+                raise DroppedRow(f"{row['_where']}: the prompt has no tokens", EMPTY)
         except DroppedRow as drop:
             dropped[drop.reason] += 1
             continue
         kept.append(row | encoder.seen(ids, cut))
         cuts += cut
     report = Report(len(kept), dict(dropped), cuts, remarks=dict(+encoder.remarks))
+    if EMPTY in dropped:
+        raise UserError(f"prompts: {report}; remove the empty ones")
     if not kept:
         raise UserError(f"no prompt is left: {report}; raise max_prompt_length, or set too_long truncate")
     if dropped or cuts or report.remarks:
@@ -237,9 +245,7 @@ class Sources:
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         drawer = self.drawer(source)
         limits = Limits(self.config.max_prompt_length)
-        seen, report = prompt_examples(list(self.prompts), drawer.tokenizer, limits)
-        if len(seen) != len(self.prompts):
-            raise UserError(f"prompts: {report}; remove the empty ones")
+        seen, _ = prompt_examples(list(self.prompts), drawer.tokenizer, limits)
         with jax.set_mesh(self.mesh.grid):
             measure = begin(drawer) if begin else lambda drawn: [{} for _ in drawn]
 

@@ -145,8 +145,9 @@ def draw_from_logits(
     """
     greedy = law.temperature == 0
     # Over a small temperature logits are so large that a bit of them is many nats; what they are below the largest is
-    # exact. Over another one they stay as they are, as those of `token_logprobs` do.
-    origin = jnp.where(law.temperature < COLDEST, logits.max(axis=-1, keepdims=True), 0.0)
+    # exact. Over another one they stay as they are, as those of `token_logprobs` do, and are not read once more.
+    largest, nothing = partial(jnp.max, axis=-1, keepdims=True), lambda x: jnp.zeros((len(x), 1), x.dtype)
+    origin = jax.lax.cond(law.temperature < COLDEST, largest, nothing, logits)
     scaled = (logits - origin) / jnp.where(greedy, 1.0, law.temperature)
     ids = None
     if candidates and filtered:

@@ -297,9 +297,10 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
 
 def held_out(method: Method, loop: LoopState) -> Iterator[tuple[Batch, Table, dict[str, np.ndarray], float | None]]:
     """(a held-out batch, its responses, the numbers of its valid rows, mean gold), the same noise every time."""
+    policy = loop.policy
     for i, batch in enumerate(method.inputs.held_out):
         key, _ = jax.random.split(key_at(method, "evaluation", i))  # as in `iterate`, so that nothing compiles anew
-        rollout, (_, _, _, per_row), gold = roll_out(method, loop, loop.policy, batch, key)
+        rollout, (_, _, _, per_row), gold = roll_out(method, loop, policy, batch, key)
         rows = {name: x[batch["valid"]] for name, x in to_host(per_row).items()}
         yield batch, {"rollout": rollout, **per_row}, rows, gold
 
