@@ -26,6 +26,7 @@ from rlhf_jax.data.encoding import Encoder, Limits
 from rlhf_jax.data.examples import prompt_examples, sft_examples
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import ALTERED, HIDDEN, OTHER_IDS, RESPACED, STOPPED, UNKNOWN, WITHIN, Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
 from rlhf_jax.feedback.sources import fitting
@@ -303,6 +304,13 @@ def test_commands_that_draw_say_what_becomes_of_prompts(capsys):
     assert f"prompts: kept 2 of 2 rows; dropped 0; truncated 0; 1 {ALTERED}" in capsys.readouterr().err
     fitting([{"prompt": "yes", "_where": "a"}], Tokenizer(lower_case()), LIMITS, [])
     assert not capsys.readouterr().err
+    empty = [{"prompt": "Yes", "_where": "a"}, {"prompt": " ", "_where": "b"}]
+    for shots in ([], [{"prompt": "yes", "response": "no", "_where": "c"}]):
+        with pytest.raises(
+            UserError, match=r"^prompts: kept 1 of 2 rows; dropped 1 with an empty prompt; .*; remove the"
+        ):
+            fitting(empty, Tokenizer(lower_case()), LIMITS, shots)
+        assert not capsys.readouterr().err
 
 
 # ---- files
