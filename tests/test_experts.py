@@ -26,7 +26,7 @@ from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.exchange import over_devices, room
 from rlhf_jax.models.experts import Experts, Routing, balance_loss, balanced
-from rlhf_jax.models.grouped import COUNTED, Places, by_blocks, by_key, by_parts, grouped, spread
+from rlhf_jax.models.grouped import COUNTED, Places, by_blocks, by_key, by_parts, collect, grouped, spread
 from rlhf_jax.models.hf import stored
 from rlhf_jax.models.kernels import attached, dense, merged, quantized
 from rlhf_jax.models.loading import Loaded, adapted, load_model, save_model
@@ -132,6 +132,24 @@ def test_no_pass_over_all_pairs_clears_what_nobody_reads():
             text = str(jax.make_jaxpr(lambda params, x: layer.apply(params, x, real)[0])(params, x))
         found = re.findall(r":f32\[([\d,]+),64\] = gather\[.*?mode=GatherScatterMode\.(\w+)", text, re.DOTALL)
         assert len(found) >= gathers and {mode for _, mode in found} <= {"CLIP", "PROMISE_IN_BOUNDS"}, found
+
+
+def test_of_rows_that_nobody_reads_nothing_gets_into_gradients():
+    """Also where they are no numbers, as a TPU may leave them: padding gets 0, and so do places without a pair."""
+    chosen = np.random.default_rng(0).integers(0, 4, (96, 2)).astype(np.int32)
+    chosen[::3] = 4  # padding
+    places = Places.of(jnp.asarray(chosen), 4)
+    source, place = np.asarray(places.source), np.asarray(places.place)
+    read, real = source < chosen.size, chosen[:, 0] < 4
+    assert not read[-1] and (place[~real] == len(source)).all()
+    x, rows = (np.random.default_rng(1).normal(size=(size, 3)).astype(np.float32) for size in (96, len(source)))
+    given = jnp.where(read[:, None], rows, jnp.nan)
+    (by_token,) = jax.vjp(lambda x: spread(x, places), jnp.asarray(x))[1](given)
+    expected = np.where(real[:, None], rows[np.where(real[:, None], place, 0)].sum(1), 0)
+    np.testing.assert_allclose(by_token, expected, rtol=1e-6)
+    given = jnp.where(real[:, None, None], jnp.stack([x, x], axis=1), jnp.nan)
+    (by_row,) = jax.vjp(lambda y: collect(y, places), jnp.asarray(rows))[1](given)
+    np.testing.assert_array_equal(by_row, np.where(read[:, None], x[np.where(read, source // 2, 0)], 0))
 
 
 def test_few_tokens_copy_no_weights_of_experts():
