@@ -390,6 +390,13 @@ def test_what_is_given_twice_is_said_unless_a_command_line_changes_what_a_file_s
     assert (out, err) == ("", f"given twice, the last one holds: {TWICE[line]}\n" if TWICE[line] else "")
 
 
+def test_what_is_given_twice_is_not_said_before_a_refusal(capfd):
+    for command in ("grpo --optim.b1 .5 --optim.b1 2", "plan --stage sft --topology v5e:4x4 --topology="):
+        assert cli.code_of(command.split()) == 2
+        out, err = capfd.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and err.startswith("rlhf-jax: error: "), err
+
+
 def test_of_very_many_given_twice_some_are_named_and_the_rest_is_counted(capfd):
     names = [f"optim.{name}" for name in ("learning_rate", "eps", "weight_decay", "clip_norm", "warmup_steps")]
     names += [f"data.{name}" for name in ("max_length", "max_prompt_length", "batch_size", "path", "eval_path")]

@@ -75,8 +75,9 @@ def settings_of(command: str, rest: list[str]) -> tuple[Any, ...]:
     if command == "recipe":  # the options that replace parts of its file stay texts
         given = list(pairs(rest))
         others = {name: text for name, text in given if name.partition(".")[0] in ("variables", "defaults", "stages")}
+        made = parse(command, [f"--{name}={text}" for name, text in given if name not in others])
         tell_replaced([("", name, text) for name, text in given if name in others])
-        return parse(command, [f"--{name}={text}" for name, text in given if name not in others]), others
+        return made, others
     return (parse(command, rest),)
 
 

@@ -138,7 +138,6 @@ def parse(command: str, arguments: list[str]) -> Any:
     for where, option, value in given:
         if line := refusal(option, value, hints, command):
             raise UserError(where + line)
-    tell_replaced(given)
     parser = parser_of(command)
     try:
         parsed = parser.instantiate(parser.parse_args(plain))
@@ -158,9 +157,11 @@ def parse(command: str, arguments: list[str]) -> Any:
     except Exception as error:  # whatever the parser makes of odd input
         raise UserError(f"the options cannot be read ({type(error).__name__}: {reason(error)})") from error
     try:
-        return cls(**{name: parsed[name] for name in fields(cls)})
+        made = cls(**{name: parsed[name] for name in fields(cls)})
     except UserError as error:
         raise at_line(error, given) from None
+    tell_replaced(given)  # last: a refusal is one line
+    return made
 
 
 def of_values(hint: Hint) -> bool:
