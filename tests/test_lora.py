@@ -48,7 +48,7 @@ from rlhf_jax.inference.sampling import SamplingLaw, sample
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.hf.layout import flattened
 from rlhf_jax.models.hf.table import FAMILIES
-from rlhf_jax.models.kernels import Stack, dense, joined, quantized
+from rlhf_jax.models.kernels import Adapted, Stack, dense, joined, multiplied_out, quantized
 from rlhf_jax.models.lora import init_adapters, scale_of, sites
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.preference import of_all
@@ -131,6 +131,13 @@ def test_an_adapter_is_scale_times_a_b_on_its_own_module_alone():
     assert_same_bits(rest(found), rest(PARAMS))
 
 
+def test_no_update_is_lost_in_a_kernel_that_is_kept_in_bfloat16():
+    kernel, a, b = (jax.random.normal(jax.random.fold_in(KEY, i), (9, 9)) for i in range(3))
+    kernel, b = kernel.astype(jnp.bfloat16), b * 1e-4  # below half an ulp of most weights
+    found = multiplied_out(Adapted(kernel, a, b, 2.5))
+    np.testing.assert_allclose(found - kernel.astype(jnp.float32), 2.5 * np.asarray(a) @ b, atol=3e-7)
+
+
 def test_gradients_are_those_of_the_merged_kernel_by_the_chain_rule():
     trained = adapters(GROUPED)
     whole = joined(PARAMS, trained)
@@ -149,9 +156,10 @@ def test_gradients_are_those_of_the_merged_kernel_by_the_chain_rule():
         np.testing.assert_allclose(leaf, value, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("how", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("how", ["bfloat16", "int8", "nf4"])
 def test_the_sampler_draws_from_the_adapted_law(how):
-    whole = joined(quantized(PARAMS, how), adapters(GROUPED))
+    base = jax.tree.map(lambda x: x.astype(how), PARAMS) if how == "bfloat16" else quantized(PARAMS, how)
+    whole = joined(base, adapters(GROUPED))
     prompt = batch()["tokens"][:, :3]
     law = SamplingLaw(jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.int32(0))
     drawn = sample(

@@ -169,7 +169,7 @@ def _nf4_values(codes: Array) -> Array:
 
 
 def multiplied_out(kernel: Kernel) -> Array:
-    """The array that a kernel of any kind stands for, W + scale A B."""
+    """The array that a kernel of any kind stands for; W + scale A B in float32, which W's dtype may not hold."""
     if not isinstance(kernel, Adapted):
         return dense(kernel)
 
@@ -177,7 +177,7 @@ def multiplied_out(kernel: Kernel) -> Array:
         rank = b.shape[0]
         a, b = a.reshape(-1, rank), b.reshape(rank, -1)
         delta = kernel.scale * jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST).reshape(base.shape)
-        return (base + delta).astype(base.dtype)
+        return base + delta
 
     return (jax.vmap(summed) if kernel.of_experts else summed)(dense(kernel.kernel), kernel.a, kernel.b)
 
