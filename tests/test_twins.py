@@ -169,6 +169,16 @@ def test_lines_are_sent_once_and_whole(bucket):
         assert len([name for name in bucket.objects if name.endswith("metrics.jsonl")]) == 1
 
 
+def test_events_and_traces_stay_when_a_run_goes_on_and_have_their_own_names_at_its_end(bucket):
+    for time in "12":
+        with twin.Twin(URL) as one:
+            for name in (f"tensorboard/events.{time}", f"profile/{time}/trace", *["summary.json"] * (time == "2")):
+                (one.place / name).parent.mkdir(parents=True, exist_ok=True)
+                (one.place / name).write_text(time)
+    made = {f"runs/a/{name}{time}" for name in ("tensorboard/events.", "profile/") for time in "12"}
+    assert {name.removesuffix("/trace") for name in bucket.objects if "run/" not in name} >= made
+
+
 @pytest.mark.parametrize("what", ["flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket, held, alone, capsys, what):
     def before_step(out, i):

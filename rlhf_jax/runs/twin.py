@@ -50,8 +50,8 @@ from rlhf_jax.runs.pieces import (
 BEAT, LIFETIME = 15.0, 60.0
 """Seconds between signs of life, and without one until somebody else may take over."""
 
-LEFT = ("model", "value_model", "tensorboard", "profile")
-"""What is not needed to go on, and stays in the bucket alone."""
+LEFT = ("model", "value_model")
+"""What is not needed to go on and made as a whole, so that it stays in the bucket alone."""
 
 MOST_PARTS = 64
 """Objects that a file which is appended to may consist of."""
