@@ -15,6 +15,7 @@ from tiny import toy_directory
 from rlhf_jax import cli
 from rlhf_jax.commands import recipe
 from rlhf_jax.commands.recipe.reading import read, replaced
+from rlhf_jax.commands.recipe.record import Record
 from rlhf_jax.config import RecipeArgs, rates
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import interrupts
@@ -173,7 +174,8 @@ def test_a_mistake_in_the_last_round_is_found_before_the_first_runs(here):
     with pytest.raises(UserError, match=r"stage reward: data: mixture: '\$al': there is no \$al .*mean \$all"):
         run(text)
     assert not Path("out").exists()
-    assert "rounds: '0' is no number" in refusal(ROUNDS.replace("rounds: 3", "rounds: 0"))
+    for number in ("0", "00", "-1", "²"):
+        assert f"rounds: '{number}' is no number" in refusal(ROUNDS.replace("rounds: 3", f"rounds: '{number}'"))
     assert "carry.all has no then" in refusal(ROUNDS.replace(", then: [$all, $rated]", ""))
     text = ROUNDS.replace("path: lm", "path: lm/$all")
     assert "$all is no text" in refusal(text)
@@ -214,6 +216,18 @@ def test_a_changed_stage_is_refused_and_remade_with_what_follows_if_asked(here):
     assert Path("out/joined.jsonl").stat().st_mtime_ns > before
     run(RECIPE, {"variables.noise": 0.25})
     assert calls() == []
+
+
+def test_a_finished_stage_is_not_taken_for_another_where_a_run_may_change(here):
+    text = "output_dir: out\nstages:\n- {command: sft, model: {path: lm}, checkpoint: {allow_changes: true}}"
+    Path("out").mkdir()
+    record, changed = Record("out"), stages(text, {"stages.sft.optim.learning_rate": 1e-3})["sft"]
+    record.start(stages(text)["sft"], "run")
+    assert record.actions([changed], overwrite=False) == {"sft": "run"}
+    record.entries["sft"] |= {"status": "finished"}
+    with pytest.raises(UserError, match=r"stage sft: out/sft was made with optim.learning_rate .*, not 0.001; pass"):
+        record.actions([changed], overwrite=False)
+    assert record.actions([changed], overwrite=True) == {"sft": "replace"}
 
 
 def test_what_was_made_of_something_else_is_stale(here):

@@ -125,7 +125,7 @@ class Recipe:
         """The stages of every round. A carried name is `first` in round 1, and what `then` was in the round before."""
         group_of(entry, f"{self.where}: rounds", ("rounds", "carry", "stages"))
         count = filled(entry["rounds"], names, f"{self.where}: rounds", set())
-        if not isinstance(count, str) or not count.isdigit() or count == "0":
+        if not isinstance(count, str) or not count.isdecimal() or int(count) < 1:
             raise self.error("rounds", f"{count!r} is no number of rounds; give a whole number of at least 1")
         carry = {
             name: group_of(both, f"{self.where}: carry.{name}", ("first", "then"), all_of_them=True)

@@ -116,7 +116,8 @@ class Record:
         same = {name for name in files if before.get(name) == files[name]} | set(OF_NO_ACCOUNT)
         differ = {name: pair for name, pair in directory.changes(stage.config, entry).items() if name not in same}
         keeps = getattr(stage.config, "checkpoint", None)
-        if differ and not (keeps is not None and keeps.allow_changes):
+        may_change = keeps is not None and keeps.allow_changes and entry["status"] != "finished"
+        if differ and not may_change:
             name, (then, now) = next(iter(differ.items()))
             return f"was made with {name} {then}, not {now}"
         for label in stage.inputs:
