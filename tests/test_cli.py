@@ -708,7 +708,12 @@ def test_a_run_directory_in_use_is_refused_and_stays_as_it_is(here, refused, com
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("model.path", "out/model"), ("data.path", "out/samples.jsonl"), ("model.tokenizer", "out/checkpoints")],
+    [
+        ("model.path", "out/model"),
+        ("data.path", "out/samples.jsonl"),
+        ("model.tokenizer", "out/checkpoints"),
+        ("data.mixture", "out/samples.jsonl"),
+    ],
 )
 def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, option, value):
     from rlhf_jax.runs.run import Run
@@ -716,7 +721,8 @@ def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, option, value)
     monkeypatch.chdir(tmp_path)
     leave_run(tmp_path / "out")
     before = tree_bytes(tmp_path / "out")
-    arguments = [f"--{option}", value, "--run.output_dir", "../" + tmp_path.name + "/out", "--run.overwrite", "true"]
+    given = f"[a.jsonl, {value}]" if option == "data.mixture" else value
+    arguments = [f"--{option}", given, "--run.output_dir", "../" + tmp_path.name + "/out", "--run.overwrite", "true"]
     with pytest.raises(
         UserError, match=rf"^{option} {value} is part of the run that would be replaced; choose another"
     ):

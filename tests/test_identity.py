@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import ONE, TOY_ROWS, toy_directory
 
 from rlhf_jax import preference, sft
+from rlhf_jax.cli.commands import COMMANDS
 from rlhf_jax.commands import bestofn, recipe, rejection
 from rlhf_jax.config import (
     BestOfNArgs,
@@ -30,7 +33,8 @@ from rlhf_jax.config import (
     SFTArgs,
     SFTConfig,
 )
-from rlhf_jax.config.functions import replace
+from rlhf_jax.config.functions import replace, texts
+from rlhf_jax.config.settings import PathText, hints_of
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback import sources
 from rlhf_jax.models import contents
@@ -102,6 +106,23 @@ def test_contents_change_with_any_byte_of_what_is_read_and_not_with_where_it_lie
         assert contents.digest_of(str(moved)) != found["model.path"], name
         (moved / name).write_bytes(data)
     assert contents.digest_of(str(tmp_path / "nowhere")) == contents.digest_of("hf://nobody/nothing@x") == ""
+
+
+def paths_of(cls):
+    """Names of all fields of a class of settings, and of the groups in it, that hold paths."""
+    for name, hint in hints_of(cls).items():
+        if hint in (PathText, list[PathText]):
+            yield name
+        for part in (hint, *typing.get_args(hint)):
+            yield from paths_of(part) if dataclasses.is_dataclass(part) else ()
+
+
+def test_all_that_commands_read_counts_but_what_only_a_plan_and_a_page_of_now_read():
+    names = {name for command in COMMANDS.values() for name in paths_of(command.args)}
+    written, read_now = {"output", "output_dir", "out"}, {"run", "prices", "calibration"}
+    assert names == contents.OPTIONS | written | read_now
+    group = {"a": [{"b": ["x", ""], "c": 1}, {"d": {"e": "y"}}], "f": "z", "g": {"h": None}}
+    assert list(texts(group)) == [("a.b", "x"), ("a.d.e", "y"), ("f", "z")]
 
 
 def test_of_a_large_file_a_change_in_any_tensor_is_seen(tmp_path, monkeypatch):

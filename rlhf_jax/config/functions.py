@@ -30,6 +30,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, value
 
 
+def texts(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every text in nested dicts and their lists that is not empty."""
+    for name, value in flat(tree, prefix):
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, str) and item:
+                yield name, item
+            elif isinstance(item, (dict, list, tuple)):
+                yield from texts({name: item})
+
+
 def replace(config: Config, **changes: object) -> Config:
     """A copy of a (nested, frozen) config; keys are dotted paths with __ for the dot: replace(cfg, run__seed=1)."""
     for path, value in changes.items():

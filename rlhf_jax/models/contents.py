@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_jax.config import to_dict
-from rlhf_jax.config.functions import flat
+from rlhf_jax.config.functions import flat, texts
 from rlhf_jax.config.settings import HUB_ROWS, Settings
 from rlhf_jax.data import hub_rows
 from rlhf_jax.errors import UserError
@@ -21,7 +20,8 @@ from rlhf_jax.models.hf import directory, hub
 from rlhf_jax.models.loading import OF_MEMBERS
 
 OPTIONS = {"path", "model", "models", "tokenizer", "reference", "teacher", "mixture", "demonstrations"}
-OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path"}
+OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path", "preference_path", "average", "checks", "guidelines"}
+OPTIONS |= {"runs"}
 """Last parts of the names of options that say what to read."""
 
 OF_NO_ACCOUNT = (
@@ -48,28 +48,16 @@ def contents(config: Settings) -> dict[str, str]:
     that make up the model, and of an adapter those of its model too.
     """
     digests: dict[str, str] = {}
-    for option, value in flat(to_dict(config)):
-        named = list(_named(option, value))
-        if named and all(named):
-            digests[option] = _as_one(named)
+    for option, tree in flat(to_dict(config)):
+        found = [digest_of(text) for name, text in texts({option: tree}) if name.rpartition(".")[2] in OPTIONS]
+        if found and all(found):
+            digests[option] = _as_one(found)
     return digests
 
 
 def _as_one(digests: list[str]) -> str:
     """A digest of several; of one, that itself, and of none nothing."""
     return hashlib.blake2b(" ".join(digests).encode()).hexdigest()[:32] if digests[1:] else "".join(digests)
-
-
-def _named(option: str, value: object) -> Iterator[str]:
-    """The digests of all that an option names; empty for what is not there."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _named(f"{option}.{name}", inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _named(option, inner)
-    elif isinstance(value, str) and value and option.rpartition(".")[2] in OPTIONS:
-        yield digest_of(value)
 
 
 def digest_of(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from rlhf_jax.config import ALWAYS_MAY_CHANGE, MAY_CHANGE, EvaluateArgs, QuickstartArgs, StageArgs, to_dict
-from rlhf_jax.config.functions import flat
+from rlhf_jax.config.functions import flat, texts
 from rlhf_jax.config.settings import Settings
 from rlhf_jax.errors import UserError, named, printable, reason, tell
 from rlhf_jax.hosts import yamls
@@ -183,8 +183,8 @@ def check_inputs(stage: str, config: StageArgs) -> None:
 
 def check_inside(config: StageArgs, replaced: Callable[[str], bool]) -> None:
     """Raise a UserError if the config names something that is `replaced`."""
-    for option, value in flat(to_dict(config)):
-        if isinstance(value, str) and value and replaced(value):
+    for option, value in texts(to_dict(config)):
+        if replaced(value):
             raise UserError(
                 f"{option} {value} is part of the run that would be replaced; choose another run.output_dir"
             )
