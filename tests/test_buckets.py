@@ -258,7 +258,8 @@ def test_a_model_in_a_bucket_is_the_old_one_or_the_new_one_or_none(bucket, capsy
     there = {name.removeprefix("out/m/"): data for name, (data, _) in bucket.objects.items() if name[:4] == "out/"}
     assert there == {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     assert "holds a model; give --overwrite true" in refused(capsys, *convert, "gs://bucket/out/m")
-    bucket.put("out/m/model-00001-of-00002.safetensors", b"of an older one")
+    for name in ("model-00001-of-00002.safetensors", "adapter/adapter_config.json"):
+        bucket.put(f"out/m/{name}", b"of an older one")
     bucket.faults.append(lambda method, name: 403 if method == "POST" and name == "out/m/tokenizer.json" else None)
     assert "no credentials, or none" in refused(capsys, *convert, "gs://bucket/out/m", "--overwrite", "true")
     assert "has no config.json" in refused(capsys, "inspect", "gs://bucket/out/m")

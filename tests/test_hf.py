@@ -366,12 +366,13 @@ def test_save_keeps_the_tokenizer_and_follows_links(tmp_path):
     (path / "extra").mkdir()
     (path / "extra" / "note").write_text("kept")
     (path / "pytorch_model.bin").write_text("weights that are replaced")
+    (path / "adapter").mkdir()  # of those weights
     (tmp_path / "link").symlink_to(path)
     params = random_params(TINY, seed=1)
     hf.save_model(tmp_path / "link", TINY, params, eos_ids=[3])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "real"]
     assert (path / "tokenizer.json").read_text() == "{}"
     assert (path / "extra" / "note").read_text() == "kept"
-    assert not (path / "pytorch_model.bin").exists()
+    assert not (path / "pytorch_model.bin").exists() and not (path / "adapter").exists()
     assert_same(params, hf.load_params(path, TINY, score_head=False))
     assert hf.read_config(path)[1]["eos_token_id"] == 3

@@ -26,6 +26,9 @@ WEIGHTS, PICKLES = ".safetensors", ".bin"
 OF_A_MODEL = (*WANTED, WEIGHTS)
 """Endings of all files that make up a model directory."""
 
+BESIDE = ("adapter", "members")
+"""Directories in one that are of the same model."""
+
 DATASET = "dataset_info.json"
 """What makes a directory one that TFDS prepared, of which all is copied."""
 
@@ -204,7 +207,8 @@ def upload_model(folder: Path, url: str) -> None:
         UserError: it was refused; says why.
     """
     with buckets.asked(url):
-        old = [name for name in buckets.below(url) if "/" not in name and name.endswith(OF_A_MODEL)]
+        own = lambda name: "/" not in name or name.partition("/")[0] in BESIDE  # noqa: E731
+        old = [name for name in buckets.below(url) if own(name) and name.endswith(OF_A_MODEL)]
         for name in sorted(old, key=lambda name: name not in HEADS):
             buckets.delete(f"{url}/{name}")
     upload_tree(folder, url)

@@ -1,17 +1,31 @@
-"""Where a model lies: the directory itself, or of a PEFT adapter that of the model which it stands on."""
+"""Where a model lies: the directory itself, or of a PEFT adapter that of the model which it stands on.
+
+And what of a directory goes when another model is written there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import BESIDE
+from rlhf_jax.hosts.files import replacing
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import read_json, typed, understood
 
 ADAPTER = "adapter_config.json"
 """What makes a directory one of a PEFT adapter."""
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_BESIDE = re.compile("|".join(BESIDE))
+_TEXT = re.compile(
+    r"(tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|.*chat_template.*|.*\.(model|tiktoken)"
+)
 MOST_LAYERS = 8
 """Adapters that may stand on one another."""
 
@@ -56,3 +70,19 @@ def layers_of(path: str | os.PathLike[str]) -> list[Path]:
         folders.append(below)
         seen.add(os.path.realpath(below))
     return folders
+
+
+@contextlib.contextmanager
+def replacing_model(path: Path, *, in_place: bool, with_text: bool) -> Iterator[Path]:
+    """`files.replacing` of a directory, of which all stays that is not of its old model.
+
+    Of a model that is written `in_place` all but the weights stays; else a tokenizer stays that the new model, which
+    comes `with_text`, does not replace.
+    """
+    gone = [_WEIGHTS, *[_BESIDE] * (not in_place)]
+    gone += [_TEXT] * (with_text and not in_place and (path / "config.json").exists())
+    with replacing(path) as new:
+        yield new
+        for file in path.iterdir() if path.exists() else []:
+            if not (new / file.name).exists() and not any(names.fullmatch(file.name) for names in gone):
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)

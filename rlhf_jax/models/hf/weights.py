@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
@@ -23,11 +22,10 @@ from safetensors.numpy import save_file
 from rlhf_jax.config import ArchConfig
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.copies import release
-from rlhf_jax.hosts.files import replacing
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
 from rlhf_jax.models.hf.composite import BESIDE, text_part
 from rlhf_jax.models.hf.config_json import OWN_ADAPTERS, family_of, find_family, read_json, to_json_like
-from rlhf_jax.models.hf.directory import layers_of, model_directory
+from rlhf_jax.models.hf.directory import layers_of, model_directory, replacing_model
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.heads import heads_in, members_of, own_adapters, with_heads
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
@@ -37,7 +35,6 @@ from rlhf_jax.types import Params
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _FLOAT32 = re.compile(r"score/|.*/router_choice_bias$")  # leaves of this type always, as transformers has them
-_STALE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # weights we supersede
 SHARD_BYTES = 5 * 10**9
 """Largest weight file written, as in transformers."""
 
@@ -271,22 +268,22 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     write_more: Callable[[Path], None] | None = None,
     trunk_of: int = 0,
+    in_place: bool = False,
 ) -> None:
-    """Writes config.json, generation_config.json and safetensors; other files in `path` stay.
+    """Writes config.json, generation_config.json and safetensors; what is in `path` beside an old model stays.
 
-    The directory is written beside `path` and renamed, so that an interruption leaves the old one as it was. The host
-    holds one layer of a leaf and the file being written. In a run of several hosts all of them call this, and the
-    first writes.
+    The directory is written beside `path` and renamed: an interruption leaves the old one as it was. The host holds
+    one layer of a leaf and the file being written. In a run of several hosts all call this, and the first writes.
 
     Args:
         params: our tree, jax or numpy arrays.
-        score_head: a reward or value model. transformers' head has no bias, so ours goes into the final norm's where
-            there is one; else, as with the heads of an ensemble, it is score.bias, which transformers ignores.
+        score_head: a reward or value model; `_fold_score_bias` says what becomes of its bias.
         dtype: float32 or bfloat16.
         base_config: config.json of the model that training began with: family, bos, (default) pad, what is not ours.
         base_generation: its generation_config.json; what it says beside token ids is kept.
         shard_bytes: the largest weight file; more of them come with an index.
-        write_more: writes further files, such as the tokenizer's, into the new directory.
+        write_more: writes further files, such as the tokenizer's, which else stays, into the new directory.
+        in_place: the model is that of `path` in another form, so that all but its weights stays.
         trunk_of: so many members of a reward ensemble, whose adapters and heads `write_more` writes: params have none.
 
     Raises:
@@ -307,7 +304,7 @@ def save_model(
     generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
     tensors = hf_tensors(family, layout, leaves, _DTYPES[dtype])
     if is_first():
-        with _replacing(Path(path)) as folder:
+        with replacing_model(Path(path), in_place=in_place, with_text=write_more is not None) as folder:
             for name, content in {"config.json": config, "generation_config.json": generation}.items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _write_weights(folder, tensors, _plan_files(family, layout, leaves, _DTYPES[dtype], shard_bytes))
@@ -320,7 +317,10 @@ def save_model(
 
 
 def _fold_score_bias(leaves: Leaves) -> Leaves:
-    """A bias along the kernel, added to the final norm's, raises every score alike: b k / |k|^2."""
+    """A bias along the kernel, added to the final norm's, raises every score alike: b k / |k|^2.
+
+    transformers' head has none: where the norm has none, or of an ensemble, ours is score.bias, which it ignores.
+    """
     kernel, bias = (to_host(leaves[name]).astype(np.float64) for name in ("score/kernel", "score/bias"))
     if bias == 0 or ("final_norm/bias" in leaves and kernel.any()):
         leaves = dict(leaves)
@@ -388,13 +388,3 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], file
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """`files.replacing`, where the new directory gains those files of the old one that nothing supersedes."""
-    with replacing(path) as new:
-        yield new
-        for file in path.iterdir() if path.exists() else []:
-            if not (new / file.name).exists() and not _STALE.fullmatch(file.name):
-                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
