@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
-from rlhf_jax import cli, config
+from rlhf_jax import cli, config, errors
 from rlhf_jax.config.parts import LOGGERS
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import loggers
@@ -85,6 +87,18 @@ def test_mlflow_writes_into_the_run_directory_once_a_step(alone, monkeypatch):
 def test_trackio_writes_on_this_machine(alone):
     a_run(alone / "r", "trackio")
     assert list(alone.rglob(f"{loggers.PROJECT}.db"))
+
+
+def test_a_run_in_a_bucket_has_its_name_there_wherever_it_is_gone_on_with(tmp_path, monkeypatch):
+    begun, url = [], "gs://bucket/runs/first"
+    package = SimpleNamespace(init=lambda **options: begun.append(options), Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr(errors, "_NAMES", {str(tmp_path / name): url for name in "ab"})
+    for name in "ab":
+        loggers.wandb(loggers.Place(tmp_path / name, {"run": {"output_dir": str(tmp_path / name)}}, None))
+    first, again = ({name: value for name, value in one.items() if name != "dir"} for one in begun)
+    assert first == again and (first["name"], first["config"]) == ("first", {"run": {"output_dir": url}})
+    assert first["reinit"] == "create_new"  # beside that of the run of which it is a round
 
 
 def test_a_package_that_does_not_begin_is_one_line_before_the_run(tmp_path, monkeypatch):

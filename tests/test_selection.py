@@ -27,6 +27,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import sources
+from rlhf_jax.runs.run import Run
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training import supervised
 
@@ -205,19 +206,25 @@ def test_rounds_that_were_killed_go_on_to_the_same_bits(tmp_path, whole, monkeyp
 
 
 def test_prompts_are_read_by_the_field_map_and_samples_as_they_are(tmp_path, one_device, monkeypatch):
-    trained = []
+    """And it is the runs within that are traced."""
+    trained, traced = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: traced.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
 
     def run_sft(config, rows):
-        trained.append((config.data.fields, rows))
+        assert not traced
+        with Run("sft", config, total=1):
+            trained.append((config.data.fields, rows))
         Path(config.run.output_dir, "model").mkdir(parents=True)
         return {}
 
     monkeypatch.setattr(sft, "run", run_sft)
     rows = [{"question": row["prompt"], "id": i} for i, row in enumerate(TOY_ROWS["rows"][:4])]
-    changes = {"data__fields": ["prompt={question}"], "rejection__rounds": 1}
+    changes = {"data__fields": ["prompt={question}"], "rejection__rounds": 1, "run__profile": [1, 1]}
     config = rejecting(tmp_path / "run", **changes)
     rejection.run(config, rows=rows, functions=[short])
     ((fields, chosen),) = trained
+    assert traced == [tmp_path / "run" / "round1" / "sft" / "profile"]
     assert fields == [] and {row["prompt"] for row in chosen} <= {row["question"] for row in rows}
     with pytest.raises(UserError, match=r"^data\.mixture \['more\.jsonl'\] does nothing in rejection"):
         replace(config, data__mixture=["more.jsonl"])

@@ -48,7 +48,7 @@ def run(
     mapped = rows_from(source, config.data.fields) if rows is not None or source else None
     prompts = bestofn.checked_prompts(sampling_of(config, 0), mapped, functions, gold)
     shown = ("rollout/reward", "rollout/gold")
-    with Run("rejection", config, total=total, shown=shown, given=given, files=files) as out:
+    with Run("rejection", config, total=total, shown=shown, given=given, files=files, of_runs=True) as out:
         tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})
         done = list(notes.get("rounds", []))
         if not out.resumed:  # from here on what a round has left is of this very run

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.config import resolve
 from rlhf_jax.config.parts import LOGGERS
-from rlhf_jax.errors import UserError, reason
+from rlhf_jax.errors import UserError, named, reason
 from rlhf_jax.hosts import clock
-from rlhf_jax.hosts.json_text import JsonObject
+from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
 
 PROJECT = "rlhf-jax"
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -29,16 +29,29 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 
 class Place(NamedTuple):
-    """What a logger knows of its run: the directory, the settings, and the step after which it goes on, if it does."""
+    """What a logger knows of its run: the directory, the settings, and the step after which it goes on, if it does.
+
+    Of a run in a bucket the directory is that of this machine, and all that is told has the bucket's names.
+    """
 
     path: Path
-    config: JsonObject
+    settings: JsonObject
     step: int | None
+
+    @property
+    def config(self) -> JsonObject:
+        """The settings as they were given."""
+        return from_json(named(to_json(self.settings)))
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return Path(named(self.path)).name
 
     @property
     def key(self) -> str:
         """The same for a run and what continues it."""
-        return hashlib.sha256(f"{self.path.absolute()} {clock.time()}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{named(self.path.absolute())} {clock.time()}".encode()).hexdigest()[:16]
 
 
 class Logger(NamedTuple):
@@ -69,8 +82,9 @@ def wandb(place: Place) -> Logger:
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
     run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT), name=place.path.name, id=place.key, resume="allow",
+        project=os.environ.get("WANDB_PROJECT", PROJECT), name=place.name, id=place.key, resume="allow",
         dir=str(place.path), config=place.config, mode=mode, settings=wandb.Settings(silent=True),
+        reinit="create_new",  # beside the run of which this one is a round
     )  # fmt: skip
 
     def close(report: Path | None) -> None:
@@ -93,7 +107,7 @@ def mlflow(place: Place) -> Logger:
     found = client.get_experiment_by_name(PROJECT)
     files = None if elsewhere else own.as_uri()
     experiment = client.create_experiment(PROJECT, files) if found is None else found.experiment_id
-    run = client.create_run(experiment, run_name=place.path.name).info.run_id
+    run = client.create_run(experiment, run_name=place.name).info.run_id
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
         now = round(time.time() * 1000)
@@ -111,7 +125,7 @@ def trackio(place: Place) -> Logger:
     """Trackio, on this machine; `trackio show` shows it."""
     import trackio
 
-    run = trackio.init(project=PROJECT, name=place.path.name, config=place.config, resume="allow", embed=False)
+    run = trackio.init(project=PROJECT, name=place.name, config=place.config, resume="allow", embed=False)
     return Logger("trackio", lambda step, metrics: run.log(dict(metrics), step=step), lambda report: run.finish())
 
 

@@ -47,8 +47,13 @@ class RunMetrics:
         parts: where the time goes; a line of metrics has the seconds since the one before as time/PART_s.
     """
 
-    def __init__(self, settings: StageArgs, stage: str, shown: Sequence[str], skips: Skips, say: Say, cure: str):
-        """Touches nothing. `shown` are the metrics on the progress bar, `cure` says how a stopped run goes on."""
+    def __init__(
+        self, settings: StageArgs, stage: str, shown: Sequence[str], skips: Skips, say: Say, cure: str, *, traced: bool
+    ):
+        """Touches nothing. `shown` are the metrics on the progress bar, `cure` says how a stopped run goes on.
+
+        `traced`: whether the steps of run.profile are its own.
+        """
         self.settings, self.stage, self.shown = settings, stage, shown
         self.skips, self.say, self.cure = skips, say, cure
         self.is_writer = processes.is_first()
@@ -58,7 +63,7 @@ class RunMetrics:
         self.parts = Parts()
         self._pending: Callable[[], None] | None = None
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
-        self._trace = Trace(settings.run.output_dir, settings.run.profile)
+        self._trace = Trace(settings.run.output_dir, settings.run.profile if traced else [])
         self._disk_full = False
         self._loggers: list[Logger] = []
 

@@ -54,12 +54,14 @@ class Run(contextlib.AbstractContextManager["Run"]):
         given: tuple[str, ...] = (),
         files: Mapping[str, str] | None = None,
         agree_every: int = 10,
+        of_runs: bool = False,
     ):
         """Claim config.run.output_dir and find where to continue.
 
         `shown` are the metrics on the progress bar; `given` names what the caller passed in Python, which
         `rlhf-jax resume` cannot know. `files` are the contents of the config, as `claim_directory` returns them.
         Several processes ask one another every `agree_every` steps whether to save or stop: it waits for the devices.
+        A step of a run `of_runs` is one that trains and traces its own steps.
         """
         self.settings, self.config, self.stage, self.total = config, config.run, stage, total
         self.dir, self.given, self.agree_every = Path(config.run.output_dir), given, agree_every
@@ -70,7 +72,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.checkpoints = Checkpoints(place, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self.skips = Skips(config.faults.max_skipped, self.checkpoints)
         self.best = Best(choose=config.run.keep_best)
-        self.metrics = RunMetrics(config, stage, shown, self.skips, self.say, self.how_to_continue())
+        said = self.say, self.how_to_continue()
+        self.metrics = RunMetrics(config, stage, shown, self.skips, *said, traced=not of_runs)
         self._lock: BinaryIO | None = None
         step = self._take()
         self.checkpoints.last = step
