@@ -57,6 +57,12 @@ def test_presets_have_the_published_number_of_parameters(name, count):
     assert find_preset(f"hf://{name.removesuffix('-it')}-Instruct@main") is PRESETS[name]
 
 
+@pytest.mark.parametrize(("asked", "found"), [("auto", "splash"), ("flash", "splash"), ("plain", "plain")])
+def test_attention_is_that_of_the_chips_that_are_planned_for_unless_it_is_to_be_plain(asked, found):
+    config, mesh = ModelConfig(arch=ArchConfig(**TINY), attention=asked), make_mesh(MeshConfig())
+    assert programs.abstract_model(config, mesh, 8, score_head=False, attention="splash").model.attention == found
+
+
 def test_products_in_loops_and_recomputed_ones_are_counted():
     x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
 

@@ -81,13 +81,15 @@ def find_arch(path: str) -> ArchConfig:
 def abstract_model(
     config: ModelConfig, mesh: Mesh, length: int, *, score_head: bool, attention: str, **more: Any
 ) -> Loaded:
-    """The model of a config in bfloat16 (unless it says float32), for `length` tokens, as shapes on the mesh."""
+    """The model of a config in bfloat16 (unless it says float32), for `length` tokens, as shapes on the mesh.
+
+    Unless it asks for plain attention, that is `attention`, and not of the platform that plans.
+    """
     arch = config.arch or find_arch(config.path)
-    if config.compute_dtype == "auto":
-        config = dataclasses.replace(config, compute_dtype="bfloat16")
-    model = dataclasses.replace(
-        Model.from_config(config, arch, mesh.rules, score_head=score_head, length=length, **more), attention=attention
-    )
+    dtype = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
+    config, asked = dataclasses.replace(config, compute_dtype=dtype, attention="plain"), config.attention
+    model = Model.from_config(config, arch, mesh.rules, score_head=score_head, length=length, **more)
+    model = model if asked == "plain" else dataclasses.replace(model, attention=attention)
     init = lambda key: quantized(model.init(key, config.param_dtype), config.quantize)  # noqa: E731
     return Loaded(model, placed(mesh, init, _key(mesh)))
 
