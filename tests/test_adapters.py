@@ -18,6 +18,7 @@ from safetensors.numpy import load, load_file, save_file
 from test_lora import KEY, adapters, merged
 from tiny import ONE, toy_directory
 
+from rlhf_jax import errors
 from rlhf_jax.config import LoRAConfig, MeshConfig, ModelConfig
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -257,11 +258,13 @@ def test_an_adapter_of_an_adapter_and_its_tokenizer_are_found(tmp_path):
         np.testing.assert_allclose(array, flattened(tree)[leaf], atol=1e-5, err_msg=leaf)
 
 
-def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_does(tmp_path):
+def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_or_a_bucket_does(tmp_path, monkeypatch):
     of = lambda base: adapter_config(LoRAConfig(rank=2), [], base=base, score_head=False)  # noqa: E731
     assert of(str(tmp_path))["base_model_name_or_path"] == str(tmp_path)
     found = of("hf://owner/name@v1")
     assert (found["base_model_name_or_path"], found["revision"]) == ("owner/name", "v1")
+    monkeypatch.setattr(errors, "_NAMES", {str(tmp_path): "gs://bucket/run"})  # which is here while a run lasts
+    assert of(f"{tmp_path}/round1/model")["base_model_name_or_path"] == "gs://bucket/run/round1/model"
 
 
 @pytest.mark.parametrize(("family", "stabilized"), [("llama", True), ("qwen3_moe", False), ("mixtral", False)])

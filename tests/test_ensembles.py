@@ -37,7 +37,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.losses import pairwise_reward_loss
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf.layout import flattened
-from rlhf_jax.models.loading import load_model, load_tokenizer, save_model
+from rlhf_jax.models.loading import Loaded, load_model, load_tokenizer, save_model
 from rlhf_jax.online import guards
 from rlhf_jax.online import loop as online_loop
 from rlhf_jax.ppo import networks, train
@@ -89,6 +89,11 @@ def test_a_long_response_is_punished_from_nothing_to_the_coefficient():
     assert not adv.overlong_penalty(jnp.asarray(lengths), 10, overlong_tokens=0, overlong_coef=2.0).any()
 
 
+def test_members_are_what_was_loaded():
+    loaded = [Loaded(BIGRAMS.policy, {"score": i}, {"model_type": f"{i}"}, {}, path=f"m{i}") for i in range(3)]
+    assert networks.members(networks.together(loaded)) == loaded
+
+
 # --- the scoring program
 
 ROLLOUT = make_rollout(4, bigram_params(0)["policy"])
@@ -104,7 +109,7 @@ def scored(method, members, *, host=0.0, options=None, **settings):
     make, config, models, params = BOTH[method]
     params = params if method == "ppo" else {"policy": params["policy"]}
     if isinstance(members, list):
-        models = dataclasses.replace(models, reward=Ensemble((models.reward,) * len(members)))
+        models = dataclasses.replace(models, reward=Ensemble((Loaded(models.reward, {}),) * len(members)))
     program = make(models, dataclasses.replace(config, **settings), recompute=True, **(options or {}))
     one, ref = jnp.float32(1.0), bigram_params(1)["policy"]
     return program(params, ref, members, ROLLOUT, jnp.full(8, host), jnp.float32(0.1), one)

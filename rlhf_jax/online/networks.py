@@ -91,12 +91,12 @@ def members(reward: Loaded) -> list[Loaded]:
     """The models of an ensemble, or the single one; `together` is the way back."""
     if not isinstance(reward.model, Ensemble):
         return [reward]
-    return [Loaded(*of_one) for of_one in zip(reward.model.models, reward.params, strict=True)]
+    return [replace(one, params=params) for one, params in zip(reward.model.sources, reward.params, strict=True)]
 
 
 def together(rewards: Sequence[Loaded]) -> Loaded | None:
     """Reward models as one: None, the only one, or an `Ensemble`, whose parameters are a list."""
     if len(rewards) < 2:
         return rewards[0] if rewards else None
-    models = tuple(one.model for one in rewards)
-    return Loaded(Ensemble(models), [one.params for one in rewards])  # type: ignore[arg-type]
+    sources = tuple(replace(one, params={}) for one in rewards)
+    return Loaded(Ensemble(sources), [one.params for one in rewards])  # type: ignore[arg-type]

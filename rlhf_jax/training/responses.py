@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.models import Model
 from rlhf_jax.models.experts import Routing
+from rlhf_jax.models.loading import Loaded
 from rlhf_jax.models.members import scored
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import over_views
@@ -26,9 +27,18 @@ OfSaid = Callable[[Float[Array, "B K"], Batch], tuple[Array, Metrics]]
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Reward models that score together; their parameters are a list of each one's."""
+    """Reward models that score together; their parameters are a list of each one's.
 
-    models: tuple[Model, ...]
+    Attributes:
+        sources: each as it was loaded, without its parameters.
+    """
+
+    sources: tuple[Loaded, ...]
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """Those that compute."""
+        return tuple(one.model for one in self.sources)
 
 
 def first_of(params: Params | list[Params]) -> Params:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.config.settings import HUB
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, named
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.models.hf import heads
 from rlhf_jax.models.hf import weights as hf_weights
@@ -38,7 +38,7 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
     """
     stabilized = lora.rank_stabilized and not any("/experts/" in site.tensor.leaf for site in chosen)
     name, _, revision = base.removeprefix(HUB).partition("@")
-    place = base if in_bucket(base) else str(Path(base).absolute())
+    place = base if in_bucket(base) else named(Path(base).absolute())
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if score_head else "CAUSAL_LM",
