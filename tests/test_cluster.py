@@ -100,6 +100,8 @@ def test_the_image_is_made_of_what_there_is_and_starts_our_program():
     copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
     project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]
     assert all((SCRIPTS.parent / name).exists() for name in copied) and {project["readme"], "LICENSE"} <= set(copied)
+    links = [file for file in (SCRIPTS.parent / "rlhf_jax").rglob("*") if file.is_symlink()]
+    assert {file.readlink().parts[-1] for file in links} == {"configs"} <= set(copied)  # ../configs
     (install,) = [line for line in lines if "pip install" in line]
     extras = re.search(r"\[(.+)\]", install)[1].split(",")
     assert set(extras) <= project["optional-dependencies"].keys() and "tpu" in extras
