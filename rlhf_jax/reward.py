@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax.config import RewardArgs, RewardConfig, bind
+from rlhf_jax.config.functions import replace
 from rlhf_jax.data.collate import (
     Batch,
     Collate,
@@ -223,9 +224,9 @@ KINDS = {
 }
 
 
-def task_of(config: RewardArgs, kind: Kind | None = None, loss: ArrayLoss | None = None) -> Task:
-    """A reward model of rows of a kind, else of that which the config names; `loss` replaces the config's."""
-    settings, kind = config.reward, kind or KINDS[kind_of_rows(config.reward, [])]
+def task_of(config: RewardArgs, loss: ArrayLoss | None = None) -> Task:
+    """A reward model of rows of the kind that the config names, pairs if it does not; `loss` replaces the config's."""
+    settings, kind = config.reward, KINDS[kind_of_rows(config.reward, [])]
     bound, inputs = bind(loss or kind.loss(settings), settings), kind.inputs
     members = settings.members if settings.members > 1 else 0
     draw = partial(resampled, members=members, seed=config.run.seed, of=settings.bootstrap)
@@ -273,9 +274,10 @@ def run(
     claim = begin("reward", config, "reward", rows=rows, eval_rows=eval_rows, loss=loss)
     if isinstance(claim, dict):  # it is finished
         return claim
-    kind, mesh = KINDS[kind_of_rows(config.reward, claim.rows)], claim.mesh
+    told = replace(config, reward__comparisons=kind_of_rows(config.reward, claim.rows))
+    kind, mesh = KINDS[told.reward.comparisons], claim.mesh
     with jax.set_mesh(mesh.grid):
-        work = setup(task_of(config, kind, loss), claim)
+        work = setup(task_of(told, loss), replace(claim, config__reward=told.reward))
         with work.open() as out:
             params = fit(work, out)
             model, whole = work.loaded.model, work.loaded.whole(params)

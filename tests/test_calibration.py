@@ -34,17 +34,20 @@ def row(name, seconds, peak=1.0):
 
 
 def test_a_run_says_what_it_took_over_what_it_should_and_a_plan_reads_it(tmp_path, monkeypatch):
-    """A reward model on the devices of this machine, as if they were a chip; its pairs are packed."""
+    """A reward model on the devices of this machine, as if they were a chip; its rankings are packed."""
+    rows, analyse = [], calibration.analyse
+    monkeypatch.setattr(calibration, "analyse", lambda *given: rows.append(analyse(*given)) or rows[0])
     monkeypatch.setitem(chips.KINDS, "cpu", "cpu")
     monkeypatch.setitem(chips.CHIPS, "cpu", SLOW)
-    pairs = [{"prompt": p, "chosen": f"{p} c d", "rejected": "d"} for p in "bcdefghijklm"]
+    three = {"responses": ["c d", "d", "d c"], "ranks": [0, 1, 2]}
+    rankings = [{"prompt": p, **three} for p in "bcdefghijklm"]
     config = RewardArgs(
         model=ModelConfig(path=str(toy_directory() / "policy")),
         data=DataConfig(batch_size=8, max_prompt_length=2, max_length=8, eval_fraction=0.3, pack="on"),
         reward=RewardConfig(steps=3),
         run=RunConfig(output_dir=str(tmp_path / "run"), calibrate=True, report=False),
     )
-    said = reward.run(config, rows=pairs)["calibration"]
+    said = reward.run(config, rows=rankings)["calibration"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     times = sorted(line["time/update_s"] for line in lines if "time/update_s" in line)
     [(part, figures)] = said["parts"].items()
@@ -53,6 +56,7 @@ def test_a_run_says_what_it_took_over_what_it_should_and_a_plan_reads_it(tmp_pat
     assert figures["ratio"] == figures["measured_s"] / figures["planned_s"] and figures["planned_s"] > 0
     filled = {line["data/filled"] for line in lines if "data/filled" in line}
     assert 0 < max(filled) < 1 and said["fill"] in filled
+    assert rows[0][0][0].tokens == round(8 * 3 * 8 * said["fill"])  # rows, responses, columns
     for path in (tmp_path / "run", tmp_path / "run" / "summary.json"):
         assert calibration.read(str(path)) == calibration.Calibration("cpu", {"update": figures["ratio"]})
 
@@ -69,7 +73,7 @@ def test_what_was_measured_on_chips_of_a_generation_corrects_plans_for_it():
 
 def test_a_run_on_devices_without_figures_says_so_and_ends_well(monkeypatch):
     with pytest.raises(UserError, match=r"the figures of a cpu are not known"):
-        calibration.of_run(SFTArgs(), {}, 1.0)
+        calibration.of_run(SFTArgs(), {}, 1.0, 2)
 
 
 def test_slices_that_fit_are_ranked_by_what_is_asked_for(monkeypatch, capsys, tmp_path):

@@ -261,14 +261,25 @@ def test_convert_refuses_to_overwrite(tmp_path, capsys):
     assert "float16" in refused(capsys, *arguments, "--dtype", "float16")
 
 
+def test_what_is_overwritten_leaves_nothing_of_the_old_model(tmp_path):
+    path, old = write(tmp_path / "m"), write(tmp_path / "old", tokenizer=byte_tokenizer(chat_template=CHATML))
+    (old / "adapter").mkdir()
+    (old / "notes.txt").write_text("stay")
+    inspection.run_convert(ConvertArgs(str(path), str(old), overwrite=True))
+    assert {file.name for file in old.iterdir()} == {*(file.name for file in path.iterdir()), "notes.txt"}
+
+
 def test_convert_in_place(tmp_path):
-    """The source may be the target: it is read before it is replaced."""
+    """The source may be the target: it is read before it is replaced, and its adapter stays."""
     path = write(tmp_path / "m", tokenizer=byte_tokenizer())
+    (path / "adapter").mkdir()
+    (path / "adapter" / "adapter_config.json").write_text("{}")
     params = tree_of(UNTIED, False)
     inspection.run_convert(ConvertArgs(str(path), str(path), overwrite=True))
     found = hf.load_params(path, UNTIED, score_head=False)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16)), found, params)
     assert Tokenizer.load(str(path)).eos_ids == (2,)
+    assert (path / "adapter" / "adapter_config.json").read_text() == "{}"
 
 
 def test_what_a_run_wrote_converts_and_samples(tmp_path):
@@ -290,8 +301,12 @@ def reward_of_length(prompts, responses, **columns):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo average", "grpo"])
-def test_a_checkpoint_of_a_run_converts_and_the_newest_to_what_the_run_itself_would_write(tmp_path, capsys, stage):
-    rows = tmp_path / "rows.jsonl"
+def test_a_checkpoint_of_a_run_converts_and_the_newest_to_what_the_run_itself_would_write(
+    tmp_path, capsys, monkeypatch, stage
+):
+    """From another directory; the run of SFT begins with a model of its own shape."""
+    rows, toy = tmp_path / "rows.jsonl", toy_directory()
+    monkeypatch.chdir(toy.parent)
     pair = {"chosen": "b c", "rejected": "c"} if stage == "reward" else {"response": "b c"}
     rows.write_text("".join(json.dumps({"prompt": f"a{i}", **pair}) + "\n" for i in range(60)))
     stage, _, average = stage.partition(" ")
@@ -299,8 +314,11 @@ def test_a_checkpoint_of_a_run_converts_and_the_newest_to_what_the_run_itself_wo
         stage, f"--data.path={rows}", "--data.batch_size=8", "--data.max_prompt_length=8", "--data.eval_fraction=0.5",
         "--run.keep_best=false",
         f"--run.output_dir={tmp_path / 'run'}", "--checkpoint.every=1", "--checkpoint.keep_finished=true",
-        f"--model.path={toy_directory() / 'policy'}", "--run.progress=false",
+        "--run.progress=false",
     ]  # fmt: skip
+    shape = f"--model.arch={json.dumps(dataclasses.asdict(hf.read_config(toy / 'policy')[0]))}"
+    arguments += [shape, f"--model.tokenizer={toy.name}/policy"] * (stage == "sft")
+    arguments += [f"--model.path={toy.name}/policy"] * (stage != "sft")
     more = {
         "sft": ["--data.max_length=24", "--sft.steps=2", "--sft.num_samples=0"],
         "reward": ["--data.max_length=24", "--reward.steps=2", "--reward.head_init=normal", "--model.eos_ids=[1]"],
@@ -314,6 +332,7 @@ def test_a_checkpoint_of_a_run_converts_and_the_newest_to_what_the_run_itself_wo
         main([*arguments, *more[stage]])
     assert ended.value.code == 0
     (tmp_path / "run" / "model").rename(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
     code, _, said = run(capsys, "convert", str(tmp_path / "run"), "--output", str(tmp_path / "new"))
     assert code == 0, said
     expected, found = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "new")

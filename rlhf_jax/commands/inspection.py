@@ -8,7 +8,6 @@ import functools
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +23,8 @@ from rlhf_jax.config import (
     ModelConfig,
     RopeScaling,
     no_code_below,
-    to_dict,
 )
+from rlhf_jax.config.functions import replace
 from rlhf_jax.config.rules import Rules, parse_rules
 from rlhf_jax.data.loading import load_rows
 from rlhf_jax.data.tokenizer import FILES, Tokenizer
@@ -244,7 +243,8 @@ def convert(config: ConvertArgs, target: Path) -> str:
             base_config=model.raw,
             base_generation=model.generation,
             shard_bytes=int(config.shard_gb * 1e9),
-            write_more=(lambda folder: tokenizer.save(str(folder))) if tokenizer else None,
+            write_more=lambda folder: tokenizer.save(str(folder)) if tokenizer else None,
+            in_place=target.resolve() == source.resolve() and not config.average,
         )
     if config.output and Path(config.output) == target:
         tell(f"wrote {target}: {hf.find_family(model.arch, model.raw).model_type} in {dtype}")
@@ -318,21 +318,19 @@ def _of_checkpoint(run: Path, step: int) -> Source:
     record = read_record(run)
     if record is None:
         raise UserError(f"{run} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")
-    stage, where = record["stage"], Path(record["cwd"])
+    stage = record["stage"]
     try:
-        settings = to_dict(ModelConfig(**record["config"]["model"]))
+        told = record["config"]["model"]
+        settings = ModelConfig(**told | {"arch": shape_of(told["arch"]) if told.get("arch") else None})
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / RECORD} does not say what model the run trains ({reason(error)})") from error
     if any(record["config"].get(group, {}).get(name) for group, name in PARTIAL):
         raise UserError(
             f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
         )
-    base = where / hub.local_directory(settings["path"])
-    if settings["path"]:
-        arch, raw = hf.read_config(base)
-    else:
-        scaling = RopeScaling(**settings["arch"]["rope_scaling"])
-        arch, raw = ArchConfig(**settings["arch"] | {"rope_scaling": scaling}), None
+    with at_home(record):
+        base, tokens = (Path(hub.local_directory(path)).absolute() for path in (settings.path, settings.tokenizer))
+    arch, raw = (settings.arch, None) if settings.arch else hf.read_config(base)
     checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
     # Only looked at: the run may still be writing there.
     steps = checkpoints.steps()
@@ -346,18 +344,28 @@ def _of_checkpoint(run: Path, step: int) -> Source:
     model = Model(arch, score_head=stage == "reward", members=members if members > 1 else 0)
     # As the stages keep them: LoopState.tree, and the state of `loop.train`.
     place = ["average"] if record["config"].get(stage, {}).get("ema_decay") else ["state", "params"]
-    dtype = "float32" if place == ["average"] else settings["param_dtype"]
+    dtype = "float32" if place == ["average"] else settings.param_dtype
     params = jax.jit(lambda: model.init(jax.random.key(0), dtype))()  # where the saved ones go
     place += ["policy"] if stage in ONLINE and place[0] == "state" else []
     tree = checkpoints.restore(chosen, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
     params = functools.reduce(lambda node, name: node[name], place, tree)
     tell(f"{run}: checkpoint of step {chosen}" + (", the average" if place == ["average"] else ""))
-    tokens = hf.model_directory(where / hub.local_directory(settings["tokenizer"] or settings["path"]))
-    tokenizer = Tokenizer.load(str(tokens), eos_ids=tuple(settings["eos_ids"]))
+    folder = hf.model_directory(tokens if settings.tokenizer else base)
+    tokenizer = Tokenizer.load(str(folder), eos_ids=tuple(settings.eos_ids))
     if stage == "reward":
         params = _normalised(run, record, model, params, tokenizer)
-    generation = hf.read_generation(base) if settings["path"] else {}
+    generation = hf.read_generation(base) if settings.path else {}
     return Source(arch, raw, params, tokenizer, generation, tokenizer.eos_ids, tokenizer.pad_id)
+
+
+def shape_of(told: dict[str, Any]) -> ArchConfig:
+    """A shape as a run's record has it."""
+    return ArchConfig(**told | {"rope_scaling": RopeScaling(**told["rope_scaling"])})
+
+
+def at_home(record: dict[str, Any]) -> contextlib.chdir[str]:
+    """The working directory of a run, from which its paths are told, if this machine has it."""
+    return contextlib.chdir(record["cwd"] if Path(record["cwd"]).is_dir() else ".")
 
 
 def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params, tokenizer: Tokenizer) -> Params:
@@ -368,9 +376,8 @@ def _normalised(run: Path, record: dict[str, Any], model: Model, params: Params,
         return params
     model = replace(model, length=config.data.max_length)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])  # where the parameters are
-    where = record["cwd"] if Path(record["cwd"]).is_dir() else "."
-    with no_code_below(run), contextlib.chdir(where), jax.set_mesh(mesh.grid):
+    with no_code_below(run), at_home(record), jax.set_mesh(mesh.grid):
         split = load_rows(config.data, None, None, config.run.seed)
-        kind = reward.KINDS[reward.kind_of_rows(config.reward, split[0])]
-        train_set, _, collate, _ = examples_of(reward.task_of(config, kind), config.data, tokenizer, *split)
+        config = replace(config, reward__comparisons=reward.kind_of_rows(config.reward, split[0]))
+        train_set, _, collate, _ = examples_of(reward.task_of(config), config.data, tokenizer, *split)
         return reward.as_saved(config, model, params, params, mesh, train_set, collate)

@@ -283,8 +283,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.best.forget(step)
         return like
 
-    def calibration(self, config: StageArgs) -> dict[str, Any]:
+    def calibration(self, config: StageArgs, width: int = 2) -> dict[str, Any]:
         """{"calibration": what programs took over what they should}, of the config as it was run; {} if not asked for.
+
+        `width` is how many responses rankings had room for.
 
         A summary that says why not is better than a run that fails at its end.
         """
@@ -296,7 +298,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         of_run = resolve("rlhf_jax.commands.plan.calibration:of_run")  # by name, as it stands above all stages
         try:
             fill = min(self.metrics.last.get("data/filled", 1.0), 1.0)
-            return {"calibration": of_run(config, self.metrics.parts.usual(), fill)}
+            return {"calibration": of_run(config, self.metrics.parts.usual(), fill, width)}
         except (UserError, RuntimeError) as error:  # that of XLA, too
             return {"calibration": {"none": str(error)}}
 

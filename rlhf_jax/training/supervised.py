@@ -111,7 +111,7 @@ class Claim:
     Attributes:
         name: of the command.
         asked: the config as it was given, which the run's directory holds.
-        config: the same, its batch made smaller where there are few rows.
+        config: the same, its batch made smaller where there are few rows, and with what kind of rows they are.
         settings: the group of `config` that is the method's own.
         given: names of the arguments that replaced parts of the config.
         files: contents of the files that the config names.
@@ -368,4 +368,5 @@ def finish(work: Work, run: Run, params: Params, summary: Summary) -> Summary:
     """Write the model of the kept parameters and the summary, which is returned."""
     run.metrics.bar.doing("writing the model")
     save_model(run.dir / "model", work.loaded, params, work.claim.tokenizer)
-    return run.finish({**summary, **run.calibration(work.claim.config)}, work.remarks)
+    width = max(len(example.get("responses", "ab")) for example in [*work.train_set, *work.held_out_set])
+    return run.finish({**summary, **run.calibration(work.claim.config, width)}, work.remarks)

@@ -28,11 +28,11 @@ class Calibration(NamedTuple):
     ratios: dict[str, float]
 
 
-def of_run(config: StageArgs, spent: Mapping[str, float], fill: float) -> dict[str, Any]:
+def of_run(config: StageArgs, spent: Mapping[str, float], fill: float, width: int) -> dict[str, Any]:
     """What a run's summary says: of each part the seconds that it took once, those of the roofline, and the ratio.
 
-    `spent` are seconds by part; `fill` is the share of token slots that held tokens. The programs are compiled once
-    more, for the devices of this process's run.
+    `spent` are seconds by part; `fill` is the share of token slots that held tokens, `width` how many responses
+    rankings had room for. The programs are compiled once more, for the devices of this process's run.
 
     Raises:
         UserError: the devices are of no generation whose figures are known.
@@ -44,7 +44,7 @@ def of_run(config: StageArgs, spent: Mapping[str, float], fill: float) -> dict[s
             f"run.calibrate: the figures of a {devices[0].device_kind} are not known, so there is nothing to compare "
             f"with; known are {', '.join(KINDS)}"
         )
-    rows, _ = analyse(config, share_of(name, devices), devices, fill=fill)
+    rows, _ = analyse(config, share_of(name, devices), devices, width, fill)
     planned = by_part(rows)
     parts = {
         part: {"measured_s": spent[part], "planned_s": seconds, "ratio": spent[part] / seconds}
