@@ -93,12 +93,17 @@ def test_a_run_in_a_bucket_has_its_name_there_wherever_it_is_gone_on_with(tmp_pa
     begun, url = [], "gs://bucket/runs/first"
     package = SimpleNamespace(init=lambda **options: begun.append(options), Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setitem(sys.modules, "trackio", package)
     monkeypatch.setattr(errors, "_NAMES", {str(tmp_path / name): url for name in "ab"})
     for name in "ab":
         loggers.wandb(loggers.Place(tmp_path / name, {"run": {"output_dir": str(tmp_path / name)}}, None))
     first, again = ({name: value for name, value in one.items() if name != "dir"} for one in begun)
     assert first == again and (first["name"], first["config"]) == ("first", {"run": {"output_dir": url}})
     assert first["reinit"] == "create_new"  # beside that of the run of which it is a round
+    for name in ("a", "other/first"):
+        loggers.trackio(loggers.Place(tmp_path / name, {}, None))
+    assert begun[2]["name"].startswith("first-") and begun[3]["name"].startswith("first-")
+    assert begun[2]["name"] != begun[3]["name"]
 
 
 def test_a_package_that_does_not_begin_is_one_line_before_the_run(tmp_path, monkeypatch):

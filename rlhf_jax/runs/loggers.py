@@ -122,10 +122,11 @@ def mlflow(place: Place) -> Logger:
 
 
 def trackio(place: Place) -> Logger:
-    """Trackio, on this machine; `trackio show` shows it."""
+    """Trackio, on this machine; `trackio show` shows it. It tells runs apart by their names alone."""
     import trackio
 
-    run = trackio.init(project=PROJECT, name=place.name, config=place.config, resume="allow", embed=False)
+    name = f"{place.name}-{place.key}"
+    run = trackio.init(project=PROJECT, name=name, config=place.config, resume="allow", embed=False)
     return Logger("trackio", lambda step, metrics: run.log(dict(metrics), step=step), lambda report: run.finish())
 
 
