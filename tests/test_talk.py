@@ -63,6 +63,11 @@ def test_the_pieces_of_an_answer_are_that_of_one_draw_and_are_written_as_they_co
         pieces, answer = taken(policy.answer(one.prompt, jax.random.key(1)))
         assert (answer.ids, answer.text, answer.finished) == (one.ids.tolist(), one.text, one.finished)
         assert "".join(pieces) == answer.text and len(pieces) == -(-len(answer.ids) // 2)
+    (stop,), (b,) = policy.tokenizer.eos_ids, policy.tokenizer.hf.encode("b", add_special_tokens=False)
+    for drawn, finished in (([b, stop], False), ([stop], True)):  # of the last piece one token is kept
+        policy._draw = lambda context, *_, last=drawn: (last, True) if len(context) > 4 else ([b, b], False)
+        _, answer = taken(policy.answer("b", jax.random.key(1)))
+        assert (answer.ids, answer.finished) == ([b] * 4 + drawn[:1], finished)
 
 
 def test_a_conversation_holds_what_was_preferred_and_texts_have_no_history():

@@ -76,7 +76,9 @@ class Policy:
             noise = jax.random.fold_in(key, len(ids))
             minimum = max(sampling.min_new_tokens - len(ids), 0)
             new, finished = self._draw([*context[left_out:], *ids], noise, minimum)
-            ids += new[: sampling.max_new_tokens - len(ids)]
+            left = sampling.max_new_tokens - len(ids)
+            finished = finished and len(new) <= left  # else its stop stands behind what is kept
+            ids += new[:left]
             whole = self.tokenizer.response_text(ids, prompt)
             text = whole if finished else whole.rstrip("\ufffd")  # a character of which bytes are still to come
             if text.startswith(said):
