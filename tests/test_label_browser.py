@@ -318,6 +318,52 @@ def test_a_change_of_an_answer_outlives_a_reload_and_other_items_and_says_that_i
     assert [vote["comment"] for vote in votes] == ["", "", "a <b>comment</b>"]
 
 
+def test_who_changes_or_leaves_an_item_while_it_is_being_saved_loses_nothing(browser, rows):
+    with labelling(rows) as (_, url), opened(browser, url, "anna") as page:
+        held = []
+        page.route("**/api/answer", lambda route: held.append(route))
+        at = lambda here: page.wait_for_function("at => document.getElementById('at').textContent === at", arg=here)  # noqa: E731
+
+        def asked():
+            while not held:
+                page.wait_for_timeout(10)
+            return held.pop()
+
+        def arrives():
+            with page.expect_response("**/api/answer"):
+                asked().continue_()
+
+        by_letters(page, "abc")
+        page.keyboard.press("ArrowRight")
+        at("2 of 5")
+        by_letters(page, "cb", save=False)
+        page.keyboard.press("Enter")
+        assert "Place A and D first" in page.inner_text("#status") or "Still saving" in page.inner_text("#status")
+        arrives()  # of item 1, while item 2 is half ranked
+        page.wait_for_function("() => document.getElementById('left').textContent === '4 left'")
+        assert page.inner_text("#at") == "2 of 5" and order(page) == "C > B"
+        by_letters(page, "ad")
+        by_letters(page, "dcba", save=False)
+        arrives()  # of item 2, which was changed since
+        page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Changed since')")
+        assert page.inner_text("#at") == "2 of 5" and order(page) == "D > C > B > A"
+        page.keyboard.press("Enter")
+        arrives()
+        saved(page, "3 of 5")
+        by_letters(page, "ab")
+        page.keyboard.press("ArrowLeft")
+        at("2 of 5")
+        assert "Answered earlier" in page.inner_text("#status") and order(page) == "D > C > B > A"
+        asked().abort()
+        page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Item 3 is not saved')")
+        page.keyboard.press("ArrowRight")
+        at("3 of 5")
+        assert order(page) == "A > B"  # as it was typed
+    votes = [json.loads(line) for line in Path(rows).with_name("votes.jsonl").read_text().splitlines()]
+    assert len(votes) == 3 and votes[1]["item"] == votes[2]["item"]
+    assert votes[2]["ranks"] == [(rank + 1) % 4 for rank in votes[1]["ranks"]]  # C > B > A > D, then D > C > B > A
+
+
 def by_letters(page, letters_of: str, *, save: bool = True) -> None:
     """Type the letters of responses, the best first."""
     for letter in letters_of:

@@ -8,6 +8,7 @@ let study = null; // what the server says of the study: title, guidelines, crite
 let ratings = {}; // criterion -> name -> 1 to the scale
 let unsaved = false, draftKept = true; // whether an answer that is saved was changed since; whether a reload keeps what is here
 let later = 0, loads = 0, shownAt = 0, hiddenFor = 0, hiddenAt = 0, saving = false;
+const CHANGED = "Changed since it was saved; Enter saves the change";
 const savedAt = []; // places of answers saved in this session, for undo
 
 const ask = async (path, body) => (await request(path, body, "What is on this page is kept; start rlhf-jax label again.")).json();
@@ -46,7 +47,7 @@ async function enter() {
 async function begin(name, at) {
   try {
     study ??= await ask("start");
-    await load(name, at < study.total ? at : undefined);
+    if (!await load(name, at < study.total ? at : undefined)) return;
   } catch (error) {
     $("refused").textContent = error.message;
     return;
@@ -72,10 +73,12 @@ function showGuidelines() {
 
 const draftName = () => `draft ${rater} ${item.item}`;
 
-async function load(name, at) {
+// Whether it is shown, and not another that was asked for meanwhile; `done` is what to say of the one before it.
+async function load(name, at, done = "") {
   const mine = ++loads;
   const found = await ask(`item?rater=${encodeURIComponent(name)}${at === undefined ? "" : `&at=${at}`}`);
-  if (mine !== loads) return; // another item was asked for meanwhile
+  if (mine !== loads) return false;
+  const left = unsaved && rater === name.trim() ? item.at + 1 : 0; // changed until now, while this one was on its way
   rater = name.trim();
   item = found;
   session.setItem("at", item.at);
@@ -97,8 +100,11 @@ async function load(name, at) {
   drawItem();
   draw();
   scrollTo({ top: 0 });
-  if (unsaved) status("Changed since it was saved; Enter saves the change");
+  if (unsaved) status(CHANGED);
+  else if (left && left !== item.at + 1) status(`The change of item ${left} is not saved; it is kept there`);
+  else if (done) status(done, "saved");
   else status(item.answer ? (item.answer.skipped ? "Skipped earlier" : "Answered earlier; saving again changes it") : "");
+  return true;
 }
 
 function drawItem() {
@@ -205,10 +211,11 @@ function chip(name) {
   return button;
 }
 
+const draftOf = () => JSON.stringify({ ranks: ranks(), ratings, all_bad: allBad, comment: $("comment").value });
+
 function changed(what) {
   tiers = tiers.filter((tier) => tier.length);
-  const kept = { ranks: ranks(), ratings, all_bad: allBad, comment: $("comment").value };
-  draftKept = local.setItem(draftName(), JSON.stringify(kept));
+  draftKept = local.setItem(draftName(), draftOf());
   unsaved = item.answer !== null;
   status("");
   draw();
@@ -323,8 +330,9 @@ function startDrag(event) {
 
 // ---------------------------------------------------------------- saving and going on
 
+// Until the server has it, the rater may change the answer, go to another item and back, or leave.
 async function save(skipped = false) {
-  if (saving) return;
+  if (saving) return status("Still saving the answer before …");
   if (!skipped && $("save").disabled) {
     return status(missing());
   }
@@ -332,16 +340,25 @@ async function save(skipped = false) {
   status("Saving …");
   const seconds = (performance.now() - shownAt - hiddenFor) / 1000;
   const answer = { rater, item: item.item, ranks: ranks(), ratings, all_bad: allBad, skipped, comment: $("comment").value.trim(), seconds };
+  const { at } = item, asked = loads, draft = draftName(), kept = local.getItem(draft), sent = draftOf();
+  const isHere = () => rater === answer.rater && item.item === answer.item;
   try {
     const { state } = await ask("answer", answer);
-    local.removeItem(draftName());
-    unsaved = false;
+    if (local.getItem(draft) === kept) local.removeItem(draft);
+    if (rater !== answer.rater) return;
+    savedAt.push(at);
+    item.states[at] = state;
+    draw();
+    if (isHere()) {
+      item.answer ??= answer;
+      unsaved = draftOf() !== sent;
+      if (unsaved) return status(CHANGED);
+    }
+    if (asked !== loads) return; // another item is there, or on its way
     draftKept = true;
-    savedAt.push(item.at);
-    item.states[item.at] = state;
     await goOn();
   } catch (error) {
-    status(error.message, "failed");
+    status(isHere() ? error.message : `Item ${at + 1} is not saved. ${error.message}`, "failed");
   } finally {
     saving = false;
   }
@@ -352,9 +369,7 @@ async function goOn() {
   const later = states.findIndex((state, i) => i > at && !state);
   const next = later >= 0 ? later : states.indexOf("");
   if (next < 0) return finish();
-  await load(rater, next);
-  $("item").focus({ preventScroll: true });
-  status("Saved ✓  Z changes it", "saved");
+  if (await load(rater, next, "Saved ✓  Z changes it")) $("item").focus({ preventScroll: true });
 }
 
 async function finish() {
@@ -366,10 +381,8 @@ async function finish() {
 
 async function go(at) {
   if (at < 0 || at >= item.states.length) return;
-  const left = unsaved ? item.at + 1 : 0;
   try {
     await load(rater, at);
-    if (left && !unsaved) status(`The change of item ${left} is not saved; it is kept there`);
   } catch (error) {
     status(error.message, "failed");
   }
