@@ -72,6 +72,9 @@ SHAPES = {
     "g.jsonl": '{"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Add."}],'
     ' "chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "gpt", "value": "3"}}',
     "h.csv": "prompt,completion,label\nAdd.,2,True\n",
+    "i.jsonl": '{"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "2"}], "system": ""}',
+    "j.jsonl": '{"conversations": [{"from": "system", "value": " "}, {"from": "human", "value": "Add."},'
+    ' {"from": "gpt", "value": "2"}], "system": null}',
 }
 
 
@@ -80,9 +83,9 @@ def test_shapes_of_other_tools_are_rows(tmp_path, name):
     (tmp_path / name).write_text(SHAPES[name])
     row, *more = rows_from(str(tmp_path / name))
     expected = {"prompt": "Add.\n\n1 1", "response": "2"}
-    if name == "f.jsonl":
+    if name[0] in "fij":
         messages = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "2"}]
-        expected = {"messages": messages, "id": 3}
+        expected = {"messages": messages, **({"id": 3} if name == "f.jsonl" else {})}
     if name == "g.jsonl":
         prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "Add."}]
         answers = {which: [{"role": "assistant", "content": n}] for which, n in (("chosen", "2"), ("rejected", "3"))}
@@ -92,6 +95,15 @@ def test_shapes_of_other_tools_are_rows(tmp_path, name):
         expected = {"prompt": "Add.", "completion": "2", "label": True}
     assert {n: v for n, v in row.items() if n != "_where"} == expected and len(more) == (name == "c.json")
     assert row["_where"].startswith(str(tmp_path / name) + ":")
+
+
+def test_what_other_tools_rows_say_is_read_or_refused():
+    line = '"instruction" is a str and "input" a int; give texts'
+    with pytest.raises(UserError, match=line):
+        rows_from([{"instruction": "Add.", "input": 5, "output": "2"}])
+    said = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "2"}]
+    with pytest.raises(UserError, match="message 0 has content a int; give a string"):
+        sft_row(rows_from([{"conversations": said, "system": 3}])[0])
 
 
 def test_rows_that_look_alike_are_refused_with_their_field_map_and_a_map_sees_them_as_they_are(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.data.rows import Row, bad_row, layout_of
+from rlhf_jax.data.rows import Row, bad_row, layout_of, type_of
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -26,7 +26,7 @@ def shaped(row: Row) -> Row:
     """The row, of Alpaca's shape {instruction, input?, output} or ShareGPT's {conversations: [{from, value}]} as ours.
 
     Alpaca's prompt is the instruction, and after an empty line the input. With `chosen` and `rejected` either is a
-    preference. Other fields stay; so does a row that has a shape of ours.
+    preference. An empty input or system turn says nothing. Other fields stay; so does a row that has a shape of ours.
     """
     if layout_of(row) not in ("unknown", "text", "preference with its prompt in both"):
         return row
@@ -35,16 +35,19 @@ def shaped(row: Row) -> Row:
     answers = {"output"} if "output" in row else {"chosen", "rejected"}
     if "instruction" in row and answers <= set(row):
         rest = {name: value for name, value in row.items() if name not in ("instruction", "input", "output", "text")}
-        parts = [row["instruction"], *([row["input"]] if row.get("input") else [])]
-        prompt = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else row["instruction"]
+        prompt = row["instruction"]
+        if more := row.get("input"):
+            if not (isinstance(prompt, str) and isinstance(more, str)):
+                raise bad_row(row, f'"instruction" is {type_of(prompt)} and "input" {type_of(more)}; give texts')
+            prompt = f"{prompt}\n\n{more}"
         return {"prompt": prompt, **({"response": row["output"]} if "output" in row else {}), **rest}
     return row
 
 
 def _share_gpt(row: Row, turns: list[object]) -> Row:
     rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
-    first = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
-    messages = [*first, *(_message(row, turn) for turn in turns)]
+    messages = [{"role": "system", "content": row.get("system")}, *(_message(row, turn) for turn in turns)]
+    messages = [turn for turn in messages if turn["role"] != "system" or str(turn["content"] or "").strip()]
     if {"chosen", "rejected"} <= set(row):
         both = {name: [_message(row, row[name])] for name in ("chosen", "rejected") if isinstance(row[name], dict)}
         return {**rest, "prompt": messages, **both}
