@@ -358,6 +358,15 @@ def test_a_kill_anywhere_leaves_what_the_same_command_goes_on_from(tmp_path, the
         assert {p.name for p in output.parent.iterdir()} == {"out.jsonl", "out.summary.json"}
 
 
+def test_no_two_outputs_have_one_place_for_their_summaries(tmp_path):
+    names = ["prefs.r1", "prefs.r2", "rows", "rows.json", "rows.jsonl", "prefs.r1.jsonl"]
+    for rows, name in enumerate(names):
+        finished(tmp_path / name, rows=rows)
+    said = {path.name: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*summary.json")}
+    wanted = [f"{name}-summary.json" for name in names[:4]] + ["rows.summary.json", "prefs.r1.summary.json"]
+    assert said == {name: rows for rows, name in enumerate(wanted)}
+
+
 @pytest.mark.parametrize("of", [".out.jsonl.new", ".out.summary.json.new", "out.jsonl.part"])
 @pytest.mark.parametrize("name", ["write", "fsync"])
 def test_a_last_write_that_fails_keeps_the_old_output_and_the_work(tmp_path, monkeypatch, name, of):

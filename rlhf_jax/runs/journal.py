@@ -146,7 +146,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     ) -> None:
         """Write OUTPUT (empty: standard output) and the summary, if there is one, and delete OUTPUT.part.
 
-        The summary goes `to` OUTPUT.summary.json, without OUTPUT's own ending, unless another place is given.
+        The summary goes `to` its place beside OUTPUT (`summary_beside`), unless another is given.
 
         Raises:
             UserError: they cannot be written; earlier files of these names are as they were, OUTPUT.part is whole.
@@ -158,8 +158,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return write_output(self.output, data)
         files: list[tuple[str | Path, str | bytes]] = [(self.output, data)]
         if summary is not None:
-            beside = f"{os.path.splitext(self.output)[0]}.summary.json"
-            files.append((to or beside, to_json(summary, indent=1) + "\n"))
+            files.append((to or summary_beside(self.output), to_json(summary, indent=1) + "\n"))
         with once_more(f"output {self.output}", f"; what was computed is in {self.path}"):
             self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
             if self._twin is not None:
@@ -179,6 +178,13 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def summary_beside(output: str) -> str:
+    """Where the summary of an output stands: rows.summary.json of rows.jsonl, and of any other name NAME-summary.json,
+    so that no two outputs have one place."""
+    stem = output.removesuffix(".jsonl")
+    return f"{output}-summary.json" if stem == output else f"{stem}.summary.json"
 
 
 def _loaded(line: bytes) -> JsonObject | None:
