@@ -23,7 +23,7 @@ import pytest
 
 from rlhf_jax.commands.label.items import check_of, item_of, items_of, turns_of, with_checks
 from rlhf_jax.commands.label.notebook import LabelPage
-from rlhf_jax.commands.label.server import STATIC, Page, make_app, run, summary
+from rlhf_jax.commands.label.server import STATIC, Page, items_for, make_app, run, summary
 from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.commands.web import LOOPBACK, guard, make_server
 from rlhf_jax.commands.web.app import SHARED
@@ -416,15 +416,12 @@ def test_preference_and_chat_rows_are_items_too():
 )
 def test_rows_that_nobody_can_rank_are_one_line(row, line):
     with pytest.raises(UserError, match=line):
-        items_of(rows_from([row]))
+        items_for(LabelArgs(output="votes.jsonl"), [row])
 
 
 def test_equal_rows_and_equal_responses_are_there_once():
-    items, note = items_of(
-        rows_from(
-            [*ROWS, ROWS[0], {"prompt": "p", "responses": ["a", "b", "a"]}, {"prompt": "p", "responses": ["a", "a"]}]
-        )
-    )
+    more = [{"prompt": "p", "responses": ["a", "b", "a"]}, {"prompt": "p", "responses": ["a", "a"]}]
+    items, note = items_for(LabelArgs(output="votes.jsonl"), [*ROWS, ROWS[0], *more])
     assert [len(item.names) for item in items] == [4] * 5 + [2]
     assert note == "1 there already; 1 with fewer than two different responses"
 
@@ -445,6 +442,32 @@ def test_votes_of_one_item_join_and_other_rows_stay():
     assert [said["ranks"] for said in anonymous["raters"]] == [[0, 1], [1, 0], [1, 0]]
     with pytest.raises(UserError, match=r"row 1: another prompt or responses than row 0"):
         rows_from([vote("anna", [0, 1]), {**vote("ben", [0, 1]), "responses": ["a", "c"]}])
+    with pytest.raises(UserError, match=r"row 1: another prompt or responses than row 0"):
+        rows_from(
+            [vote("anna", [0, 1]), {**vote("ben", [0, 1]), "responses": ["a", {"text": "b", "finished": False}]}]
+        )
+    table = [{**plain, "item": None, "rater": None}] * 2  # of rows some of which are votes
+    assert rows_from([{**row, "prompt": p} for row, p in zip(table, "rs", strict=True)])[1]["prompt"] == "s"
+
+
+def test_rows_of_the_same_texts_may_say_other_things_of_them_and_it_is_counted(tmp_path, capsys):
+    """The rows were aggregated anew, or sampled ids were added, between one rater and the next."""
+
+    def rows(strength, **more):
+        items = [
+            {"text": text, "ids": [i, strength], "strength": strength / 2} for i, text in enumerate(("a 0", "b 1"))
+        ]
+        return [{"prompt": "p", "responses": items, **more}]
+
+    for rater, strength, source in (("anna", 1, "old"), ("ben", 2, "new"), ("cleo", 2, "new")):
+        with served(tmp_path, rows=rows(strength, source=source)) as (ask, _):
+            answer_all(ask, rater, [0, 1], 1)
+    capsys.readouterr()
+    [row] = rows_from(str(tmp_path / "votes.jsonl"))
+    assert [each["rater"] for each in row["raters"]] == ["anna", "ben", "cleo"] and row["source"] == "old"
+    assert row["responses"][0] == {"text": "a 0", "ids": [0, 1], "finished": True, "strength": 0.5}
+    said = "fields in which votes are not as the first on their item, which counts: "
+    assert f"{said}'ids' of 2, 'source' of 2, 'strength' of 2" in capsys.readouterr().err
 
 
 def plain_tau(a: list[float], b: list[float]) -> tuple[float, float, float]:
@@ -570,6 +593,8 @@ def test_agreement_of_raters_is_told(tmp_path):
         assert [one["tau"] for one in found["raters"]] == [pytest.approx(4 / 6)] * 2
         assert found["alpha"] == pytest.approx(1 - 2 / 6 * 119 / 120)  # 2 n = 120 values whose squares are 1
         assert "two raters agree on 83.3% of 30 pairs, Krippendorff's alpha +0.67" in summary(page.votes, 5)
+        page.votes.raters = lambda: ["anna"]  # ben's first answer comes while it is looked at
+        assert len(page.votes.agreement()["raters"]) == 2
 
 
 def test_in_a_notebook_a_page_is_served_while_cells_run_and_its_cell_may_run_again(tmp_path, capfd):

@@ -70,7 +70,10 @@ def test_equal_texts_are_one_and_a_prompt_of_one_text_has_nothing_to_compare(how
     for _ in range(20):
         places = select(how, ["a", "b", "a", "c"], scores, 3, RNG).places
         assert places == [0, 1, 3]
+        assert select(how, ["", "b", " \n", "c"], scores, 3, RNG).places == [1, 3]  # nobody can rank nothing
     assert len(select(how, ["a"] * 4, scores, 2, RNG).places) == 1
+    assert select(how, ["", "a", "", " "], scores, 2, RNG).places == [1]
+    assert select(how, [""] * 4, scores, 2, RNG).places == []
 
 
 def test_collect_keeps_the_most_doubted_and_what_they_say_of_it_is_what_the_members_score(tmp_path, other):  # noqa: F811
@@ -230,6 +233,38 @@ def test_a_policy_that_fails_leaves_the_page_with_what_is_there_and_its_rows_are
     assert [item.key for item in again] == [item.key for item in page.items] and len(supply.batches) == 2
     kinds = [[item.known is not None for item in made(batch, [])] for batch in range(supply.count)]
     assert kinds == [[], [True], [], [True]]
+
+
+def test_a_batch_of_which_nothing_can_be_ranked_is_counted_and_drawing_goes_on(tmp_path, monkeypatch):
+    """Rows of which earlier versions said that they can be, prompts whose responses are alike, and an item again."""
+    prompts = [{"prompt": name} for name in "abcd"]
+    texts = {0: ["x", "y"], 1: ["x", ""], 3: ["x", "y"]}
+
+    class Fake:
+        def __init__(self, config):
+            self.prompts, self.size = prompts, 1
+
+        def __call__(self, start):
+            responses = [{"text": text} for text in texts.get(start, ())]
+            return [{"prompt": "a", "responses": responses}] * bool(responses)
+
+    monkeypatch.setattr(drawing, "Drawing", Fake)
+    paths = {"path": "prompts.jsonl", "output": str(tmp_path / "votes.jsonl"), "model": ModelConfig(path="policy")}
+    config, items = LabelArgs(**paths, max_prompt_length=2), []
+    for batches in (1, 4):
+        with drawing.Supply(config) as supply:
+            assert len(supply.batches) == batches
+            made, items = items_drawn(config, supply)
+            supply.start(lambda batch, rows: items.extend(made(batch, rows)), lambda: 0)  # noqa: B023
+            wait_for(lambda: len(supply.journal.rows) == 4 and not supply._thread.is_alive())
+        assert len(items) == 1 and supply.left == {
+            "with fewer than two responses": 1,
+            "responses that are null or empty, left out": 1,
+            "prompts without two different responses": 1,
+            "there already": 1,
+        }
+    with pytest.raises(UserError, match="selected is 13; make it between 2 and 12"):
+        replace(config, selected=13, num_samples=16)
 
 
 @pytest.mark.parametrize(

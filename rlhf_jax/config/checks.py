@@ -37,6 +37,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "above 0 and below 1": lambda x: 0 < x < 1,
     "at least 2": lambda x: x >= 2,
     "between 2 and 10": lambda x: 2 <= x <= 10,
+    "between 2 and 12": lambda x: 2 <= x <= 12,
     "between 0 and 65535": lambda x: 0 <= x <= 65535,
     "between 0 and 9999": lambda x: 0 <= x <= 9999,
     "between 1 and 9999": lambda x: 1 <= x <= 9999,

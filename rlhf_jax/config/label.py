@@ -16,6 +16,9 @@ from rlhf_jax.errors import UserError, printable, shown
 LONGEST_NAME = 60
 """Characters of a rater's name."""
 
+MOST_RANKED = 12
+"""Responses to one prompt: more than this nobody ranks, and Plackett-Luce takes no larger tie."""
+
 DRAWN = ("num_samples", "select", "selected", "reward", "sampling", "max_prompt_length", "batch_size", "ahead", "mesh")
 """Settings of what a policy draws."""
 
@@ -76,7 +79,12 @@ class LabelArgs:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        rules = {"between 0 and 65535": "port", SEEDS: "seed", "between 2 and 10": "scale", "at least 2": "selected"}
+        rules = {
+            "between 0 and 65535": "port",
+            SEEDS: "seed",
+            "between 2 and 10": "scale",
+            f"between 2 and {MOST_RANKED}": "selected",
+        }
         rules |= {"at least 1": "num_samples batch_size ahead", "at least 0": "max_prompt_length"}
         check(self, "", rules)
         idle = [each.name for each in fields(self) if each.name in DRAWN and getattr(self, each.name) != each.default]

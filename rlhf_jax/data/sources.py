@@ -18,9 +18,10 @@ import numpy as np
 from rlhf_jax.config.settings import HUB
 from rlhf_jax.data import hub_rows, tfds_rows
 from rlhf_jax.data.fields import entry_of, map_row, parse_fields
-from rlhf_jax.data.rows import EXTENSIONS, Row, bad_row, layout_of, where_of
+from rlhf_jax.data.rows import EXTENSIONS, Row, layout_of
 from rlhf_jax.data.shapes import shaped
-from rlhf_jax.errors import UserError, reason, shown, tell
+from rlhf_jax.data.votes import join_votes
+from rlhf_jax.errors import UserError, reason, shown
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import is_stream
@@ -31,13 +32,6 @@ NOT_TEXT = {"label", "rating", "votes", "margin", "finished", "responses", "mess
 """Columns of .csv files whose cells are JSON; all others are texts."""
 LARGEST_MIXTURE = 10**8
 """Rows of one source in an epoch, copies counted."""
-VOTE = {"item", "rater", "prompt", "responses", "ranks"}
-"""A row with all of these fields is a vote: one rater's ranks of the responses of one item."""
-ABOUT_THE_VOTE = ("rater", "ranks", "comment", "all_bad", "skipped", "check")
-RATING = "rating_"
-"""How the columns of a vote begin that rate each of the responses, as rating_helpful: [7, 2]."""
-OF_A_VOTE = {*VOTE, *ABOUT_THE_VOTE, "order", "seconds", "time"}
-"""All that a vote says itself."""
 DOCUMENT_END = "<|endoftext|>"
 
 
@@ -120,45 +114,6 @@ def _as_row(where: str, row: object) -> Row:
     if odd := [name for name in row if not isinstance(name, str)]:
         raise UserError(f"{where}: the column {shown(odd[0])} has no name; give each a text")
     return {"_where": where, **row}
-
-
-def join_votes(rows: list[Row]) -> list[Row]:
-    """The votes on one item as one row {prompt, responses, raters: [{rater, ranks, ...}]}, in the place of the first.
-
-    Of several votes of a rater on an item the last one counts: it is a change of mind. Those of nobody in particular
-    (rater null or empty) all do. What they carry along the first one says; other rows stay as they are.
-
-    Raises:
-        UserError: two votes on one item that differ in prompt or responses.
-    """
-    joined: dict[str, tuple[Row, Row, dict[object, Row]]] = {}  # item -> its first vote, the row made, rater -> vote
-    out: list[Row] = []
-    for row in rows:
-        if not set(row) >= VOTE:
-            out.append(row)
-            continue
-        item = str(row["item"])
-        if item not in joined:
-            made = {"prompt": row["prompt"], "responses": row["responses"], "item": item, "_where": where_of(row)}
-            made = beside_vote(row) | made
-            joined[item] = row, made, {}
-            out.append(made)
-        first, _, votes = joined[item]
-        if any(row[name] != first[name] for name in ("prompt", "responses")):
-            raise bad_row(row, f'another prompt or responses than {where_of(first)}, but both are item "{item}"')
-        about = [*ABOUT_THE_VOTE, *(name for name in row if name.startswith(RATING))]
-        votes[str(row["rater"]) if row["rater"] else len(votes)] = {name: row[name] for name in about if name in row}
-    for _, made, votes in joined.values():
-        made["raters"] = list(votes.values())
-    counted = sum(len(made["raters"]) for _, made, _ in joined.values())
-    if changed := len(rows) - len(out) + len(joined) - counted:
-        tell(f"{changed} votes do not count, their raters having changed them later", error=True)
-    return out
-
-
-def beside_vote(row: Row) -> Row:
-    """The fields of a row that a vote on it carries along: all that no vote says itself."""
-    return {name: row[name] for name in row if name not in OF_A_VOTE and not name.startswith(RATING)}
 
 
 def mix(sources: Sequence[list[Row]], weights: Sequence[float], seed: int) -> list[Row]:

@@ -17,7 +17,7 @@ class Selection:
     """What is kept of a prompt.
 
     Attributes:
-        places: of the responses, in their order; fewer than two if no two differ.
+        places: of the responses, in their order; fewer than two if no two that say something differ.
         information: the mean over pairs of them of `doubt`; None where nobody was asked.
     """
 
@@ -37,11 +37,12 @@ def select(
 ) -> Selection:
     """`count` different responses of K, or as many as there are; `scores` of M members, None for random.
 
+    An empty one is none of them: nobody can rank it.
     random: any. disagreement: the pair of the largest doubt, then, one by one, what adds the largest doubt beside
     those that are chosen (infomax of Dwaracherla et al. 2024, arXiv 2402.00396, by pairs). top_two: double Thompson
     sampling (algorithm 5 there): the one that a random member likes best, then the one that another likes best.
     """
-    places = [texts.index(text) for text in dict.fromkeys(texts)]
+    places = [texts.index(text) for text in dict.fromkeys(texts) if text.strip()]
     count = min(count, len(places))
     if scores is None or count < 2:
         return Selection(sorted(rng.choice(places, count, replace=False).tolist()), None)

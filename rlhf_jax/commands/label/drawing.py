@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -13,7 +14,8 @@ import numpy as np
 from rlhf_jax.config import CollectArgs, LabelArgs
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.rows import OF_ANSWERS, Row, carried, tell_left
-from rlhf_jax.data.sources import beside_vote, rows_from
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.votes import beside_vote
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.feedback.phases import digest
 from rlhf_jax.feedback.scorer import Scorer
@@ -67,7 +69,7 @@ class Drawing:
     def __call__(self, start: int) -> list[Row]:
         """Rows {prompt, responses: [{text, finished}], information?} of a batch of prompts, the most of it first.
 
-        They are those of `collect` with the same settings; a prompt whose responses are all alike has none.
+        They are those of `collect` with the same settings; a prompt without two different responses has none.
         """
         config, prompts = self.config, self.prompts[start : start + self.size]
         # As `collect` has it: then the number of a source, and the place of the batch.
@@ -116,6 +118,7 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
     Attributes:
         batches: rows that are there at first, by batches: of an earlier command, or a first one.
         count: batches that all prompts make.
+        left: what is drawn and left out, counted by what shows it.
         failure: what ended the drawing, if anything did.
     """
 
@@ -135,6 +138,7 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
         self.journal = Journal(f"{config.output}.drawn", decided_by, overwrite=False, cure=cure)  # a line for a batch
         self.count = -(-len(self.drawing.prompts) // self.drawing.size)
         self.batches: list[list[Row]] = [batch["rows"] for batch in self.journal.rows]
+        self.left: Counter[str] = Counter()
         self.failure: Exception | None = None
         self._end, self._thread = threading.Event(), threading.Thread(name="drawing", daemon=True)
         try:
@@ -148,6 +152,10 @@ class Supply(contextlib.AbstractContextManager["Supply"]):
         except BaseException:
             self.journal.close()
             raise
+
+    def prompts_in(self, batch: int) -> int:
+        """How many prompts make up a batch."""
+        return len(self.drawing.prompts[batch * self.drawing.size :][: self.drawing.size])
 
     def _more(self) -> bool:
         return len(self.journal.rows) * self.drawing.size < len(self.drawing.prompts)

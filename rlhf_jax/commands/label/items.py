@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rlhf_jax.config.label import MOST_RANKED
 from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.gathering import join
 from rlhf_jax.data.messages import Messages, in_words, key_of, split_transcript
 from rlhf_jax.data.numbers import float_of, is_number
 from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Row, bad_row, carried, empty_row, layout_of
 from rlhf_jax.data.schemas import kind_of
-from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.json_text import JsonObject
 
-MOST = 12
-"""Responses to one prompt: more than this nobody ranks, and Plackett-Luce takes no larger tie."""
+AGAIN = "there already"
+"""Why an item is left out that is equal to another."""
 
 
 def digest(*parts: object) -> str:
@@ -94,8 +94,8 @@ def item_of(row: Row) -> Item:
     size = len(ranking.responses)
     if size < 2:
         raise empty_row(row, "all responses are the same", "with fewer than two different responses")
-    if size > MOST:
-        raise bad_row(row, f"{size} responses are more than a person can rank; give at most {MOST}")
+    if size > MOST_RANKED:
+        raise bad_row(row, f"{size} responses are more than a person can rank; give at most {MOST_RANKED}")
     texts = [[key_of(answer.response), answer.finished] for answer in ranking.answers]
     return Item(digest(ranking.prompt, texts), [digest(each) for each in texts], ranking)
 
@@ -141,11 +141,11 @@ def _little_information(row: Row) -> float:
     return -(float_of(said) or 0.0) if is_number(said) else 0.0
 
 
-def items_of(rows: list[Row]) -> tuple[list[Item], str]:
-    """(the different items of all rows, the most informative first, else in their order; what to say of other rows).
+def items_of(rows: list[Row]) -> tuple[list[Item], Counter[str]]:
+    """(the different items of all rows, the most informative first, else in their order; what is left out, counted).
 
     Raises:
-        UserError: a malformed row, or no item at all.
+        UserError: a malformed row.
     """
     items: dict[str, Item] = {}
     dropped: Counter[str] = Counter()
@@ -156,8 +156,5 @@ def items_of(rows: list[Row]) -> tuple[list[Item], str]:
             dropped[drop.reason] += 1
             continue
         if items.setdefault(item.key, item) is not item:
-            dropped["there already"] += 1
-    note = "; ".join(f"{count} {reason}" for reason, count in (dropped + without_text(rows)).items())
-    if not items:
-        raise UserError(f"no row has anything to rank: {note}; give rows with at least two different responses")
-    return list(items.values()), note
+            dropped[AGAIN] += 1
+    return list(items.values()), dropped + without_text(rows)

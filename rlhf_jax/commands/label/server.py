@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import bottle
 
-from rlhf_jax.commands.label.items import Item, check_of, in_batch, items_of, with_checks
+from rlhf_jax.commands.label.items import AGAIN, Item, check_of, in_batch, items_of, with_checks
 from rlhf_jax.commands.label.votes import Votes
 from rlhf_jax.commands.web import LOOPBACK, listening, serve
 from rlhf_jax.commands.web.app import make_app as web_app
@@ -18,8 +19,9 @@ from rlhf_jax.commands.web.app import posted
 from rlhf_jax.config import LabelArgs
 from rlhf_jax.config.label import LONGEST_NAME
 from rlhf_jax.data.rows import READ, Row, carried, layout_of, tell_left
-from rlhf_jax.data.sources import RATING, beside_vote, rows_from
-from rlhf_jax.errors import printable, tell
+from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.votes import RATING, beside_vote
+from rlhf_jax.errors import UserError, printable, tell
 from rlhf_jax.hosts.files import read_text
 from rlhf_jax.hosts.json_text import JsonObject
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 STATIC = Path(__file__).parent / "static"
 LONGEST_COMMENT = 10_000
+ALIKE = "prompts without two different responses"
 
 
 class Page:
@@ -223,16 +226,33 @@ def items_for(config: LabelArgs, rows: object) -> tuple[list[Item], str]:
     """(the items of rows or of a path, with the config's checks among them; what to say of rows that are left out)."""
     given = rows_from(rows, config.fields if isinstance(rows, str) else ())
     tell_left(given, lambda row: beside_vote(carried(row)).keys() | READ.get(layout_of(row), set()))
-    items, note = items_of(given)
-    return with_checks(items, checks_for(config), config.seed), note
+    items, left = items_of(given)
+    if not items:
+        raise UserError(
+            f"no row has anything to rank: {counted(left)}; give rows with at least two different responses"
+        )
+    return with_checks(items, checks_for(config), config.seed), counted(left)
+
+
+def counted(left: Counter[str]) -> str:
+    """What is left out, in words."""
+    return "; ".join(f"{count} {reason}" for reason, count in left.items())
 
 
 def items_drawn(config: LabelArgs, supply: Supply) -> tuple[Callable[[int, list[Row]], list[Item]], list[Item]]:
-    """(what makes items of a drawn batch, the checks spread over all batches; the items of the batches there are)."""
-    checks = checks_for(config)
+    """(what makes items of a drawn batch, the checks spread over all batches; the items of the batches there are).
+
+    `supply.left` counts what gives no item.
+    """
+    checks, keys = checks_for(config), set[str]()
 
     def made(batch: int, rows: list[Row]) -> list[Item]:
-        return in_batch(items_of(rows)[0] if rows else [], checks, batch, supply.count, config.seed)
+        items, left = items_of(rows)
+        new = [item for item in items if item.key not in keys]
+        keys.update(item.key for item in new)
+        left += Counter({AGAIN: len(items) - len(new), ALIKE: supply.prompts_in(batch) - len(rows)})
+        supply.left = supply.left + left  # a new one, since others read it
+        return in_batch(new, checks, batch, supply.count, config.seed)
 
     there = [item for batch, rows in enumerate(supply.batches) for item in made(batch, rows)]
     return made, list({item.key: item for item in there}.values())
@@ -243,7 +263,8 @@ def run(config: LabelArgs) -> None:
     with contextlib.ExitStack() as stack:
         supply = stack.enter_context(supply_of(config)) if config.model.path else None
         if supply:
-            (made, items), note = items_drawn(config, supply), ""
+            made, items = items_drawn(config, supply)
+            note = counted(supply.left)
         else:
             items, note = items_for(config, config.path)
         votes = stack.enter_context(contextlib.closing(Votes(config.output, items)))
@@ -261,6 +282,8 @@ def run(config: LabelArgs) -> None:
                 supply.start(lambda batch, rows: page.add(made(batch, rows)), page.waiting)
             serve(server)
         tell("\n" + summary(votes, len(items)))
+        if supply and supply.left:
+            tell(f"left out of what was drawn: {counted(supply.left)}")
 
 
 def supply_of(config: LabelArgs) -> Supply:

@@ -12,7 +12,8 @@ from rlhf_jax.commands.label.items import Item
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, krippendorff_alpha, rater_taus
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.sources import RATING, VOTE, read_rows
+from rlhf_jax.data.sources import read_rows
+from rlhf_jax.data.votes import RATING, VOTE
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import Lines, hold_lines, mend
 from rlhf_jax.hosts.json_text import JsonObject
@@ -101,15 +102,16 @@ class Votes:
         and for each rater {answers, skipped, tau, pairs}: Kendall's tau-b with all others together, and the pairs of
         verdicts behind it; None without any. Answers to attention checks have no part in it.
         """
-        names = self.raters()
+        with self._one_at_a_time:
+            latest = dict(self.latest)
+        names = list(dict.fromkeys(rater for _, rater in latest))
         groups: dict[str, int] = {}
         ballots: list[rankings.Ballot] = []
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        with self._one_at_a_time:
-            for (item, rater), vote in self.latest.items():
-                counts[rater][bool(vote.get("skipped"))] += 1
-                ranks = [np.nan if rank is None else float(rank) for rank in vote["ranks"]]
-                ballots.append((groups.setdefault(item, len(groups)), names.index(rater), ranks))
+        for (item, rater), vote in latest.items():
+            counts[rater][bool(vote.get("skipped"))] += 1
+            ranks = [np.nan if rank is None else float(rank) for rank in vote["ranks"]]
+            ballots.append((groups.setdefault(item, len(groups)), names.index(rater), ranks))
         verdicts = rankings.comparisons(ballots, num_raters=len(names))
         share, total = agreement(verdicts)
         alpha = krippendorff_alpha(verdicts)
