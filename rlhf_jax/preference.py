@@ -126,7 +126,7 @@ def objective(
 def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None) -> Task:
     """The method whose settings these are; `loss` replaces the config's."""
     settings: DPOConfig | KTOConfig | RRHFConfig
-    build: Build = preference_examples
+    build: Build
     group, collate, logprobs = "dpo", lambda _: collate_preference, of_all
     says: Callable[[Model, Params, Batch], Array] = partial(of_batch, sequence_logprobs)
     pack, prepare = pack_responses, None
@@ -138,6 +138,8 @@ def task_of(config: DPOArgs | KTOArgs | RRHFArgs, loss: ArrayLoss | None = None)
     else:
         settings = config.dpo
     bound = bind(loss or settings.loss, settings)
+    if group == "dpo":
+        build = partial(preference_examples, margins="margins" in columns_read(bound))
     return Task(
         group,
         build,

@@ -14,7 +14,7 @@ from test_data import CHATML, USER, tiny, turn
 
 from rlhf_jax import cli
 from rlhf_jax.commands import datasets
-from rlhf_jax.config import DataAggregateArgs, DataConfig, DataInspectArgs, DataPrepareArgs
+from rlhf_jax.config import DataAggregateArgs, DataConfig, DataInspectArgs, DataPrepareArgs, SFTArgs
 from rlhf_jax.data import fields, lint, schemas, sources, tfds_rows
 from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples
@@ -87,6 +87,16 @@ def test_what_a_prepared_dataset_does_not_hold_is_counted_by_name(tmp_path, caps
     said = capsys.readouterr().out
     assert '; 1 responses with "model", which is not stored; 1 responses that are null or empty, left out' in said
     assert "; fields not read: 'id' of 2, 'more' of 2" in said
+    rated = [
+        {"prompt": "a", "response": "b", "rating": 3, "rater": None},
+        {"prompt": "a", "response": "c", "rater": "x"},
+    ]
+    path = write(tmp_path / "rated.jsonl", rated)
+    datasets.run_prepare(DataPrepareArgs(path=path, schema="sft", out=str(tmp_path / "out")))
+    assert "; fields not read: 'rating' of 1, 'rater' of 1\n" in capsys.readouterr().out
+    path = write(tmp_path / "pairs.jsonl", ROWS["preference"])
+    datasets.run_prepare(DataPrepareArgs(path=path, schema="ranking", out=str(tmp_path / "other")))
+    assert "; 1 margins not used\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"row 1: this cannot be written as JSON \(a bytes has no form there\)"):
         tfds_rows.stored({"prompt": "a", "image": b"x", "_where": "row 1"}, "prompts", Counter())
 
@@ -307,6 +317,13 @@ def test_inspect_prints_and_returns_its_findings(tmp_path, capsys):
     out = capsys.readouterr().out
     assert found["rows"] == 8 and "held out" not in out
     assert out.count("--- ") == 2 and "\033[" not in out and "8 prompt-completion" in out
+    mixed = SFTArgs(
+        data=DataConfig(path=path, mixture=[write(tmp_path / "s.jsonl", [{"prompt": "a a", "response": "a"}])])
+    )
+    found = datasets.run_inspect(DataInspectArgs(), mixed)
+    assert (found["rows"], found["repeated"][0]) == (9, 1)
+    assert datasets.run_inspect(DataInspectArgs(path=path), mixed)["rows"] == 8
+    capsys.readouterr()
     unranked = [{"prompt": "a", "responses": ["b", "c"]}]
     (tmp_path / "sft.yaml").write_text(f"model: {{tokenizer: {tmp_path / 'tok'}}}\ndata: {{max_length: 6}}\nsft: {{}}")
     stage = ["--config", str(tmp_path / "sft.yaml"), "--data.path", write(tmp_path / "u.jsonl", unranked)]

@@ -8,10 +8,12 @@ import pytest
 from test_data import tiny
 from tiny import toy_directory
 
-from rlhf_jax import reward, sft
+from rlhf_jax import preference, reward, sft
 from rlhf_jax.commands.label.items import item_of
 from rlhf_jax.config import (
     DataConfig,
+    DPOArgs,
+    DPOConfig,
     ModelConfig,
     OptimConfig,
     RewardArgs,
@@ -26,6 +28,7 @@ from rlhf_jax.data.ballots import ranking_row
 from rlhf_jax.data.comparisons import preference_examples, ranking_examples, rating_examples, unpaired_examples
 from rlhf_jax.data.encoding import Limits
 from rlhf_jax.data.examples import prompt_examples, prompt_key, sft_examples
+from rlhf_jax.data.rows import LAYOUTS, READ, layout_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -107,6 +110,7 @@ BESIDE = {
 }
 """Kind of row -> fields of other kinds that are no part of it."""
 TOKENIZER = Tokenizer(tiny())
+OTHER_PAIR = {"prompt": "z", "chosen": "y", "rejected": "x", "margin": None, "_where": "other"}
 OTHER = {"prompt": "z", "completion": "y", "label": True, "_where": "other"}
 
 
@@ -157,6 +161,17 @@ def test_other_fields_are_no_part_of_a_row(kind):
 
 
 @pytest.mark.parametrize("kind", ROWS)
+def test_a_null_field_is_as_if_it_were_not_there(kind):
+    """Tables have null where a row lacks what others of its kind have; what says of what kind it is, is no such."""
+    row, tells = ROWS[kind], set().union(*(names for _, names in LAYOUTS))
+    for name in sorted(READ[layout_of(row)] - set(row) - {"_where"} - tells):
+        for reader in READERS:
+            assert read(reader, {**row, name: None}) == read(reader, row), (name, reader)
+    report = preference_examples([{**PREFERENCE, "more": None, "_where": "f:1"}], TOKENIZER, SMALL)[1]
+    assert "fields not read" not in str(report)
+
+
+@pytest.mark.parametrize("kind", ROWS)
 def test_every_row_is_read_by_some_command(kind):
     assert any(read(reader, ROWS[kind]) != "refused" for reader in READERS if reader not in ("split", "reward auto"))
 
@@ -184,8 +199,13 @@ def test_margins_and_votes_are_those_of_the_row_whatever_else_it_has(fields):
     [example], report = preference_examples([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, SMALL)
     assert (example["label"], example["margin"]) == (pytest.approx(0.7), 0.5)
     assert report.unread == dict.fromkeys(fields, 1)
-    for build in (ranking_examples, partial(preference_examples, aggregate="crowd_bt")):
-        assert "1 margins not used" in str(build([{**PREFERENCE, **fields, "_where": "f:1"}], TOKENIZER, SMALL)[1])
+    ipo = preference.task_of(DPOArgs(dpo=DPOConfig(loss="rlhf_jax.losses:ipo_loss"))).build
+    for build in (ranking_examples, partial(preference_examples, aggregate="crowd_bt"), unpaired_examples, ipo):
+        assert "1 margins not used" in str(
+            build([{**PREFERENCE, **fields, "_where": "f:1"}, OTHER_PAIR], TOKENIZER, SMALL)[1]
+        )
+    dpo = preference.task_of(DPOArgs()).build([{**PREFERENCE, "_where": "f:1"}], TOKENIZER, SMALL)[1]
+    assert "margins" not in str(dpo)
 
 
 # --- numbers
@@ -272,6 +292,8 @@ COMPARED = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
     {"prompt": "a", "responses": [{"text": "b", "rank": 0}, {"text": "c", "rank": 1}]},
     {"prompt": "a", "responses": ["b", "c"], "scores": [1, 0]},
+    {"prompt": "a", "responses": ["b", "c"], "scores": [1, 0], "ranks": [None, None]},
+    {"prompt": "a", "responses": [{"text": "b", "score": 1}, {"text": "c", "score": 0}], "ranks": [None, None]},
     {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1]},
     {"prompt": "a", "responses": ["b", "c"], "best": 0},
 ]
@@ -304,8 +326,9 @@ def test_a_null_column_says_nothing(build, rows):
     ]
     filled = [{**dict.fromkeys(names), **row} for row in rows]
     for row in filled:
-        if any(isinstance(one, dict) for one in row.get("responses", [])):
-            row["responses"] = [{**one, "finished": None, "ids": None} for one in row["responses"]]
+        items = [one if isinstance(one, dict) else {"text": one} for one in row.get("responses", [])]
+        blank = dict.fromkeys(["rank", "score", "finished", "ids"])
+        row |= {"responses": [{**blank, **one} for one in items]} if items else {}
     limits = Limits(5, 9, "error")
     found, wanted = (build(rows_from(each), Tokenizer(tiny()), limits)[0] for each in (filled, rows))
     assert repr(found) == repr(wanted) and len(found) == len(rows)

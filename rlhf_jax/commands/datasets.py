@@ -43,10 +43,13 @@ from rlhf_jax.hosts.outputs import check_output, keeping, there, writable_direct
 def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint.Findings:
     """Print what `lint.inspect` finds, and some rows as a model would see them; returns the findings.
 
-    Of a stage's config come what rows, tokenizer and limits are, unless `config` names its own.
+    Of a stage's config come what rows (with those of data.mixture), tokenizer and limits are, unless `config` names
+    its own.
     """
+    mixture: list[str] = []
     if stage is not None:
         data, model = stage.data, stage.model
+        mixture = [] if config.path else data.mixture
         config = replace(
             config,
             path=config.path or data.path,
@@ -57,7 +60,7 @@ def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint
             max_prompt_length=data.max_prompt_length,
             max_length=data.max_length,
         )
-    train = rows_from(config.path, config.fields)
+    train = [row for path in (config.path, *mixture) for row in rows_from(path, config.fields)]
     held_out = rows_from(config.eval_path, config.fields) if config.eval_path else []
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     findings = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
@@ -85,8 +88,9 @@ def run_prepare(config: DataPrepareArgs) -> Path:
         build = lambda row: ([tfds_rows.stored(row, config.schema, remarks)], False)  # noqa: B023, E731
         kept, report = collect(rows, build, strict=config.strict, columns=config.schema == "prompts", remarks=remarks)
         if config.schema != "prompts":
-            names = Counter(name for row in rows for name in ("id", "item") if row.get(name) is not None)
-            report = replace(report, unread=names + Counter(report.unread))
+            names = tfds_rows.UNSTORED[config.schema]
+            lost = Counter(name for row in rows for name in names if row.get(name) is not None)
+            report = replace(report, unread=lost | Counter(report.unread))
         splits[split] = [{name: value for name, value in row.items() if name != "where"} for row in kept]
         tell(f"{report.mark}{split}: {report}")
     what = f"out {config.out}"

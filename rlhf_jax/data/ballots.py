@@ -83,10 +83,10 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     """A prompt with several responses.
 
     {prompt, responses, ...} where responses are texts, messages, or {text, rank?, score?, finished?}. Who is better is
-    said by `rank` (lower is better, equal is a tie, null is not ranked), else by `score` (higher is better), in each
-    response or as a list `ranks` or `scores` beside them (RRHF); or `best` is the place of the one that was chosen
-    (Ziegler et al. 2019), from 0, and the others are not compared. The row's `rater` said so. Or several did:
-    `raters`: [{rater, ranks or best}, ...].
+    said by `rank` (lower is better, equal is a tie, null is not ranked), else by `score` (higher is better), as a list
+    `ranks` or `scores` beside the responses (RRHF) or in each of them; what is null for all says nothing. Or `best` is
+    the place of the one that was chosen (Ziegler et al. 2019), from 0, and the others are not compared. The row's
+    `rater` said so. Or several did: `raters`: [{rater, ranks or best}, ...].
 
     A preference row is a ranking of two, and its votes are ballots. An unpaired preference {prompt, completion, label}
     is one response with rank 0 or 1, to be joined with others by `gather`.
@@ -115,7 +115,8 @@ def ranking_row(row: Row, *, unlabelled: bool = False) -> Ranking:
     labelled = any(row.get(name) is not None for name in ("raters", "ranks", "scores", "best"))
     labelled = labelled or any({"rank", "score"} & set(item) for item in items)
     ballots = _ballots(row, items) if labelled or not unlabelled else []
-    kept = [i for i, item in enumerate(items) if _has_text(item["text"])]
+    ballots = [each for each in ballots if not (unlabelled and np.isnan(each[1]).all())]
+    kept = [i for i, says_something in enumerate(with_text(row)) if says_something]
     if len(kept) < 2:
         raise empty_row(row, f"{len(kept)} of {len(items)} responses have a text", "with fewer than two responses")
     columns = (
@@ -147,8 +148,12 @@ def _items(row: Row) -> list[Row]:
 
 def without_text(rows: Sequence[Row]) -> Counter[str]:
     """How many responses of ranking rows are null or empty, which leave their ranking, for a report."""
-    rankings = (row for row in rows if layout_of(row) == "ranking")
-    return +Counter({EMPTY: sum(not _has_text(item["text"]) for row in rankings for item in _items(row))})
+    return +Counter({EMPTY: sum(with_text(row).count(False) for row in rows if layout_of(row) == "ranking")})
+
+
+def with_text(row: Row) -> list[bool]:
+    """Whether each response of a ranking row is neither null nor empty; those that are not leave their ranking."""
+    return [_has_text(item["text"]) for item in _items(row)]
 
 
 def _has_text(value: object) -> bool:
@@ -169,13 +174,15 @@ def _ballots(row: Row, items: list[Row]) -> list[tuple[str, list[float]]]:
         if not isinstance(verdicts, list) or not all(isinstance(verdict, dict) for verdict in verdicts):
             raise bad_row(row, f'"raters" is {type_of(verdicts)}; give a list of {{rater, ranks}}')
         return [(rater_of(v, row), ranks) for v in verdicts for ranks in _verdict_ranks(row, v, len(items))]
+    columns: list[tuple[object, int]] = []
     for name, sign in (("rank", 1), ("score", -1)):
-        values = row.get(f"{name}s")
-        if values is None and any(name in item for item in items):
-            values = [item.get(name) for item in items]
-        if values is not None:
-            return [(rater_of(row), _ranks(row, values, len(items), sign))]
-    raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
+        of_items = [item.get(name) for item in items] if any(name in item for item in items) else None
+        columns += [(values, sign) for values in (row.get(f"{name}s"), of_items) if values is not None]
+    if not columns:
+        raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
+    null = lambda values: isinstance(values, list) and values == [None] * len(items)  # noqa: E731
+    values, sign = next((column for column in columns if not null(column[0])), columns[0])
+    return [(rater_of(row), _ranks(row, values, len(items), sign))]
 
 
 def _verdict_ranks(row: Row, verdict: Row, size: int) -> list[list[float]]:

@@ -13,16 +13,32 @@ from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
 from rlhf_jax.data.encoding import Encoder, Example, Limits, Report, collect
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import gather
-from rlhf_jax.data.numbers import SMALLEST, in_order, is_number, number_of, off_centre
+from rlhf_jax.data.numbers import SMALLEST, in_order, number_of, off_centre
 from rlhf_jax.data.rankings import components
 from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Joined, Row, layout_of, require
-from rlhf_jax.data.schemas import Answer, answer_of, both_answers, flag_of, float32_of, preference_row, single_answer
+from rlhf_jax.data.schemas import (
+    Answer,
+    answer_of,
+    both_answers,
+    flag_of,
+    float32_of,
+    margins_of,
+    margins_unused,
+    preference_row,
+    single_answer,
+)
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
 
 def preference_examples(
-    rows: list[Row], tokenizer: Tokenizer, limits: Limits, *, aggregate: str = "votes", prior: float = 0.5
+    rows: list[Row],
+    tokenizer: Tokenizer,
+    limits: Limits,
+    *,
+    aggregate: str = "votes",
+    prior: float = 0.5,
+    margins: bool = True,
 ) -> tuple[list[Example], Report]:
     """[{chosen int32[n], rejected int32[m], prompt_length, label, margin, weight, prompt_key}].
 
@@ -30,6 +46,7 @@ def preference_examples(
     or what aggregation (`gathering.gather`) makes of them; where it is below 1/2 the two change places.
     `prompt_key` is equal for rows of one prompt. A ranking gives all pairs that were compared and are not tied, the
     preferred one first, whose weights sum to one, so that a prompt weighs the same however many responses it has.
+    Without `margins` nothing is made of them, and they are counted.
     """
     encoder = Encoder(tokenizer, limits)
 
@@ -47,7 +64,7 @@ def preference_examples(
         example = {"chosen": chosen, "rejected": rejected, "prompt_length": length, "label": label}
         return [{**example, "margin": row["margin"], "weight": 1.0, "prompt_key": prompt_key(row)}], cut
 
-    return _gathered(rows, build, encoder, aggregate, prior, margins=True)
+    return _gathered(rows, build, encoder, aggregate, prior, margins=margins)
 
 
 def ranking_examples(
@@ -78,11 +95,10 @@ def _gathered(
     `margins`: rows that are not joined use theirs.
     """
     joined, note = gather(rows, prompt_key, aggregate=aggregate, prior=prior)
-    sizes = [abs(row["margin"]) for row in rows if layout_of(row) in PREFERENCES and is_number(row.get("margin"))]
     if margins and aggregate == "votes":
-        lost = Counter({"margins that are 0 in float32": sum(0 < size < SMALLEST for size in sizes)})
+        lost = Counter({"margins that are 0 in float32": sum(0 < abs(size) < SMALLEST for size in margins_of(rows))})
     else:
-        lost = Counter({"margins not used": sum(size != 0 for size in sizes)})
+        lost = margins_unused(rows)
     encoder.remarks.update(+lost + without_text(rows))
     return collect(joined, build, strict=encoder.limits.strict, note=note, remarks=encoder.remarks)
 
@@ -209,6 +225,7 @@ def unpaired_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> 
         answer = answer_of(row)
         return _singles(answer, encoder, [single_answer(answer)], [{"label": float(flag_of(row, "label"))}])
 
+    encoder.remarks.update(margins_unused(rows))
     examples, report = collect(rows, build, strict=limits.strict, remarks=encoder.remarks)
     if len({example["prompt_key"] for example in examples}) < 2:
         raise UserError("all rows have one prompt, but KTO needs responses to other prompts; give rows of two or more")

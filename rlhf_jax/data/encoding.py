@@ -190,8 +190,8 @@ def collect(
 
 
 def unread_in(rows: Sequence[Row]) -> dict[str, int]:
-    """Names of fields that nothing reads -> how many rows have them."""
-    return dict(Counter(name for row in rows for name in unread_of(row)))
+    """Names of fields that nothing reads -> how many rows have them; null is none."""
+    return dict(Counter(name for row in rows for name in unread_of(row) if row[name] is not None))
 
 
 @contextmanager

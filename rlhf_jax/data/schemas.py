@@ -8,6 +8,8 @@ turn, a false label, two answers that are equal or answer two prompts.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple, cast
 
@@ -126,6 +128,16 @@ def preference_row(row: Row) -> Row:
         "ids": [ids_of(row, "chosen_ids"), ids_of(row, "rejected_ids")],
         "_where": where_of(row),
     }
+
+
+def margins_of(rows: Sequence[Row]) -> list[float]:
+    """The margins of all preferences that have one."""
+    return [row["margin"] for row in rows if layout_of(row) in PREFERENCES and is_number(row.get("margin"))]
+
+
+def margins_unused(rows: Sequence[Row]) -> Counter[str]:
+    """How many preferences have a margin, for a report where nothing is made of it."""
+    return +Counter({"margins not used": sum(margin != 0 for margin in margins_of(rows))})
 
 
 def both_answers(pair: Row) -> list[Answer]:

@@ -19,10 +19,17 @@ from rlhf_jax.data.encoding import naming
 from rlhf_jax.data.fields import catalogue
 from rlhf_jax.data.messages import Messages, Text
 from rlhf_jax.data.rows import Row, bad_row
-from rlhf_jax.data.schemas import columns_of, preference_row, prompt_row, sft_row
+from rlhf_jax.data.schemas import columns_of, margins_unused, preference_row, prompt_row, sft_row
 from rlhf_jax.errors import UserError, reason
 from rlhf_jax.hosts.copies import DATASET
 from rlhf_jax.hosts.json_text import to_json
+
+UNSTORED = {
+    "sft": ("id", "item", "rating", "rater"),
+    "preference": ("id", "item"),
+    "ranking": ("id", "item"),  # and margins, which are counted as everywhere where nothing uses them
+}
+"""Schema -> fields that rows of its kinds have by `rows.READ` and that are not stored."""
 
 NAME = "feedback"
 """Name of our builder; its configs are the schemas."""
@@ -166,7 +173,7 @@ def stored(row: Row, schema: str, remarks: Counter[str] | None = None) -> Row:
         if remarks is not None:
             others = (name for answer in ranking.answers for name in answer.extra)
             remarks.update(f'responses with "{name}", which is not stored' for name in others)
-            remarks.update(without_text([row]))
+            remarks.update(without_text([row]) + margins_unused([row]))
         ballots = [ballot for ballot in ranking.ballots for _ in range(int(ballot.times))]
         return {
             "prompt": _turns(ranking.prompt),
