@@ -279,7 +279,8 @@ def test_wins_count_every_pair_of_samples_and_ties_half():
 
 def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
     each = [SourceConfig(name="a"), SourceConfig(name="b", temperature=0.5)]
-    config = settings(tmp_path / "e", sources=each, reference=TOY)
+    reference = Path(shutil.copytree(TOY, tmp_path / "reference"))
+    config = settings(tmp_path / "e", sources=each, reference=str(reference))
     whole = run_evaluate(config, rows=PROMPTS, functions=[length])
     assert json.loads((tmp_path / "e" / "summary.json").read_text()) == whole
     shown = capsys.readouterr().out
@@ -294,6 +295,12 @@ def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(tmp_pat
             run_evaluate(replace(config, seed=1), rows=PROMPTS, functions=[length])
         with pytest.raises(UserError, match="holds evaluate of other rows or functions"):
             run_evaluate(config, rows=PROMPTS[1:], functions=[length])
+        (reference / "config.json").write_text((reference / "config.json").read_text() + " ")  # trained again
+        with pytest.raises(UserError, match="holds an evaluation of other contents of reference; choose another"):
+            run_evaluate(config, rows=PROMPTS, functions=[length])
+        shutil.rmtree(reference)  # what is gone has not changed
+        assert run_evaluate(config, rows=PROMPTS, functions=[length]) == whole
+    shutil.copytree(TOY, reference)
     again = replace(config, output_dir=str(broken), overwrite=True)
     monkeypatch.setattr("rlhf_jax.runs.journal.Journal.finish", lambda self, *_: None)
     run_evaluate(again, rows=PROMPTS, functions=[length])

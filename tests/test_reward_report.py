@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import ONE, toy_directory
@@ -221,6 +222,51 @@ def test_a_reward_on_the_rows_of_a_file_with_what_its_functions_are_given(tmp_pa
         run_evaluate(config, functions=[mine])
     given = run_evaluate(settings(tmp_path / "gold"), preference_rows=rows[4:5], functions=[length], gold=length)
     assert given["best_of_n"][-1]["gold"]["mean"] == 2.0
+
+
+def test_what_is_said_of_responses_stands_in_their_places_and_a_reward_that_fails_may_be_skipped(tmp_path, capsys):
+    rows = [
+        {"prompt": "p", "responses": ["a", "", "ccc"], "ranks": [0, 1, 2]},
+        {"prompt": "q", "responses": [{"text": "a"}, {"text": "bb"}, {"text": None}], "ranks": [1, 0, None]},
+        {"prompt": "s", "responses": ["dd", "d"], "ranks": [None, None]},  # so nobody said, and gold is asked
+    ]
+
+    def moody(prompts, responses, **columns):
+        if "q" in prompts:
+            raise OSError("gone")
+        return length(prompts, responses)
+
+    reward = RewardSourceConfig(functions=["a:b"], retries=0)
+    config = settings(tmp_path / "out", batch_size=1, reward=reward)
+    with pytest.raises(UserError, match=r"set reward\.on_failure skip"):
+        run_evaluate(config, preference_rows=rows, functions=[moody], gold=length)
+    config = replace(config, output_dir=str(tmp_path / "skip"), reward=replace(reward, on_failure="skip"))
+    summary = run_evaluate(config, preference_rows=rows, functions=[moody], gold=length)
+    assert (summary["unscored"], summary["accuracy"]["pairs"], summary["accuracy"]["accuracy"]) == (1, 2, 0.5)
+    told = capsys.readouterr().out
+    assert "kept 3 of 3 rows; dropped 0; truncated 0; 2 responses that are null or empty, left out" in told
+    assert (
+        "! 1 rows with a response that has no score are left out: the reward failed, or a judge gave no answer" in told
+    )
+    said = read_rows(str(tmp_path / "skip" / "scored.jsonl"))
+    assert [row["scores"] for row in said] == [[1.0, None, 3.0], [None, None, None], [2.0, 1.0]]
+    assert [row["golds"] for row in said] == [[1.0, None, 3.0], [1.0, 2.0, None], [2.0, 1.0]]
+
+
+def test_the_seed_is_of_what_a_judge_writes(tmp_path, monkeypatch):
+    keys = []
+
+    class Scorer(rewards.Scorer):
+        def __call__(self, rows, key):
+            keys.append(str(jax.random.key_data(key)))
+            return super().__call__(rows, key)
+
+    monkeypatch.setattr(rewards, "Scorer", Scorer)
+    rows = [{"prompt": p, "chosen": "bb", "rejected": "b"} for p in "abc"]
+    for seed in (0, 1):
+        config = settings(tmp_path / str(seed), batch_size=2, seed=seed)
+        run_evaluate(config, preference_rows=rows, functions=[length])
+    assert len(set(keys)) == 4
 
 
 def test_a_reward_model_is_scored_as_score_does(tmp_path):

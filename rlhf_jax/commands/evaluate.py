@@ -21,7 +21,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
-from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, open_journal, source_name
+from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal, source_name
 from rlhf_jax.feedback.report import compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import (
     Drawer,
@@ -77,6 +77,7 @@ def run_evaluate(
         "demonstrations": [digest(shots_of(source)) for source in config.sources],
         "given in Python": list(names_given(functions=functions, judge=judge, gold=gold)),
     }
+    made_of |= models_of(config)
     summary = earlier_summary("evaluate", config, [RESPONSES, SUMMARY], made_of, evaluation_lines)
     if summary is None:
         summary = _evaluate(config, prompts, text, made_of, functions, judge, gold)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import EvaluateArgs, resolve
-from rlhf_jax.data.ballots import Ranking, ranking_row
+from rlhf_jax.data.ballots import Ranking, ranking_row, with_text, without_text
 from rlhf_jax.data.chat import in_transcript
 from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_key
@@ -21,7 +21,7 @@ from rlhf_jax.data.numbers import is_number
 from rlhf_jax.data.rows import DroppedRow, Row, layout_of, tell_anew, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, open_journal
+from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.feedback.scorer import Scorer
@@ -32,6 +32,7 @@ from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import RewardFn
 
 SCORED = "scored.jsonl"
+WHY = "the reward failed, or a judge gave no answer"
 
 PRIOR_SETS = SECTIONS["Prior Sets"]
 
@@ -65,6 +66,7 @@ def evaluate_reward(
         "preferences": digest([item.row for item in items]),
         "given in Python": list(names_given(functions=functions, gold=gold)),
     }
+    made_of |= models_of(config)
     summary = earlier_summary("evaluate", config, [SCORED, SUMMARY], made_of, reward_lines)
     if summary is None:
         path = Path(config.output_dir)
@@ -77,14 +79,14 @@ def evaluate_reward(
             said = [scores | own for scores, own in zip(phase.rows, golds, strict=True)]
             whole = [each for each in zip(items, said, strict=True) if None not in each[1]["scores"]]
             if not whole:
-                raise UserError("a judge left a response of every row without a score; look at its template")
+                raise UserError(f"every row has a response that has no score: {WHY}; look at the reward")
             summary = reward_report([_scored(*each) for each in whole])
             if len(whole) < len(items):
-                tell(f"! {len(items) - len(whole)} rows with a response that the judge gave no score are left out")
+                tell(f"! {len(items) - len(whole)} rows with a response that has no score are left out: {WHY}")
                 summary["unscored"] = len(items) - len(whole)
             summary["made_of"] = made_of
             plain = [{name: value for name, value in item.row.items() if name != "_where"} for item in items]
-            out = [row | own for row, own in zip(plain, said, strict=True)]
+            out = [row | _in_place(row, own) for row, own in zip(plain, said, strict=True)]
             finish_evaluation(config, journal, out, summary)
     tell("\n".join(reward_lines(summary)))
     return summary
@@ -95,15 +97,13 @@ def _scoring(
 ) -> Make:
     """Makes the rows {scores} of the responses of each item."""
     limits = Limits(config.max_prompt_length, config.max_length)
-    mesh, size = make_mesh(config.mesh), config.batch_size
+    mesh, size, key = make_mesh(config.mesh), config.batch_size, jax.random.key(config.seed)
     scorer = Scorer(config.reward, mesh, limits, batch_size=size, functions=functions)
     shown = scorer.models[0].tokenizer.prompt_text if scorer.models else in_transcript
 
     def make(start: int, stop: int) -> list[Row]:
         groups = [_answers(items[i], shown(items[i].ranking.prompt), columns[i]) for i in range(start, stop)]
-        said = scorer([row for group in groups for row in group], jax.random.key(start)).tolist()
-        scores = iter([None if np.isnan(score) else score for score in said])
-        return [{"scores": [next(scores) for _ in group]} for group in groups]
+        return scorer.of_groups(groups, jax.random.fold_in(key, start))
 
     return make
 
@@ -118,16 +118,24 @@ def _golds(config: EvaluateArgs, items: Sequence[Item], columns: Sequence[Row], 
     return [{"golds": [next(said) for _ in group]} for group in groups]
 
 
+def _in_place(row: Row, said: Row) -> Row:
+    """What is said of the responses of an item, null in the places of those that are empty and so are not asked."""
+    if layout_of(row) != "ranking":
+        return said
+    values = {name: iter(column) for name, column in said.items()}
+    return {name: [next(own) if text else None for text in with_text(row)] for name, own in values.items()}
+
+
 def _items(source: Any) -> list[Item]:
     """The rows that can be used; says what is dropped."""
     items, dropped = list[Item](), Counter[str]()
-    for given in rows_from(source):
-        row = of_bench(given)
+    given = [(of_bench(row), bench_of(row)) for row in rows_from(source)]
+    for row, bench in given:
         try:
-            items.append(Item(row, bench_of(given), ranking_row(row, unlabelled=True)))
+            items.append(Item(row, bench, ranking_row(row, unlabelled=True)))
         except DroppedRow as drop:
             dropped[drop.reason] += 1
-    report = Report(len(items), dict(dropped), 0)
+    report = Report(len(items), dict(dropped), 0, remarks=without_text([row for row, _ in given]))
     tell(f"{report.mark}rows: {report}")
     if not items:
         raise UserError("no row holds two responses to a prompt; give preference or ranking rows")

@@ -45,6 +45,10 @@ UNMADE |= {"mesh.rollout_tensor", *(f"mesh.{axis}" for axis in EXPERT_AXES)}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""
 
 
+CONTENTS = "contents of "
+"""What stands before the name of an option in what OUTPUT.part is made of, where it is a digest."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """A pass over `count` things, `size` of them at once. Once it is made, phase[i] is the row of thing i.
@@ -66,6 +70,10 @@ class Phase:
     @property
     def rows(self) -> list[Row]:
         return self.journal.rows[self.start : self.start + self.count]
+
+    def scores(self) -> list[float | None]:
+        """Of rows {scores}: those of all that are made, in a row."""
+        return [score for row in self.rows for score in row["scores"]]
 
 
 class Phases:
@@ -126,9 +134,8 @@ def open_journal(
 ) -> Journal:
     """OUTPUT.part, made of the config and of `decided_by`; models count by their contents, wherever they lie."""
     options = {name: value for name, value in flat(to_dict(config)) if name not in UNMADE}
-    digests = {name: digest for name, digest in contents(config).items() if name in options}
-    made_of = {name: value for name, value in options.items() if name not in digests}
-    made_of |= {f"contents of {name}": digest for name, digest in digests.items()}
+    models = _models(config)
+    made_of = {name: value for name, value in options.items() if CONTENTS + name not in models} | models
     if isinstance(config, SourcesArgs) and config.sources:
         plainly = [{k: v for k, v in each.items() if k not in OPTIONS} for each in options["sources"]]
         made_of["sources"] = [
@@ -136,6 +143,33 @@ def open_journal(
         ]
     made_of["rows"] = "with ids"  # earlier versions wrote none
     return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
+
+
+def _models(config: DrawArgs | JudgeArgs | SampleArgs | ScoreArgs) -> dict[str, str]:
+    """Digests, by "contents of OPTION", of what a config reads that decides what OUTPUT.part holds."""
+    return {CONTENTS + name: digest for name, digest in contents(config).items() if name not in UNMADE}
+
+
+def models_of(config: EvaluateArgs) -> dict[str, str]:
+    """`_models` as the summary in config.output_dir has them, if there is one: what is gone since is as it was.
+
+    Raises:
+        UserError: one of them that is there holds something else now.
+    """
+    models = _models(config)
+    if config.overwrite or not config.output_dir:
+        return models
+    try:
+        before = json.loads(Path(config.output_dir, SUMMARY).read_bytes())["made_of"]
+        then = {name: digest for name, digest in before.items() if name.startswith(CONTENTS)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # `earlier_summary` looks at what that is
+        return models
+    if differ := [name for name in then if models.get(name, then[name]) != then[name]]:
+        raise UserError(
+            f"output_dir {config.output_dir} holds an evaluation of other {differ[0]}; choose another directory or "
+            "pass --overwrite true"
+        )
+    return then
 
 
 def finish_evaluation(config: EvaluateArgs, journal: Journal, rows: list[Row], summary: Summary) -> None:

@@ -15,7 +15,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judges import check_judge, plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
-from rlhf_jax.inference.reward_functions import combine
+from rlhf_jax.inference.reward_functions import RewardFailure, combine
 from rlhf_jax.inference.scoring import RewardModel, combined, function_inputs
 from rlhf_jax.models.loading import check_model
 from rlhf_jax.sharding import Mesh
@@ -69,6 +69,26 @@ class Scorer:
             _, responses, columns = function_inputs(rows)
             scores += self.judge([plain_text(row["prompt"]) for row in rows], responses, columns, key)
         return scores
+
+    def of_groups(
+        self, groups: Sequence[Sequence[Row]], key: jax.Array, before: Sequence[float | None] | None = None
+    ) -> list[Row]:
+        """Rows {scores} of groups of rows; the rest as of a call.
+
+        null where the reward failed and `on_failure` is skip, or where a judge gave no answer. `before` are the scores
+        of all earlier groups, where these are the last: a judge that has answered none of all fails, too.
+        """
+        rows = [row for group in groups for row in group]
+        try:
+            said = self(rows, key)
+            if self.judge is not None and before is not None:
+                self.judge.check_answered(np.array([*before, *said], float))
+            scores = iter([None if np.isnan(score) else score for score in said.tolist()])
+        except RewardFailure:
+            if self.config.on_failure == "stop":
+                raise
+            scores = iter([None] * len(rows))
+        return [{"scores": [next(scores) for _ in group]} for group in groups]
 
     def members(self, rows: Sequence[Row]) -> np.ndarray:
         """float32[N, M], what each member of the reward models says; the rest as of a call.

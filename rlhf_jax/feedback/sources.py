@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import numpy as np
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
 from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
@@ -26,7 +25,7 @@ from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.scorer import Scorer, check_scorers
 from rlhf_jax.inference.generate import Generator, Response, total_length
-from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, columns_for, functions_of
+from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
 from rlhf_jax.inference.scoring import function_inputs
 from rlhf_jax.keys import branch
@@ -320,27 +319,17 @@ class Sources:
 
         def make(start: int, stop: int) -> list[Row]:
             groups = [self._to_score(i, reads) for i in range(start, stop)]
-            rows = [row for each in groups for row in each]
             if by_member:
-                members = iter(scorer.members(rows).tolist())
+                members = iter(scorer.members([row for each in groups for row in each]).tolist())
                 return [{"members": [next(members) for _ in each]} for each in groups]
-            try:
-                said = scorer(rows, jax.random.fold_in(key, start))
-                if scorer.judge is not None and stop == len(self.prompts):  # of all of them, not of a batch
-                    before = [score for row in (self._scored.rows if self._scored else ()) for score in row["scores"]]
-                    scorer.judge.check_answered(np.array([*before, *said], float))
-                scores = iter([None if np.isnan(score) else score for score in said.tolist()])
-            except RewardFailure:
-                if config.reward.on_failure == "stop":
-                    raise
-                scores = iter([None] * len(rows))
-            return [{"scores": [next(scores) for _ in each]} for each in groups]
+            before = self._scored.scores() if self._scored and stop == len(self.prompts) else None
+            return scorer.of_groups(groups, jax.random.fold_in(key, start), before)
 
         return make
 
     def unscored(self) -> dict[str, int]:
         """{unscored: how many responses have no score}; empty where all have one, or none was asked for."""
-        count = sum(score is None for row in self._scored.rows for score in row["scores"]) if self._scored else 0
+        count = self._scored.scores().count(None) if self._scored else 0
         return {"unscored": count} if count else {}
 
     def judge(
