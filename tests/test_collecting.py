@@ -300,7 +300,7 @@ def test_a_judge_is_compared_with_the_labels_of_people(tmp_path):
     assert summary["rows"] == 13 and summary["dropped"] == 1 and summary["judge"]["consistency"] == 1
 
 
-def test_a_judge_says_nothing_of_what_its_verdicts_do_not_link(tmp_path):
+def test_a_judge_says_nothing_of_what_its_verdicts_do_not_link(tmp_path, capsys):
     """It has no opinion of a pair with one response of each side; a row of one answer has no pair."""
     sides = {"aa": 0, "a": 0, "bb": 1, "b": 1}
     config = JudgeArgs(output=str(tmp_path / "a.jsonl"), progress=False)
@@ -309,6 +309,10 @@ def test_a_judge_says_nothing_of_what_its_verdicts_do_not_link(tmp_path):
     ]
     rows = [{"prompt": "p", "responses": ["a", "bb", "aa", "b"]}, {"prompt": "p", "completion": "a", "label": True}]
     [row] = run_judge(config, rows=rows, judge=Judge(ask))
+    capsys.readouterr()
+    assert run_judge(replace(config, output=""), rows=rows, judge=Judge(ask)) == [row]
+    alone = capsys.readouterr().out
+    assert alone.endswith("judge: 1 rows\n") and '"prompt"' not in alone
     said = [{"rater": "judge", "ranks": [1, None, 0, None]}, {"rater": "judge", "ranks": [None, 0, None, 1]}]
     assert row["raters"] == said and not any("rank" in item for item in row["responses"])
     labels = ranking_row(row).consensus()[1]

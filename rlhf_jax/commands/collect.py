@@ -177,7 +177,7 @@ def not_in_schema(config: CollectArgs, ranked: Sequence[Row], kept: Sequence[Pai
 
 
 def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = None) -> list[Row]:
-    """Have the responses of rows compared and write config.output; prints a report, and returns the rankings.
+    """Have the responses of rows compared and write config.output, if any; prints a report, and returns the rankings.
 
     `rows` and `judge` replace those that the config names. Labels that are there are compared with the verdicts.
     """
@@ -191,7 +191,7 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
     given = several[: config.limit or None]
     groups: list[Group] = [(one.prompt, [key_of(response) for response in one.responses]) for one in given]
     decided_by = {"rows": digest(groups), "given in Python": names_given(judge=judge)}
-    with open_journal(config, named(config.output), decided_by) as journal:
+    with open_journal(config, config.output, decided_by) as journal:
         phases = Phases(journal)
         begin = partial(verdicts, config, judge, lambda i: [groups[i]], jax.random.key(config.seed))
         compared = phases.add(len(groups), config.batch_size, begin)

@@ -32,9 +32,10 @@ SHOWN = {"score": "reward", "gold": "gold"}
 
 
 def write_and_tell(name: str, journal: Journal, rows: list[Row], summary: Summary) -> None:
-    """Write OUTPUT and the summary beside it, and print it."""
-    journal.finish(rows, summary)
-    tell("\n".join([*summary_lines(summary), f"{name}: {len(rows)} rows, {journal.output}"]))
+    """Write OUTPUT, if there is one, and the summary beside it, and print it."""
+    if journal.output:
+        journal.finish(rows, summary)
+    tell("\n".join([*summary_lines(summary), ", ".join(filter(None, [f"{name}: {len(rows)} rows", journal.output]))]))
 
 
 def source_counts(ranked: Sequence[Row]) -> dict[str, dict[str, float]]:
