@@ -123,7 +123,7 @@ def kind_of_rows(settings: RewardConfig, rows: Sequence[Row]) -> str:
     if settings.comparisons != "auto":
         return settings.comparisons
     kinds = {layout_of(row) for row in rows}
-    if kinds == {"unpaired preference"} and all("rating" in row for row in rows):
+    if kinds == {"unpaired preference"} and all(row.get("rating") is not None for row in rows):
         raise UserError("rows have both label and rating; set reward.comparisons to pairs (of labels) or to ratings")
     return "rankings" if kinds == {"ranking"} else "ratings" if kinds == {"rating"} else "pairs"
 

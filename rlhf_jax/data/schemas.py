@@ -68,7 +68,8 @@ def answer_of(row: Row) -> Row:
         raise bad_row(
             row, f'a {kind_of(row)} row has no one answer to learn; map one with data.fields, as "response={{chosen}}"'
         )
-    if {"response", "completion"} <= set(row) and row["response"] != row["completion"]:
+    said = [row[name] for name in ("response", "completion") if row.get(name) is not None]
+    if len(said) == 2 and said[0] != said[1]:
         raise bad_row(row, '"response" and "completion" differ; map the one to learn with data.fields')
     if "messages" in row and not {"response", "completion"} & set(row):
         turns = messages_of(row, "messages", row["messages"])
@@ -76,7 +77,7 @@ def answer_of(row: Row) -> Row:
             raise bad_row(row, '"messages" must hold a prompt and end in an assistant turn; add the turn to learn')
         prompt, response = prompt_of(row, turns[:-1]), cast(Text, turns[-1:])
     else:
-        name = "completion" if "completion" in row and "response" not in row else "response"
+        name = "completion" if "completion" in row and row.get("response") is None else "response"
         expected = "an sft row is {prompt, response}, {messages} or {text}"
         require(row, ("prompt", name), expected + proposal(row, {"prompt", "response"}))
         prompt = prompt_of(row, row["prompt"])
