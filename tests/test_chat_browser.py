@@ -66,6 +66,35 @@ def test_the_page_streams_both_answers_keeps_a_vote_and_shows_the_history(tmp_pa
     assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_vote_that_is_on_its_way_is_on_the_answers_that_were_there(tmp_path, browser):  # noqa: F811
+    room, held = room_of(tmp_path / "votes.jsonl", "one", "two"), []
+    with served(room) as address:
+        page = browser.new_context().new_page()
+        page.route("**/api/vote", lambda route: held.append(route))
+        page.goto(address)
+        page.fill("#text", "hello")
+        page.keyboard.press("Enter")
+        page.click("text=B is better")
+        page.click("text=B is better")
+        page.fill("#text", "go on")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        held.pop(0).abort()
+        page.wait_for_function("() => document.getElementById('status').innerText.startsWith('The server does not')")
+        assert page.input_value("#text") == "go on" and page.locator("section.turn").count() == 1
+        page.click("text=B is better")
+        page.focus("#text")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        [route] = held
+        route.continue_()
+        page.wait_for_function(
+            "() => document.querySelectorAll('section.turn').length === 2 && document.querySelector('.choices')"
+        )
+        assert [turn["content"] for turn in room.policies[0].asked[-1]] == ["hello", "**two** hello", "go on"]
+    assert len(room.votes) == 1 and room.votes[0]["chosen"] == "**two** hello"
+
+
 def test_a_blind_page_names_nobody(browser):  # noqa: F811
     with served(room_of(None, "one", "two", blind=True)) as address:
         page = browser.new_context().new_page()

@@ -3,6 +3,7 @@
 // that the policies see; the page keeps what is shown, so that it can be loaded again.
 const NAMES = "AB";
 let about = null, talk = "", turns = [], running = null;
+let voted = null, voting = null; // the turn of the last vote, and while that is on its way, whether it will have been kept
 
 const send = (path, body, running) => request(path, body, "What is on this page is kept; start rlhf-jax chat again.", running);
 
@@ -55,8 +56,9 @@ function drawAnswer(turn, answer, side, last) {
 
 function drawChoices(turn) {
   const button = (label, act) => make("button", { type: "button", onclick: act }, label);
+  const choose = (choice) => () => { if (voted !== turn) voting = vote(turn, choice); };
   const votes = turn.votes && turn.vote === undefined
-    ? [button("A is better", () => vote(turn, 0)), button("Tie", () => vote(turn, "tie")), button("B is better", () => vote(turn, 1))] : [];
+    ? [button("A is better", choose(0)), button("Tie", choose("tie")), button("B is better", choose(1))] : [];
   const again = make("button", { type: "button", className: "plain", title: "Another answer to the same, with other noise", onclick: () => say() }, "Again");
   const none = turn.votes || about.models.length === 1 ? [] : [make("span", { className: "quiet" }, "No vote: the answers are equal, or one is empty.")];
   return make("div", { className: "row choices" }, ...votes, ...none, again);
@@ -77,6 +79,8 @@ async function say(text) {
   status("…");
   $("talk").lastElementChild.scrollIntoView({ block: "start" });
   try {
+    // A vote is on the last answers that the server has, so what is said next waits for it.
+    if (voting && !await voting) throw new Error($("status").textContent);
     await follow(turn, text === undefined ? { talk } : { talk, text });
     status("");
     keep();
@@ -125,6 +129,7 @@ function take(turn, said) {
 }
 
 async function vote(turn, choice) {
+  voted = turn;
   try {
     const { votes } = await (await send("vote", { talk, best: choice === "tie" ? 0 : choice, tie: choice === "tie" })).json();
     turn.vote = choice;
@@ -132,8 +137,13 @@ async function vote(turn, choice) {
     status(`${votes} ${votes === 1 ? "vote" : "votes"}${about.output ? ` in ${about.output}` : "; kept nowhere (--output)"}`);
     keep();
     draw();
+    return true;
   } catch (error) {
+    voted = null;
     status(error.message);
+    return false;
+  } finally {
+    voting = null;
   }
 }
 
