@@ -57,7 +57,7 @@ def main() -> None:
         "one model": (one, params),
         f"{MEMBERS} heads": (heads, heads.init(jax.random.key(0))),
         f"{MEMBERS} adapters": (adapters.model, adapters.whole(adapters.params)),
-        f"{MEMBERS} models": (Ensemble((one,) * MEMBERS), [params] * MEMBERS),
+        f"{MEMBERS} models": (Ensemble((Loaded(one, {}),) * MEMBERS), [params] * MEMBERS),
     }
     programs = {name: jax.jit(partial(response_scores, model)) for name, (model, _) in asked.items()}
     spent: dict[str, list[float]] = {name: [] for name in asked}
