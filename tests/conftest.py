@@ -1,5 +1,6 @@
 """Every test runs on 8 fake CPU devices, with rank promotion an error."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Many tests and the programs they start compile the same steps: each worker keeps what it compiled until it ends.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rlhf_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Tracing takes longer than compiling. No line numbers in what is lowered, and the collector looks less often.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+gc.set_threshold(50_000, 20, 100)
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -215,13 +215,14 @@ def test_minibatches_keep_the_rows_of_a_prompt_together_and_take_every_row_once_
         seen = []
 
         def step(state, batch, key, frozen, seen=seen):
-            seen.append(np.asarray(batch["experience"].advantages[:, 0], int))
+            rows = batch["experience"].advantages[:, 0]
+            jax.debug.callback(lambda rows: seen.append(np.asarray(rows, int)), rows, ordered=True)
             return state, {}
 
         config = replace(PLAIN, minibatches=minibatches, epochs=4, microbatch_tokens=tokens)
-        with jax.disable_jit():
-            update = make_epochs(step, config, {"weights": "mask"}, Sharing(config.group_size))
-            update(TrainState(jnp.zeros((), jnp.int32), (), ()), x, KEY, jnp.float32(1.0))
+        update = jax.jit(make_epochs(step, config, {"weights": "mask"}, Sharing(config.group_size)))
+        update(TrainState(jnp.zeros((), jnp.int32), (), ()), x, KEY, jnp.float32(1.0))
+        jax.effects_barrier()
         epochs = np.reshape(seen, (4, -1))
         assert (np.sort(epochs) == np.arange(8)).all() and len({tuple(rows) for rows in epochs.tolist()}) > 1
         blocks = epochs.reshape(-1, together)

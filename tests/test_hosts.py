@@ -143,21 +143,21 @@ def test_two_processes_give_what_one_gives(home, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [(2, 1), (1, 2)], ids=lambda counts: "{} then {}".format(*counts))
-def test_a_signal_to_one_process_saves_all_and_another_number_of_them_continues(home, counts):
-    name = "sft_{}{}".format(*counts)
-    directory, steps = home / name, 40
-    if not (home / "sft_whole").exists():
-        run(home, 1, "sft", steps, "sft_whole")
-    arguments = [*settings(home, "sft", steps), "--run.output_dir", str(directory)]
-    processes = start(home, counts[0], *arguments)
-    wait_for(directory, 3, processes)
-    processes[-1].send_signal(signal.SIGTERM)
-    found, logs = codes(processes, home)
-    assert found == [0] * counts[0], logs
-    assert 3 <= crash.last_step(directory) < steps, "it ended before the signal came"
-    found, logs = codes(start(home, counts[1], "resume", str(directory)), home)
-    assert found == [0] * counts[1], logs
+def test_a_signal_to_one_process_saves_all_and_another_number_of_them_continues(home):
+    directory, steps, done = home / "sft_stopped", 40, 0
+    run(home, 1, "sft", steps, "sft_whole")
+    command = [*settings(home, "sft", steps), "--run.output_dir", str(directory)]
+    for count in (2, 1):
+        processes = start(home, count, *command)
+        wait_for(directory, done + 3, processes)
+        processes[-1].send_signal(signal.SIGTERM)
+        found, logs = codes(processes, home)
+        assert found == [0] * count, logs
+        last, done = done, crash.last_step(directory)
+        assert last + 3 <= done < steps, "it ended before the signal came"
+        command = ["resume", str(directory)]
+    found, logs = codes(start(home, 2, *command), home)
+    assert found == [0, 0], logs
     check_same(home / "sft_whole", directory)
 
 
@@ -196,15 +196,14 @@ def test_processes_that_share_nothing_but_a_bucket_are_stopped_or_killed_and_go_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others_with_a_clear_line(home, killed):
-    name = f"sft_killed{killed}"
-    processes = start(home, 2, *settings(home, "sft", 4000), "--run.output_dir", str(home / name))
-    wait_for(home / name, 3, processes)
-    processes[killed].kill()
+def test_a_killed_process_ends_the_others_with_a_clear_line(home):
+    """The one that the others meet at; one of these is killed above."""
+    processes = start(home, 2, *settings(home, "sft", 4000), "--run.output_dir", str(home / "sft_killed"))
+    wait_for(home / "sft_killed", 3, processes)
+    processes[0].kill()
     found, logs = codes(processes, home)
-    assert found[killed] == -signal.SIGKILL and found[1 - killed] in (2, LOST), logs
-    last = logs[1 - killed].strip().splitlines()[-1]
+    assert found[0] == -signal.SIGKILL and found[1] in (2, LOST), logs
+    last = logs[1].strip().splitlines()[-1]
     assert last.startswith("rlhf-jax: error: ") and "another one of the run" in last, logs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -278,6 +279,15 @@ def test_the_command_line_replaces_parts_of_the_file_and_shows_them(here, capsys
     assert "first (to do; after task)\n  rlhf-jax rate\n" in said
     assert "--noise 0.125" in said and "--output there/first.jsonl" in said
     assert not Path("there").exists()
+
+
+def test_the_figures_of_a_stage_are_beside_its_output_whatever_that_is_called(tmp_path):
+    one = next(iter(stages(ROUNDS).values()))
+    for output, beside in (("rows.jsonl", "rows.summary.json"), ("rows.r2", "rows.r2-summary.json")):
+        (tmp_path / beside).write_text('{"kept": 3, "path": "a"}')
+        assert recipe.figures_of(dataclasses.replace(one, output=str(tmp_path / output)), [{}] * 4) == {
+            "rows": 4, "kept": 3
+        }  # fmt: skip
 
 
 def test_the_gold_reward_of_a_round_is_that_of_its_last_stage_that_has_one():

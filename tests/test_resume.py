@@ -916,13 +916,12 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes(here):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_three_kills_change_no_bit_of_a_supervised_and_of_an_online_stage(tmp_path):
+def test_three_kills_change_no_bit_of_an_online_stage(tmp_path):
     root = Path(cli.__file__).parents[2]
     command = [sys.executable, "-m", "benchmarks.crash", "--kills", "3", "--steps", "20", "--keep", str(tmp_path)]
-    command += ["--stages", "sft", "ppo_lora"]
+    command += ["--stages", "ppo_lora"]
     env = {**os.environ, "XLA_FLAGS": FAST}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = [json.loads(line) for line in done.stdout.splitlines() if '"equal"' in line]
-    assert [outcome["stage"] for outcome in outcomes] == ["sft", "ppo_lora"]
-    assert all(outcome["equal"] and outcome["kills"] == 3 and outcome["arrays"] > 20 for outcome in outcomes)
+    [outcome] = [json.loads(line) for line in done.stdout.splitlines() if '"equal"' in line]
+    assert outcome["equal"] and outcome["kills"] == 3 and outcome["arrays"] > 20

@@ -7,7 +7,6 @@ and each stage is the command itself. docs/recipes.md has the format.
 from __future__ import annotations
 
 import gc
-import os
 import re
 import shlex
 import time
@@ -27,6 +26,7 @@ from rlhf_jax.hosts.outputs import there
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.runs.directory import SUMMARY, Summary
+from rlhf_jax.runs.journal import summary_beside
 from rlhf_jax.runs.report.outcome import figures_in_words
 
 IN_ONE_PROCESS = {"rate", "convert", "data prepare", "data aggregate", "data make"}
@@ -156,8 +156,7 @@ def figures_of(stage: Stage, result: object) -> Figures:
     told = dict(result) if isinstance(result, Mapping) else {}
     if isinstance(result, list):
         told["rows"] = len(result)
-    beside = f"{os.path.splitext(stage.output)[0]}.summary.json"
-    if there(beside) in ("file", "object"):
+    if there(beside := summary_beside(stage.output)) in ("file", "object"):
         told |= read_object(beside, "make the stage anew")
     return {
         name: value
