@@ -62,7 +62,10 @@ def missing_eos_penalty(
 def filled(scores: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """Scores with the mean of the others of its group in place of NaN; in a group of NaN alone, that of all others.
 
-    group_size rows in a row are a group; those of one row are all one group. Without any number it is 0.
+    group_size rows in a row are a group; those of one row are all one group. Without any number it is 0. A group's
+    mean stays, and `group_advantages` gives what is filled in 0. The n others of G differ in scale from those of a
+    group of n: leave_one_out multiplies by G / (G - 1), not n / (n - 1), and their standard deviation is
+    sqrt((n - 1) / (G - 1)) of what it was.
     """
     groups = scores.reshape((-1, group_size) if group_size > 1 else (1, -1))
     known = ~jnp.isnan(groups)

@@ -362,5 +362,12 @@ def test_limits_of_what_is_not_there_are_refused(one_device, tmp_path):
             train.run(replace(config, data__eval_fraction=0.0), **alone)
     with pytest.raises(UserError, match=r"ppo.reward_standardize is of reward models, and there is none"):
         train.setup(toy_run(reward_model=False, reward_standardize="mean"), reward_functions=[len], **TOY_ROWS)
+    lone, words = {"combine": "lower_bound"}, "lower_bound is of an ensemble, and there is no more than one member"
+    with pytest.raises(UserError, match=rf"reward.combine {words}; set it to mean"):
+        train.setup(replace(toy_run(), reward__combine="lower_bound"), **TOY_ROWS)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    score = ScoreArgs(models=[str(toy_directory() / "reward")], data_path=str(tmp_path / "rows.jsonl"), **lone)
+    with pytest.raises(UserError, match=f"combine {words}"):
+        sample.run_score(replace(score, output=str(tmp_path / "out.jsonl")))
     with pytest.raises(UserError, match=r"ppo.overlong_tokens 7 is more than sampling.max_new_tokens 6"):
         train.setup(toy_run(overlong_tokens=7), **TOY_ROWS)

@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import load, load_file, save_file
 
 from rlhf_jax.inference.sampling import SamplingLaw, sample
-from rlhf_jax.models import Model, hf
+from rlhf_jax.models import Model, decoding, hf
 from rlhf_jax.models.cache import apart, together
 from rlhf_jax.models.hf import config_json
 from rlhf_jax.models.model import of_length
+from rlhf_jax.sharding import path_name
 from rlhf_jax.tokens import positions_from_mask
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -43,6 +44,7 @@ WITHOUT_CLASSIFIER = {
     "gemma4_text",
     "glm4_moe_lite",
 }  # in transformers
+BF16 = jnp.dtype("bfloat16")
 GREEDY = SamplingLaw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.int32(0))
 
 
@@ -208,6 +210,24 @@ def test_logits_gradients_and_greedy_tokens(tmp_path, name):
         assert np.abs(error).max() <= 1e-3 * np.abs(gradient).max(), key
     expected = arrays["generated"].astype(np.int32)
     np.testing.assert_array_equal(best_next(model, params, *inputs(arrays), expected), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2/inner", "phi/half", "gpt_oss/plain", "qwen3_5_text/plain", "gemma4_text/plain", "deepseek_v3/plain"]
+)
+def test_in_bfloat16_training_rounds_the_weights_that_the_sampler_rounds(tmp_path, name):
+    arrays = golden(name)
+    model, params = load_model(write(tmp_path, arrays))
+    model, params = (
+        dataclasses.replace(model, compute_dtype=BF16),
+        jax.tree.map(lambda x: x * np.float32(1.003), params),
+    )
+
+    def rounded(path, x):
+        return x if any(part in path_name(path) for part in decoding.FLOAT32) else x.astype(BF16).astype(np.float32)
+
+    alike = jax.tree_util.tree_map_with_path(rounded, params)
+    np.testing.assert_array_equal(*(logits_of(model, each, *inputs(arrays)) for each in (params, alike)))
 
 
 @pytest.mark.parametrize("name", ["gemma3_text/layers", "phi3/longrope_crossed", "gpt2/inner", "smollm3/mixed"])

@@ -338,6 +338,11 @@ def test_every_optimiser_step_gets_pretraining_text_of_its_own(fakes, tmp_path):
     for i in range(2):
         for j in range(4):
             np.testing.assert_array_equal(batches[i]["tokens"][j], ppo.text[i * 4 + j]["tokens"])
+    config = toy_run(ptx_coef=1.0, ptx_path=text, ptx_batch_size=4096)
+    with pytest.raises(UserError, match=r"of 4096; set ppo\.ptx_batch_size to at most"):
+        train.setup(config, **TOY_ROWS)
+    with pytest.raises(UserError, match=r"data\.max_length 4096 is more than the model's \d+ positions"):
+        train.setup(replace(config, data__max_length=4096), **TOY_ROWS)
 
 
 def test_iterations_by_hand_are_those_of_the_stage_bit_for_bit(one_device, tmp_path):

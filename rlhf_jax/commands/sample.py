@@ -25,7 +25,7 @@ from rlhf_jax.feedback.sources import load_drawer, prompts_of, within_limits
 from rlhf_jax.hosts.json_text import json_lines
 from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.hosts.processes import is_first
-from rlhf_jax.inference.scoring import RewardModel, combined
+from rlhf_jax.inference.scoring import RewardModel, check_combine, combined
 from rlhf_jax.losses.reward import pairs_right
 from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.sharding import make_mesh
@@ -94,6 +94,7 @@ def run_score(config: ScoreArgs) -> list[Row]:
         size, mesh = min(config.batch_size, int(places[-1])), make_mesh(config.mesh)
         named = [replace(config.model, path=path) for path in config.models] or [config.model]
         readers = [RewardModel(one, mesh, limits, batch_size=size) for one in named]
+        check_combine(config.combine, [reader.loaded for reader in readers], "combine")
         remarks = [Counter[str]() for _ in readers]
         flat = list(chain.from_iterable(answers))
         read = [[reader.example(one, own) for one in flat] for reader, own in zip(readers, remarks, strict=True)]

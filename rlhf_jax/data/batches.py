@@ -27,15 +27,25 @@ class Batches:
     __iter__ = None  # steps never end: iterating by [0], [1], ... would not stop
 
     def __init__(
-        self, examples: Sequence[Example], *, batch_size: int, seed: int, collate: Collate, buckets: Sequence[int] = ()
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        seed: int,
+        collate: Collate,
+        buckets: Sequence[int] = (),
+        option: str = "data.batch_size",
     ):
-        """A UserError: fewer examples than `batch_size`, a seed that grain cannot use, one over the last bucket."""
+        """A UserError: fewer examples than `batch_size`, a seed that grain cannot use, one over the last bucket.
+
+        `option` is what says `batch_size`.
+        """
         import grain
 
         if len(examples) < batch_size:
             raise UserError(
                 f"{len(examples)} examples do not fill one batch of {batch_size}; "
-                f"set data.batch_size to at most {len(examples)}, or give more rows"
+                f"set {option} to at most {len(examples)}, or give more rows"
             )
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed} is outside 0 .. 2**32 - 1; set run.seed within it")

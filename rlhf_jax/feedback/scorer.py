@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judges import check_judge, plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
 from rlhf_jax.inference.reward_functions import RewardFailure, combine
-from rlhf_jax.inference.scoring import RewardModel, combined, function_inputs
+from rlhf_jax.inference.scoring import RewardModel, check_combine, combined, function_inputs
 from rlhf_jax.models.loading import check_model
 from rlhf_jax.sharding import Mesh
 from rlhf_jax.types import RewardFn
@@ -46,6 +46,7 @@ class Scorer:
         self.functions = combine(config, functions)
         load = partial(RewardModel, mesh=mesh, limits=limits, batch_size=batch_size)
         self.models = [load(ModelConfig(path=path)) for path in config.paths]
+        check_combine(config.combine, [model.loaded for model in self.models], "reward.combine")
         self.judge = RewardJudge(config.judge, mesh) if config.judge.named() else None
 
     def __call__(self, rows: Sequence[Row], key: jax.Array) -> np.ndarray:

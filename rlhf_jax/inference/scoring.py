@@ -18,10 +18,11 @@ from rlhf_jax.data.packing import pack_texts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.schemas import answer_of, finished_of, ids_of, prompt_row
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.reward_functions import Columns
 from rlhf_jax.models import Model
-from rlhf_jax.models.loading import check_length, check_vocabulary, load_model, load_tokenizer
+from rlhf_jax.models.loading import Loaded, check_length, check_vocabulary, load_model, load_tokenizer
 from rlhf_jax.models.members import scored
 from rlhf_jax.sharding import Mesh, put_batch
 from rlhf_jax.types import Params
@@ -86,6 +87,16 @@ class RewardModel:
                 said = to_host(self.forward(self.loaded.params, put_batch(self.mesh, view.inputs)))
                 scores[view.row[view.ends]] = said[view.ends]
         return scores
+
+
+def check_combine(combine: str, models: Sequence[Loaded], option: str) -> None:
+    """Raise a UserError if reward models are to be combined otherwise than by their mean, and there is one member."""
+    members = sum(max(1, loaded.model.members) for loaded in models)
+    if combine != "mean" and members < 2:
+        raise UserError(
+            f"{option} {combine} is of an ensemble, and there is no more than one member; set it to mean, name "
+            "several models, or train one with reward.members"
+        )
 
 
 def combined(scores: Sequence[np.ndarray], *, combine: str, combine_coef: float) -> tuple[np.ndarray, np.ndarray]:

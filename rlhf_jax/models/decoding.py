@@ -15,7 +15,8 @@ from rlhf_jax.models.stacking import layer_of, runs_of
 from rlhf_jax.sharding import constrain_gathered, path_name
 from rlhf_jax.types import Params
 
-FLOAT32 = ("_norm", "router", "sinks", "_rate", "rate_", "gain")
+FLOAT32 = ("_norm", "router", "sinks", "_rate", "rate_", "gain", "conv", "head/bias")
+"""Parts of the names of parameters that training reads unrounded, as decoding does then."""
 
 
 def unstacked(params: Params, arch: ArchConfig, dtype: jnp.dtype, rules: Rules, lora_scale: float) -> Params:

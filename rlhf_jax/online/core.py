@@ -152,8 +152,8 @@ def rewards_of(
 
     The reward is weight * score + host - how far a response is from a teacher (`taught`). Of `nets` it takes "score",
     a reward model's [B] or an ensemble's [B, M], and "teacher_logprobs" [B, T], if they are there. Where host is NaN,
-    no answer of a judge, it is the mean of the others of the row's group (`advantages.filled`), so that it moves no
-    baseline; its row has NaN. What is paid for the whole is the reward without the dense one, clipped if asked, less
+    no answer of a judge, it is the mean of the others of the row's group (`advantages.filled`), which leaves
+    their mean; its row has NaN. What is paid for the whole is the reward without the dense one, clipped if asked, less
     the penalties of a missing end and of being too long. Rows have the reward as "reward", and the scores of an
     ensemble as "members" [B, M]; those of a single model too, [B, 1], if the first ones are to set its scale.
     """

@@ -12,6 +12,7 @@ from rlhf_jax.config import OnlineArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import total_length
+from rlhf_jax.inference.scoring import check_combine
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import (
     Loaded,
@@ -68,6 +69,7 @@ def load_policy_and_reward(
         rewards.append(load_model(named, mesh, key, head="trained", length=length))
         check_vocabulary(rewards[-1].model.arch, tokenizer, path)
         check_same_tokenizer(tokenizer, path, "reward model")
+    check_combine(config.reward.combine, rewards, "reward.combine")
     return policy, together(rewards), key
 
 

@@ -16,6 +16,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import say
+from rlhf_jax.models.loading import arch_of, check_length
 from rlhf_jax.online import checks, loop
 from rlhf_jax.online.iteration import LoopState, first_state
 from rlhf_jax.online.method import Method, Sources, read_inputs
@@ -83,13 +84,17 @@ def collate_text(config: PPOArgs, pad_id: int = 0) -> Collate:
 
 
 def text_batches(config: PPOArgs, tokenizer: Tokenizer) -> Batches:
-    """Pretraining text, packed, for one optimiser step after the other."""
+    """Pretraining text, packed, for one optimiser step after the other.
+
+    Raises:
+        UserError: the policy has too few positions for it, or there is too little of it for a batch.
+    """
+    check_length(arch_of(config.model), config.data.max_length, "data.max_length")
     text, report = sft_examples(rows_from(config.ppo.ptx_path), tokenizer, Limits.of(config.data), loss_on="all")
     say(f"ptx rows: {report}")
-    collate, seed = collate_text(config, tokenizer.pad_id), config.run.seed
-    return Batches(
-        pack(text, config.data.max_length), batch_size=config.ppo.ptx_batch_size, seed=seed, collate=collate
-    )
+    collate, size = collate_text(config, tokenizer.pad_id), config.ppo.ptx_batch_size
+    packed = pack(text, config.data.max_length)
+    return Batches(packed, batch_size=size, seed=config.run.seed, collate=collate, option="ppo.ptx_batch_size")
 
 
 def setup(
