@@ -30,6 +30,9 @@ WORD = re.compile(
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3}(?![0-9]))")
 """How LaTeX parts thousands."""
 
+MIXED = re.compile(r"(?<![\w.,/^)}\]])([0-9]{1,9}) +([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![\w./])")
+"""1 1/2, which math-verify takes for a product or for 1."""
+
 
 class Wrong(Exception):
     """What the row wants cannot be read; the text says why."""
@@ -42,6 +45,7 @@ def maths() -> Check:
     def read(text: str) -> list[Any]:
         # A formula is read whole; of prose, which would be a product of its letters, the last formula or number.
         text = THOUSANDS.sub("", text)
+        text = MIXED.sub(lambda one: f"{int(one[1]) * int(one[3]) + int(one[2])}/{one[3]}", text)
         both = [f"\\boxed{{{text}}}", text]
         if WORD.search(NAMED.sub("", text)):
             both.reverse()

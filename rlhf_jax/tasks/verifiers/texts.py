@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from unicodedata import normalize
 
 from rlhf_jax.errors import UserError, shown, tell
 
@@ -30,14 +31,33 @@ NUMBER = re.compile(
     r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
     r"([eE][+-]?[0-9]{1,2}(?![0-9]))?(?: ?/ ?([0-9]+))?"
 )
+TYPED = {ord(minus): "-" for minus in "\u2010\u2011\u2212\ufe63\uff0d"}
+TYPED |= {
+    ord(part): normalize("NFKC", part).replace("\u2044", "/")
+    for part in map(chr, (*range(188, 191), *range(8528, 8543)))
+}
+"""Signs and fractions of one character -> how a keyboard writes them."""
+SPACED = (
+    (re.compile("(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\\\[;: ])(?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])"), " "),
+)
+"""Spaces that part thousands, and the place between 1 and a half."""
 LATEX = (
-    (re.compile(r"\\[dt]?frac\{([0-9,.]+)\}\{([0-9]+)\}"), r" \1/\2"),
+    (re.compile(r"(\\[cdt]?frac(?:\{[^{}]*\})?) ?([0-9])"), r"\1{\2}"),
+    (re.compile(r"(\\[cdt]?frac\{[^{}]*\}) ?([0-9])"), r"\1{\2}"),
+    (re.compile(r"(?<=[0-9])(?=\\[cdt]?frac)"), " "),
+    (re.compile(r"\\[cdt]?frac *\{ *(-?[0-9,.]+) *\} *\{ *([0-9]+) *\}"), r"\1/\2"),
     (re.compile(r"\{,\}|\\[,!]"), ""),
-    (re.compile("[\u2212\u2013]"), "-"),
+    (re.compile("\u2013"), "-"),
     (re.compile(r"([=:({\[$] *)(?:- *|(?i:minus|negative) +)"), r"\1-"),
 )
 """How LaTeX writes fractions and thousands, typesetters a minus and people a sign -> how `NUMBER` reads them."""
-GOES_ON = re.compile(r"[,.]?[0-9]| *(?:[-+*^/\u00d7\u00f7\u00b7]|\\times|\\cdot|\\div) *\\?[$(]? *[0-9]|\\(?:sqrt|pi)")
+WITHIN = re.compile(r"\\(?:[cdt]?frac|sqrt|binom|pm|mp)|[\u00b1\u221a]")
+"""Before a number: it is a part of a formula."""
+GOES_ON = re.compile(
+    r"[,._':]?[0-9]|[\u00b2\u00b3\u00b9\u2070-\u2079]| +[0-9]|\\(?:sqrt|pi)"
+    r"| *(?:[-+*^/\u00d7\u00f7\u00b7]|\\times|\\cdot|\\div) *\\?[$({]? *-?[0-9]"
+)
 """Behind a number: it is a part of a formula, or written in another way, and not the answer."""
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
@@ -51,8 +71,8 @@ def gsm8k(prompts: list[str], responses: list[str], *, answer: list[object], **c
 
     It stands behind the last "####", else in the last \\boxed{}, else it is the last number of the response. 1,234 is
     1234, $18.00 is 18, 3/4 is 0.75, - $3 is -3; what follows a number (units, percent signs) is not read. A marked
-    formula is none: of 10 - 3 = 7 it is 7, of 10 - 3 none. `answer` is a number or a text with one, such as a whole
-    solution.
+    formula is none: of 10 - 3 = 7 it is 7, of 10 - 3 or \\sqrt{9} none. `answer` is a number or a text with one, such
+    as a whole solution.
 
     Raises:
         UserError: an answer without a number.
@@ -74,8 +94,8 @@ def math(prompts: list[str], responses: list[str], *, answer: list[object], **co
     Raises:
         UserError: an answer that cannot be read.
     """
-    wanted = [(marked(str(one)) or str(one)).strip() for one in answer]
-    return _judged("math", [marked(text) or text[-TAIL:] for text in responses], wanted)
+    wanted = [(marked(one) or one).strip() for one in map(typed, map(str, answer))]
+    return _judged("math", [marked(text) or text[-TAIL:] for text in map(typed, responses)], wanted)
 
 
 def regex(prompts: list[str], responses: list[str], *, pattern: list[str], **columns: object) -> list[float]:
@@ -100,15 +120,19 @@ def json_schema(prompts: list[str], responses: list[str], *, schema: list[object
 
 def number_of(text: str) -> Fraction | None:
     """The final number of a text, see `gsm8k`; None if it has none or one of thousands of digits."""
+    text = typed(text)
     final = marked(text)
     text = (text if final is None else final)[-TAIL:]
     text = text if "\n" in text else f"={text}"  # where a dash is a sign, not that of a list
     for pattern, simple in LATEX:
         text = pattern.sub(simple, text)
-    found = NUMBER.search(text, max(text.rfind("="), 0))
+    start = max(text.rfind("="), 0)
+    found = NUMBER.search(text, start)
     if final is None:
         *_, found = None, *NUMBER.finditer(text)
-    if found is None or (final is not None and GOES_ON.match(text, found.end())):
+    if found is None:
+        return None
+    if final is not None and (WITHIN.search(text, start, found.start()) or GOES_ON.match(text, found.end())):
         return None
     sign, whole, digits, exponent, divisor = found.groups()
     try:
@@ -116,6 +140,13 @@ def number_of(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):
         return None
     return -size if sign else size
+
+
+def typed(text: str) -> str:
+    """A text whose minus signs, spaces between thousands and fractions are those of a keyboard."""
+    for pattern, simple in SPACED:
+        text = pattern.sub(simple, text)
+    return text.translate(TYPED)
 
 
 def marked(text: str) -> str | None:
