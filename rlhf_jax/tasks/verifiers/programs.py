@@ -28,7 +28,11 @@ SECONDS, CLOCK, MEMORY, OUTPUT = 5, 20, 1 << 30, 1 << 20
 WORKERS = min(os.cpu_count() or 1, 8)
 """Programs that run at once."""
 
-FENCE = re.compile(r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+FENCE = re.compile(r"^```[ \t]*([^\n`]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+"""What stands behind the sign, such as a language, and the text within."""
+
+PYTHON = re.compile(r"\{?(?:python3?|py)\b.*|\s*", re.IGNORECASE)
+"""What stands behind the sign of a fence that may hold a program."""
 
 PROBES = {
     "starting processes": "import os\nif os.fork() == 0: os._exit(0)",
@@ -54,7 +58,7 @@ def check_allowed() -> None:
 def code(prompts: list[str], responses: list[str], *, tests: list[Any], **columns: object) -> list[float]:
     """1.0 where the Python program of a response passes all of the row's `tests`, see `passes`.
 
-    The program is what stands in the last ``` fence, else the whole response.
+    The program is what stands in the last ``` fence of Python or of no language, else the whole response.
 
     Raises:
         UserError: it is not allowed, cannot work on this machine, or tests are of another form.
@@ -67,8 +71,8 @@ def code(prompts: list[str], responses: list[str], *, tests: list[Any], **column
 
 
 def program_of(response: str) -> str:
-    """The text in the last ``` fence of a response, else the whole."""
-    fenced = FENCE.findall(response)
+    """The text in the last ``` fence of a response that names Python or no language, else the whole."""
+    fenced = [text for language, text in FENCE.findall(response) if PYTHON.fullmatch(language)]
     return fenced[-1] if fenced else response
 
 
