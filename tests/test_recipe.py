@@ -105,6 +105,7 @@ def test_references_defaults_and_outputs_become_options():
     assert found["task"].output == "out/task" and found["first"].output == "out/first.jsonl"
     first = found["first"].config
     assert (first.path, first.noise, first.seed, first.output) == ("out/task/rows.jsonl", 0.5, 1, "out/first.jsonl")
+    assert stages(RECIPE.replace("$task/rows", "$$none/rows"))["first"].config.path == "$none/rows.jsonl"
     assert found["joined"].config.path == "out/first.jsonl" and found["joined"].config.intervals == 0
     assert [one.inputs for one in found.values()] == [(), ("task",), ("first",)]
 
@@ -115,6 +116,10 @@ def test_a_stage_outweighs_defaults_and_the_command_line_outweighs_both():
     changed = stages(text, {"stages.first.seed": 6, "defaults.seed": 7, "variables.noise": "0.25"})
     assert (changed["first"].config.seed, changed["joined"].config.seed) == (6, 7)
     assert changed["first"].config.noise == 0.25
+    dotted = "output_dir: out\ndefaults: {run: {seed: 1}, run.eval_every: 5}\nstages:\n"
+    dotted += "- {command: sft, model: {path: x}, data: {path: a.jsonl}, sft: {epochs: 2}, sft.num_samples: 3}"
+    sft = stages(dotted, {"stages.sft.sft.num_samples": 9, "defaults.run.eval_every": 7})["sft"].config
+    assert (sft.sft.num_samples, sft.run.eval_every, sft.sft.epochs, sft.run.seed) == (9, 7, 2, 1)
 
 
 def test_rounds_carry_what_the_round_before_made():

@@ -24,7 +24,7 @@ OUTPUTS = ("run.output_dir", "output", "out", "output_dir")
 """Options that say where a command writes; a stage's is set to a place of its name."""
 
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-PART = re.compile(r"\$(?:(\w+)|\{(\w+)\})/([\w.]+)", re.ASCII)
+PART = re.compile(r"(?<!\$)(?:\$\$)*\$(?:(\w+)|\{(\w+)\})/([\w.]+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -245,9 +245,10 @@ def group_of(value: object, where: str, known: Sequence[str] = (), *, all_of_the
 
 
 def put(tree: Tree, dotted: str, value: Value) -> None:
-    """Set what stands at a dotted name, making the groups on the way."""
+    """Set what stands at a dotted name, making the groups on the way; what was there goes, however it is written."""
     *groups, last = dotted.split(".")
-    for group in groups:
+    for i, group in enumerate(groups):
+        tree.pop(".".join([*groups[i:], last]), None)
         inner = tree.get(group)
         if not isinstance(inner, dict):
             inner = tree[group] = {}
