@@ -188,6 +188,9 @@ class Tags(HTMLParser):
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }} </style> $x^2$ \u202e\x07'
 
+ODD = "_$\\frac$"
+"""No legend of matplotlib shows it, and as mathematics it is an error."""
+
 
 def test_no_text_of_others_acts_on_the_page_and_nothing_is_loaded(run_of):
     rows = [{"step": s, "prompt": EVIL, "response": EVIL, "response_ids": [1], "reward": s} for s in (0, 5)]
@@ -195,7 +198,7 @@ def test_no_text_of_others_acts_on_the_page_and_nothing_is_loaded(run_of):
     metrics = {"rollout/reward": TIME, "eval/reward": TIME[:2], EVIL: TIME}
     evil = {"samples": rows, "note": EVIL, "status": "failed", "settings": {"x": EVIL}, "summary": {"remarks": [EVIL]}}
     paths = [run_of(metrics, name=name, stage=stage, **evil)
-             for name, stage in ((named, "ppo"), ("two", "ppo"), ("z", EVIL))]  # fmt: skip
+             for name, stage in ((named, "ppo"), (ODD, "ppo"), ("z", EVIL))]  # fmt: skip
     (paths[0].parent / "recipe.json").write_text(json.dumps({EVIL: {"command": EVIL, "figures": {EVIL: 1}}}))
     html = html_of([paths[0].parent])
     page = Tags()
@@ -207,6 +210,8 @@ def test_no_text_of_others_acts_on_the_page_and_nothing_is_loaded(run_of):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
     assert f"script-src &#39;sha256-{digest}&#39;" in policy or f"script-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy and not re.search(r"url\(\s*['\"]?(?!#)|@import", html)
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", html)
+    assert all(sum(one.strip() == name for one in shown) == 1 for name in ('a&lt;b&gt; &amp; "c" $d$', ODD)), shown
     assert "\u202e" not in html and "\x07" not in html
 
 

@@ -102,7 +102,7 @@ def picture(chart: Chart, runs: Sequence[RunData]) -> Picture | None:
     figure, axes = canvas("step")
     words = []
     for colour, (run, measured, held_out) in zip(COLOURS, told, strict=False):
-        label = run.name if len(runs) > 1 else None
+        label = called(run) if len(runs) > 1 else None
         if measured is not None:
             curve(axes, measured.thinned(MOST_POINTS), colour, label)
             words.append(f"{run.name}: {measured.first:.3g} to {measured.last:.3g}")
@@ -111,7 +111,7 @@ def picture(chart: Chart, runs: Sequence[RunData]) -> Picture | None:
             points(axes, held_out, run.series(chart.error), dots, label if measured is None else None)
             words.append(f"held out {held_out.values[0]:.3g} to {held_out.values[-1]:.3g}")
     if len(runs) > 1 and len(told) > 1:
-        axes.legend(loc="best", frameon=False, fontsize=8)
+        legend(axes)
     return Picture(chart.title, "; ".join(words), svg_of(figure))
 
 
@@ -157,11 +157,24 @@ def trade(runs: Sequence[RunData], title: str, across: str, up: str, x_label: st
     axes.set_ylabel(y_label)
     for colour, (run, xs, ys) in zip(COLOURS, told, strict=False):
         shades: Any = np.linspace(0.15, 0.9, len(xs))  # an array, which the types of matplotlib do not know
-        axes.scatter(xs, ys, s=16, color=colour, alpha=shades, linewidths=0, label=run.name)
+        axes.scatter(xs, ys, s=16, color=colour, alpha=shades, linewidths=0, label=called(run))
     if len(told) > 1:
-        axes.legend(loc="best", frameon=False, fontsize=8)
+        legend(axes)
     words = [f"{run.name}: from ({x[0]:.3g}, {y[0]:.3g}) to ({x[-1]:.3g}, {y[-1]:.3g})" for run, x, y in told]
     return Picture(title, "later iterations are darker; " + "; ".join(words), svg_of(figure))
+
+
+def called(run: RunData) -> str:
+    """A run's name in a legend, where matplotlib leaves out what begins with an underscore."""
+    return f" {run.name}" if run.name.startswith("_") else run.name
+
+
+def legend(axes: Axes) -> None:
+    """Say which colour is whose; a name is no mathematics."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        axes.legend(loc="best", frameon=False, fontsize=8)
 
 
 def canvas(x_label: str) -> tuple[Figure, Axes]:
