@@ -35,6 +35,7 @@ from rlhf_jax.inference.generate import decode
 from rlhf_jax.online.core import make_epochs
 from rlhf_jax.online.iteration import key_at, roll_out
 from rlhf_jax.runs.metrics import RunMetrics
+from rlhf_jax.runs.parts import Parts
 from rlhf_jax.sharding import make_mesh, put, replicated
 from rlhf_jax.training.packing import Sharing
 from rlhf_jax.training.state import TrainState
@@ -491,7 +492,7 @@ def test_rows_that_are_cut_answer_every_prompt_once_and_are_those_of_a_rollout_w
 
     The second iteration's reward fails: its rows are gone, and no others.
     """
-    made, asked, training = [], [], []
+    made, asked, training, marks = [], [], [], list[str]()
 
     def reward(prompts, responses, number):
         if number[0] >= 0:
@@ -507,6 +508,7 @@ def test_rows_that_are_cut_answer_every_prompt_once_and_are_those_of_a_rollout_w
 
     real = train.setup
     monkeypatch.setattr(train, "setup", setup)
+    monkeypatch.setattr(Parts, "mark", lambda self, name, *made, own=Parts.mark: marks.append(name) or own(self, name))
     changes = {"grpo__group_size": 2, "grpo__iterations": 4, "optim__learning_rate": 0.0, "run__eval_every": 0}
     cut = {"sampling__chunk": 1, "sampling__budget": 2, "model__eos_ids": [1, 4, 7, 10, 13]}
     config = run_config("grpo", tmp_path, reward_model=False, **changes, **cut)
@@ -515,6 +517,8 @@ def test_rows_that_are_cut_answer_every_prompt_once_and_are_those_of_a_rollout_w
     held_out = [{**row, "number": -1} for row in TOY_ROWS["eval_rows"]]
     group.run(config, rows=rows, eval_rows=held_out, reward_functions=[reward])
 
+    one = "data rollout reward score update save"
+    assert " ".join(marks) == f"start {one} data rollout reward save {one} {one.replace(' save', ' evaluation save')}"
     ((method, _),) = made
     stream = [method.inputs.batches.rows([i])[0]["columns"]["number"][0] for i in range(32)]
     assert sorted(n for n, _ in asked) == sorted([*stream, *stream]) and all(len(n) == 16 for n in training)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from rlhf_jax.commands.plan.plan import Row
 from rlhf_jax.config import MeshConfig, PPOArgs, PPOConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.inference.reward_functions import RewardFailure
 from rlhf_jax.models import hf
 from rlhf_jax.online import guards
 from rlhf_jax.online import loop as online_loop
@@ -31,7 +33,7 @@ from rlhf_jax.online.method import Method
 from rlhf_jax.online.networks import Networks
 from rlhf_jax.online.programs import Programs
 from rlhf_jax.ppo import Models, core, objective, train
-from rlhf_jax.runs.metrics import RunMetrics
+from rlhf_jax.runs import directory
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.types import Rollout
@@ -299,15 +301,74 @@ def test_the_average_of_a_bfloat16_policy_is_kept_in_float32_and_evaluated_in_bf
     np.testing.assert_allclose(loop.policy["w"].astype(jnp.float32), expected, rtol=0.004)
 
 
-def test_the_tokens_of_a_line_are_those_of_all_responses_since_the_one_before(fakes, tmp_path, monkeypatch):
-    """Not the slots; here every iteration has the responses of `fake_programs`."""
-    counted = []
-    note = lambda self, step, *_, tokens, **__: counted.append((step, int(np.sum(jax.device_get(tokens)))))  # noqa: E731
-    monkeypatch.setattr(RunMetrics, "log", note)
-    train.run(replace(toy_run(tmp_path / "run", num_samples=0), run__log_every=3), **TOY_ROWS)
+def lines_of(path) -> list[dict]:
+    return list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
+
+
+def test_the_tokens_of_a_second_are_those_of_all_responses_since_the_line_before(fakes, tmp_path):
+    """Not the slots; here every iteration has the responses of `fake_programs`. Evaluations are not in the seconds."""
+
+    def reward(prompts, responses, **columns):
+        time.sleep(0.02)
+        return [0.5] * len(prompts)
+
+    config = replace(toy_run(tmp_path / "run", reward_model=False, num_samples=0), run__log_every=3)
+    train.run(config, reward_functions=[reward], **TOY_ROWS)
     mask = make_rollout(0, PARAMS["policy"], rows=16, prompt_len=2, num=6).mask
-    each = int(mask.sum())
-    assert counted == [(3, 3 * each), (4, each)] and 0 < each < mask.size
+    counted, parts = [], ("data", "rollout", "reward", "score", "update", "save")
+    for line in lines_of(tmp_path / "run"):
+        if "rollout/reward" in line:
+            seconds = sum(line.get(f"time/{part}_s", 0.0) for part in parts)
+            counted.append((line["step"], line["time/tokens_per_s"] * seconds / int(mask.sum())))
+    steps, iterations = zip(*counted, strict=True)
+    assert steps == (2, 3, 4) and mask.sum() < mask.size
+    np.testing.assert_allclose(iterations, [2, 1, 1], rtol=0.02)
+
+
+def test_a_run_that_a_limit_ends_counts_all_that_came_before(fakes, tmp_path, monkeypatch):
+    """Its last iteration has a line; where that was skipped, the updates before it are counted all the same."""
+    config = replace(toy_run(tmp_path / "run", reward_model=False, kl_budget=0.5, num_samples=0), run__log_every=10)
+    config = replace(config, reward__on_failure="skip", reward__retries=0)
+    evaluated = iter([RewardFailure("down"), 0.1, 1.0])
+
+    def scripted(method, loop):
+        if isinstance(kl := next(evaluated), Exception):
+            raise kl
+        return {"eval/objective": 0.0, "eval/reward": 0.0, "eval/kl": kl, guards.DISAGREEMENT: 1.0}, []
+
+    def setup(*args, **overrides):
+        method, loop = fake_setup(*args, **overrides)
+        update = method.programs.update
+        empty = lambda *args: ((made := update(*args))[0], made[1] | {"optim/empty": jnp.ones(())})  # noqa: E731
+        return dataclasses.replace(method, programs=dataclasses.replace(method.programs, update=empty)), loop
+
+    calls = []
+
+    def reward(prompts, responses, **columns):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("down")
+        return [0.5] * len(prompts)
+
+    monkeypatch.setattr(online_loop, "evaluate", scripted)
+    monkeypatch.setattr(train, "setup", setup)
+    summary = train.run(replace(config, ppo__iterations=8), reward_functions=[reward], **TOY_ROWS)
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "rollout/reward" in line] == [2]
+    assert summary["iterations"] == 4 == directory.read_record(tmp_path / "run")["step"]
+    assert summary["empty"] == 3 and summary["remarks"][1].startswith("3 updates had a gradient of 0")
+    assert summary["reward_failed"] == {"iterations": 1, "evaluations": 1} and summary["before"] == {}
+    assert (
+        summary["first"]["eval/kl"] == 0.1 and "the reward failed in 1 iterations and 1 eval" in summary["remarks"][0]
+    )
+
+
+def test_a_run_whose_reward_failed_in_every_iteration_writes_no_model(fakes, tmp_path):
+    config = replace(toy_run(tmp_path / "run", reward_model=False), reward__on_failure="skip", reward__retries=0)
+    with pytest.raises(
+        UserError, match="the reward failed in each of the 4 iterations: nothing was trained, no model"
+    ):
+        train.run(config, reward_functions=[lambda prompts, responses, **columns: 1 / 0], **TOY_ROWS)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize(("held", "wanted", "shown"), [(5, 9, 5), (16 + 5, 19, 19), (40, 40, 40)])

@@ -252,7 +252,7 @@ class RunConfig:
             config with the same directory continues a run that was stopped or killed.
         overwrite: replace an earlier run in `output_dir` instead, and start anew.
         seed: every random number of the run comes from it.
-        log_every: steps between lines of metrics.jsonl.
+        log_every: steps between lines of metrics.jsonl; a method that samples has one at each evaluation as well.
         eval_every: steps between evaluations on the held-out rows; 0 evaluates at the end only.
         keep_best: end with the weights of the best evaluation instead of the last ones.
         loggers: where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio, or functions of

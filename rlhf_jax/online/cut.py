@@ -13,6 +13,7 @@ from rlhf_jax.inference.generate import spread
 from rlhf_jax.online.method import Method
 from rlhf_jax.online.pool import Pool
 from rlhf_jax.online.programs import Cut
+from rlhf_jax.runs.parts import Mark, unmarked
 from rlhf_jax.sharding import batch_sharding, put, put_batch, replicated
 from rlhf_jax.types import Params, Rollout
 
@@ -48,8 +49,10 @@ def empty_pool(method: Method) -> Pool:
     return make(*put_batch(method.mesh, (number, noise, prompt, mask)))
 
 
-def gather(method: Method, cut: Cut, policy: Params, pool: Pool, i: int, key: jax.Array) -> tuple[Pool, Batch, Drawn]:
-    """(the pool without them, the batch of iteration i, its responses).
+def gather(
+    method: Method, cut: Cut, policy: Params, pool: Pool, i: int, key: jax.Array, mark: Mark = unmarked
+) -> tuple[Pool, Batch, Drawn]:
+    """(the pool without them, the batch of iteration i, its responses); `mark` is told when data and rollout end.
 
     Free places of the pool get the next prompts, as many as the run has left. Rollouts follow until the rows of a
     batch have ended, in whole groups, of which the oldest are taken: every prompt is trained on once, the last ones in
@@ -73,10 +76,12 @@ def gather(method: Method, cut: Cut, policy: Params, pool: Pool, i: int, key: ja
     # One rollout after another.
     new, rounds, whole = put_batch(method.mesh, (number, tokens, mask)), 0, np.zeros(len(groups), bool)
     samples = size // spread(len(groups), size, method.mesh.row_ways)
+    mark("data")
     while whole.sum() < wanted:
         pool, ended = cut.go_on(policy, pool, *new, key, method.inputs.law, samples)
         rounds, ended = rounds + 1, to_host(ended)
         whole = ended.reshape(-1, size).all(axis=1)
+    mark("rollout")
 
     # The oldest groups that have ended.
     chosen = np.flatnonzero(whole)

@@ -56,7 +56,7 @@ def on_scale(method: Method, scale: Scale) -> Method:
 
 
 def beyond(settings: OnlineConfig, before: Mapping[str, float], results: Mapping[str, float]) -> str:
-    """Which limit an evaluation is beyond, in words; empty if none. `before` is the evaluation before training."""
+    """Which limit an evaluation is beyond, in words; empty if none. `before` is the first evaluation."""
     kl, budget = results.get("eval/kl", 0.0), settings.kl_budget
     if budget and not kl <= budget:
         return f"the KL of {kl:.3g} nats is above kl_budget {budget:g}"
@@ -80,7 +80,7 @@ def alarm(before: Mapping[str, float], results: Mapping[str, float]) -> str:
 
 
 def check(method: Method, before: Mapping[str, float]) -> None:
-    """Raise a UserError for a limit of what the evaluation before training could not measure."""
+    """Raise a UserError for a limit of what the first evaluation could not measure."""
     asked = {"kl_budget": "eval/kl", "disagreement_budget": DISAGREEMENT}
     cures = {"kl_budget": "a reference (kl_coef above 0)", "disagreement_budget": "several members (reward.models)"}
     for name, metric in asked.items():

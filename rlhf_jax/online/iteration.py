@@ -89,15 +89,19 @@ def key_at(method: Method, purpose: Purpose, index: int) -> jax.Array:
     return key
 
 
-def next_batch(method: Method, loop: LoopState, i: int, key: jax.Array) -> tuple[LoopState, Batch, Drawn | None]:
+def next_batch(
+    method: Method, loop: LoopState, i: int, key: jax.Array, mark: Mark = unmarked
+) -> tuple[LoopState, Batch, Drawn | None]:
     """The batch of iteration i, for `iterate` with the same key; where rows are cut the responses as well, and a loop
     whose pool is without them.
     """
     cut = method.programs.cut
     if cut is None or loop.pool is None:
-        return loop, method.batch(i), None
+        batch = method.batch(i)
+        mark("data")
+        return loop, batch, None
     policy = method.nets.policy.whole(loop.state.params["policy"])
-    pool, batch, drawn = gather(method, cut, policy, loop.pool, i, jax.random.split(key, 3)[0])
+    pool, batch, drawn = gather(method, cut, policy, loop.pool, i, jax.random.split(key, 3)[0], mark)
     return replace(loop, pool=pool), batch, drawn
 
 
@@ -175,8 +179,11 @@ def roll_out(
         law = loop.kl_coef, method.temperature
         return programs.score(params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)
 
-    rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
-    mark("rollout", rollout.mask)
+    if drawn is None:
+        rollout = draw(key, np.ones(rows, bool))
+        mark("rollout", rollout.mask)
+    else:
+        rollout = drawn
     rewards, golds = python_rewards(method, batch, rollout, key, valid)
     if method.inputs.judge is not None and "valid" not in batch:  # `evaluate` looks at all that is held out
         method.inputs.judge.check_answered(rewards)

@@ -19,9 +19,9 @@ from rlhf_jax.online.iteration import LoopState, NotFinite, Table, evaluate, ite
 from rlhf_jax.online.law import TrainedLaw
 from rlhf_jax.online.method import Method
 from rlhf_jax.runs.directory import names_given
-from rlhf_jax.runs.outcome import not_better
+from rlhf_jax.runs.outcome import not_better, not_rewarded
 from rlhf_jax.runs.run import Run
-from rlhf_jax.training.loop import check_trained, claim_directory, describe, settled_on
+from rlhf_jax.training.loop import check_rewarded, check_trained, claim_directory, describe, settled_on
 from rlhf_jax.training.state import learning_rates
 
 SHOWN = ("rollout/reward", "rollout/gold", "rollout/kl", "time/tokens_per_s")
@@ -32,7 +32,7 @@ def run(
 ) -> dict[str, Any]:
     """Train the method of `setup(config, **overrides)` and write the run directory; returns its summary.
 
-    The summary has `before` and `after`: the first evaluation and that of the policy that is kept.
+    The summary has `before` and `after`: the evaluation before training and that of the policy that is kept.
     """
     given = names_given(**overrides)
     finished, files = claim_directory(stage, config, given)
@@ -51,30 +51,34 @@ def run(
             tree, notes = out.restore(loop.tree(), method.facts())
             out.skips.rows_of = batches.where
             loop, notes = train(out, method, LoopState(**tree), notes)
-            check_trained(out.skips.total, total * method.steps, out.dir)
+            done, failed = notes.get("iterations", total), notes.get("reward_failed", {}).get("iterations", 0)
+            check_rewarded(done, failed, out.dir)
+            check_trained(out.skips.total, (done - failed) * method.steps, out.dir)
             out.metrics.bar.doing("writing the model")
             method.save(out.dir, out.restore_best(loop.kept(method)))
             judge = method.inputs.judge
             remarks = [*method.inputs.remarks, *(judge.remarks() if judge else [])]
-            remarks += [*not_better(notes["before"], out.metrics.last, out.best.step)]
+            remarks += not_rewarded(notes.get("reward_failed", {}))
+            remarks += not_better(notes["before"], out.metrics.last, out.best.step)
             summary = {
                 "iterations": total,
                 **_judged(method, notes),
                 "kl_coef": float(loop.kl_coef),
                 **out.calibration(config),
             }
-            return out.finish(summary, remarks)
+            return out.finish(summary, remarks, done)
 
 
 def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> tuple[LoopState, dict[str, Any]]:
     """The iterations from out.start on, up to a limit (`guards`).
 
-    `notes` are {before, after}, the first evaluation and that of the kept policy; and where there are such
+    `notes` are {before, after}, the evaluation before training and that of the kept policy; and where there are such
     reward_scale, that of the reward models; judged, what a judge was asked; alarm, the iteration after which one was
-    given; why the run ended (stopped) and after how many iterations; and unevaluated, if a reward failed in the
-    evaluation after out.start.
+    given; why the run ended (stopped) and after how many iterations; reward_failed, how many iterations and
+    evaluations were skipped for that; first, the first evaluation there is, if the one before training was skipped;
+    and unevaluated, if a reward failed in the evaluation after out.start.
     """
-    config, settings, total = method.config, method.settings, out.total
+    config, settings, total, mark = method.config, method.settings, out.total, out.metrics.parts.mark
     rates = learning_rates(method.programs.schedule)
     begins = not notes
     if (judge := method.inputs.judge) is not None and "judged" in notes:
@@ -88,37 +92,39 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
         out.save_if_due(0, loop.tree(), _judged(method, notes))
     if "unevaluated" in notes:
         notes = _evaluated(out, method, loop, out.start, {n: note for n, note in notes.items() if n != "unevaluated"})
-    out.metrics.restart_clock("start")
+    mark("start")
     drawn_tokens: list[jax.Array] = []  # of each iteration since the last line
     for i in range(out.start, total):
         if "stopped" in notes:
             break
         key, unchanged, step = key_at(method, "training", i), loop, i + 1
-        loop, batch, drawn = next_batch(method, unchanged, i, key)
-        out.metrics.parts.mark("data")
+        evaluates = step == total or (config.run.eval_every and step % config.run.eval_every == 0)
+        loop, batch, drawn = next_batch(method, unchanged, i, key, mark)
         if drawn is not None:
             out.skips.drawn[i] = drawn.where
         try:
-            loop, metrics, table = iterate(method, loop, batch, key, drawn, out.metrics.parts.mark)
+            loop, metrics, table = iterate(method, loop, batch, key, drawn, mark)
         except (RewardFailure, WrongRewards) as error:
+            mark("reward")
             loop = _without_reward(out, method, unchanged, loop, i, notes, error)
+            notes = _failed(notes, "iterations")
         except NotFinite as error:
             raise UserError(f"step {step}: {error}; rows {out.skips.rows(step)}") from error.__cause__
         else:
             out.metrics.advance(step, metrics, method.steps)
             drawn_tokens.append(table["rollout"].mask.sum())
             show = settings.num_samples > 0 and step % settings.sample_every == 0
-            if show or step % config.run.log_every == 0 or step == total:
+            if show or step % config.run.log_every == 0 or evaluates:  # which may end the run
                 host, write = {"optim/lr": rates(i)}, partial(_write_samples, out, method, step, batch)
                 samples = table if show else None
                 out.metrics.log(step, metrics, host, tokens=drawn_tokens, table=samples, on_table=write)
                 drawn_tokens = []
         notes = _judged(method, notes)
-        if step == total or (config.run.eval_every and step % config.run.eval_every == 0):
+        if evaluates:
             notes = _evaluated(out, method, loop, step, notes)
-            out.metrics.restart_clock("evaluation")
+            mark("evaluation")
         out.save_if_due(step, loop.tree(), _judged(method, notes))
-        out.metrics.parts.mark("save")
+        mark("save")
     return loop, notes
 
 
@@ -126,6 +132,12 @@ def _judged(method: Method, notes: dict[str, Any]) -> dict[str, Any]:
     """The notes with what the judge, if there is one, was asked so far, by processes before this one too."""
     judge = method.inputs.judge
     return notes if judge is None else {**notes, "judged": {"asked": judge.asked, "unanswered": judge.unanswered}}
+
+
+def _failed(notes: dict[str, Any], what: str) -> dict[str, Any]:
+    """The notes with one more of the iterations or evaluations whose reward failed."""
+    failed = {"iterations": 0, "evaluations": 0, **notes.get("reward_failed", {})}
+    return {**notes, "reward_failed": {**failed, what: failed[what] + 1}}
 
 
 def _write_samples(out: Run, method: Method, step: int, batch: Batch, table: Table) -> None:
@@ -171,16 +183,19 @@ def _evaluated(out: Run, method: Method, loop: LoopState, step: int, notes: dict
                 out.save_now(step, loop.tree(), {**notes, "unevaluated": True})
             raise UserError(f"evaluation after iteration {step}: {error}; then {out.how_to_continue()}") from error
         out.say(f"{out.stage}: the evaluation after iteration {step} is skipped: {error}")
-        return notes if step else {**notes, "before": {}, "after": {}}
+        return _failed({"before": {}, "after": {}, **notes}, "evaluations")
     out.metrics.write(step, results)
     out.metrics.samples(step, samples)
     notes = {"before": results, "after": results, **notes}
-    if not step:
+    if not notes["before"]:
+        notes = {"first": results, **notes}
+    first = notes["before"] or notes["first"]
+    if first is results:
         guards.check(method, results)
-    if why := guards.beyond(method.settings, notes["before"], results):
+    if why := guards.beyond(method.settings, first, results):
         notes |= {"iterations": step, "stopped": why}
         out.say(f"{out.stage}: stopped after iteration {step}: {why}")
-    elif (line := guards.alarm(notes["before"], results)) and "alarm" not in notes:
+    elif (line := guards.alarm(first, results)) and "alarm" not in notes:
         notes["alarm"] = step
         out.say(f"{out.stage}: iteration {step}: {line}")
     best = out.best.keep(step, float("nan") if why else results["eval/objective"])

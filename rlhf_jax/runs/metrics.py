@@ -18,7 +18,7 @@ from rlhf_jax.runs.directory import METRICS, REPORT, SAMPLES, plain
 from rlhf_jax.runs.log import Log
 from rlhf_jax.runs.loggers import Logger, Place, begin, guarded
 from rlhf_jax.runs.outcome import widened
-from rlhf_jax.runs.parts import Parts
+from rlhf_jax.runs.parts import ASIDE, Parts
 from rlhf_jax.runs.profile import Trace
 from rlhf_jax.runs.progress import EVERY, Progress
 from rlhf_jax.runs.skips import Skips
@@ -59,7 +59,7 @@ class RunMetrics:
         self.is_writer = processes.is_first()
         self.last: dict[str, float] = {}
         self.extremes: dict[str, list[float]] = {}
-        self.started = self._since = time.time()
+        self.started = time.time()
         self.parts = Parts()
         self._pending: Callable[[], None] | None = None
         self._logs = {name: Log(Path(settings.run.output_dir, name)) for name in (METRICS, SAMPLES)}
@@ -76,7 +76,7 @@ class RunMetrics:
 
     def start(self, step: int, total: int) -> None:
         """Start the clock and the progress bar."""
-        self.started = self._since = time.time()
+        self.started = time.time()
         shown = self.settings.run.progress and self.is_writer
         self.bar = Progress(self.stage, total, step, bar=shown, say=self.say)
         self.parts.start()
@@ -113,8 +113,8 @@ class RunMetrics:
     ) -> None:
         """Device metrics and host numbers of a step; written when the next ones arrive, or at the end.
 
-        `tokens`, or as many as these say together, were processed since the last call. `table` comes to the host in
-        the same transfer, for `on_table`.
+        `tokens`, or as many as these say together, were processed since the last call, in the seconds of the parts
+        marked since then but those ASIDE. `table` comes to the host in the same transfer, for `on_table`.
         """
         names, values, noted = tuple(metrics), processes.pack(tuple(metrics.values())), self.skips.take()
         marked = self.parts.marked
@@ -122,11 +122,11 @@ class RunMetrics:
         def write() -> None:
             unmoved = [counts for _, counts, _ in noted]
             numbers, rows, counts, processed = processes.to_host((values, table, unmoved, tokens))
-            now = time.time()
-            speed = {"time/tokens_per_s": round(float(np.sum(processed)) / (now - self._since), 1)}
-            self._since = now
-            spent = {f"time/{name}_s": round(seconds, 4) for name, seconds in self.parts.take(marked).items()}
-            self.write(step, {**dict(zip(names, map(float, numbers), strict=True)), **host, **speed, **spent})
+            spent = self.parts.take(marked)
+            trained = sum(seconds for name, seconds in spent.items() if name not in ASIDE)
+            timed = {"time/tokens_per_s": round(float(np.sum(processed)) / max(trained, 1e-6), 1)}
+            timed |= {f"time/{name}_s": round(seconds, 4) for name, seconds in spent.items()}
+            self.write(step, {**dict(zip(names, map(float, numbers), strict=True)), **host, **timed})
             if rows is not None:
                 on_table(rows)
             self.skips.count(noted, counts)
@@ -135,7 +135,7 @@ class RunMetrics:
         self._pending = write
 
     def flush(self) -> None:
-        """Fetch and write the metrics that are still pending.
+        """Fetch and write the metrics that are still pending; count the updates of steps since then.
 
         Raises:
             UserError: no update was finite for faults.max_skipped steps.
@@ -143,16 +143,12 @@ class RunMetrics:
         write, self._pending = self._pending, None
         if write is not None:
             write()
+        self.skips.settle()
 
     def report_nan(self, step: int, operation: str) -> NoReturn:
         """Stop at a step whose loss or gradient is not finite, because of `operation` (faults.debug_nans)."""
         self.flush()
         raise UserError(f"step {step}: {operation}; rows {self.skips.rows(step)}")
-
-    def restart_clock(self, part: str) -> None:
-        """Leave what happened until now, a part such as an evaluation, out of time/tokens_per_s."""
-        self._since = time.time()
-        self.parts.mark(part)
 
     def elapsed(self) -> float:
         """Seconds that the run took so far."""

@@ -54,6 +54,14 @@ def not_seen(extremes: Extremes) -> list[str]:
     ]
 
 
+def not_rewarded(failed: Mapping[str, int]) -> list[str]:
+    """A line about the iterations and evaluations whose reward failed; none where there were none."""
+    told = [f"{count} {what}" for what, count in failed.items() if count]
+    if not told:
+        return []
+    return [f"the reward failed in {' and '.join(told)}, which were skipped (reward.on_failure skip); mend the reward"]
+
+
 def not_better(first: Mapping[str, float], last: Mapping[str, float], best_step: int | None) -> list[str]:
     """What the `first` evaluation, before training, and the `last` one say against a run; usually nothing."""
     finite = {name: value for name, value in first.items() if math.isfinite(value)}

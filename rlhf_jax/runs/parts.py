@@ -15,6 +15,9 @@ import jax
 LATEST = 1000
 """Times of a part that are kept."""
 
+ASIDE = ("start", "evaluation")
+"""Parts in which no token is trained on."""
+
 
 class Mark(Protocol):
     """Says that a part has ended: when the arrays that it makes are there, or without any, now."""

@@ -181,7 +181,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.metrics.restore(record, self.start)
         tree = self.checkpoints.restore(self.start, tree)
         self._saved_at = time.time()
-        self.metrics.restart_clock("start")
+        self.metrics.parts.mark("start")
         return tree, record["notes"]
 
     def save_if_due(self, step: int, tree: object, notes: Mapping[str, object] | None = None) -> None:
@@ -226,7 +226,6 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if step == self.checkpoints.last:
             return
         self.metrics.flush()
-        self.skips.settle()
         record = {
             "step": step,
             "best": self.best.step,
@@ -302,9 +301,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         except (UserError, RuntimeError) as error:  # that of XLA, too
             return {"calibration": {"none": str(error)}}
 
-    def finish(self, summary: Mapping[str, object], remarks: Sequence[str] = ()) -> directory.Summary:
+    def finish(
+        self, summary: Mapping[str, object], remarks: Sequence[str] = (), step: int | None = None
+    ) -> directory.Summary:
         """Write summary.json; the summary gains the wall time, idle updates and the step that was kept.
 
+        `step` is the last one, where a run ended before its total.
         It ends with the `remarks` and with what the metrics say against the run, if there is any such thing.
         """
         self.metrics.finish()
@@ -324,7 +326,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             summary["remarks"] = remarks
         if self.is_writer:
             write_json(self.dir / directory.SUMMARY, summary)
-            self._record("finished", self.total)
+            self._record("finished", self.total if step is None else step)
             if not self.settings.checkpoint.keep_finished:
                 directory.drop_checkpoints(self.dir)
             if self.config.report:

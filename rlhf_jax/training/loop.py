@@ -103,7 +103,7 @@ def run_steps(
     """
     steps, tokens = run.total, 0
     real, slots = (notes or {}).get("filled", (0, 0))
-    run.metrics.restart_clock("start")
+    run.metrics.parts.mark("start")
     for i in range(run.start, steps):
         rows = batches[i]
         batch, step_key = put_batch(mesh, rows), jax.random.fold_in(key, i)
@@ -126,10 +126,19 @@ def run_steps(
             if results := evaluate(i + 1, state.params):  # nothing without held-out rows
                 run.metrics.write(i + 1, results)
                 run.best.keep(i + 1, -results["eval/total"])
-            run.metrics.restart_clock("evaluation")
+            run.metrics.parts.mark("evaluation")
         run.save_if_due(i + 1, {"state": state}, {"filled": [int(real), int(slots)]})
         run.metrics.parts.mark("save")
     return state
+
+
+def check_rewarded(iterations: int, failed: int, directory: Path) -> None:
+    """Raise a UserError if the reward failed in all iterations of a run; call it before a model is written."""
+    if failed >= iterations > 0:
+        raise UserError(
+            f"the reward failed in each of the {iterations} iterations: nothing was trained, no model is written; "
+            f"{directory} keeps the metrics; mend the reward, then give the command again with --run.overwrite true"
+        )
 
 
 def check_trained(skipped: int, updates: int, directory: Path) -> None:
