@@ -156,7 +156,7 @@ def test_a_healthy_run_is_not_accused(kind, run_of):
     assert findings == [] and {one.level for one in checked} <= {"good"}
 
 
-def test_a_method_that_has_no_price_by_default_is_looked_at(run_of):
+def test_a_method_that_many_run_without_a_price_is_looked_at(run_of):
     path = run_of(HEALTHY, stage="grpo", settings={"kl_coef": 0.0}, reward=MODEL)
     [finding] = diagnose(read_run(path))[0]
     assert finding.level == "look" and "The KL has no price" in finding.title

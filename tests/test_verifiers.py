@@ -130,7 +130,7 @@ def test_patterns_are_found_and_one_that_backtracks_for_ever_is_wrong(monkeypatc
 @needs("jsonschema")
 def test_json_is_checked_strictly_and_nothing_is_fetched():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    good = ['{"a": 1}', '```json\n{"a": 1}\n```', ' {"a": 1, "b": [null]}\n']
+    good = ['{"a": 1}', '```JSON\n{"a": 1}\n```', ' {"a": 1, "b": [null]}\n']
     bad = [
         '{"a": 1.5}',
         '{"a": 1, "b": NaN}',

@@ -117,9 +117,9 @@ def no_price(run: RunData, reward: Series) -> Finding | None:
     said.append(move(reward, "the reward"))
     cure = "set kl_coef (0.05 for a reward model), or kl_budget; several reward models (reward.models) warn of it"
     gold = run.series("rollout/gold", "eval/gold")
-    default = run.stage == "grpo" and not (gold is not None and gold.fell())  # which is its default
+    usual = run.stage == "grpo" and not (gold is not None and gold.fell())  # TRL's default, though not ours
     title = "The KL has no price: nothing holds the policy near the reference"
-    return Finding("look" if default else "wrong", title, "; ".join(said), cure)
+    return Finding("look" if usual else "wrong", title, "; ".join(said), cure)
 
 
 def clips(run: RunData, clipped: Series) -> Finding | None:

@@ -95,7 +95,7 @@ def json_schema() -> Check:
         except (SchemaError, ValueError, TypeError, AttributeError) as error:
             why = getattr(error, "message", error)
             raise Wrong(f"the schema {str(wanted)[:100]!r} is none ({why}); mend the row") from error
-        fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", response, re.DOTALL)
+        fenced = re.fullmatch(r"\s*```(?i:json)?\s*\n(.*)\n\s*```\s*", response, re.DOTALL)
         value = json.loads(fenced[1] if fenced else response, parse_constant=refuse, object_pairs_hook=once)
         return kind(schema, registry=Registry()).is_valid(value)
 
