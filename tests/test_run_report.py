@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -235,8 +236,10 @@ def test_runs_are_compared_and_a_recipe_is_one_story(run_of, tmp_path):
     assert "round 1: 0.5; round 2: 0.75" in html and "gold 0.75" in html
     assert re.search(r"<td>ppo.kl_coef</td><td>0.1</td><td>0.2</td>", html)
     assert html.count("<figcaption>Reward</figcaption>") == 1 and html.count("<h2>Curves of ") == 2
-    runs = read_runs([tmp_path / "chain", tmp_path / "chain" / "round1" / "ppo"])
+    again = [os.path.relpath(tmp_path / "chain"), tmp_path / "chain" / "round2" / ".." / "round1" / "ppo"]
+    runs = read_runs([tmp_path / "chain", tmp_path / "chain" / "round1" / "ppo", *again])
     assert [run.name for run in runs].count("round1/ppo") == 1 and len(runs) == 4
+    assert len(outcome.stories_of([tmp_path / "chain", *again])) == 1
 
 
 def test_a_broken_line_or_file_is_left_out_and_no_run_fails_for_its_page(run_of, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ class Story(NamedTuple):
 def stories_of(paths: Sequence[str | Path]) -> list[Story]:
     """The recipes among directories."""
     found = []
-    for path in map(Path, paths):
+    for path in {os.path.realpath(path): Path(path) for path in paths}.values():
         entries, summary = (object_in(path / name) for name in (RECIPE, SUMMARY))
         stages: Rows = []
         for label, entry in entries.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
     Raises:
         UserError: there is none, or it is in a bucket.
     """
-    places: list[Path] = []
+    named_once: dict[str, Path] = {}  # real path -> as it was given
     for given in paths:
         if in_bucket(given):
             raise UserError(
@@ -235,7 +236,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
         runs = [each for each in begun if (read_record(each) or {"status": VOID})["status"] != VOID]
         if not runs:
             raise UserError(f"{shown(str(path))} holds no run, nor does a directory below it; name a run's directory")
-        places += [each for each in runs if each not in places]
+        for each in runs:
+            named_once.setdefault(os.path.realpath(each), each)
+    places = list(named_once.values())
     shared = common(places)
     return [read_run(each, str(each.absolute().relative_to(shared)) if len(places) > 1 else "") for each in places]
 
