@@ -70,6 +70,8 @@ CASES = {
     "head_pair": Case(LLAMA, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "r": 3}),
     "table": Case(LLAMA, {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5}),
     "table_tied": Case(GPT2, {"target_modules": ["wte", "wpe"], "ensure_weight_tying": True, "r": 2}),
+    "table_bound": Case(LLAMA, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True, "r": 2}, BARE),
+    "gpt2_table": Case(GPT2, {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "ensure_weight_tying": True}),
     # fan_in_fan_out is saved as it was right for the last layer, the head, though c_proj is Conv1D and square.
     "gpt2_head": Case(GPT2 | UNTIED, {"target_modules": ["attn.c_proj", "lm_head"], "r": 2}, BARE),
     "gpt2_tied": Case(GPT2, {"target_modules": ["attn.c_proj", "lm_head"], "modules_to_save": ["wpe", "wte"]}),

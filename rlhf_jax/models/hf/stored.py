@@ -25,7 +25,7 @@ from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, unders
 from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory, stands_on
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import is_transposed
-from rlhf_jax.models.hf.targets import matched, targeted
+from rlhf_jax.models.hf.targets import kept_tied, matched, targeted
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -258,15 +258,15 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
 
     A model with a tied head has none in `base`, and none in the result where the adapter leaves the two tied. PEFT
     gives each module of modules_to_save weights of its own, so the other of the two keeps what it was, unless
-    ensure_weight_tying says otherwise; whatever else an adapter holds whole is of both.
+    ensure_weight_tying says otherwise (`kept_tied`); whatever else an adapter holds whole is of both.
     """
     where, raw = folder / ADAPTER_WEIGHTS, read_json(folder / ADAPTER)
     for key, allowed in _ONLY.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise UserError(f"{folder / ADAPTER}: no support for {key} {shown(raw[key])}; {_MERGE}")
     names = {tensor.leaf: name for name, tensor in family.tensors.items()}
-    embedding, head, bound = names["embed/tokens"], names["head/kernel"], bool(raw.get("ensure_weight_tying"))
-    own = () if bound else tuple(raw.get("modules_to_save") or ())
+    embedding, head = names["embed/tokens"], names["head/kernel"]
+    own = () if kept_tied(raw, "modules_to_save") else tuple(raw.get("modules_to_save") or ())
     tied, pairs = head not in base, {}  # type: tuple[bool, dict[str, dict[str, Stored]]]
     shared, single, tables = dict(base), {}, set()  # type: tuple[dict[str, Readable], dict[str, Readable], set[str]]
     for stored, tensor in read_header(where).items():
@@ -291,7 +291,11 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
         transposed = module in tables or _transposed(family, name)
         single[name] = _summed(raw, module, weight, pair, transposed, where)
     if tied and embedding in single:
-        single.setdefault(head, shared[embedding])
+        factors = {getattr(single[name], "scale", None) for name in (embedding, head) if name in single}
+        if kept_tied(raw, "target_modules") and len(factors) == 1:
+            single.pop(head, None)  # the head's pair is the embedding's
+        else:
+            single.setdefault(head, shared[embedding])
     return shared | single
 
 
