@@ -57,10 +57,11 @@ def test_ratings_part_the_range_into_equal_levels():
 @pytest.mark.parametrize("output", ["", "o.jsonl"])
 def test_rows_and_responses_that_are_left_out_are_counted_wherever_the_others_go(tmp_path, capsys, output):
     rows = [*ROWS[:2], {"prompt": "p", "responses": ["a", None]}, {"prompt": "p", "responses": ["a", "b", ""]}]
+    rows.append({"prompt": "p", "completion": "alone", "label": True})
     rate.run(RateArgs(output=output and str(tmp_path / output)), rows=rows, function=length)
     said = capsys.readouterr()
     assert "2 responses that are null or empty, left out" in said.err
-    assert "! rate: 3 rows, 1 dropped, 1 raters; 3 rows" in (said.out if output else said.err)
+    assert "! rate: 3 rows, 2 dropped, 1 raters; 3 rows" in (said.out if output else said.err)
     assert output or len(said.out.splitlines()) == 3
 
 

@@ -33,7 +33,9 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
     Rater r sees value + noise * std(values) * e, e from N(0, 1), anew for every response of every row.
     """
     check_output(config.output, overwrite=config.overwrite)
-    given, dropped = rankings_given(config.path if rows is None else rows, config.fields)
+    labelled, dropped = rankings_given(config.path if rows is None else rows, config.fields)
+    given = [one for one in labelled if len(one.responses) > 1 or config.verdict == "rating"]
+    dropped += len(labelled) - len(given)  # a label of one answer ranks nothing
     if not given:
         raise UserError(f"none of {dropped} rows has two responses to rate; give ranking or preference rows")
     values = values_of(function or resolve(config.function), given, config.tokenizer)
