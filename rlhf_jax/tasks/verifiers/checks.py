@@ -33,6 +33,9 @@ THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3}(?![0-9]))")
 MIXED = re.compile(r"(?<![\w.,/^)}\]])([0-9]{1,9}) +([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![\w./])")
 """1 1/2, which math-verify takes for a product or for 1."""
 
+SPACED = re.compile(r"(?<![\w.,/^)}\]])[0-9]{1,3}(?: [0-9]{3})+(?!\w| ?/)")
+"""5 000, which it takes for 0 where it is a formula."""
+
 
 class Wrong(Exception):
     """What the row wants cannot be read; the text says why."""
@@ -46,6 +49,7 @@ def maths() -> Check:
         # A formula is read whole; of prose, which would be a product of its letters, the last formula or number.
         text = THOUSANDS.sub("", text)
         text = MIXED.sub(lambda one: f"{int(one[1]) * int(one[3]) + int(one[2])}/{one[3]}", text)
+        text = SPACED.sub(lambda one: one[0].replace(" ", ""), text)
         both = [f"\\boxed{{{text}}}", text]
         if WORD.search(NAMED.sub("", text)):
             both.reverse()

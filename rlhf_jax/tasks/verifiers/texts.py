@@ -36,7 +36,8 @@ TYPED |= {
     ord(part): normalize("NFKC", part).replace("\u2044", "/")
     for part in map(chr, (*range(188, 191), *range(8528, 8543)))
 }
-"""Signs and fractions of one character -> how a keyboard writes them."""
+TYPED[ord("\u00b0")] = r"^\circ "
+"""Signs and fractions of one character -> how a keyboard writes them, degrees as LaTeX does."""
 SPACED = (
     (re.compile("(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\\\[;: ])(?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])"), " "),
