@@ -485,7 +485,7 @@ def test_a_run_says_of_each_part_what_it_took_over_the_plan(fakes, tmp_path, mon
     monkeypatch.setitem(calibration.KINDS, "cpu", "v5e")
     row = lambda name, s: Row(name, 0, 0, 0, 1, 1, 1, {}, (), {"compute": s, "memory": s / 2}, 1, 0)  # noqa: E731
     rows = [row("prefill", 1.0), row("decode", 3.0), row("score", 2.0), row("update", 5.0)]
-    monkeypatch.setattr(calibration, "analyse", lambda config, chip, devices, fill: (rows, {}))
+    monkeypatch.setattr(calibration, "analyse", lambda *planned: (rows, {}))
     said = train.run(replace(config, run__overwrite=True), **TOY_ROWS)["calibration"]
     planned = {part: figures["planned_s"] for part, figures in said["parts"].items()}
     assert (said["chip"], planned) == ("v5e", {"rollout": 4.0, "score": 2.0, "update": 5.0})

@@ -211,8 +211,8 @@ def test_prompts_are_read_by_the_field_map_and_samples_as_they_are(tmp_path, one
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: traced.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
 
-    def run_sft(config, rows):
-        assert not traced
+    def run_sft(config, rows, eval_rows):
+        assert not traced and [row["response"] for row in eval_rows] == [" c d"]
         with Run("sft", config, total=1):
             trained.append((config.data.fields, rows))
         Path(config.run.output_dir, "model").mkdir(parents=True)
@@ -220,7 +220,11 @@ def test_prompts_are_read_by_the_field_map_and_samples_as_they_are(tmp_path, one
 
     monkeypatch.setattr(sft, "run", run_sft)
     rows = [{"question": row["prompt"], "id": i} for i, row in enumerate(TOY_ROWS["rows"][:4])]
-    changes = {"data__fields": ["prompt={question}"], "rejection__rounds": 1, "run__profile": [1, 1]}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"question": " a", "answer": " c d"}) + "\n")
+    fields = {"data__fields": ["prompt={question}", "response={answer}"], "data__eval_path": str(held_out)}
+    rows = [{**row, "answer": " d"} for row in rows]
+    changes = {**fields, "data__batch_size": 4, "rejection__rounds": 1, "run__profile": [1, 1]}
     config = rejecting(tmp_path / "run", **changes)
     rejection.run(config, rows=rows, functions=[short])
     ((fields, chosen),) = trained
@@ -228,6 +232,23 @@ def test_prompts_are_read_by_the_field_map_and_samples_as_they_are(tmp_path, one
     assert fields == [] and {row["prompt"] for row in chosen} <= {row["question"] for row in rows}
     with pytest.raises(UserError, match=r"^data\.mixture \['more\.jsonl'\] does nothing in rejection"):
         replace(config, data__mixture=["more.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__batch_size": 41}, r"examples do not fill one batch of 41; set data\.batch_size to at most"),
+        ({"data__eval_path": "nowhere.jsonl"}, r"nowhere\.jsonl"),
+        ({"data__strict": True, "data__max_length": 6, "data__too_long": "drop"}, "max_length 6 is less than the 7 "),
+        ({"data__max_length": 6, "data__too_long": "error"}, "max_length 6 is less than the 7 tokens"),
+        ({"lora__rank": 2, "lora__targets": ["nothing"]}, r"lora\.targets names nothing, which this model lacks"),
+        ({"sft__accumulate": 8, "data__batch_size": 0, "data__eval_fraction": 0.9}, "do not fill one batch of 8"),
+    ],
+)
+def test_what_the_training_would_refuse_is_said_before_anything_is_sampled(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        rejection.run(rejecting(tmp_path / "run", **changes), rows=TOY_ROWS["rows"], functions=[short])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_rejection_is_a_command_and_its_options_are_checked():

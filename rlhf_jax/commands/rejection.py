@@ -14,15 +14,22 @@ from rlhf_jax import sft
 from rlhf_jax.commands import bestofn
 from rlhf_jax.config import BestOfNArgs, ModelConfig, RejectionArgs, SFTArgs
 from rlhf_jax.config.functions import replace
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.collate import collate_sft
+from rlhf_jax.data.encoding import Example, Limits
+from rlhf_jax.data.examples import prompt_examples, sft_examples
+from rlhf_jax.data.rows import Row, carried
 from rlhf_jax.data.sources import rows_from
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
 from rlhf_jax.hosts.files import replacing
+from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
 from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.training.loop import claim_directory
+from rlhf_jax.training.supervised import inputs_of
 from rlhf_jax.types import RewardFn
 
 
@@ -47,6 +54,8 @@ def run(
     source = config.data.path if rows is None else rows
     mapped = rows_from(source, config.data.fields) if rows is not None or source else None
     prompts = bestofn.checked_prompts(sampling_of(config, 0), mapped, functions, gold)
+    held_out = rows_from(config.data.eval_path, config.data.fields) if config.data.eval_path else None
+    check_training(training_of(config, 0), prompts, held_out)
     shown = ("rollout/reward", "rollout/gold")
     with Run("rejection", config, total=total, shown=shown, given=given, files=files, of_runs=True) as out:
         tree, notes = out.restore({"round": jnp.zeros((), jnp.int32)}, {"prompts": digest(prompts)})
@@ -55,7 +64,7 @@ def run(
             out.save_now(0, tree, {"rounds": done})
         for k in range(out.start, total):
             try:
-                done.append(one_round(config, k, prompts, functions, gold))
+                done.append(one_round(config, k, prompts, held_out, functions, gold))
             except Stopped as stopped:
                 line = f"rejection: stopped in round {k + 1} of {total}; {out.how_to_continue()}"
                 raise Stopped(line, config.run.exit_code_when_stopped) from stopped
@@ -73,10 +82,14 @@ def one_round(
     config: RejectionArgs,
     k: int,
     prompts: Sequence[Row],
+    held_out: list[Row] | None,
     functions: Sequence[RewardFn] | None,
     gold: RewardFn | None,
 ) -> Summary:
-    """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss."""
+    """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss.
+
+    `kept` are the rows that the limits of the SFT leave, held-out ones of eval_fraction included.
+    """
     best = sampling_of(config, k)
     output = Path(best.output)
     summary = finished(output)
@@ -85,9 +98,40 @@ def one_round(
     chosen = [row for row in rows_from(str(output)) if row["response"].strip()]
     if not chosen:
         raise UserError(f"round {k + 1}: the best response to every prompt is empty; look at {output}")
-    trained = sft.run(training_of(config, k), rows=chosen)
+    training = training_of(config, k)
+    kept = learned(training, load_tokenizer(training.model), chosen)
+    trained = sft.run(training, rows=chosen, eval_rows=held_out)
     losses = {name: trained[name] for name in ("eval/total",) if name in trained}  # none without held-out rows
-    return {**summary, "kept": len(chosen), **losses}
+    return {**summary, "kept": len(kept), **losses}
+
+
+def learned(training: SFTArgs, tokenizer: Tokenizer, rows: list[Row]) -> list[Example]:
+    """The examples that an SFT makes of rows, before it packs them."""
+    return sft_examples(rows, tokenizer, Limits.of(training.data), loss_on=training.sft.loss_on)[0]
+
+
+def check_training(training: SFTArgs, prompts: Sequence[Row], held_out: list[Row] | None) -> None:
+    """Raise a UserError, before anything is sampled, for what the SFT of the samples would refuse after it.
+
+    Every prompt stands there with a response of one letter, so that there are as many rows as there can be.
+    """
+    data, sampling = training.data, training.sampling
+    able = replace(training, data__strict=False)  # a prompt that is too long is not sampled from
+    rows = [{**carried(prompt), "response": "a"} for prompt in prompts]
+    mesh, tokenizer, train, rest = inputs_of(able, "sft", rows, held_out)
+    size = data.batch_size or mesh.row_ways * training.sft.accumulate
+    Batches(learned(able, tokenizer, train), batch_size=size, seed=training.run.seed, collate=collate_sft)
+    if held_out:
+        learned(training, tokenizer, rest)
+    if data.too_long == "error" or (data.too_long == "drop" and data.strict):
+        examples, _ = prompt_examples(list(prompts), tokenizer, Limits.of(able.data))
+        longest = max(len(example["tokens"]) for example in examples) + sampling.max_new_tokens
+        if longest > data.max_length:
+            raise UserError(
+                f"data.max_length {data.max_length} is less than the {longest} tokens of the longest prompt and "
+                "sampling.max_new_tokens, and a row over it would be an error after it was sampled; raise it to "
+                f"{longest} or set data.too_long truncate"
+            )
 
 
 def finished(output: Path) -> Summary | None:

@@ -104,6 +104,13 @@ def check_balance(config: ModelConfig, arch: ArchConfig) -> None:
         )
 
 
+def check_targets(config: ModelConfig, lora: LoRAConfig, arch: ArchConfig) -> None:
+    """Raise a UserError if adapters are to go on layers that the model lacks."""
+    if lora.rank:
+        base = hf.read_config(hub.local_directory(config.path))[1] if config.path else None
+        sites(hf.find_family(arch, base), lora.targets)
+
+
 def check_length(arch: ArchConfig, length: int, what: str) -> None:
     """Raise a UserError if sequences of `length` tokens, named by `what`, exceed the model's positions."""
     if length > arch.max_positions:

@@ -172,18 +172,16 @@ def roll_out(
     def draw(key: jax.Array, wanted: np.ndarray) -> Rollout:
         """With `wanted`, bool[B], which says it of whole groups, others have empty rows."""
         active = put_batch(mesh, wanted[::samples]) if noises else None
-        return programs.rollout(nets.policy.whole(policy), *placed, key, law, active, samples)
+        made = programs.rollout(nets.policy.whole(policy), *placed, key, law, active, samples)
+        mark("rollout", made.mask)
+        return made
 
     def score() -> Scored:
         host = put_batch(mesh, rewards)
         law = loop.kl_coef, method.temperature
         return programs.score(params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)
 
-    if drawn is None:
-        rollout = draw(key, np.ones(rows, bool))
-        mark("rollout", rollout.mask)
-    else:
-        rollout = drawn
+    rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
     rewards, golds = python_rewards(method, batch, rollout, key, valid)
     if method.inputs.judge is not None and "valid" not in batch:  # `evaluate` looks at all that is held out
         method.inputs.judge.check_answered(rewards)
@@ -198,7 +196,6 @@ def roll_out(
         redrawn, wanted = redrawn + int(equal.sum()), np.repeat(equal, method.group_size)
         new = draw(noise, wanted)
         rollout = replaced(rollout, new, put_batch(mesh, wanted))
-        mark("rollout", rollout.mask)
         rewards, golds = python_rewards(method, batch, rollout, noise, wanted, (rewards, golds))
         mark("reward")
         scored = score()

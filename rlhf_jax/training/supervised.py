@@ -28,6 +28,7 @@ from rlhf_jax.models.loading import (
     arch_of,
     check_balance,
     check_length,
+    check_targets,
     check_vocabulary,
     load_model,
     load_tokenizer,
@@ -124,8 +125,8 @@ class Claim:
     settings: StepsConfig
     given: tuple[str, ...]
     files: Mapping[str, str]
-    mesh: Mesh
     key: jax.Array
+    mesh: Mesh
     tokenizer: Tokenizer
     rows: list[Row]
     held_out_rows: list[Row]
@@ -190,13 +191,20 @@ def begin(
     finished, files = claim_directory(name, config, given)
     if finished is not None:
         return finished
-    key, mesh, settings = jax.random.key(config.run.seed), make_mesh(config.mesh), getattr(config, group)
-    check_rows(mesh, config.data.batch_size // settings.accumulate, f"data.batch_size / {group}.accumulate =")
+    inputs = inputs_of(config, group, rows, eval_rows)
+    return Claim(name, config, config, getattr(config, group), given, files, jax.random.key(config.run.seed), *inputs)
+
+
+def inputs_of(
+    config: TrainArgs, group: str, rows: Rows | None, eval_rows: Rows | None
+) -> tuple[Mesh, Tokenizer, list[Row], list[Row]]:
+    """Devices, tokenizer, training and held-out rows; a UserError where the config does not fit devices or model."""
+    mesh, rows_at_once = make_mesh(config.mesh), config.data.batch_size // getattr(config, group).accumulate
+    check_rows(mesh, rows_at_once, f"data.batch_size / {group}.accumulate =")
     check_length(arch := arch_of(config.model), config.data.max_length, "data.max_length")  # before rows are read
     check_balance(config.model, arch)
-    tokenizer = load_tokenizer(config.model)
-    split = load_rows(config.data, rows, eval_rows, config.run.seed)
-    return Claim(name, config, config, settings, given, files, mesh, key, tokenizer, *split)
+    check_targets(config.model, config.lora, arch)
+    return mesh, load_tokenizer(config.model), *load_rows(config.data, rows, eval_rows, config.run.seed)
 
 
 def examples_of(
