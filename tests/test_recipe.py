@@ -150,6 +150,22 @@ stages:
     assert found["ppo"].config.model.path == "out/sft/model"
 
 
+def test_a_group_of_several_stages_is_each_ones_own_and_is_merged_with_defaults():
+    text = """
+output_dir: out
+variables: {often: {eval_every: 5}, policy: {path: a, quantize: int8}}
+defaults: {run: {seed: 3, eval_every: 9}, data: {path: $none}}
+stages:
+- {command: sft, model: $policy, lora: {rank: 4}, data: {path: a.jsonl}, run: $often}
+- {command: reward, model: {path: $sft/model}, data: {path: b.jsonl}, run: $often}
+"""
+    found = stages(text)
+    assert [one.output for one in found.values()] == ["out/sft", "out/reward"]
+    assert {(one.config.run.seed, one.config.run.eval_every) for one in found.values()} == {(3, 5)}
+    assert "model.path: the file has '$policy' for model" in refusal(text, {"stages.sft.model.path": "b"})
+    assert stages(text, {"stages.sft.model": "{path: b}"})["sft"].config.model.path == "b"
+
+
 WRONG = [
     ("raters: 2", "ratters: 2", "stage first: unknown option 'ratters'; did you mean raters?"),
     ("raters: 2", "raters: two", "stage first: raters is 'two'; give a whole number"),

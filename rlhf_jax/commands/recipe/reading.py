@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,13 +171,17 @@ class Recipe:
         target = next((option for option in OUTPUTS if option in hints), "")
         if not target or command == "recipe":
             raise self.error(place, f"{command} leaves nothing that another stage could read; leave it out")
-        options: Tree = {}
-        for option, value in dotted(self.defaults):
-            if option in hints and not isinstance(value, dict):
-                put(options, option, value)
-        options = merged(options, {key: value for key, value in entry.items() if key not in ("name", "command")})
         used: set[str] = set()
-        options = {key: filled(value, names, f"{self.where}: {place}: {key}", used) for key, value in options.items()}
+
+        def meant(tree: Tree) -> Tree:
+            return {key: filled(value, names, f"{self.where}: {place}: {key}", used) for key, value in tree.items()}
+
+        own = meant({key: value for key, value in entry.items() if key not in ("name", "command")})
+        given, below = dict(dotted(own)), Tree()
+        for option, value in dotted(self.defaults):
+            if option in hints and option not in given and not isinstance(value, dict):
+                put(below, option, value)
+        options = merged(meant(below), own)
         ending = ".jsonl" if target == "output" and command != "convert" else ""
         output = dict(dotted(options)).get(target) or f"{self.root}/{label}{ending}"
         put(options, target, output)
@@ -227,7 +232,7 @@ def filled(value: Value, names: Scope, where: str, used: set[str]) -> Value:
             near = nearest(part, list(OURS), "").partition("; `")[0]
             raise UserError(f"{where}: {value!r}: the run directory of {name} has no {part}{near}")
     if wanted and value in (f"${wanted[0]}", f"${{{wanted[0]}}}"):
-        return names[wanted[0]].value
+        return copy.deepcopy(names[wanted[0]].value)  # a stage adds to its own
     if whole := next((name for name in wanted if not isinstance(names[name].value, str)), ""):
         raise UserError(f"{where}: {value!r}: ${whole} is no text and cannot be part of one; let it stand alone")
     return template.substitute({name: names[name].value for name in wanted})
@@ -250,6 +255,8 @@ def put(tree: Tree, dotted: str, value: Value) -> None:
     for i, group in enumerate(groups):
         tree.pop(".".join([*groups[i:], last]), None)
         inner = tree.get(group)
+        if isinstance(inner, str) and "$" in inner:
+            raise UserError(f"{dotted}: the file has {inner!r} for {group}, of which no part changes; give the whole")
         if not isinstance(inner, dict):
             inner = tree[group] = {}
         tree = inner
