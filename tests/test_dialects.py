@@ -119,7 +119,8 @@ SAME = [  # family, changes, and changes that mean the same
     ("gptj", {"rotary": True, "rope_theta": 7.0}, {}),
     ("gemma4_text", {"layer_types": ["sliding_attention"] * 2},
      {"layer_types": ["sliding_attention", "full_attention"]}),
-    ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16}}, "global_head_dim": 4}, {"global_head_dim": 16}),
+    *(("gemma4_text", {"per_layer_config": {number: {"head_dim": 16}}, "global_head_dim": 4}, {"global_head_dim": 16})
+      for number in ("1", "01")),  # of ten layers or more transformers writes the second
     ("gemma4_text", {"num_global_key_value_heads": 1, "rope_theta": 7.0, "rope_local_base_freq": 3.0}, {}),
     ("gemma4_text", {"num_kv_shared_layers": 0, "use_double_wide_mlp": True}, {}),
     ("olmo2", {"sliding_window": 64, "is_causal": True}, {}),  # a window that no text outgrows
@@ -172,6 +173,7 @@ def test_spellings_that_mean_the_same(tmp_path, family, changes, same):
             "factor 0.5 in gem",
         ),
         ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 16}}}, "heads may differ by kind alone"),
+        ("gemma4_text", {"per_layer_config": {"2": {"head_dim": 16}}}, "heads may differ by kind alone"),
         ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, "heads may differ by kind alone"),
         ("gemma4_text", {"hidden_size_per_layer_input": ...}, "vocab_size_per_layer_input 262144"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "no support for num_key_value_heads 2"),

@@ -68,14 +68,17 @@ def _gemma4(raw: ConfigJson) -> ConfigJson:
     kinds = [_WINDOW if (i + 1) % 6 else _FULL for i in range(layers)] if kinds is None else kinds
     kinds = [*kinds[:-1], _FULL]
     near = {"head_dim": raw.get("head_dim", 256), "num_key_value_heads": raw.get("num_key_value_heads", 4)}
-    full, by_layer = near | {"head_dim": raw.get("global_head_dim", 512)}, raw.get("per_layer_config") or {}
+    full = near | {"head_dim": raw.get("global_head_dim", 512)}
+    by_layer = {int(i): own for i, own in (raw.get("per_layer_config") or {}).items()}  # "05" of ten layers or more
     if raw.get("attention_k_eq_v") and raw.get("num_global_key_value_heads") is not None:
         full["num_key_value_heads"] = raw["num_global_key_value_heads"]
     if "per_layer_config" in raw:
-        full = near | by_layer.get(str(layers - 1), {})
-        own = [near | by_layer.get(str(i), {}) for i in range(layers)]
-        if own != [near if kind == _WINDOW else full for kind in kinds] or full.keys() != near.keys():
-            raise UserError(f"no support for per_layer_config {shown(by_layer)}; heads may differ by kind alone")
+        full = near | by_layer.get(layers - 1, {})
+        own = [near | by_layer.get(i, {}) for i in range(layers)]
+        by_kind = own == [near if kind == _WINDOW else full for kind in kinds] and full.keys() == near.keys()
+        if not by_kind or not by_layer.keys() <= set(range(layers)):
+            what = shown(raw["per_layer_config"])
+            raise UserError(f"no support for per_layer_config {what}; heads may differ by kind alone")
     said = {"hidden_size_per_layer_input": 256, "enable_moe_block": False}
     raw = said | without(raw, "per_layer_config") | {"layer_types": kinds}
     rows = raw.get("vocab_size_per_layer_input", _VOCABULARY)
