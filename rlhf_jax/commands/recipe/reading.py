@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,6 +94,7 @@ def read(tree: Tree, where: str, output_dir: str) -> tuple[list[Stage], str]:
         recipe.add(names, name, recipe.known(value, names, f"variables.{name}"))
     stages = list(recipe.stages(tree.get("stages"), names))
     recipe.check_defaults(stages)
+    recipe.check_outputs(stages)
     return stages, root
 
 
@@ -191,6 +193,14 @@ class Recipe:
         except UserError as error:
             raise self.error(place, str(error)) from error
         return Stage(label, round_, command, options, config, output, tuple(sorted(used)))
+
+    def check_outputs(self, stages: Sequence[Stage]) -> None:
+        """Raise a UserError if two stages write to one place."""
+        places: dict[str, str] = {}
+        for one in stages:
+            place = one.output if in_bucket(one.output) else os.path.realpath(one.output)
+            if (other := places.setdefault(place, one.label)) != one.label:
+                raise self.error(f"stage {one.label}", f"{other} writes to {one.output}, too; give each its own")
 
     def check_defaults(self, stages: Sequence[Stage]) -> None:
         """Raise a UserError if a default is an option of no stage."""
