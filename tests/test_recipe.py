@@ -312,6 +312,11 @@ def test_the_figures_of_a_stage_are_beside_its_output_whatever_that_is_called(tm
         }  # fmt: skip
 
 
+def test_a_stage_that_was_stopped_took_the_time_before_that_too(here, monkeypatch):
+    monkeypatch.setattr(cli, "execute", lambda *_: {"wall_s": 3600.0})  # as a run that went on says
+    assert [one["wall_s"] for one in run(RECIPE)["stages"]] == [3600.0] * 3
+
+
 def test_the_gold_reward_of_a_round_is_that_of_its_last_stage_that_has_one():
     found = list(stages(ROUNDS).values())
     entries = {one.label: {"wall_s": 1.0, "figures": {}} for one in found}
