@@ -71,6 +71,7 @@ NUMBERS = [
     ("#### \u20113", 3, 0), ("#### \u20113", -3, 1), ("it is \u20113", -3, 1), ("#### 1\u00bd cups", 1, 0),
     ("#### 1\u00bd cups", 1.5, 1), ("it is -\u00be", -0.75, 1), ("#### 1\u202f234", 1234, 1), ("1\u00a0234", 1234, 1),
     ("#### 1 234", 1, 0), ("#### 1_000", 1, 0), ("#### 1'000", 1, 0), ("#### 2:30", 2, 0), ("#### 5 m\u00b2", 5, 1),
+    ("#### 3\u20444", 0.75, 1),
 ]  # fmt: skip
 
 
@@ -297,11 +298,12 @@ def test_gsm8k_prompts_and_form():
     row = {"question": " How many? ", "answer": "9 * 2 = 18\n#### 1,018"}
     (made,) = gsm8k.prompts([row])
     assert made["answer"] == "1,018" and made["prompt"][0]["content"].startswith("How many?\n\nThink")
-    with pytest.raises(UserError, match=r"^GSM8K row 0: "):
-        gsm8k.prompts([{"question": "How?", "answer": "18"}])
+    for wrong in ({"answer": "18"}, {"answer": 18}, {"question": 1}):
+        with pytest.raises(UserError, match=r"^GSM8K row 0: "):
+            gsm8k.prompts([{**row, **wrong}])
     (made,) = gsm8k.prompts([row], enable_thinking=False)
     assert made["chat_template_kwargs"] == {"enable_thinking": False}
-    right = ["so\n#### 18", "so\n\n#### $1,234.5\n"]
+    right = ["so\n#### \u221218", "so\n\n#### $1,234.5\n"]
     wrong = ["#### 18", "so #### 18", "so\n#### 18 eggs", "#### 1\n#### 18", "so\n18", "so\n####", "", "so\n#### ,"]
     assert gsm8k.form([], right + wrong) == [1] * 2 + [0] * 8
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.verifiers.texts import marked, number_of
+from rlhf_jax.tasks.verifiers.texts import marked, number_of, typed
 
 INSTRUCTION = 'Think step by step. Then write "####" and the answer, a number alone, on the last line.'
 
@@ -29,12 +29,13 @@ def prompts(rows: Sequence[Mapping[str, Any]], **template: object) -> list[dict[
     """
     made, more = [], {"chat_template_kwargs": template} if template else {}
     for i, row in enumerate(rows):
-        answer = marked(row.get("answer") or "")
-        if not row.get("question") or answer is None or number_of(answer) is None:
+        question, solution = row.get("question"), row.get("answer")
+        answer = marked(solution) if isinstance(solution, str) else None
+        if not (isinstance(question, str) and question) or answer is None or number_of(answer) is None:
             raise UserError(
                 f'GSM8K row {i}: it is no {{question, answer}} with a number behind "####"; mend or remove it'
             )
-        content = f"{row['question'].strip()}\n\n{INSTRUCTION}"
+        content = f"{question.strip()}\n\n{INSTRUCTION}"
         made.append({"prompt": [{"role": "user", "content": content}], "answer": answer, **more})
     return made
 
@@ -48,7 +49,7 @@ def form(prompts: list[str], responses: list[str], **columns: object) -> list[fl
 
 
 def _in_form(response: str) -> bool:
-    text, line, last = response.rstrip().rpartition("\n")
+    text, line, last = typed(response).rstrip().rpartition("\n")
     return bool(
         line and text.strip() and LAST_LINE.fullmatch(last) and "####" not in text and number_of(last) is not None
     )

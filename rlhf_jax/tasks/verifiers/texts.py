@@ -31,7 +31,7 @@ NUMBER = re.compile(
     r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
     r"([eE][+-]?[0-9]{1,2}(?![0-9]))?(?: ?/ ?([0-9]+))?"
 )
-TYPED = {ord(minus): "-" for minus in "\u2010\u2011\u2212\ufe63\uff0d"}
+TYPED = {ord(minus): "-" for minus in "\u2010\u2011\u2212\ufe63\uff0d"} | {0x2044: "/", 0x2215: "/"}
 TYPED |= {
     ord(part): normalize("NFKC", part).replace("\u2044", "/")
     for part in map(chr, (*range(188, 191), *range(8528, 8543)))
