@@ -37,6 +37,8 @@ WHOLE = re.compile(
     r"[\"'(\[]*(?:a\s+(?=tie))?(A|B|tie)[\"')\]]*[\s.!)]*$",
     re.IGNORECASE,
 )
+CUT = re.compile(r"(?:\b[Ii]s|'s|\bsay|\bcall it) a$")
+"""How a line ends that was cut behind the article of what it says."""
 OPENING = re.compile(rf"{_NAME}(?:[.,;)]\s|\s+[-\u2013\u2014]\s|\s*\n|\s+(?:because|since|as it)\b)")
 STATED = (
     re.compile(rf"\b{_NAME} (?:is|was|seems|looks|appears)(?: to be)?(?: \w+){{0,2}}? {_BETTER}\b"),
@@ -195,9 +197,9 @@ def parse(answer: object) -> Answer:
 
 
 def _of_lines(text: str) -> list[str]:
-    """The first and the last line, where they are a choice and nothing else."""
+    """The first and the last line, where they are a choice and nothing else, not even the beginning of more."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [match[1] for line in lines[:1] + lines[-1:] if (match := WHOLE.match(line))]
+    return [match[1] for line in lines[:1] + lines[-1:] if (match := WHOLE.match(line)) and not CUT.search(line)]
 
 
 def _of_opening(text: str) -> list[str]:
