@@ -64,7 +64,7 @@ SAID = {
         "If A is better, say so", "The better response is A or B", "It is not a tie", "A tie-breaker is needed", "C",
         "A=B", "A: B", "I think A is worse than B.", "I'd say A is wrong.", "Could it be that A wins?",
         "Is A better than B? I cannot tell", "I think A, though short, is worse than B", np.ones(2),
-        "The better response is a", "Both are good.\nThis is a", "I'd say a",  # cut behind an article
+        "The better response is a", "Both are good.\nThis is a", "I'd say a", "I cannot choose A",
         1.5, -0.1, None, float("nan"), ["A"],
     ],
 }  # fmt: skip

@@ -49,7 +49,7 @@ STATED = (
     re.compile(r"\b(?:a|an even|is|:) (tie)\b(?!-)"),
 )
 _NOT = "not? never neither nor hardly less least worse worst weaker inferior los\\w+ wrong bad if whether unless"
-NEGATED = re.compile(rf"\b(?:{'|'.join(_NOT.split())})\b|n't\b", re.IGNORECASE)
+NEGATED = re.compile(rf"\b(?:cannot|{'|'.join(_NOT.split())})\b|n't\b", re.IGNORECASE)
 
 Question = tuple[str, ...]
 """(prompt, response A, response B), or of a judge of single ones (prompt, response)"""
