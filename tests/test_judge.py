@@ -52,7 +52,7 @@ SAID = {
         "B", "b", " B.", "**B**", "A is vague and B is wrong, so [[B]]", "A good answer is B", "A better answer is B.",
         "A short answer: B", "A response like B is better", "I think B is better than A.", "Response B", 0.0,
     ],
-    0.5: ["tie", "TIE", "A tie", "a tie.", "It is a tie.", "It's a tie", "[[C]]", "[[tie]]", "Answer: tie",
+    0.5: ["tie", "TIE", "A tie", "a tie.", "It is a tie.", "It\u2019s a tie", "[[C]]", "[[tie]]", "Answer: tie",
           np.float32(0.5)],
     0.25: [0.25],
     NONSENSE: [
@@ -64,7 +64,7 @@ SAID = {
         "If A is better, say so", "The better response is A or B", "It is not a tie", "A tie-breaker is needed", "C",
         "A=B", "A: B", "I think A is worse than B.", "I'd say A is wrong.", "Could it be that A wins?",
         "Is A better than B? I cannot tell", "I think A, though short, is worse than B", np.ones(2),
-        "The better response is a", "Both are good.\nThis is a", "I'd say a", "I cannot choose A",
+        "The better response is a", "Both are good.\nThis is a", "I'd say a", "I cannot choose A", "I don\u2019t think A is better",
         1.5, -0.1, None, float("nan"), ["A"],
     ],
 }  # fmt: skip

@@ -188,7 +188,7 @@ def parse(answer: object) -> Answer:
     if not isinstance(answer, str):
         chance = float_of(answer)
         return chance if chance is not None and 0 <= chance <= 1 else NONSENSE
-    text = re.sub(r"[*_`#]", "", answer).strip()
+    text = re.sub(r"[*_`#]", "", answer).replace("\u2019", "'").strip()
     for choices in (BRACKETED.findall(text), _of_lines(text), _of_opening(text), _of_sentences(text)):
         chances = {CHANCE[choice.upper()] for choice in choices}
         if chances:
