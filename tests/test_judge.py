@@ -64,8 +64,8 @@ SAID = {
         "If A is better, say so", "The better response is A or B", "It is not a tie", "A tie-breaker is needed", "C",
         "A=B", "A: B", "I think A is worse than B.", "I'd say A is wrong.", "Could it be that A wins?",
         "Is A better than B? I cannot tell", "I think A, though short, is worse than B", np.ones(2),
-        "The better response is a", "Both are good.\nThis is a", "I'd say a", "I cannot choose A", "I don\u2019t think A is better",
-        1.5, -0.1, None, float("nan"), ["A"],
+        "The better response is a", "Both are good.\nThis is a", "I'd say a", "I cannot choose A",  # cut, and a not
+        "I don\u2019t think A is better", 1.5, -0.1, None, float("nan"), ["A"],
     ],
 }  # fmt: skip
 """What an answer means -> answers."""
