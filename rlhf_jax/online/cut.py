@@ -88,6 +88,7 @@ def gather(
     chosen = chosen[np.argsort(groups[chosen])][:wanted]
     rollout, pool = cut.take(pool, put(_rows(chosen, size), replicated(method.mesh)))
     batch, where = method.inputs.batches.rows(groups[chosen].tolist())
+    mark("data")
     counts = {
         "rollout/continued": size * old[chosen].sum(),
         "rollout/unfinished": ((number >= 0) & ~ended).sum(),
