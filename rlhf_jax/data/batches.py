@@ -68,7 +68,7 @@ class Batches:
 
     def rows(self, numbers: Sequence[int]) -> tuple[Batch, list[str]]:
         """A batch of rows by their place in the batches, one after another, and the file and line of each."""
-        steps = {number // self._size: self._rows_of(number // self._size)[1] for number in numbers}
+        steps = {step: self._rows_of(step)[1] for step in {number // self._size for number in numbers}}
         examples = [self._examples[steps[number // self._size][number % self._size]] for number in numbers]
         return self._collate(examples), [example["where"] for example in examples]
 
