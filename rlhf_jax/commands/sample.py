@@ -69,6 +69,20 @@ def run_sample(config: SampleArgs) -> list[Row]:
     return _in_one_phase("sample", config, {"prompts": digest(prompts)}, count, size, begin)
 
 
+def answered(path: str) -> tuple[list[Row], list[list[Row]], Counter[str]]:
+    """(rows of a file that can be scored, of each what is scored of it, reasons of the others and how often)."""
+    rows, answers, dropped = list[Row](), list[list[Row]](), Counter[str]()
+    for row in rows_from(path):
+        try:
+            answers.append(answers_of(row))
+            rows.append(row)
+        except DroppedRow as drop:
+            dropped[drop.reason] += 1
+    if not rows:
+        raise UserError(f"{path}: no row is left: {Report(0, dict(dropped), 0)}; mend the file")
+    return rows, answers, dropped
+
+
 def run_score(config: ScoreArgs) -> list[Row]:
     """The rows of data_path with "score" added, of an ensemble "scores" too; written or printed, and returned.
 
@@ -76,15 +90,7 @@ def run_score(config: ScoreArgs) -> list[Row]:
     """
     if not config.data_path:
         raise UserError("data_path is empty; give a .jsonl file of {prompt, response} rows, or of pairs")
-    rows, answers, dropped = list[Row](), list[list[Row]](), Counter[str]()
-    for row in rows_from(config.data_path):
-        try:
-            answers.append(answers_of(row))
-            rows.append(row)
-        except DroppedRow as drop:
-            dropped[drop.reason] += 1
-    if not rows:
-        raise UserError(f"{config.data_path}: no row is left: {Report(0, dict(dropped), 0)}; mend the file")
+    rows, answers, dropped = answered(config.data_path)
     places = np.cumsum([0, *map(len, answers)])
     tell_anew(rows, OF_SCORES)
     json_lines(rows)  # what could not be written is found before it is scored
