@@ -101,8 +101,7 @@ def run_score(config: ScoreArgs) -> list[Row]:
         named = [replace(config.model, path=path) for path in config.models] or [config.model]
         readers = [RewardModel(one, mesh, limits, batch_size=size) for one in named]
         check_combine(config.combine, [reader.loaded for reader in readers], "combine")
-        remarks = [Counter[str]() for _ in readers]
-        flat = list(chain.from_iterable(answers))
+        flat, remarks = list(chain.from_iterable(answers)), [Counter[str]() for _ in readers]
         read = [[reader.example(one, own) for one in flat] for reader, own in zip(readers, remarks, strict=True)]
         cuts = [any(one["cut"] for one in same) for same in zip(*read, strict=True)]
         cuts = [any(cuts[slice(*ends)]) for ends in pairwise(places.tolist())]
