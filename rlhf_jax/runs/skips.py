@@ -47,8 +47,8 @@ class Skips:
 
     def settle(self) -> None:
         """Fetch and count what is noted."""
-        noted = self.take()
-        self.count(noted, jax.device_get([counts for _, counts, _ in noted]))
+        if noted := self.take():
+            self.count(noted, jax.device_get([counts for _, counts, _ in noted]))
 
     def count(self, noted: Sequence[Noted], counts: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count steps whose numbers have come to the host.
