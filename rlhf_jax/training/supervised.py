@@ -125,8 +125,8 @@ class Claim:
     settings: StepsConfig
     given: tuple[str, ...]
     files: Mapping[str, str]
-    key: jax.Array
     mesh: Mesh
+    key: jax.Array
     tokenizer: Tokenizer
     rows: list[Row]
     held_out_rows: list[Row]
@@ -191,8 +191,9 @@ def begin(
     finished, files = claim_directory(name, config, given)
     if finished is not None:
         return finished
-    inputs = inputs_of(config, group, rows, eval_rows)
-    return Claim(name, config, config, getattr(config, group), given, files, jax.random.key(config.run.seed), *inputs)
+    key, settings = jax.random.key(config.run.seed), getattr(config, group)
+    mesh, tokenizer, *split = inputs_of(config, group, rows, eval_rows)
+    return Claim(name, config, config, settings, given, files, mesh, key, tokenizer, *split)
 
 
 def inputs_of(
