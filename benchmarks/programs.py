@@ -80,7 +80,10 @@ def make_training(
     collate = partial(method.collate([one for step in examples for one in step]), length=work.prompt, pad_id=0)
     collated: Any = [collate(step) for step in examples]
     settings, key = getattr(config, method.group), jax.device_put(jax.random.key(1), replicated(mesh))
-    claim = Claim(task, config, config, settings, (), {}, mesh, key, tokenizer=None, rows=[], held_out_rows=[])
+    claim = Claim(
+        name=task, asked=config, config=config, settings=settings, given=(), files={}, mesh=mesh, key=key,
+        tokenizer=None, rows=[], held_out_rows=[],
+    )  # fmt: skip
     packs = choose_packing(method, claim, model, collated, collated)
     batches = [put_batch(mesh, batch if packs is None else packs(batch)) for batch in collated]
     tokens = [sum(len(row.prompt) + len(ids) for row in step for ids in row.responses) for step in steps]

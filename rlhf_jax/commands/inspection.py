@@ -243,6 +243,7 @@ def convert(config: ConvertArgs, target: Path) -> str:
             base_config=model.raw,
             base_generation=model.generation,
             shard_bytes=int(config.shard_gb * 1e9),
+            # Given without a tokenizer as well: that of another model goes, which would be taken for this one's.
             write_more=lambda folder: tokenizer.save(str(folder)) if tokenizer else None,
             in_place=target.resolve() == source.resolve() and not config.average,
         )
