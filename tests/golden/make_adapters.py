@@ -72,6 +72,14 @@ CASES = {
     "table_tied": Case(GPT2, {"target_modules": ["wte", "wpe"], "ensure_weight_tying": True, "r": 2}),
     "table_bound": Case(LLAMA, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True, "r": 2}, BARE),
     "gpt2_table": Case(GPT2, {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "ensure_weight_tying": True}),
+    # A weight that is named as a parameter gets its pair as it lies, also that of Conv1D.
+    "weights": Case(LLAMA, {
+        "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"],
+        "r": 2, "lora_alpha": 6, "alpha_pattern": {"up_proj.weight": 3, "mlp.down_proj": 5},
+    }),
+    "gpt2_weights": Case(GPT2, {
+        "target_modules": [], "target_parameters": ["attn.c_proj.weight", "c_fc.weight"], "exclude_modules": ["c_fc"],
+    }),
     # fan_in_fan_out is saved as it was right for the last layer, the head, though c_proj is Conv1D and square.
     "gpt2_head": Case(GPT2 | UNTIED, {"target_modules": ["attn.c_proj", "lm_head"], "r": 2}, BARE),
     "gpt2_tied": Case(GPT2, {"target_modules": ["attn.c_proj", "lm_head"], "modules_to_save": ["wpe", "wte"]}),

@@ -34,9 +34,13 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
     """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub.
 
     PEFT makes one adapter of twice the rank and alpha of those of an expert's gate and up, and so takes another factor
-    where that is alpha / sqrt(rank). So of experts the same factor is written as alpha / rank.
+    where that is alpha / sqrt(rank). So of experts the same factor is written as alpha / rank. It also takes a target
+    that ends as one of theirs to be of experts alone, so layers beside them that end so are named by their weights.
     """
-    stabilized = lora.rank_stabilized and not any("/experts/" in site.tensor.leaf for site in chosen)
+    of_experts = {site.module.rpartition(".")[2] for site in chosen if "/experts/" in site.tensor.leaf}
+    stabilized = lora.rank_stabilized and not of_experts
+    names = [site.module.partition("{}.")[2].rpartition("{}.")[2] for site in chosen]
+    beside = [name for name in names if "." in name and name.rpartition(".")[2] in of_experts]
     name, _, revision = base.removeprefix(HUB).partition("@")
     place = base if in_bucket(base) else named(Path(base).absolute())
     return {
@@ -50,7 +54,8 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(site.transposed for site in chosen),
-        "target_modules": [site.module.partition("{}.")[2].rpartition("{}.")[2] for site in chosen],
+        "target_modules": [name for name in names if name not in beside],
+        **({"target_parameters": [f"{name}.weight" for name in beside]} if beside else {}),
         "modules_to_save": ["score"] if score_head else None,
         "inference_mode": True,
     }

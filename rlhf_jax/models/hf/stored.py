@@ -25,7 +25,7 @@ from rlhf_jax.models.hf.config_json import family_of, read_json, to_arch, unders
 from rlhf_jax.models.hf.directory import ADAPTER, layers_of, model_directory, stands_on
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.layout import is_transposed
-from rlhf_jax.models.hf.targets import kept_tied, matched, targeted
+from rlhf_jax.models.hf.targets import by_weight, kept_tied, matched, targeted
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types that are read, by their names in a safetensors file."""
@@ -40,7 +40,6 @@ _ONLY: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(["use_dora", "use_qalora", "lora_bias"], (False, None)),
     **dict.fromkeys(["layer_replication", "alora_invocation_tokens", "trainable_token_indices"], (None,)),
     **dict.fromkeys(["use_bdlora", "arrow_config", "kasa_config", "monteclora_config"], (None, False)),
-    "target_parameters": (None, []),
 }  # fmt: skip
 """Keys of adapter_config.json whose other values mean something that is not W + scale B A -> those that may stand."""
 _MERGE = "merge the adapter into its model with peft, and give that"
@@ -264,6 +263,9 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
     for key, allowed in _ONLY.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise UserError(f"{folder / ADAPTER}: no support for {key} {shown(raw[key])}; {_MERGE}")
+    for name in raw.get("target_parameters") or []:
+        if not name.endswith(".weight"):
+            raise UserError(f"{folder / ADAPTER}: no support for target_parameters {shown(name)}; {_MERGE}")
     names = {tensor.leaf: name for name, tensor in family.tensors.items()}
     embedding, head = names["embed/tokens"], names["head/kernel"]
     own = () if kept_tied(raw, "modules_to_save") else tuple(raw.get("modules_to_save") or ())
@@ -288,7 +290,7 @@ def _with_adapter(folder: Path, base: dict[str, Readable], family: Family) -> di
             raise UserError(f"{where}: {module} is not in the model that the adapter names, or half is missing")
         if not targeted(raw, module):
             continue  # as PEFT does, which does not say so (`left_out`)
-        transposed = module in tables or _transposed(family, name)
+        transposed = module in tables or (_transposed(family, name) and not by_weight(raw, module))
         single[name] = _summed(raw, module, weight, pair, transposed, where)
     if tied and embedding in single:
         factors = {getattr(single[name], "scale", None) for name in (embedding, head) if name in single}
@@ -340,7 +342,8 @@ def _summed(
 ) -> Summed:
     a, b = pair["A"], pair["B"]
     patterns = (raw.get("alpha_pattern") or {}).items()
-    alphas = (alpha for key, alpha in patterns if matched(rf"(.*\.)?({key})", module, "alpha_pattern"))
+    known = f"{module}.weight" if by_weight(raw, module) else module
+    alphas = (alpha for key, alpha in patterns if matched(rf"(.*\.)?({key})", known, "alpha_pattern"))
     alpha = float(next(alphas, raw["lora_alpha"]))
     if not abs(alpha) < 1e9:
         raise UserError(f"lora_alpha is {shown(alpha)}, which no adapter has")

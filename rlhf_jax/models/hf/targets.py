@@ -24,6 +24,11 @@ def matched(pattern: str, module: str, key: str) -> regex.Match[str] | None:
         raise UserError(f"{key} makes the regular expression {shown(pattern)}, which {why}; correct it") from error
 
 
+def by_weight(raw: ConfigJson, module: str) -> bool:
+    """Whether target_parameters names a module's weight: PEFT adds the pair to it as it lies, whatever the layer."""
+    return any(f".{module}.weight".endswith(f".{name}") for name in raw.get("target_parameters") or ())
+
+
 def targeted(raw: ConfigJson, module: str) -> bool:
     """Whether PEFT reads the pair of a module: its `check_target_module_exists` (0.21), of modules that have one.
 
@@ -37,6 +42,8 @@ def targeted(raw: ConfigJson, module: str) -> bool:
             return matched(names, module, key) is not None
         return any(f".{module}".endswith(f".{name}") for name in names)
 
+    if by_weight(raw, module):
+        return True
     saved = (rf"(.*\.)?{name}(\..*)?" for name in raw.get("modules_to_save") or ())
     if named("exclude_modules") or any(matched(name, module, "modules_to_save") for name in saved):
         return False
