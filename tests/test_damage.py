@@ -245,7 +245,7 @@ def test_weights_that_no_trained_model_has_are_said(tmp_path, capsys):
     save_file(tensors, tmp_path / "m" / "model.safetensors")
     for dtype in ("float32", "bfloat16"):
         hf.load_params(tmp_path / "m", arch, score_head=True, dtype=dtype)
-        said = capsys.readouterr().err.splitlines()
+        said = capsys.readouterr().err.splitlines()[:2]  # then of bfloat16 how many are rounded
         names = ", ".join(map(layer.format, (0, 1)))
         expected = [f"weights of 2 tensors are not finite: {names}", "weights of 1 tensors are all zero: score.weight"]
         assert said == [f"{tmp_path / 'm'}: {line}" for line in expected]

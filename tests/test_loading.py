@@ -159,6 +159,27 @@ def test_only_stored_dtypes_that_are_numbers_load(tmp_path):
         assert_equal(loaded, jax.tree.map(lambda x, dtype=dtype: x.astype(dtype).astype(np.float32), params))
 
 
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [pair.split() for pair in ("float32 bfloat16", "float64 float32", "float16 bfloat16", "bfloat16 float32")],
+)
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_5_text"])
+def test_weights_that_a_narrower_type_rounds_are_counted_once(tmp_path, capsys, family, stored, read):
+    """On any mesh, whose devices read their parts; heads of scores keep what they are."""
+    path, arch, _ = write(tmp_path / "m", family, score_head=True)
+    edit(path, lambda tensors: {name: np.round(x.astype(float), 2).astype(stored) for name, x in tensors.items()})
+    tensors, changed, size = load_file(path / "model.safetensors"), 0, 0
+    for name, x in tensors.items():
+        dtype = "float32" if name.startswith("score") else read
+        changed += np.sum(x != x.astype(dtype).astype(stored))
+        size += x.size if dtype == read else 0
+    line = f"{path}: {changed:,} of {size:,} weights are rounded, from {stored} to {read}\n" if changed else ""
+    for mesh in (None, mesh_of(2, 2, 2)):
+        hf.load_params(path, arch, score_head=True, mesh=mesh, dtype=read)
+        assert capsys.readouterr().err == line
+    assert bool(changed) == (stored == "float64" or (read == "bfloat16"))
+
+
 @pytest.mark.parametrize("family", hf.FAMILIES)
 def test_checkpoints_of_the_bare_trunk(tmp_path, family):
     """Written by AutoModel, as openai-community/gpt2 is: `wte.weight` where others have `transformer.wte.weight`."""

@@ -24,8 +24,9 @@ class ModelConfig:
         tokenizer: a tokenizer directory or hf:// name; empty means the one in `path`.
         eos_ids: ids that end a response; empty means the ids that the model directory or the tokenizer names.
         compute_dtype: dtype of activations; auto is bfloat16 on TPU and GPU, float32 on CPU.
-        param_dtype: dtype of the weights at rest; bfloat16 halves a frozen model, and loses small updates of a trained
-            one. Scalar heads are float32, and so are gradients and what the optimiser keeps.
+        param_dtype: dtype of the weights at rest; bfloat16 halves a frozen model, rounds one that lies in float32, and
+            loses small updates of a trained one. Scalar heads are float32, and so are gradients and what the
+            optimiser keeps.
         attention: of whole texts; flash is the splash kernel on TPU and cuDNN's on GPU, plain forms all scores; auto
             is flash where there is one, else by blocks, without those in which nothing is seen.
         quantize: the kernels of a frozen model at rest: one scale for each output (int8), or 4-bit normal floats with

@@ -29,6 +29,7 @@ from rlhf_jax.models.hf.directory import layers_of, model_directory, replacing_m
 from rlhf_jax.models.hf.family import ConfigJson, Family, Tensor
 from rlhf_jax.models.hf.heads import heads_in, members_of, own_adapters, with_heads
 from rlhf_jax.models.hf.layout import Layout, Leaves, flattened, leaf_shapes, nested
+from rlhf_jax.models.hf.seen import Seen, few
 from rlhf_jax.models.hf.stored import DTYPES, Packed, Tensors, check_tied, left_out, stored_tensors
 from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
@@ -83,14 +84,10 @@ def load_params(
     params = load_leaves(folder, arch, family, layout, stored, shapes, mesh=mesh, dtype=dtype)
     for each in layers_of(folder):
         if (beyond := left_out(each)) and is_first():
-            said = f"{len(beyond)} adapters of modules that it does not target are left out: {_few(beyond)}"
+            said = f"{len(beyond)} adapters of modules that it does not target are left out: {few(beyond)}"
             tell(f"{each}: {said}", error=True)
         release(each)
     return params
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_params(path: str | os.PathLike[str], arch: ArchConfig, *, score_head: bool | None) -> None:
@@ -140,36 +137,13 @@ def load_leaves(
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
     if mesh is not None:
         shardings = flattened(tree_shardings(mesh, nested(specs)))
-    leaves, seen = {}, _Seen(arch)
+    leaves, seen = {}, Seen(arch)
     for leaf, spec in specs.items():
         parts = {name: entry for name, entry in wanted.items() if entry[0].leaf == leaf and name in stored}
         read = functools.partial(_read_shard, parts, stored, layout, spec, seen)
         leaves[leaf] = _placed(read, spec, shardings[leaf])
     seen.report(folder)
     return nested(leaves)
-
-
-class _Seen:
-    """Of the weights that this process reads: tensors with values that are not finite, and tensors of zeros alone."""
-
-    def __init__(self, arch: ArchConfig):
-        self.offset, self.broken, self.some = arch.norm_offset, set[str](), dict[str, bool]()
-
-    def look(self, name: str, leaf: str, values: np.ndarray) -> None:
-        """Take a part of a tensor into account."""
-        with np.errstate(all="ignore"):
-            total = values.sum(dtype=np.float32)  # a tenth of the time of looking at each value
-        if not np.isfinite(total) and not np.isfinite(values).all():
-            self.broken.add(name)
-        if not (leaf.endswith("bias") or (self.offset and "norm" in leaf)):
-            self.some[name] = self.some.get(name, False) or bool(total != 0 or values.any())
-
-    def report(self, folder: Path) -> None:
-        """Say what no trained model has, on standard error, since rows may go to standard output."""
-        zero = [name for name, some in self.some.items() if not some]
-        for names, what in ((sorted(self.broken), "are not finite"), (zero, "are all zero")):
-            if names and is_first():
-                tell(f"{folder}: weights of {len(names)} tensors {what}: {_few(names)}", error=True)
 
 
 def _placed(read: Callable[[Index], np.ndarray], spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
@@ -186,7 +160,7 @@ def _placed(read: Callable[[Index], np.ndarray], spec: jax.ShapeDtypeStruct, sha
 
 
 def _read_shard(
-    parts: _Wanted, stored: Tensors, layout: Layout, spec: jax.ShapeDtypeStruct, seen: _Seen, index: Index
+    parts: _Wanted, stored: Tensors, layout: Layout, spec: jax.ShapeDtypeStruct, seen: Seen, index: Index
 ) -> np.ndarray:
     """The part of a leaf at `index`, read from the files."""
     bounds = [range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
@@ -208,7 +182,7 @@ def _read_shard(
             part = piece[(*sources, ...)]  # a view; of a single number it would be a copy without ...
             stored[name].bring(whole, part)
             target[tuple(targets)] = part
-            seen.look(name, tensor.leaf, target[tuple(targets)])
+            seen.look(name, tensor.leaf, part, target[tuple(targets)])
     return out
 
 
@@ -251,7 +225,7 @@ def _check_stored(
         (typed, "has quantized tensors", "save the model in bfloat16"),
     ):
         if items:
-            raise UserError(f"{folder} {what}: {_few(items)}; {cure}")
+            raise UserError(f"{folder} {what}: {few(items)}; {cure}")
 
 
 def save_model(
