@@ -106,6 +106,11 @@ def test_contents_change_with_any_byte_of_what_is_read_and_not_with_where_it_lie
         assert contents.digest_of(str(moved)) != found["model.path"], name
         (moved / name).write_bytes(data)
     assert contents.digest_of(str(tmp_path / "nowhere")) == contents.digest_of("hf://nobody/nothing@x") == ""
+    mixed = lambda name: contents.contents(DataConfig(path=rows, mixture=[name, rows]))["mixture"]  # noqa: E731
+    first = mixed("tfds:imdb_reviews@train")
+    assert first != mixed("tfds:imdb_reviews@test")  # whose contents are not looked at
+    write(tmp_path / "rows.jsonl", DEMOS[:-1])
+    assert first != mixed("tfds:imdb_reviews@train")
 
 
 def paths_of(cls):

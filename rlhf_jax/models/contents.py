@@ -45,7 +45,7 @@ def contents(config: Settings) -> dict[str, str]:
 
     It changes with any byte of a file of up to 64 MiB. Of a larger one it takes the size and 4096 blocks of 4 KiB
     evenly apart, of safetensors the header and two blocks of every tensor. Of a model directory it takes the files
-    that make up the model, and of an adapter those of its model too.
+    that make up the model, and of an adapter those of its model too. A builder of TFDS counts by its name.
     """
     digests: dict[str, str] = {}
     for option, tree in flat(to_dict(config)):
@@ -62,6 +62,8 @@ def _as_one(digests: list[str]) -> str:
 
 def digest_of(name: str) -> str:
     """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
+    if name.startswith("tfds:"):
+        return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     try:
         places = _places(name)
         places += [place for trunk in places for place in _members(name, trunk)]
