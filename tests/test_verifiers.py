@@ -72,6 +72,16 @@ NUMBERS = [
     ("#### 1\u00bd cups", 1.5, 1), ("it is -\u00be", -0.75, 1), ("#### 1\u202f234", 1234, 1), ("1\u00a0234", 1234, 1),
     ("#### 1 234", 1, 0), ("#### 1_000", 1, 0), ("#### 1'000", 1, 0), ("#### 2:30", 2, 0), ("#### 5 m\u00b2", 5, 1),
     ("#### 3\u20444", 0.75, 1),
+    # Powers, factorials, products, several numbers and parts of formulas are not what they begin or end with.
+    ("#### 5!", 5, 0), (r"\boxed{5!}", 5, 0), ("The answer is 18!", 18, 1), ("#### 2 x 3", 2, 0), ("#### 2x3", 2, 0),
+    ("#### 2 * x", 2, 0), ("#### 5 + x", 5, 0), ("#### 2^n", 2, 0), ("#### x^2", 2, 0), ("#### f(5)", 5, 0),
+    ("#### \u221a16", 16, 0), ("#### sqrt(16)", 16, 0), ("#### 3 \u00d7 4", 3, 0), ("#### 2\u03c0", 2, 0),
+    ("#### 2 or 3", 2, 0), (r"\boxed{2 \text{ or } 3}", 2, 0), ("#### 2 out of 3", 2, 0), ("#### 3 and a half", 3, 0),
+    ("#### 3 hours 20 minutes", 3, 0), ("#### 5 squared", 5, 0), ("#### 2 : 3", 2, 0), ("#### 18 (eighteen)", 18, 1),
+    ("#### 5 million", 5, 0), ("#### 5 million", 5_000_000, 1), ("#### $1.5 billion.", 1_500_000_000, 1),
+    (r"\boxed{5\text{ thousand dollars}}", 5000, 1), ("#### 5k", 5, 0), ("#### $5M", 5, 0), ("#### 5 km", 5, 1),
+    ("so 2-thousand, -3 million", -3_000_000, 1), ("#### 1/2 million", 0.5, 0), ("#### 5 hundred thousand", 500, 0),
+    ("#### 5 dozen eggs", 5, 1), ("#### 18 m/s", 18, 1), ("#### 18 cm\u00b2", 18, 1),
 ]  # fmt: skip
 
 
@@ -105,6 +115,23 @@ LATEX = [
     ("#### 1 1/2", "1", 0), ("#### 1 1/2", "3/2", 1), (r"\boxed{-2 1/2}", "-5/2", 1), ("3/2", "1 1/2", 1),
     ("#### 1\u00bd cups", "1.5", 1), ("#### \u20113", "-3", 1), ("#### 1\u202f234 m", "1234", 1),
     (r"\boxed{5 000}", "5000", 1), (r"\boxed{5 000}", "0", 0), ("#### 90\u00b0", "90", 1), ("1 100/200", "1.5", 1),
+    # Units: of one side they are left out, of both compared; letters of formulas are none.
+    (r"\boxed{20 cm^2}", "20", 1), ("20", r"20\text{ cm}^2", 1), (r"20\text{ cm}^2", "20 square centimeters", 1),
+    ("20 cm^2", "20 cm", 0), ("20 cm\u00b2", "20 m^2", 0), ("5 km/h", "5", 1), ("5 km/h", "5 kilometers per hour", 1),
+    ("5\u00b0C", "5", 1), (r"\boxed{5^\circ C}", "5\u00b0F", 0), ("9.8 m/s^2", "9.8", 1), ("40 mph", "40", 1),
+    (r"\boxed{4\pi cm^2}", r"4\pi", 1), (r"4\pi cm^2", "4", 0), (r"\frac{1}{2} in", "1/2", 1), ("5 cm", "5 in", 0),
+    ("5", "5t", 0), ("5x", "5", 0), ("5x m", "5x", 0), ("5 m^2", "5x", 0), ("3 hours 20 minutes", "20", 0),
+    # Powers, roots, exponents and multiples as people type them.
+    ("10\u00b2", "100", 1), ("10\u00b2", "10", 0), ("10\u207b\u00b3", "0.001", 1), ("x\u00b2 + 1", "1 + x^2", 1),
+    ("\u221a16", "4", 1), ("\u221a16", "16", 0), ("2\u221a3", r"2\sqrt{3}", 1), ("\u221a(x+1)", r"\sqrt{x+1}", 1),
+    ("1e3", "1000", 1), ("1e3", "1", 0), ("-1.5E-3", "-0.0015", 1), ("it is 2e3.", "2000", 1), ("4 pi", r"4\pi", 1),
+    ("5 million", "5000000", 1), ("5 million", "5", 0), ("2 x 3", "6", 1), ("2 x 3", "2", 0), ("3\u00b74", "12", 1),
+    ("(\u2212\u221e, 3]", r"(-\infty,3]", 1), ("x \u2265 5", r"x \geq 5", 1),
+    # Words are no products of their letters.
+    ("silent", "listen", 0), (r"\boxed{\text{silent}}", "listen", 0), ("on", r"\text{no}", 0),
+    ("even not", "not even", 0),
+    (r"\boxed{\text{Even}}", "even", 1), ("ABC", "abc", 0), (r"\text{red and blue}", "red, blue", 1), ("yx", "xy", 1),
+    (r"\boxed{\text{A}}", "A", 1), ("even", "5", 0), ("5", "even", 0), (r"\boxed{No solution.}", "no solution", 1),
 ]  # fmt: skip
 
 

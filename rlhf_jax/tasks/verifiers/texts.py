@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from unicodedata import normalize
@@ -36,30 +37,57 @@ TYPED |= {
     ord(part): normalize("NFKC", part).replace("\u2044", "/")
     for part in map(chr, (*range(188, 191), *range(8528, 8543)))
 }
+TYPED |= {
+    ord(sign): rf"\{name} " for sign, name in zip(
+        "\u03c0\u221e\u2264\u2265\u2260\u00b7\u22c5\u00d7\u00f7\u00b1\u222a\u2229",
+        ["pi", "infty", "le", "ge", "ne", "cdot", "cdot", "times", "div", "pm", "cup", "cap"], strict=True,
+    )
+}  # fmt: skip
 TYPED[ord("\u00b0")] = r"^\circ "
-"""Signs and fractions of one character -> how a keyboard writes them, degrees as LaTeX does."""
+"""Signs and fractions of one character -> how a keyboard writes them, or LaTeX."""
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALED = re.compile(
+    r"(?<![\w.,/^])((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,9})?)"
+    rf"(?:\\[,;: ]|[ ~-])*(\\text\w*\{{ *)?({'|'.join(SCALES)})s?(?![A-Za-z])"
+)
+"""5 million, 1.5\\text{ billion dollars}."""
 SPACED = (
     (re.compile("(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\\\[;: ])(?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])"), " "),
+    (
+        re.compile("[\u207a\u207b]?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+"),
+        lambda one: f"^{{{normalize('NFKC', one[0])}}}",
+    ),
+    (re.compile("[\u2080-\u2089]+"), lambda one: f"_{{{normalize('NFKC', one[0])}}}"),
+    (re.compile(r"\u221a *([0-9]+(?:\.[0-9]+)?|[A-Za-z]|\([^()]*\))"), r"\\sqrt{\1}"),
+    (SCALED, lambda one: f"{Decimal(one[1].replace(',', '')) * SCALES[one[3]]:f}{one[2] or ''}"),
 )
-"""Spaces that part thousands, and the place between 1 and a half."""
+"""Spaces that part thousands, the place between 1 and a half, powers, indices, roots and millions -> as LaTeX is."""
 LATEX = (
     (re.compile(r"(\\[cdt]?frac(?:\{[^{}]*\})?) ?([0-9])"), r"\1{\2}"),
     (re.compile(r"(\\[cdt]?frac\{[^{}]*\}) ?([0-9])"), r"\1{\2}"),
     (re.compile(r"(?<=[0-9])(?=\\[cdt]?frac)"), " "),
     (re.compile(r"\\[cdt]?frac *\{ *(-?[0-9,.]+) *\} *\{ *([0-9]+) *\}"), r"\1/\2"),
     (re.compile(r"\{,\}|\\[,!]"), ""),
+    (re.compile(r"\\text\w* *\{([^{}]*)\}|\\[ ;:]"), r" \1"),
     (re.compile("\u2013"), "-"),
     (re.compile(r"([=:({\[$] *)(?:- *|(?i:minus|negative) +)"), r"\1-"),
 )
 """How LaTeX writes fractions and thousands, typesetters a minus and people a sign -> how `NUMBER` reads them."""
-WITHIN = re.compile(r"\\(?:[cdt]?frac|sqrt|binom|pm|mp)|[\u00b1\u221a]")
+_OPERATOR = r"(?:[-+*^_/]|\\times|\\cdot|\\div)"
+WITHIN = re.compile(
+    rf"\\(?:[cdt]?frac|sqrt|binom|pm|mp)|\u221a|sqrt\(|(?<![A-Za-z])[A-Za-z] *(?:{_OPERATOR} *[({{]*|\()$|\^[({{]*$"
+)
 """Before a number: it is a part of a formula."""
 GOES_ON = re.compile(
-    r"[,._':]?[0-9]|[\u00b2\u00b3\u00b9\u2070-\u2079]| +[0-9]|\\(?:sqrt|pi)"
-    r"| *(?:[-+*^/\u00d7\u00f7\u00b7]|\\times|\\cdot|\\div) *\\?[$({]? *-?[0-9]"
+    r"[,._':]?[0-9]| +[0-9]|!|\\(?:sqrt|pi)|[kKM](?![\w&'])"
+    rf"| *(?:{_OPERATOR}|[:xX]) *\\?[$({{]* *-?[0-9]"
+    r"| *(?:[-+*^]|\\times|\\cdot) *[({]*\\?[A-Za-z](?![A-Za-z])"
+    rf"| +(?:squared|cubed|{'|'.join(SCALES)})\b"
+    r"|(?: +[A-Za-z]+)? +(?:and|or|to|of|plus|minus|times)(?: an?)? +(?:\$?[0-9]|half|quarter)"
+    r"| +[A-Za-z]+ +[0-9]"
 )
-"""Behind a number: it is a part of a formula, or written in another way, and not the answer."""
+"""Behind a number: it is a part of a formula or one of several, or written in another way, and not the answer."""
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
 
@@ -71,9 +99,9 @@ def gsm8k(prompts: list[str], responses: list[str], *, answer: list[object], **c
     """1.0 where the final number of a response equals that of the row's `answer` exactly, as GSM8K has them.
 
     It stands behind the last "####", else in the last \\boxed{}, else it is the last number of the response. 1,234 is
-    1234, $18.00 is 18, 3/4 is 0.75, - $3 is -3; what follows a number (units, percent signs) is not read. A marked
-    formula is none: of 10 - 3 = 7 it is 7, of 10 - 3 or \\sqrt{9} none. `answer` is a number or a text with one, such
-    as a whole solution.
+    1234, $18.00 is 18, 3/4 is 0.75, - $3 is -3, 5 million is 5000000; what follows a number (units, percent signs, a
+    dozen) is not read. A marked formula is none: of 10 - 3 = 7 it is 7, of 10 - 3, 5!, 2 or 3, or \\sqrt{9} none.
+    `answer` is a number or a text with one, such as a whole solution.
 
     Raises:
         UserError: an answer without a number.
@@ -89,8 +117,9 @@ def math(prompts: list[str], responses: list[str], *, answer: list[object], **co
     """1.0 where the final answer of a response is mathematically that of the row's `answer`, as math-verify sees it.
 
     It stands behind the last "####", else in the last \\boxed{}, else it is the last formula or number there is.
-    `answer` is LaTeX or a number, or a whole solution that marks it so. Numbers are compared at 6 decimals. An answer
-    that takes too long to compare, such as 9^{9^{9^9}}, is wrong, and such are counted.
+    `answer` is LaTeX or a number, or a whole solution that marks it so. Numbers are compared at 6 decimals, words as
+    words. A unit counts where both name one. An answer that takes too long to compare, such as 9^{9^{9^9}}, is wrong,
+    and such are counted.
 
     Raises:
         UserError: an answer that cannot be read.
