@@ -215,7 +215,7 @@ KINDS = {
         order_accuracy,
     ),
     "ratings": Kind(
-        lambda _: rating_examples,
+        lambda s: partial(rating_examples, ends=(s.rating_low, s.rating_high) if s.of_whole_ratings else None),
         lambda _: collate_rated,
         lambda scores, batch: (scores[:, 0], batch["ratings"], batch["weights"]),
         lambda s: s.rating_loss,

@@ -559,8 +559,10 @@ TOGETHER = {
     "6.4, or set ppo.kl_controller fixed",
     "kto --kto.desirable_weight 0 --kto.undesirable_weight 0": "kto.desirable_weight and kto.undesirable_weight are "
     "both 0; raise one of them",
-    "reward --reward.rating_low 5 --reward.rating_high 5.0000001": "reward.rating_low 5 is not 1 or more below "
-    "reward.rating_high 5; give the ends of the scale",
+    "reward --reward.rating_loss rlhf_jax.losses:ordinal_rating_loss --reward.rating_low 0 "
+    "--reward.rating_high 0.5": "reward.rating_low 0 is not 1 or more below reward.rating_high 0.5, and "
+    "ordinal_rating_loss is of whole ratings; multiply those of a finer scale, or leave reward.rating_loss at "
+    "squared_rating_loss, which needs no ends",
     "ppo --ppo.stop truncate --ppo.truncate_after 64": "ppo.truncate_after 64 is not below sampling.max_new_tokens "
     "64, so no row would ever stop; lower it",
 }

@@ -38,6 +38,23 @@ def ranking(*ranks, texts="abcdefgh", **fields):
 # --- rows
 
 
+def test_labels_that_do_not_count_are_counted_where_they_say_something_else(tokenizer):
+    up, down = {"ranks": [0, 1, 2]}, {"raters": [{"ranks": [2, 1, 0]}]}
+    alike = [
+        ranking(0, 1, 2), ranking(0, 1, 2, scores=[9, 5.5, -1]), ranking(0, 1, 2, scores=[None] * 3),
+        ranking(0, 0, 2, **{"ranks": [1, 1, 3]}), ranking(None, None, None, scores=[3, 2, 1]),
+    ]  # fmt: skip
+    other = [
+        ranking(0, 1, 2, scores=[1, 2, 3]), ranking(0, 0, 1, scores=[3, 2, 1]), ranking(0, 1, None, scores=[3, 2, 1]),
+        ranking(2, 1, 0, **up), ranking(0, 1, 2, scores="high"), ranking(0, 1, 2, best=0), ranking(0, 1, 2, **down),
+        ranking(0, 1, 2, raters=[{"best": 1, "ranks": [0, 1, 2]}]),
+    ]  # fmt: skip
+    for rows, count in ((alike, 0), (other, len(other)), (alike + other, len(other))):
+        _, report = ranking_examples([{**row, "_where": "x"} for row in rows], tokenizer, LIMITS)
+        assert report.remarks.get(ballots.OTHERS, 0) == count
+    assert ballots.ranking_row(other[0]).ballots[0].ranks == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("row", "kind"),
     [

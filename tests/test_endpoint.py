@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import judges
 from rlhf_jax.hosts import attempts
 
 KEY = "sk-Alpha7-Omega9"
@@ -143,6 +144,21 @@ def test_what_was_judged_before_the_endpoint_went_away_is_kept(server, tmp_path,
     code, output = judge(at(server), tmp_path)
     ranks = [[item["rank"] for item in json.loads(line)["responses"]] for line in output.read_text().splitlines()]
     assert code == 0 and ranks == [[0, 1]] * 6
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_answers_of_a_batch_that_came_before_the_endpoint_went_away_are_not_asked_for_again(
+    server, tmp_path, monkeypatch, refuses
+):
+    monkeypatch.setattr(judges, "MOST_FAILURES", 2)
+    fine = [reply("200 OK", FINE)]
+    server.plan = lambda n: fine if n <= 3 else REFUSING["401"] if refuses else FAILING["500"]
+    options = ("--judge.workers", "1", "--judge.retries", "0", "--batch_size", "20")
+    code, output = judge(at(server), tmp_path, *options, rows=20)
+    assert code == 2 and len(output.with_name("out.jsonl.part").read_text().splitlines()) == 1 + 3
+    server.plan, server.asked[:] = lambda n: fine, []
+    code, output = judge(at(server), tmp_path, *options, rows=20)
+    assert code == 0 and len(server.asked) == 17 and len(output.read_text().splitlines()) == 20
 
 
 @pytest.mark.parametrize("name", ["a cut body", "a cut chunk", "a chunk too few", "429", "reset", "a slow body"])

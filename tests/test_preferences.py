@@ -226,6 +226,16 @@ def test_a_rating_is_a_number(tokenizer, rating):
         rating_examples([{"prompt": "a", "response": "b", "rating": rating}], tokenizer, LIMITS)
 
 
+def test_a_scale_of_half_a_point_is_legal_where_ratings_have_no_bins_and_ends_are_kept(tokenizer):
+    RewardConfig(rating_low=0, rating_high=0.5)
+    rows = [{"prompt": "a", "response": "b", "rating": r, "_where": f"x:{r}"} for r in (0, 0.5, 5)]
+    assert len(rating_examples(rows, tokenizer, LIMITS)[0]) == 3
+    assert len(rating_examples(rows[:2], tokenizer, LIMITS, ends=(0, 1))[0]) == 2
+    settings = RewardConfig(rating_loss="rlhf_jax.losses:ordinal_rating_loss", rating_low=0, rating_high=4)
+    with pytest.raises(UserError, match=r"^x:5: the rating 5 is not from reward.rating_low 0 to .*rating_high 4;"):
+        reward.KINDS["ratings"].build(settings)(rows, tokenizer, LIMITS)
+
+
 # ---- stages
 
 

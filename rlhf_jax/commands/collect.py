@@ -194,7 +194,8 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
     with open_journal(config, config.output, decided_by) as journal:
         phases = Phases(journal)
         begin = partial(verdicts, config, judge, lambda i: [groups[i]], jax.random.key(config.seed))
-        compared = phases.add(len(groups), config.batch_size, begin)
+        asked_alone = judge is None and not config.judge.model.path
+        compared = phases.add(len(groups), config.batch_size, begin, apart=asked_alone)
         phases.fill("judge", progress=config.progress)
 
         decided = [verdicts_of(row) for row in compared.rows]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import EvaluateArgs, resolve
-from rlhf_jax.data.ballots import Ranking, ranking_row, with_text, without_text
+from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of, with_text
 from rlhf_jax.data.chat import in_transcript
 from rlhf_jax.data.encoding import Limits, Report
 from rlhf_jax.data.examples import prompt_key
@@ -135,7 +135,7 @@ def _items(source: Any) -> list[Item]:
             items.append(Item(row, bench, ranking_row(row, unlabelled=True)))
         except DroppedRow as drop:
             dropped[drop.reason] += 1
-    report = Report(len(items), dict(dropped), 0, remarks=without_text([row for row, _ in given]))
+    report = Report(len(items), dict(dropped), 0, remarks=remarks_of([row for row, _ in given]))
     tell(f"{report.mark}rows: {report}")
     if not items:
         raise UserError("no row holds two responses to a prompt; give preference or ranking rows")

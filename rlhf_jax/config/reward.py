@@ -41,7 +41,7 @@ class RewardConfig(StepsConfig):
             and best_of_n_reward_loss (Ziegler et al. 2019) are the others there are.
         rating_loss: for ratings, one (scores, ratings, weights) -> (scalar, metrics); ordinal_rating_loss is the other
             there is.
-        rating_low: lowest rating there can be, as ordinal_rating_loss sees it.
+        rating_low: lowest rating there can be, as ordinal_rating_loss sees it, whose bins are whole ratings.
         rating_high: highest one.
     """
 
@@ -65,11 +65,17 @@ class RewardConfig(StepsConfig):
         self.check("reward.", "center_coef", {**rules, "at least 1": "epochs accumulate members"})
         if self.member_adapters and self.members < 2:
             raise UserError("reward.member_adapters: there is one member; raise reward.members or leave it out")
-        if self.rating_high - self.rating_low < 1:
+        if self.of_whole_ratings and self.rating_high - self.rating_low < 1:
             raise UserError(
                 f"reward.rating_low {self.rating_low:g} is not 1 or more below reward.rating_high "
-                f"{self.rating_high:g}; give the ends of the scale"
+                f"{self.rating_high:g}, and ordinal_rating_loss is of whole ratings; multiply those of a finer scale, "
+                "or leave reward.rating_loss at squared_rating_loss, which needs no ends"
             )
+
+    @property
+    def of_whole_ratings(self) -> bool:
+        """Whether the loss of ratings has a bin for each whole one from rating_low to rating_high."""
+        return self.rating_loss.endswith(":ordinal_rating_loss")
 
 
 @settings

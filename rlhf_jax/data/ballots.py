@@ -15,8 +15,10 @@ from rlhf_jax.data.messages import SAID, Text, prompt_of, response_of, written
 from rlhf_jax.data.numbers import in_order, is_number, number_of
 from rlhf_jax.data.rows import Row, bad_row, empty_row, layout_of, require, type_of, where_of
 from rlhf_jax.data.schemas import Answer, finished_of, flag_of, ids_of
+from rlhf_jax.errors import UserError
 
 EMPTY = "responses that are null or empty, left out"
+OTHERS = "rankings with other labels beside those that count: of raters, else best, else ranks, else scores"
 
 
 class Ballot(NamedTuple):
@@ -146,8 +148,13 @@ def _items(row: Row) -> list[Row]:
     return items
 
 
+def remarks_of(rows: Sequence[Row]) -> Counter[str]:
+    """What a report says of ranking rows: responses `without_text`, and labels that do not count."""
+    return without_text(rows) + Counter({OTHERS: sum(_has_others(row) for row in rows if layout_of(row) == "ranking")})
+
+
 def without_text(rows: Sequence[Row]) -> Counter[str]:
-    """How many responses of ranking rows are null or empty, which leave their ranking, for a report."""
+    """How many responses of ranking rows are null or empty, which leave their ranking."""
     return +Counter({EMPTY: sum(with_text(row).count(False) for row in rows if layout_of(row) == "ranking")})
 
 
@@ -167,22 +174,52 @@ def _has_text(value: object) -> bool:
 
 def _ballots(row: Row, items: list[Row]) -> list[tuple[str, list[float]]]:
     """(rater, ranks of all items) of every ballot of a ranking row."""
-    verdicts = row.get("raters")
-    if verdicts is None and row.get("best") is not None:
-        verdicts = [row]
-    if verdicts is not None:
+    if (verdicts := row.get("raters")) is not None:
         if not isinstance(verdicts, list) or not all(isinstance(verdict, dict) for verdict in verdicts):
             raise bad_row(row, f'"raters" is {type_of(verdicts)}; give a list of {{rater, ranks}}')
         return [(rater_of(v, row), ranks) for v in verdicts for ranks in _verdict_ranks(row, v, len(items))]
+    if row.get("best") is not None:
+        return [(rater_of(row), ranks) for ranks in _verdict_ranks(row, row, len(items))]
+    columns = _columns(row, items)
+    if not columns:
+        raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
+    values, sign = next((column for column in columns if not _says_nothing(column[0])), columns[0])
+    return [(rater_of(row), _ranks(row, values, len(items), sign))]
+
+
+def _columns(row: Row, items: list[Row]) -> list[tuple[object, int]]:
+    """(what a row says of its responses, 1 if lower is better else -1): the first that says something counts."""
     columns: list[tuple[object, int]] = []
     for name, sign in (("rank", 1), ("score", -1)):
         of_items = [item.get(name) for item in items] if any(name in item for item in items) else None
         columns += [(values, sign) for values in (row.get(f"{name}s"), of_items) if values is not None]
-    if not columns:
-        raise bad_row(row, 'nobody says which response is better; give each a "rank" (0 is best) or a "score"')
-    null = lambda values: isinstance(values, list) and values == [None] * len(items)  # noqa: E731
-    values, sign = next((column for column in columns if not null(column[0])), columns[0])
-    return [(rater_of(row), _ranks(row, values, len(items), sign))]
+    return columns
+
+
+def _says_nothing(values: object) -> bool:
+    return isinstance(values, list) and all(value is None for value in values)
+
+
+def _has_others(row: Row) -> bool:
+    """Whether a ranking row has labels that do not count and are not those that do: of another order, or none."""
+    items = _items(row)
+    sources = [(values, sign) for values, sign in _columns(row, items) if not _says_nothing(values)]
+    beside = row.get("raters") is not None, row.get("best") is not None
+    if any(beside):
+        verdicts = row["raters"] if isinstance(row.get("raters"), list) else []
+        both = [{"best", "ranks"} <= {name for name in each if each[name] is not None} for each in verdicts]
+        return sum(beside) + len(sources) > 1 or any(both)
+    try:
+        orders = [_places(_ranks(row, values, len(items), sign)) for values, sign in sources]
+    except UserError:  # the first one is refused where it is read
+        return len(sources) > 1
+    return any(order != orders[0] for order in orders)
+
+
+def _places(ranks: Sequence[float]) -> list[float]:
+    """The places of ranks from 0, equal ones at one; -1 for NaN."""
+    places = {rank: float(i) for i, rank in enumerate(sorted({rank for rank in ranks if rank == rank}))}
+    return [places.get(rank, -1.0) for rank in ranks]
 
 
 def _verdict_ranks(row: Row, verdict: Row, size: int) -> list[list[float]]:

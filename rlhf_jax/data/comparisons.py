@@ -9,13 +9,13 @@ from itertools import permutations
 
 import numpy as np
 
-from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
+from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
 from rlhf_jax.data.encoding import Encoder, Example, Limits, Report, collect
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import gather
 from rlhf_jax.data.numbers import SMALLEST, in_order, number_of, off_centre
 from rlhf_jax.data.rankings import components
-from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Joined, Row, layout_of, require
+from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Joined, Row, bad_row, layout_of, require
 from rlhf_jax.data.schemas import (
     Answer,
     answer_of,
@@ -99,7 +99,7 @@ def _gathered(
         lost = Counter({"margins that are 0 in float32": sum(0 < abs(size) < SMALLEST for size in margins_of(rows))})
     else:
         lost = margins_unused(rows)
-    encoder.remarks.update(+lost + without_text(rows))
+    encoder.remarks.update(+lost + remarks_of(rows))
     return collect(joined, build, strict=encoder.limits.strict, note=note, remarks=encoder.remarks)
 
 
@@ -254,13 +254,21 @@ def rating_of(row: Row) -> float:
     return float32_of(row, "rating", row["rating"])
 
 
-def rating_examples(rows: list[Row], tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], Report]:
-    """[{response int32[n], prompt_length, rating, prompt_key}] of rows {prompt, response, rating}."""
+def rating_examples(
+    rows: list[Row], tokenizer: Tokenizer, limits: Limits, *, ends: tuple[float, float] | None = None
+) -> tuple[list[Example], Report]:
+    """[{response int32[n], prompt_length, rating, prompt_key}] of rows {prompt, response, rating}.
+
+    A rating off the `ends` of a scale, if there are any, is an error.
+    """
     encoder = Encoder(tokenizer, limits)
     ratings: set[float] = set()
 
     def build(row: Row) -> tuple[list[Example], bool]:
         rating, answer = rating_of(row), answer_of(row)
+        if ends and not ends[0] <= rating <= ends[1]:
+            scale = f"from reward.rating_low {ends[0]:g} to reward.rating_high {ends[1]:g}"
+            raise bad_row(row, f"the rating {rating:g} is not {scale}; set these to the ends of the scale")
         made = _singles(answer, encoder, [single_answer(answer)], [{"rating": rating}])
         ratings.add(number_of(row["rating"]))  # of a row that is kept
         return made

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, length_bias
-from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
+from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
 from rlhf_jax.data.comparisons import rating_of
 from rlhf_jax.data.encoding import Limits, naming, unread_in
 from rlhf_jax.data.examples import prompt_key, row_key, sft_examples
@@ -45,7 +45,7 @@ def inspect(
             dropped[drop.reason].append(row["_where"])
             continue
         compared += [ranking] if ranking is not None else []
-        of_row = without_text([row])
+        of_row = remarks_of([row])
         size = _prompt_length(row, prompt, tokenizer, of_row)
         sizes = [_answer_length(row, prompt, answer, tokenizer, of_row) for answer in answers]
         remarks += of_row

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.ballots import ranking_row, rater_of, without_text
+from rlhf_jax.data.ballots import ranking_row, rater_of, remarks_of
 from rlhf_jax.data.encoding import naming
 from rlhf_jax.data.fields import catalogue
 from rlhf_jax.data.messages import Messages, Text
@@ -173,7 +173,7 @@ def stored(row: Row, schema: str, remarks: Counter[str] | None = None) -> Row:
         if remarks is not None:
             others = (name for answer in ranking.answers for name in answer.extra)
             remarks.update(f'responses with "{name}", which is not stored' for name in others)
-            remarks.update(without_text([row]) + margins_unused([row]))
+            remarks.update(remarks_of([row]) + margins_unused([row]))
         ballots = [ballot for ballot in ranking.ballots for _ in range(int(ballot.times))]
         return {
             "prompt": _turns(ranking.prompt),

@@ -6,7 +6,7 @@ Judges like places and lengths. So every pair is asked in both orders, and the r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Literal
@@ -54,8 +54,8 @@ NEGATED = re.compile(rf"\b(?:cannot|{'|'.join(_NOT.split())})\b|n't\b", re.IGNOR
 Question = tuple[str, ...]
 """(prompt, response A, response B), or of a judge of single ones (prompt, response)"""
 
-Ask = Callable[[Sequence[Question], jax.Array], list[Answer]]
-"""(questions, key) -> an answer to each."""
+Ask = Callable[[Sequence[Question], jax.Array], Iterable[Answer]]
+"""(questions, key) -> an answer to each, in order, maybe one after another as they come."""
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,24 @@ class Judge:
 
     def verdicts(self, groups: Sequence[tuple[str, Sequence[str]]], key: jax.Array) -> list[list[Verdict]]:
         """Verdicts on every pair of the K responses of each (prompt, responses); equal texts are a tie, unasked."""
-        pairs = [(g, i, j) for g, (_, texts) in enumerate(groups) for i, j in combinations(range(len(texts)), 2)]
+        return list(self.in_turn(groups, key))
+
+    def in_turn(self, groups: Sequence[tuple[str, Sequence[str]]], key: jax.Array) -> Iterator[list[Verdict]]:
+        """`verdicts` one group after another, each when its answers have come."""
         questions: list[Question] = []
-        for g, i, j in pairs:
-            prompt, texts = groups[g]
-            if texts[i] != texts[j]:
-                questions += [(prompt, texts[i], texts[j])] * self.votes
-                questions += [(prompt, texts[j], texts[i])] * (self.votes * self.both_orders)
+        for prompt, texts in groups:
+            for a, b in combinations(texts, 2):
+                if a != b:
+                    questions += [(prompt, a, b)] * self.votes
+                    questions += [(prompt, b, a)] * (self.votes * self.both_orders)
         answers = iter(self.ask(questions, key) if questions else [])
-        of_groups: list[list[Verdict]] = [[] for _ in groups]
-        for g, i, j in pairs:
-            a, b = groups[g][1][i], groups[g][1][j]
-            said = list(islice(answers, self.votes * (1 + self.both_orders))) if a != b else []
-            verdict = Verdict(i, j, said[: self.votes], said[self.votes :], None, len(a) - len(b))
-            of_groups[g].append(replace(verdict, share=self._share(verdict)))
-        return of_groups
+        for _, texts in groups:
+            of_group: list[Verdict] = []
+            for (i, a), (j, b) in combinations(enumerate(texts), 2):
+                said = list(islice(answers, self.votes * (1 + self.both_orders))) if a != b else []
+                verdict = Verdict(i, j, said[: self.votes], said[self.votes :], None, len(a) - len(b))
+                of_group.append(replace(verdict, share=self._share(verdict)))
+            yield of_group
 
     def _share(self, verdict: Verdict) -> float | None:
         """The mean of both orders if they agree; None if one has no answer, since then its place would decide."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,11 +71,12 @@ def verdicts(
     """
     judge = judge or make_judge(config.judge, make_mesh(config.mesh))
 
-    def make(start: int, stop: int) -> list[Row]:
+    def make(start: int, stop: int) -> Iterator[Row]:
         groups = [groups_of(i) for i in range(start, stop)]
         plain = [(plain_text(prompt), texts) for each in groups for prompt, texts in each]
-        of_groups = iter(judge.verdicts(plain, jax.random.fold_in(key, start)))
-        return [{"verdicts": [asdict(v) for _ in each for v in next(of_groups)]} for each in groups]
+        of_groups = judge.in_turn(plain, jax.random.fold_in(key, start))
+        for each in groups:
+            yield {"verdicts": [asdict(v) for _ in each for v in next(of_groups)]}
 
     return make
 
@@ -129,7 +130,7 @@ def ask_function(
         except Exception as error:
             raise UserError(f"judge function {name}: {type(error).__name__}: {reason(error)}; mend it") from error
 
-    def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
+    def ask(questions: Sequence[Question], key: jax.Array) -> Iterator[Answer]:
         tried = partial(persist, timeout=timeout, retries=retries, limit=f"{group}timeout", final=(UserError,))
         return _counted(f"judge function {name}", (partial(tried, partial(one, question)) for question in questions))
 
@@ -165,12 +166,12 @@ def ask_server(config: JudgeConfig, form: Form = PAIRS) -> Ask:
             what = "chat completion with top_logprobs" if config.top_logprobs else "chat completion"
             raise Unanswered(f"an answer that is no {what}") from None
 
-    def ask(questions: Sequence[Question], key: jax.Array) -> list[Answer]:
+    def ask(questions: Sequence[Question], key: jax.Array) -> Iterator[Answer]:
         with ThreadPoolExecutor(config.workers) as pool:  # the endpoint keeps the time itself
             tried = partial(persist, timeout=0, retries=config.retries, limit=limit, final=(UserError,))
             waiting = [pool.submit(tried, partial(one, question)) for question in questions]
             try:
-                return _counted(url, (answer.result for answer in waiting))
+                yield from _counted(url, (answer.result for answer in waiting))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -192,27 +193,28 @@ def expected(form: Form, likeliest: Sequence[Mapping[str, Any]]) -> Answer:
     return sum(value * share for value, share in shares) / sum(share for _, share in shares)
 
 
-def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> list[Answer]:
-    """What each call returns, or NO_ANSWER if it raises Failed.
+def _counted(whom: str, answers: Iterable[Callable[[], Answer]]) -> Iterator[Answer]:
+    """What each call returns, or NO_ANSWER if it raises Failed, once one after it has returned.
 
     Raises:
         Silent: all of them are failures, or MOST_FAILURES in a row are.
     """
-    counted: list[Answer] = []
-    in_a_row = 0
+    in_a_row, one_came = 0, False
     last: BaseException | None = None
     for answer in answers:
         try:
-            counted.append(answer())
-            in_a_row = 0
+            found = answer()
         except Failed as failure:
             in_a_row, last = in_a_row + 1, failure.__cause__
-            counted.append(NO_ANSWER)
-        if in_a_row == MOST_FAILURES:
-            break
-    if last is not None and (in_a_row == MOST_FAILURES or in_a_row == len(counted)):
+            if in_a_row == MOST_FAILURES:
+                break
+        else:
+            yield from [NO_ANSWER] * in_a_row
+            yield found
+            in_a_row, one_came = 0, True
+    if last is not None and (in_a_row == MOST_FAILURES or not one_came):
         raise Silent(f"{whom}: {in_a_row} questions in a row had no answer ({reason(last)})")
-    return counted
+    yield from [NO_ANSWER] * in_a_row
 
 
 def filled(config: JudgeConfig, question: Question) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,8 @@ from rlhf_jax.runs.directory import SUMMARY, Summary, write_config
 from rlhf_jax.runs.journal import Journal
 from rlhf_jax.runs.progress import Progress, write
 
-Make = Callable[[int, int], list[Row]]
-"""(start, stop) -> the journal's rows for the things start .. stop - 1."""
+Make = Callable[[int, int], Iterable[Row]]
+"""(start, stop) -> the journal's rows for the things start .. stop - 1; those that come before an error are kept."""
 
 UNMADE = {"output", "output_dir", "overwrite", "progress", "schema", "length_filter"}
 UNMADE |= {"data_path", "path", "fields", "prompts", "text_path", "preference_path"}
@@ -56,6 +56,7 @@ class Phase:
     Attributes:
         begin: loads what the pass needs, when its turn comes, and says how rows are made.
         journal, start: the rows are those of the journal from `start` on.
+        apart: a thing's row is the same whatever else is in its batch.
     """
 
     count: int
@@ -63,6 +64,7 @@ class Phase:
     begin: Callable[[], Make]
     journal: Journal
     start: int
+    apart: bool = False
 
     def __getitem__(self, i: int) -> Row:
         return self.journal.rows[self.start + i]
@@ -87,15 +89,16 @@ class Phases:
         """Rows of all passes."""
         return sum(phase.count for phase in self.phases)
 
-    def add(self, count: int, size: int, begin: Callable[[], Make]) -> Phase:
+    def add(self, count: int, size: int, begin: Callable[[], Make], *, apart: bool = False) -> Phase:
         """A further pass."""
-        self.phases.append(Phase(count, size, begin, self.journal, self.total))
+        self.phases.append(Phase(count, size, begin, self.journal, self.total, apart))
         return self.phases[-1]
 
     def fill(self, name: str, *, progress: bool) -> None:
         """Make the rows that the journal lacks; how far they are is said on standard error, which no row goes to.
 
-        Work begins at the start of a batch, so the shapes and the noise of every batch are the same after any end.
+        Work begins at the start of a batch, so the shapes and the noise of every batch are the same after any end; but
+        where things are apart, at the first that is not made.
 
         Raises:
             Stopped: a signal came; the batch that was being made is on disk.
@@ -109,13 +112,17 @@ class Phases:
                 done = len(journal.rows) - phase.start
                 if done >= phase.count:
                     continue
-                first = done // phase.size * phase.size
+                first = done if phase.apart else done // phase.size * phase.size
                 journal.cut(phase.start + first)
                 bar.doing("loading")
                 make = phase.begin()
                 bar.doing("compiling")
                 for start in range(first, phase.count, phase.size):
-                    journal.add(make(start, min(start + phase.size, phase.count)))
+                    made = list[Row]()
+                    try:
+                        made.extend(make(start, min(start + phase.size, phase.count)))
+                    finally:
+                        journal.add(made)
                     bar.update(len(journal.rows) - bar.done)
                     (stop,) = processes.any_of([bool(interrupts.received)])
                     if stop and len(journal.rows) < total:

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 
 from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, SourceConfig, SourcesArgs, resolve
-from rlhf_jax.data.ballots import Ranking, ranking_row, without_text
+from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
 from rlhf_jax.data.encoding import Encoder, Limits, Report
 from rlhf_jax.data.examples import EMPTY, prompt_examples
 from rlhf_jax.data.rows import EXTENSIONS, READ, DroppedRow, Row, carried, layout_of, tell_left, where_of
@@ -114,7 +114,7 @@ def rankings_given(rows: object, fields: list[str], *, unlabelled: bool = True) 
     Says which of the rows' fields rows with verdicts lack."""
     rankings, dropped = [], 0
     given = rows_from(rows, fields)
-    for what, count in without_text(given).items():
+    for what, count in remarks_of(given).items():
         tell(f"{count} {what}", error=True)
     tell_left(given, lambda row: carried(row).keys() | READ.get(layout_of(row), set()))
     for row in given:
@@ -340,7 +340,8 @@ class Sources:
         groups = lambda i: groups_of(i, self.responses(i))  # noqa: E731
         if judge is None:
             check_judge(config.judge)
-        return self.phases.add(len(self.prompts), self._at_once, partial(verdicts, config, judge, groups, key))
+        begin, apart = partial(verdicts, config, judge, groups, key), judge is None and not config.judge.model.path
+        return self.phases.add(len(self.prompts), self._at_once, begin, apart=apart)
 
     def gold(self, function: RewardFn | None) -> list[list[float]] | None:
         """The gold reward of every response, by `function` or config.reward.gold; None if there is neither."""

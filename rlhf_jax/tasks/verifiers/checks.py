@@ -66,8 +66,8 @@ FLAT = (
 SIGNS = """m meter metre, cm centimeter centimetre, mm millimeter millimetre, km kilometer kilometre, in inch inche,
     ft foot feet, yd yard, mi mile, g gram, kg kilogram, mg milligram, lb pound lbs, oz ounce, L l liter litre,
     mL ml milliliter millilitre, s sec second, ms millisecond, min minute, h hr hour, day, week, month, year yr,
-    N newton, J joule, kJ, W watt, kW, V volt, A ampere amp, K kelvin, Hz hertz, Pa pascal, kPa, mol mole, \u00b0C, \u00b0F,
-    mi/h mph, km/h kmh kph, unit, cent, dollar, rad radian"""
+    N newton, J joule, kJ, W watt, kW, V volt, A ampere amp, K kelvin, Hz hertz, Pa pascal, kPa, mol mole,
+    \u00b0C, \u00b0F, mi/h mph, km/h kmh kph, unit, cent, dollar, rad radian"""
 NAMES = {name: names.split()[0] for names in SIGNS.split(",") for name in names.split()}
 """Name of a unit, or its sign -> its sign."""
 POWERS = {"s": "2", "c": "3"}  # square and cubic
