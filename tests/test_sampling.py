@@ -137,6 +137,18 @@ def test_no_uniform_draws_an_impossible_entry(uniform):
     assert (probs[np.arange(500), drawn] > 0).all()
 
 
+@pytest.mark.parametrize("size", [2, 50, 1000])
+@pytest.mark.parametrize("tiny", [1e-30, 1e-12, 3e-11])
+def test_neither_the_least_uniform_nor_a_border_draws_an_entry_that_is_all_but_impossible(size, tiny):
+    """Each is one of 2**23 numbers: what stands first in a vocabulary would be drawn once in 8 million tokens."""
+    probs = np.full((3, size), tiny, np.float32)
+    probs[:, size - 1] = 1.0
+    np.testing.assert_array_equal(draw(probs, np.array([0.0, 2.0**-23, 0.5], np.float32)), size - 1)
+    blocks = np.array([[0.5, 0, tiny, 0.25, tiny, 0, 0.25]], np.float32)  # of two entries each
+    drawn = [draw(blocks, np.array([u], np.float32)).item() for u in (0.0, 0.499, 0.5, 0.6, 0.75)]
+    assert drawn == [0, 0, 3, 3, 6]
+
+
 def test_the_only_possible_entry_is_drawn():
     uniforms = np.resize(np.array([0.0, 0.5, LARGEST], np.float32), 150)
     np.testing.assert_array_equal(

@@ -104,7 +104,9 @@ def keep_top_p(probs: Float[Array, "B V"], p: Float[Array, ""]) -> Bool[Array, "
 def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
     """One index per row by inverse CDF, from unnormalised `probs` and one uniform number in [0, 1) per row.
 
-    In two levels of about sqrt(V): first the block, then the entry. Never an entry of probability 0.
+    In two levels of about sqrt(V): first the block, then the entry. Never an entry of probability 0. The numbers are
+    multiples of 2**-23, so that 0, and the border of a block, stand for half a step behind: else what comes first
+    there would be drawn so often, were its chance 1e-20.
     """
     rows, size = probs.shape
     width = max(1, int(size**0.5))
@@ -120,8 +122,10 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
         return index, target - before
 
     sums = blocks.sum(-1)
-    block, rest = choose(sums, uniform * sums.sum(-1))
-    entry, _ = choose(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], rest)
+    total = sums.sum(-1)
+    block, rest = choose(sums, jnp.maximum(uniform, 2.0**-24) * total)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    entry, _ = choose(inside, jnp.maximum(rest, 2.0**-24 * total))
     return (block * width + entry).astype(jnp.int32)
 
 
