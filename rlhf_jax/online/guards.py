@@ -27,12 +27,15 @@ Scale = dict[str, list[float]]
 def first_scale(method: Method, loop: LoopState) -> Scale:
     """The scores of the policy's own responses to the held-out prompts, with the noise of an evaluation.
 
+    Reward functions and a judge, which have no scale to set, are not asked.
+
     Raises:
         UserError: no prompt is held out.
     """
     if not method.inputs.held_out:
         raise UserError("reward_standardize needs held-out prompts; set data.eval_fraction or data.eval_path")
-    scores = np.concatenate([rows["members"] for _, _, rows, _ in held_out(method, loop)]).astype(np.float64)  # [N, M]
+    alone = replace(method, inputs=replace(method.inputs, reward=None, judge=None, gold=None))
+    scores = np.concatenate([rows["members"] for _, _, rows, _ in held_out(alone, loop)]).astype(np.float64)  # [N, M]
     scale = {"mean": scores.mean(axis=0).tolist(), "std": scores.std(axis=0).tolist()}
     each = ", ".join(f"{mean:.3g} +- {std:.3g}" for mean, std in zip(*scale.values(), strict=True))
     say(f"the first policy's {len(scores)} responses to held-out prompts have the scores {each}, the reward's scale")
