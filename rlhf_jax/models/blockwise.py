@@ -134,7 +134,7 @@ def _kept(softcap: float, *args: Any) -> tuple[Array, Any]:
 def _backward(softcap: float, kept: Any, change: Array) -> tuple[Any, ...]:
     q, k, v, sinks, tiles, pairs, out, log_sum = kept
     # A weight is exp(score - log_sum), and log_sum moves with every score by its weight: what that changes.
-    of_sum = -(change * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
+    of_sum = -(change.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
     def add(pair: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         i, j = pairs.queries[pair], pairs.keys[pair]
