@@ -59,21 +59,6 @@ def missing_eos_penalty(
     return jnp.where(finished, scores, penalised)
 
 
-def filled(scores: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
-    """Scores with the mean of the others of its group in place of NaN; in a group of NaN alone, that of all others.
-
-    group_size rows in a row are a group; those of one row are all one group. Without any number it is 0. A group's
-    mean stays, and `group_advantages` gives what is filled in 0. The n others of G differ in scale from those of a
-    group of n: leave_one_out multiplies by G / (G - 1), not n / (n - 1), and their standard deviation is
-    sqrt((n - 1) / (G - 1)) of what it was.
-    """
-    groups = scores.reshape((-1, group_size) if group_size > 1 else (1, -1))
-    known = ~jnp.isnan(groups)
-    mean = lambda axis: jnp.nan_to_num(jnp.mean(groups, axis=axis, where=known, keepdims=True))  # noqa: E731
-    of_group = jnp.where(known.any(axis=1, keepdims=True), mean(1), mean(None))
-    return jnp.where(known, groups, of_group).reshape(-1)
-
-
 def combined(
     scores: Float[Array, "*B M"], *, combine: str, combine_coef: Float[Array, ""] | float
 ) -> Float[Array, "*B"]:
@@ -146,13 +131,14 @@ def whiten(
 ) -> Float[Array, "B T"]:
     """(x - mean) * rsqrt(var + 1e-8) over the valid entries, 0 elsewhere; shift_mean=False adds the mean back.
 
-    variance is "biased" (divide by n) or "bessel" (n - 1, as TRL does).
+    variance is "biased" (divide by n) or "bessel" (n - 1, as TRL does). Entries that are all `alike` are their mean.
     """
     count, mean = _count_and_mean(x, mask)
     var = jnp.sum((x - mean) ** 2, where=mask) / count
     if variance == "bessel":
         var = var * count / jnp.maximum(count - 1.0, 1.0)
-    white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
+    equal = alike(jnp.where(mask, x, jnp.nan).reshape(1, -1))
+    white = jnp.where(equal, 0.0, (x - mean) * jax.lax.rsqrt(var + 1e-8))
     return jnp.where(mask, white if shift_mean else white + mean, 0.0)
 
 
@@ -164,19 +150,43 @@ def group_advantages(
     baseline is the mean of the group (group: GRPO, Shao et al. 2024, arXiv 2402.03300, section 4.1.2), the mean of the
     G - 1 others (leave_one_out: RLOO, Ahmadian et al. 2024, arXiv 2402.14740, eq. 8), or nothing (none). scale_rewards
     divides by the standard deviation (n - 1) + 1e-4 of the group's scores or of the batch's, or by nothing (none: Dr.
-    GRPO, Liu et al. 2025, arXiv 2503.20783). With a baseline, equal scores in a group give exactly 0.
+    GRPO, Liu et al. 2025, arXiv 2503.20783).
+
+    Rows whose score is NaN have NaN, and their group is one of so many rows less. With a baseline, scores that are
+    `alike` in a group give exactly 0, and so does the only one of its group.
     """
     groups = scores.reshape(-1, group_size)
-    # Counted from the first score of the group: the mean of equal floats may differ from them by rounding.
-    from_first = groups - groups[:, :1]
-    advantages = groups if baseline == "none" else from_first - from_first.mean(axis=1, keepdims=True)
+    known = ~jnp.isnan(groups)
+    count = known.sum(axis=1, keepdims=True)
+    # Counted from the least score of the group: the mean of equal floats may differ from them by rounding.
+    above = jnp.where(alike(groups)[:, None] & known, 0.0, groups - _least(groups, axis=1))
+    advantages = groups if baseline == "none" else above - above.mean(axis=1, keepdims=True, where=known)
     if baseline == "leave_one_out":
-        advantages = advantages * (group_size / (group_size - 1))
+        advantages = advantages * (count / jnp.maximum(count - 1, 1))
     if scale_rewards == "group":
-        advantages = advantages / (from_first.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+        advantages = advantages / (_deviation(above, known, axis=1) + 1e-4)
     elif scale_rewards == "batch":
-        advantages = advantages / ((scores - scores[:1]).std(ddof=1) + 1e-4)
+        advantages = advantages / (_deviation(groups - _least(groups), known) + 1e-4)
     return advantages.reshape(-1)
+
+
+def alike(groups: Float[Array, "N G"]) -> Bool[Array, " N"]:
+    """Whether the scores of each group, those that are not NaN, differ by no more than float32 rounds sums of them."""
+    low, high = _least(groups, axis=1), -_least(-groups, axis=1)
+    size = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return ~(high - low > 4 * jnp.finfo(jnp.float32).eps * size)[:, 0]
+
+
+def _least(x: Float[Array, "*N"], axis: int | None = None) -> Float[Array, "*M"]:
+    """The least of what is not NaN, along an axis that stays; inf of nothing."""
+    return jnp.min(x, axis=axis, keepdims=True, where=~jnp.isnan(x), initial=jnp.inf)
+
+
+def _deviation(x: Float[Array, "*N"], known: Bool[Array, "*N"], axis: int | None = None) -> Float[Array, "*M"]:
+    """The standard deviation (n - 1) of what is known, along an axis that stays; 0 of a single number."""
+    count = known.sum(axis=axis, keepdims=True)
+    squares = (x - x.mean(axis=axis, keepdims=True, where=known)) ** 2
+    return jnp.sqrt(squares.sum(axis=axis, keepdims=True, where=known) / jnp.maximum(count - 1, 1))
 
 
 def adaptive_kl_coef(

@@ -62,7 +62,10 @@ class ValueLoss(Protocol):
 
 
 class GroupAdvantage(Protocol):
-    """scores float32[B] -> advantages float32[B]; the group_size rows that answer one prompt stand side by side."""
+    """scores float32[B] -> advantages float32[B]; the group_size rows that answer one prompt stand side by side.
+
+    A score is NaN where a judge gave no answer; its row is not trained on, whatever its advantage.
+    """
 
     def __call__(self, scores: Float[Array, " B"]) -> Float[Array, " B"]: ...
 

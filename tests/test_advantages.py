@@ -153,11 +153,13 @@ def test_equal_values_have_nothing_to_whiten_or_explain_whatever_their_size(valu
 def test_a_large_offset_costs_what_float32_rounds_off_the_values_and_no_more(offset, spread):
     x = (offset + spread * RNG.normal(size=(64, 8))).astype(np.float32)
     exact = x.astype(np.float64)
-    white = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-8)
+    alike = np.ptp(exact) <= 4 * np.finfo(np.float32).eps * abs(exact).max()  # rounding alone is no difference
+    white = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-8) * (not alike)
     got = whiten(x, np.ones(x.shape, bool), shift_mean=True, variance="biased")
     last_bit = np.spacing(np.float32(abs(offset))) / np.sqrt(exact.var() + 1e-8)  # of the mean
     np.testing.assert_allclose(got, white, atol=1e-5 + last_bit / 2)
-    centred = exact - exact.mean(axis=1, keepdims=True)
+    apart = np.ptp(exact, axis=1, keepdims=True) > 4 * np.finfo(np.float32).eps * abs(exact).max(axis=1, keepdims=True)
+    centred = (exact - exact.mean(axis=1, keepdims=True)) * apart
     for scale, std in ("group", exact.std(axis=1, ddof=1, keepdims=True)), ("batch", exact.std(ddof=1)):
         options = {"group_size": 8, "baseline": "group", "scale_rewards": scale}
         got = adv.group_advantages(jnp.asarray(x.reshape(-1)), **options)

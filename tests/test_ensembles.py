@@ -43,7 +43,7 @@ from rlhf_jax.online import loop as online_loop
 from rlhf_jax.ppo import networks, train
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.training import supervised
-from rlhf_jax.training.responses import Ensemble
+from rlhf_jax.training.responses import Ensemble, standardised
 
 
 def same_bits(a, b) -> bool:
@@ -322,6 +322,29 @@ def test_a_run_beyond_a_limit_ends_and_keeps_the_best_within_it(
         hf.load_params(p, ARCH, score_head=False) for p in (toy_directory() / "policy", tmp_path / "run/model")
     )
     assert same_bits(first, last)
+
+
+def test_a_head_whose_scores_differ_by_rounding_alone_is_shifted_and_not_scaled(capsys):
+    """Of an ensemble each member by its own: a spread of 1e-7 is one where the mean is as small."""
+    mean, std = np.array([5.0, 5.0, -1e-7, 0.0, 2.0]), np.array([3e-7, 0.5, 2e-7, 0.0, 0.0])
+    head = {"kernel": jnp.ones((5, 3)), "bias": jnp.asarray(mean, jnp.float32) + 1}
+    found = standardised(head, mean, std)
+    np.testing.assert_allclose(found["kernel"][:, 0], [1, 2, 5e6, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(found["bias"], [1, 2, 5e6, 1, 1], rtol=1e-6)
+    assert "all alike but for rounding: they are shifted to 0 and not scaled" in capsys.readouterr().out
+    one = standardised({"kernel": head["kernel"][0], "bias": head["bias"][0]}, mean[0], np.ones(()))
+    assert (float(one["bias"]), capsys.readouterr().out) == (1.0, "")
+
+
+def test_the_scale_is_of_reward_models_alone_so_that_functions_that_fail_are_not_asked_for_it(one_device):
+    fails = lambda prompts, responses: pytest.fail("is asked")  # noqa: E731
+    config = toy_run(reward_standardize="mean_std")
+    scales = []
+    for functions in ([], [fails]):
+        method, loop = train.setup(config, reward_functions=functions, gold=fails if functions else None, **TOY_ROWS)
+        with jax.set_mesh(method.mesh.grid):
+            scales.append(guards.first_scale(method, loop))
+    assert scales[0] == scales[1] and scales[0]["std"][0] > 0
 
 
 def test_limits_and_the_alarm_say_what_they_saw():

@@ -217,6 +217,39 @@ def test_a_group_of_equal_scores_teaches_exactly_nothing(baseline, scale):
 
 @pytest.mark.parametrize("baseline", ["group", "leave_one_out", "none"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_row_without_a_score_leaves_its_group_and_the_batch_as_if_it_had_not_been_drawn(baseline, scale):
+    """By numpy, of groups of 4, 3, 2, 1 and 0 rows that have a score; the one that has none may be the first."""
+    scores = np.random.default_rng(2).normal(3, 2, size=(5, 4))
+    scores[1, 2] = scores[2, :2] = scores[3, 1:] = scores[4] = np.nan
+    expected = np.full((5, 4), np.nan)
+    for row, own in enumerate(scores):
+        known = own[~np.isnan(own)]
+        others = lambda i, known=known: np.delete(known, i).mean() if len(known) > 1 else known[i]  # noqa: E731
+        base = {"group": lambda i, known=known: known.mean(), "leave_one_out": others, "none": lambda i: 0}[baseline]
+        std = {"group": known.std(ddof=1) if len(known) > 1 else 0, "batch": np.nanstd(scores, ddof=1), "none": 1}
+        scaled = [(x - base(i)) / (std[scale] + (scale != "none") * 1e-4) for i, x in enumerate(known)]
+        expected[row, ~np.isnan(own)] = scaled
+    found = advantages_of(scores.ravel(), baseline=baseline, scale_rewards=scale)
+    np.testing.assert_allclose(found, expected.ravel(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("size", [1e-6, 0.3, 7.0, 1e4, -3e7])
+def test_scores_that_differ_by_rounding_alone_are_equal(scale, size):
+    """Such as 0.1 + 0.2 beside 0.3; what differs by more is not."""
+    near = np.float32(size) + np.spacing(np.float32(size)) * np.array([0, 1, -1, 2], np.float32)
+    apart = np.float32(size) * np.array([1, 1.001, 0.998, 1], np.float32)
+    assert len({*near}) == 4
+    found = advantages_of([*near, *apart, np.nan, *near[:3]], scale_rewards=scale)
+    assert not found[:4].any() and found[4:8].all() and not found[9:].any()
+    assert adv.alike(jnp.array([near, apart, [np.nan] * 4])).tolist() == [True, False, True]
+    row = jnp.asarray(near)[None]
+    white = adv.whiten(row, row != 0, shift_mean=True, variance="bessel")
+    assert not white.any()
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_swapping_rows_inside_a_group_swaps_their_advantages_and_a_group_knows_nothing_of_the_others(baseline, scale):
     rng, scores = np.random.default_rng(0), np.random.default_rng(1).normal(size=12)
     order = np.concatenate([4 * g + rng.permutation(4) for g in (2, 0, 1)])

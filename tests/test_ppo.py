@@ -665,7 +665,7 @@ def test_minibatches_are_optimiser_steps_with_weights_that_sum_to_one():
     end, metrics = update(state, x)
     assert end.step == 8
     counts = [leaf for leaf in jax.tree.leaves(end.opt_state) if leaf.ndim == 0 and leaf.dtype == jnp.int32]
-    assert counts and all(count == 8 for count in counts)
+    assert sorted(counts) == [8 - metrics["optim/empty"], 8]  # where every ratio is clipped the critic alone moves
     np.testing.assert_allclose(metrics["policy/ratio"], 1.0, atol=0.1)  # a weighted mean, not a sum over minibatches
 
 
@@ -701,6 +701,14 @@ def test_fixed_weights_scale_the_loss_but_not_what_is_said_of_tokens():
     assert share < 0.8
     for name, value in said["token"].items():
         np.testing.assert_allclose(said["fixed"][name], value * (share if name.endswith("/loss") else 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kl", "price"), [(np.nan, 0.1), (np.inf, 0.1 * (1 + 0.2 * 4 / 100)), (6.0, 0.1)])
+def test_a_kl_that_is_no_number_leaves_its_price_as_it_was(kl, price):
+    """An iteration whose numbers are not finite is skipped; its NaN in the price would skip all that follow."""
+    config = PPOConfig(kl_controller="adaptive", kl_target=6.0, kl_horizon=100.0)
+    found = core.next_kl_coef(jnp.float32(0.1), jnp.array([6.0, 6.0, kl, 6.0]), config)
+    np.testing.assert_allclose(found, price, rtol=1e-6)
 
 
 def test_target_kl_stops_the_epochs_but_not_the_schedule():
@@ -754,6 +762,25 @@ def test_an_update_without_a_token_that_is_trained_on_moves_nothing_and_is_count
     end, said = update(state, dataclasses.replace(x, mask=none, value_mask=none))
     assert (metrics["optim/empty"], said["optim/empty"], said["optim/skipped"], end.step) == (0, 4, 0, 8)
     assert same_bits((end.params, end.opt_state), (state.params, state.opt_state))
+
+
+def test_a_half_without_gradient_stays_as_it_is_while_the_other_learns():
+    """Policy and critic have an optimiser each: momentum and weight decay move neither without its gradient."""
+    x, optim = make_experience(3, PARAMS), OptimConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1)
+    run = PPOArgs(ppo=PPOConfig(epochs=1, value_clip=0.0), optim=optim, value_optim=optim)
+    state, update = updater(run)
+    state, said = update(state, x)
+    still = lambda name, a, b: same_bits(  # noqa: E731
+        *((each.params[name], each.opt_state.inner_states[name]) for each in (a, b))
+    )
+    values = core.forward(BIGRAMS, state.params, online_core.packed(x).at(0), jnp.float32(1.0), 6)[2]
+    for changes, unmoved, moved, empty in (
+        ({"advantages": jnp.zeros_like(x.advantages)}, "policy", "value", 1),
+        ({"returns": jnp.where(x.value_mask, values, 0)}, "value", "policy", 0),
+    ):
+        after, found = update(state, dataclasses.replace(x, **changes))
+        assert still(unmoved, state, after) and not still(moved, state, after)
+        assert (said["optim/empty"], found["optim/empty"], found["optim/skipped"]) == (0, empty, 0)
 
 
 def test_the_critic_learns_alone_while_it_warms_up():

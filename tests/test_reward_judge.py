@@ -14,7 +14,6 @@ from test_judge import language_model, server  # noqa: F401
 from test_ppo_stage import assert_stopped_and_continued_is_left_alone
 from tiny import ONE, TOY_ROWS, bigram_params, iteration, toy_directory, toy_run
 
-from rlhf_jax import advantages as adv
 from rlhf_jax import cli, ppo
 from rlhf_jax.commands import bestofn, collect, rewards
 from rlhf_jax.commands.evaluate import run_evaluate as evaluate_command
@@ -28,8 +27,10 @@ from rlhf_jax.config import (
     RewardJudgeConfig,
     RewardSourceConfig,
     SamplingConfig,
+    bind,
 )
 from rlhf_jax.config.functions import replace
+from rlhf_jax.config.group import REINFORCE_PP, RLOO
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import sources
 from rlhf_jax.feedback.judge import NO_ANSWER, NONSENSE
@@ -37,6 +38,7 @@ from rlhf_jax.feedback.judges import chosen, filled
 from rlhf_jax.feedback.reward_judge import RewardJudge, parse_score
 from rlhf_jax.group import train as group_train
 from rlhf_jax.inference.reward_functions import RewardFailure
+from rlhf_jax.online.checks import check_unanswered
 from rlhf_jax.online.iteration import evaluate
 from rlhf_jax.ppo import train
 from rlhf_jax.sharding import make_mesh
@@ -147,38 +149,46 @@ def test_of_a_servers_log_probs_the_score_is_expected_over_the_tokens_that_are_o
 # --- rows without an answer
 
 
-def test_what_is_missing_takes_the_mean_of_its_group():
-    nan = np.nan
-    scores = jnp.array([1.0, nan, 3.0, nan, nan, nan, 5.0, 7.0, 9.0])
-    np.testing.assert_array_equal(adv.filled(scores, 3), [1, 2, 3, 5, 5, 5, 5, 7, 9])
-    np.testing.assert_array_equal(adv.filled(scores[:4], 1), [1, 2, 3, 2])
-    assert not adv.filled(jnp.full(4, nan), 2).any()
-
-
 @pytest.mark.parametrize("method", BOTH)
-def test_a_row_without_an_answer_teaches_nothing_and_moves_no_baseline(method):
+def test_a_row_without_an_answer_teaches_nothing_and_moves_no_baseline_and_no_metric_of_rewards(method):
     host = np.arange(8.0)
     host[[1, 6]] = np.nan
     make, config, models, params = BOTH[method]
     params = params if method == "ppo" else {"policy": params["policy"]}
-    settings = {"whiten_advantages": False} if method == "ppo" else {"group_size": 4, "scale_rewards": "none"}
+    penalties = {"reward_clip": 3.0, "missing_eos": "replace"}  # a number for rows that have none
+    settings = {"whiten_advantages": False} if method == "ppo" else {"group_size": 4, "scale_rewards": "batch"}
+    settings |= penalties
     program = make(models, replace(config, **settings), recompute=True)
     one, ref = jnp.float32(1.0), bigram_params(1)["policy"]
     of = jax.jit(lambda host: program(params, ref, MEMBERS[0], ROLLOUT, jnp.float32(host), one, one))
-    x, _, _, rows = of(host)
+    x, _, metrics, rows = of(host)
     whole = of(np.nan_to_num(host))[0]
     known, mask = ~np.isnan(host), np.asarray(ROLLOUT.mask)
     assert (np.asarray(x.mask) == mask & known[:, None]).all() and not x.advantages[~known].any()
     assert (np.isnan(rows["reward"]) == ~known).all()
+    scores = np.asarray(rows["reward"], np.float64)
+    wanted = [np.nanmean(scores), np.nanstd(scores), (np.abs(scores[known]) > 3).mean()]
+    names = ("rollout/reward", "rollout/reward_std", "rollout/clipped_fraction")
+    np.testing.assert_allclose([metrics[name] for name in names], wanted, rtol=1e-5)
     if method == "ppo":
         assert not x.value_mask[~known].any()
         np.testing.assert_array_equal(x.advantages[known], whole.advantages[known])
         return
-    scores = np.asarray(rows["reward"], np.float64)
-    model = np.asarray(of(np.zeros(8))[3]["reward"], np.float64)  # what the reward model says, of missing rows as well
-    scores = np.where(known, scores, model + np.repeat([np.nanmean(host[:4]), np.nanmean(host[4:])], 4))
-    expected = scores - np.repeat(scores.reshape(2, 4).mean(axis=1), 4)
+    spread = np.nanstd(scores.reshape(2, 4), axis=1).mean()
+    np.testing.assert_allclose(metrics["group/reward_std"], spread, rtol=1e-5)
+    paid = np.where(ROLLOUT.finished, np.clip(scores, -3, 3), -1.0)
+    paid[~known] = np.nan
+    expected = paid - np.repeat(np.nanmean(paid.reshape(2, 4), axis=1), 4)
+    expected /= np.nanstd(paid, ddof=1) + 1e-4
     np.testing.assert_allclose(x.advantages[:, 0], np.where(known, expected, 0), atol=1e-5)
+
+
+def test_advantages_of_ones_own_must_leave_out_what_has_no_score():
+    """Those of the library do, whatever the config; with a judge alone is it asked."""
+    for settings in (GroupConfig(), RLOO, REINFORCE_PP):
+        check_unanswered(bind(settings.advantage, settings), settings.group_size, "grpo.advantage")
+    with pytest.raises(UserError, match=r"^grpo.advantage makes \[nan, nan, .* as jnp.nanmean does$"):
+        check_unanswered(lambda scores: scores - scores.mean(), 2, "grpo.advantage")
 
 
 # --- runs

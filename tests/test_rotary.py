@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import ARCH, ONE, model_params, toy_directory, toy_run
 
-from rlhf_jax import ppo
-from rlhf_jax.config import MeshConfig, ModelConfig, RopeScaling, SamplingConfig
+from rlhf_jax import ppo, sft
+from rlhf_jax.config import MeshConfig, ModelConfig, PPOConfig, RopeScaling, SamplingConfig
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.inference.generate import Generator
 from rlhf_jax.inference.sampling import SamplingLaw, sample
@@ -154,3 +154,21 @@ def test_ppo_samples_from_the_law_that_it_trains(directory, tmp_path):
     found = next(line for line in lines if "rollout/logprob_gap_max" in line)
     assert found["rollout/response_length"] > 1 and found["rollout/logprob_gap_max"] < 2e-5
     assert abs(found["policy/first_ratio_max"] - 1) < 1e-4
+
+
+@each_law
+@pytest.mark.parametrize("own", [6, 20])  # tokens of prompt and response, below and above those of the text
+def test_the_text_of_ppo_has_the_law_of_its_own_length_as_in_pretraining(name, own):
+    model = Model(LAWS[name], length=own)
+    params, shape = {"policy": model_params(model, 0)}, (2, 10)
+    text = {
+        "tokens": jax.random.randint(KEY, shape, 4, ARCH.vocab_size),
+        "positions": jnp.broadcast_to(jnp.arange(10), shape),
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "weights": jnp.full(shape, 1 / 18).at[:, 0].set(0.0),
+    }
+    nll = lambda logprobs, weights: (-jnp.sum(weights * logprobs), {})  # noqa: E731
+    of_length = lambda n: sft.objective(dataclasses.replace(model, length=n), nll)(params["policy"], text, KEY)[0]  # noqa: E731
+    trained = ppo.objective(ppo.Models(model, model), PPOConfig(ptx_coef=1.0))(params, {"ptx": text}, KEY)
+    np.testing.assert_allclose(trained[0], of_length(10), rtol=1e-6)
+    assert (name == "longrope" and own > 7) or abs(of_length(own) - of_length(10)) > 1e-4

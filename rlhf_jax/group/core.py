@@ -186,9 +186,9 @@ def make_score(
     advantage: GroupAdvantage | None = None,
     **reward_settings: Any,
 ) -> Score:
-    """The scoring program, not yet compiled; of rows it says "kl" of a reference, "paid", and what `rewards_of` says.
+    """The scoring program, not yet compiled; of rows it says "kl" of a reference, "alike" and what `rewards_of` says.
 
-    `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
+    Groups are `advantages.alike`. `advantage` replaces the config's; `reward_settings` are those of `rewards_of`.
     """
     compare: GroupAdvantage = bind(advantage or config.advantage, config)
 
@@ -212,8 +212,8 @@ def make_score(
         # What is compared, scores [B] and the paid part of the KL [B, T], and the tokens [B, T] that are trained on.
         k1 = adv.kl_k1(old_logprobs, ref_logprobs)
         raw, scores, dense, earned, rows = rewards_of(nets, old_logprobs, host, rollout, config, **reward_settings)
-        trained = ~jnp.isnan(host) & (rollout.finished | (not config.mask_truncated))
-        mask, paid = rollout.mask & trained[:, None], scores + dense.sum(axis=1)
+        answered, paid = ~jnp.isnan(host), scores + dense.sum(axis=1)
+        mask = rollout.mask & (answered & (rollout.finished | (not config.mask_truncated)))[:, None]
         kl = k1 if config.kl_in == "reward" else jnp.zeros_like(k1)
         advantages = advantages_of(scores, kl, mask, kl_coef, config, compare, dense)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
@@ -228,9 +228,9 @@ def make_score(
         )
 
         # What is reported: scalars, and numbers [B] of each row.
-        rows["paid"] = paid
-        metrics = {**reward_metrics(raw, paid, config), **rollout_metrics(rollout, old_logprobs), **weighted}
-        metrics |= {**earned, "rollout/objective": (paid - kl_coef * k1.sum(axis=1)).mean()}
+        rows["alike"] = jnp.repeat(adv.alike(paid.reshape(-1, config.group_size)), config.group_size)
+        metrics = {**rollout_metrics(rollout, old_logprobs), **weighted, **earned}
+        metrics |= reward_metrics(raw, paid - kl_coef * k1.sum(axis=1), answered, rows["alike"], config)
         if ref is not None:
             rows["kl"], k3 = k1.sum(axis=1), adv.kl_k3(old_logprobs, ref_logprobs)
             metrics |= {"rollout/kl": rows["kl"].mean(), "rollout/kl_k3": k3.sum(axis=1).mean()}
@@ -239,14 +239,23 @@ def make_score(
     return score
 
 
-def reward_metrics(rewards: Float[Array, " B"], paid: Float[Array, " B"], config: GroupConfig) -> Metrics:
-    """Mean and spread of the rewards; of groups the mean spread and, if compared, how many are paid alike."""
-    metrics = {"rollout/reward": rewards.mean(), "rollout/reward_std": rewards.std()}
+def reward_metrics(
+    rewards: Float[Array, " B"],
+    objective: Float[Array, " B"],
+    answered: Bool[Array, " B"],
+    alike: Bool[Array, " B"],
+    config: GroupConfig,
+) -> Metrics:
+    """Of rows that are answered, mean and spread of the rewards, and the mean of what is maximised; of groups the mean
+    spread and, if compared, how many are paid alike.
+    """
+    metrics = {"rollout/reward": rewards.mean(where=answered), "rollout/reward_std": rewards.std(where=answered)}
+    metrics["rollout/objective"] = objective.mean(where=answered)
     if config.group_size > 1:
-        metrics["group/reward_std"] = rewards.reshape(-1, config.group_size).std(axis=1).mean()
+        groups, known = (x.reshape(-1, config.group_size) for x in (rewards, answered))
+        metrics["group/reward_std"] = groups.std(axis=1, where=known).mean(where=known.any(axis=1))
     if config.baseline != "none":
-        groups = paid.reshape(-1, config.group_size)
-        metrics["group/equal_fraction"] = jnp.all(groups == groups[:, :1], axis=1).mean()
+        metrics["group/equal_fraction"] = alike.mean()
     return metrics
 
 

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 import jax
 
-from rlhf_jax.config import DistillArgs, GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs
+from rlhf_jax.config import DistillArgs, GroupArgs, GroupConfig, GRPOArgs, ReinforcePPArgs, RLOOArgs, bind
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import core
 from rlhf_jax.models.loading import Loaded, adapted
@@ -90,6 +90,9 @@ def make_programs(
     """The sampler, score and update of `core`, and the first state; params, what is trained, is donated."""
     name, settings = settings_of(config)
     checks.check_losses(settings, name, policy_loss=policy_loss or settings.policy_loss)
+    if config.reward.judge.named():
+        compare = bind(advantage or settings.advantage, settings)
+        checks.check_unanswered(compare, settings.group_size, f"{name}.advantage")
     training = core.make_group_step(nets.models, settings, config.optim, policy_loss)
     score = partial(core.make_score, nets.models, settings, advantage=advantage)
     return compile_programs(config, settings, nets, params, mesh, stop_ids, training, score)

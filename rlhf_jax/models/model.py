@@ -357,6 +357,11 @@ class Model:
         return constrain_rows(logits)
 
 
+def by_width(model: _M) -> _M:
+    """The model for sequences as long as its arrays are wide, such as text; a decoder of another kind as it is."""
+    return dataclasses.replace(model, length=0) if isinstance(model, Model) else model
+
+
 def of_length(model: _M, length: int) -> _M:
     """The model for sequences of `length` tokens, unless it has a length; a decoder of another kind as it is."""
     return dataclasses.replace(model, length=length) if isinstance(model, Model) and not model.length else model

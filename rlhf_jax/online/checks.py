@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from rlhf_jax.config import OnlineArgs, OnlineConfig, SamplingConfig, bind
 from rlhf_jax.config.checks import COLDEST
 from rlhf_jax.errors import UserError
@@ -110,6 +112,18 @@ def check_batches(config: OnlineArgs, settings: OnlineConfig, group: str, mesh: 
     check_rows(mesh, size // steps, f"data.batch_size / ({group}.minibatches * {group}.accumulate) =")
     check_rows(mesh, config.sampling.microbatch, "sampling.microbatch")
     check_rows(mesh, settings.score_microbatch, f"{group}.score_microbatch")
+
+
+def check_unanswered(advantage: Callable[..., Any], group_size: int, name: str) -> None:
+    """Raise a UserError unless advantages of scores are numbers where a judge said nothing of another one (NaN)."""
+    scores = np.arange(2 * group_size, dtype=np.float32)
+    scores[0] = np.nan
+    found = np.asarray(advantage(scores))
+    if not np.isfinite(found[1:]).all():
+        raise UserError(
+            f"{name} makes {found.tolist()} of {scores.tolist()}; reward.judge may say nothing of a response, whose "
+            "score is then NaN: leave it out of what the others are compared with, as jnp.nanmean does"
+        )
 
 
 def check_losses(settings: OnlineConfig, group: str, **losses: str | Callable[..., Any]) -> None:

@@ -152,14 +152,13 @@ def rewards_of(
 
     The reward is weight * score + host - how far a response is from a teacher (`taught`). Of `nets` it takes "score",
     a reward model's [B] or an ensemble's [B, M], and "teacher_logprobs" [B, T], if they are there. Where host is NaN,
-    no answer of a judge, it is the mean of the others of the row's group (`advantages.filled`), which leaves
-    their mean; its row has NaN. What is paid for the whole is the reward without the dense one, clipped if asked, less
-    the penalties of a missing end and of being too long. Rows have the reward as "reward", and the scores of an
-    ensemble as "members" [B, M]; those of a single model too, [B, 1], if the first ones are to set its scale.
+    no answer of a judge, so are reward and what is paid for the whole. That is the reward without the dense one,
+    clipped if asked, less the penalties of a missing end and of being too long. Rows have the reward as "reward", and
+    the scores of an ensemble as "members" [B, M]; those of a single model too, [B, 1], if the first ones are to set
+    its scale.
     """
     # The reward [B], and how far the members of an ensemble are apart about it: the mean of their standard deviation.
-    answered, host = ~jnp.isnan(host), adv.filled(host, getattr(config, "group_size", 1))
-    rows, metrics, reward = {}, dict[str, Array](), host
+    rows, metrics, reward, answered = {}, dict[str, Array](), host, ~jnp.isnan(host)
     if (score := nets.get("score")) is not None:
         several = score.ndim == 2
         said = adv.combined(score, combine=combine, combine_coef=combine_coef) if several else score
@@ -173,8 +172,8 @@ def rewards_of(
     paid = reward
     if config.reward_clip:
         paid = jnp.clip(reward, -config.reward_clip, config.reward_clip)
-        metrics["rollout/clipped_fraction"] = jnp.mean(paid != reward, dtype=jnp.float32)
-    paid = bind(adv.missing_eos_penalty, config)(paid, rollout.finished)
+        metrics["rollout/clipped_fraction"] = jnp.mean(paid != reward, dtype=jnp.float32, where=answered)
+    paid = jnp.where(answered, bind(adv.missing_eos_penalty, config)(paid, rollout.finished), jnp.nan)
     if config.overlong_tokens:
         penalty = bind(adv.overlong_penalty, config)(rollout.mask.sum(axis=1), rollout.mask.shape[1])
         paid, metrics["rollout/overlong_penalty"] = paid + penalty, penalty.mean()
@@ -182,9 +181,8 @@ def rewards_of(
     # What is paid for each token [B, T].
     far = partial(adv.divergence, teacher_divergence=teacher_divergence, teacher_beta=teacher_beta)
     dense, apart, of_teacher = taught(nets, old_logprobs, rollout.mask, teacher_coef, far)
-    reward = reward - apart.sum(axis=1)
-    rows["reward"] = jnp.where(answered, reward, jnp.nan)
-    return reward, paid, dense, {**metrics, **of_teacher}, rows
+    rows["reward"] = reward - apart.sum(axis=1)
+    return rows["reward"], paid, dense, {**metrics, **of_teacher}, rows
 
 
 def taught(

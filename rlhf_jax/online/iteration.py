@@ -189,11 +189,10 @@ def roll_out(
     scored = score()
     mark("score", scored[3]["reward"])
     for noise in noises:
-        by_group = to_host(scored[3]["paid"]).reshape(-1, method.group_size)
-        equal = (by_group == by_group[:, :1]).all(axis=1)
-        if not equal.any():
+        wanted = to_host(scored[3]["alike"])
+        if not wanted.any():
             break
-        redrawn, wanted = redrawn + int(equal.sum()), np.repeat(equal, method.group_size)
+        redrawn += int(wanted.sum()) // method.group_size
         new = draw(noise, wanted)
         rollout = replaced(rollout, new, put_batch(mesh, wanted))
         rewards, golds = python_rewards(method, batch, rollout, noise, wanted, (rewards, golds))

@@ -24,6 +24,7 @@ from rlhf_jax.config import PPOArgs, PPOConfig, bind
 from rlhf_jax.models import Model
 from rlhf_jax.models.experts import Routing, balanced
 from rlhf_jax.models.kernels import joined
+from rlhf_jax.models.model import by_width
 from rlhf_jax.online.core import (
     Score,
     Scored,
@@ -44,7 +45,7 @@ from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Sharing
 from rlhf_jax.training.responses import Ensemble, first_of, response_scores
-from rlhf_jax.training.state import Schedule, make_optimizer, make_schedule
+from rlhf_jax.training.state import Schedule, held_at_zero, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollout, ValueLoss
 
@@ -147,7 +148,7 @@ def objective(
     """
     policy_loss = bind(policy_loss or config.policy_loss, config)
     value_loss = bind(value_loss or config.value_loss, config)
-    lm_loss = sft_objective(models.policy, lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
+    lm_loss = sft_objective(by_width(models.policy), lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
 
     def of_rows(params: Params, batch: Any) -> tuple[Array, Metrics]:
         x, view = batch["experience"], batch["packed"]
@@ -250,7 +251,7 @@ def make_score(
         teacher: Params | None = None,
     ) -> Scored:
         # The networks, some rows at a time: log-probs [B, T], 0 off the mask, and raw scores [B].
-        whole, mask = models.whole({"ref": ref, "reward": reward}, params), rollout.mask
+        whole, mask, answered = models.whole({"ref": ref, "reward": reward}, params), rollout.mask, ~jnp.isnan(host)
         run = partial(run_networks, models, whole, ref, reward, teacher, temperature, rollout, recompute=recompute)
         nets = {"old_logprobs": rollout.logprobs, **summed(rollout, config, run, sharing(models))}
         old_logprobs, ref_logprobs = (jnp.where(mask, nets[n], 0.0) for n in ("old_logprobs", "ref_logprobs"))
@@ -259,7 +260,7 @@ def make_score(
         k1, k3 = adv.kl_k1(old_logprobs, ref_logprobs), adv.kl_k3(old_logprobs, ref_logprobs)
         raw, scores, dense, earned, rows = rewards_of(nets, old_logprobs, host, rollout, config, **reward_settings)
         slots, value_mask = score_slots(mask, config.score_at)
-        mask, value_mask = (which & ~jnp.isnan(host)[:, None] for which in (mask, value_mask))
+        mask, value_mask = (which & answered[:, None] for which in (mask, value_mask))
         rewards = dense + adv.shaped_rewards(scores, k1 if config.kl_estimator == "k1" else k3, slots, kl_coef)
 
         # Advantages and returns [B, T].
@@ -280,7 +281,7 @@ def make_score(
 
         # What is reported, and the price of the next iteration.
         kl, paid = k1.sum(axis=1), scores + dense.sum(axis=1)
-        metrics = {**score_metrics(experience, rollout, raw, paid, kl, k3, kl_coef), **weighted, **earned}
+        metrics = score_metrics(experience, rollout, raw, paid, answered, kl, k3, kl_coef) | weighted | earned
         return experience, next_kl_coef(kl_coef, kl, config), metrics, {**rows, "kl": kl}
 
     return score
@@ -294,7 +295,8 @@ def estimated(
     value_mask: Bool[Array, "B T"],
     config: PPOConfig,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(advantages, returns) of rewards; each whitened if the config asks."""
+    """(advantages, returns) of rewards, which count where a value is trained; each whitened if the config asks."""
+    rewards = jnp.where(value_mask, rewards, 0.0)
     if config.whiten_rewards:
         rewards = adv.whiten(rewards, value_mask, shift_mean=False, variance=config.whiten_variance)
     advantages = estimate(rewards, values)
@@ -305,11 +307,12 @@ def estimated(
 
 
 def next_kl_coef(kl_coef: Float[Array, ""], kl: Float[Array, " B"], config: PPOConfig) -> Float[Array, ""]:
-    """The price of the next iteration, of the KL of each row."""
+    """The price of the next iteration, of the KL of each row; the same where that is NaN, which would stay."""
     if config.kl_controller == "fixed":
         return kl_coef
     options = {"kl_target": config.kl_target, "kl_horizon": config.kl_horizon}
-    return adv.adaptive_kl_coef(kl_coef, kl.mean(), len(kl), **options)
+    new = adv.adaptive_kl_coef(kl_coef, kl.mean(), len(kl), **options)
+    return jnp.where(jnp.isnan(new), kl_coef, new)
 
 
 def score_metrics(
@@ -317,19 +320,20 @@ def score_metrics(
     rollout: Rollout,
     raw: Float[Array, " B"],
     scores: Float[Array, " B"],
+    answered: Bool[Array, " B"],
     kl: Float[Array, " B"],
     k3: Float[Array, "B T"],
     kl_coef: Float[Array, ""],
 ) -> Metrics:
-    """Rewards (`raw`, and with clip and penalties `scores`) against the KL, how the rows ended, how far the
-    sampler's log-probs are from the ones used, and how good the critic is.
+    """Rewards (`raw`, and with clip and penalties `scores`) of answered rows against the KL, how the rows ended, how
+    far the sampler's log-probs are from the ones used, and how good the critic is.
     """
     return {
-        "rollout/reward": raw.mean(),
-        "rollout/reward_std": raw.std(),
+        "rollout/reward": raw.mean(where=answered),
+        "rollout/reward_std": raw.std(where=answered),
         "rollout/kl": kl.mean(),
         "rollout/kl_k3": k3.sum(axis=1).mean(),
-        "rollout/objective": (scores - kl_coef * kl).mean(),
+        "rollout/objective": (scores - kl_coef * kl).mean(where=answered),
         "ppo/kl_coef": kl_coef,
         **rollout_metrics(rollout, x.old_logprobs),
         "value/mean": jnp.sum(x.old_values * token_weights(x.value_mask, "token")),
@@ -358,6 +362,7 @@ def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraA
         "policy": make_optimizer(run.optim, lambda step: policy_schedule(step // per_iteration)),
         "value": make_optimizer(run.value_optim, lambda step: value_rate(step // per_iteration)),
     }
+    parts = {name: held_at_zero(tx) for name, tx in parts.items()}
 
     def labels(params: Params) -> Any:
         return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}

@@ -75,8 +75,8 @@ class Skips:
         if not self.empty:
             return []
         return [
-            f"{self.empty} updates had a gradient of 0 and changed nothing (optim/empty): they had no token to train "
-            "on, their responses were all paid alike, or every ratio was clipped"
+            f"{self.empty} updates had a gradient of 0 and changed nothing (optim/empty; a critic apart): they had no "
+            "token to train on, their responses were all paid alike, or every ratio was clipped"
         ]
 
     def rows(self, step: int) -> str:

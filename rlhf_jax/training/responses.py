@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from rlhf_jax.hosts.processes import say
 from rlhf_jax.models import Model
 from rlhf_jax.models.experts import Routing
 from rlhf_jax.models.loading import Loaded
@@ -115,8 +116,14 @@ def scores_and_routing(model: Model, params: Params, view: Packed) -> tuple[Floa
 
 
 def standardised(score: Params, mean: np.ndarray, std: np.ndarray) -> Params:
-    """A scalar head, or those of an ensemble [E], whose scores are (score - mean) / std; a std below 1e-6 is that."""
-    gain = (1.0 / np.maximum(std, 1e-6)).astype(np.float32)
+    """A scalar head, or those of an ensemble [E], whose scores are (score - mean) / std.
+
+    A std of 0, or of rounding alone (1e-5 of the mean), is taken for 1, which is said: nothing is known of the scale.
+    """
+    known = std > 1e-5 * np.abs(mean)
+    if np.any(~known & (std != 1)):
+        say(f"! scores of {mean} +- {std} are all alike but for rounding: they are shifted to 0 and not scaled")
+    gain = (1.0 / np.where(known, std, 1.0)).astype(np.float32)
     return {"kernel": score["kernel"] * gain[..., None], "bias": (score["bias"] - mean.astype(np.float32)) * gain}
 
 

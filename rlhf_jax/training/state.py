@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool
 
 from rlhf_jax.config import OptimConfig
 from rlhf_jax.errors import UserError
@@ -149,6 +150,24 @@ def scale_by_learning_rate_of_step(schedule: Schedule) -> optax.GradientTransfor
         return jax.tree.map(lambda u: -rate * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def moves(grads: Params) -> Bool[Array, ""]:
+    """Whether any number of a gradient is not 0; the norm does not say it, since squares of 1e-22 are 0."""
+    return jnp.stack([g.any() for g in jax.tree.leaves(grads)]).any()
+
+
+def held_at_zero(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """`inner`, but a gradient of 0 changes neither weights nor state, which momentum and weight decay would."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **more: object
+    ) -> tuple[optax.Updates, optax.OptState]:
+        there, as_it_was = moves(updates), (jax.tree.map(jnp.zeros_like, updates), state)
+        made = inner.update(updates, state, params, **more)
+        return jax.tree.map(lambda new, old: jnp.where(there, new, old), made, as_it_was)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformationExtraArgs:

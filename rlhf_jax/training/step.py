@@ -14,7 +14,7 @@ from rlhf_jax.models.kernels import joined
 from rlhf_jax.sharding import Mesh, batch_sharding, replicated, tree_shardings
 from rlhf_jax.tokens import Packed, to_microbatches
 from rlhf_jax.training.packing import over_views, tree_sum, zeros_of
-from rlhf_jax.training.state import TrainState, in_float32
+from rlhf_jax.training.state import TrainState, held_at_zero, in_float32, moves
 from rlhf_jax.types import Batch, LossFn, Metrics, Params
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -104,10 +104,10 @@ def make_update(
     What loss_fn needs of the whole batch, `prepare`(all parameters, batch) computes before there are microbatches.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimiser state; it is counted in
-    `optim/skipped`. Nor does one whose gradient is 0 (no token is trained on, all groups are paid alike, every ratio
-    is clipped): Adam's momentum and weight decay would move the weights. It is counted in `optim/empty`.
+    `optim/skipped`. One whose gradient, beside a critic that of the policy, is 0 (no token is trained on, all groups
+    are paid alike, every ratio is clipped) is counted in `optim/empty`, and moves nothing (`state.held_at_zero`).
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = held_at_zero(optax.with_extra_args_support(tx))
 
     def update(state: TrainState, batch: Batch, key: jax.Array, frozen: Params = None) -> tuple[TrainState, Metrics]:
         whole = loss_fn if frozen is None else lambda params, *rest: loss_fn(join(frozen, params), *rest)
@@ -116,16 +116,16 @@ def make_update(
         grads, metrics = accumulated_grads(whole, state.params, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
-        moves = finite & jnp.stack([g.any() for g in jax.tree.leaves(grads)]).any()  # squares of 1e-20 are 0
+        empty = finite & ~moves(grads.get("policy", grads) if isinstance(grads, dict) else grads)
         updates, opt_state = tx.update(grads, state.opt_state, in_float32(state.params), step=state.step)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(moves, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         )
-        unmoved = {"optim/skipped": ~finite, "optim/empty": finite & ~moves}
+        unmoved = {"optim/skipped": ~finite, "optim/empty": empty}
         metrics = {
             **settled(metrics),
             "optim/grad_norm": norm,
