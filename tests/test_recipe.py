@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from rlhf_jax.commands.recipe.record import Record
 from rlhf_jax.config import RecipeArgs, rates
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import interrupts
+from rlhf_jax.runs.directory import write_record
 
 FILES = """
 import json
@@ -284,12 +286,44 @@ def test_a_file_that_a_kill_left_unrecorded_is_made_again(here):
     assert len([json.loads(line) for line in Path("out/joined.jsonl").read_text().splitlines()]) == 4
 
 
-def test_a_recipe_leaves_a_file_alone_that_it_did_not_make(here):
-    Path("out").mkdir()
-    Path("out/first.jsonl").write_text("precious")
-    with pytest.raises(UserError, match=r"stage first: output out/first.jsonl exists"):
-        run(RECIPE)
-    assert Path("out/first.jsonl").read_text() == "precious"
+@pytest.mark.parametrize("name", ["first.jsonl", "task/rows.jsonl", "run.json", "summary.json"])
+def test_a_recipe_leaves_a_file_alone_that_it_did_not_make_however_often_it_is_given(here, name):
+    """The stage is under way from the first time on, but what lies there is not its work."""
+    file = Path("out", name)
+    file.parent.mkdir(parents=True)
+    file.write_text('"precious"')
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"out/.* exists|^output_dir out holds something else"):
+            run(RECIPE)
+        assert file.read_text() == '"precious"'
+    assert run(RECIPE, overwrite=True)["stages"][2]["figures"] == {"rows": 4}
+
+
+REPORT = """
+output_dir: out
+stages:
+- {name: page, command: report, runs: [old]}
+"""
+
+
+def test_a_report_is_stale_when_a_run_below_what_it_names_has_changed(here):
+    run_dir = Path("old/deep/one")
+    run_dir.mkdir(parents=True)
+    write_record(run_dir, {"stage": "sft", "config": {}, "status": "finished", "step": 1, "total": 1})
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n')
+    run(REPORT)
+    assert Path("out/page.html").read_text().startswith("<!doctype html>")
+    assert [row["finished_before"] for row in run(REPORT)["stages"]] == [True]
+    for name in ("metrics.jsonl", "samples.jsonl", "summary.json"):
+        (run_dir / name).write_text(f'{{"step": 1, "loss/total": 1.0, "name": "{name}"}}\n')
+        with pytest.raises(UserError, match=r"stage page: out/page.html was made when runs had other contents"):
+            run(REPORT)
+        run(REPORT, overwrite=True)
+    (run_dir / "profile").mkdir()
+    assert [row["finished_before"] for row in run(REPORT)["stages"]] == [True]
+    shutil.copytree(run_dir, "old/two")
+    with pytest.raises(UserError, match="had other contents"):
+        run(REPORT)
 
 
 def test_the_command_line_replaces_parts_of_the_file_and_shows_them(here, capsys):

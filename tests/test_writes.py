@@ -358,6 +358,26 @@ def test_a_kill_anywhere_leaves_what_the_same_command_goes_on_from(tmp_path, the
         assert {p.name for p in output.parent.iterdir()} == {"out.jsonl", "out.summary.json"}
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "out.r1"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_summary_whose_output_was_renamed_is_not_replaced(tmp_path, name, beside):
+    output, place = tmp_path / name, None if beside else tmp_path / "summary.json"
+
+    def make(x, **options):
+        with Journal(output, {"x": x}, summary=place, **options) as journal:
+            journal.finish([{"x": x}], {"x": x})
+
+    make(1, overwrite=False)
+    [summary] = tmp_path.glob("*summary.json")
+    output.rename(tmp_path / "kept.jsonl")
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^{summary} is there, but {output} is not.*--overwrite true$"):
+            make(2, overwrite=False)
+    assert json.loads(summary.read_text()) == {"x": 1} and not output.exists()
+    make(2, overwrite=True)
+    assert json.loads(summary.read_text()) == {"x": 2} and rows_in(output) == [{"x": 2}]
+
+
 def test_no_two_outputs_have_one_place_for_their_summaries(tmp_path):
     names = ["prefs.r1", "prefs.r2", "rows", "rows.json", "rows.jsonl", "prefs.r1.jsonl"]
     for rows, name in enumerate(names):

@@ -100,7 +100,7 @@ def _evaluate(
         raise UserError(f"baseline {config.baseline!r} is none of the sources: {', '.join(names)}; name one")
     prompts = within_limits(config, prompts)
     path.mkdir(parents=True, exist_ok=True)
-    with open_journal(config, path / RESPONSES, made_of) as journal:
+    with open_journal(config, path / RESPONSES, made_of, path / SUMMARY) as journal:
         phases = Phases(journal)
         sources = Sources(config, prompts, phases, config.sources)
         baseline = sources.names.index(config.baseline) if config.baseline else 0

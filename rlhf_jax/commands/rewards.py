@@ -71,7 +71,7 @@ def evaluate_reward(
     if summary is None:
         path = Path(config.output_dir)
         path.mkdir(parents=True, exist_ok=True)
-        with open_journal(config, path / SCORED, made_of) as journal:
+        with open_journal(config, path / SCORED, made_of, path / SUMMARY) as journal:
             phases = Phases(journal)
             phase = phases.add(len(items), config.batch_size, partial(_scoring, config, items, columns, functions))
             phases.fill("evaluate", progress=config.progress)

@@ -137,7 +137,10 @@ class Phases:
 
 
 def open_journal(
-    config: DrawArgs | JudgeArgs | SampleArgs | ScoreArgs, output: str | Path, decided_by: Mapping[str, object]
+    config: DrawArgs | JudgeArgs | SampleArgs | ScoreArgs,
+    output: str | Path,
+    decided_by: Mapping[str, object],
+    summary: Path | None = None,
 ) -> Journal:
     """OUTPUT.part, made of the config and of `decided_by`; models count by their contents, wherever they lie."""
     options = {name: value for name, value in flat(to_dict(config)) if name not in UNMADE}
@@ -149,7 +152,7 @@ def open_journal(
             {**each, "name": source_name(source)} for each, source in zip(plainly, config.sources, strict=True)
         ]
     made_of["rows"] = "with ids"  # earlier versions wrote none
-    return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite)
+    return Journal(output, {**made_of, **decided_by}, overwrite=config.overwrite, summary=summary)
 
 
 def _models(config: DrawArgs | JudgeArgs | SampleArgs | ScoreArgs) -> dict[str, str]:
@@ -184,7 +187,7 @@ def finish_evaluation(config: EvaluateArgs, journal: Journal, rows: list[Row], s
     path = Path(config.output_dir)
     with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
         write_config(path, "evaluate", config, "output_dir")
-    journal.finish(rows, summary, path / SUMMARY)
+    journal.finish(rows, summary)
 
 
 def named(output: str) -> str:

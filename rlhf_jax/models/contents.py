@@ -18,11 +18,15 @@ from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import directory, hub
 from rlhf_jax.models.loading import OF_MEMBERS
+from rlhf_jax.runs import listing
+from rlhf_jax.runs.directory import METRICS, SAMPLES, SUMMARY
 
 OPTIONS = {"path", "model", "models", "tokenizer", "reference", "teacher", "mixture", "demonstrations"}
 OPTIONS |= {"data_path", "eval_path", "text_path", "ptx_path", "preference_path", "average", "checks", "guidelines"}
-OPTIONS |= {"runs"}
 """Last parts of the names of options that say what to read."""
+
+RUNS = "runs"
+"""That of options that name runs, or directories with runs below them."""
 
 OF_NO_ACCOUNT = (
     "run.json",
@@ -45,11 +49,14 @@ def contents(config: Settings) -> dict[str, str]:
 
     It changes with any byte of a file of up to 64 MiB. Of a larger one it takes the size and 4096 blocks of 4 KiB
     evenly apart, of safetensors the header and two blocks of every tensor. Of a model directory it takes the files
-    that make up the model, and of an adapter those of its model too. A builder of TFDS counts by its name.
+    that make up the model, of an adapter those of its model too, and of runs their metrics, samples and summaries. A
+    builder of TFDS counts by its name.
     """
     digests: dict[str, str] = {}
     for option, tree in flat(to_dict(config)):
-        found = [digest_of(text) for name, text in texts({option: tree}) if name.rpartition(".")[2] in OPTIONS]
+        told = [(name.rpartition(".")[2], text) for name, text in texts({option: tree})]
+        found = [digest_of(text) for last, text in told if last in OPTIONS]
+        found += [digest_of_runs(text) for last, text in told if last == RUNS]
         if found and all(found):
             digests[option] = _as_one(found)
     return digests
@@ -88,6 +95,17 @@ def _members(name: str, trunk: Path) -> list[Path]:
         return []
     where = name if in_bucket(name) else str(trunk)
     return [Path(hub.local_directory(f"{where}/{OF_MEMBERS}/{i}")) for i in range(hf.members_of(trunk))]
+
+
+def digest_of_runs(name: str) -> str:
+    """32 hexadecimal digits of what a report reads of a run and of those below it; empty if there is none."""
+    digest, runs = hashlib.blake2b(digest_size=16), sorted(listing.below(Path(name)))
+    for run in runs:
+        for file in (run / METRICS, run / SAMPLES, run / SUMMARY):
+            digest.update(json.dumps(str(file.relative_to(name))).encode())
+            with contextlib.suppress(OSError):  # not every run has each
+                _add(digest, file)
+    return digest.hexdigest() if runs else ""
 
 
 def digest_below(output: str) -> str:

@@ -16,7 +16,7 @@ from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.files import Lines, hold, is_stream, once_more
 from rlhf_jax.hosts.json_text import JsonObject, json_lines, to_json
-from rlhf_jax.hosts.outputs import check_output, put_files, read_output, write_output
+from rlhf_jax.hosts.outputs import check_output, put_files, read_output, there, write_output
 from rlhf_jax.runs.directory import as_json
 from rlhf_jax.runs.twin import Twin
 
@@ -46,17 +46,19 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         *,
         overwrite: bool,
         cure: str = "give the same, or pass --overwrite true",
+        summary: Path | None = None,
     ):
         """Claim OUTPUT.part and read it; `made_of` is all that decides the rows.
 
         With `overwrite` it continues only what was begun with `overwrite` too. `cure` is what to do where it is made
-        of something else.
+        of something else, `summary` the place of a summary that is not beside OUTPUT (`summary_beside`).
 
         Raises:
-            UserError: OUTPUT cannot be written, or is there and may not be replaced; another process writes
-                OUTPUT.part, or it is made of something else.
+            UserError: OUTPUT cannot be written, or it or a summary is there and may not be replaced; another process
+                writes OUTPUT.part, or it is made of something else.
         """
         self.output, self._cure = str(output), cure
+        self._summary = str(summary or summary_beside(self.output))
         self._twin: Twin | None = None
         self.path = None if not self.output or is_stream(output) else Path(f"{output}.part")
         self._file: BinaryIO | None = None
@@ -74,9 +76,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if in_bucket(self.output):
             self._twin = Twin(f"{self.output}.part")
             self.path = self._twin.place / "rows.jsonl"
-        check_output(self.output, overwrite=overwrite or self._is_written())
+        overwrite = overwrite or self._is_written()
+        check_output(self.output, overwrite=overwrite)
         if self.path is None:
             return []
+        if there(self._summary) and not overwrite:
+            raise UserError(
+                f"{self._summary} is there, but {self.output} is not, so it tells of other rows; move it, choose "
+                "another name or pass --overwrite true"
+            )
         with once_more(str(self.path)):
             self._file = hold(self.path)
             if self._file is None:
@@ -141,24 +149,20 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
         processes.from_first(tried)
 
-    def finish(
-        self, rows: Sequence[JsonObject], summary: Mapping[str, object] | None = None, to: Path | None = None
-    ) -> None:
+    def finish(self, rows: Sequence[JsonObject], summary: Mapping[str, object] | None = None) -> None:
         """Write OUTPUT (empty: standard output) and the summary, if there is one, and delete OUTPUT.part.
-
-        The summary goes `to` its place beside OUTPUT (`summary_beside`), unless another is given.
 
         Raises:
             UserError: they cannot be written; earlier files of these names are as they were, OUTPUT.part is whole.
         """
-        processes.from_first(lambda: self._finish(json_lines(rows), summary, to))
+        processes.from_first(lambda: self._finish(json_lines(rows), summary))
 
-    def _finish(self, data: bytes, summary: Mapping[str, object] | None, to: Path | None) -> None:
+    def _finish(self, data: bytes, summary: Mapping[str, object] | None) -> None:
         if self.path is None:
             return write_output(self.output, data)
         files: list[tuple[str | Path, str | bytes]] = [(self.output, data)]
         if summary is not None:
-            files.append((to or summary_beside(self.output), to_json(summary, indent=1) + "\n"))
+            files.append((self._summary, to_json(summary, indent=1) + "\n"))
         with once_more(f"output {self.output}", f"; what was computed is in {self.path}"):
             self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
             if self._twin is not None:

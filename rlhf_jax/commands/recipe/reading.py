@@ -25,6 +25,9 @@ from rlhf_jax.runs.directory import OURS
 OUTPUTS = ("run.output_dir", "output", "out", "output_dir")
 """Options that say where a command writes; a stage's is set to a place of its name."""
 
+ENDINGS = {"convert": "", "report": ".html"}
+"""How the `output` of a command ends where that is no file of rows."""
+
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 PART = re.compile(r"(?<!\$)(?:\$\$)*\$(?:(\w+)|\{(\w+)\})/([\w.]+)", re.ASCII)
 
@@ -184,7 +187,7 @@ class Recipe:
             if option in hints and option not in given and not isinstance(value, dict):
                 put(below, option, value)
         options = merged(meant(below), own)
-        ending = ".jsonl" if target == "output" and command != "convert" else ""
+        ending = ENDINGS.get(command, ".jsonl") if target == "output" else ""
         output = dict(dotted(options)).get(target) or f"{self.root}/{label}{ending}"
         put(options, target, output)
         self.add(names, name, Known(output, frozenset([label]), target == "run.output_dir"))

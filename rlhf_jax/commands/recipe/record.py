@@ -15,6 +15,7 @@ from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models.contents import contents, digest_below
 from rlhf_jax.runs import directory
+from rlhf_jax.runs.journal import summary_beside
 from rlhf_jax.runs.twin import Twin, begun, glance, void
 
 FILE = "recipe.json"
@@ -27,7 +28,7 @@ OF_NO_ACCOUNT = ("overwrite", "progress", "output", "out")
 GROWS = ("label",)
 """Commands whose output may grow after their end."""
 
-NEVER_GO_ON = ("data make", "data prepare")
+NEVER_GO_ON = ("convert", "data make", "data prepare")
 """Commands that put files into a directory, and begin anew after a kill."""
 
 Action = Literal["skip", "run", "replace"]
@@ -36,9 +37,10 @@ Action = Literal["skip", "run", "replace"]
 class Record:
     """The directory of a recipe, held by this process.
 
-    recipe.json maps the label of a stage to {command, status, output, inputs, files, config, replaces}: `inputs` are
-    the stages that it read from (label -> id of what they had made), `files` the contents of what it read, `replaces`
-    whether something was there before. Once it is finished, to {id, wall_s, figures, made} too, the last a digest.
+    recipe.json maps the label of a stage to {command, status, output, inputs, files, config, replaces, found}:
+    `inputs` are the stages that it read from (label -> id of what they had made), `files` the contents of what it
+    read, `replaces` whether it was to replace what was there, `found` whether that is somebody else's. Once it is
+    finished, to {id, wall_s, figures, made} too, the last a digest.
     """
 
     def __init__(self, root: str):
@@ -84,8 +86,15 @@ class Record:
         """What to do about each stage: leave it as it is, start or continue it, or make it anew.
 
         Raises:
-            UserError: a stage has changed, or what it reads has, since it was made, and not `overwrite`.
+            UserError: the directory is that of something else, or a stage has changed, or what it reads has, since it
+                was made, and not `overwrite`.
         """
+        other = [name for name in (directory.RECORD, directory.SUMMARY) if (self._place / name).exists()]
+        if other and not self.entries and not overwrite:
+            raise UserError(
+                f"output_dir {self.root} holds something else ({other[0]}); choose another directory or pass "
+                "--overwrite true"
+            )
         actions: dict[str, Action] = {}
         for stage in stages:
             entry = self.entries.get(stage.label)
@@ -100,9 +109,9 @@ class Record:
             elif entry and entry["status"] == "finished" and there(stage.output):
                 actions[stage.label] = "skip"
             else:  # a run directory knows itself what of it is this stage's work
-                ours = entry or overwrite
+                ours = overwrite or (entry and not entry.get("found"))
                 replaces = entry and entry.get("replaces") and not begun(stage.output)
-                place = there(stage.output)
+                place = there_of(stage)
                 whole = place in ("file", "object") or (place and stage.command in NEVER_GO_ON)
                 actions[stage.label] = "replace" if ours and (whole or replaces) else "run"
         return actions
@@ -136,6 +145,8 @@ class Record:
         if action == "replace" and begun(stage.output):
             void(stage.output)
         inputs = {label: self.entries[label]["id"] for label in stage.inputs}
+        before = self.entries.get(stage.label)
+        found = bool(there_of(stage)) if before is None else before.get("found", False)
         self.entries[stage.label] = {
             "command": stage.command,
             "status": "started",
@@ -144,6 +155,7 @@ class Record:
             "files": contents(stage.config),
             "config": directory.plain(stage.config),
             "replaces": action == "replace",
+            "found": action == "run" and found,
         }
         self._write()
 
@@ -177,3 +189,8 @@ class Record:
             self._twin.close(finished=(self._place / directory.SUMMARY).is_file())
         if self._lock is not None:
             self._lock.close()
+
+
+def there_of(stage: Stage) -> str:
+    """What a stage would replace (`outputs.there`): its output, or a summary that an earlier one left."""
+    return there(stage.output) or there(summary_beside(stage.output))
