@@ -3,8 +3,11 @@
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -261,7 +264,10 @@ def test_a_model_in_a_bucket_is_the_old_one_or_the_new_one_or_none(bucket, capsy
     for name in ("model-00001-of-00002.safetensors", "adapter/adapter_config.json"):
         bucket.put(f"out/m/{name}", b"of an older one")
     bucket.faults.append(lambda method, name: 403 if method == "POST" and name == "out/m/tokenizer.json" else None)
-    assert "no credentials, or none" in refused(capsys, *convert, "gs://bucket/out/m", "--overwrite", "true")
+    said = refused(capsys, *convert, "gs://bucket/out/m", "--overwrite", "true")
+    kept = Path(re.search(r"no credentials, or none .*; what was to be written is in (\S+)", said)[1])
+    assert there == {path.name: path.read_bytes() for path in (kept / "model").iterdir()}
+    shutil.rmtree(kept)
     assert "has no config.json" in refused(capsys, "inspect", "gs://bucket/out/m")
     bucket.faults.clear()
     lost = iter([None, "lost"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
 from rlhf_jax import cli, config, errors
@@ -25,6 +27,62 @@ def remember(step, metrics):
 
 def fails(step, metrics):
     raise OSError(f"no network at {step}")
+
+
+class Killed(BaseException):
+    """Stands in for kill -9."""
+
+
+def killed_twice(path, name: str):
+    """Six steps of a run, saved after the second one, killed after the fourth and the fifth, and gone on with."""
+    options = ["--run.output_dir", str(path), "--run.progress", "false", "--run.loggers", json.dumps([name])]
+    for kill in (4, 5, 7):
+        with contextlib.suppress(Killed), Run("sft", cli.parse("sft", options), total=6) as out:
+            out.restore({"w": jnp.zeros(2)}, {})
+            for step in range(out.start + 1, 7):
+                out.metrics.write(step, {"loss/total": float("nan") if step == 1 else float(step)})
+                if step == 2:
+                    out.save_now(step, {"w": jnp.ones(2)}, {})
+                if step == kill:
+                    raise Killed
+            out.finish({})
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_what_a_package_is_told_is_what_metrics_has_once_however_often_a_run_was_killed(
+    tmp_path, monkeypatch, name, mode
+):
+    told: dict[str, list] = {}  # by the name of their runs
+
+    def init(**options):
+        mine = told.setdefault(options.get("id", options["name"]), [])
+        log = lambda metrics, step: mine.append((step, str(metrics["loss/total"])))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init, Settings=dict))
+    monkeypatch.setattr(loggers, "find_spec", lambda package: True)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    killed_twice(tmp_path / "r", name)
+    last, runs = [(1, "nan"), *((i, f"{i}.0") for i in range(2, 7))], list(told.values())
+    if (name, mode) == ("wandb", "online"):  # which leaves out steps that it has
+        assert [step for step, _ in runs[0]] == [1, 2, 3, 4, 3, 4, 5, 3, 4, 5, 6] and len(runs) == 1
+    else:
+        assert runs == [last[:4], last[:5], last]
+
+
+def test_the_newest_events_of_tensorboard_are_all_that_it_shows_and_what_metrics_has(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    killed_twice(tmp_path / "r", "tensorboard")
+    file = max((tmp_path / "r" / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    data, told, start = file.read_bytes(), [], []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        told += [(event.step, value.tag) for value in event.summary.value]
+        start += [event.step] if event.HasField("session_log") else []
+    assert told == [(step, "loss/total") for step in range(1, 7)] and start == [0]
 
 
 def a_run(path, *names: str):

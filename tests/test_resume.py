@@ -580,6 +580,25 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_continues_later(
     assert same_bits(run_fit(config), alone)
 
 
+def test_a_run_whose_model_cannot_be_written_trains_no_step_again(tmp_path, capsys):
+    """Nothing was saved on the way: the end is, once it cannot write what comes after it."""
+    alone, config, taken = run_fit(settings(tmp_path / "alone")), settings(tmp_path / "run"), []
+    lines = rows_of(tmp_path / "alone")
+
+    def full(self, *rest):
+        raise OSError(28, "No space left on device")
+
+    for name in ("restore_best", "finish"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"No space left .* resume"):
+            patch.setattr(Run, name, full)
+            run_fit(config, before_step=lambda out, i: taken.append(i))
+        assert taken == list(range(STEPS)) and statuses(tmp_path / "run") == "failed"
+    assert capsys.readouterr().out.count(f"saved after step {STEPS} of {STEPS}") == 1
+    assert same_bits(run_fit(config, before_step=lambda out, i: taken.append(i)), alone)
+    assert taken == list(range(STEPS)) and rows_of(tmp_path / "run") == lines
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 # --- rewards
 
 

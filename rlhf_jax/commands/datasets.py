@@ -119,7 +119,7 @@ def run_make(config: DataMakeArgs) -> list[str]:
             raise UserError(f"{config.function} failed ({why}); it is called as fn(folder, num=, seed=)") from error
         if not (made := sorted(place.iterdir())):
             raise UserError(f"{config.function} wrote nothing into the folder that it was given; correct it")
-        with keeping(place, Path(config.out) if not in_bucket(config.out) else out.parent):
+        with keeping(place, Path(config.out) if not in_bucket(config.out) else out.parent, what):
             places = [f"{config.out.rstrip('/')}/{path.name}" for path in made]
             if (old := [each for each in places if there(each)]) and not config.overwrite:
                 raise UserError(f"{old[0]} exists; choose another --out or pass --overwrite true")

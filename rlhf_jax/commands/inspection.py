@@ -33,6 +33,7 @@ from rlhf_jax.hosts import buckets
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import upload_model
 from rlhf_jax.hosts.files import check_writable, written
+from rlhf_jax.hosts.outputs import keeping
 from rlhf_jax.models import Model, hf
 from rlhf_jax.models.cache import column_bytes, state_bytes
 from rlhf_jax.models.hf import hub
@@ -182,7 +183,7 @@ def run_inspect(config: InspectArgs) -> dict[str, Any]:
 def run_convert(config: ConvertArgs) -> Path:
     """Write the model as the config says, to a directory, a bucket, the Hub, or two of them; returns the directory.
 
-    What goes to a bucket or the Hub alone is made in a directory that is gone afterwards.
+    What goes to a bucket or the Hub alone is made in a directory that is gone once it is there.
     """
     if config.push:
         check_repository(config.push, "push")
@@ -190,13 +191,15 @@ def run_convert(config: ConvertArgs) -> Path:
     if remote and not config.overwrite and buckets.read(f"{url}/config.json") is not None:
         raise UserError(f"output {config.output} holds a model; give --overwrite true to replace it")
     with tempfile.TemporaryDirectory(prefix="rlhf-jax-") as place:
-        target = Path(f"{place}/model" if remote or not config.output else config.output)
+        away = remote or not config.output
+        target = Path(f"{place}/model" if away else config.output)
         dtype = convert(config, target)
-        if remote:
-            upload_model(target, url)
-            tell(f"wrote {config.output}: {dtype}")
-        if config.push:
-            push(target, config.push, _card(config, dtype), "give the same command again")
+        with keeping(Path(place), Path(place).parent, f"output {url}") if away else contextlib.nullcontext():
+            if remote:
+                upload_model(target, url)
+                tell(f"wrote {config.output}: {dtype}")
+            if config.push:
+                push(target, config.push, _card(config, dtype), "give the same command again")
     return target
 
 

@@ -93,7 +93,7 @@ def writable_directory(path: str, what: str) -> Iterator[Path]:
     call_it(str(folder), path.rstrip("/"))
     try:
         yield folder
-        with keeping(folder, folder.parent):
+        with keeping(folder, folder.parent, what):
             upload_tree(folder, path.rstrip("/"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,10 +155,10 @@ def _print(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def keeping(folder: Path, beside: Path) -> Iterator[None]:
+def keeping(folder: Path, beside: Path, what: str) -> Iterator[None]:
     """Around the last steps of a command: if they fail, what `folder` still holds gets a directory of its own.
 
-    That is one `beside`, or else among the temporary ones.
+    That is one `beside`, or else among the temporary ones. `what` could not be written is said.
     """
     try:
         yield
@@ -173,7 +173,8 @@ def keeping(folder: Path, beside: Path) -> Iterator[None]:
             kept = f"what was to be written is in {place}"
         except OSError as again:
             kept = f"nor could what was to be written be kept ({reason(again)})"
-        raise UserError(f"{error if isinstance(error, UserError) else reason(error)}; {kept}") from error
+        said = str(error) if isinstance(error, UserError) else f"{what}: {reason(error)}"
+        raise UserError(f"{said}; {kept}") from error
 
 
 def rescued(data: bytes, ending: str = ".jsonl") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf_jax.hosts.files import Lines, replace_file, sync
+from rlhf_jax.hosts.json_text import JsonObject, from_json
 
 
 class Log:
@@ -29,6 +30,10 @@ class Log:
             replace_file(self.path, b"".join(kept))
         self.count = len(kept)
         self._lines.add([])
+
+    def told(self) -> list[JsonObject]:
+        """The rows of the file."""
+        return [from_json(line) for line in self.path.read_bytes().splitlines()]
 
     def add(self, rows: Sequence[Mapping[str, object]], *, sync: bool = False) -> None:
         """Append rows; with `sync` they have reached the disk when this returns.

@@ -2,12 +2,15 @@
 
 All write to the run directory unless their own variables of the environment say where else (WANDB_MODE,
 MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID): nothing leaves the machine that was not asked to.
+
+What goes on begins anew there, with the lines so far, but in W&B online, which goes on with its own run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -48,25 +51,30 @@ class Place(NamedTuple):
         """What the run is called."""
         return Path(named(self.path)).name
 
-    @property
-    def key(self) -> str:
-        """The same for a run and what continues it."""
-        return hashlib.sha256(f"{named(self.path.absolute())} {clock.time()}".encode()).hexdigest()[:16]
+    def key(self, anew: bool) -> str:
+        """The same for a run and what continues it, unless that is to begin `anew`."""
+        more = secrets.token_hex(8) if anew and self.step is not None else ""
+        return hashlib.sha256(f"{named(self.path.absolute())} {clock.time()}{more}".encode()).hexdigest()[:16]
 
 
 class Logger(NamedTuple):
-    """`log` takes metrics; `close` ends it, and takes the report along if the run has one."""
+    """`log` takes metrics; `close` ends it, and takes the report along if the run has one.
+
+    One that is `anew` holds nothing of the run yet, and is told first what metrics.jsonl has: after a kill nobody
+    knows which lines a package had kept, and those after the checkpoint come again.
+    """
 
     name: str
     log: Log
     close: Callable[[Path | None], None]
+    anew: bool = True
 
 
 def tensorboard(place: Place) -> Logger:
     """TensorBoard events in output_dir/tensorboard."""
     from tensorboardX import SummaryWriter
 
-    purge = None if place.step is None else place.step + 1
+    purge = None if place.step is None else 0  # of earlier files TensorBoard shows nothing
     events = SummaryWriter(str(place.path / "tensorboard"), purge_step=purge)
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -81,8 +89,9 @@ def wandb(place: Place) -> Logger:
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
+    anew = mode != "online"  # there it goes on with the run, and takes no step twice
     run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT), name=place.name, id=place.key, resume="allow",
+        project=os.environ.get("WANDB_PROJECT", PROJECT), name=place.name, id=place.key(anew), resume="allow",
         dir=str(place.path), config=place.config, mode=mode, settings=wandb.Settings(silent=True),
         reinit="create_new",  # beside the run of which this one is a round
     )  # fmt: skip
@@ -92,11 +101,11 @@ def wandb(place: Place) -> Logger:
             run.log({"report": wandb.Html(report.read_text(), inject=False)})
         run.finish()
 
-    return Logger("wandb", lambda step, metrics: run.log(dict(metrics), step=step), close)
+    return Logger("wandb", lambda step, metrics: run.log(dict(metrics), step=step), close, anew)
 
 
 def mlflow(place: Place) -> Logger:
-    """MLflow; in output_dir/mlflow unless MLFLOW_TRACKING_URI says otherwise. What goes on is a new run there."""
+    """MLflow; in output_dir/mlflow unless MLFLOW_TRACKING_URI says otherwise."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -125,7 +134,7 @@ def trackio(place: Place) -> Logger:
     """Trackio, on this machine; `trackio show` shows it. It tells runs apart by their names alone."""
     import trackio
 
-    name = f"{place.name}-{place.key}"
+    name = f"{place.name}-{place.key(True)}"
     run = trackio.init(project=PROJECT, name=name, config=place.config, resume="allow", embed=False)
     return Logger("trackio", lambda step, metrics: run.log(dict(metrics), step=step), lambda report: run.finish())
 
@@ -154,7 +163,7 @@ def begin(name: str, place: Place) -> Logger:
         except Exception as error:  # whatever these packages make of their settings
             why = f"{type(error).__name__}: {reason(error)}"
             raise UserError(f"run.loggers {name} does not begin ({why}); mend that or leave it out") from error
-    return Logger(name, resolve(name), lambda report: None)
+    return Logger(name, resolve(name), lambda report: None, anew=False)
 
 
 def guarded(logger: Logger, say: Callable[[str], None]) -> Logger:
@@ -175,4 +184,4 @@ def guarded(logger: Logger, say: Callable[[str], None]) -> Logger:
 
         return called
 
-    return Logger(logger.name, safe(logger.log), safe(logger.close))
+    return logger._replace(log=safe(logger.log), close=safe(logger.close))

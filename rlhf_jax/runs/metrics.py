@@ -24,6 +24,9 @@ from rlhf_jax.runs.progress import EVERY, Progress
 from rlhf_jax.runs.skips import Skips
 from rlhf_jax.types import Metrics
 
+ELAPSED = "time/elapsed_s"
+"""What metrics.jsonl alone has of a line."""
+
 Table = TypeVar("Table")
 """A pytree of arrays, which come to the host as numpy's."""
 
@@ -73,6 +76,9 @@ class RunMetrics:
             log.begin(step)
         place = Place(Path(self.settings.run.output_dir), plain(self.settings), step)
         self._loggers = [guarded(begin(name, place), self.say) for name in self.settings.run.loggers]
+        for logger in self._loggers if step is not None else []:
+            for told in self._logs[METRICS].told() if logger.anew else []:
+                logger.log(told.pop("step"), {n: v for n, v in told.items() if n != ELAPSED})
 
     def start(self, step: int, total: int) -> None:
         """Start the clock and the progress bar."""
@@ -159,7 +165,7 @@ class RunMetrics:
         self.last, self.extremes = {**self.last, **metrics}, widened(self.extremes, metrics)
         if not self.is_writer:
             return
-        self._append(METRICS, [{"step": step, "time/elapsed_s": round(self.elapsed(), 3), **metrics}])
+        self._append(METRICS, [{"step": step, ELAPSED: round(self.elapsed(), 3), **metrics}])
         for logger in self._loggers:
             logger.log(step, metrics)
         self.bar.values({on_bar(name): self.last[name] for name in self.shown if name in self.last})

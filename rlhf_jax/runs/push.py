@@ -55,9 +55,7 @@ def push(folder: Path, repository: str, card: str, again: str) -> str:
     try:
         made = HfApi().create_commit(repository, added, commit_message="Model of rlhf-jax")
     except Exception as error:  # from httpx and the Hub
-        raise UserError(
-            f"{repository} of the Hub: {type(error).__name__}: {reason(error)}; {folder} is whole; {again}"
-        ) from error
+        raise UserError(f"{repository} of the Hub: {type(error).__name__}: {reason(error)}; {again}") from error
     where = str(made.commit_url).partition("/commit/")[0]
     tell(f"pushed {folder} to {where}")
     return where

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+import jax
+
 from rlhf_jax.config import StageArgs, resolve
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import buckets, clock, processes
@@ -75,6 +77,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         said = self.say, self.how_to_continue()
         self.metrics = RunMetrics(config, stage, shown, self.skips, *said, traced=not of_runs)
         self._lock: BinaryIO | None = None
+        self._unsaved: tuple[int, object, Mapping[str, object]] | None = None  # the end, for which nothing was due
         step = self._take()
         self.checkpoints.last = step
         self.resumed, self.start = step is not None, step or 0
@@ -143,12 +146,15 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self.checkpoints.wait()  # else it may need a process that has gone
         self.interrupts.close()
         self.metrics.close()
+        full = isinstance(error, OSError) or ("No space left" in str(error) and not isinstance(error, UserError))
+        if full:
+            self._save_unsaved()
         if self._lock is not None:
             with self._lock, contextlib.suppress(OSError):  # which may be what the error is about
                 if error is not None:
                     status = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
                     self._record(status, (self.checkpoints.steps() or [0])[-1], f"{type(error).__name__}: {error}")
-        if isinstance(error, OSError) or ("No space left" in str(error) and not isinstance(error, UserError)):
+        if full:
             where, reason = getattr(error, "filename", None) or self.dir, reason_of(error or OSError())
             raise UserError(f"{where}: {reason}; mend that, then {self.how_to_continue()}") from error
 
@@ -199,6 +205,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._check_failure()
         if due:
             self._save(step, tree, notes or {})
+        elif step == self.total:
+            self._unsaved = step, tree, notes or {}
         if stop and step < self.total:
             self.save_now(step, tree, notes or {})
             raise Stopped(
@@ -213,6 +221,19 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.checkpoints.wait()
         self._check_failure(last_chance=True)
         self.checkpoints.settle()
+
+    def _save_unsaved(self) -> None:
+        """Save the last step of a run that could not write what comes after it, so that nothing is trained again.
+
+        If it still can: the disk may have no room for that either, and `restore_best` may have taken the arrays.
+        """
+        if self._unsaved is None or processes.several():
+            return
+        step, tree, notes = self._unsaved
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
+            with contextlib.suppress(UserError, OSError):
+                self.save_now(step, tree, notes)
+                self.say(f"{self.stage}: saved after step {step} of {self.total}")
 
     def _agreed(self, step: int) -> list[bool]:
         """[stop, the clock asks for a save, a save failed], the same in all processes."""
@@ -294,6 +315,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.metrics.flush()
         self.metrics.parts.take(self.metrics.parts.marked)
         self.metrics.bar.doing("calibrating")
+        self._unsaved = None  # its arrays would take the room of what is measured
         of_run = resolve("rlhf_jax.commands.plan.calibration:of_run")  # by name, as it stands above all stages
         try:
             fill = min(self.metrics.last.get("data/filled", 1.0), 1.0)
@@ -343,7 +365,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.metrics.bar.doing("pushing the model")
         name, model = self.config.push_to_hub, self.dir / "model"
         card = model_card(name, self.stage, directory.plain(self.settings), summary)
-        again = f"push it with rlhf-jax convert {shlex.quote(str(model))} --dtype float32 --push {name}"
+        again = f"{model} is whole; push it with rlhf-jax convert {shlex.quote(str(model))} --dtype float32 --push {name}"
         try:
             summary["pushed"] = push(model, name, card, again)
         except UserError as error:

@@ -179,7 +179,8 @@ class Record:
 
     def conclude(self, summary: JsonObject) -> None:
         """Write summary.json."""
-        files.write_json(self._place / directory.SUMMARY, summary)
+        with files.once_more(f"{self.root}/{directory.SUMMARY}"):
+            files.write_json(self._place / directory.SUMMARY, summary)
         if self._twin is not None:
             self._twin.push(finished=True)
 
