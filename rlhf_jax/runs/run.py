@@ -365,9 +365,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.metrics.bar.doing("pushing the model")
         name, model = self.config.push_to_hub, self.dir / "model"
         card = model_card(name, self.stage, directory.plain(self.settings), summary)
-        again = f"{model} is whole; push it with rlhf-jax convert {shlex.quote(str(model))} --dtype float32 --push {name}"
+        command = f"rlhf-jax convert {shlex.quote(str(model))} --dtype float32 --push {name}"
         try:
-            summary["pushed"] = push(model, name, card, again)
+            summary["pushed"] = push(model, name, card, f"{model} is whole; push it with {command}")
         except UserError as error:
             return [str(error)]
         return []
