@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 Tree = TypeVar("Tree")
@@ -153,13 +154,20 @@ def _in_chunks(
 
 
 def _forward(blocks: Blocks, with_entropy: bool, *inputs: Any) -> tuple[_Told, Any]:
+    frozen = not any(x.perturbed for x in jax.tree.leaves(inputs[0]))
+    inputs = jax.tree.map(lambda x: x.value, inputs)
     told = _in_chunks(blocks, with_entropy, *inputs)
-    return told, (*inputs, told)
+    return told, (*inputs, told, () if frozen else None)
 
 
 def _backward(blocks: Blocks, with_entropy: bool, residuals: Any, grads: _Told) -> tuple[Any, ...]:
-    """Logits are computed once more; softmax is exp(z - logsumexp), so nothing is summed over the vocabulary again."""
-    weights, temperature, hidden, some, ids, told = residuals
+    """Logits are computed once more; softmax is exp(z - logsumexp), so nothing is summed over the vocabulary again.
+
+    Frozen weights have no gradient: the sum that a loop carries is kept by XLA though nobody reads it.
+    """
+    weights, temperature, hidden, some, ids, told, frozen = residuals
+    frozen = frozen is not None
+    grads = _Told(*(jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in grads))
     add = partial(jax.tree.map, lambda total, x: total + x.astype(jnp.float32))
     zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
 
@@ -179,7 +187,8 @@ def _backward(blocks: Blocks, with_entropy: bool, residuals: Any, grads: _Told) 
             some, hidden, ids, told, grads, by_hidden = chunk
 
             def more() -> tuple[Any, Array]:
-                logits, by_logits = jax.vjp(blocks.project, spread, hidden)
+                project = (lambda _, hidden: blocks.project(spread, hidden)) if frozen else blocks.project
+                logits, by_logits = jax.vjp(project, None if frozen else spread, hidden)
                 z, by_scaled = jax.vjp(lambda x, t: blocks.scaled(number, x, t, ids[1]), logits, temperature)
                 of_logits, of_temperature = by_scaled(by_z(number, z, ids, told, grads))
                 # Stored in the dtype of the products that read it, which would round it anyway.
@@ -189,7 +198,10 @@ def _backward(blocks: Blocks, with_entropy: bool, residuals: Any, grads: _Told) 
             return jax.lax.cond(some, more, lambda: (carry, by_hidden))
 
         chunks = some, hidden, ids, told, grads, by_hidden
-        (by_spread, by_temperature), by_hidden = jax.lax.scan(of_chunk, (zeros(spread), by_temperature), chunks)
+        start = None if frozen else zeros(spread), by_temperature
+        (by_spread, by_temperature), by_hidden = jax.lax.scan(of_chunk, start, chunks)
+        if frozen:
+            return (by_hidden, by_temperature), None
         by_weights = jax.vjp(lambda weights: blocks.spread(weights, jnp.float32), weights)[1](by_spread)[0]
         return (by_hidden, by_temperature), by_weights
 
@@ -198,7 +210,7 @@ def _backward(blocks: Blocks, with_entropy: bool, residuals: Any, grads: _Told) 
     return by_weights, by_temperature, by_hidden.astype(hidden.dtype), None, None
 
 
-_in_chunks.defvjp(_forward, _backward)
+_in_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def token_logprobs(
