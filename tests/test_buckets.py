@@ -20,6 +20,7 @@ from tiny import ARCH, toy_directory
 from rlhf_jax.commands.plan.programs import find_arch
 from rlhf_jax.config import MeshConfig, ModelConfig
 from rlhf_jax.data.sources import read_rows
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import buckets, copies
 from rlhf_jax.models.contents import digest_of
@@ -59,6 +60,22 @@ def test_contents_are_the_same_wherever_they_lie(bucket, monkeypatch):
     monkeypatch.setattr("rlhf_jax.models.contents.SMALL", 1 << 12)  # the weights are a large file then
     assert digest_of("gs://bucket/models/policy") == digest_of(str(toy_directory() / "policy")) != ""
     assert digest_of("gs://bucket/models/nothing") == digest_of("gs://nowhere/a") == ""
+
+
+def test_chat_templates_by_name_are_part_of_a_model_in_a_bucket(bucket, tmp_path):
+    """transformers writes them into a directory of their own."""
+    tokenizer = Tokenizer.load(str(toy_directory() / "policy"))
+    tokenizer.hf.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    local_model = Path(shutil.copytree(toy_directory() / "policy", tmp_path / "m"))
+    tokenizer.save(str(local_model))
+    copies.upload_model(local_model, "gs://bucket/named")
+    load = lambda: Tokenizer.load("gs://bucket/named").hf.chat_template  # noqa: E731
+    assert load() == tokenizer.hf.chat_template
+    assert digest_of("gs://bucket/named") == digest_of(str(local_model))
+    (local_model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0] }}")
+    assert digest_of("gs://bucket/named") != digest_of(str(local_model))
+    copies.upload_model(toy_directory() / "policy", "gs://bucket/named")  # of which nothing else is left
+    assert not [name for name in bucket.objects if name.startswith("named/additional")] and not load()
 
 
 def test_ranges_are_fetched_as_they_are_needed_and_given_back(bucket, tmp_path):

@@ -29,6 +29,9 @@ OF_A_MODEL = (*WANTED, WEIGHTS)
 BESIDE = ("adapter", "members")
 """Directories in one that are of the same model."""
 
+TEMPLATES = "additional_chat_templates"
+"""The one of chat templates by name, which a tokenizer has beside its first (transformers writes it)."""
+
 DATASET = "dataset_info.json"
 """What makes a directory one that TFDS prepared, of which all is copied."""
 
@@ -125,10 +128,11 @@ def _copied(url: str) -> bool:
 
 def _copy_directory(url: str, names: list[str]) -> None:
     folder, whole = place_of(url), DATASET in names
-    wanted = [name for name in names if whole or "/" not in name]
+    wanted = [name for name in names if whole or "/" not in name or name.startswith(f"{TEMPLATES}/")]
     folder.mkdir(parents=True, exist_ok=True)
-    for gone in {path.name for path in folder.iterdir() if path.is_file()} - set(wanted):
-        (folder / gone).unlink()
+    there = [path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if path.is_file()]
+    for gone in set(there) - {folder / name for name in wanted}:
+        gone.unlink()
     for name in wanted:
         if whole or name.endswith(WANTED):
             _copied(f"{url}/{name}")
@@ -207,7 +211,7 @@ def upload_model(folder: Path, url: str) -> None:
         UserError: it was refused; says why.
     """
     with buckets.asked(url):
-        own = lambda name: "/" not in name or name.partition("/")[0] in BESIDE  # noqa: E731
+        own = lambda name: "/" not in name or name.partition("/")[0] in (*BESIDE, TEMPLATES)  # noqa: E731
         old = [name for name in buckets.below(url) if own(name) and name.endswith(OF_A_MODEL)]
         for name in sorted(old, key=lambda name: name not in HEADS):
             buckets.delete(f"{url}/{name}")

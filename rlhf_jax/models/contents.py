@@ -13,7 +13,7 @@ from rlhf_jax.config.settings import HUB_ROWS, Settings
 from rlhf_jax.data import hub_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, have, local_tree
+from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, TEMPLATES, have, local_tree
 from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import directory, hub
@@ -128,7 +128,8 @@ def _digest(place: Path) -> str:
         _add(digest, place)
         return digest.hexdigest()
     is_data = (place / DATASET).is_file()
-    files = (file for file in place.glob("**/*" if is_data else "*") if file.is_file())
+    found = place.glob("**/*") if is_data else (*place.glob("*"), *place.glob(f"{TEMPLATES}/*"))
+    files = (file for file in found if file.is_file())
     for file in sorted(file for file in files if is_data or file.name.endswith(OF_A_MODEL)):
         digest.update(json.dumps(str(file.relative_to(place))).encode())
         _add(digest, file)
