@@ -357,6 +357,15 @@ def test_special_tokens_that_a_reward_does_not_see_are_counted_in_every_iteratio
     assert sum(hidden) > 0 and float(metrics["rollout/hidden_fraction"]) == np.mean(hidden)
 
 
+def test_ids_that_no_token_has_are_not_shown_either():
+    """Embeddings often have more rows than a tokenizer ids, and a sampler draws of all rows."""
+    tokenizer = Tokenizer(byte_tokenizer())
+    plain, end, beyond = tokenizer.encode_response("ab", finished=False), tokenizer.end_id, tokenizer.vocab_size
+    assert not tokenizer.hides(plain) and not tokenizer.hides([*plain, end])
+    assert tokenizer.hides([*plain, beyond]) and tokenizer.hides([beyond + 99, *plain, end])
+    assert tokenizer.response_text([*plain, beyond], "x") == "ab"
+
+
 def test_a_run_says_at_its_end_that_a_reward_did_not_see_all():
     assert not not_seen({}) and not not_seen({"rollout/hidden_fraction": [0.0, 0.05]})
     [line] = not_seen(widened({"rollout/hidden_fraction": [0.0, 0.01]}, {"rollout/hidden_fraction": 0.25}))

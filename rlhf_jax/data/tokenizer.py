@@ -62,7 +62,8 @@ class Tokenizer:
     ):
         """`declared` are the stop ids of the model's files, which `eos_ids` replace."""
         self.hf = hf
-        self.vocab_size = max(hf.get_vocab().values()) + 1
+        ids = set(hf.get_vocab().values())
+        self.vocab_size = max(ids) + 1
         self.bos_id = hf.bos_token_id
         self.chat = ChatTemplate(hf) if hf.chat_template else Transcript()
         named = eos_ids or _as_ids(declared) or _as_ids(hf.eos_token_id)
@@ -81,8 +82,9 @@ class Tokenizer:
         others = (hf.bos_token_id, hf.pad_token_id, *self.eos_ids)  # that of GPT-2 ends documents
         self._unknown = None if hf.unk_token_id in others else hf.unk_token_id
         self._stop_texts = [token_text(hf, i) for i in self.eos_ids if i in self._special]
-        self._control = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
-        self._names = {token_text(hf, i) for i in self._control - {hf.unk_token_id}}
+        control = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
+        self._shown = ids - control  # an embedding may have rows that are no token's
+        self._names = {token_text(hf, i) for i in control - {hf.unk_token_id}}
         self._heads = re.compile("|".join(sorted({re.escape(name[0]) for name in self._names})))
         self._sizes = {len(name) for name in self._names}
         if isinstance(self.chat, ChatTemplate):
@@ -208,8 +210,11 @@ class Tokenizer:
         return text.removeprefix(self._lead).removesuffix(self._tail if ids and ids[-1] in self.eos_ids else "")
 
     def hides(self, ids: Sequence[int]) -> bool:
-        """Whether a sampled response has special tokens, other than one that ends it, which its text does not show."""
-        return not self._control.isdisjoint(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
+        """Whether a sampled response has special tokens, other than one that ends it, which its text does not show.
+
+        Or ids that no token has, of rows of an embedding beyond the tokenizer.
+        """
+        return not self._shown.issuperset(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
 
     def _around_an_answer(self) -> tuple[str, str]:
         """(what stands before, what after the content of an answer that finished), as its ids are decoded."""
