@@ -663,6 +663,29 @@ def test_suggest_compiles_the_best_until_a_few_fit_and_ranks_them(monkeypatch, c
     assert cli.parse("sft", [*given, *shlex.split(last.partition("per token")[2])]) == tried[2]
 
 
+def test_suggest_goes_on_from_the_fastest_while_what_it_waits_for_grows_less(monkeypatch, capsys):
+    tried = []
+
+    def compiled(config, *_):  # memory binds until microbatches are few, then compute, of which dots saves some
+        tried.append(config)
+        seconds = {"memory": 3.0 * config.ppo.accumulate, "compute": 5.0 - (config.model.remat == "dots")}
+        return [plan.Row("update", 0, 0, chips.GIB, 1, 1, 1, {}, (), seconds, 1, 0)], {}
+
+    monkeypatch.setattr(suggest, "analyse", compiled)
+    given = ["--config", "qwen2.5_0.5b_lora_ppo"]
+    suggest.suggest(cli.parse("ppo", given), chips.CHIPS["v5e"], [None], PlanArgs(topology="v5e:1x1"))
+    found = [(one.ppo.accumulate, one.model.remat) for one in tried]
+    assert found[-2:] == [(1, "full"), (1, "dots")] and set(found[:-2]) == {(2, "full")}
+    last = capsys.readouterr().out.partition("fastest by the roofline:")[2].splitlines()[1]
+    assert cli.parse("ppo", [*given, *shlex.split(last.partition("per token")[2])]) == tried[-1]
+    # Text of one length has no packed microbatches to make larger.
+    assert (
+        suggest.improved(cli.parse("sft", ["--config", "smollm2_360m_sft", "--sft.accumulate", "1"]), "memory") is None
+    )
+    more = suggest.improved(cli.parse("reward", ["--config", "llama3.2_1b_reward"]), "network")
+    assert more.data.microbatch_tokens == 8192
+
+
 def test_suggest_finds_two_axes_for_weights_and_fewer_minibatches_on_a_large_slice():
     """From 8x8 on one axis over both dimensions of a slice has its gradients summed whole: the network binds."""
     config = cli.parse("ppo", ["--config", "llama3_8b_ppo", "--mesh.rules", "[]", "--mesh.data", "1", "--mesh.fsdp",

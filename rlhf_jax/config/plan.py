@@ -33,7 +33,8 @@ class PlanArgs:
         calibration: runs (or their summary.json) with run.calibrate: seconds are multiplied by what these measured
             over what was planned, on chips of the same generation.
         suggest: try other meshes, rules, batch sizes and fewer minibatches. A sum by hand says which are worth
-            compiling, minutes each; these are ranked.
+            compiling, minutes each; these are ranked, and the fastest is tried with fewer microbatches or with matrix
+            products kept, whichever it waits for.
         json: print one JSON object per line instead of tables.
     """
 

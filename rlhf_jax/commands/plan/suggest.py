@@ -1,4 +1,4 @@
-"""`plan --suggest`: other meshes, rules and batches, ranked by a sum by hand, of which the best are compiled."""
+"""`plan --suggest`: other meshes, rules, batches and microbatches: of many, ranked by hand, the best are compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 from rlhf_jax.commands.plan.chips import Chip
 from rlhf_jax.commands.plan.plan import RESERVED, analyse, fits, verdict
 from rlhf_jax.commands.plan.programs import find_arch
-from rlhf_jax.config import ArchConfig, MeshConfig, OnlineArgs, PlanArgs, PPOArgs, StageArgs
+from rlhf_jax.config import ArchConfig, MeshConfig, OnlineArgs, PlanArgs, PPOArgs, SFTArgs, StageArgs
+from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.models.hf.layout import leaf_shapes
 from rlhf_jax.sharding import mesh_sizes
@@ -25,6 +26,8 @@ FEW = 4
 """Settings that fit, after which no more are compiled."""
 TRIED = 6
 """Settings that are compiled at most."""
+IMPROVED = 3
+"""Settings that are compiled after the fastest of these, at most."""
 ROUGH = 0.2
 """How far the sum by hand may be off."""
 SCATTERED = "D=fsdp+data"
@@ -197,39 +200,75 @@ def _changes(given: StageArgs, one: StageArgs) -> float:
     return abs(math.log2(one.data.batch_size / given.data.batch_size)) + math.log2(before / after)
 
 
-def options(config: StageArgs) -> str:
-    """What is tried of a config, as options of the command."""
+def improved(config: StageArgs, bound: str) -> StageArgs | None:
+    """The config, which waits for `bound` most, with another order of the same sums; None if none is left to try.
+
+    Where compute binds, matrix products are kept, not computed again; else weights are read for fewer microbatches.
+    """
+    name, steps = _group(config)
+    if bound == "compute":
+        return replace(config, model__remat="dots") if config.model.remat == "full" else None
+    if steps.accumulate > 1:
+        return replace(config, **{f"{name}__accumulate": 1})
+    if isinstance(config, SFTArgs) or (not isinstance(config, OnlineArgs) and config.data.pack == "off"):
+        return None
+    part, group = (name, steps) if isinstance(config, OnlineArgs) else ("data", config.data)
+    return replace(config, **{f"{part}__microbatch_tokens": 2 * group.microbatch_tokens})
+
+
+def options(config: StageArgs, given: StageArgs) -> str:
+    """What is tried of a config, as options of the command; remat and microbatches where they are not as given."""
     name, steps = _group(config)
     mesh = config.mesh
     told = [f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}"]
     told += [f"--mesh.rules '[{', '.join(mesh.rules)}]'"] if mesh.rules else []
     told += [f"--data.batch_size {config.data.batch_size}"]
     told += [f"--{name}.minibatches {steps.minibatches}"] if hasattr(steps, "minibatches") else []
+    tokens = "microbatch_tokens"
+    for part, field in (("model", "remat"), (name, "accumulate"), (name, tokens), ("data", tokens)):
+        value, before = (getattr(getattr(one, part), field, None) for one in (config, given))
+        told += [f"--{part}.{field} {value}"] if value != before else []
     return " ".join(told)
 
 
 def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: PlanArgs) -> None:
-    """Compile the best candidates until a few fit, and print these, fastest first."""
+    """Compile the best candidates until a few fit, then `improved` ones of the fastest; print them, fastest first."""
     dims = tuple(map(int, plan.topology.partition(":")[2].split("x")))
-    order, fitting = ranked(config, chip, len(devices), dims), []
+    order, fitting = ranked(config, chip, len(devices), dims), list[tuple[float, StageArgs, str]]()
     tell(f"{len(order)} settings may fit; compiling the best by a sum by hand, until {FEW} fit or {TRIED} are tried")
-    for number, one in enumerate(order[:TRIED], 1):
-        name = options(one)
-        tell(f"plan: setting {number} of {TRIED} at most, minutes each: {name}", error=True)
+
+    def fastest() -> tuple[float, StageArgs, str]:
+        return min(fitting, key=lambda found: found[0])
+
+    def add(one: StageArgs, which: str) -> None:
+        """Compile it; it is among `fitting` if it fits."""
+        name = options(one, config)
+        tell(f"plan: {which} at most, minutes each: {name}", error=True)
         try:
             rows, _ = analyse(one, chip, devices, plan.responses, plan.fill, chip.memory - RESERVED)
         except (UserError, jax.errors.JaxRuntimeError) as error:
             tell(f"  no     {name}: {str(error).splitlines()[0][:120]}")
-            continue
+            return
         # Roofline seconds of all programs for each token trained on or made.
         cost = sum(max(r.seconds.values()) for r in rows) / max(r.tokens for r in rows)
         good, used = fits(rows, chip), f"{rows[-1].mfu(chip, len(devices)):.0%} MFU in the {rows[-1].name}"
         tell(f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token, {used}")
-        fitting += [(cost, name)] if good else []
-        if len(fitting) == FEW:
+        fitting.extend([(cost, one, rows[-1].bound)] if good else [])
+
+    for number, one in enumerate(order[:TRIED], 1):
+        if len(fitting) < FEW:
+            add(one, f"setting {number} of {TRIED}")
+    # From the fastest on, as long as each that fits is faster than the one before.
+    for number in range(1, IMPROVED + 1):
+        _, best, bound = fastest() if fitting else (0.0, config, "")
+        better = improved(best, bound) if fitting else None
+        if better is None:
+            break
+        add(better, f"improvement {number} of {IMPROVED}")
+        if fastest()[1] is not better:
             break
     tell("\nfastest by the roofline:" if fitting else "\nnone fits; take a larger slice")
-    for cost, name in sorted(fitting):
-        tell(f"  {cost * 1e6:.3g} us per token  {name}")
+    for cost, one, _ in sorted(fitting, key=lambda found: found[0]):
+        tell(f"  {cost * 1e6:.3g} us per token  {options(one, config)}")
     if fitting:
-        tell("batch_size and minibatches change what is learned; meshes and rules do not")
+        tell("batch_size and minibatches change what is learned; meshes, rules, remat and microbatches do not")
