@@ -105,6 +105,18 @@ def test_our_own_model_says_the_expectation_over_the_probabilities_of_the_scores
     ]
 
 
+def test_a_judge_of_a_run_that_goes_on_counts_from_where_it_stood(language_model):  # noqa: F811
+    """What tokenising had to say of questions as well, or its line would be of all responses and count the last."""
+    first, again = (judge_of(model=ModelConfig(path=str(language_model)), max_prompt_length=60) for _ in range(2))
+    first.asked, first.unanswered = 7, 2
+    assert first.counts() == {"asked": 7, "unanswered": 2}
+    first.ask.remarks["hold a stop token"] += 3
+    again.restore(json.loads(json.dumps(first.counts())))
+    assert again.remarks() == first.remarks() and "of 7 responses 3 hold a stop token" in again.remarks()[0]
+    again.ask.remarks += first.ask.remarks  # it is a count as it was
+    assert again.counts()["remarks"] == {"hold a stop token": 6}
+
+
 def test_scores_and_shares_are_brought_to_one_scale_and_votes_averaged():
     said = {"good": [5.0, 4.0], "fair": [3.0, NONSENSE], "lost": [NO_ANSWER, NONSENSE]}
     asked = []

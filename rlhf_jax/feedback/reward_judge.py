@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import numpy as np
@@ -125,10 +127,21 @@ class RewardJudge:
         shares = [verdict.share for (verdict,) in judge_by(self.ask, self.config).verdicts(groups, key)]
         return np.array([np.nan if share is None else 2 * share - 1 for share in shares])
 
+    def counts(self) -> dict[str, Any]:
+        """{asked, unanswered, and remarks, what tokenising had to say, if anything}; `restore` is the way back."""
+        told = dict(self.ask.remarks) if isinstance(self.ask, ModelJudge) else {}
+        return {"asked": self.asked, "unanswered": self.unanswered} | ({"remarks": told} if told else {})
+
+    def restore(self, counts: Mapping[str, Any]) -> None:
+        """Go on counting from `counts`, those of an earlier process."""
+        self.asked, self.unanswered = counts["asked"], counts["unanswered"]
+        if isinstance(self.ask, ModelJudge):
+            self.ask.remarks = Counter(counts.get("remarks", {}))
+
     def remarks(self) -> list[str]:
         """Lines about responses without an answer, if there were any, and what tokenising questions had to say."""
-        counts = self.ask.remarks if isinstance(self.ask, ModelJudge) else {}
-        lines = [f"reward.judge.model: of {self.asked} responses {count} {what}" for what, count in counts.items()]
+        told = self.counts().get("remarks", {})
+        lines = [f"reward.judge.model: of {self.asked} responses {count} {what}" for what, count in told.items()]
         if self.unanswered:
             lines += [
                 f"reward.judge gave no answer to {self.unanswered} of {self.asked} responses, which taught nothing "

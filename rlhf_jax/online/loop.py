@@ -82,7 +82,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
     rates = learning_rates(method.programs.schedule)
     begins = not notes
     if (judge := method.inputs.judge) is not None and "judged" in notes:
-        judge.asked, judge.unanswered = (notes["judged"][name] for name in ("asked", "unanswered"))
+        judge.restore(notes["judged"])
     if begins and settings.reward_standardize != "off":
         notes = {"reward_scale": guards.first_scale(method, loop)}
     if "reward_scale" in notes:
@@ -131,7 +131,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
 def _judged(method: Method, notes: dict[str, Any]) -> dict[str, Any]:
     """The notes with what the judge, if there is one, was asked so far, by processes before this one too."""
     judge = method.inputs.judge
-    return notes if judge is None else {**notes, "judged": {"asked": judge.asked, "unanswered": judge.unanswered}}
+    return notes if judge is None else {**notes, "judged": judge.counts()}
 
 
 def _failed(notes: dict[str, Any], what: str) -> dict[str, Any]:
