@@ -159,34 +159,24 @@ def group_advantages(
     known = ~jnp.isnan(groups)
     count = known.sum(axis=1, keepdims=True)
     # Counted from the least score of the group: the mean of equal floats may differ from them by rounding.
-    above = jnp.where(alike(groups)[:, None] & known, 0.0, groups - _least(groups, axis=1))
+    above = jnp.where(alike(groups)[:, None] & known, 0.0, groups - jnp.nanmin(groups, axis=1, keepdims=True))
     advantages = groups if baseline == "none" else above - above.mean(axis=1, keepdims=True, where=known)
     if baseline == "leave_one_out":
         advantages = advantages * (count / jnp.maximum(count - 1, 1))
     if scale_rewards == "group":
-        advantages = advantages / (_deviation(above, known, axis=1) + 1e-4)
+        std = above.std(axis=1, ddof=1, keepdims=True, where=known)
     elif scale_rewards == "batch":
-        advantages = advantages / (_deviation(groups - _least(groups), known) + 1e-4)
+        std = (groups - jnp.nanmin(groups)).std(ddof=1, where=known)
+    if scale_rewards != "none":
+        advantages = advantages / (jnp.nan_to_num(std) + 1e-4)  # a single score has no deviation
     return advantages.reshape(-1)
 
 
 def alike(groups: Float[Array, "N G"]) -> Bool[Array, " N"]:
     """Whether the scores of each group, those that are not NaN, differ by no more than float32 rounds sums of them."""
-    low, high = _least(groups, axis=1), -_least(-groups, axis=1)
+    low, high = jnp.nanmin(groups, axis=1), jnp.nanmax(groups, axis=1)
     size = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return ~(high - low > 4 * jnp.finfo(jnp.float32).eps * size)[:, 0]
-
-
-def _least(x: Float[Array, "*N"], axis: int | None = None) -> Float[Array, "*M"]:
-    """The least of what is not NaN, along an axis that stays; inf of nothing."""
-    return jnp.min(x, axis=axis, keepdims=True, where=~jnp.isnan(x), initial=jnp.inf)
-
-
-def _deviation(x: Float[Array, "*N"], known: Bool[Array, "*N"], axis: int | None = None) -> Float[Array, "*M"]:
-    """The standard deviation (n - 1) of what is known, along an axis that stays; 0 of a single number."""
-    count = known.sum(axis=axis, keepdims=True)
-    squares = (x - x.mean(axis=axis, keepdims=True, where=known)) ** 2
-    return jnp.sqrt(squares.sum(axis=axis, keepdims=True, where=known) / jnp.maximum(count - 1, 1))
+    return ~(high - low > 4 * jnp.finfo(jnp.float32).eps * size)
 
 
 def adaptive_kl_coef(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -23,61 +23,31 @@ Batch = Any
 LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 """(params, batch, key) -> (scalar, metrics), what `step.make_train_step` takes."""
 
-
 ArrayLoss = Callable[..., tuple[Array, Metrics]]
 """A loss of arrays, (what it names of a batch) -> (scalar, metrics); `losses` has the library's own."""
 
 
-class PolicyLoss(Protocol):
-    """(logprobs, old_logprobs, advantages, weights), each float32[B, T], -> (scalar, metrics)."""
+PolicyLoss = Callable[[Array, Array, Array, Array], tuple[Array, Metrics]]
+"""(logprobs, old_logprobs, advantages, weights), each float32[B, T], -> (scalar, metrics)."""
 
-    def __call__(
-        self,
-        logprobs: Float[Array, "B T"],
-        old_logprobs: Float[Array, "B T"],
-        advantages: Float[Array, "B T"],
-        weights: Float[Array, "B T"],
-    ) -> tuple[Float[Array, ""], Metrics]: ...
+ValueLoss = Callable[[Array, Array, Array, Array], tuple[Array, Metrics]]
+"""(values, old_values, returns, weights), each float32[B, T], -> (scalar, metrics)."""
 
+Advantage = Callable[[Array, Array], Array]
+"""(rewards, values), each float32[B, T] and 0 off the slots whose value is trained, -> advantages float32[B, T].
 
-class Advantage(Protocol):
-    """(rewards, values), each float32[B, T] and 0 off the slots whose value is trained, -> advantages float32[B, T].
+They become the critic's returns, advantages + values, before they are whitened."""
 
-    They become the critic's returns, advantages + values, before they are whitened.
-    """
+GroupAdvantage = Callable[[Array], Array]
+"""scores float32[B] -> advantages float32[B]; the group_size rows that answer one prompt stand side by side.
 
-    def __call__(self, rewards: Float[Array, "B T"], values: Float[Array, "B T"]) -> Float[Array, "B T"]: ...
+A score is NaN where a judge gave no answer; its row is not trained on, whatever its advantage."""
 
+RewardFn = Callable[..., list[float]]
+"""A plain Python reward, (prompts: list[str], responses: list[str], **columns) -> one number per response.
 
-class ValueLoss(Protocol):
-    """(values, old_values, returns, weights), each float32[B, T], -> (scalar, metrics)."""
-
-    def __call__(
-        self,
-        values: Float[Array, "B T"],
-        old_values: Float[Array, "B T"],
-        returns: Float[Array, "B T"],
-        weights: Float[Array, "B T"],
-    ) -> tuple[Float[Array, ""], Metrics]: ...
-
-
-class GroupAdvantage(Protocol):
-    """scores float32[B] -> advantages float32[B]; the group_size rows that answer one prompt stand side by side.
-
-    A score is NaN where a judge gave no answer; its row is not trained on, whatever its advantage.
-    """
-
-    def __call__(self, scores: Float[Array, " B"]) -> Float[Array, " B"]: ...
-
-
-class RewardFn(Protocol):
-    """A plain Python reward: one number per response.
-
-    Prompts are what the model is shown, responses what it wrote, as text; columns are the other fields of the prompts'
-    rows, and `messages` where prompts are messages, if it is taken (None beside a text). See `reward_functions`.
-    """
-
-    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]: ...
+Prompts are what the model is shown, responses what it wrote, as text; columns are the other fields of the prompts'
+rows, and `messages` where prompts are messages, if it is taken (None beside a text). See `reward_functions`."""
 
 
 @jax.tree_util.register_dataclass

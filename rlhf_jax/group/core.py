@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import advantages as adv
 from rlhf_jax.config import GroupConfig, OptimConfig, bind
@@ -28,10 +28,11 @@ from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
     Scored,
+    ScoredRows,
     Training,
     corrected,
-    full_sequence,
     make_epochs,
+    of_rollout,
     of_view,
     response_logprobs,
     rewards_of,
@@ -48,27 +49,15 @@ from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, 
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Experience:
-    """A scored rollout, what the update reads: int32, bool and float32. S = P + T.
+@dataclass(frozen=True, kw_only=True)
+class Experience(ScoredRows):
+    """What the update reads.
 
     Attributes:
-        tokens: prompt and response.
-        segment_ids: 1 on real tokens, 0 on padding.
-        mask: the response tokens that are trained on, the stop token included.
         ref_logprobs: None if the loss has no KL.
-        kept: as in `Rollout`: log-probs are of these ids.
-        experts: as in `Rollout`: response tokens go to these.
     """
 
-    tokens: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]
-    mask: Bool[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]
     ref_logprobs: Float[Array, "B T"] | None
-    advantages: Float[Array, "B T"]
-    kept: Int[Array, "B T K"] | None = None
-    experts: Int[Array, "B T L k"] | None = None
 
 
 @dataclass(frozen=True)
@@ -218,19 +207,14 @@ def make_score(
         advantages = advantages_of(scores, kl, mask, kl_coef, config, compare, dense)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
-            **full_sequence(rollout),
-            mask=mask,
-            old_logprobs=old_logprobs,
+            **of_rollout(rollout, mask, old_logprobs, advantages),
             ref_logprobs=ref_logprobs if config.kl_coef and config.kl_in == "loss" else None,
-            advantages=advantages,
-            kept=rollout.kept,
-            experts=rollout.experts,
         )
 
         # What is reported: scalars, and numbers [B] of each row.
         rows["alike"] = jnp.repeat(adv.alike(paid.reshape(-1, config.group_size)), config.group_size)
-        metrics = {**rollout_metrics(rollout, old_logprobs), **weighted, **earned}
-        metrics |= reward_metrics(raw, paid - kl_coef * k1.sum(axis=1), answered, rows["alike"], config)
+        metrics = rollout_metrics(rollout, old_logprobs, raw, paid - kl_coef * k1.sum(axis=1), answered)
+        metrics |= {**weighted, **earned, **group_metrics(raw, answered, rows["alike"], config)}
         if ref is not None:
             rows["kl"], k3 = k1.sum(axis=1), adv.kl_k3(old_logprobs, ref_logprobs)
             metrics |= {"rollout/kl": rows["kl"].mean(), "rollout/kl_k3": k3.sum(axis=1).mean()}
@@ -239,18 +223,11 @@ def make_score(
     return score
 
 
-def reward_metrics(
-    rewards: Float[Array, " B"],
-    objective: Float[Array, " B"],
-    answered: Bool[Array, " B"],
-    alike: Bool[Array, " B"],
-    config: GroupConfig,
+def group_metrics(
+    rewards: Float[Array, " B"], answered: Bool[Array, " B"], alike: Bool[Array, " B"], config: GroupConfig
 ) -> Metrics:
-    """Of rows that are answered, mean and spread of the rewards, and the mean of what is maximised; of groups the mean
-    spread and, if compared, how many are paid alike.
-    """
-    metrics = {"rollout/reward": rewards.mean(where=answered), "rollout/reward_std": rewards.std(where=answered)}
-    metrics["rollout/objective"] = objective.mean(where=answered)
+    """The mean spread of the rewards in a group and, if they are compared, how many are paid alike."""
+    metrics: Metrics = {}
     if config.group_size > 1:
         groups, known = (x.reshape(-1, config.group_size) for x in (rewards, answered))
         metrics["group/reward_std"] = groups.std(axis=1, where=known).mean(where=known.any(axis=1))

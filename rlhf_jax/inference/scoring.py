@@ -62,7 +62,7 @@ class RewardModel:
             self.loaded = load_model(config, mesh, jax.random.key(0), head="trained", length=limits.max_length)
         self.arch = self.loaded.model.arch
         check_vocabulary(self.arch, self.tokenizer, config.path)
-        self.forward = jax.jit(partial(column_scores, self.loaded.model))
+        self.forward = jax.jit(lambda params, inputs: scored(self.loaded.model, params, **inputs)[0])
 
     def example(self, row: Row, remarks: Counter[str] | None = None) -> Example:
         """The tokens of a {prompt, response, finished?} row; `remarks` counts what tokenising has to say."""
@@ -111,11 +111,6 @@ def function_inputs(rows: Sequence[Row]) -> tuple[list[str], list[str], Columns]
     """(prompts, responses, columns) for reward functions, of rows {shown, response, columns}."""
     columns = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
     return [row["shown"] for row in rows], [row["response"] for row in rows], columns
-
-
-def column_scores(model: Model, params: Params, inputs: dict[str, Array]) -> Float[Array, "M S ..."]:
-    """The scalar head, or those of an ensemble, at every column of packed texts."""
-    return scored(model, params, **inputs)[0]
 
 
 def column_logprobs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,34 @@ TRAINED = "update/trained"
 
 Training = tuple[Update, optax.GradientTransformationExtraArgs, Schedule]
 """The update program of a method, its optimiser, and the learning rate of the policy by iteration."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows:
+    """A scored rollout, as far as methods agree: int32, bool and float32. S = P + T.
+
+    Attributes:
+        tokens: prompt and response.
+        segment_ids: 1 on real tokens, 0 on padding.
+        mask: the response tokens that are trained on, the stop token included.
+        kept: as in `Rollout`: log-probs are of these ids.
+        experts: as in `Rollout`: response tokens go to these.
+    """
+
+    tokens: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    mask: Bool[Array, "B T"]
+    old_logprobs: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    kept: Int[Array, "B T K"] | None = None
+    experts: Int[Array, "B T L k"] | None = None
+
+
+def of_rollout(rollout: Rollout, mask: Array, old_logprobs: Array, advantages: Array) -> dict[str, Any]:
+    """The fields of `ScoredRows`."""
+    scored = {"mask": mask, "old_logprobs": old_logprobs, "advantages": advantages}
+    return {**full_sequence(rollout), **scored, "kept": rollout.kept, "experts": rollout.experts}
 
 
 def response_logprobs(
@@ -207,12 +236,23 @@ def taught(
     return teacher_coef * paid, teacher_coef * apart, metrics
 
 
-def rollout_metrics(rollout: Rollout, old_logprobs: Float[Array, "B T"]) -> Metrics:
-    """How the rows ended, and how far the sampler's log-probs are from the ones used."""
+def rollout_metrics(
+    rollout: Rollout,
+    old_logprobs: Float[Array, "B T"],
+    rewards: Float[Array, " B"],
+    objective: Float[Array, " B"],
+    answered: Bool[Array, " B"],
+) -> Metrics:
+    """The rewards of answered rows, and what they are paid less the price of the KL; how all rows ended, and how far
+    the sampler's log-probs are from the ones used.
+    """
     finished = rollout.finished.mean()
     real = rollout.mask.sum() + rollout.prompt_mask.sum()
     gap = jnp.where(rollout.mask, jnp.abs(old_logprobs - rollout.logprobs), 0.0)
     return {
+        "rollout/reward": rewards.mean(where=answered),
+        "rollout/reward_std": rewards.std(where=answered),
+        "rollout/objective": objective.mean(where=answered),
         "rollout/eos_fraction": finished,
         "rollout/truncated_fraction": 1.0 - finished,
         "rollout/response_length": rollout.mask.sum(axis=1).mean(dtype=jnp.float32),

@@ -28,12 +28,13 @@ from rlhf_jax.models.model import by_width
 from rlhf_jax.online.core import (
     Score,
     Scored,
+    ScoredRows,
     Training,
     Update,
     corrected,
-    full_sequence,
     hidden_of,
     make_epochs,
+    of_rollout,
     of_view,
     response_logprobs,
     rewards_of,
@@ -51,30 +52,18 @@ from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollo
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Experience:
-    """A scored rollout, what the update reads: int32, bool and float32. S = P + T.
+@dataclass(frozen=True, kw_only=True)
+class Experience(ScoredRows):
+    """What the update reads.
 
     Attributes:
-        tokens: prompt and response.
-        segment_ids: 1 on real tokens, 0 on padding.
-        mask: response tokens, the stop token included.
         value_mask: slots whose value is trained; the slot after the response too if the score is there.
         old_values: the value before each token.
-        kept: as in `Rollout`: log-probs are of these ids.
-        experts: as in `Rollout`: response tokens go to these.
     """
 
-    tokens: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]
-    mask: Bool[Array, "B T"]
     value_mask: Bool[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]
     old_values: Float[Array, "B T"]
-    advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
-    kept: Int[Array, "B T K"] | None = None
-    experts: Int[Array, "B T L k"] | None = None
 
 
 @dataclass(frozen=True)
@@ -268,20 +257,18 @@ def make_score(
         advantages, returns = estimated(estimate, rewards, values, mask, value_mask, config)
         advantages, weighted = corrected(advantages, old_logprobs, rollout, config, importance)
         experience = Experience(
-            **full_sequence(rollout),
-            mask=mask,
+            **of_rollout(rollout, mask, old_logprobs, jnp.where(mask, advantages, 0.0)),
             value_mask=value_mask,
-            old_logprobs=old_logprobs,
             old_values=values,
-            advantages=jnp.where(mask, advantages, 0.0),
             returns=jnp.where(value_mask, returns, 0.0),
-            kept=rollout.kept,
-            experts=rollout.experts,
         )
 
         # What is reported, and the price of the next iteration.
-        kl, paid = k1.sum(axis=1), scores + dense.sum(axis=1)
-        metrics = score_metrics(experience, rollout, raw, paid, answered, kl, k3, kl_coef) | weighted | earned
+        kl = k1.sum(axis=1)
+        objective = scores + dense.sum(axis=1) - kl_coef * kl
+        metrics = rollout_metrics(rollout, old_logprobs, raw, objective, answered) | critic_metrics(experience)
+        metrics |= {"rollout/kl": kl.mean(), "rollout/kl_k3": k3.sum(axis=1).mean(), "ppo/kl_coef": kl_coef}
+        metrics |= {**weighted, **earned}
         return experience, next_kl_coef(kl_coef, kl, config), metrics, {**rows, "kl": kl}
 
     return score
@@ -315,27 +302,9 @@ def next_kl_coef(kl_coef: Float[Array, ""], kl: Float[Array, " B"], config: PPOC
     return jnp.where(jnp.isnan(new), kl_coef, new)
 
 
-def score_metrics(
-    x: Experience,
-    rollout: Rollout,
-    raw: Float[Array, " B"],
-    scores: Float[Array, " B"],
-    answered: Bool[Array, " B"],
-    kl: Float[Array, " B"],
-    k3: Float[Array, "B T"],
-    kl_coef: Float[Array, ""],
-) -> Metrics:
-    """Rewards (`raw`, and with clip and penalties `scores`) of answered rows against the KL, how the rows ended, how
-    far the sampler's log-probs are from the ones used, and how good the critic is.
-    """
+def critic_metrics(x: Experience) -> Metrics:
+    """What the critic says, and how good it is."""
     return {
-        "rollout/reward": raw.mean(where=answered),
-        "rollout/reward_std": raw.std(where=answered),
-        "rollout/kl": kl.mean(),
-        "rollout/kl_k3": k3.sum(axis=1).mean(),
-        "rollout/objective": (scores - kl_coef * kl).mean(where=answered),
-        "ppo/kl_coef": kl_coef,
-        **rollout_metrics(rollout, x.old_logprobs),
         "value/mean": jnp.sum(x.old_values * token_weights(x.value_mask, "token")),
         "value/explained_variance": adv.explained_variance(x.old_values, x.returns, x.value_mask),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,13 +140,8 @@ def scale_by_learning_rate_of_step(schedule: Schedule) -> optax.GradientTransfor
     """
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        *,
-        step: jax.Array,
-        **_: object,
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: Params, state: optax.OptState, params: Params | None = None, *, step: jax.Array, **_: object
+    ) -> tuple[Params, optax.OptState]:
         rate = schedule(step)
         return jax.tree.map(lambda u: -rate * u, updates), state
 
@@ -160,11 +156,9 @@ def moves(grads: Params) -> Bool[Array, ""]:
 def held_at_zero(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """`inner`, but a gradient of 0 changes neither weights nor state, which momentum and weight decay would."""
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **more: object
-    ) -> tuple[optax.Updates, optax.OptState]:
-        there, as_it_was = moves(updates), (jax.tree.map(jnp.zeros_like, updates), state)
-        made = inner.update(updates, state, params, **more)
+    def update(grads: Params, state: optax.OptState, *args: Any, **more: Any) -> tuple[Params, optax.OptState]:
+        there, as_it_was = moves(grads), (jax.tree.map(jnp.zeros_like, grads), state)
+        made = inner.update(grads, state, *args, **more)
         return jax.tree.map(lambda new, old: jnp.where(there, new, old), made, as_it_was)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
