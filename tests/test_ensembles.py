@@ -347,6 +347,23 @@ def test_the_scale_is_of_reward_models_alone_so_that_functions_that_fail_are_not
     assert scales[0] == scales[1] and scales[0]["std"][0] > 0
 
 
+@pytest.mark.parametrize("init", ["auto", "zeros"])
+def test_a_critic_that_starts_from_the_reward_model_starts_on_its_scale(one_device, init):
+    """Whose score is 0 in the mean, and so is then what the critic says of the same tokens; one of zeros stays so."""
+    config = toy_run(reward_standardize="mean_std", value_init=init)
+    method, loop = train.setup(config, **TOY_ROWS)
+    with jax.set_mesh(method.mesh.grid):
+        scaled = guards.on_scale(method, {"mean": [3.0], "std": [0.5]})
+        moved = guards.critic_on_scale(scaled, loop)
+    before, after = loop.state.params["value"]["score"], moved.state.params["value"]["score"]
+    expected = before if init == "zeros" else scaled.nets.reward["score"]
+    assert same_bits(flattened(after), flattened(expected)) and bool(jnp.any(before["kernel"])) == (init == "auto")
+    assert same_bits(flattened(moved.state.params["policy"]), flattened(loop.state.params["policy"]))
+    if init == "auto":
+        np.testing.assert_allclose(after["bias"], (before["bias"] - 3) / 0.5, rtol=1e-6)
+        np.testing.assert_allclose(after["kernel"], before["kernel"] / 0.5, rtol=1e-6)
+
+
 def test_limits_and_the_alarm_say_what_they_saw():
     before, after = ({"eval/kl": kl, "eval/reward": r, guards.DISAGREEMENT: d} for kl, r, d in ((0, 0, 1), (3, 1, 2)))
     assert guards.beyond(PPOConfig(kl_budget=3.0, disagreement_budget=2.0), before, after) == ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import OnlineConfig
@@ -56,6 +58,17 @@ def on_scale(method: Method, scale: Scale) -> Method:
         start += count
     reward = together(models)
     return replace(method, nets=replace(method.nets, reward=reward and reward.params))
+
+
+def critic_on_scale(method: Method, loop: LoopState) -> LoopState:
+    """The first state, with the head of a critic that starts from the reward model on the scale of `on_scale`."""
+    state, head_of = loop.state, method.nets.critic_head
+    if head_of is None:
+        return loop
+    value = state.params["value"]
+    place = lambda new, old: jax.device_put(jnp.copy(new), old.sharding)  # noqa: E731
+    score = jax.tree.map(place, head_of(method.nets.reward), value["score"])
+    return replace(loop, state=replace(state, params={**state.params, "value": {**value, "score": score}}))
 
 
 def beyond(settings: OnlineConfig, before: Mapping[str, float], results: Mapping[str, float]) -> str:

@@ -87,6 +87,7 @@ def train(out: Run, method: Method, loop: LoopState, notes: dict[str, Any]) -> t
         notes = {"reward_scale": guards.first_scale(method, loop)}
     if "reward_scale" in notes:
         method = guards.on_scale(method, notes["reward_scale"])
+        loop = guards.critic_on_scale(method, loop) if begins else loop
     if begins:
         notes = _evaluated(out, method, loop, 0, notes)
         out.save_if_due(0, loop.tree(), _judged(method, notes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class Networks:
             trained.
         critic: the critic that is written to output_dir/value_model; None if none is.
         teacher: parameters of the teacher; None without any.
+        critic_head: of a critic that starts from the reward model, (parameters of the latter) -> its head.
     """
 
     models: Any
@@ -48,6 +49,7 @@ class Networks:
     frozen: Params | None
     critic: Loaded | None = None
     teacher: Params | None = None
+    critic_head: Callable[[Params], Params] | None = None
 
 
 def load_policy_and_reward(

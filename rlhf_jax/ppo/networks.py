@@ -9,11 +9,13 @@ import jax
 from rlhf_jax.config import PPOArgs
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, adapted
 from rlhf_jax.models.members import merged_member
 from rlhf_jax.online.networks import Networks, members, together
 from rlhf_jax.ppo import core
 from rlhf_jax.sharding import Mesh, copied, placed
+from rlhf_jax.training.responses import first_of
 from rlhf_jax.types import Params
 
 
@@ -32,7 +34,7 @@ def make_networks(
     """
     ppo = config.ppo
     policy = split_layers(policy, ppo.trainable_layers, mesh)
-    ref = policy.params
+    ref, head = policy.params, None
     if reward is not None and not ppo.shared_trunk and ppo.value_init != "zeros":
         first, *others = members(reward)
         if first.model.own_adapters and (config.lora.rank or ppo.trainable_layers):
@@ -40,11 +42,11 @@ def make_networks(
             said = "the critic would stand on a reward model whose members have adapters"
             raise UserError(f"{what}: {said}; set ppo.value_init zeros, or ppo.shared_trunk true")
         first = split_layers(first, ppo.trainable_layers, mesh)
-        reward = together([first, *others])
+        reward, head = together([first, *others]), partial(one_head, first.model)
         value, base = with_one_head(first, mesh), "reward"
     else:
-        head = placed(mesh, lambda key: {"score": policy.model.init_score(key, zeros=True)}, key)["score"]
-        scored = policy.model.with_score(policy.params, head)
+        zeros = placed(mesh, lambda key: {"score": policy.model.init_score(key, zeros=True)}, key)["score"]
+        scored = policy.model.with_score(policy.params, zeros)
         value = Loaded(replace(policy.model, score_head=True), scored, policy.base_config, path=policy.path)
         base = "ref"
     value = adapted(frozen_below(value), config.lora, mesh, key, "critic's adapters")
@@ -57,7 +59,8 @@ def make_networks(
     frozen = {"ref": ref, "reward": reward.params if reward else None}
     critic = value if ppo.save_value_model else None
     teaches = teacher.params if teacher else None
-    nets = Networks(models, policy, **frozen, frozen=frozen if bases else None, critic=critic, teacher=teaches)
+    below = frozen if bases else None
+    nets = Networks(models, policy, **frozen, frozen=below, critic=critic, teacher=teaches, critic_head=head)
     trained = {"score": value.params["score"]} if ppo.shared_trunk else value.params
     return nets, copied({"policy": policy.params, "value": trained})
 
@@ -73,8 +76,16 @@ def with_one_head(loaded: Loaded, mesh: Mesh) -> Loaded:
         first = partial(merged_member, i=0, scale=loaded.model.lora_scale)
         one = {"model__members": 0, "model__own_adapters": False, "model__lora_scale": 1.0}
         return replace(loaded, params=placed(mesh, first, loaded.params), **one)
-    head = jax.tree.map(lambda x: x[0] + (x - x[:1]).mean(axis=0), loaded.params["score"])
-    return replace(loaded, model__members=0, params={**loaded.params, "score": head})
+    return replace(loaded, model__members=0, params={**loaded.params, "score": one_head(loaded.model, loaded.params)})
+
+
+def one_head(model: Model, params: Params) -> Params:
+    """The head of `with_one_head`, of a reward model's parameters; of several models', that of the first."""
+    score = first_of(params)["score"]
+    if not model.members:
+        return score
+    of_several = lambda x: x[0] if model.own_adapters else x[0] + (x - x[:1]).mean(axis=0)  # noqa: E731
+    return jax.tree.map(of_several, score)
 
 
 def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:
