@@ -672,7 +672,7 @@ def test_suggest_goes_on_from_the_fastest_while_what_it_waits_for_grows_less(mon
         return [plan.Row("update", 0, 0, chips.GIB, 1, 1, 1, {}, (), seconds, 1, 0)], {}
 
     monkeypatch.setattr(suggest, "analyse", compiled)
-    given = ["--config", "qwen2.5_0.5b_lora_ppo"]
+    given = ["--config", "qwen2.5_0.5b_lora_ppo", "--model.remat", "full", "--ppo.accumulate", "2"]
     suggest.suggest(cli.parse("ppo", given), chips.CHIPS["v5e"], [None], PlanArgs(topology="v5e:1x1"))
     found = [(one.ppo.accumulate, one.model.remat) for one in tried]
     assert found[-2:] == [(1, "full"), (1, "dots")] and set(found[:-2]) == {(2, "full")}
