@@ -1,9 +1,5 @@
 """Policy gradients with a baseline from the other responses to a prompt, as pure functions.
 
-    rollout  (one jit)  prompts -> Rollout, G rows to each
-    score    (one jit)  Rollout -> Experience: rewards, reference log-probs, KL, advantages
-    update   (one jit)  Experience -> new state, over epochs and minibatches, old state donated
-
 A group must be whole in `score` alone, which sees the whole rollout: once a response has its advantage, its row may go
 into any minibatch. Minibatches keep groups together where they can, so that a prompt is computed once for its rows.
 Every detail is a field of `config.GroupConfig`; docs/algorithms.md has the formulae.

@@ -1,10 +1,7 @@
 """PPO for language models: score, shape rewards, GAE, epochs of minibatches, as pure functions.
 
-    rollout  (one jit)  prompts -> Rollout
-    score    (one jit)  Rollout -> Experience: rewards, values, reference log-probs, KL, advantages
-    update   (one jit)  Experience -> new state, over epochs and minibatches, old state donated
-
-Every implementation detail is a field of `config.PPOConfig`; docs/algorithms.md has the formulae.
+Every implementation detail is a field of `config.PPOConfig`; docs/algorithms.md has the formulae, docs/design.md the
+three programs.
 """
 
 from __future__ import annotations
@@ -332,11 +329,7 @@ def make_ppo_optimizer(run: PPOArgs) -> tuple[optax.GradientTransformationExtraA
         "value": make_optimizer(run.value_optim, lambda step: value_rate(step // per_iteration)),
     }
     parts = {name: held_at_zero(tx) for name, tx in parts.items()}
-
-    def labels(params: Params) -> Any:
-        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
-
-    return optax.partition(parts, labels), policy_schedule
+    return optax.partition(parts, {name: name for name in parts}), policy_schedule
 
 
 def make_ppo_step(
