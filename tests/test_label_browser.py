@@ -387,6 +387,10 @@ def test_a_browser_that_keeps_nothing_asks_before_an_answer_is_lost(browser, row
         page.click("#raw")
         by_letters(page, "a", save=False)
         assert order(page) == "A"
+        for key, at in (("ArrowRight", "3 of 5"), ("ArrowLeft", "2 of 5"), ("ArrowRight", "3 of 5")):
+            page.keyboard.press(key)
+            page.locator("#at", has_text=at).wait_for()
+            assert order(page) == ("A" if at == "2 of 5" else "")  # the page itself keeps it
         page.reload()
         assert asked == ["beforeunload"] and errors == []
         context.close()

@@ -16,6 +16,7 @@ from rlhf_jax.commands.chat import held
 from rlhf_jax.commands.chat import policy as policy_module
 from rlhf_jax.commands.chat.talk import Talk
 from rlhf_jax.config import ChatArgs, MeshConfig, SamplingConfig
+from rlhf_jax.data.messages import prompt_of
 from rlhf_jax.data.schemas import preference_row
 from rlhf_jax.data.tokenizer import OTHER_IDS
 from rlhf_jax.errors import UserError
@@ -82,6 +83,33 @@ def test_a_conversation_holds_what_was_preferred_and_texts_have_no_history():
     plain.ask("one")
     plain.ask("two")
     assert plain.prompt == "two"
+
+
+def test_what_got_an_empty_answer_is_no_turn_so_that_every_prompt_is_one_that_training_reads(
+    typed, capsys, monkeypatch
+):
+    talk = Talk([])
+    for question, answer in (("one", ""), ("two", " \n"), ("three", "3"), ("four", "")):
+        talk.ask(question)
+        talk.answered(answer)
+        assert talk.is_answered == (answer == "3")
+        assert prompt_of({}, talk.prompt) == talk.prompt
+    assert [turn["content"] for turn in talk.prompt] == ["three", "3", "four"]
+
+    seen = []
+    monkeypatch.setattr(policy_module.Policy, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(policy_module.Policy, "answer", lambda self, prompt, key: silent(seen, prompt))
+    typed("b", "   ", "c", "/again")
+    cli.dispatch(["chat", "somewhere"])
+    assert [prompt[-1]["content"] for prompt in seen] == ["b", "c", "c"] and {len(prompt) for prompt in seen} == {1}
+    assert capsys.readouterr().out.count("[the answer is empty, so what is said next takes the place of the ques") == 3
+
+
+def silent(seen, prompt):
+    """A policy that says nothing."""
+    seen.append(prompt)
+    yield ""
+    return policy_module.Answer("", [1], True)
 
 
 def test_two_policies_answer_with_the_same_noise_and_votes_are_rows_that_a_reward_model_reads(

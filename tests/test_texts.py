@@ -25,7 +25,18 @@ from rlhf_jax.data.comparisons import preference_examples, unpaired_examples
 from rlhf_jax.data.encoding import Encoder, Limits
 from rlhf_jax.data.examples import prompt_examples, sft_examples
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import ALTERED, HIDDEN, OTHER_IDS, RESPACED, STOPPED, UNKNOWN, WITHIN, Tokenizer
+from rlhf_jax.data.tokenizer import (
+    ALTERED,
+    BROKEN,
+    HIDDEN,
+    OTHER_IDS,
+    RESPACED,
+    SPOILED,
+    STOPPED,
+    UNKNOWN,
+    WITHIN,
+    Tokenizer,
+)  # fmt: skip
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
@@ -364,6 +375,18 @@ def test_ids_that_no_token_has_are_not_shown_either():
     assert not tokenizer.hides(plain) and not tokenizer.hides([*plain, end])
     assert tokenizer.hides([*plain, beyond]) and tokenizer.hides([beyond + 99, *plain, end])
     assert tokenizer.response_text([*plain, beyond], "x") == "ab"
+
+
+def test_half_a_character_is_counted_where_a_text_shows_it_as_ufffd_and_its_ids_stay():
+    tokenizer, remarks = Tokenizer(byte_tokenizer()), Counter()
+    ids = tokenizer.encode_response("a\u8336", finished=False)
+    assert tokenizer.unshown(ids, tokenizer.response_text(ids, "")) == {} and len(ids) > 2
+    text = tokenizer.response_text(ids[:-1], "")
+    assert "\ufffd" in text and tokenizer.unshown(ids[:-1], text) == {BROKEN: 1}
+    kept = tokenizer.encode_response(text, finished=False, ids=ids[:-1], remarks=remarks)
+    assert kept == ids[:-1] and +remarks == {BROKEN: 1}
+    rows = rows_from([{"prompt": "b", "responses": [{"text": text, "rank": 0}, {"text": "c", "rank": 1}]}])
+    assert preference_examples(rows, tokenizer, LIMITS)[1].remarks == {SPOILED: 1}
 
 
 def test_a_run_says_at_its_end_that_a_reward_did_not_see_all():

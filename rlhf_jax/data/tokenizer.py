@@ -36,6 +36,8 @@ RESPACED = "texts of which the tokenizer changes the white space alone"
 STOPPED = "responses or documents that already ended in a stop token's text"
 WITHIN = "responses or documents with a stop token before their end"
 HIDDEN = "responses whose ids have special tokens that their text does not show"
+SPOILED = "texts with U+FFFD, which stands for bytes of no whole character"
+BROKEN = "responses whose ids have bytes of no whole character, which their text shows as U+FFFD"
 PROMPTS, RESPONSES = "prompts", "responses or documents"
 
 
@@ -180,7 +182,7 @@ class Tokenizer:
         remarks = Counter() if remarks is None else remarks
         if ids is not None:
             if self._are_of(ids, response, finished):
-                remarks[HIDDEN] += self.hides(ids)
+                remarks.update(self.unshown(ids, text_of(response)))
                 return [int(i) for i in ids]
             remarks[OTHER_IDS] += 1
         text = self._without_stop(text_of(response), remarks)
@@ -215,6 +217,10 @@ class Tokenizer:
         Or ids that no token has, of rows of an embedding beyond the tokenizer.
         """
         return not self._shown.issuperset(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
+
+    def unshown(self, ids: Sequence[int], text: str) -> Counter[str]:
+        """What the text of a sampled response does not show of its ids, to be counted."""
+        return +Counter({HIDDEN: int(self.hides(ids)), BROKEN: int("\ufffd" in text)})
 
     def _around_an_answer(self) -> tuple[str, str]:
         """(what stands before, what after the content of an answer that finished), as its ids are decoded."""
@@ -284,6 +290,7 @@ class Tokenizer:
         for text in texts:
             for name in dict.fromkeys(self._written_out(text)):
                 remarks[f"{what} in which {name} is written out and read as the token"] += 1
+        remarks[SPOILED] += any("\ufffd" in text for text in texts)
         back = decoded(by or self.hf, ids, special=True)
         if self._unknown in ids:
             remarks[UNKNOWN] += 1

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from rlhf_jax.config import RewardJudgeConfig
 from rlhf_jax.data.numbers import float_of
+from rlhf_jax.data.tokenizer import SPOILED
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judge import NONSENSE, Answer
 from rlhf_jax.feedback.judges import PAIRS, Form, ModelJudge, Silent, judge_by, make_ask
@@ -80,6 +81,7 @@ class RewardJudge:
         form = PAIRS if config.against else scores_form(config.scale)
         self.ask = make_ask(config, mesh, form, skip_long=True)
         self.params = self.ask.loaded.params if isinstance(self.ask, ModelJudge) else None
+        self._told: Counter[str] = self.ask.remarks if isinstance(self.ask, ModelJudge) else Counter()
 
     @property
     def everywhere(self) -> bool:
@@ -101,6 +103,8 @@ class RewardJudge:
         except Silent as silent:
             raise RewardFailure(f"{silent.what}; mend that, or set reward.on_failure skip") from silent
         self.asked, self.unanswered = self.asked + len(said), self.unanswered + int(np.isnan(said).sum())
+        if not isinstance(self.ask, ModelJudge) and (spoiled := sum("\ufffd" in response for response in responses)):
+            self._told[SPOILED] += spoiled
         return np.float32(self.config.weight) * said.astype(np.float32)
 
     @staticmethod
@@ -129,19 +133,19 @@ class RewardJudge:
 
     def counts(self) -> dict[str, Any]:
         """{asked, unanswered, and remarks, what tokenising had to say, if anything}; `restore` is the way back."""
-        told = dict(self.ask.remarks) if isinstance(self.ask, ModelJudge) else {}
-        return {"asked": self.asked, "unanswered": self.unanswered} | ({"remarks": told} if told else {})
+        told = {"remarks": dict(self._told)} if self._told else {}
+        return {"asked": self.asked, "unanswered": self.unanswered} | told
 
     def restore(self, counts: Mapping[str, Any]) -> None:
         """Go on counting from `counts`, those of an earlier process."""
         self.asked, self.unanswered = counts["asked"], counts["unanswered"]
-        if isinstance(self.ask, ModelJudge):
-            self.ask.remarks = Counter(counts.get("remarks", {}))
+        self._told.clear()
+        self._told.update(counts.get("remarks", {}))
 
     def remarks(self) -> list[str]:
         """Lines about responses without an answer, if there were any, and what tokenising questions had to say."""
-        told = self.counts().get("remarks", {})
-        lines = [f"reward.judge.model: of {self.asked} responses {count} {what}" for what, count in told.items()]
+        name = "reward.judge.model" if isinstance(self.ask, ModelJudge) else "reward.judge"
+        lines = [f"{name}: of {self.asked} responses {count} {what}" for what, count in self._told.items()]
         if self.unanswered:
             lines += [
                 f"reward.judge gave no answer to {self.unanswered} of {self.asked} responses, which taught nothing "

@@ -14,10 +14,11 @@ from rlhf_jax.config import DrawArgs, ModelConfig, SampleArgs, SamplingConfig, S
 from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
 from rlhf_jax.data.encoding import Encoder, Limits, Report
 from rlhf_jax.data.examples import EMPTY, prompt_examples
+from rlhf_jax.data.messages import text_of
 from rlhf_jax.data.rows import EXTENSIONS, READ, DroppedRow, Row, carried, layout_of, tell_left, where_of
 from rlhf_jax.data.schemas import columns_of, prompt_row, sft_row
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import SPOILED, Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.judges import Group, check_judge, verdicts
@@ -122,6 +123,8 @@ def rankings_given(rows: object, fields: list[str], *, unlabelled: bool = True) 
             rankings.append(replace(ranking_row(row, unlabelled=unlabelled), fields=carried(row)))
         except DroppedRow:
             dropped += 1
+    if spoiled := sum("\ufffd" in text_of(text) for one in rankings for text in one.responses):
+        tell(f"{spoiled} {SPOILED}", error=True)
     return rankings, dropped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -143,10 +144,11 @@ class Generator:
                 ids = tokens[row][mask[row]]
                 text = self.tokenizer.response_text(ids.tolist(), example["given"])
                 responses.append(Response(example["prompt"], example["tokens"], text, ids, bool(finished[row])))
-        if hidden := sum(self.tokenizer.hides(one.ids.tolist()) for one in responses):
-            tell(
-                f"{hidden} of {len(responses)} responses have special tokens that their text does not show", error=True
-            )
+        unshown = Counter[str]()
+        for one in responses:
+            unshown.update(self.tokenizer.unshown(one.ids.tolist(), one.text))
+        for what, count in unshown.items():
+            tell(f"{count} of {len(responses)} {what.replace(' whose ids', '')}", error=True)
         return responses
 
     def rows(

@@ -14,7 +14,7 @@ import bottle
 import jax
 
 from rlhf_jax.commands.chat.policy import Answer, Policy
-from rlhf_jax.commands.chat.talk import Talk, comparable, first_said, preference, sides, started
+from rlhf_jax.commands.chat.talk import UNANSWERED, Talk, comparable, first_said, preference, sides, started
 from rlhf_jax.commands.web import LOOPBACK, listening, serve
 from rlhf_jax.commands.web.app import make_app as web_app
 from rlhf_jax.commands.web.app import posted
@@ -58,8 +58,8 @@ class Room:
         """Answer {talk, text}, or {talk} once more: lines of JSON as they come.
 
         {side, piece} is more of an answer, {side, text, finished, left_out, remarks} the whole of it. The last line is
-        {talk, votes, best}: the conversation's name, a new one if none was named, whether a vote is taken, and what it
-        goes on with. Where the page goes away meanwhile, nothing was said.
+        {talk, votes, best, unanswered}: the conversation's name, a new one if none was named, whether a vote is taken,
+        what it goes on with, and what to say if that is empty. Where the page goes away meanwhile, nothing was said.
         """
         name, text = said.get("talk"), said.get("text")
         held = self._find(name) if name else Held(started(self.config))
@@ -91,7 +91,8 @@ class Room:
         best = first_said(both)
         talk.answered(both[best].text)
         self._held[name] = Held(talk, both, order)
-        yield line(talk=name, votes=comparable(both), best=best)
+        unanswered = "" if talk.is_answered else UNANSWERED
+        yield line(talk=name, votes=comparable(both), best=best, unanswered=unanswered)
 
     def vote(self, said: JsonObject) -> JsonObject:
         """Keep a vote {talk, best: 0 or 1, tie} on the last answers; the conversation goes on with the better one."""

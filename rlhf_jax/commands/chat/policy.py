@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.messages import Text
-from rlhf_jax.data.tokenizer import HIDDEN, Tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.processes import to_host
 from rlhf_jax.inference.generate import make_sampler
@@ -85,9 +85,10 @@ class Policy:
                 yield text[len(said) :]
                 said = text
         seen = self.tokenizer.seen(context[left_out:]) if left_out else ""
-        remarks[HIDDEN] += self.tokenizer.hides(ids)
+        text = self.tokenizer.response_text(ids, prompt)
+        remarks.update(self.tokenizer.unshown(ids, text))
         notes = tuple(f"{count} {remark}" for remark, count in (+remarks).items())
-        return Answer(self.tokenizer.response_text(ids, prompt), ids, finished, left_out, seen, notes)
+        return Answer(text, ids, finished, left_out, seen, notes)
 
     def _draw(self, context: list[int], key: jax.Array, minimum: int) -> tuple[list[int], bool]:
         """(ids of the next piece, whether it ended)."""

@@ -13,10 +13,15 @@ from rlhf_jax.data.rows import Row
 
 NAMES = "AB"
 """What the two policies are called."""
+UNANSWERED = "the answer is empty, so what is said next takes the place of the question"
 
 
 class Talk:
-    """A conversation: `prompt` is what is to be answered, empty before anything is asked."""
+    """A conversation: `prompt` is what is to be answered, empty before anything is asked.
+
+    It goes on with texts, so a policy sees earlier answers as the rows of votes have them and training reads them.
+    Without a text there is no turn that a row could hold: a question that got none is not gone on with.
+    """
 
     def __init__(self, messages: Messages | None):
         """`messages` begin it; None is of texts without history."""
@@ -28,13 +33,18 @@ class Talk:
         if self._messages is None:
             self.prompt = text
             return
-        if isinstance(self.prompt, list):
+        if isinstance(self.prompt, list) and self.is_answered:
             self._messages = [*self.prompt, {"role": "assistant", "content": self._answer}]
         self.prompt = [*self._messages, {"role": "user", "content": text}]
 
     def answered(self, text: str) -> None:
         """What the conversation goes on with."""
         self._answer = text
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there is an answer that one can go on with; texts without history need none."""
+        return self._messages is None or bool(self._answer.strip())
 
 
 def started(config: ChatArgs) -> Talk:

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import jax
 
 from rlhf_jax.commands.chat.policy import Answer, Policy
-from rlhf_jax.commands.chat.talk import NAMES, comparable, first_said, preference, sides, started
+from rlhf_jax.commands.chat.talk import NAMES, UNANSWERED, comparable, first_said, preference, sides, started
 from rlhf_jax.config import ChatArgs
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import tell
@@ -23,9 +23,9 @@ def converse(config: ChatArgs, policies: list[Policy], lines: Lines | None) -> l
     tell(HELP)
     talk, number = started(config), 0
     while (typed := asked("> ")) is not None and typed != "/quit":
-        if typed in ("/reset", "/help", ""):
+        if typed in ("/reset", "/help") or not typed.strip():
             talk = started(config) if typed == "/reset" else talk
-            tell(HELP if typed == "/help" else "", end="\n" if typed else "")
+            tell(HELP if typed == "/help" else "", end="\n" if typed.strip() else "")
             continue
         if typed != "/again":
             talk.ask(typed)
@@ -48,6 +48,8 @@ def converse(config: ChatArgs, policies: list[Policy], lines: Lines | None) -> l
                 if lines is not None:
                     lines.add(votes[-1:], sync=True)
         talk.answered(answers[best].text)
+        if not talk.is_answered:
+            tell(f"[{UNANSWERED}]")
     return votes
 
 

@@ -61,6 +61,7 @@ function drawChoices(turn) {
     ? [button("A is better", choose(0)), button("Tie", choose("tie")), button("B is better", choose(1))] : [];
   const again = make("button", { type: "button", className: "plain", title: "Another answer to the same, with other noise", onclick: () => say() }, "Again");
   const none = turn.votes || about.models.length === 1 ? [] : [make("span", { className: "quiet" }, "No vote: the answers are equal, or one is empty.")];
+  if (turn.unanswered) none.push(make("span", { className: "quiet" }, `[${turn.unanswered}]`));
   return make("div", { className: "row choices" }, ...votes, ...none, again);
 }
 
@@ -124,7 +125,7 @@ function take(turn, said) {
   }
   if (said.best === undefined) return false;
   talk = said.talk;
-  Object.assign(turn, { votes: said.votes, best: said.best });
+  Object.assign(turn, { votes: said.votes, best: said.best, unanswered: said.unanswered });
   return true;
 }
 

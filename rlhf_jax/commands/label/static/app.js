@@ -6,7 +6,8 @@ const PLACES = ["1st", "2nd", "3rd"];
 let rater = "", item = null, tiers = [], allBad = false, typed = [];
 let study = null; // what the server says of the study: title, guidelines, criteria, scale
 let ratings = {}; // criterion -> name -> 1 to the scale
-let unsaved = false, draftKept = true; // whether an answer that is saved was changed since; whether a reload keeps what is here
+let unsaved = false; // whether an answer that is saved was changed since
+const onlyHere = new Set(); // drafts that a reload would lose
 let later = 0, loads = 0, shownAt = 0, hiddenFor = 0, hiddenAt = 0, saving = false;
 const CHANGED = "Changed since it was saved; Enter saves the change";
 const savedAt = []; // places of answers saved in this session, for undo
@@ -84,7 +85,6 @@ async function load(name, at, done = "") {
   session.setItem("at", item.at);
   const draft = JSON.parse(local.getItem(draftName()) ?? "null"), kept = draft ?? item.answer;
   unsaved = draft !== null && item.answer !== null;
-  draftKept = true;
   tiers = [];
   for (const [name, rank] of Object.entries(kept?.ranks ?? {})) {
     if (rank !== null && names().includes(name)) (tiers[rank] ??= []).push(name);
@@ -215,7 +215,7 @@ const draftOf = () => JSON.stringify({ ranks: ranks(), ratings, all_bad: allBad,
 
 function changed(what) {
   tiers = tiers.filter((tier) => tier.length);
-  draftKept = local.setItem(draftName(), draftOf());
+  if (local.setItem(draftName(), draftOf())) onlyHere.delete(draftName()); else onlyHere.add(draftName());
   unsaved = item.answer !== null;
   status("");
   draw();
@@ -344,7 +344,10 @@ async function save(skipped = false) {
   const isHere = () => rater === answer.rater && item.item === answer.item;
   try {
     const { state } = await ask("answer", answer);
-    if (local.getItem(draft) === kept) local.removeItem(draft);
+    if (local.getItem(draft) === kept) {
+      local.removeItem(draft);
+      onlyHere.delete(draft);
+    }
     if (rater !== answer.rater) return;
     savedAt.push(at);
     item.states[at] = state;
@@ -355,7 +358,6 @@ async function save(skipped = false) {
       if (unsaved) return status(CHANGED);
     }
     if (asked !== loads) return; // another item is there, or on its way
-    draftKept = true;
     await goOn();
   } catch (error) {
     status(isHere() ? error.message : `Item ${at + 1} is not saved. ${error.message}`, "failed");
@@ -494,7 +496,7 @@ function listen() {
   $("save").onclick = () => save();
   addEventListener("keydown", onKey);
   addEventListener("pointerdown", startDrag);
-  addEventListener("beforeunload", (event) => { if (!draftKept) event.preventDefault(); });
+  addEventListener("beforeunload", (event) => { if (onlyHere.size) event.preventDefault(); });
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) hiddenAt = performance.now(); else hiddenFor += performance.now() - hiddenAt;
   });

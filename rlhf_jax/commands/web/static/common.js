@@ -29,13 +29,18 @@ async function request(path, body, kept, running) {
   return response;
 }
 
-// What the browser keeps over a reload; one that refuses, as to some frames, keeps nothing.
+// What the browser keeps over a reload; where it refuses, as to some frames, or is full, the page keeps it while it lives.
 function storage(kind) {
+  const here = new Map();
   const tried = (what, ...rest) => { try { return window[kind][what](...rest); } catch { return null; } };
   return {
-    getItem: (name) => tried("getItem", name),
-    setItem: (name, value) => tried("setItem", name, value) !== null, // whether it is kept
-    removeItem: (name) => tried("removeItem", name),
+    getItem: (name) => here.get(name) ?? tried("getItem", name),
+    setItem: (name, value) => { // whether the browser keeps it
+      const kept = tried("setItem", name, value) !== null;
+      if (kept) here.delete(name); else here.set(name, value);
+      return kept;
+    },
+    removeItem: (name) => { here.delete(name); tried("removeItem", name); },
   };
 }
 const local = storage("localStorage"), session = storage("sessionStorage");
