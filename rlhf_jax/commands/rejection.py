@@ -88,8 +88,8 @@ def one_round(
 ) -> Summary:
     """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss.
 
-    `kept` are the rows that the limits of the SFT leave, held-out ones of eval_fraction included; to count them they are
-    tokenised once more than the SFT does, a fraction of what it took to draw each of them num_samples times.
+    `kept` are the rows that the limits of the SFT leave, held-out ones of eval_fraction included. To count them they
+    are tokenised once more than the SFT does: little beside what it took to draw each of them num_samples times.
     """
     best = sampling_of(config, k)
     output = Path(best.output)

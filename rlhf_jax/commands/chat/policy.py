@@ -80,7 +80,8 @@ class Policy:
             finished = finished and len(new) <= left  # else its stop stands behind what is kept
             ids += new[:left]
             whole = self.tokenizer.response_text(ids, prompt)
-            text = whole if finished else whole.rstrip("\ufffd")  # a character of which bytes are still to come
+            ended = finished or len(ids) == sampling.max_new_tokens
+            text = whole if ended else whole.rstrip("\ufffd")  # a character of which bytes are still to come
             if text.startswith(said):
                 yield text[len(said) :]
                 said = text
