@@ -222,6 +222,10 @@ def test_a_reward_on_the_rows_of_a_file_with_what_its_functions_are_given(tmp_pa
         run_evaluate(config, functions=[mine])
     given = run_evaluate(settings(tmp_path / "gold"), preference_rows=rows[4:5], functions=[length], gold=length)
     assert given["best_of_n"][-1]["gold"]["mean"] == 2.0
+    unsaid = [{"prompt": "u", "responses": ["a", "bb"]}, {"prompt": "v", "responses": ["a", "b"], "ranks": [0, 0]}]
+    some = run_evaluate(settings(tmp_path / "some"), preference_rows=[*rows[4:5], *unsaid], functions=[length])
+    assert (some["rows"], some["accuracy"]["rows"]) == (3, 1)
+    assert "2 of 3 rows have no two responses that labels order, and no accuracy\n" in capsys.readouterr().out
 
 
 def test_what_is_said_of_responses_stands_in_their_places_and_a_reward_that_fails_may_be_skipped(tmp_path, capsys):

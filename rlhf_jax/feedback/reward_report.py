@@ -331,6 +331,8 @@ def reward_lines(summary: Summary) -> list[str]:
     said = [text_table(["subset", "rows", "prompts", "accuracy", "95%"], cells)]
     if ties := summary["accuracy"]["ties"]:
         said.append(f"{ties} pairs with a tied label are left out")
+    if unlabelled := summary["rows"] - summary["accuracy"]["rows"]:
+        said.append(f"{unlabelled} of {summary['rows']} rows have no two responses that labels order, and no accuracy")
     for name, of in summary.get("reward_bench", {}).items():
         few = ", ".join(of["missing"][:3]) + (
             f" and {len(of['missing']) - 3} others" if len(of["missing"]) > 3 else ""
