@@ -194,6 +194,13 @@ def test_what_does_not_fit_is_one_line_with_the_stage_and_a_cure(right, wrong, s
     assert said in refusal(RECIPE.replace(right, wrong))
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "99999999", "1.5", "many", "[1]"])
+def test_a_number_of_rounds_that_is_none_is_one_line(count):
+    assert "is no number of rounds; give one between 1 and 10000" in refusal(
+        ROUNDS.replace("rounds: 3", f"rounds: {count}")
+    )
+
+
 def test_a_mistake_in_the_last_round_is_found_before_the_first_runs(here):
     text = ROUNDS.replace("mixture: $all", "mixture: $al")
     with pytest.raises(UserError, match=r"stage reward: data: mixture: '\$al': there is no \$al .*mean \$all"):

@@ -18,7 +18,7 @@ from rlhf_jax import cli
 from rlhf_jax.commands.report import app_of
 from rlhf_jax.config import WatchArgs
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.report import html_of, outcome, reading, write_beside
+from rlhf_jax.runs.report import charts, html_of, outcome, reading, write_beside
 from rlhf_jax.runs.report.diagnoses import diagnose
 from rlhf_jax.runs.report.page import LARGEST
 from rlhf_jax.runs.report.reading import Series, read_run, read_runs
@@ -328,4 +328,28 @@ def test_the_table_of_times_adds_up_what_the_lines_say_of_parts(run_of):
 
 def test_a_kl_that_rounds_to_nothing_has_no_sign(run_of):
     ends = {"eval/reward": 1.0, "eval/kl": -2e-8}
-    assert "at a KL of 0 nats" in outcome.outcome(read_run(run_of(FLAT, summary={"before": ends, "after": ends})))
+    rows = [{"step": 0, "prompt": "p", "response": "r", "reward": -1e-6, "kl": -1.4e-6}]
+    run = run_of(FLAT, summary={"before": ends, "after": ends}, samples=rows)
+    assert "at a KL of 0 nats" in outcome.outcome(read_run(run))
+    assert "KL 0" in (html := html_of([run])) and "-1.4e-06" not in html and "-1e-06" in html
+
+
+def test_one_evaluation_is_no_change(run_of):
+    one = {"loss/total": rising(3, 1), "eval/total": np.array([2.5])}
+    assert "sft: the held-out loss is 2.5; 60 steps" in outcome.outcome(read_run(run_of(one, stage="sft")))
+
+
+def test_a_group_that_one_run_alone_has_is_one_row_of_what_differs(run_of):
+    archs = ({"width": 8, "rope": {"theta": 1.0}}, None, {"width": 16, "rope": {"theta": 1.0}})
+    runs = [read_run(run_of(FLAT, name=f"r{i}", settings={"arch": arch})) for i, arch in enumerate(archs)]
+    assert outcome.differences(runs) == [("ppo.arch", "given", "None", "given")]
+    assert outcome.differences(runs[::2]) == [("ppo.arch.width", "8", "16")]
+
+
+def test_what_a_scale_is_called_stands_in_the_picture(run_of):
+    low = np.linspace(-0.25, 1.5, NUM)
+    both = {"rollout/reward": low, "rollout/gold": low, "rollout/kl": np.linspace(0, 2, NUM)}
+    for label, pad in (("", 0.13), ("reward", 0.18)):
+        _, axes = charts.canvas("step", label)
+        assert axes.get_position().x0 == pad and axes.get_ylabel() == label
+    assert ">reward</text>" in html_of([run_of(both)])

@@ -28,6 +28,9 @@ OUTPUTS = ("run.output_dir", "output", "out", "output_dir")
 ENDINGS = {"convert": "", "report": ".html"}
 """How the `output` of a command ends where that is no file of rows."""
 
+MOST_ROUNDS = 10_000
+"""All stages of all rounds are made before the first runs."""
+
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 PART = re.compile(r"(?<!\$)(?:\$\$)*\$(?:(\w+)|\{(\w+)\})/([\w.]+)", re.ASCII)
 
@@ -131,8 +134,8 @@ class Recipe:
         """The stages of every round. A carried name is `first` in round 1, and what `then` was in the round before."""
         group_of(entry, f"{self.where}: rounds", ("rounds", "carry", "stages"))
         count = filled(entry["rounds"], names, f"{self.where}: rounds", set())
-        if not isinstance(count, str) or not count.isdecimal() or int(count) < 1:
-            raise self.error("rounds", f"{count!r} is no number of rounds; give a whole number of at least 1")
+        if not isinstance(count, str) or not count.isdecimal() or not 1 <= int(count) <= MOST_ROUNDS:
+            raise self.error("rounds", f"{count!r} is no number of rounds; give one between 1 and {MOST_ROUNDS}")
         carry = {
             name: group_of(both, f"{self.where}: carry.{name}", ("first", "then"), all_of_them=True)
             for name, both in group_of(entry.get("carry", {}), f"{self.where}: carry").items()

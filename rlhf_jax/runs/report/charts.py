@@ -153,8 +153,7 @@ def trade(runs: Sequence[RunData], title: str, across: str, up: str, x_label: st
     told = [each for each in told if len(each[1]) > 2]
     if not told:
         return None
-    figure, axes = canvas(x_label)
-    axes.set_ylabel(y_label)
+    figure, axes = canvas(x_label, y_label)
     for colour, (run, xs, ys) in zip(COLOURS, told, strict=False):
         shades: Any = np.linspace(0.15, 0.9, len(xs))  # an array, which the types of matplotlib do not know
         axes.scatter(xs, ys, s=16, color=colour, alpha=shades, linewidths=0, label=called(run))
@@ -177,15 +176,17 @@ def legend(axes: Axes) -> None:
         axes.legend(loc="best", frameon=False, fontsize=8)
 
 
-def canvas(x_label: str) -> tuple[Figure, Axes]:
+def canvas(x_label: str, y_label: str = "") -> tuple[Figure, Axes]:
     """An empty picture: two scales and a faint grid."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.7))
-        axes = figure.add_axes((0.13, 0.17, 0.85, 0.8))
+        left = 0.18 if y_label else 0.13  # room for the numbers, and for what they are
+        axes = figure.add_axes((left, 0.17, 0.98 - left, 0.8))
         axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)

@@ -50,7 +50,7 @@ def outcome(run: RunData) -> str:
         said = change("the held-out reward", before["eval/reward"], after["eval/reward"])
         if is_number(error := after.get("eval/reward_se")):
             said += f" (95% of where its mean may lie: +- {1.96 * error:.2g})"
-        said += f", at a KL of {round(after['eval/kl'], 4) + 0.0:.3g} nats" if is_number(after.get("eval/kl")) else ""
+        said += f", at a KL of {nats(after['eval/kl'])} nats" if is_number(after.get("eval/kl")) else ""
         if is_number(after.get("eval/gold")) and is_number(before.get("eval/gold")):
             said += "; " + change("gold", before["eval/gold"], after["eval/gold"])
     elif is_number(summary.get("accuracy")):
@@ -58,7 +58,9 @@ def outcome(run: RunData) -> str:
     elif (held_out := run.series("eval/accuracy")) is not None:
         said = f"{held_out.values[-1]:.1%} of the held-out pairs are ranked as the raters did"
     elif (loss := run.series("eval/total", "loss/total")) is not None:
-        said = change("the held-out loss" if run.series("eval/total") else "the loss", loss.values[0], loss.values[-1])
+        what = "the held-out loss" if run.series("eval/total") else "the loss"
+        ends = loss.values[0], loss.values[-1]
+        said = change(what, *ends) if len(loss.values) > 1 else f"{what} is {ends[1]:.3g}"
     elif (reward := run.series("rollout/reward")) is not None:
         said = change("the reward", reward.first, reward.last)
     unit = "iteration" if run.series("rollout/reward") is not None else "step"
@@ -77,6 +79,11 @@ def change(what: str, before: float, after: float) -> str:
     """A number before and after."""
     way = "did not change from" if before == after else "rose from" if after > before else "fell from"
     return f"{what} {way} {before:.3g}" + ("" if before == after else f" to {after:.3g}")
+
+
+def nats(kl: float) -> str:
+    """A KL, without the noise of one that is 0."""
+    return f"{round(kl, 4) + 0.0:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -101,9 +108,16 @@ def time_by_part(run: RunData) -> Rows:
 
 
 def differences(runs: Sequence[RunData]) -> Rows:
-    """(setting, its value in every run) of what differs between runs of one stage."""
+    """(setting, its value in every run) of what differs between runs of one stage.
+
+    Of a group that some do not have, such as `model.arch`, it is said which do.
+    """
     flats = [dict(flat(run.config)) for run in runs]
     names = [name for name in dict.fromkeys(n for one in flats for n in one) if name != "run.output_dir"]
+    groups = tuple(f"{name}." for name in names if any(other.startswith(f"{name}.") for other in names))
+    for one in flats:
+        one |= {group[:-1]: "given" for group in groups if any(name.startswith(group) for name in one)}
+    names = [name for name in names if not name.startswith(groups)]
     rows = [(name, *(str(one.get(name, "")) for one in flats)) for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
 

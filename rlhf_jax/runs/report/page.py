@@ -16,7 +16,7 @@ from rlhf_jax import __version__
 from rlhf_jax.errors import printable, shortened
 from rlhf_jax.runs.report.charts import MOST_RUNS, pictures
 from rlhf_jax.runs.report.diagnoses import diagnose
-from rlhf_jax.runs.report.outcome import Story, differences, outcome, time_by_part
+from rlhf_jax.runs.report.outcome import Story, differences, nats, outcome, time_by_part
 from rlhf_jax.runs.report.reading import RunData, Sample
 
 HERE = Path(__file__).parent
@@ -95,8 +95,8 @@ def before_and_after(run: RunData, most: int) -> dict[str, Any]:
 def side(one: Sample) -> dict[str, str]:
     """A response as the template shows it."""
     when = f"step {one.step}" if one.step else "before training"
-    numbers = {name: "" if (v := getattr(one, name)) is None else f"{v:.3g}" for name in ("reward", "kl")}
-    return {"when": when, "text": shortened(one.response, LONGEST), **numbers}
+    reward, kl = ("" if v is None else form(v) for v, form in ((one.reward, "{:.3g}".format), (one.kl, nats)))
+    return {"when": when, "text": shortened(one.response, LONGEST), "reward": reward, "kl": kl}
 
 
 def visible(value: object) -> object:
