@@ -16,6 +16,7 @@ from test_cli import call, here, home  # noqa: F401 (fixtures)
 from test_resume import rows_of, run_fit, same_bits, settings, signal_at
 
 from rlhf_jax.cli.parsing import parse
+from rlhf_jax.config import EvaluateArgs
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import buckets
@@ -355,6 +356,28 @@ def test_rows_of_which_an_object_is_not_as_it_was_go_on_from_what_comes_before_i
         assert {f"out/rows.jsonl.part/{part}" for part in named} == set(bucket.objects)
         journal.finish(rows)
     assert list(map(json.loads, bucket.objects["out/rows.jsonl"][0].splitlines())) == rows
+
+
+def test_a_run_that_was_copied_into_a_bucket_is_no_run_of_it_and_is_not_replaced(bucket, held, tmp_path):
+    """A run of a disk has no head there: whoever writes in a bucket would see an empty place."""
+    run_fit(settings(tmp_path / "run"))
+    bucket.put_tree(tmp_path / "run", "runs/a")
+    before = dict(bucket.objects)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"^gs://bucket/runs/a holds run.json, but no .run/head.json: it was copied"
+        ):
+            fit(held, config_at())
+    with pytest.raises(UserError, match=r"^gs://bucket/runs/a holds no run that goes on there: its files were copied"):
+        listing.resume("gs://bucket/runs/a", [])
+    evaluated = twin.in_buckets(lambda config: None, option="output_dir")
+    bucket.put("runs/e/config.yaml", b"# rlhf-jax evaluate")
+    with pytest.raises(UserError, match=r"^gs://bucket/runs/e holds config.yaml, but"):
+        evaluated(EvaluateArgs(output_dir="gs://bucket/runs/e"))
+    del bucket.objects["runs/e/config.yaml"]
+    assert bucket.objects == before
+    fit(held, config_at(run__overwrite=True))
+    assert head_of(bucket)["files"]["run.json"]
 
 
 def test_a_finished_run_is_left_as_it_is(bucket, held, capsys):

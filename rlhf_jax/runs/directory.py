@@ -31,6 +31,8 @@ from rlhf_jax.runs.push import check_repository
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 REPORT = "report.html"
 CONFIG, CHECKPOINTS, PROFILE = "config.yaml", "checkpoints", "profile"
+RECIPE = "recipe.json"
+"""What a recipe says of its stages; beside it lie their directories."""
 OURS = (
     RECORD, CONFIG, METRICS, SAMPLES, SUMMARY, "model", "value_model", CHECKPOINTS, "tensorboard",
     "wandb", "mlflow", PROFILE, REPORT, LOCK,

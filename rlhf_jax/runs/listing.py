@@ -26,7 +26,12 @@ def resume(directory: str, options: list[str]) -> tuple[str, list[str]]:
     remote = in_bucket(directory)
     path = glance(trimmed(directory))[0] if remote else Path(directory).absolute()
     record = read_record(path)
-    if record is None or record["status"] == VOID or (remote and not begun(directory)):
+    if remote and record is not None and not begun(directory):
+        raise UserError(
+            f"{directory} holds no run that goes on there: its files were copied, or are those of a quickstart; copy "
+            "them to a disk and resume that, or go on with the quickstart"
+        )
+    if record is None or record["status"] == VOID:
         if remote:
             runs_below(trimmed(directory))  # where nothing lies at all it says so
         raise UserError(f"{directory} holds no run ({RECORD} is missing or broken); `rlhf-jax runs` lists runs")

@@ -30,7 +30,18 @@ from rlhf_jax.errors import UserError, call_it, reason, tell
 from rlhf_jax.hosts import buckets, interrupts
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject, from_json, to_json
-from rlhf_jax.runs.directory import CHECKPOINTS, CONFIG, METRICS, RECORD, SUMMARY, check_inside, mark_void
+from rlhf_jax.runs.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    OURS,
+    RECIPE,
+    RECORD,
+    SUMMARY,
+    check_inside,
+    mark_void,
+)
 from rlhf_jax.runs.manifests import is_chunk
 from rlhf_jax.runs.pieces import (
     HEAD,
@@ -72,7 +83,8 @@ class Twin(Copy):
         """Take it over and fetch what is there, which `fresh` leaves out; `count` is that of the run's processes.
 
         Raises:
-            UserError: another process holds it, or the bucket cannot be read or written.
+            UserError: another process holds it, it was put there by other means and is not to be left out, or the
+                bucket cannot be read or written.
         """
         super().__init__(url, 0, count)
         self.lost = ""
@@ -81,7 +93,7 @@ class Twin(Copy):
         self._head: JsonObject
         self._generation: bytes | None
         with said(self.url):
-            self._take()
+            self._take(fresh=fresh)
             self._open()
             self._left = () if fresh else LEFT
             try:
@@ -103,7 +115,12 @@ class Twin(Copy):
     def has(self, step: int) -> bool:
         return self.count == 1 or any(path.startswith(f"{CHECKPOINTS}/{step:08d}/") for path in self.files())
 
-    def _take(self) -> None:
+    def _take(self, *, fresh: bool) -> None:
+        if not fresh and (copied := put_there(self.url)):
+            raise UserError(
+                f"{self.url} holds {copied}, but no {HEAD}: it was copied there, and nothing goes on with that; "
+                "choose another place, or delete it"
+            )
         seen: bytes | None = None
         since = time.monotonic()
         while True:
@@ -320,6 +337,14 @@ def glance(url: str, names: Sequence[str] = (RECORD, CONFIG, METRICS)) -> tuple[
             elif not found and (own := buckets.read(f"{url}/{name}")):  # of a stage of a quickstart
                 (place / name).write_bytes(own.data)
     return place, head["holder"]
+
+
+def put_there(url: str) -> str:
+    """What lies at a place of a bucket under its own name, as of a run on a disk, where no process wrote a head."""
+    if buckets.read(f"{url}/{HEAD}") is not None:
+        return ""
+    tops = {name.split("/")[0] for name in buckets.below(url)}
+    return next((name for name in (*OURS, RECIPE) if name in tops and name != LOCK), "")
 
 
 def runs_below(url: str) -> list[str]:

@@ -18,8 +18,6 @@ from rlhf_jax.runs import directory
 from rlhf_jax.runs.journal import summary_beside
 from rlhf_jax.runs.twin import Twin, begun, glance, void
 
-FILE = "recipe.json"
-
 ENTRY = {"command", "status", "output", "inputs", "config"}
 
 OF_NO_ACCOUNT = ("overwrite", "progress", "output", "out")
@@ -53,7 +51,7 @@ class Record:
     @property
     def path(self) -> Path:
         """recipe.json, or of a recipe in a bucket its copy."""
-        return self._place / FILE
+        return self._place / directory.RECIPE
 
     def claim(self) -> None:
         """Make the directory and keep other processes out until `close`.
@@ -76,7 +74,7 @@ class Record:
             UserError: it is broken.
         """
         if self._twin is None and in_bucket(self.root):  # it is looked at alone
-            self._place, _ = glance(self.root, [FILE])
+            self._place, _ = glance(self.root, [directory.RECIPE])
         cure = "delete it: runs are then taken as they are, and other outputs made anew with --overwrite true"
         self.entries = files.read_object(self.path, cure) if self.path.exists() else {}
         if not all(isinstance(entry, dict) and set(entry) >= ENTRY for entry in self.entries.values()):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config.functions import flat
-from rlhf_jax.runs.directory import SUMMARY
-from rlhf_jax.runs.report.reading import RECIPE, RunData, is_number, object_in
+from rlhf_jax.runs.directory import RECIPE, SUMMARY
+from rlhf_jax.runs.report.reading import RunData, is_number, object_in
 
 PART = re.compile("time/(?!elapsed|tokens)(\\w+)_s")
 """What a line of metrics calls the seconds of a part."""

@@ -18,9 +18,6 @@ from rlhf_jax.hosts.json_text import JsonObject, from_json
 from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
 from rlhf_jax.runs.listing import below
 
-RECIPE = "recipe.json"
-"""What a recipe says of its stages; beside it lie their directories."""
-
 
 class Series(NamedTuple):
     """The finite values of a metric and their steps, each float[n]."""
