@@ -165,7 +165,7 @@ def earlier_summary(
 
 def read_summary(path: Path, cure: str) -> Summary:
     """summary.json of a finished run."""
-    if (summary := _object(path / SUMMARY)) is not None:
+    if (summary := object_in(path / SUMMARY)) is not None:
         return summary
     raise UserError(f"{path} is finished, but its {SUMMARY} is missing or broken; pass {cure} to run it again")
 
@@ -269,7 +269,7 @@ def read_record(path: Path) -> Record | None:
     If it is missing or broken, what the newest checkpoint and config.yaml say of the same, with "recovered"; None if
     that does not say it either.
     """
-    record = _object(path / RECORD)
+    record = object_in(path / RECORD)
     kinds = {"stage": str, "config": dict, "status": str, "cwd": str, "given": list, "step": int, "total": int}
     record = record and {"cwd": ".", "given": [], "step": 0, "total": 0, **record}
     if record is not None and all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
@@ -279,7 +279,7 @@ def read_record(path: Path) -> Record | None:
         config = yamls.load(text, yamls.Values)
     except (OSError, ValueError, yaml.YAMLError):
         header, config = "", None
-    saved = [_object(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path / CHECKPOINTS)]
+    saved = [object_in(path / CHECKPOINTS / f"{step:08d}" / "record.json") for step in steps_in(path / CHECKPOINTS)]
     about: Record = next((each["run"] for each in reversed(saved) if each and "run" in each), {})
     if isinstance(config, dict) and header.startswith("# rlhf-jax ") and " --config " in header:
         stage = header.removeprefix("# rlhf-jax ").partition(" --config ")[0]
@@ -287,11 +287,11 @@ def read_record(path: Path) -> Record | None:
         about["config"] = as_json(config)
     if not {"stage", "config"} <= about.keys():
         return None
-    status = "finished" if _object(path / SUMMARY) is not None else "crashed"
+    status = "finished" if object_in(path / SUMMARY) is not None else "crashed"
     return {**about, "status": status, "recovered": True}
 
 
-def _object(file: Path) -> JsonObject | None:
+def object_in(file: Path) -> JsonObject | None:
     """The JSON object in a file, or None."""
     try:
         value = json.loads(file.read_bytes())

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config.functions import flat
-from rlhf_jax.runs.directory import RECIPE, SUMMARY
-from rlhf_jax.runs.report.reading import RunData, is_number, object_in
+from rlhf_jax.runs.directory import RECIPE, SUMMARY, object_in
+from rlhf_jax.runs.report.reading import RunData, is_number
 
 PART = re.compile("time/(?!elapsed|tokens)(\\w+)_s")
 """What a line of metrics calls the seconds of a part."""
@@ -134,7 +134,7 @@ def stories_of(paths: Sequence[str | Path]) -> list[Story]:
     """The recipes among directories."""
     found = []
     for path in {os.path.realpath(path): Path(path) for path in paths}.values():
-        entries, summary = (object_in(path / name) for name in (RECIPE, SUMMARY))
+        entries, summary = (object_in(path / name) or {} for name in (RECIPE, SUMMARY))
         stages: Rows = []
         for label, entry in entries.items():
             if isinstance(entry, dict):

@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_jax.errors import UserError, named, printable, shown
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject, from_json
-from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, read_record
+from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, SAMPLES, SUMMARY, VOID, is_held, object_in, read_record
 from rlhf_jax.runs.listing import below
 
 
@@ -136,15 +136,6 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def object_in(path: Path) -> JsonObject:
-    """The JSON object of a file; empty if there is none."""
-    try:
-        value = from_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def lines_of(path: Path) -> Iterator[JsonObject]:
     """The objects of a .jsonl file that have a step; none if there is no such file. A broken line is left out."""
     try:
@@ -201,7 +192,7 @@ def read_run(path: Path, name: str = "") -> RunData:
         step=step,
         total=int(record.get("total") or 0),
         config=record["config"],
-        summary=object_in(path / SUMMARY),
+        summary=object_in(path / SUMMARY) or {},
         history=history,
         samples=samples_of(path),
     )
