@@ -11,7 +11,7 @@ from rlhf_jax.errors import UserError, named, tell
 from rlhf_jax.hosts.buckets import in_bucket, trimmed
 from rlhf_jax.hosts.json_text import from_json
 from rlhf_jax.runs.directory import CONFIG, METRICS, RECORD, VOID, check_name, is_held, read_record, write_config
-from rlhf_jax.runs.twin import begun, glance, runs_below
+from rlhf_jax.runs.heads import begun, glance, runs_below
 
 SHOWN = ("loss/nll", "loss/pairwise", "rollout/reward", "rollout/kl", "eval/total", "eval/accuracy", "eval/objective")
 """Metrics in the list, as far as a run has them."""

@@ -15,8 +15,9 @@ from rlhf_jax.hosts.json_text import JsonObject
 from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models.contents import contents, digest_below
 from rlhf_jax.runs import directory
+from rlhf_jax.runs.heads import begun, glance
 from rlhf_jax.runs.journal import summary_beside
-from rlhf_jax.runs.twin import Twin, begun, glance, void
+from rlhf_jax.runs.twin import Twin, void
 
 ENTRY = {"command", "status", "output", "inputs", "config"}
 
