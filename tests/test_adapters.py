@@ -280,6 +280,32 @@ def test_the_factor_of_adapters_on_experts_is_one_that_peft_keeps(family, stabil
     assert few["use_rslora"] and few["lora_alpha"] == 3
 
 
+@pytest.mark.parametrize(("targets", "said"), [(["gate_proj", "up_proj"], True), ([], False), (["down_proj"], False)])
+def test_pairs_of_experts_that_peft_does_not_read_are_said_when_they_are_written(tmp_path, capsys, targets, said):
+    """It keeps gate and up within what it makes of down, and loses them without a word where there is none."""
+    saved(tmp_path, "qwen3_moe/plain", LoRAConfig(2, 3, targets=targets))
+    line = "! adapter: peft reads what experts have in gate_proj, up_proj only beside pairs in down_proj, "
+    assert (line in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules", "weights"),
+    [
+        (["down_proj"], ["down_proj"], ["mlp.down_proj", "mlp.shared_experts.down_proj"]),
+        (["shared_experts.down_proj"], [], ["mlp.shared_experts.down_proj"]),
+        (["q_proj", "mlp.up_proj"], ["self_attn.q_proj"], ["mlp.up_proj"]),
+        (["q_proj"], ["self_attn.q_proj"], []),
+    ],
+)
+def test_layers_beside_experts_are_named_by_their_weights_whatever_else_is_trained(targets, modules, weights):
+    """As a module peft takes one that ends as an expert's layer does for these."""
+    known, lora = sites(hf.FAMILIES["glm4_moe"]), LoRAConfig(2, 3, targets=targets)
+    chosen = sites(hf.FAMILIES["glm4_moe"], targets)
+    raw = adapter_config(lora, chosen, base="base", score_head=False, known=known)
+    assert sorted(raw["target_modules"]) == modules
+    assert sorted(raw.get("target_parameters", ())) == [f"{name}.weight" for name in weights]
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's use of transformers
 @pytest.mark.filterwarnings(
     "ignore:The following .* keys did not match:RuntimeWarning"

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig, LoRAConfig
 from rlhf_jax.config.settings import HUB
-from rlhf_jax.errors import UserError, named
+from rlhf_jax.errors import UserError, named, tell
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.models.hf import heads
 from rlhf_jax.models.hf import weights as hf_weights
@@ -30,15 +30,18 @@ from rlhf_jax.sharding import Mesh, placed
 from rlhf_jax.types import Params
 
 
-def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool) -> ConfigJson:
-    """adapter_config.json of adapters at `chosen` on the model `base`, a directory or a name of the Hub.
+def adapter_config(
+    lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score_head: bool, known: Sequence[Site] = ()
+) -> ConfigJson:
+    """adapter_config.json of adapters at `chosen`, some of the `known`, on the model `base`, a directory or a name of
+    the Hub.
 
     PEFT makes one adapter of twice the rank and alpha of those of an expert's gate and up, and so takes another factor
     where that is alpha / sqrt(rank). So of experts the same factor is written as alpha / rank. It also takes a target
     that ends as one of theirs to be of experts alone, so layers beside them that end so are named by their weights.
     """
-    of_experts = {site.module.rpartition(".")[2] for site in chosen if "/experts/" in site.tensor.leaf}
-    stabilized = lora.rank_stabilized and not of_experts
+    of_experts = set(_of_experts([*known, *chosen]))
+    stabilized = lora.rank_stabilized and not _of_experts(chosen)
     names = [site.module.partition("{}.")[2].rpartition("{}.")[2] for site in chosen]
     beside = [name for name in names if "." in name and name.rpartition(".")[2] in of_experts]
     name, _, revision = base.removeprefix(HUB).partition("@")
@@ -61,6 +64,11 @@ def adapter_config(lora: LoRAConfig, chosen: Sequence[Site], *, base: str, score
     }
 
 
+def _of_experts(found: Sequence[Site]) -> list[str]:
+    """The last parts of the names of those that are of experts."""
+    return [site.module.rpartition(".")[2] for site in found if "/experts/" in site.tensor.leaf]
+
+
 def _adapters_of(family: Family, chosen: Sequence[Site]) -> Family:
     """The family with the tensors of a file of adapters, and of score heads, in place of its own."""
     tensors = {f"{PREFIX}{site.module}.{name}": tensor for site in chosen for name, tensor in site.stored().items()}
@@ -76,7 +84,11 @@ def save_adapter(
     transformers' head has no bias; one that is not 0 is stored as score.bias, which PEFT leaves out.
     """
     leaves, score_head = flattened(params), "score" in params
-    chosen, members = sites(family, lora.targets), heads.heads_in(leaves)
+    chosen, known, members = sites(family, lora.targets), sites(family), heads.heads_in(leaves)
+    has, lacks = _of_experts(chosen), _of_experts([site for site in known if site not in chosen])
+    if lacks and any(site.tensor.leaf == "layers/experts/up" for site in chosen):  # down alone it reads
+        tell(f"! adapter: peft reads what experts have in {', '.join(has)} only beside pairs in {', '.join(lacks)}, "
+             "so give others the merged model, or name all of these in lora.targets")  # fmt: skip
     stored_family = _adapters_of(heads.with_heads(family, members), chosen)
     if score_head and not np.any(leaves["score/bias"]):
         del leaves["score/bias"]
@@ -84,7 +96,8 @@ def save_adapter(
     stored = dict(hf_weights.hf_tensors(stored_family, layout, leaves, np.dtype(np.float32)))
     folder.mkdir(parents=True)
     save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = adapter_config(lora, chosen, base=base, score_head=score_head) | ({MEMBERS: members} if members else {})
+    config = adapter_config(lora, chosen, base=base, score_head=score_head, known=known)
+    config |= {MEMBERS: members} if members else {}
     (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
