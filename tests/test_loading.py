@@ -137,16 +137,15 @@ def test_a_score_head_and_bfloat16_on_the_mesh(tmp_path):
             np.testing.assert_array_equal(array, expected.astype(array.dtype), err_msg=leaf)
 
 
-@pytest.mark.parametrize("head", ["vocabulary", "normal"])
-def test_param_dtype_is_the_dtype_of_loaded_and_of_fresh_weights(tmp_path, head):
-    path, arch, _ = write(tmp_path / "m", "gpt2")
-    mesh = mesh_of(1, 8, 1)
+@pytest.mark.parametrize(("family", "head"), [("gpt2", "vocabulary"), ("gpt2", "normal"), ("glm4_moe", "normal")])
+def test_param_dtype_is_the_dtype_of_loaded_and_of_fresh_weights(tmp_path, family, head):
+    """But of scalar heads, and of the bias by which a router chooses."""
+    path, arch, _ = write(tmp_path / "m", family)
+    mesh, kept = mesh_of(1, 8, 1), ("score/kernel", "score/bias", "layers/experts/router_choice_bias")
     settings = ModelConfig(path=str(path), param_dtype="bfloat16")
     for config in (settings, replace(settings, path="", arch=arch)):
-        params = load_model(config, mesh, KEY, head=head).params
-        found = {leaf.split("/")[0]: array.dtype for leaf, array in flattened(params).items()}
-        assert found.pop("score", np.dtype(np.float32)) == np.float32
-        assert set(found.values()) == {np.dtype(ml_dtypes.bfloat16)}
+        for leaf, array in flattened(load_model(config, mesh, KEY, head=head).params).items():
+            assert array.dtype == (np.float32 if leaf in kept else ml_dtypes.bfloat16), leaf
 
 
 def test_only_stored_dtypes_that_are_numbers_load(tmp_path):

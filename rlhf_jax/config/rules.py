@@ -93,6 +93,9 @@ INPUTS = with_homes({
 NOT_QUANTIZED = ("layers/delta/beta", "layers/delta/decay")
 """Kernels that stay as they are: small, and a state multiplies what they get wrong."""
 
+FLOAT32 = ("score/kernel", "score/bias", "layers/experts/router_choice_bias")
+"""Parameters of this type whatever `model.param_dtype` and files say, as transformers has them."""
+
 MIXERS = ("attn", "delta", "full", "latent", "queries", "full_queries")
 """Parts of a layer of which each layer has one: "layers/attn/..." are stacked over the layers with attention alone."""
 

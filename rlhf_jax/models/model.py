@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.config import ArchConfig, ModelConfig
-from rlhf_jax.config.rules import Rules, over_tensor
+from rlhf_jax.config.rules import FLOAT32, Rules, over_tensor
 from rlhf_jax.models import cache as cached
 from rlhf_jax.models import decoder, vocabulary
 from rlhf_jax.models.attention import REMAT, Attend, group_attention, platform_attention, platform_dtype
@@ -108,7 +108,7 @@ class Model:
         return pure(lambda rngs: decoder.VocabularyHead(self.arch, rngs=rngs))
 
     def init(self, key: Array, dtype: str = "float32") -> Params:
-        """Fresh parameters in `dtype`, a scalar head in float32; the layers come from one vmapped trace by mixer."""
+        """Fresh parameters in `dtype` or, of `FLOAT32`, in that; the layers come from one vmapped trace by mixer."""
         embed, layers, norm, head = jax.random.split(key, 4)
         keys, sorts = jax.random.split(layers, self.arch.num_layers), self._sorts
         of = lambda sort: keys[np.array([i for i, other in enumerate(sorts) if other == sort])]  # noqa: E731
@@ -120,8 +120,9 @@ class Model:
         }
         if not self.score_head and (self.arch.head_bias or not self.arch.tied_head):
             params["head"] = self._head.init(head)
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return {**params, "score": self.init_score(head, zeros=False)} if self.score_head else params
+        params |= {"score": self.init_score(head, zeros=False)} if self.score_head else {}
+        typed = lambda path, x: x if path_name(path) in FLOAT32 else x.astype(dtype)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(typed, params)
 
     def init_score(self, key: Array, *, zeros: bool) -> Params:
         """A fresh scalar head, float32: kernel [D], bias []; of an ensemble [E, D], [E]."""

@@ -20,6 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from rlhf_jax.config import ArchConfig
+from rlhf_jax.config.rules import FLOAT32
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts.copies import release
 from rlhf_jax.hosts.processes import barrier, is_first, to_host
@@ -35,7 +36,6 @@ from rlhf_jax.sharding import Mesh, tree_shardings
 from rlhf_jax.types import Params
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_FLOAT32 = re.compile(r"score/|.*/router_choice_bias$")  # leaves of this type always, as transformers has them
 SHARD_BYTES = 5 * 10**9
 """Largest weight file written, as in transformers."""
 
@@ -131,7 +131,7 @@ def load_leaves(
     wanted = _names(family, layout, shapes)
     _check_stored(folder, family, stored, wanted, layout)
     specs = {
-        leaf: jax.ShapeDtypeStruct(shape, np.float32 if _FLOAT32.match(leaf) else _DTYPES[dtype])
+        leaf: jax.ShapeDtypeStruct(shape, np.float32 if leaf in FLOAT32 else _DTYPES[dtype])
         for leaf, shape in shapes.items()
     }
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), specs)
@@ -328,7 +328,7 @@ def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) 
                 layer = leaf[place[0]]
             array = to_host(layer[place[1:]] if place else leaf)
             for name, tensor in named:
-                stored = np.empty(layout.stored_shape(tensor), np.float32 if _FLOAT32.match(path) else dtype)
+                stored = np.empty(layout.stored_shape(tensor), np.float32 if path in FLOAT32 else dtype)
                 for piece, within in layout.views(tensor, stored):
                     piece[...] = array[within]
                 yield name, stored
