@@ -182,9 +182,10 @@ class Tokenizer:
         remarks = Counter() if remarks is None else remarks
         if ids is not None:
             if self._are_of(ids, response, finished):
-                remarks.update(self.unshown(ids, text_of(response)))
+                remarks[HIDDEN] += self.hides(ids)
                 return [int(i) for i in ids]
             remarks[OTHER_IDS] += 1
+        remarks[SPOILED] += ids is None and "\ufffd" in text_of(response)
         text = self._without_stop(text_of(response), remarks)
         if isinstance(response, str):
             own = plain_ids(self._inner, text)
@@ -290,7 +291,7 @@ class Tokenizer:
         for text in texts:
             for name in dict.fromkeys(self._written_out(text)):
                 remarks[f"{what} in which {name} is written out and read as the token"] += 1
-        remarks[SPOILED] += any("\ufffd" in text for text in texts)
+        remarks[SPOILED] += by is None and any("\ufffd" in text for text in texts)
         back = decoded(by or self.hf, ids, special=True)
         if self._unknown in ids:
             remarks[UNKNOWN] += 1
