@@ -84,7 +84,7 @@ _Computations = dict[str, list[_Instruction]]
 
 
 def _size(text: str) -> float:
-    """Bytes of all shapes in a piece of HLO that lie in the device's memory; S(1) is the scratchpad on the chip."""
+    """Bytes of all shapes in a piece of HLO that lie in the device's memory; S(1) and S(3) are on the chip."""
     return sum(_BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in _SHAPE.findall(text))
 
 
@@ -228,5 +228,5 @@ def _sliced(i: _Instruction, computations: _Computations) -> list[float]:
 
 
 def _off_chip(shape: str) -> str:
-    """A shape without the parts that the compiler keeps in the chip's own scratchpad, memory space 1."""
-    return re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}", "", shape)
+    """A shape without the parts that the compiler keeps on the chip: in memory space 1, of v4 in its CMEM, 3."""
+    return re.sub(r"\w+\[[\d,]*\]\{[^}]*S\([13]\)\}", "", shape)
