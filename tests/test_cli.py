@@ -375,12 +375,6 @@ TWICE = {
     ),
     "--reward.functions c:d --reward.functions+ a:b --reward.functions+ e:f": "",
     "--model.arch.width 8 --model.arch null": "model.arch.width '8', then model.arch 'null'",
-    "--config c --reward.functions e:f": "reward.functions ['a:b', 'c:d'] (c:1), then '[\"e:f\"]'",
-    "--config c --reward.functions [a:b]": "reward.functions ['a:b', 'c:d'] (c:1), then '[a:b]'",
-    "--config c --reward.functions []": "reward.functions ['a:b', 'c:d'] (c:1), then '[]'",
-    "--config c --reward {functions:\u00a0[e:f]}": "reward.functions ['a:b', 'c:d'] (c:1), then ['e:f']",
-    "--config c --reward.functions [c:d,e:f,a:b]": "",
-    "--config c --reward.functions+ e:f": "",
 }
 
 
@@ -391,7 +385,6 @@ def test_what_is_given_twice_is_said_unless_a_command_line_changes_what_a_file_s
     monkeypatch.chdir(tmp_path)
     Path("a").write_text("optim: {b1: .5, b2: .9}\ndata.path: x")
     Path("b").write_text("# more\noptim: {b1: .6, b2: .9}\ndata: {path: z}")
-    Path("c").write_text("reward.functions: [a:b, c:d]")
     cli.parse("grpo", [word.replace("\u00a0", " ") for word in line.split(" ")])
     out, err = capfd.readouterr()
     assert (out, err) == ("", f"given twice, the last one holds: {TWICE[line]}\n" if TWICE[line] else "")

@@ -183,8 +183,7 @@ def with_lists(tree: Tree, hints: Mapping[str, Hint], prefix: str = "") -> Tree:
 def tell_replaced(given: Sequence[Given]) -> None:
     """Say on standard error which values hold no more, because another one comes later.
 
-    What a file says and a command line says otherwise, which is what both are for, is left out, but for a file's list
-    of which something goes: `--NAME+` is what adds to it.
+    What a file says and a command line says otherwise, which is what both are for, is left out.
     """
     held: dict[str, tuple[str, object]] = {}
     said = []
@@ -193,9 +192,7 @@ def tell_replaced(given: Sequence[Given]) -> None:
             continue
         for name in [] if option.endswith("+") else [name for name in held if is_one(name.removesuffix("+"), option)]:
             place, old = held.pop(name)
-            new = yamls.load(value) if isinstance(old, list) and isinstance(value, str) else value
-            goes = isinstance(old, list) and any(item not in (new or ()) for item in old)
-            if old != new and (where or not place or goes):
+            if old != value and (where or not place):
                 first, then = (f" ({each.removesuffix(': ')})" if each else "" for each in (place, where))
                 other = "" if name == option else f"{option} "
                 said.append(f"{name} {shown(old)}{first}, then {other}{shown(value)}{then}")
