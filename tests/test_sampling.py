@@ -111,6 +111,15 @@ def test_draw_follows_the_exact_law(size):
     assert not counts[probs == 0].any()
 
 
+@pytest.mark.parametrize("size", [49, 16640, 17001])
+def test_every_vocabulary_is_drawn_from_in_its_order(size):
+    """Of whole numbers, whose sums are exact, with uniforms in the middle of an entry; 130 and 133 blocks of 128."""
+    probs = np.random.default_rng(size).integers(0, 4, size).astype(np.float32)
+    total, middle = int(probs.sum()), np.unique(np.linspace(0, probs.sum() - 1, 300).astype(int)) + 0.5
+    drawn = draw(np.tile(probs, (len(middle), 1)), (middle / total).astype(np.float32))
+    np.testing.assert_array_equal(drawn, np.searchsorted(np.cumsum(probs), middle))
+
+
 @pytest.mark.parametrize("candidates", [0, 8])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9}], ids=["all", "filtered"])
 @pytest.mark.parametrize("temperature", [1e-18, 1e-9, 1e-6, 1e-4, 0.003, 0.0099, 0.02, 1.0])

@@ -19,6 +19,7 @@ from rlhf_jax.config.checks import COLDEST
 from rlhf_jax.inference import drawing
 from rlhf_jax.inference.engine import Engine
 from rlhf_jax.inference.slots import Begun, choose_slots, queue_of, split
+from rlhf_jax.models.attention import LANES
 from rlhf_jax.models.model import Model, of_length
 from rlhf_jax.sharding import data_ways, on_own_rows
 from rlhf_jax.tokens import map_microbatches
@@ -109,7 +110,7 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
     there would be drawn so often, were its chance 1e-20.
     """
     rows, size = probs.shape
-    width = max(1, int(size**0.5))
+    width = _block_width(size)
     blocks = jnp.pad(probs, ((0, 0), (0, -size % width))).reshape(rows, -1, width)
 
     def choose(weights: Array, target: Array) -> tuple[Array, Array]:
@@ -127,6 +128,18 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     entry, _ = choose(inside, jnp.maximum(rest, 2.0**-24 * total))
     return (block * width + entry).astype(jnp.int32)
+
+
+def _block_width(size: int) -> int:
+    """Entries of a block: sqrt(V), of a large vocabulary whole LANES of a TPU near it, which divide V if any do.
+
+    Every other number has the whole array [B, V] padded and copied into another order for each token.
+    """
+    root = int(size**0.5)
+    if root < LANES:
+        return max(1, root)
+    divisors = [width for width in range(LANES, 4 * root, LANES) if size % width == 0]
+    return min(divisors or [root // LANES * LANES], key=lambda width: abs(math.log(width / root)))
 
 
 def draw_from_logits(
