@@ -125,7 +125,7 @@ def paths_of(cls):
 def test_all_that_commands_read_counts_but_what_only_a_plan_and_a_page_of_now_read():
     names = {name for command in COMMANDS.values() for name in paths_of(command.args)}
     written, read_now = {"output", "output_dir", "out"}, {"run", "prices", "calibration"}
-    assert names == contents.OPTIONS | written | read_now
+    assert names == contents.OPTIONS | {contents.RUNS} | written | read_now
     group = {"a": [{"b": ["x", ""], "c": 1}, {"d": {"e": "y"}}], "f": "z", "g": {"h": None}}
     assert list(texts(group)) == [("a.b", "x"), ("a.d.e", "y"), ("f", "z")]
 
