@@ -157,7 +157,7 @@ def _forward(blocks: Blocks, with_entropy: bool, *inputs: Any) -> tuple[_Told, A
     frozen = not any(x.perturbed for x in jax.tree.leaves(inputs[0]))
     inputs = jax.tree.map(lambda x: x.value, inputs)
     told = _in_chunks(blocks, with_entropy, *inputs)
-    return told, (*inputs, told, () if frozen else None)
+    return told, (*inputs, told, () if frozen else None)  # a static answer is kept as a tree without arrays
 
 
 def _backward(blocks: Blocks, with_entropy: bool, residuals: Any, grads: _Told) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from rlhf_jax.data.rows import Row, carried
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import report
 from rlhf_jax.feedback.judge import Judge, judged, verdicts_of
-from rlhf_jax.feedback.judges import Group, verdicts
+from rlhf_jax.feedback.judges import Group, asks_alone, verdicts
 from rlhf_jax.feedback.phases import Phase, Phases, digest, named, open_journal
 from rlhf_jax.feedback.selection import Selection, select
 from rlhf_jax.feedback.sources import (
@@ -194,8 +194,7 @@ def run_judge(config: JudgeArgs, *, rows: object = None, judge: Judge | None = N
     with open_journal(config, config.output, decided_by) as journal:
         phases = Phases(journal)
         begin = partial(verdicts, config, judge, lambda i: [groups[i]], jax.random.key(config.seed))
-        asked_alone = judge is None and not config.judge.model.path
-        compared = phases.add(len(groups), config.batch_size, begin, apart=asked_alone)
+        compared = phases.add(len(groups), config.batch_size, begin, apart=asks_alone(config.judge, judge))
         phases.fill("judge", progress=config.progress)
 
         decided = [verdicts_of(row) for row in compared.rows]

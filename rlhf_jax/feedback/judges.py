@@ -81,6 +81,13 @@ def verdicts(
     return make
 
 
+def asks_alone(config: JudgeConfig, judge: Judge | None) -> bool:
+    """Whether a question has the same answer whatever else is asked with it, as of a server or function, but of no
+    model of ours, whose noise is that of a batch; nothing is known of a `judge` that replaces the config's.
+    """
+    return judge is None and not config.model.path
+
+
 def plain_text(prompt: str | Messages) -> str:
     """A prompt as a judge reads it."""
     return prompt if isinstance(prompt, str) else transcript(prompt).strip()

@@ -21,7 +21,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.data.tokenizer import SPOILED, Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge
-from rlhf_jax.feedback.judges import Group, check_judge, verdicts
+from rlhf_jax.feedback.judges import Group, asks_alone, check_judge, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.scorer import Scorer, check_scorers
@@ -343,8 +343,8 @@ class Sources:
         groups = lambda i: groups_of(i, self.responses(i))  # noqa: E731
         if judge is None:
             check_judge(config.judge)
-        begin, apart = partial(verdicts, config, judge, groups, key), judge is None and not config.judge.model.path
-        return self.phases.add(len(self.prompts), self._at_once, begin, apart=apart)
+        begin = partial(verdicts, config, judge, groups, key)
+        return self.phases.add(len(self.prompts), self._at_once, begin, apart=asks_alone(config.judge, judge))
 
     def gold(self, function: RewardFn | None) -> list[list[float]] | None:
         """The gold reward of every response, by `function` or config.reward.gold; None if there is neither."""

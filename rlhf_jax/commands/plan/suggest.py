@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -237,11 +239,8 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: Plan
     order, fitting = ranked(config, chip, len(devices), dims), list[tuple[float, StageArgs, str]]()
     tell(f"{len(order)} settings may fit; compiling the best by a sum by hand, until {FEW} fit or {TRIED} are tried")
 
-    def fastest() -> tuple[float, StageArgs, str]:
-        return min(fitting, key=lambda found: found[0])
-
     def add(one: StageArgs, which: str) -> None:
-        """Compile it; it is among `fitting` if it fits."""
+        """Compile it; it is among `fitting`, the fastest of which is the first, if it fits."""
         name = options(one, config)
         tell(f"plan: {which} at most, minutes each: {name}", error=True)
         try:
@@ -253,22 +252,22 @@ def suggest(config: StageArgs, chip: Chip, devices: list[jax.Device], plan: Plan
         cost = sum(max(r.seconds.values()) for r in rows) / max(r.tokens for r in rows)
         good, used = fits(rows, chip), f"{rows[-1].mfu(chip, len(devices)):.0%} MFU in the {rows[-1].name}"
         tell(f"  {'fits' if good else 'no  '}   {name}: {verdict(rows, chip)}; {cost * 1e6:.3g} us per token, {used}")
-        fitting.extend([(cost, one, rows[-1].bound)] if good else [])
+        if good:
+            bisect.insort(fitting, (cost, one, rows[-1].bound), key=itemgetter(0))
 
     for number, one in enumerate(order[:TRIED], 1):
         if len(fitting) < FEW:
             add(one, f"setting {number} of {TRIED}")
     # From the fastest on, as long as each that fits is faster than the one before.
     for number in range(1, IMPROVED + 1):
-        _, best, bound = fastest() if fitting else (0.0, config, "")
-        better = improved(best, bound) if fitting else None
+        better = improved(*fitting[0][1:]) if fitting else None
         if better is None:
             break
         add(better, f"improvement {number} of {IMPROVED}")
-        if fastest()[1] is not better:
+        if fitting[0][1] is not better:
             break
     tell("\nfastest by the roofline:" if fitting else "\nnone fits; take a larger slice")
-    for cost, one, _ in sorted(fitting, key=lambda found: found[0]):
+    for cost, one, _ in fitting:
         tell(f"  {cost * 1e6:.3g} us per token  {options(one, config)}")
     if fitting:
         tell("batch_size and minibatches change what is learned; meshes, rules, remat and microbatches do not")
