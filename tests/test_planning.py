@@ -580,6 +580,29 @@ def test_a_topology_may_be_of_single_chips_and_of_chips_that_are_two_devices():
 
 @pytest.mark.slow
 @pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
+def test_to_draw_a_token_logits_are_read_and_nothing_of_their_size_is_written():
+    """Three times: for the largest, for the sum and for those of blocks. Once it was eight, some of them written."""
+    program = """
+import jax, jax.numpy as jnp
+from rlhf_jax.commands.plan import chips, hlo
+from rlhf_jax.inference.sampling import SamplingLaw, draw_from_logits
+one = jax.sharding.SingleDeviceSharding(chips.find_topology("v6e:1x1")[1][0])
+given = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+law = SamplingLaw(*(given(dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32)))
+draw = jax.jit(lambda *xs: draw_from_logits(*xs, candidates=0, filtered=False))
+compiled = draw.lower(given(jnp.float32, 256, 151936), given(jnp.float32, 256), law).compile()
+print(hlo.traffic(compiled.as_text(), unknown_trips=1).memory / (256 * 151936 * 4))
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WITHOUT_COMPILER, reason="the TPU compiler (libtpu) is not installed")
 def test_on_a_topology_of_two_dimensions_gradients_are_scattered_where_weights_lie_over_an_axis_of_each():
     """Over both at once the compiler has no reduce-scatter: it sums all of them, which moves twice as much."""
     arch = {"vocab_size": 512, "width": 1024, "num_layers": 2, "num_heads": 8, "num_kv_heads": 8, "head_dim": 128,

@@ -87,12 +87,15 @@ def draw_chunk(
     before = jnp.tile(length - jnp.arange(length), engine.shape[3])[None]
     lengths = flat(jnp.take_along_axis(held.mask.sum(2, dtype=jnp.int32), slots.context, axis=1))
 
+    def unended(logits: Array, place: Array) -> Array:
+        """Without stop ids before `min_new_tokens`; as logits are made, so that they are not read once more for it."""
+        if engine.is_stop is None:
+            return logits
+        return jnp.where(engine.is_stop[None] & (place < engine.min_new_tokens)[:, None], -jnp.inf, logits)
+
     def one_token(carry: Any, xs: Any) -> tuple[Any, Any]:
         logits, cache, place, alive = carry
         uniform, step = xs
-        if engine.is_stop is not None:
-            early = (place < engine.min_new_tokens)[:, None]
-            logits = jnp.where(engine.is_stop[None] & early, -jnp.inf, logits)
         token, kept = jax.tree.map(partial(_where, alive), engine.draw(logits, uniform))
         age = ((step - jnp.arange(columns)) % columns)[None]
         sees = jnp.concatenate([own, age <= place[:, None]], axis=1)
@@ -106,14 +109,15 @@ def draw_chunk(
         alive = alive & (place < limit)
         if engine.is_stop is not None:
             alive = alive & ~engine.is_stop[token]
-        return (logits, cache, place, alive), out
+        return (unended(logits, place), cache, place, alive), out
 
     # Uniforms of the slots' rows, chunk of the row: [W, rows, chunk] -> [chunk, R].
     row, number = engine.by_shard(slots.row), engine.by_shard(slots.place // engine.chunk)
     limit = engine.max_new_tokens if engine.begun is None else take(engine.begun.limit, row).reshape(-1)
     cut = lambda x: x.reshape(*x.shape[:2], -1, engine.chunk)  # noqa: E731
     uniforms = flat(jax.vmap(lambda u, r, n: u[r, n])(cut(engine.uniforms), row, number)).T
-    start = (flat(slots.logits), together(cache, slots.states), flat(slots.place), flat(slots.alive))
+    logits, place, alive = flat(slots.logits), flat(slots.place), flat(slots.alive)
+    start = (unended(logits, place), together(cache, slots.states), place, alive)
     (logits, after, place, alive), new = jax.lax.scan(one_token, start, (uniforms, first + jnp.arange(engine.chunk)))
     return (logits, place, alive), *apart(after), new
 

@@ -75,12 +75,6 @@ def _largest_threshold(keys: Int[Array, "B V"], enough: Callable[[Array], Array]
     return jax.lax.fori_loop(0, 32, halve, (low, high))[0]
 
 
-def _first_largest(x: Float[Array, "B V"], top: Float[Array, "B 1"]) -> Int[Array, " B"]:
-    """argmax of rows whose maximum is `top`, as a minimum, since XLA's argmax takes a CPU as long as all else here."""
-    places = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return jnp.where(x == top, places, places[-1]).min(axis=1)
-
-
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Bool[Array, "B V"]:
     """The k largest entries of each row, and whatever ties with the k-th; k = 0 keeps all. (Fan et al. 2018)"""
     keys = _ordered(logits)
@@ -109,9 +103,16 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
     multiples of 2**-23, so that 0, and the border of a block, stand for half a step behind: else what comes first
     there would be drawn so often, were its chance 1e-20.
     """
-    rows, size = probs.shape
+    return _drawn(probs, uniform, lambda entries: entries, 0.0)[0]
+
+
+def _drawn(
+    entries: Float[Array, "B V"], uniform: Float[Array, " B"], probs: Callable[[Array], Array], impossible: float
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """`draw` from probs(entries), which is written nowhere, 0 of what is `impossible`. Returns the entries as well."""
+    rows, size = entries.shape
     width = _block_width(size)
-    blocks = jnp.pad(probs, ((0, 0), (0, -size % width))).reshape(rows, -1, width)
+    entries = jnp.pad(entries, ((0, 0), (0, -size % width)), constant_values=impossible)
 
     def choose(weights: Array, target: Array) -> tuple[Array, Array]:
         cdf = jnp.cumsum(weights, axis=-1)
@@ -119,15 +120,22 @@ def draw(probs: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array, 
         # Rounding may leave no hit at the very end of the CDF: take the last possible entry then.
         last = weights.shape[-1] - 1 - jnp.argmax((weights > 0)[:, ::-1], axis=-1)
         index = jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last)
-        before = jnp.take_along_axis(cdf - weights, index[:, None], axis=-1)[:, 0]
-        return index, target - before
+        return index, target - _at(cdf - weights, index)
 
-    sums = blocks.sum(-1)
+    # Eight rows of a shard at a time, as a TPU's memory has them: row by row all would be copied into another order.
+    tall = math.gcd(rows // math.gcd(rows, data_ways()), 8)
+    tiles = probs(entries).reshape(rows // tall, tall, -1, width).swapaxes(1, 2)
+    sums = tiles.sum(-1).swapaxes(1, 2).reshape(rows, -1)
     total = sums.sum(-1)
     block, rest = choose(sums, jnp.maximum(uniform, 2.0**-24) * total)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    entry, _ = choose(inside, jnp.maximum(rest, 2.0**-24 * total))
-    return (block * width + entry).astype(jnp.int32)
+    inside = jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i * width,), (width,)))(entries, block)
+    place, _ = choose(probs(inside), jnp.maximum(rest, 2.0**-24 * total))
+    return (block * width + place).astype(jnp.int32), _at(inside, place)
+
+
+def _at(x: Float[Array, "B X"], index: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The entry of every row at its index."""
+    return jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]
 
 
 def _block_width(size: int) -> int:
@@ -162,26 +170,28 @@ def draw_from_logits(
     """
     greedy = law.temperature == 0
     # Over a small temperature logits are so large that a bit of them is many nats; what they are below the largest is
-    # exact. Over another one they stay as they are, as those of `token_logprobs` do, and are not read once more.
-    largest, nothing = partial(jnp.max, axis=-1, keepdims=True), lambda x: jnp.zeros((len(x), 1), x.dtype)
-    origin = jax.lax.cond(law.temperature < COLDEST, largest, nothing, logits)
-    scaled = (logits - origin) / jnp.where(greedy, 1.0, law.temperature)
-    ids = None
-    if candidates and filtered:
-        scaled, ids = on_own_rows(partial(jax.lax.top_k, k=min(candidates, scaled.shape[1])), scaled)
-    top = scaled.max(axis=-1, keepdims=True)
-    probs = jnp.exp(scaled - top)
+    # exact. Over another one they stay as they are, as those of `token_logprobs` do.
+    largest = logits.max(axis=-1, keepdims=True)
+    origin = jnp.where(law.temperature < COLDEST, largest, 0.0)
+    scale = lambda x: (x - origin) / jnp.where(greedy, 1.0, law.temperature)  # noqa: E731
+    top, ids = scale(largest), None  # the largest of what is scaled, since rounding keeps the order
     if filtered:
-        probs = jnp.where(keep_top_k(scaled, law.top_k), probs, 0.0)
-        probs = jnp.where(keep_top_p(probs, law.top_p), probs, 0.0)
+        scaled, scale, largest = scale(logits), lambda x: x, top
+        if candidates:
+            scaled, ids = on_own_rows(partial(jax.lax.top_k, k=min(candidates, scaled.shape[1])), scaled)
+        likely = jnp.where(keep_top_k(scaled, law.top_k), jnp.exp(scaled - top), 0.0)
+        logits = jnp.where(keep_top_p(likely, law.top_p) & (likely > 0), scaled, -jnp.inf)
+    # Of logits that are not filtered nothing but sums is made: they are read. Greedy is the first of the largest.
+    probs = lambda x: jnp.where(greedy, x == largest, jnp.exp(scale(x) - top))  # noqa: E731
     if jnp.issubdtype(uniform.dtype, jnp.integer):
         index = uniform if ids is None else jnp.argmax(ids == uniform[:, None], axis=-1)
+        chosen = _at(scaled if filtered else logits, index)
     else:
-        index = jnp.where(greedy, _first_largest(scaled, top), draw(probs, uniform))
+        index, chosen = _drawn(logits, jnp.where(greedy, 0.0, uniform), probs, -jnp.inf)
     # In the order of `token_logprobs`, so that the same logits have the same log-probs.
-    logprob = jnp.take_along_axis(scaled, index[:, None], axis=-1)[:, 0] - (jnp.log(probs.sum(-1)) + top[:, 0])
+    logprob = scale(chosen[:, None])[:, 0] - (jnp.log(probs(logits).sum(-1)) + top[:, 0])
     token = index if ids is None else jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
-    kept = None if ids is None or not carry else jnp.where(probs > 0, ids, -1)
+    kept = None if ids is None or not carry else jnp.where(logits > -jnp.inf, ids, -1)
     return token, (jnp.where(greedy, 0.0, logprob), kept)
 
 
