@@ -52,8 +52,10 @@ class Hub:
             return None
         kind, name, rest = match.groups()
         held = {file: data for (k, n, file), data in self.files.items() if (k, n) == (kind, name)}
-        if rest.startswith("/tree/") or (not held and name not in self.made):
-            return [{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in held.items()] or None
+        if not held and name not in self.made:
+            return None
+        if rest.startswith("/tree/"):
+            return [{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in held.items()]
         if rest.startswith("/preupload/"):
             files = json.loads(body)["files"]
             large = lambda file: "lfs" if file["path"].endswith(".safetensors") else "regular"  # noqa: E731
@@ -65,6 +67,8 @@ class Hub:
                     self.files[kind, name, value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.files[kind, name, value["path"]] = self.large[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del self.files[kind, name, value["path"]]
             return {"commitUrl": f"{address}/{name}/commit/{SHA}", "commitOid": SHA, "success": True}
         return {"id": name, "sha": SHA, "siblings": [{"rfilename": file} for file in held]}
 

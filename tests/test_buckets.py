@@ -280,6 +280,7 @@ def test_a_model_in_a_bucket_is_the_old_one_or_the_new_one_or_none(bucket, capsy
     assert "holds a model; give --overwrite true" in refused(capsys, *convert, "gs://bucket/out/m")
     for name in ("model-00001-of-00002.safetensors", "adapter/adapter_config.json"):
         bucket.put(f"out/m/{name}", b"of an older one")
+    bucket.put("out/m/notes.json", b"mine")
     bucket.faults.append(lambda method, name: 403 if method == "POST" and name == "out/m/tokenizer.json" else None)
     said = refused(capsys, *convert, "gs://bucket/out/m", "--overwrite", "true")
     kept = Path(re.search(r"no credentials, or none .*; what was to be written is in (\S+)", said)[1])
@@ -290,7 +291,9 @@ def test_a_model_in_a_bucket_is_the_old_one_or_the_new_one_or_none(bucket, capsy
     lost = iter([None, "lost"])
     bucket.faults.append(lambda method, name: next(lost, None) if method == "POST" else None)
     assert run(capsys, *convert, "gs://bucket/out/m", "--overwrite", "true")[0] == 0
-    assert {name for name in bucket.objects if name[:4] == "out/"} == {f"out/m/{name}" for name in there}
+    assert {name for name in bucket.objects if name[:4] == "out/"} == {
+        f"out/m/{name}" for name in [*there, "notes.json"]
+    }
     assert "there is no such bucket" in refused(capsys, *convert, "gs://nowhere/m")
 
 

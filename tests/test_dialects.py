@@ -259,9 +259,12 @@ def test_what_is_no_setting_of_ours_is_kept(tmp_path, family, score_head):
         ("qwen3", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}),
         ("gemma2", {"sliding_window": 9, **FULL}),
         ("gemma3_text", {"sliding_window": 9, "sliding_window_pattern": 1, **FULL}),
+        ("phi3", {"original_max_position_embeddings": 8, "sliding_window": None}),
+        ("qwen3_5_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 1.0,
+                                              "mrope_section": [2, 1, 1], "mrope_interleaved": True}}),
     ],
-)
-def test_windows_that_no_layer_has_are_kept(family, settings):
+)  # fmt: skip
+def test_settings_that_change_nothing_are_kept(family, settings):
     raw = config(family, **settings)
     arch = config_json.to_arch(raw, hf.FAMILIES[family], Path("config.json"))
     saved = config_json.to_json_like(hf.FAMILIES[family], arch, raw, score_head=False)

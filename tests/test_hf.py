@@ -303,6 +303,11 @@ def test_token_ids_and_the_base_config(tmp_path):
     config, generation = (json.loads((path / f"{name}.json").read_text()) for name in ("config", "generation_config"))
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 5)
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 5}
+    for own in ({"bos_token_id": 7}, {"bos_token_id": None}, {}):  # each file's own begin token stays, none as well
+        said = own | {"temperature": 0.6, "eos_token_id": 9}
+        hf.save_model(path, TINY, random_params(TINY), eos_ids=[2], base_config=config, base_generation=said)
+        assert hf.read_generation(path) == said | {"eos_token_id": 2, "pad_token_id": 5}
+        assert hf.read_config(path)[1]["bos_token_id"] == 1
     hf.save_model(path, TINY, random_params(TINY), eos_ids=[], pad_id=0, base_config=config)
     assert hf.read_config(path)[1]["eos_token_id"] is None
     assert hf.read_config(path)[1]["pad_token_id"] == 0

@@ -44,6 +44,13 @@ def test_rows_and_models_of_a_hub(tmp_path):
     hub.files["datasets", "own/data", "data/train-00001-of-00002.jsonl"] = ROWS
     hub.files["datasets", "own/data", "data/test.jsonl"] = ROWS
     inspect = "data inspect --examples 0 --path"
+    beside = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json"]
+    beside += ["adapter/adapter_config.json", "tokenizer.model", "notes.json", "runs/model.safetensors"]
+    hub.files |= {("models", "owner/old", name): b"{}" for name in beside}
+    policy = {path.name: path.read_bytes() for path in (toy_directory() / "policy").iterdir()}
+    twice = ["consolidated.safetensors", "original/model-00001-of-00001.safetensors", "checkpoint-5/model.safetensors"]
+    policy |= {name: policy["model.safetensors"] for name in twice}
+    hub.files |= {("models", "own/policy", name): data for name, data in policy.items()}
     run = tmp_path / "run"
     shown = {"stage": "sft", "eval/total": 1.25, "remarks": ["a remark"]}
     (run / "model").mkdir(parents=True)
@@ -63,6 +70,7 @@ def test_rows_and_models_of_a_hub(tmp_path):
         f"{inspect} {data}@v3/data/test.jsonl", f"{inspect} hf://datasets/own/other",
         f"convert {run}/model --push owner/new", f"convert {run}/model --output {tmp_path}/x --push odd",
         f"{train} {pushed} --run.progress false --run.report false",
+        f"convert {run}/model --push owner/old", "inspect hf://own/policy",
     ]  # fmt: skip
     *said, _ = at_the_hub(hub, lines, tmp_path / "home")
     said = [text.partition("\n")[2] if i else text for i, text in enumerate(said)]
@@ -83,6 +91,11 @@ def test_rows_and_models_of_a_hub(tmp_path):
     summary = json.loads((tmp_path / "sft" / "summary.json").read_text())
     assert summary["pushed"].endswith("/owner/trained") and f"| eval/nll | {summary['eval/nll']:.6g} |" in card
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["own/data"] and str(tmp_path) not in card
+    left = {name for _, repository, name in hub.files if repository == "owner/old"}
+    assert left == names | {"notes.json", "runs/model.safetensors"}, said[9]  # nothing of the model that was there
+    assert "head tied" in said[10]
+    loaded = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.asked if "/own/policy/" in path}
+    assert "model.safetensors" in loaded and not loaded & set(twice)
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert TOKEN.encode() not in everything and TOKEN not in "".join(said) + str(hub.files)
 

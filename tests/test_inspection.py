@@ -265,8 +265,18 @@ def test_what_is_overwritten_leaves_nothing_of_the_old_model(tmp_path):
     path, old = write(tmp_path / "m"), write(tmp_path / "old", tokenizer=byte_tokenizer(chat_template=CHATML))
     (old / "adapter").mkdir()
     (old / "notes.txt").write_text("stay")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors-00001-of-00002.safetensors"):
+        (old / name).write_text("{}")  # with the first transformers would read the model that it names
     inspection.run_convert(ConvertArgs(str(path), str(old), overwrite=True))
     assert {file.name for file in old.iterdir()} == {*(file.name for file in path.iterdir()), "notes.txt"}
+
+
+def test_an_adapter_is_replaced_by_its_model_when_told_to_alone(tmp_path, capsys):
+    path, old = write(tmp_path / "m"), tmp_path / "old"
+    old.mkdir()
+    (old / "adapter_config.json").write_text("{}")
+    assert "holds a model; give --overwrite true" in refused(capsys, "convert", str(path), "--output", str(old))
+    assert [file.name for file in old.iterdir()] == ["adapter_config.json"]
 
 
 def test_convert_in_place(tmp_path):

@@ -38,6 +38,7 @@ from rlhf_jax.models import Model, hf
 from rlhf_jax.models.cache import column_bytes, state_bytes
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import find_family, understood
+from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson
 from rlhf_jax.models.hf.layout import flattened, leaf_shapes
 from rlhf_jax.models.kernels import Quantization, quantized
@@ -58,6 +59,9 @@ LORA_RANK = 16
 
 ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "distill")
 """Stages whose state has the policy's parameters beside others."""
+
+WHOLE = ("config.json", ADAPTER)
+"""Files that make a directory one of a model, or of an adapter."""
 
 PARTIAL = (("lora", "rank"), ("ppo", "trainable_layers"))
 """Settings with which a checkpoint holds a part of the model."""
@@ -188,7 +192,7 @@ def run_convert(config: ConvertArgs) -> Path:
     if config.push:
         check_repository(config.push, "push")
     remote, url = in_bucket(config.output), config.output.rstrip("/")
-    if remote and not config.overwrite and buckets.read(f"{url}/config.json") is not None:
+    if remote and not config.overwrite and any(buckets.read(f"{url}/{name}") is not None for name in WHOLE):
         raise UserError(f"output {config.output} holds a model; give --overwrite true to replace it")
     with tempfile.TemporaryDirectory(prefix="rlhf-jax-") as place:
         away = remote or not config.output
@@ -218,7 +222,7 @@ def convert(config: ConvertArgs, target: Path) -> str:
     if target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file; name a directory")
     check_writable(target.parent, f"output {target}")
-    if (target / "config.json").exists() and not config.overwrite:
+    if any((target / name).exists() for name in WHOLE) and not config.overwrite:
         raise UserError(f"output {target} holds a model; give --overwrite true to replace it")
     of_run = (source / CHECKPOINTS).is_dir()
     dtype = config.dtype if config.dtype != "auto" else "float32" if of_run else "bfloat16"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +35,14 @@ TEMPLATES = "additional_chat_templates"
 
 DATASET = "dataset_info.json"
 """What makes a directory one that TFDS prepared, of which all is copied."""
+
+WEIGHTS_OF_A_MODEL = re.compile(
+    r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
+TEXT_OF_A_MODEL = re.compile(
+    r"(tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|.*chat_template.*|.*\.(model|tiktoken)"
+)
+"""Names that go when another model is written where one lies, its tokenizer's among them; all else stays."""
 
 HEADS = ("config.json", DATASET)
 """Files without which a directory is no model and no dataset."""
@@ -203,6 +212,14 @@ def upload_tree(folder: Path, url: str) -> None:
             buckets.write(f"{url}/{name}", (folder / name).read_bytes())
 
 
+def of_a_model(name: str) -> bool:
+    """Whether what lies in a directory by this name is of the model there, and goes when another takes its place."""
+    first = name.partition("/")[0]
+    return first in (*BESIDE, "config.json") or bool(
+        WEIGHTS_OF_A_MODEL.fullmatch(first) or TEXT_OF_A_MODEL.fullmatch(first)
+    )
+
+
 def upload_model(folder: Path, url: str) -> None:
     """Put a model directory in the place of what is below `url`/: config.json, without which nothing is a model, goes
     first of the old one and comes last of the new one, so that there is never half a model.
@@ -211,9 +228,7 @@ def upload_model(folder: Path, url: str) -> None:
         UserError: it was refused; says why.
     """
     with buckets.asked(url):
-        own = lambda name: "/" not in name or name.partition("/")[0] in (*BESIDE, TEMPLATES)  # noqa: E731
-        old = [name for name in buckets.below(url) if own(name) and name.endswith(OF_A_MODEL)]
-        for name in sorted(old, key=lambda name: name not in HEADS):
+        for name in sorted(filter(of_a_model, buckets.below(url)), key=lambda name: name not in HEADS):
             buckets.delete(f"{url}/{name}")
     upload_tree(folder, url)
 

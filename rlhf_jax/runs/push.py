@@ -14,6 +14,7 @@ import yaml
 from rlhf_jax.config.functions import flat
 from rlhf_jax.config.settings import HUB, HUB_ROWS
 from rlhf_jax.errors import UserError, reason, tell
+from rlhf_jax.hosts.copies import of_a_model
 from rlhf_jax.hosts.json_text import JsonObject
 
 LOGIN = "run `hf auth login` or set HF_TOKEN to a token that may write"
@@ -44,16 +45,21 @@ def check_repository(repository: str, what: str) -> None:
 def push(folder: Path, repository: str, card: str, again: str) -> str:
     """Upload a model directory and its card as one commit; returns where they are. `again` says what to do if not.
 
+    What is left there of an older model goes by the same commit, or readers would take its weights for these.
+
     Raises:
         UserError: it was refused; the directory is as it was.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
-    added = [CommitOperationAdd(str(path.relative_to(folder)), str(path)) for path in files]
-    added.append(CommitOperationAdd(CARD, card.encode()))
+    files = {str(path.relative_to(folder)): str(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    added: dict[str, str | bytes] = {**files, CARD: card.encode()}
     try:
-        made = HfApi().create_commit(repository, added, commit_message="Model of rlhf-jax")
+        gone = [name for name in HfApi().list_repo_files(repository) if of_a_model(name) and name not in added]
+        changes = list[CommitOperationAdd | CommitOperationDelete]()
+        changes += [CommitOperationAdd(name, data) for name, data in added.items()]
+        changes += [CommitOperationDelete(name) for name in gone]
+        made = HfApi().create_commit(repository, changes, commit_message="Model of rlhf-jax")
     except Exception as error:  # from httpx and the Hub
         raise UserError(f"{repository} of the Hub: {type(error).__name__}: {reason(error)}; {again}") from error
     where = str(made.commit_url).partition("/commit/")[0]

@@ -200,9 +200,7 @@ def _windows(raw: ConfigJson, family: Family, where: Path, layers: int, max_posi
     if window is None or not chosen:
         return {}
     if typed(window, int, "sliding_window", where) < 1:
-        raise UserError(
-            f"{where}: sliding_window is {window}, in which no token sees itself; write null for no window"
-        )
+        raise UserError(f"{where}: sliding_window is {window}, in which no token sees itself; write null for none")
     return {"sliding_window": window, "window_layers": chosen}
 
 
@@ -336,8 +334,11 @@ def to_json_like(
         return values
     gone = {*_NOT_KEPT, *family.aliases, *(["problem_type"] if score_head else [])}
     gone |= {"rope_scaling"} if "rope_parameters" in values and base.get("rope_scaling") else set()
-    unused = ("sliding_window", "max_window_layers") if family.windows == "types" and not arch.window_layers else ()
+    unused = [_ORIGINAL] * (arch.rope_scaling.kind == "none")  # keys that say nothing of this shape
+    unused += ["sliding_window", "max_window_layers"] * (family.windows == "types" and not arch.window_layers)
     values |= {key: base[key] for key in unused if key in values and base.get(key)}
+    rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
+    values.get("rope_parameters", {}).update({key: rope[key] for key in family.unread_rope if key in rope})
     return {key: value for key, value in base.items() if key not in gone} | values
 
 
@@ -388,9 +389,8 @@ def find_family(arch: ArchConfig, base_config: ConfigJson | None = None) -> Fami
             continue
         if held.rope_local_theta == held.rope_theta and held.rope_scaling == RopeScaling():  # said or not
             held = dataclasses.replace(held, rope_local_theta=arch.rope_local_theta and held.rope_local_theta)
-        names = [field.name for field in dataclasses.fields(ArchConfig)]
-        misfits = [f"{n} {getattr(held, n)!r} (not {getattr(arch, n)!r})" for n in names
-                   if getattr(held, n) != getattr(arch, n)]  # fmt: skip
+        both = ((f.name, getattr(held, f.name), getattr(arch, f.name)) for f in dataclasses.fields(ArchConfig))
+        misfits = [f"{name} {has!r} (not {wanted!r})" for name, has, wanted in both if has != wanted]
         if base_config is None and arch.width % arch.num_heads:  # transformers refuses it whatever head_dim is
             misfits.append(f"width {arch.width} to be a multiple of num_heads {arch.num_heads}")
         if not misfits:

@@ -14,18 +14,14 @@ from pathlib import Path
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import BESIDE
+from rlhf_jax.hosts.copies import BESIDE, TEXT_OF_A_MODEL, WEIGHTS_OF_A_MODEL
 from rlhf_jax.hosts.files import replacing
 from rlhf_jax.models.hf import hub
 from rlhf_jax.models.hf.config_json import read_json, typed, understood
 
 ADAPTER = "adapter_config.json"
 """What makes a directory one of a PEFT adapter."""
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _BESIDE = re.compile("|".join(BESIDE))
-_TEXT = re.compile(
-    r"(tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|.*chat_template.*|.*\.(model|tiktoken)"
-)
 MOST_LAYERS = 8
 """Adapters that may stand on one another."""
 
@@ -79,8 +75,8 @@ def replacing_model(path: Path, *, in_place: bool, with_text: bool) -> Iterator[
     Of a model that is written `in_place` all but the weights stays; else a tokenizer stays that the new model, which
     comes `with_text`, does not replace.
     """
-    gone = [_WEIGHTS, *[_BESIDE] * (not in_place)]
-    gone += [_TEXT] * (with_text and not in_place and (path / "config.json").exists())
+    gone = [WEIGHTS_OF_A_MODEL, *[_BESIDE] * (not in_place)]
+    gone += [TEXT_OF_A_MODEL] * (with_text and not in_place and (path / "config.json").exists())
     with replacing(path) as new:
         yield new
         for file in path.iterdir() if path.exists() else []:

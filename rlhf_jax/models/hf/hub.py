@@ -12,6 +12,8 @@ from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.copies import OF_A_MODEL, local
 
 _WANTED = [f"*{ending}" for ending in OF_A_MODEL]
+_TWICE = ["consolidated*", "*/consolidated*", "*/model*.safetensors"]
+"""The same weights in the form of another program, or of other steps: nobody reads them."""
 
 
 def local_directory(path: str) -> str:
@@ -40,7 +42,7 @@ def downloaded(path: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return str(Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED)))
+        return snapshot_download(name, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_TWICE)
     except Exception as error:  # from requests, httpx, the Hub and the file system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -54,6 +56,8 @@ def cached_directory(name: str, revision: str | None = None) -> str | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return str(snapshot_download(name, revision=revision, allow_patterns=_WANTED, local_files_only=True))
+        return snapshot_download(
+            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_TWICE, local_files_only=True
+        )
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None

@@ -254,7 +254,7 @@ def save_model(
         score_head: a reward or value model; `_fold_score_bias` says what becomes of its bias.
         dtype: float32 or bfloat16.
         base_config: config.json of the model that training began with: family, bos, (default) pad, what is not ours.
-        base_generation: its generation_config.json; what it says beside token ids is kept.
+        base_generation: its generation_config.json; all that it says is kept but stop and padding ids.
         shard_bytes: the largest weight file; more of them come with an index.
         write_more: writes further files, such as the tokenizer's, which else stays, into the new directory.
         in_place: the model is that of `path` in another form, so that all but its weights stays.
@@ -275,7 +275,7 @@ def save_model(
     tokens = _token_ids(family, eos_ids, pad_id, base_config or {}, score_head=score_head)
     said = to_json_like(family, arch, base_config or {}, score_head=score_head, members=members)
     config = said | tokens | {"dtype": dtype} | ({OWN_ADAPTERS: True} if trunk_of else {})
-    generation = dict(base_generation or {}) | {key: ids for key, ids in tokens.items() if ids is not None}
+    generation = _generation(base_generation or {}, tokens)
     tensors = hf_tensors(family, layout, leaves, _DTYPES[dtype])
     if is_first():
         with replacing_model(Path(path), in_place=in_place, with_text=write_more is not None) as folder:
@@ -315,6 +315,12 @@ def _token_ids(
     bos = base.get("bos_token_id")
     bos = family.defaults.get("bos_token_id") if bos is None else bos  # transformers wants one in some families
     return {"bos_token_id": bos, "eos_token_id": stop, "pad_token_id": pad}
+
+
+def _generation(base: ConfigJson, tokens: ConfigJson) -> ConfigJson:
+    """generation_config.json; that of the base may begin with another token than its config.json, or with none."""
+    given = {key: ids for key, ids in tokens.items() if ids is not None and not (base and key == "bos_token_id")}
+    return base | given
 
 
 def hf_tensors(family: Family, layout: Layout, leaves: Leaves, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
