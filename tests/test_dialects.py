@@ -262,6 +262,8 @@ def test_what_is_no_setting_of_ours_is_kept(tmp_path, family, score_head):
         ("phi3", {"original_max_position_embeddings": 8, "sliding_window": None}),
         ("qwen3_5_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 1.0,
                                               "mrope_section": [2, 1, 1], "mrope_interleaved": True}}),
+        ("qwen3_5_text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mrope_section": [2, 1, 1],
+                                           "rope_theta": 9.0, "partial_rotary_factor": 1.0}}),
     ],
 )  # fmt: skip
 def test_settings_that_change_nothing_are_kept(family, settings):

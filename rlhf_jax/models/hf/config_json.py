@@ -19,8 +19,7 @@ from rlhf_jax.models.rotary import check_law
 
 Fields = dict[str, Any]
 """Fields of ArchConfig by name, each of its own type."""
-MOST = 2**31
-"""No size in a config.json is as large."""
+MOST = 2**31  # no size in a config.json is as large
 MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
@@ -315,8 +314,8 @@ def to_json(family: Family, arch: ArchConfig, *, score_head: bool, members: int 
         labels = [f"LABEL_{i}" for i in range(members or 1)]
         values |= {"num_labels": len(labels), "id2label": {str(i): name for i, name in enumerate(labels)}}
         values |= {"label2id": {name: i for i, name in enumerate(labels)}} | ({MEMBERS: members} if members else {})
-    architecture = family.classifier if score_head else family.causal
-    return {"architectures": [architecture], "model_type": family.model_type} | values
+    name = family.classifier if score_head else family.causal
+    return {"architectures": [name], "model_type": family.model_type} | values
 
 
 def _inverse(number: float) -> float:
@@ -338,7 +337,8 @@ def to_json_like(
     unused += ["sliding_window", "max_window_layers"] * (family.windows == "types" and not arch.window_layers)
     values |= {key: base[key] for key in unused if key in values and base.get(key)}
     rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
-    values.get("rope_parameters", {}).update({key: rope[key] for key in family.unread_rope if key in rope})
+    kept = {key: rope[key] for key in family.unread_rope if key in rope}
+    values |= {key: values[key] | kept for key in ("rope_parameters", "rope_scaling") if key in values}
     return {key: value for key, value in base.items() if key not in gone} | values
 
 
