@@ -51,6 +51,8 @@ def test_rows_and_models_of_a_hub(tmp_path):
     twice = ["consolidated.safetensors", "original/model-00001-of-00001.safetensors", "checkpoint-5/model.safetensors"]
     policy |= {name: policy["model.safetensors"] for name in twice}
     hub.files |= {("models", "own/policy", name): data for name, data in policy.items()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("nobody's business")
     run = tmp_path / "run"
     shown = {"stage": "sft", "eval/total": 1.25, "remarks": ["a remark"]}
     (run / "model").mkdir(parents=True)
@@ -70,7 +72,7 @@ def test_rows_and_models_of_a_hub(tmp_path):
         f"{inspect} {data}@v3/data/test.jsonl", f"{inspect} hf://datasets/own/other",
         f"convert {run}/model --push owner/new", f"convert {run}/model --output {tmp_path}/x --push odd",
         f"{train} {pushed} --run.progress false --run.report false",
-        f"convert {run}/model --push owner/old", "inspect hf://own/policy",
+        f"convert {run}/model --output {tmp_path}/mine --push owner/old", "inspect hf://own/policy",
     ]  # fmt: skip
     *said, _ = at_the_hub(hub, lines, tmp_path / "home")
     said = [text.partition("\n")[2] if i else text for i, text in enumerate(said)]
@@ -92,7 +94,7 @@ def test_rows_and_models_of_a_hub(tmp_path):
     assert summary["pushed"].endswith("/owner/trained") and f"| eval/nll | {summary['eval/nll']:.6g} |" in card
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["own/data"] and str(tmp_path) not in card
     left = {name for _, repository, name in hub.files if repository == "owner/old"}
-    assert left == names | {"notes.json", "runs/model.safetensors"}, said[9]  # nothing of the model that was there
+    assert left == names | {"notes.json", "runs/model.safetensors"}, said[9]  # nothing of the old model, no diary
     assert "head tied" in said[10]
     loaded = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.asked if "/own/policy/" in path}
     assert "model.safetensors" in loaded and not loaded & set(twice)

@@ -215,7 +215,7 @@ def upload_tree(folder: Path, url: str) -> None:
 def of_a_model(name: str) -> bool:
     """Whether what lies in a directory by this name is of the model there, and goes when another takes its place."""
     first = name.partition("/")[0]
-    return first in (*BESIDE, "config.json") or bool(
+    return first in (*BESIDE, "config.json", "generation_config.json") or bool(
         WEIGHTS_OF_A_MODEL.fullmatch(first) or TEXT_OF_A_MODEL.fullmatch(first)
     )
 

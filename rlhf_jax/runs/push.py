@@ -45,7 +45,8 @@ def check_repository(repository: str, what: str) -> None:
 def push(folder: Path, repository: str, card: str, again: str) -> str:
     """Upload a model directory and its card as one commit; returns where they are. `again` says what to do if not.
 
-    What is left there of an older model goes by the same commit, or readers would take its weights for these.
+    Of the directory that is what is of the model, and of the repository what is left of an older one goes by the same
+    commit, or readers would take its weights for these.
 
     Raises:
         UserError: it was refused; the directory is as it was.
@@ -53,7 +54,8 @@ def push(folder: Path, repository: str, card: str, again: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     files = {str(path.relative_to(folder)): str(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    added: dict[str, str | bytes] = {**files, CARD: card.encode()}
+    added: dict[str, str | bytes] = {name: path for name, path in files.items() if of_a_model(name)}
+    added[CARD] = card.encode()
     try:
         gone = [name for name in HfApi().list_repo_files(repository) if of_a_model(name) and name not in added]
         changes = list[CommitOperationAdd | CommitOperationDelete]()
