@@ -321,6 +321,23 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n(n):
     np.testing.assert_allclose(best_of_n(proxy, rewards, n), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_a_sample_without_a_score_is_never_the_best_of_n(n):
+    """The mean over the choices of n that hold another; nothing is put in the place of its score."""
+    rng = np.random.default_rng(1)
+    proxy, rewards = rng.integers(0, 4, (6, 6)).astype(float), rng.normal(size=(6, 6))
+    for row, lost in zip(proxy, ([0], [1, 3], [5, 0, 2], [0, 1, 2, 3, 4], range(6), []), strict=True):
+        row[list(lost)] = np.nan
+    rewards[1, 3] = np.nan
+    expected = []
+    for p, r in zip(proxy, rewards, strict=True):
+        choices = [[i for i in c if not np.isnan(p[i])] for c in itertools.combinations(range(6), n)]
+        expected.append([r[c][p[c] == p[c].max()].mean() for c in choices if c])
+    np.testing.assert_allclose(
+        best_of_n(proxy, rewards, n), [np.mean(each) if each else np.nan for each in expected], rtol=1e-12
+    )
+
+
 def test_best_of_all_samples_is_the_best_and_of_one_the_mean_with_any_number():
     proxy = np.random.default_rng(0).normal(size=(3, 2000))
     np.testing.assert_allclose(best_of_n(proxy, proxy, 2000), proxy.max(1), rtol=1e-9)

@@ -20,7 +20,15 @@ from rlhf_jax.commands.label import drawing
 from rlhf_jax.commands.label.items import items_of
 from rlhf_jax.commands.label.server import Page, items_drawn
 from rlhf_jax.commands.label.votes import Votes
-from rlhf_jax.config import CollectArgs, JudgeConfig, LabelArgs, ModelConfig, RewardSourceConfig, SamplingConfig
+from rlhf_jax.config import (
+    CollectArgs,
+    JudgeConfig,
+    LabelArgs,
+    ModelConfig,
+    RewardJudgeConfig,
+    RewardSourceConfig,
+    SamplingConfig,
+)
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.selection import doubt, select
@@ -136,6 +144,23 @@ def test_only_what_is_kept_is_judged_and_any_are_kept_at_random_by_the_seed(tmp_
     assert read(tmp_path / "a.jsonl") == rows
     again = run_collect(settings(tmp_path / "b.jsonl", select="random", most=5, seed=1), rows=PROMPTS)
     assert [r["prompt"] for r in again] != [r["prompt"] for r in rows]
+
+
+def of_no_b(prompt, a, b):
+    return "?" if "b" in a + b else more_vowels(prompt, a, b)
+
+
+def test_a_response_without_a_score_is_not_chosen_where_the_reward_labels(tmp_path):
+    judge = RewardJudgeConfig(function="test_selecting:of_no_b", against="response")
+    config = settings(tmp_path / "a.jsonl", label="reward", reward=RewardSourceConfig(judge=judge))
+    prompts = [{**row, "response": " c d e"} for row in PROMPTS]
+    drawn = run_collect(config, rows=prompts)
+    unscored = [[item["score"] is None for item in row["responses"]] for row in drawn]
+    assert 0 < sum(map(sum, unscored)) < sum(map(len, unscored))
+    kept = run_collect(replace(config, select="random", overwrite=True), rows=prompts)
+    assert len(kept) > 1 and all(item["score"] is not None for row in kept for item in row["responses"])
+    answered = [{item["text"] for item in row["responses"] if item["score"] is not None} - {""} for row in drawn]
+    assert len(kept) == sum(len(texts) > 1 for texts in answered)
 
 
 def test_the_page_begins_with_the_row_of_the_most_information():

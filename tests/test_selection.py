@@ -162,6 +162,10 @@ def test_rounds_raise_the_gold_reward_and_start_from_one_another(whole):
     first, second = (each["curve"][0] for each in summary["rounds"])
     rise, error = second["gold"]["mean"] - first["gold"]["mean"], np.hypot(first["gold"]["se"], second["gold"]["se"])
     assert rise > 2 * error
+    for number, each in enumerate(summary["rounds"]):
+        texts = [row["response"].strip() for row in rows_in(out / f"round{number + 1}" / "best.jsonl")]
+        assert each["best_empty"] == texts.count("") and each["kept"] == len(texts) - texts.count("")
+    assert any(each["best_empty"] for each in summary["rounds"])
     lines = rows_in(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert (lines[1]["rollout/reward"], lines[1]["rollout/gold"]) == (second["proxy"]["mean"], second["gold"]["mean"])

@@ -43,23 +43,21 @@ def run(
         scored = sources.score(functions)
         phases.fill("bestofn", progress=config.progress)
 
-        # [prompts, samples], NaN where the reward failed (on_failure skip) or a judge gave no answer; the curve, which
-        # has a number for each, takes the mean of the prompt's others there.
-        said = np.array([row["scores"] for row in scored.rows], float)
-        known = np.flatnonzero(~np.isnan(said).all(axis=1)).tolist()
-        proxy = said.copy()
-        proxy[known] = np.where(np.isnan(said[known]), np.nanmean(said[known], axis=1, keepdims=True), said[known])
+        # [prompts, samples], NaN where the reward failed (on_failure skip) or a judge gave no answer.
+        proxy = np.array([row["scores"] for row in scored.rows], float)
+        known = np.flatnonzero(~np.isnan(proxy).all(axis=1)).tolist()
         golds = sources.gold(gold)
         if not known:
             raise UserError("the reward failed on every prompt; mend it and give the command again")
-        rewards = {"proxy": proxy[known]} if golds is None else {"proxy": proxy[known], "gold": np.array(golds)[known]}
-        curve = curve_of(rewards, [prompt_key(prompts[i]) for i in known])
+        rewards = {"proxy": proxy} if golds is None else {"proxy": proxy, "gold": np.array(golds)}
+        curve = curve_of(rewards, [prompt_key(prompt) for prompt in prompts])
         out: list[Row] = []  # sft rows
         for i in known:
-            best = int(np.nanargmax(said[i]))  # of equals the first
-            answer = answer_fields(sources.responses(i)[best])
-            told = {"score": float(proxy[i][best])} | ({} if golds is None else {"gold": float(golds[i][best])})
-            out.append({**carried(prompts[i]), **answer, **told})
+            best = int(np.nanargmax(proxy[i]))  # of equals the first
+            told = {
+                name: float(values[i][best]) for name, values in zip(("score", "gold"), rewards.values(), strict=False)
+            }
+            out.append({**carried(prompts[i]), **answer_fields(sources.responses(i)[best]), **told})
         lost = {"without_score": len(prompts) - len(known)} if len(known) < len(prompts) else {}
         summary: Summary = {"prompts": len(known), "samples": config.num_samples, "curve": curve}
         summary |= {**sources.unscored(), **lost}
@@ -82,8 +80,8 @@ def checked_prompts(
 def curve_of(rewards: dict[str, np.ndarray], prompts: Sequence[str]) -> list[Summary]:
     """{n, kl, proxy, gold?} for n = 1, 2, 4 .. N, of rewards {proxy, gold?} [B, N]: their {mean, se} over `prompts`.
 
-    Every n is estimated from all N samples (`consensus.best_of_n`), ordered by the proxy. kl, in nats, is exact where
-    no two samples tie.
+    Every n is estimated from all N samples (`consensus.best_of_n`), ordered by the proxy; one without a proxy (NaN) is
+    never the best. kl, in nats, is exact where all have one and no two tie.
     """
     proxy = rewards["proxy"]
     num = proxy.shape[1]

@@ -114,9 +114,10 @@ class Chosen:
     def __getitem__(self, i: int) -> Selection:
         config = self.config
         if i not in self._found:
-            texts = [item["text"] for item in self.sources.responses(i)]
+            items = self.sources.responses(i)
             if config.select == "all":
-                return Selection(list(range(len(texts))), None)
+                return Selection(list(range(len(items))), None)
+            texts = ["" if item.get("score", 0.0) is None else item["text"] for item in items]
             scores = np.array(self.members[i]["members"]) if self.members else None
             rng = np.random.default_rng([config.seed, i])
             self._found[i] = select(config.select, texts, scores, config.selected, rng)

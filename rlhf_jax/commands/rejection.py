@@ -24,6 +24,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.feedback.phases import digest
 from rlhf_jax.hosts.files import replacing
+from rlhf_jax.hosts.processes import say
 from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.runs.directory import Summary, names_given
 from rlhf_jax.runs.run import Run
@@ -88,22 +89,26 @@ def one_round(
 ) -> Summary:
     """Round k from 0 on, or what is left of it: the summary of its samples, and of its SFT the held-out loss.
 
-    `kept` are the rows that the limits of the SFT leave, held-out ones of eval_fraction included. To count them they
-    are tokenised once more than the SFT does: little beside what it took to draw each of them num_samples times.
+    `best_empty` are the best responses that are empty, which the SFT does not get; `kept` are the rows that its limits
+    leave, held-out ones of eval_fraction included. To count them they are tokenised once more than the SFT does:
+    little beside what it took to draw each of them num_samples times.
     """
     best = sampling_of(config, k)
     output = Path(best.output)
     summary = finished(output)
     if summary is None:
         summary = bestofn.run(best, rows=prompts, functions=functions, gold=gold)
-    chosen = [row for row in rows_from(str(output)) if row["response"].strip()]
+    best_rows = rows_from(str(output))
+    chosen = [row for row in best_rows if row["response"].strip()]
+    if empty := len(best_rows) - len(chosen):
+        say(f"! round {k + 1}: the best response to {empty} of {len(best_rows)} prompts is empty, and left out")
     if not chosen:
         raise UserError(f"round {k + 1}: the best response to every prompt is empty; look at {output}")
     training = training_of(config, k)
     kept = learned(training, load_tokenizer(training.model), chosen)
     trained = sft.run(training, rows=chosen, eval_rows=held_out)
     losses = {name: trained[name] for name in ("eval/total",) if name in trained}  # none without held-out rows
-    return {**summary, "kept": len(kept), **losses}
+    return {**summary, "best_empty": empty, "kept": len(kept), **losses}
 
 
 def learned(training: SFTArgs, tokenizer: Tokenizer, rows: list[Row]) -> list[Example]:

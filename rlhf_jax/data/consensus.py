@@ -105,16 +105,20 @@ def best_of_n(proxy: Float[np.ndarray, "B N"], rewards: Float[np.ndarray, "B N"]
     """E[reward of the sample with the largest proxy among n], unbiased, from N >= n samples of each prompt.
 
     A sample with L smaller ones is the best of C(L, n - 1) of the C(N, n) choices of n (Nakano et al. 2021, arXiv
-    2112.09332, appendix I). Samples with equal proxy share theirs evenly.
+    2112.09332, appendix I). Samples with equal proxy share theirs evenly. One whose proxy is NaN is never the best:
+    the chances are those of the choices that hold another; NaN where there is none.
     """
     num = proxy.shape[1]
     # The chance that all n are among the k lowest; of a sample's own share, the difference from one k to the next.
     among = np.array([comb(k, n) / comb(num, n) for k in range(num + 1)])
-    chances = np.empty(proxy.shape)
-    for row, scores in zip(chances, proxy, strict=True):
-        low, high = (np.searchsorted(np.sort(scores), scores, side) for side in ("left", "right"))
-        row[:] = (among[high] - among[low]) / (high - low)
-    return (chances * rewards).sum(axis=1)
+    out = np.full(len(proxy), np.nan)
+    for i, known in enumerate(~np.isnan(proxy)):
+        scores, without = proxy[i, known], num - known.sum()
+        low, high = (without + np.searchsorted(np.sort(scores), scores, side) for side in ("left", "right"))
+        if len(scores):
+            chances = (among[high] - among[low]) / (high - low) / (1 - among[without])
+            out[i] = (chances * rewards[i, known]).sum()
+    return out
 
 
 def aggregate(
