@@ -113,6 +113,21 @@ def test_equal_texts_are_ties_whoever_compares(tmp_path, capsys):
     assert found["pass@2"]["rate"] == 1.0 and "pass@2" in capsys.readouterr().out  # every length is at least 1
 
 
+@pytest.mark.parametrize(("few", "many"), [("a", "b"), ("b", "a")])
+def test_every_response_is_judged_where_one_source_has_more(tmp_path, few, many):
+    """Those of the source with fewer come round again, be it the baseline or not."""
+    sources = [SourceConfig(name=name, num_samples=2 if name == few else 5) for name in "ab"]
+    config = settings(tmp_path / "e", sources=sources, judge=JudgeConfig(function="test_evaluating:longer"))
+    found = run_evaluate(config, rows=PROMPTS[:3])
+    expected = []
+    for row in read(tmp_path / "e" / "responses.jsonl"):
+        of = {name: [x["text"] for x in row["responses"] if x["source"] == name] for name in "ab"}
+        pairs = [{few: of[few][k % 2], many: of[many][k]} for k in range(5)]
+        expected.append(np.mean([longer("", pair["b"], pair["a"]) for pair in pairs]))
+    assert found["judge"]["pairs"] == 15
+    assert found["models"]["b"]["wins"]["judge"]["rate"] == pytest.approx(np.mean(expected))
+
+
 def test_length_orders_a_terse_and_a_talkative_model_whichever_is_the_baseline(tmp_path, terse):
     """By a function, and by a judge that a place and a doubt do not move; each win of one is a loss of the other."""
     sources = [SourceConfig(name="talk"), SourceConfig(name="terse", path=terse)]

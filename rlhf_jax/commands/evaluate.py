@@ -133,10 +133,16 @@ def _evaluate(
 
 
 def beside_baseline(sources: Sources, baseline: int, i: int, items: list[Row]) -> list[Group]:
-    """Of the responses to prompt i: (prompt, [one of another source, one of the baseline]), source by source."""
+    """Of the responses to prompt i: (prompt, [one of another source, one of the baseline]), source by source.
+
+    Each is in a pair; where one of the two has fewer, its responses come round again.
+    """
     texts = {name: [item["text"] for item in items if item["source"] == name] for name in sources.names}
     base = texts.pop(sources.names[baseline])
-    return [(sources.prompts[i]["prompt"], [a, b]) for own in texts.values() for a, b in zip(own, base, strict=False)]
+    pairs = [
+        [own[k % len(own)], base[k % len(base)]] for own in texts.values() for k in range(max(len(own), len(base)))
+    ]
+    return [(sources.prompts[i]["prompt"], pair) for pair in pairs]
 
 
 def measuring(config: EvaluateArgs, sources: Sources) -> Callable[[Drawer], Measure]:

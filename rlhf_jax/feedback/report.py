@@ -252,7 +252,7 @@ def judged_shares(
 
     The verdicts of a row are, source by source, on pairs of a response of the source and one of the baseline.
     """
-    counts = {name: min(k, each[baseline]) for name, k in zip(names, each, strict=True) if name != names[baseline]}
+    counts = {name: max(k, each[baseline]) for name, k in zip(names, each, strict=True) if name != names[baseline]}
     shares = {name: np.full(len(rows), np.nan) for name in counts}
     for i, row in enumerate(rows):
         verdicts = iter(verdicts_of(row))
