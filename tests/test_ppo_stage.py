@@ -110,6 +110,18 @@ def test_the_critic_starts_as_the_reward_model(one_device, value_init):
     )  # training donates its own
 
 
+def test_a_critic_that_starts_as_the_reward_model_says_what_that_is_paid(one_device):
+    """model_weight times the score, also on the scale of reward_standardize."""
+    method, loop = train.setup(replace(toy_run(), reward__model_weight=-2.5), **TOY_ROWS)
+    nets, value = method.nets, loop.state.params["value"]
+    before = nets.reward["score"]
+    assert same_bits(value["score"], jax.tree.map(lambda x: np.float32(-2.5) * x, before))
+    trunk = lambda tree: {name: part for name, part in tree.items() if name != "score"}  # noqa: E731
+    assert same_bits(trunk(value), trunk(nets.reward))
+    scaled = nets.critic_head({**nets.reward, "score": {"kernel": before["kernel"] / 4, "bias": before["bias"] + 1}})
+    assert scaled["bias"] == np.float32(-2.5) * (before["bias"] + 1)
+
+
 @pytest.mark.parametrize("changes", [{"value_init": "zeros"}, {"reward_model": False}])
 def test_the_critic_starts_as_the_policy_with_a_zero_head(one_device, changes):
     _, params = networks(**changes)

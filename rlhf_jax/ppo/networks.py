@@ -42,8 +42,8 @@ def make_networks(
             said = "the critic would stand on a reward model whose members have adapters"
             raise UserError(f"{what}: {said}; set ppo.value_init zeros, or ppo.shared_trunk true")
         first = split_layers(first, ppo.trainable_layers, mesh)
-        reward, head = together([first, *others]), partial(one_head, first.model)
-        value, base = with_one_head(first, mesh), "reward"
+        weight, reward = config.reward.model_weight, together([first, *others])
+        value, base, head = with_one_head(first, mesh, weight), "reward", partial(one_head, first.model, weight=weight)
     else:
         zeros = placed(mesh, lambda key: {"score": policy.model.init_score(key, zeros=True)}, key)["score"]
         scored = policy.model.with_score(policy.params, zeros)
@@ -65,27 +65,29 @@ def make_networks(
     return nets, copied({"policy": policy.params, "value": trained})
 
 
-def with_one_head(loaded: Loaded, mesh: Mesh) -> Loaded:
-    """The reward model with the mean of its heads in place of several; equal ones give that head to the bit.
+def with_one_head(loaded: Loaded, mesh: Mesh, weight: float = 1.0) -> Loaded:
+    """The reward model with `one_head`.
 
     Of members with adapters of their own it is the first of them.
     """
-    if not loaded.model.members:
-        return loaded
-    if loaded.model.own_adapters:
-        first = partial(merged_member, i=0, scale=loaded.model.lora_scale)
-        one = {"model__members": 0, "model__own_adapters": False, "model__lora_scale": 1.0}
-        return replace(loaded, params=placed(mesh, first, loaded.params), **one)
-    return replace(loaded, model__members=0, params={**loaded.params, "score": one_head(loaded.model, loaded.params)})
+    model = loaded.model
+    score = placed(mesh, lambda params: {"score": one_head(model, params, weight)}, loaded.params)
+    if model.own_adapters:
+        first = partial(merged_member, i=0, scale=model.lora_scale)
+        loaded = replace(loaded, params=placed(mesh, first, loaded.params), model__lora_scale=1.0)
+    return replace(loaded, model__members=0, model__own_adapters=False, params={**loaded.params, **score})
 
 
-def one_head(model: Model, params: Params) -> Params:
-    """The head of `with_one_head`, of a reward model's parameters; of several models', that of the first."""
+def one_head(model: Model, params: Params, weight: float) -> Params:
+    """What pays `weight` times the score of a reward model, of several models the first, of several heads their mean.
+
+    With a weight of 1 equal heads give that head to the bit.
+    """
     score = first_of(params)["score"]
-    if not model.members:
-        return score
-    of_several = lambda x: x[0] if model.own_adapters else x[0] + (x - x[:1]).mean(axis=0)  # noqa: E731
-    return jax.tree.map(of_several, score)
+    if model.members:
+        of_several = lambda x: x[0] if model.own_adapters else x[0] + (x - x[:1]).mean(axis=0)  # noqa: E731
+        score = jax.tree.map(of_several, score)
+    return jax.tree.map(lambda x: weight * x, score)
 
 
 def split_layers(loaded: Loaded, top: int, mesh: Mesh) -> Loaded:
