@@ -234,9 +234,8 @@ class Meter:
             kl = self.logprobs(ours, rollout) - self.logprobs(reference, rollout)
             held_out, _ = sft_examples(task.demos[1000:], self.tokenizer, Limits.of(q.DATA), loss_on="response")
             nll = -np.concatenate(self.reader.targets(ours, held_out))
-        gold = walks.optimality(
-            task.graph, self.batch["prompts"], decode(self.tokenizer, rollout, self.batch["given"])
-        )
+        texts, _ = decode(self.tokenizer, rollout, self.batch["given"])
+        gold = walks.optimality(task.graph, self.batch["prompts"], texts)
         return {"gold": float(np.mean(gold)), "kl": float(jnp.mean(kl)), "nll": float(nll.mean())}
 
 

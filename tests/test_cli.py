@@ -903,7 +903,7 @@ def test_sample_and_score_on_saved_models(here, call):
     code, out, err = call("sample", "--model.path", "lm", *ask, "--output", "made/rows.jsonl")
     loaded = "the model is loaded, the first batch compiles\n"
     begun = f"sample: 4 responses; prompts up to 36 tokens, responses 4; {loaded}"
-    hidden = "2 of 4 responses have special tokens that their text does not show\n"
+    hidden = "2 of 4 responses whose ids have special tokens that their text does not show\n"
     assert (code, out, err) == (0, "", begun + hidden)
     rows = rows_of((here / "made" / "rows.jsonl").read_text())
     assert [row["prompt"] for row in rows] == ["b", "b", "c d", "c d"]

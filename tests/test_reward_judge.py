@@ -250,7 +250,7 @@ def test_rows_without_an_answer_alone_in_a_redraw_or_at_the_end_of_an_evaluation
     config = GRPOArgs(
         model=toy.model, data=replace(toy.data, batch_size=4), sampling=toy.sampling, run=toy.run,
         reward=RewardSourceConfig(judge=judge, functions=["test_reward_judge:places"]),
-        grpo=GroupConfig(iterations=2, group_size=2, redraws=2),
+        grpo=GroupConfig(iterations=2, group_size=2, redraws=2, num_samples=5),
     )  # fmt: skip
     rows = lambda *prompts: [{"prompt": prompt, "response": " c d e"} for prompt in prompts]  # noqa: E731
     method, loop = group_train.setup(config, rows=rows("b", "c"), eval_rows=rows(*"cdefb"))
@@ -258,7 +258,15 @@ def test_rows_without_an_answer_alone_in_a_redraw_or_at_the_end_of_an_evaluation
         _, metrics, _ = iteration(method, loop, 0)
         assert metrics["rollout/unanswered"] == 2 and metrics["group/drawn_again"] == 2
         method, loop = group_train.setup(config, rows=rows("b", "b"), eval_rows=rows(*"cdefb"))
-        assert evaluate(method, loop)[0]["eval/unanswered"] == 1
+        results, samples = evaluate(
+            method, replace(loop, state__params=jax.tree.map(lambda x: 2 * x, loop.state.params))
+        )
+        assert results["eval/unanswered"] == 1
+        # The KL of responses needs no judge: it is of all rows, as `kl_budget` needs it.
+        kl, paid = (np.array([row[name] for row in samples], float) for name in ("kl", "reward"))
+        known = ~np.isnan(paid)
+        assert len(kl) == 5 and known.sum() == 4 and results["eval/kl"] == pytest.approx(kl.mean()) != kl[known].mean()
+        assert results["eval/objective"] == pytest.approx((paid - config.grpo.kl_coef * kl)[known].mean())
         last = replace(method, inputs__held_out=method.inputs.held_out[1:])
         for failing, count in ((lambda: iteration(method, loop, 0), 4), (lambda: evaluate(last, loop), 1)):
             with pytest.raises(RewardFailure, match=f"none of {count} responses got an answer that says anything"):

@@ -41,13 +41,14 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
 from rlhf_jax.feedback.sources import fitting
-from rlhf_jax.inference.generate import Generator
+from rlhf_jax.inference.generate import Generator, decode
 from rlhf_jax.inference.scoring import score_example
 from rlhf_jax.models import Model
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model, load_tokenizer, save_model
 from rlhf_jax.ppo import train as ppo_train
 from rlhf_jax.runs.outcome import not_seen, widened
 from rlhf_jax.sharding import make_mesh
+from rlhf_jax.types import Rollout
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ["<s>", "</s>", "<unk>"]
@@ -365,7 +366,8 @@ def test_special_tokens_that_a_reward_does_not_see_are_counted_in_every_iteratio
         bool({of.pad_id, of.hf.unk_token_id} & set(ids[at].tolist()))
         for ids, at in zip(*map(np.asarray, (rollout.tokens, rollout.mask)), strict=True)
     ]
-    assert sum(hidden) > 0 and float(metrics["rollout/hidden_fraction"]) == np.mean(hidden)
+    assert sum(hidden) > 0 and float(metrics["rollout/hidden_fraction"]) == np.float32(np.mean(hidden))
+    assert float(metrics["rollout/broken_fraction"]) == 0
 
 
 def test_ids_that_no_token_has_are_not_shown_either():
@@ -383,6 +385,12 @@ def test_half_a_character_is_counted_where_a_text_shows_it_as_ufffd_and_its_ids_
     assert tokenizer.unshown(ids, tokenizer.response_text(ids, "")) == {} and len(ids) > 2
     text = tokenizer.response_text(ids[:-1], "")
     assert "\ufffd" in text and tokenizer.unshown(ids[:-1], text) == {BROKEN: 1}
+    tokens, counts = np.array([ids, ids]), np.array([[len(ids) - 1], [len(ids)]])
+    real, none = np.arange(len(ids)) < counts, np.zeros((2, 1), bool)
+    rollout = Rollout(tokens[:, :1], none, tokens, real, np.zeros(tokens.shape), none[:, 0])
+    assert decode(tokenizer, rollout, ["", ""]) == ([text, "a\u8336"], {BROKEN: 1})
+    [line] = not_seen(widened({}, {"rollout/hidden_fraction": 0.01, "rollout/broken_fraction": 0.5}))
+    assert line.startswith("up to 50% of the responses of an iteration had bytes of no whole character")
     kept = tokenizer.encode_response(text, finished=False, ids=ids[:-1], remarks=remarks)
     assert kept == ids[:-1] and not +remarks  # the ids are what is read
     rows = rows_from([{"prompt": "b", "responses": [{"text": text, "rank": 0}, {"text": "c", "rank": 1}]}])
@@ -427,7 +435,9 @@ def test_responses_whose_texts_do_not_show_all_are_counted_where_they_are_drawn(
         drawn = generator.responses(loaded.params, [{"prompt": "b"}], jax.random.key(1), samples=8)
     special = {tokenizer.pad_id, tokenizer.hf.unk_token_id}
     hidden = sum(bool(special & set(one.ids.tolist())) for one in drawn)
-    assert hidden and f"{hidden} of 8 responses have special tokens that their text" in capsys.readouterr().err
+    assert (
+        hidden and f"{hidden} of 8 responses whose ids have special tokens that their text" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("template", "lines"), [(CHATML, 0), (None, 1), (TEMPLATES["trims"], 1)])

@@ -239,7 +239,7 @@ def test_training_on_sampled_text_sees_the_sampled_tokens(name):
         )
     )(batch["tokens"], batch["mask"])  # fmt: skip
     assert 3 < int(rollout.finished.sum()) < 16
-    said = decode(tokenizer, rollout, [""] * len(rollout.tokens))
+    said, _ = decode(tokenizer, rollout, [""] * len(rollout.tokens))
     rows = [
         {"prompt": text, "response": response, "finished": bool(done)}
         for text, response, done in zip(texts * 4, said, rollout.finished, strict=True)

@@ -15,7 +15,6 @@ from jaxtyping import Float
 
 from rlhf_jax.config import RewardJudgeConfig
 from rlhf_jax.data.numbers import float_of
-from rlhf_jax.data.tokenizer import SPOILED
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judge import NONSENSE, Answer
 from rlhf_jax.feedback.judges import PAIRS, Form, ModelJudge, Silent, judge_by, make_ask
@@ -103,8 +102,6 @@ class RewardJudge:
         except Silent as silent:
             raise RewardFailure(f"{silent.what}; mend that, or set reward.on_failure skip") from silent
         self.asked, self.unanswered = self.asked + len(said), self.unanswered + int(np.isnan(said).sum())
-        if not isinstance(self.ask, ModelJudge) and (spoiled := sum("\ufffd" in response for response in responses)):
-            self._told[SPOILED] += spoiled
         return np.float32(self.config.weight) * said.astype(np.float32)
 
     @staticmethod
@@ -144,8 +141,7 @@ class RewardJudge:
 
     def remarks(self) -> list[str]:
         """Lines about responses without an answer, if there were any, and what tokenising questions had to say."""
-        name = "reward.judge.model" if isinstance(self.ask, ModelJudge) else "reward.judge"
-        lines = [f"{name}: of {self.asked} responses {count} {what}" for what, count in self._told.items()]
+        lines = [f"reward.judge.model: of {self.asked} responses {n} {what}" for what, n in self._told.items()]
         if self.unanswered:
             lines += [
                 f"reward.judge gave no answer to {self.unanswered} of {self.asked} responses, which taught nothing "

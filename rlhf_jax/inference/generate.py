@@ -148,7 +148,7 @@ class Generator:
         for one in responses:
             unshown.update(self.tokenizer.unshown(one.ids.tolist(), one.text))
         for what, count in unshown.items():
-            tell(f"{count} of {len(responses)} {what.replace(' whose ids', '')}", error=True)
+            tell(f"{count} of {len(responses)} {what}", error=True)
         return responses
 
     def rows(
@@ -164,14 +164,14 @@ class Generator:
         ]
 
 
-def decode(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[str | Messages]) -> list[str]:
-    """The responses of a rollout to `prompts` (texts or messages), as rows and reward functions have them."""
-    tokens, mask = to_host((rollout.tokens, rollout.mask))
-    rows = zip(tokens, mask, prompts, strict=True)
-    return [tokenizer.response_text(ids[kept].tolist(), prompt) for ids, kept, prompt in rows]
+def decode(
+    tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[str | Messages]
+) -> tuple[list[str], Counter[str]]:
+    """The responses of a rollout to `prompts` (texts or messages), as rows and reward functions have them.
 
-
-def hidden_fraction(tokenizer: Tokenizer, rollout: Rollout) -> float:
-    """The share of the responses of a rollout that have special tokens which their text does not show."""
+    And how many of these texts do not show what of their ids (`Tokenizer.unshown`).
+    """
     tokens, mask = to_host((rollout.tokens, rollout.mask))
-    return float(np.mean([tokenizer.hides(ids[kept].tolist()) for ids, kept in zip(tokens, mask, strict=True)]))
+    of_rows = [ids[kept].tolist() for ids, kept in zip(tokens, mask, strict=True)]
+    texts = [tokenizer.response_text(ids, prompt) for ids, prompt in zip(of_rows, prompts, strict=True)]
+    return texts, sum(map(tokenizer.unshown, of_rows, texts), Counter[str]())

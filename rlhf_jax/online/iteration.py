@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from jaxtyping import Array, Bool
 
 from rlhf_jax.data.collate import Batch
 from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizer import BROKEN, HIDDEN
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judges import plain_text
 from rlhf_jax.hosts.processes import to_host
-from rlhf_jax.inference.generate import decode, hidden_fraction
+from rlhf_jax.inference.generate import decode
 from rlhf_jax.inference.intervals import mean_and_error
 from rlhf_jax.inference.reward_functions import call_reward, of_own_rows
 from rlhf_jax.keys import NUMBERS, Purpose
@@ -33,6 +35,10 @@ from rlhf_jax.types import Metrics, Params, Rollout
 
 Table = dict[str, Any]
 """What a table of samples is made of: "rollout" and numbers per row by name, as "reward"."""
+
+
+UNSHOWN = {"rollout/hidden_fraction": HIDDEN, "rollout/broken_fraction": BROKEN}
+"""Metric -> which of the responses it is the share of (`Tokenizer.unshown`)."""
 
 
 class NotFinite(UserError):
@@ -177,14 +183,14 @@ def roll_out(
         return made
 
     def score() -> Scored:
-        host = put_batch(mesh, rewards)
+        host = put_batch(mesh, paid.rewards)
         law = loop.kl_coef, method.temperature
         return programs.score(params, nets.ref, nets.reward, rollout, host, *law, nets.teacher)
 
     rollout = draw(key, np.ones(rows, bool)) if drawn is None else drawn
-    rewards, golds = python_rewards(method, batch, rollout, key, valid)
+    paid = python_rewards(method, batch, rollout, key, valid)
     if method.inputs.judge is not None and "valid" not in batch:  # `evaluate` looks at all that is held out
-        method.inputs.judge.check_answered(rewards)
+        method.inputs.judge.check_answered(paid.rewards)
     mark("reward")
     scored = score()
     mark("score", scored[3]["reward"])
@@ -195,25 +201,15 @@ def roll_out(
         redrawn += int(wanted.sum()) // method.group_size
         new = draw(noise, wanted)
         rollout = replaced(rollout, new, put_batch(mesh, wanted))
-        rewards, golds = python_rewards(method, batch, rollout, noise, wanted, (rewards, golds))
+        paid = python_rewards(method, batch, rollout, noise, wanted, paid)
         mark("reward")
         scored = score()
         mark("score", scored[3]["reward"])
     if noises:
         scored[2]["group/drawn_again"] = put(np.float32(redrawn), replicated(mesh))
-    counts = of_texts(method, rollout, rewards)
-    scored[2].update({name: put(np.float32(number), replicated(mesh)) for name, number in counts.items()})
-    return replace(rollout, kept=None, experts=None), scored, None if golds is None else float(golds[valid].mean())
-
-
-def of_texts(method: Method, rollout: Rollout, rewards: np.ndarray) -> dict[str, float]:
-    """What a reward that reads texts said nothing of, or did not see; nothing where none does."""
-    counts: dict[str, float] = {}
-    if method.inputs.judge is not None:
-        counts["rollout/unanswered"] = float(np.isnan(rewards).sum())
-    if method.inputs.judge is not None or method.inputs.reward is not None:
-        counts["rollout/hidden_fraction"] = hidden_fraction(method.inputs.tokenizer, rollout)
-    return counts
+    scored[2].update({name: put(np.float32(number), replicated(mesh)) for name, number in paid.counts.items()})
+    gold = None if paid.golds is None else float(paid.golds[valid].mean())
+    return replace(rollout, kept=None, experts=None), scored, gold
 
 
 @jax.jit
@@ -222,44 +218,63 @@ def replaced(old: Rollout, new: Rollout, rows: Bool[Array, " B"]) -> Rollout:
     return jax.tree.map(lambda o, n: jnp.where(rows.reshape(-1, *[1] * (o.ndim - 1)), n, o), old, new)
 
 
+class Paid(NamedTuple):
+    """What Python says of responses.
+
+    Attributes:
+        rewards: f32[B], a judge's among them; NaN where it gave no answer, 0 without any Python reward.
+        golds: f32[B]; None without a gold function.
+        counts: metrics of what rewards that read texts said nothing of, or did not see; empty where none does.
+    """
+
+    rewards: np.ndarray
+    golds: np.ndarray | None
+    counts: dict[str, float]
+
+
 def python_rewards(
     method: Method,
     batch: Batch,
     rollout: Rollout,
     key: jax.Array,
     wanted: np.ndarray | None = None,
-    earlier: tuple[np.ndarray, np.ndarray | None] | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Python rewards f32[B] (zeros without any) and gold rewards f32[B] or None; text leaves the device if needed.
+    earlier: Paid | None = None,
+) -> Paid:
+    """Python rewards of a rollout, and the gold ones; text leaves the device if needed.
 
-    A judge's are among the first, NaN where it gave no answer; what it writes is drawn with a branch of the rollout's
-    `key`. Only the rows that are wanted, bool[B], are asked for; the others have what they had `earlier`.
+    What a judge writes is drawn with a branch of the rollout's `key`. Only the rows that are wanted, bool[B], are
+    asked for; the others have what they had `earlier`.
     """
     inputs, source, mesh = method.inputs, method.config.reward, method.mesh
     wanted = np.ones(len(batch["prompts"]), bool) if wanted is None else wanted
-    rewards, golds = earlier or (np.zeros(len(wanted), np.float32), None)
-    judge, paid = inputs.judge, np.zeros(len(wanted), np.float32)
-    if inputs.reward is not None or judge is not None or inputs.gold is not None:
-        texts, columns = decode(inputs.tokenizer, rollout, batch["given"]), batch["columns"]
-        rows = batch["prompts"], texts, columns
-        if inputs.reward is not None:
-            paid = paid + of_own_rows(inputs.reward, mesh, *rows, wanted=wanted)
-        if judge is not None:
-            prompts = [plain_text(prompt) for prompt in batch["given"]]
-            ask = partial(judge, key=jax.random.fold_in(key, put(np.uint32(NUMBERS["judge"]), key.sharding)))
-            paid = paid + of_own_rows(ask, mesh, prompts, texts, columns, wanted=wanted, everywhere=judge.everywhere)
-        rewards = np.where(wanted, paid, rewards)
-        if inputs.gold is not None:
-            of_gold = partial(call_reward, inputs.gold, timeout=source.timeout, retries=source.retries)
-            of_wanted = of_own_rows(of_gold, mesh, *rows, wanted=wanted)
-            golds = of_wanted if golds is None else np.where(wanted, of_wanted, golds)
-    return rewards, golds
+    paid = np.zeros(len(wanted), np.float32)
+    before, judge = earlier or Paid(paid, None, {}), inputs.judge
+    if inputs.reward is None and judge is None and inputs.gold is None:
+        return before
+    texts, unshown = decode(inputs.tokenizer, rollout, batch["given"])
+    rows, counts, golds = (batch["prompts"], texts, batch["columns"]), dict[str, float](), before.golds
+    if inputs.reward is not None:
+        paid = paid + of_own_rows(inputs.reward, mesh, *rows, wanted=wanted)
+    if judge is not None:
+        asked = [plain_text(prompt) for prompt in batch["given"]], *rows[1:]
+        ask = partial(judge, key=jax.random.fold_in(key, put(np.uint32(NUMBERS["judge"]), key.sharding)))
+        paid = paid + of_own_rows(ask, mesh, *asked, wanted=wanted, everywhere=judge.everywhere)
+    rewards = np.where(wanted, paid, before.rewards)
+    if judge is not None:
+        counts["rollout/unanswered"] = float(np.isnan(rewards).sum())
+    if judge is not None or inputs.reward is not None:
+        counts |= {name: unshown[what] / len(texts) for name, what in UNSHOWN.items()}
+    if inputs.gold is not None:
+        of_gold = partial(call_reward, inputs.gold, timeout=source.timeout, retries=source.retries)
+        of_wanted = of_own_rows(of_gold, mesh, *rows, wanted=wanted)
+        golds = of_wanted if golds is None else np.where(wanted, of_wanted, golds)
+    return Paid(rewards, golds, counts)
 
 
 def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Row]]:
     """eval/reward, kl, objective, gold and reward_disagreement over the held-out prompts; and samples.
 
-    Responses of which a judge said nothing are counted in eval/unanswered, and left out of all but gold.
+    Responses of which a judge said nothing are counted in eval/unanswered, and left out of reward and objective.
     """
     parts: list[dict[str, np.ndarray]] = []
     golds, weights, prompts = [], [], list[str]()
@@ -273,23 +288,20 @@ def evaluate(method: Method, loop: LoopState) -> tuple[dict[str, float], list[Ro
         if (wanted := method.settings.num_samples - len(samples)) > 0:
             samples += sample_rows(method, to_host(table), batch, min(valid, wanted))
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    unanswered = {}
+    metrics, known = dict[str, float](), np.ones(len(prompts), bool)
     if method.inputs.judge is not None:
         method.inputs.judge.check_answered(rows["reward"])
         known = ~np.isnan(rows["reward"])
-        unanswered = {"eval/unanswered": float((~known).sum())}
-        rows = {name: x[known] for name, x in rows.items()}
-        prompts = [prompts[i] for i in np.flatnonzero(known)]
-    reward = objective = rows["reward"]
+        metrics["eval/unanswered"] = float((~known).sum())
+    reward = objective = rows["reward"][known]
     if "kl" in rows:
-        objective = reward - method.settings.kl_coef * rows["kl"]
-    mean, error = mean_and_error(reward, prompts)
-    metrics = {
+        objective = reward - method.settings.kl_coef * rows["kl"][known]
+    mean, error = mean_and_error(reward, list(compress(prompts, known)))
+    metrics |= {
         "eval/reward": mean,
         "eval/reward_se": float("nan") if error is None else error,
         **({"eval/kl": float(rows["kl"].mean())} if "kl" in rows else {}),
         "eval/objective": float(objective.mean()),
-        **unanswered,
     }
     if "members" in rows and rows["members"].shape[1] > 1:
         metrics["eval/reward_disagreement"] = float(rows["members"].std(axis=1).mean())

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-WATCHED = ("optim/grad_norm", "optim/lr", "group/equal_fraction", "rollout/reward_std", "rollout/hidden_fraction")
+UNSEEN = {
+    "rollout/hidden_fraction": "special tokens, which their texts do not show to the reward "
+    "(rollout/hidden_fraction); if one of them ends an answer, add it to model.eos_ids",
+    "rollout/broken_fraction": "bytes of no whole character, which their texts show to the reward as U+FFFD "
+    "(rollout/broken_fraction); where that is the end of what is cut off, raise sampling.max_new_tokens",
+}
+"""Metric of responses that a reward does not see whole -> what they had."""
+
+WATCHED = ("optim/grad_norm", "optim/lr", "group/equal_fraction", "rollout/reward_std", *UNSEEN)
 """Metrics whose extremes tell whether there was anything to learn, and whether a reward saw it."""
 
 Extremes = Mapping[str, list[float]]
@@ -45,12 +53,11 @@ def nothing_learned(extremes: Extremes) -> list[str]:
 
 def not_seen(extremes: Extremes) -> list[str]:
     """What a reward that reads texts did not see of them, where it is more than a little."""
-    share = extremes.get("rollout/hidden_fraction", [0])[-1]
-    if share <= 0.05:
-        return []
+    most = {name: extremes.get(name, [0])[-1] for name in UNSEEN}
     return [
-        f"up to {share:.0%} of the responses of an iteration had special tokens, which their texts do not show to the "
-        "reward (rollout/hidden_fraction); if one of them ends an answer, add it to model.eos_ids"
+        f"up to {most[n]:.0%} of the responses of an iteration had {what}"
+        for n, what in UNSEEN.items()
+        if most[n] > 0.05
     ]
 
 
