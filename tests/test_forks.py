@@ -23,7 +23,7 @@ from rlhf_jax.config import GroupConfig, MeshConfig, PPOConfig, bind
 from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.online.checks import check_losses
-from rlhf_jax.online.core import packed
+from rlhf_jax.online.core import packed, response_logprobs
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.tokens import positions_from_mask
 from rlhf_jax.training.state import create_state
@@ -40,7 +40,7 @@ def minus_logprob(logprobs, old_logprobs, advantages, weights):
 
 def expected_gradient() -> dict:
     """Of `minus_logprob` through the model, without PPO."""
-    forward = lambda params: ppo.core.forward(BIGRAMS, params, packed(X).at(0), 1.0, 6)[0]  # noqa: E731
+    forward = lambda params: response_logprobs(BIGRAMS.policy, params["policy"], packed(X).at(0), 1.0, 6)[0]  # noqa: E731
     return jax.grad(lambda params: -jnp.sum(batch_of(X)["weights"] * forward(params)))(PARAMS)["policy"]
 
 

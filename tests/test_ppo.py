@@ -773,7 +773,7 @@ def test_a_half_without_gradient_stays_as_it_is_while_the_other_learns():
     still = lambda name, a, b: same_bits(  # noqa: E731
         *((each.params[name], each.opt_state.inner_states[name]) for each in (a, b))
     )
-    values = core.forward(BIGRAMS, state.params, online_core.packed(x).at(0), jnp.float32(1.0), 6)[2]
+    values, _ = core.values_of(BIGRAMS, state.params, online_core.packed(x).at(0), 6)
     for changes, unmoved, moved, empty in (
         ({"advantages": jnp.zeros_like(x.advantages)}, "policy", "value", 1),
         ({"returns": jnp.where(x.value_mask, values, 0)}, "value", "policy", 0),

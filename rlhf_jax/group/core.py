@@ -19,7 +19,6 @@ from rlhf_jax import advantages as adv
 from rlhf_jax.config import GroupConfig, OptimConfig, bind
 from rlhf_jax.losses import reference_kl_loss
 from rlhf_jax.models import Model
-from rlhf_jax.models.experts import balanced
 from rlhf_jax.models.kernels import joined
 from rlhf_jax.online.core import (
     Score,
@@ -27,9 +26,10 @@ from rlhf_jax.online.core import (
     ScoredRows,
     Training,
     corrected,
+    judged,
     make_epochs,
     of_rollout,
-    of_view,
+    policy_objective,
     response_logprobs,
     rewards_of,
     rollout_metrics,
@@ -38,7 +38,7 @@ from rlhf_jax.online.core import (
 )
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import Sharing
-from rlhf_jax.training.responses import Ensemble, response_scores
+from rlhf_jax.training.responses import Ensemble
 from rlhf_jax.training.state import make_optimizer, make_schedule
 from rlhf_jax.training.step import make_update
 from rlhf_jax.types import GroupAdvantage, LossFn, Metrics, Params, PolicyLoss, Rollout
@@ -80,31 +80,16 @@ def objective(models: Models, config: GroupConfig, policy_loss: PolicyLoss | Non
 
     It is policy + kl_coef * KL - entropy. Views of one minibatch add up. Give `policy_loss` to replace the config's.
     """
-    policy_loss = bind(policy_loss or config.policy_loss, config)
     kl_loss = bind(reference_kl_loss, config)
 
-    def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
-        x, view = batch["experience"], batch["packed"]
-        law = batch["temperature"], x.mask.shape[1], x.kept, x.experts
-        logprobs, entropy, _, routing = response_logprobs(
-            models.policy, params["policy"], view, *law, with_entropy=True
-        )
-        weights = of_view(view, batch["weights"])
-        # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
-        logprobs = jnp.where(x.mask & view.rows[:, None], logprobs, x.old_logprobs)
-        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, weights)
-        entropy = jnp.sum(weights * entropy)
-        metrics = {"policy/loss": loss, **metrics, "policy/entropy": entropy}
-        if x.ref_logprobs is not None:
-            kl, kl_metrics = kl_loss(logprobs, x.ref_logprobs, weights)
-            loss, metrics = loss + config.kl_coef * kl, {**metrics, **kl_metrics}
-        if config.loss_reduction == "fixed":
-            metrics = token_means(metrics, batch["weights"])
-        if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
-            loss = loss - config.entropy_coef * entropy
-        return balanced(models.policy.balance_coef, loss, metrics, routing, weights.sum())
+    def leash(params: Params, batch: Any, logprobs: Array, weights: Array, hidden: Array) -> tuple[Array, Metrics]:
+        if (ref_logprobs := batch["experience"].ref_logprobs) is None:
+            return jnp.zeros(()), {}
+        kl, metrics = kl_loss(logprobs, ref_logprobs, weights)
+        return config.kl_coef * kl, token_means(metrics, batch["weights"], config)
 
-    return loss_fn
+    of_rows = policy_objective(models.policy, config, bind(policy_loss or config.policy_loss, config), leash)
+    return lambda params, batch, key: of_rows(params, batch)
 
 
 def run_networks(
@@ -119,20 +104,15 @@ def run_networks(
     *,
     recompute: bool,
 ) -> dict[str, Array]:
-    """Of a view's rows old_logprobs, recomputed, and of a reference ref_logprobs [B, T]; of a reward model score [B].
+    """Of a view's rows old_logprobs, recomputed, and of a reference ref_logprobs [B, T]; and what is `judged`.
 
-    Of an ensemble the score is [B, M]; of a teacher there are teacher_logprobs [B, T]. The view is of the rollout.
-    What is not asked for or not there is left out.
+    The view is of the rollout. What is not asked for or not there is left out.
     """
     asked = {"old_logprobs": policy if recompute else None, "ref_logprobs": ref}
     law = temperature, rollout.tokens.shape[1], rollout.kept, rollout.experts
     of = lambda params: response_logprobs(models.policy, params, view, *law)[0]  # noqa: E731
     out = {name: of(params) for name, params in asked.items() if params is not None}
-    if models.reward is not None:
-        out["score"] = response_scores(models.reward, reward, view)
-    if models.teacher is not None:
-        out["teacher_logprobs"] = response_logprobs(models.teacher, teacher, view, *law[:3])[0]
-    return out
+    return out | judged(models, reward, teacher, view, law)
 
 
 def advantages_of(

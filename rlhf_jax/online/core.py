@@ -19,13 +19,14 @@ from rlhf_jax.config import OnlineConfig, bind
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import importance_weights
 from rlhf_jax.models import Model
-from rlhf_jax.models.experts import Routing
+from rlhf_jax.models.experts import Routing, balanced
 from rlhf_jax.sharding import constrain
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Layout, Sharing, over_views, pack, zeros_of
+from rlhf_jax.training.responses import response_scores
 from rlhf_jax.training.state import Schedule, TrainState, in_float32
 from rlhf_jax.training.step import Step
-from rlhf_jax.types import Batch, Metrics, Params, Rollout
+from rlhf_jax.types import Batch, Metrics, Params, PolicyLoss, Rollout
 
 Scored = tuple[Any, Array, Metrics, dict[str, Array]]
 """What scoring returns: a method's experience, kl_coef of the next iteration, metrics, numbers per row by name."""
@@ -281,13 +282,60 @@ def corrected(
     return weights * advantages, metrics
 
 
-def token_means(metrics: Metrics, weights: Float[Array, "B T"]) -> Metrics:
+def token_means(metrics: Metrics, weights: Float[Array, "B T"], config: OnlineConfig) -> Metrics:
     """What a loss says of its tokens as means over them, though weights need not sum to 1 (loss_reduction: fixed).
 
     Maxima and losses, which are what is minimised, stay. `weights` are the whole minibatch's.
     """
+    if config.loss_reduction != "fixed":
+        return metrics
     share = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
     return {name: x if name.endswith(("_max", "/loss")) else x / share for name, x in metrics.items()}
+
+
+def policy_objective(
+    model: Model,
+    config: OnlineConfig,
+    policy_loss: PolicyLoss,
+    further: Callable[[Params, Any, Array, Array, Array], tuple[Array, Metrics]],
+) -> Callable[[Params, Any], tuple[Array, Metrics]]:
+    """The loss of a view of a minibatch, {"experience", "packed", "weights", "temperature"}: policy + more - entropy.
+
+    further(params, batch, log-probs, weights of the view, hidden states) -> (what is added, its metrics). Views of one
+    minibatch add up.
+    """
+
+    def loss_fn(params: Params, batch: Any) -> tuple[Array, Metrics]:
+        x, view = batch["experience"], batch["packed"]
+        law = batch["temperature"], x.mask.shape[1], x.kept, x.experts
+        logprobs, entropy, hidden, routing = response_logprobs(model, params["policy"], view, *law, with_entropy=True)
+        weights = of_view(view, batch["weights"])
+        # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
+        logprobs = jnp.where(x.mask & view.rows[:, None], logprobs, x.old_logprobs)
+        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, weights)
+        entropy = jnp.sum(weights * entropy)
+        metrics = token_means({"policy/loss": loss, **metrics, "policy/entropy": entropy}, batch["weights"], config)
+        more, said = further(params, batch, logprobs, weights, hidden)
+        loss, metrics = loss + more, {**metrics, **said}
+        if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
+            loss = loss - config.entropy_coef * entropy
+        return balanced(model.balance_coef, loss, metrics, routing, weights.sum())
+
+    return loss_fn
+
+
+def judged(
+    models: Any, reward: Params | None, teacher: Params | None, view: Packed, law: tuple[Any, ...]
+) -> dict[str, Array]:
+    """What reward model and teacher say of a view's rows, if there are any: score [B], of an ensemble [B, M], and
+    teacher_logprobs [B, T]; `law` is as for `response_logprobs`, of the policy.
+    """
+    out = {}
+    if models.reward is not None:
+        out["score"] = response_scores(models.reward, reward, view)
+    if models.teacher is not None:
+        out["teacher_logprobs"] = response_logprobs(models.teacher, teacher, view, *law[:3])[0]
+    return out
 
 
 def make_epochs(step: Step, config: OnlineConfig, masks: Mapping[str, str], sharing: Sharing | None = None) -> Update:

@@ -30,9 +30,11 @@ from rlhf_jax.online.core import (
     Update,
     corrected,
     hidden_of,
+    judged,
     make_epochs,
     of_rollout,
     of_view,
+    policy_objective,
     response_logprobs,
     rewards_of,
     rollout_metrics,
@@ -42,7 +44,7 @@ from rlhf_jax.online.core import (
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Sharing
-from rlhf_jax.training.responses import Ensemble, first_of, response_scores
+from rlhf_jax.training.responses import Ensemble, first_of
 from rlhf_jax.training.state import Schedule, held_at_zero, make_optimizer, make_schedule
 from rlhf_jax.training.step import Step, make_update
 from rlhf_jax.types import Advantage, LossFn, Metrics, Params, PolicyLoss, Rollout, ValueLoss
@@ -84,20 +86,6 @@ class Models:
         return {name: joined(frozen.get(name), tree) for name, tree in params.items()}
 
 
-def forward(
-    models: Models, params: Params, view: Packed, temperature: Array, num_tokens: int, *args: Any, **kwargs: Any
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"], tuple[Routing | None, Routing | None]]:
-    """Log-probs, entropies and values of the T response tokens of a view's rows, 0 elsewhere (`response_logprobs`).
-
-    And what the routers of policy and critic did, None where there are none, or no trunk of the critic's own.
-    """
-    logprobs, entropy, hidden, routing = response_logprobs(
-        models.policy, params["policy"], view, temperature, num_tokens, *args, **kwargs
-    )
-    values, of_critic = values_of(models, params, view, num_tokens, policy_hidden=hidden)
-    return logprobs, entropy, values, (routing, of_critic)
-
-
 def values_of(
     models: Models,
     params: Params,
@@ -132,31 +120,18 @@ def objective(
     It is policy + value - entropy; of {"ptx"}, gamma * LM; of a batch with both, their sum. Views of one minibatch add
     up. Give `policy_loss` or `value_loss` to replace the config's.
     """
-    policy_loss = bind(policy_loss or config.policy_loss, config)
     value_loss = bind(value_loss or config.value_loss, config)
     lm_loss = sft_objective(by_width(models.policy), lambda logprobs, weights: (-jnp.sum(weights * logprobs), {}))
 
-    def of_rows(params: Params, batch: Any) -> tuple[Array, Metrics]:
+    def critic(params: Params, batch: Any, logprobs: Array, weights: Array, hidden: Array) -> tuple[Array, Metrics]:
         x, view = batch["experience"], batch["packed"]
-        law = batch["temperature"], x.mask.shape[1], x.kept, x.experts
-        logprobs, entropy, values, routings = forward(models, params, view, *law, with_entropy=True)
-        weights, value_weights = of_view(view, batch["weights"]), of_view(view, batch["value_weights"])
-        # Off the mask and the view the ratio is set to 1, so that no padding token can produce an infinity.
-        logprobs = jnp.where(x.mask & view.rows[:, None], logprobs, x.old_logprobs)
-        loss, metrics = policy_loss(logprobs, x.old_logprobs, x.advantages, weights)
-        v_loss, v_metrics = value_loss(values, x.old_values, x.returns, value_weights)
-        entropy = jnp.sum(weights * entropy)
-        metrics = {"policy/loss": loss, **metrics, "policy/entropy": entropy}
-        if config.loss_reduction == "fixed":
-            metrics = token_means(metrics, batch["weights"])
-            v_metrics = token_means(v_metrics, batch["value_weights"])
-        metrics = {**metrics, **v_metrics}
-        loss = loss + config.value_coef * v_loss
-        if config.entropy_coef:  # 0 * entropy would still be differentiated, a whole pass over the logits
-            loss = loss - config.entropy_coef * entropy
-        loss, metrics = balanced(models.policy.balance_coef, loss, metrics, routings[0], weights.sum())
-        coef, share = models.value.balance_coef, value_weights.sum()
-        return balanced(coef, loss, metrics, routings[1], share, group="value_experts")
+        values, routing = values_of(models, params, view, x.mask.shape[1], policy_hidden=hidden)
+        weights = of_view(view, batch["value_weights"])
+        loss, metrics = value_loss(values, x.old_values, x.returns, weights)
+        loss, metrics = config.value_coef * loss, token_means(metrics, batch["value_weights"], config)
+        return balanced(models.value.balance_coef, loss, metrics, routing, weights.sum(), group="value_experts")
+
+    of_rows = policy_objective(models.policy, config, bind(policy_loss or config.policy_loss, config), critic)
 
     def loss_fn(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
         loss, metrics = of_rows(params, batch) if "packed" in batch else (jnp.zeros(()), {})
@@ -181,21 +156,16 @@ def run_networks(
     *,
     recompute: bool,
 ) -> dict[str, Array]:
-    """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; with a reward model score [B].
+    """Of a view's rows ref_logprobs, values and, recomputed, old_logprobs [B, T]; and what is `judged`.
 
-    Of an ensemble the score is [B, M]; with a teacher there are teacher_logprobs [B, T]. The view is of the rollout.
+    The view is of the rollout.
     """
     law = temperature, rollout.tokens.shape[1], rollout.kept, rollout.experts
-    out = {"ref_logprobs": response_logprobs(models.policy, ref, view, *law)[0]}
+    out, hidden = {"ref_logprobs": response_logprobs(models.policy, ref, view, *law)[0]}, None
     if recompute:
-        out["old_logprobs"], _, out["values"], _ = forward(models, params, view, *law)
-    else:
-        out["values"], _ = values_of(models, params, view, rollout.tokens.shape[1], rollout.experts)
-    if models.reward is not None:
-        out["score"] = response_scores(models.reward, reward, view)
-    if models.teacher is not None:
-        out["teacher_logprobs"] = response_logprobs(models.teacher, teacher, view, *law[:3])[0]
-    return out
+        out["old_logprobs"], _, hidden, _ = response_logprobs(models.policy, params["policy"], view, *law)
+    out["values"], _ = values_of(models, params, view, rollout.tokens.shape[1], rollout.experts, hidden)
+    return out | judged(models, reward, teacher, view, law)
 
 
 def score_slots(mask: Bool[Array, "B T"], score_at: str) -> tuple[Int[Array, " B"], Bool[Array, "B T"]]:
