@@ -24,9 +24,8 @@ from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
-from rlhf_jax.feedback.scorer import Scorer
-from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
-from rlhf_jax.inference.scoring import function_inputs
+from rlhf_jax.feedback.scorer import Scorer, golds_of
+from rlhf_jax.inference.reward_functions import columns_for, functions_of
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import RewardFn
@@ -75,8 +74,11 @@ def evaluate_reward(
             phases = Phases(journal)
             phase = phases.add(len(items), config.batch_size, partial(_scoring, config, items, columns, functions))
             phases.fill("evaluate", progress=config.progress)
-            golds = _golds(config, items, columns, judge) if judge else [{}] * len(items)
-            said = [scores | own for scores, own in zip(phase.rows, golds, strict=True)]
+            said = phase.rows
+            if judge:
+                shown = [in_transcript(item.ranking.prompt) for item in items]
+                golds = golds_of(judge, list(map(_answers, items, shown, columns)), config.reward)
+                said = [{**scores, "golds": own} for scores, own in zip(said, golds, strict=True)]
             whole = [each for each in zip(items, said, strict=True) if None not in each[1]["scores"]]
             if not whole:
                 raise UserError(f"every row has a response that has no score: {WHY}; look at the reward")
@@ -106,16 +108,6 @@ def _scoring(
         return scorer.of_groups(groups, jax.random.fold_in(key, start))
 
     return make
-
-
-def _golds(config: EvaluateArgs, items: Sequence[Item], columns: Sequence[Row], gold: RewardFn) -> list[Row]:
-    """{golds} of the responses of each item."""
-    groups = [
-        _answers(item, in_transcript(item.ranking.prompt), own) for item, own in zip(items, columns, strict=True)
-    ]
-    texts = function_inputs([row for group in groups for row in group])
-    said = iter(call_reward(gold, *texts, timeout=config.reward.timeout, retries=config.reward.retries).tolist())
-    return [{"golds": [next(said) for _ in group]} for group in groups]
 
 
 def _in_place(row: Row, said: Row) -> Row:

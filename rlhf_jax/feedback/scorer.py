@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judges import check_judge, plain_text
 from rlhf_jax.feedback.reward_judge import RewardJudge
-from rlhf_jax.inference.reward_functions import RewardFailure, combine
+from rlhf_jax.inference.reward_functions import RewardFailure, call_reward, combine
 from rlhf_jax.inference.scoring import RewardModel, check_combine, combined, function_inputs
 from rlhf_jax.models.loading import check_model
 from rlhf_jax.sharding import Mesh
@@ -27,6 +28,18 @@ def check_scorers(config: RewardSourceConfig, length: int, what: str) -> None:
     for path in config.paths:
         check_model(ModelConfig(path=path), length, what, head="trained")
     check_judge(config.judge)
+
+
+def regrouped(values: Iterable[Any], groups: Iterable[Sequence[Row]]) -> list[list[Any]]:
+    """A value for each row of all groups, as lists of a group's."""
+    left = iter(values)
+    return [[next(left) for _ in group] for group in groups]
+
+
+def golds_of(gold: RewardFn, groups: Sequence[Sequence[Row]], config: RewardSourceConfig) -> list[list[float]]:
+    """The gold rewards of groups of rows {shown, response, columns}."""
+    texts = function_inputs([row for group in groups for row in group])
+    return regrouped(call_reward(gold, *texts, timeout=config.timeout, retries=config.retries).tolist(), groups)
 
 
 class Scorer:
@@ -84,12 +97,12 @@ class Scorer:
             said = self(rows, key)
             if self.judge is not None and before is not None:
                 self.judge.check_answered(np.array([*before, *said], float))
-            scores = iter([None if np.isnan(score) else score for score in said.tolist()])
+            scores = [None if np.isnan(score) else score for score in said.tolist()]
         except RewardFailure:
             if self.config.on_failure == "stop":
                 raise
-            scores = iter([None] * len(rows))
-        return [{"scores": [next(scores) for _ in group]} for group in groups]
+            scores = [None] * len(rows)
+        return [{"scores": each} for each in regrouped(scores, groups)]
 
     def members(self, rows: Sequence[Row]) -> np.ndarray:
         """float32[N, M], what each member of the reward models says; the rest as of a call.

@@ -24,11 +24,10 @@ from rlhf_jax.feedback.judge import Judge
 from rlhf_jax.feedback.judges import Group, asks_alone, check_judge, verdicts
 from rlhf_jax.feedback.phases import Make, Phase, Phases, source_name
 from rlhf_jax.feedback.reward_judge import check_against
-from rlhf_jax.feedback.scorer import Scorer, check_scorers
+from rlhf_jax.feedback.scorer import Scorer, check_scorers, golds_of, regrouped
 from rlhf_jax.inference.generate import Generator, Response, total_length
-from rlhf_jax.inference.reward_functions import call_reward, columns_for, functions_of
+from rlhf_jax.inference.reward_functions import columns_for, functions_of
 from rlhf_jax.inference.sampling import SamplingLaw
-from rlhf_jax.inference.scoring import function_inputs
 from rlhf_jax.keys import branch
 from rlhf_jax.models.loading import Loaded, check_model, check_vocabulary, load_model, load_tokenizer, same_ids
 from rlhf_jax.sharding import Mesh, make_mesh
@@ -323,8 +322,8 @@ class Sources:
         def make(start: int, stop: int) -> list[Row]:
             groups = [self._to_score(i, reads) for i in range(start, stop)]
             if by_member:
-                members = iter(scorer.members([row for each in groups for row in each]).tolist())
-                return [{"members": [next(members) for _ in each]} for each in groups]
+                members = scorer.members([row for each in groups for row in each]).tolist()
+                return [{"members": each} for each in regrouped(members, groups)]
             before = self._scored.scores() if self._scored and stop == len(self.prompts) else None
             return scorer.of_groups(groups, jax.random.fold_in(key, start), before)
 
@@ -352,10 +351,7 @@ class Sources:
         if function is None and not config.gold:
             return None
         groups = [self._to_score(i, [False] * len(self.sources)) for i in range(len(self.prompts))]
-        texts = function_inputs([row for each in groups for row in each])
-        gold = function or resolve(config.gold)
-        golds = iter(call_reward(gold, *texts, timeout=config.timeout, retries=config.retries).tolist())
-        return [[next(golds) for _ in each] for each in groups]
+        return golds_of(function or resolve(config.gold), groups, config)
 
     def _to_score(self, i: int, reads: Sequence[bool]) -> list[Row]:
         """All responses to prompt i as `Scorer` takes them, with ids of the sources whose ids it `reads`."""
