@@ -32,7 +32,7 @@ from rlhf_jax.config.functions import replace
 from rlhf_jax.errors import UserError
 from rlhf_jax.group import train
 from rlhf_jax.inference.generate import decode
-from rlhf_jax.online.core import make_epochs
+from rlhf_jax.online.epochs import make_epochs
 from rlhf_jax.online.iteration import key_at, roll_out
 from rlhf_jax.runs.metrics import RunMetrics
 from rlhf_jax.runs.parts import Parts

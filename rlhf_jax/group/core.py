@@ -27,7 +27,6 @@ from rlhf_jax.online.core import (
     Training,
     corrected,
     judged,
-    make_epochs,
     of_rollout,
     policy_objective,
     response_logprobs,
@@ -36,6 +35,7 @@ from rlhf_jax.online.core import (
     summed,
     token_means,
 )
+from rlhf_jax.online.epochs import make_epochs
 from rlhf_jax.tokens import Packed
 from rlhf_jax.training.packing import Sharing
 from rlhf_jax.training.responses import Ensemble

@@ -31,7 +31,6 @@ from rlhf_jax.online.core import (
     corrected,
     hidden_of,
     judged,
-    make_epochs,
     of_rollout,
     of_view,
     policy_objective,
@@ -41,6 +40,7 @@ from rlhf_jax.online.core import (
     summed,
     token_means,
 )
+from rlhf_jax.online.epochs import make_epochs
 from rlhf_jax.sft import objective as sft_objective
 from rlhf_jax.tokens import Packed, token_weights
 from rlhf_jax.training.packing import Sharing
