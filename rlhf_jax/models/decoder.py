@@ -40,7 +40,7 @@ class Attention(nnx.Module):
 
     Args:
         mixer: attn, or full, in a layer whose full view has heads of its own; there is no slot of values if they are
-            the keys.
+            the keys. Of queries and full_queries there are slots of queries alone (`SharedAttention`).
     """
 
     def __init__(self, arch: ArchConfig, mixer: str = "attn", *, rngs: nnx.Rngs):
@@ -48,7 +48,8 @@ class Attention(nnx.Module):
         g, self.gated = arch.num_heads // k, arch.attn_gate
         self.keys_as_values = mixer == "full" and arch.full_keys_as_values
         self.queries = queries = 2 * g if arch.attn_gate else g
-        slots, self.value_eps = queries + 2 - self.keys_as_values, arch.norm_eps if arch.value_norm else None
+        shares, self.value_eps = mixer.endswith("queries"), arch.norm_eps if arch.value_norm else None
+        slots = queries if shares else queries + 2 - self.keys_as_values
         self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, slots, n)))
         out_std = arch.init_std / (2 * arch.num_layers) ** 0.5  # GPT-2's scaling of what adds to the residual stream
         self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
@@ -61,6 +62,7 @@ class Attention(nnx.Module):
         self.pairs, self.norm_turned = arch.rope_pairs, arch.qk_norm == "turned"
         if arch.qk_norm != "none":
             self.q_norm = Norm(arch, (k, g, n) if arch.qk_norm == "all" else (n,), centered=False)
+        if arch.qk_norm != "none" and not shares:
             self.k_norm = Norm(arch, (k, 1, n) if arch.qk_norm == "all" else (n,), centered=False)
 
     def __call__(
@@ -99,26 +101,19 @@ class Attention(nnx.Module):
         return biased(self, "out_bias", y), (k, v)
 
 
-class SharedAttention(nnx.Module):
+class SharedAttention(Attention):
     """Attention to the keys and values of a layer below (`ArchConfig.shared_kv_layers`): qkv has queries alone."""
 
-    def __init__(self, arch: ArchConfig, mixer: str, *, rngs: nnx.Rngs):
-        d, (k, n) = arch.width, arch.heads_of(mixer)
-        g, out_std = arch.num_heads // k, arch.init_std / (2 * arch.num_layers) ** 0.5
-        self.qkv = nnx.Param(arch.init_std * jax.random.normal(rngs.params(), (d, k, g, n)))
-        self.out = nnx.Param(out_std * jax.random.normal(rngs.params(), (k, g, n, d)))
-        if arch.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((k, g, n)))
-        if arch.out_bias:
-            self.out_bias = nnx.Param(jnp.zeros(d))
-        self.pairs = arch.rope_pairs
-        if arch.qk_norm == "head":
-            self.q_norm = Norm(arch, (n,), centered=False)
-
     def __call__(
-        self, x: Float[Array, "B T D"], tables: Tables | None, attend: Attend, cache: Columns, index: None = None
+        self,
+        x: Float[Array, "B T D"],
+        tables: Tables | None,
+        attend: Attend,
+        cache: Columns | None = None,
+        index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Columns]:
         """As `Attention`, of a cache that has the columns of all tokens already."""
+        assert cache is not None
         q = biased(self, "qkv_bias", einsum("btd,dkgn->btkgn", x, self.qkv[...]))
         q = jnp.moveaxis(self.q_norm(q) if hasattr(self, "q_norm") else q, 1, 3)  # [B, K, G, T, N]
         if tables is not None:
