@@ -260,6 +260,21 @@ def test_an_adapter_of_an_adapter_and_its_tokenizer_are_found(tmp_path):
         np.testing.assert_allclose(array, flattened(tree)[leaf], atol=1e-5, err_msg=leaf)
 
 
+def test_an_adapter_has_the_tokenizer_of_its_directory_and_the_stop_ids_of_its_model(tmp_path):
+    """Other programs save the tokenizer, and the chat template that an adapter was trained with, beside it."""
+    path = write(tmp_path)
+    tokenizer = Tokenizer.load(str(toy_directory() / "tokenizer"))
+    for folder, template in ((tmp_path / "base", "{{ messages[0].content }}"), (path, "a{{ messages[0].content }}")):
+        tokenizer.hf.chat_template = template
+        tokenizer.hf.save_pretrained(folder)
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    base, found, named = (load_tokenizer(ModelConfig(path=str(model), tokenizer=tokens)) for model, tokens in (
+        (tmp_path / "base", ""), (path, ""), (tmp_path / "base", str(path))))  # fmt: skip
+    assert found.hf.chat_template == named.hf.chat_template == "a" + base.hf.chat_template
+    assert found.eos_ids == named.eos_ids == base.eos_ids == (5, 7)
+    assert load_tokenizer(ModelConfig(path=str(path), eos_ids=[3])).eos_ids == (3,)
+
+
 def test_an_adapter_names_its_base_by_its_whole_path_or_as_the_hub_or_a_bucket_does(tmp_path, monkeypatch):
     of = lambda base: adapter_config(LoRAConfig(rank=2), [], base=base, score_head=False)  # noqa: E731
     assert of(str(tmp_path))["base_model_name_or_path"] == str(tmp_path)

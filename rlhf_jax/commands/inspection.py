@@ -27,7 +27,7 @@ from rlhf_jax.config import (
 from rlhf_jax.config.functions import replace
 from rlhf_jax.config.rules import Rules, parse_rules
 from rlhf_jax.data.loading import load_rows
-from rlhf_jax.data.tokenizer import FILES, Tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, reason, tell
 from rlhf_jax.hosts import buckets
 from rlhf_jax.hosts.buckets import in_bucket
@@ -42,7 +42,7 @@ from rlhf_jax.models.hf.directory import ADAPTER
 from rlhf_jax.models.hf.family import ConfigJson
 from rlhf_jax.models.hf.layout import flattened, leaf_shapes
 from rlhf_jax.models.kernels import Quantization, quantized
-from rlhf_jax.models.loading import padded, same_ids
+from rlhf_jax.models.loading import load_tokenizer, padded, same_ids, tokenizer_in
 from rlhf_jax.models.lora import adapter_shapes, sites
 from rlhf_jax.runs.checkpoint import Checkpoints, damage
 from rlhf_jax.runs.directory import CHECKPOINTS, RECORD, SUMMARY, read_record, read_summary
@@ -168,9 +168,8 @@ def run_inspect(config: InspectArgs) -> dict[str, Any]:
         ("vocabulary", f"{arch.vocab_size:,}, head {'tied' if arch.tied_head else 'untied'}"),
         ("features", describe(arch) or "plain Llama"),
     ]  # fmt: skip
-    tokens = hf.model_directory(path)
-    if any((tokens / name).is_file() for name in FILES):
-        lines += special_tokens(Tokenizer.load(str(tokens)))
+    if (tokenizer := tokenizer_in(path)) is not None:
+        lines += special_tokens(tokenizer)
     needs = memory(arch, count, config.batch, config.length)
     for name, value in lines:
         tell(f"{name:<15}{value}")
@@ -282,7 +281,7 @@ def _of_directory(source: Path, dtype: str) -> Source:
     arch, raw = hf.read_config(source)
     score_head, folder = hf.has_score_head(source), hf.model_directory(source)
     params = hf.load_params(source, arch, score_head=score_head, dtype=dtype)
-    tokenizer = Tokenizer.load(str(folder)) if any((folder / name).is_file() for name in FILES) else None
+    tokenizer = tokenizer_in(source)
     eos = raw.get("eos_token_id")
     stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
     with understood(folder / "config.json"):
@@ -358,8 +357,7 @@ def _of_checkpoint(run: Path, step: int) -> Source:
     tree = checkpoints.restore(chosen, functools.reduce(lambda node, name: {name: node}, reversed(place), params))
     params = functools.reduce(lambda node, name: node[name], place, tree)
     tell(f"{run}: checkpoint of step {chosen}" + (", the average" if place == ["average"] else ""))
-    folder = hf.model_directory(tokens if settings.tokenizer else base)
-    tokenizer = Tokenizer.load(str(folder), eos_ids=tuple(settings.eos_ids))
+    tokenizer = load_tokenizer(replace(settings, path=str(base), tokenizer=str(tokens) if settings.tokenizer else ""))
     if stage == "reward":
         params = _normalised(run, record, model, params, tokenizer)
     generation = hf.read_generation(base) if settings.path else {}

@@ -94,8 +94,10 @@ class Tokenizer:
         self._lead, self._tail = self._around_an_answer()
 
     @classmethod
-    def load(cls, path: str, eos_ids: Sequence[int] = ()) -> Tokenizer:
+    def load(cls, path: str, eos_ids: Sequence[int] = (), model: Path | None = None) -> Tokenizer:
         """The tokenizer of a directory, which may lie in a bucket; nothing is taken from the Hub.
+
+        The files that name stop ids are those of the directory `model`, where it is another.
 
         Raises:
             UserError: no such directory, no tokenizer files in it, or they do not load; a package that they need is
@@ -116,7 +118,7 @@ class Tokenizer:
 
         try:
             hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-            return cls(hf, eos_ids, None if eos_ids else declared_eos(directory))
+            return cls(hf, eos_ids, None if eos_ids else declared_eos(model or directory))
         except UserError:
             raise
         except BaseException as error:  # transformers raises anything, its Rust parts a kind of exception of their own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from rlhf_jax.config import ArchConfig, LoRAConfig, ModelConfig
 from rlhf_jax.config.functions import replace
 from rlhf_jax.data.padding import with_own_padding
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import FILES, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.processes import say, to_host
@@ -57,12 +58,19 @@ class Loaded:
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer that the config names, or the model directory's own; an adapter's is that of its model."""
+    """The tokenizer that the config names, or the model directory's own."""
     path = config.tokenizer or config.path
     if not path:
         raise UserError("model.tokenizer and model.path are both empty; give one of them")
-    directory = hf.model_directory(hub.local_directory(path))
-    return Tokenizer.load(str(directory), eos_ids=tuple(config.eos_ids))
+    directory = hub.local_directory(path)
+    return tokenizer_in(directory, config.eos_ids) or Tokenizer.load(str(hf.model_directory(directory)))
+
+
+def tokenizer_in(path: str | Path, eos_ids: Sequence[int] = ()) -> Tokenizer | None:
+    """The tokenizer of a directory, of an adapter its own or else that of its model, by whose files texts end."""
+    folders = hf.layers_of(path)
+    own = next((folder for folder in folders if any((folder / name).is_file() for name in FILES)), None)
+    return None if own is None else Tokenizer.load(str(own), tuple(eos_ids), folders[-1])
 
 
 def check_vocabulary(arch: ArchConfig, tokenizer: Tokenizer, what: str) -> None:
@@ -79,10 +87,9 @@ def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
 
     Says if its chat template is another one.
     """
-    directory = hf.model_directory(hub.local_directory(path))
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    own = tokenizer_in(hub.local_directory(path))
+    if own is None:
         return
-    own = Tokenizer.load(str(directory))
     if not same_ids(own, tokenizer):
         raise UserError(f"{what} {path} has another tokenizer than the policy; give one that has the policy's")
     if own.hf.chat_template != tokenizer.hf.chat_template:
