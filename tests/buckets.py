@@ -7,6 +7,8 @@ import re
 import threading
 import urllib.parse
 
+WHEN = "2020-01-01T00:00:00Z"
+
 
 def refused(status, why):
     """An answer as the service words it."""
@@ -70,6 +72,9 @@ class Bucket:
             if method == "DELETE":
                 del self.objects[name]
                 return 204, {}, b""
+        if query.get("alt") == "json":
+            about = {"name": name, "size": str(len(data)), "generation": str(there)}
+            return 200, {}, json.dumps({**about, "timeCreated": WHEN, "updated": WHEN}).encode()
         stamp = {"x-goog-generation": str(there)}
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", "")):
             first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)

@@ -222,6 +222,9 @@ def test_raw_hh_transcripts_and_message_lists_split_at_the_last_turn():
             "that end in no assistant turn",
         ),
         ("prompt", {"prompt": []}, "with an empty prompt"),
+        ("prompt", {"prompt": None}, "with an empty prompt"),
+        ("sft", {"messages": None}, "with an empty turn"),
+        ("text", {"text": None}, "with an empty text"),
         ("text", {"text": "\n"}, "with an empty text"),
     ],
 )
@@ -236,7 +239,6 @@ def test_rows_with_nothing_to_learn_are_drops_with_a_reason(kind, row, reason):
     [
         ("sft", {"prompt": "a", "answer": "b"}, r'no field "response" \(found: prompt, answer\); an sft row is'),
         ("sft", {"prompt": 3, "response": "b"}, '"prompt" is a int; give a string or a list'),
-        ("sft", {"prompt": None, "response": "b"}, '"prompt" is null; give a string'),
         ("sft", {"prompt": [turn("bot", "a")], "response": "b"}, "message 0 has role 'bot'; use one of system, user"),
         ("sft", {"prompt": [turn("user", 1)], "response": "b"}, "message 0 has content a int; give a string"),
         ("sft", {"prompt": [turn("assistant", "a")], "response": "b"}, "ends in an assistant turn; move"),

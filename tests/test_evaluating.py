@@ -334,6 +334,7 @@ MISTAKES = {
     "evaluate --output_dir e": "there are no prompts",
     "evaluate --prompts [b]": "output_dir is empty; say where to write",
     "evaluate --prompts [b] --output_dir taken": r"output_dir taken holds another run \(config.yaml\); choose another",
+    "evaluate --prompts [b] --overwrite true --output_dir run": r"run holds a run or a recipe \(run.json\); choose",
     "evaluate --prompts [b] --output_dir e --sources '[{name: a}, {name: a}]'": "sources a, a are not told apart",
     "evaluate --prompts [b] --output_dir e --sources '[{name: a}]' --baseline c": "'c' is none of the sources: a;",
     "evaluate --reference r --sources '[{top_p: 0.9}]'": "of a model's own samples, but top_p draws them from another",
@@ -354,6 +355,8 @@ def test_mistakes_are_one_line(line, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.yaml").write_text("# rlhf-jax ppo --config x\nmodel: {}\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UserError, match=expected) as error:
         cli.dispatch(shlex.split(line))
     assert "\n" not in str(error.value)

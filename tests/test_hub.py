@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 from conftest import FAST
-from hub import TOKEN, Hub, served
+from hub import SHA, TOKEN, Hub, served
 from tiny import toy_directory
 
 from rlhf_jax.data import hub_rows
@@ -16,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.runs.push import model_card
 
 ROWS = "".join(json.dumps({"prompt": f"p{i}", "response": "r"}) + "\n" for i in range(3)).encode()
+SHORT = "--data.batch_size 2 --data.max_length 32 --data.max_prompt_length 16"
 PROGRAM = """
 import sys
 from rlhf_jax.cli import code_of
@@ -100,6 +101,37 @@ def test_rows_and_models_of_a_hub(tmp_path):
     assert "model.safetensors" in loaded and not loaded & set(twice)
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert TOKEN.encode() not in everything and TOKEN not in "".join(said) + str(hub.files)
+
+
+def test_of_a_model_the_weights_that_are_read_are_fetched_and_of_a_tokenizer_none(tmp_path):
+    hub, policy = Hub(), toy_directory() / "policy"
+    names = ["one", "shards", "words"]
+    for path in policy.iterdir():
+        for name in names:
+            if path.is_file() and (name != "shards" or path.suffix != ".safetensors"):
+                hub.files["models", f"own/{name}", path.name] = path.read_bytes()
+    weights = (policy / "model.safetensors").read_bytes()
+    tensors = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in tensors if name != "__metadata__"}}
+    hub.files["models", "own/shards", "model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.files["models", "own/shards", "model-00001-of-00001.safetensors"] = weights
+    for name in ("consolidated.safetensors", "original/model.safetensors", "checkpoint-5/adapter_model.safetensors"):
+        for of in names:
+            hub.files["models", f"own/{of}", name] = weights
+    (tmp_path / "rows.jsonl").write_bytes(ROWS)
+    lines = [
+        "inspect hf://own/one", "inspect hf://own/shards",
+        f"data inspect {tmp_path}/rows.jsonl --examples 0 --tokenizer hf://own/words",
+        f"sft --model.path hf://own/shards --model.tokenizer hf://own/words --data.path {tmp_path}/rows.jsonl "
+        f"--sft.steps 1 --sft.num_samples 0 {SHORT} --run.output_dir {tmp_path}/run --run.report false",
+    ]  # fmt: skip
+    said = at_the_hub(hub, lines, tmp_path / "home")
+    assert [text[0] for text in said[1:]] == ["0"] * 4, said
+    asked = [path for method, path in hub.asked if method == "GET" and path.endswith(".safetensors")]
+    assert asked == [
+        f"/own/one/resolve/{SHA}/model.safetensors",
+        f"/own/shards/resolve/{SHA}/model-00001-of-00001.safetensors",
+    ]
 
 
 def test_a_run_without_a_token_is_refused_before_it_starts(tmp_path):

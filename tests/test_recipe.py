@@ -182,6 +182,11 @@ WRONG = [
     ("name: first", "name: fi-rst", "name 'fi-rst': give one of letters"),
     ("seed: 1, ", "sede: 1, ", "defaults: no stage has an option 'sede'; did you mean seed?"),
     ("path: $first", "path: $first, output: ./out/first.jsonl", "joined: first writes to ./out/first.jsonl, too"),
+    (
+        "path: $first",
+        "path: $first, output: ./out/task/j.jsonl",
+        "joined: ./out/task/j.jsonl is within what task makes",
+    ),
     ("noise: 0.5", "noise: null", "variable noise has no value; give --variables.noise VALUE"),
     ("output_dir: out", "outptu_dir: out", "a recipe has no 'outptu_dir'"),
     ("output_dir: out", "", "there is no output_dir"),

@@ -287,6 +287,11 @@ def test_what_float32_takes_from_numbers_is_said():
         for r in (1700000001, 1700000000, 5, np.int64(5))
     ]
     assert "1 ratings that float32 cannot tell from another" in str(rating_examples(rated, TOKENIZER, SMALL)[1])
+    rated = [{**row, "_where": f"f:{number}"} for number, row in enumerate([*rows, *rated])]
+    assert lint.inspect(rated, [], None, 9, 9)["remarks"] == {
+        "margins that are 0 in float32": (2, ["f:0", "f:2"]),
+        "ratings that float32 cannot tell from another": (1, ["f:5"]),
+    }
 
 
 ANSWERED = {"prompt": "a", "response": "b", "label": True}

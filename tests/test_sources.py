@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import tfds_rows
+from rlhf_jax.data.lint import inspect
+from rlhf_jax.data.rows import DroppedRow
 from rlhf_jax.data.schemas import preference_row, sft_row
 from rlhf_jax.data.sources import read_rows, rows_from
 from rlhf_jax.errors import UserError
@@ -95,6 +97,40 @@ def test_shapes_of_other_tools_are_rows(tmp_path, name):
         expected = {"prompt": "Add.", "completion": "2", "label": True}
     assert {n: v for n, v in row.items() if n != "_where"} == expected and len(more) == (name == "c.json")
     assert row["_where"].startswith(str(tmp_path / name) + ":")
+
+
+EMPTY_CELLS = "prompt,response,label,note\nhi,yo,true,n\n,yo,true,n\nx,,true,\nz,w,,\n"
+NULLS = [
+    {"prompt": "hi", "response": "yo", "label": True, "note": "n"},
+    {"prompt": None, "response": "yo", "label": True, "note": "n"},
+    {"prompt": "x", "response": None, "label": True, "note": None},
+    {"prompt": "z", "response": "w", "note": None},
+]
+
+
+def test_an_empty_cell_is_a_null_which_is_dropped_and_counted_where_it_is_the_prompt_or_the_answer(tmp_path):
+    (tmp_path / "a.csv").write_text(EMPTY_CELLS)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NULLS))
+    read = {name: rows_from(str(tmp_path / name)) for name in ("a.csv", "a.jsonl")}
+    without = [[{n: v for n, v in row.items() if n != "_where"} for row in rows] for rows in read.values()]
+    assert without[0] == without[1] == NULLS
+    for rows in read.values():
+        found = inspect(rows, [], None, 9, 9)["dropped"]
+        assert {reason: count for reason, (count, _) in found.items()} == {
+            "with an empty prompt": 1, "with a null response": 1,
+        }  # fmt: skip
+
+
+def test_a_null_is_no_word_of_a_template(tmp_path):
+    given = [{"q": None, "a": {"t": "b"}}, {"q": "q", "a": {"t": None}}, {"q": "q", "a": {"t": 0}}]
+    rows = rows_from(given, ["prompt={q}: {q}", "response= {a.t}"])
+    assert [row["prompt"] for row in rows] == [None, "q: q", "q: q"]
+    assert [row["response"] for row in rows] == [" b", None, " 0"]
+    for row in rows[:2]:
+        with pytest.raises(DroppedRow):
+            sft_row(row)
+    with pytest.raises(UserError, match=r'row 0: "a" is no text, and stands in one .*; map it alone'):
+        rows_from(given, ["prompt={q}", "response= {a}"])
 
 
 def test_what_other_tools_rows_say_is_read_or_refused():

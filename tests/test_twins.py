@@ -16,11 +16,11 @@ from test_cli import call, here, home  # noqa: F401 (fixtures)
 from test_resume import rows_of, run_fit, same_bits, settings, signal_at
 
 from rlhf_jax.cli.parsing import parse
+from rlhf_jax.commands.sample import print_rows
 from rlhf_jax.config import EvaluateArgs
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.hosts import buckets
-from rlhf_jax.hosts.outputs import write_output
 from rlhf_jax.runs import directory, listing, manifests, pieces, twin
 from rlhf_jax.runs.journal import Journal
 
@@ -272,9 +272,13 @@ def test_a_file_of_rows_in_a_bucket_is_gone_on_with_after_a_kill_and_written_who
     assert read_rows(url)[3]["i"] == 3 and sorted(bucket.objects) == ["out/rows.jsonl", "out/rows.summary.json"]
     with pytest.raises(UserError, match=r"out/rows.jsonl exists; choose another name or pass --overwrite true"):
         held_by()
-    write_output(url, b"{}\n")
-    assert bucket.objects["out/rows.jsonl"][0] == b"{}\n"
-    assert sorted(bucket.objects) == ["out/rows.jsonl", "out/rows.summary.json"]
+    bucket.put("out/rows.jsonl", bytes(1 << 20))
+    sent = bucket.sent
+    with pytest.raises(UserError, match=r"out/rows.jsonl exists; choose another name or pass --overwrite true"):
+        held_by()
+    assert bucket.sent - sent < 1 << 16  # it is not fetched to see whether it is there
+    print_rows([{}], url)
+    assert bucket.objects["out/rows.jsonl"][0] == b"{}\n" and sorted(bucket.objects) == ["out/rows.jsonl"]
 
 
 def at(status, method, name):

@@ -140,8 +140,9 @@ def test_math_compares_what_formulas_mean_and_no_exponent_hangs_it(monkeypatch, 
     monkeypatch.setattr(texts, "SECONDS", 1)
     responses, answers, wanted = zip(*LATEX, strict=True)
     assert scores("math", responses, answer=list(answers)) == list(wanted)
-    with pytest.raises(UserError, match=r"^math: the answer '' is neither a number nor LaTeX"):
-        scores("math", ["1"], answer=[""])
+    for nothing in ("", None):
+        with pytest.raises(UserError, match=r"^math: the answer '' is neither a number nor LaTeX"):
+            scores("math", ["none"], answer=[nothing])
     assert "took more than 1 s of computing or 2 GiB to check and count as wrong" in capsys.readouterr().out
 
 

@@ -22,6 +22,7 @@ from disk import Kill, Killed, fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_jax.commands.sample import print_rows
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.files import Lines, replace_file, replace_files, replacing
@@ -376,6 +377,31 @@ def test_a_summary_whose_output_was_renamed_is_not_replaced(tmp_path, name, besi
     assert json.loads(summary.read_text()) == {"x": 1} and not output.exists()
     make(2, overwrite=True)
     assert json.loads(summary.read_text()) == {"x": 2} and rows_in(output) == [{"x": 2}]
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_rows_without_a_summary_take_that_of_the_rows_they_replace_with_them(tmp_path, journal):
+    output, summary, mine = (tmp_path / name for name in ("out.jsonl", "out.summary.json", "else.summary.json"))
+    mine.write_text("1")
+
+    def make(overwrite):
+        if journal:
+            with Journal(output, {}, overwrite=overwrite) as one:
+                one.finish([{"x": 2}])
+        else:
+            check_output(str(output), overwrite=overwrite)
+            print_rows([{"x": 2}], str(output))
+
+    for renamed in (True, False):
+        finished(output)
+        if renamed:
+            output.unlink()
+        with pytest.raises(UserError, match="tells of other rows" if renamed else "out.jsonl exists; choose another"):
+            make(overwrite=False)
+        assert summary.exists()
+        make(overwrite=True)
+        assert rows_in(output) == [{"x": 2}] and {p.name for p in tmp_path.iterdir()} == {output.name, mine.name}
+        output.unlink()
 
 
 def test_no_two_outputs_have_one_place_for_their_summaries(tmp_path):

@@ -17,6 +17,7 @@ from rlhf_jax.config import (
     DataInspectArgs,
     DataMakeArgs,
     DataPrepareArgs,
+    ModelConfig,
     SFTArgs,
     StageArgs,
     resolve,
@@ -32,12 +33,12 @@ from rlhf_jax.data.messages import as_key, text_of
 from rlhf_jax.data.rows import Row, counts_of
 from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.sources import rows_from
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, printable, reason, shown, tell
 from rlhf_jax.feedback.sources import rankings_given
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.files import check_writable, replacing, scratch, sync, sync_tree, written
 from rlhf_jax.hosts.outputs import check_output, keeping, there, writable_directory
+from rlhf_jax.models.loading import load_tokenizer
 
 
 def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint.Findings:
@@ -47,22 +48,23 @@ def run_inspect(config: DataInspectArgs, stage: StageArgs | None = None) -> lint
     its own.
     """
     mixture: list[str] = []
+    model = ModelConfig() if stage is None else stage.model
+    model = replace(model, tokenizer=config.tokenizer or model.tokenizer)
     if stage is not None:
-        data, model = stage.data, stage.model
+        data = stage.data
         mixture = [] if config.path else data.mixture
         config = replace(
             config,
             path=config.path or data.path,
             eval_path=config.eval_path or data.eval_path,
             fields=config.fields or data.fields,
-            tokenizer=config.tokenizer or model.tokenizer or model.path,
             loss_on=stage.sft.loss_on if isinstance(stage, SFTArgs) else config.loss_on,
             max_prompt_length=data.max_prompt_length,
             max_length=data.max_length,
         )
     train = [row for path in (config.path, *mixture) for row in rows_from(path, config.fields)]
     held_out = rows_from(config.eval_path, config.fields) if config.eval_path else []
-    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    tokenizer = load_tokenizer(model) if model.tokenizer or model.path else None
     findings = lint.inspect(train, held_out, tokenizer, config.max_prompt_length, config.max_length)
     tell("\n".join(lint.lines(findings)))
     color = sys.stdout.isatty() if config.color == "auto" else config.color == "always"

@@ -21,7 +21,16 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
-from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal, source_name
+from rlhf_jax.feedback.phases import (
+    RESPONSES,
+    Make,
+    Phases,
+    digest,
+    finish_evaluation,
+    models_of,
+    open_journal,
+    source_name,
+)
 from rlhf_jax.feedback.report import compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import (
     Drawer,
@@ -39,8 +48,6 @@ from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
 from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given
 from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.types import RewardFn
-
-RESPONSES = "responses.jsonl"
 
 
 @partial(in_buckets, option="output_dir")

@@ -191,7 +191,7 @@ def run_convert(config: ConvertArgs) -> Path:
     if config.push:
         check_repository(config.push, "push")
     remote, url = in_bucket(config.output), config.output.rstrip("/")
-    if remote and not config.overwrite and any(buckets.read(f"{url}/{name}") is not None for name in WHOLE):
+    if remote and not config.overwrite and any(buckets.exists(f"{url}/{name}") for name in WHOLE):
         raise UserError(f"output {config.output} holds a model; give --overwrite true to replace it")
     with tempfile.TemporaryDirectory(prefix="rlhf-jax-") as place:
         away = remote or not config.output

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_jax.commands.sample import print_rows
-from rlhf_jax.config import RateArgs, resolve
+from rlhf_jax.config import ModelConfig, RateArgs, resolve
 from rlhf_jax.data.ballots import Ranking
 from rlhf_jax.data.chat import in_transcript
 from rlhf_jax.data.consensus import consensus_ranks
@@ -15,12 +15,12 @@ from rlhf_jax.data.encoding import mark_of
 from rlhf_jax.data.messages import text_of
 from rlhf_jax.data.pairs import answer_fields
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.sources import rankings_given
 from rlhf_jax.hosts.outputs import check_output
 from rlhf_jax.inference.reward_functions import call_reward, columns_for
 from rlhf_jax.inference.scoring import function_inputs
+from rlhf_jax.models.loading import load_tokenizer
 from rlhf_jax.types import RewardFn
 
 TIMEOUT, RETRIES = 600.0, 0
@@ -55,7 +55,7 @@ def run(config: RateArgs, *, rows: object = None, function: RewardFn | None = No
 
 def values_of(function: RewardFn, given: Sequence[Ranking], tokenizer: str) -> np.ndarray:
     """float64, what a function says of all responses; `tokenizer` is a directory whose template writes prompts."""
-    shown = Tokenizer.load(tokenizer).prompt_text if tokenizer else in_transcript
+    shown = load_tokenizer(ModelConfig(tokenizer=tokenizer)).prompt_text if tokenizer else in_transcript
     prompts, fields, where = zip(*((one.prompt, one.fields, one.where) for one in given), strict=True)
     own = columns_for([function], prompts, fields, where)
     rows = [

@@ -21,7 +21,7 @@ from rlhf_jax.data.numbers import is_number
 from rlhf_jax.data.rows import DroppedRow, Row, layout_of, tell_anew, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal
+from rlhf_jax.feedback.phases import SCORED, Make, Phases, digest, finish_evaluation, models_of, open_journal
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.feedback.scorer import Scorer, golds_of
@@ -30,7 +30,6 @@ from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_giv
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import RewardFn
 
-SCORED = "scored.jsonl"
 WHY = "the reward failed, or a judge gave no answer"
 
 PRIOR_SETS = SECTIONS["Prior Sets"]

@@ -22,8 +22,9 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.phases import Make, Phases, digest, open_journal
 from rlhf_jax.feedback.sources import load_drawer, prompts_of, within_limits
+from rlhf_jax.hosts.files import is_stream
 from rlhf_jax.hosts.json_text import json_lines
-from rlhf_jax.hosts.outputs import write_output
+from rlhf_jax.hosts.outputs import summary_beside, write_output
 from rlhf_jax.hosts.processes import is_first
 from rlhf_jax.inference.scoring import RewardModel, check_combine, combined
 from rlhf_jax.losses.reward import pairs_right
@@ -32,9 +33,9 @@ from rlhf_jax.sharding import make_mesh
 
 
 def print_rows(rows: list[Row], path: str) -> None:
-    """Rows as JSON lines, to a file or to standard output, by process 0."""
+    """Rows as JSON lines, to a file, in the place of one and its summary, or to standard output, by process 0."""
     if is_first():
-        write_output(path, json_lines(rows))
+        write_output(path, json_lines(rows), "" if is_stream(path) else summary_beside(path))
 
 
 def say_loaded(what: str) -> None:

@@ -13,7 +13,7 @@ from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
 from rlhf_jax.data.encoding import Encoder, Example, Limits, Report, collect
 from rlhf_jax.data.examples import prompt_key
 from rlhf_jax.data.gathering import gather
-from rlhf_jax.data.numbers import SMALLEST, in_order, number_of, off_centre
+from rlhf_jax.data.numbers import equal_in_float32, in_order, number_of, off_centre
 from rlhf_jax.data.rankings import components
 from rlhf_jax.data.rows import PREFERENCES, DroppedRow, Joined, Row, bad_row, layout_of, require
 from rlhf_jax.data.schemas import (
@@ -22,13 +22,15 @@ from rlhf_jax.data.schemas import (
     both_answers,
     flag_of,
     float32_of,
-    margins_of,
+    margins_lost,
     margins_unused,
     preference_row,
     single_answer,
 )
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+
+EQUAL_RATINGS = "ratings that float32 cannot tell from another"
 
 
 def preference_examples(
@@ -95,11 +97,8 @@ def _gathered(
     `margins`: rows that are not joined use theirs.
     """
     joined, note = gather(rows, prompt_key, aggregate=aggregate, prior=prior)
-    if margins and aggregate == "votes":
-        lost = Counter({"margins that are 0 in float32": sum(0 < abs(size) < SMALLEST for size in margins_of(rows))})
-    else:
-        lost = margins_unused(rows)
-    encoder.remarks.update(+lost + remarks_of(rows))
+    lost = margins_lost(rows) if margins and aggregate == "votes" else margins_unused(rows)
+    encoder.remarks.update(lost + remarks_of(rows))
     return collect(joined, build, strict=encoder.limits.strict, note=note, remarks=encoder.remarks)
 
 
@@ -262,7 +261,7 @@ def rating_examples(
     A rating off the `ends` of a scale, if there are any, is an error.
     """
     encoder = Encoder(tokenizer, limits)
-    ratings: set[float] = set()
+    ratings: list[float] = []
 
     def build(row: Row) -> tuple[list[Example], bool]:
         rating, answer = rating_of(row), answer_of(row)
@@ -270,10 +269,9 @@ def rating_examples(
             scale = f"from reward.rating_low {ends[0]:g} to reward.rating_high {ends[1]:g}"
             raise bad_row(row, f"the rating {rating:g} is not {scale}; set these to the ends of the scale")
         made = _singles(answer, encoder, [single_answer(answer)], [{"rating": rating}])
-        ratings.add(number_of(row["rating"]))  # of a row that is kept
+        ratings.append(number_of(row["rating"]))  # of a row that is kept
         return made
 
     examples, report = collect(rows, build, strict=limits.strict, remarks=encoder.remarks)
-    lost = len(ratings) - len({float(np.float32(rating)) for rating in ratings})
-    remark = {"ratings that float32 cannot tell from another": lost} if lost else {}
-    return examples, replace(report, remarks={**report.remarks, **remark})
+    lost = +Counter({EQUAL_RATINGS: len(equal_in_float32(ratings))})
+    return examples, replace(report, remarks={**report.remarks, **lost})

@@ -29,8 +29,8 @@ def parse_fields(fields: Sequence[str]) -> dict[str, str]:
 def map_row(row: Row, fields: Mapping[str, object]) -> Row:
     """A row with the mapped fields alone: {name} is a field, {name.part} a part of it, and text around them stays.
 
-    A template that is one field keeps its type, so that lists of messages and numbers can be mapped too. A list or an
-    object of templates becomes one of what they give; a number stays.
+    A template that is one field keeps its type, so that lists of messages and numbers can be mapped too; one of text
+    and a field that is null is null. A list or an object of templates becomes one of what they give; a number stays.
     """
     return {name: _fill(template, row) for name, template in fields.items()} | {"_where": row["_where"]}
 
@@ -42,8 +42,12 @@ def _fill(template: object, row: Row) -> object:
         return {name: _fill(part, row) for name, part in template.items()}
     if not isinstance(template, str):
         return template
-    whole = PLACE.fullmatch(template)
-    return _part(row, whole[1]) if whole else PLACE.sub(lambda place: str(_part(row, place[1])), template)
+    if whole := PLACE.fullmatch(template):
+        return _part(row, whole[1])
+    parts = {path: _part(row, path) for path in PLACE.findall(template)}
+    if odd := next((path for path, part in parts.items() if isinstance(part, (list, dict))), ""):
+        raise UserError(f'{row["_where"]}: "{odd}" is no text, and stands in one ({template!r}); map it alone')
+    return None if None in parts.values() else PLACE.sub(lambda place: str(parts[place[1]]), template)
 
 
 def _part(row: Row, path: str) -> object:

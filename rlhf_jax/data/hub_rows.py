@@ -45,8 +45,10 @@ def files_of(path: str) -> list[tuple[str, Path]]:
     try:
         names = [file]
         if not file:
-            names = HfApi().list_repo_files(repository, repo_type="dataset")
-            card = hf_hub_download(repository, CARD, repo_type="dataset") if CARD in names else None
+            revision = HfApi().repo_info(repository, repo_type="dataset").sha  # all files of one commit
+            names = HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
+            has_card = CARD in names
+            card = hf_hub_download(repository, CARD, repo_type="dataset", revision=revision) if has_card else None
             text = Path(card).read_text("utf-8") if card else ""
             configuration = entry_of(path).get("configuration", "default")
             names = of_split(path, names, text, last or "train", configuration)

@@ -11,13 +11,23 @@ import numpy as np
 from rlhf_jax.data import rankings
 from rlhf_jax.data.agreement import agreement, length_bias
 from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
-from rlhf_jax.data.comparisons import rating_of
+from rlhf_jax.data.comparisons import EQUAL_RATINGS, rating_of
 from rlhf_jax.data.encoding import Limits, naming, unread_in
 from rlhf_jax.data.examples import prompt_key, row_key, sft_examples
 from rlhf_jax.data.gathering import numbered
 from rlhf_jax.data.messages import Text, as_key, text_of
+from rlhf_jax.data.numbers import equal_in_float32, number_of
 from rlhf_jax.data.rows import ANSWERS, PREFERENCES, DroppedRow, Row, counts_of, layout_of
-from rlhf_jax.data.schemas import Answer, answer_of, flag_of, kind_of, prompt_row, single_answer, text_row
+from rlhf_jax.data.schemas import (
+    Answer,
+    answer_of,
+    flag_of,
+    kind_of,
+    margins_lost,
+    prompt_row,
+    single_answer,
+    text_row,
+)
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable
 
@@ -38,6 +48,7 @@ def inspect(
     compared: list[Ranking] = []
     remarks: Counter[str] = Counter()
     places: dict[str, list[str]] = defaultdict(list)
+    ratings: list[tuple[float, str]] = []
     for row in rows:
         try:
             prompt, answers, ranking = _parts(row)
@@ -45,7 +56,8 @@ def inspect(
             dropped[drop.reason].append(row["_where"])
             continue
         compared += [ranking] if ranking is not None else []
-        of_row = remarks_of([row])
+        ratings += [(number_of(row["rating"]), row["_where"])] if layout_of(row) == "rating" else []
+        of_row = remarks_of([row]) + margins_lost([row])
         size = _prompt_length(row, prompt, tokenizer, of_row)
         sizes = [_answer_length(row, prompt, answer, tokenizer, of_row) for answer in answers]
         remarks += of_row
@@ -54,6 +66,9 @@ def inspect(
         lengths["prompt"].append(size)
         lengths["response"] += sizes
         lengths["whole"].append(size + max(sizes, default=0))
+    if lost := equal_in_float32(rating for rating, _ in ratings):
+        remarks[EQUAL_RATINGS], where = len(lost), dict(ratings)
+        places[EQUAL_RATINGS] = [where[rating] for rating in lost]
     findings: Findings = {
         "rows": len(train),
         "held_out": len(held_out),

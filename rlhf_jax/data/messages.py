@@ -70,6 +70,8 @@ def prompt_of(row: Row, value: object) -> Text:
     `chat_template_kwargs`, if it has some: what the chat template is given beside them.
     """
     given = given_of(row)
+    if value is None:
+        raise empty_row(row, '"prompt" is null', "with an empty prompt")
     if isinstance(value, str):
         if given:
             raise bad_row(row, f'"{next(iter(set(GIVEN) & set(row)))}" needs a prompt of messages; leave it out')
@@ -123,6 +125,8 @@ def conversation_of(row: Row, name: str) -> tuple[Messages, Messages]:
 
 def messages_of(row: Row, name: str, value: object) -> Messages:
     """A validated copy of a message list; fields that are null or empty are left out, parts of text joined."""
+    if value is None:
+        raise empty_row(row, f'"{name}" is null', "with an empty turn")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise bad_row(row, f'"{name}" is {type_of(value)}; give a string or a list of {{role, content}} messages')
     given = [{"content": "", **turn} for turn in value[:1] if turn.get("role") == TEMPLATE]

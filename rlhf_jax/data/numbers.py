@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, SupportsFloat
 
@@ -47,6 +47,12 @@ def in_order(values: Sequence[float | None], sign: int = 1) -> list[float]:
     kept = all(a < b for a, b in pairwise(held)) and all(v == 0 or SMALLEST <= abs(v) < math.inf for v in held)
     place = {value: float(value) if kept else float(i) for i, value in enumerate(known)}
     return [math.nan if value is None else place[value] for value in signed]
+
+
+def equal_in_float32(values: Iterable[float]) -> list[float]:
+    """Of different numbers, those that float32 makes equal to one before them."""
+    first: dict[float, float] = {}
+    return [value for value in dict.fromkeys(values) if first.setdefault(float(np.float32(value)), value) != value]
 
 
 def merged(values: np.ndarray) -> int:

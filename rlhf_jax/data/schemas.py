@@ -23,7 +23,7 @@ from rlhf_jax.data.messages import (
     response_of,
     split_transcript,
 )
-from rlhf_jax.data.numbers import LARGEST, is_number, number_of, off_centre
+from rlhf_jax.data.numbers import LARGEST, SMALLEST, is_number, number_of, off_centre
 from rlhf_jax.data.rows import PREFERENCES, RANKINGS, Row, bad_row, empty_row, layout_of, require, type_of, where_of
 from rlhf_jax.data.shapes import proposal
 from rlhf_jax.errors import shown
@@ -136,6 +136,11 @@ def margins_of(rows: Sequence[Row]) -> list[float]:
     return [row["margin"] for row in rows if layout_of(row) in PREFERENCES and is_number(row.get("margin"))]
 
 
+def margins_lost(rows: Sequence[Row]) -> Counter[str]:
+    """How many preferences have a margin that is too small for float32, for a report."""
+    return +Counter({"margins that are 0 in float32": sum(0 < abs(m) < SMALLEST for m in margins_of(rows))})
+
+
 def margins_unused(rows: Sequence[Row]) -> Counter[str]:
     """How many preferences have a margin, for a report where nothing is made of it."""
     return +Counter({"margins not used": sum(margin != 0 for margin in margins_of(rows))})
@@ -164,9 +169,9 @@ def text_row(row: Row) -> Row:
     require(row, ("text",), "a text row is {text}")
     if {"response", "completion"} & set(row):
         raise bad_row(row, 'an answer, but no "prompt", beside "text"; say what they are with data.fields')
-    if not isinstance(row["text"], str):
+    if not isinstance(row["text"], str | None):
         raise bad_row(row, f'"text" is {type_of(row["text"])}; give a string')
-    if not row["text"].strip():
+    if not (row["text"] or "").strip():
         raise empty_row(row, '"text" is empty', "with an empty text")
     return {"text": row["text"], "_where": where_of(row)}
 

@@ -36,7 +36,7 @@ def shaped(row: Row) -> Row:
     if "instruction" in row and answers <= set(row):
         rest = {name: value for name, value in row.items() if name not in ("instruction", "input", "output", "text")}
         prompt = row["instruction"]
-        if more := row.get("input"):
+        if prompt is not None and (more := row.get("input")):
             if not (isinstance(prompt, str) and isinstance(more, str)):
                 raise bad_row(row, f'"instruction" is {type_of(prompt)} and "input" {type_of(more)}; give texts')
             prompt = f"{prompt}\n\n{more}"

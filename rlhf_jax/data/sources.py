@@ -149,10 +149,10 @@ def read_rows(path: str) -> list[Row]:
     hf://datasets/OWNER/NAME@SPLIT all files of one of its splits, train unless it is named.
 
     .jsonl and .jsonl.gz give one dict per line, blank lines skipped; .json a list of dicts, or an object that holds
-    one list of them, as {"data": [...]}. .csv and .tsv name their columns in the first line; cells are texts, but JSON
-    in the columns NOT_TEXT, and those that are empty are left out. .txt and .txt.gz give {"text": document} rows:
-    documents end at lines that hold exactly <|endoftext|>, and lose the line breaks at their two ends. .parquet needs
-    pyarrow.
+    one list of them, as {"data": [...]}. .csv and .tsv name their columns in the first line; cells are texts, null
+    where they are empty, but JSON in the columns NOT_TEXT, and left out there. .txt and .txt.gz give rows {"text":
+    document}: documents end at lines that hold exactly <|endoftext|>, and lose the line breaks at their two ends.
+    .parquet needs pyarrow.
 
     Raises:
         UserError: missing, empty, unreadable, truncated, not UTF-8, of unknown extension, or not one object per line.
@@ -283,7 +283,8 @@ def _table(file: File) -> Iterator[Row]:
             raise UserError(
                 f"{where}: {len(cells)} cells under {len(names)} names; put texts with {delimiter!r} in quotes"
             )
-        yield {**{n: _cell(where, n, c) for n, c in zip(names, cells, strict=True) if c}, "_where": where}
+        kept = {n: _cell(where, n, c) for n, c in zip(names, cells, strict=True) if c or n not in NOT_TEXT}
+        yield {**kept, "_where": where}
 
 
 def _strictly(file: File, reader: Any) -> Iterator[list[str]]:
@@ -304,7 +305,7 @@ def _different(file: File, names: Sequence[str]) -> Sequence[str]:
 
 def _cell(where: str, name: str, cell: str) -> object:
     if name not in NOT_TEXT:
-        return cell
+        return cell or None
     try:
         return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
     except ValueError as error:

@@ -45,6 +45,9 @@ UNMADE |= {"mesh.rollout_tensor", *(f"mesh.{axis}" for axis in EXPERT_AXES)}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""
 
 
+RESPONSES, SCORED = "responses.jsonl", "scored.jsonl"
+"""Rows of an evaluation of models, and of one of a reward."""
+
 CONTENTS = "contents of "
 """What stands before the name of an option in what OUTPUT.part is made of, where it is a digest."""
 
@@ -188,6 +191,8 @@ def finish_evaluation(config: EvaluateArgs, journal: Journal, rows: list[Row], s
     with once_more(f"output_dir {path}", f"; what was computed is in {journal.path}"):
         write_config(path, "evaluate", config, "output_dir")
     journal.finish(rows, summary)
+    for name in {RESPONSES, SCORED} - {Path(journal.output).name}:  # of the evaluation that was there
+        (path / name).unlink(missing_ok=True)
 
 
 def named(output: str) -> str:

@@ -144,6 +144,16 @@ def read(url: str, *, unless: bytes | None = None) -> Object | None:
     return Object(found.value, found.stamp.generation) if found.state == "value" else None
 
 
+def exists(url: str) -> bool:
+    """Whether there is an object of this name; no bytes of it are sent.
+
+    Raises:
+        OSError: it cannot be asked for; says why.
+    """
+    bucket, name = split(url)
+    return bool(_result(url, lambda: store(bucket).read(name, byte_range=slice(0, 0)).result()).state != "missing")
+
+
 def read_parts(url: str, bounds: Sequence[tuple[int, int]], *, of: bytes = b"") -> list[Object]:
     """Of an object, the bytes from `first` to before `last` of each of the bounds, all asked for at once.
 

@@ -92,11 +92,16 @@ def replace_file(path: Place, data: str | bytes) -> None:
     replace_files([(path, data)])
 
 
-def replace_files(files: Sequence[tuple[Place, str | bytes]]) -> None:
-    """`replace_file` several files: all are whole on the disk under other names before the first takes its own."""
+def replace_files(files: Sequence[tuple[Place, str | bytes | None]]) -> None:
+    """`replace_file` several files: all are whole on the disk under other names before the first takes its own.
+
+    None is no file: what is there of that name is deleted, once the others have theirs.
+    """
     asides: list[tuple[Path, Path]] = []
     try:
         for path, data in files:
+            if data is None:
+                continue
             if is_stream(path):
                 _write_stream(os.path.abspath(path), data)
                 continue
@@ -109,6 +114,8 @@ def replace_files(files: Sequence[tuple[Place, str | bytes]]) -> None:
                 os.chmod(aside, stat.S_IMODE(os.stat(target).st_mode))
         for aside, target in asides:
             os.replace(aside, target)
+        for path in [path for path, data in files if data is None]:
+            Path(path).unlink(missing_ok=True)
     except BaseException:
         for aside, _ in asides:
             with contextlib.suppress(OSError):

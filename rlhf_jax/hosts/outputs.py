@@ -22,14 +22,32 @@ OTHERS = (".csv", ".tsv", ".txt", ".gz", ".parquet")
 """Endings by which rows are read in another form than they are written in."""
 
 
-def check_output(path: str, *, overwrite: bool) -> None:
-    """Raise a UserError if a file cannot be written as `replace_file` will, or exists and may not be replaced.
+def summary_beside(output: str) -> str:
+    """Where the summary of an output stands: rows.summary.json of rows.jsonl, and of any other name NAME-summary.json,
+    so that no two outputs have one place."""
+    stem = output.removesuffix(".jsonl")
+    return f"{output}-summary.json" if stem == output else f"{stem}.summary.json"
+
+
+def check_output(path: str, *, overwrite: bool, summary: str = "") -> None:
+    """Raise a UserError if a file cannot be written as `replace_file` will, or exists and may not be replaced, or its
+    summary (`summary_beside`, or that of this name) does.
 
     Its directory is made, and a file of another name in it for a moment, so that a full disk is found now.
     """
     if not path:
         return
-    if path.endswith(OTHERS) and not is_stream(path):
+    _check_file(path, overwrite=overwrite)
+    summary = summary or summary_beside(path)
+    if not is_stream(path) and not overwrite and there(summary):
+        raise UserError(
+            f"{summary} is there, but {path} is not, so it tells of other rows; move it, choose another name or pass "
+            "--overwrite true"
+        )
+
+
+def _check_file(path: str, *, overwrite: bool) -> None:
+    if path.lower().endswith(OTHERS) and not is_stream(path):
         raise UserError(f"output {path} would be read as something else, and rows are JSON lines; name a .jsonl file")
     if in_bucket(path):
         return _check_object(path, overwrite=overwrite)
@@ -56,11 +74,11 @@ def check_output(path: str, *, overwrite: bool) -> None:
 
 
 def _check_object(url: str, *, overwrite: bool) -> None:
-    """`check_output` of an object: another one beside it is written and deleted."""
+    """`_check_file` of an object: another one beside it is written and deleted."""
     if url.endswith("/"):
         raise UserError(f"output {url} is a directory; name a .jsonl file")
     with buckets.asked(url):
-        if not overwrite and buckets.read(url) is not None:
+        if not overwrite and buckets.exists(url):
             raise UserError(f"output {url} exists; choose another name or pass --overwrite true")
         buckets.write(f"{url}.new", b"\n")
         buckets.delete(f"{url}.new")
@@ -113,7 +131,7 @@ def read_output(path: str) -> bytes:
     return found.data
 
 
-def put_files(files: Sequence[tuple[str | Path, str | bytes]]) -> None:
+def put_files(files: Sequence[tuple[str | Path, str | bytes | None]]) -> None:
     """`replace_files`, of which objects take their places one after another.
 
     Raises:
@@ -121,18 +139,23 @@ def put_files(files: Sequence[tuple[str | Path, str | bytes]]) -> None:
     """
     for path, data in files:
         if in_bucket(path):
-            buckets.write(str(path), data.encode() if isinstance(data, str) else data)
+            url = str(path)
+            buckets.delete(url) if data is None else buckets.write(
+                url, data.encode() if isinstance(data, str) else data
+            )
     replace_files([(path, data) for path, data in files if not in_bucket(path)])
 
 
-def write_output(path: str, data: bytes) -> None:
+def write_output(path: str, data: bytes, gone: str = "") -> None:
     """What a command has made, to the file that was asked for, or if none was to standard output.
+
+    `gone` is a file that told of what was in its place, and is deleted.
 
     Raises:
         UserError: it cannot be written, and what was there is as it was; says where the data are instead.
     """
     try:
-        put_files([(path, data)]) if path else _print(data)
+        put_files([(path, data), *([(gone, None)] if gone else [])]) if path else _print(data)
     except OSError as error:
         what, ending = (f"output {path}", Path(path).suffix) if path else ("standard output", "")
         raise UserError(f"{what}: {reason(error)}; {rescued(data, ending or '.jsonl')}") from error

@@ -13,7 +13,7 @@ from rlhf_jax.config.settings import HUB_ROWS, Settings
 from rlhf_jax.data import hub_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, TEMPLATES, have, local_tree
+from rlhf_jax.hosts.copies import DATASET, OF_A_MODEL, TEMPLATES, WANTED, have, local_tree
 from rlhf_jax.hosts.outputs import there
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import directory, hub
@@ -49,13 +49,13 @@ def contents(config: Settings) -> dict[str, str]:
 
     It changes with any byte of a file of up to 64 MiB. Of a larger one it takes the size and 4096 blocks of 4 KiB
     evenly apart, of safetensors the header and two blocks of every tensor. Of a model directory it takes the files
-    that make up the model, of an adapter those of its model too, and of runs their metrics, samples and summaries. A
-    builder of TFDS counts by its name.
+    that make up the model, of one that `tokenizer` names those without weights, of an adapter those of its model too,
+    and of runs their metrics, samples and summaries. A builder of TFDS counts by its name.
     """
     digests: dict[str, str] = {}
     for option, tree in flat(to_dict(config)):
         told = [(name.rpartition(".")[2], text) for name, text in texts({option: tree})]
-        found = [digest_of(text) for last, text in told if last in OPTIONS]
+        found = [digest_of(text, weights=last != "tokenizer") for last, text in told if last in OPTIONS]
         found += [digest_of_runs(text) for last, text in told if last == RUNS]
         if found and all(found):
             digests[option] = _as_one(found)
@@ -67,24 +67,26 @@ def _as_one(digests: list[str]) -> str:
     return hashlib.blake2b(" ".join(digests).encode()).hexdigest()[:32] if digests[1:] else "".join(digests)
 
 
-def digest_of(name: str) -> str:
-    """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there."""
+def digest_of(name: str, *, weights: bool = True) -> str:
+    """32 hexadecimal digits of a file or directory, by any name that a command takes; empty if it is not there.
+
+    Without `weights`, which a tokenizer has no need of, they are neither read nor fetched."""
     if name.startswith("tfds:"):
         return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     try:
-        places = _places(name)
-        places += [place for trunk in places for place in _members(name, trunk)]
-        return _as_one([_digest(place) for place in places])
+        places = _places(name, weights=weights)
+        places += [place for trunk in places if weights for place in _members(name, trunk)]
+        return _as_one([_digest(place, OF_A_MODEL if weights else WANTED) for place in places])
     except (OSError, ValueError, RuntimeError):  # it is said where it is read
         return ""
 
 
-def _places(name: str) -> list[Path]:
+def _places(name: str, *, weights: bool) -> list[Path]:
     """Where what a name stands for lies on this machine, or a copy of it: files of the Hub, a file, or a directory."""
     if name.startswith(HUB_ROWS):
         return [place for _, place in hub_rows.files_of(name)]
     with_split = in_bucket(name) and "@" in name and not there(name)
-    local = hub.local_directory(name.rpartition("@")[0] if with_split else name)
+    local = hub.local_directory(name.rpartition("@")[0] if with_split else name, weights=weights)
     places = [Path(place).expanduser() for place in (local, local.partition("@")[0])]
     return [place for place in places if place.exists()][:1]
 
@@ -122,7 +124,7 @@ def digest_below(output: str) -> str:
     return digest.hexdigest()
 
 
-def _digest(place: Path) -> str:
+def _digest(place: Path, endings: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if place.is_file():
         _add(digest, place)
@@ -130,12 +132,12 @@ def _digest(place: Path) -> str:
     is_data = (place / DATASET).is_file()
     found = place.glob("**/*") if is_data else (*place.glob("*"), *place.glob(f"{TEMPLATES}/*"))
     files = (file for file in found if file.is_file())
-    for file in sorted(file for file in files if is_data or file.name.endswith(OF_A_MODEL)):
+    for file in sorted(file for file in files if is_data or file.name.endswith(endings)):
         digest.update(json.dumps(str(file.relative_to(place))).encode())
         _add(digest, file)
     with contextlib.suppress(UserError):
         if not is_data and (below := directory.stands_on(place)) is not None:
-            digest.update(_digest(below).encode())
+            digest.update(_digest(below, endings).encode())
     return digest.hexdigest()
 
 

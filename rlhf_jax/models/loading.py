@@ -62,7 +62,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     path = config.tokenizer or config.path
     if not path:
         raise UserError("model.tokenizer and model.path are both empty; give one of them")
-    directory = hub.local_directory(path)
+    directory = hub.local_directory(path, weights=False)
     return tokenizer_in(directory, config.eos_ids) or Tokenizer.load(str(hf.model_directory(directory)))
 
 

@@ -134,6 +134,9 @@ def earlier_summary(
     path = Path(config.output_dir)
     check_name(path, f"output_dir {path}")
     check_writable(path, f"output_dir {path}")
+    other = next((name for name in (RECORD, RECIPE) if (path / name).exists()), "")
+    if other and (object_in(path / other) or {}).get("status") != VOID:
+        raise UserError(f"output_dir {path} holds a run or a recipe ({other}); choose another directory, or one below")
     there = [name for name in (CONFIG, *files) if (path / name).exists()]
     if config.overwrite or not there:
         return None

@@ -16,7 +16,7 @@ from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.files import Lines, hold, is_stream, once_more
 from rlhf_jax.hosts.json_text import JsonObject, json_lines, to_json
-from rlhf_jax.hosts.outputs import check_output, put_files, read_output, there, write_output
+from rlhf_jax.hosts.outputs import check_output, put_files, read_output, summary_beside, write_output
 from rlhf_jax.runs.directory import as_json
 from rlhf_jax.runs.twin import Twin
 
@@ -77,14 +77,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             self._twin = Twin(f"{self.output}.part")
             self.path = self._twin.place / "rows.jsonl"
         overwrite = overwrite or self._is_written()
-        check_output(self.output, overwrite=overwrite)
+        check_output(self.output, overwrite=overwrite, summary=self._summary)
         if self.path is None:
             return []
-        if there(self._summary) and not overwrite:
-            raise UserError(
-                f"{self._summary} is there, but {self.output} is not, so it tells of other rows; move it, choose "
-                "another name or pass --overwrite true"
-            )
         with once_more(str(self.path)):
             self._file = hold(self.path)
             if self._file is None:
@@ -120,8 +115,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return False
         try:
             *_, last = self.path.read_bytes().splitlines()
-            digest = hashlib.sha256(read_output(self.output)).hexdigest()
-            return bool(json.loads(last).get(WRITTEN) == digest)
+            digest = json.loads(last).get(WRITTEN)
+            return bool(digest and hashlib.sha256(read_output(self.output)).hexdigest() == digest)
         except (OSError, ValueError, AttributeError):
             return False
 
@@ -152,6 +147,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def finish(self, rows: Sequence[JsonObject], summary: Mapping[str, object] | None = None) -> None:
         """Write OUTPUT (empty: standard output) and the summary, if there is one, and delete OUTPUT.part.
 
+        Without one the summary of what was in its place is deleted.
+
         Raises:
             UserError: they cannot be written; earlier files of these names are as they were, OUTPUT.part is whole.
         """
@@ -160,15 +157,13 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _finish(self, data: bytes, summary: Mapping[str, object] | None) -> None:
         if self.path is None:
             return write_output(self.output, data)
-        files: list[tuple[str | Path, str | bytes]] = [(self.output, data)]
-        if summary is not None:
-            files.append((self._summary, to_json(summary, indent=1) + "\n"))
+        about = None if summary is None else to_json(summary, indent=1) + "\n"
         with once_more(f"output {self.output}", f"; what was computed is in {self.path}"):
             self._lines.add([{WRITTEN: hashlib.sha256(data).hexdigest()}], sync=True)
             if self._twin is not None:
                 self._twin.push()
                 self._twin.check_held()
-            put_files(files)
+            put_files([(self.output, data), (self._summary, about)])
         with contextlib.suppress(OSError):  # it is of no account now, and gone on with next time
             os.unlink(self.path)
 
@@ -182,13 +177,6 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
-
-
-def summary_beside(output: str) -> str:
-    """Where the summary of an output stands: rows.summary.json of rows.jsonl, and of any other name NAME-summary.json,
-    so that no two outputs have one place."""
-    stem = output.removesuffix(".jsonl")
-    return f"{output}-summary.json" if stem == output else f"{stem}.summary.json"
 
 
 def _loaded(line: bytes) -> JsonObject | None:

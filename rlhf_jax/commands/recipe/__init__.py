@@ -22,11 +22,10 @@ from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import check_hub, read_object
 from rlhf_jax.hosts.interrupts import in_force
 from rlhf_jax.hosts.json_text import JsonObject
-from rlhf_jax.hosts.outputs import there
+from rlhf_jax.hosts.outputs import summary_beside, there
 from rlhf_jax.hosts.processes import say
 from rlhf_jax.runs.curves import text_table
 from rlhf_jax.runs.directory import SUMMARY, Summary
-from rlhf_jax.runs.journal import summary_beside
 from rlhf_jax.runs.report.outcome import figures_in_words
 
 IN_ONE_PROCESS = {"rate", "convert", "data prepare", "data aggregate", "data make"}

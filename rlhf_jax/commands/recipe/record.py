@@ -12,11 +12,10 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import files
 from rlhf_jax.hosts.buckets import in_bucket
 from rlhf_jax.hosts.json_text import JsonObject
-from rlhf_jax.hosts.outputs import there
+from rlhf_jax.hosts.outputs import summary_beside, there
 from rlhf_jax.models.contents import contents, digest_below
 from rlhf_jax.runs import directory
 from rlhf_jax.runs.heads import begun, glance
-from rlhf_jax.runs.journal import summary_beside
 from rlhf_jax.runs.twin import Twin, void
 
 ENTRY = {"command", "status", "output", "inputs", "config"}

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 from pathlib import Path
 
 from rlhf_jax.config.guess import of_the_hub
 from rlhf_jax.config.settings import HUB
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts.buckets import in_bucket
-from rlhf_jax.hosts.copies import OF_A_MODEL, local
+from rlhf_jax.hosts.copies import BESIDE, WANTED, local
 
-_WANTED = [f"*{ending}" for ending in OF_A_MODEL]
-_TWICE = ["consolidated*", "*/consolidated*", "*/model*.safetensors"]
-"""The same weights in the form of another program, or of other steps: nobody reads them."""
+_TEXTS = [f"*{ending}" for ending in WANTED]
+_WEIGHTS = ["model.safetensors", "adapter_model.safetensors", f"{BESIDE[1]}/*"]
+"""Those that are read, but for the shards of an index."""
 
 
-def local_directory(path: str) -> str:
-    """The path itself, or where the files of hf://owner/name or hf://owner/name@revision lie after a download.
+def local_directory(path: str, *, weights: bool = True) -> str:
+    """The path itself, or where the files of hf://owner/name or hf://owner/name@revision lie after a download, the
+    `weights` if they are needed.
 
     Of gs://bucket/name it is where `copies.local` has them.
 
@@ -27,22 +30,37 @@ def local_directory(path: str) -> str:
     if in_bucket(path):
         return str(local(path))
     if path.startswith(HUB):
-        return downloaded(path)
+        return downloaded(path, weights)
     if path and not Path(path).expanduser().exists() and (cure := of_the_hub(path)):
         raise UserError(f"{path}: no such directory; {cure}")
     return path
 
 
 @functools.cache
-def downloaded(path: str) -> str:
-    """Where the files of hf://owner/name or hf://owner/name@revision lie, asked for once."""
+def downloaded(path: str, weights: bool) -> str:
+    """Where the files of hf://owner/name or hf://owner/name@revision lie, asked for once.
+
+    With `weights` those of them that are read are there: of a model in shards what its index names.
+    """
     name, _, revision = path.removeprefix(HUB).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"{path} is no name of the Hub; write hf://owner/name or hf://owner/name@revision")
+    if not weights:
+        return _snapshot(path, name, revision or None, _TEXTS)
+    place = Path(downloaded(path, False))
+    _snapshot(path, name, place.name, _WEIGHTS)  # of the same commit
+    if not (place / "model.safetensors").is_file():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # said where it is read
+            index = json.loads((place / "model.safetensors.index.json").read_bytes())
+            _snapshot(path, name, place.name, sorted(set(index["weight_map"].values())))
+    return str(place)
+
+
+def _snapshot(path: str, name: str, revision: str | None, wanted: list[str]) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_TWICE)
+        return str(Path(snapshot_download(name, revision=revision, allow_patterns=wanted)))
     except Exception as error:  # from requests, httpx, the Hub and the file system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -56,8 +74,8 @@ def cached_directory(name: str, revision: str | None = None) -> str | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(
-            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_TWICE, local_files_only=True
+        return str(
+            snapshot_download(name, revision=revision, allow_patterns=[*_TEXTS, *_WEIGHTS], local_files_only=True)
         )
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None

@@ -124,7 +124,7 @@ def math(prompts: list[str], responses: list[str], *, answer: list[object], **co
     Raises:
         UserError: an answer that cannot be read.
     """
-    wanted = [(marked(one) or one).strip() for one in map(typed, map(str, answer))]
+    wanted = [(marked(one) or one).strip() for one in (typed("" if one is None else str(one)) for one in answer)]
     return _judged("math", [marked(text) or text[-TAIL:] for text in map(typed, responses)], wanted)
 
 
