@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -255,6 +256,31 @@ def test_what_is_said_of_responses_stands_in_their_places_and_a_reward_that_fail
     said = read_rows(str(tmp_path / "skip" / "scored.jsonl"))
     assert [row["scores"] for row in said] == [[1.0, None, 3.0], [None, None, None], [2.0, 1.0]]
     assert [row["golds"] for row in said] == [[1.0, None, 3.0], [1.0, 2.0, None], [2.0, 1.0]]
+
+
+def test_an_evaluation_whose_last_write_failed_is_not_that_which_was_to_be_replaced(tmp_path, monkeypatch):
+    pairs = [{"prompt": "a", "chosen": "bb", "rejected": "b"}]
+    place, given = tmp_path / "e", {"preference_rows": pairs, "functions": [length]}
+    (place / "below").mkdir(parents=True)
+    (place / "responses.jsonl").write_text("{}\n")  # of another evaluation
+    (place / "below" / "responses.jsonl").write_text("{}\n")
+    run_evaluate(settings(place, overwrite=True), **given)
+    left = {"below", "config.yaml", "scored.jsonl", "summary.json"}
+    assert {path.name for path in place.iterdir()} == left and (place / "below" / "responses.jsonl").exists()
+    (place / "summary.json").write_text((place / "summary.json").read_text().replace('"rows": 1', '"rows": 9'))
+    (place / "scored.jsonl").write_text("{}\n")
+    other = settings(place, seed=5, overwrite=True)
+
+    def full(files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"computed is in .*scored.jsonl.part; mend"):
+        patch.setattr("rlhf_jax.runs.journal.put_files", full)
+        run_evaluate(other, **given)
+    with pytest.raises(UserError, match=r"scored.jsonl exists; choose another name or pass --overwrite true"):
+        run_evaluate(replace(other, overwrite=False), **given)
+    assert run_evaluate(other, **given)["rows"] == 1 and {path.name for path in place.iterdir()} == left
+    assert run_evaluate(replace(other, overwrite=False), **given)["rows"] == 1
 
 
 def test_the_seed_is_of_what_a_judge_writes(tmp_path, monkeypatch):

@@ -21,16 +21,7 @@ from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.feedback.judge import Judge, verdicts_of
 from rlhf_jax.feedback.judges import Group
-from rlhf_jax.feedback.phases import (
-    RESPONSES,
-    Make,
-    Phases,
-    digest,
-    finish_evaluation,
-    models_of,
-    open_journal,
-    source_name,
-)
+from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal, source_name
 from rlhf_jax.feedback.report import compare, evaluation_lines, judge_report
 from rlhf_jax.feedback.sources import (
     Drawer,
@@ -45,7 +36,7 @@ from rlhf_jax.feedback.sources import (
 from rlhf_jax.inference.generate import Response, total_length
 from rlhf_jax.inference.scoring import Likelihood, example_of
 from rlhf_jax.models.loading import Loaded, check_same_tokenizer, load_model
-from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given
+from rlhf_jax.runs.directory import RESPONSES, SUMMARY, Summary, earlier_summary, names_given
 from rlhf_jax.runs.twin import in_buckets
 from rlhf_jax.types import RewardFn
 
@@ -167,7 +158,8 @@ def measuring(config: EvaluateArgs, sources: Sources) -> Callable[[Drawer], Meas
         if config.reference:
             check_same_tokenizer(drawer.tokenizer, config.reference, "reference")
             models = {"logprob": drawer.loaded, "ref_logprob": reference()}
-        readers = {name: _reader(config, sources, loaded, drawer) for name, loaded in models.items()}
+        size = config.batch_size
+        readers = {name: Likelihood(one.model, sources.mesh, batch_size=size) for name, one in models.items()}
 
         def measure(drawn: Sequence[Response]) -> list[Row]:
             rows: list[Row] = [{"tokens": len(one.ids)} for one in drawn]
@@ -190,7 +182,7 @@ def held_out(config: EvaluateArgs, sources: Sources, source: SourceConfig, text:
     examples, counts = sft_examples(list(text), drawer.tokenizer, limits, loss_on="response")
     tell(f"{source_name(source)}: held-out rows: {counts}")
     model = replace(drawer.loaded.model, length=config.max_length)  # as `sft` on rows of this length has it
-    reader = _reader(config, sources, replace(drawer.loaded, model=model), drawer)
+    reader = Likelihood(model, sources.mesh, batch_size=config.batch_size)
 
     def make(start: int, stop: int) -> list[Row]:
         with jax.set_mesh(sources.mesh.grid):
@@ -198,7 +190,3 @@ def held_out(config: EvaluateArgs, sources: Sources, source: SourceConfig, text:
         return [{"nll": float(-logprobs.sum(dtype=np.float64)), "tokens": len(logprobs)}]
 
     return make
-
-
-def _reader(config: EvaluateArgs, sources: Sources, loaded: Loaded, drawer: Drawer) -> Likelihood:
-    return Likelihood(loaded.model, sources.mesh, batch_size=config.batch_size)

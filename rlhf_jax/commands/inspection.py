@@ -328,7 +328,9 @@ def _of_checkpoint(run: Path, step: int) -> Source:
     stage = record["stage"]
     try:
         told = record["config"]["model"]
-        settings = ModelConfig(**told | {"arch": shape_of(told["arch"]) if told.get("arch") else None})
+        if arch := told.get("arch"):
+            arch = ArchConfig(**arch | {"rope_scaling": RopeScaling(**arch["rope_scaling"])})
+        settings = ModelConfig(**told | {"arch": arch or None})
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / RECORD} does not say what model the run trains ({reason(error)})") from error
     if any(record["config"].get(group, {}).get(name) for group, name in PARTIAL):
@@ -362,11 +364,6 @@ def _of_checkpoint(run: Path, step: int) -> Source:
         params = _normalised(run, record, model, params, tokenizer)
     generation = hf.read_generation(base) if settings.path else {}
     return Source(arch, raw, params, tokenizer, generation, tokenizer.eos_ids, tokenizer.pad_id)
-
-
-def shape_of(told: dict[str, Any]) -> ArchConfig:
-    """A shape as a run's record has it."""
-    return ArchConfig(**told | {"rope_scaling": RopeScaling(**told["rope_scaling"])})
 
 
 def at_home(record: dict[str, Any]) -> contextlib.chdir[str]:

@@ -21,12 +21,12 @@ from rlhf_jax.data.numbers import is_number
 from rlhf_jax.data.rows import DroppedRow, Row, layout_of, tell_anew, unread_of
 from rlhf_jax.data.sources import rows_from
 from rlhf_jax.errors import UserError, tell
-from rlhf_jax.feedback.phases import SCORED, Make, Phases, digest, finish_evaluation, models_of, open_journal
+from rlhf_jax.feedback.phases import Make, Phases, digest, finish_evaluation, models_of, open_journal
 from rlhf_jax.feedback.reward_judge import check_against
 from rlhf_jax.feedback.reward_report import CORE, SECTIONS, SECTIONS_2, Scored, reward_lines, reward_report
 from rlhf_jax.feedback.scorer import Scorer, golds_of
 from rlhf_jax.inference.reward_functions import columns_for, functions_of
-from rlhf_jax.runs.directory import SUMMARY, Summary, earlier_summary, names_given
+from rlhf_jax.runs.directory import SCORED, SUMMARY, Summary, earlier_summary, names_given
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.types import RewardFn
 

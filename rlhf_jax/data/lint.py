@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import rankings
+from rlhf_jax.data import rankings, schemas
 from rlhf_jax.data.agreement import agreement, length_bias
 from rlhf_jax.data.ballots import Ranking, ranking_row, remarks_of
 from rlhf_jax.data.comparisons import EQUAL_RATINGS, rating_of
@@ -18,16 +18,7 @@ from rlhf_jax.data.gathering import numbered
 from rlhf_jax.data.messages import Text, as_key, text_of
 from rlhf_jax.data.numbers import equal_in_float32, number_of
 from rlhf_jax.data.rows import ANSWERS, PREFERENCES, DroppedRow, Row, counts_of, layout_of
-from rlhf_jax.data.schemas import (
-    Answer,
-    answer_of,
-    flag_of,
-    kind_of,
-    margins_lost,
-    prompt_row,
-    single_answer,
-    text_row,
-)
+from rlhf_jax.data.schemas import Answer
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import printable
 
@@ -57,7 +48,7 @@ def inspect(
             continue
         compared += [ranking] if ranking is not None else []
         ratings += [(number_of(row["rating"]), row["_where"])] if layout_of(row) == "rating" else []
-        of_row = remarks_of([row]) + margins_lost([row])
+        of_row = remarks_of([row]) + schemas.margins_lost([row])
         size = _prompt_length(row, prompt, tokenizer, of_row)
         sizes = [_answer_length(row, prompt, answer, tokenizer, of_row) for answer in answers]
         remarks += of_row
@@ -72,10 +63,10 @@ def inspect(
     findings: Findings = {
         "rows": len(train),
         "held_out": len(held_out),
-        "kinds": dict(Counter(map(kind_of, rows))),
+        "kinds": dict(Counter(map(schemas.kind_of, rows))),
         "dropped": {reason: (len(where), where[:3]) for reason, where in dropped.items()},
         "remarks": {remark: (count, places[remark][:3]) for remark, count in remarks.items()},
-        "unread": unread_in([row for row in rows if not kind_of(row).endswith("prompt-only")]),
+        "unread": unread_in([row for row in rows if not schemas.kind_of(row).endswith("prompt-only")]),
         "unit": "characters" if tokenizer is None else "tokens",
         "lengths": {k: np.percentile(v, PERCENTILES).round().astype(int).tolist() for k, v in lengths.items() if v},
         "cut_prompts": float(np.mean(np.array(lengths["prompt"] or [0]) > max_prompt_length)),
@@ -142,12 +133,12 @@ def _parts(row: Row) -> tuple[Text, list[Answer], Ranking | None]:
         if kind == "rating":
             rating_of(row)
         elif kind == "unpaired preference":
-            flag_of(row, "label")
-        row = answer_of(row)
-        return row["prompt"], [single_answer(row)], None
+            schemas.flag_of(row, "label")
+        row = schemas.answer_of(row)
+        return row["prompt"], [schemas.single_answer(row)], None
     if kind == "text":
-        return "", [Answer(text_row(row)["text"])], None
-    return prompt_row(row)["prompt"], [], None
+        return "", [Answer(schemas.text_row(row)["text"])], None
+    return schemas.prompt_row(row)["prompt"], [], None
 
 
 def _prompt_length(row: Row, prompt: Text, tokenizer: Tokenizer | None, remarks: Counter[str]) -> int:
@@ -208,12 +199,12 @@ def lines(findings: Findings) -> list[str]:
 
 def render(row: Row, tokenizer: Tokenizer, *, loss_on: str, color: bool) -> str:
     """A row as the model sees it; what is trained on is green (red if it is worse), or in [[ ]] without colour."""
-    head = printable(f"--- {row['_where']}: {kind_of(row)}")
+    head = printable(f"--- {row['_where']}: {schemas.kind_of(row)}")
     try:
         prompt, answers, ranking = _parts(row)
         if ranking is None and answers:
             wide = Limits(10**9, 10**9 + 1, "error")
-            bad = layout_of(row) == "unpaired preference" and not flag_of(row, "label")
+            bad = layout_of(row) == "unpaired preference" and not schemas.flag_of(row, "label")
             row = {**row, "label": True} if bad else row  # sft drops it, but it is there to be looked at
             examples, _ = sft_examples([row], tokenizer, wide, loss_on=loss_on)
             tone = RED if bad else GREEN

@@ -274,7 +274,9 @@ def _table(file: File) -> Iterator[Row]:
     delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
     reader = csv.reader((f"{line}\n" for _, line in _lines(file)), delimiter=delimiter, strict=True)
     cells_of = _strictly(file, reader)
-    names = _different(file, next(cells_of, []))
+    names = next(cells_of, [])
+    if len(set(names)) < len(names):  # a row has one value for a name
+        raise UserError(f"{file}: there are two columns {shown(max(names, key=names.count))}; rename one")
     for cells in cells_of:
         if not cells:
             continue
@@ -294,13 +296,6 @@ def _strictly(file: File, reader: Any) -> Iterator[list[str]]:
     except csv.Error as error:
         cure = "close each quote at the end of its cell, and double one within"
         raise UserError(f"{file}:{reader.line_num}: {reason(error)}; {cure}") from error
-
-
-def _different(file: File, names: Sequence[str]) -> Sequence[str]:
-    """The names of the columns of a file; a UserError if two are alike, since a row has one value for a name."""
-    if len(set(names)) < len(names):
-        raise UserError(f"{file}: there are two columns {shown(max(names, key=names.count))}; rename one")
-    return names
 
 
 def _cell(where: str, name: str, cell: str) -> object:

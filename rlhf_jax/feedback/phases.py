@@ -27,7 +27,7 @@ from rlhf_jax.hosts import processes
 from rlhf_jax.hosts.files import once_more
 from rlhf_jax.hosts.interrupts import Interrupts
 from rlhf_jax.models.contents import OPTIONS, contents
-from rlhf_jax.runs.directory import SUMMARY, Summary, write_config
+from rlhf_jax.runs.directory import RESPONSES, SCORED, SUMMARY, Summary, write_config
 from rlhf_jax.runs.journal import Journal
 from rlhf_jax.runs.progress import Progress, write
 
@@ -44,9 +44,6 @@ UNMADE |= {f"{group}.{name}" for group in ("judge", "reward.judge") for name in 
 UNMADE |= {"mesh.rollout_tensor", *(f"mesh.{axis}" for axis in EXPERT_AXES)}
 """Options that do not decide what OUTPUT.part holds; rows count by their digest."""
 
-
-RESPONSES, SCORED = "responses.jsonl", "scored.jsonl"
-"""Rows of an evaluation of models, and of one of a reward."""
 
 CONTENTS = "contents of "
 """What stands before the name of an option in what OUTPUT.part is made of, where it is a digest."""

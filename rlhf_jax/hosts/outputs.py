@@ -118,19 +118,6 @@ def writable_directory(path: str, what: str) -> Iterator[Path]:
         UNFINISHED.discard(folder)
 
 
-def read_output(path: str) -> bytes:
-    """What is in a file or an object.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if not in_bucket(path):
-        return Path(path).read_bytes()
-    if (found := buckets.read(path)) is None:
-        raise FileNotFoundError(path)
-    return found.data
-
-
 def put_files(files: Sequence[tuple[str | Path, str | bytes | None]]) -> None:
     """`replace_files`, of which objects take their places one after another.
 

@@ -30,6 +30,8 @@ from rlhf_jax.runs.push import check_repository
 
 RECORD, LOCK, METRICS, SAMPLES, SUMMARY = "run.json", ".lock", "metrics.jsonl", "samples.jsonl", "summary.json"
 REPORT = "report.html"
+RESPONSES, SCORED = "responses.jsonl", "scored.jsonl"
+"""Rows of an evaluation of models, and of one of a reward."""
 CONFIG, CHECKPOINTS, PROFILE = "config.yaml", "checkpoints", "profile"
 RECIPE = "recipe.json"
 """What a recipe says of its stages; beside it lie their directories."""
@@ -151,7 +153,8 @@ def earlier_summary(
     if differ:
         shown = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in differ.items())
         raise UserError(f"output_dir {path} holds {command} with another config: {shown}; {cure}")
-    if not all((path / name).exists() for name in files):
+    begun = any((path / f"{name}.part").exists() for name in files)  # config.yaml may be of what did not end
+    if begun or not all((path / name).exists() for name in files):
         return None
     summary = read_summary(path, "--overwrite true")
     if made_of is not None and summary.get("made_of") != as_json(made_of):

@@ -14,9 +14,10 @@ from typing import BinaryIO
 from rlhf_jax.errors import UserError, tell
 from rlhf_jax.hosts import clock, processes
 from rlhf_jax.hosts.buckets import in_bucket
+from rlhf_jax.hosts.copies import local
 from rlhf_jax.hosts.files import Lines, hold, is_stream, once_more
 from rlhf_jax.hosts.json_text import JsonObject, json_lines, to_json
-from rlhf_jax.hosts.outputs import check_output, put_files, read_output, summary_beside, write_output
+from rlhf_jax.hosts.outputs import check_output, put_files, summary_beside, write_output
 from rlhf_jax.runs.directory import as_json
 from rlhf_jax.runs.twin import Twin
 
@@ -116,8 +117,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         try:
             *_, last = self.path.read_bytes().splitlines()
             digest = json.loads(last).get(WRITTEN)
-            return bool(digest and hashlib.sha256(read_output(self.output)).hexdigest() == digest)
-        except (OSError, ValueError, AttributeError):
+            place = local(self.output) if digest and in_bucket(self.output) else self.output
+            return bool(digest and hashlib.sha256(Path(place).read_bytes()).hexdigest() == digest)
+        except (OSError, ValueError, AttributeError, UserError):
             return False
 
     def cut(self, count: int) -> None:

@@ -25,11 +25,6 @@ FORMAT = "{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix} |{bar}|"
 OPEN: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
-def in_notebook() -> bool:
-    """Whether standard output is that of a cell: no terminal, but a carriage return begins its line anew as well."""
-    return type(sys.stdout).__module__.partition(".")[0] == "ipykernel"
-
-
 def close_bars() -> None:
     """End the progress bars that an error or Ctrl-C left open, so that a message gets a line of its own."""
     with contextlib.suppress(OSError):  # the terminal may have gone
@@ -58,7 +53,8 @@ class Progress:
             None  # steps and time once one was done; it compiled, the others do not
         )
         self._bar: tqdm | None = None
-        cell = in_notebook()
+        # In a cell of a notebook, which is no terminal, a carriage return begins its line anew as well.
+        cell = type(sys.stdout).__module__.partition(".")[0] == "ipykernel"
         if bar and (cell or sys.stderr.isatty()):
             self._bar = tqdm(
                 total=total, initial=start, desc=name, bar_format=FORMAT, mininterval=0.5 if cell else 0.1,

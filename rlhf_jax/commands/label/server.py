@@ -261,8 +261,11 @@ def items_drawn(config: LabelArgs, supply: Supply) -> tuple[Callable[[int, list[
 def run(config: LabelArgs) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then say what was gathered."""
     with contextlib.ExitStack() as stack:
-        supply = stack.enter_context(supply_of(config)) if config.model.path else None
-        if supply:
+        supply: Supply | None = None
+        if config.model.path:
+            from rlhf_jax.commands.label.drawing import Supply  # which imports jax
+
+            supply = stack.enter_context(Supply(config))
             made, items = items_drawn(config, supply)
             note = counted(supply.left)
         else:
@@ -284,10 +287,3 @@ def run(config: LabelArgs) -> None:
         tell("\n" + summary(votes, len(items)))
         if supply and supply.left:
             tell(f"left out of what was drawn: {counted(supply.left)}")
-
-
-def supply_of(config: LabelArgs) -> Supply:
-    """What draws for a page; jax is imported for it alone."""
-    from rlhf_jax.commands.label.drawing import Supply
-
-    return Supply(config)

@@ -47,13 +47,11 @@ def downloaded(path: str, weights: bool) -> str:
         raise UserError(f"{path} is no name of the Hub; write hf://owner/name or hf://owner/name@revision")
     if not weights:
         return _snapshot(path, name, revision or None, _TEXTS)
-    place = Path(downloaded(path, False))
-    _snapshot(path, name, place.name, _WEIGHTS)  # of the same commit
-    if not (place / "model.safetensors").is_file():
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # said where it is read
-            index = json.loads((place / "model.safetensors.index.json").read_bytes())
-            _snapshot(path, name, place.name, sorted(set(index["weight_map"].values())))
-    return str(place)
+    place, wanted = Path(downloaded(path, False)), [*_WEIGHTS]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # said where it is read
+        index = json.loads((place / "model.safetensors.index.json").read_bytes())
+        wanted = [*set(index["weight_map"].values()), *_WEIGHTS[1:]]
+    return _snapshot(path, name, place.name, wanted)  # of the same commit
 
 
 def _snapshot(path: str, name: str, revision: str | None, wanted: list[str]) -> str:
