@@ -599,6 +599,26 @@ def test_a_run_whose_model_cannot_be_written_trains_no_step_again(tmp_path, caps
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_nor_does_one_whose_best_weights_are_not_the_last(tmp_path, capsys, devices):
+    """The last ones were given up for them; they are kept on the host until the model is written."""
+    worse = {"measure": lambda kernel: -held_out_loss(kernel), "devices": devices}
+    alone, config, taken = run_fit(settings(tmp_path / "alone"), **worse), settings(tmp_path / "run"), []
+    worse["before_step"] = lambda out, i: taken.append(i)
+
+    def full(self, *rest):
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"No space left .* resume"):
+            patch.setattr(Run, "finish", full)
+            run_fit(config, **worse)
+        assert taken == list(range(STEPS)) and statuses(tmp_path / "run") == "failed"
+    assert capsys.readouterr().out.count(f"saved after step {STEPS} of {STEPS}") == 1
+    assert same_bits(run_fit(config, **worse), alone) and not same_bits(alone[0].params, alone[1])
+    assert taken == list(range(STEPS)) and rows_of(tmp_path / "run") == rows_of(tmp_path / "alone")
+
+
 # --- rewards
 
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import jax
+import numpy as np
 
 from rlhf_jax.config import StageArgs, resolve
 from rlhf_jax.errors import Stopped, UserError
@@ -225,15 +226,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _save_unsaved(self) -> None:
         """Save the last step of a run that could not write what comes after it, so that nothing is trained again.
 
-        If it still can: the disk may have no room for that either, and `restore_best` may have taken the arrays.
+        If it still can: the disk may have no room for that either.
         """
         if self._unsaved is None or processes.several():
             return
-        step, tree, notes = self._unsaved
-        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
-            with contextlib.suppress(UserError, OSError):
-                self.save_now(step, tree, notes)
-                self.say(f"{self.stage}: saved after step {step} of {self.total}")
+        with contextlib.suppress(UserError, OSError):
+            self.save_now(*self._unsaved)
+            self.say(f"{self.stage}: saved after step {self._unsaved[0]} of {self.total}")
 
     def _agreed(self, step: int) -> list[bool]:
         """[stop, the clock asks for a save, a save failed], the same in all processes."""
@@ -289,19 +288,25 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def restore_best(self, like: Tree) -> Tree:
         """The arrays of `like`, a part of what was saved, of the best evaluation; as they are if it is the last one.
 
-        `like` is freed if they are others.
+        `like` is freed if they are others; the host keeps those of the last step until what comes after it is written.
         """
         self.checkpoints.wait()
         self._check_failure()
-        while (step := self.best.step) is not None and step != self.total:
+        while (step := self.best.step) not in (None, self.total):
             self.checkpoints.settle()
             if self.checkpoints.holds(step, self.say):
-                return self.checkpoints.restore(step, like)
+                break
             self.say(
                 f"{self.stage}: the weights of the best evaluation, of step {step}, are lost; taking the next best"
             )
             self.best.forget(step)
-        return like
+        else:
+            return like
+        if self._unsaved is not None and not processes.several():
+            last, tree, notes = self._unsaved
+            going = set(map(id, jax.tree.leaves(like)))
+            self._unsaved = last, jax.tree.map(lambda x: np.asarray(x) if id(x) in going else x, tree), notes
+        return self.checkpoints.restore(step, like)
 
     def calibration(self, config: StageArgs, width: int = 2) -> dict[str, Any]:
         """{"calibration": what programs took over what they should}, of the config as it was run; {} if not asked for.
