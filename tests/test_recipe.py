@@ -185,7 +185,7 @@ WRONG = [
     (
         "path: $first",
         "path: $first, output: ./out/task/j.jsonl",
-        "/out/task/j.jsonl is within what task makes",
+        "joined: ./out/task/j.jsonl is within what task makes",
     ),
     ("noise: 0.5", "noise: null", "variable noise has no value; give --variables.noise VALUE"),
     ("output_dir: out", "outptu_dir: out", "a recipe has no 'outptu_dir'"),

@@ -105,7 +105,7 @@ class Page:
         if item is None:
             raise bottle.HTTPError(404, "These rows do not hold that item.")
         before = self.votes.of(rater).get(item.key)
-        ranks = ranks_of(item, said)
+        ranks, took = ranks_of(item, said), said.get("seconds")
         vote: Row = {
             "item": item.key,
             "rater": rater,
@@ -117,7 +117,7 @@ class Page:
             "skipped": said.get("skipped") is True,
             "comment": str(said.get("comment") or "")[:LONGEST_COMMENT],
             "order": before["order"] if before else item.order(rater, self.config.seed),
-            "seconds": _seconds(said.get("seconds")),
+            "seconds": round(float(took), 1) if isinstance(took, (int, float)) and 0 <= took < 1e9 else None,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         vote |= beside_vote(item.ranking.fields)
@@ -133,10 +133,6 @@ class Page:
 
 def _state(vote: Row | None) -> str:
     return "" if vote is None else "skipped" if vote["skipped"] else "done"
-
-
-def _seconds(said: object) -> float | None:
-    return round(float(said), 1) if isinstance(said, (int, float)) and 0 <= said < 1e9 else None
 
 
 def ranks_of(item: Item, said: JsonObject) -> list[int | None]:

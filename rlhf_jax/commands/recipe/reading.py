@@ -202,14 +202,16 @@ class Recipe:
 
     def check_outputs(self, stages: Sequence[Stage]) -> None:
         """Raise a UserError if two stages write to one place, or one below that of another."""
-        places: dict[Path, str] = {}
+        places: dict[Path, Stage] = {}
         for one in stages:
             place = Path(one.output if in_bucket(one.output) else os.path.realpath(one.output))
-            if (other := places.setdefault(place, one.label)) != one.label:
-                raise self.error(f"stage {one.label}", f"{other} writes to {one.output}, too; give each its own")
-        for place, label in places.items():
-            if other := next((places[above] for above in place.parents if above in places), ""):
-                raise self.error(f"stage {label}", f"{place} is within what {other} makes; give another place")
+            if (other := places.setdefault(place, one)) is not one:
+                line = f"{other.label} writes to {one.output}, too; give each its own"
+                raise self.error(f"stage {one.label}", line)
+        for place, one in places.items():
+            if above := next((places[up] for up in place.parents if up in places), None):
+                line = f"{one.output} is within what {above.label} makes; give another place"
+                raise self.error(f"stage {one.label}", line)
 
     def check_defaults(self, stages: Sequence[Stage]) -> None:
         """Raise a UserError if a default is an option of no stage."""
