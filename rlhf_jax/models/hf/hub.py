@@ -58,7 +58,7 @@ def _snapshot(path: str, name: str, revision: str | None, wanted: list[str]) -> 
     from huggingface_hub import snapshot_download
 
     try:
-        return str(Path(snapshot_download(name, revision=revision, allow_patterns=wanted)))
+        return snapshot_download(name, revision=revision, allow_patterns=wanted)
     except Exception as error:  # from requests, httpx, the Hub and the file system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -72,8 +72,6 @@ def cached_directory(name: str, revision: str | None = None) -> str | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return str(
-            snapshot_download(name, revision=revision, allow_patterns=[*_TEXTS, *_WEIGHTS], local_files_only=True)
-        )
+        return snapshot_download(name, revision=revision, allow_patterns=_TEXTS, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
