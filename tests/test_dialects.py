@@ -257,6 +257,8 @@ def test_what_is_no_setting_of_ours_is_kept(tmp_path, family, score_head):
     [
         ("qwen2", {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 21}),
         ("qwen3", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 7, **FULL}),
         ("gemma2", {"sliding_window": 9, **FULL}),
         ("gemma3_text", {"sliding_window": 9, "sliding_window_pattern": 1, **FULL}),
         ("phi3", {"original_max_position_embeddings": 8, "sliding_window": None}),

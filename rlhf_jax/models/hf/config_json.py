@@ -20,7 +20,6 @@ from rlhf_jax.models.rotary import check_law
 Fields = dict[str, Any]
 """Fields of ArchConfig by name, each of its own type."""
 MOST = 2**31  # no size in a config.json is as large
-MOST_LAYERS_OF_A_MODEL = 10_000
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 _ACTIVATION_NAMES = {v: k for k, v in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _SWITCHES = ("use_sliding_window", "use_qk_norm", "use_double_wide_mlp", "new_decoder_architecture", "multi_query")
@@ -100,7 +99,7 @@ def to_arch(raw: ConfigJson, family: Family, where: Path) -> ArchConfig:
     with understood(where):
         raw = raw | {key: raw[alias] for alias, key in family.aliases.items() if alias in raw}
         layers = _value("num_layers", family.config["num_layers"], family, raw, where)
-        if layers > MOST_LAYERS_OF_A_MODEL:
+        if layers > 10_000:
             raise UserError(f"{where}: {layers} layers are more than any model has; correct it")
         raw = family.plain(raw)
         only = {key: allowed(raw) if callable(allowed) else allowed for key, allowed in (_ONLY | family.only).items()}
@@ -334,7 +333,8 @@ def to_json_like(
     gone = {*_NOT_KEPT, *family.aliases, *(["problem_type"] if score_head else [])}
     gone |= {"rope_scaling"} if "rope_parameters" in values and base.get("rope_scaling") else set()
     unused = [_ORIGINAL] * (arch.rope_scaling.kind == "none")  # keys that say nothing of this shape
-    unused += ["sliding_window", "max_window_layers"] * (family.windows == "types" and not arch.window_layers)
+    if family.windows == "types" and not arch.window_layers:
+        unused += ["use_sliding_window", "sliding_window", "max_window_layers"]
     values |= {key: base[key] for key in unused if key in values and base.get(key)}
     rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
     kept = {key: rope[key] for key in family.unread_rope if key in rope}
