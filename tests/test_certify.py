@@ -12,8 +12,10 @@ import yaml
 from tiny import ARCH, ONE, TOY_ROWS, model_params, toy_run, walks
 
 from rlhf_jax import cli, config
+from rlhf_jax.commands import certify
 from rlhf_jax.commands.certify import compared, gap, lines, shallow
 from rlhf_jax.config.functions import replace
+from rlhf_jax.group import train as group_train
 from rlhf_jax.models import Model
 from rlhf_jax.models.hf.layout import flattened, leaf_shapes
 from rlhf_jax.ppo import train
@@ -84,3 +86,21 @@ def test_in_bfloat16_what_is_sampled_is_what_is_trained(tmp_path, capsys):
     assert ended.value.code == 0
     assert found["tokens"] > 50 and found["equal"] > 0.9 and found["largest"] < 0.02
     assert abs(found["update_ratio_max"] - 1) < 0.02
+
+
+def test_rows_that_are_cut_are_certified_too(monkeypatch):
+    """With `mask_truncated` an untrained model, which ends no row, had a ratio "up to -inf"."""
+    taken = []
+
+    class Taken(Exception):
+        """Instead of the models."""
+
+    def setup(args):
+        taken.append(args)
+        raise Taken
+
+    monkeypatch.setattr(group_train, "setup", setup)
+    args = cli.parse("grpo", ["--grpo.mask_truncated", "true", "--reward.functions", "[tests.tiny:none]"])
+    with pytest.raises(Taken):
+        certify.run(config.CertifyArgs(), args)
+    assert not taken[0].grpo.mask_truncated and taken[0].grpo.old_logprobs == "recompute"

@@ -36,8 +36,10 @@ _OF_EXPERTS = ("num_experts", "experts_per_token", "router", "router_groups", "r
 def run(config: CertifyArgs, args: OnlineArgs) -> dict[str, Any]:
     """Draw and score one batch by the programs of a method, print how they agree, and return it."""
     name = "ppo" if isinstance(args, PPOArgs) else settings_of(args)[0]
-    # The trained law is the sampler's, whatever the config trains, and its log-probs come from a forward pass.
+    # The trained law is the sampler's, whatever the config trains, its log-probs come from a forward pass, and rows
+    # that are cut count: without a token that is trained on there is no ratio.
     same = {"old_logprobs": "recompute", "train_temperature": 0.0, "importance": "off"}
+    same |= {} if isinstance(args, PPOArgs) else {"mask_truncated": False}
     args = replace(args, **{f"{name}__{field}": value for field, value in same.items()})
     method, loop = ppo.train.setup(args) if isinstance(args, PPOArgs) else group.train.setup(args)
     with jax.set_mesh(method.mesh.grid):
