@@ -1,6 +1,6 @@
 """Kill and stop commands whose output is in a bucket, at random moments, and compare with what they make on a disk.
 
-python -m benchmarks.crash_bucket --kills 20 --stages sft reward ppo collect recipe
+python -m benchmarks.crash_bucket --kills 20 --steps 1500 --stages sft reward ppo collect recipe
 
 A command runs to its end on a disk; then with its output in `gs://...`, served by the tests' own service, where
 processes are killed (kill -9) or, every third time, stopped and continued once another one has taken over. Models and

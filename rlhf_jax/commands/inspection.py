@@ -338,7 +338,8 @@ def _of_checkpoint(run: Path, step: int) -> Source:
             f"{run} trains adapters or top layers alone, which join the rest at its end; `rlhf-jax resume {run}` first"
         )
     with at_home(record):
-        base, tokens = (Path(hub.local_directory(path)).absolute() for path in (settings.path, settings.tokenizer))
+        base = Path(hub.local_directory(settings.path)).absolute()
+        tokens = Path(hub.local_directory(settings.tokenizer, weights=False)).absolute()
     arch, raw = (settings.arch, None) if settings.arch else hf.read_config(base)
     checkpoints = Checkpoints(run / CHECKPOINTS, keep_last=1, keep_every=0)
     # Only looked at: the run may still be writing there.

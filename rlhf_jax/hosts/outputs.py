@@ -126,10 +126,10 @@ def put_files(files: Sequence[tuple[str | Path, str | bytes | None]]) -> None:
     """
     for path, data in files:
         if in_bucket(path):
-            url = str(path)
-            buckets.delete(url) if data is None else buckets.write(
-                url, data.encode() if isinstance(data, str) else data
-            )
+            if data is None:
+                buckets.delete(str(path))
+            else:
+                buckets.write(str(path), data.encode() if isinstance(data, str) else data)
     replace_files([(path, data) for path, data in files if not in_bucket(path)])
 
 

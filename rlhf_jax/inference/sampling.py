@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.config.checks import COLDEST
@@ -133,7 +133,7 @@ def _drawn(
     return (block * width + place).astype(jnp.int32), _at(inside, place)
 
 
-def _at(x: Float[Array, "B X"], index: Int[Array, " B"]) -> Float[Array, " B"]:
+def _at(x: Shaped[Array, "B X"], index: Int[Array, " B"]) -> Shaped[Array, " B"]:
     """The entry of every row at its index."""
     return jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]
 
@@ -190,7 +190,7 @@ def draw_from_logits(
         index, chosen = _drawn(logits, jnp.where(greedy, 0.0, uniform), probs, -jnp.inf)
     # In the order of `token_logprobs`, so that the same logits have the same log-probs.
     logprob = scale(chosen[:, None])[:, 0] - (jnp.log(probs(logits).sum(-1)) + top[:, 0])
-    token = index if ids is None else jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0]
+    token = index if ids is None else _at(ids, index)
     kept = None if ids is None or not carry else jnp.where(logits > -jnp.inf, ids, -1)
     return token, (jnp.where(greedy, 0.0, logprob), kept)
 
@@ -329,6 +329,6 @@ def _rollout(prompt: Array, prompt_mask: Array, drawn: Any, is_stop: Bool[Array,
         experts = jnp.where(mask[:, :, None, None], experts, jnp.full((), -1, experts.dtype))
     finished = jnp.zeros(len(tokens), bool)  # the last token of a row is a stop id
     if is_stop is not None:
-        last = jnp.take_along_axis(tokens, jnp.maximum(mask.sum(1, keepdims=True) - 1, 0), axis=1)[:, 0]
+        last = _at(tokens, jnp.maximum(mask.sum(1) - 1, 0))
         finished = is_stop[last] & mask.any(1)
     return Rollout(prompt, prompt_mask, tokens, mask, logprobs, finished, kept, experts)

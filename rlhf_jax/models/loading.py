@@ -87,7 +87,7 @@ def check_same_tokenizer(tokenizer: Tokenizer, path: str, what: str) -> None:
 
     Says if its chat template is another one.
     """
-    own = tokenizer_in(hub.local_directory(path))
+    own = tokenizer_in(hub.local_directory(path, weights=False))
     if own is None:
         return
     if not same_ids(own, tokenizer):
